@@ -1,0 +1,117 @@
+"""Time the plain forward of a model over token rows: the floor for any tool that calibrates on them.
+
+It runs wherever torch and transformers are, and needs nothing else:
+
+    python plain_forward.py MODEL ROWS.json --batch-size 4 --threads 2 --repeats 3
+
+ROWS.json holds {"rows": [[token ids], ...]}. The model is loaded by transformers in bfloat16 and run with its output
+head, without gradients and without a cache. The last line of stdout is one JSON document: `forward_seconds` has the
+model's own time for each repeat (the loss is computed outside of it), `perplexity` is over all predicted tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import platform
+import resource
+import sys
+import time
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process.
+
+    Linux hands ru_maxrss on from the parent through exec, so a large parent would show; VmHWM there starts afresh.
+    """
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Time the plain bfloat16 forward of MODEL over token rows.")
+    parser.add_argument("model", type=Path, help="Hugging Face checkpoint directory")
+    parser.add_argument("rows", type=Path, help='{"rows": [[ids], ...]} as JSON')
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of one length per forward")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+    return parser.parse_args()
+
+
+def make_batches(rows: list[list[int]], *, batch_size: int) -> list[list[list[int]]]:
+    """Rows in batches of at most `batch_size`, all rows of a batch of one length: no padding, no truncation."""
+    batches: list[list[list[int]]] = []
+    for row in sorted(rows, key=len, reverse=True):
+        if batches and len(batches[-1]) < batch_size and len(batches[-1][0]) == len(row):
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+    return batches
+
+
+def run_rows(model: Any, batches: list[list[list[int]]]) -> tuple[float, float, int]:
+    """Seconds of the model alone, sum of the next-token losses in nats, and how many there are."""
+    torch = import_module("torch")
+    seconds, loss, count = 0.0, 0.0, 0
+    with torch.no_grad():
+        for batch in batches:
+            ids = torch.tensor(batch)
+            start = time.perf_counter()
+            logits = model(input_ids=ids, use_cache=False).logits
+            seconds += time.perf_counter() - start
+            for row, targets in zip(logits, ids, strict=True):  # a row at a time: fp32 logits of a batch are large
+                loss += float(torch.nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="sum"))
+                count += len(targets) - 1
+    return seconds, loss, count
+
+
+def main() -> None:
+    """Load, run `repeats` times, print the measurements as the last line of stdout."""
+    arguments = parse_arguments()
+    torch, transformers = import_module("torch"), import_module("transformers")
+    torch.set_num_threads(arguments.threads)
+    rows: list[list[int]] = json.loads(arguments.rows.read_text())["rows"]
+    peak_after_import = peak_rss_bytes()
+    start = time.perf_counter()
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        arguments.model, dtype=torch.bfloat16, attn_implementation=arguments.attention
+    ).eval()
+    load_seconds = time.perf_counter() - start
+    batches = make_batches(rows, batch_size=arguments.batch_size)
+    seconds: list[float] = []
+    loss, count = 0.0, 0
+    for _ in range(arguments.repeats):
+        forward_seconds, loss, count = run_rows(model, batches)
+        seconds.append(round(forward_seconds, 3))
+    report = {
+        "rows": len(rows),
+        "tokens": sum(map(len, rows)),
+        "batch_size": arguments.batch_size,
+        "threads": arguments.threads,
+        "attention": arguments.attention,
+        "load_seconds": round(load_seconds, 3),
+        "forward_seconds": seconds,
+        "forward_seconds_best": min(seconds),
+        "perplexity": round(math.exp(loss / count), 4),
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_after_import_bytes": peak_after_import,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in ("torch", "transformers")},
+        },
+    }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

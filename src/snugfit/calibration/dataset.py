@@ -1,0 +1,177 @@
+"""Rows of tokens to calibrate or evaluate on, with a digest that says which.
+
+Sources: text files (cut into rows of equal length), JSONL files with one of `text`, `messages` or `input_ids` a line (a
+row each, cut at the length), or nothing at all: then Python's own documentation topics, which every Python carries.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from snugfit.errors import UserError
+
+DEFAULT_ROWS = 32
+DEFAULT_LENGTH = 1024
+MIN_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Token rows, where they come from, and the SHA-256 of their ids (little-endian int32, rows length-prefixed)."""
+
+    rows: tuple[tuple[int, ...], ...]
+    source: str
+    digest: str
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all rows."""
+        return sum(len(row) for row in self.rows)
+
+
+def make_rows(rows: Sequence[Sequence[int]], source: str) -> Rows:
+    """Rows with their digest."""
+    import numpy
+
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(numpy.asarray([len(row), *row], dtype="<i4").tobytes())
+    return Rows(tuple(tuple(row) for row in rows), source, digest.hexdigest())
+
+
+def python_topics(part: Literal["calibration", "evaluation"] = "calibration") -> str:
+    """Prose of Python's documentation topics: every other topic for calibration, the others for evaluation."""
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)[0 if part == "calibration" else 1 :: 2]
+    return "\n\n".join(unwrap(topics[name]) for name in names)
+
+
+def unwrap(text: str) -> str:
+    """Paragraphs on one line each: hard line breaks joined where no line of the paragraph is indented."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p if "\n " in p or p.startswith(" ") else p.replace("\n", " ") for p in paragraphs)
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The model directory's tokenizer; UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        line = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"no usable tokenizer ({line}).",
+            where=str(path),
+            remedy="Copy the tokenizer's files here, or give rows of `input_ids` in a JSONL file.",
+        ) from None
+
+
+def load_rows(
+    model: Path, files: Sequence[Path], *, count: int = DEFAULT_ROWS, length: int = DEFAULT_LENGTH, vocabulary: int = 0
+) -> Rows:
+    """At most `count` rows of at most `length` tokens for the model in directory `model`.
+
+    `vocabulary` (0: unknown) bounds token ids. Raises UserError where a file holds no text or too little for one row.
+    """
+    if count < 1 or length < MIN_TOKENS:
+        raise UserError(f"{count} rows of {length} tokens are no data.", remedy="Ask for one row of two at least.")
+    tokenizer: list[Any] = []
+
+    def encode(text: str, **options: Any) -> list[int]:
+        if not tokenizer:
+            tokenizer.append(load_tokenizer(model))
+        return list(tokenizer[0](text, **options).input_ids)
+
+    def chat(messages: Any) -> list[int]:
+        encode("")
+        return list(tokenizer[0].apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+
+    if not files:
+        rows = list(_cut(encode, python_topics(), count, length, "Python's documentation topics"))
+        source = "Python's documentation topics, every other one"
+    else:
+        rows = []
+        for file in files:
+            rows += list(_file_rows(file, encode, chat, count - len(rows), length))
+        source = ", ".join(file.name for file in files)
+    limit = max((max(row) for row in rows), default=0)
+    if vocabulary and limit >= vocabulary:
+        raise UserError(
+            f"token id {limit} is beyond the model's vocabulary of {vocabulary}.",
+            where=source,
+            remedy="Tokenize with this model's tokenizer.",
+        )
+    return make_rows(rows, source)
+
+
+def _file_rows(file: Path, encode: Any, chat: Any, count: int, length: int) -> Iterator[list[int]]:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"cannot be read as text ({error}).", where=str(file), remedy="Give UTF-8 text or JSONL."
+        ) from None
+    if file.suffix != ".jsonl":
+        yield from _cut(encode, text, count, length, str(file))
+        return
+    found = 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if found == count:
+            return
+        if line.strip():
+            row = _json_row(line, f"{file}:{number}", encode, chat)[:length]
+            if len(row) >= MIN_TOKENS:
+                found += 1
+                yield row
+    if not found and count:
+        raise UserError("no row of two tokens or more.", where=str(file), remedy="Give some text.")
+
+
+def _json_row(line: str, where: str, encode: Any, chat: Any) -> list[int]:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not JSON ({error}).", where=where, remedy="JSONL has one JSON object a line.") from None
+    if isinstance(entry, dict):
+        ids = entry.get("input_ids")
+        if isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids):
+            return ids
+        if isinstance(entry.get("text"), str):
+            return list(encode(entry["text"]))
+        if isinstance(entry.get("messages"), list):
+            try:
+                return list(chat(entry["messages"]))
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(f"the chat template refuses these messages ({error}).", where=where) from None
+    raise UserError("no `text`, `messages` or `input_ids`.", where=where, remedy="Each line needs one of them.")
+
+
+def _cut(encode: Any, text: str, count: int, length: int, where: str) -> Iterator[list[int]]:
+    """Rows of exactly `length` tokens, each starting as the tokenizer starts a text; a short text gives one row."""
+    plain = encode("a", add_special_tokens=False)
+    full = encode("a")
+    start = full[: len(full) - len(plain)] if full[-len(plain) :] == plain else []
+    body = length - len(start)
+    ids: list[int] = []
+    wanted = count * body
+    # a token is rarely longer than eight characters; take more text until there is enough
+    characters = 8 * wanted
+    while len(ids) < wanted:
+        ids = encode(text[:characters], add_special_tokens=False)
+        if characters >= len(text):
+            break
+        characters *= 2
+    if len(ids) < MIN_TOKENS:
+        raise UserError("empty or too short: no two tokens.", where=where, remedy="Give some text.")
+    if len(ids) < body:
+        yield [*start, *ids]
+        return
+    for n in range(min(count, len(ids) // body)):
+        yield [*start, *ids[n * body : (n + 1) * body]]

@@ -1,0 +1,1 @@
+"""What servers demand, as data. Imports no torch."""

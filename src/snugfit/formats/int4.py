@@ -1,0 +1,54 @@
+"""INT4, weight only: integers -8..7 in groups of 32, 64 or 128 along the columns, with or without a zero point."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snugfit.formats.grids import pack_int4, unpack_int4
+
+
+@dataclass(frozen=True)
+class INT4Weight:
+    """A weight [N, K]: `packed` int32 [N, K/8], `scale` [N, K/group] in the model's dtype, `zero_point` int8 or None.
+
+    value = (code - zero_point) * scale.
+    """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    shape: tuple[int, int]
+
+
+def quantize(weight: Tensor, *, group: int, symmetric: bool) -> INT4Weight:
+    """Round-to-nearest codes of `weight` [N, K]; K must divide by `group`.
+
+    Symmetric: scale = amax / 7.5, so that both ends of -8..7 are used. Asymmetric: scale = (max - min) / 15 over the
+    group with zero included, zero point = round(-8 - min / scale). Scales are rounded to the weight's dtype first.
+    """
+    groups = weight.float().unflatten(1, (-1, group))
+    zero = torch.zeros((), device=weight.device)
+    low = torch.minimum(groups.amin(-1), zero)
+    high = torch.maximum(groups.amax(-1), zero)
+    span = torch.maximum(high, -low) / 7.5 if symmetric else (high - low) / 15
+    scale = span.to(weight.dtype)
+    scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
+    codes = groups / scale.float().unsqueeze(-1)
+    zero_point = None
+    if not symmetric:
+        offset = (-8 - low / scale.float()).clamp_(-8, 7).round_()
+        zero_point = offset.to(torch.int8)
+        codes += offset.unsqueeze(-1)
+    codes = codes.round_().clamp_(-8, 7).flatten(1)
+    return INT4Weight(pack_int4(codes), scale, zero_point, (weight.shape[0], weight.shape[1]))
+
+
+def dequantize(stored: INT4Weight) -> Tensor:
+    """fp32 [N, K] of a stored weight."""
+    groups = unpack_int4(stored.packed, stored.shape).float().unflatten(1, (stored.scale.shape[1], -1))
+    if stored.zero_point is not None:
+        groups -= stored.zero_point.float().unsqueeze(-1)
+    return groups.mul_(stored.scale.float().unsqueeze(-1)).flatten(1)

@@ -1,0 +1,131 @@
+"""The table of formats: what each costs, what it demands of a shape, what it does to activations. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from snugfit.errors import UserError
+
+NVFP4_BLOCK = 16
+INT4_GROUPS = (128, 64, 32)
+
+InputKind = Literal["none", "nvfp4", "fp8-token"]
+
+
+@dataclass(frozen=True)
+class FormatSpec:
+    """One row of the table.
+
+    `column_multiple` must divide a weight's columns (0: the rule's group size must). `inputs` is what the format asks an
+    engine to do with activations; `calibrated` says that it needs a scale measured on real activations.
+    """
+
+    name: str
+    summary: str
+    weight_bits: int
+    column_multiple: int
+    inputs: InputKind
+    calibrated: bool
+    scale_rules: tuple[str, ...]
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+FORMATS: Mapping[str, FormatSpec] = {
+    spec.name: spec
+    for spec in (
+        FormatSpec(
+            "nvfp4",
+            "4-bit float, blocks of 16 under an E4M3 scale and one fp32 scale; activations 4-bit too (W4A4)",
+            4,
+            NVFP4_BLOCK,
+            "nvfp4",
+            True,
+            ("four-over-six", "absmax", "sweep"),
+        ),
+        FormatSpec(
+            "nvfp4a16",
+            "NVFP4 weights, 16-bit activations (W4A16)",
+            4,
+            NVFP4_BLOCK,
+            "none",
+            False,
+            ("four-over-six", "absmax", "sweep"),
+        ),
+        FormatSpec(
+            "fp8-dynamic",
+            "8-bit float, one scale an output channel; activations 8-bit, one scale a token (W8A8)",
+            8,
+            1,
+            "fp8-token",
+            False,
+            ("absmax",),
+        ),
+        FormatSpec(
+            "int4",
+            "4-bit integer in groups along the columns, 16-bit activations (W4A16)",
+            4,
+            0,
+            "none",
+            False,
+            ("absmax",),
+            {"group": INT4_GROUPS, "symmetric": True},
+        ),
+    )
+}
+
+KEEP = "keep"
+
+
+@dataclass(frozen=True)
+class TensorFormat:
+    """How one weight is stored: a format of the table with its options settled (`group` and `symmetric` for int4)."""
+
+    name: str
+    group: int = 0
+    symmetric: bool = True
+
+    @property
+    def spec(self) -> FormatSpec:
+        """This format's row of the table."""
+        return FORMATS[self.name]
+
+    def label(self) -> str:
+        """A short name for tables, with the options that matter."""
+        if self.name != "int4":
+            return self.name
+        return f"int4-g{self.group}" + ("" if self.symmetric else "-asym")
+
+
+def bytes_for(fmt: TensorFormat, shape: tuple[int, int], scale_bytes: int) -> int:
+    """Bytes on disk of a weight [N, K] in `fmt`, scales included; `scale_bytes` is the model dtype's size.
+
+    Not counted: a static activation scale (4 bytes for nvfp4), which belongs to the input and not to the weight.
+    """
+    rows, columns = shape
+    if fmt.name in ("nvfp4", "nvfp4a16"):
+        return rows * columns // 2 + rows * (columns // NVFP4_BLOCK) + 4
+    if fmt.name == "fp8-dynamic":
+        return rows * columns + rows * scale_bytes
+    groups = columns // fmt.group
+    zero_points = 0 if fmt.symmetric else -(-rows // 8) * 4 * groups
+    return rows * (-(-columns // 8) * 4) + rows * groups * scale_bytes + zero_points + 16
+
+
+def check_shape(fmt: TensorFormat, shape: tuple[int, ...], *, where: str) -> None:
+    """Raise UserError where a weight of this shape cannot take the format."""
+    if len(shape) != 2:
+        raise UserError(
+            f"{fmt.name} needs a 2-D weight, this one has shape {list(shape)}.",
+            where=where,
+            remedy=f"Give it `format: {KEEP}` in the recipe.",
+        )
+    multiple = fmt.group if fmt.name == "int4" else fmt.spec.column_multiple
+    if shape[1] % multiple:
+        raise UserError(
+            f"{fmt.label()} needs columns divisible by {multiple}, this weight is {shape[0]} x {shape[1]}.",
+            where=where,
+            remedy=f"Give it `format: fp8-dynamic` or `format: {KEEP}` in the recipe"
+            + (", or a smaller `group`." if fmt.name == "int4" else "."),
+        )

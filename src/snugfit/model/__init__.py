@@ -1,0 +1,1 @@
+"""What a model is: names, files, layers, and the walk through it."""

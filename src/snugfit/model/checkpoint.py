@@ -1,0 +1,382 @@
+"""Safetensors on disk: read headers and tensors by range, write shards whose sizes are known before the first byte.
+
+Everything about a checkpoint is checked on its headers, which need no torch; tensors are read with plain positioned
+reads, so that memory holds what was asked for and nothing of the rest of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snugfit.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+
+DTYPE_BYTES: Mapping[str, int] = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "I16": 2,
+    "U16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "I32": 4,
+    "U32": 4,
+    "F32": 4,
+    "F64": 8,
+    "I64": 8,
+    "U64": 8,
+}
+# safetensors' dtype order, which its writer sorts by, largest first
+_SERIAL_ORDER = (
+    "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 "
+    "I32 U32 F32 C64 F64 I64 U64"
+).split()
+_TORCH_NAMES: Mapping[str, str] = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "I16": "int16",
+    "U16": "uint16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
+    "F32": "float32",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor as its header describes it: safetensors dtype name, shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of values."""
+        count = 1
+        for side in self.shape:
+            count *= side
+        return count
+
+    @property
+    def bytes(self) -> int:
+        """Size on disk."""
+        return self.elements * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class StoredTensor(TensorInfo):
+    """A tensor and where its bytes are."""
+
+    file: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: its config, its tensors by name in file order, and its other files."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    shards: tuple[str, ...]
+    other_files: tuple[str, ...]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Read config and headers of a model directory; UserError for anything missing, broken or outside it."""
+    root = Path(path)
+    if not root.is_dir():
+        raise UserError("no such directory.", where=str(path), remedy="Give a directory with config.json and weights.")
+    config = _read_config(root)
+    shards = _shard_names(root)
+    tensors: dict[str, StoredTensor] = {}
+    for shard in shards:
+        for tensor in read_header(root / shard):
+            if tensor.name in tensors:
+                raise UserError(
+                    f"tensor {tensor.name} is also in {tensors[tensor.name].file}.",
+                    where=str(root / shard),
+                    remedy="Download the checkpoint again: two shards disagree.",
+                )
+            tensors[tensor.name] = tensor
+    _check_index(root, tensors)
+    weight_files = {*shards, INDEX_NAME, "config.json"}
+    others = sorted(
+        str(file.relative_to(root))
+        for file in root.rglob("*")
+        if file.is_file() and str(file.relative_to(root)) not in weight_files and not _hidden(file.relative_to(root))
+    )
+    return Checkpoint(root, config, tensors, tuple(shards), tuple(others))
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file; UserError where header and file size disagree."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
+        if length > MAX_HEADER_BYTES or length + 8 > size:
+            raise UserError("not a whole safetensors file.", where=str(file), remedy="Download this file again.")
+        try:
+            header = json.loads(stream.read(length))
+            entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+            tensors = [_stored(name, entry, file.name, 8 + length) for name, entry in entries]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"the safetensors header cannot be read ({error}).",
+                where=str(file),
+                remedy="Download this file again.",
+            ) from None
+    for tensor in tensors:
+        if tensor.offset + tensor.bytes > size:
+            raise UserError(
+                f"truncated: tensor {tensor.name} ends at byte {tensor.offset + tensor.bytes}, the file has {size}.",
+                where=str(file),
+                remedy="Download this file again.",
+            )
+    return tensors
+
+
+def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
+    """The tensor `name` on the CPU, read by range into memory of its own."""
+    import torch
+
+    tensor = checkpoint.tensors[name]
+    buffer = torch.empty(tensor.bytes, dtype=torch.uint8)
+    with (checkpoint.path / tensor.file).open("rb", buffering=0) as stream:
+        stream.seek(tensor.offset)
+        view = memoryview(buffer.numpy())
+        done = 0
+        while done < tensor.bytes:
+            count = stream.readinto(view[done:])
+            if not count:
+                raise UserError(
+                    f"the file ended inside tensor {name}.",
+                    where=str(checkpoint.path / tensor.file),
+                    remedy="It changed while being read; download it again.",
+                )
+            done += count
+    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[tensor.dtype])
+    return buffer.view(dtype).view(tensor.shape)
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    file = root / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("config.json is missing.", where=str(root), remedy="Is this a model directory?") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"not valid JSON ({error}).", where=str(file), remedy="Download this file again.") from None
+    if not isinstance(config, dict):
+        raise UserError("not a JSON object.", where=str(file), remedy="Download this file again.")
+    return config
+
+
+def _shard_names(root: Path) -> list[str]:
+    index = root / INDEX_NAME
+    if index.exists():
+        weight_map = _weight_map(index)
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (root / name).is_file()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:3])}"
+                + (", …" if len(missing) > 3 else "."),
+                where=str(root),
+                remedy=f"Download them; {INDEX_NAME} names them.",
+            )
+        return names
+    if (root / SINGLE_NAME).is_file():
+        return [SINGLE_NAME]
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in root.glob(pattern))
+    if pickles:
+        raise UserError(
+            f"the weights are pickles ({pickles[0]}), which can run code when they are loaded.",
+            where=str(root),
+            remedy="Convert them to safetensors first, or download the safetensors revision.",
+        )
+    raise UserError(
+        f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}.",
+        where=str(root),
+        remedy="Give a directory with safetensors weights.",
+    )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        pairs = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"no readable weight_map ({type(error).__name__}: {error}).",
+            where=str(index),
+            remedy="Download this file again.",
+        ) from None
+    for name, file in pairs.items():
+        if not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+            raise UserError(
+                f"weight_map sends {name} to {file!r}, which is not a safetensors file of this directory.",
+                where=str(index),
+                remedy="Do not use this checkpoint: its index points outside.",
+            )
+    return pairs
+
+
+def _check_index(root: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    index = root / INDEX_NAME
+    if not index.exists():
+        return
+    for name, file in _weight_map(index).items():
+        if name not in tensors or tensors[name].file != file:
+            raise UserError(
+                f"weight_map sends {name} to {file}, which does not hold it.",
+                where=str(index),
+                remedy="Download the checkpoint again: index and shards do not belong together.",
+            )
+
+
+def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    dtype = entry["dtype"]
+    shape = tuple(int(side) for side in entry["shape"])
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"unknown dtype {dtype} of {name}")
+    tensor = StoredTensor(name, dtype, shape, file, start + int(begin))
+    if begin < 0 or min(shape, default=0) < 0 or end - begin != tensor.bytes:
+        raise ValueError(f"{name} has {end - begin} bytes where its shape needs {tensor.bytes}")
+    return tensor
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file yet to be written: its whole header, and the offset of each tensor in the file."""
+
+    name: str
+    header: bytes
+    offsets: Mapping[str, int]
+    tensors: tuple[TensorInfo, ...]
+    bytes: int
+
+
+def plan_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[Shard]:
+    """Lay tensors out in shards of at most `max_shard_bytes`, in the given order, one larger tensor to a shard."""
+    parts: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if parts[-1] and filled + tensor.bytes > max_shard_bytes:
+            parts.append([])
+            filled = 0
+        parts[-1].append(tensor)
+        filled += tensor.bytes
+    total = len(parts)
+    names = [SINGLE_NAME] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
+    return [_lay_out(name, part) for name, part in zip(names, parts, strict=True)]
+
+
+def _lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
+    """One shard, byte for byte as safetensors' own writer lays it out: by dtype, largest first, then by name."""
+    ordered = sorted(tensors, key=lambda t: (-_SERIAL_ORDER.index(t.dtype), t.name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets: dict[str, int] = {}
+    end = 0
+    for tensor in ordered:
+        offsets[tensor.name] = end
+        end += tensor.bytes
+        header[tensor.name] = {
+            "dtype": tensor.dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [offsets[tensor.name], end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    start = 8 + len(text)
+    absolute = {name: start + offset for name, offset in offsets.items()}
+    return Shard(name, struct.pack("<Q", len(text)) + text, absolute, tuple(ordered), start + end)
+
+
+class ShardWriter:
+    """Writes tensors to their places in planned shards, in any order, and knows which are still missing."""
+
+    def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
+        """Create the shard files at their full size, headers written."""
+        self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
+        self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        self._files: dict[str, int] = {}
+        for shard in shards:
+            handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            self._files[shard.name] = handle
+            os.ftruncate(handle, shard.bytes)
+            _write_at(handle, memoryview(shard.header), 0)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; a shape or dtype other than the planned one is a defect of ours and stops the run."""
+        import torch
+
+        planned = self._missing.pop(name)
+        data = tensor.detach().to("cpu").contiguous()
+        if tuple(data.shape) != planned.shape or data.dtype != getattr(torch, _TORCH_NAMES[planned.dtype]):
+            raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {data.dtype} {data.shape}")
+        shard = self._shard_of[name]
+        raw = memoryview(data.view(-1).view(torch.uint8).numpy()) if data.numel() else memoryview(b"")
+        _write_at(self._files[shard.name], raw, shard.offsets[name])
+
+    def finish(self) -> None:
+        """Flush every shard to the disk and close it; a tensor never written is a defect of ours."""
+        if self._missing:
+            raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
+        for handle in self._files.values():
+            os.fsync(handle)
+        self.close()
+
+    def close(self) -> None:
+        """Close the shard files as they are."""
+        for handle in self._files.values():
+            os.close(handle)
+        self._files.clear()
+
+
+def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    """The content of model.safetensors.index.json for these shards."""
+    total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
+    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _write_at(handle: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(handle, data[done:], offset + done)

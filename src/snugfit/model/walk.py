@@ -1,0 +1,165 @@
+"""Rows of tokens through a model, layer by layer: all rows pass one layer before the next is loaded.
+
+transformers' own forward prepares everything a layer receives (masks, rotary embeddings, scaled embeddings). It is run
+with recorders in the place of the layers; what they were called with is kept, and given to the real layers later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.model.layers import Skeleton, with_layers
+
+ROW_MULTIPLE = 64  # ragged rows are padded to a multiple of this, so that few shapes occur
+
+
+@dataclass
+class Batch:
+    """Rows in flight: token ids [B, T] padded on the right, the rows' true lengths, hidden states [B, T, H]."""
+
+    rows: tuple[int, ...]
+    tokens: Tensor
+    lengths: tuple[int, ...]
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def valid(self) -> Tensor | None:
+        """Mask [B, T] of real tokens, None where all are."""
+        width = self.tokens.shape[1]
+        if all(length == width for length in self.lengths):
+            return None
+        positions = torch.arange(width, device=self.tokens.device)
+        return positions < torch.tensor(self.lengths, device=self.tokens.device)[:, None]
+
+
+Receive = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+class _Reached(Exception):
+    """Ends a forward pass once the last recorder has what it came for."""
+
+
+class _StandIn(nn.Module):
+    """Takes a decoder layer's place: answers `receive(hidden states, args, kwargs)`, and has the layer's attributes."""
+
+    def __init__(self, layer: nn.Module, receive: Receive) -> None:
+        super().__init__()
+        self.__dict__["_layer"] = layer  # not a submodule: its parameters are none of ours
+        self._receive = receive
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_layer"], name)
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._receive(hidden_states, args, kwargs)
+
+
+def make_batches(rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device) -> list[Batch]:
+    """Rows grouped by length, padded on the right; causal layers never see the pads from a real token."""
+    order = sorted(range(len(rows)), key=lambda r: (-_width(rows[r]), r))
+    batches: list[Batch] = []
+    start = 0
+    while start < len(order):
+        width = _width(rows[order[start]])
+        size = max(1, tokens_per_batch // width)
+        members = [r for r in order[start : start + size] if _width(rows[r]) == width]
+        if any(len(rows[r]) != len(rows[members[0]]) for r in members):
+            padded = [[*rows[r], *([0] * (width - len(rows[r])))] for r in members]
+        else:
+            padded = [list(rows[r]) for r in members]
+        tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+        batches.append(Batch(tuple(members), tokens, tuple(len(rows[r]) for r in members)))
+        start += len(members)
+    return batches
+
+
+def _width(row: Sequence[int]) -> int:
+    return -(-len(row) // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+@torch.no_grad()
+def embed(skeleton: Skeleton, weights: Mapping[str, Tensor], batches: Sequence[Batch], device: torch.device) -> None:
+    """Fill every batch with the first layer's hidden states and with what each layer is called with.
+
+    `weights` are the embeddings and whatever else stands outside the layers, by full name; the head is not needed.
+    """
+    calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        calls.append((hidden, args, kwargs))
+        if len(calls) == len(skeleton.layers):
+            raise _Reached
+        return hidden
+
+    model = _on_device(with_layers(skeleton, [_StandIn(layer, note) for layer in skeleton.layers], weights), device)
+    previous: Batch | None = None
+    for batch in batches:
+        calls.clear()
+        with contextlib.suppress(_Reached):
+            model(input_ids=batch.tokens, use_cache=False)
+        batch.hidden = calls[0][0]
+        batch.calls = [(args, kwargs) for _, args, kwargs in calls]
+        if previous is not None and previous.tokens.shape == batch.tokens.shape:
+            batch.calls = [_shared(old, new) for old, new in zip(previous.calls, batch.calls, strict=True)]
+        previous = batch
+
+
+def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Move what has data; meta parameters stay."""
+    return model._apply(lambda tensor: tensor if tensor.device.type == "meta" else tensor.to(device))
+
+
+def _shared(old: Any, new: Any) -> Any:
+    """`new`, with every tensor that equals its counterpart in `old` replaced by it: rows of one shape share masks."""
+    if isinstance(new, Tensor):
+        same = isinstance(old, Tensor) and old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
+        return old if same else new
+    if isinstance(new, tuple):
+        return tuple(_shared(a, b) for a, b in zip(old, new, strict=True))
+    if isinstance(new, dict):
+        return {key: _shared(old.get(key), value) for key, value in new.items()}
+    return new
+
+
+@torch.no_grad()
+def run_layer(
+    layer: nn.Module, index: int, batches: Sequence[Batch], before: Callable[[Batch], None] | None = None
+) -> None:
+    """Pass every batch through a resident layer, in place; `before` is called ahead of each batch."""
+    for batch in batches:
+        if before is not None:
+            before(batch)
+        args, kwargs = batch.calls[index]
+        output = layer(batch.hidden, *args, **kwargs)
+        batch.hidden = output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def logits(
+    skeleton: Skeleton,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    device: torch.device,
+    *,
+    tokens_at_once: int = 1024,
+) -> Iterator[tuple[Batch, int, Tensor]]:
+    """Final norm and head over the batches' hidden states: yields (batch, first position, logits [B, t, V])."""
+    part = torch.empty(0)
+    first = _StandIn(skeleton.layers[0], lambda hidden, args, kwargs: part)
+    rest = [_StandIn(layer, lambda hidden, args, kwargs: hidden) for layer in list(skeleton.layers)[1:]]
+    model = _on_device(with_layers(skeleton, [first, *rest], weights), device)
+    for batch in batches:
+        step = max(1, tokens_at_once // batch.tokens.shape[0])
+        for start in range(0, batch.tokens.shape[1], step):
+            part = batch.hidden[:, start : start + step]
+            yield batch, start, model(inputs_embeds=part, use_cache=False).logits

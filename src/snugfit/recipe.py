@@ -1,0 +1,304 @@
+"""Recipes: ordered YAML rules that give every weight a format. The first rule that matches decides.
+
+    name: nvfp4-fp8-hybrid
+    description: NVFP4 (Four Over Six) MLP, FP8 for every other linear
+    rules:
+      - role: mlp
+        format: nvfp4
+        scale: four-over-six
+      - role: linear
+        format: fp8-dynamic
+
+A rule matches by `role` (one or a list), by `name` (a glob on the tensor's module, or `re:` and a pattern), by `layers`
+("0..3, 26, -2..-1"; negative numbers count from the end); all that are given must hold. `format: keep` leaves a tensor
+as it is. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from snugfit.engines.fused import group_modules
+from snugfit.errors import UserError
+from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, TensorFormat, check_shape
+from snugfit.model.checkpoint import TensorInfo
+from snugfit.model.names import KEPT_ROLES, LINEAR, ROLE_SETS, ROLES, TensorName, parse_name
+
+ROLE_NAMES = sorted({*ROLES.values(), *ROLE_SETS, LINEAR, "router"})
+Scale = Literal["absmax", "four-over-six", "sweep"]
+Objective = Literal["mse", "mae", "absmax"]
+
+
+class Rule(BaseModel):
+    """One rule as written. Unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: tuple[str, ...] = ()
+    name: str | None = None
+    layers: str | None = None
+    format: str
+    scale: Scale | None = None
+    objective: Objective | None = None
+    group: tuple[int, ...] | None = None
+    symmetric: bool | None = None
+
+    @field_validator("role", "group", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, (list, tuple)) else (value,)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_text(cls, value: Any) -> Any:
+        return ", ".join(str(part) for part in value) if isinstance(value, list) else str(value)
+
+
+class Recipe(BaseModel):
+    """A whole recipe as written."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    description: str = ""
+    rules: tuple[Rule, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class LoadedRecipe:
+    """A recipe with the text it was read from, where that was, and the text's SHA-256."""
+
+    recipe: Recipe
+    text: str
+    where: str
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the text, hexadecimal."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What a recipe says of one weight: its format (None: kept), how scales are chosen, and which rule said so."""
+
+    format: TensorFormat | None
+    scale: str
+    objective: str
+    rule: int
+
+
+def builtin_names() -> list[str]:
+    """Names of the recipes that come with snugfit."""
+    files = resources.files("snugfit.recipes").iterdir()
+    return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
+
+
+def load_recipe(name_or_path: str) -> LoadedRecipe:
+    """A built-in recipe by name, or one from a YAML file."""
+    if name_or_path in builtin_names():
+        text = (resources.files("snugfit.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+        return parse_recipe(text, where=f"recipe {name_or_path}")
+    path = Path(name_or_path)
+    if path.is_file():
+        try:
+            return parse_recipe(path.read_text(encoding="utf-8"), where=str(path))
+        except UnicodeDecodeError:
+            raise UserError("not a text file.", where=str(path), remedy="A recipe is YAML in UTF-8.") from None
+    near = get_close_matches(name_or_path, builtin_names(), n=1)
+    hint = f"Did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"no recipe {name_or_path!r}: neither built in nor a file.", remedy=f"{hint}`snugfit recipes` lists them."
+    )
+
+
+def parse_recipe(text: str, *, where: str) -> LoadedRecipe:
+    """A recipe from YAML text; UserError with the key's path for anything that is not one."""
+    try:
+        document = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"{where}:{mark.line + 1}" if mark else where
+        problem = getattr(error, "problem", None) or str(error)
+        raise UserError(f"not valid YAML ({problem}).", where=place, remedy="Mend this line.") from None
+    if not isinstance(document, dict):
+        raise UserError("a recipe is a mapping with `name` and `rules`.", where=where, remedy="See `snugfit recipes`.")
+    try:
+        recipe = Recipe.model_validate(document)
+    except ValidationError as error:
+        raise _explain(error, where) from None
+    for number, rule in enumerate(recipe.rules):
+        _check_rule(rule, f"{where}: rules[{number}]")
+    return LoadedRecipe(recipe, text, where)
+
+
+def resolve(
+    loaded: LoadedRecipe, tensors: Sequence[TensorInfo], *, layers: int, frozen: Mapping[str, str] | None = None
+) -> dict[str, Assignment]:
+    """Tensor name -> assignment, for each weight that a rule names.
+
+    `layers` is the model's number of decoder layers; `frozen` maps names of tensors that must stay to the reason. Raises
+    UserError for a layer weight without a rule, a rule that matches nothing, a fused group that is split, a shape that
+    does not fit.
+    """
+    frozen = frozen or {}
+    found: dict[str, Assignment] = {}
+    infos = {tensor.name: tensor for tensor in tensors}
+    names = [parse_name(tensor.name, tensor.shape) for tensor in tensors]
+    matched: dict[int, list[TensorName]] = {number: [] for number in range(len(loaded.recipe.rules))}
+    for name in names:
+        if name.parameter != "weight" or name.full in frozen:
+            continue
+        number = _first_match(loaded.recipe.rules, name, layers)
+        if number is not None:
+            matched[number].append(name)
+        elif name.role not in KEPT_ROLES:
+            raise UserError(
+                f"no rule names {name.full} (role {name.role}, {list(infos[name.full].shape)}).",
+                where=loaded.where,
+                remedy=f"Add a rule for it, `format: {KEEP}` to leave it as it is.",
+            )
+    for number, rule in enumerate(loaded.recipe.rules):
+        place = f"{loaded.where}: rules[{number}]"
+        if not matched[number]:
+            raise UserError(
+                "this rule matches no tensor of the model that an earlier rule left.",
+                where=place,
+                remedy="Remove it, or move it before the rule that takes its tensors.",
+            )
+        assignment = _settle(rule, number, [infos[name.full] for name in matched[number]], place)
+        found |= {name.full: assignment for name in matched[number]}
+    _check_groups(found, loaded.where)
+    return found
+
+
+def _first_match(rules: Sequence[Rule], name: TensorName, layers: int) -> int | None:
+    return next((number for number, rule in enumerate(rules) if _rule_matches(rule, name, layers)), None)
+
+
+def _rule_matches(rule: Rule, name: TensorName, layers: int) -> bool:
+    if rule.role and not any(_role_matches(role, name.role) for role in rule.role):
+        return False
+    if rule.name is not None and not _name_matches(rule.name, name.module):
+        return False
+    if not rule.role and name.role in KEPT_ROLES and rule.name != name.module:
+        return False  # a broad pattern must not sweep up an lm_head
+    return rule.layers is None or name.layer in layer_numbers(rule.layers, layers)
+
+
+def _role_matches(wanted: str, role: str) -> bool:
+    if wanted == LINEAR:
+        return role not in KEPT_ROLES
+    return role == wanted or role in ROLE_SETS.get(wanted, ())
+
+
+def _name_matches(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], module) is not None
+    return fnmatch.fnmatchcase(module, pattern)
+
+
+def layer_numbers(text: str, layers: int) -> frozenset[int]:
+    """The layers that `layers:` names, e.g. "0..3, 26, -2..-1" of a model with `layers` layers."""
+    numbers: set[int] = set()
+    for part in text.split(","):
+        ends = [int(end) for end in part.split("..")]
+        first, last = (end + layers if end < 0 else end for end in (ends[0], ends[-1]))
+        numbers.update(range(first, last + 1))
+    return frozenset(numbers)
+
+
+def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) -> Assignment:
+    if rule.format == KEEP:
+        return Assignment(None, "", "", number)
+    spec = FORMATS[rule.format]
+    scale = rule.scale or spec.scale_rules[0]
+    fmt = TensorFormat(rule.format)
+    if rule.format == "int4":
+        sizes = rule.group or INT4_GROUPS
+        group = next((g for g in sizes if all(t.shape[-1] % g == 0 for t in tensors)), sizes[-1])
+        fmt = TensorFormat("int4", group=group, symmetric=rule.symmetric is not False)
+    for tensor in tensors:
+        check_shape(fmt, tensor.shape, where=f"{place}: {tensor.name}")
+    return Assignment(fmt, scale, rule.objective or "mse", number)
+
+
+def _check_groups(found: Mapping[str, Assignment], where: str) -> None:
+    modules = {name.removesuffix(".weight"): assignment for name, assignment in found.items()}
+    for group in group_modules(modules):
+        first = modules[group[0]]
+        for member in group[1:]:
+            other = modules[member]
+            same = (first.format, first.scale, first.objective) == (other.format, other.scale, other.objective)
+            if not same:
+                raise UserError(
+                    f"splits a fused group: {group[0]} (rules[{first.rule}]) and {member} (rules[{other.rule}]) "
+                    "run as one matrix product in vLLM and need one format and one scale rule.",
+                    where=where,
+                    remedy=f"Let one rule name all of: {', '.join(group)}.",
+                )
+
+
+def _check_rule(rule: Rule, place: str) -> None:
+    _known("format", rule.format, [*FORMATS, KEEP], place)
+    for role in rule.role:
+        _known("role", role, ROLE_NAMES, place)
+    if not rule.role and rule.name is None and rule.layers is None:
+        raise UserError("a rule needs `role`, `name` or `layers`.", where=place, remedy="`role: linear` means all.")
+    if rule.name is not None and rule.name.startswith("re:"):
+        try:
+            re.compile(rule.name[3:])
+        except re.error as error:
+            raise UserError(f"not a pattern ({error}).", where=f"{place}.name", remedy="Mend it.") from None
+    if rule.layers is not None and not re.fullmatch(r"\s*-?\d+(\.\.-?\d+)?\s*(,\s*-?\d+(\.\.-?\d+)?\s*)*", rule.layers):
+        raise UserError(f"{rule.layers!r} names no layers.", where=f"{place}.layers", remedy='Write "0..3, 26, -1".')
+    _check_options(rule, place)
+
+
+def _check_options(rule: Rule, place: str) -> None:
+    rules = FORMATS[rule.format].scale_rules if rule.format != KEEP else ()
+    if rule.scale is not None and rule.scale not in rules:
+        allowed = f"It knows {', '.join(rules)}." if rules else "Remove it."
+        raise UserError(f"{rule.format} has no scale rule {rule.scale}.", where=f"{place}.scale", remedy=allowed)
+    if rule.objective is not None and (rule.scale or (rules or ("",))[0]) != "four-over-six":
+        if not (rule.scale == "sweep" and rule.objective == "mse"):
+            raise UserError(
+                f"objective {rule.objective} goes with `scale: four-over-six`.",
+                where=f"{place}.objective",
+                remedy="Remove it: sweep minimises mse, absmax chooses nothing.",
+            )
+    for key in ("group", "symmetric"):
+        if getattr(rule, key) is not None and rule.format != "int4":
+            raise UserError(f"{rule.format} has no option {key}.", where=f"{place}.{key}", remedy="Remove it.")
+    for size in rule.group or ():
+        if size not in INT4_GROUPS:
+            raise UserError(f"group {size} is not run by engines.", where=f"{place}.group", remedy="Use 32, 64 or 128.")
+
+
+def _known(key: str, value: str, valid: Sequence[str], place: str) -> None:
+    if value not in valid:
+        near = get_close_matches(value, valid, n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(valid)}."
+        raise UserError(f"unknown {key} {value!r}.", where=f"{place}.{key}", remedy=remedy)
+
+
+def _explain(error: ValidationError, where: str) -> UserError:
+    first = error.errors()[0]
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+    if first["type"] == "extra_forbidden":
+        fields = Rule.model_fields if len(first["loc"]) > 1 else Recipe.model_fields
+        near = get_close_matches(str(first["loc"][-1]), list(fields), n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(fields)}."
+        return UserError("unknown key.", where=f"{where}: {path}", remedy=remedy)
+    return UserError(f"{first['msg']}.", where=f"{where}: {path}", remedy="See `snugfit recipes` for examples.")
