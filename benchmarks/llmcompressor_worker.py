@@ -10,7 +10,7 @@ ROWS.json holds {"rows": [[token ids], ...]}: exactly these rows are the calibra
 last line of stdout is one JSON document. Its seconds and cpu_seconds count from after the imports, so nothing is
 charged to llm-compressor that a long-lived process would pay once.
 
-Recipes ("four over six" = the memoryless_mse observer told to try a block's scale at 6 and at 4, keeping the lower MSE):
+Recipes ("four over six": the memoryless_mse observer told to try each block's scale at 6 and at 4, lower MSE wins):
 
     nvfp4-fp8-hybrid            FP8_DYNAMIC attention, NVFP4 MLP with four over six
     nvfp4-fp8-attention-absmax  FP8_DYNAMIC attention, NVFP4 MLP with plain absmax scales
@@ -183,6 +183,12 @@ def quantize(arguments: argparse.Namespace, watch: Stopwatch) -> list[list[int]]
     return rows
 
 
+def find_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter."""
+    packages = ("llmcompressor", "compressed-tensors", "torch", "transformers")
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
+
+
 def main() -> None:
     """Quantize, then print the measurements as the last line of stdout."""
     arguments = parse_arguments()
@@ -209,10 +215,7 @@ def main() -> None:
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_rss_after_import_bytes": peak_after_import,
         "output_bytes": sum(file.stat().st_size for file in arguments.out.iterdir() if file.is_file()),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("llmcompressor", "compressed-tensors", "torch", "transformers")},
-        },
+        "versions": find_versions(),
     }
     print(json.dumps(report))
 

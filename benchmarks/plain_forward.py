@@ -6,7 +6,9 @@ It runs wherever torch and transformers are, and needs nothing else:
 
 ROWS.json holds {"rows": [[token ids], ...]}. The model is loaded by transformers in bfloat16 and run with its output
 head, without gradients and without a cache. The last line of stdout is one JSON document: `forward_seconds` has the
-model's own time for each repeat (the loss is computed outside of it), `perplexity` is over all predicted tokens.
+model's own time for each repeat (the loss is computed outside of it), `forward_cpu_seconds` the processor time, all
+threads together; `perplexity` is over all predicted tokens. On a shared machine compare with --threads 1 and by
+processor seconds: threads that wait for each other lose far more to a busy neighbour than one thread does.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import platform
 import resource
 import sys
 import time
+from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -59,20 +62,32 @@ def make_batches(rows: list[list[int]], *, batch_size: int) -> list[list[list[in
     return batches
 
 
-def run_rows(model: Any, batches: list[list[list[int]]]) -> tuple[float, float, int]:
-    """Seconds of the model alone, sum of the next-token losses in nats, and how many there are."""
+@dataclass(slots=True)
+class Pass:
+    """One pass over the rows: seconds of the model alone, sum of the next-token losses in nats, and their count."""
+
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    loss: float = 0.0
+    count: int = 0
+
+
+def run_rows(model: Any, batches: list[list[list[int]]]) -> Pass:
+    """Run every batch once; the loss is computed outside of the measured time."""
     torch = import_module("torch")
-    seconds, loss, count = 0.0, 0.0, 0
+    result = Pass()
     with torch.no_grad():
         for batch in batches:
             ids = torch.tensor(batch)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             logits = model(input_ids=ids, use_cache=False).logits
-            seconds += time.perf_counter() - start
+            result.seconds += time.perf_counter() - start
+            result.cpu_seconds += time.process_time() - cpu_start
             for row, targets in zip(logits, ids, strict=True):  # a row at a time: fp32 logits of a batch are large
-                loss += float(torch.nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="sum"))
-                count += len(targets) - 1
-    return seconds, loss, count
+                loss = torch.nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="sum")
+                result.loss += float(loss)
+                result.count += len(targets) - 1
+    return result
 
 
 def main() -> None:
@@ -88,11 +103,7 @@ def main() -> None:
     ).eval()
     load_seconds = time.perf_counter() - start
     batches = make_batches(rows, batch_size=arguments.batch_size)
-    seconds: list[float] = []
-    loss, count = 0.0, 0
-    for _ in range(arguments.repeats):
-        forward_seconds, loss, count = run_rows(model, batches)
-        seconds.append(round(forward_seconds, 3))
+    passes = [run_rows(model, batches) for _ in range(arguments.repeats)]
     report = {
         "rows": len(rows),
         "tokens": sum(map(len, rows)),
@@ -100,9 +111,10 @@ def main() -> None:
         "threads": arguments.threads,
         "attention": arguments.attention,
         "load_seconds": round(load_seconds, 3),
-        "forward_seconds": seconds,
-        "forward_seconds_best": min(seconds),
-        "perplexity": round(math.exp(loss / count), 4),
+        "forward_seconds": [round(result.seconds, 3) for result in passes],
+        "forward_cpu_seconds": [round(result.cpu_seconds, 3) for result in passes],
+        "forward_seconds_best": round(min(result.seconds for result in passes), 3),
+        "perplexity": round(math.exp(passes[-1].loss / passes[-1].count), 4),
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_rss_after_import_bytes": peak_after_import,
         "versions": {

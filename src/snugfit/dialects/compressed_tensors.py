@@ -16,11 +16,7 @@ from snugfit.formats.spec import NVFP4_BLOCK, TensorFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snugfit.formats.fp8 import FP8Weight
-    from snugfit.formats.int4 import INT4Weight
-    from snugfit.formats.nvfp4 import NVFP4Weight
-
-    Stored = NVFP4Weight | FP8Weight | INT4Weight
+    from snugfit.formats.stored import Stored
 
 NVFP4 = "nvfp4-pack-quantized"
 FLOAT = "float-quantized"
@@ -206,9 +202,7 @@ def _targets(
         parent, _, leaf = ending.rpartition(".")
         prefix = f"layers\\.{_choice(layers)}\\." if ending in shared else ""
         leaves_of.setdefault((prefix, parent), []).append(leaf)
-    patterns = [
-        f"re:.*{prefix}{_escape(parent)}{_choice(leaves)}$" for (prefix, parent), leaves in leaves_of.items()
-    ]
+    patterns = [f"re:.*{prefix}{_escape(parent)}{_choice(leaves)}$" for (prefix, parent), leaves in leaves_of.items()]
     return exact + patterns
 
 

@@ -1,4 +1,4 @@
-"""Safetensors on disk: read headers and tensors by range, write shards whose sizes are known before the first byte.
+"""Safetensors on disk: headers, and tensors read by range.
 
 Everything about a checkpoint is checked on its headers, which need no torch; tensors are read with plain positioned
 reads, so that memory holds what was asked for and nothing of the rest of the file.
@@ -7,10 +7,9 @@ reads, so that memory holds what was asked for and nothing of the rest of the fi
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +41,7 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I64": 8,
     "U64": 8,
 }
-# safetensors' dtype order, which its writer sorts by, largest first
-_SERIAL_ORDER = (
-    "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 "
-    "I32 U32 F32 C64 F64 I64 U64"
-).split()
-_TORCH_NAMES: Mapping[str, str] = {
+TORCH_NAMES: Mapping[str, str] = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
@@ -182,7 +176,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
                     remedy="It changed while being read; download it again.",
                 )
             done += count
-    dtype: torch.dtype = getattr(torch, _TORCH_NAMES[tensor.dtype])
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
     return buffer.view(dtype).view(tensor.shape)
 
 
@@ -276,107 +270,3 @@ def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> Store
 
 def _hidden(relative: Path) -> bool:
     return any(part.startswith(".") for part in relative.parts)
-
-
-# ---- writing ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A safetensors file yet to be written: its whole header, and the offset of each tensor in the file."""
-
-    name: str
-    header: bytes
-    offsets: Mapping[str, int]
-    tensors: tuple[TensorInfo, ...]
-    bytes: int
-
-
-def plan_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[Shard]:
-    """Lay tensors out in shards of at most `max_shard_bytes`, in the given order, one larger tensor to a shard."""
-    parts: list[list[TensorInfo]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if parts[-1] and filled + tensor.bytes > max_shard_bytes:
-            parts.append([])
-            filled = 0
-        parts[-1].append(tensor)
-        filled += tensor.bytes
-    total = len(parts)
-    names = [SINGLE_NAME] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-    return [_lay_out(name, part) for name, part in zip(names, parts, strict=True)]
-
-
-def _lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
-    """One shard, byte for byte as safetensors' own writer lays it out: by dtype, largest first, then by name."""
-    ordered = sorted(tensors, key=lambda t: (-_SERIAL_ORDER.index(t.dtype), t.name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offsets: dict[str, int] = {}
-    end = 0
-    for tensor in ordered:
-        offsets[tensor.name] = end
-        end += tensor.bytes
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [offsets[tensor.name], end],
-        }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    start = 8 + len(text)
-    absolute = {name: start + offset for name, offset in offsets.items()}
-    return Shard(name, struct.pack("<Q", len(text)) + text, absolute, tuple(ordered), start + end)
-
-
-class ShardWriter:
-    """Writes tensors to their places in planned shards, in any order, and knows which are still missing."""
-
-    def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
-        """Create the shard files at their full size, headers written."""
-        self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
-        self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-        self._files: dict[str, int] = {}
-        for shard in shards:
-            handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-            self._files[shard.name] = handle
-            os.ftruncate(handle, shard.bytes)
-            _write_at(handle, memoryview(shard.header), 0)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; a shape or dtype other than the planned one is a defect of ours and stops the run."""
-        import torch
-
-        planned = self._missing.pop(name)
-        data = tensor.detach().to("cpu").contiguous()
-        if tuple(data.shape) != planned.shape or data.dtype != getattr(torch, _TORCH_NAMES[planned.dtype]):
-            raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {data.dtype} {data.shape}")
-        shard = self._shard_of[name]
-        raw = memoryview(data.view(-1).view(torch.uint8).numpy()) if data.numel() else memoryview(b"")
-        _write_at(self._files[shard.name], raw, shard.offsets[name])
-
-    def finish(self) -> None:
-        """Flush every shard to the disk and close it; a tensor never written is a defect of ours."""
-        if self._missing:
-            raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
-        for handle in self._files.values():
-            os.fsync(handle)
-        self.close()
-
-    def close(self) -> None:
-        """Close the shard files as they are."""
-        for handle in self._files.values():
-            os.close(handle)
-        self._files.clear()
-
-
-def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json for these shards."""
-    total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _write_at(handle: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done:], offset + done)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor, nn
 
 from snugfit.dialects import compressed_tensors as dialect
 from snugfit.engines.fused import group_modules
 from snugfit.engines.profiles import PROFILES
-from snugfit.formats import fp8, int4, nvfp4
+from snugfit.errors import UserError
+from snugfit.formats import fp8, nvfp4
 from snugfit.formats.spec import TensorFormat
+from snugfit.formats.stored import Stored, dequantize
 from snugfit.model.checkpoint import Checkpoint, read_tensor
 
 Quantizer = Callable[[Tensor], Tensor]
-
-
-def dequantize(stored: dialect.Stored) -> Tensor:
-    """fp32 [N, K] of a stored weight of any format."""
-    if isinstance(stored, nvfp4.NVFP4Weight):
-        return nvfp4.dequantize(stored)
-    if isinstance(stored, fp8.FP8Weight):
-        return fp8.dequantize(stored)
-    return int4.dequantize(stored)
 
 
 def input_quantizer(fmt: TensorFormat, profile: str, input_scale: Tensor | None) -> Quantizer | None:
@@ -59,10 +51,17 @@ def _shared_hook(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...
 
 def read_module(
     checkpoint: Checkpoint, module: str, fmt: TensorFormat, shape: tuple[int, ...]
-) -> tuple[dialect.Stored, Tensor | None]:
+) -> tuple[Stored, Tensor | None]:
     """A quantized module's weight and activation multiplier from disk; `shape` is the weight's [N, K]."""
-    parts = {part: read_tensor(checkpoint, f"{module}.{part}") for part in dialect.layout(fmt, shape, "BF16")}
-    return dialect.decode(fmt, parts)
+    names = {part: f"{module}.{part}" for part in dialect.layout(fmt, shape, "BF16")}
+    missing = [name for name in names.values() if name not in checkpoint.tensors]
+    if missing:
+        raise UserError(
+            f"quantization_config makes {module} {fmt.label()}, but {', '.join(missing)} is not there.",
+            where=str(checkpoint.path),
+            remedy="Config and weights do not belong together.",
+        )
+    return dialect.decode(fmt, {part: read_tensor(checkpoint, name) for part, name in names.items()})
 
 
 def read_layer(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from snugfit.errors import UserError
-from snugfit.model.checkpoint import Checkpoint
+from snugfit.model.checkpoint import Checkpoint, read_tensor
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,36 @@ def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[st
     return model
 
 
-def outer_names(skeleton: Skeleton) -> list[str]:
-    """Names of all parameters and persistent buffers outside the decoder layers."""
-    prefix = skeleton.layers_name + "."
-    return [name for name in skeleton.model.state_dict() if not name.startswith(prefix)]
+def outer_weights(skeleton: Skeleton, checkpoint: Checkpoint, *, head: bool) -> dict[str, Tensor]:
+    """Tensors outside the decoder layers by full name: with the output head, or (head=False) with the embeddings.
+
+    A tied tensor is read once, under whichever name the file has it.
+    """
+    model = skeleton.model
+    skipped = model.get_input_embeddings() if head else model.get_output_embeddings()  # type: ignore[operator]
+    state = model.state_dict(keep_vars=True)
+    unused = {id(tensor) for tensor in skipped.state_dict(keep_vars=True).values()} if skipped is not None else set()
+    names = [
+        name
+        for name, tensor in state.items()
+        if not name.startswith(skeleton.layers_name + ".") and (id(tensor) not in unused or _is_tied(state, name))
+    ]
+    found: dict[int, Tensor] = {}
+    for name in names:
+        if name in checkpoint.tensors and id(state[name]) not in found:
+            found[id(state[name])] = read_tensor(checkpoint, name)
+    missing = [name for name in names if id(state[name]) not in found]
+    if missing:
+        raise UserError(
+            f"tensors missing: {', '.join(missing[:5])}.",
+            where=str(checkpoint.path),
+            remedy="Config and weights do not belong together.",
+        )
+    return {name: found[id(state[name])] for name in names}
+
+
+def _is_tied(state: dict[str, Tensor], name: str) -> bool:
+    return sum(tensor is state[name] for tensor in state.values()) > 1
 
 
 def _first_line(error: BaseException) -> str:

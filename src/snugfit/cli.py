@@ -1,0 +1,167 @@
+"""The command line: one verb a function, each importing its module when called. stdout is the result, stderr progress."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from snugfit.errors import UserError
+
+if TYPE_CHECKING:
+    from snugfit.records import TensorRecord
+
+app = typer.Typer(
+    help="Make a language model fit the GPU you have, in formats that vLLM, SGLang and transformers run.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """UserError -> one message and exit code 2; Ctrl-C -> exit code 130."""
+    try:
+        yield
+    except UserError as error:
+        typer.echo(f"snugfit: {error}", err=True)
+        raise typer.Exit(2) from None
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        typer.echo(f"snugfit: {place}{error.strerror or error}. Nothing was written.", err=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("snugfit: stopped; nothing was written. Run the same command to start again.", err=True)
+        raise typer.Exit(130) from None
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors weights.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="A built-in name (`snugfit recipes`) or a YAML file.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New directory for the result.")] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text or JSONL to calibrate on. Default: Python's documentation.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of calibration tokens at most.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens a row at most.")] = 1024,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    tokens_per_batch: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
+    max_shard_size: Annotated[float, typer.Option(help="Largest weight file in GB (10^9 bytes).")] = 5.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print tensor, format and bytes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
+) -> None:
+    """Quantize MODEL by a recipe into a new directory that stock engines load."""
+    from snugfit.quantize import plan_quantization, quantize_checkpoint
+
+    with _plain_errors():
+        shard_bytes = int(max_shard_size * 1e9)
+        if dry_run:
+            plan = plan_quantization(model, recipe, max_shard_bytes=shard_bytes)
+            _print_plan(plan.records(), as_json)
+            return
+        if output is None:
+            raise UserError("no output directory.", remedy="Name one with -o, or add --dry-run.")
+        record = quantize_checkpoint(
+            model,
+            output,
+            recipe,
+            text=text or (),
+            rows=rows,
+            length=length,
+            device=device,
+            tokens_per_batch=tokens_per_batch,
+            max_shard_bytes=shard_bytes,
+            progress=True,
+        )
+        if as_json:
+            sys.stdout.write(record.to_json())
+            return
+        _print_totals(record.tensors)
+        if record.left_out:
+            typer.echo(f"weights in other containers, not copied: {', '.join(record.left_out)}", err=True)
+        typer.echo(f"{output}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this built-in recipe's YAML.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List the built-in recipes, or print one."""
+    import json
+
+    from snugfit.recipe import builtin_names, load_recipe
+
+    with _plain_errors():
+        if name is not None and name not in builtin_names():
+            load_recipe(name)  # names the nearest, unless it is a file
+            raise UserError(f"{name} is a file, not a built-in recipe.", remedy="`snugfit recipes` lists them.")
+        loaded = [load_recipe(known) for known in ([name] if name else builtin_names())]
+        if as_json:
+            typer.echo(
+                json.dumps([entry.recipe.model_dump(mode="json", exclude_none=True) for entry in loaded], indent=2)
+            )
+        elif name:
+            typer.echo(loaded[0].text, nl=False)
+        else:
+            _print_recipes([(entry.recipe.name, entry.recipe.description) for entry in loaded])
+
+
+def _print_recipes(pairs: list[tuple[str, str]]) -> None:
+    table = _table("recipe", "what it does")
+    for name, description in pairs:
+        table.add_row(name, description)
+    _show(table)
+
+
+def _print_plan(records: tuple[TensorRecord, ...], as_json: bool) -> None:
+    import json
+    from dataclasses import asdict
+
+    total = sum(record.bytes for record in records)
+    if as_json:
+        tensors = [{k: v for k, v in asdict(r).items() if v is not None} for r in records]
+        typer.echo(json.dumps({"tensors": tensors, "bytes": total}, indent=2))
+        return
+    table = _table("tensor", "format", "shape", "bytes", right=("bytes",))
+    for record in records:
+        table.add_row(record.name, record.format, "x".join(map(str, record.shape)), f"{record.bytes:,}")
+    _show(table)
+    _print_totals(records)
+
+
+def _print_totals(records: tuple[TensorRecord, ...]) -> None:
+    from snugfit.records import totals_by_format
+
+    columns = ("tensors", "bytes before", "bytes after", "bits a weight", "relative error")
+    table = _table("format", *columns, right=columns)
+    for total in totals_by_format(records):
+        error = "" if total.relative_error is None else f"{total.relative_error:.5f}"
+        sizes = f"{total.source_bytes:,}", f"{total.bytes:,}"
+        table.add_row(total.format, str(total.tensors), *sizes, f"{total.bits_per_weight:.3f}", error)
+    before, after = sum(r.source_bytes for r in records), sum(r.bytes for r in records)
+    table.add_row("all", str(len(records)), f"{before:,}", f"{after:,}", "", "")
+    _show(table)
+
+
+def _table(*headings: str, right: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
+    return table
+
+
+def _show(table: object) -> None:
+    from rich.console import Console
+
+    # a pipe has no width: give every column what it needs
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console.print(table)

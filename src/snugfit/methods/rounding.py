@@ -1,0 +1,35 @@
+"""Round-to-nearest: codes for a fused group of weights, format by format."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
+
+from snugfit.formats import fp8, int4
+from snugfit.formats.spec import TensorFormat
+from snugfit.formats.stored import Stored
+from snugfit.methods.scales import quantize_fused_group
+
+Group = Mapping[str, Tensor]
+Rounder = Callable[[Group, TensorFormat, str, str], Mapping[str, Stored]]
+
+
+def _nvfp4(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
+    return quantize_fused_group(weights, scale, objective)
+
+
+def _fp8(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
+    return {name: fp8.quantize(weight) for name, weight in weights.items()}
+
+
+def _int4(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
+    return {name: int4.quantize(weight, group=fmt.group, symmetric=fmt.symmetric) for name, weight in weights.items()}
+
+
+ROUNDERS: Mapping[str, Rounder] = {"nvfp4": _nvfp4, "nvfp4a16": _nvfp4, "fp8-dynamic": _fp8, "int4": _int4}
+
+
+def round_group(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
+    """Stored weights of one fused group (tensor name -> weight [N, K]) in `fmt`, scales chosen by the named rule."""
+    return ROUNDERS[fmt.name](weights, fmt, scale, objective)
