@@ -1,0 +1,71 @@
+"""Fixtures: tiny random checkpoints made on the spot, and the packaged real model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MakeTiny = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeTiny:
+    """Returns a function that writes a tiny random bf16 model of a transformers family and gives its directory.
+
+    make_tiny("llama", tie_word_embeddings=True, max_shard_size="200KB"): config keys override TINY.
+    """
+
+    def make(kind: str = "llama", *, max_shard_size: str = "5GB", seed: int = 0, **config: Any) -> Path:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        directory = tmp_path_factory.mktemp(kind)
+        torch.manual_seed(seed)
+        settings = AutoConfig.for_model(kind, **{**TINY, **config})
+        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.normal_(0.0, 0.08)
+        model.save_pretrained(directory, max_shard_size=max_shard_size)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def token_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of 6 rows of 48 random token ids below 64 (no tokenizer needed)."""
+    file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randint(3, 64, (6, 48), generator=generator).tolist()
+    file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The packaged real model; `make build/smollm2/config.json` unpacks it."""
+    path = Path(__file__).parent.parent / "build" / "smollm2"
+    if not (path / "config.json").is_file():
+        pytest.fail("build/smollm2 is missing: run `make build/smollm2/config.json`")
+    return path
