@@ -8,7 +8,9 @@ The rival's side of the benchmarks. It runs in llm-compressor's own virtual envi
 ROWS.json holds {"rows": [[token ids], ...]}: exactly these rows are the calibration set. The data-free recipes
 (fp8-dynamic, int4-w4a16) take "-" in its place. The compressed checkpoint goes to OUT; progress goes to stderr; the
 last line of stdout is one JSON document. Its seconds and cpu_seconds count from after the imports, so nothing is
-charged to llm-compressor that a long-lived process would pay once.
+charged to llm-compressor that a long-lived process would pay once. --pipeline independent is llm-compressor's default
+(two passes over each layer, its memory bounded by a layer on an accelerator); "basic" makes one pass over the whole
+model, is its fastest where the model fits, and writes the same bytes for these recipes.
 
 Recipes ("four over six": the memoryless_mse observer told to try each block's scale at 6 and at 4, lower MSE wins):
 

@@ -5,10 +5,10 @@ It runs wherever torch and transformers are, and needs nothing else:
     python plain_forward.py MODEL ROWS.json --batch-size 4 --threads 2 --repeats 3
 
 ROWS.json holds {"rows": [[token ids], ...]}. The model is loaded by transformers in bfloat16 and run with its output
-head, without gradients and without a cache. The last line of stdout is one JSON document: `forward_seconds` has the
-model's own time for each repeat (the loss is computed outside of it), `forward_cpu_seconds` the processor time, all
-threads together; `perplexity` is over all predicted tokens. On a shared machine compare with --threads 1 and by
-processor seconds: threads that wait for each other lose far more to a busy neighbour than one thread does.
+head (unless --without-head), without gradients and without a cache. The last line of stdout is one JSON document:
+`forward_seconds` has the model's own time for each repeat (the loss is computed outside of it), `forward_cpu_seconds`
+the processor time, all threads together; `perplexity` is over all predicted tokens. On a shared machine compare with
+--threads 1 and by processor seconds: threads that wait for each other lose far more to a busy neighbour than one does.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=4, help="rows of one length per forward")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--without-head", action="store_true", help="decoder only, as calibration needs")
     parser.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     return parser.parse_args()
 
@@ -72,18 +73,20 @@ class Pass:
     count: int = 0
 
 
-def run_rows(model: Any, batches: list[list[list[int]]]) -> Pass:
-    """Run every batch once; the loss is computed outside of the measured time."""
+def run_rows(model: Any, batches: list[list[list[int]]], *, with_head: bool) -> Pass:
+    """Run every batch once; the loss is computed outside of the measured time, and only with the head."""
     torch = import_module("torch")
     result = Pass()
     with torch.no_grad():
         for batch in batches:
             ids = torch.tensor(batch)
             start, cpu_start = time.perf_counter(), time.process_time()
-            logits = model(input_ids=ids, use_cache=False).logits
+            outputs = (model if with_head else model.base_model)(input_ids=ids, use_cache=False)
             result.seconds += time.perf_counter() - start
             result.cpu_seconds += time.process_time() - cpu_start
-            for row, targets in zip(logits, ids, strict=True):  # a row at a time: fp32 logits of a batch are large
+            if not with_head:
+                continue
+            for row, targets in zip(outputs.logits, ids, strict=True):  # by rows: fp32 logits of a batch are large
                 loss = torch.nn.functional.cross_entropy(row[:-1].float(), targets[1:], reduction="sum")
                 result.loss += float(loss)
                 result.count += len(targets) - 1
@@ -103,18 +106,19 @@ def main() -> None:
     ).eval()
     load_seconds = time.perf_counter() - start
     batches = make_batches(rows, batch_size=arguments.batch_size)
-    passes = [run_rows(model, batches) for _ in range(arguments.repeats)]
+    passes = [run_rows(model, batches, with_head=not arguments.without_head) for _ in range(arguments.repeats)]
     report = {
         "rows": len(rows),
         "tokens": sum(map(len, rows)),
         "batch_size": arguments.batch_size,
         "threads": arguments.threads,
         "attention": arguments.attention,
+        "head": not arguments.without_head,
         "load_seconds": round(load_seconds, 3),
         "forward_seconds": [round(result.seconds, 3) for result in passes],
         "forward_cpu_seconds": [round(result.cpu_seconds, 3) for result in passes],
         "forward_seconds_best": round(min(result.seconds for result in passes), 3),
-        "perplexity": round(math.exp(passes[-1].loss / passes[-1].count), 4),
+        "perplexity": round(math.exp(passes[-1].loss / passes[-1].count), 4) if passes[-1].count else None,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_rss_after_import_bytes": peak_after_import,
         "versions": {

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)  # small tensors: threads would cost more than they bring, most of all on a busy machine
 
 TINY: dict[str, Any] = {
     "vocab_size": 64,
@@ -30,18 +31,25 @@ MakeTiny = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def make_tiny(tmp_path_factory: pytest.TempPathFactory) -> MakeTiny:
-    """Returns a function that writes a tiny random bf16 model of a transformers family and gives its directory.
+    """Returns a function that writes a tiny random model of a transformers family and gives its directory.
 
     make_tiny("llama", tie_word_embeddings=True, max_shard_size="200KB"): config keys override TINY.
     """
 
-    def make(kind: str = "llama", *, max_shard_size: str = "5GB", seed: int = 0, **config: Any) -> Path:
+    def make(
+        kind: str = "llama",
+        *,
+        max_shard_size: str = "5GB",
+        seed: int = 0,
+        dtype: torch.dtype = torch.bfloat16,
+        **config: Any,
+    ) -> Path:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         directory = tmp_path_factory.mktemp(kind)
         torch.manual_seed(seed)
         settings = AutoConfig.for_model(kind, **{**TINY, **config})
-        model = AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() == 2:

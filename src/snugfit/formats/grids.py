@@ -51,6 +51,13 @@ def e2m1_values(codes: Tensor) -> Tensor:
     return table[codes.to(torch.int32)]
 
 
+def e2m1_pairs(packed: Tensor) -> Tensor:
+    """fp32 values [..., 2K] of packed nibbles uint8 [..., K]: one look-up gives both halves of a byte."""
+    every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
+    table = e2m1_values(unpack_nibbles(every_byte.unsqueeze(-1)))
+    return table[packed.to(torch.int32)].flatten(-2)
+
+
 def pack_nibbles(codes: Tensor) -> Tensor:
     """uint8 [..., K/2] from nibbles uint8 [..., K]; the even column takes the low half."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)

@@ -17,11 +17,10 @@ from snugfit.formats.grids import (
     E4M3_MAX,
     E4M3_TINY,
     e2m1_codes,
-    e2m1_values,
+    e2m1_pairs,
     pack_nibbles,
     round_e2m1_magnitude,
     to_e4m3,
-    unpack_nibbles,
 )
 from snugfit.formats.spec import NVFP4_BLOCK
 
@@ -56,7 +55,7 @@ def quantize(weight: Tensor, block_scale: Tensor, global_scale: Tensor) -> NVFP4
 def dequantize(stored: NVFP4Weight) -> Tensor:
     """fp32 [N, K] of a stored weight."""
     step = stored.block_scale.float() * stored.global_scale
-    values = e2m1_values(unpack_nibbles(stored.packed)).unflatten(-1, (-1, NVFP4_BLOCK))
+    values = e2m1_pairs(stored.packed).unflatten(-1, (-1, NVFP4_BLOCK))
     return values.mul_(step.unsqueeze(-1)).flatten(-2)
 
 

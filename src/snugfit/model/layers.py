@@ -66,9 +66,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
             del config.quantization_config
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         with _parameters_on_meta(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except (ValueError, KeyError, ImportError, OSError, TypeError, AttributeError) as error:
         kind = checkpoint.config.get("model_type")
         raise UserError(

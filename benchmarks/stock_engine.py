@@ -1,0 +1,96 @@
+"""What a stock vLLM says of what snugfit writes: four recipes on one model, quantized and served, perplexities side by side.
+
+    python benchmarks/stock_engine.py MODEL WORK [--device cuda] [--vllm-python PYTHON] [--rows 16] [--length 512]
+
+Runs where snugfit is importable; vLLM may live in another environment (`--vllm-python`). On a GPU before Blackwell
+NVFP4 is served twice: weight-only through Marlin, as vLLM chooses, and as W4A4 through its emulation kernel. Prints a
+Markdown table and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from snugfit.calibration.dataset import Rows, load_rows, python_topics
+from snugfit.evaluation.fidelity import perplexity
+from snugfit.quantize import quantize_checkpoint
+
+RECIPES = ("fp8-dynamic", "fp8-int4", "nvfp4", "nvfp4-fp8-hybrid")
+SERVE = Path(__file__).with_name("serve_vllm.py")
+
+
+def main() -> None:
+    """Quantize, emulate, serve, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--vllm-python", default=sys.executable)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    arguments = parser.parse_args()
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    text = work / "evaluation.txt"
+    text.write_text(python_topics("evaluation"), encoding="utf-8")
+    rows = load_rows(arguments.model, [text], count=arguments.rows, length=arguments.length)
+    (work / "rows.json").write_text(json.dumps({"rows": rows.rows}), encoding="utf-8")
+    checkpoints = [arguments.model]
+    seconds = {}
+    for recipe in RECIPES:
+        target = work / recipe
+        shutil.rmtree(target, ignore_errors=True)
+        record = quantize_checkpoint(arguments.model, target, recipe, length=512, device=arguments.device)
+        seconds[recipe] = record.seconds["total"]
+        checkpoints.append(target)
+    ours = {path.name: _emulate(path, rows, arguments.device) for path in checkpoints}
+    served = {"served": _serve(arguments.vllm_python, work, checkpoints, "served")}
+    if arguments.device != "cpu":
+        fp4 = [path for path in checkpoints if path.name.startswith("nvfp4")]
+        served["served W4A4"] = _serve(arguments.vllm_python, work, fp4, "emulated", "--emulate-nvfp4")
+    _print(ours, served, rows, seconds)
+
+
+def _emulate(path: Path, rows: Rows, device: str) -> dict[str, float]:
+    profiles = ("none", "marlin", "vllm-blackwell")
+    return {profile: perplexity(path, rows, activations=profile, device=device).value for profile in profiles}
+
+
+def _serve(python: str, work: Path, checkpoints: list[Path], name: str, *options: str) -> dict[str, Any]:
+    out = work / f"{name}.json"
+    command = [python, str(SERVE), str(work / "rows.json"), str(out), *map(str, checkpoints), *options]
+    subprocess.run(command, check=False)
+    return {Path(entry["path"]).name: entry for entry in json.loads(out.read_text(encoding="utf-8"))["checkpoints"]}
+
+
+def _print(
+    ours: dict[str, dict[str, float]],
+    served: dict[str, dict[str, Any]],
+    rows: Rows,
+    seconds: dict[str, float],
+) -> None:
+    print(f"{len(rows.rows)} rows, {rows.tokens} tokens, digest {rows.digest[:16]}\n")
+    print("| checkpoint | ours: none | ours: marlin | ours: vllm-blackwell | " + " | ".join(served) + " | kernels |")
+    print("|---|" + "---|" * (4 + len(served)))
+    for name, values in ours.items():
+        entries = [run.get(name) or {} for run in served.values()]
+        figures = [f"{value:.3f}" for value in values.values()]
+        figures += [f"{entry['perplexity']:.3f}" if "perplexity" in entry else "-" for entry in entries]
+        kernels = sorted({kernel for entry in entries for kernel in entry.get("kernels", [])})
+        print(f"| {name} | " + " | ".join(figures) + f" | {', '.join(kernels)} |")
+    for run in served.values():
+        for name, entry in run.items():
+            if "error" in entry:
+                print(f"{name}: {entry['error']}", file=sys.stderr)
+    document = {"ours": ours, "served": served, "digest": rows.digest, "seconds": seconds}
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""A stock vLLM (CPU build, an environment of its own) serves what snugfit writes, and says what our emulation says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snugfit.calibration.dataset import Rows, load_rows, python_topics
+from snugfit.evaluation.fidelity import perplexity
+from snugfit.quantize import quantize_checkpoint
+
+pytestmark = pytest.mark.engine
+
+SERVE = Path(__file__).parents[2] / "benchmarks" / "serve_vllm.py"
+FP8 = "ChannelWiseTorchFP8ScaledMMLinearKernel"
+INT4 = "CPUWNA16LinearKernel"
+NVFP4 = "EmulationNvFp4LinearKernel"
+# recipe -> kernels that must have run, relative bound on perplexity against our emulation
+RECIPES: dict[str, tuple[set[str], float]] = {
+    "fp8-dynamic": ({FP8}, 0.005),
+    "fp8-int4": ({FP8, INT4}, 0.005),
+    "nvfp4": ({NVFP4}, 0.02),
+    "nvfp4-fp8-hybrid": ({FP8, NVFP4}, 0.02),
+}
+
+
+@pytest.fixture(scope="module")
+def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """8 x 512 tokens that calibration has not seen."""
+    text = tmp_path_factory.mktemp("text") / "evaluation.txt"
+    text.write_text(python_topics("evaluation"), encoding="utf-8")
+    return load_rows(smollm2, [text], count=8, length=512)
+
+
+@pytest.fixture(scope="module")
+def served(smollm2: Path, rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every recipe's checkpoint, quantized here and served once, by recipe; the model as it is under `bf16`."""
+    python = os.environ.get("SNUGFIT_VLLM_PYTHON")
+    if not python:
+        pytest.fail("SNUGFIT_VLLM_PYTHON must name the Python of a vLLM environment: run `make engine`")
+    work = tmp_path_factory.mktemp("engine")
+    (work / "rows.json").write_text(json.dumps({"rows": rows.rows}), encoding="utf-8")
+    paths = {"bf16": smollm2}
+    for recipe in RECIPES:
+        paths[recipe] = work / recipe
+        quantize_checkpoint(smollm2, work / recipe, recipe, rows=16, length=512)
+    command = [python, str(SERVE), str(work / "rows.json"), str(work / "out.json"), *map(str, paths.values())]
+    subprocess.run([*command, "--greedy-tokens", "8"], check=False)
+    entries = {entry["path"]: entry for entry in json.loads((work / "out.json").read_text())["checkpoints"]}
+    return {name: entries[str(path)] for name, path in paths.items()}
+
+
+def test_bf16_baseline(served: dict[str, Any], smollm2: Path, rows: Rows) -> None:
+    """The engine and our walk agree on the unquantized model within 0.5 %."""
+    assert served["bf16"]["perplexity"] == pytest.approx(perplexity(smollm2, rows).value, rel=0.005)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_engine_serves_what_we_emulate(recipe: str, served: dict[str, Any], rows: Rows) -> None:
+    """The engine loads the file, runs the kernels that its formats ask for, and its perplexity is our emulation's."""
+    entry = served[recipe]
+    assert "error" not in entry, entry.get("error")
+    kernels, bound = RECIPES[recipe]
+    assert set(entry["kernels"]) == kernels
+    assert not [warning for warning in entry["warnings"] if "global scale" in warning]
+    assert entry["perplexity"] == pytest.approx(perplexity(entry["path"], rows).value, rel=bound)

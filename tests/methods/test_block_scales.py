@@ -1,0 +1,304 @@
+"""NVFP4 block scales: the search against brute force, against a plain definition of four-over-six, and its gains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from snugfit.dialects import compressed_tensors as dialect
+from snugfit.formats import grids, nvfp4
+from snugfit.formats.spec import TensorFormat
+from snugfit.methods import scales
+
+E4M3 = torch.float8_e4m3fn
+RULES = ("absmax", "four-over-six", "sweep")
+OBJECTIVES = ("mse", "mae", "absmax")
+EVERY_SCALE = torch.arange(1, 127, dtype=torch.uint8).view(E4M3)
+COLUMNS = 128
+
+
+def gaussian(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(64, COLUMNS, generator=generator) * 0.02
+
+
+def heavy_tailed(seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ratio = torch.randn(64, COLUMNS, generator=generator) / torch.randn(64, COLUMNS, generator=generator)
+    return ratio.clamp(-1e4, 1e4)
+
+
+def tiny_beside_large(seed: int) -> Tensor:
+    """Blocks from the tensor's largest magnitude down to far below the smallest block scale, zeros among them."""
+    weight = gaussian(seed) * torch.logspace(0, -8, 64).unsqueeze(1)
+    weight[::7, :32] = 0
+    return weight
+
+
+def grid_points(seed: int) -> Tensor:
+    """Values that sit on small multiples of one step, so that candidates often tie."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-8, 9, (64, COLUMNS), generator=generator).float() / 4
+
+
+def bf16_weights(seed: int) -> Tensor:
+    return heavy_tailed(seed).bfloat16().float()
+
+
+WEIGHTS: dict[str, Callable[[int], Tensor]] = {
+    make.__name__: make for make in (gaussian, heavy_tailed, tiny_beside_large, grid_points, bf16_weights)
+}
+every_weight = pytest.mark.parametrize("kind", WEIGHTS)
+
+
+def block_errors(weight: Tensor, block_scale: Tensor, scale: Tensor, objective: str = "mse") -> Tensor:
+    """The objective of each block [N * K / 16] under its scale."""
+    magnitude = weight.reshape(-1, 16).abs()
+    return scales.OBJECTIVES[objective](scales._error(magnitude, block_scale.reshape(-1), scale))
+
+
+def chosen_at(weight: Tensor, scale: Tensor, rule: str, objective: str = "mse") -> Tensor:
+    return scales._choose(weight.reshape(-1, 16).abs(), scale, rule, objective)
+
+
+def relative_loss(weight: Tensor, rule: str) -> float:
+    """Squared error of a whole weight relative to its square, quantized and dequantized by the public functions."""
+    stored = scales.quantize_fused_group({"weight": weight}, rule)["weight"]
+    return float((nvfp4.dequantize(stored) - weight).double().square().sum() / weight.double().square().sum())
+
+
+def test_worked_example_is_exact_at_four_and_not_at_six() -> None:
+    """[10, 20, 30, 40] has no error with its 40 on code 4; on code 6 only the 30 is off, by 30 - 4 * 40/6."""
+    block = torch.tensor([[10.0, 20.0, 30.0, 40.0, *[0.0] * 12]])
+    scale = scales.global_scale(block.max(), "four-over-six")
+    on_six, on_four = scales._candidates(block.amax(1) / (6 * scale), "four-over-six")
+    assert (float(on_six), float(on_four)) == (256.0, 384.0)
+    assert float(block_errors(block, on_six, scale)) == pytest.approx((30 - 4 * 40 / 6) ** 2, rel=1e-5)
+    assert float(block_errors(block, on_four, scale)) == pytest.approx(0.0, abs=1e-9)
+    stored = scales.quantize_fused_group({"weight": block}, "four-over-six")["weight"]
+    assert float(stored.block_scale) == 384.0
+    assert torch.allclose(nvfp4.dequantize(stored), block, rtol=1e-6)
+    plain = nvfp4.dequantize(scales.quantize_fused_group({"weight": block}, "absmax")["weight"])
+    assert float((plain - block).square().sum()) == pytest.approx(100 / 9, rel=1e-5)
+
+
+def lowest_of_all(weight: Tensor, scale: Tensor) -> Tensor:
+    """The least squared error of each block under any of the 126 E4M3 scales."""
+    magnitude = weight.reshape(-1, 16).abs()
+    return torch.stack(
+        [scales._error(magnitude, code.expand(len(magnitude)), scale).square().sum(-1) for code in EVERY_SCALE]
+    ).amin(0)
+
+
+@every_weight
+def test_sweep_finds_the_best_of_all_scales(kind: str) -> None:
+    """No E4M3 scale has a lower squared error than the sweep's, in blocks whose plain scale is no E4M3 subnormal."""
+    weight = WEIGHTS[kind](1)
+    scale = scales.global_scale(weight.abs().max(), "sweep")
+    found = block_errors(weight, scales.block_scales(weight, scale, "sweep"), scale)
+    normal = weight.reshape(-1, 16).abs().amax(1) / (6 * scale) >= 2.0**-6
+    assert int(normal.sum()) >= len(normal) // 4
+    assert torch.equal(found[normal], lowest_of_all(weight, scale)[normal])
+
+
+def test_sweep_finds_a_best_scale_three_codes_down() -> None:
+    """Where clipping the largest value by a fifth pays for the other fifteen, the lowest of the eleven codes is taken."""
+    # all but the first value are exact under 0.8125, three codes below the plain scale 1
+    block = torch.tensor([[6.0, *[6 * 0.8125] * 5, *[4 * 0.8125] * 3, *[0.5 * 0.8125] * 7]])
+    one = torch.tensor(1.0)
+    best = scales.block_scales(block, one, "sweep")
+    assert float(best) == 0.8125
+    assert float(block_errors(block, best, one)) == (6 - 6 * 0.8125) ** 2
+    assert torch.equal(block_errors(block, best, one), lowest_of_all(block, one))
+
+
+@pytest.mark.xfail(strict=True, reason="eleven codes do not reach far enough among E4M3's evenly spaced subnormals")
+def test_sweep_finds_the_best_scale_of_tiny_blocks() -> None:
+    """A block of 13 and 6.5 times the smallest scale is exact under thirteen times it, and the sweep sees that."""
+    block = torch.tensor([[13.0, 6.5, *[0.0] * 14]]) * 2.0**-9
+    one = torch.tensor(1.0)
+    assert torch.equal(lowest_of_all(block, one), torch.zeros(1))
+    assert torch.equal(block_errors(block, scales.block_scales(block, one, "sweep"), one), torch.zeros(1))
+
+
+@every_weight
+@pytest.mark.parametrize("base", RULES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_more_candidates_never_lose_at_the_same_global_scale(kind: str, base: str, objective: str) -> None:
+    """Under one global scale, whichever rule made it, every block: sweep <= four-over-six <= absmax."""
+    weight = WEIGHTS[kind](2)
+    scale = scales.global_scale(weight.abs().max(), base)
+    absmax, four, sweep = (
+        block_errors(weight, chosen_at(weight, scale, rule, objective), scale, objective) for rule in RULES
+    )
+    assert (sweep <= four).all()
+    assert (four <= absmax).all()
+
+
+def nearest(magnitude: np.float32, step: np.float32) -> np.float32:
+    """The E2M1 value nearest to magnitude / step, ties to the even code, by comparing with all eight."""
+    ratio = float(np.float32(magnitude / step))
+    code = min(range(8), key=lambda index: (abs(grids.E2M1_VALUES[index] - ratio), index % 2))
+    return np.float32(grids.E2M1_VALUES[code])
+
+
+def plain_four_over_six(block: np.ndarray, scale: np.float32, objective: str) -> tuple[list[int], list[float]]:
+    """Codes and objectives of both candidates of a block, written from the definition, one number at a time."""
+    magnitudes = [np.float32(abs(value)) for value in block]
+    plain = np.float32(max(magnitudes) / np.float32(np.float32(6) * scale))
+    codes: list[int] = []
+    losses: list[float] = []
+    for factor in (1.0, 1.5):
+        wanted = np.clip(np.float32(plain * np.float32(factor)), np.float32(2**-9), np.float32(448))
+        rounded = np.asarray(wanted, np.float32).astype(ml_dtypes.float8_e4m3fn)
+        step = np.float32(rounded.astype(np.float32) * scale)
+        errors = [abs(float(np.float32(np.float32(nearest(m, step) * step) - m))) for m in magnitudes]
+        loss = {"mse": sum(e * e for e in errors), "mae": sum(errors), "absmax": max(errors)}[objective]
+        codes.append(int(rounded.view(np.uint8)))
+        losses.append(loss)
+    return codes, losses
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@every_weight
+def test_four_over_six_is_its_definition(kind: str, objective: str) -> None:
+    """Scales equal a one-number-at-a-time definition; sums that agree to 1e-6 may go either way, exact ties to six."""
+    weight = WEIGHTS[kind](3)[::8]
+    scale = scales.global_scale(weight.abs().max(), "four-over-six")
+    chosen = scales.block_scales(weight, scale, "four-over-six", objective).view(torch.uint8).flatten().tolist()
+    same = 0
+    for block, code in zip(weight.reshape(-1, 16).numpy(), chosen, strict=True):
+        codes, losses = plain_four_over_six(block, np.float32(scale.item()), objective)
+        expected = codes[1] if losses[1] < losses[0] else codes[0]
+        same += code == expected
+        assert code == expected or losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert same >= 0.98 * len(chosen)
+
+
+def test_a_tie_keeps_the_plain_scale() -> None:
+    """A block that both candidates store exactly stays on six."""
+    # 6 and 3 of a step are 4 and 2 of 1.5 steps
+    block = torch.zeros(1, 16)
+    block[0, :2] = torch.tensor([6.0, 3.0])
+    for rule in ("four-over-six", "sweep"):
+        scale = scales.global_scale(block.max(), rule)
+        assert float(scales.block_scales(block, scale, rule)) == 256.0
+
+
+@pytest.mark.parametrize("rule", RULES)
+@every_weight
+def test_the_file_dequantizes_to_the_chosen_values(kind: str, rule: str) -> None:
+    """Written and read back, a weight is bit for bit code * scale * global scale as the search chose them."""
+    weight = WEIGHTS[kind](4)
+    stored = scales.quantize_fused_group({"weight": weight}, rule)["weight"]
+    step = stored.block_scale.float().repeat_interleave(16, 1) * stored.global_scale
+    wanted = torch.from_numpy(
+        (weight.abs() / step).clamp(max=6).numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
+    )
+    parts = dialect.encode(stored, nvfp4.input_global_scale(3.7))
+    read, input_scale = dialect.decode(TensorFormat("nvfp4"), parts)
+    assert isinstance(read, nvfp4.NVFP4Weight)
+    assert torch.equal(read.global_scale, stored.global_scale)
+    assert input_scale is not None
+    assert torch.equal(input_scale, nvfp4.input_global_scale(3.7))
+    back = nvfp4.dequantize(read)
+    assert torch.equal(back, (wanted * step).copysign(weight))
+    # what the search minimised is what the file holds
+    squares = (back - weight).square().view(-1, 16).sum(1)
+    assert torch.equal(squares, block_errors(weight, stored.block_scale, stored.global_scale))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_fused_group_shares_one_global_scale(rule: str) -> None:
+    """All members carry the scale made of the largest magnitude among them, wherever that stands and whatever sign."""
+    small, large = gaussian(5), gaussian(6)
+    large[3, 5] = -9.0
+    group = {"q": small, "k": large[:16], "v": small[:8]}
+    stored = scales.quantize_fused_group(group, rule)
+    expected = scales.global_scale(torch.tensor(9.0), rule)
+    assert list(stored) == ["q", "k", "v"]
+    for name, weight in group.items():
+        assert torch.equal(stored[name].global_scale, expected)
+        assert torch.equal(
+            stored[name].block_scale.view(torch.uint8),
+            scales.block_scales(weight, expected, rule).view(torch.uint8),
+        )
+        assert stored[name].packed.shape == (weight.shape[0], COLUMNS // 2)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_global_scale_is_the_largest_magnitude_over_its_top(rule: str) -> None:
+    """The scale is A / (6 * top) to fp32 accuracy, top 448, 256 or 448 / 1.75, and survives its own reciprocal."""
+    top = {"absmax": 448.0, "four-over-six": 256.0, "sweep": 448.0 / 1.75}[rule]
+    scale = scales.global_scale(torch.tensor(3.3), rule)
+    assert float(scale) == pytest.approx(3.3 / (6 * top), rel=2e-7)
+    assert torch.equal(scale.reciprocal().reciprocal(), scale)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_all_zero_tensor_gives_zeros_and_finite_scales(rule: str, dtype: torch.dtype) -> None:
+    """Nothing to quantize: codes 0, block scales the smallest positive, a finite positive global scale and divisor."""
+    stored = scales.quantize_fused_group({"weight": torch.zeros(4, 32, dtype=dtype)}, rule)["weight"]
+    assert torch.equal(stored.packed, torch.zeros(4, 16, dtype=torch.uint8))
+    assert float(stored.global_scale) > 0
+    divisor = dialect.encode(stored)["weight_global_scale"]
+    assert bool(torch.isfinite(divisor).all())
+    assert torch.equal(nvfp4.dequantize(stored), torch.zeros(4, 32))
+    assert torch.equal(stored.block_scale.float(), torch.full((4, 2), 2.0**-9))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_zero_blocks_take_the_smallest_scale(rule: str) -> None:
+    """An all-zero block beside others has scale 2**-9 and codes 0."""
+    weight = gaussian(7)
+    weight[:, 16:32] = 0
+    stored = scales.quantize_fused_group({"weight": weight}, rule)["weight"]
+    assert torch.equal(stored.block_scale[:, 1].float(), torch.full((64,), 2.0**-9))
+    assert torch.equal(nvfp4.dequantize(stored)[:, 16:32], torch.zeros(64, 16))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_chunks_do_not_show(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales are the same however many blocks are handled at once, a last partial chunk included."""
+    weight = heavy_tailed(8)
+    scale = scales.global_scale(weight.abs().max(), rule)
+    whole = scales.block_scales(weight, scale, rule)
+    monkeypatch.setattr(scales, "CHUNK_BLOCKS", {"cpu": 37, "cuda": 37})
+    parts = scales.block_scales(weight, scale, rule)
+    assert torch.equal(parts.view(torch.uint8), whole.view(torch.uint8))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_bf16_weight_is_quantized_in_fp32(rule: str) -> None:
+    """A bf16 weight gives the same bytes as the same numbers in fp32, and is not written into."""
+    weight = heavy_tailed(9).bfloat16()
+    before = weight.clone()
+    narrow = scales.quantize_fused_group({"weight": weight}, rule)["weight"]
+    wide = scales.quantize_fused_group({"weight": weight.float()}, rule)["weight"]
+    assert torch.equal(weight, before)
+    assert torch.equal(narrow.packed, wide.packed)
+    assert torch.equal(narrow.block_scale.view(torch.uint8), wide.block_scale.view(torch.uint8))
+
+
+def test_gains_on_gaussian_weights() -> None:
+    """Squared error against absmax on Gaussian weights: about -16 % with four-over-six, about -27 % with the sweep."""
+    generator = torch.Generator().manual_seed(10)
+    weight = torch.randn(256, 512, generator=generator) * 0.02
+    absmax, four, sweep = (relative_loss(weight, rule) for rule in RULES)
+    # over 30 seeds of this shape: 0.835 and 0.730, each with standard deviation 0.003
+    assert four / absmax == pytest.approx(0.835, abs=0.012)
+    assert sweep / absmax == pytest.approx(0.730, abs=0.012)
+
+
+@pytest.mark.xfail(strict=True, reason="1 / s overflows below 2**-128, and its reciprocal is 0")
+def test_weights_near_the_smallest_normal_number_do_not_vanish() -> None:
+    """A tensor of magnitude 1e-36 has a positive global scale with a finite divisor."""
+    stored = scales.quantize_fused_group({"weight": torch.full((1, 16), 1e-36)}, "absmax")["weight"]
+    assert float(stored.global_scale) > 0
+    assert bool(torch.isfinite(dialect.encode(stored)["weight_global_scale"]).all())

@@ -1,0 +1,345 @@
+"""The command line: what it offers, what it prints where, and that a dry run foretells the real one to the byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from snugfit.cli import app
+from snugfit.quantize import RECIPE_FILE, RECORD_FILE, plan_quantization
+from snugfit.recipe import builtin_names, load_recipe
+
+MakeTiny = Callable[..., Path]
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1}
+
+# every option and argument of every verb; a new one is announced here, in the README and in the changelog
+OFFERED: dict[str, set[str]] = {
+    "quantize": {
+        "model",
+        "--recipe",
+        "-r",
+        "--output",
+        "-o",
+        "--text",
+        "--rows",
+        "--length",
+        "--device",
+        "--tokens-per-batch",
+        "--max-shard-size",
+        "--dry-run",
+        "--json",
+    },
+    "recipes": {"name", "--json"},
+}
+
+MIXED = """\
+name: mixed
+rules:
+  - {role: lm_head, format: fp8-dynamic}
+  - {role: down, layers: 0, format: keep}
+  - {role: down, format: int4, symmetric: false, group: 32}
+  - {role: mlp, format: nvfp4a16, scale: sweep}
+  - {role: attention, layers: -1, format: nvfp4}
+  - {role: linear, format: fp8-dynamic}
+"""
+
+
+@pytest.fixture(scope="module")
+def llama(make_tiny: MakeTiny) -> Path:
+    """A tiny llama in one weight file."""
+    return make_tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def tied(make_tiny: MakeTiny) -> Path:
+    """A tiny qwen2 with biases and tied embeddings, in several weight files."""
+    return make_tiny("qwen2", tie_word_embeddings=True, max_shard_size="60KB")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A recipe file that uses every format, and keeps one tensor."""
+    file = tmp_path_factory.mktemp("recipe") / "mixed.yaml"
+    file.write_text(MIXED, encoding="utf-8")
+    return str(file)
+
+
+def run(*arguments: object) -> Any:
+    """The result of a command that must succeed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result
+
+
+def listing(directory: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a directory with its size and time of change."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def written(directory: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Every tensor of a directory's weight files as safetensors reads them: dtype name and shape."""
+    found = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            for name in stream.keys():  # noqa: SIM118 (no dict)
+                part = stream.get_slice(name)
+                found[name] = (str(part.get_dtype()), tuple(part.get_shape()))
+    return found
+
+
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    size = ITEM_BYTES[dtype]
+    for side in shape:
+        size *= side
+    return size
+
+
+# --- what is offered
+
+
+def test_no_verb_or_option_appears_unannounced() -> None:
+    """The verbs and their options are exactly those spelled out in this file."""
+    verbs: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    offered = {
+        verb: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        for verb, command in verbs.items()
+    }
+    assert {verb: options - {"--help"} for verb, options in offered.items()} == OFFERED
+
+
+@pytest.mark.parametrize("verb", [(), *((verb,) for verb in OFFERED)], ids=lambda verb: " ".join(verb) or "app")
+def test_help_is_quick_and_imports_nothing_heavy(verb: tuple[str, ...]) -> None:
+    """`--help` takes under 0.5 s and imports neither torch nor transformers.
+
+    Shared cores are noisy: what counts is CPU time, which is the wall time of a process that has a core to itself, and
+    the fastest of up to ten fresh processes; one below the limit is proof enough.
+    """
+    script = (
+        "import sys\nfrom snugfit.cli import app\ntry:\n    app()\nfinally:\n"
+        "    heavy = sorted({'torch', 'transformers', 'numpy'} & set(sys.modules))\n"
+        "    sys.stderr.write(','.join(heavy))\n"
+    )
+    fastest = float("inf")
+    for _ in range(10):
+        before = os.times()
+        done = subprocess.run(
+            [sys.executable, "-c", script, *verb, "--help"], capture_output=True, text=True, check=True
+        )
+        after = os.times()
+        assert done.stderr == ""
+        assert "Usage:" in done.stdout
+        spent = after.children_user + after.children_system - before.children_user - before.children_system
+        fastest = min(fastest, spent)
+        if fastest < 0.5:
+            break
+    assert fastest < 0.5
+
+
+def test_no_arguments_print_help() -> None:
+    """The bare command prints its help and names every verb."""
+    result = CliRunner().invoke(app, [])
+    for verb in OFFERED:
+        assert verb in result.output
+
+
+@pytest.mark.parametrize(
+    "arguments", [["quantize"], ["quantize", "x"], ["quantize", "x", "-r", "nvfp4", "--rows", "many"], ["quantise"]]
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
+    """A missing argument, a wrong type or an unknown verb is exit code 2, with nothing on stdout."""
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "Usage:" in result.stderr
+
+
+# --- snugfit recipes
+
+
+def test_recipes_lists_names_and_descriptions() -> None:
+    """`recipes` lists each built-in recipe with what it does."""
+    text = " ".join(run("recipes").stdout.split())
+    for name in builtin_names():
+        assert f"{name} {load_recipe(name).recipe.description}" in text
+
+
+@pytest.mark.parametrize("name", ["nvfp4-fp8-hybrid", "int4-w4a16"])
+def test_recipes_prints_one_as_yaml(name: str) -> None:
+    """`recipes NAME` prints the YAML as it is shipped, and nothing else."""
+    result = run("recipes", name)
+    assert result.stdout == load_recipe(name).text
+    assert yaml.safe_load(result.stdout)["name"] == name
+    assert result.stderr == ""
+
+
+def test_recipes_as_json() -> None:
+    """`recipes --json` prints one JSON list with every built-in recipe; with a name, with that one."""
+    every = json.loads(run("recipes", "--json").stdout)
+    assert [entry["name"] for entry in every] == builtin_names()
+    assert all(entry["rules"] and entry["description"] for entry in every)
+    one = json.loads(run("recipes", "nvfp4-fp8-hybrid", "--json").stdout)
+    assert one == [entry for entry in every if entry["name"] == "nvfp4-fp8-hybrid"]
+    assert one[0]["rules"][0] == {"role": ["mlp"], "format": "nvfp4", "scale": "four-over-six"}
+
+
+@pytest.mark.parametrize(("name", "says"), [("nvfp5", "Did you mean nvfp4?"), ("zzz", "`snugfit recipes` lists them")])
+def test_recipes_refuses_unknown_names(name: str, says: str) -> None:
+    """`recipes NAME` of no built-in recipe is exit code 2 with a remedy."""
+    result = CliRunner().invoke(app, ["recipes", name])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert says in result.stderr
+
+
+def test_recipes_refuses_a_file(mixed: str) -> None:
+    """`recipes FILE` is refused, for it prints what is built in."""
+    result = CliRunner().invoke(app, ["recipes", mixed])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "not a built-in recipe" in result.stderr
+
+
+# --- snugfit quantize --dry-run
+
+
+@pytest.mark.parametrize("model", ["llama", "tied"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid", "fp8-dynamic", "fp8-int4", "mixed"])
+def test_dry_run_foretells_the_real_run(
+    model: str, recipe: str, token_rows: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """What a dry run plans, every name, dtype, shape and byte, is what safetensors reads back after the real run."""
+    if (model, recipe) == ("tied", "mixed"):
+        recipe = "int4-w4a16"  # a tied head takes no rule
+    source = request.getfixturevalue(model)
+    recipe = request.getfixturevalue("mixed") if recipe == "mixed" else recipe
+    options = ["-r", recipe, "--max-shard-size", "0.00006"]
+    dry = json.loads(run("quantize", source, *options, "--dry-run", "--json").stdout)
+    plan = plan_quantization(source, recipe, max_shard_bytes=60_000)
+    target = tmp_path / "out"
+    real = json.loads(run("quantize", source, *options, "-o", target, "--text", token_rows, "--json").stdout)
+
+    found = written(target)
+    assert found == {info.name: (info.dtype, info.shape) for infos in plan.outputs.values() for info in infos}
+    sizes = {name: bytes_of(*found[name]) for name in found}
+    assert dry["bytes"] == plan.bytes == real["bytes"] == sum(sizes.values())
+    for tensor in dry["tensors"]:
+        assert tensor["bytes"] == sum(sizes[info.name] for info in plan.outputs[tensor["name"]]), tensor["name"]
+    told = ("name", "format", "scale_rule", "shape", "bytes", "source_bytes")
+    assert [[t[k] for k in told] for t in dry["tensors"]] == [[t[k] for k in told] for t in real["tensors"]]
+    assert {t["name"] for t in dry["tensors"]} == set(written(source))
+    assert sorted(path.name for path in target.glob("*.safetensors")) == [shard.name for shard in plan.shards]
+    for shard in plan.shards:
+        assert (target / shard.name).stat().st_size == shard.bytes
+
+
+def test_dry_run_prints_a_table(llama: Path, mixed: str) -> None:
+    """The dry run's table names every tensor with format, shape and bytes, and their exact total."""
+    result = run("quantize", llama, "-r", mixed, "--dry-run")
+    plan = plan_quantization(llama, mixed)
+    lines = [line.split() for line in result.stdout.splitlines()]
+    for record in plan.records():
+        shape = "x".join(str(side) for side in record.shape)
+        assert [record.name, *record.format.split(), shape, f"{record.bytes:,}"] in lines
+    total = next(line for line in lines if line[:1] == ["all"])
+    assert total[-2:] == [f"{sum(r.source_bytes for r in plan.records()):,}", f"{plan.bytes:,}"]
+    assert result.stderr == ""
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["-o", "out"]], ids=" ".join)
+def test_dry_run_writes_nothing_and_reads_no_rows(
+    options: list[str], llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run changes no file, wants no output and opens no text, though the recipe is a calibrated one."""
+    monkeypatch.chdir(tmp_path)
+    before = listing(llama)
+    run("quantize", llama, "-r", "nvfp4", "--dry-run", "--text", "missing.txt", *options)
+    assert listing(llama) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_shows_odd_names_as_they_are(make_tiny: MakeTiny) -> None:
+    """A tensor's name is printed letter by letter, whatever markup it resembles."""
+    source = make_tiny("llama", num_hidden_layers=1)
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes().replace(b'"model.norm.weight"', b'"model.[/].[red].x"', 1))
+    assert "model.[/].[red].x" in run("quantize", source, "-r", "fp8-dynamic", "--dry-run").stdout
+
+
+# --- snugfit quantize
+
+
+def test_json_of_a_run_is_the_stored_record(llama: Path, token_rows: Path, tmp_path: Path) -> None:
+    """`--json` prints one JSON document on stdout, the very record that is stored; progress goes to stderr."""
+    target = tmp_path / "out"
+    result = run("quantize", llama, "-r", "nvfp4-fp8-hybrid", "-o", target, "--text", token_rows, "--json")
+    assert result.stdout == (target / RECORD_FILE).read_text(encoding="utf-8")
+    record = json.loads(result.stdout)
+    assert record["recipe"] == "nvfp4-fp8-hybrid"
+    assert record["bytes"] == sum(tensor["bytes"] for tensor in record["tensors"])
+    assert record["dataset"]["rows"] == 6
+    assert record["dataset"]["tokens"] == 6 * 48
+    assert "quantizing layers" in result.stderr
+    assert "4/4" in result.stderr
+
+
+def test_a_run_prints_totals_on_stdout(llama: Path, tmp_path: Path) -> None:
+    """Without `--json`, stdout has the totals by format and the target; the progress bar stays on stderr."""
+    target = tmp_path / "out"
+    result = run("quantize", llama, "-r", "fp8-dynamic", "-o", target)
+    assert "quantizing layers" not in result.stdout
+    assert "quantizing layers" in result.stderr
+    record = json.loads((target / RECORD_FILE).read_text(encoding="utf-8"))
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert next(line for line in lines if line[:1] == ["all"])[-1] == f"{record['bytes']:,}"
+    assert next(line for line in lines if line[:1] == ["fp8-dynamic"])[1] == "21"
+    assert str(target) in result.stdout
+
+
+def test_a_run_leaves_the_directory_complete(llama: Path, tmp_path: Path) -> None:
+    """The output has weights, config, recipe, record and the source's other files; no lock, no partial directory."""
+    target = tmp_path / "deep" / "out"
+    run("quantize", llama, "-r", "fp8-dynamic", "-o", target)
+    names = {path.name for path in target.iterdir()}
+    assert names == {"model.safetensors", "config.json", "generation_config.json", RECIPE_FILE, RECORD_FILE}
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_weights_in_other_containers_are_left_out(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Weights in other containers are not copied beside ours, and the user is told so; other files survive."""
+    source = make_tiny("llama", num_hidden_layers=1)
+    (source / "pytorch_model.bin").write_bytes(b"x")
+    (source / "original").mkdir()
+    (source / "original" / "params.json").write_text("{}", encoding="utf-8")
+    (source / ".cache").mkdir()
+    (source / ".cache" / "secret").write_text("x", encoding="utf-8")
+    target = tmp_path / "out"
+    result = run("quantize", source, "-r", "fp8-dynamic", "-o", target)
+    assert "pytorch_model.bin" in result.stderr
+    assert json.loads((target / RECORD_FILE).read_text(encoding="utf-8"))["left_out"] == ["pytorch_model.bin"]
+    assert not (target / "pytorch_model.bin").exists()
+    assert not (target / ".cache").exists()
+    assert (target / "original" / "params.json").read_text(encoding="utf-8") == "{}"
+
+
+def test_an_output_is_needed(llama: Path) -> None:
+    """Without `-o` and without `--dry-run` the command is refused with both as remedies."""
+    result = CliRunner().invoke(app, ["quantize", str(llama), "-r", "fp8-dynamic"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert re.fullmatch(r"snugfit: no output directory\. .*-o.*--dry-run\.\n", result.stderr)
+
+
+def test_the_installed_command_runs() -> None:
+    """The package installs a command `snugfit` that runs this command line."""
+    command = Path(sys.executable).with_name("snugfit")
+    done = subprocess.run([command, "recipes", "fp8-dynamic"], capture_output=True, text=True, check=True)
+    assert done.stdout == load_recipe("fp8-dynamic").text

@@ -1,0 +1,81 @@
+"""What transformers with compressed-tensors makes of our files, against our own emulated forward."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MakeTiny
+from torch import Tensor
+
+from snugfit.calibration.dataset import Rows, load_rows, python_topics
+from snugfit.evaluation.fidelity import perplexity, stream_logits
+from snugfit.quantize import quantize_checkpoint
+
+
+def load(path: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+
+
+def plain_logits(path: Path, rows: Rows) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = load(path)(input_ids=torch.tensor(rows.rows), use_cache=False).logits.float()
+    return result
+
+
+def our_logits(path: Path, rows: Rows) -> Tensor:
+    found = torch.cat([logits.float() for _, _, logits in stream_logits(path, rows)], dim=1)
+    return found
+
+
+def perplexity_of(logits: Tensor, rows: Rows) -> float:
+    ids = torch.tensor(rows.rows)
+    return math.exp(float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())))
+
+
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "fp8-int4", "int4-w4a16"])
+def test_fp32_logits_agree(recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
+    """In fp32 transformers' logits equal ours to rounding (NVFP4 it unpacks to bf16 whatever the model's dtype is)."""
+    source = make_tiny("llama", dtype=torch.float32)
+    quantize_checkpoint(source, tmp_path / "out", recipe, text=[token_rows])
+    rows = load_rows(source, [token_rows])
+    expected, found = plain_logits(tmp_path / "out", rows), our_logits(tmp_path / "out", rows)
+    difference = float((expected - found).abs().mean() / expected.abs().mean())
+    assert difference < 1e-5
+    assert perplexity_of(found, rows) == pytest.approx(perplexity_of(expected, rows), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hybrid(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real model as the hybrid, calibrated on 8 x 256 tokens."""
+    target = tmp_path_factory.mktemp("smollm2") / "hybrid"
+    quantize_checkpoint(smollm2, target, "nvfp4-fp8-hybrid", rows=8, length=256)
+    return target
+
+
+@pytest.fixture(scope="module")
+def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+    """4 x 256 tokens that calibration has not seen."""
+    text = tmp_path_factory.mktemp("text") / "evaluation.txt"
+    text.write_text(python_topics("evaluation"), encoding="utf-8")
+    return load_rows(smollm2, [text], count=4, length=256)
+
+
+def test_real_model_before(smollm2: Path, rows: Rows) -> None:
+    """The unquantized walk gives plain transformers' perplexity on the real model within 1e-3."""
+    expected = perplexity_of(plain_logits(smollm2, rows), rows)
+    assert perplexity(smollm2, rows).value == pytest.approx(expected, rel=1e-3)
+
+
+def test_real_hybrid_in_transformers(hybrid: Path, rows: Rows) -> None:
+    """transformers loads the real hybrid; in bf16 its perplexity is near ours, no nearer than its bf16 scales allow."""
+    config = json.loads((hybrid / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "mixed-precision"
+    expected = perplexity_of(plain_logits(hybrid, rows), rows)
+    assert perplexity(hybrid, rows).value == pytest.approx(expected, rel=0.1)
