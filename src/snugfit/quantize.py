@@ -452,7 +452,7 @@ def _record(
         files=files,
         left_out=left_out,
         seconds=clock.seconds | {"total": time.perf_counter() - clock.start},
-        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss_bytes=peak_rss_bytes(),
         peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
         hardware={
             "processor": platform.processor() or platform.machine(),
@@ -469,6 +469,17 @@ def _header_digest(checkpoint: Checkpoint) -> str:
     parts = [json.dumps(checkpoint.config, sort_keys=True)]
     parts += [f"{t.name} {t.dtype} {t.shape} {t.file} {t.offset}" for t in checkpoint.tensors.values()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process. Linux's VmHWM starts afresh at exec, where ru_maxrss keeps a parent's."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
+        if peak:
+            return int(peak) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class _Clock:

@@ -106,7 +106,7 @@ def test_calibration_and_evaluation_are_all_topics() -> None:
 def test_calibration_and_evaluation_share_no_paragraph() -> None:
     """No paragraph of prose that is calibrated on is evaluated on, though topics quote each other at length."""
     parts = [
-        {paragraph.strip() for paragraph in python_topics(part).split("\n\n") if len(paragraph) > 80}
+        {" ".join(paragraph.split()) for paragraph in python_topics(part).split("\n\n") if len(paragraph) > 80}
         for part in ("calibration", "evaluation")
     ]
     assert min(len(part) for part in parts) > 300

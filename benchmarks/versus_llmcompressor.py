@@ -1,0 +1,179 @@
+"""snugfit and llm-compressor side by side: same recipe, rows and model, each in its own environment, in one run.
+
+    python benchmarks/versus_llmcompressor.py MODEL WORK --llmcompressor-python PYTHON [--recipe R] [--repeats 3]
+
+Every round times, one after the other, the plain transformers forward of the rows (with its head), snugfit, and
+llm-compressor; imports are left out of all three. Then both results are read back by the same code: relative weight
+error against the source, and perplexity with 4-bit and 8-bit activations emulated on rows that neither calibrated on.
+Prints a Markdown table of medians and ratios to the plain forward and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROWS, LENGTH = 32, 512
+
+
+def main() -> None:
+    """Run all rounds, read both results, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--llmcompressor-python", help="Python of an environment with llm-compressor; none: leave it out")
+    parser.add_argument("--recipe", default="nvfp4-fp8-hybrid", help="one that both tools know")
+    parser.add_argument("--also", nargs="*", default=["nvfp4-sweep"], help="more snugfit recipes to time")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work_once(arguments.model, arguments.work, arguments.recipe, arguments.threads)
+        return
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    _write_rows(arguments.model, work)
+    recipes = [arguments.recipe, *(_recipe_file(work, name) for name in arguments.also)]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(arguments.repeats):
+        for name, command in _commands(arguments, work, recipes).items():
+            runs.setdefault(name, []).append(_last_json(command))
+    outputs = {"snugfit": work / "snugfit"}
+    if arguments.llmcompressor_python:
+        outputs["llm-compressor"] = work / "llm-compressor"
+    quality = {name: _quality(arguments.model, path, work / "evaluation.json") for name, path in outputs.items()}
+    _print(runs, quality)
+
+
+def work_once(model: Path, work: Path, recipe: str, threads: int) -> None:
+    """Quantize once with everything imported beforehand; one JSON line on stdout."""
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401  # llm-compressor's import is left out too
+
+    import snugfit.calibration.dataset
+    import snugfit.calibration.statistics
+    import snugfit.methods.rounding
+    import snugfit.model.emulate  # noqa: F401
+    from snugfit.quantize import peak_rss_bytes, quantize_checkpoint
+
+    torch.set_num_threads(threads)
+    after_imports = peak_rss_bytes()
+    target = work / "snugfit" if not recipe.endswith(".yaml") else work / "also"
+    shutil.rmtree(target, ignore_errors=True)
+    cpu = time.process_time()
+    record = quantize_checkpoint(model, target, recipe, text=[work / "rows.jsonl"], rows=ROWS, length=LENGTH)
+    stages = dict(record.seconds)
+    result = {
+        "wall_seconds": stages.pop("total"),
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "peak_rss_after_imports_bytes": after_imports,
+        "stages": stages,
+    }
+    print(json.dumps(result))
+
+
+def _commands(arguments: argparse.Namespace, work: Path, recipes: list[str]) -> dict[str, list[str]]:
+    model, rows, threads = str(arguments.model), str(work / "rows.json"), ["--threads", str(arguments.threads)]
+    plain = [sys.executable, str(HERE / "plain_forward.py"), model, rows, "--batch-size", "1", *threads]
+    commands = {"plain forward": plain}
+    for recipe in recipes:
+        ours = [sys.executable, __file__, model, str(work), "--recipe", recipe, "--worker", *threads]
+        commands["snugfit" if recipe == arguments.recipe else f"snugfit {Path(recipe).stem}"] = ours
+    if arguments.llmcompressor_python:
+        script = [arguments.llmcompressor_python, str(HERE / "llmcompressor_worker.py")]
+        target = str(work / "llm-compressor")
+        commands["llm-compressor"] = [*script, model, rows, target, "--recipe", arguments.recipe, *threads]
+    return commands
+
+
+def _recipe_file(work: Path, name: str) -> str:
+    """A hybrid recipe whose NVFP4 part uses another scale rule, as a file: NAME is nvfp4-RULE."""
+    rules = f"  - {{role: mlp, format: nvfp4, scale: {name.removeprefix('nvfp4-')}}}\n  - {{role: linear, format: fp8-dynamic}}\n"
+    file = work / f"{name.removeprefix('nvfp4-')}.yaml"
+    file.write_text(f"name: hybrid-{file.stem}\nrules:\n{rules}", encoding="utf-8")
+    return str(file)
+
+
+def _last_json(command: list[str]) -> dict[str, Any]:
+    finished = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    document: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+    return document
+
+
+def _write_rows(model: Path, work: Path) -> None:
+    from snugfit.calibration.dataset import load_rows, python_topics
+
+    rows = load_rows(model, [], count=ROWS, length=LENGTH).rows
+    (work / "rows.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
+    (work / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
+    (work / "evaluation.txt").write_text(python_topics("evaluation"), encoding="utf-8")
+    held_out = load_rows(model, [work / "evaluation.txt"], count=16, length=LENGTH).rows
+    (work / "evaluation.json").write_text(json.dumps(held_out), encoding="utf-8")
+
+
+def _quality(model: Path, path: Path, rows_file: Path) -> dict[str, float]:
+    """Relative error over all quantized weights by format, and perplexities, of a compressed-tensors checkpoint."""
+    from snugfit.calibration.dataset import make_rows
+    from snugfit.dialects.compressed_tensors import read_formats
+    from snugfit.evaluation.fidelity import perplexity
+    from snugfit.formats.stored import dequantize
+    from snugfit.model.checkpoint import open_checkpoint, read_tensor
+    from snugfit.model.emulate import read_module
+
+    source, result = open_checkpoint(model), open_checkpoint(path)
+    modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith("_proj.weight")]
+    sums: dict[str, list[float]] = {}
+    for module, fmt in read_formats(result.config, modules).items():
+        weight = read_tensor(source, f"{module}.weight").float()
+        stored, _ = read_module(result, module, fmt, tuple(weight.shape))
+        entry = sums.setdefault(fmt.name, [0.0, 0.0])
+        entry[0] += float((dequantize(stored) - weight).square().sum())
+        entry[1] += float(weight.square().sum())
+    quality = {f"relative error, {name}": error / square for name, (error, square) in sums.items()}
+    rows = make_rows(json.loads(rows_file.read_text(encoding="utf-8")), "held out")
+    for profile in ("vllm-blackwell", "marlin"):
+        quality[f"perplexity, {profile}"] = perplexity(path, rows, activations=profile).value
+    return quality
+
+
+def _print(runs: dict[str, list[dict[str, Any]]], quality: dict[str, dict[str, float]]) -> None:
+    walls = {name: [_wall(run) for run in entries] for name, entries in runs.items()}
+    base = walls["plain forward"]
+    print("| | wall s | x plain forward (by round) | CPU s | peak RSS MB |")
+    print("|---|---|---|---|---|")
+    for name, entries in runs.items():
+        ratios = [wall / plain for wall, plain in zip(walls[name], base, strict=True)]
+        cpu = statistics.median(_cpu(run) for run in entries)
+        rss = max(run["peak_rss_bytes"] for run in entries) / 1e6
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+        print(f"| {name} | {statistics.median(walls[name]):.1f} | {spread} | {cpu:.1f} | {rss:.0f} |")
+    print("\n| | " + " | ".join(quality) + " |\n|---|" + "---|" * len(quality))
+    for figure in next(iter(quality.values())):
+        print(f"| {figure} | " + " | ".join(f"{values[figure]:.5g}" for values in quality.values()) + " |")
+    print(json.dumps({"runs": runs, "quality": quality}))
+
+
+def _wall(run: dict[str, Any]) -> float:
+    if "forward_seconds" in run:
+        return float(run["forward_seconds"][0])
+    return float(run["seconds"]["total"] if "seconds" in run else run["wall_seconds"])
+
+
+def _cpu(run: dict[str, Any]) -> float:
+    if "forward_cpu_seconds" in run:
+        return float(run["forward_cpu_seconds"][0])
+    return float(run["cpu_seconds"]["total"] if "seconds" in run else run["cpu_seconds"])
+
+
+if __name__ == "__main__":
+    main()
