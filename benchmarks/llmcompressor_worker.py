@@ -37,7 +37,10 @@ import time
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ATTENTION = [r"re:.*self_attn\..*_proj$"]
 MLP = [r"re:.*mlp\..*(gate|up|down)_proj$"]
@@ -73,7 +76,7 @@ class Stopwatch:
     cpu: dict[str, float] = field(default_factory=dict)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Any:
+    def stage(self, name: str) -> Iterator[None]:
         """Measure the body under `name`."""
         wall, cpu = time.perf_counter(), cpu_seconds()
         try:

@@ -29,7 +29,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("--llmcompressor-python", help="Python of an environment with llm-compressor; none: leave it out")
+    parser.add_argument(
+        "--llmcompressor-python", help="Python of an environment with llm-compressor; none: leave it out"
+    )
     parser.add_argument("--recipe", default="nvfp4-fp8-hybrid", help="one that both tools know")
     parser.add_argument("--also", nargs="*", default=["nvfp4-sweep"], help="more snugfit recipes to time")
     parser.add_argument("--repeats", type=int, default=3)

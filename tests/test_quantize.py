@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MakeTiny
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from conftest import MakeTiny
 from snugfit.calibration.dataset import load_rows
 from snugfit.evaluation.fidelity import perplexity
 from snugfit.formats import nvfp4

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeTiny
 from torch import Tensor
 
+from conftest import MakeTiny
 from snugfit.calibration.dataset import Rows, load_rows, python_topics
 from snugfit.evaluation.fidelity import perplexity, stream_logits
 from snugfit.quantize import quantize_checkpoint
@@ -30,8 +30,7 @@ def plain_logits(path: Path, rows: Rows) -> Tensor:
 
 
 def our_logits(path: Path, rows: Rows) -> Tensor:
-    found = torch.cat([logits.float() for _, _, logits in stream_logits(path, rows)], dim=1)
-    return found
+    return torch.cat([logits.float() for _, _, logits in stream_logits(path, rows)], dim=1)
 
 
 def perplexity_of(logits: Tensor, rows: Rows) -> float:

@@ -222,8 +222,8 @@ class _Tensor:
 
 def _quantize_unit(plan: Plan, unit: Sequence[str], device: torch.device, keep: bool) -> dict[str, _Tensor]:
     """Quantize the assigned tensors of a unit, fused groups together; `keep`: hold all tensors for the walk."""
-    from snugfit.methods.rounding import round_group
     from snugfit.formats.stored import dequantize
+    from snugfit.methods.rounding import round_group
 
     assigned = [name for name in unit if (a := plan.assignments.get(name)) and a.format is not None]
     done: dict[str, _Tensor] = {}
@@ -436,7 +436,11 @@ def _record(
     import torch
 
     cuda = device.type == "cuda"
-    dataset = data and {"source": data.source, "rows": len(data.rows), "tokens": data.tokens, "digest": data.digest}
+    dataset = (
+        None
+        if data is None
+        else {"source": data.source, "rows": len(data.rows), "tokens": data.tokens, "digest": data.digest}
+    )
     return QuantizeRecord(
         snugfit=__version__,
         arguments=arguments,

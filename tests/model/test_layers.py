@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeTiny
 from torch import Tensor, nn
 
+from conftest import MakeTiny
 from snugfit.calibration.dataset import Rows, make_rows
 from snugfit.errors import UserError
 from snugfit.evaluation.fidelity import stream_logits

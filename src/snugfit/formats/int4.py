@@ -51,4 +51,5 @@ def dequantize(stored: INT4Weight) -> Tensor:
     groups = unpack_int4(stored.packed, stored.shape).float().unflatten(1, (stored.scale.shape[1], -1))
     if stored.zero_point is not None:
         groups -= stored.zero_point.float().unsqueeze(-1)
-    return groups.mul_(stored.scale.float().unsqueeze(-1)).flatten(1)
+    weight: Tensor = groups.mul_(stored.scale.float().unsqueeze(-1)).flatten(1)
+    return weight

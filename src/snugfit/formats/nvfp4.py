@@ -56,7 +56,8 @@ def dequantize(stored: NVFP4Weight) -> Tensor:
     """fp32 [N, K] of a stored weight."""
     step = stored.block_scale.float() * stored.global_scale
     values = e2m1_pairs(stored.packed).unflatten(-1, (-1, NVFP4_BLOCK))
-    return values.mul_(step.unsqueeze(-1)).flatten(-2)
+    weight: Tensor = values.mul_(step.unsqueeze(-1)).flatten(-2)
+    return weight
 
 
 def input_global_scale(amax: float) -> Tensor:

@@ -165,7 +165,7 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
     buffer = torch.empty(tensor.bytes, dtype=torch.uint8)
     with (checkpoint.path / tensor.file).open("rb", buffering=0) as stream:
         stream.seek(tensor.offset)
-        view = memoryview(buffer.numpy())
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy has the buffer protocol
         done = 0
         while done < tensor.bytes:
             count = stream.readinto(view[done:])

@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snugfit.errors import UserError
-from snugfit.model.checkpoint import INDEX_NAME, SINGLE_NAME, TORCH_NAMES, TensorInfo
+from snugfit.model.checkpoint import SINGLE_NAME, TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 LOCK_NAME = ".snugfit-lock"
 # safetensors' dtype order, which its writer sorts by, largest first
-SERIAL_ORDER = (
-    "BOOL F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ I16 U16 F16 BF16 "
-    "I32 U32 F32 C64 F64 I64 U64"
-).split()
+SERIAL_ORDER = ["BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"]
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,7 @@ class ShardWriter:
         if tuple(data.shape) != planned.shape or data.dtype != getattr(torch, TORCH_NAMES[planned.dtype]):
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {data.dtype} {data.shape}")
         shard = self._shard_of[name]
-        raw = memoryview(data.view(-1).view(torch.uint8).numpy()) if data.numel() else memoryview(b"")
+        raw = memoryview(data.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
         _write_at(self._files[shard.name], raw, shard.offsets[name])
 
     def finish(self) -> None:

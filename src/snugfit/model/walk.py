@@ -116,7 +116,8 @@ def embed(skeleton: Skeleton, weights: Mapping[str, Tensor], batches: Sequence[B
 
 def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Move what has data; meta parameters stay."""
-    return model._apply(lambda tensor: tensor if tensor.device.type == "meta" else tensor.to(device))
+    model._apply(lambda tensor: tensor if tensor.device.type == "meta" else tensor.to(device))  # noqa: SLF001
+    return model
 
 
 def _shared(old: Any, new: Any) -> Any:
