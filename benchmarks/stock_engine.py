@@ -1,4 +1,4 @@
-"""What a stock vLLM says of what snugfit writes: four recipes on one model, quantized and served, perplexities side by side.
+"""What a stock vLLM says of what snugfit writes: four recipes on one model, perplexities side by side.
 
     python benchmarks/stock_engine.py MODEL WORK [--device cuda] [--vllm-python PYTHON] [--rows 16] [--length 512]
 

@@ -94,15 +94,18 @@ def _commands(arguments: argparse.Namespace, work: Path, recipes: list[str]) -> 
     if arguments.llmcompressor_python:
         script = [arguments.llmcompressor_python, str(HERE / "llmcompressor_worker.py")]
         target = str(work / "llm-compressor")
-        commands["llm-compressor"] = [*script, model, rows, target, "--recipe", arguments.recipe, *threads]
+        theirs = [*script, model, rows, target, "--recipe", arguments.recipe, *threads, "--pipeline"]
+        commands["llm-compressor"] = [*theirs, "independent"]  # what its users get
+        commands["llm-compressor, basic pipeline"] = [*theirs, "basic"]  # one pass, the same bytes
     return commands
 
 
 def _recipe_file(work: Path, name: str) -> str:
     """A hybrid recipe whose NVFP4 part uses another scale rule, as a file: NAME is nvfp4-RULE."""
-    rules = f"  - {{role: mlp, format: nvfp4, scale: {name.removeprefix('nvfp4-')}}}\n  - {{role: linear, format: fp8-dynamic}}\n"
-    file = work / f"{name.removeprefix('nvfp4-')}.yaml"
-    file.write_text(f"name: hybrid-{file.stem}\nrules:\n{rules}", encoding="utf-8")
+    scale = name.removeprefix("nvfp4-")
+    rules = [{"role": "mlp", "format": "nvfp4", "scale": scale}, {"role": "linear", "format": "fp8-dynamic"}]
+    file = work / f"{scale}.yaml"
+    file.write_text(json.dumps({"name": f"hybrid-{scale}", "rules": rules}), encoding="utf-8")  # JSON is YAML
     return str(file)
 
 

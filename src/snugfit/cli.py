@@ -1,4 +1,4 @@
-"""The command line: one verb a function, each importing its module when called. stdout is the result, stderr progress."""
+"""The command line: one verb a function, its module imported when called. stdout is the result, stderr progress."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import typer
 from snugfit.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from snugfit.records import TensorRecord
 
 app = typer.Typer(
@@ -57,9 +59,11 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
 ) -> None:
     """Quantize MODEL by a recipe into a new directory that stock engines load."""
-    from snugfit.quantize import plan_quantization, quantize_checkpoint
-
     with _plain_errors():
+        from snugfit.quantize import plan_quantization, quantize_checkpoint
+
+        if not 0 < max_shard_size < float("inf"):
+            raise UserError(f"a shard of {max_shard_size} GB is none.", remedy="Give a positive --max-shard-size.")
         shard_bytes = int(max_shard_size * 1e9)
         if dry_run:
             plan = plan_quantization(model, recipe, max_shard_bytes=shard_bytes)
@@ -124,6 +128,8 @@ def _print_plan(records: tuple[TensorRecord, ...], as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
+    from rich.markup import escape
+
     total = sum(record.bytes for record in records)
     if as_json:
         tensors = [{k: v for k, v in asdict(r).items() if v is not None} for r in records]
@@ -131,7 +137,7 @@ def _print_plan(records: tuple[TensorRecord, ...], as_json: bool) -> None:
         return
     table = _table("tensor", "format", "shape", "bytes", right=("bytes",))
     for record in records:
-        table.add_row(record.name, record.format, "x".join(map(str, record.shape)), f"{record.bytes:,}")
+        table.add_row(escape(record.name), record.format, "x".join(map(str, record.shape)), f"{record.bytes:,}")
     _show(table)
     _print_totals(records)
 
@@ -150,7 +156,7 @@ def _print_totals(records: tuple[TensorRecord, ...]) -> None:
     _show(table)
 
 
-def _table(*headings: str, right: tuple[str, ...] = ()):  # type: ignore[no-untyped-def]
+def _table(*headings: str, right: tuple[str, ...] = ()) -> Table:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

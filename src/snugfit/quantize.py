@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -93,11 +94,13 @@ class Plan:
 def plan_quantization(
     source: str | Path, recipe: str | LoadedRecipe, *, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> Plan:
-    """Decide on headers alone what `recipe` (a built-in name, a YAML file, or a loaded one) does to the model directory.
+    """Decide on headers alone what `recipe` (a built-in name, a YAML file, or a loaded one) does to a model directory.
 
-    Reads no weights and imports no torch. Raises UserError for a broken or already quantized checkpoint, and for
+    Reads no weights. Raises UserError for a broken or already quantized checkpoint, and for
     whatever is wrong with the recipe for this model.
     """
+    if max_shard_bytes < 1:
+        raise UserError(f"no weight file fits into {max_shard_bytes} bytes.", remedy="Raise --max-shard-size.")
     checkpoint = open_checkpoint(source)
     _check_source(checkpoint)
     loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
@@ -108,9 +111,10 @@ def plan_quantization(
         for name, parsed in names.items()
         if parsed.layer is not None and parsed.layer >= layers
     }
-    if _text_config(checkpoint.config).get("tie_word_embeddings"):
+    if any(config.get("tie_word_embeddings") for config in (checkpoint.config, _text_config(checkpoint.config))):
         frozen |= {name: "tied to the embeddings" for name, parsed in names.items() if parsed.role == "lm_head"}
     assignments = resolve(loaded, list(checkpoint.tensors.values()), layers=layers, frozen=frozen)
+    _check_outside(loaded, assignments, [name for name in assignments if names[name].layer is None])
     formats = {names[name].module: a.format for name, a in assignments.items() if a.format is not None}
     ignore = [
         parsed.module
@@ -144,14 +148,16 @@ def quantize_checkpoint(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: bool = False,
 ) -> QuantizeRecord:
-    """Quantize the model directory `source` by `recipe` into the new directory `target`; the record is also stored there.
+    """Quantize the model directory `source` by `recipe` into the new directory `target`; it holds the record too.
 
     `text` names text or JSONL files to calibrate on (default: Python's documentation topics), `rows` x `length` tokens
-    at most; a recipe without activation scales reads none. `device`: "cpu" or "cuda" (default: cuda where there is one).
+    at most; a recipe without activation scales reads none. `device`: "cpu" or "cuda" (default: cuda if there is one).
     `target` appears whole or not at all. Raises UserError for bad input.
     """
     clock = _Clock()
     destination = Path(target)
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise UserError(f"{tokens_per_batch} tokens a batch are none.", remedy="Give --tokens-per-batch 1 at least.")
     with clock("prepare"):
         plan = plan_quantization(source, recipe, max_shard_bytes=max_shard_bytes)
         check_target(destination)
@@ -240,7 +246,7 @@ def _quantize_unit(plan: Plan, unit: Sequence[str], device: torch.device, keep: 
             done[name] = _Tensor(stored, seen.to(weights[name].dtype) if keep else None, error)
     if keep:
         rest = [name for name in unit if name not in done]
-        done |= {name: _Tensor(None, read_tensor(plan.checkpoint, name), None) for name in rest}
+        done |= {name: _Tensor(None, _read_finite(plan.checkpoint, name), None) for name in rest}
     return done
 
 
@@ -292,7 +298,7 @@ def _write(
 
     if tensor is None or tensor.stored is None:
         seen = tensor.seen if tensor is not None else None
-        writer.write(name, seen if seen is not None else read_tensor(plan.checkpoint, name))
+        writer.write(name, seen if seen is not None else _read_finite(plan.checkpoint, name))
         return planned
     scale = input_global_scale(amax) if amax is not None else None
     for suffix, part in dialect.encode(tensor.stored, scale).items():
@@ -304,6 +310,8 @@ def _read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
     import torch
 
     tensor = read_tensor(checkpoint, name)
+    if not tensor.numel() or not tensor.is_floating_point() or tensor.itemsize == 1:
+        return tensor
     low, high = tensor.aminmax()  # NaN carries through
     if not (torch.isfinite(low) and torch.isfinite(high)):
         nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
@@ -358,38 +366,53 @@ def _layer_count(checkpoint: Checkpoint) -> int:
     count = _text_config(checkpoint.config).get("num_hidden_layers")
     if not isinstance(count, int) or count < 1:
         raise UserError(f"num_hidden_layers is {count!r}.", where=where, remedy="Mend the config.")
+    present = {parse_name(t.name, t.shape).layer for t in checkpoint.tensors.values()}
+    absent = next((k for k in range(count) if k not in present), None)
+    if absent is not None and present != {None}:
+        raise UserError(
+            f"no tensor of layers.{absent}, though the config has {count} layers.",
+            where=str(checkpoint.path),
+            remedy="Config and weights do not belong together.",
+        )
     return count
 
 
 def _known_to_transformers(kind: object) -> bool:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-    return kind in CONFIG_MAPPING_NAMES
+    return isinstance(kind, str) and kind in CONFIG_MAPPING_NAMES
+
+
+def _check_outside(recipe: LoadedRecipe, assignments: Mapping[str, Assignment], outside: Sequence[str]) -> None:
+    for name in outside:
+        fmt = assignments[name].format
+        if fmt is not None and fmt.spec.calibrated:
+            raise UserError(
+                f"{name} stands outside the decoder layers, where no inputs are measured.",
+                where=f"{recipe.where}: rules[{assignments[name].rule}]",
+                remedy="Give it `format: fp8-dynamic` or `format: nvfp4a16`.",
+            )
 
 
 def _check_linears(plan: Plan, skeleton: Skeleton) -> None:
     from snugfit.model.layers import linear_names
 
     linears = linear_names(skeleton)
-    prefix = skeleton.layers_name + "."
     for name, assignment in plan.assignments.items():
         if assignment.format is None:
             continue
         module = name.removesuffix(".weight")
         if module not in linears:
             raise UserError(f"{module} is not a linear in transformers.", where=plan.recipe.where, remedy="Keep it.")
-        if assignment.format.spec.calibrated and not module.startswith(prefix):
-            raise UserError(
-                f"{module} stands outside the decoder layers, where no inputs are measured.",
-                where=f"{plan.recipe.where}: rules[{assignment.rule}]",
-                remedy="Give it `format: fp8-dynamic` or `format: nvfp4a16`.",
-            )
 
 
 def _load_rows(plan: Plan, text: Sequence[str | Path], rows: int, length: int) -> Rows:
     from snugfit.calibration.dataset import load_rows
 
     vocabulary = _text_config(plan.checkpoint.config).get("vocab_size")
+    if not isinstance(vocabulary, int | None):
+        where = str(plan.checkpoint.path / "config.json")
+        raise UserError(f"vocab_size is {vocabulary!r}.", where=where, remedy="Mend the config.")
     files = [Path(file) for file in text]
     return load_rows(plan.checkpoint.path, files, count=rows, length=length, vocabulary=int(vocabulary or 0))
 
@@ -398,7 +421,7 @@ def _pick_device(wanted: str | None) -> torch.device:
     import torch
 
     name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in TOKENS_PER_BATCH:
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
         raise UserError(f"unknown device {name!r}.", remedy="Use --device cpu or --device cuda.")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise UserError("this machine has no CUDA device that torch can use.", remedy="Use --device cpu.")

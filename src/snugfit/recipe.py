@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
@@ -51,8 +51,8 @@ class Rule(BaseModel):
     format: str
     scale: Scale | None = None
     objective: Objective | None = None
-    group: tuple[int, ...] | None = None
-    symmetric: bool | None = None
+    group: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
+    symmetric: StrictBool | None = None
 
     @field_validator("role", "group", mode="before")
     @classmethod
@@ -62,6 +62,8 @@ class Rule(BaseModel):
     @field_validator("layers", mode="before")
     @classmethod
     def _layers_text(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str):
+            return value
         return ", ".join(str(part) for part in value) if isinstance(value, list) else str(value)
 
 
@@ -73,6 +75,20 @@ class Recipe(BaseModel):
     name: str
     description: str = ""
     rules: tuple[Rule, ...] = Field(min_length=1)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice: the second would replace the first without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping, its keys all different."""
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
 
 
 @dataclass(frozen=True)
@@ -126,11 +142,11 @@ def load_recipe(name_or_path: str) -> LoadedRecipe:
 def parse_recipe(text: str, *, where: str) -> LoadedRecipe:
     """A recipe from YAML text; UserError with the key's path for anything that is not one."""
     try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        document = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
+    except Exception as error:  # noqa: BLE001 (PyYAML's constructors let through whatever they stumble on)
         mark = getattr(error, "problem_mark", None)
         place = f"{where}:{mark.line + 1}" if mark else where
-        problem = getattr(error, "problem", None) or str(error)
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"not valid YAML ({problem}).", where=place, remedy="Mend this line.") from None
     if not isinstance(document, dict):
         raise UserError("a recipe is a mapping with `name` and `rules`.", where=where, remedy="See `snugfit recipes`.")
@@ -148,8 +164,8 @@ def resolve(
 ) -> dict[str, Assignment]:
     """Tensor name -> assignment, for each weight that a rule names.
 
-    `layers` is the model's number of decoder layers; `frozen` maps names of tensors that must stay to the reason. Raises
-    UserError for a layer weight without a rule, a rule that matches nothing, a fused group that is split, a shape that
+    `layers` is the model's number of decoder layers; `frozen` maps names of tensors that must stay to why.
+    Raises UserError for a layer weight without a rule, a rule that matches nothing, a fused group that is split, a shape that
     does not fit.
     """
     frozen = frozen or {}
@@ -176,6 +192,11 @@ def resolve(
                 "this rule matches no tensor of the model that an earlier rule left.",
                 where=place,
                 remedy="Remove it, or move it before the rule that takes its tensors.",
+            )
+        embeddings = [name.full for name in matched[number] if name.role == "embed"]
+        if embeddings and rule.format != KEEP:
+            raise UserError(
+                f"{embeddings[0]} can take no format: engines look embeddings up.", where=place, remedy="Leave it out."
             )
         assignment = _settle(rule, number, [infos[name.full] for name in matched[number]], place)
         found |= {name.full: assignment for name in matched[number]}
@@ -215,7 +236,7 @@ def layer_numbers(text: str, layers: int) -> frozenset[int]:
     for part in text.split(","):
         ends = [int(end) for end in part.split("..")]
         first, last = (end + layers if end < 0 else end for end in (ends[0], ends[-1]))
-        numbers.update(range(first, last + 1))
+        numbers.update(range(max(first, 0), min(last, layers - 1) + 1))
     return frozenset(numbers)
 
 
@@ -227,7 +248,7 @@ def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) 
     fmt = TensorFormat(rule.format)
     if rule.format == "int4":
         sizes = rule.group or INT4_GROUPS
-        group = next((g for g in sizes if all(t.shape[-1] % g == 0 for t in tensors)), sizes[-1])
+        group = next((g for g in sizes if all(t.shape and t.shape[-1] % g == 0 for t in tensors)), sizes[-1])
         fmt = TensorFormat("int4", group=group, symmetric=rule.symmetric is not False)
     for tensor in tensors:
         check_shape(fmt, tensor.shape, where=f"{place}: {tensor.name}")
@@ -259,7 +280,7 @@ def _check_rule(rule: Rule, place: str) -> None:
     if rule.name is not None and rule.name.startswith("re:"):
         try:
             re.compile(rule.name[3:])
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise UserError(f"not a pattern ({error}).", where=f"{place}.name", remedy="Mend it.") from None
     if rule.layers is not None and not re.fullmatch(r"\s*-?\d+(\.\.-?\d+)?\s*(,\s*-?\d+(\.\.-?\d+)?\s*)*", rule.layers):
         raise UserError(f"{rule.layers!r} names no layers.", where=f"{place}.layers", remedy='Write "0..3, 26, -1".')
@@ -271,13 +292,13 @@ def _check_options(rule: Rule, place: str) -> None:
     if rule.scale is not None and rule.scale not in rules:
         allowed = f"It knows {', '.join(rules)}." if rules else "Remove it."
         raise UserError(f"{rule.format} has no scale rule {rule.scale}.", where=f"{place}.scale", remedy=allowed)
-    if rule.objective is not None and (rule.scale or (rules or ("",))[0]) != "four-over-six":
-        if not (rule.scale == "sweep" and rule.objective == "mse"):
-            raise UserError(
-                f"objective {rule.objective} goes with `scale: four-over-six`.",
-                where=f"{place}.objective",
-                remedy="Remove it: sweep minimises mse, absmax chooses nothing.",
-            )
+    scale = rule.scale or (rules or ("",))[0]
+    if rule.objective is not None and scale != "four-over-six" and (scale, rule.objective) != ("sweep", "mse"):
+        raise UserError(
+            f"objective {rule.objective} goes with `scale: four-over-six`.",
+            where=f"{place}.objective",
+            remedy="Remove it: sweep minimises mse, absmax chooses nothing.",
+        )
     for key in ("group", "symmetric"):
         if getattr(rule, key) is not None and rule.format != "int4":
             raise UserError(f"{rule.format} has no option {key}.", where=f"{place}.{key}", remedy="Remove it.")
@@ -294,7 +315,9 @@ def _known(key: str, value: str, valid: Sequence[str], place: str) -> None:
 
 
 def _explain(error: ValidationError, where: str) -> UserError:
-    first = error.errors()[0]
+    errors = error.errors()
+    # a misspelt key that is needed gives two errors: the missing one first, the unknown one is what helps
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
         fields = Rule.model_fields if len(first["loc"]) > 1 else Recipe.model_fields

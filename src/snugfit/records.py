@@ -59,7 +59,7 @@ class QuantizeRecord:
 
 @dataclass(frozen=True)
 class FormatTotal:
-    """All tensors of one format together; `relative_error` is summed errors over summed squares' share, by tensor size."""
+    """All tensors of one format together; `relative_error` is the mean over its weights, None where there is none."""
 
     format: str
     tensors: int

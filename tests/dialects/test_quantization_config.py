@@ -134,6 +134,17 @@ def test_targets_match_exactly_the_intended_modules(mix: tuple[dict[str, TensorF
     assert config["ignore"] == kept
 
 
+def test_names_that_go_on_after_a_target_do_not_match() -> None:
+    """A module whose name begins like a target's full name, as gate_proj begins like gate, is not matched by it."""
+    prefix = "model.layers.0.mlp."
+    formats = {f"{prefix}gate": W8A8, f"{prefix}gate_proj": W4A16}
+    config = quantization_config(formats, ["lm_head"])
+    assert [matched(config, module) for module in formats] == [["group_0"], ["group_1"]]
+    # modules that engines make below or beside a quantized one
+    assert matched(config, f"{prefix}gate_proj.lora_A") == []
+    assert matched(config, f"{prefix}gate_act") == []
+
+
 @settings(max_examples=60, deadline=None)
 @given(mixes())
 def test_reading_the_config_gives_the_formats_back(mix: tuple[dict[str, TensorFormat], list[str]]) -> None:

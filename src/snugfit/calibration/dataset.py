@@ -36,11 +36,11 @@ class Rows:
 
 def make_rows(rows: Sequence[Sequence[int]], source: str) -> Rows:
     """Rows with their digest."""
-    import numpy
+    import numpy as np
 
     digest = hashlib.sha256()
     for row in rows:
-        digest.update(numpy.asarray([len(row), *row], dtype="<i4").tobytes())
+        digest.update(np.asarray([len(row), *row], dtype="<i4").tobytes())
     return Rows(tuple(tuple(row) for row in rows), source, digest.hexdigest())
 
 
@@ -48,8 +48,14 @@ def python_topics(part: Literal["calibration", "evaluation"] = "calibration") ->
     """Prose of Python's documentation topics: every other topic for calibration, the others for evaluation."""
     from pydoc_data.topics import topics
 
-    names = sorted(topics)[0 if part == "calibration" else 1 :: 2]
-    return "\n\n".join(unwrap(topics[name]) for name in names)
+    names = sorted(topics)
+    calibration = "\n\n".join(unwrap(topics[name]) for name in names[0::2])
+    if part == "calibration":
+        return calibration
+    # topics quote each other at length: what was calibrated on is left out
+    seen = {" ".join(paragraph.split()) for paragraph in calibration.split("\n\n")}
+    paragraphs = "\n\n".join(unwrap(topics[name]) for name in names[1::2]).split("\n\n")
+    return "\n\n".join(paragraph for paragraph in paragraphs if " ".join(paragraph.split()) not in seen)
 
 
 def unwrap(text: str) -> str:
@@ -98,13 +104,17 @@ def load_rows(
         source = "Python's documentation topics, every other one"
     else:
         rows = []
+        used = []
         for file in files:
+            if len(rows) == count:
+                break
+            used.append(file.name)
             rows += list(_file_rows(file, encode, chat, count - len(rows), length))
-        source = ", ".join(file.name for file in files)
+        source = ", ".join(used)
     limit = max((max(row) for row in rows), default=0)
-    if vocabulary and limit >= vocabulary:
+    if limit >= (vocabulary or 2**31):
         raise UserError(
-            f"token id {limit} is beyond the model's vocabulary of {vocabulary}.",
+            f"token id {limit} is beyond the model's vocabulary of {vocabulary or 'unknown size'}.",
             where=source,
             remedy="Tokenize with this model's tokenizer.",
         )
@@ -113,7 +123,7 @@ def load_rows(
 
 def _file_rows(file: Path, encode: Any, chat: Any, count: int, length: int) -> Iterator[list[int]]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot be read as text ({error}).", where=str(file), remedy="Give UTF-8 text or JSONL."
@@ -122,7 +132,7 @@ def _file_rows(file: Path, encode: Any, chat: Any, count: int, length: int) -> I
         yield from _cut(encode, text, count, length, str(file))
         return
     found = 0
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if found == count:
             return
         if line.strip():
@@ -137,19 +147,26 @@ def _file_rows(file: Path, encode: Any, chat: Any, count: int, length: int) -> I
 def _json_row(line: str, where: str, encode: Any, chat: Any) -> list[int]:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON ({error}).", where=where, remedy="JSONL has one JSON object a line.") from None
     if isinstance(entry, dict):
         ids = entry.get("input_ids")
-        if isinstance(ids, list) and all(isinstance(i, int) and i >= 0 for i in ids):
+        if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids):
             return ids
         if isinstance(entry.get("text"), str):
-            return list(encode(entry["text"]))
+            try:
+                return list(encode(entry["text"]))
+            except (TypeError, ValueError) as error:
+                raise UserError(f"this text cannot be tokenized ({error}).", where=where, remedy="Mend it.") from None
         if isinstance(entry.get("messages"), list):
+            from jinja2 import TemplateError
+
             try:
                 return list(chat(entry["messages"]))
-            except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise UserError(f"the chat template refuses these messages ({error}).", where=where) from None
+            except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
+                raise UserError(
+                    f"the chat template refuses these messages ({error}).", where=where, remedy="Give `text` instead."
+                ) from None
     raise UserError("no `text`, `messages` or `input_ids`.", where=where, remedy="Each line needs one of them.")
 
 
@@ -157,10 +174,15 @@ def _cut(encode: Any, text: str, count: int, length: int, where: str) -> Iterato
     """Rows of exactly `length` tokens, each starting as the tokenizer starts a text; a short text gives one row."""
     plain = encode("a", add_special_tokens=False)
     full = encode("a")
-    start = full[: len(full) - len(plain)] if full[-len(plain) :] == plain else []
+    place = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
+    start = full[:place]
     body = length - len(start)
+    if body < 1:
+        raise UserError(
+            f"a length of {length} leaves no room behind the tokenizer's own {len(start)} tokens.", remedy="Raise it."
+        )
     ids: list[int] = []
-    wanted = count * body
+    wanted = max(MIN_TOKENS, count * body)
     # a token is rarely longer than eight characters; take more text until there is enough
     characters = 8 * wanted
     while len(ids) < wanted:

@@ -25,10 +25,10 @@ class InputAmax:
         self._valid = batch.valid
 
     def _watch(self, module: nn.Module, name: str) -> None:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             inputs = args[0] if self._valid is None else args[0][self._valid]
             low, high = inputs.aminmax()
-            seen = torch.maximum(high, -low).float()
+            seen = torch.maximum(high, -low).float().abs()
             self.amax[name] = torch.maximum(self.amax[name], seen) if name in self.amax else seen
 
         module.register_forward_pre_hook(hook)

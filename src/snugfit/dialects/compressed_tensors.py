@@ -1,7 +1,7 @@
 """The compressed-tensors layout: names, dtypes and shapes on disk, and the quantization_config that describes them.
 
 In memory a scale always multiplies codes. NVFP4 files store its global scales as divisors; they are inverted here and
-nowhere else. Facts follow compressed-tensors 0.20 and what vLLM asks of a file; that library is the oracle of the tests.
+nowhere else. Facts follow compressed-tensors 0.20, the oracle of the tests, and what vLLM asks of a file.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def summarize(sums: list[float], counts: list[int]) -> Perplexity:
 def stream_logits(
     checkpoint: str | Path, rows: Rows, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
 ) -> Iterator[tuple[walk.Batch, int, Tensor]]:
-    """Logits of every row, piece by piece: (batch, first position, [B, t, V]); one decoder layer is resident at a time."""
+    """Logits of every row, piece by piece: (batch, first position, [B, t, V]); one decoder layer in memory."""
     opened = open_checkpoint(checkpoint)
     place = torch.device(device)
     skeleton = layers.build_skeleton(opened)

@@ -74,7 +74,7 @@ def to_e4m3(values: Tensor) -> Tensor:
 
 
 def round_e4m3_(values: Tensor) -> Tensor:
-    """Round fp32 values within +-448 to the E4M3 grid, in place; the same numbers as `to_e4m3`, without the slow casts.
+    """Round fp32 values within +-448 to the E4M3 grid, in place: `to_e4m3` without the slow casts.
 
     Zeros come out positive.
     """
@@ -86,7 +86,7 @@ def round_e4m3_(values: Tensor) -> Tensor:
 
 
 def pack_int4(values: Tensor, *, dim: int = 1) -> Tensor:
-    """int32 words of eight signed 4-bit integers (stored as value + 8), least significant first, along `dim`.
+    """int32 words of eight signed 4-bit integers (stored as value + 8), lowest bits first, along `dim`.
 
     `values` is an integer or whole-number float tensor [N, K] within -8..7; a last partial word is filled with stored 0.
     """

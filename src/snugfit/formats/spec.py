@@ -18,8 +18,8 @@ InputKind = Literal["none", "nvfp4", "fp8-token"]
 class FormatSpec:
     """One row of the table.
 
-    `column_multiple` must divide a weight's columns (0: the rule's group size must). `inputs` is what the format asks an
-    engine to do with activations; `calibrated` says that it needs a scale measured on real activations.
+    `column_multiple` must divide a weight's columns (0: the rule's group size must). `inputs` is what the format asks
+    an engine to do with activations; `calibrated` says that it needs a scale measured on real activations.
     """
 
     name: str
@@ -115,7 +115,7 @@ def bytes_for(fmt: TensorFormat, shape: tuple[int, int], scale_bytes: int) -> in
 
 def check_shape(fmt: TensorFormat, shape: tuple[int, ...], *, where: str) -> None:
     """Raise UserError where a weight of this shape cannot take the format."""
-    if len(shape) != 2:
+    if len(shape) != 2 or 0 in shape:
         raise UserError(
             f"{fmt.name} needs a 2-D weight, this one has shape {list(shape)}.",
             where=where,

@@ -15,15 +15,15 @@ Group = Mapping[str, Tensor]
 Rounder = Callable[[Group, TensorFormat, str, str], Mapping[str, Stored]]
 
 
-def _nvfp4(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
+def _nvfp4(weights: Group, _: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
     return quantize_fused_group(weights, scale, objective)
 
 
-def _fp8(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
+def _fp8(weights: Group, _fmt: TensorFormat, _scale: str, _objective: str) -> Mapping[str, Stored]:
     return {name: fp8.quantize(weight) for name, weight in weights.items()}
 
 
-def _int4(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
+def _int4(weights: Group, fmt: TensorFormat, _scale: str, _objective: str) -> Mapping[str, Stored]:
     return {name: int4.quantize(weight, group=fmt.group, symmetric=fmt.symmetric) for name, weight in weights.items()}
 
 

@@ -141,7 +141,7 @@ def read_header(file: Path) -> list[StoredTensor]:
             header = json.loads(stream.read(length))
             entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
             tensors = [_stored(name, entry, file.name, 8 + length) for name, entry in entries]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"the safetensors header cannot be read ({error}).",
                 where=str(file),
@@ -154,6 +154,7 @@ def read_header(file: Path) -> list[StoredTensor]:
                 where=str(file),
                 remedy="Download this file again.",
             )
+    _check_cover(tensors, 8 + length, size, file)
     return tensors
 
 
@@ -186,7 +187,7 @@ def _read_config(root: Path) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("config.json is missing.", where=str(root), remedy="Is this a model directory?") from None
-    except (ValueError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"not valid JSON ({error}).", where=str(file), remedy="Download this file again.") from None
     if not isinstance(config, dict):
         raise UserError("not a JSON object.", where=str(file), remedy="Download this file again.")
@@ -227,7 +228,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"no readable weight_map ({type(error).__name__}: {error}).",
             where=str(index),
@@ -257,6 +258,7 @@ def _check_index(root: Path, tensors: Mapping[str, StoredTensor]) -> None:
 
 
 def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> StoredTensor:
+    name.encode()  # half a surrogate pair cannot be written again
     begin, end = entry["data_offsets"]
     dtype = entry["dtype"]
     shape = tuple(int(side) for side in entry["shape"])
@@ -266,6 +268,21 @@ def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> Store
     if begin < 0 or min(shape, default=0) < 0 or end - begin != tensor.bytes:
         raise ValueError(f"{name} has {end - begin} bytes where its shape needs {tensor.bytes}")
     return tensor
+
+
+def _check_cover(tensors: list[StoredTensor], start: int, size: int, file: Path) -> None:
+    """As safetensors asks: tensors fill the file without gaps or overlaps."""
+    end = start
+    for tensor in sorted(tensors, key=lambda t: (t.offset, t.bytes)):
+        if tensor.offset != end:
+            raise UserError(
+                f"tensor {tensor.name} begins at byte {tensor.offset}, the one before it ends at {end}.",
+                where=str(file),
+                remedy="Download this file again.",
+            )
+        end += tensor.bytes
+    if end < size:
+        raise UserError(f"{size - end} bytes belong to no tensor.", where=str(file), remedy="Download this file again.")
 
 
 def _hidden(relative: Path) -> bool:

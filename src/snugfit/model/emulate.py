@@ -41,7 +41,7 @@ def _shared_hook(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...
     """A forward pre-hook that remembers its last input, which fused partners receive in turn."""
     last: list[tuple[Tensor, Tensor]] = []
 
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not last or last[0][0] is not args[0]:
             last[:] = [(args[0], quantizer(args[0]))]
         return (last[0][1], *args[1:])

@@ -1,4 +1,4 @@
-"""transformers' model code without its weights: parameters on the meta device, one decoder layer in memory at a time."""
+"""transformers' model code without its weights: parameters on the meta device, one decoder layer in memory."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         with _parameters_on_meta(), torch.no_grad():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except (ValueError, KeyError, ImportError, OSError, TypeError, AttributeError) as error:
+    except Exception as error:  # noqa: BLE001 (transformers' config classes raise many kinds of their own)
         kind = checkpoint.config.get("model_type")
         raise UserError(
             f"transformers cannot build model_type {kind!r}: {_first_line(error)}",
@@ -125,7 +125,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> Non
 
 
 def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the whole model around other layers; of the rest, `weights` (full names) are filled in, others stay meta.
+    """A copy of the whole model around other layers; of the rest, `weights` (full names) are filled in, others not.
 
     Tied weights are one tensor under several names: naming one fills all.
     """
@@ -177,4 +177,4 @@ def _is_tied(state: dict[str, Tensor], name: str) -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,4 +1,4 @@
-"""A model directory in the making: shards whose bytes are planned before the first is written, and a whole-or-nothing end."""
+"""A model directory in the making: shards planned to the byte before the first is written, a whole-or-nothing end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 LOCK_NAME = ".snugfit-lock"
 # safetensors' dtype order, which its writer sorts by, largest first
-SERIAL_ORDER = ["BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"]
+SERIAL_ORDER = (
+    *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    *("I16", "U16", "F16", "BF16", "I32", "U32", "F32", "C64", "F64", "I64", "U64"),
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,9 @@ def staged(target: Path) -> Iterator[Path]:
     """
     check_target(target)
     partial = target.with_name(target.name + ".partial")
+    ours = not partial.is_symlink() and (partial / LOCK_NAME).is_file()
+    if not ours and (partial.is_symlink() or partial.exists()) and not _is_empty(partial):
+        raise UserError("is in the way, and no run of ours made it.", where=str(partial), remedy="Move it away.")
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
@@ -163,6 +169,10 @@ def check_target(target: Path) -> None:
     """UserError where the output exists already."""
     if target.exists() or target.is_symlink():
         raise UserError("the output exists already.", where=str(target), remedy="Remove it or choose another -o.")
+
+
+def _is_empty(directory: Path) -> bool:
+    return not directory.is_symlink() and directory.is_dir() and not any(directory.iterdir())
 
 
 def _clear(partial: Path) -> None:

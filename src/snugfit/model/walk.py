@@ -42,7 +42,7 @@ class Batch:
 Receive = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818  # not an error
     """Ends a forward pass once the last recorder has what it came for."""
 
 
@@ -156,8 +156,8 @@ def logits(
 ) -> Iterator[tuple[Batch, int, Tensor]]:
     """Final norm and head over the batches' hidden states: yields (batch, first position, logits [B, t, V])."""
     part = torch.empty(0)
-    first = _StandIn(skeleton.layers[0], lambda hidden, args, kwargs: part)
-    rest = [_StandIn(layer, lambda hidden, args, kwargs: hidden) for layer in list(skeleton.layers)[1:]]
+    first = _StandIn(skeleton.layers[0], lambda _hidden, _args, _kwargs: part)
+    rest = [_StandIn(layer, lambda hidden, _args, _kwargs: hidden) for layer in list(skeleton.layers)[1:]]
     model = _on_device(with_layers(skeleton, [first, *rest], weights), device)
     for batch in batches:
         step = max(1, tokens_at_once // batch.tokens.shape[0])
