@@ -388,7 +388,7 @@ def _check_outside(recipe: LoadedRecipe, assignments: Mapping[str, Assignment], 
         fmt = assignments[name].format
         if fmt is not None and fmt.spec.calibrated:
             raise UserError(
-                f"{name} stands outside the decoder layers, where no inputs are measured.",
+                f"{name.removesuffix('.weight')} stands outside the decoder layers, where no inputs are measured.",
                 where=f"{recipe.where}: rules[{assignments[name].rule}]",
                 remedy="Give it `format: fp8-dynamic` or `format: nvfp4a16`.",
             )

@@ -164,9 +164,9 @@ def resolve(
 ) -> dict[str, Assignment]:
     """Tensor name -> assignment, for each weight that a rule names.
 
-    `layers` is the model's number of decoder layers; `frozen` maps names of tensors that must stay to why.
-    Raises UserError for a layer weight without a rule, a rule that matches nothing, a fused group that is split, a shape that
-    does not fit.
+    `layers` is the model's number of decoder layers; `frozen` maps names of tensors that must stay to why. Raises
+    UserError for a layer weight without a rule, a rule that matches nothing, a fused group that is split, a shape
+    that does not fit.
     """
     frozen = frozen or {}
     found: dict[str, Assignment] = {}

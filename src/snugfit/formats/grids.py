@@ -88,7 +88,7 @@ def round_e4m3_(values: Tensor) -> Tensor:
 def pack_int4(values: Tensor, *, dim: int = 1) -> Tensor:
     """int32 words of eight signed 4-bit integers (stored as value + 8), lowest bits first, along `dim`.
 
-    `values` is an integer or whole-number float tensor [N, K] within -8..7; a last partial word is filled with stored 0.
+    `values` is a tensor [N, K] of whole numbers within -8..7; a last partial word is filled with stored 0.
     """
     if dim == 0:
         return pack_int4(values.t()).t().contiguous()
