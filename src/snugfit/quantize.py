@@ -116,6 +116,8 @@ def plan_quantization(
     assignments = resolve(loaded, list(checkpoint.tensors.values()), layers=layers, frozen=frozen)
     _check_outside(loaded, assignments, [name for name in assignments if names[name].layer is None])
     formats = {names[name].module: a.format for name, a in assignments.items() if a.format is not None}
+    if not formats:
+        raise UserError("this recipe quantizes nothing.", where=loaded.where, remedy="Give one rule another format.")
     ignore = [
         parsed.module
         for name, parsed in names.items()

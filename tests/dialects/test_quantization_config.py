@@ -303,7 +303,6 @@ def test_other_methods_and_schemes_are_refused() -> None:
         read_formats({"quantization_config": config}, ["model.layers.0.mlp.up_proj"])
 
 
-@pytest.mark.xfail(strict=True, reason="patterns are not anchored at the layer's number, nor at the stack's name")
 @pytest.mark.parametrize(
     "modules",
     [

@@ -107,7 +107,7 @@ def test_sweep_finds_the_best_of_all_scales(kind: str) -> None:
 
 
 def test_sweep_finds_a_best_scale_three_codes_down() -> None:
-    """Where clipping the largest value by a fifth pays for the other fifteen, the lowest of the eleven codes is taken."""
+    """Where clipping the largest value by a fifth pays for the other fifteen, the lowest of eleven codes is taken."""
     # all but the first value are exact under 0.8125, three codes below the plain scale 1
     block = torch.tensor([[6.0, *[6 * 0.8125] * 5, *[4 * 0.8125] * 3, *[0.5 * 0.8125] * 7]])
     one = torch.tensor(1.0)
@@ -117,13 +117,14 @@ def test_sweep_finds_a_best_scale_three_codes_down() -> None:
     assert torch.equal(block_errors(block, best, one), lowest_of_all(block, one))
 
 
-@pytest.mark.xfail(strict=True, reason="eleven codes do not reach far enough among E4M3's evenly spaced subnormals")
-def test_sweep_finds_the_best_scale_of_tiny_blocks() -> None:
-    """A block of 13 and 6.5 times the smallest scale is exact under thirteen times it, and the sweep sees that."""
-    block = torch.tensor([[13.0, 6.5, *[0.0] * 14]]) * 2.0**-9
+def test_sweep_is_near_the_best_for_tiny_blocks() -> None:
+    """Among E4M3's subnormal scales eleven codes can miss the optimum: by less than 1 % of the error in all."""
+    blocks = torch.randn(20_000, 16, generator=torch.Generator().manual_seed(5)).abs_() * 2.0**-7
     one = torch.tensor(1.0)
-    assert torch.equal(lowest_of_all(block, one), torch.zeros(1))
-    assert torch.equal(block_errors(block, scales.block_scales(block, one, "sweep"), one), torch.zeros(1))
+    chosen = scales.block_scales(blocks, one, "sweep")
+    assert float(chosen.float().amax()) < 2.0**-5
+    found, best = block_errors(blocks, chosen, one).sum(), lowest_of_all(blocks, one).sum()
+    assert best <= found < 1.01 * best
 
 
 @every_weight
@@ -296,7 +297,6 @@ def test_gains_on_gaussian_weights() -> None:
     assert sweep / absmax == pytest.approx(0.730, abs=0.012)
 
 
-@pytest.mark.xfail(strict=True, reason="1 / s overflows below 2**-128, and its reciprocal is 0")
 def test_weights_near_the_smallest_normal_number_do_not_vanish() -> None:
     """A tensor of magnitude 1e-36 has a positive global scale with a finite divisor."""
     stored = scales.quantize_fused_group({"weight": torch.full((1, 16), 1e-36)}, "absmax")["weight"]

@@ -172,8 +172,8 @@ def _arguments(**given: object) -> dict[str, object]:
 
 
 def _parse_scheme(group: Mapping[str, Any]) -> TensorFormat:
-    weights = group["weights"]
-    key = (weights["type"], weights["num_bits"], weights["strategy"])
+    weights = group.get("weights") or {}
+    key = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
     inputs = group.get("input_activations")
     if key == ("float", 4, "tensor_group") and weights["group_size"] == NVFP4_BLOCK:
         return TensorFormat("nvfp4a16" if inputs is None else "nvfp4")
@@ -187,23 +187,30 @@ def _parse_scheme(group: Mapping[str, Any]) -> TensorFormat:
 def _targets(
     modules: Sequence[str], formats: Mapping[str, TensorFormat], fmt: TensorFormat, ignore: Sequence[str]
 ) -> list[str]:
-    """Patterns for `modules`: one for all layers where no other linear has the same ending, else one naming layers."""
-    shared = {_ending(other)[0] for other in (*ignore, *(m for m, f in formats.items() if f != fmt))}
+    """Patterns for `modules`: one for all layers where no other linear has the same ending, else one naming layers.
+
+    Where a pattern would catch a module of another format, the modules' own names stand in its place.
+    """
+    others = [module for module, other in formats.items() if other != fmt]
+    shared = {_ending(other)[0] for other in (*ignore, *others)}
     layers_of: dict[str, list[str]] = {}
-    exact: list[str] = []
+    targets: list[str] = []
     for module in modules:
         ending, layer = _ending(module)
         if layer:
             layers_of.setdefault(ending, []).append(layer)
         else:
-            exact.append(module)
+            targets.append(module)
     leaves_of: dict[tuple[str, str], list[str]] = {}
     for ending, layers in layers_of.items():
         parent, _, leaf = ending.rpartition(".")
-        prefix = f"layers\\.{_choice(layers)}\\." if ending in shared else ""
-        leaves_of.setdefault((prefix, parent), []).append(leaf)
-    patterns = [f"re:.*{prefix}{_escape(parent)}{_choice(leaves)}$" for (prefix, parent), leaves in leaves_of.items()]
-    return exact + patterns
+        numbers = _choice(list(dict.fromkeys(layers))) if ending in shared else r"\d+"
+        leaves_of.setdefault((numbers, parent), []).append(leaf)
+    for (numbers, parent), leaves in leaves_of.items():
+        pattern = rf"re:(.*\.)?layers\.{numbers}\.{_escape(parent)}{_choice(leaves)}$"
+        clash = any(_matches(other, pattern) for other in others)
+        targets += [module for module in modules if _matches(module, pattern)] if clash else [pattern]
+    return targets
 
 
 def _ending(module: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ def quantize(weight: Tensor) -> FP8Weight:
     exact = weight.float()
     scale = (exact.abs().amax(1, keepdim=True) / E4M3_MAX).to(weight.dtype)
     scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
-    return FP8Weight(to_e4m3(exact.div_(scale.float())), scale)
+    return FP8Weight(to_e4m3(exact / scale.float()), scale)
 
 
 def dequantize(stored: FP8Weight) -> Tensor:
@@ -45,5 +45,5 @@ def quantize_dequantize_input(activations: Tensor) -> Tensor:
     exact = activations.float()
     low, high = exact.aminmax(dim=-1, keepdim=True)
     scale = torch.maximum(high, low.neg_()).div_(E4M3_MAX).clamp_(min=TOKEN_SCALE_MIN)
-    exact.div_(scale).clamp_(-E4M3_MAX, E4M3_MAX)
-    return round_e4m3_(exact).mul_(scale).to(activations.dtype)
+    codes = round_e4m3_((exact / scale).clamp_(-E4M3_MAX, E4M3_MAX))
+    return codes.mul_(scale).to(activations.dtype)

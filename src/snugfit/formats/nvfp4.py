@@ -15,7 +15,6 @@ from torch import Tensor
 from snugfit.formats.grids import (
     E2M1_MAX,
     E4M3_MAX,
-    E4M3_TINY,
     e2m1_codes,
     e2m1_pairs,
     pack_nibbles,
@@ -23,6 +22,8 @@ from snugfit.formats.grids import (
     to_e4m3,
 )
 from snugfit.formats.spec import NVFP4_BLOCK
+
+FP32_TINY = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ def stable_reciprocal_scale(scale: Tensor) -> Tensor:
     """The fp32 scale nearest to `scale` that survives storage as its own reciprocal: 1/(1/s) == s, exactly.
 
     Files store the divisor. Two reciprocals reach a fixed point: a third gives the same number as the first (checked
-    over all 2**23 mantissas by a test), so writing and reading back changes nothing.
+    over all 2**23 mantissas by a test), so writing and reading back changes nothing. Scales below 2**-126, whose
+    divisors fp32 could not hold, become 2**-126.
     """
-    return scale.float().reciprocal().reciprocal()
+    return scale.float().clamp(min=FP32_TINY).reciprocal().reciprocal()
 
 
 def quantize(weight: Tensor, block_scale: Tensor, global_scale: Tensor) -> NVFP4Weight:
@@ -69,11 +71,11 @@ def quantize_dequantize_input(activations: Tensor, global_scale: Tensor) -> Tens
     """Activations [..., K] as an NVFP4 engine sees them, in their own dtype.
 
     Block scales are made at run time under the static global scale: E4M3(min(amax_block / (6 g), 448)), codes by
-    rounding to nearest even. All-zero blocks stay zero.
+    rounding to nearest even. A block too small for the smallest scale becomes zero, as in vLLM.
     """
     blocks = activations.float().unflatten(-1, (-1, NVFP4_BLOCK))
     magnitude = blocks.abs()
-    scale = to_e4m3(magnitude.amax(-1, keepdim=True).div_(E2M1_MAX * global_scale).clamp_(E4M3_TINY))
+    scale = to_e4m3(magnitude.amax(-1, keepdim=True).div_(E2M1_MAX * global_scale))
     step = scale.float().mul_(global_scale)
-    rounded = round_e2m1_magnitude(magnitude.div_(step)).mul_(step)
+    rounded = round_e2m1_magnitude(magnitude.div_(step.clamp(min=FP32_TINY))).mul_(step)
     return rounded.copysign_(blocks).flatten(-2).to(activations.dtype)
