@@ -52,8 +52,11 @@ def main() -> None:
     outputs = {"snugfit": work / "snugfit"}
     if arguments.llmcompressor_python:
         outputs["llm-compressor"] = work / "llm-compressor"
-    quality = {name: _quality(arguments.model, path, work / "evaluation.json") for name, path in outputs.items()}
-    _print(runs, quality)
+    _print_times(runs)
+    measured = {name: _quality(arguments.model, path, work / "evaluation.json") for name, path in outputs.items()}
+    _print_quality({name: figures for name, (figures, _) in measured.items()})
+    _print_paired({name: losses for name, (_, losses) in measured.items()})
+    print(json.dumps({"runs": runs, "quality": measured}))
 
 
 def work_once(model: Path, work: Path, recipe: str, threads: int) -> None:
@@ -126,8 +129,8 @@ def _write_rows(model: Path, work: Path) -> None:
     (work / "evaluation.json").write_text(json.dumps(held_out), encoding="utf-8")
 
 
-def _quality(model: Path, path: Path, rows_file: Path) -> dict[str, float]:
-    """Relative error over all quantized weights by format, and perplexities, of a compressed-tensors checkpoint."""
+def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Figures of a compressed-tensors checkpoint (weight errors by format, perplexities), and its losses by row."""
     from snugfit.calibration.dataset import make_rows
     from snugfit.dialects.compressed_tensors import read_formats
     from snugfit.evaluation.fidelity import perplexity
@@ -146,12 +149,15 @@ def _quality(model: Path, path: Path, rows_file: Path) -> dict[str, float]:
         entry[1] += float(weight.square().sum())
     quality = {f"relative error, {name}": error / square for name, (error, square) in sums.items()}
     rows = make_rows(json.loads(rows_file.read_text(encoding="utf-8")), "held out")
+    losses: dict[str, list[float]] = {}
     for profile in ("vllm-blackwell", "marlin"):
-        quality[f"perplexity, {profile}"] = perplexity(path, rows, activations=profile).value
-    return quality
+        scored = perplexity(path, rows, activations=profile)
+        quality[f"perplexity, {profile}"] = scored.value
+        losses[profile] = [loss / (len(row) - 1) for loss, row in zip(scored.nll_by_row, rows.rows, strict=True)]
+    return quality, losses
 
 
-def _print(runs: dict[str, list[dict[str, Any]]], quality: dict[str, dict[str, float]]) -> None:
+def _print_times(runs: dict[str, list[dict[str, Any]]]) -> None:
     walls = {name: [_wall(run) for run in entries] for name, entries in runs.items()}
     base = walls["plain forward"]
     print("| | wall s | x plain forward (by round) | CPU s | peak RSS MB |")
@@ -162,10 +168,25 @@ def _print(runs: dict[str, list[dict[str, Any]]], quality: dict[str, dict[str, f
         rss = max(run["peak_rss_bytes"] for run in entries) / 1e6
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         print(f"| {name} | {statistics.median(walls[name]):.1f} | {spread} | {cpu:.1f} | {rss:.0f} |")
+
+
+def _print_quality(quality: dict[str, dict[str, float]]) -> None:
     print("\n| | " + " | ".join(quality) + " |\n|---|" + "---|" * len(quality))
     for figure in next(iter(quality.values())):
         print(f"| {figure} | " + " | ".join(f"{values[figure]:.5g}" for values in quality.values()) + " |")
-    print(json.dumps({"runs": runs, "quality": quality}))
+
+
+def _print_paired(losses: dict[str, dict[str, list[float]]]) -> None:
+    """Mean difference of the loss a token between the tools, row by row, with its standard error."""
+    if len(losses) < 2:
+        return
+    ours, theirs = losses.values()
+    for profile, mine in ours.items():
+        differences = [a - b for a, b in zip(mine, theirs[profile], strict=True)]
+        error = statistics.stdev(differences) / len(differences) ** 0.5
+        print(
+            f"\nloss a token, {profile}, {' minus '.join(losses)}: {statistics.mean(differences):+.4f} +- {error:.4f}"
+        )
 
 
 def _wall(run: dict[str, Any]) -> float:
