@@ -385,6 +385,20 @@ def test_config_that_is_no_json(content: bytes, says: str, single: Path, out: Pa
     assert f"{model / 'config.json'}: {says}" in refuse(model, out)
 
 
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"num_local_experts": 8}, "a mixture of experts"),
+        ({"text_config": {"num_hidden_layers": 3, "n_routed_experts": 64}}, "a mixture of experts"),
+        ({"vision_config": {"hidden_size": 64}}, "a tower of its own (vision_config)"),
+    ],
+    ids=["experts", "nested", "vision"],
+)
+def test_models_out_of_scope(values: dict[str, Any], says: str, single: Path, out: Path) -> None:
+    """What this version would damage quietly, experts and vision towers, is refused and not quantized by its names."""
+    assert says in refuse(copy(single, out, edit_config(**values)), out)
+
+
 @pytest.mark.parametrize("kind", ["llama99", None, 7, [], {}], ids=str)
 def test_unknown_architecture(kind: object, single: Path, out: Path) -> None:
     """A model_type that transformers does not know is refused with config.json and the value."""

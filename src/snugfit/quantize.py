@@ -49,6 +49,8 @@ RECORD_FILE = "snugfit-record.json"
 MAX_SHARD_BYTES = 5_000_000_000
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 KEPT = "as it was"
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOWERS = ("vision_config", "audio_config", "speech_config")
 # weights in other containers: engines would load them beside ours
 _OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
@@ -103,6 +105,7 @@ def plan_quantization(
         raise UserError(f"no weight file fits into {max_shard_bytes} bytes.", remedy="Raise --max-shard-size.")
     checkpoint = open_checkpoint(source)
     _check_source(checkpoint)
+    _check_scope(checkpoint)
     loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
     layers = _layer_count(checkpoint)
     names = {t.name: parse_name(t.name, t.shape) for t in checkpoint.tensors.values()}
@@ -344,6 +347,20 @@ def _check_source(checkpoint: Checkpoint) -> None:
             where=str(checkpoint.path),
             remedy="Start from the original BF16, FP16 or FP32 checkpoint.",
         )
+
+
+def _check_scope(checkpoint: Checkpoint) -> None:
+    """Refuse what would be damaged quietly: experts need calibration of their own, towers are no decoder layers."""
+    configs = (checkpoint.config, _text_config(checkpoint.config))
+    counts = [config.get(key) for config in configs for key in EXPERT_COUNTS]
+    towers = [key for key in TOWERS if checkpoint.config.get(key)]
+    if any(isinstance(count, int) and count > 1 for count in counts):
+        what = "a mixture of experts, which is not handled yet."
+    elif towers:
+        what = f"a model with a tower of its own ({towers[0]}), which is not handled yet."
+    else:
+        return
+    raise UserError(what, where=str(checkpoint.path / "config.json"), remedy="Use a dense text model.")
 
 
 def _is_quantized(tensor: TensorInfo) -> bool:
