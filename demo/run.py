@@ -46,7 +46,10 @@ def _table(
     table.add_row("bytes", f"{record.source_bytes:,} -> {record.bytes:,} ({record.bytes / record.source_bytes:.0%})")
     for total in totals_by_format(record.tensors):
         error = "" if total.relative_error is None else f", relative error {total.relative_error:.5f}"
-        table.add_row(total.format, f"{total.tensors} tensors, {total.bits_per_weight:.2f} bits a weight{error}")
+        parts = ", ".join(_parts(record, total.format))
+        table.add_row(
+            total.format, f"{parts}: {total.tensors} tensors, {total.bits_per_weight:.2f} bits a weight{error}"
+        )
     pair = "{0.value:.2f} +- {0.standard_error:.2f}"
     table.add_row("perplexity before", pair.format(before) + f" ({before.tokens:,} tokens of Python's documentation)")
     table.add_row("perplexity, W4A4 MLP", pair.format(after) + " (Blackwell: 4-bit activations)")
@@ -56,6 +59,11 @@ def _table(
         table.add_row(f"seconds, {stage}", f"{spent:.2f}")
     table.add_row("peak memory", f"{record.peak_rss_bytes / 1e9:.2f} GB while quantizing")
     return table
+
+
+def _parts(record: QuantizeRecord, label: str) -> list[str]:
+    """The last parts of the module names that took a format, each once."""
+    return sorted({tensor.name.split(".")[-2] for tensor in record.tensors if tensor.format == label})
 
 
 if __name__ == "__main__":

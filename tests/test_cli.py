@@ -18,7 +18,8 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from snugfit.cli import app
-from snugfit.quantize import RECIPE_FILE, RECORD_FILE, plan_quantization
+from snugfit.quantize import RECIPE_FILE, RECORD_FILE
+from snugfit.quantize_plan import plan_quantization
 from snugfit.recipe import builtin_names, load_recipe
 
 MakeTiny = Callable[..., Path]
@@ -47,7 +48,7 @@ OFFERED: dict[str, set[str]] = {
 MIXED = """\
 name: mixed
 rules:
-  - {role: lm_head, format: fp8-dynamic}
+  - {role: lm_head, format: keep}
   - {role: down, layers: 0, format: keep}
   - {role: down, format: int4, symmetric: false, group: 32}
   - {role: mlp, format: nvfp4a16, scale: sweep}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from conftest import MakeTiny
 from snugfit.calibration.dataset import load_rows
+from snugfit.errors import UserError
 from snugfit.evaluation.fidelity import perplexity
 from snugfit.formats import nvfp4
 from snugfit.model.checkpoint import open_checkpoint, read_tensor
-from snugfit.quantize import RECORD_FILE, plan_quantization, quantize_checkpoint
+from snugfit.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.quantize_plan import plan_quantization
 from snugfit.recipe import parse_recipe
 
 
@@ -31,7 +34,10 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.flatten().tolist() == b.flatten().tolist()
 
 
-def test_everything_else_survives_bit_for_bit(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid", "fp8-dynamic"])
+def test_everything_else_survives_bit_for_bit(
+    recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
+) -> None:
     """Biases, norms, embeddings, head, multi-token-prediction layers and other files come through unchanged."""
     source = tmp_path / "source"
     shutil.copytree(make_tiny("llama", attention_bias=True, mlp_bias=True), source)
@@ -39,22 +45,28 @@ def test_everything_else_survives_bit_for_bit(make_tiny: MakeTiny, token_rows: P
     extra = {
         "model.layers.3.mlp.up_proj.weight": torch.randn(128, 64).bfloat16(),
         "mtp.fc.weight": torch.randn(64, 128).bfloat16(),
+        "mtp.layers.0.mlp.gate_proj.weight": torch.randn(128, 64).bfloat16(),
+        "model.mtp_layers.0.self_attn.q_proj.weight": torch.randn(64, 64).bfloat16(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.rand(8),
     }
     save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
     (source / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (source / ".gitattributes").write_text("*.safetensors filter=lfs", encoding="utf-8")
     (source / "assets").mkdir()
     (source / "assets" / "note.bin.txt").write_bytes(b"\x00\x01")
-    quantize_checkpoint(source, tmp_path / "out", "nvfp4-fp8-hybrid", text=[token_rows])
+    quantize_checkpoint(source, tmp_path / "out", recipe, text=[token_rows])
     written = all_tensors(tmp_path / "out")
     linears = {f"model.layers.{n}.{part}" for n in range(3) for part in LINEARS}
     kept = [name for name in tensors | extra if name.removesuffix(".weight") not in linears]
-    assert len(kept) == len(tensors) + 2 - 21
+    assert len(kept) == len(tensors) + len(extra) - 21
     for name in kept:
         assert same(written[name], (tensors | extra)[name]), name
     assert (tmp_path / "out" / "assets" / "note.bin.txt").read_bytes() == b"\x00\x01"
+    assert (tmp_path / "out" / ".gitattributes").is_file()
     assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ messages }}"
     ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
-    assert sorted(ignore) == ["lm_head", "model.layers.3.mlp.up_proj", "mtp.fc"]
+    two_d = [name for name, tensor in extra.items() if tensor.dim() == 2]
+    assert sorted(ignore) == sorted(["lm_head", *(name.removesuffix(".weight") for name in two_d)])
 
 
 LINEARS = (
@@ -153,16 +165,47 @@ def test_record_tells_what_is_on_disk(make_tiny: MakeTiny, token_rows: Path, tmp
 
 
 def test_data_free_recipes_run_no_model(make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe without activation scales reads no rows and builds no model, whatever text it is given."""
-    from snugfit.model import layers
+    """A recipe without activation scales reads no rows and runs no layer, whatever text it is given."""
+    from snugfit.model import walk
 
     def refuse(*_: object) -> None:
-        raise AssertionError("built a model")
+        raise AssertionError("ran a model")
 
-    monkeypatch.setattr(layers, "build_skeleton", refuse)
+    monkeypatch.setattr(walk, "embed", refuse)
+    monkeypatch.setattr(walk, "run_layer", refuse)
     for recipe in ("fp8-dynamic", "int4-w4a16", "fp8-int4", "nvfp4a16"):
         record = quantize_checkpoint(make_tiny("llama"), tmp_path / recipe, recipe, text=["no-such-file.txt"])
         assert record.dataset is None
+
+
+@pytest.mark.parametrize("step", ["quantize", "evaluate"])
+def test_one_layer_is_in_memory_at_a_time(
+    step: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a layer is made resident, nothing of the layer before it is alive any more."""
+    import gc
+    import weakref
+
+    from snugfit.model import layers
+
+    source = make_tiny("llama")
+    alive: list[weakref.ref[Any]] = []
+    counts: list[int] = []
+    build = layers.resident_layer
+
+    def watched(*args: Any) -> torch.nn.Module:
+        gc.collect()
+        counts.append(sum(ref() is not None for ref in alive))
+        layer = build(*args)
+        alive[:] = [weakref.ref(layer), *(weakref.ref(parameter) for parameter in layer.parameters())]
+        return layer
+
+    monkeypatch.setattr(layers, "resident_layer", watched)
+    if step == "quantize":
+        quantize_checkpoint(source, tmp_path / "out", "nvfp4", text=[token_rows])
+    else:
+        perplexity(source, load_rows(source, [token_rows]))
+    assert counts == [0, 0, 0]
 
 
 def test_mixed_layers_and_asymmetric_int4(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
@@ -189,3 +232,42 @@ rules:
     before, after = perplexity(source, rows), perplexity(tmp_path / "out", rows, activations="none")
     assert before.value != after.value
     assert after.value == pytest.approx(before.value, rel=0.2)
+
+
+def test_other_layouts_and_ragged_rows(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """OPT keeps its layers under another name, calls its output out_proj and flattens before fc1: all of it works."""
+    source = make_tiny("opt", ffn_dim=128, word_embed_proj_dim=64, pad_token_id=0)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": [*range(3, 3 + n)]}) + "\n" for n in (40, 7, 23)))
+    record = quantize_checkpoint(source, tmp_path / "out", "nvfp4-fp8-attention", text=[rows])
+    formats = {t.name.removeprefix("model.decoder.layers."): t.format for t in record.tensors}
+    assert formats["0.self_attn.out_proj.weight"] == formats["2.self_attn.q_proj.weight"] == "fp8-dynamic"
+    assert formats["1.fc1.weight"] == formats["1.fc2.weight"] == "nvfp4"
+    amax = {t.name: t.input_amax for t in record.tensors if t.format == "nvfp4"}
+    assert len(amax) == 6
+    assert all(amax.values())
+
+
+def test_full_disk_is_seen_before_the_work(
+    make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the result would not fit on the disk the run stops before it writes anything."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"0\.00 GB are free"):
+        quantize_checkpoint(make_tiny("llama"), tmp_path / "out", "fp8-dynamic")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_beyond_the_positions_are_refused(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """A row longer than the model's positions is refused with the length to ask for."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input_ids": [5] * 600}) + "\n")
+    with pytest.raises(UserError, match=r"600 tokens are beyond the model's 512 positions.*--length 512"):
+        quantize_checkpoint(make_tiny("llama"), tmp_path / "out", "nvfp4", text=[rows])
+
+
+def test_unknown_activation_profile_is_refused(make_tiny: MakeTiny, token_rows: Path) -> None:
+    """Perplexity under a profile that does not exist is an error, also for a model without quantized layers."""
+    source = make_tiny("llama")
+    with pytest.raises(UserError, match="unknown activation profile 'blackwel'"):
+        perplexity(source, load_rows(source, [token_rows]), activations="blackwel")

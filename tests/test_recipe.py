@@ -261,15 +261,49 @@ def test_broad_rules_leave_head_embeddings_norms_and_routers(rule: str, tensors:
 @pytest.mark.parametrize(
     ("rule", "name"),
     [
-        ("role: lm_head, format: fp8-dynamic", "lm_head.weight"),
-        ("name: lm_head, format: fp8-dynamic", "lm_head.weight"),
-        ("role: [router, lm_head], format: fp8-dynamic", "model.layers.1.mlp.gate.weight"),
+        ("role: router, format: fp8-dynamic", "model.layers.1.mlp.gate.weight"),
+        ("name: model.layers.1.mlp.gate, format: fp8-dynamic", "model.layers.1.mlp.gate.weight"),
     ],
 )
-def test_kept_roles_are_taken_when_named(rule: str, name: str, tensors: list[TensorInfo]) -> None:
-    """An lm_head or a router takes a format where a rule names its role or its whole name."""
+def test_routers_are_taken_when_named(rule: str, name: str, tensors: list[TensorInfo]) -> None:
+    """A router takes a format where a rule names its role or its whole name."""
     found = settle([rule, "role: linear, format: keep"], with_routers(tensors))
     assert found[name].format == TensorFormat("fp8-dynamic")
+
+
+@pytest.mark.parametrize("rule", ["role: lm_head", "name: lm_head", "role: [linear, embed]"])
+def test_nothing_outside_the_layers_is_quantized(rule: str, tensors: list[TensorInfo]) -> None:
+    """A format for the head or the embeddings is refused, `keep` is not."""
+    with pytest.raises(UserError, match="outside the decoder layers"):
+        settle([f"{rule}, format: fp8-dynamic", "role: linear, format: keep"], tensors)
+    assert not any(
+        a.format for a in settle(["role: lm_head, format: keep", "role: linear, format: keep"], tensors).values()
+    )
+
+
+def test_a_rule_for_a_frozen_tensor_is_told_why(tensors: list[TensorInfo]) -> None:
+    """A rule that only matches tensors that must stay is refused with the reason."""
+    rules = recipe_of("role: lm_head, format: keep", "role: linear, format: fp8-dynamic")
+    with pytest.raises(UserError, match=r"lm_head\.weight must stay: tied"):
+        resolve(rules, tensors, layers=LAYERS, frozen={"lm_head.weight": "tied"})
+
+
+@pytest.mark.parametrize(
+    ("module", "role"),
+    [
+        ("model.layers.0.self_attn.out_proj", "attention"),
+        ("model.layers.0.self_attn.q_a_proj", "attention"),
+        ("model.layers.0.linear_attn.in_proj_qkvz", "attention"),
+        ("model.layers.0.mlp.fc1", "mlp"),
+        ("model.layers.0.mixer.in_proj", "linear"),
+        ("mtp.layers.0.mlp.gate_proj", "other"),
+        ("model.mtp_layers.0.self_attn.q_proj", "other"),
+        ("vision_tower.encoder.layers.0.self_attn.q_proj", "other"),
+    ],
+)
+def test_roles_of_unusual_names(module: str, role: str) -> None:
+    """A layer's linear whose own name says nothing takes its parent's role; other stacks have none."""
+    assert parse_name(f"{module}.weight", (64, 64)).role == role
 
 
 def test_frozen_tensors_need_no_rule_and_take_none(tensors: list[TensorInfo]) -> None:

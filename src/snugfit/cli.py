@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from snugfit.calibration.dataset import DEFAULT_LENGTH, DEFAULT_ROWS
 from snugfit.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def quantize(
     text: Annotated[
         list[Path] | None, typer.Option(help="Text or JSONL to calibrate on. Default: Python's documentation.")
     ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of calibration tokens at most.")] = 32,
-    length: Annotated[int, typer.Option(help="Tokens a row at most.")] = 1024,
+    rows: Annotated[int, typer.Option(help="Rows of calibration tokens at most.")] = DEFAULT_ROWS,
+    length: Annotated[int, typer.Option(help="Tokens a row at most.")] = DEFAULT_LENGTH,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     tokens_per_batch: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
     max_shard_size: Annotated[float, typer.Option(help="Largest weight file in GB (10^9 bytes).")] = 5.0,
@@ -60,7 +61,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL by a recipe into a new directory that stock engines load."""
     with _plain_errors():
-        from snugfit.quantize import plan_quantization, quantize_checkpoint
+        from snugfit.quantize import quantize_checkpoint
+        from snugfit.quantize_plan import plan_quantization
 
         if not 0 < max_shard_size < float("inf"):
             raise UserError(f"a shard of {max_shard_size} GB is none.", remedy="Give a positive --max-shard-size.")
@@ -83,13 +85,17 @@ def quantize(
             max_shard_bytes=shard_bytes,
             progress=True,
         )
+    try:  # the result stands, whatever happens to its report
         if as_json:
-            sys.stdout.write(record.to_json())
+            typer.echo(record.to_json(), nl=False)
             return
         _print_totals(record.tensors)
         if record.left_out:
             typer.echo(f"weights in other containers, not copied: {', '.join(record.left_out)}", err=True)
         typer.echo(f"{output}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
+    except OSError as error:
+        typer.echo(f"snugfit: {output} is written and whole; its report is not ({error.strerror}).", err=True)
+        raise typer.Exit(1) from None
 
 
 @app.command()

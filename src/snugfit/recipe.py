@@ -33,7 +33,7 @@ from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, TensorFormat, check_shape
 from snugfit.model.checkpoint import TensorInfo
-from snugfit.model.names import KEPT_ROLES, LINEAR, ROLE_SETS, ROLES, TensorName, parse_name
+from snugfit.model.names import DECODER, KEPT_ROLES, LINEAR, ROLE_SETS, ROLES, TensorName, parse_name
 
 ROLE_NAMES = sorted({*ROLES.values(), *ROLE_SETS, LINEAR, "router"})
 Scale = Literal["absmax", "four-over-six", "sweep"]
@@ -160,18 +160,23 @@ def parse_recipe(text: str, *, where: str) -> LoadedRecipe:
 
 
 def resolve(
-    loaded: LoadedRecipe, tensors: Sequence[TensorInfo], *, layers: int, frozen: Mapping[str, str] | None = None
+    loaded: LoadedRecipe,
+    tensors: Sequence[TensorInfo],
+    *,
+    layers: int,
+    decoder: str = DECODER,
+    frozen: Mapping[str, str] | None = None,
 ) -> dict[str, Assignment]:
     """Tensor name -> assignment, for each weight that a rule names.
 
-    `layers` is the model's number of decoder layers; `frozen` maps names of tensors that must stay to why. Raises
-    UserError for a layer weight without a rule, a rule that matches nothing, a fused group that is split, a shape
-    that does not fit.
+    `layers` is the model's number of decoder layers, `decoder` their list's name; `frozen` maps names of tensors that
+    must stay to why. Raises UserError for a layer weight without a rule, a rule that matches nothing, a fused group
+    that is split, a shape that does not fit, a format for a tensor outside the layers.
     """
     frozen = frozen or {}
     found: dict[str, Assignment] = {}
     infos = {tensor.name: tensor for tensor in tensors}
-    names = [parse_name(tensor.name, tensor.shape) for tensor in tensors]
+    names = [parse_name(tensor.name, tensor.shape, decoder) for tensor in tensors]
     matched: dict[int, list[TensorName]] = {number: [] for number in range(len(loaded.recipe.rules))}
     for name in names:
         if name.parameter != "weight" or name.full in frozen:
@@ -188,20 +193,31 @@ def resolve(
     for number, rule in enumerate(loaded.recipe.rules):
         place = f"{loaded.where}: rules[{number}]"
         if not matched[number]:
+            raise _matches_nothing(rule, [name for name in names if name.full in frozen], layers, frozen, place)
+        outside = [name.module for name in matched[number] if name.layer is None]
+        if outside and rule.format != KEEP:
             raise UserError(
-                "this rule matches no tensor of the model that an earlier rule left.",
+                f"{outside[0]} stands outside the decoder layers, where nothing is quantized so far.",
                 where=place,
-                remedy="Remove it, or move it before the rule that takes its tensors.",
-            )
-        embeddings = [name.full for name in matched[number] if name.role == "embed"]
-        if embeddings and rule.format != KEEP:
-            raise UserError(
-                f"{embeddings[0]} can take no format: engines look embeddings up.", where=place, remedy="Leave it out."
+                remedy="Leave it out, or give it `format: keep`.",
             )
         assignment = _settle(rule, number, [infos[name.full] for name in matched[number]], place)
         found |= {name.full: assignment for name in matched[number]}
     _check_groups(found, loaded.where)
     return found
+
+
+def _matches_nothing(
+    rule: Rule, frozen_names: Sequence[TensorName], layers: int, frozen: Mapping[str, str], place: str
+) -> UserError:
+    barred = next((name.full for name in frozen_names if _rule_matches(rule, name, layers)), None)
+    if barred is not None:
+        return UserError(f"{barred} must stay: {frozen[barred]}.", where=place, remedy="Remove this rule.")
+    return UserError(
+        "this rule matches no tensor of the model that an earlier rule left.",
+        where=place,
+        remedy="Remove it, or move it before the rule that takes its tensors.",
+    )
 
 
 def _first_match(rules: Sequence[Rule], name: TensorName, layers: int) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def totals_by_format(tensors: tuple[TensorRecord, ...]) -> list[FormatTotal]:
 
 
 def _total(name: str, members: list[TensorRecord]) -> FormatTotal:
-    weights = [_count(member.shape) for member in members]
+    weights = [math.prod(member.shape) for member in members]
     errors = [member.relative_error for member in members]
     mean = None
     if all(error is not None for error in errors):
@@ -96,10 +97,3 @@ def _total(name: str, members: list[TensorRecord]) -> FormatTotal:
         sum(m.bytes for m in members),
         mean,
     )
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count

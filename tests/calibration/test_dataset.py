@@ -159,12 +159,21 @@ def test_several_files_give_rows_in_order(smollm2: Path, tokenizer: Any, tmp_pat
     assert load_rows(smollm2, files, count=2, length=20).rows == rows.rows[:2]
 
 
-@pytest.mark.parametrize("name", ["second.txt", "second.jsonl"])
-def test_files_that_are_not_needed_do_no_harm(name: str, smollm2: Path, tmp_path: Path) -> None:
-    """A further file after enough rows have been found is no error."""
-    more = text_file(tmp_path, '{"text": "some more words"}\n', name)
-    rows = load_rows(smollm2, [text_file(tmp_path, PROSE), more], count=2, length=20)
-    assert [len(row) for row in rows.rows] == [20, 20]
+@pytest.mark.parametrize("name", ["second.txt", "second.jsonl", "second.NDJSON"])
+def test_files_share_the_rows(name: str, smollm2: Path, tmp_path: Path) -> None:
+    """Every file gives an equal share of the rows, the first ones taking the odd row."""
+    line = '{"input_ids": [5, 6, 7]}\n' if name != "second.txt" else "one more text, and some more words " * 20
+    more = text_file(tmp_path, line * 9, name)
+    rows = load_rows(smollm2, [text_file(tmp_path, PROSE * 9), more], count=5, length=20)
+    assert len(rows.rows) == 5
+    alone = load_rows(smollm2, [more], count=2, length=20)
+    assert rows.rows[3:] == alone.rows
+
+
+def test_json_that_is_no_jsonl_is_refused(smollm2: Path, tmp_path: Path) -> None:
+    """A .json file would be calibrated on as raw text: it is refused."""
+    with pytest.raises(UserError, match="neither text nor rows"):
+        load_rows(smollm2, [text_file(tmp_path, "[]", "rows.json")], count=2, length=20)
 
 
 # --- how a row begins

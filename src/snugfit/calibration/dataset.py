@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,13 +104,11 @@ def load_rows(
         source = "Python's documentation topics, every other one"
     else:
         rows = []
-        used = []
-        for file in files:
-            if len(rows) == count:
-                break
-            used.append(file.name)
-            rows += list(_file_rows(file, encode, chat, count - len(rows), length))
-        source = ", ".join(used)
+        for place, file in enumerate(files):
+            # an equal share of what is still wanted, the first files taking the odd rows
+            share = -(-(count - len(rows)) // (len(files) - place))
+            rows += list(_file_rows(file, encode, chat, share, length)) if share else []
+        source = ", ".join(file.name for file in files)
     limit = max((max(row) for row in rows), default=0)
     if limit >= (vocabulary or 2**31):
         raise UserError(
@@ -122,17 +120,27 @@ def load_rows(
 
 
 def _file_rows(file: Path, encode: Any, chat: Any, count: int, length: int) -> Iterator[list[int]]:
+    ending = file.suffix.lower()
+    if ending == ".json":
+        raise UserError("a .json file is neither text nor rows.", where=str(file), remedy="Give JSONL, a row a line.")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig", newline="\n") as stream:
+            if ending in (".jsonl", ".ndjson"):
+                yield from _json_rows(stream, file, encode, chat, count, length)
+            else:
+                # a token is hardly ever longer than 64 characters
+                yield from _cut(encode, stream.read(64 * count * length), count, length, str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"cannot be read as text ({error}).", where=str(file), remedy="Give UTF-8 text or JSONL."
         ) from None
-    if file.suffix != ".jsonl":
-        yield from _cut(encode, text, count, length, str(file))
-        return
+
+
+def _json_rows(
+    lines: Iterable[str], file: Path, encode: Any, chat: Any, count: int, length: int
+) -> Iterator[list[int]]:
     found = 0
-    for number, line in enumerate(text.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if found == count:
             return
         if line.strip():
@@ -140,7 +148,7 @@ def _file_rows(file: Path, encode: Any, chat: Any, count: int, length: int) -> I
             if len(row) >= MIN_TOKENS:
                 found += 1
                 yield row
-    if not found and count:
+    if not found:
         raise UserError("no row of two tokens or more.", where=str(file), remedy="Give some text.")
 
 

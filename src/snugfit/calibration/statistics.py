@@ -26,7 +26,8 @@ class InputAmax:
 
     def _watch(self, module: nn.Module, name: str) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0] if self._valid is None else args[0][self._valid]
+            # some models flatten [B, T, K] to [B * T, K] before a linear
+            inputs = args[0] if self._valid is None else args[0].reshape(*self._valid.shape, -1)[self._valid]
             low, high = inputs.aminmax()
             seen = torch.maximum(high, -low).float().abs()
             self.amax[name] = torch.maximum(self.amax[name], seen) if name in self.amax else seen

@@ -191,8 +191,8 @@ def _targets(
 
     Where a pattern would catch a module of another format, the modules' own names stand in its place.
     """
-    others = [module for module, other in formats.items() if other != fmt]
-    shared = {_ending(other)[0] for other in (*ignore, *others)}
+    others = [*ignore, *(module for module, other in formats.items() if other != fmt)]
+    shared = {_ending(other)[0] for other in others}
     layers_of: dict[str, list[str]] = {}
     targets: list[str] = []
     for module in modules:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 from snugfit.calibration.dataset import Rows
 from snugfit.dialects import compressed_tensors as dialect
-from snugfit.engines.profiles import DEFAULT_PROFILE
+from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
+from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate, layers, walk
 from snugfit.model.checkpoint import Checkpoint, open_checkpoint
 
@@ -67,25 +68,36 @@ def stream_logits(
     checkpoint: str | Path, rows: Rows, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
 ) -> Iterator[tuple[walk.Batch, int, Tensor]]:
     """Logits of every row, piece by piece: (batch, first position, [B, t, V]); one decoder layer in memory."""
+    if activations not in PROFILES:
+        raise UserError(f"unknown activation profile {activations!r}.", remedy=f"Known: {', '.join(PROFILES)}.")
     opened = open_checkpoint(checkpoint)
     place = torch.device(device)
     skeleton = layers.build_skeleton(opened)
-    formats = {}
+    formats: dict[str, TensorFormat] = {}
     if "quantization_config" in opened.config:
         formats = dialect.read_formats(opened.config, sorted(layers.linear_names(skeleton)))
-    _check_outside(opened, formats, skeleton)
+    outside = [module for module in formats if not module.startswith(skeleton.layers_name + ".")]
+    if outside:
+        raise UserError(f"{outside[0]} is quantized, which is not read yet.", where=str(opened.path))
     batches = walk.make_batches(rows.rows, TOKENS_PER_BATCH, place)
     walk.embed(skeleton, layers.outer_weights(skeleton, opened, head=False), batches, place)
     for index in range(len(skeleton.layers)):
-        prefix = f"{skeleton.layers_name}.{index}"
-        weights, quantizers = emulate.read_layer(opened, prefix, skeleton.layers[index], formats, activations)
-        layer = layers.resident_layer(skeleton, index, weights, place)
-        emulate.quantize_inputs(layer, quantizers)
-        walk.run_layer(layer, index, batches)
+        _pass_layer(opened, skeleton, index, formats, activations, batches, place)
     yield from walk.logits(skeleton, layers.outer_weights(skeleton, opened, head=True), batches, place)
 
 
-def _check_outside(checkpoint: Checkpoint, formats: object, skeleton: layers.Skeleton) -> None:
-    names = [m for m in formats if not m.startswith(skeleton.layers_name + ".")] if isinstance(formats, dict) else []
-    if names:
-        raise UserError(f"{names[0]} is quantized, which is not read yet.", where=str(checkpoint.path))
+def _pass_layer(
+    checkpoint: Checkpoint,
+    skeleton: layers.Skeleton,
+    index: int,
+    formats: Mapping[str, TensorFormat],
+    activations: str,
+    batches: Sequence[walk.Batch],
+    device: torch.device,
+) -> None:
+    """All batches through one layer, which is gone from memory when this returns."""
+    prefix = f"{skeleton.layers_name}.{index}"
+    weights, quantizers = emulate.read_layer(checkpoint, prefix, skeleton.layers[index], formats, activations)
+    layer = layers.resident_layer(skeleton, index, weights, device)
+    emulate.quantize_inputs(layer, quantizers)
+    walk.run_layer(layer, index, batches)

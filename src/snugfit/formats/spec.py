@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from snugfit.errors import UserError
@@ -18,18 +18,17 @@ InputKind = Literal["none", "nvfp4", "fp8-token"]
 class FormatSpec:
     """One row of the table.
 
-    `column_multiple` must divide a weight's columns (0: the rule's group size must). `inputs` is what the format asks
-    an engine to do with activations; `calibrated` says that it needs a scale measured on real activations.
+    `summary` says it in a line. `column_multiple` must divide a weight's columns (0: the rule's group size must).
+    `inputs` is what the format asks an engine to do with activations; `calibrated` says that it needs a scale measured
+    on real activations.
     """
 
     name: str
     summary: str
-    weight_bits: int
     column_multiple: int
     inputs: InputKind
     calibrated: bool
     scale_rules: tuple[str, ...]
-    options: Mapping[str, object] = field(default_factory=dict)
 
 
 FORMATS: Mapping[str, FormatSpec] = {
@@ -38,7 +37,6 @@ FORMATS: Mapping[str, FormatSpec] = {
         FormatSpec(
             "nvfp4",
             "4-bit float, blocks of 16 under an E4M3 scale and one fp32 scale; activations 4-bit too (W4A4)",
-            4,
             NVFP4_BLOCK,
             "nvfp4",
             True,
@@ -47,7 +45,6 @@ FORMATS: Mapping[str, FormatSpec] = {
         FormatSpec(
             "nvfp4a16",
             "NVFP4 weights, 16-bit activations (W4A16)",
-            4,
             NVFP4_BLOCK,
             "none",
             False,
@@ -56,7 +53,6 @@ FORMATS: Mapping[str, FormatSpec] = {
         FormatSpec(
             "fp8-dynamic",
             "8-bit float, one scale an output channel; activations 8-bit, one scale a token (W8A8)",
-            8,
             1,
             "fp8-token",
             False,
@@ -65,12 +61,10 @@ FORMATS: Mapping[str, FormatSpec] = {
         FormatSpec(
             "int4",
             "4-bit integer in groups along the columns, 16-bit activations (W4A16)",
-            4,
             0,
             "none",
             False,
             ("absmax",),
-            {"group": INT4_GROUPS, "symmetric": True},
         ),
     )
 }

@@ -7,6 +7,7 @@ reads, so that memory holds what was asked for and nothing of the rest of the fi
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Mapping
@@ -72,10 +73,7 @@ class TensorInfo:
     @property
     def elements(self) -> int:
         """Number of values."""
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count
+        return math.prod(self.shape)
 
     @property
     def bytes(self) -> int:
@@ -124,7 +122,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     others = sorted(
         str(file.relative_to(root))
         for file in root.rglob("*")
-        if file.is_file() and str(file.relative_to(root)) not in weight_files and not _hidden(file.relative_to(root))
+        if file.is_file()
+        and str(file.relative_to(root)) not in weight_files
+        and not _in_hidden_folder(file.relative_to(root))
     )
     return Checkpoint(root, config, tensors, tuple(shards), tuple(others))
 
@@ -285,5 +285,6 @@ def _check_cover(tensors: list[StoredTensor], start: int, size: int, file: Path)
         raise UserError(f"{size - end} bytes belong to no tensor.", where=str(file), remedy="Download this file again.")
 
 
-def _hidden(relative: Path) -> bool:
-    return any(part.startswith(".") for part in relative.parts)
+def _in_hidden_folder(relative: Path) -> bool:
+    """.git, .cache and their like are not the model's."""
+    return any(part.startswith(".") for part in relative.parts[:-1])

@@ -29,7 +29,15 @@ ROLE_SETS: Mapping[str, frozenset[str]] = {
 LINEAR = "linear"  # any weight matrix of a decoder layer
 KEPT_ROLES = frozenset({"lm_head", "embed", "norm", "router", "other"})
 
-_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+# last part of the parent's name -> role of a linear whose own name says nothing
+_PARENT_ROLES: Mapping[str, str] = {
+    "self_attn": "attention",
+    "attn": "attention",
+    "attention": "attention",
+    "linear_attn": "attention",
+    "mlp": "mlp",
+}
+DECODER = "model.layers"
 
 
 @dataclass(frozen=True)
@@ -43,22 +51,28 @@ class TensorName:
     role: str
 
 
-def parse_name(name: str, shape: tuple[int, ...]) -> TensorName:
-    """The parts of a checkpoint name; the role of an unknown 2-D layer weight is `linear`, of anything else `other`."""
+def parse_name(name: str, shape: tuple[int, ...], decoder: str = DECODER) -> TensorName:
+    """The parts of a checkpoint name; `decoder` is the name of the list of decoder layers.
+
+    Layers of other stacks (towers, multi-token-prediction heads) are none, their weights `other`. A 2-D weight of a
+    decoder layer whose name says nothing is `attention` or `mlp` by its parent, else `linear`.
+    """
     module, _, parameter = name.rpartition(".")
-    match = _LAYER.search(name)
+    match = re.match(re.escape(decoder) + r"\.(\d+)\.", name)
     layer = int(match.group(1)) if match else None
-    leaf = module.rpartition(".")[2]
-    return TensorName(name, module, parameter, layer, _role(leaf, parameter, layer, len(shape)))
+    return TensorName(name, module, parameter, layer, _role(module, parameter, layer, len(shape)))
 
 
-def _role(leaf: str, parameter: str, layer: int | None, dimensions: int) -> str:
+def _role(module: str, parameter: str, layer: int | None, dimensions: int) -> str:
+    parent, _, leaf = module.rpartition(".")
     if "norm" in leaf:
         return "norm"
     if parameter != "weight":
         return "other"
-    if leaf in ROLES:
-        return ROLES[leaf]
+    if layer is None:
+        return ROLES[leaf] if leaf in ("lm_head", "embed_tokens") else "other"
     if leaf in ("gate", "router"):
         return "router"
-    return LINEAR if layer is not None and dimensions == 2 else "other"
+    if leaf in ROLES:
+        return ROLES[leaf]
+    return _PARENT_ROLES.get(parent.rpartition(".")[2], LINEAR) if dimensions == 2 else "other"

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from snugfit.errors import UserError
 from snugfit.model.checkpoint import SINGLE_NAME, TORCH_NAMES, TensorInfo
@@ -84,6 +84,13 @@ class ShardWriter:
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._files: dict[str, int] = {}
+        try:
+            self._create(directory, shards)
+        except BaseException:
+            self.close()
+            raise
+
+    def _create(self, directory: Path, shards: Sequence[Shard]) -> None:
         for shard in shards:
             handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             self._files[shard.name] = handle
@@ -103,11 +110,15 @@ class ShardWriter:
         _write_at(self._files[shard.name], raw, shard.offsets[name])
 
     def finish(self) -> None:
-        """Flush every shard to the disk and close it; a tensor never written is a defect of ours."""
+        """Close every shard; a tensor never written is a defect of ours."""
         if self._missing:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
-        for handle in self._files.values():
-            os.fsync(handle)
+        self.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -156,6 +167,7 @@ def staged(target: Path) -> Iterator[Path]:
         try:
             _clear(partial)
             yield partial
+            _flush(partial)
             (partial / LOCK_NAME).unlink()
             partial.rename(target)
         except BaseException:
@@ -169,6 +181,28 @@ def check_target(target: Path) -> None:
     """UserError where the output exists already."""
     if target.exists() or target.is_symlink():
         raise UserError("the output exists already.", where=str(target), remedy="Remove it or choose another -o.")
+
+
+def check_room(target: Path, shards: Sequence[Shard]) -> None:
+    """UserError where the disk has no room for the shards: they are sparse until written and would fail at the end."""
+    folder = next(folder for folder in target.absolute().parents if folder.exists())
+    free, needed = shutil.disk_usage(folder).free, sum(shard.bytes for shard in shards)
+    if free < needed:
+        raise UserError(
+            f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free.",
+            where=str(folder),
+            remedy="Free some room, or choose another disk with -o.",
+        )
+
+
+def _flush(directory: Path) -> None:
+    """Have the disk hold every file and name below `directory`, so that a power cut after the rename loses nothing."""
+    for path in (directory, *directory.rglob("*")):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _is_empty(directory: Path) -> bool:
