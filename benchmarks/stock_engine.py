@@ -3,22 +3,26 @@
     python benchmarks/stock_engine.py MODEL WORK [--device cuda] [--vllm-python PYTHON] [--rows 16] [--length 512]
 
 Runs where snugfit is importable; vLLM may live in another environment (`--vllm-python`). On a GPU before Blackwell
-NVFP4 is served twice: weight-only through Marlin, as vLLM chooses, and as W4A4 through its emulation kernel. Prints a
-Markdown table and, last, one JSON line.
+NVFP4 is served twice: weight-only through Marlin, as vLLM chooses, and as W4A4 through its emulation kernel. Prints two
+Markdown tables, perplexities and the engine's loss a token minus ours (paired over rows, with one standard error), and,
+last, one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
+import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from snugfit.calibration.dataset import Rows, load_rows, python_topics
-from snugfit.evaluation.fidelity import perplexity
+from snugfit.evaluation.fidelity import Perplexity, perplexity
 from snugfit.quantize import quantize_checkpoint
 
 RECIPES = ("fp8-dynamic", "fp8-int4", "nvfp4", "nvfp4-fp8-hybrid")
@@ -57,9 +61,9 @@ def main() -> None:
     _print(ours, served, rows, seconds)
 
 
-def _emulate(path: Path, rows: Rows, device: str) -> dict[str, float]:
+def _emulate(path: Path, rows: Rows, device: str) -> dict[str, Perplexity]:
     profiles = ("none", "marlin", "vllm-blackwell")
-    return {profile: perplexity(path, rows, activations=profile, device=device).value for profile in profiles}
+    return {profile: perplexity(path, rows, activations=profile, device=device) for profile in profiles}
 
 
 def _serve(python: str, work: Path, checkpoints: list[Path], name: str, *options: str) -> dict[str, Any]:
@@ -70,7 +74,7 @@ def _serve(python: str, work: Path, checkpoints: list[Path], name: str, *options
 
 
 def _print(
-    ours: dict[str, dict[str, float]],
+    ours: dict[str, dict[str, Perplexity]],
     served: dict[str, dict[str, Any]],
     rows: Rows,
     seconds: dict[str, float],
@@ -80,16 +84,35 @@ def _print(
     print("|---|" + "---|" * (4 + len(served)))
     for name, values in ours.items():
         entries = [run.get(name) or {} for run in served.values()]
-        figures = [f"{value:.3f}" for value in values.values()]
+        figures = [f"{result.value:.3f}" for result in values.values()]
         figures += [f"{entry['perplexity']:.3f}" if "perplexity" in entry else "-" for entry in entries]
         kernels = sorted({kernel for entry in entries for kernel in entry.get("kernels", [])})
         print(f"| {name} | " + " | ".join(figures) + f" | {', '.join(kernels)} |")
+    _print_differences(ours, served, rows)
     for run in served.values():
         for name, entry in run.items():
             if "error" in entry:
                 print(f"{name}: {entry['error']}", file=sys.stderr)
-    document = {"ours": ours, "served": served, "digest": rows.digest, "seconds": seconds}
-    print(json.dumps(document))
+    plain = {name: {profile: asdict(result) for profile, result in values.items()} for name, values in ours.items()}
+    print(json.dumps({"ours": plain, "served": served, "digest": rows.digest, "seconds": seconds}))
+
+
+def _print_differences(ours: dict[str, dict[str, Perplexity]], served: dict[str, dict[str, Any]], rows: Rows) -> None:
+    print(
+        "\n| checkpoint, run | against profile | loss a token, engine minus ours | in perplexity |\n|---|---|---|---|"
+    )
+    counts = [len(row) - 1 for row in rows.rows]
+    for run, entries in served.items():
+        for name, entry in entries.items():
+            if "nll_by_row" not in entry:
+                continue
+            w4a4 = any(kernel.startswith("Emulation") for kernel in entry["kernels"])
+            profile = "vllm-blackwell" if w4a4 else "marlin"
+            pairs = zip(entry["nll_by_row"], ours[name][profile].nll_by_row, counts, strict=True)
+            differences = [(theirs - mine) / count for theirs, mine, count in pairs]
+            mean = statistics.mean(differences)
+            error = statistics.stdev(differences) / len(differences) ** 0.5
+            print(f"| {name}, {run} | {profile} | {mean:+.5f} +- {error:.5f} | {math.expm1(mean):+.2%} |")
 
 
 if __name__ == "__main__":
