@@ -81,5 +81,9 @@ def test_real_hybrid_in_transformers(hybrid: Path, rows: Rows) -> None:
     """transformers loads the real hybrid; in bf16 its perplexity is near ours, no nearer than its bf16 scales allow."""
     config = json.loads((hybrid / "config.json").read_text())
     assert config["quantization_config"]["format"] == "mixed-precision"
-    expected = perplexity_of(plain_logits(hybrid, rows), rows)
-    assert perplexity(hybrid, rows).value == pytest.approx(expected, rel=0.1)
+    expected, found = plain_logits(hybrid, rows), our_logits(hybrid, rows)
+    difference = float((expected - found).abs().mean() / expected.abs().mean())
+    # measured 0.145 and 0.77: 4-bit activations turn bf16's last bits into whole codes, layer after layer
+    assert difference < 0.2
+    assert (expected.argmax(-1) == found.argmax(-1)).float().mean() > 0.7
+    assert perplexity_of(found, rows) == pytest.approx(perplexity_of(expected, rows), rel=0.1)
