@@ -18,13 +18,12 @@ InputKind = Literal["none", "nvfp4", "fp8-token"]
 class FormatSpec:
     """One row of the table.
 
-    `summary` says it in a line. `column_multiple` must divide a weight's columns (0: the rule's group size must).
+    `column_multiple` must divide a weight's columns (0: the rule's group size must).
     `inputs` is what the format asks an engine to do with activations; `calibrated` says that it needs a scale measured
     on real activations.
     """
 
     name: str
-    summary: str
     column_multiple: int
     inputs: InputKind
     calibrated: bool
@@ -34,33 +33,33 @@ class FormatSpec:
 FORMATS: Mapping[str, FormatSpec] = {
     spec.name: spec
     for spec in (
+        # 4-bit float, blocks of 16 under an E4M3 scale and one fp32 scale; activations 4-bit too (W4A4)
         FormatSpec(
             "nvfp4",
-            "4-bit float, blocks of 16 under an E4M3 scale and one fp32 scale; activations 4-bit too (W4A4)",
             NVFP4_BLOCK,
             "nvfp4",
             True,
             ("four-over-six", "absmax", "sweep"),
         ),
+        # NVFP4 weights, 16-bit activations (W4A16)
         FormatSpec(
             "nvfp4a16",
-            "NVFP4 weights, 16-bit activations (W4A16)",
             NVFP4_BLOCK,
             "none",
             False,
             ("four-over-six", "absmax", "sweep"),
         ),
+        # 8-bit float, one scale an output channel; activations 8-bit, one scale a token (W8A8)
         FormatSpec(
             "fp8-dynamic",
-            "8-bit float, one scale an output channel; activations 8-bit, one scale a token (W8A8)",
             1,
             "fp8-token",
             False,
             ("absmax",),
         ),
+        # 4-bit integer in groups along the columns, 16-bit activations (W4A16)
         FormatSpec(
             "int4",
-            "4-bit integer in groups along the columns, 16-bit activations (W4A16)",
             0,
             "none",
             False,

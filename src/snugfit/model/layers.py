@@ -26,7 +26,6 @@ class Skeleton:
     model: nn.Module
     layers: nn.ModuleList
     layers_name: str
-    dtype: torch.dtype
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -79,7 +78,7 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
     if empty:
         raise UserError(f"buffers that this model never computes: {', '.join(empty[:5])}.", where=where)
     name, layers = _decoder_layers(model, where)
-    return Skeleton(model, layers, name, dtype)
+    return Skeleton(model, layers, name)
 
 
 def _decoder_layers(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
@@ -127,7 +126,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> Non
 def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the whole model around other layers; of the rest, `weights` (full names) are filled in, others not.
 
-    Tied weights are one tensor under several names: naming one fills all.
+    A tied weight has several names; `outer_weights` gives one tensor for all of them.
     """
     model = copy.deepcopy(skeleton.model, {id(skeleton.layers): nn.ModuleList(layers)})
     for name, tensor in weights.items():

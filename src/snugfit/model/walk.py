@@ -1,7 +1,7 @@
 """Rows of tokens through a model, layer by layer: all rows pass one layer before the next is loaded.
 
 transformers' own forward prepares everything a layer receives (masks, rotary embeddings, scaled embeddings). It is run
-with recorders in the place of the layers; what they were called with is kept, and given to the real layers later.
+with stand-ins in the place of the layers; what they were called with is kept, and given to the real layers later.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Receive = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 class _Reached(Exception):  # noqa: N818  # not an error
-    """Ends a forward pass once the last recorder has what it came for."""
+    """Ends a forward pass once the last stand-in has what it came for."""
 
 
 class _StandIn(nn.Module):
@@ -73,12 +73,11 @@ def make_batches(rows: Sequence[Sequence[int]], tokens_per_batch: int, device: t
         width = _width(rows[order[start]])
         size = max(1, tokens_per_batch // width)
         members = [r for r in order[start : start + size] if _width(rows[r]) == width]
-        if any(len(rows[r]) != len(rows[members[0]]) for r in members):
-            padded = [[*rows[r], *([0] * (width - len(rows[r])))] for r in members]
-        else:
-            padded = [list(rows[r]) for r in members]
-        tokens = torch.tensor(padded, dtype=torch.int64, device=device)
-        batches.append(Batch(tuple(members), tokens, tuple(len(rows[r]) for r in members)))
+        lengths = tuple(len(rows[r]) for r in members)
+        if len(set(lengths)) == 1:
+            width = lengths[0]  # nothing to pad
+        padded = [[*rows[r], *([0] * (width - len(rows[r])))] for r in members]
+        batches.append(Batch(tuple(members), torch.tensor(padded, dtype=torch.int64, device=device), lengths))
         start += len(members)
     return batches
 
