@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 QUANTIZE_SCHEMA = "snugfit.quantize/1"
+EVAL_SCHEMA = "snugfit.eval/1"
+TASKS_SCHEMA = "snugfit.tasks/1"
 
 
 @dataclass(frozen=True)
@@ -97,3 +99,186 @@ def _total(name: str, members: list[TensorRecord]) -> FormatTotal:
         sum(m.bytes for m in members),
         mean,
     )
+
+
+@dataclass(frozen=True)
+class TextRecord:
+    """A file that was evaluated on: its name, SHA-256 of its bytes, what it is ("text" or "chat"), how much was used."""
+
+    name: str
+    sha256: str
+    kind: str
+    characters: int
+
+
+@dataclass(frozen=True)
+class Spread:
+    """What a quantity did over all scored tokens: nats a token, quantiles over tokens, one standard error of the mean.
+
+    `by_chunk` are the chunks' sums, in the order of the context's `chunk_tokens`; the error is over chunks.
+    """
+
+    mean: float
+    standard_error: float | None
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    p999: float
+    max: float
+    by_chunk: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Figures of the tokens with low <= position (or the reference's largest probability) < high."""
+
+    low: float
+    high: float
+    tokens: int
+    perplexity: float
+    perplexity_error: float | None
+    kl: float | None = None
+    kl_error: float | None = None
+    same_top: float | None = None
+
+
+@dataclass(frozen=True)
+class Floor:
+    """KL of a model against itself under another equally valid arithmetic, on the first `chunks` chunks."""
+
+    kl: float
+    standard_error: float | None
+    same_top: float
+    chunks: int
+    tokens: int
+    arithmetic: str
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """One model at one context length. Errors are one standard error over chunks, None where there is one chunk.
+
+    `kl` is KL(reference || model), `reverse_kl` KL(model || reference), nats; `kl_upper` is given where `kl` is a lower
+    bound made from stored or served top tokens (infinite where nothing bounds it). `same_top` is the share of tokens
+    where both have the same most likely token; `rms_change` the root mean square change of the true token's
+    probability. `nonfinite` tokens had NaN or infinite logits and are left out of every figure of this model.
+    """
+
+    name: str
+    perplexity: float
+    perplexity_error: float | None
+    nll_by_chunk: tuple[float, ...]
+    tokens_by_chunk: tuple[int, ...]
+    nonfinite: int
+    by_position: tuple[Bin, ...]
+    by_confidence: tuple[Bin, ...] = ()
+    kl: Spread | None = None
+    kl_upper: float | None = None
+    reverse_kl: Spread | None = None
+    same_top: float | None = None
+    same_top_error: float | None = None
+    rms_change: float | None = None
+    floor: Floor | None = None
+
+
+@dataclass(frozen=True)
+class PairFigures:
+    """Model `a` minus model `b` on the same chunks: loss or KL, nats a token, by a paired bootstrap over chunks.
+
+    `more_tokens`: how many more would make p < 0.05 four times in five, were the difference what it seems; 0 where it
+    is settled, None where no number can be given.
+    """
+
+    a: str
+    b: str
+    figure: str
+    difference: float
+    low: float | None
+    high: float | None
+    p: float | None
+    chunks: int
+    more_tokens: int | None
+
+
+@dataclass(frozen=True)
+class ContextFigures:
+    """All models at one context length (0: chat rows, each as long as it is). The first is the reference, if any.
+
+    `chunk_tokens` are the tokens scored in each chunk; `digest` is that of the token rows and their scored places.
+    """
+
+    context: int
+    chunks: int
+    tokens: int
+    digest: str
+    chunk_tokens: tuple[int, ...]
+    models: tuple[ModelFigures, ...]
+    pairs: tuple[PairFigures, ...]
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """A finished evaluation. Sizes in bytes, times in seconds, digests SHA-256."""
+
+    snugfit: str
+    arguments: Mapping[str, Any]
+    metrics_version: int
+    reference: Mapping[str, Any] | None
+    candidates: tuple[Mapping[str, Any], ...]
+    texts: tuple[TextRecord, ...]
+    contexts: tuple[ContextFigures, ...]
+    chat: Mapping[str, Any] | None
+    seconds: Mapping[str, float]
+    peak_rss_bytes: int
+    peak_gpu_bytes: int | None
+    hardware: Mapping[str, Any]
+    versions: Mapping[str, str]
+    schema: str = EVAL_SCHEMA
+
+    def to_json(self) -> str:
+        """The record as it is stored, one JSON document; NaN and infinities become null."""
+        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of one task on one model, with every item's score.
+
+    `kind` is "accuracy" (items are 0 or 1) or "mean"; `items` maps an item's key (document id and a digest of its
+    text) to its score. `value` is what lm_eval reports, `standard_error` too.
+    """
+
+    task: str
+    metric: str
+    kind: str
+    higher_is_better: bool
+    value: float
+    standard_error: float | None
+    items: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class TasksRecord:
+    """Tasks run on one model by lm_eval."""
+
+    snugfit: str
+    model: str
+    arguments: Mapping[str, Any]
+    tasks: tuple[TaskResult, ...]
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+    schema: str = TASKS_SCHEMA
+
+    def to_json(self) -> str:
+        """The record as it is stored, one JSON document; NaN and infinities become null."""
+        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """`value` with None for numbers that JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
