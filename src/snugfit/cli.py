@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,7 +16,9 @@ from snugfit.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from snugfit.evaluation.served import ServerOptions
     from snugfit.records import TensorRecord
+    from snugfit.report.tables import Sheet
 
 app = typer.Typer(
     help="Make a language model fit the GPU you have, in formats that vLLM, SGLang and transformers run.",
@@ -98,6 +100,104 @@ def quantize(
         raise typer.Exit(1) from None
 
 
+@app.command(name="eval")
+def eval_(
+    checkpoints: Annotated[list[Path] | None, typer.Argument(help="Model directories to evaluate.")] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="The original: a model directory, or a stored reference (.safetensors).")
+    ] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(help="Text, JSONL (`messages`, `text`), or a folder of them. Default: Python's documentation."),
+    ] = None,
+    context: Annotated[str, typer.Option(help="Context lengths in tokens, such as 4096,8192,16384.")] = "2048",
+    max_chunks: Annotated[int | None, typer.Option(help="Chunks of each context length at most.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="The same first tokens of the texts at every length.")] = None,
+    activations: Annotated[
+        str, typer.Option(help="What an engine does to activations: vllm-blackwell, marlin, vllm-cpu, none.")
+    ] = "vllm-blackwell",
+    floors: Annotated[str, typer.Option(help="Noise floor of: reference, all, none.")] = "reference",
+    reference_cache: Annotated[
+        Path | None, typer.Option(help="Folder to keep the reference's predictions in, and to take them from.")
+    ] = None,
+    continuations: Annotated[int, typer.Option(help="Places in chat logs where both models go on greedily.")] = 5,
+    server: Annotated[str | None, typer.Option(help="URL of a vLLM server to evaluate.")] = None,
+    server_model: Annotated[str | None, typer.Option(help="Which of the server's models.")] = None,
+    server_top: Annotated[str, typer.Option(help="Tokens it is asked for at every place: a number, or all.")] = "256",
+    server_log: Annotated[Path | None, typer.Option(help="Its log, which tells the kernels it chose.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Run lm_eval tasks instead: snugfit_piqa,hellaswag.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items of each task at most.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New directory for tables and plots.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    tokens_per_batch: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Let contexts exceed the model's positions.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
+) -> None:
+    """Measure what CHECKPOINTS lost against a reference: perplexity and KL by context length, with errors."""
+    with _plain_errors():
+        if output is not None:
+            _check_new(output)
+        if tasks is not None:
+            settings = {"activations": activations, "limit": limit, "device": device}
+            _run_tasks(checkpoints or [], tasks, settings, (server, server_model), output, as_json)
+            return
+        from snugfit.evaluate import evaluate, write_results
+        from snugfit.report.tables import evaluation_sheets
+
+        asked = _server_options(server, server_model, server_top, server_log, output)
+        record = evaluate(
+            checkpoints or [],
+            reference_model=reference,
+            text=text or (),
+            contexts=_lengths(context),
+            max_chunks=max_chunks,
+            max_tokens=max_tokens,
+            activations=activations,
+            floors=floors,
+            reference_cache=reference_cache,
+            continuations=continuations,
+            server=asked,
+            device=device,
+            tokens_per_batch=tokens_per_batch,
+            force=force,
+            progress=True,
+        )
+        if output is not None:
+            write_results(record, output)
+        if asked is not None:
+            asked.journal.unlink(missing_ok=True)  # what it held is in the result
+        if as_json:
+            typer.echo(record.to_json(), nl=False)
+            return
+        for sheet in evaluation_sheets(record):
+            _print_sheet(sheet)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="A result of `snugfit eval`: its directory, eval.json or tasks.json.")],
+    b: Annotated[Path, typer.Argument(help="Another, on the same texts or tasks.")],
+    model_a: Annotated[str | None, typer.Option(help="Which model of A, where it holds several.")] = None,
+    model_b: Annotated[str | None, typer.Option(help="Which model of B, where it holds several.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="New directory for compare.json, .csv and .md.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON document.")] = False,
+) -> None:
+    """Say whether A and B differ, item by item and chunk by chunk, with p values that know how many were tried."""
+    with _plain_errors():
+        from snugfit.compare import compare_results, write_comparison
+
+        if output is not None:
+            _check_new(output)
+        record = compare_results(a, b, model_a=model_a, model_b=model_b)
+        if output is not None:
+            write_comparison(record, output)
+        typer.echo(record.to_json() if as_json else record.to_markdown(), nl=False)
+
+
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this built-in recipe's YAML.")] = None,
@@ -121,6 +221,80 @@ def recipes(
             typer.echo(loaded[0].text, nl=False)
         else:
             _print_recipes([(entry.recipe.name, entry.recipe.description) for entry in loaded])
+
+
+def _lengths(text: str) -> list[int]:
+    """4096,8k -> [4096, 8192]."""
+    lengths = []
+    for part in text.replace(" ", "").split(","):
+        number, thousands = (part[:-1], 1024) if part[-1:].lower() == "k" else (part, 1)
+        if not number.isdecimal():
+            raise UserError(f"{part!r} is no length.", where="--context", remedy="Write 4096,8192 or 4k,8k.")
+        lengths.append(int(number) * thousands)
+    return lengths
+
+
+def _server_options(
+    url: str | None, model: str | None, top: str, log: Path | None, output: Path | None
+) -> ServerOptions | None:
+    from snugfit.evaluation.served import ServerOptions
+    from snugfit.serving.answers import FULL
+
+    if url is None:
+        return None
+    if output is None:
+        raise UserError("a server's answers need a place.", where="--server", remedy="Name a new directory with -o.")
+    if top != "all" and not (top.isdecimal() and int(top) > 0):
+        raise UserError(f"{top!r} is no number of tokens.", where="--server-top", remedy="Write 256, or all.")
+    journal = output.with_name(output.name + ".journal")
+    return ServerOptions(url, journal, model, FULL if top == "all" else int(top), log)
+
+
+def _run_tasks(
+    checkpoints: list[Path],
+    tasks: str,
+    settings: dict[str, Any],
+    server: tuple[str | None, str | None],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    from snugfit.evaluation.tasks import run_tasks, write_tasks
+    from snugfit.report.tables import task_sheet
+
+    if len(checkpoints) != 1:
+        raise UserError(
+            f"tasks are run on one model at a time, not on {len(checkpoints)}.",
+            where="--tasks",
+            remedy="Name one checkpoint (with --server: the directory of its tokenizer), then `snugfit compare`.",
+        )
+    names = [name for name in tasks.replace(" ", "").split(",") if name]
+    run = run_tasks(checkpoints[0], names, server=server[0], server_model=server[1], progress=True, **settings)
+    if output is not None:
+        write_tasks(run, output)
+    if as_json:
+        typer.echo(run.record.to_json(), nl=False)
+        return
+    _print_sheet(task_sheet(run.record))
+
+
+def _check_new(output: Path) -> None:
+    if output.exists() or output.is_symlink():
+        raise UserError("the output exists already.", where=str(output), remedy="Remove it or choose another -o.")
+
+
+def _print_sheet(sheet: Sheet) -> None:
+    from rich.markup import escape
+
+    table = _table(*sheet.headings, right=sheet.headings[sheet.left :])
+    for row in sheet.rows:
+        table.add_row(*(_bold(escape(cell)) for cell in row))
+    typer.echo(sheet.title)
+    _show(table)
+    typer.echo(f"{sheet.note}\n")
+
+
+def _bold(cell: str) -> str:
+    return f"[bold]{cell[2:-2]}[/bold]" if cell.startswith("**") and cell.endswith("**") else cell
 
 
 def _print_recipes(pairs: list[tuple[str, str]]) -> None:

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import json
-import platform
-import re
-import resource
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +20,10 @@ from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.formats.nvfp4 import input_global_scale
 from snugfit.formats.stored import Stored, dequantize
+from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pick_device, progress_bar, versions
 from snugfit.methods.rounding import round_group
 from snugfit.model import emulate, layers, walk
-from snugfit.model.checkpoint import INDEX_NAME, Checkpoint, read_tensor
+from snugfit.model.checkpoint import INDEX_NAME, Checkpoint, header_digest, read_tensor
 from snugfit.model.shards import ShardWriter, check_room, check_target, file_digests, index_of, staged
 from snugfit.quantize_plan import MAX_SHARD_BYTES, Plan, plan_quantization, text_config
 from snugfit.recipe import LoadedRecipe
@@ -62,14 +55,14 @@ def quantize_checkpoint(
     at most; a recipe without activation scales reads none. `device`: "cpu" or "cuda" (default: cuda if there is one).
     `target` appears whole or not at all. Raises UserError for bad input.
     """
-    clock = _Clock()
+    clock = Clock()
     destination = Path(target)
     if tokens_per_batch is not None and tokens_per_batch < 1:
         raise UserError(f"{tokens_per_batch} tokens a batch are none.", remedy="Give --tokens-per-batch 1 at least.")
     with clock("prepare"):
         plan = plan_quantization(source, recipe, max_shard_bytes=max_shard_bytes)
         check_target(destination)
-        place = _pick_device(device)
+        place = pick_device(device)
         data = _load_rows(plan, text, rows, length) if plan.calibrated else None
         check_room(destination, plan.shards)
     batch = tokens_per_batch or TOKENS_PER_BATCH[place.type]
@@ -79,7 +72,8 @@ def quantize_checkpoint(
         "device": str(place),
         "tokens_per_batch": batch,
     }
-    with staged(destination) as directory, _bar(progress, len(plan.units)) as step:
+    bar = progress_bar(progress, len(plan.units), "quantizing layers")
+    with staged(destination) as directory, bar as step:
         with ShardWriter(directory, plan.shards) as writer:
             measured = _run(plan, writer, data, place, batch, clock, step)
             with clock("finish"):
@@ -98,7 +92,7 @@ def _run(
     data: Rows | None,
     device: torch.device,
     tokens_per_batch: int,
-    clock: _Clock,
+    clock: Clock,
     step: Callable[[], None],
 ) -> dict[str, TensorRecord]:
     """Quantize and write unit after unit; returns every source tensor's record."""
@@ -244,21 +238,6 @@ def _load_rows(plan: Plan, text: Sequence[str | Path], rows: int, length: int) -
     return data
 
 
-def _pick_device(wanted: str | None) -> torch.device:
-    name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"unknown device {name!r}.", remedy="Use --device cpu or --device cuda.")
-    if name == "cpu":
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device that torch can use.", remedy="Use --device cpu.")
-    device = torch.device(name)
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise UserError(f"there is no {name}: torch sees {torch.cuda.device_count()} devices.", remedy="Use cuda:0.")
-    torch.cuda.reset_peak_memory_stats(device)
-    return device
-
-
 def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     """Config, index, recipe and every file of the source that holds no weights; names of those left out."""
     left_out = []
@@ -283,11 +262,10 @@ def _record(
     measured: Mapping[str, TensorRecord],
     files: Mapping[str, str],
     left_out: tuple[str, ...],
-    clock: _Clock,
+    clock: Clock,
     arguments: Mapping[str, Any],
     device: torch.device,
 ) -> QuantizeRecord:
-    cuda = device.type == "cuda"
     dataset = (
         None
         if data is None
@@ -299,7 +277,7 @@ def _record(
         recipe=plan.recipe.recipe.name,
         recipe_digest=plan.recipe.digest,
         source=plan.checkpoint.path.resolve().name,
-        source_header_digest=_header_digest(plan.checkpoint),
+        source_header_digest=header_digest(plan.checkpoint),
         target=target.resolve().name,
         dataset=dataset,
         tensors=tuple(measured[name] for name in plan.outputs),
@@ -307,66 +285,9 @@ def _record(
         bytes=plan.bytes,
         files=files,
         left_out=left_out,
-        seconds=clock.seconds | {"total": time.perf_counter() - clock.start},
+        seconds=clock.seconds,
         peak_rss_bytes=peak_rss_bytes(),
-        peak_gpu_bytes=torch.cuda.max_memory_allocated(device) if cuda else None,
-        hardware={
-            "processor": platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name(device) if cuda else None,
-        },
-        versions={name: importlib.metadata.version(name) for name in ("torch", "transformers", "safetensors")}
-        | {"python": platform.python_version()},
+        peak_gpu_bytes=peak_gpu_bytes(device),
+        hardware=hardware(device),
+        versions=versions(),
     )
-
-
-def _header_digest(checkpoint: Checkpoint) -> str:
-    """SHA-256 over config and tensor headers, in order; it does not read the weights."""
-    parts = [json.dumps(checkpoint.config, sort_keys=True)]
-    parts += [f"{t.name} {t.dtype} {t.shape} {t.file} {t.offset}" for t in checkpoint.tensors.values()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def peak_rss_bytes() -> int:
-    """Peak resident memory of this process. Linux's VmHWM starts afresh at exec, where ru_maxrss keeps a parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
-        if peak:
-            return int(peak) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class _Clock:
-    """Adds up wall seconds by stage."""
-
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - begin
-
-
-@contextmanager
-def _bar(show: bool, total: int) -> Iterator[Callable[[], None]]:
-    """A progress bar over layers on stderr; yields the function that moves it."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as bar:
-        task = bar.add_task("quantizing layers", total=total)
-        yield lambda: bar.advance(task)

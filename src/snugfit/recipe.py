@@ -31,7 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Valida
 
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
-from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, TensorFormat, check_shape
+from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, READ_ONLY, TensorFormat, check_shape
 from snugfit.model.checkpoint import TensorInfo
 from snugfit.model.names import DECODER, KEPT_ROLES, LINEAR, ROLE_SETS, ROLES, TensorName, parse_name
 
@@ -288,6 +288,9 @@ def _check_groups(found: Mapping[str, Assignment], where: str) -> None:
 
 
 def _check_rule(rule: Rule, place: str) -> None:
+    if rule.format in READ_ONLY:
+        remedy = f"Written are: {', '.join(FORMATS)}."
+        raise UserError(f"{rule.format} is read, not written.", where=f"{place}.format", remedy=remedy)
     _known("format", rule.format, [*FORMATS, KEEP], place)
     for role in rule.role:
         _known("role", role, ROLE_NAMES, place)

@@ -103,12 +103,11 @@ def _total(name: str, members: list[TensorRecord]) -> FormatTotal:
 
 @dataclass(frozen=True)
 class TextRecord:
-    """A file that was evaluated on: its name, SHA-256 of its bytes, what it is ("text" or "chat"), how much was used."""
+    """A file that was evaluated on: its name, SHA-256 of its bytes, what it is ("text" or "rows")."""
 
     name: str
     sha256: str
     kind: str
-    characters: int
 
 
 @dataclass(frozen=True)
@@ -159,10 +158,11 @@ class Floor:
 class ModelFigures:
     """One model at one context length. Errors are one standard error over chunks, None where there is one chunk.
 
-    `kl` is KL(reference || model), `reverse_kl` KL(model || reference), nats; `kl_upper` is given where `kl` is a lower
-    bound made from stored or served top tokens (infinite where nothing bounds it). `same_top` is the share of tokens
-    where both have the same most likely token; `rms_change` the root mean square change of the true token's
-    probability. `nonfinite` tokens had NaN or infinite logits and are left out of every figure of this model.
+    `kl` is KL(reference || model), `reverse_kl` KL(model || reference), nats. `kl_kind` says what they are: "exact",
+    "estimate" (from a stored reference: unbiased, `kl_sampling_error` is one standard error of its mean's sampling) or
+    "lower bound" (from a server's top tokens). `same_top` is the share of tokens whose most likely token is the
+    reference's; `rms_change` the root mean square change of the true token's probability. `nonfinite` tokens had NaN or
+    infinite logits and are left out of every figure of this model.
     """
 
     name: str
@@ -174,7 +174,8 @@ class ModelFigures:
     by_position: tuple[Bin, ...]
     by_confidence: tuple[Bin, ...] = ()
     kl: Spread | None = None
-    kl_upper: float | None = None
+    kl_kind: str = "exact"
+    kl_sampling_error: float | None = None
     reverse_kl: Spread | None = None
     same_top: float | None = None
     same_top_error: float | None = None

@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from snugfit.dialects.compressed_tensors import FLOAT, MIXED, NVFP4, PACKED, quantization_config, read_formats
-from snugfit.errors import UserError
+from snugfit.dialects.compressed_tensors import FLOAT, MIXED, NVFP4, PACKED, formats_of, quantization_config
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat
 
 W4A4 = TensorFormat("nvfp4")
@@ -148,10 +147,10 @@ def test_names_that_go_on_after_a_target_do_not_match() -> None:
 @settings(max_examples=60, deadline=None)
 @given(mixes())
 def test_reading_the_config_gives_the_formats_back(mix: tuple[dict[str, TensorFormat], list[str]]) -> None:
-    """read_formats inverts quantization_config through JSON, for quantized and kept modules alike."""
+    """formats_of inverts quantization_config through JSON, for quantized and kept modules alike."""
     formats, kept = mix
-    config = json.loads(json.dumps({"quantization_config": quantization_config(formats, kept)}))
-    assert read_formats(config, [*formats, *kept]) == formats
+    config = json.loads(json.dumps(quantization_config(formats, kept)))
+    assert formats_of(config, [*formats, *kept], {}) == formats
 
 
 @settings(max_examples=40, deadline=None)
@@ -258,7 +257,7 @@ def test_activations_of_the_scheme_are_those_of_the_table(name: str) -> None:
     """A format that leaves activations alone has none in its scheme; NVFP4's are local, FP8's wholly dynamic."""
     fmt = next(fmt for fmt in EVERY_FORMAT if fmt.name == name)
     inputs = scheme_of(fmt).input_activations
-    dynamic = {"none": None, "nvfp4": "local", "fp8-token": True}[fmt.spec.inputs]
+    dynamic = {"none": None, "nvfp4": "local", "fp8-token": True}[fmt.input_kind]
     assert (inputs and inputs.dynamic) == dynamic
     assert fmt.spec.calibrated == (dynamic == "local")
 
@@ -277,30 +276,6 @@ def test_a_format_of_whole_layers_takes_few_patterns() -> None:
     formats = {m: W4A4 for group in llama(40) for m in group if m != "lm_head"}
     (group,) = quantization_config(formats, ["lm_head"])["config_groups"].values()
     assert len(group["targets"]) == 2
-
-
-def test_llm_compressors_way_of_writing_is_read() -> None:
-    """Targets by class with names and patterns to ignore, as llm-compressor writes them, give every other module."""
-    scheme = quantization_config({"x": W8A8}, [])["config_groups"]["group_0"] | {"targets": ["Linear"]}
-    config = {
-        "quantization_config": {
-            "quant_method": "compressed-tensors",
-            "config_groups": {"group_0": scheme},
-            "ignore": ["lm_head", "re:.*layers\\.0\\..*"],
-        }
-    }
-    modules = ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
-    assert read_formats(config, modules) == {"model.layers.1.mlp.up_proj": W8A8}
-
-
-def test_other_methods_and_schemes_are_refused() -> None:
-    """A quantization method or scheme without a reader ends in an error that names it, not in a wrong format."""
-    with pytest.raises(UserError, match="awq"):
-        read_formats({"quantization_config": {"quant_method": "awq"}}, [])
-    eight_bits = preset_name_to_scheme("W8A8", ["Linear"]).model_dump(mode="json")
-    config = {"quant_method": "compressed-tensors", "config_groups": {"group_0": eight_bits}}
-    with pytest.raises(UserError, match="int"):
-        read_formats({"quantization_config": config}, ["model.layers.0.mlp.up_proj"])
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from snugfit.dialects.compressed_tensors import decode, encode, layout, quantization_config, read_formats
+from snugfit.dialects.compressed_tensors import decode, encode, formats_of, layout, quantization_config
 from snugfit.errors import UserError
 from snugfit.formats import fp8, int4, nvfp4
-from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, bytes_for, check_shape
+from snugfit.formats.spec import FORMATS, INT4_GROUPS, READ_ONLY, TensorFormat, bytes_for, check_shape
 from snugfit.formats.stored import Stored, dequantize
 from snugfit.methods.rounding import ROUNDERS, round_group
+from snugfit.recipe import parse_recipe
 
 # every setting of a format, and the relative squared error that rounding fused_pair() to it stays below: a tenth more
 # than the largest measured over eight seeds, both members and all scale rules
@@ -94,8 +95,8 @@ def test_every_format_has_a_config_that_names_it(name: str) -> None:
     """The config of a file in one format reads back as that format with its options."""
     for fmt, _ in cases(name):
         module = "model.layers.3.mlp.up_proj"
-        config = {"quantization_config": quantization_config({module: fmt}, ["lm_head"])}
-        assert read_formats(config, [module, "lm_head"]) == {module: fmt}
+        config = quantization_config({module: fmt}, ["lm_head"])
+        assert formats_of(config, [module, "lm_head"], {}) == {module: fmt}
 
 
 @every_name
@@ -121,3 +122,14 @@ def test_the_table_and_the_rounders_name_the_same_formats() -> None:
         assert spec.scale_rules
         assert not (spec.calibrated and spec.inputs == "none")
     assert {fmt.group for fmt, _ in CASES["int4"]} == set(INT4_GROUPS)
+
+
+@pytest.mark.parametrize("name", READ_ONLY)
+def test_what_is_only_read_is_not_written(name: str) -> None:
+    """A format without a rounder is refused in a recipe, with the names of those that are written."""
+    assert name not in FORMATS
+    assert READ_ONLY[name].name == name
+    assert not READ_ONLY[name].scale_rules
+    with pytest.raises(UserError, match=f"rules\\[0\\].format: {name} is read, not written.*nvfp4a16") as caught:
+        parse_recipe(f"name: mine\nrules: [{{role: linear, format: {name}}}]", where="mine.yaml")
+    assert all(known in caught.value.remedy for known in FORMATS)

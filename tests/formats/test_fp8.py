@@ -82,3 +82,47 @@ def test_each_token_has_a_scale_of_its_own() -> None:
     together = fp8.quantize_dequantize_input(tokens.view(2, 8, 48).clone())
     alone = torch.stack([fp8.quantize_dequantize_input(token.clone()) for token in tokens])
     assert torch.equal(together, alone.view(2, 8, 48))
+
+
+@pytest.mark.parametrize("block", [(4, 8), (5, 7), (16, 48), (100, 100)])
+def test_blocks_take_their_own_scale(block: tuple[int, int]) -> None:
+    """Each value is its code times the scale of the block it stands in, also in blocks cut off at the edges."""
+    codes = random_rows(5).clamp(-448, 448).to(torch.float8_e4m3fn)
+    grid = -(-16 // block[0]), -(-48 // block[1])
+    scale = torch.rand(grid, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = fp8.dequantize(fp8.FP8Weight(codes, scale, block))
+    for row, column in ((0, 0), (3, 9), (15, 47), (8, 24), (15, 0)):
+        expected = codes[row, column].float() * scale[row // block[0], column // block[1]].float()
+        assert found[row, column] == expected
+    with pytest.raises(ValueError, match="scales for blocks"):
+        fp8.dequantize(fp8.FP8Weight(codes, torch.ones(grid[0] + 1, grid[1]), block))
+
+
+def test_requantized_codes_are_the_nearest_under_the_new_scale() -> None:
+    """Under a scale three times as large each value moves by half a step of that scale at most, zero stays."""
+    stored = fp8.quantize(random_rows(6))
+    scale = stored.scale.amax() * 3
+    moved = fp8.requantize(stored, scale)
+    assert moved.scale.shape == (1, 1)
+    exact, found = fp8.dequantize(stored), fp8.dequantize(moved)
+    assert ((found - exact).abs() <= torch.maximum(exact.abs() * 2.0**-4, scale * 2.0**-10) * (1 + 1e-6)).all()
+    assert not found[exact == 0].any()
+    assert torch.equal(fp8.dequantize(fp8.requantize(moved, scale)), found)
+
+
+@pytest.mark.parametrize("columns", [128, 256, 300, 40])
+def test_groups_of_inputs_take_their_own_scale(columns: int) -> None:
+    """A group of 128 columns, the last one smaller, is rounded as a token of that width would be."""
+    activations = random_rows(7, columns=columns)
+    found = fp8.quantize_dequantize_input_groups(activations, 128)
+    parts = [fp8.quantize_dequantize_input(part) for part in activations.split(128, 1)]
+    assert torch.equal(found, torch.cat(parts, 1))
+
+
+def test_a_static_scale_saturates() -> None:
+    """Under a given multiplier inputs are E4M3 times that multiplier, at most 448 of it."""
+    activations = random_rows(8)
+    found = fp8.quantize_dequantize_input_static(activations, torch.tensor(0.1))
+    expected = (activations / 0.1).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.1
+    assert torch.equal(found, expected)
+    assert float(found.abs().max()) == pytest.approx(44.8)

@@ -180,24 +180,14 @@ def _json_row(line: str, where: str, encode: Any, chat: Any) -> list[int]:
 
 def _cut(encode: Any, text: str, count: int, length: int, where: str) -> Iterator[list[int]]:
     """Rows of exactly `length` tokens, each starting as the tokenizer starts a text; a short text gives one row."""
-    plain = encode("a", add_special_tokens=False)
-    full = encode("a")
-    place = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
-    start = full[:place]
+    start = leading_tokens(encode)
     body = length - len(start)
     if body < 1:
         raise UserError(
             f"a length of {length} leaves no room behind the tokenizer's own {len(start)} tokens.", remedy="Raise it."
         )
-    ids: list[int] = []
     wanted = max(MIN_TOKENS, count * body)
-    # a token is rarely longer than eight characters; take more text until there is enough
-    characters = 8 * wanted
-    while len(ids) < wanted:
-        ids = encode(text[:characters], add_special_tokens=False)
-        if characters >= len(text):
-            break
-        characters *= 2
+    ids = first_tokens(encode, text, wanted)
     if len(ids) < MIN_TOKENS:
         raise UserError("empty or too short: no two tokens.", where=where, remedy="Give some text.")
     if len(ids) < body:
@@ -205,3 +195,24 @@ def _cut(encode: Any, text: str, count: int, length: int, where: str) -> Iterato
         return
     for n in range(min(count, len(ids) // body)):
         yield [*start, *ids[n * body : (n + 1) * body]]
+
+
+def leading_tokens(encode: Any) -> list[int]:
+    """What the tokenizer puts before a text, such as BOS."""
+    plain = encode("a", add_special_tokens=False)
+    full = encode("a")
+    place = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
+    return list(full[:place])
+
+
+def first_tokens(encode: Any, text: str, wanted: int) -> list[int]:
+    """The text's tokens without special ones: at least the first `wanted`, if it has them."""
+    ids: list[int] = []
+    # a token is rarely longer than eight characters; take more text until there is enough
+    characters = 8 * wanted
+    while len(ids) < wanted:
+        ids = encode(text[:characters], add_special_tokens=False)
+        if characters >= len(text):
+            break
+        characters *= 2
+    return ids

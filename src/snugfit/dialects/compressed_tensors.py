@@ -7,9 +7,11 @@ nowhere else. Facts follow compressed-tensors 0.20, the oracle of the tests, and
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from snugfit.dialects.headers import Headers
+from snugfit.dialects.schemes import REMEDY, WHERE, parse_scheme
 from snugfit.errors import UserError
 from snugfit.formats.spec import NVFP4_BLOCK, TensorFormat
 
@@ -56,6 +58,7 @@ def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tenso
 
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.grids import pack_int4
+    from snugfit.formats.int4 import INT4Weight
     from snugfit.formats.nvfp4 import NVFP4Weight
 
     if isinstance(stored, NVFP4Weight):
@@ -67,6 +70,7 @@ def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tenso
         return parts | ({INPUT_SCALE: input_scale.reciprocal().reshape(1)} if input_scale is not None else {})
     if isinstance(stored, FP8Weight):
         return {"weight": stored.codes, "weight_scale": stored.scale}
+    assert isinstance(stored, INT4Weight), "a format that is read, not written"
     parts = {
         "weight_packed": stored.packed,
         "weight_scale": stored.scale,
@@ -77,11 +81,33 @@ def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tenso
     return parts | {"weight_zero_point": pack_int4(stored.zero_point, dim=0)}
 
 
+def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
+    """What of a module to read: all that `fmt` needs, and those of its optional tensors that are in `parts`."""
+    if fmt.name in ("nvfp4", "nvfp4a16"):
+        names = ["weight_packed", "weight_scale", "weight_global_scale"]
+        return (*names, INPUT_SCALE) if fmt.input_kind == "nvfp4" else tuple(names)
+    if fmt.name == "mxfp4":
+        return ("weight_packed", "weight_scale")
+    names = ["weight", "weight_scale"]
+    if fmt.name in ("int4", "int8"):
+        if "weight" not in parts:
+            names = ["weight_packed", "weight_scale", "weight_shape"]
+        names += ["weight_g_idx"] if "weight_g_idx" in parts else []
+        names += [] if fmt.symmetric else ["weight_zero_point"]
+    if fmt.input_kind in ("fp8-tensor", "int8-tensor", "int8-tensor-asym"):
+        names.append("input_scale")
+    if fmt.input_kind == "int8-tensor-asym":
+        names.append("input_zero_point")
+    return tuple(names)
+
+
 def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tensor | None]:
-    """The stored weight and the activation multiplier (None where there is none) from a module's tensors."""
+    """The stored weight and the static multiplier of its inputs (None where there is none) from a module's tensors.
+
+    The multiplier is fp32 (); with a zero point, int8-tensor-asym, it is fp32 [2]: multiplier, zero point.
+    """
     from snugfit.formats.fp8 import FP8Weight
-    from snugfit.formats.grids import unpack_int4
-    from snugfit.formats.int4 import INT4Weight
+    from snugfit.formats.mxfp4 import MXFP4Weight
     from snugfit.formats.nvfp4 import NVFP4Weight
 
     if fmt.name in ("nvfp4", "nvfp4a16"):
@@ -90,13 +116,52 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tens
         )
         scale = parts.get(INPUT_SCALE)
         return weight, None if scale is None else scale.reshape(()).reciprocal()
-    if fmt.name == "fp8-dynamic":
-        return FP8Weight(parts["weight"], parts["weight_scale"]), None
-    rows, columns = (int(side) for side in parts["weight_shape"])
-    scale = parts["weight_scale"]
-    zeros = parts.get("weight_zero_point")
-    zero_point = None if zeros is None else unpack_int4(zeros, (rows, scale.shape[1]), dim=0)
-    return INT4Weight(parts["weight_packed"], scale, zero_point, (rows, columns)), None
+    if fmt.name == "mxfp4":
+        return MXFP4Weight(parts["weight_packed"], parts["weight_scale"]), None
+    if fmt.name in ("fp8", "fp8-dynamic"):
+        scale = parts["weight_scale"]
+        stored = FP8Weight(parts["weight"], scale if fmt.block else scale.reshape(-1, 1), fmt.block)
+        return stored, _static_input(parts)
+    return _decode_integers(fmt, parts), _static_input(parts)
+
+
+def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Stored:
+    from snugfit.formats.grids import unpack_integers
+    from snugfit.formats.int4 import INT4Weight
+    from snugfit.formats.integer import IntegerWeight
+
+    bits = int(fmt.name.removeprefix("int"))
+    scale = parts["weight_scale"] if fmt.group > 0 else parts["weight_scale"].reshape(-1, 1)
+    zeros, columns = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+    if columns is not None and bool((columns < 0).any()):
+        columns = None  # -1: in order after all
+    if "weight" in parts:
+        return IntegerWeight(parts["weight"], scale, None if zeros is None else zeros.reshape(scale.shape), columns)
+    shape = (int(parts["weight_shape"][0]), int(parts["weight_shape"][1]))
+    zero_point = None
+    if zeros is not None:
+        # the library leaves a whole weight's one zero point as it is
+        packed = fmt.group != 0
+        rows = (shape[0], scale.shape[1])
+        zero_point = unpack_integers(zeros, rows, bits=bits, dim=0) if packed else zeros.reshape(scale.shape)
+    if bits == 4 and columns is None:
+        return INT4Weight(parts["weight_packed"], scale, zero_point, shape)
+    return IntegerWeight(unpack_integers(parts["weight_packed"], shape, bits=bits), scale, zero_point, columns)
+
+
+def _static_input(parts: Mapping[str, Tensor]) -> Tensor | None:
+    import torch
+
+    if "input_scale" not in parts:
+        return None
+    scale = parts["input_scale"].reshape(()).float()
+    zero_point = parts.get("input_zero_point")
+    return scale if zero_point is None else torch.stack((scale, zero_point.reshape(()).float()))
+
+
+def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:
+    """The multiplier that vLLM gives a fused NVFP4 group: it takes the largest divisor, so this is the smallest."""
+    return min(scales, key=float)
 
 
 def quantization_config(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> dict[str, Any]:
@@ -125,27 +190,74 @@ def quantization_config(formats: Mapping[str, TensorFormat], ignore: Sequence[st
     }
 
 
-def read_formats(config: Mapping[str, Any], modules: Iterable[str]) -> dict[str, TensorFormat]:
+def formats_of(
+    quantization: Mapping[str, Any], modules: Iterable[str], _parts: Mapping[str, Headers]
+) -> dict[str, TensorFormat]:
     """Format of each of `modules` that a quantization_config targets; the rest is unquantized."""
-    quantization = config["quantization_config"]
-    method = quantization.get("quant_method")
-    if method != "compressed-tensors":
-        raise UserError(f"quant_method {method!r} cannot be read yet.", where="config.json: quantization_config")
+    _check_whole(quantization)
+    groups = list((quantization.get("config_groups") or {}).values())
+    if not all(isinstance(group, dict) for group in groups):
+        raise UserError("config_groups by the names of presets have no reader.", where=WHERE, remedy=REMEDY)
     ignored = quantization.get("ignore") or []
-    groups = [(group["targets"], _parse_scheme(group)) for group in quantization["config_groups"].values()]
     found: dict[str, TensorFormat] = {}
     for module in modules:
         if any(_matches(module, target) for target in ignored):
             continue
-        fmt = next((fmt for targets, fmt in groups if any(_matches(module, t) for t in targets)), None)
-        if fmt is not None:
-            found[module] = fmt
+        group = _group_of(module, groups)
+        if group is not None:
+            found[module] = parse_scheme(group)
     return found
+
+
+def kv_cache(quantization: Mapping[str, Any]) -> str | None:
+    """What the file asks of the KV cache: "fp8", None, or the whole scheme where it is another."""
+    scheme = quantization.get("kv_cache_scheme")
+    if not scheme:
+        return None
+    known = isinstance(scheme, dict) and (
+        scheme.get("type"),
+        scheme.get("num_bits"),
+        scheme.get("symmetric", True),
+    ) == ("float", 8, True)
+    return "fp8" if known and scheme.get("strategy", "tensor") in ("tensor", "attn_head") else str(scheme)
+
+
+def _check_whole(quantization: Mapping[str, Any]) -> None:
+    """Refuse what changes a whole file: sparse layouts, rotations at run time."""
+    sparse = (quantization.get("sparsity_config") or {}).get("format", "dense")
+    groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, dict)]
+    kinds = {str(kind) for kind in (sparse, quantization.get("format"), *(group.get("format") for group in groups))}
+    for kind in sorted(kinds):
+        if kind.startswith(("sparse", "marlin")):
+            raise UserError(f"format {kind!r} has no reader.", where=WHERE, remedy=REMEDY)
+    schemes = (quantization.get("transform_config") or {}).get("config_groups") or {}
+    for name, scheme in schemes.items():
+        places = {str(apply.get("location")) for apply in scheme.get("apply") or []}
+        # weight_input and weight_output are in the weights already
+        online = sorted(place for place in places if not place.startswith("weight_"))
+        if online:
+            raise UserError(
+                f"transform_config: {name} rotates activations at run time ({', '.join(online)}), which has no reader.",
+                where=WHERE,
+                remedy=REMEDY,
+            )
+
+
+def _group_of(module: str, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The group that targets a linear: by its name, else by a pattern, else by its class, as engines look it up."""
+    pairs = [(target, group) for group in groups for target in group.get("targets") or []]
+    by_name = [group for target, group in pairs if target == module]
+    by_pattern = [group for target, group in pairs if target.startswith("re:") and _matches(module, target)]
+    by_class = [group for target, group in pairs if target == "Linear"]
+    return next(iter((*by_name, *by_pattern, *by_class)), None)
 
 
 def _matches(module: str, target: str) -> bool:
     if target.startswith("re:"):
-        return re.match(target[3:], module) is not None
+        try:
+            return re.match(target[3:], module) is not None
+        except re.error as error:
+            raise UserError(f"{target!r} is no pattern ({error}).", where=WHERE, remedy="Mend it.") from None
     return target in (module, "Linear")
 
 
@@ -169,19 +281,6 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
 
 def _arguments(**given: object) -> dict[str, object]:
     return {"dynamic": False, "symmetric": True} | given
-
-
-def _parse_scheme(group: Mapping[str, Any]) -> TensorFormat:
-    weights = group.get("weights") or {}
-    key = (weights.get("type"), weights.get("num_bits"), weights.get("strategy"))
-    inputs = group.get("input_activations")
-    if key == ("float", 4, "tensor_group") and weights["group_size"] == NVFP4_BLOCK:
-        return TensorFormat("nvfp4a16" if inputs is None else "nvfp4")
-    if key == ("float", 8, "channel") and inputs is not None and inputs.get("dynamic") is True:
-        return TensorFormat("fp8-dynamic")
-    if key == ("int", 4, "group") and inputs is None:
-        return TensorFormat("int4", group=weights["group_size"], symmetric=weights["symmetric"])
-    raise UserError(f"no reader for weights {key} with inputs {inputs}.", where="config.json: quantization_config")
 
 
 def _targets(

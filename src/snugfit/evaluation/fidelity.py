@@ -1,9 +1,9 @@
-"""Perplexity of a checkpoint, layer by layer, with the activations that a named engine profile would see."""
+"""Perplexity of one checkpoint, layer by layer, with the activations that a named engine profile would see."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +11,10 @@ import torch
 from torch import Tensor
 
 from snugfit.calibration.dataset import Rows
-from snugfit.dialects import compressed_tensors as dialect
-from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
-from snugfit.errors import UserError
-from snugfit.formats.spec import TensorFormat
-from snugfit.model import emulate, layers, walk
-from snugfit.model.checkpoint import Checkpoint, open_checkpoint
-
-TOKENS_PER_BATCH = 4096
+from snugfit.engines.profiles import DEFAULT_PROFILE
+from snugfit.evaluation.significance import ratio_mean
+from snugfit.evaluation.subject import TOKENS_PER_BATCH, open_head, open_subject, pass_layers
+from snugfit.model import walk
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,7 @@ class Perplexity:
 def perplexity(
     checkpoint: str | Path, rows: Rows, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
 ) -> Perplexity:
-    """Perplexity of a model directory (16-bit or compressed-tensors) on token rows; linears' inputs per profile."""
+    """Perplexity of a model directory (16-bit or quantized) on token rows; linears' inputs per profile."""
     sums = [0.0] * len(rows.rows)
     for batch, start, logits in stream_logits(checkpoint, rows, activations=activations, device=device):
         wanted = batch.tokens[:, start + 1 : start + 1 + logits.shape[1]]
@@ -53,14 +49,9 @@ def summarize(sums: list[float], counts: list[int]) -> Perplexity:
 
     The standard error is that of the ratio sum/count over rows, carried through exp to first order.
     """
-    tokens = sum(counts)
-    mean = sum(sums) / tokens
+    mean, error = ratio_mean(sums, counts)
     value = math.exp(mean)
-    rows = len(counts)
-    if rows < 2:
-        return Perplexity(value, math.nan, tokens, rows, tuple(sums))
-    spread = sum((s - mean * c) ** 2 for s, c in zip(sums, counts, strict=True)) * rows / (rows - 1)
-    return Perplexity(value, value * math.sqrt(spread) / tokens, tokens, rows, tuple(sums))
+    return Perplexity(value, math.nan if error is None else value * error, sum(counts), len(counts), tuple(sums))
 
 
 @torch.no_grad()
@@ -68,36 +59,7 @@ def stream_logits(
     checkpoint: str | Path, rows: Rows, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
 ) -> Iterator[tuple[walk.Batch, int, Tensor]]:
     """Logits of every row, piece by piece: (batch, first position, [B, t, V]); one decoder layer in memory."""
-    if activations not in PROFILES:
-        raise UserError(f"unknown activation profile {activations!r}.", remedy=f"Known: {', '.join(PROFILES)}.")
-    opened = open_checkpoint(checkpoint)
     place = torch.device(device)
-    skeleton = layers.build_skeleton(opened)
-    formats: dict[str, TensorFormat] = {}
-    if "quantization_config" in opened.config:
-        formats = dialect.read_formats(opened.config, sorted(layers.linear_names(skeleton)))
-    outside = [module for module in formats if not module.startswith(skeleton.layers_name + ".")]
-    if outside:
-        raise UserError(f"{outside[0]} is quantized, which is not read yet.", where=str(opened.path))
-    batches = walk.make_batches(rows.rows, TOKENS_PER_BATCH, place)
-    walk.embed(skeleton, layers.outer_weights(skeleton, opened, head=False), batches, place)
-    for index in range(len(skeleton.layers)):
-        _pass_layer(opened, skeleton, index, formats, activations, batches, place)
-    yield from walk.logits(skeleton, layers.outer_weights(skeleton, opened, head=True), batches, place)
-
-
-def _pass_layer(
-    checkpoint: Checkpoint,
-    skeleton: layers.Skeleton,
-    index: int,
-    formats: Mapping[str, TensorFormat],
-    activations: str,
-    batches: Sequence[walk.Batch],
-    device: torch.device,
-) -> None:
-    """All batches through one layer, which is gone from memory when this returns."""
-    prefix = f"{skeleton.layers_name}.{index}"
-    weights, quantizers = emulate.read_layer(checkpoint, prefix, skeleton.layers[index], formats, activations)
-    layer = layers.resident_layer(skeleton, index, weights, device)
-    emulate.quantize_inputs(layer, quantizers)
-    walk.run_layer(layer, index, batches)
+    subject = open_subject(checkpoint, activations=activations)
+    batches = pass_layers(subject, rows.rows, place, tokens_per_batch=TOKENS_PER_BATCH)
+    yield from walk.logits(open_head(subject, place), batches)

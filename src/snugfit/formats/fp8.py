@@ -1,4 +1,7 @@
-"""FP8 (E4M3) with one scale an output channel; activations with one scale a token, made at run time (FP8_DYNAMIC)."""
+"""FP8 (E4M3): scales for a weight, its output channels or its blocks; activations under scales made at run time or not.
+
+Written is one scale an output channel, with activations under one scale a token (FP8_DYNAMIC); the rest is read.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,22 @@ from torch import Tensor
 
 from snugfit.formats.grids import E4M3_MAX, round_e4m3_, to_e4m3
 
-# the smallest activation scale that engines use (vLLM: 1 / (448 * 512))
+# the smallest activation scale of a token that engines use (vLLM: 1 / (448 * 512))
 TOKEN_SCALE_MIN = 1.0 / (E4M3_MAX * 512.0)
+# the smallest magnitude that a group of activations counts as (vLLM's per_token_group_quant)
+GROUP_AMAX_MIN = 1e-10
 
 
 @dataclass(frozen=True)
 class FP8Weight:
-    """A weight [N, K]: `codes` E4M3 [N, K], `scale` [N, 1] in the model's dtype, which multiplies."""
+    """A weight [N, K]: `codes` E4M3 [N, K], `scale` of any float dtype, which multiplies.
+
+    `scale` is [N, 1], or [1, 1], or with `block` = (rows, columns) one a block, [ceil(N/rows), ceil(K/columns)].
+    """
 
     codes: Tensor
     scale: Tensor
+    block: tuple[int, int] | None = None
 
 
 def quantize(weight: Tensor) -> FP8Weight:
@@ -33,8 +42,25 @@ def quantize(weight: Tensor) -> FP8Weight:
 
 
 def dequantize(stored: FP8Weight) -> Tensor:
-    """fp32 [N, K] of a stored weight."""
-    return stored.codes.float().mul_(stored.scale.float())
+    """fp32 [N, K] of a stored weight; blocks at the edges may be smaller than the rest.
+
+    ValueError where the scales are not one a block.
+    """
+    values, scale = stored.codes.float(), stored.scale.float()
+    if stored.block is not None:
+        rows, columns = values.shape
+        if scale.shape != (-(-rows // stored.block[0]), -(-columns // stored.block[1])):
+            raise ValueError(f"{list(scale.shape)} scales for blocks of {stored.block} in {[rows, columns]}")
+        scale = scale.repeat_interleave(stored.block[0], 0)[:rows].repeat_interleave(stored.block[1], 1)[:, :columns]
+    return values.mul_(scale)
+
+
+def requantize(stored: FP8Weight, scale: Tensor) -> FP8Weight:
+    """The weight under one other scale (fp32 scalar), its values rounded to E4M3 once more.
+
+    What vLLM does to the members of a fused group, under the largest of their scales (w8a8_utils.py; by way of fp16).
+    """
+    return FP8Weight(to_e4m3(dequantize(stored).div_(scale)), scale.reshape(1, 1))
 
 
 def quantize_dequantize_input(activations: Tensor) -> Tensor:
@@ -45,5 +71,28 @@ def quantize_dequantize_input(activations: Tensor) -> Tensor:
     exact = activations.float()
     low, high = exact.aminmax(dim=-1, keepdim=True)
     scale = torch.maximum(high, low.neg_()).div_(E4M3_MAX).clamp_(min=TOKEN_SCALE_MIN)
-    codes = round_e4m3_((exact / scale).clamp_(-E4M3_MAX, E4M3_MAX))
-    return codes.mul_(scale).to(activations.dtype)
+    return _round_under(exact, scale).to(activations.dtype)
+
+
+def quantize_dequantize_input_groups(activations: Tensor, group: int) -> Tensor:
+    """Activations [..., K] under one scale a group of columns: s = max(amax, 1e-10) / 448, E4M3(x / s) * s, in fp32.
+
+    A last group may be smaller than the rest.
+    """
+    columns = activations.shape[-1]
+    padded = torch.nn.functional.pad(activations.float(), (0, -columns % group))
+    groups = padded.unflatten(-1, (-1, group))
+    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=GROUP_AMAX_MIN).div_(E4M3_MAX)
+    return _round_under(groups, scale).flatten(-2)[..., :columns].to(activations.dtype)
+
+
+def quantize_dequantize_input_static(activations: Tensor, scale: Tensor) -> Tensor:
+    """Activations [...] under one given multiplier (fp32 scalar): E4M3(x / s) * s, saturating, in fp32.
+
+    Keys and values in an FP8 cache are rounded the same way; `scale` may be any shape that broadcasts.
+    """
+    return _round_under(activations.float(), scale).to(activations.dtype)
+
+
+def _round_under(exact: Tensor, scale: Tensor) -> Tensor:
+    return round_e4m3_((exact / scale).clamp_(-E4M3_MAX, E4M3_MAX)).mul_(scale)

@@ -103,8 +103,18 @@ def pack_int4(values: Tensor, *, dim: int = 1) -> Tensor:
 
 def unpack_int4(words: Tensor, shape: tuple[int, int], *, dim: int = 1) -> Tensor:
     """int8 values -8..7 of shape [N, K] from `pack_int4`'s words."""
+    return unpack_integers(words, shape, bits=4, dim=dim)
+
+
+def unpack_integers(words: Tensor, shape: tuple[int, int], *, bits: int, dim: int = 1) -> Tensor:
+    """int8 values of shape [N, K] from int32 words of 32 / `bits` integers (4 or 8 bits), lowest bits first."""
     if dim == 0:
-        return unpack_int4(words.t().contiguous(), (shape[1], shape[0])).t().contiguous()
-    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
-    nibbles = (words.unsqueeze(-1) >> shifts) & 0xF
-    return nibbles.flatten(1)[:, : shape[1]].to(torch.int8) - 8
+        return unpack_integers(words.t().contiguous(), (shape[1], shape[0]), bits=bits).t().contiguous()
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=words.device)
+    stored = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
+    return (stored.flatten(1)[:, : shape[1]] - (1 << (bits - 1))).to(torch.int8)
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """fp32 values 2**(e - 127) of E8M0 exponents (uint8); 255 is NaN."""
+    return exponents.view(torch.float8_e8m0fnu).float()

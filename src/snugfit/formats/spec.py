@@ -9,9 +9,26 @@ from typing import Literal
 from snugfit.errors import UserError
 
 NVFP4_BLOCK = 16
+MXFP4_BLOCK = 32
+FP8_BLOCK = 128
 INT4_GROUPS = (128, 64, 32)
+WHOLE_ROW = -1  # `group` of integers and fp8 with one scale an output channel; 0: one for the whole weight
 
-InputKind = Literal["none", "nvfp4", "fp8-token"]
+# What happens to a linear's inputs. Static kinds ("tensor") need a multiplier from the file, the others make theirs at
+# run time; "asym" has a zero point besides.
+InputKind = Literal[
+    "none",
+    "nvfp4",  # E2M1 in blocks of 16: E4M3 scales made at run time under a static fp32 one
+    "mxfp4",  # E2M1 in blocks of 32 under a power of two
+    "fp8-token",
+    "fp8-tensor",
+    "fp8-tensor-dynamic",  # what files may ask for; no profile does it
+    "fp8-group",  # along the columns, 128 unless the weight's blocks say otherwise
+    "int8-token",
+    "int8-token-asym",
+    "int8-tensor",
+    "int8-tensor-asym",
+]
 
 
 @dataclass(frozen=True)
@@ -68,34 +85,66 @@ FORMATS: Mapping[str, FormatSpec] = {
     )
 }
 
+# What checkpoints of other tools hold besides: read and dequantized, never written. Their inputs differ from file to
+# file, so the table says none.
+READ_ONLY: Mapping[str, FormatSpec] = {
+    spec.name: spec
+    for spec in (
+        # 8-bit float under one scale a weight, an output channel or a block
+        FormatSpec("fp8", 1, "none", False, ()),
+        # 8-bit integer under one scale a weight, an output channel or a group of columns
+        FormatSpec("int8", 1, "none", False, ()),
+        # 4-bit float in blocks of 32 under a power of two (OCP MX)
+        FormatSpec("mxfp4", MXFP4_BLOCK, "none", False, ()),
+    )
+}
+
 KEEP = "keep"
 
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """How one weight is stored: a format of the table with its options settled (`group` and `symmetric` for int4)."""
+    """How one weight is stored: a format of the table with its options settled.
+
+    `group` is the columns under one scale (WHOLE_ROW: an output channel, 0: the whole weight, or what the format says),
+    `symmetric` False means zero points (integers), `block` is the rows and columns under one scale (fp8). `inputs` is
+    what the file asks an engine to do with activations, None for what the table says.
+    """
 
     name: str
     group: int = 0
     symmetric: bool = True
+    block: tuple[int, int] | None = None
+    inputs: InputKind | None = None
 
     @property
     def spec(self) -> FormatSpec:
         """This format's row of the table."""
-        return FORMATS[self.name]
+        return FORMATS[self.name] if self.name in FORMATS else READ_ONLY[self.name]
+
+    @property
+    def input_kind(self) -> InputKind:
+        """What the file asks an engine to do with this weight's inputs."""
+        return self.inputs or self.spec.inputs
 
     def label(self) -> str:
-        """A short name for tables, with the options that matter."""
-        if self.name != "int4":
-            return self.name
-        return f"int4-g{self.group}" + ("" if self.symmetric else "-asym")
+        """A short name for tables, with the options that matter: weights, then "+" and inputs the name leaves open."""
+        scope = ""
+        if self.name in ("fp8", "int8", "int4"):
+            scope = {WHOLE_ROW: "-channel", 0: "-tensor"}.get(self.group, f"-g{self.group}")
+        if self.block is not None:
+            scope = "-block" if self.block == (FP8_BLOCK, FP8_BLOCK) else f"-block{self.block[0]}x{self.block[1]}"
+        zero_points = "" if self.symmetric else "-asym"
+        return self.name + scope + zero_points + (f"+{self.inputs}" if self.inputs is not None else "")
 
 
 def bytes_for(fmt: TensorFormat, shape: tuple[int, int], scale_bytes: int) -> int:
     """Bytes on disk of a weight [N, K] in `fmt`, scales included; `scale_bytes` is the model dtype's size.
 
-    Not counted: a static activation scale (4 bytes for nvfp4), which belongs to the input and not to the weight.
+    For formats that are written. Not counted: a static activation scale (4 bytes for nvfp4), which belongs to the
+    input and not to the weight.
     """
+    assert fmt.name in FORMATS, fmt.name
     rows, columns = shape
     if fmt.name in ("nvfp4", "nvfp4a16"):
         return rows * columns // 2 + rows * (columns // NVFP4_BLOCK) + 4

@@ -6,6 +6,7 @@ reads, so that memory holds what was asked for and nothing of the rest of the fi
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -156,6 +157,13 @@ def read_header(file: Path) -> list[StoredTensor]:
             )
     _check_cover(tensors, 8 + length, size, file)
     return tensors
+
+
+def header_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over config and tensor headers, in order; it does not read the weights."""
+    parts = [json.dumps(checkpoint.config, sort_keys=True)]
+    parts += [f"{t.name} {t.dtype} {t.shape} {t.file} {t.offset}" for t in checkpoint.tensors.values()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:

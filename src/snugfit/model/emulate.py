@@ -1,32 +1,60 @@
-"""Linears that see their inputs as an engine would: activations quantized on the way in, under a named profile."""
+"""Linears that see their inputs as an engine would: activations quantized on the way in, under a named profile.
+
+A profile other than "none" also gives the members of a fused group the scales that vLLM gives them, where a file's
+differ; and an FP8 KV cache rounds keys and values.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 
+import torch
 from torch import Tensor, nn
 
-from snugfit.dialects import compressed_tensors as dialect
+from snugfit.dialects import reading
 from snugfit.engines.fused import group_modules
 from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
-from snugfit.formats import fp8, nvfp4
-from snugfit.formats.spec import TensorFormat
+from snugfit.formats import fp8, integer, mxfp4, nvfp4
+from snugfit.formats.spec import FP8_BLOCK, InputKind, TensorFormat
 from snugfit.formats.stored import Stored, dequantize
 from snugfit.model.checkpoint import Checkpoint, read_tensor
 
 Quantizer = Callable[[Tensor], Tensor]
+NO_ENGINE = "none"
+
+# inputs under scales made at run time, and those under numbers from the file: a multiplier, and a zero point if any
+_DYNAMIC: Mapping[InputKind, Quantizer] = {
+    "fp8-token": fp8.quantize_dequantize_input,
+    "int8-token": integer.quantize_dequantize_input,
+    "int8-token-asym": integer.quantize_dequantize_input_asymmetric,
+    "mxfp4": mxfp4.quantize_dequantize_input,
+}
+_STATIC: Mapping[InputKind, Callable[..., Tensor]] = {
+    "nvfp4": nvfp4.quantize_dequantize_input,
+    "fp8-tensor": fp8.quantize_dequantize_input_static,
+    "int8-tensor": integer.quantize_dequantize_input_static,
+    "int8-tensor-asym": integer.quantize_dequantize_input_static,
+}
 
 
 def input_quantizer(fmt: TensorFormat, profile: str, input_scale: Tensor | None) -> Quantizer | None:
-    """What `profile` does to the inputs of a linear stored in `fmt`; None leaves them alone."""
-    kind = fmt.spec.inputs
-    if kind == "none" or kind not in PROFILES[profile]:
+    """What `profile` does to the inputs of a linear stored in `fmt`; None leaves them alone.
+
+    `input_scale` is the static multiplier that `read_module` gives, where the file's request has one.
+    """
+    kind = PROFILES[profile].get(fmt.input_kind)
+    if kind is None:
         return None
-    if kind == "fp8-token":
-        return fp8.quantize_dequantize_input
-    assert input_scale is not None, "an NVFP4 file without input_global_scale"
-    return lambda activations: nvfp4.quantize_dequantize_input(activations, input_scale.to(activations.device))
+    if kind == "fp8-group":
+        return partial(fp8.quantize_dequantize_input_groups, group=fmt.block[1] if fmt.block else FP8_BLOCK)
+    if kind in _DYNAMIC:
+        return _DYNAMIC[kind]
+    assert input_scale is not None, f"{fmt.label()} without a scale of its inputs"
+    static, scale = _STATIC[kind], input_scale
+    return lambda x: static(x, *scale.to(x.device).view(-1))
 
 
 def quantize_inputs(layer: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
@@ -51,17 +79,13 @@ def _shared_hook(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...
 
 def read_module(
     checkpoint: Checkpoint, module: str, fmt: TensorFormat, shape: tuple[int, ...]
-) -> tuple[Stored, Tensor | None]:
-    """A quantized module's weight and activation multiplier from disk; `shape` is the weight's [N, K]."""
-    names = {part: f"{module}.{part}" for part in dialect.layout(fmt, shape, "BF16")}
-    missing = [name for name in names.values() if name not in checkpoint.tensors]
-    if missing:
-        raise UserError(
-            f"quantization_config makes {module} {fmt.label()}, but {', '.join(missing)} is not there.",
-            where=str(checkpoint.path),
-            remedy="Config and weights do not belong together.",
-        )
-    return dialect.decode(fmt, {part: read_tensor(checkpoint, name) for part, name in names.items()})
+) -> tuple[Tensor, Tensor | None]:
+    """A quantized module's weight, fp32 of `shape` [N, K], and the static multiplier of its inputs, as the file says.
+
+    The multiplier is fp32 () (with a zero point [2]), None where the format has none.
+    """
+    member = _read_member(checkpoint, module, fmt)
+    return _values(checkpoint, module, member.stored, shape), member.input_scale
 
 
 def read_layer(
@@ -71,18 +95,161 @@ def read_layer(
 
     `prefix` is the layer's name in the checkpoint, `layer` its skeleton, `formats` the quantized modules by full name.
     """
-    weights: dict[str, Tensor] = {}
+    state = layer.state_dict()
+    linears = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
+    quantized = [name for name in linears if f"{prefix}.{name}" in formats]
+    held = {f"{name}.weight" for name in quantized}
+    weights = {
+        name: read_tensor(checkpoint, f"{prefix}.{name}")
+        for name in state
+        if name not in held and f"{prefix}.{name}" in checkpoint.tensors
+    }
     quantizers: dict[str, Quantizer] = {}
-    for name, empty in layer.state_dict().items():
-        module, _, parameter = name.rpartition(".")
-        fmt = formats.get(f"{prefix}.{module}") if parameter == "weight" else None
-        if fmt is None:
-            if f"{prefix}.{name}" in checkpoint.tensors:
-                weights[name] = read_tensor(checkpoint, f"{prefix}.{name}")
-            continue
-        stored, input_scale = read_module(checkpoint, f"{prefix}.{module}", fmt, tuple(empty.shape))
-        weights[name] = dequantize(stored).to(empty.dtype)
-        quantizer = input_quantizer(fmt, profile, input_scale)
-        if quantizer is not None:
-            quantizers[module] = quantizer
+    for group in group_modules(quantized):
+        full = {name: f"{prefix}.{name}" for name in group}
+        members = {name: _read_member(checkpoint, module, formats[module]) for name, module in full.items()}
+        for name, member in (members if profile == NO_ENGINE else _as_one(checkpoint, members)).items():
+            empty = state[f"{name}.weight"]
+            values = _values(checkpoint, full[name], member.stored, tuple(empty.shape))
+            weights[f"{name}.weight"] = values.to(empty.dtype)
+            quantizer = input_quantizer(member.format, profile, member.input_scale)
+            if quantizer is not None:
+                quantizers[name] = quantizer
     return weights, quantizers
+
+
+@dataclass(frozen=True)
+class FP8Cache:
+    """Takes the place of transformers' cache: keys and values are rounded to E4M3 on the way, and nothing is kept.
+
+    `k_scale` and `v_scale` are fp32 multipliers, () for a whole layer or [H, 1, 1], one a head. States of linear
+    attention and convolutions pass unchanged, as engines keep them in 16 bits.
+    """
+
+    k_scale: Tensor
+    v_scale: Tensor
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] as attention reads them back, in their own dtype."""
+        pairs = ((key_states, self.k_scale), (value_states, self.v_scale))
+        keys, values = (fp8.quantize_dequantize_input_static(x, scale.to(x.device)) for x, scale in pairs)
+        return keys, values
+
+    def get_seq_length(self, *_args: object) -> int:
+        """Tokens seen before: none."""
+        return 0
+
+    def has_previous_state(self, *_args: object) -> bool:
+        """No states from before."""
+        return False
+
+    def get_conv_state(self, *_args: object, **_kwargs: object) -> None:
+        """No state from before."""
+        return
+
+    get_recurrent_state = get_conv_state
+
+    def update_conv_state(self, states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+        """The given states."""
+        return states
+
+    update_recurrent_state = update_conv_state
+
+
+def fp8_cache(k_scale: Tensor, v_scale: Tensor) -> FP8Cache:
+    """What an attention layer gets as `past_key_values`, to read keys and values as from an FP8 cache."""
+    return FP8Cache(k_scale, v_scale)
+
+
+def read_kv_scales(checkpoint: Checkpoint, prefix: str) -> tuple[Tensor, Tensor]:
+    """Multipliers (fp32, () or [H, 1, 1]) of keys and values of the decoder layer `prefix`; 1 where the file has none.
+
+    Under the names of compressed-tensors (of the attention), of ModelOpt (of the projections), or of older files.
+    """
+    return _kv_scale(checkpoint, f"{prefix}.self_attn", "k"), _kv_scale(checkpoint, f"{prefix}.self_attn", "v")
+
+
+def _kv_scale(checkpoint: Checkpoint, attention: str, which: str) -> Tensor:
+    places = (f"{which}_scale", f"{which}_proj.{which}_scale", f"{which}_proj.output_scale", "kv_scale")
+    name = next((f"{attention}.{place}" for place in places if f"{attention}.{place}" in checkpoint.tensors), None)
+    if name is None:
+        return torch.ones(())
+    scale = read_tensor(checkpoint, name).float()
+    if not (scale.isfinite() & (scale > 0)).all():
+        raise UserError(
+            f"{name} holds {scale.flatten().tolist()[:4]}, under which an engine gives garbage.",
+            where=str(checkpoint.path),
+            remedy="Quantize the model again: its calibration did not reach this layer.",
+        )
+    return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A linear as stored, one of a fused group."""
+
+    format: TensorFormat
+    stored: Stored
+    input_scale: Tensor | None
+
+
+def _read_member(checkpoint: Checkpoint, module: str, fmt: TensorFormat) -> _Member:
+    names = reading.part_names(checkpoint.config, module, fmt, checkpoint.tensors)
+    tensors = {suffix: read_tensor(checkpoint, name) for suffix, name in names.items()}
+    return _Member(fmt, *reading.decode(checkpoint.config, module, fmt, tensors))
+
+
+def _values(checkpoint: Checkpoint, module: str, stored: Stored, shape: tuple[int, ...]) -> Tensor:
+    """fp32 of `shape`; UserError where the tensors give no such weight."""
+    try:
+        values = dequantize(stored)
+        fits = tuple(values.shape) == shape
+    except (RuntimeError, IndexError, ValueError):  # sizes that do not go together
+        fits = False
+    if not fits:
+        raise UserError(
+            f"the tensors of {module} give no weight {list(shape)}.",
+            where=str(checkpoint.path),
+            remedy="Config and weights do not belong together.",
+        )
+    return values
+
+
+def _as_one(checkpoint: Checkpoint, members: Mapping[str, _Member]) -> Mapping[str, _Member]:
+    """Members of a fused group under the scales that vLLM gives them where a file's differ.
+
+    NVFP4: one global scale for weights and one for inputs, the largest of the stored numbers, while codes and block
+    scales stay. FP8 with one scale a weight and 8-bit inputs: codes made anew under the largest scale. Static scales
+    of FP8 inputs: the largest. Of INT8 inputs: those of the member read last.
+    """
+    fmt = next(iter(members.values())).format
+    if len(members) == 1 or any(member.format != fmt for member in members.values()):
+        return members
+    inputs = [member.input_scale for member in members.values() if member.input_scale is not None]
+    if inputs:
+        if fmt.input_kind == "nvfp4":
+            shared = reading.fused_global_scale(checkpoint.config, inputs)
+        else:
+            shared = max(inputs, key=float) if fmt.input_kind == "fp8-tensor" else inputs[-1]
+        members = {name: replace(member, input_scale=shared) for name, member in members.items()}
+    if fmt.name in ("nvfp4", "nvfp4a16"):
+        return _under_one_global_scale(checkpoint, members)
+    whole = fmt.name == "fp8" and fmt.group == 0 and fmt.block is None
+    return _under_one_scale(members) if whole and fmt.input_kind != "none" else members
+
+
+def _under_one_global_scale(checkpoint: Checkpoint, members: Mapping[str, _Member]) -> Mapping[str, _Member]:
+    weights = {name: m.stored for name, m in members.items() if isinstance(m.stored, nvfp4.NVFP4Weight)}
+    one = reading.fused_global_scale(checkpoint.config, [weight.global_scale for weight in weights.values()])
+    return {name: replace(members[name], stored=replace(w, global_scale=one)) for name, w in weights.items()}
+
+
+def _under_one_scale(members: Mapping[str, _Member]) -> Mapping[str, _Member]:
+    weights = {name: m.stored for name, m in members.items() if isinstance(m.stored, fp8.FP8Weight)}
+    largest = max((weight.scale.float() for weight in weights.values()), key=float)
+    return {
+        name: replace(members[name], stored=w if float(w.scale) == float(largest) else fp8.requantize(w, largest))
+        for name, w in weights.items()
+    }

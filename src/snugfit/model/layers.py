@@ -54,8 +54,11 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
-    """The model that the checkpoint's config describes; UserError where transformers does not know it."""
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Skeleton:
+    """The model that the checkpoint's config describes; UserError where transformers does not know it.
+
+    It computes in `dtype`, by default the config's own.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     where = str(checkpoint.path / "config.json")
@@ -63,9 +66,9 @@ def build_skeleton(checkpoint: Checkpoint) -> Skeleton:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+        own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
         with _parameters_on_meta(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype or own, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 (transformers' config classes raise many kinds of their own)
         kind = checkpoint.config.get("model_type")
         raise UserError(
@@ -143,10 +146,12 @@ def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[st
     return model
 
 
-def outer_weights(skeleton: Skeleton, checkpoint: Checkpoint, *, head: bool) -> dict[str, Tensor]:
+def outer_weights(
+    skeleton: Skeleton, checkpoint: Checkpoint, *, head: bool, decoded: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """Tensors outside the decoder layers by full name: with the output head, or (head=False) with the embeddings.
 
-    A tied tensor is read once, under whichever name the file has it.
+    A tied tensor is read once, under whichever name the file has it; `decoded` ones are taken as given.
     """
     model = skeleton.model
     skipped = model.get_input_embeddings() if head else model.get_output_embeddings()  # type: ignore[operator]
@@ -157,7 +162,7 @@ def outer_weights(skeleton: Skeleton, checkpoint: Checkpoint, *, head: bool) -> 
         for name, tensor in state.items()
         if not name.startswith(skeleton.layers_name + ".") and (id(tensor) not in unused or _is_tied(state, name))
     ]
-    found: dict[int, Tensor] = {}
+    found: dict[int, Tensor] = {id(state[name]): tensor for name, tensor in (decoded or {}).items() if name in state}
     for name in names:
         if name in checkpoint.tensors and id(state[name]) not in found:
             found[id(state[name])] = read_tensor(checkpoint, name)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snugfit.errors import UserError
 from snugfit.model.layers import Skeleton, with_layers
 
 ROW_MULTIPLE = 64  # ragged rows are padded to a multiple of this, so that few shapes occur
@@ -46,7 +47,7 @@ class _Reached(Exception):  # noqa: N818  # not an error
     """Ends a forward pass once the last stand-in has what it came for."""
 
 
-class _StandIn(nn.Module):
+class StandIn(nn.Module):
     """Takes a decoder layer's place: answers `receive(hidden states, args, kwargs)`, and has the layer's attributes."""
 
     def __init__(self, layer: nn.Module, receive: Receive) -> None:
@@ -61,6 +62,7 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Whatever `receive` answers."""
         return self._receive(hidden_states, args, kwargs)
 
 
@@ -100,7 +102,7 @@ def embed(skeleton: Skeleton, weights: Mapping[str, Tensor], batches: Sequence[B
             raise _Reached
         return hidden
 
-    model = _on_device(with_layers(skeleton, [_StandIn(layer, note) for layer in skeleton.layers], weights), device)
+    model = on_device(with_layers(skeleton, [StandIn(layer, note) for layer in skeleton.layers], weights), device)
     previous: Batch | None = None
     for batch in batches:
         calls.clear()
@@ -113,8 +115,8 @@ def embed(skeleton: Skeleton, weights: Mapping[str, Tensor], batches: Sequence[B
         previous = batch
 
 
-def _on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """Move what has data; meta parameters stay."""
+def on_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` with everything that has data moved to `device`; meta parameters stay."""
     model._apply(lambda tensor: tensor if tensor.device.type == "meta" else tensor.to(device))  # noqa: SLF001
     return model
 
@@ -133,33 +135,55 @@ def _shared(old: Any, new: Any) -> Any:
 
 @torch.no_grad()
 def run_layer(
-    layer: nn.Module, index: int, batches: Sequence[Batch], before: Callable[[Batch], None] | None = None
+    layer: nn.Module,
+    index: int,
+    batches: Sequence[Batch],
+    before: Callable[[Batch], None] | None = None,
+    *,
+    cache: object = None,
 ) -> None:
-    """Pass every batch through a resident layer, in place; `before` is called ahead of each batch."""
+    """Pass every batch through a resident layer, in place; `before` is called ahead of each batch.
+
+    A `cache` sees keys and values in the place of transformers' own; UserError where this family's layers take none.
+    """
     for batch in batches:
         if before is not None:
             before(batch)
         args, kwargs = batch.calls[index]
+        if cache is not None:
+            if "past_key_values" not in kwargs:
+                raise UserError(f"the KV cache of {type(layer).__name__} cannot be imitated.", where=f"layer {index}")
+            kwargs = kwargs | {"past_key_values": cache}
         output = layer(batch.hidden, *args, **kwargs)
         batch.hidden = output[0] if isinstance(output, tuple) else output
 
 
-@torch.no_grad()
-def logits(
-    skeleton: Skeleton,
-    weights: Mapping[str, Tensor],
-    batches: Sequence[Batch],
-    device: torch.device,
-    *,
-    tokens_at_once: int = 1024,
-) -> Iterator[tuple[Batch, int, Tensor]]:
-    """Final norm and head over the batches' hidden states: yields (batch, first position, logits [B, t, V])."""
+Head = Callable[[Tensor], Tensor]
+
+
+def output_head(skeleton: Skeleton, weights: Mapping[str, Tensor], device: torch.device) -> tuple[Head, nn.Module]:
+    """Final norm and head as a function from hidden states [B, t, H] to logits [B, t, V], and the model it runs in.
+
+    `weights` are those outside the layers, by full name; the embeddings are not needed.
+    """
     part = torch.empty(0)
-    first = _StandIn(skeleton.layers[0], lambda _hidden, _args, _kwargs: part)
-    rest = [_StandIn(layer, lambda hidden, _args, _kwargs: hidden) for layer in list(skeleton.layers)[1:]]
-    model = _on_device(with_layers(skeleton, [first, *rest], weights), device)
+    first = StandIn(skeleton.layers[0], lambda _hidden, _args, _kwargs: part)
+    rest = [StandIn(layer, lambda hidden, _args, _kwargs: hidden) for layer in list(skeleton.layers)[1:]]
+    model = on_device(with_layers(skeleton, [first, *rest], weights), device)
+
+    @torch.no_grad()
+    def run(hidden: Tensor) -> Tensor:
+        nonlocal part
+        part = hidden
+        result: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+        return result
+
+    return run, model
+
+
+def logits(head: Head, batches: Sequence[Batch], *, tokens_at_once: int = 1024) -> Iterator[tuple[Batch, int, Tensor]]:
+    """`head` over the batches' hidden states: yields (batch, first position, logits [B, t, V])."""
     for batch in batches:
         step = max(1, tokens_at_once // batch.tokens.shape[0])
         for start in range(0, batch.tokens.shape[1], step):
-            part = batch.hidden[:, start : start + step]
-            yield batch, start, model(inputs_embeds=part, use_cache=False).logits
+            yield batch, start, head(batch.hidden[:, start : start + step])

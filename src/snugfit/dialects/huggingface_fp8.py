@@ -1,0 +1,103 @@
+"""Hugging Face's own FP8 (quant_method "fp8"): DeepSeek, Qwen, Mistral releases.
+
+A weight is E4M3 [N, K] beside `weight_scale_inv`, which multiplies in spite of its name, one a block of
+`weight_block_size`, or `weight_scale` for the whole weight. What is quantized is what the headers say is stored in
+E4M3: `modules_to_not_convert` lists are known to name modules that were never linears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from snugfit.dialects.headers import Headers, dtype_of, is_single
+from snugfit.dialects.schemes import WHERE
+from snugfit.errors import UserError
+from snugfit.formats.spec import WHOLE_ROW, InputKind, TensorFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from snugfit.formats.stored import Stored
+
+# the first is the usual one
+WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
+INPUT_SCALES = ("input_scale", "activation_scale")
+
+
+def formats_of(
+    quantization: Mapping[str, Any], modules: Iterable[str], parts: Mapping[str, Headers]
+) -> dict[str, TensorFormat]:
+    """Format of each of `modules` whose weight is stored in E4M3."""
+    static = _is_static(quantization)
+    block = quantization.get("weight_block_size")
+    return {
+        module: _format(module, parts[module], None if block is None else _block(block), static)
+        for module in modules
+        if dtype_of(parts.get(module, {}), "weight") == "F8_E4M3"
+    }
+
+
+def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
+    """What of a module to read."""
+    names = ("weight", _first(WEIGHT_SCALES, parts))
+    return (*names, _first(INPUT_SCALES, parts)) if fmt.input_kind == "fp8-tensor" else names
+
+
+def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tensor | None]:
+    """The stored weight and the static multiplier of its inputs, fp32 (), None where there is none."""
+    from snugfit.formats.fp8 import FP8Weight
+    from snugfit.formats.grids import powers_of_two
+
+    scale = parts[_first(WEIGHT_SCALES, parts)]
+    if scale.itemsize == 1:  # E8M0, also as plain bytes
+        scale = powers_of_two(scale)
+    given = parts.get(_first(INPUT_SCALES, parts))
+    stored = FP8Weight(parts["weight"], scale if fmt.block else scale.reshape(-1, 1), fmt.block)
+    return stored, None if given is None else given.reshape(()).float()
+
+
+def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:
+    """The largest: this dialect has no NVFP4, whose members could differ."""
+    return max(scales, key=float)
+
+
+def kv_cache(_quantization: Mapping[str, Any]) -> str | None:
+    """None: this dialect says nothing of the KV cache."""
+    return None
+
+
+def _format(module: str, parts: Headers, block: tuple[int, int] | None, static: bool) -> TensorFormat:
+    name = _first(WEIGHT_SCALES, parts)
+    shape = parts[name][1] if name in parts else ()
+    rows, columns = parts["weight"][1]
+    inputs: InputKind = "fp8-tensor" if static else "fp8-tensor-dynamic"
+    if block is not None and shape == (-(-rows // block[0]), -(-columns // block[1])):
+        return TensorFormat("fp8", block=block, inputs="fp8-tensor" if static else "fp8-group")
+    if name not in parts or is_single(parts, name):
+        return TensorFormat("fp8", inputs=inputs)
+    if shape in ((rows,), (rows, 1)):
+        return TensorFormat("fp8", WHOLE_ROW, inputs="fp8-tensor") if static else TensorFormat("fp8-dynamic")
+    raise UserError(
+        f"{module}.{name} has shape {list(shape)}, which weight_block_size {block and list(block)} does not give for "
+        f"a weight [{rows}, {columns}].",
+        where=WHERE,
+        remedy="Config and weights do not belong together.",
+    )
+
+
+def _is_static(quantization: Mapping[str, Any]) -> bool:
+    scheme = quantization.get("activation_scheme", "dynamic")
+    if scheme not in ("static", "dynamic"):
+        raise UserError(f"activation_scheme {scheme!r} has no reader.", where=WHERE, remedy="static or dynamic.")
+    return bool(scheme == "static")
+
+
+def _block(given: object) -> tuple[int, int]:
+    if isinstance(given, (list, tuple)) and len(given) == 2 and all(isinstance(n, int) and n > 0 for n in given):
+        return given[0], given[1]
+    raise UserError(f"weight_block_size is {given!r}.", where=WHERE, remedy="Mend the config: [128, 128].")
+
+
+def _first(names: Sequence[str], parts: Container[str]) -> str:
+    return next((name for name in names if name in parts), names[0])

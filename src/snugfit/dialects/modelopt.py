@@ -1,0 +1,131 @@
+"""NVIDIA ModelOpt's export: quant_method "modelopt" in config.json, or a file hf_quant_config.json of its own.
+
+All its scales multiply. NVFP4 is `weight` (packed, uint8), `weight_scale` (E4M3), `weight_scale_2` and, with 4-bit
+activations, `input_scale` (fp32 scalars); FP8 is `weight` (E4M3), `weight_scale`, `input_scale`. Where config and
+headers leave a choice the headers decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
+
+from snugfit.dialects.headers import Headers, holds_codes
+from snugfit.dialects.schemes import REMEDY
+from snugfit.errors import UserError
+from snugfit.formats.spec import FP8_BLOCK, TensorFormat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from snugfit.formats.stored import Stored
+
+WHERE = "ModelOpt's quantization config"
+FORMATS: Mapping[str, TensorFormat] = {
+    "NVFP4": TensorFormat("nvfp4"),
+    "W4A16_NVFP4": TensorFormat("nvfp4a16"),
+    "FP8": TensorFormat("fp8", inputs="fp8-tensor"),
+    "FP8_PER_CHANNEL_PER_TOKEN": TensorFormat("fp8-dynamic"),
+    # "weight only" by name; vLLM quantizes the inputs too
+    "FP8_PB_WO": TensorFormat("fp8", block=(FP8_BLOCK, FP8_BLOCK), inputs="fp8-group"),
+}
+
+
+def formats_of(
+    quantization: Mapping[str, Any], modules: Iterable[str], parts: Mapping[str, Headers]
+) -> dict[str, TensorFormat]:
+    """Format of each of `modules` that is neither excluded nor left out of a mixture."""
+    details = _details(quantization)
+    excluded = [str(name) for name in details.get("exclude_modules") or details.get("ignore") or []]
+    layers = details.get("quantized_layers") or {}
+    algorithm = str(details.get("quant_algo") or "").upper()
+    found: dict[str, TensorFormat] = {}
+    for module in modules:
+        if any(fnmatchcase(module, pattern) or pattern in module for pattern in excluded):
+            continue
+        if algorithm == "MIXED_PRECISION":
+            given = next((layers[name] for name in _spellings(module) if name in layers), None)
+            if given is not None:
+                found[module] = _format(str(given.get("quant_algo") or ""), module, parts.get(module, {}))
+        elif algorithm:
+            found[module] = _format(algorithm, module, parts.get(module, {}))
+    return _weight_only(details, found, parts)
+
+
+def suffixes(fmt: TensorFormat, _parts: Container[str]) -> tuple[str, ...]:
+    """What of a module to read."""
+    names = ["weight", "weight_scale"]
+    if fmt.name in ("nvfp4", "nvfp4a16"):
+        names.append("weight_scale_2")
+    if fmt.input_kind in ("nvfp4", "fp8-tensor"):
+        names.append("input_scale")
+    return tuple(names)
+
+
+def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tensor | None]:
+    """The stored weight and the static multiplier of its inputs, fp32 (), None where there is none."""
+    from snugfit.formats.fp8 import FP8Weight
+    from snugfit.formats.nvfp4 import NVFP4Weight
+
+    given = parts.get("input_scale")
+    inputs = None if given is None else given.reshape(()).float()
+    scale = parts["weight_scale"]
+    if fmt.name in ("nvfp4", "nvfp4a16"):
+        return NVFP4Weight(parts["weight"], scale, parts["weight_scale_2"].reshape(()).float()), inputs
+    if fmt.block is not None:
+        # exported as [N/128, 1, K/128, 1]
+        grid = scale.reshape(-(-parts["weight"].shape[0] // fmt.block[0]), -1)
+        return FP8Weight(parts["weight"], grid, fmt.block), inputs
+    return FP8Weight(parts["weight"], scale.reshape(-1, 1)), inputs
+
+
+def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:
+    """The multiplier that vLLM gives a fused NVFP4 group: the largest."""
+    return max(scales, key=float)
+
+
+def kv_cache(quantization: Mapping[str, Any]) -> str | None:
+    """What the file asks of the KV cache: "fp8", None, or the name where it is another."""
+    details = _details(quantization)
+    scheme = details.get("kv_cache_quant_algo") or details.get("kv_cache_scheme")
+    if not scheme:
+        return None
+    if isinstance(scheme, dict):
+        return "fp8" if (scheme.get("type"), scheme.get("num_bits")) == ("float", 8) else str(scheme)
+    return "fp8" if str(scheme).upper() == "FP8" else str(scheme)
+
+
+def _details(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
+    """hf_quant_config.json has one level more."""
+    nested = quantization.get("quantization")
+    return nested if isinstance(nested, dict) else quantization
+
+
+def _format(algorithm: str, module: str, parts: Headers) -> TensorFormat:
+    fmt = FORMATS.get(algorithm.upper())
+    if fmt is None:
+        raise UserError(f"quant_algo {algorithm!r} ({module}) has no reader.", where=WHERE, remedy=REMEDY)
+    if "pre_quant_scale" in parts:
+        raise UserError(
+            f"{module} scales its inputs (pre_quant_scale), which has no reader.", where=WHERE, remedy=REMEDY
+        )
+    return fmt
+
+
+def _weight_only(
+    details: Mapping[str, Any], found: dict[str, TensorFormat], parts: Mapping[str, Headers]
+) -> dict[str, TensorFormat]:
+    """Formats where no NVFP4 module has an input_scale, or no config group has inputs: then none is W4A4."""
+    groups = details.get("config_groups")
+    asked = [g.get("input_activations") for g in groups.values()] if isinstance(groups, dict) else [True]
+    w4a4 = [m for m, fmt in found.items() if fmt.name == "nvfp4" and holds_codes(parts.get(m, {}))]
+    if any(asked) and any("input_scale" in parts[module] for module in w4a4):
+        return found
+    return {m: TensorFormat("nvfp4a16") if fmt.name == "nvfp4" else fmt for m, fmt in found.items()}
+
+
+def _spellings(module: str) -> tuple[str, ...]:
+    """Names under which a mixture may list a module of a model that once had towers."""
+    swapped = module.replace("model.language_model.", "language_model.model.", 1)
+    return (module, swapped, f"language_model.{module}", module.replace("model.", "model.language_model.", 1))

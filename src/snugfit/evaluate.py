@@ -1,0 +1,465 @@
+"""The main path of `snugfit eval`: checkpoints and texts in, a record of what was lost at every context length out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from snugfit import __version__
+from snugfit.engines.profiles import DEFAULT_PROFILE
+from snugfit.errors import UserError
+from snugfit.evaluation import figures, reference, texts
+from snugfit.evaluation.continuations import continue_greedily, worst_places
+from snugfit.evaluation.measure import Entry, TokenFigures, measure, scored_places, steps
+from snugfit.evaluation.served import Served, ServerOptions, ask_server
+from snugfit.evaluation.subject import Subject, open_subject
+from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pick_device, progress_bar, versions
+from snugfit.model.checkpoint import header_digest
+from snugfit.model.shards import staged
+from snugfit.records import ContextFigures, EvalRecord, Floor, ModelFigures, TextRecord
+from snugfit.report import plots, tables
+from snugfit.serving.answers import FULL
+
+METRICS_VERSION = 1
+DEFAULT_CONTEXTS = (2048,)
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
+DEFAULT_CONTINUATIONS = 5
+FLOORS = ("reference", "all", "none")
+BEFORE = 24  # tokens shown before a continuation
+FLOOR_SHARE = 8  # one chunk in so many is run again under other arithmetic
+# the next wider arithmetic: as valid, rounded elsewhere
+OTHER_ARITHMETIC = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the evaluation: its name in tables, and where it is."""
+
+    name: str
+    subject: Subject
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything decided and checked before the long work.
+
+    `base` is the reference's model or stored predictions, None without either. `groups` are the chunks by context.
+    """
+
+    base: Model | reference.Reference | None
+    candidates: tuple[Model, ...]
+    tokenizer: texts.Tokenizer
+    groups: tuple[texts.Chunks, ...]
+    files: tuple[TextRecord, ...]
+    served: Served | None = None
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """Token rows of all groups, one after the other."""
+        return [row for group in self.groups for row in group.rows]
+
+    @property
+    def places(self) -> list[NDArray[np.int64]]:
+        """Scored positions of each row."""
+        return scored_places(self.rows, [scored for group in self.groups for scored in group.scored])
+
+
+def evaluate(
+    candidates: Sequence[str | Path],
+    *,
+    reference_model: str | Path | None = None,
+    text: Sequence[str | Path] = (),
+    contexts: Sequence[int] = DEFAULT_CONTEXTS,
+    max_chunks: int | None = None,
+    max_tokens: int | None = None,
+    activations: str = DEFAULT_PROFILE,
+    floors: str = "reference",
+    reference_cache: str | Path | None = None,
+    continuations: int = DEFAULT_CONTINUATIONS,
+    server: ServerOptions | None = None,
+    device: str | None = None,
+    tokens_per_batch: int | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> EvalRecord:
+    """Perplexity of every candidate at every context length and, with a reference, KL and agreement against it.
+
+    `candidates` and `reference_model` are model directories (the reference may be a stored one, a .safetensors file
+    made through `reference_cache`, a folder). `text`: plain texts, JSONL files, or folders of them; `activations`: an
+    engine profile for all models; `floors`: "reference", "all" or "none", who is run a second time in wider arithmetic,
+    on one chunk in eight. In chat logs both models continue from the `continuations` places where a candidate is
+    farthest from its reference. A `server` is one more candidate, after the others. `force` lets contexts exceed the
+    model's positions. Raises UserError for bad input.
+    """
+    clock = Clock()
+    place = pick_device(device)
+    _check_options(floors, tokens_per_batch)
+    batch = tokens_per_batch or TOKENS_PER_BATCH[place.type]
+    with clock("prepare"):
+        cut = {"max_chunks": max_chunks, "max_tokens": max_tokens}
+        _check_server(server, reference_model)
+        job = prepare(candidates, reference_model, text, contexts, cut, activations, force=force)
+        job, store = _with_stored(job, reference_cache, floors)
+    if server is not None:
+        with clock("ask"), progress_bar(progress, len(job.rows), "asking the server") as tick:
+            digest = " ".join(group.digest for group in job.groups)
+            job = replace(job, served=ask_server(server, job.rows, digest, tick))
+    entries, owners = _entries(job, floors, place)
+    rows, places = job.rows, job.places
+    collector = None
+    if store is not None and isinstance(job.base, Model):
+        collector = reference.Collector(rows, places, job.base.subject.vocabulary)
+    with clock("measure"), progress_bar(progress, steps(entries, rows, places), "evaluating") as tick:
+        found = measure(
+            entries,
+            rows,
+            places,
+            place,
+            tokens_per_batch=batch,
+            tick=tick,
+            keep=None if collector is None else collector.keep,
+        )
+    with clock("summarize"):
+        results = tuple(_results(job, entries, owners, found))
+        if collector is not None and store is not None and isinstance(job.base, Model):
+            kept = {c.context: c.models[0].floor for c in results if c.models[0].floor is not None}
+            reference.save_reference(*store, _describe(job.base), collector, kept)
+    with clock("continue"):
+        chat = _chat(job, entries, found, continuations, place)
+    return EvalRecord(
+        snugfit=__version__,
+        arguments={
+            "contexts": sorted(contexts),
+            "max_chunks": max_chunks,
+            "max_tokens": max_tokens,
+            "activations": activations,
+            "floors": floors,
+            "device": str(place),
+            "tokens_per_batch": batch,
+        },
+        metrics_version=METRICS_VERSION,
+        reference=None if job.base is None else _describe(job.base),
+        candidates=(*map(_describe, job.candidates), *([_describe(job.served)] if job.served else [])),
+        texts=job.files,
+        contexts=results,
+        chat=chat,
+        seconds=clock.seconds,
+        peak_rss_bytes=peak_rss_bytes(),
+        peak_gpu_bytes=peak_gpu_bytes(place),
+        hardware=hardware(place),
+        versions=versions(),
+    )
+
+
+def write_results(record: EvalRecord, directory: str | Path) -> None:
+    """eval.json, eval.csv, eval.md and the plots in a new directory, whole or not at all."""
+    with staged(Path(directory)) as folder:
+        (folder / "eval.json").write_text(record.to_json(), encoding="utf-8")
+        (folder / "eval.csv").write_text(tables.to_csv(record), encoding="utf-8")
+        (folder / "eval.md").write_text(tables.to_markdown(record), encoding="utf-8")
+        plots.write_plots(record, folder)
+
+
+def prepare(
+    candidates: Sequence[str | Path],
+    base: str | Path | None,
+    text: Sequence[str | Path],
+    contexts: Sequence[int],
+    cut: Mapping[str, int | None],
+    activations: str,
+    *,
+    force: bool,
+) -> Job:
+    """Open every model, cut the texts, and check that they belong together; reads headers and tokenizers alone."""
+    if not candidates and (base is None or not Path(base).is_dir()):
+        raise UserError("no checkpoint to evaluate.", remedy="Name one or more model directories.")
+    names = _names([Path(path) for path in candidates])
+    models = tuple(
+        Model(name, open_subject(path, activations=activations)) for name, path in zip(names, candidates, strict=True)
+    )
+    files = texts.find_files([Path(file) for file in text])
+    known: Model | reference.Reference | None = None
+    home = Path(candidates[0] if candidates else str(base))
+    if base is not None and Path(base).is_file():
+        known = reference.load_reference(Path(base))
+    elif base is not None:
+        known = Model(_base_name(Path(base), names), open_subject(base, activations=activations))
+        home = Path(base)
+    tokenizer = texts.Tokenizer(home)
+    groups, records = texts.read_chunks(tokenizer, files, contexts, **cut)
+    job = Job(known, models, tokenizer, tuple(groups), tuple(records))
+    sample = texts.sample_text(files)
+    for path in candidates:
+        texts.check_tokenizer(tokenizer, Path(path), sample)
+    _check_vocabulary(job)
+    _check_positions(job, force=force)
+    if isinstance(known, reference.Reference):
+        _check_stored(known, job, Path(str(base)))
+    return job
+
+
+def _check_server(server: ServerOptions | None, base: str | Path | None) -> None:
+    if server is not None and (base is None or not Path(base).is_dir()):
+        raise UserError(
+            "a server is compared with the original model.",
+            where="--server",
+            remedy="Give its directory as --reference: its tokenizer cuts the texts, too.",
+        )
+
+
+def _check_options(floors: str, tokens_per_batch: int | None) -> None:
+    if floors not in FLOORS:
+        raise UserError(f"unknown noise floor {floors!r}.", where="--floors", remedy=f"Known: {', '.join(FLOORS)}.")
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise UserError(f"{tokens_per_batch} tokens a batch are none.", remedy="Give --tokens-per-batch 1 at least.")
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """A name for each path: its last part, or as many as tell them apart."""
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise UserError("one checkpoint is named twice.", where=", ".join(map(str, paths)), remedy="Name each once.")
+    for parts in range(1, max(len(path.parts) for path in resolved) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in resolved]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("distinct paths have distinct names")
+
+
+def _base_name(path: Path, others: Sequence[str]) -> str:
+    name = path.resolve().name
+    return f"{name} (reference)" if name in others else name
+
+
+def _check_vocabulary(job: Job) -> None:
+    sizes = {model.name: model.subject.vocabulary for model in _walked(job)}
+    if len(set(sizes.values())) > 1:
+        pairs = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise UserError(
+            f"vocabularies differ: {pairs}.", remedy="KL compares tokens: evaluate checkpoints of one model."
+        )
+    limit = next(iter(sizes.values()))
+    highest = max((max(row) for row in job.rows), default=0)
+    if highest >= limit:
+        raise UserError(
+            f"token id {highest} is beyond the model's vocabulary of {limit}.",
+            remedy="Tokenize with this model's tokenizer.",
+        )
+
+
+def _check_positions(job: Job, *, force: bool) -> None:
+    longest = max(len(row) for row in job.rows)
+    for model in _walked(job):
+        config = model.subject.skeleton.model.config
+        positions = getattr(config, "max_position_embeddings", None)
+        if isinstance(positions, int) and longest > positions and not force:
+            raise UserError(
+                f"{longest} tokens are beyond the model's {positions} positions.",
+                where=str(model.subject.checkpoint.path / "config.json"),
+                remedy="Give shorter contexts, or --force to see what happens there.",
+            )
+
+
+def _check_stored(known: reference.Reference, job: Job, where: Path) -> None:
+    digests = [group.digest for group in job.groups]
+    if known.key.get("texts") != digests:
+        raise UserError(
+            "this reference was stored for other texts, contexts or a tokenizer that cuts them otherwise.",
+            where=str(where),
+            remedy="Give the same --text, --context and --max-chunks, or a model directory as --reference.",
+        )
+
+
+def _walked(job: Job) -> Iterator[Model]:
+    if isinstance(job.base, Model):
+        yield job.base
+    yield from job.candidates
+
+
+def _with_stored(job: Job, folder: str | Path | None, floors: str) -> tuple[Job, tuple[Path, Mapping[str, Any]] | None]:
+    """The job with its reference taken from the cache where it is there; else the path and key to store it under."""
+    if folder is None:
+        return job, None
+    if not isinstance(job.base, Model):
+        raise UserError(
+            "there is no reference to store.", where="--reference-cache", remedy="Name the original with --reference."
+        )
+    subject = job.base.subject
+    key = reference.reference_key(
+        subject.checkpoint,
+        digests=[group.digest for group in job.groups],
+        activations=subject.activations if subject.formats else "any",
+        arithmetic=f"{_arithmetic(subject)} {METRICS_VERSION}",
+        floor_chunks=[0 if floors == "none" else _floor_chunks(group) for group in job.groups],
+    )
+    path = reference.stored_path(Path(folder), key)
+    if not path.exists():
+        return job, (path, key)
+    return replace(job, base=reference.load_reference(path)), None
+
+
+def _arithmetic(subject: Subject) -> str:
+    return str(subject.arithmetic).removeprefix("torch.")
+
+
+def _floor_chunks(group: texts.Chunks) -> int:
+    return min(len(group.rows), max(2, math.ceil(len(group.rows) / FLOOR_SHARE)))
+
+
+def _entries(job: Job, floors: str, device: torch.device) -> tuple[list[Entry], list[int]]:
+    """What to measure (reference, candidates, server, noise floors), and for each whose floor it is, -1 if none's."""
+    entries: list[Entry] = []
+    if isinstance(job.base, Model):
+        entries.append(Entry(job.base.subject))
+    elif job.base is not None:
+        entries.append(Entry(None, known=job.base.predictions(device)))
+    against = 0 if job.base is not None else None
+    entries += [Entry(model.subject, against=against) for model in job.candidates]
+    if job.served is not None:
+        entries.append(Entry(None, against=against, known=job.served.predictions(job.places, device)))
+    owners = [-1] * len(entries)
+    doubled = []
+    if floors != "none" and isinstance(job.base, Model):
+        doubled.append(0)
+    if floors == "all":
+        first = 0 if job.base is None else 1
+        doubled += range(first, first + len(job.candidates))
+    for index in doubled:
+        subject = entries[index].subject
+        assert subject is not None
+        other = OTHER_ARITHMETIC[subject.arithmetic]
+        again = open_subject(subject.checkpoint.path, activations=subject.activations, arithmetic=other)
+        entries.append(Entry(again, against=index, rows=frozenset(_floor_rows(job))))
+        owners.append(index)
+    return entries, owners
+
+
+def _floor_rows(job: Job) -> Iterator[int]:
+    first = 0
+    for group in job.groups:
+        yield from range(first, first + _floor_chunks(group))
+        first += len(group.rows)
+
+
+def _results(
+    job: Job, entries: Sequence[Entry], owners: Sequence[int], found: Sequence[TokenFigures]
+) -> Iterator[ContextFigures]:
+    """One record a context length, models in order, the reference first."""
+    names = [model.name for model in job.candidates]
+    if job.base is not None:
+        names.insert(0, _describe(job.base)["name"])
+    if job.served is not None:
+        names.append(job.served.name)
+    first = 0
+    places = iter(job.places)
+    for chunks in job.groups:
+        positions = [next(places) for _ in chunks.rows]
+        group = figures.Group([len(p) for p in positions], np.concatenate(positions), first)
+        first = group.where.stop
+        floors = _floors(job, chunks, group, entries, owners, found)
+        models: list[ModelFigures] = []
+        for index, name in enumerate(names):
+            base = None if entries[index].against is None else found[0]
+            kind = "estimate" if base is not None and isinstance(job.base, reference.Reference) else "exact"
+            if job.served is not None and index == len(names) - 1 and job.served.top != FULL:
+                kind = "lower bound"
+            models.append(
+                figures.model_figures(name, found[index], group, reference=base, kl_kind=kind, floor=floors.get(index))
+            )
+        yield figures.context_figures(chunks.context, chunks.digest, group, models)
+
+
+def _floors(
+    job: Job,
+    chunks: texts.Chunks,
+    group: figures.Group,
+    entries: Sequence[Entry],
+    owners: Sequence[int],
+    found: Sequence[TokenFigures],
+) -> dict[int, Floor]:
+    """Noise floors by the index of the entry they belong to."""
+    floors = {}
+    if isinstance(job.base, reference.Reference) and chunks.context in job.base.floors:
+        floors[0] = job.base.floors[chunks.context]
+    for index, owner in enumerate(owners):
+        subject = entries[index].subject
+        if owner < 0 or subject is None:
+            continue
+        floor = figures.floor_figures(found[index], group, _floor_chunks(chunks), _arithmetic(subject))
+        if floor is not None:
+            floors[owner] = floor
+    return floors
+
+
+def _chat(
+    job: Job, entries: Sequence[Entry], found: Sequence[TokenFigures], count: int, device: torch.device
+) -> dict[str, Any] | None:
+    """Where each candidate is farthest from its reference in chat rows, and how both go on from there."""
+    if job.groups[-1].context != texts.CHAT or not isinstance(job.base, Model) or count < 1:
+        return None
+    chunks = job.groups[-1]
+    places = job.places[-len(chunks.rows) :]
+    first = sum(len(p) for p in job.places) - sum(len(p) for p in places)
+    talks = np.repeat([scored is not None for scored in chunks.scored], [len(p) for p in places])
+    if not talks.any():
+        return None
+    worst = {
+        index: worst_places(np.where(talks, found[index].kl[first:], np.nan), places, count)
+        for index, entry in enumerate(entries)
+        if entry.against == 0 and entry.rows is None
+    }
+    prompts = {(row, at): chunks.rows[row][:at] for chosen in worst.values() for row, at, _ in chosen}
+    told = continue_greedily(job.base.subject, list(prompts.values()), device)
+    reference_says = dict(zip(prompts, told, strict=True))
+    raw = job.tokenizer.raw
+    result = []
+    for model, (_, chosen) in zip(job.candidates, worst.items(), strict=True):
+        answers = continue_greedily(model.subject, [prompts[row, at] for row, at, _ in chosen], device)
+        for (row, at, kl), answer in zip(chosen, answers, strict=True):
+            ids = chunks.rows[row]
+            result.append(
+                {
+                    "model": model.name,
+                    "where": chunks.sources[row],
+                    "position": at,
+                    "kl": kl,
+                    "before": raw.decode(ids[max(0, at - BEFORE) : at]),
+                    "text": raw.decode([ids[at]]),
+                    "reference_says": raw.decode(reference_says[row, at]),
+                    "model_says": raw.decode(answer),
+                    "same_tokens": _agreeing(reference_says[row, at], answer),
+                }
+            )
+    return {"continuations": result}
+
+
+def _agreeing(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two continuations have in common from their beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _describe(model: Model | Served | reference.Reference) -> dict[str, Any]:
+    """A model for the record: name, digest of its headers, arithmetic, formats and how many linears have each."""
+    if isinstance(model, Served):
+        return dict(model.description)
+    if isinstance(model, reference.Reference):
+        return dict(model.description) | {"stored_bytes": model.bytes}
+    subject = model.subject
+    labels: dict[str, int] = {}
+    for fmt in subject.formats.values():
+        labels[fmt.label()] = labels.get(fmt.label(), 0) + 1
+    return {
+        "name": model.name,
+        "header_digest": header_digest(subject.checkpoint),
+        "bytes": sum(tensor.bytes for tensor in subject.checkpoint.tensors.values()),
+        "arithmetic": _arithmetic(subject),
+        "formats": labels,
+        "kv_cache": subject.kv,
+    }

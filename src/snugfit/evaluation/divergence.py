@@ -1,0 +1,181 @@
+"""How far two models' predictions of the next token are apart, for a piece of tokens at a time, in nats.
+
+A prediction is known in full (logits over the vocabulary), or from what was stored of a reference (its most likely
+tokens, and a sample of the others), or from what a server told (its most likely tokens). KL(P || Q) = sum p log(p/q).
+Logits are centred at their largest before anything else, so that fp32 holds differences of 1e-7.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Predictions in full: `logits` fp32 [n, V], largest 0 in each row; `finite` [n] false where any was not."""
+
+    logits: Tensor
+    top: Tensor
+    finite: Tensor
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """exp(logits) [n, V], not normalised."""
+        return self.logits.exp()
+
+    @cached_property
+    def total(self) -> Tensor:
+        """Sum of the weights [n], so that probability = weight / total."""
+        return self.weights.sum(-1)
+
+    def loss(self, targets: Tensor) -> Tensor:
+        """Negative log-likelihood [n] of token ids [n]."""
+        return self.total.log() - self.logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability [n] of the most likely token."""
+        return self.total.reciprocal()
+
+
+@dataclass(frozen=True)
+class StoredTop:
+    """Predictions from a stored reference, log probabilities fp32.
+
+    `ids`, `logprobs` [n, k] of the k most likely tokens, the first first; `tail` [n] the probability of all others;
+    `sample_ids`, `sample_logprobs` [n, m] drawn from those others with replacement, each by its probability;
+    `losses` [n] of the true tokens.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: Tensor
+    sample_ids: Tensor
+    sample_logprobs: Tensor
+    losses: Tensor
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether [n] the numbers are usable."""
+        return self.logprobs.isfinite().all(-1) & self.losses.isfinite()
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability [n] of the most likely token."""
+        return self.logprobs[:, 0].exp()
+
+    def loss(self, _: Tensor) -> Tensor:
+        """Negative log-likelihood [n] of the true tokens, which were known when this was stored."""
+        return self.losses
+
+
+@dataclass(frozen=True)
+class ServedTop:
+    """Predictions as a server tells them: `ids`, `logprobs` [n, k] of its most likely tokens, `losses` [n] (true ones).
+
+    Places that the server left empty have id -1 and log probability -inf.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    losses: Tensor
+
+    @property
+    def finite(self) -> Tensor:
+        """Whether [n] the numbers are usable."""
+        return self.logprobs[:, 0].isfinite() & self.losses.isfinite() & ~self.logprobs.isnan().any(-1)
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability [n] of the most likely token."""
+        return self.logprobs[:, 0].exp()
+
+    def loss(self, _: Tensor) -> Tensor:
+        """Negative log-likelihood [n] of the true tokens."""
+        return self.losses
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL(P || Q) and KL(Q || P) [n] in nats, whether [n] Q's most likely token is (one of) P's.
+
+    `variance` [n]: of the sampling, where KL is an unbiased estimate; None otherwise.
+    """
+
+    kl: Tensor
+    reverse: Tensor
+    same_top: Tensor
+    variance: Tensor | None = None
+
+
+Prediction = Softmax | StoredTop | ServedTop
+
+
+def softmax(logits: Tensor) -> Softmax:
+    """Predictions of logits [n, V] in any float dtype."""
+    exact = logits.to(torch.float32, copy=True)
+    largest = exact.amax(-1, keepdim=True)
+    finite = exact.amin(-1).isfinite() & largest.squeeze(-1).isfinite()  # NaN carries through both
+    # numpy's argmax is ten times faster than torch's on a CPU
+    top = torch.from_numpy(exact.numpy().argmax(-1)) if exact.device.type == "cpu" else exact.argmax(-1)
+    return Softmax(exact.sub_(largest), top, finite)
+
+
+def diverge(of: Prediction, other: Prediction) -> Divergence:
+    """Divergence of `other` (Q) from `of` (P): exact, an estimate where P was stored, a lower bound where Q is served.
+
+    Rounding below zero is set to zero in the exact figures.
+    """
+    if isinstance(of, Softmax) and isinstance(other, Softmax):
+        return _exact(of, other)
+    if isinstance(of, StoredTop) and isinstance(other, Softmax):
+        return _estimated(of, other)
+    if isinstance(of, Softmax) and isinstance(other, ServedTop):
+        return _bounded(of, other)
+    raise AssertionError(f"no divergence of {type(other).__name__} from {type(of).__name__}")
+
+
+def _exact(of: Softmax, other: Softmax) -> Divergence:
+    gap = of.logits - other.logits
+    shift = (of.total / other.total).log()
+    kl = torch.linalg.vecdot(of.weights, gap).div_(of.total).sub_(shift)
+    reverse = torch.linalg.vecdot(other.weights, gap).div_(other.total).neg_().add_(shift)
+    same = of.logits.gather(-1, other.top.unsqueeze(-1)).squeeze(-1) >= 0  # ties: any of the largest will do
+    return Divergence(kl.clamp_(min=0), reverse.clamp_(min=0), same)
+
+
+def _estimated(of: StoredTop, other: Softmax) -> Divergence:
+    """Exact over the stored tokens, and over the others the mean of their sample times their probability."""
+    normal = other.total.log().unsqueeze(-1)
+    gap = of.logprobs - (other.logits.gather(-1, of.ids) - normal)
+    top = of.logprobs.exp()
+    sample_gap = of.sample_logprobs - (other.logits.gather(-1, of.sample_ids) - normal)
+    kl = (top * gap).sum(-1) + of.tail * sample_gap.mean(-1)
+    reverse = -(top * (-gap).exp() * gap).sum(-1) - of.tail * ((-sample_gap).exp() * sample_gap).mean(-1)
+    variance = of.tail.square() * sample_gap.var(-1) / sample_gap.shape[-1]
+    best = torch.where(of.logprobs == of.logprobs[:, :1], of.ids, -1)
+    same = (best == other.top.unsqueeze(-1)).any(-1)
+    return Divergence(kl, reverse, same, variance)
+
+
+def _bounded(of: Softmax, other: ServedTop) -> Divergence:
+    """The log-sum inequality: all tokens that the server did not name count as one."""
+    known = other.ids >= 0
+    ids = other.ids.clamp(min=0)
+    log_p = of.logits.gather(-1, ids) - of.total.log().unsqueeze(-1)
+    p, q = log_p.exp() * known, other.logprobs.exp() * known
+    gap = torch.where(known, log_p - other.logprobs, 0.0)
+    rest_p, rest_q = (1 - p.sum(-1)).clamp(min=0), (1 - q.sum(-1)).clamp(min=0)
+    kl = (p * gap).sum(-1) + _one_term(rest_p, rest_q)
+    reverse = -(q * gap).sum(-1) + _one_term(rest_q, rest_p)
+    same = of.logits.gather(-1, ids[:, :1]).squeeze(-1) >= 0
+    return Divergence(kl.clamp(min=0), reverse.clamp(min=0), same)
+
+
+def _one_term(p: Tensor, q: Tensor) -> Tensor:
+    """p log(p / q), 0 where p is 0; where rounding left q nothing, the smallest remainder that fp32 sees stands in."""
+    return torch.where(p > 0, p * (p / q.clamp(min=torch.finfo(torch.float32).eps)).log(), 0.0)

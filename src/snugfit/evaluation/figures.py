@@ -1,0 +1,188 @@
+"""From figures of every token to those that people read: means with errors, quantiles, by position, by confidence.
+
+numpy alone. Errors are one standard error over chunks: tokens of one chunk are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from snugfit.evaluation.measure import Array, TokenFigures
+from snugfit.evaluation.significance import paired_bootstrap, ratio_mean, tokens_to_settle
+from snugfit.records import Bin, ContextFigures, Floor, ModelFigures, PairFigures, Spread
+
+CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)
+Mask = NDArray[np.bool_]
+
+
+class Group:
+    """The chunks of one context length: which scored tokens are theirs, and where in its chunk each of them stands."""
+
+    def __init__(self, chunk_tokens: Sequence[int], positions: NDArray[np.int64], first: int) -> None:
+        """`chunk_tokens`: scored tokens of each chunk; `first`: place of the group's first token among all."""
+        self.chunk_tokens = tuple(int(count) for count in chunk_tokens)
+        self.positions = positions
+        self.where = slice(first, first + sum(self.chunk_tokens))
+        self.chunk = np.repeat(np.arange(len(self.chunk_tokens)), self.chunk_tokens)
+
+    def sums(self, values: NDArray[np.float64], chosen: Mask) -> tuple[list[float], list[int]]:
+        """Sum over the chosen tokens of each chunk, and how many they are."""
+        size = len(self.chunk_tokens)
+        sums = np.bincount(self.chunk[chosen], weights=values[chosen], minlength=size)
+        return sums.tolist(), np.bincount(self.chunk[chosen], minlength=size).tolist()
+
+    def mean(self, values: NDArray[np.float64], chosen: Mask) -> tuple[float, float | None]:
+        """Mean over the chosen tokens and its error over chunks; NaN where none is chosen."""
+        sums, counts = self.sums(values, chosen)
+        filled = [(s, c) for s, c in zip(sums, counts, strict=True) if c]
+        return ratio_mean([s for s, _ in filled], [c for _, c in filled]) if filled else (math.nan, None)
+
+
+def model_figures(
+    name: str,
+    found: TokenFigures,
+    group: Group,
+    *,
+    reference: TokenFigures | None,
+    kl_kind: str = "exact",
+    floor: Floor | None = None,
+) -> ModelFigures:
+    """One model's figures on a group; `reference` is what `found` was compared with, None for the reference itself."""
+    part = _part(found, group.where)
+    finite = part["finite"].astype(bool)
+    loss = part["loss"]
+    sums, counts = group.sums(loss, finite)
+    mean, error = group.mean(loss, finite)
+    confidence = part["confidence"] if reference is None else reference.confidence[group.where].astype(np.float64)
+    compared = reference is not None
+    value = _exp(mean)
+    settled: dict[str, float | None] = {}
+    if compared:
+        settled["same_top"], settled["same_top_error"] = group.mean(part["same_top"], finite)
+        settled["rms_change"] = math.sqrt(group.mean(part["change"] ** 2, finite)[0]) if finite.any() else math.nan
+    return ModelFigures(
+        name=name,
+        perplexity=value,
+        perplexity_error=None if error is None else value * error,
+        nll_by_chunk=tuple(sums),
+        tokens_by_chunk=tuple(counts),
+        nonfinite=int((~finite).sum()),
+        by_position=_bins(group, part, finite, group.positions, position_edges(group.positions), compared),
+        by_confidence=_bins(group, part, finite, confidence, CONFIDENCE_EDGES, compared),
+        kl=_spread(group, part["kl"], finite) if compared else None,
+        reverse_kl=_spread(group, part["reverse"], finite) if compared else None,
+        floor=floor,
+        kl_kind=kl_kind,
+        kl_sampling_error=_sampling_error(part["variance"], finite) if kl_kind == "estimate" else None,
+        **settled,
+    )
+
+
+def floor_figures(found: TokenFigures, group: Group, chunks: int, arithmetic: str) -> Floor | None:
+    """KL of a model against itself on the group's first `chunks` chunks; None where nothing finite was measured."""
+    part = _part(found, group.where)
+    chosen = part["finite"].astype(bool) & (group.chunk < chunks)
+    if not chosen.any():
+        return None
+    kl, error = group.mean(part["kl"], chosen)
+    same, _ = group.mean(part["same_top"], chosen)
+    return Floor(kl, error, same, chunks, int(chosen.sum()), arithmetic)
+
+
+def context_figures(
+    context: int, digest: str, group: Group, models: Sequence[ModelFigures], *, seed: int = 0
+) -> ContextFigures:
+    """A group's record; every two candidates are compared on the same chunks, by loss and by KL."""
+    candidates = [model for model in models if model.kl is not None] if models[0].kl is None else list(models)
+    if len(models) > 1 and all(model.kl is None for model in models):
+        candidates = list(models)  # no reference: losses can still be compared
+    pairs = [pair for a, b in combinations(candidates, 2) for pair in _pairs(a, b, seed)]
+    tokens = sum(group.chunk_tokens)
+    return ContextFigures(
+        context, len(group.chunk_tokens), tokens, digest, group.chunk_tokens, tuple(models), tuple(pairs)
+    )
+
+
+def _pairs(a: ModelFigures, b: ModelFigures, seed: int) -> list[PairFigures]:
+    if a.tokens_by_chunk != b.tokens_by_chunk:
+        return []  # tokens were left out: the rest cannot be paired
+    counts = a.tokens_by_chunk
+    sums = [("loss", a.nll_by_chunk, b.nll_by_chunk)]
+    if a.kl is not None and b.kl is not None:
+        sums.append(("kl", a.kl.by_chunk, b.kl.by_chunk))
+    result = []
+    for figure, left, right in sums:
+        found = paired_bootstrap(left, right, counts, seed=seed)
+        more = tokens_to_settle(left, right, counts)
+        result.append(
+            PairFigures(a.name, b.name, figure, found.difference, found.low, found.high, found.p, found.chunks, more)
+        )
+    return result
+
+
+def position_edges(positions: NDArray[np.int64]) -> tuple[float, ...]:
+    """Powers of two from 1 to beyond the last position."""
+    last = int(positions.max(initial=1))
+    return tuple(float(2**power) for power in range(last.bit_length() + 1))
+
+
+def _bins(
+    group: Group,
+    part: Mapping[str, NDArray[np.float64]],
+    finite: Mask,
+    values: NDArray[np.float64] | NDArray[np.int64],
+    edges: Sequence[float],
+    compared: bool,
+) -> tuple[Bin, ...]:
+    bins = []
+    for low, high in pairwise(edges):
+        last = high == edges[-1]
+        chosen = finite & (values >= low) & ((values <= high) if last else (values < high))
+        if not chosen.any():
+            continue
+        mean, error = group.mean(part["loss"], chosen)
+        value = _exp(mean)
+        kl, kl_error = group.mean(part["kl"], chosen) if compared else (None, None)
+        same = group.mean(part["same_top"], chosen)[0] if compared else None
+        bins.append(
+            Bin(low, high, int(chosen.sum()), value, None if error is None else value * error, kl, kl_error, same)
+        )
+    return tuple(bins)
+
+
+def _spread(group: Group, values: NDArray[np.float64], finite: Mask) -> Spread | None:
+    if not finite.any():
+        return None
+    mean, error = group.mean(values, finite)
+    sums, _ = group.sums(values, finite)
+    median, p90, p95, p99, p999 = (float(value) for value in np.quantile(values[finite], QUANTILES))
+    return Spread(mean, error, median, p90, p95, p99, p999, float(values[finite].max()), tuple(sums))
+
+
+def _sampling_error(variance: NDArray[np.float64], finite: Mask) -> float | None:
+    return math.sqrt(float(variance[finite].sum())) / int(finite.sum()) if finite.any() else None
+
+
+def _part(found: TokenFigures, where: slice) -> dict[str, NDArray[np.float64]]:
+    arrays: dict[str, Array | Mask] = {
+        "loss": found.loss,
+        "confidence": found.confidence,
+        "finite": found.finite,
+        "kl": found.kl,
+        "reverse": found.reverse,
+        "same_top": found.same_top,
+        "change": found.change,
+        "variance": found.variance,
+    }
+    return {name: values[where].astype(np.float64) for name, values in arrays.items()}
+
+
+def _exp(mean: float) -> float:
+    """exp without an overflow: a loss beyond all bounds is infinite."""
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,175 @@
+"""A reference's predictions, kept in one file and used again: by later runs, or by people who do not have the model.
+
+Of each scored token are stored the TOP most likely tokens with their log probabilities, the probability of all others,
+a sample of SAMPLE of those others (with replacement, each by its probability), and the true token's loss: about 0.8 kB.
+KL against it is exact over the stored tokens; over the others it is the sample's mean, which is unbiased: the error of
+a mean over n tokens shrinks as 1/sqrt(n), is computed, and stands beside the figure.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from snugfit.errors import UserError
+from snugfit.evaluation.divergence import Prediction, Softmax, StoredTop
+from snugfit.model.checkpoint import Checkpoint
+from snugfit.model.shards import file_digests
+from snugfit.records import Floor
+
+TOP = 64
+SAMPLE = 32
+SCHEMA = "snugfit.reference/1"
+PARTS = ("ids", "logprobs", "tail", "sample_ids", "sample_logprobs", "losses")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A stored reference: what it was made of (`key`), its predictions by scored token, `floors` by context."""
+
+    key: Mapping[str, Any]
+    description: Mapping[str, Any]
+    offsets: NDArray[np.int64]
+    arrays: Mapping[str, NDArray[Any]]
+    floors: Mapping[int, Floor]
+    bytes: int
+
+    def predictions(self, device: torch.device) -> Any:
+        """A function (row, first place, last place + 1) -> StoredTop on `device`."""
+
+        def at(row: int, start: int, stop: int) -> StoredTop:
+            where = slice(int(self.offsets[row]) + start, int(self.offsets[row]) + stop)
+            parts = {name: torch.from_numpy(self.arrays[name][where]).to(device) for name in PARTS}
+            return StoredTop(**{name: part.long() if "ids" in name else part for name, part in parts.items()})
+
+        return at
+
+
+class Collector:
+    """Gathers the predictions of `measure`'s first entry, to be stored."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], places: Sequence[NDArray[np.int64]], vocabulary: int) -> None:
+        """Room for every scored token."""
+        self._rows, self._places = rows, places
+        self.offsets = np.concatenate([[0], np.cumsum([len(p) for p in places])]).astype(np.int64)
+        tokens, top = int(self.offsets[-1]), min(TOP, vocabulary)
+        self.arrays: dict[str, NDArray[Any]] = {
+            "ids": np.zeros((tokens, top), np.int32),
+            "logprobs": np.zeros((tokens, top), np.float32),
+            "tail": np.zeros(tokens, np.float32),
+            "sample_ids": np.zeros((tokens, SAMPLE), np.int32),
+            "sample_logprobs": np.zeros((tokens, SAMPLE), np.float32),
+            "losses": np.zeros(tokens, np.float32),
+        }
+
+    def keep(self, row: int, start: int, prediction: Prediction) -> None:
+        """Condense the predictions of places start.. of a row."""
+        assert isinstance(prediction, Softmax)
+        stop = start + prediction.logits.shape[0]
+        targets = torch.from_numpy(np.asarray(self._rows[row])[self._places[row][start:stop]])
+        seed = (row << 24) + start
+        stored = condense(prediction, targets.to(prediction.logits.device), seed=seed)
+        where = slice(int(self.offsets[row]) + start, int(self.offsets[row]) + stop)
+        for name in PARTS:
+            self.arrays[name][where] = getattr(stored, name).cpu().numpy()
+
+
+def condense(prediction: Softmax, targets: Tensor, *, seed: int, top: int = TOP, sample: int = SAMPLE) -> StoredTop:
+    """What is stored of predictions [n, V] and their true tokens [n]; the sample follows from `seed`."""
+    normal = prediction.total.log().unsqueeze(-1)
+    best, ids = prediction.logits.topk(min(top, prediction.logits.shape[-1]), dim=-1)
+    rest = prediction.weights.scatter(-1, ids, 0.0)
+    mass = rest.sum(-1)
+    rest[~(mass > 0) | ~mass.isfinite()] = 1.0  # nothing left to draw from: whatever is drawn counts for nothing
+    generator = torch.Generator(rest.device).manual_seed(seed)
+    drawn = torch.multinomial(rest, sample, replacement=True, generator=generator)
+    return StoredTop(
+        ids,
+        best - normal,
+        mass / prediction.total,
+        drawn,
+        prediction.logits.gather(-1, drawn) - normal,
+        prediction.loss(targets),
+    )
+
+
+def reference_key(
+    checkpoint: Checkpoint, *, digests: Sequence[str], activations: str, arithmetic: str, floor_chunks: Sequence[int]
+) -> dict[str, Any]:
+    """What a stored reference depends on: texts, tokenizer, the model's bytes, arithmetic, version of these figures."""
+    weights = file_digests(checkpoint.path, list(checkpoint.shards))
+    model = hashlib.sha256(json.dumps([dict(checkpoint.config), weights], sort_keys=True).encode()).hexdigest()
+    return {
+        "schema": SCHEMA,
+        "model": model,
+        "tokenizer": tokenizer_digest(checkpoint.path),
+        "texts": list(digests),
+        "activations": activations,
+        "arithmetic": arithmetic,
+        "floor_chunks": list(floor_chunks),
+        "top": TOP,
+        "sample": SAMPLE,
+    }
+
+
+def tokenizer_digest(path: Path) -> str:
+    """SHA-256 of the first tokenizer file that is there; "" without one."""
+    for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
+        if (path / name).is_file():
+            return hashlib.sha256((path / name).read_bytes()).hexdigest()
+    return ""
+
+
+def stored_path(folder: Path, key: Mapping[str, Any]) -> Path:
+    """Where a reference with this key is stored in `folder`."""
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return folder / f"reference-{name}.safetensors"
+
+
+def save_reference(
+    path: Path,
+    key: Mapping[str, Any],
+    description: Mapping[str, Any],
+    found: Collector,
+    floors: Mapping[int, Floor],
+) -> None:
+    """Store a reference in a new file, whole or not at all."""
+    kept = {str(context): asdict(floor) for context, floor in floors.items()}
+    metadata = {name: json.dumps(value) for name, value in (("key", key), ("model", description), ("floors", kept))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file({**found.arrays, "offsets": found.offsets}, partial, metadata=metadata)
+    partial.rename(path)
+
+
+def load_reference(path: Path) -> Reference:
+    """A stored reference; UserError for a file that is none, or of another version."""
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            metadata = stream.metadata() or {}
+            key = json.loads(metadata["key"])
+            floors = {int(context): Floor(**entry) for context, entry in json.loads(metadata["floors"]).items()}
+            arrays = {name: stream.get_tensor(name) for name in (*PARTS, "offsets")}
+            description = json.loads(metadata["model"])
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
+        raise UserError(
+            f"not a stored reference ({error}).", where=str(path), remedy="Give a model directory as --reference."
+        ) from None
+    if key.get("schema") != SCHEMA:
+        raise UserError(
+            f"a stored reference of version {key.get('schema')}, not {SCHEMA}.",
+            where=str(path),
+            remedy="Make it again with --reference-cache.",
+        )
+    return Reference(key, description, arrays.pop("offsets"), arrays, floors, path.stat().st_size)

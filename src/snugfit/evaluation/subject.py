@@ -1,0 +1,172 @@
+"""A checkpoint opened for evaluation: its last hidden states, one decoder layer in memory at a time, and its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.dialects import reading
+from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
+from snugfit.errors import UserError
+from snugfit.formats.spec import TensorFormat
+from snugfit.model import emulate, layers, walk
+from snugfit.model.checkpoint import Checkpoint, open_checkpoint
+
+TOKENS_PER_BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model under evaluation: what is stored how (`formats` by module), and what an engine would do to activations.
+
+    `kv` is the format that its KV cache declares, None for the model's own.
+    """
+
+    checkpoint: Checkpoint
+    skeleton: layers.Skeleton
+    formats: Mapping[str, TensorFormat]
+    kv: str | None
+    activations: str
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """What it computes in."""
+        dtype = self.skeleton.model.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits a token."""
+        return int(self.skeleton.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def open_subject(
+    path: str | Path, *, activations: str = DEFAULT_PROFILE, arithmetic: torch.dtype | None = None
+) -> Subject:
+    """Open a model directory, 16-bit or quantized; it computes in `arithmetic` (default: its config's dtype).
+
+    Reads headers alone. UserError for an unknown profile, an unreadable format, or a broken checkpoint.
+    """
+    if activations not in PROFILES:
+        raise UserError(f"unknown activation profile {activations!r}.", remedy=f"Known: {', '.join(PROFILES)}.")
+    opened = open_checkpoint(path)
+    skeleton = layers.build_skeleton(opened, arithmetic)
+    headers = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
+    extra = reading.read_quant_config(opened.path)
+    formats = reading.read_formats(opened.config, sorted(layers.linear_names(skeleton)), headers, extra)
+    return Subject(opened, skeleton, formats, reading.kv_cache_format(opened.config, extra), activations)
+
+
+@torch.no_grad()
+def last_states(
+    subject: Subject,
+    rows: Sequence[Sequence[int]],
+    places: Sequence[Tensor],
+    device: torch.device,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    tick: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """What the last layer gives for each row at its `places` (positions, int64): [places, H] each, on the CPU.
+
+    One decoder layer is resident at a time; `tick` is called after each.
+    """
+    batches = pass_layers(subject, rows, device, tokens_per_batch=tokens_per_batch, tick=tick)
+    states: list[Tensor] = [torch.empty(0)] * len(rows)
+    for batch in batches:
+        for place, row in enumerate(batch.rows):
+            states[row] = batch.hidden[place].index_select(0, places[row].to(device)).cpu()
+        batch.hidden = torch.empty(0)
+    return states
+
+
+@torch.no_grad()
+def pass_layers(
+    subject: Subject,
+    rows: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    tokens_per_batch: int,
+    tick: Callable[[], None] = lambda: None,
+) -> list[walk.Batch]:
+    """Rows in batches, passed through all decoder layers."""
+    batches = walk.make_batches(rows, tokens_per_batch, device)
+    weights = layers.outer_weights(subject.skeleton, subject.checkpoint, head=False)
+    walk.embed(subject.skeleton, weights, batches, device)
+    for index in range(len(subject.skeleton.layers)):
+        layer, cache = resident_layer(subject, index, device)
+        walk.run_layer(layer, index, batches, cache=cache)
+        del layer  # before the next is read
+        tick()
+    for batch in batches:
+        batch.calls.clear()
+    return batches
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Weights outside the decoder layers by full name, and what happens to the inputs of quantized linears there."""
+
+    weights: Mapping[str, Tensor]
+    quantizers: Mapping[str, emulate.Quantizer]
+
+
+def open_head(subject: Subject, device: torch.device, outer: Outer | None = None) -> walk.Head:
+    """Final norm and output head: hidden states [B, t, H] on `device` to logits [B, t, V]."""
+    given = outer or outer_weights(subject, device)
+    head, model = walk.output_head(subject.skeleton, given.weights, device)
+    emulate.quantize_inputs(model, given.quantizers)
+    return head
+
+
+def outer_weights(subject: Subject, device: torch.device, pool: dict[str, list[Tensor]] | None = None) -> Outer:
+    """What the output head needs, on `device`, dequantized; tensors equal to one in `pool` are taken from there."""
+    decoded, quantizers = _decoded_head(subject)
+    weights = layers.outer_weights(subject.skeleton, subject.checkpoint, head=True, decoded=decoded)
+    placed: dict[int, Tensor] = {}
+    for name, tensor in weights.items():
+        if id(tensor) not in placed:
+            placed[id(tensor)] = _shared(name, tensor.to(device), {} if pool is None else pool)
+    return Outer({name: placed[id(tensor)] for name, tensor in weights.items()}, quantizers)
+
+
+def _shared(name: str, tensor: Tensor, pool: dict[str, list[Tensor]]) -> Tensor:
+    for known in pool.setdefault(name, []):
+        if known.dtype == tensor.dtype and known.shape == tensor.shape and torch.equal(known, tensor):
+            return known
+    pool[name].append(tensor)
+    return tensor
+
+
+def _decoded_head(subject: Subject) -> tuple[dict[str, Tensor], dict[str, emulate.Quantizer]]:
+    """Quantized linears outside the decoder layers: their weights, and what happens to their inputs."""
+    decoded: dict[str, Tensor] = {}
+    quantizers: dict[str, emulate.Quantizer] = {}
+    for module, fmt in subject.formats.items():
+        if module.startswith(subject.skeleton.layers_name + "."):
+            continue
+        weight = subject.skeleton.model.get_parameter(f"{module}.weight")
+        shape = tuple(weight.shape)
+        decoded[f"{module}.weight"], scale = emulate.read_module(subject.checkpoint, module, fmt, shape)
+        quantizer = emulate.input_quantizer(fmt, subject.activations, scale)
+        if quantizer is not None:
+            quantizers[module] = quantizer
+    return decoded, quantizers
+
+
+def resident_layer(subject: Subject, index: int, device: torch.device) -> tuple[nn.Module, emulate.FP8Cache | None]:
+    """Decoder layer `index` on `device`, its inputs as the engine rounds them, and what happens to its KV cache."""
+    prefix = f"{subject.skeleton.layers_name}.{index}"
+    weights, quantizers = emulate.read_layer(
+        subject.checkpoint, prefix, subject.skeleton.layers[index], subject.formats, subject.activations
+    )
+    layer = layers.resident_layer(subject.skeleton, index, weights, device)
+    emulate.quantize_inputs(layer, quantizers)
+    if subject.kv is None or subject.activations == "none":
+        return layer, None
+    return layer, emulate.fp8_cache(*emulate.read_kv_scales(subject.checkpoint, prefix))

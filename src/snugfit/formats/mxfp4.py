@@ -1,0 +1,45 @@
+"""MXFP4 (OCP MX): E2M1 codes in blocks of 32 along the columns, a power of two (E8M0) a block, no scale a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snugfit.formats.grids import E2M1_MAX, e2m1_pairs, powers_of_two, round_e2m1_magnitude
+from snugfit.formats.spec import MXFP4_BLOCK
+
+SMALLEST_EXPONENT, LARGEST_EXPONENT = -127, 127
+
+
+@dataclass(frozen=True)
+class MXFP4Weight:
+    """A weight [N, K]: `packed` uint8 [N, K/2], `exponent` uint8 [N, K/32], value = code * 2**(exponent - 127)."""
+
+    packed: Tensor
+    exponent: Tensor
+
+
+def dequantize(stored: MXFP4Weight) -> Tensor:
+    """fp32 [N, K] of a stored weight."""
+    values = e2m1_pairs(stored.packed).unflatten(-1, (-1, MXFP4_BLOCK))
+    weight: Tensor = values.mul_(powers_of_two(stored.exponent).unsqueeze(-1)).flatten(-2)
+    return weight
+
+
+def quantize_dequantize_input(activations: Tensor) -> Tensor:
+    """Activations [..., K] as an engine with MXFP4 inputs sees them, in their own dtype; scales made at run time.
+
+    The scale is the smallest power of two under which the block's largest magnitude fits: 2**ceil(log2(amax / 6)), as
+    FlashInfer rounds for Blackwell. compressed-tensors' own forward takes 2**(floor(log2(amax)) - 2), one more from
+    1.75 of a power of two on, and lets the largest values saturate.
+    """
+    blocks = activations.float().unflatten(-1, (-1, MXFP4_BLOCK))
+    magnitude = blocks.abs()
+    fraction, exponent = torch.frexp(magnitude.amax(-1, keepdim=True) / E2M1_MAX)
+    # v = fraction * 2**exponent with fraction in [0.5, 1): only 0.5 is a power of two itself
+    exponent = torch.where(fraction > 0.5, exponent, exponent - 1).clamp_(SMALLEST_EXPONENT, LARGEST_EXPONENT)
+    step = torch.ldexp(torch.ones_like(fraction), exponent)
+    rounded = round_e2m1_magnitude(magnitude.div_(step)).mul_(step)
+    return rounded.copysign_(blocks).flatten(-2).to(activations.dtype)

@@ -1,0 +1,1 @@
+"""Running servers: what they are asked, and what they say."""

@@ -1,0 +1,140 @@
+"""KL and its relatives for a piece of tokens, against plain fp64 formulas."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from snugfit.evaluation.divergence import ServedTop, Softmax, diverge, softmax
+from snugfit.evaluation.reference import condense
+
+
+def pair(tokens: int = 40, vocabulary: int = 500, gap: float = 0.3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    first = torch.randn(tokens, vocabulary, generator=generator) * 3
+    return first, first + gap * torch.randn(tokens, vocabulary, generator=generator)
+
+
+def plain_kl(p: Tensor, q: Tensor) -> Tensor:
+    log_p, log_q = torch.log_softmax(p.double(), -1), torch.log_softmax(q.double(), -1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+@pytest.mark.parametrize("gap", [1e-3, 0.3, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_exact_divergence(gap: float, dtype: torch.dtype) -> None:
+    """KL both ways is the fp64 formula's to 1e-6 nats, however small."""
+    p, q = (logits.to(dtype) for logits in pair(gap=gap))
+    found = diverge(softmax(p), softmax(q))
+    assert torch.allclose(found.kl.double(), plain_kl(p, q), atol=1e-6, rtol=1e-5)
+    assert torch.allclose(found.reverse.double(), plain_kl(q, p), atol=1e-6, rtol=1e-5)
+
+
+def test_large_logits_keep_small_differences() -> None:
+    """An offset of a thousand, which no probability sees, costs no accuracy beyond that of the logits themselves."""
+    p, q = (logits.double() for logits in pair(gap=1e-2))
+    found = diverge(softmax((p + 1024).float()), softmax((q - 512).float()))
+    assert torch.allclose(found.kl.double(), plain_kl((p + 1024).float(), (q - 512).float()), atol=3e-7, rtol=1e-4)
+
+
+def test_loss_confidence_and_top() -> None:
+    """Loss is the cross entropy of the true token, confidence the largest probability, top its place."""
+    p, _ = pair()
+    targets = torch.arange(40)
+    found = softmax(p)
+    assert torch.allclose(found.loss(targets), torch.nn.functional.cross_entropy(p, targets, reduction="none"))
+    best, place = torch.softmax(p, -1).max(-1)
+    assert torch.allclose(found.confidence, best)
+    assert torch.equal(found.top, place)
+
+
+def test_ties_agree() -> None:
+    """Where the reference has two equally likely tokens, either of them is the same top token."""
+    reference = softmax(torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [1.0, 1.0, 0.0]]))
+    other = softmax(torch.tensor([[2.0, 0.0, 0.0], [0.0, 2.0, 0.0], [0.0, 0.0, 2.0]]))
+    assert diverge(reference, other).same_top.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_logits_are_told(bad: float) -> None:
+    """One NaN or infinite logit among thousands marks its token, and only that."""
+    logits = torch.zeros(4, 3000)
+    logits[2, 1234] = bad
+    assert softmax(logits).finite.tolist() == [True, True, False, True]
+
+
+def test_softmax_leaves_its_argument_alone() -> None:
+    """fp32 logits are not overwritten."""
+    logits, _ = pair()
+    before = logits.clone()
+    softmax(logits)
+    assert torch.equal(logits, before)
+
+
+def test_stored_reference_is_unbiased() -> None:
+    """Estimates from 64 stored tokens and a sample of 32 scatter around the exact KL as their own variance says."""
+    p, q = pair(tokens=30, vocabulary=5000, gap=0.5)
+    reference, other, targets = softmax(p), softmax(q), torch.arange(30)
+    exact = diverge(reference, other)
+    runs = [diverge(condense(reference, targets, seed=seed), other) for seed in range(200)]
+    for name in ("kl", "reverse"):
+        values = torch.stack([getattr(run, name).double() for run in runs]).mean(1)
+        error = float(values.std()) / math.sqrt(len(runs))
+        assert abs(float(values.mean()) - float(getattr(exact, name).double().mean())) < 4 * error
+    means = torch.stack([run.kl.double() for run in runs]).mean(1)
+    variances = torch.stack([run.variance for run in runs if run.variance is not None]).double()
+    predicted = math.sqrt(float(variances.mean(0).sum())) / 30
+    assert float(means.std()) == pytest.approx(predicted, rel=0.25)
+    assert torch.equal(runs[0].same_top, exact.same_top)
+
+
+def test_stored_reference_without_a_tail_is_exact() -> None:
+    """Where all tokens were stored nothing is sampled, and KL is exact."""
+    p, q = pair(vocabulary=50)
+    stored = condense(softmax(p), torch.arange(40), seed=1)
+    found = diverge(stored, softmax(q))
+    assert torch.allclose(found.kl, diverge(softmax(p), softmax(q)).kl, atol=1e-5)
+    assert found.variance is not None
+    assert float(found.variance.max()) < 1e-10
+
+
+def served(logits: Tensor, top: int) -> ServedTop:
+    best, ids = torch.log_softmax(logits, -1).topk(top, -1)
+    return ServedTop(ids, best, torch.zeros(len(logits)))
+
+
+def test_served_tokens_give_a_lower_bound() -> None:
+    """What a server names bounds KL from below, more closely the more it names, exactly where it names all."""
+    p, q = pair(vocabulary=200, gap=1.0)
+    exact = diverge(softmax(p), softmax(q))
+    bounds = [diverge(softmax(p), served(q, top)) for top in (1, 5, 50, 200)]
+    for bound in bounds:
+        assert (bound.kl <= exact.kl + 1e-4).all()
+        assert (bound.reverse <= exact.reverse + 1e-4).all()
+        assert torch.equal(bound.same_top, exact.same_top)
+    means = [float(bound.kl.mean()) for bound in bounds]
+    assert means == sorted(means)
+    assert torch.allclose(bounds[-1].kl, exact.kl, atol=1e-4)
+
+
+def test_served_blanks_are_left_out() -> None:
+    """Places that a server left empty change nothing."""
+    p, q = pair(vocabulary=200)
+    full = served(q, 10)
+    padded = ServedTop(
+        torch.cat([full.ids, torch.full((40, 2), -1)], 1),
+        torch.cat([full.logprobs, torch.full((40, 2), -math.inf)], 1),
+        full.losses,
+    )
+    assert torch.allclose(diverge(softmax(p), full).kl, diverge(softmax(p), padded).kl)
+
+
+def test_a_pair_without_a_formula_is_a_defect() -> None:
+    """Two served predictions cannot be compared: asking for it is a mistake of ours."""
+    top = served(pair()[0], 3)
+    with pytest.raises(AssertionError, match="ServedTop"):
+        diverge(top, top)
+    assert isinstance(softmax(torch.zeros(1, 2)), Softmax)
