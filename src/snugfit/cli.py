@@ -125,9 +125,7 @@ def eval_(
     server_model: Annotated[str | None, typer.Option(help="Which of the server's models.")] = None,
     server_top: Annotated[str, typer.Option(help="Tokens it is asked for at every place: a number, or all.")] = "256",
     server_log: Annotated[Path | None, typer.Option(help="Its log, which tells the kernels it chose.")] = None,
-    tasks: Annotated[
-        str | None, typer.Option(help="Run lm_eval tasks instead: snugfit_piqa,hellaswag.")
-    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Run lm_eval tasks instead: snugfit_piqa,hellaswag.")] = None,
     limit: Annotated[int | None, typer.Option(help="Items of each task at most.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="New directory for tables and plots.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,

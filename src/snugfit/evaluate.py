@@ -226,7 +226,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
         raise UserError("one checkpoint is named twice.", where=", ".join(map(str, paths)), remedy="Name each once.")
-    for parts in range(1, max(len(path.parts) for path in resolved) + 1):
+    for parts in range(1, max((len(path.parts) for path in resolved), default=1) + 1):
         names = ["/".join(path.parts[-parts:]) for path in resolved]
         if len(set(names)) == len(names):
             return names

@@ -165,7 +165,7 @@ def test_intervals_cover_the_truth_as_often_as_they_claim(draw: Draw, chunks: in
 
 
 def test_items_of_few_kinds_are_drawn_like_all_others() -> None:
-    """Accuracies, drawn by their three kinds, have the interval and p of scores a millionth away; mirrored if exchanged."""
+    """Accuracies, drawn by three kinds, have the interval and p of scores a millionth away; exchanged, they mirror."""
     rng = np.random.default_rng(3)
     a, b = (rng.random((2, 300)) < 0.6).astype(np.float64)
     nearly = a + 1e-6 * rng.random(300)
@@ -201,7 +201,7 @@ def test_every_resample_of_five_chunks_by_definition(monkeypatch: pytest.MonkeyP
     assert found.high == pytest.approx(difference + expected[last - 1] * error)
     assert found.low == pytest.approx(difference - expected[last - 1] * error)
     drawn = np.concatenate(list(significance._draw(sums - difference * counts, counts, 3125, 0)))
-    np.testing.assert_allclose(np.sort(np.abs(drawn))[::-1], expected, rtol=1e-6)
+    np.testing.assert_allclose(np.sort(np.abs(drawn))[::-1], expected, rtol=1e-6, atol=1e-12)
 
 
 def test_a_seed_makes_the_result() -> None:
@@ -262,6 +262,15 @@ def test_a_single_item_that_differs_proves_nothing() -> None:
     assert (found.low, found.high) == (None, None)
     assert found.p is not None
     assert found.p > 0.3
+
+
+def test_resamples_that_show_the_same_difference_without_spread_are_no_outliers() -> None:
+    """Of 20 items two differ, one each way: resamples of the other 18 alone have t* 0, and the interval is finite."""
+    found = paired_bootstrap([1.0] + [0.0] * 19, [0.0] * 19 + [1.0], [1] * 20)
+    assert (found.difference, found.p) == (0.0, 1.0)
+    assert found.low is not None
+    assert found.high == -found.low
+    assert 0.1 < found.high < 0.3
 
 
 def test_chunks_without_tokens_do_not_count() -> None:

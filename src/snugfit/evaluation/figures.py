@@ -110,8 +110,8 @@ def context_figures(
 
 
 def _pairs(a: ModelFigures, b: ModelFigures, seed: int) -> list[PairFigures]:
-    if a.tokens_by_chunk != b.tokens_by_chunk:
-        return []  # tokens were left out: the rest cannot be paired
+    if a.nonfinite or b.nonfinite:
+        return []  # other tokens were left out in each: the rest cannot be paired
     counts = a.tokens_by_chunk
     sums = [("loss", a.nll_by_chunk, b.nll_by_chunk)]
     if a.kl is not None and b.kl is not None:
@@ -119,7 +119,7 @@ def _pairs(a: ModelFigures, b: ModelFigures, seed: int) -> list[PairFigures]:
     result = []
     for figure, left, right in sums:
         found = paired_bootstrap(left, right, counts, seed=seed)
-        more = tokens_to_settle(left, right, counts)
+        more = tokens_to_settle(left, right, counts, p=found.p)
         result.append(
             PairFigures(a.name, b.name, figure, found.difference, found.low, found.high, found.p, found.chunks, more)
         )

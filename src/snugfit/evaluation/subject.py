@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,14 +99,31 @@ def pass_layers(
     batches = walk.make_batches(rows, tokens_per_batch, device)
     weights = layers.outer_weights(subject.skeleton, subject.checkpoint, head=False)
     walk.embed(subject.skeleton, weights, batches, device)
-    for index in range(len(subject.skeleton.layers)):
-        layer, cache = resident_layer(subject, index, device)
-        walk.run_layer(layer, index, batches, cache=cache)
-        del layer  # before the next is read
-        tick()
+    with _bounded_attention(subject.arithmetic, device):
+        for index in range(len(subject.skeleton.layers)):
+            layer, cache = resident_layer(subject, index, device)
+            walk.run_layer(layer, index, batches, cache=cache)
+            del layer  # before the next is read
+            tick()
     for batch in batches:
         batch.calls.clear()
     return batches
+
+
+@contextlib.contextmanager
+def _bounded_attention(arithmetic: torch.dtype, device: torch.device) -> Iterator[None]:
+    """On a GPU in fp32, transformers repeats shared key heads: torch's only kernel for these holds all T x T scores."""
+    from transformers.integrations import sdpa_attention
+
+    if device.type != "cuda" or arithmetic != torch.float32 or not hasattr(sdpa_attention, "use_gqa_in_sdpa"):
+        yield
+        return
+    original = sdpa_attention.use_gqa_in_sdpa
+    sdpa_attention.use_gqa_in_sdpa = lambda *_, **__: False
+    try:
+        yield
+    finally:
+        sdpa_attention.use_gqa_in_sdpa = original
 
 
 @dataclass(frozen=True)

@@ -23,14 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from snugfit import __version__
+from snugfit import __version__, machine
 from snugfit.calibration.dataset import load_tokenizer
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.evaluation import offline_tasks
 from snugfit.evaluation.subject import TOKENS_PER_BATCH, Subject, last_states, open_head, open_subject
-from snugfit.machine import Clock, pick_device, progress_bar
-from snugfit.machine import versions as common_versions
 from snugfit.model import walk
 from snugfit.model.shards import staged
 from snugfit.records import TaskResult, TasksRecord
@@ -80,8 +78,8 @@ def run_tasks(
     _check_extra(server)
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} items is no test.", remedy="Give 1 or more, or no limit.")
-    clock = Clock()
-    place = pick_device("cpu" if server else device)
+    clock = machine.Clock()
+    place = machine.pick_device("cpu" if server else device)
     with _quiet(progress):
         with clock("load"):
             if server is None:
@@ -93,7 +91,7 @@ def run_tasks(
         with clock("evaluate"):
             results = _evaluate(lm, loaded, limit, server)
     rows, left_out = _convert(results, loaded["tasks"])
-    versions = common_versions() | {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
+    versions = machine.versions() | {name: importlib.metadata.version(name) for name in ("lm_eval", "datasets")}
     versions |= {f"task {name}": str(version) for name, version in results["versions"].items()}
     arguments = {"tasks": list(tasks), "limit": limit, "seed": seed, "server": server, "server_model": server_model}
     if not server:
@@ -114,10 +112,9 @@ def write_tasks(run: TasksRun, directory: str | Path) -> None:
 
 
 def _check_extra(server: str | None) -> None:
-    needed = ("lm_eval", "tenacity") if server else ("lm_eval",)
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"tasks need {missing[0]}, which is not installed.", remedy="Run: pip install 'snugfit[eval]'")
+    for name in ("lm_eval", "tenacity") if server else ("lm_eval",):
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"tasks need {name}, which is not installed.", remedy="Run: pip install 'snugfit[eval]'")
 
 
 @contextlib.contextmanager
@@ -252,7 +249,7 @@ def _answer(
     embedding = subject.skeleton.model.get_input_embeddings().weight  # type: ignore[operator]
     parts = _passes(rows, PASS_BYTES // (embedding.shape[1] * embedding.element_size()))
     totals, hits = np.zeros(len(questions)), np.zeros(len(questions), dtype=np.int64)
-    with progress_bar(progress, len(parts) * len(subject.skeleton.layers), "layers") as step:
+    with machine.progress_bar(progress, len(parts) * len(subject.skeleton.layers), "layers") as step:
         for part in parts:
             places, asks = _lay_out(part, asked, questions)
             fed = [rows[row] for row in part]
