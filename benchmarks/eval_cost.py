@@ -2,8 +2,8 @@
 
     python eval_cost.py MODEL CHECKPOINT... [--chunks 8] [--context 1024] [--repeats 3] [--device cpu]
 
-Every round walks the reference alone (layers, head, loss), then the reference with each checkpoint in turn; the ratio is
-(time with it - time alone) / time alone. Prints a Markdown table of medians and ranges and, last, one JSON line.
+Every round walks the reference alone (layers, head, loss), then the reference with each checkpoint in turn; the ratio
+is (time with it - time alone) / time alone. Prints a Markdown table of medians and ranges and, last, one JSON line.
 """
 
 from __future__ import annotations

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from snugfit.compare import CompareRecord, compare_results, load_result, write_comparison
+from snugfit.compare import compare_results, write_comparison
 from snugfit.errors import UserError
+from snugfit.evaluation.results import load_result
 from snugfit.evaluation.significance import holm, mcnemar, paired_bootstrap, tokens_to_settle, unpaired_z
 from snugfit.records import ContextFigures, EvalRecord, ModelFigures, Spread, TaskResult, TasksRecord
+from snugfit.report.comparison import CompareRecord
 
 COUNTS = [4, 4, 4, 4, 4, 2]
 SHARED = [8.0, 9.0, 7.0, 10.0, 8.0, 5.0]  # losses that every model has

@@ -20,7 +20,16 @@ from snugfit.evaluation.continuations import continue_greedily, worst_places
 from snugfit.evaluation.measure import Entry, TokenFigures, measure, scored_places, steps
 from snugfit.evaluation.served import Served, ServerOptions, ask_server
 from snugfit.evaluation.subject import Subject, open_subject
-from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pick_device, progress_bar, versions
+from snugfit.machine import (
+    Clock,
+    free_bytes,
+    hardware,
+    peak_gpu_bytes,
+    peak_rss_bytes,
+    pick_device,
+    progress_bar,
+    versions,
+)
 from snugfit.model.checkpoint import header_digest
 from snugfit.model.shards import staged
 from snugfit.records import ContextFigures, EvalRecord, Floor, ModelFigures, TextRecord
@@ -30,6 +39,7 @@ from snugfit.serving.answers import FULL
 METRICS_VERSION = 1
 DEFAULT_CONTEXTS = (2048,)
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
+BYTES_A_VALUE = 24  # of a layer's widest activations in flight: several of them in 16 bits, slices of them in fp32
 DEFAULT_CONTINUATIONS = 5
 FLOORS = ("reference", "all", "none")
 BEFORE = 24  # tokens shown before a continuation
@@ -101,12 +111,12 @@ def evaluate(
     clock = Clock()
     place = pick_device(device)
     _check_options(floors, tokens_per_batch)
-    batch = tokens_per_batch or TOKENS_PER_BATCH[place.type]
     with clock("prepare"):
         cut = {"max_chunks": max_chunks, "max_tokens": max_tokens}
         _check_server(server, reference_model)
         job = prepare(candidates, reference_model, text, contexts, cut, activations, force=force)
         job, store = _with_stored(job, reference_cache, floors)
+    batch = tokens_per_batch or _tokens_that_fit(job, place)
     if server is not None:
         with clock("ask"), progress_bar(progress, len(job.rows), "asking the server") as tick:
             digest = " ".join(group.digest for group in job.groups)
@@ -311,6 +321,15 @@ def _arithmetic(subject: Subject) -> str:
 
 def _floor_chunks(group: texts.Chunks) -> int:
     return min(len(group.rows), max(2, math.ceil(len(group.rows) / FLOOR_SHARE)))
+
+
+def _tokens_that_fit(job: Job, device: torch.device) -> int:
+    """Tokens in one forward pass whose activations take a quarter of a GPU's free memory at most."""
+    most = TOKENS_PER_BATCH[device.type]
+    if device.type == "cpu":
+        return most
+    widths = [max(p.shape) for m in _walked(job) for p in m.subject.skeleton.layers.parameters() if p.dim() == 2]
+    return max(1024, min(most, free_bytes(device) // (4 * BYTES_A_VALUE * max(widths, default=1))))
 
 
 def _entries(job: Job, floors: str, device: torch.device) -> tuple[list[Entry], list[int]]:

@@ -22,6 +22,8 @@ from snugfit.formats.spec import FP8_BLOCK, InputKind, TensorFormat
 from snugfit.formats.stored import Stored, dequantize
 from snugfit.model.checkpoint import Checkpoint, read_tensor
 
+# values at once: what a core's cache holds; what a small GPU spares
+SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}
 Quantizer = Callable[[Tensor], Tensor]
 NO_ENGINE = "none"
 
@@ -71,10 +73,22 @@ def _shared_hook(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if not last or last[0][0] is not args[0]:
-            last[:] = [(args[0], quantizer(args[0]))]
+            last[:] = [(args[0], _in_slices(quantizer, args[0]))]
         return (last[0][1], *args[1:])
 
     return hook
+
+
+def _in_slices(quantizer: Quantizer, activations: Tensor) -> Tensor:
+    """`quantizer` over a few tokens [..., K] at a time: its fp32 temporaries stay in the caches, or off a small GPU."""
+    tokens = activations.reshape(-1, activations.shape[-1])
+    step = max(1, SLICE[activations.device.type] // tokens.shape[1])
+    if len(tokens) <= step:
+        return quantizer(activations)
+    result = torch.empty_like(tokens)
+    for start in range(0, len(tokens), step):
+        result[start : start + step] = quantizer(tokens[start : start + step])
+    return result.view_as(activations)
 
 
 def read_module(

@@ -1,0 +1,228 @@
+"""A finished comparison: its record, and the same as JSON, CSV and Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+COMPARE_SCHEMA = "snugfit.compare/1"
+SIGNIFICANT = 0.05
+CSV_COLUMNS = (
+    *("family", "name", "metric", "a", "b", "difference", "low", "high", "count", "p", "p_holm", "only_a", "only_b"),
+    *("z", "tokens", "perplexity_a", "perplexity_b", "perplexity_ratio", "more_tokens", "note"),
+)
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """One metric of one task: what both report, and their paired difference (`a` minus `b`, mean over the items).
+
+    `only_a` and `only_b` are the items that only one has right, None where scores are not 0 or 1. `p` is McNemar's for
+    those, else the paired bootstrap's, as the 95 % interval always is. `z` is the unpaired score, for reference.
+    """
+
+    task: str
+    metric: str
+    kind: str
+    higher_is_better: bool
+    a: float | None
+    b: float | None
+    items: int
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    only_a: int | None = None
+    only_b: int | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    z: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """Loss or KL at one context length (0: chat rows), nats a token; `a` minus `b`, paired over chunks.
+
+    The perplexities and their ratio, a over b, belong to the loss; `more_tokens` is what `tokens_to_settle` says.
+    """
+
+    context: int
+    figure: str
+    a: float | None
+    b: float | None
+    chunks: int
+    tokens: int
+    perplexity_a: float | None = None
+    perplexity_b: float | None = None
+    perplexity_ratio: float | None = None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_holm: float | None = None
+    more_tokens: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """What only side "A" or "B" has."""
+
+    family: str
+    name: str
+    metric: str
+    side: str
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: its file or directory, and the models in it whose tasks and losses were compared."""
+
+    path: str
+    tasks_model: str | None
+    eval_model: str | None
+
+
+@dataclass(frozen=True)
+class CompareRecord:
+    """A finished comparison. Tasks are one family of Holm's correction, losses and KL together another."""
+
+    snugfit: str
+    arguments: Mapping[str, Any]
+    a: Side
+    b: Side
+    tasks: tuple[TaskRow, ...]
+    losses: tuple[LossRow, ...]
+    unpaired: tuple[Unpaired, ...]
+    schema: str = COMPARE_SCHEMA
+
+    def to_json(self) -> str:
+        """The record as one JSON document."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    def to_csv(self) -> str:
+        """A heading and one line a comparison, numbers in full; what one side alone has is a line with only a note."""
+        out = io.StringIO()
+        writer = csv.DictWriter(out, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        for task in self.tasks:
+            writer.writerow(asdict(task) | {"family": "tasks", "name": task.task, "count": task.items})
+        for loss in self.losses:
+            names = {"family": "losses", "name": context_name(loss.context), "metric": loss.figure}
+            writer.writerow(asdict(loss) | names | {"count": loss.chunks})
+        for lone in self.unpaired:
+            writer.writerow(asdict(lone) | {"note": f"only in {lone.side}"})
+        return out.getvalue()
+
+    def to_markdown(self) -> str:
+        """A table of tasks, one of losses; under each a line that says what was tested, last what was not and why."""
+        parts = []
+        if self.tasks:
+            parts += [_tasks_table(self), _tasks_caption(self.tasks)]
+        if self.losses:
+            parts += [_losses_table(self), _losses_caption(self.losses)]
+        remarks = [(task.task, task.metric, task.note) for task in self.tasks]
+        remarks += [(context_name(loss.context), loss.figure, loss.note) for loss in self.losses]
+        remarks += [(lone.name, lone.metric, f"only in {lone.side}, not compared.") for lone in self.unpaired]
+        lines = [
+            f"- {', '.join(_escape(part) for part in at if part)}: {_escape(note)}" for *at, note in remarks if note
+        ]
+        return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
+
+
+def _tasks_table(record: CompareRecord) -> str:
+    names = [f"{side}: {_escape(at.tasks_model or '')}" for side, at in (("A", record.a), ("B", record.b))]
+    headings = ["task", "metric", *names, "A - B", "95 % interval", "items", "only A / only B right"]
+    rows, before = [], ""
+    for row in record.tasks:
+        form, scale, unit, points = (".2f", 100, "%", " pp") if row.kind == "accuracy" else (".4f", 1, "", "")
+        values = [_number(value, form, scale, unit) for value in (row.a, row.b)]
+        values = _bold(row, values, higher_is_better=row.higher_is_better)
+        found = [_number(row.difference, f"+{form}", scale, points), _interval(row.low, row.high, f"+{form}", scale)]
+        counts = [f"{row.items:,}", "" if row.only_a is None else f"{row.only_a:,} / {row.only_b:,}"]
+        tests = [_p(row.p), _p(row.p_holm), _number(row.z, "+.2f")]
+        task = "" if row.task == before else _escape(row.task)  # as in the first seed's table: once a task
+        rows.append([task, _escape(row.metric), *values, *found, *counts, *tests])
+        before = row.task
+    return _table([*headings, "p", "p (Holm)", "z, unpaired"], rows)
+
+
+def _tasks_caption(rows: Sequence[TaskRow]) -> str:
+    items = sum({row.task: row.items for row in rows if row.difference is not None}.values())
+    return (
+        f"A minus B, paired on {items:,} items: McNemar's exact test for accuracies (pp: percentage points), a "
+        f"studentized bootstrap over items for other scores and for every interval. {_bold_means(rows)} z is what the "
+        "reported errors would say of unpaired scores, for reference."
+    )
+
+
+def _losses_table(record: CompareRecord) -> str:
+    names = [f"{side}: {_escape(at.eval_model or '')}" for side, at in (("A", record.a), ("B", record.b))]
+    headings = ["context", "figure", *names, "A - B", "95 % interval", "perplexity A", "perplexity B", "ratio A / B"]
+    rows, before = [], ""
+    for row in record.losses:
+        values = _bold(row, [_number(value, ".5f") for value in (row.a, row.b)], higher_is_better=False)
+        found = [_number(row.difference, "+.5f"), _interval(row.low, row.high, "+.5f")]
+        perplexities = [_number(v, ".4f") for v in (row.perplexity_a, row.perplexity_b, row.perplexity_ratio)]
+        tests = [f"{row.chunks:,}", _p(row.p), _p(row.p_holm), _number(row.more_tokens, ",")]
+        name = context_name(row.context)
+        rows.append(["" if name == before else name, row.figure, *values, *found, *perplexities, *tests])
+        before = name
+    return _table([*headings, "chunks", "p", "p (Holm)", "more tokens"], rows)
+
+
+def _losses_caption(rows: Sequence[LossRow]) -> str:
+    chunks = sum({row.context: row.chunks for row in rows if row.difference is not None}.values())
+    return (
+        f"A minus B in nats a token, paired on {chunks:,} chunks: a studentized bootstrap over chunks. "
+        f"{_bold_means(rows)} More tokens: how many would make p < {SIGNIFICANT} four times in five, were the "
+        "difference what it seems."
+    )
+
+
+def _bold_means(rows: Sequence[TaskRow] | Sequence[LossRow]) -> str:
+    tested = sum(row.p is not None for row in rows)
+    tests = "1 test" if tested == 1 else f"{tested} tests"
+    return f"**Bold**: the better side, where p < {SIGNIFICANT} after Holm's correction for {tests}."
+
+
+def _bold(row: TaskRow | LossRow, values: list[str], *, higher_is_better: bool) -> list[str]:
+    """The values of A and B, the better one in bold where the difference is significant."""
+    if row.p_holm is None or row.p_holm >= SIGNIFICANT or row.a is None or row.b is None or row.a == row.b:
+        return values
+    better = 0 if (row.a > row.b) == higher_is_better else 1
+    return [f"**{value}**" if side == better else value for side, value in enumerate(values)]
+
+
+def _number(value: float | None, form: str, scale: float = 1, unit: str = "") -> str:
+    return "" if value is None else f"{value * scale:{form}}{unit}"
+
+
+def _interval(low: float | None, high: float | None, form: str, scale: float = 1) -> str:
+    return "" if low is None or high is None else f"[{low * scale:{form}}, {high * scale:{form}}]"
+
+
+def _p(p: float | None) -> str:
+    return "<0.0001" if p is not None and p < 1e-4 else _number(p, ".4f")
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table, the first two columns to the left, numbers to the right."""
+    marks = ["---", "---"] + ["---:"] * (len(headings) - 2)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, marks, *rows])
+
+
+def _escape(text: str) -> str:
+    """`text` as Markdown shows it unchanged, in one line; underscores within a word need no escape."""
+    plain = re.sub(r"\s+", " ", text)
+    return re.sub(r"[\\|*`<>\[\]~&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain)
+
+
+def context_name(context: int) -> str:
+    """How files and tables call a context length, in tokens; 0: chat rows."""
+    return str(context) if context else "chat"
