@@ -4,8 +4,8 @@
 
 Writes a random model of that shape (hidden 8192, MLP 28672, 64 heads, 8 of them for keys, vocabulary 128,256: 1.7 GB a
 layer in BF16), quantizes it (hybrid), and evaluates the pair in a process of its own that may take `--gpu-gb` of the
-GPU. Only one layer of one model is in memory at a time, so the number of layers changes the time and not the peaks. Prints
-one JSON line: sizes, peaks, seconds.
+GPU. Only one layer of one model is in memory at a time, so the number of layers changes the time and not the peaks.
+Prints one JSON line: sizes, peaks, seconds.
 """
 
 from __future__ import annotations

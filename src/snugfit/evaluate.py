@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from snugfit import __version__
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
+from snugfit.evaluate_plan import Job, Model, apart, prepare, walked
 from snugfit.evaluation import figures, reference, texts
 from snugfit.evaluation.continuations import continue_greedily, worst_places
-from snugfit.evaluation.measure import Entry, TokenFigures, measure, scored_places, steps
+from snugfit.evaluation.measure import Entry, TokenFigures, measure, steps
 from snugfit.evaluation.served import Served, ServerOptions, ask_server
 from snugfit.evaluation.subject import Subject, open_subject
 from snugfit.machine import (
@@ -32,7 +32,7 @@ from snugfit.machine import (
 )
 from snugfit.model.checkpoint import header_digest
 from snugfit.model.shards import staged
-from snugfit.records import ContextFigures, EvalRecord, Floor, ModelFigures, TextRecord
+from snugfit.records import ContextFigures, EvalRecord, Floor, ModelFigures
 from snugfit.report import plots, tables
 from snugfit.serving.answers import FULL
 
@@ -46,39 +46,6 @@ BEFORE = 24  # tokens shown before a continuation
 FLOOR_SHARE = 8  # one chunk in so many is run again under other arithmetic
 # the next wider arithmetic: as valid, rounded elsewhere
 OTHER_ARITHMETIC = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model of the evaluation: its name in tables, and where it is."""
-
-    name: str
-    subject: Subject
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything decided and checked before the long work.
-
-    `base` is the reference's model or stored predictions, None without either. `groups` are the chunks by context.
-    """
-
-    base: Model | reference.Reference | None
-    candidates: tuple[Model, ...]
-    tokenizer: texts.Tokenizer
-    groups: tuple[texts.Chunks, ...]
-    files: tuple[TextRecord, ...]
-    served: Served | None = None
-
-    @property
-    def rows(self) -> list[tuple[int, ...]]:
-        """Token rows of all groups, one after the other."""
-        return [row for group in self.groups for row in group.rows]
-
-    @property
-    def places(self) -> list[NDArray[np.int64]]:
-        """Scored positions of each row."""
-        return scored_places(self.rows, [scored for group in self.groups for scored in group.scored])
 
 
 def evaluate(
@@ -115,7 +82,7 @@ def evaluate(
         cut = {"max_chunks": max_chunks, "max_tokens": max_tokens}
         _check_server(server, reference_model)
         job = prepare(candidates, reference_model, text, contexts, cut, activations, force=force)
-        job, store = _with_stored(job, reference_cache, floors)
+        job, store = _with_stored(job, reference_cache, floors, served=server is not None)
     batch = tokens_per_batch or _tokens_that_fit(job, place)
     if server is not None:
         with clock("ask"), progress_bar(progress, len(job.rows), "asking the server") as tick:
@@ -137,8 +104,8 @@ def evaluate(
             keep=None if collector is None else collector.keep,
         )
     with clock("summarize"):
-        results = tuple(_results(job, entries, owners, found))
-        if collector is not None and store is not None and isinstance(job.base, Model):
+        results = figures.with_holm(list(_results(job, entries, owners, found)))
+        if collector is not None and store is not None and isinstance(job.base, Model) and not store[0].exists():
             kept = {c.context: c.models[0].floor for c in results if c.models[0].floor is not None}
             reference.save_reference(*store, _describe(job.base), collector, kept)
     with clock("continue"):
@@ -177,44 +144,6 @@ def write_results(record: EvalRecord, directory: str | Path) -> None:
         plots.write_plots(record, folder)
 
 
-def prepare(
-    candidates: Sequence[str | Path],
-    base: str | Path | None,
-    text: Sequence[str | Path],
-    contexts: Sequence[int],
-    cut: Mapping[str, int | None],
-    activations: str,
-    *,
-    force: bool,
-) -> Job:
-    """Open every model, cut the texts, and check that they belong together; reads headers and tokenizers alone."""
-    if not candidates and (base is None or not Path(base).is_dir()):
-        raise UserError("no checkpoint to evaluate.", remedy="Name one or more model directories.")
-    names = _names([Path(path) for path in candidates])
-    models = tuple(
-        Model(name, open_subject(path, activations=activations)) for name, path in zip(names, candidates, strict=True)
-    )
-    files = texts.find_files([Path(file) for file in text])
-    known: Model | reference.Reference | None = None
-    home = Path(candidates[0] if candidates else str(base))
-    if base is not None and Path(base).is_file():
-        known = reference.load_reference(Path(base))
-    elif base is not None:
-        known = Model(_base_name(Path(base), names), open_subject(base, activations=activations))
-        home = Path(base)
-    tokenizer = texts.Tokenizer(home)
-    groups, records = texts.read_chunks(tokenizer, files, contexts, **cut)
-    job = Job(known, models, tokenizer, tuple(groups), tuple(records))
-    sample = texts.sample_text(files)
-    for path in candidates:
-        texts.check_tokenizer(tokenizer, Path(path), sample)
-    _check_vocabulary(job)
-    _check_positions(job, force=force)
-    if isinstance(known, reference.Reference):
-        _check_stored(known, job, Path(str(base)))
-    return job
-
-
 def _check_server(server: ServerOptions | None, base: str | Path | None) -> None:
     if server is not None and (base is None or not Path(base).is_dir()):
         raise UserError(
@@ -231,69 +160,9 @@ def _check_options(floors: str, tokens_per_batch: int | None) -> None:
         raise UserError(f"{tokens_per_batch} tokens a batch are none.", remedy="Give --tokens-per-batch 1 at least.")
 
 
-def _names(paths: Sequence[Path]) -> list[str]:
-    """A name for each path: its last part, or as many as tell them apart."""
-    resolved = [path.resolve() for path in paths]
-    if len(set(resolved)) < len(resolved):
-        raise UserError("one checkpoint is named twice.", where=", ".join(map(str, paths)), remedy="Name each once.")
-    for parts in range(1, max((len(path.parts) for path in resolved), default=1) + 1):
-        names = ["/".join(path.parts[-parts:]) for path in resolved]
-        if len(set(names)) == len(names):
-            return names
-    raise AssertionError("distinct paths have distinct names")
-
-
-def _base_name(path: Path, others: Sequence[str]) -> str:
-    name = path.resolve().name
-    return f"{name} (reference)" if name in others else name
-
-
-def _check_vocabulary(job: Job) -> None:
-    sizes = {model.name: model.subject.vocabulary for model in _walked(job)}
-    if len(set(sizes.values())) > 1:
-        pairs = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise UserError(
-            f"vocabularies differ: {pairs}.", remedy="KL compares tokens: evaluate checkpoints of one model."
-        )
-    limit = next(iter(sizes.values()))
-    highest = max((max(row) for row in job.rows), default=0)
-    if highest >= limit:
-        raise UserError(
-            f"token id {highest} is beyond the model's vocabulary of {limit}.",
-            remedy="Tokenize with this model's tokenizer.",
-        )
-
-
-def _check_positions(job: Job, *, force: bool) -> None:
-    longest = max(len(row) for row in job.rows)
-    for model in _walked(job):
-        config = model.subject.skeleton.model.config
-        positions = getattr(config, "max_position_embeddings", None)
-        if isinstance(positions, int) and longest > positions and not force:
-            raise UserError(
-                f"{longest} tokens are beyond the model's {positions} positions.",
-                where=str(model.subject.checkpoint.path / "config.json"),
-                remedy="Give shorter contexts, or --force to see what happens there.",
-            )
-
-
-def _check_stored(known: reference.Reference, job: Job, where: Path) -> None:
-    digests = [group.digest for group in job.groups]
-    if known.key.get("texts") != digests:
-        raise UserError(
-            "this reference was stored for other texts, contexts or a tokenizer that cuts them otherwise.",
-            where=str(where),
-            remedy="Give the same --text, --context and --max-chunks, or a model directory as --reference.",
-        )
-
-
-def _walked(job: Job) -> Iterator[Model]:
-    if isinstance(job.base, Model):
-        yield job.base
-    yield from job.candidates
-
-
-def _with_stored(job: Job, folder: str | Path | None, floors: str) -> tuple[Job, tuple[Path, Mapping[str, Any]] | None]:
+def _with_stored(
+    job: Job, folder: str | Path | None, floors: str, *, served: bool
+) -> tuple[Job, tuple[Path, Mapping[str, Any]] | None]:
     """The job with its reference taken from the cache where it is there; else the path and key to store it under."""
     if folder is None:
         return job, None
@@ -307,10 +176,11 @@ def _with_stored(job: Job, folder: str | Path | None, floors: str) -> tuple[Job,
         digests=[group.digest for group in job.groups],
         activations=subject.activations if subject.formats else "any",
         arithmetic=f"{_arithmetic(subject)} {METRICS_VERSION}",
-        floor_chunks=[0 if floors == "none" else _floor_chunks(group) for group in job.groups],
+        floor_chunks=[0 if floors == "none" else len(_floor_chunks(group)) for group in job.groups],
+        vocabulary=subject.vocabulary,
     )
     path = reference.stored_path(Path(folder), key)
-    if not path.exists():
+    if not path.exists() or served:  # a server's few tokens have no divergence from a stored reference's
         return job, (path, key)
     return replace(job, base=reference.load_reference(path)), None
 
@@ -319,8 +189,11 @@ def _arithmetic(subject: Subject) -> str:
     return str(subject.arithmetic).removeprefix("torch.")
 
 
-def _floor_chunks(group: texts.Chunks) -> int:
-    return min(len(group.rows), max(2, math.ceil(len(group.rows) / FLOOR_SHARE)))
+def _floor_chunks(group: texts.Chunks) -> list[int]:
+    """One chunk in so many, two at least, evenly spread over the texts."""
+    total = len(group.rows)
+    count = min(total, max(2, math.ceil(total / FLOOR_SHARE)))
+    return [place * total // count for place in range(count)]
 
 
 def _tokens_that_fit(job: Job, device: torch.device) -> int:
@@ -328,7 +201,7 @@ def _tokens_that_fit(job: Job, device: torch.device) -> int:
     most = TOKENS_PER_BATCH[device.type]
     if device.type == "cpu":
         return most
-    widths = [max(p.shape) for m in _walked(job) for p in m.subject.skeleton.layers.parameters() if p.dim() == 2]
+    widths = [max(p.shape) for m in walked(job) for p in m.subject.skeleton.layers.parameters() if p.dim() == 2]
     return max(1024, min(most, free_bytes(device) // (4 * BYTES_A_VALUE * max(widths, default=1))))
 
 
@@ -363,7 +236,7 @@ def _entries(job: Job, floors: str, device: torch.device) -> tuple[list[Entry], 
 def _floor_rows(job: Job) -> Iterator[int]:
     first = 0
     for group in job.groups:
-        yield from range(first, first + _floor_chunks(group))
+        yield from (first + chunk for chunk in _floor_chunks(group))
         first += len(group.rows)
 
 
@@ -373,7 +246,7 @@ def _results(
     """One record a context length, models in order, the reference first."""
     names = [model.name for model in job.candidates]
     if job.base is not None:
-        names.insert(0, _describe(job.base)["name"])
+        names.insert(0, apart(_describe(job.base)["name"], names))
     if job.served is not None:
         names.append(job.served.name)
     first = 0
@@ -432,7 +305,7 @@ def _chat(
     worst = {
         index: worst_places(np.where(talks, found[index].kl[first:], np.nan), places, count)
         for index, entry in enumerate(entries)
-        if entry.against == 0 and entry.rows is None
+        if entry.against == 0 and entry.rows is None and entry.subject is not None
     }
     prompts = {(row, at): chunks.rows[row][:at] for chosen in worst.values() for row, at, _ in chosen}
     told = continue_greedily(job.base.subject, list(prompts.values()), device)

@@ -130,7 +130,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bin:
-    """Figures of the tokens with low <= position (or the reference's largest probability) < high."""
+    """Figures of the tokens with low <= position (or largest probability, the reference's if there is one) < high.
+
+    A probability of 1 belongs to the last bin.
+    """
 
     low: float
     high: float
@@ -144,7 +147,7 @@ class Bin:
 
 @dataclass(frozen=True)
 class Floor:
-    """KL of a model against itself under another equally valid arithmetic, on the first `chunks` chunks."""
+    """KL of a model against itself under another equally valid arithmetic, on `chunks` of the chunks, evenly spread."""
 
     kl: float
     standard_error: float | None
@@ -162,7 +165,7 @@ class ModelFigures:
     "estimate" (from a stored reference: unbiased, `kl_sampling_error` is one standard error of its mean's sampling) or
     "lower bound" (from a server's top tokens). `same_top` is the share of tokens whose most likely token is the
     reference's; `rms_change` the root mean square change of the true token's probability. `nonfinite` tokens had NaN or
-    infinite logits and are left out of every figure of this model.
+    infinite logits and are left out of every figure of this model. An estimate's quantiles are of its lower bound.
     """
 
     name: str
@@ -188,7 +191,7 @@ class PairFigures:
     """Model `a` minus model `b` on the same chunks: loss or KL, nats a token, by a paired bootstrap over chunks.
 
     `more_tokens`: how many more would make p < 0.05 four times in five, were the difference what it seems; 0 where it
-    is settled, None where no number can be given.
+    is settled, None where no number can be given. `p_holm` is p as Holm adjusts it to all pairs of the record.
     """
 
     a: str
@@ -200,6 +203,7 @@ class PairFigures:
     p: float | None
     chunks: int
     more_tokens: int | None
+    p_holm: float | None = None
 
 
 @dataclass(frozen=True)

@@ -80,15 +80,27 @@ def test_stored_reference_is_unbiased() -> None:
     reference, other, targets = softmax(p), softmax(q), torch.arange(30)
     exact = diverge(reference, other)
     runs = [diverge(condense(reference, targets, seed=seed), other) for seed in range(200)]
-    for name in ("kl", "reverse"):
-        values = torch.stack([getattr(run, name).double() for run in runs]).mean(1)
-        error = float(values.std()) / math.sqrt(len(runs))
-        assert abs(float(values.mean()) - float(getattr(exact, name).double().mean())) < 4 * error
     means = torch.stack([run.kl.double() for run in runs]).mean(1)
+    error = float(means.std()) / math.sqrt(len(runs))
+    assert abs(float(means.mean()) - float(exact.kl.double().mean())) < 4 * error
+    assert runs[0].bound is not None
+    assert runs[1].bound is not None
+    assert torch.equal(runs[0].bound, runs[1].bound)  # no sampling in it
+    assert (runs[0].bound <= exact.kl + 1e-5).all()
+    assert (runs[0].reverse <= exact.reverse + 1e-5).all()
     variances = torch.stack([run.variance for run in runs if run.variance is not None]).double()
     predicted = math.sqrt(float(variances.mean(0).sum())) / 30
     assert float(means.std()) == pytest.approx(predicted, rel=0.25)
     assert torch.equal(runs[0].same_top, exact.same_top)
+
+
+def test_far_tokens_of_a_stored_reference_stay_finite() -> None:
+    """Tokens that the reference all but rules out and the candidate does not give finite figures."""
+    p = torch.zeros(1, 400)
+    p[0, 1:] = -150.0
+    found = diverge(condense(softmax(p), torch.zeros(1, dtype=torch.int64), seed=0), softmax(torch.zeros(1, 400)))
+    assert found.kl.isfinite().all()
+    assert found.reverse.isfinite().all()
 
 
 def test_stored_reference_without_a_tail_is_exact() -> None:

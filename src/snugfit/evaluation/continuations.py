@@ -32,7 +32,7 @@ def worst_places(
     rows = np.repeat(np.arange(len(places)), [len(p) for p in places])
     positions = np.concatenate(list(places))
     chosen: list[tuple[int, int, float]] = []
-    for index in np.argsort(-np.nan_to_num(kl, nan=-1.0), kind="stable"):
+    for index in np.argsort(np.where(np.isfinite(kl), -kl, np.inf), kind="stable"):
         row, position = int(rows[index]), int(positions[index])
         if len(chosen) == count or not np.isfinite(kl[index]):
             break

@@ -103,13 +103,15 @@ class ServedTop:
 class Divergence:
     """KL(P || Q) and KL(Q || P) [n] in nats, whether [n] Q's most likely token is (one of) P's.
 
-    `variance` [n]: of the sampling, where KL is an unbiased estimate; None otherwise.
+    Where KL is an unbiased estimate, `variance` [n] is that of its sampling and `bound` [n] a lower bound that no
+    sampling touches; both are None otherwise.
     """
 
     kl: Tensor
     reverse: Tensor
     same_top: Tensor
     variance: Tensor | None = None
+    bound: Tensor | None = None
 
 
 Prediction = Softmax | StoredTop | ServedTop
@@ -126,9 +128,10 @@ def softmax(logits: Tensor) -> Softmax:
 
 
 def diverge(of: Prediction, other: Prediction) -> Divergence:
-    """Divergence of `other` (Q) from `of` (P): exact, an estimate where P was stored, a lower bound where Q is served.
+    """Divergence of `other` (Q) from `of` (P): exact where both are known in full.
 
-    Rounding below zero is set to zero in the exact figures.
+    Where P was stored, KL is an estimate and its reverse a lower bound; where Q is served, both are lower bounds, which
+    are exact if the server told all tokens. Rounding below zero is set to zero, but for the estimate.
     """
     if isinstance(of, Softmax) and isinstance(other, Softmax):
         return _exact(of, other)
@@ -149,17 +152,24 @@ def _exact(of: Softmax, other: Softmax) -> Divergence:
 
 
 def _estimated(of: StoredTop, other: Softmax) -> Divergence:
-    """Exact over the stored tokens, and over the others the mean of their sample times their probability."""
+    """Exact over the stored tokens, and over the others the mean of their sample times their probability.
+
+    The bounds, of KL and of its reverse, take all others as one token (the log-sum inequality).
+    """
     normal = other.total.log().unsqueeze(-1)
-    gap = of.logprobs - (other.logits.gather(-1, of.ids) - normal)
-    top = of.logprobs.exp()
+    log_q = other.logits.gather(-1, of.ids) - normal
+    gap, p, q = of.logprobs - log_q, of.logprobs.exp(), log_q.exp()
     sample_gap = of.sample_logprobs - (other.logits.gather(-1, of.sample_ids) - normal)
-    kl = (top * gap).sum(-1) + of.tail * sample_gap.mean(-1)
-    reverse = -(top * (-gap).exp() * gap).sum(-1) - of.tail * ((-sample_gap).exp() * sample_gap).mean(-1)
+    sample_gap = torch.where(of.tail.unsqueeze(-1) > 0, sample_gap, 0.0)
+    rest = (1 - q.sum(-1)).clamp(min=0)
+    head = (p * gap).sum(-1)
+    kl = head + of.tail * sample_gap.mean(-1)
+    bound = (head + _one_term(of.tail, rest)).clamp(min=0)
+    reverse = (_one_term(rest, of.tail) - (q * gap).sum(-1)).clamp(min=0)
     variance = of.tail.square() * sample_gap.var(-1) / sample_gap.shape[-1]
     best = torch.where(of.logprobs == of.logprobs[:, :1], of.ids, -1)
     same = (best == other.top.unsqueeze(-1)).any(-1)
-    return Divergence(kl, reverse, same, variance)
+    return Divergence(kl, reverse, same, variance, bound)
 
 
 def _bounded(of: Softmax, other: ServedTop) -> Divergence:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from snugfit.evaluation.measure import Array, TokenFigures
-from snugfit.evaluation.significance import paired_bootstrap, ratio_mean, tokens_to_settle
+from snugfit.evaluation.significance import holm, paired_bootstrap, ratio_mean, tokens_to_settle
 from snugfit.records import Bin, ContextFigures, Floor, ModelFigures, PairFigures, Spread
 
 CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
@@ -40,8 +41,7 @@ class Group:
     def mean(self, values: NDArray[np.float64], chosen: Mask) -> tuple[float, float | None]:
         """Mean over the chosen tokens and its error over chunks; NaN where none is chosen."""
         sums, counts = self.sums(values, chosen)
-        filled = [(s, c) for s, c in zip(sums, counts, strict=True) if c]
-        return ratio_mean([s for s, _ in filled], [c for _, c in filled]) if filled else (math.nan, None)
+        return ratio_mean(sums, counts) if any(counts) else (math.nan, None)
 
 
 def model_figures(
@@ -65,7 +65,7 @@ def model_figures(
     settled: dict[str, float | None] = {}
     if compared:
         settled["same_top"], settled["same_top_error"] = group.mean(part["same_top"], finite)
-        settled["rms_change"] = math.sqrt(group.mean(part["change"] ** 2, finite)[0]) if finite.any() else math.nan
+        settled["rms_change"] = math.sqrt(group.mean(part["change"] ** 2, finite)[0])
     return ModelFigures(
         name=name,
         perplexity=value,
@@ -75,8 +75,10 @@ def model_figures(
         nonfinite=int((~finite).sum()),
         by_position=_bins(group, part, finite, group.positions, position_edges(group.positions), compared),
         by_confidence=_bins(group, part, finite, confidence, CONFIDENCE_EDGES, compared),
-        kl=_spread(group, part["kl"], finite) if compared else None,
-        reverse_kl=_spread(group, part["reverse"], finite) if compared else None,
+        kl=_spread(group, part["kl"], finite, part["bound"] if kl_kind == "estimate" else part["kl"])
+        if compared
+        else None,
+        reverse_kl=_spread(group, part["reverse"], finite, part["reverse"]) if compared else None,
         floor=floor,
         kl_kind=kl_kind,
         kl_sampling_error=_sampling_error(part["variance"], finite) if kl_kind == "estimate" else None,
@@ -84,28 +86,36 @@ def model_figures(
     )
 
 
-def floor_figures(found: TokenFigures, group: Group, chunks: int, arithmetic: str) -> Floor | None:
-    """KL of a model against itself on the group's first `chunks` chunks; None where nothing finite was measured."""
+def floor_figures(found: TokenFigures, group: Group, chunks: Sequence[int], arithmetic: str) -> Floor | None:
+    """KL of a model against itself on these chunks of the group; None where nothing finite was measured."""
     part = _part(found, group.where)
-    chosen = part["finite"].astype(bool) & (group.chunk < chunks)
+    chosen = part["finite"].astype(bool) & np.isin(group.chunk, chunks)
     if not chosen.any():
         return None
     kl, error = group.mean(part["kl"], chosen)
     same, _ = group.mean(part["same_top"], chosen)
-    return Floor(kl, error, same, chunks, int(chosen.sum()), arithmetic)
+    return Floor(kl, error, same, len(chunks), int(chosen.sum()), arithmetic)
 
 
 def context_figures(
     context: int, digest: str, group: Group, models: Sequence[ModelFigures], *, seed: int = 0
 ) -> ContextFigures:
     """A group's record; every two candidates are compared on the same chunks, by loss and by KL."""
-    candidates = [model for model in models if model.kl is not None] if models[0].kl is None else list(models)
-    if len(models) > 1 and all(model.kl is None for model in models):
-        candidates = list(models)  # no reference: losses can still be compared
+    compared = [model for model in models if model.kl is not None]
+    candidates = compared or list(models)  # no reference: losses can still be compared
     pairs = [pair for a, b in combinations(candidates, 2) for pair in _pairs(a, b, seed)]
     tokens = sum(group.chunk_tokens)
     return ContextFigures(
         context, len(group.chunk_tokens), tokens, digest, group.chunk_tokens, tuple(models), tuple(pairs)
+    )
+
+
+def with_holm(contexts: Sequence[ContextFigures]) -> tuple[ContextFigures, ...]:
+    """The contexts with every pair's p also as Holm adjusts it to all pairs of the record."""
+    adjusted = iter(holm([pair.p for context in contexts for pair in context.pairs]))
+    return tuple(
+        replace(context, pairs=tuple(replace(pair, p_holm=next(adjusted)) for pair in context.pairs))
+        for context in contexts
     )
 
 
@@ -114,7 +124,7 @@ def _pairs(a: ModelFigures, b: ModelFigures, seed: int) -> list[PairFigures]:
         return []  # other tokens were left out in each: the rest cannot be paired
     counts = a.tokens_by_chunk
     sums = [("loss", a.nll_by_chunk, b.nll_by_chunk)]
-    if a.kl is not None and b.kl is not None:
+    if a.kl is not None and b.kl is not None and a.kl_kind == b.kl_kind:
         sums.append(("kl", a.kl.by_chunk, b.kl.by_chunk))
     result = []
     for figure, left, right in sums:
@@ -156,13 +166,14 @@ def _bins(
     return tuple(bins)
 
 
-def _spread(group: Group, values: NDArray[np.float64], finite: Mask) -> Spread | None:
+def _spread(group: Group, values: NDArray[np.float64], finite: Mask, by_token: NDArray[np.float64]) -> Spread | None:
+    """Mean and error of `values`, quantiles of `by_token`: single tokens of an estimate are mostly sampling noise."""
     if not finite.any():
         return None
     mean, error = group.mean(values, finite)
     sums, _ = group.sums(values, finite)
-    median, p90, p95, p99, p999 = (float(value) for value in np.quantile(values[finite], QUANTILES))
-    return Spread(mean, error, median, p90, p95, p99, p999, float(values[finite].max()), tuple(sums))
+    median, p90, p95, p99, p999 = (float(value) for value in np.quantile(by_token[finite], QUANTILES))
+    return Spread(mean, error, median, p90, p95, p99, p999, float(by_token[finite].max()), tuple(sums))
 
 
 def _sampling_error(variance: NDArray[np.float64], finite: Mask) -> float | None:
@@ -179,10 +190,11 @@ def _part(found: TokenFigures, where: slice) -> dict[str, NDArray[np.float64]]:
         "same_top": found.same_top,
         "change": found.change,
         "variance": found.variance,
+        "bound": found.bound,
     }
     return {name: values[where].astype(np.float64) for name, values in arrays.items()}
 
 
 def _exp(mean: float) -> float:
     """exp without an overflow: a loss beyond all bounds is infinite."""
-    return math.exp(mean) if mean < 700 else math.inf
+    return math.exp(min(mean, 700.0)) if not mean > 700 else math.inf

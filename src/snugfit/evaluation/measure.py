@@ -46,8 +46,9 @@ class Entry:
 class TokenFigures:
     """Figures of every scored token of all rows, in order; NaN where a row was not measured.
 
-    `change`: of the true token's probability. `variance`: of KL's sampling, where it is an estimate. `finite` is false
-    where logits of this model, or of the one it is compared with, were NaN or infinite.
+    `change`: of the true token's probability. Where KL is an estimate, `variance` is that of its sampling and `bound` a
+    lower bound without any. `finite` is false where logits of this model, or of the one it is compared with, or their
+    divergence, were NaN or infinite.
     """
 
     loss: Array
@@ -58,6 +59,7 @@ class TokenFigures:
     same_top: Array
     change: Array
     variance: Array
+    bound: Array
 
 
 def scored_places(rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int] | None]) -> list[NDArray[np.int64]]:
@@ -156,13 +158,14 @@ def _note(figures: TokenFigures, prediction: Prediction, base: Prediction | None
     figures.confidence[where] = _numpy(prediction.confidence)
     if base is not None:
         found = diverge(base, prediction)
-        finite = finite & base.finite & found.kl.isfinite()
+        finite = finite & base.finite & found.kl.isfinite() & found.reverse.isfinite()
         figures.kl[where] = _numpy(found.kl)
         figures.reverse[where] = _numpy(found.reverse)
         figures.same_top[where] = _numpy(found.same_top)
         figures.change[where] = _numpy((-loss).exp() - (-base.loss(piece.targets)).exp())
-        if found.variance is not None:
+        if found.variance is not None and found.bound is not None:
             figures.variance[where] = _numpy(found.variance)
+            figures.bound[where] = _numpy(found.bound)
     figures.finite[where] = _numpy(finite & loss.isfinite()).astype(bool)
 
 
@@ -174,9 +177,8 @@ def _blank(tokens: int) -> TokenFigures:
     def nothing() -> Array:
         return np.full(tokens, np.nan, dtype=np.float32)
 
-    return TokenFigures(
-        nothing(), nothing(), np.zeros(tokens, dtype=bool), nothing(), nothing(), nothing(), nothing(), nothing()
-    )
+    finite = np.zeros(tokens, dtype=bool)
+    return TokenFigures(nothing(), nothing(), finite, *(nothing() for _ in range(6)))
 
 
 def _states(

@@ -93,19 +93,27 @@ def condense(prediction: Softmax, targets: Tensor, *, seed: int, top: int = TOP,
     mass = rest.sum(-1)
     rest[~(mass > 0) | ~mass.isfinite()] = 1.0  # nothing left to draw from: whatever is drawn counts for nothing
     generator = torch.Generator(rest.device).manual_seed(seed)
-    drawn = torch.multinomial(rest, sample, replacement=True, generator=generator)
+    # fp32 sums would never reach the least likely tokens
+    drawn = torch.multinomial(rest.double(), sample, replacement=True, generator=generator)
+    loss = torch.where(prediction.finite, prediction.loss(targets), torch.nan)
     return StoredTop(
         ids,
         best - normal,
         mass / prediction.total,
         drawn,
         prediction.logits.gather(-1, drawn) - normal,
-        prediction.loss(targets),
+        loss,
     )
 
 
 def reference_key(
-    checkpoint: Checkpoint, *, digests: Sequence[str], activations: str, arithmetic: str, floor_chunks: Sequence[int]
+    checkpoint: Checkpoint,
+    *,
+    digests: Sequence[str],
+    activations: str,
+    arithmetic: str,
+    floor_chunks: Sequence[int],
+    vocabulary: int,
 ) -> dict[str, Any]:
     """What a stored reference depends on: texts, tokenizer, the model's bytes, arithmetic, version of these figures."""
     weights = file_digests(checkpoint.path, list(checkpoint.shards))
@@ -118,6 +126,7 @@ def reference_key(
         "activations": activations,
         "arithmetic": arithmetic,
         "floor_chunks": list(floor_chunks),
+        "vocabulary": vocabulary,
         "top": TOP,
         "sample": SAMPLE,
     }

@@ -147,16 +147,18 @@ def _by_context_note(record: EvalRecord) -> str:
     if any(model.floor for context in record.contexts for model in context.models):
         parts.append(
             "Floor: KL of the reference (and, behind a stroke, of the candidate) against itself in wider arithmetic, "
-            "on the first chunks: below it nothing is shown."
+            "on some of the chunks: differences of that size show nothing."
         )
     kinds = {model.kl_kind for context in record.contexts for model in context.models if model.kl}
     if "estimate" in kinds:
         errors = [m.kl_sampling_error for c in record.contexts for m in c.models if m.kl_sampling_error is not None]
-        parts.append(f"~: against a stored reference; its sampling adds an error of {max(errors, default=0):.1e}.")
+        parts.append(f"~: against a stored reference; of the error, sampling is {max(errors, default=0):.1e}.")
+        parts.append("Quantiles and reverse KL there are lower bounds.")
     if "lower bound" in kinds:
         parts.append(">=: a lower bound, made of the tokens that the server names.")
     if any(model.nonfinite for context in record.contexts for model in context.models):
-        parts.append("Tokens whose logits were NaN or infinite are counted in the last column and nowhere else.")
+        parts.append("Tokens whose logits were NaN or infinite are counted in the last column and nowhere else, and a")
+        parts.append("model with such tokens is not paired with others.")
     return " ".join(parts)
 
 
@@ -169,20 +171,45 @@ def _side_by_side(record: EvalRecord) -> Sheet:
 
 
 def _pairs(record: EvalRecord) -> Sheet:
-    headings = ("context", "A", "B", "figure", "A - B", "95 % interval", "p", "chunks", "more tokens to settle")
+    headings = (
+        "context",
+        "A",
+        "B",
+        "figure",
+        "A - B",
+        "95 % interval",
+        "p",
+        "p (Holm)",
+        "chunks",
+        "more tokens to settle",
+    )
     rows = []
     for context in record.contexts:
         for pair in context.pairs:
             interval = "" if pair.low is None or pair.high is None else f"{pair.low:+.4f} .. {pair.high:+.4f}"
             p = "too few chunks" if pair.p is None else p_value(pair.p)
+            corrected = "" if pair.p_holm is None else p_value(pair.p_holm)
             more = {0: "settled", None: ""}.get(pair.more_tokens, f"{pair.more_tokens:,}" if pair.more_tokens else "")
             difference = f"{pair.difference:+.4f}"
-            bold = pair.p is not None and pair.p < 0.05
+            bold = pair.p_holm is not None and pair.p_holm < 0.05
             shown = f"**{difference}**" if bold else difference
             rows.append(
-                (context_name(context), pair.a, pair.b, pair.figure, shown, interval, p, str(pair.chunks), more)
+                (
+                    context_name(context),
+                    pair.a,
+                    pair.b,
+                    pair.figure,
+                    shown,
+                    interval,
+                    p,
+                    corrected,
+                    str(pair.chunks),
+                    more,
+                )
             )
-    note = "Paired bootstrap over chunks, nats a token; below zero A is better; bold where p < 0.05."
+    note = (
+        "Paired bootstrap over chunks, nats a token; below zero A is better; bold where Holm's p over all pairs < 0.05."
+    )
     return Sheet("Candidates against each other", headings, tuple(rows), 4, note)
 
 
