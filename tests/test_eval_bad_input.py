@@ -240,6 +240,19 @@ def test_fewer_chunks_than_texts(good: Path, text: Path, out: Path) -> None:
         assert "--max-chunks" in message_of(result)
 
 
+@pytest.mark.parametrize("texts", [1, 2])
+@pytest.mark.parametrize("most", [16, 64, 300])
+def test_fewer_tokens_than_a_chunk(most: int, texts: int, good: Path, out: Path) -> None:
+    """A --max-tokens below one chunk of each text is refused as such: no text is called short, no limit exceeded."""
+    files = [put_file(out.parent / f"{number}.txt", PROSE) for number in range(texts)]
+    options = [part for file in files for part in ("--text", file)]
+    result = evaluate(good, *options, "--context", "32,256", "--max-tokens", most, "--json")
+    if result.exit_code == 0:
+        assert all(found["tokens"] <= most for found in json.loads(result.stdout)["contexts"])
+    else:
+        assert "--max-tokens" in message_of(result)
+
+
 # --- rows and chat logs
 
 GOOD_LINE = b'{"input_ids": [3, 4, 5]}\n'

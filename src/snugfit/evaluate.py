@@ -87,7 +87,8 @@ def evaluate(
     if server is not None:
         with clock("ask"), progress_bar(progress, len(job.rows), "asking the server") as tick:
             digest = " ".join(group.digest for group in job.groups)
-            job = replace(job, served=ask_server(server, job.rows, digest, tick))
+            vocabulary = next(walked(job)).subject.vocabulary
+            job = replace(job, served=ask_server(server, job.rows, digest, vocabulary, tick))
     entries, owners = _entries(job, floors, place)
     rows, places = job.rows, job.places
     collector = None
@@ -174,7 +175,7 @@ def _with_stored(
     key = reference.reference_key(
         subject.checkpoint,
         digests=[group.digest for group in job.groups],
-        activations=subject.activations if subject.formats else "any",
+        activations=subject.activations if subject.formats or subject.kv else "any",
         arithmetic=f"{_arithmetic(subject)} {METRICS_VERSION}",
         floor_chunks=[0 if floors == "none" else len(_floor_chunks(group)) for group in job.groups],
         vocabulary=subject.vocabulary,
@@ -307,6 +308,8 @@ def _chat(
         for index, entry in enumerate(entries)
         if entry.against == 0 and entry.rows is None and entry.subject is not None
     }
+    if not worst:
+        return None
     prompts = {(row, at): chunks.rows[row][:at] for chosen in worst.values() for row, at, _ in chosen}
     told = continue_greedily(job.base.subject, list(prompts.values()), device)
     reference_says = dict(zip(prompts, told, strict=True))

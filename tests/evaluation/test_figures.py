@@ -122,7 +122,7 @@ def test_quantiles() -> None:
 
 
 def test_quantiles_of_an_estimate_are_of_its_bound() -> None:
-    """Single tokens of an estimate are mostly sampling noise: their quantiles are those of the bound, its mean is not."""
+    """Single tokens of an estimate are mostly sampling noise: quantiles are those of the bound, the mean is not."""
     found, group = random_tokens(3000), group_of(*[300] * 10)
     result = spread(model_figures("q", found, group, reference=found, kl_kind="estimate"))
     exact = spread(model_figures("q", found, group, reference=found))

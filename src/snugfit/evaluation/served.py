@@ -56,21 +56,26 @@ class Served:
         return at
 
 
-def ask_server(options: ServerOptions, rows: Sequence[Sequence[int]], digest: str, tick: Callable[[], None]) -> Served:
+def ask_server(
+    options: ServerOptions, rows: Sequence[Sequence[int]], digest: str, vocabulary: int, tick: Callable[[], None]
+) -> Served:
     """Have every row scored; rows that the journal holds are not asked again. `digest` tells the rows from others.
 
     UserError where the server cannot do it, ServerLost where it goes away: the journal keeps what was answered.
     """
     log = _read_log(options.log)
     with connect(options.url, model=options.model) as server:
+        server.check_length(max(map(len, rows)))
         top = _agree_on_top(server, options.top)
         key = {"model": server.model, "root": server.root, "engine": server.version, "rows": digest, "top": top}
         answers = []
+        options.journal.parent.mkdir(parents=True, exist_ok=True)
         with Journal.open(options.journal, key) as journal:
             for index, row in enumerate(rows):
                 answer = journal.get(index)
                 if answer is None:
                     answer = _score(server, row, top)
+                    _check_vocabulary(server, answer, vocabulary)
                     journal.put(index, answer)
                 answers.append(answer)
                 tick()
@@ -106,6 +111,16 @@ def _score(server: Server, row: Sequence[int], top: int) -> PromptLogprobs:
         size = len(row) - 1
         blank = np.full((size, 1), math.nan, np.float32)
         return PromptLogprobs(np.full(size, math.nan), np.zeros((size, 1), np.int32), blank)
+
+
+def _check_vocabulary(server: Server, answer: PromptLogprobs, vocabulary: int) -> None:
+    highest = int(answer.top_ids.max(initial=0))
+    if highest >= vocabulary:
+        raise UserError(
+            f"it names token {highest}, beyond the reference's vocabulary of {vocabulary}.",
+            where=server.url,
+            remedy="Give the original of the model that it serves as --reference.",
+        )
 
 
 def _read_log(path: Path | None) -> str | None:

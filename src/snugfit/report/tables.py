@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from snugfit.records import Bin, ContextFigures, EvalRecord, ModelFigures, TasksRecord
 
@@ -51,7 +52,7 @@ def all_sheets(record: EvalRecord) -> list[Sheet]:
     for context in record.contexts:
         name = context_name(context)
         sheets.append(_bins(f"By position, {name}", "position", context, [m.by_position for m in context.models]))
-        if context.models[0].kl is None and len(context.models) > 1 and context.models[1].kl is not None:
+        if any(model.kl is not None for model in context.models):
             found = [m.by_confidence for m in context.models]
             sheets.append(_bins(f"By the reference's largest probability, {name}", "probability", context, found))
     return sheets
@@ -165,7 +166,8 @@ def _by_context_note(record: EvalRecord) -> str:
 def _side_by_side(record: EvalRecord) -> Sheet:
     names = [model.name for model in record.contexts[0].models]
     rows = tuple(
-        (context_name(context), *(f"{model.perplexity:.4f}" for model in context.models)) for context in record.contexts
+        (context_name(context), *(with_error(model.perplexity, None, 4) for model in context.models))
+        for context in record.contexts
     )
     return Sheet("Perplexity by context length", ("context", *names), rows)
 
@@ -226,7 +228,7 @@ def _bins(title: str, what: str, context: ContextFigures, found: Sequence[Sequen
         for bins, against in zip(lookup, compared, strict=True):
             entry = bins.get((low, high))
             cells[1] = cells[1] or (f"{entry.tokens:,}" if entry else "")
-            cells.append(f"{entry.perplexity:.3f}" if entry else "")
+            cells.append(with_error(entry.perplexity, None, 3) if entry else "")
             if against:
                 shown = entry is not None and entry.kl is not None
                 cells.append(with_error(entry.kl or 0.0, entry.kl_error, 4) if shown and entry else "")
@@ -260,8 +262,7 @@ def _sources(record: EvalRecord) -> Iterator[str]:
     if record.reference:
         yield f"- reference: {record.reference['name']}, {record.reference['arithmetic']}"
     for entry in record.candidates:
-        formats = ", ".join(f"{label} x {count}" for label, count in entry.get("formats", {}).items()) or "16-bit"
-        yield f"- {entry['name']}: {formats}"
+        yield f"- {entry['name']}: {_stored(entry)}"
     yield f"- activations: profile {record.arguments['activations']}"
     for text in record.texts:
         yield f"- {text.name}: SHA-256 {text.sha256}"
@@ -270,6 +271,14 @@ def _sources(record: EvalRecord) -> Iterator[str]:
         yield f"- {context_name(context)}: {size}, digest {context.digest[:16]}"
     yield f"- {record.hardware.get('gpu') or record.hardware['processor']}, torch {record.versions['torch']}, "
     yield f"  transformers {record.versions['transformers']}, snugfit {record.snugfit}; {record.seconds['total']:.0f} s"
+
+
+def _stored(entry: Mapping[str, Any]) -> str:
+    """What a candidate is: formats of its linears and its KV cache, or the server that runs it."""
+    if "url" in entry:
+        return f"{entry['model']} at {entry['url']}, {entry['engine']} {entry['version']}"
+    formats = ", ".join(f"{label} x {count}" for label, count in entry["formats"].items()) or "16-bit"
+    return formats + (f", KV cache {entry['kv_cache']}" if entry["kv_cache"] else "")
 
 
 def with_error(value: float, error: float | None, digits: int) -> str:

@@ -104,8 +104,7 @@ class Server:
             raise ValueError("dense needs the full vocabulary: top=-1")
         if len(row) < 2:
             raise UserError("a row of fewer than two tokens has nothing to predict.", where=self.url)
-        if self.max_model_len is not None and len(row) >= self.max_model_len:
-            self._too_long(len(row))
+        self.check_length(len(row))
         body = {
             "model": self.model,
             "prompt": row,
@@ -116,6 +115,11 @@ class Server:
             "return_token_ids": True,
         }
         return self._ask(body, lambda pieces: read_answer(pieces, row, top=top, dense=dense, where=self.url))
+
+    def check_length(self, length: int) -> None:
+        """UserError where a row of so many tokens does not fit the server."""
+        if self.max_model_len is not None and length >= self.max_model_len:
+            self._too_long(length)
 
     def _ask(self, body: Mapping[str, Any], read: Callable[[Iterator[str]], PromptLogprobs]) -> PromptLogprobs:
         """Post, and again with growing pauses where the connection or the server fails."""
