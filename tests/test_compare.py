@@ -287,7 +287,7 @@ def test_every_context_is_a_row_and_others_are_listed(tmp_path: Path) -> None:
     b = [context(length, base(), model("y", shifted(0.2))) for length in (512, 0, 4096)]
     record = compare_results(write_eval(tmp_path / "a.json", *a), write_eval(tmp_path / "b.json", *b))
     assert [row.context for row in record.losses] == [512, 0]
-    assert "\n| chat | loss |" in record.to_markdown()
+    assert "\n| chat and rows | loss |" in record.to_markdown()
     assert [(lone.name, lone.metric, lone.side) for lone in record.unpaired] == [
         ("2048", "loss", "A"),
         ("4096", "loss", "B"),
@@ -408,11 +408,13 @@ def test_what_has_nothing_in_common_is_refused(tmp_path: Path) -> None:
     tasks = write_tasks(tmp_path / "t.json", task("t", [1.0] * 5))
     others = write_tasks(tmp_path / "u.json", task("u", [1.0] * 5))
     evaluation = write_eval(tmp_path / "e.json", context(512, base(), model("x", SHARED)))
-    for a, b in ((tasks, evaluation), (tasks, others), (tasks, tasks)):
+    for a, b in ((tasks, evaluation), (tasks, others)):
         with pytest.raises(UserError, match="share no task"):
             compare_results(a, b)
+    with pytest.raises(UserError, match="compared with itself"):
+        compare_results(tasks, tasks)
     with pytest.raises(UserError, match="no evaluations on both sides"):
-        compare_results(tasks, tasks, model_a="x")
+        compare_results(tasks, others, model_a="x")
 
 
 def test_figures_of_other_versions_are_refused(tmp_path: Path) -> None:
@@ -544,8 +546,8 @@ TASKS_TABLE = r"""
 | task | metric | A: nvfp4 | B: hybrid\|v_2\_ | A - B | 95 % interval | items | only A / only B right
  | p | p (Holm) | z, unpaired |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| hellaswag | acc | 52.50% | **65.00%** | -12.50 pp | [-18.08, -6.92] | 200 | 5 / 30 | <0.0001 | <0.0001 | -2.55 |
-| lambada | loss | 1.9904 | 2.0178 | -0.0274 | [-0.1826, +0.1277] | 40 |  | 0.7144 | 0.7144 | -0.09 |
+| hellaswag | acc | 52.50% | **65.00%** | -12.50 pp | [-18.08, -6.92] | 200 | 5 / 30 | < 0.001 | < 0.001 | -2.55 |
+| lambada | loss | 1.9904 | 2.0178 | -0.0274 | [-0.1826, +0.1277] | 40 |  | 0.714 | 0.714 | -0.09 |
 
 A minus B, paired on 240 items: McNemar's exact test for accuracies (pp: percentage points), a studentized bootstrap
  over items for other scores and for every interval. **Bold**: the better side, where p < 0.05 after Holm's correction
@@ -556,12 +558,12 @@ LOSSES_TABLE = r"""
  | p | p (Holm) | more tokens |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | 512 | loss | 2.24091 | 2.22727 | +0.01364 | [-0.03863, +0.06590] | 9.4019 | 9.2745 | 1.0137 | 6
- | 0.5477 | 0.5477 | 425 |
+ | 0.548 | 0.548 | 425 |
 |  | KL | 0.12273 | 0.10455 |  |  |  |  |  | 6 |  |  |  |
 
 A minus B in nats a token, paired on 6 chunks: a studentized bootstrap over chunks. **Bold**: the better side, where p <
  0.05 after Holm's correction for 1 test. More tokens: how many would make p < 0.05 four times in five, were the
- difference what it seems.
+ difference what it seems; settled: it is below already.
 
 - 512, KL: a lower bound in one, not in the other; not paired.
 """
@@ -582,6 +584,16 @@ def test_losses_in_markdown(tmp_path: Path) -> None:
     a = model("x", shifted(0.5, 0.25, 0.4), kl=[0.5, 0.4, 0.6, 0.5, 0.5, 0.2], kl_kind="lower bound")
     b = model("y", shifted(0.5, 0.125, 0.45, 0.3), kl=[0.4, 0.4, 0.5, 0.5, 0.4, 0.1])
     assert compare_results(*evals(tmp_path, [a], [b])).to_markdown() == as_written(LOSSES_TABLE)
+
+
+def test_what_is_settled_and_what_does_not_differ(tmp_path: Path) -> None:
+    """A clear difference needs no more tokens and says so; where nothing differs there is no interval of no width."""
+    a = model("x", shifted(2.0, 2.25, 1.875), kl=[0.5] * 6)
+    b = model("y", SHARED, kl=[0.5] * 6)
+    loss, kl = compare_results(*evals(tmp_path, [a], [b])).to_markdown().splitlines()[2:4]
+    assert loss.endswith("| settled |")
+    assert "| no difference |" in kl
+    assert kl.endswith("| 1.000 | 1.000 |  |")
 
 
 def test_names_are_one_line_of_markdown(tmp_path: Path) -> None:

@@ -28,9 +28,17 @@ app = typer.Typer(
 )
 
 
+# options of `eval` that mean nothing to the others
+_NOT_WITH_TASKS = (
+    *("reference", "text", "context", "max_chunks", "max_tokens", "floors", "reference_cache", "continuations"),
+    *("server_top", "server_log", "tokens_per_batch", "force"),
+)
+_OF_SERVERS = ("server_model", "server_top", "server_log")
+
+
 @contextmanager
-def _plain_errors() -> Iterator[None]:
-    """UserError -> one message and exit code 2; Ctrl-C -> exit code 130."""
+def _plain_errors(journal: Path | None = None) -> Iterator[None]:
+    """UserError -> one message and exit code 2; Ctrl-C -> exit code 130. A `journal` keeps a server's answers."""
     try:
         yield
     except UserError as error:
@@ -38,10 +46,28 @@ def _plain_errors() -> Iterator[None]:
         raise typer.Exit(2) from None
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        typer.echo(f"snugfit: {place}{error.strerror or error}. Nothing was written.", err=True)
+        kept = f"{journal} keeps what the server answered" if journal and journal.exists() else "Nothing was written"
+        typer.echo(f"snugfit: {place}{error.strerror or error}. {kept}.", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        typer.echo("snugfit: stopped; nothing was written. Run the same command to start again.", err=True)
+        left = "nothing was written. Run the same command to start again."
+        if journal and journal.exists():
+            left = f"{journal} keeps what the server answered. Run the same command to go on."
+        typer.echo(f"snugfit: stopped; {left}", err=True)
+        raise typer.Exit(130) from None
+
+
+@contextmanager
+def _reporting(output: Path | None) -> Iterator[None]:
+    """The result stands, whatever happens to its report: exit code 1."""
+    what = "its report is not written" if output is None else f"{output} is written and whole; its report is not"
+    try:
+        yield
+    except OSError as error:
+        typer.echo(f"snugfit: {what} ({error.strerror or error}).", err=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo(f"snugfit: stopped; {what}.", err=True)
         raise typer.Exit(130) from None
 
 
@@ -87,7 +113,7 @@ def quantize(
             max_shard_bytes=shard_bytes,
             progress=True,
         )
-    try:  # the result stands, whatever happens to its report
+    with _reporting(output):
         if as_json:
             typer.echo(record.to_json(), nl=False)
             return
@@ -95,13 +121,11 @@ def quantize(
         if record.left_out:
             typer.echo(f"weights in other containers, not copied: {', '.join(record.left_out)}", err=True)
         typer.echo(f"{output}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
-    except OSError as error:
-        typer.echo(f"snugfit: {output} is written and whole; its report is not ({error.strerror}).", err=True)
-        raise typer.Exit(1) from None
 
 
 @app.command(name="eval")
 def eval_(
+    ctx: typer.Context,
     checkpoints: Annotated[list[Path] | None, typer.Argument(help="Model directories to evaluate.")] = None,
     reference: Annotated[
         Path | None, typer.Option(help="The original: a model directory, or a stored reference (.safetensors).")
@@ -134,13 +158,15 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
 ) -> None:
     """Measure what CHECKPOINTS lost against a reference: perplexity and KL by context length, with errors."""
-    with _plain_errors():
-        if output is not None:
-            _check_new(output)
-        if tasks is not None:
-            settings = {"activations": activations, "limit": limit, "device": device}
-            _run_tasks(checkpoints or [], tasks, settings, (server, server_model), output, as_json)
-            return
+    if tasks is not None:
+        with _plain_errors():
+            _check_eval_options(ctx, output)
+        settings = {"activations": activations, "limit": limit, "device": device}
+        _run_tasks(checkpoints or [], tasks, settings, (server, server_model), output, as_json)
+        return
+    journal = None if server is None or output is None else _journal_of(output)
+    with _plain_errors(journal):
+        _check_eval_options(ctx, output)
         from snugfit.evaluate import evaluate, write_results
         from snugfit.report.tables import evaluation_sheets
 
@@ -161,16 +187,20 @@ def eval_(
             tokens_per_batch=tokens_per_batch,
             force=force,
             progress=True,
+            tell=lambda words: typer.echo(words, err=True),
         )
-        if output is not None:
-            write_results(record, output)
-        if asked is not None:
-            asked.journal.unlink(missing_ok=True)  # what it held is in the result
+        plots = [] if output is None else write_results(record, output)
+    with _reporting(output):
+        if journal is not None:
+            journal.unlink(missing_ok=True)  # what it held is in the result
         if as_json:
             typer.echo(record.to_json(), nl=False)
-            return
-        for sheet in evaluation_sheets(record):
-            _print_sheet(sheet)
+        else:
+            for sheet in evaluation_sheets(record):
+                _print_sheet(sheet)
+        if output is not None:
+            counted = "1 plot" if len(plots) == 1 else f"{len(plots)} plots"
+            typer.echo(f"{output}: eval.md, eval.json, eval.csv, {counted}", err=True)
 
 
 @app.command()
@@ -187,12 +217,14 @@ def compare(
     """Say whether A and B differ, item by item and chunk by chunk, with p values that know how many were tried."""
     with _plain_errors():
         from snugfit.compare import compare_results, write_comparison
+        from snugfit.model.shards import check_stageable
 
         if output is not None:
-            _check_new(output)
+            check_stageable(output)
         record = compare_results(a, b, model_a=model_a, model_b=model_b)
         if output is not None:
             write_comparison(record, output)
+    with _reporting(output):
         typer.echo(record.to_json() if as_json else record.to_markdown(), nl=False)
 
 
@@ -232,6 +264,34 @@ def _lengths(text: str) -> list[int]:
     return lengths
 
 
+def _check_eval_options(ctx: typer.Context, output: Path | None) -> None:
+    """UserError for an output that could not be written, and for options that would go unheard."""
+    from snugfit.model.shards import check_stageable
+
+    if output is not None:
+        check_stageable(output)
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if ctx.params["floors"] == "none":
+        given.discard("floors")  # there are none anyway
+    tasks, served = ctx.params["tasks"] is not None, ctx.params["server"] is not None
+    for names, applies, missing in (
+        (_NOT_WITH_TASKS, not tasks, "no part in --tasks"),
+        (("limit",), tasks, "no meaning without --tasks"),
+        (_OF_SERVERS, served, "no meaning without --server"),
+    ):
+        unheard = [f"--{name.replace('_', '-')}" for name in names if name in given]
+        if unheard and not applies:
+            have = "has" if len(unheard) == 1 else "have"
+            remedy = f"Leave {'it' if len(unheard) == 1 else 'them'} out."
+            raise UserError(f"{', '.join(unheard)} {have} {missing}.", remedy=remedy)
+
+
+def _journal_of(output: Path) -> Path:
+    """Where a server's answers are kept until the output is whole."""
+    return output.with_name(output.name + ".journal")
+
+
 def _server_options(
     url: str | None, model: str | None, top: str, log: Path | None, output: Path | None
 ) -> ServerOptions | None:
@@ -244,8 +304,7 @@ def _server_options(
         raise UserError("a server's answers need a place.", where="--server", remedy="Name a new directory with -o.")
     if top != "all" and not (top.isdecimal() and int(top) > 0):
         raise UserError(f"{top!r} is no number of tokens.", where="--server-top", remedy="Write 256, or all.")
-    journal = output.with_name(output.name + ".journal")
-    return ServerOptions(url, journal, model, FULL if top == "all" else int(top), log)
+    return ServerOptions(url, _journal_of(output), model, FULL if top == "all" else int(top), log)
 
 
 def _run_tasks(
@@ -256,28 +315,27 @@ def _run_tasks(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    from snugfit.evaluation.tasks import run_tasks, write_tasks
-    from snugfit.report.tables import task_sheet
+    with _plain_errors():
+        from snugfit.evaluation.tasks import run_tasks, write_tasks
+        from snugfit.report.tables import task_sheet
 
-    if len(checkpoints) != 1:
-        raise UserError(
-            f"tasks are run on one model at a time, not on {len(checkpoints)}.",
-            where="--tasks",
-            remedy="Name one checkpoint (with --server: the directory of its tokenizer), then `snugfit compare`.",
-        )
-    names = [name for name in tasks.replace(" ", "").split(",") if name]
-    run = run_tasks(checkpoints[0], names, server=server[0], server_model=server[1], progress=True, **settings)
-    if output is not None:
-        write_tasks(run, output)
-    if as_json:
-        typer.echo(run.record.to_json(), nl=False)
-        return
-    _print_sheet(task_sheet(run.record))
-
-
-def _check_new(output: Path) -> None:
-    if output.exists() or output.is_symlink():
-        raise UserError("the output exists already.", where=str(output), remedy="Remove it or choose another -o.")
+        if len(checkpoints) != 1:
+            raise UserError(
+                f"tasks are run on one model at a time, not on {len(checkpoints)}.",
+                where="--tasks",
+                remedy="Name one checkpoint (with --server: the directory of its tokenizer), then `snugfit compare`.",
+            )
+        names = [name for name in tasks.replace(" ", "").split(",") if name]
+        run = run_tasks(checkpoints[0], names, server=server[0], server_model=server[1], progress=True, **settings)
+        if output is not None:
+            write_tasks(run, output)
+    with _reporting(output):
+        if as_json:
+            typer.echo(run.record.to_json(), nl=False)
+        else:
+            _print_sheet(task_sheet(run.record))
+        if output is not None:
+            typer.echo(f"{output}: tasks.json, samples.jsonl, lm_eval.json", err=True)
 
 
 def _print_sheet(sheet: Sheet) -> None:

@@ -66,6 +66,8 @@ def compare_results(
     else:
         sides = [(side, found.contexts) for side, found in (("A", a.eval), ("B", b.eval)) if found]
         unpaired += [Unpaired("losses", context_name(c.context), "", side) for side, found in sides for c in found]
+    if not tasks and not losses and same:
+        raise UserError("one result is compared with itself.", where=where, remedy="Name the results of two models.")
     if not tasks and not losses:
         what = "they share no task and no context of two models."
         raise UserError(what, where=where, remedy="Name the results of two models, measured alike.")
@@ -208,6 +210,10 @@ def _pair_figure(context: Context, figure: str, a: Model, b: Model, *, same_base
     bounds = [model.kl_kind == "lower bound" for model in (a, b) if figure == "KL"]
     if any(bounds) and not all(bounds):
         return replace(row, note="a lower bound in one, not in the other; not paired.")
+    remark = "both are lower bounds." if any(bounds) else ""
+    estimates = [side for side, model in (("A", a), ("B", b)) if figure == "KL" and model.kl_kind == "estimate"]
+    if len(estimates) == 1:
+        remark = f"{estimates[0]} is an estimate from a stored reference, the other is exact."
     found = paired_bootstrap(left, right, counts, seed=seed)
     return replace(
         row,
@@ -216,7 +222,7 @@ def _pair_figure(context: Context, figure: str, a: Model, b: Model, *, same_base
         high=found.high,
         p=found.p,
         more_tokens=tokens_to_settle(left, right, counts, p=found.p),
-        note=" ".join(filter(None, [_no_interval(found), "both are lower bounds." if any(bounds) else ""])),
+        note=" ".join(filter(None, [_no_interval(found), remark])),
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,24 @@ import torch
 
 from snugfit import __version__
 from snugfit.engines.profiles import DEFAULT_PROFILE
-from snugfit.errors import UserError
-from snugfit.evaluate_plan import Job, Model, apart, prepare, walked
+from snugfit.evaluate_plan import (
+    METRICS_VERSION,
+    Job,
+    Model,
+    apart,
+    arithmetic,
+    check_options,
+    check_server,
+    floor_chunks,
+    prepare,
+    walked,
+    with_stored,
+)
 from snugfit.evaluation import figures, reference, texts
 from snugfit.evaluation.continuations import continue_greedily, worst_places
 from snugfit.evaluation.measure import Entry, TokenFigures, measure, steps
 from snugfit.evaluation.served import Served, ServerOptions, ask_server
-from snugfit.evaluation.subject import Subject, open_subject
+from snugfit.evaluation.subject import open_subject
 from snugfit.machine import (
     Clock,
     free_bytes,
@@ -36,14 +46,11 @@ from snugfit.records import ContextFigures, EvalRecord, Floor, ModelFigures
 from snugfit.report import plots, tables
 from snugfit.serving.answers import FULL
 
-METRICS_VERSION = 1
 DEFAULT_CONTEXTS = (2048,)
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}
 BYTES_A_VALUE = 24  # of a layer's widest activations in flight: several of them in 16 bits, slices of them in fp32
 DEFAULT_CONTINUATIONS = 5
-FLOORS = ("reference", "all", "none")
 BEFORE = 24  # tokens shown before a continuation
-FLOOR_SHARE = 8  # one chunk in so many is run again under other arithmetic
 # the next wider arithmetic: as valid, rounded elsewhere
 OTHER_ARITHMETIC = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
 
@@ -65,6 +72,7 @@ def evaluate(
     tokens_per_batch: int | None = None,
     force: bool = False,
     progress: bool = False,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> EvalRecord:
     """Perplexity of every candidate at every context length and, with a reference, KL and agreement against it.
 
@@ -73,16 +81,16 @@ def evaluate(
     engine profile for all models; `floors`: "reference", "all" or "none", who is run a second time in wider arithmetic,
     on one chunk in eight. In chat logs both models continue from the `continuations` places where a candidate is
     farthest from its reference. A `server` is one more candidate, after the others. `force` lets contexts exceed the
-    model's positions. Raises UserError for bad input.
+    model's positions. `tell` hears in words what becomes of a stored reference. Raises UserError for bad input.
     """
     clock = Clock()
     place = pick_device(device)
-    _check_options(floors, tokens_per_batch)
+    check_options(floors, tokens_per_batch, continuations, reference_cache, reference_model)
+    check_server(server, reference_model)
     with clock("prepare"):
         cut = {"max_chunks": max_chunks, "max_tokens": max_tokens}
-        _check_server(server, reference_model)
         job = prepare(candidates, reference_model, text, contexts, cut, activations, force=force)
-        job, store = _with_stored(job, reference_cache, floors, served=server is not None)
+        job, store = with_stored(job, reference_cache, floors, served=server is not None, tell=tell)
     batch = tokens_per_batch or _tokens_that_fit(job, place)
     if server is not None:
         with clock("ask"), progress_bar(progress, len(job.rows), "asking the server") as tick:
@@ -108,7 +116,7 @@ def evaluate(
         results = figures.with_holm(list(_results(job, entries, owners, found)))
         if collector is not None and store is not None and isinstance(job.base, Model) and not store[0].exists():
             kept = {c.context: c.models[0].floor for c in results if c.models[0].floor is not None}
-            reference.save_reference(*store, _describe(job.base), collector, kept)
+            tell(reference.try_to_save(*store, _describe(job.base), collector, kept))
     with clock("continue"):
         chat = _chat(job, entries, found, continuations, place)
     return EvalRecord(
@@ -136,65 +144,13 @@ def evaluate(
     )
 
 
-def write_results(record: EvalRecord, directory: str | Path) -> None:
-    """eval.json, eval.csv, eval.md and the plots in a new directory, whole or not at all."""
+def write_results(record: EvalRecord, directory: str | Path) -> list[str]:
+    """eval.json, eval.csv, eval.md and the plots in a new directory, whole or not at all; the names of the plots."""
     with staged(Path(directory)) as folder:
         (folder / "eval.json").write_text(record.to_json(), encoding="utf-8")
         (folder / "eval.csv").write_text(tables.to_csv(record), encoding="utf-8")
         (folder / "eval.md").write_text(tables.to_markdown(record), encoding="utf-8")
-        plots.write_plots(record, folder)
-
-
-def _check_server(server: ServerOptions | None, base: str | Path | None) -> None:
-    if server is not None and (base is None or not Path(base).is_dir()):
-        raise UserError(
-            "a server is compared with the original model.",
-            where="--server",
-            remedy="Give its directory as --reference: its tokenizer cuts the texts, too.",
-        )
-
-
-def _check_options(floors: str, tokens_per_batch: int | None) -> None:
-    if floors not in FLOORS:
-        raise UserError(f"unknown noise floor {floors!r}.", where="--floors", remedy=f"Known: {', '.join(FLOORS)}.")
-    if tokens_per_batch is not None and tokens_per_batch < 1:
-        raise UserError(f"{tokens_per_batch} tokens a batch are none.", remedy="Give --tokens-per-batch 1 at least.")
-
-
-def _with_stored(
-    job: Job, folder: str | Path | None, floors: str, *, served: bool
-) -> tuple[Job, tuple[Path, Mapping[str, Any]] | None]:
-    """The job with its reference taken from the cache where it is there; else the path and key to store it under."""
-    if folder is None:
-        return job, None
-    if not isinstance(job.base, Model):
-        raise UserError(
-            "there is no reference to store.", where="--reference-cache", remedy="Name the original with --reference."
-        )
-    subject = job.base.subject
-    key = reference.reference_key(
-        subject.checkpoint,
-        digests=[group.digest for group in job.groups],
-        activations=subject.activations if subject.formats or subject.kv else "any",
-        arithmetic=f"{_arithmetic(subject)} {METRICS_VERSION}",
-        floor_chunks=[0 if floors == "none" else len(_floor_chunks(group)) for group in job.groups],
-        vocabulary=subject.vocabulary,
-    )
-    path = reference.stored_path(Path(folder), key)
-    if not path.exists() or served:  # a server's few tokens have no divergence from a stored reference's
-        return job, (path, key)
-    return replace(job, base=reference.load_reference(path)), None
-
-
-def _arithmetic(subject: Subject) -> str:
-    return str(subject.arithmetic).removeprefix("torch.")
-
-
-def _floor_chunks(group: texts.Chunks) -> list[int]:
-    """One chunk in so many, two at least, evenly spread over the texts."""
-    total = len(group.rows)
-    count = min(total, max(2, math.ceil(total / FLOOR_SHARE)))
-    return [place * total // count for place in range(count)]
+        return plots.write_plots(record, folder)
 
 
 def _tokens_that_fit(job: Job, device: torch.device) -> int:
@@ -237,7 +193,7 @@ def _entries(job: Job, floors: str, device: torch.device) -> tuple[list[Entry], 
 def _floor_rows(job: Job) -> Iterator[int]:
     first = 0
     for group in job.groups:
-        yield from (first + chunk for chunk in _floor_chunks(group))
+        yield from (first + chunk for chunk in floor_chunks(group))
         first += len(group.rows)
 
 
@@ -285,7 +241,7 @@ def _floors(
         subject = entries[index].subject
         if owner < 0 or subject is None:
             continue
-        floor = figures.floor_figures(found[index], group, _floor_chunks(chunks), _arithmetic(subject))
+        floor = figures.floor_figures(found[index], group, floor_chunks(chunks), arithmetic(subject))
         if floor is not None:
             floors[owner] = floor
     return floors
@@ -354,7 +310,7 @@ def _describe(model: Model | Served | reference.Reference) -> dict[str, Any]:
         "name": model.name,
         "header_digest": header_digest(subject.checkpoint),
         "bytes": sum(tensor.bytes for tensor in subject.checkpoint.tensors.values()),
-        "arithmetic": _arithmetic(subject),
+        "arithmetic": arithmetic(subject),
         "formats": labels,
         "kv_cache": subject.kv,
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +14,15 @@ from numpy.typing import NDArray
 from snugfit.errors import UserError
 from snugfit.evaluation import reference, texts
 from snugfit.evaluation.measure import scored_places
-from snugfit.evaluation.served import Served
+from snugfit.evaluation.served import Served, ServerOptions
 from snugfit.evaluation.subject import Subject, open_subject
+from snugfit.model.shards import check_folder
 from snugfit.records import TextRecord
+
+METRICS_VERSION = 1
+FLOORS = ("reference", "all", "none")
+FLOOR_SHARE = 8  # one chunk in so many is run again under other arithmetic
+OTHER_CACHE = "Choose another folder as --reference-cache."
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,15 @@ def prepare(
         known = Model(apart(Path(base).resolve().name, names), open_subject(base, activations=activations))
         home = Path(base)
     tokenizer = texts.Tokenizer(home)
-    groups, records = texts.read_chunks(tokenizer, files, contexts, **cut)
+    vocabulary = _one_vocabulary(known, models)
+    groups, records = texts.read_chunks(tokenizer, files, contexts, **cut, vocabulary=vocabulary)
     job = Job(known, models, tokenizer, tuple(groups), tuple(records))
-    sample = texts.sample_text(files)
-    for path in candidates:
+    sample = texts.sample_text(files) if tokenizer.used else ""  # rows of token ids need no tokenizer
+    for path in candidates if tokenizer.used else ():
         texts.check_tokenizer(tokenizer, Path(path), sample)
-    _check_vocabulary(job)
+    for group in groups:
+        for row, source in zip(group.rows, group.sources, strict=True):
+            texts.check_ids(row, source, vocabulary)
     _check_positions(job, force=force)
     if isinstance(known, reference.Reference):
         _check_stored(known, job, Path(str(base)))
@@ -105,50 +116,50 @@ def apart(name: str, others: Sequence[str]) -> str:
     return f"{name} (reference)" if name in others else name
 
 
-def _check_vocabulary(job: Job) -> None:
-    sizes = {model.name: model.subject.vocabulary for model in walked(job)}
-    if len(set(sizes.values())) > 1:
-        pairs = ", ".join(f"{name} {size}" for name, size in sizes.items())
+def _one_vocabulary(known: Model | reference.Reference | None, candidates: Sequence[Model]) -> int:
+    """The size of all models' vocabularies; UserError where they differ."""
+    sizes = [(model.name, model.subject.vocabulary) for model in candidates]
+    if isinstance(known, Model):
+        sizes.insert(0, (known.name, known.subject.vocabulary))
+    elif known is not None:
+        sizes.insert(0, ("the stored reference", int(known.key["vocabulary"])))
+    if len({size for _, size in sizes}) > 1:
+        pairs = ", ".join(f"{name} {size}" for name, size in sizes)
         raise UserError(
             f"vocabularies differ: {pairs}.", remedy="KL compares tokens: evaluate checkpoints of one model."
         )
-    limit = next(iter(sizes.values()))
-    highest = max((max(row) for row in job.rows), default=0)
-    if highest >= limit:
-        raise UserError(
-            f"token id {highest} is beyond the model's vocabulary of {limit}.",
-            remedy="Tokenize with this model's tokenizer.",
-        )
+    return sizes[0][1]
 
 
 def _check_positions(job: Job, *, force: bool) -> None:
-    longest = max(len(row) for row in job.rows)
+    lengths = [(len(row), n, group) for group in job.groups for n, row in enumerate(group.rows)]
+    longest, place, group = max(lengths, key=lambda found: found[0])
     for model in walked(job):
-        config = model.subject.skeleton.model.config
-        positions = getattr(config, "max_position_embeddings", None)
-        if isinstance(positions, int) and longest > positions and not force:
-            raise UserError(
-                f"{longest} tokens are beyond the model's {positions} positions.",
-                where=str(model.subject.checkpoint.path / "config.json"),
-                remedy="Give shorter contexts, or --force to see what happens there.",
-            )
+        positions = getattr(model.subject.skeleton.model.config, "max_position_embeddings", None)
+        if force or not isinstance(positions, int) or longest <= positions:
+            continue
+        what, config = f"{longest} tokens are beyond the model's {positions} positions", "config.json"
+        where = str(model.subject.checkpoint.path / config)
+        remedy = "Give shorter contexts, or --force to see what happens there."
+        if group.context == texts.CHAT:
+            what, where = f"{what} ({where})", group.sources[place]
+            remedy = "Shorten this row, or give --force to see what happens there."
+        raise UserError(f"{what}.", where=where, remedy=remedy)
 
 
 def _check_stored(known: reference.Reference, job: Job, where: Path) -> None:
-    digests = [group.digest for group in job.groups]
-    vocabulary = next((model.subject.vocabulary for model in job.candidates), None)
-    if vocabulary is not None and known.key.get("vocabulary") != vocabulary:
-        raise UserError(
-            f"it was stored over a vocabulary of {known.key.get('vocabulary')}, the candidates have {vocabulary}.",
-            where=str(where),
-            remedy="KL compares tokens: evaluate checkpoints of one model.",
-        )
-    if known.key.get("texts") != digests:
+    if known.key.get("texts") != [group.digest for group in job.groups]:
         raise UserError(
             "this reference was stored for other texts, contexts or a tokenizer that cuts them otherwise.",
             where=str(where),
             remedy="Give the same --text, --context and --max-chunks, or a model directory as --reference.",
         )
+    _check_rows(known, job, where, "Give a model directory as --reference.")
+
+
+def _check_rows(known: reference.Reference, job: Job, where: Path, remedy: str) -> None:
+    if np.diff(known.offsets).tolist() != [len(places) for places in job.places]:
+        raise UserError("not a stored reference (its rows have other lengths).", where=str(where), remedy=remedy)
 
 
 def walked(job: Job) -> Iterator[Model]:
@@ -156,3 +167,78 @@ def walked(job: Job) -> Iterator[Model]:
     if isinstance(job.base, Model):
         yield job.base
     yield from job.candidates
+
+
+def check_options(
+    floors: str,
+    tokens_per_batch: int | None,
+    continuations: int,
+    cache: str | Path | None,
+    base: str | Path | None,
+) -> None:
+    """UserError for settings that mean nothing, or do not go together; nothing is read."""
+    if floors not in FLOORS:
+        raise UserError(f"unknown noise floor {floors!r}.", where="--floors", remedy=f"Known: {', '.join(FLOORS)}.")
+    if tokens_per_batch is not None and tokens_per_batch < 1:
+        raise UserError(f"{tokens_per_batch} tokens a batch are none.", remedy="Give --tokens-per-batch 1 at least.")
+    if continuations < 0:
+        raise UserError(f"{continuations} places are none.", where="--continuations", remedy="Give 0 for none.")
+    if cache is None:
+        return
+    if base is None:
+        remedy = "Name the original with --reference."
+        raise UserError("there is no reference to store.", where="--reference-cache", remedy=remedy)
+    if Path(base).is_file():
+        remedy = "Leave --reference-cache out, or give the original's directory as --reference."
+        raise UserError(f"{base} is stored already.", where="--reference-cache", remedy=remedy)
+    if not Path(cache).is_dir():
+        check_folder(Path(cache), remedy=OTHER_CACHE)
+
+
+def check_server(server: ServerOptions | None, base: str | Path | None) -> None:
+    """UserError where the server's answers have nothing to be compared with."""
+    if server is not None and (base is None or not Path(base).is_dir()):
+        raise UserError(
+            "a server is compared with the original model.",
+            where="--server",
+            remedy="Give its directory as --reference: its tokenizer cuts the texts, too.",
+        )
+
+
+def with_stored(
+    job: Job, folder: str | Path | None, floors: str, *, served: bool, tell: Callable[[str], None]
+) -> tuple[Job, tuple[Path, Mapping[str, Any]] | None]:
+    """The job with its reference taken from the cache where it is there; else the path and key to store it under."""
+    if folder is None or not isinstance(job.base, Model):
+        return job, None
+    subject = job.base.subject
+    key = reference.reference_key(
+        subject.checkpoint,
+        digests=[group.digest for group in job.groups],
+        activations=subject.activations if subject.formats or subject.kv else "any",
+        arithmetic=f"{arithmetic(subject)} {METRICS_VERSION}",
+        floor_chunks=[0 if floors == "none" else len(floor_chunks(group)) for group in job.groups],
+        vocabulary=subject.vocabulary,
+    )
+    path = reference.stored_path(Path(folder), key)
+    if not path.exists():
+        check_folder(Path(folder), remedy=OTHER_CACHE)
+        return job, (path, key)
+    if served:  # a server's few tokens have no divergence from a stored reference's
+        return job, None
+    known = reference.load_reference(path, remedy="Remove it: it is made again.")
+    _check_rows(known, job, path, "Remove it: it is made again.")
+    tell(f"{path}: the reference's predictions are taken from here")
+    return replace(job, base=known), None
+
+
+def arithmetic(subject: Subject) -> str:
+    """What a model computes in, by its short name."""
+    return str(subject.arithmetic).removeprefix("torch.")
+
+
+def floor_chunks(group: texts.Chunks) -> list[int]:
+    """One chunk in so many, two at least, evenly spread over the texts."""
+    total = len(group.rows)
+    count = min(total, max(2, math.ceil(total / FLOOR_SHARE)))
+    return [place * total // count for place in range(count)]

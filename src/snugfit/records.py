@@ -166,6 +166,8 @@ class ModelFigures:
     "lower bound" (from a server's top tokens). `same_top` is the share of tokens whose most likely token is the
     reference's; `rms_change` the root mean square change of the true token's probability. `nonfinite` tokens had NaN or
     infinite logits and are left out of every figure of this model. An estimate's quantiles are of its lower bound.
+    `loss_change` is this model's loss minus the reference's, nats a token, its error of the paired differences; None
+    for the reference, and where either has tokens left out.
     """
 
     name: str
@@ -184,6 +186,8 @@ class ModelFigures:
     same_top_error: float | None = None
     rms_change: float | None = None
     floor: Floor | None = None
+    loss_change: float | None = None
+    loss_change_error: float | None = None
 
 
 @dataclass(frozen=True)

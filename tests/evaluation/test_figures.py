@@ -132,6 +132,34 @@ def test_quantiles_of_an_estimate_are_of_its_bound() -> None:
     assert (result.mean, result.standard_error, result.by_chunk) == (exact.mean, exact.standard_error, exact.by_chunk)
 
 
+def test_the_change_of_loss_is_paired() -> None:
+    """Its error is of the chunks' differences: what all models find hard in a chunk does not count."""
+    base, group = tokens([1, 2, 8, 9, 10, 3], confidence=[0.5] * 6), group_of(2, 3, 1)
+    kl = [0.0] * 6
+    found = tokens([1.5, 2, 8.25, 9.25, 10.5, 3.75], kl=kl, reverse=kl, same_top=kl, change=kl)
+    result = model_figures("q", found, group, reference=base)
+    assert result.loss_change == pytest.approx(2.25 / 6)
+    assert result.loss_change_error == pytest.approx(ratio_error([0.5, 1, 0.75], [2, 3, 1]))
+    same = model_figures("q", replace(found, loss=base.loss), group, reference=base)
+    assert (same.loss_change, same.loss_change_error) == (0, 0)
+    one = model_figures("q", found, group_of(6), reference=base)
+    assert one.loss_change == pytest.approx(2.25 / 6)
+    assert one.loss_change_error is None
+
+
+@pytest.mark.parametrize("side", ["candidate", "reference", "neither"])
+def test_a_change_of_loss_is_of_the_same_tokens(side: str) -> None:
+    """The reference has none; where a token was left out on either side, in this group, there is none either."""
+    base, found = random_tokens(20), random_tokens(20, 1)
+    if side != "neither":
+        (base if side == "reference" else found).finite[12] = False
+    there, elsewhere = group_of(10, first=10), group_of(5, 5)
+    assert (model_figures("q", found, there, reference=base).loss_change is None) == (side != "neither")
+    assert model_figures("q", found, elsewhere, reference=base).loss_change is not None
+    alone = model_figures("p", base, elsewhere, reference=None)
+    assert (alone.loss_change, alone.loss_change_error) == (None, None)
+
+
 def test_the_reference_has_no_divergence() -> None:
     """What is compared with nothing has losses and bins by its own confidence, and nothing else."""
     found = model_figures("p", random_tokens(40), group_of(20, 20), reference=None)
@@ -242,7 +270,7 @@ def test_tokens_that_are_not_finite_are_left_out() -> None:
     rest = TokenFigures(finite=np.ones(finite.sum(), bool), **{name: getattr(whole, name)[finite] for name in FIELDS})
     counts = [int(part.sum()) for part in np.split(finite, 3)]
     expected = model_figures("q", rest, Group(counts, group.positions[finite], 0), reference=rest, kl_kind="estimate")
-    assert result == replace(expected, nonfinite=int((~finite).sum()))
+    assert result == replace(expected, nonfinite=int((~finite).sum()), loss_change=None, loss_change_error=None)
     assert result.tokens_by_chunk == tuple(counts)
 
 
@@ -406,6 +434,8 @@ def candidate(name: str, **given: Any) -> ModelFigures:
         "same_top": 0.875,
         "same_top_error": 0.01,
         "rms_change": 0.0123,
+        "loss_change": 0.03125,
+        "loss_change_error": 0.0025,
         "by_position": bins,
         "by_confidence": (Bin(0.0, 0.1, 3, 9.0, None, 0.75, 0.5), Bin(0.99, 1.0, 5, 6.0, None, 0.25, None)),
     }
@@ -466,11 +496,11 @@ def rows_of(sheet: Sheet) -> list[dict[str, str]]:
 
 def test_the_table_of_figures(record: EvalRecord) -> None:
     """Estimates have a ~, bounds a >=, floors are the reference's and the candidate's own, NaN is a dash."""
-    sheet = evaluation_sheets(record)[0]
+    sheet = all_sheets(record)[0]
     base, plain, small, again, served, bad = rows_of(sheet)
     assert base == dict.fromkeys(sheet.headings, "") | {
         "context": "1,024 tokens",
-        "model": "base",
+        "model": "base (reference)",
         "tokens": "1,234",
         "perplexity": "7.250 +- 0.500",
     }
@@ -478,6 +508,7 @@ def test_the_table_of_figures(record: EvalRecord) -> None:
         "model": "plain",
         "KL": "0.1250 +- 0.0625",
         "floor": "0.0012",
+        "loss - reference": "+0.0312 +- 0.0025",
         "median": "0.0300",
         "p99": "0.3000",
         "p99.9": "0.4000",
@@ -486,16 +517,66 @@ def test_the_table_of_figures(record: EvalRecord) -> None:
         "same top": "87.50%",
         "RMS dp": "0.0123",
     }
-    assert small == plain | {"model": "small", "KL": "~0.1250 +- 0.0625", "floor": "0.0012 / 0.0034"}
+    marked = {name: f">= {plain[name]}" for name in ("median", "p99", "p99.9", "max", "reverse KL")}
+    assert small == plain | marked | {"model": "small", "KL": "~0.1250 +- 0.0625", "floor": "0.0012 / 0.0034"}
     assert again == base | {"context": "4,096 tokens"}
     assert (served["model"], served["KL"], served["perplexity"]) == ("m|n (served)", ">= 0.1250 +- 0.0625", "7.250")
     assert (bad["perplexity"], bad["KL"], bad["floor"], bad["not finite"]) == ("-", "", "", "17")
 
 
+def test_a_terminal_shows_the_main_figures(record: EvalRecord) -> None:
+    """Few columns, with the cells of the report; no column that is empty throughout."""
+    sheet, pairs = evaluation_sheets(record)
+    assert sheet.headings == ("context", "model", "perplexity", "KL", "floor", "same top", "not finite")
+    wide = rows_of(all_sheets(record)[0])
+    for narrow, full in zip(rows_of(sheet), wide, strict=True):
+        assert narrow == {name: full[name] for name in sheet.headings} | {"context": full["context"].split()[0]}
+    assert pairs.headings == ("context", "A", "B", "figure", "A - B", "p (Holm)")
+    assert [row["p (Holm)"] for row in rows_of(pairs)] == ["< 0.001", "0.080", "too few chunks"]
+    (bare,) = evaluation_sheets(record_of((0, [model("base"), candidate("plain")], ())))
+    assert bare.headings == ("context", "model", "perplexity", "KL", "same top")
+    assert bare.rows[0][0] == "chat and rows"
+    assert "RMS dp" not in bare.note
+
+
+def test_without_a_reference_there_is_perplexity() -> None:
+    """No empty columns, nobody is marked, and the note says what is missing."""
+    alone = record_of((1024, [model("a"), model("b")], ()), reference=None)
+    for sheet in (evaluation_sheets(alone)[0], all_sheets(alone)[0]):
+        assert sheet.title == "Perplexity"
+        assert set(sheet.headings) <= {"context", "model", "tokens", "perplexity", "not finite"}
+        assert [row["model"] for row in rows_of(sheet)] == ["a", "b"]
+        assert "Name the original with --reference to see KL." in sheet.note
+        assert "RMS dp" not in sheet.note
+
+
+def test_one_in_a_thousand_wants_a_thousand() -> None:
+    """Of fewer tokens p99.9 is drawn towards the largest: no table shows it."""
+    small = record_of((64, [model("base"), candidate("few", tokens_by_chunk=(600, 399)), candidate("many")], ()))
+    _, few, many = rows_of(all_sheets(small)[0])
+    assert (few["p99.9"], few["p99"], many["p99.9"]) == ("", "0.3000", "0.4000")
+    _, in_csv, _ = csv.DictReader(io.StringIO(to_csv(small)))
+    assert (in_csv["kl_p999"], in_csv["kl_p99"]) == ("", "0.3")
+
+
+@pytest.mark.parametrize(
+    ("limit", "lengths", "told"), [(6, (64, 128), True), (6, (64, 0), False), (None, (64, 128), False)]
+)
+def test_lengths_of_other_text_say_so(limit: int | None, lengths: tuple[int, ...], *, told: bool) -> None:
+    """--max-chunks gives each length its own text, which matters from two lengths on."""
+    cut = record_of(
+        *((length, [model("base"), candidate("a")], ()) for length in lengths),
+        arguments={"activations": "none", "max_chunks": limit},
+    )
+    for sheets in (evaluation_sheets(cut), all_sheets(cut)):
+        assert ("Each length has other text: --max-tokens compares" in sheets[0].note) == told
+
+
 def test_notes_explain_what_is_there_and_nothing_else(record: EvalRecord) -> None:
     """Floors, ~, >= and tokens left out are each explained where they occur, and only there."""
     marks = ("Floor:", "~:", ">=:", "NaN or infinite")
-    note = evaluation_sheets(record)[0].note
+    note = all_sheets(record)[0].note
+    assert "root mean square change of the true token's probability" in note
     assert all(mark in note for mark in marks)
     assert "4.5e-04" in note
     plainly = evaluation_sheets(record_of((1024, [model("base"), candidate("plain")], ())))[0].note
@@ -505,7 +586,7 @@ def test_notes_explain_what_is_there_and_nothing_else(record: EvalRecord) -> Non
 
 def test_the_table_of_pairs(record: EvalRecord) -> None:
     """Bold is what is significant after Holm, what is settled says so, and too few chunks have no interval and p."""
-    figures, pairs = evaluation_sheets(record)
+    figures, _, pairs, *_ = all_sheets(record)
     assert figures.title == "Loss against the reference"
     loss, kl, few = rows_of(pairs)
     assert loss == {
@@ -526,6 +607,7 @@ def test_the_table_of_pairs(record: EvalRecord) -> None:
         "0.080",
         "123,456",
     )
+    assert kl["figure"] == "KL"
     assert (few["95 % interval"], few["p"], few["p (Holm)"], few["more tokens to settle"]) == (
         "",
         "too few chunks",
@@ -535,13 +617,27 @@ def test_the_table_of_pairs(record: EvalRecord) -> None:
     assert len(evaluation_sheets(record_of((1024, [model("base"), candidate("plain")], ())))) == 1
 
 
+def test_pairs_that_cannot_be_told_apart() -> None:
+    """Without a p no tokens are asked for; where nothing differs that is said instead of an interval of no width."""
+    pairs = (
+        PairFigures("a", "b", "loss", 0.0, 0.0, 0.0, 1.0, 12, None, 1.0),
+        PairFigures("a", "b", "kl", 0.5, None, None, None, 4, 777),
+        PairFigures("a", "c", "kl", 0.5, None, None, None, 12, None),
+    )
+    found = record_of((64, [model("base"), candidate("a"), candidate("b")], pairs))
+    same, few, equal = rows_of(all_sheets(found)[1])
+    assert (same["A - B"], same["95 % interval"], same["more tokens to settle"]) == ("+0.0000", "no difference", "")
+    assert (few["p"], few["more tokens to settle"]) == ("too few chunks", "")
+    assert equal["p"] == "no spread"
+
+
 def markdown_tables(text: str) -> dict[str, list[list[str]]]:
     """Tables by title, a list of cells a line, the headings first."""
     found: dict[str, list[list[str]]] = {}
     title = ""
     for line in text.splitlines():
-        if line.startswith("### "):
-            title = line.removeprefix("### ")
+        if line.startswith("## "):
+            title = line.removeprefix("## ")
         elif line.startswith("| "):
             cells = line.replace("\\|", "\0").strip("| ").split(" | ")
             found.setdefault(title, []).append([cell.strip("| ").replace("\0", "|") for cell in cells])
@@ -614,10 +710,11 @@ def test_the_csv(record: EvalRecord) -> None:
     base, plain, small, _, served, bad = csv.DictReader(io.StringIO(to_csv(record)))
     assert {key for key, value in base.items() if not value} == {
         *("kl", "kl_error", "kl_kind", "kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_p999", "kl_max"),
-        *("reverse_kl", "same_top", "rms_change"),
+        *("reverse_kl", "same_top", "rms_change", "loss_change", "loss_change_error"),
     }
     assert (base["context"], base["model"], base["tokens"], base["floor_kl"]) == ("1024", "base", "1234", "0.0012")
     assert (plain["kl"], plain["kl_error"], plain["kl_p999"], plain["kl_max"]) == ("0.125", "0.0625", "0.4", "0.5")
+    assert (plain["loss_change"], plain["loss_change_error"]) == ("0.03125", "0.0025")
     assert (plain["reverse_kl"], plain["same_top"], plain["floor_kl"]) == ("0.25", "0.875", "")
     assert (small["kl_kind"], small["floor_kl"], small["floor_tokens"]) == ("estimate", "0.0034", "300")
     assert (served["model"], served["kl_kind"], served["perplexity_error"]) == ("m|n (served)", "lower bound", "")
@@ -646,21 +743,64 @@ def test_plots_are_images_and_always_the_same(record: EvalRecord, tmp_path: Path
     assert "<!-- plain -->" in comments
     assert "<!-- noise floor of the reference -->" in comments
     assert "<!-- noise floor of small -->" in comments
+    losses = (once / "perplexity-by-context.svg").read_text()
+    assert "<!-- base (reference) -->" in losses
+    assert "<!-- 2 chunks, 1,234 tokens a length" in losses
+    assert "bands: one standard error over chunks" in losses
 
 
 @pytest.mark.parametrize(
     ("contexts", "expected"),
     [
-        ([(1024, [model("a"), model("b")], ())], []),
-        ([(1024, [model("a")], ()), (2048, [model("a")], ())], ["perplexity-by-context"]),
+        ([(1024, [model("a"), model("b")], ())], ["perplexity-by-position"]),
+        (
+            [(1024, [model("a")], ()), (2048, [model("a")], ())],
+            ["perplexity-by-context", "perplexity-by-position"],
+        ),
+        ([(0, [model("a")], ())], ["perplexity-by-position-chat"]),
+        ([(1024, [model("a", by_position=())], ())], []),
         ([(1024, [model("base"), candidate("a")], ())], ["kl-by-position"]),
-        ([(1024, [model("base"), candidate("a")], ()), (0, [model("base"), candidate("a")], ())], ["kl-by-position"]),
+        (
+            [(1024, [model("base"), candidate("a")], ()), (0, [model("base"), candidate("a")], ())],
+            ["kl-by-position", "kl-by-position-chat"],
+        ),
     ],
 )
 def test_what_there_is_to_plot(
     tmp_path: Path, contexts: list[tuple[int, list[ModelFigures], tuple[PairFigures, ...]]], expected: list[str]
 ) -> None:
-    """By context from two lengths of text on, KL only with a reference."""
+    """By context from two lengths of text on, KL only with a reference; by position the longest text, and chat."""
     written = write_plots(record_of(*contexts), tmp_path)
     assert written == [f"{name}.{ending}" for name in expected for ending in ("png", "svg")]
     assert {file.name for file in tmp_path.iterdir()} == set(written)
+
+
+def test_without_a_reference_nobody_is_black(tmp_path: Path) -> None:
+    """Black is the reference's colour; without one the first candidate has a candidate's."""
+    models = [model("a"), model("b")]
+    drawn = {}
+    for name, reference in (("with", {"name": "a", "arithmetic": "float32"}), ("without", None)):
+        (tmp_path / name).mkdir()
+        write_plots(record_of((1024, models, ()), (2048, models, ()), reference=reference), tmp_path / name)
+        drawn[name] = (tmp_path / name / "perplexity-by-context.svg").read_text()
+    assert "#0072b2" in drawn["without"]
+    assert "#d55e00" in drawn["without"]
+    assert "#d55e00" not in drawn["with"]
+    assert "<!-- a (reference) -->" in drawn["with"]
+    assert "(reference)" not in drawn["without"]
+
+
+@pytest.mark.parametrize("height", [0.0005, 0.1, -0.1])
+def test_floors_are_drawn_wherever_they_are(tmp_path: Path, height: float) -> None:
+    """Far below the lines, among them, or (of an estimate) below zero, where there is no logarithm."""
+    base = model("base", floor=replace(FLOOR, kl=height))
+    write_plots(record_of((1024, [base, candidate("a")], ()), (2048, [base, candidate("a")], ())), tmp_path)
+    assert "<!-- noise floor of the reference -->" in (tmp_path / "kl-by-context.svg").read_text()
+
+
+def test_figures_of_any_size_are_drawn(tmp_path: Path) -> None:
+    """Infinite, enormous and negative values, and names that matplotlib would read otherwise, stop no plot."""
+    estimate = candidate("$x_1$ {", kl=replace(spread(candidate("")), mean=-0.01), kl_kind="estimate")
+    models = [model("_base"), estimate, candidate("b", perplexity=math.inf), candidate("c", perplexity=1e12)]
+    written = write_plots(record_of((1024, models, ()), (2048, models, ())), tmp_path)
+    assert len(written) == 6

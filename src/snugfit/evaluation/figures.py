@@ -63,7 +63,8 @@ def model_figures(
     compared = reference is not None
     value = _exp(mean)
     settled: dict[str, float | None] = {}
-    if compared:
+    if reference is not None:
+        settled["loss_change"], settled["loss_change_error"] = _loss_change(group, part, reference)
         settled["same_top"], settled["same_top_error"] = group.mean(part["same_top"], finite)
         settled["rms_change"] = math.sqrt(group.mean(part["change"] ** 2, finite)[0])
     return ModelFigures(
@@ -174,6 +175,16 @@ def _spread(group: Group, values: NDArray[np.float64], finite: Mask, by_token: N
     sums, _ = group.sums(values, finite)
     median, p90, p95, p99, p999 = (float(value) for value in np.quantile(by_token[finite], QUANTILES))
     return Spread(mean, error, median, p90, p95, p99, p999, float(by_token[finite].max()), tuple(sums))
+
+
+def _loss_change(
+    group: Group, part: Mapping[str, NDArray[np.float64]], reference: TokenFigures
+) -> tuple[float | None, float | None]:
+    """Loss minus the reference's and its error, paired over chunks; None where either has tokens left out."""
+    shared = part["finite"].astype(bool) & reference.finite[group.where]
+    if not shared.size or not shared.all():
+        return None, None
+    return group.mean(part["loss"] - reference.loss[group.where].astype(np.float64), shared)
 
 
 def _sampling_error(variance: NDArray[np.float64], finite: Mask) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
@@ -157,28 +159,76 @@ def save_reference(
     kept = {str(context): asdict(floor) for context, floor in floors.items()}
     metadata = {name: json.dumps(value) for name, value in (("key", key), ("model", description), ("floors", kept))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file({**found.arrays, "offsets": found.offsets}, partial, metadata=metadata)
-    partial.rename(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        partial.unlink(missing_ok=True)
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it; safetensors lets nobody else read
+        save_file({**found.arrays, "offsets": found.offsets}, partial, metadata=metadata)
+        partial.chmod(mode)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
-def load_reference(path: Path) -> Reference:
-    """A stored reference; UserError for a file that is none, or of another version."""
+def try_to_save(
+    path: Path,
+    key: Mapping[str, Any],
+    description: Mapping[str, Any],
+    found: Collector,
+    floors: Mapping[int, Floor],
+) -> str:
+    """`save_reference`, and what came of it: what it holds is measured, so that a full disk need not cost the run."""
+    try:
+        save_reference(path, key, description, found, floors)
+    except (OSError, SafetensorError) as error:
+        return f"warning: {path}: the reference's predictions could not be stored ({error})"
+    return f"{path}: the reference's predictions are stored here"
+
+
+def load_reference(path: Path, *, remedy: str = "Give a model directory as --reference.") -> Reference:
+    """A stored reference; UserError for a file that is none, is damaged, or of another version."""
     try:
         with safe_open(path, framework="numpy") as stream:
             metadata = stream.metadata() or {}
-            key = json.loads(metadata["key"])
-            floors = {int(context): Floor(**entry) for context, entry in json.loads(metadata["floors"]).items()}
+            key, description = (_mapping(metadata, name) for name in ("key", "model"))
+            if key.get("schema") != SCHEMA:
+                raise UserError(
+                    f"a stored reference of version {key.get('schema')}, not {SCHEMA}.",
+                    where=str(path),
+                    remedy="Make it again with --reference-cache.",
+                )
+            floors = TypeAdapter(dict[int, Floor]).validate_python(_mapping(metadata, "floors"))
             arrays = {name: stream.get_tensor(name) for name in (*PARTS, "offsets")}
-            description = json.loads(metadata["model"])
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError) as error:
-        raise UserError(
-            f"not a stored reference ({error}).", where=str(path), remedy="Give a model directory as --reference."
-        ) from None
-    if key.get("schema") != SCHEMA:
-        raise UserError(
-            f"a stored reference of version {key.get('schema')}, not {SCHEMA}.",
-            where=str(path),
-            remedy="Make it again with --reference-cache.",
-        )
+            _check_arrays(arrays, key)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"not a stored reference ({line}).", where=str(path), remedy=remedy) from None
     return Reference(key, description, arrays.pop("offsets"), arrays, floors, path.stat().st_size)
+
+
+def _mapping(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
+    value = json.loads(metadata[name])
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is no mapping")
+    return value
+
+
+def _check_arrays(arrays: Mapping[str, NDArray[Any]], key: Mapping[str, Any]) -> None:
+    """ValueError where dtypes, lengths, offsets, ids or the key's numbers do not hold together."""
+    vocabulary = key.get("vocabulary")
+    if type(vocabulary) is not int or vocabulary < 1:
+        raise ValueError("its vocabulary has no size")
+    offsets = arrays["offsets"]
+    if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets) or offsets[0] or (np.diff(offsets) < 0).any():
+        raise ValueError("its offsets are none")
+    tokens, top = int(offsets[-1]), min(TOP, vocabulary)
+    widths = {"ids": (top,), "logprobs": (top,), "sample_ids": (SAMPLE,), "sample_logprobs": (SAMPLE,)}
+    for name in PARTS:
+        wanted = (tokens, *widths.get(name, ()))
+        dtype = np.int32 if name.endswith("ids") else np.float32
+        if arrays[name].shape != wanted or arrays[name].dtype != dtype:
+            raise ValueError(f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}, not of shape {list(wanted)}")
+        if dtype is np.int32 and tokens and not 0 <= arrays[name].min() <= arrays[name].max() < vocabulary:
+            raise ValueError(f"{name} has tokens beyond the vocabulary of {vocabulary}")

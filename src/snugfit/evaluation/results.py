@@ -107,8 +107,9 @@ def load_result(path: str | Path) -> Result:
 
 
 def _read(file: Path) -> Eval | _Tasks:
-    raw, where = file.read_bytes(), str(file)
+    where = str(file)
     try:
+        raw = file.read_bytes().decode("utf-8-sig")  # an editor may have put a mark in front
         document = json.loads(raw)
     except (ValueError, RecursionError) as error:
         raise UserError(f"not JSON: {error}.", where=where, remedy=NAME_A_FILE) from None
@@ -121,7 +122,7 @@ def _read(file: Path) -> Eval | _Tasks:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"{key}: {first['msg']}.", where=where, remedy=MAKE_AGAIN) from None
+        raise UserError(f"{key or 'the whole'}: {first['msg']}.", where=where, remedy=MAKE_AGAIN) from None
     known = {name.partition("/")[0]: name for name in (EVAL_SCHEMA, TASKS_SCHEMA)}
     wanted = known.get(str(schema).partition("/")[0])
     if wanted is None:

@@ -18,6 +18,14 @@ from snugfit.model import emulate, layers, walk
 from snugfit.model.checkpoint import Checkpoint, open_checkpoint
 
 TOKENS_PER_BATCH = 4096
+# codes in one element, by format and dtype; 1 of others
+PACKED: Mapping[tuple[str, str], int] = {
+    ("nvfp4", "U8"): 2,
+    ("nvfp4a16", "U8"): 2,
+    ("mxfp4", "U8"): 2,
+    ("int4", "I32"): 8,
+    ("int8", "I32"): 4,
+}
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,30 @@ def open_subject(
     skeleton = layers.build_skeleton(opened, arithmetic)
     headers = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
     extra = reading.read_quant_config(opened.path)
-    formats = reading.read_formats(opened.config, sorted(layers.linear_names(skeleton)), headers, extra)
-    return Subject(opened, skeleton, formats, reading.kv_cache_format(opened.config, extra), activations)
+    with _naming(opened):
+        formats = reading.read_formats(opened.config, sorted(layers.linear_names(skeleton)), headers, extra)
+        kv = reading.kv_cache_format(opened.config, extra)
+        codes = {f"{module}.weight": _codes(opened, module, fmt) for module, fmt in formats.items()}
+    layers.check_shapes(skeleton, opened, codes)
+    return Subject(opened, skeleton, formats, kv, activations)
+
+
+@contextlib.contextmanager
+def _naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """What is wrong with the quantization in a config.json is said of this checkpoint's."""
+    try:
+        yield
+    except UserError as error:
+        if not error.where.startswith("config.json"):
+            raise
+        raise UserError(error.what, where=str(checkpoint.path / error.where), remedy=error.remedy) from None
+
+
+def _codes(checkpoint: Checkpoint, module: str, fmt: TensorFormat) -> tuple[str, int]:
+    """The tensor that holds a quantized weight's codes, and how many of them an element of it holds."""
+    names = reading.part_names(checkpoint.config, module, fmt, checkpoint.tensors)
+    name = next(iter(names.values()))
+    return name, PACKED.get((fmt.name, checkpoint.tensors[name].dtype), 1)
 
 
 @torch.no_grad()
@@ -170,7 +200,8 @@ def _decoded_head(subject: Subject) -> tuple[dict[str, Tensor], dict[str, emulat
             continue
         weight = subject.skeleton.model.get_parameter(f"{module}.weight")
         shape = tuple(weight.shape)
-        decoded[f"{module}.weight"], scale = emulate.read_module(subject.checkpoint, module, fmt, shape)
+        with _naming(subject.checkpoint):
+            decoded[f"{module}.weight"], scale = emulate.read_module(subject.checkpoint, module, fmt, shape)
         quantizer = emulate.input_quantizer(fmt, subject.activations, scale)
         if quantizer is not None:
             quantizers[module] = quantizer
@@ -180,9 +211,10 @@ def _decoded_head(subject: Subject) -> tuple[dict[str, Tensor], dict[str, emulat
 def resident_layer(subject: Subject, index: int, device: torch.device) -> tuple[nn.Module, emulate.FP8Cache | None]:
     """Decoder layer `index` on `device`, its inputs as the engine rounds them, and what happens to its KV cache."""
     prefix = f"{subject.skeleton.layers_name}.{index}"
-    weights, quantizers = emulate.read_layer(
-        subject.checkpoint, prefix, subject.skeleton.layers[index], subject.formats, subject.activations
-    )
+    with _naming(subject.checkpoint):
+        weights, quantizers = emulate.read_layer(
+            subject.checkpoint, prefix, subject.skeleton.layers[index], subject.formats, subject.activations
+        )
     layer = layers.resident_layer(subject.skeleton, index, weights, device)
     emulate.quantize_inputs(layer, quantizers)
     if subject.kv is None or subject.activations == "none":

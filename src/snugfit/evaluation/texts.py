@@ -45,6 +45,11 @@ class Tokenizer:
         self._loaded: Any = None
 
     @property
+    def used(self) -> bool:
+        """Whether anything was tokenized."""
+        return self._loaded is not None
+
+    @property
     def raw(self) -> Any:
         """transformers' own object; UserError where there is none."""
         if self._loaded is None:
@@ -68,13 +73,14 @@ def read_chunks(
     *,
     max_chunks: int | None = None,
     max_tokens: int | None = None,
+    vocabulary: int | None = None,
 ) -> tuple[list[Chunks], list[TextRecord]]:
     """Chunks of every context length over all plain `files`, rows of the JSONL ones, and which files those are.
 
     At most `max_chunks` chunks of each length, an equal share of each text, from its beginning; `max_tokens` instead
     takes as many tokens of the texts at every length. No files: the half of Python's documentation topics that
-    calibration leaves out.
-    UserError for a text shorter than one chunk.
+    calibration leaves out. `vocabulary` bounds the ids of JSONL rows.
+    UserError for a text shorter than one chunk, and for limits that leave one out.
     """
     for name, value in (("--max-chunks", max_chunks), ("--max-tokens", max_tokens)):
         if value is not None and value < 1:
@@ -86,10 +92,11 @@ def read_chunks(
     if plain:
         if not contexts:
             raise UserError("no context length.", where="--context", remedy="Give one, such as --context 4096.")
+        _check_limits(tokenizer, len(plain), max(contexts), max_chunks, max_tokens)
         encoded = _encode_all(tokenizer, plain, contexts, max_chunks, max_tokens)
         groups += [_cut_all(tokenizer, encoded, context, max_chunks, max_tokens) for context in sorted(contexts)]
     if logs:
-        rows = [row for name, text in logs for row in _log_rows(tokenizer, name, text)]
+        rows = [row for name, text in logs for row in _log_rows(tokenizer, name, text, vocabulary)]
         groups.append(_chunks(CHAT, rows))
     return groups, records
 
@@ -158,6 +165,20 @@ def _read_files(files: Sequence[Path]) -> tuple[list[tuple[str, str]], list[tupl
     return plain, logs, records
 
 
+def _check_limits(
+    tokenizer: Tokenizer, texts: int, longest: int, max_chunks: int | None, max_tokens: int | None
+) -> None:
+    """UserError where a limit leaves a text without a chunk of the longest context."""
+    each = f" of each of {texts} texts" if texts > 1 else ""
+    if max_chunks is not None and max_chunks < texts:
+        raise UserError(f"--max-chunks {max_chunks} is less than one chunk{each}.", remedy="Raise it, or leave it out.")
+    if max_tokens is not None and max_tokens // texts < longest - len(leading_tokens(tokenizer.encode)):
+        raise UserError(
+            f"--max-tokens {max_tokens} is less than one chunk of {longest}{each}.",
+            remedy="Raise it, or give shorter contexts.",
+        )
+
+
 def _encode_all(
     tokenizer: Tokenizer,
     texts: Sequence[tuple[str, str]],
@@ -199,7 +220,7 @@ def _cut_all(
     for place, (name, ids) in enumerate(encoded):
         count = len(ids) // body
         if max_tokens is not None:
-            count = min(count, max(1, max_tokens // len(encoded) // body))
+            count = min(count, max_tokens // len(encoded) // body)
         if max_chunks is not None:
             count = min(count, -(-(max_chunks - len(rows)) // (len(encoded) - place)))
         rows += [(name, [*start, *ids[n * body : (n + 1) * body]], None) for n in range(count)]
@@ -213,13 +234,15 @@ def _chunks(context: int, rows: Sequence[tuple[str, list[int], tuple[int, ...] |
     return Chunks(context, tokens.rows, scored, tuple(name for name, _, _ in rows), digest)
 
 
-def _log_rows(tokenizer: Tokenizer, name: str, text: str) -> Iterator[tuple[str, list[int], tuple[int, ...] | None]]:
+def _log_rows(
+    tokenizer: Tokenizer, name: str, text: str, vocabulary: int | None
+) -> Iterator[tuple[str, list[int], tuple[int, ...] | None]]:
     found = False
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # other separators of Unicode may stand in strings
         if not line.strip():
             continue
         where = f"{name}:{number}"
-        ids, places = _log_row(tokenizer, line, where)
+        ids, places = _log_row(tokenizer, line, where, vocabulary)
         if len(ids) > 1 and (places is None or places):
             found = True
             yield where, ids, places
@@ -229,7 +252,9 @@ def _log_rows(tokenizer: Tokenizer, name: str, text: str) -> Iterator[tuple[str,
         )
 
 
-def _log_row(tokenizer: Tokenizer, line: str, where: str) -> tuple[list[int], tuple[int, ...] | None]:
+def _log_row(
+    tokenizer: Tokenizer, line: str, where: str, vocabulary: int | None
+) -> tuple[list[int], tuple[int, ...] | None]:
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -237,12 +262,27 @@ def _log_row(tokenizer: Tokenizer, line: str, where: str) -> tuple[list[int], tu
     if isinstance(entry, dict):
         ids = entry.get("input_ids")
         if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids):
+            check_ids(ids, where, vocabulary)
             return ids, None
         if isinstance(entry.get("text"), str):
-            return tokenizer.encode(entry["text"]), None
+            try:
+                return tokenizer.encode(entry["text"]), None
+            except (TypeError, ValueError) as error:
+                raise UserError(f"this text cannot be tokenized ({error}).", where=where, remedy="Mend it.") from None
         if isinstance(entry.get("messages"), list):
             return _conversation(tokenizer, entry["messages"], where)
     raise UserError("no `text`, `messages` or `input_ids`.", where=where, remedy="Each line needs one of them.")
+
+
+def check_ids(ids: Sequence[int], where: str, vocabulary: int | None) -> None:
+    """UserError for an id beyond the vocabulary (None: beyond int32, which no vocabulary is)."""
+    highest, limit = max(ids, default=0), vocabulary or 2**31
+    if highest >= limit:
+        raise UserError(
+            f"token id {highest} is beyond the model's vocabulary of {limit}.",
+            where=where,
+            remedy="Tokenize with this model's tokenizer.",
+        )
 
 
 def _conversation(tokenizer: Tokenizer, messages: list[Any], where: str) -> tuple[list[int], tuple[int, ...]]:

@@ -93,6 +93,32 @@ def _decoder_layers(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
     return name, layers
 
 
+def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, stored: Mapping[str, tuple[str, int]]) -> None:
+    """UserError where a parameter is missing from the headers, or has another shape there than the config asks for.
+
+    `stored` are the weights under other names: that of the codes, and how many values one element of them holds.
+    """
+    problems = []
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in skeleton.model.state_dict(keep_vars=True).items():
+        aliases.setdefault(id(tensor), []).append(name)
+        kept, packed = stored.get(name, (name, 1))
+        found = checkpoint.tensors.get(kept)
+        wanted = (*tensor.shape[:-1], -(-tensor.shape[-1] // packed)) if tensor.dim() else ()
+        if found is not None and found.shape != wanted:
+            problems.append(f"{kept} has shape {list(found.shape)}, the config asks for {list(wanted)}")
+    problems += [
+        f"{names[0]} is missing"
+        for names in aliases.values()  # a tied tensor is there once
+        if not any(stored.get(name, (name, 1))[0] in checkpoint.tensors for name in names)
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise UserError(
+            f"{problems[0]}{more}.", where=str(checkpoint.path), remedy="Config and weights do not belong together."
+        )
+
+
 def linear_names(skeleton: Skeleton) -> set[str]:
     """Module names of every nn.Linear, as in the checkpoint."""
     return {name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import struct
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -147,11 +148,7 @@ def staged(target: Path) -> Iterator[Path]:
 
     What a killed run left there is removed first. UserError where TARGET exists or another run is writing it.
     """
-    check_target(target)
-    partial = target.with_name(target.name + ".partial")
-    ours = not partial.is_symlink() and (partial / LOCK_NAME).is_file()
-    if not ours and (partial.is_symlink() or partial.exists()) and not _is_empty(partial):
-        raise UserError("is in the way, and no run of ours made it.", where=str(partial), remedy="Move it away.")
+    partial = _partial_of(target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
@@ -175,6 +172,42 @@ def staged(target: Path) -> Iterator[Path]:
             raise
     finally:
         os.close(lock)
+
+
+def check_stageable(target: Path) -> None:
+    """UserError where `staged` would refuse TARGET or could not write it; nothing is made."""
+    partial = _partial_of(target)
+    check_folder(partial, remedy="Choose another.")
+    if not (partial / LOCK_NAME).is_file():
+        return
+    lock = os.open(partial / LOCK_NAME, os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError("another run is writing this.", where=str(partial), remedy="Wait for it.") from None
+    finally:
+        os.close(lock)
+
+
+def check_folder(folder: Path, *, remedy: str) -> None:
+    """UserError where files could not be made in `folder`, or the folder itself; nothing is left behind."""
+    place = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        what = f"cannot be written ({place}: {error.strerror})."
+        raise UserError(what, where=str(folder), remedy=remedy) from None
+
+
+def _partial_of(target: Path) -> Path:
+    """TARGET.partial; UserError where TARGET exists, or something that no run of ours made is in the way."""
+    check_target(target)
+    partial = target.with_name(target.name + ".partial")
+    ours = not partial.is_symlink() and (partial / LOCK_NAME).is_file()
+    if not ours and (partial.is_symlink() or partial.exists()) and not _is_empty(partial):
+        raise UserError("is in the way, and no run of ours made it.", where=str(partial), remedy="Move it away.")
+    return partial
 
 
 def check_target(target: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from snugfit.report.tables import more_tokens, p_value
+
 COMPARE_SCHEMA = "snugfit.compare/1"
 SIGNIFICANT = 0.05
 CSV_COLUMNS = (
@@ -169,7 +171,7 @@ def _losses_table(record: CompareRecord) -> str:
         values = _bold(row, [_number(value, ".5f") for value in (row.a, row.b)], higher_is_better=False)
         found = [_number(row.difference, "+.5f"), _interval(row.low, row.high, "+.5f")]
         perplexities = [_number(v, ".4f") for v in (row.perplexity_a, row.perplexity_b, row.perplexity_ratio)]
-        tests = [f"{row.chunks:,}", _p(row.p), _p(row.p_holm), _number(row.more_tokens, ",")]
+        tests = [f"{row.chunks:,}", _p(row.p), _p(row.p_holm), more_tokens(row.more_tokens, row.p)]
         name = context_name(row.context)
         rows.append(["" if name == before else name, row.figure, *values, *found, *perplexities, *tests])
         before = name
@@ -181,7 +183,7 @@ def _losses_caption(rows: Sequence[LossRow]) -> str:
     return (
         f"A minus B in nats a token, paired on {chunks:,} chunks: a studentized bootstrap over chunks. "
         f"{_bold_means(rows)} More tokens: how many would make p < {SIGNIFICANT} four times in five, were the "
-        "difference what it seems."
+        "difference what it seems; settled: it is below already."
     )
 
 
@@ -204,11 +206,13 @@ def _number(value: float | None, form: str, scale: float = 1, unit: str = "") ->
 
 
 def _interval(low: float | None, high: float | None, form: str, scale: float = 1) -> str:
-    return "" if low is None or high is None else f"[{low * scale:{form}}, {high * scale:{form}}]"
+    if low is None or high is None:
+        return ""
+    return "no difference" if low == high == 0 else f"[{low * scale:{form}}, {high * scale:{form}}]"
 
 
 def _p(p: float | None) -> str:
-    return "<0.0001" if p is not None and p < 1e-4 else _number(p, ".4f")
+    return "" if p is None else p_value(p)
 
 
 def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -224,5 +228,5 @@ def _escape(text: str) -> str:
 
 
 def context_name(context: int) -> str:
-    """How files and tables call a context length, in tokens; 0: chat rows."""
-    return str(context) if context else "chat"
+    """How files and tables call a context length, in tokens; 0: chat and rows."""
+    return str(context) if context else "chat and rows"

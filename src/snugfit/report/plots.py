@@ -2,74 +2,132 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snugfit.records import EvalRecord, ModelFigures
+from snugfit.records import Bin, ContextFigures, EvalRecord, ModelFigures
+from snugfit.report.tables import model_labels, other_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # colours that stay apart for colour-blind readers (Okabe and Ito), the reference in black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B5A2B")
 MARKERS = "osD^vPX*"
+LENGTHS = "context length, tokens"
+POSITIONS = "position in the context (bins of powers of two, from)"
+KL = "KL to the reference, nats a token"
+WIDE = 10.0  # largest over smallest value from which an axis is logarithmic
+FAR = 3.0  # lowest line over highest floor from which floors have a panel of their own
 Point = tuple[float, float, float | None]
 
 
+@dataclass(frozen=True)
+class Line:
+    """What is drawn of one model: its points (x, y, error), the lower edge of its bins or context lengths as x."""
+
+    label: str
+    style: dict[str, Any]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot, and the file it goes to."""
+
+    name: str
+    x_label: str
+    y_label: str
+    title: str
+    lines: tuple[Line, ...]
+    floors: tuple[Line, ...] = ()
+
+
 def write_plots(record: EvalRecord, directory: Path) -> list[str]:
-    """Write perplexity and KL by context length, and KL (else perplexity) by position; the names of the files."""
+    """Write perplexity and KL by context length, and KL (else perplexity) by position; the names of the files.
+
+    By position are the longest context and, in a file that ends in -chat, chat and rows.
+    """
     texts = [context for context in record.contexts if context.context]
-    written = []
-    if len(texts) > 1:
-        by_context = [(c.context, c.models) for c in texts]
-        written += _draw(
-            directory,
-            "perplexity-by-context",
-            "context length, tokens",
-            "perplexity",
-            _lines(by_context, lambda m: (m.perplexity, m.perplexity_error)),
-        )
-        compared = _lines(by_context, lambda m: None if m.kl is None else (m.kl.mean, m.kl.standard_error))
-        if compared:
-            floors = _lines(by_context, lambda m: (m.floor.kl, m.floor.standard_error) if m.floor else None)
-            written += _draw(
-                directory, "kl-by-context", "context length, tokens", "KL to the reference, nats", compared, floors
-            )
-    for context in record.contexts[-1:]:
-        found = [
-            (m.name, [(b.low, b.kl, b.kl_error) for b in m.by_position if b.kl is not None]) for m in context.models
+    plots = _by_context(record, texts) if len(texts) > 1 else []
+    longest = [max(texts, key=lambda context: context.context)] if texts else []
+    for context in (*longest, *(context for context in record.contexts if not context.context)):
+        plots += _by_position(record, context)
+    return [file for plot in plots for file in _draw(plot, directory)]
+
+
+def _by_context(record: EvalRecord, texts: Sequence[ContextFigures]) -> list[Plot]:
+    title = f"{_span([c.chunks for c in texts])} chunks, {_span([c.tokens for c in texts])} tokens a length"
+    if other_text(record):
+        title += ", each of other text"
+
+    def lines(pick: Callable[[ModelFigures], tuple[float, float | None] | None]) -> list[tuple[Point, ...]]:
+        return [
+            tuple((float(c.context), *found) for c in texts if (found := pick(c.models[place])) is not None)
+            for place in range(len(texts[0].models))
         ]
-        lines = [(index, name, points) for index, (name, points) in enumerate(found) if points]
-        if lines:
-            where = f"position in the context ({context.context:,} tokens)" if context.context else "position"
-            written += _draw(directory, "kl-by-position", where, "KL to the reference, nats", lines)
-    return written
+
+    perplexity = lines(lambda m: (m.perplexity, m.perplexity_error))
+    kl = lines(lambda m: None if m.kl is None else (m.kl.mean, m.kl.standard_error))
+    floor = lines(lambda m: None if m.floor is None else (m.floor.kl, m.floor.standard_error))
+    labels = model_labels(record, texts[0])
+    whose = [f"noise floor of {label}" for label in labels]
+    if record.reference is not None:
+        whose[0] = "noise floor of the reference"
+    plots = [Plot("perplexity-by-context", LENGTHS, "perplexity", title, _styled(record, labels, perplexity))]
+    compared = _styled(record, labels, kl)
+    if compared:
+        floors = _styled(record, whose, floor, linestyle=":")
+        plots.append(Plot("kl-by-context", LENGTHS, KL, title, compared, floors))
+    return plots
 
 
-Line = tuple[int, str, list[Point]]
+def _by_position(record: EvalRecord, context: ContextFigures) -> list[Plot]:
+    """KL by position, else perplexity, of one context; nothing where there is nothing."""
+    where = f"{context.context:,} tokens of context" if context.context else "chat and rows"
+    title = f"{where}: {context.chunks:,} chunks, {context.tokens:,} tokens"
+    ending = "" if context.context else "-chat"
+
+    def lines(pick: Callable[[Bin], tuple[float | None, float | None]]) -> tuple[Line, ...]:
+        points = [
+            tuple((b.low, y, error) for b in m.by_position for y, error in (pick(b),) if y is not None)
+            for m in context.models
+        ]
+        return _styled(record, model_labels(record, context), points)
+
+    found = lines(lambda b: (b.kl, b.kl_error))
+    if found:
+        return [Plot(f"kl-by-position{ending}", POSITIONS, KL, title, found)]
+    found = lines(lambda b: (b.perplexity, b.perplexity_error))
+    return [Plot(f"perplexity-by-position{ending}", POSITIONS, "perplexity", title, found)] if found else []
 
 
-def _lines(
-    contexts: Sequence[tuple[int, Sequence[ModelFigures]]],
-    pick: Callable[[ModelFigures], tuple[float, float | None] | None],
-) -> list[Line]:
-    """One line a model: its place in the record, its name, its points (x, y, error)."""
-    lines: list[Line] = []
-    for place, model in enumerate(contexts[0][1]):
-        points = []
-        for x, models in contexts:
-            found = pick(models[place])
-            if found is not None:
-                points.append((float(x), *found))
-        if points:
-            lines.append((place, model.name, points))
-    return lines
+def _styled(
+    record: EvalRecord, labels: Sequence[str], points: Sequence[Sequence[Point]], **given: Any
+) -> tuple[Line, ...]:
+    """Lines of the models that have a finite point, each in its model's colour."""
+    lines = []
+    first = 0 if record.reference is None else 1  # the reference is black
+    for place, label in enumerate(labels):
+        finite = tuple(point for point in points[place] if math.isfinite(point[1]))
+        colour = "black" if place < first else COLOURS[(place - first) % len(COLOURS)]
+        marker = "." if given else MARKERS[place % len(MARKERS)]
+        if finite:
+            shown = f" {label}" if label.startswith("_") else label  # which matplotlib would keep out of a legend
+            lines.append(Line(shown, {"color": colour, "marker": marker, **given}, finite))
+    return tuple(lines)
 
 
-def _draw(
-    directory: Path, name: str, x_label: str, y_label: str, lines: Sequence[Line], floors: Sequence[Line] = ()
-) -> list[str]:
+def _span(counts: Sequence[int]) -> str:
+    low, high = min(counts), max(counts)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _draw(plot: Plot, directory: Path) -> list[str]:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -77,35 +135,102 @@ def _draw(
     mpl.rcParams["svg.hashsalt"] = "snugfit"
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for place, label, points in lines:
-        colour = "black" if place == 0 else COLOURS[(place - 1) % len(COLOURS)]
-        _line(axes, points, label, color=colour, marker=MARKERS[place % len(MARKERS)])
-    for place, label, points in floors:
-        whose = "noise floor of the reference" if place == 0 else f"noise floor of {label}"
-        colour = "black" if place == 0 else COLOURS[(place - 1) % len(COLOURS)]
-        _line(axes, points, whose, color=colour, linestyle=":")
-    axes.set_xscale("log", base=2)
-    ticks = sorted({x for _, _, points in lines for x, _, _ in points})
-    axes.set_xticks(ticks, [f"{x:,.0f}" for x in ticks])
-    axes.minorticks_off()
-    if y_label.startswith("KL"):
-        axes.set_ylim(bottom=0)
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
-    axes.grid(visible=True, color="0.9")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    axes.set_title("bands: one standard error over chunks", fontsize=9, loc="right", color="0.4")
+    lows = [y for line in plot.lines for _, y, _ in line.points]
+    floors = [y for line in plot.floors for _, y, _ in line.points]
+    apart = bool(floors) and min(floors) > 0 and min(lows) > FAR * max(floors)
+    rows, heights = (2, [4, 1]) if apart else (1, [1])
+    figure, grid = plt.subplots(
+        rows, 1, sharex=True, figsize=(9.5, 5.5), height_ratios=heights, layout="constrained", squeeze=False
+    )
+    panels = [row[0] for row in grid]
+    if apart:
+        _scale(panels[0], lows, logarithmic=True)
+        _scale(panels[1], floors, logarithmic=True, margin=1.25)
+        _broken(panels)
+    else:
+        both = [*lows, *floors]
+        wide = plot.y_label != KL and max(both) > WIDE * min(both)
+        _scale(panels[0], both, logarithmic=min(both) > 0 and (bool(floors) or wide), from_zero=plot.y_label == KL)
+    for line in plot.lines:
+        _line(panels[0], line)
+    for line in plot.floors:
+        _line(panels[-1], line)
+    _label(figure, panels, plot)
     for ending in ("png", "svg"):
-        figure.savefig(directory / f"{name}.{ending}", dpi=150, metadata={"Date": None} if ending == "svg" else None)
+        metadata = {"Date": None} if ending == "svg" else None
+        figure.savefig(directory / f"{plot.name}.{ending}", dpi=150, metadata=metadata)
     plt.close(figure)
-    return [f"{name}.png", f"{name}.svg"]
+    return [f"{plot.name}.png", f"{plot.name}.svg"]
 
 
-def _line(axes: Axes, points: Sequence[Point], label: str, **style: Any) -> None:
-    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
-    axes.plot(xs, ys, label=label, linewidth=1.6, markersize=5, **style)
-    errors = [error or 0.0 for _, _, error in points]
-    low, high = ([y + sign * e for y, e in zip(ys, errors, strict=True)] for sign in (-1, 1))
-    axes.fill_between(xs, low, high, color=style["color"], alpha=0.15, linewidth=0)
+def _line(axes: Axes, line: Line) -> None:
+    """A line and its band, on a logarithmic axis that of the logarithm; none beside a point without an error."""
+    xs, ys = [x for x, _, _ in line.points], [y for _, y, _ in line.points]
+    axes.plot(xs, ys, label=line.label, linewidth=1.6, markersize=5, **line.style)
+    known = [error is not None for _, _, error in line.points]
+    errors = [error or 0.0 for _, _, error in line.points]
+    if axes.get_yscale() == "log":
+        low, high = ([y * math.exp(sign * e / y) for y, e in zip(ys, errors, strict=True)] for sign in (-1, 1))
+    else:
+        low, high = ([y + sign * e for y, e in zip(ys, errors, strict=True)] for sign in (-1, 1))
+    axes.fill_between(xs, low, high, where=known, color=line.style["color"], alpha=0.15, linewidth=0)
+
+
+def _scale(
+    axes: Axes, values: Sequence[float], *, logarithmic: bool, from_zero: bool = False, margin: float = 1.04
+) -> None:
+    """The y axis, with plain numbers: a logarithm leaves room around the lines, not around their bands."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = min(values), max(values)
+    if logarithmic:
+        axes.set_yscale("log")
+        margin = max((high / low) ** 0.15, margin)
+        axes.set_ylim(low / margin, high * margin)
+        wide = high > WIDE * low
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_minor_locator(NullLocator())
+    elif from_zero and low >= 0:
+        axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+
+
+def _plain(value: float) -> str:
+    """A tick's number without an exponent."""
+    text = f"{value:,.8f}".rstrip("0").rstrip(".")
+    return "0" if text == "-0" else text
+
+
+def _broken(panels: Sequence[Axes]) -> None:
+    """Strokes at the break between two panels of one axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    panels[0].tick_params(bottom=False)
+    panels[0].spines["bottom"].set_visible(False)
+    panels[1].yaxis.set_major_locator(MaxNLocator(2))
+    stroke: dict[str, Any] = {"marker": [(-1, -0.5), (1, 0.5)], "markersize": 9, "linestyle": "none", "color": "black"}
+    for axes, height in zip(panels, (0, 1), strict=True):
+        axes.plot([0], [height], transform=axes.transAxes, clip_on=False, mew=1, **stroke)
+
+
+def _label(figure: Figure, panels: Sequence[Axes], plot: Plot) -> None:
+    """Everything written: ticks of x, labels, title, a legend beside the lines in the order they end in."""
+    ticks = sorted({x for line in plot.lines for x, _, _ in line.points})
+    panels[-1].set_xscale("log", base=2)
+    size = 9 if len(ticks) < 14 else 7
+    panels[-1].set_xticks(ticks, [f"{x:,.0f}" for x in ticks], fontsize=size)
+    for axes in panels:
+        axes.minorticks_off()
+        axes.grid(visible=True, color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].set_xlabel(plot.x_label)
+    panels[0].set_ylabel(plot.y_label)
+    panels[0].set_title(f"{plot.title}\nbands: one standard error over chunks", fontsize=9, loc="left", color="0.3")
+    handles = {handle.get_label(): handle for axes in panels for handle in axes.get_legend_handles_labels()[0]}
+    ordered = sorted(plot.lines, key=lambda line: -line.points[-1][1])
+    labels = [line.label for line in (*ordered, *plot.floors)]
+    legend = figure.legend(
+        [handles[label] for label in labels], labels, loc="outside right upper", frameon=False, fontsize=9
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)

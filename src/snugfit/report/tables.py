@@ -9,13 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snugfit.records import Bin, ContextFigures, EvalRecord, ModelFigures, TasksRecord
+from snugfit.records import Bin, ContextFigures, EvalRecord, ModelFigures, PairFigures, TasksRecord
 
 CSV_COLUMNS = (
     *("context", "model", "chunks", "tokens", "perplexity", "perplexity_error", "kl", "kl_error", "kl_kind"),
     *("kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_p999", "kl_max", "reverse_kl", "same_top", "rms_change"),
-    *("floor_kl", "floor_error", "floor_tokens", "nonfinite"),
+    *("floor_kl", "floor_error", "floor_tokens", "nonfinite", "loss_change", "loss_change_error"),
 )
+COMPARED = (  # columns that only a record with a reference has
+    *("KL", "floor", "loss - reference", "median", "p99", "p99.9", "max", "reverse KL", "same top", "RMS dp"),
+)
+TERMINAL = ("context", "model", "perplexity", "KL", "floor", "same top", "not finite")  # 80 columns
+TERMINAL_PAIRS = ("context", "A", "B", "figure", "A - B", "p (Holm)")
+FEWEST_FOR_P999 = 1000  # of fewer tokens, the quantile is only drawn towards the largest
+FEWEST_CHUNKS = 5  # with fewer, the paired bootstrap has no p
 
 
 @dataclass(frozen=True)
@@ -31,30 +38,34 @@ class Sheet:
     def to_markdown(self) -> str:
         """As a Markdown table under its title."""
         marks = ["---"] * self.left + ["---:"] * (len(self.headings) - self.left)
-        lines = [f"### {self.title}", ""]
+        lines = [f"## {self.title}", ""]
         lines += [_line(self.headings), "|" + "|".join(marks) + "|", *(_line(row) for row in self.rows)]
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
 
 
 def evaluation_sheets(record: EvalRecord) -> list[Sheet]:
-    """What a terminal shows: figures by context length, then pairs of candidates."""
-    sheets = [_by_context(record)]
+    """What a terminal shows, narrow: the main figures by context length, then pairs of candidates."""
+    sheets = [_by_context(record, narrow=True)]
     if any(context.pairs for context in record.contexts):
-        sheets.append(_pairs(record))
+        sheets.append(_pairs(record, narrow=True))
     return sheets
 
 
 def all_sheets(record: EvalRecord) -> list[Sheet]:
-    """All that a report holds: those of the terminal, perplexities side by side, by position, by confidence."""
-    sheets = [*evaluation_sheets(record)]
+    """All that a report holds: every figure, perplexities side by side, pairs, by position, by confidence."""
+    sheets = [_by_context(record)]
     if len(record.contexts) > 1:
-        sheets.insert(1, _side_by_side(record))
+        sheets.append(_side_by_side(record))
+    if any(context.pairs for context in record.contexts):
+        sheets.append(_pairs(record))
     for context in record.contexts:
-        name = context_name(context)
-        sheets.append(_bins(f"By position, {name}", "position", context, [m.by_position for m in context.models]))
+        name, labels = context_name(context), model_labels(record, context)
+        by_position = [m.by_position for m in context.models]
+        sheets.append(_bins(f"By position, {name}", "position", context, labels, by_position))
         if any(model.kl is not None for model in context.models):
             found = [m.by_confidence for m in context.models]
-            sheets.append(_bins(f"By the reference's largest probability, {name}", "probability", context, found))
+            title = f"By the reference's largest probability, {name}"
+            sheets.append(_bins(title, "probability", context, labels, found))
     return sheets
 
 
@@ -82,7 +93,8 @@ def to_csv(record: EvalRecord) -> str:
     for context in record.contexts:
         for model in context.models:
             kl, floor = model.kl, model.floor
-            quantiles = [kl.median, kl.p90, kl.p95, kl.p99, kl.p999, kl.max] if kl else [""] * 6
+            p999 = kl.p999 if kl and sum(model.tokens_by_chunk) >= FEWEST_FOR_P999 else ""
+            quantiles = [kl.median, kl.p90, kl.p95, kl.p99, p999, kl.max] if kl else [""] * 6
             writer.writerow(
                 [
                     context.context,
@@ -102,6 +114,8 @@ def to_csv(record: EvalRecord) -> str:
                     floor.standard_error if floor else "",
                     floor.tokens if floor else "",
                     model.nonfinite,
+                    model.loss_change,
+                    model.loss_change_error,
                 ]
             )
     return output.getvalue()
@@ -112,59 +126,90 @@ def context_name(context: ContextFigures) -> str:
     return f"{context.context:,} tokens" if context.context else "chat and rows"
 
 
-def _by_context(record: EvalRecord) -> Sheet:
-    headings = (
-        *("context", "model", "tokens", "perplexity", "KL", "floor", "median", "p99", "p99.9", "max"),
-        *("reverse KL", "same top", "RMS dp", "not finite"),
-    )
+def model_labels(record: EvalRecord, context: ContextFigures) -> list[str]:
+    """How tables and plots call the models of a context: the reference is marked."""
+    names = [model.name for model in context.models]
+    return [f"{names[0]} (reference)", *names[1:]] if record.reference is not None else names
+
+
+def other_text(record: EvalRecord) -> bool:
+    """Whether context lengths may have been measured on different parts of the texts."""
+    several = sum(bool(context.context) for context in record.contexts) > 1
+    return several and record.arguments.get("max_chunks") is not None
+
+
+def _by_context(record: EvalRecord, *, narrow: bool = False) -> Sheet:
     rows = []
     for context in record.contexts:
         floor = context.models[0].floor
         shared = floor.kl if floor else None
-        rows += [(context_name(context), model.name, *_figures(model, shared)) for model in context.models]
-    return Sheet("Loss against the reference", headings, tuple(rows), 2, _by_context_note(record))
+        name = context_name(context)
+        for label, model in zip(model_labels(record, context), context.models, strict=True):
+            names = {"context": name.removesuffix(" tokens") if narrow else name, "model": label}
+            rows.append(names | _figures(model, shared))
+    headings = [name for name in rows[0] if record.reference is not None or name not in COMPARED]
+    if narrow:
+        optional = [name for name in ("floor", "not finite") if not any(row[name] for row in rows)]
+        headings = [name for name in TERMINAL if name in headings and name not in optional]
+    title = "Perplexity" if record.reference is None else "Loss against the reference"
+    cells = tuple(tuple(row[name] for name in headings) for row in rows)
+    return Sheet(title, tuple(headings), cells, 2, _by_context_note(record, narrow=narrow))
 
 
-def _figures(model: ModelFigures, reference_floor: float | None) -> Iterator[str]:
-    yield f"{sum(model.tokens_by_chunk):,}"
-    yield with_error(model.perplexity, model.perplexity_error, 3)
-    if model.kl is None:
-        yield from ("",) * 9
-    else:
+def _figures(model: ModelFigures, reference_floor: float | None) -> dict[str, str]:
+    """The cells of one model at one context."""
+    tokens = sum(model.tokens_by_chunk)
+    cells = {"tokens": f"{tokens:,}", "perplexity": with_error(model.perplexity, model.perplexity_error, 3)}
+    cells |= dict.fromkeys(COMPARED, "")
+    if model.loss_change is not None:
+        cells["loss - reference"] = with_error(model.loss_change, model.loss_change_error, 4, sign="+")
+    if model.kl is not None:
         mark = {"exact": "", "estimate": "~", "lower bound": ">= "}[model.kl_kind]
-        yield mark + with_error(model.kl.mean, model.kl.standard_error, 4)
+        bound = "" if model.kl_kind == "exact" else ">= "  # single tokens of an estimate are known from below
+        cells["KL"] = mark + with_error(model.kl.mean, model.kl.standard_error, 4)
         own = model.floor.kl if model.floor else None
-        floors = [f"{value:.4f}" for value in (reference_floor, own) if value is not None]
-        yield " / ".join(floors)
-        yield from (f"{v:.4f}" for v in (model.kl.median, model.kl.p99, model.kl.p999, model.kl.max))
-        yield f"{model.reverse_kl.mean:.4f}" if model.reverse_kl else ""
-        yield "" if model.same_top is None else f"{model.same_top:.2%}"
-        yield "" if model.rms_change is None else f"{model.rms_change:.4f}"
-    yield str(model.nonfinite or "")
+        cells["floor"] = " / ".join(f"{value:.4f}" for value in (reference_floor, own) if value is not None)
+        quantiles = {"median": model.kl.median, "p99": model.kl.p99, "p99.9": model.kl.p999, "max": model.kl.max}
+        cells |= {name: f"{bound}{value:.4f}" for name, value in quantiles.items()}
+        if tokens < FEWEST_FOR_P999:
+            cells["p99.9"] = ""
+        cells["reverse KL"] = f"{bound}{model.reverse_kl.mean:.4f}" if model.reverse_kl else ""
+        cells["same top"] = "" if model.same_top is None else f"{model.same_top:.2%}"
+        cells["RMS dp"] = "" if model.rms_change is None else f"{model.rms_change:.4f}"
+    return cells | {"not finite": str(model.nonfinite or "")}
 
 
-def _by_context_note(record: EvalRecord) -> str:
+def _by_context_note(record: EvalRecord, *, narrow: bool) -> str:
+    models = [model for context in record.contexts for model in context.models]
     parts = ["Nats a token; errors are one standard error over chunks."]
-    if any(model.floor for context in record.contexts for model in context.models):
+    if record.reference is None:
+        parts = ["Errors are one standard error over chunks. Name the original with --reference to see KL."]
+    elif not narrow:
+        parts.append("Loss - reference: candidate minus reference, its error of the differences chunk by chunk.")
+        parts.append("RMS dp: root mean square change of the true token's probability.")
+    if other_text(record):
+        parts.append("Each length has other text: --max-tokens compares lengths on the same text.")
+    if any(model.floor for model in models):
         parts.append(
-            "Floor: KL of the reference (and, behind a stroke, of the candidate) against itself in wider arithmetic, "
-            "on some of the chunks: differences of that size show nothing."
+            "Floor: KL between two equally valid arithmetics of one model (its own and the next wider one), the "
+            "reference's, and behind a stroke the candidate's: how much of a KL depends on rounding alone."
         )
-    kinds = {model.kl_kind for context in record.contexts for model in context.models if model.kl}
+    kinds = {model.kl_kind for model in models if model.kl}
     if "estimate" in kinds:
-        errors = [m.kl_sampling_error for c in record.contexts for m in c.models if m.kl_sampling_error is not None]
+        errors = [model.kl_sampling_error for model in models if model.kl_sampling_error is not None]
         parts.append(f"~: against a stored reference; of the error, sampling is {max(errors, default=0):.1e}.")
-        parts.append("Quantiles and reverse KL there are lower bounds.")
+        if not narrow:
+            parts.append("Quantiles and reverse KL there are lower bounds, hence their >=.")
     if "lower bound" in kinds:
         parts.append(">=: a lower bound, made of the tokens that the server names.")
-    if any(model.nonfinite for context in record.contexts for model in context.models):
+    if any(model.nonfinite for model in models):
         parts.append("Tokens whose logits were NaN or infinite are counted in the last column and nowhere else, and a")
         parts.append("model with such tokens is not paired with others.")
     return " ".join(parts)
 
 
 def _side_by_side(record: EvalRecord) -> Sheet:
-    names = [model.name for model in record.contexts[0].models]
+    names = model_labels(record, record.contexts[0])
     rows = tuple(
         (context_name(context), *(with_error(model.perplexity, None, 4) for model in context.models))
         for context in record.contexts
@@ -172,56 +217,50 @@ def _side_by_side(record: EvalRecord) -> Sheet:
     return Sheet("Perplexity by context length", ("context", *names), rows)
 
 
-def _pairs(record: EvalRecord) -> Sheet:
-    headings = (
-        "context",
-        "A",
-        "B",
-        "figure",
-        "A - B",
-        "95 % interval",
-        "p",
-        "p (Holm)",
-        "chunks",
-        "more tokens to settle",
-    )
-    rows = []
-    for context in record.contexts:
-        for pair in context.pairs:
-            interval = "" if pair.low is None or pair.high is None else f"{pair.low:+.4f} .. {pair.high:+.4f}"
-            p = "too few chunks" if pair.p is None else p_value(pair.p)
-            corrected = "" if pair.p_holm is None else p_value(pair.p_holm)
-            more = {0: "settled", None: ""}.get(pair.more_tokens, f"{pair.more_tokens:,}" if pair.more_tokens else "")
-            difference = f"{pair.difference:+.4f}"
-            bold = pair.p_holm is not None and pair.p_holm < 0.05
-            shown = f"**{difference}**" if bold else difference
-            rows.append(
-                (
-                    context_name(context),
-                    pair.a,
-                    pair.b,
-                    pair.figure,
-                    shown,
-                    interval,
-                    p,
-                    corrected,
-                    str(pair.chunks),
-                    more,
-                )
-            )
+def _pairs(record: EvalRecord, *, narrow: bool = False) -> Sheet:
+    rows = [_pair(context_name(context), pair) for context in record.contexts for pair in context.pairs]
+    headings = tuple(rows[0])
+    if narrow:
+        headings = TERMINAL_PAIRS
+        for row in rows:
+            row["context"] = row["context"].removesuffix(" tokens")
+            row["p (Holm)"] = row["p (Holm)"] or row["p"]  # why there is none
     note = (
         "Paired bootstrap over chunks, nats a token; below zero A is better; bold where Holm's p over all pairs < 0.05."
     )
-    return Sheet("Candidates against each other", headings, tuple(rows), 4, note)
+    cells = tuple(tuple(row[name] for name in headings) for row in rows)
+    return Sheet("Candidates against each other", headings, cells, 4, note)
 
 
-def _bins(title: str, what: str, context: ContextFigures, found: Sequence[Sequence[Bin]]) -> Sheet:
+def _pair(context: str, pair: PairFigures) -> dict[str, str]:
+    interval = "" if pair.low is None or pair.high is None else f"{pair.low:+.4f} .. {pair.high:+.4f}"
+    if pair.low == pair.high == 0:
+        interval = "no difference"
+    none = "too few chunks" if pair.chunks < FEWEST_CHUNKS else "no spread"
+    difference = f"{pair.difference:+.4f}"
+    return {
+        "context": context,
+        "A": pair.a,
+        "B": pair.b,
+        "figure": "KL" if pair.figure == "kl" else pair.figure,
+        "A - B": f"**{difference}**" if pair.p_holm is not None and pair.p_holm < 0.05 else difference,
+        "95 % interval": interval,
+        "p": none if pair.p is None else p_value(pair.p),
+        "p (Holm)": "" if pair.p_holm is None else p_value(pair.p_holm),
+        "chunks": str(pair.chunks),
+        "more tokens to settle": more_tokens(pair.more_tokens, pair.p),
+    }
+
+
+def _bins(
+    title: str, what: str, context: ContextFigures, labels: Sequence[str], found: Sequence[Sequence[Bin]]
+) -> Sheet:
     ranges = list(dict.fromkeys((b.low, b.high) for bins in found for b in bins))
     lookup = [{(b.low, b.high): b for b in bins} for bins in found]
     compared = [model.kl is not None for model in context.models]
     headings = [what, "tokens"]
-    for model, against in zip(context.models, compared, strict=True):
-        headings += [f"{model.name}: perplexity", *([f"{model.name}: KL"] if against else [])]
+    for label, against in zip(labels, compared, strict=True):
+        headings += [f"{label}: perplexity", *([f"{label}: KL"] if against else [])]
     rows = []
     for low, high in sorted(ranges):
         cells = [_range(what, low, high), ""]
@@ -245,11 +284,11 @@ def _continuations(record: EvalRecord) -> Iterator[str]:
     entries = (record.chat or {}).get("continuations", [])
     if not entries:
         return
-    yield "### Where they part in the conversations"
+    yield "## Where they part in the conversations"
     yield ""
     for entry in entries:
-        yield f"**{entry['model']}**, {entry['where']}, token {entry['position']}, KL {entry['kl']:.3f}, first"
-        yield f"{entry['same_tokens']} tokens alike. The log goes on with {entry['text']!r}."
+        yield f"**{entry['model']}**, {entry['where']}, token {entry['position']}, KL {entry['kl']:.3f}; the"
+        yield f"continuations share their first {entry['same_tokens']} tokens. The log goes on with {entry['text']!r}."
         yield ""
         for name in ("before", "reference_says", "model_says"):
             yield f"    {name.replace('_', ' '):15} {entry[name]!r}"
@@ -257,7 +296,7 @@ def _continuations(record: EvalRecord) -> Iterator[str]:
 
 
 def _sources(record: EvalRecord) -> Iterator[str]:
-    yield "### What was measured"
+    yield "## What was measured"
     yield ""
     if record.reference:
         yield f"- reference: {record.reference['name']}, {record.reference['arithmetic']}"
@@ -281,16 +320,23 @@ def _stored(entry: Mapping[str, Any]) -> str:
     return formats + (f", KV cache {entry['kv_cache']}" if entry["kv_cache"] else "")
 
 
-def with_error(value: float, error: float | None, digits: int) -> str:
-    """`value +- error`, the error left out where there is none."""
+def with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
+    """`value +- error`, the error left out where there is none; with `sign` "+" the value always has one."""
     if not math.isfinite(value):
         return "-"
-    return f"{value:.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
+    return f"{value:{sign}.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
 
 
 def p_value(p: float) -> str:
     """A p value as people write it."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def more_tokens(count: int | None, p: float | None) -> str:
+    """How many more tokens settle a difference: nothing where it has no p."""
+    if count is None or p is None:
+        return ""
+    return f"{count:,}" if count else "settled"
 
 
 def _line(cells: Sequence[str]) -> str:
