@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,11 +13,7 @@ from snugfit.calibration.dataset import DEFAULT_LENGTH, DEFAULT_ROWS
 from snugfit.errors import UserError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from snugfit.evaluation.served import ServerOptions
-    from snugfit.records import TensorRecord
-    from snugfit.report.tables import Sheet
 
 app = typer.Typer(
     help="Make a language model fit the GPU you have, in formats that vLLM, SGLang and transformers run.",
@@ -89,6 +84,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL by a recipe into a new directory that stock engines load."""
     with _plain_errors():
+        from snugfit.printing import print_plan, print_totals
         from snugfit.quantize import quantize_checkpoint
         from snugfit.quantize_plan import plan_quantization
 
@@ -97,7 +93,7 @@ def quantize(
         shard_bytes = int(max_shard_size * 1e9)
         if dry_run:
             plan = plan_quantization(model, recipe, max_shard_bytes=shard_bytes)
-            _print_plan(plan.records(), as_json)
+            print_plan(plan.records(), as_json)
             return
         if output is None:
             raise UserError("no output directory.", remedy="Name one with -o, or add --dry-run.")
@@ -117,7 +113,7 @@ def quantize(
         if as_json:
             typer.echo(record.to_json(), nl=False)
             return
-        _print_totals(record.tensors)
+        print_totals(record.tensors)
         if record.left_out:
             typer.echo(f"weights in other containers, not copied: {', '.join(record.left_out)}", err=True)
         typer.echo(f"{output}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
@@ -168,6 +164,7 @@ def eval_(
     with _plain_errors(journal):
         _check_eval_options(ctx, output)
         from snugfit.evaluate import evaluate, write_results
+        from snugfit.printing import print_sheet
         from snugfit.report.tables import evaluation_sheets
 
         asked = _server_options(server, server_model, server_top, server_log, output)
@@ -197,9 +194,10 @@ def eval_(
             typer.echo(record.to_json(), nl=False)
         else:
             for sheet in evaluation_sheets(record):
-                _print_sheet(sheet)
+                print_sheet(sheet)
         if output is not None:
-            counted = "1 plot" if len(plots) == 1 else f"{len(plots)} plots"
+            count = len({Path(name).stem for name in plots})  # each as PNG and SVG
+            counted = "1 plot" if count == 1 else f"{count} plots"
             typer.echo(f"{output}: eval.md, eval.json, eval.csv, {counted}", err=True)
 
 
@@ -236,6 +234,7 @@ def recipes(
     """List the built-in recipes, or print one."""
     import json
 
+    from snugfit.printing import print_recipes
     from snugfit.recipe import builtin_names, load_recipe
 
     with _plain_errors():
@@ -250,7 +249,7 @@ def recipes(
         elif name:
             typer.echo(loaded[0].text, nl=False)
         else:
-            _print_recipes([(entry.recipe.name, entry.recipe.description) for entry in loaded])
+            print_recipes([(entry.recipe.name, entry.recipe.description) for entry in loaded])
 
 
 def _lengths(text: str) -> list[int]:
@@ -317,6 +316,7 @@ def _run_tasks(
 ) -> None:
     with _plain_errors():
         from snugfit.evaluation.tasks import run_tasks, write_tasks
+        from snugfit.printing import print_sheet
         from snugfit.report.tables import task_sheet
 
         if len(checkpoints) != 1:
@@ -333,77 +333,6 @@ def _run_tasks(
         if as_json:
             typer.echo(run.record.to_json(), nl=False)
         else:
-            _print_sheet(task_sheet(run.record))
+            print_sheet(task_sheet(run.record))
         if output is not None:
             typer.echo(f"{output}: tasks.json, samples.jsonl, lm_eval.json", err=True)
-
-
-def _print_sheet(sheet: Sheet) -> None:
-    from rich.markup import escape
-
-    table = _table(*sheet.headings, right=sheet.headings[sheet.left :])
-    for row in sheet.rows:
-        table.add_row(*(_bold(escape(cell)) for cell in row))
-    typer.echo(sheet.title)
-    _show(table)
-    typer.echo(f"{sheet.note}\n")
-
-
-def _bold(cell: str) -> str:
-    return f"[bold]{cell[2:-2]}[/bold]" if cell.startswith("**") and cell.endswith("**") else cell
-
-
-def _print_recipes(pairs: list[tuple[str, str]]) -> None:
-    table = _table("recipe", "what it does")
-    for name, description in pairs:
-        table.add_row(name, description)
-    _show(table)
-
-
-def _print_plan(records: tuple[TensorRecord, ...], as_json: bool) -> None:
-    import json
-    from dataclasses import asdict
-
-    from rich.markup import escape
-
-    total = sum(record.bytes for record in records)
-    if as_json:
-        tensors = [{k: v for k, v in asdict(r).items() if v is not None} for r in records]
-        typer.echo(json.dumps({"tensors": tensors, "bytes": total}, indent=2))
-        return
-    table = _table("tensor", "format", "shape", "bytes", right=("bytes",))
-    for record in records:
-        table.add_row(escape(record.name), record.format, "x".join(map(str, record.shape)), f"{record.bytes:,}")
-    _show(table)
-    _print_totals(records)
-
-
-def _print_totals(records: tuple[TensorRecord, ...]) -> None:
-    from snugfit.records import totals_by_format
-
-    columns = ("tensors", "bytes before", "bytes after", "bits a weight", "relative error")
-    table = _table("format", *columns, right=columns)
-    for total in totals_by_format(records):
-        error = "" if total.relative_error is None else f"{total.relative_error:.5f}"
-        sizes = f"{total.source_bytes:,}", f"{total.bytes:,}"
-        table.add_row(total.format, str(total.tensors), *sizes, f"{total.bits_per_weight:.3f}", error)
-    before, after = sum(r.source_bytes for r in records), sum(r.bytes for r in records)
-    table.add_row("all", str(len(records)), f"{before:,}", f"{after:,}", "", "")
-    _show(table)
-
-
-def _table(*headings: str, right: tuple[str, ...] = ()) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for heading in headings:
-        table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
-    return table
-
-
-def _show(table: object) -> None:
-    from rich.console import Console
-
-    # a pipe has no width: give every column what it needs
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)

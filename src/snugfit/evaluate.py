@@ -98,20 +98,11 @@ def evaluate(
             vocabulary = next(walked(job)).subject.vocabulary
             job = replace(job, served=ask_server(server, job.rows, digest, vocabulary, tick))
     entries, owners = _entries(job, floors, place)
-    rows, places = job.rows, job.places
     collector = None
     if store is not None and isinstance(job.base, Model):
-        collector = reference.Collector(rows, places, job.base.subject.vocabulary)
-    with clock("measure"), progress_bar(progress, steps(entries, rows, places), "evaluating") as tick:
-        found = measure(
-            entries,
-            rows,
-            places,
-            place,
-            tokens_per_batch=batch,
-            tick=tick,
-            keep=None if collector is None else collector.keep,
-        )
+        collector = reference.Collector(job.rows, job.places, job.base.subject.vocabulary)
+    with clock("measure"):
+        found = _measure(job, entries, place, batch, collector, progress=progress)
     with clock("summarize"):
         results = figures.with_holm(list(_results(job, entries, owners, found)))
         if collector is not None and store is not None and isinstance(job.base, Model) and not store[0].exists():
@@ -142,6 +133,22 @@ def evaluate(
         hardware=hardware(place),
         versions=versions(),
     )
+
+
+def _measure(
+    job: Job,
+    entries: Sequence[Entry],
+    device: torch.device,
+    batch: int,
+    collector: reference.Collector | None,
+    *,
+    progress: bool,
+) -> list[TokenFigures]:
+    """Figures of all entries under a progress bar; a `collector` keeps the reference's predictions."""
+    rows, places = job.rows, job.places
+    keep = None if collector is None else collector.keep
+    with progress_bar(progress, steps(entries, rows, places), "evaluating") as tick:
+        return measure(entries, rows, places, device, tokens_per_batch=batch, tick=tick, keep=keep)
 
 
 def write_results(record: EvalRecord, directory: str | Path) -> list[str]:

@@ -57,7 +57,7 @@ def write_plots(record: EvalRecord, directory: Path) -> list[str]:
     longest = [max(texts, key=lambda context: context.context)] if texts else []
     for context in (*longest, *(context for context in record.contexts if not context.context)):
         plots += _by_position(record, context)
-    return [file for plot in plots for file in _draw(plot, directory)]
+    return [file for plot in plots if plot.lines for file in _draw(plot, directory)]
 
 
 def _by_context(record: EvalRecord, texts: Sequence[ContextFigures]) -> list[Plot]:
@@ -150,11 +150,13 @@ def _draw(plot: Plot, directory: Path) -> list[str]:
     else:
         both = [*lows, *floors]
         wide = plot.y_label != KL and max(both) > WIDE * min(both)
-        _scale(panels[0], both, logarithmic=min(both) > 0 and (bool(floors) or wide), from_zero=plot.y_label == KL)
+        _scale(panels[0], both, logarithmic=min(both) > 0 and (bool(floors) or wide))
     for line in plot.lines:
         _line(panels[0], line)
     for line in plot.floors:
         _line(panels[-1], line)
+    if plot.y_label == KL and min([*lows, *floors]) >= 0 and panels[0].get_yscale() == "linear":
+        panels[0].set_ylim(bottom=0)
     _label(figure, panels, plot)
     for ending in ("png", "svg"):
         metadata = {"Date": None} if ending == "svg" else None
@@ -170,15 +172,15 @@ def _line(axes: Axes, line: Line) -> None:
     known = [error is not None for _, _, error in line.points]
     errors = [error or 0.0 for _, _, error in line.points]
     if axes.get_yscale() == "log":
-        low, high = ([y * math.exp(sign * e / y) for y, e in zip(ys, errors, strict=True)] for sign in (-1, 1))
+        low, high = (
+            [y * math.exp(sign * min(e / y, 50.0)) for y, e in zip(ys, errors, strict=True)] for sign in (-1, 1)
+        )
     else:
         low, high = ([y + sign * e for y, e in zip(ys, errors, strict=True)] for sign in (-1, 1))
     axes.fill_between(xs, low, high, where=known, color=line.style["color"], alpha=0.15, linewidth=0)
 
 
-def _scale(
-    axes: Axes, values: Sequence[float], *, logarithmic: bool, from_zero: bool = False, margin: float = 1.04
-) -> None:
+def _scale(axes: Axes, values: Sequence[float], *, logarithmic: bool, margin: float = 1.04) -> None:
     """The y axis, with plain numbers: a logarithm leaves room around the lines, not around their bands."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
@@ -190,8 +192,6 @@ def _scale(
         wide = high > WIDE * low
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_minor_locator(NullLocator())
-    elif from_zero and low >= 0:
-        axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
 
 
