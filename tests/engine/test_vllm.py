@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from snugfit.quantize import quantize_checkpoint
 
 pytestmark = pytest.mark.engine
 
+PROFILE = "vllm-cpu"
 SERVE = Path(__file__).parents[2] / "benchmarks" / "serve_vllm.py"
 FP8 = "ChannelWiseTorchFP8ScaledMMLinearKernel"
 INT4 = "CPUWNA16LinearKernel"
@@ -27,6 +29,21 @@ RECIPES: dict[str, tuple[set[str], float]] = {
     "nvfp4": ({NVFP4}, 0.02),
     "nvfp4-fp8-hybrid": ({FP8, NVFP4}, 0.02),
 }
+
+
+def test_server_evaluated_over_http(smollm2: Path, tmp_path: Path) -> None:
+    """A stock server is evaluated by `snugfit eval --server`: our emulation's loss, KL bounded by ours, its kernel told."""
+    python = os.environ["SNUGFIT_VLLM_PYTHON"]
+    quantize_checkpoint(smollm2, tmp_path / "fp8", "fp8-dynamic")
+    command = [sys.executable, str(SERVE.with_name("served_engine.py")), str(smollm2), str(tmp_path / "out")]
+    command += [str(tmp_path / "fp8"), "--vllm-python", python, "--activations", PROFILE, "--device", "cpu"]
+    subprocess.run([*command, "--rows", "6", "--length", "128", "--top", "20"], check=True)
+    record = json.loads((tmp_path / "out" / "served-fp8" / "eval.json").read_text(encoding="utf-8"))
+    ours, served = record["contexts"][0]["models"][-2:]
+    assert served["perplexity"] == pytest.approx(ours["perplexity"], rel=0.02)  # 762 tokens: noise of the arithmetic
+    assert served["kl_kind"] == "lower bound"
+    assert 0 < served["kl"]["mean"] < 1.5 * ours["kl"]["mean"]
+    assert any(FP8 in kernel for kernel in record["candidates"][-1]["kernels"]["linear"])
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +74,9 @@ def served(smollm2: Path, rows: Rows, tmp_path_factory: pytest.TempPathFactory) 
 
 def test_bf16_baseline(served: dict[str, Any], smollm2: Path, rows: Rows) -> None:
     """The engine and our walk agree on the unquantized model within 0.5 %."""
-    assert served["bf16"]["perplexity"] == pytest.approx(perplexity(smollm2, rows).value, rel=0.005)
+    assert served["bf16"]["perplexity"] == pytest.approx(
+        perplexity(smollm2, rows, activations=PROFILE).value, rel=0.005
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -68,4 +87,5 @@ def test_engine_serves_what_we_emulate(recipe: str, served: dict[str, Any], rows
     kernels, bound = RECIPES[recipe]
     assert set(entry["kernels"]) == kernels
     assert not [warning for warning in entry["warnings"] if "global scale" in warning]
-    assert entry["perplexity"] == pytest.approx(perplexity(entry["path"], rows).value, rel=bound)
+    ours = perplexity(entry["path"], rows, activations=PROFILE)
+    assert entry["perplexity"] == pytest.approx(ours.value, rel=bound)
