@@ -32,7 +32,7 @@ RECIPES: dict[str, tuple[set[str], float]] = {
 
 
 def test_server_evaluated_over_http(smollm2: Path, tmp_path: Path) -> None:
-    """A stock server is evaluated by `snugfit eval --server`: our emulation's loss, KL bounded by ours, its kernel told."""
+    """`snugfit eval --server` finds our emulation's loss in a stock server, a KL that ours bounds, and its kernel."""
     python = os.environ["SNUGFIT_VLLM_PYTHON"]
     quantize_checkpoint(smollm2, tmp_path / "fp8", "fp8-dynamic")
     command = [sys.executable, str(SERVE.with_name("served_engine.py")), str(smollm2), str(tmp_path / "out")]
