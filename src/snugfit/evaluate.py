@@ -113,11 +113,17 @@ def evaluate(
     return EvalRecord(
         snugfit=__version__,
         arguments={
+            "candidates": [str(path) for path in candidates],
+            "reference": None if reference_model is None else str(reference_model),
+            "text": [str(file) for file in text],
             "contexts": sorted(contexts),
             "max_chunks": max_chunks,
             "max_tokens": max_tokens,
             "activations": activations,
             "floors": floors,
+            "continuations": continuations,
+            "server": None if server is None else server.url,
+            "force": force,
             "device": str(place),
             "tokens_per_batch": batch,
         },
