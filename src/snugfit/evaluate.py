@@ -122,7 +122,7 @@ def evaluate(
             "activations": activations,
             "floors": floors,
             "continuations": continuations,
-            "server": None if server is None else server.url,
+            "server": None if job.served is None else job.served.description["url"],
             "force": force,
             "device": str(place),
             "tokens_per_batch": batch,
