@@ -179,9 +179,10 @@ def _losses_table(record: CompareRecord) -> str:
 
 
 def _losses_caption(rows: Sequence[LossRow]) -> str:
-    chunks = sum({row.context: row.chunks for row in rows if row.difference is not None}.values())
+    counts = {row.context: row.chunks for row in rows if row.difference is not None}
+    chunks = ", ".join(f"{count:,}" for count in counts.values())
     return (
-        f"A minus B in nats a token, paired on {chunks:,} chunks: a studentized bootstrap over chunks. "
+        f"A minus B in nats a token, paired on {chunks or 0} chunks: a studentized bootstrap over chunks. "
         f"{_bold_means(rows)} More tokens: how many would make p < {SIGNIFICANT} four times in five, were the "
         "difference what it seems; settled: it is below already."
     )
