@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -153,6 +154,22 @@ def _json_rows(
 
 
 def _json_row(line: str, where: str, encode: Any, chat: Any) -> list[int]:
+    found = read_line(line, where, encode)
+    if not isinstance(found, Messages):
+        return found
+    with template_errors(where):
+        return list(chat(found.messages))
+
+
+@dataclass(frozen=True)
+class Messages:
+    """A conversation of a JSONL file, yet to be put into a model's template."""
+
+    messages: list[Any]
+
+
+def read_line(line: str, where: str, encode: Any) -> list[int] | Messages:
+    """Token ids of a JSONL line with `input_ids` or `text`, or its messages; UserError, with `where`, for another."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -167,15 +184,21 @@ def _json_row(line: str, where: str, encode: Any, chat: Any) -> list[int]:
             except (TypeError, ValueError) as error:
                 raise UserError(f"this text cannot be tokenized ({error}).", where=where, remedy="Mend it.") from None
         if isinstance(entry.get("messages"), list):
-            from jinja2 import TemplateError
-
-            try:
-                return list(chat(entry["messages"]))
-            except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
-                raise UserError(
-                    f"the chat template refuses these messages ({error}).", where=where, remedy="Give `text` instead."
-                ) from None
+            return Messages(entry["messages"])
     raise UserError("no `text`, `messages` or `input_ids`.", where=where, remedy="Each line needs one of them.")
+
+
+@contextmanager
+def template_errors(where: str) -> Iterator[None]:
+    """Whatever a chat template raises, as a UserError at `where`."""
+    from jinja2 import TemplateError
+
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
+        raise UserError(
+            f"the chat template refuses these messages ({error}).", where=where, remedy="Give `text` instead."
+        ) from None
 
 
 def _cut(encode: Any, text: str, count: int, length: int, where: str) -> Iterator[list[int]]:

@@ -43,60 +43,49 @@ class Softmax:
 
 
 @dataclass(frozen=True)
-class StoredTop:
-    """Predictions from a stored reference, log probabilities fp32.
-
-    `ids`, `logprobs` [n, k] of the k most likely tokens, the first first; `tail` [n] the probability of all others;
-    `sample_ids`, `sample_logprobs` [n, m] drawn from those others with replacement, each by its probability;
-    `losses` [n] of the true tokens.
-    """
+class _Top:
+    """The k most likely tokens, best first: `ids`, `logprobs` [n, k] fp32; `losses` [n] of the true tokens."""
 
     ids: Tensor
     logprobs: Tensor
+    losses: Tensor
+
+    @property
+    def confidence(self) -> Tensor:
+        """Probability [n] of the most likely token."""
+        return self.logprobs[:, 0].exp()
+
+    def loss(self, _: Tensor) -> Tensor:
+        """Negative log-likelihood [n] of the true tokens, which were known when the others were."""
+        return self.losses
+
+
+@dataclass(frozen=True)
+class StoredTop(_Top):
+    """Predictions from a stored reference.
+
+    `tail` [n]: the probability of all tokens but the k; `sample_ids`, `sample_logprobs` [n, m]: drawn from those others
+    with replacement, each by its probability.
+    """
+
     tail: Tensor
     sample_ids: Tensor
     sample_logprobs: Tensor
-    losses: Tensor
 
     @property
     def finite(self) -> Tensor:
         """Whether [n] the numbers are usable."""
         return self.logprobs.isfinite().all(-1) & self.losses.isfinite()
 
-    @property
-    def confidence(self) -> Tensor:
-        """Probability [n] of the most likely token."""
-        return self.logprobs[:, 0].exp()
-
-    def loss(self, _: Tensor) -> Tensor:
-        """Negative log-likelihood [n] of the true tokens, which were known when this was stored."""
-        return self.losses
-
 
 @dataclass(frozen=True)
-class ServedTop:
-    """Predictions as a server tells them: `ids`, `logprobs` [n, k] of its most likely tokens, `losses` [n] (true ones).
-
-    Places that the server left empty have id -1 and log probability -inf.
-    """
-
-    ids: Tensor
-    logprobs: Tensor
-    losses: Tensor
+class ServedTop(_Top):
+    """Predictions as a server tells them; places that it left empty have id -1 and log probability -inf."""
 
     @property
     def finite(self) -> Tensor:
         """Whether [n] the numbers are usable."""
         return self.logprobs[:, 0].isfinite() & self.losses.isfinite() & ~self.logprobs.isnan().any(-1)
-
-    @property
-    def confidence(self) -> Tensor:
-        """Probability [n] of the most likely token."""
-        return self.logprobs[:, 0].exp()
-
-    def loss(self, _: Tensor) -> Tensor:
-        """Negative log-likelihood [n] of the true tokens."""
-        return self.losses
 
 
 @dataclass(frozen=True)

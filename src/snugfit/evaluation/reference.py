@@ -99,12 +99,12 @@ def condense(prediction: Softmax, targets: Tensor, *, seed: int, top: int = TOP,
     drawn = torch.multinomial(rest.double(), sample, replacement=True, generator=generator)
     loss = torch.where(prediction.finite, prediction.loss(targets), torch.nan)
     return StoredTop(
-        ids,
-        best - normal,
-        mass / prediction.total,
-        drawn,
-        prediction.logits.gather(-1, drawn) - normal,
-        loss,
+        ids=ids,
+        logprobs=best - normal,
+        losses=loss,
+        tail=mass / prediction.total,
+        sample_ids=drawn,
+        sample_logprobs=prediction.logits.gather(-1, drawn) - normal,
     )
 
 

@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snugfit.calibration.dataset import first_tokens, leading_tokens, load_tokenizer, make_rows, python_topics
+from snugfit.calibration.dataset import (
+    Messages,
+    first_tokens,
+    leading_tokens,
+    load_tokenizer,
+    make_rows,
+    python_topics,
+    read_line,
+    template_errors,
+)
 from snugfit.errors import UserError
 from snugfit.records import TextRecord
 
@@ -255,23 +264,11 @@ def _log_rows(
 def _log_row(
     tokenizer: Tokenizer, line: str, where: str, vocabulary: int | None
 ) -> tuple[list[int], tuple[int, ...] | None]:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON ({error}).", where=where, remedy="JSONL has one JSON object a line.") from None
-    if isinstance(entry, dict):
-        ids = entry.get("input_ids")
-        if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids):
-            check_ids(ids, where, vocabulary)
-            return ids, None
-        if isinstance(entry.get("text"), str):
-            try:
-                return tokenizer.encode(entry["text"]), None
-            except (TypeError, ValueError) as error:
-                raise UserError(f"this text cannot be tokenized ({error}).", where=where, remedy="Mend it.") from None
-        if isinstance(entry.get("messages"), list):
-            return _conversation(tokenizer, entry["messages"], where)
-    raise UserError("no `text`, `messages` or `input_ids`.", where=where, remedy="Each line needs one of them.")
+    found = read_line(line, where, tokenizer.encode)
+    if isinstance(found, Messages):
+        return _conversation(tokenizer, found.messages, where)
+    check_ids(found, where, vocabulary)
+    return found, None
 
 
 def check_ids(ids: Sequence[int], where: str, vocabulary: int | None) -> None:
@@ -291,12 +288,10 @@ def _conversation(tokenizer: Tokenizer, messages: list[Any], where: str) -> tupl
     The template is applied up to each answer, with and without it; what stands between is the answer. Templates that
     rewrite earlier turns (leaving out reasoning) keep this only for the last ones, whose answers are then scored.
     """
-    from jinja2 import TemplateError
-
     answers = [
         n for n, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"
     ]
-    try:
+    with template_errors(where):
         whole = tokenizer.chat(messages)
         places: list[int] = []
         for n in answers:
@@ -304,10 +299,6 @@ def _conversation(tokenizer: Tokenizer, messages: list[Any], where: str) -> tupl
             upto = tokenizer.chat(messages[: n + 1]) if n + 1 < len(messages) else whole
             if whole[: len(upto)] == upto and upto[: len(before)] == before:
                 places += range(max(1, len(before)), len(upto))
-    except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
-        raise UserError(
-            f"the chat template refuses these messages ({error}).", where=where, remedy="Give `text` instead."
-        ) from None
     if answers and not places:
         raise UserError(
             "the chat template rewrites every turn, so that the assistant's tokens cannot be told.",
