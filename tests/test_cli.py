@@ -39,6 +39,8 @@ OFFERED: dict[str, set[str]] = {
         "--device",
         "--tokens-per-batch",
         "--max-shard-size",
+        "--restart",
+        "--resume-anyway",
         "--dry-run",
         "--json",
     },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -32,8 +32,8 @@ _OF_SERVERS = ("server_model", "server_top", "server_log")
 
 
 @contextmanager
-def _plain_errors(journal: Path | None = None) -> Iterator[None]:
-    """UserError -> one message and exit code 2; Ctrl-C -> exit code 130. A `journal` keeps a server's answers."""
+def _plain_errors(kept: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """UserError -> one message and exit code 2; Ctrl-C -> exit code 130. `kept` says what there is to go on from."""
     try:
         yield
     except UserError as error:
@@ -41,15 +41,30 @@ def _plain_errors(journal: Path | None = None) -> Iterator[None]:
         raise typer.Exit(2) from None
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
-        kept = f"{journal} keeps what the server answered" if journal and journal.exists() else "Nothing was written"
-        typer.echo(f"snugfit: {place}{error.strerror or error}. {kept}.", err=True)
+        left = f"{kept()}. Then run the same command to go on." if kept() else "Nothing was written."
+        typer.echo(f"snugfit: {place}{error.strerror or error}. {left}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
-        left = "nothing was written. Run the same command to start again."
-        if journal and journal.exists():
-            left = f"{journal} keeps what the server answered. Run the same command to go on."
+        left = f"{kept()}. Run the same command to go on." if kept() else "nothing was written."
         typer.echo(f"snugfit: stopped; {left}", err=True)
         raise typer.Exit(130) from None
+
+
+def _kept_layers(output: Path | None) -> Callable[[], str]:
+    """What an unfinished quantize run has kept."""
+
+    def kept() -> str:
+        from snugfit.model.shards import units_done
+
+        partial = None if output is None else output.with_name(output.name + ".partial")
+        done = 0 if partial is None else units_done(partial)
+        return f"{partial} keeps {done - 1} layers" if done > 1 else ""
+
+    return kept
+
+
+def _kept_answers(journal: Path | None) -> Callable[[], str]:
+    return lambda: f"{journal} keeps what the server answered" if journal and journal.exists() else ""
 
 
 @contextmanager
@@ -78,12 +93,16 @@ def quantize(
     length: Annotated[int, typer.Option(help="Tokens a row at most.")] = DEFAULT_LENGTH,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     tokens_per_batch: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
-    max_shard_size: Annotated[float, typer.Option(help="Largest weight file in GB (10^9 bytes).")] = 5.0,
+    max_shard_size: Annotated[float, typer.Option(help="Largest weight file in GB (10^9 bytes).")] = 2.0,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was stopped.")] = False,
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="Go on under another machine, library version or batch.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print tensor, format and bytes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
 ) -> None:
     """Quantize MODEL by a recipe into a new directory that stock engines load."""
-    with _plain_errors():
+    with _plain_errors(_kept_layers(output)):
         from snugfit.printing import print_plan, print_totals
         from snugfit.quantize import quantize_checkpoint
         from snugfit.quantize_plan import plan_quantization
@@ -94,6 +113,8 @@ def quantize(
         if dry_run:
             plan = plan_quantization(model, recipe, max_shard_bytes=shard_bytes)
             print_plan(plan.records(), as_json)
+            for obstacle in plan.obstacles:
+                typer.echo(f"a run would be refused: {obstacle}", err=True)
             return
         if output is None:
             raise UserError("no output directory.", remedy="Name one with -o, or add --dry-run.")
@@ -107,7 +128,10 @@ def quantize(
             device=device,
             tokens_per_batch=tokens_per_batch,
             max_shard_bytes=shard_bytes,
+            restart=restart,
+            resume_anyway=resume_anyway,
             progress=True,
+            tell=lambda words: typer.echo(words, err=True),
         )
     with _reporting(output):
         if as_json:
@@ -161,7 +185,7 @@ def eval_(
         _run_tasks(checkpoints or [], tasks, settings, (server, server_model), output, as_json)
         return
     journal = None if server is None or output is None else _journal_of(output)
-    with _plain_errors(journal):
+    with _plain_errors(_kept_answers(journal)):
         _check_eval_options(ctx, output)
         from snugfit.evaluate import evaluate, write_results
         from snugfit.printing import print_sheet

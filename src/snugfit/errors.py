@@ -15,3 +15,7 @@ class UserError(Exception):
         place = f"{self.where}: " if self.where else ""
         remedy = f" {self.remedy}" if self.remedy else ""
         return f"{place}{self.what}{remedy}"
+
+
+class Unfinished(UserError):  # noqa: N818  # it is one
+    """A UserError that leaves what an unfinished run has done: a lost network, or another machine than it began on."""

@@ -76,14 +76,26 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
+def rss_bytes() -> int:
+    """Resident memory of this process now; its peak where the system does not tell."""
+    return _status_bytes("VmRSS") or peak_rss_bytes()
+
+
+def _status_bytes(key: str) -> int:
+    """A line of Linux's /proc/self/status, 0 elsewhere."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+    found = next((line.split()[1] for line in lines if line.startswith(f"{key}:")), "0")
+    return int(found) * 1024
+
+
 def peak_rss_bytes() -> int:
     """Peak resident memory of this process. Linux's VmHWM starts afresh at exec, where ru_maxrss keeps a parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text(encoding="ascii", errors="replace").splitlines()
-        peak = next((line.split()[1] for line in lines if line.startswith("VmHWM:")), None)
-        if peak:
-            return int(peak) * 1024
+    peak = _status_bytes("VmHWM")
+    if peak:
+        return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

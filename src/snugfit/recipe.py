@@ -12,6 +12,8 @@
 A rule matches by `role` (one or a list), by `name` (a glob on the tensor's module, or `re:` and a pattern), by `layers`
 ("0..3, 26, -2..-1"; negative numbers count from the end); all that are given must hold. `format: keep` leaves a tensor
 as it is. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
+
+`kv_cache: fp8` beside the rules asks engines for an FP8 KV cache, and has its scales calibrated; `keep` is the default.
 """
 
 from __future__ import annotations
@@ -74,7 +76,13 @@ class Recipe(BaseModel):
 
     name: str
     description: str = ""
+    kv_cache: Literal["fp8"] | None = None
     rules: tuple[Rule, ...] = Field(min_length=1)
+
+    @field_validator("kv_cache", mode="before")
+    @classmethod
+    def _kept_cache(cls, value: Any) -> Any:
+        return None if value == KEEP else value
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -337,6 +345,9 @@ def _explain(error: ValidationError, where: str) -> UserError:
     errors = error.errors()
     # a misspelt key that is needed gives two errors: the missing one first, the unknown one is what helps
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    if first["loc"] == ("kv_cache",):
+        remedy = f"Known: fp8, {KEEP}."
+        return UserError(f"unknown kv_cache {first['input']!r}.", where=f"{where}: kv_cache", remedy=remedy)
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
         fields = Rule.model_fields if len(first["loc"]) > 1 else Recipe.model_fields

@@ -33,7 +33,11 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class QuantizeRecord:
-    """A finished quantize run. Sizes in bytes, times in seconds, digests SHA-256."""
+    """A finished quantize run. Sizes in bytes, times in seconds, digests SHA-256.
+
+    `estimates` holds what was foreseen beside what was, {"estimated": ..., "actual": ...} each. `resumed`: units that
+    an earlier run had done, and what differed from it; None for a run in one piece.
+    """
 
     snugfit: str
     arguments: Mapping[str, Any]
@@ -53,6 +57,8 @@ class QuantizeRecord:
     peak_gpu_bytes: int | None
     hardware: Mapping[str, Any]
     versions: Mapping[str, str]
+    estimates: Mapping[str, Any]
+    resumed: Mapping[str, Any] | None = None
     schema: str = QUANTIZE_SCHEMA
 
     def to_json(self) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from snugfit.dialects.headers import Headers
 from snugfit.dialects.schemes import REMEDY, WHERE, parse_scheme
@@ -164,11 +164,47 @@ def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:
     return min(scales, key=float)
 
 
-def quantization_config(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> dict[str, Any]:
+def kv_layout(attention: str, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (safetensors dtype, shape) of the scales of an attention module's FP8 cache; `dtype` is the model's."""
+    return {f"{attention}.{which}_scale": (_kv_dtype(dtype), (1,)) for which in ("k", "v")}
+
+
+def kv_encode(attention: str, amax: tuple[float, float], dtype: str) -> dict[str, Tensor]:
+    """Name -> scale as written: the multiplier amax / 448 for the largest calibrated |key| and |value|.
+
+    UserError where no scale can be made of them: an engine would fill its cache with zeros, infinities or NaN.
+    """
+    import torch
+
+    from snugfit.formats.grids import E4M3_MAX
+
+    as_torch = torch.bfloat16 if _kv_dtype(dtype) == "BF16" else torch.float32
+    scales: dict[str, Tensor] = {}
+    for name, largest in zip(kv_layout(attention, dtype), amax, strict=True):
+        scale = torch.tensor([largest / E4M3_MAX], dtype=as_torch)
+        if not (scale.isfinite() & (scale > 0)).all():
+            raise UserError(
+                f"calibrated keys or values have largest magnitude {largest}.",
+                where=name,
+                remedy="No scale can be made of that: check the source's weights, or take `kv_cache` out.",
+            )
+        scales[name] = scale
+    return scales
+
+
+def _kv_dtype(dtype: str) -> str:
+    """As llm-compressor, the model's dtype; but fp16 has too few small numbers for a scale."""
+    return "BF16" if dtype == "BF16" else "F32"
+
+
+def quantization_config(
+    formats: Mapping[str, TensorFormat], ignore: Sequence[str], kv_cache: Literal["fp8"] | None = None
+) -> dict[str, Any]:
     """The quantization_config of config.json.
 
-    `formats` maps module names (as in the checkpoint) to their format; `ignore` names every linear left alone.
-    Targets of different groups are disjoint: engines resolve overlapping patterns differently.
+    `formats` maps module names (as in the checkpoint) to their format; `ignore` names every linear left alone;
+    `kv_cache` "fp8" asks for an FP8 cache under the scales of `kv_layout`. Targets of different groups are disjoint:
+    engines resolve overlapping patterns differently.
     """
     by_format: dict[TensorFormat, list[str]] = {}
     for module, fmt in formats.items():
@@ -183,7 +219,7 @@ def quantization_config(formats: Mapping[str, TensorFormat], ignore: Sequence[st
         "format": kinds.pop() if len(kinds) == 1 else MIXED,
         "global_compression_ratio": None,
         "ignore": list(ignore),
-        "kv_cache_scheme": None,
+        "kv_cache_scheme": None if kv_cache is None else _arguments(num_bits=8, type="float", strategy="tensor"),
         "quant_method": "compressed-tensors",
         "quantization_status": "compressed",
         "version": VERSION,

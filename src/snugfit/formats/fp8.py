@@ -1,6 +1,7 @@
 """FP8 (E4M3): scales for a weight, its output channels or its blocks; activations under scales made at run time or not.
 
-Written is one scale an output channel, with activations under one scale a token (FP8_DYNAMIC); the rest is read.
+Written is one scale an output channel, with activations under one scale a token (FP8_DYNAMIC), and one a block of
+128 x 128, with activations under one scale a token and 128 columns (FP8_BLOCK); the rest is read.
 """
 
 from __future__ import annotations
@@ -39,6 +40,17 @@ def quantize(weight: Tensor) -> FP8Weight:
     scale = (exact.abs().amax(1, keepdim=True) / E4M3_MAX).to(weight.dtype)
     scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
     return FP8Weight(to_e4m3(exact / scale.float()), scale)
+
+
+def quantize_blocks(weight: Tensor, block: tuple[int, int]) -> FP8Weight:
+    """The same under scales amax_block / 448; blocks at the edges may be smaller than the rest."""
+    rows, columns = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % block[1], 0, -rows % block[0]))
+    blocks = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))  # [N/rows, rows, K/columns, columns]
+    scale = (torch.maximum(blocks.amax((1, 3)), -blocks.amin((1, 3))) / E4M3_MAX).to(weight.dtype)
+    scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
+    codes = to_e4m3(blocks / scale.float()[:, None, :, None])
+    return FP8Weight(codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale, block)
 
 
 def dequantize(stored: FP8Weight) -> Tensor:

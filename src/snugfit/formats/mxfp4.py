@@ -1,4 +1,8 @@
-"""MXFP4 (OCP MX): E2M1 codes in blocks of 32 along the columns, a power of two (E8M0) a block, no scale a tensor."""
+"""MXFP4 (OCP MX): E2M1 codes in blocks of 32 along the columns, a power of two (E8M0) a block, no scale a tensor.
+
+How a block's exponent is chosen is a method (`snugfit.methods.exponents`); this file quantizes under exponents that are
+given, dequantizes, and imitates what an engine does to activations.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snugfit.formats.grids import E2M1_MAX, e2m1_pairs, powers_of_two, round_e2m1_magnitude
+from snugfit.formats.grids import (
+    E2M1_MAX,
+    e2m1_codes,
+    e2m1_pairs,
+    pack_nibbles,
+    powers_of_two,
+    round_e2m1_magnitude,
+)
 from snugfit.formats.spec import MXFP4_BLOCK
 
 SMALLEST_EXPONENT, LARGEST_EXPONENT = -127, 127
@@ -19,6 +30,14 @@ class MXFP4Weight:
 
     packed: Tensor
     exponent: Tensor
+
+
+def quantize(weight: Tensor, exponent: Tensor) -> MXFP4Weight:
+    """Codes of `weight` [N, K] (any float dtype) under E8M0 exponents, uint8 [N, K/32]; beyond 6 steps they saturate."""
+    blocks = weight.float().unflatten(-1, (-1, MXFP4_BLOCK))
+    magnitude = round_e2m1_magnitude(blocks.abs().div_(powers_of_two(exponent).unsqueeze(-1)))
+    codes = e2m1_codes(magnitude, blocks < 0).flatten(-2)
+    return MXFP4Weight(pack_nibbles(codes), exponent)
 
 
 def dequantize(stored: MXFP4Weight) -> Tensor:

@@ -74,6 +74,22 @@ FORMATS: Mapping[str, FormatSpec] = {
             False,
             ("absmax",),
         ),
+        # 8-bit float, one scale a block of 128 x 128; activations 8-bit, one scale a token and 128 columns (W8A8)
+        FormatSpec(
+            "fp8-block",
+            FP8_BLOCK,
+            "fp8-group",
+            False,
+            ("absmax",),
+        ),
+        # 4-bit float in blocks of 32 under a power of two (OCP MX); activations 4-bit too (W4A4)
+        FormatSpec(
+            "mxfp4",
+            MXFP4_BLOCK,
+            "mxfp4",
+            False,
+            ("sweep", "absmax"),
+        ),
         # 4-bit integer in groups along the columns, 16-bit activations (W4A16)
         FormatSpec(
             "int4",
@@ -94,8 +110,6 @@ READ_ONLY: Mapping[str, FormatSpec] = {
         FormatSpec("fp8", 1, "none", False, ()),
         # 8-bit integer under one scale a weight, an output channel or a group of columns
         FormatSpec("int8", 1, "none", False, ()),
-        # 4-bit float in blocks of 32 under a power of two (OCP MX)
-        FormatSpec("mxfp4", MXFP4_BLOCK, "none", False, ()),
     )
 }
 
@@ -107,8 +121,8 @@ class TensorFormat:
     """How one weight is stored: a format of the table with its options settled.
 
     `group` is the columns under one scale (WHOLE_ROW: an output channel, 0: the whole weight, or what the format says),
-    `symmetric` False means zero points (integers), `block` is the rows and columns under one scale (fp8). `inputs` is
-    what the file asks an engine to do with activations, None for what the table says.
+    `symmetric` False means zero points (integers), `block` is the rows and columns under one scale (fp8; fp8-block has
+    128 x 128). `inputs` is what the file asks an engine to do with activations, None for what the table says.
     """
 
     name: str
@@ -127,15 +141,21 @@ class TensorFormat:
         """What the file asks an engine to do with this weight's inputs."""
         return self.inputs or self.spec.inputs
 
+    @property
+    def weight_block(self) -> tuple[int, int] | None:
+        """Rows and columns under one scale, None where scales are not of blocks."""
+        return (FP8_BLOCK, FP8_BLOCK) if self.name == "fp8-block" else self.block
+
     def label(self) -> str:
         """A short name for tables, with the options that matter: weights, then "+" and inputs the name leaves open."""
         scope = ""
         if self.name in ("fp8", "int8", "int4"):
             scope = {WHOLE_ROW: "-channel", 0: "-tensor"}.get(self.group, f"-g{self.group}")
         if self.block is not None:
-            scope = "-block" if self.block == (FP8_BLOCK, FP8_BLOCK) else f"-block{self.block[0]}x{self.block[1]}"
+            scope = f"-block{self.block[0]}x{self.block[1]}"
         zero_points = "" if self.symmetric else "-asym"
-        return self.name + scope + zero_points + (f"+{self.inputs}" if self.inputs is not None else "")
+        inputs = {None: "", "none": "a16"}.get(self.inputs, f"+{self.inputs}")
+        return self.name + scope + zero_points + inputs
 
 
 def bytes_for(fmt: TensorFormat, shape: tuple[int, int], scale_bytes: int) -> int:
@@ -150,6 +170,10 @@ def bytes_for(fmt: TensorFormat, shape: tuple[int, int], scale_bytes: int) -> in
         return rows * columns // 2 + rows * (columns // NVFP4_BLOCK) + 4
     if fmt.name == "fp8-dynamic":
         return rows * columns + rows * scale_bytes
+    if fmt.name == "fp8-block":
+        return rows * columns + -(-rows // FP8_BLOCK) * -(-columns // FP8_BLOCK) * scale_bytes
+    if fmt.name == "mxfp4":
+        return rows * columns // 2 + rows * (columns // MXFP4_BLOCK)
     groups = columns // fmt.group
     zero_points = 0 if fmt.symmetric else -(-rows // 8) * 4 * groups
     return rows * (-(-columns // 8) * 4) + rows * groups * scale_bytes + zero_points + 16
@@ -164,6 +188,12 @@ def check_shape(fmt: TensorFormat, shape: tuple[int, ...], *, where: str) -> Non
             remedy=f"Give it `format: {KEEP}` in the recipe.",
         )
     multiple = fmt.group if fmt.name == "int4" else fmt.spec.column_multiple
+    if fmt.name == "fp8-block" and shape[0] % FP8_BLOCK:
+        raise UserError(
+            f"fp8-block needs rows divisible by {FP8_BLOCK}, this weight is {shape[0]} x {shape[1]}.",
+            where=where,
+            remedy=f"Give it `format: fp8-dynamic` or `format: {KEEP}` in a rule before.",
+        )
     if shape[1] % multiple:
         raise UserError(
             f"{fmt.label()} needs columns divisible by {multiple}, this weight is {shape[0]} x {shape[1]}.",

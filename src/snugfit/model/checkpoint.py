@@ -1,162 +1,169 @@
-"""Safetensors on disk: headers, and tensors read by range.
+"""Safetensors, on disk or on the Hub: headers, and tensors read by range.
 
 Everything about a checkpoint is checked on its headers, which need no torch; tensors are read with plain positioned
-reads, so that memory holds what was asked for and nothing of the rest of the file.
+reads, so that memory holds what was asked for and nothing of the rest of the file. Nothing in a checkpoint is trusted:
+whatever is wrong with it is a UserError.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
+import os
 import re
-import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from snugfit.errors import UserError
+from snugfit.model.files import AGAIN, list_files, open_regular, parse_json, read_file, read_fully
+from snugfit.model.safetensors import (
+    DTYPE_BYTES,
+    TORCH_NAMES,
+    StoredTensor,
+    TensorInfo,
+    header_length,
+    parse_header,
+    shown,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = [
+    "CONFIG_NAME",
+    "DTYPE_BYTES",
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "TORCH_NAMES",
+    "Checkpoint",
+    "Remote",
+    "StoredTensor",
+    "TensorInfo",
+    "header_digest",
+    "open_checkpoint",
+    "open_headers",
+    "read_header",
+    "read_range",
+    "read_tensor",
+]
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
-
-DTYPE_BYTES: Mapping[str, int] = {
-    "BOOL": 1,
-    "U8": 1,
-    "I8": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-    "F8_E8M0": 1,
-    "I16": 2,
-    "U16": 2,
-    "F16": 2,
-    "BF16": 2,
-    "I32": 4,
-    "U32": 4,
-    "F32": 4,
-    "F64": 8,
-    "I64": 8,
-    "U64": 8,
-}
-TORCH_NAMES: Mapping[str, str] = {
-    "BOOL": "bool",
-    "U8": "uint8",
-    "I8": "int8",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu",
-    "I16": "int16",
-    "U16": "uint16",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I32": "int32",
-    "U32": "uint32",
-    "F32": "float32",
-    "F64": "float64",
-    "I64": "int64",
-    "U64": "uint64",
-}
+CONFIG_NAME = "config.json"
+# org/name, org/name@revision
+REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./+-]*))?", re.ASCII)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor as its header describes it: safetensors dtype name, shape."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
+class Remote(Protocol):
+    """Where a checkpoint's weights are, if not on this disk."""
 
     @property
-    def elements(self) -> int:
-        """Number of values."""
-        return math.prod(self.shape)
+    def name(self) -> str:
+        """What a user calls it: org/name."""
 
     @property
-    def bytes(self) -> int:
-        """Size on disk."""
-        return self.elements * DTYPE_BYTES[self.dtype]
+    def revision(self) -> str:
+        """The commit, 40 hexadecimal digits."""
 
-
-@dataclass(frozen=True)
-class StoredTensor(TensorInfo):
-    """A tensor and where its bytes are."""
-
-    file: str
-    offset: int
+    def read_into(self, file: str, offset: int, view: memoryview) -> None:
+        """Fill `view` from byte `offset` of `file`; safe in several threads. UserError where it cannot be had."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model directory: its config, its tensors by name in file order, and its other files."""
+    """A model directory: its config, its tensors by name in file order, and its other files.
+
+    Weights of a `remote` one are not below `path`, and its other files only if they were asked for.
+    """
 
     path: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, StoredTensor]
     shards: tuple[str, ...]
     other_files: tuple[str, ...]
+    remote: Remote | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call the model: org/name, or the name of its directory."""
+        if self.remote is not None:
+            return self.remote.name
+        path = self.path.resolve()
+        repo = path.parent.parent.name
+        if path.parent.name == "snapshots" and repo.startswith("models--"):
+            return repo.removeprefix("models--").replace("--", "/", 1)
+        return path.name
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Read config and headers of a model directory; UserError for anything missing, broken or outside it."""
-    root = Path(path)
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Read config and headers of a model: a directory, or a Hub id org/name[@revision]; UserError for anything wrong.
+
+    A directory goes before an id. Of a model on the Hub all files without weights are downloaded into its own cache.
+    """
+    if Path(model).exists() or REPO_ID.fullmatch(str(model)) is None:
+        return open_directory(Path(model))
+    from snugfit.model.hub import fetch_other_files, open_hub
+
+    return fetch_other_files(open_hub(str(model)))
+
+
+def open_headers(model: str | Path) -> Checkpoint:
+    """The same, but of a model on the Hub only config files are downloaded; `other_files` are then names alone."""
+    if Path(model).exists() or REPO_ID.fullmatch(str(model)) is None:
+        return open_directory(Path(model))
+    from snugfit.model.hub import open_hub
+
+    return open_hub(str(model))
+
+
+def open_directory(root: Path) -> Checkpoint:
+    """Read config and headers of a model directory."""
     if not root.is_dir():
-        raise UserError("no such directory.", where=str(path), remedy="Give a directory with config.json and weights.")
-    config = _read_config(root)
-    shards = _shard_names(root)
+        what = "a file, not a directory." if root.exists() else "no such directory."
+        remedy = "Give a directory with config.json and weights, or the id of a model on the Hub: org/name."
+        raise UserError(what, where=str(root), remedy=remedy)
+    config = read_config(root)
+    weight_map = _read_index(root)
+    shards = _shard_names(root, weight_map)
+    tensors = merge_headers({shard: read_header(root / shard) for shard in shards}, where=str(root))
+    check_index(weight_map, tensors, where=str(root / INDEX_NAME))
+    weight_files = {*shards, INDEX_NAME, CONFIG_NAME}
+    others = tuple(name for name in list_files(root) if name not in weight_files)
+    return Checkpoint(root, config, tensors, tuple(shards), others)
+
+
+def merge_headers(headers: Mapping[str, list[StoredTensor]], *, where: str) -> dict[str, StoredTensor]:
+    """Tensors of all shards by name; UserError for one that stands in two."""
     tensors: dict[str, StoredTensor] = {}
-    for shard in shards:
-        for tensor in read_header(root / shard):
+    for shard, found in headers.items():
+        for tensor in found:
             if tensor.name in tensors:
                 raise UserError(
                     f"tensor {tensor.name} is also in {tensors[tensor.name].file}.",
-                    where=str(root / shard),
+                    where=f"{where}/{shard}",
                     remedy="Download the checkpoint again: two shards disagree.",
                 )
             tensors[tensor.name] = tensor
-    _check_index(root, tensors)
-    weight_files = {*shards, INDEX_NAME, "config.json"}
-    others = sorted(
-        str(file.relative_to(root))
-        for file in root.rglob("*")
-        if file.is_file()
-        and str(file.relative_to(root)) not in weight_files
-        and not _in_hidden_folder(file.relative_to(root))
-    )
-    return Checkpoint(root, config, tensors, tuple(shards), tuple(others))
+    return tensors
 
 
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file; UserError where header and file size disagree."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
-        if length > MAX_HEADER_BYTES or length + 8 > size:
-            raise UserError("not a whole safetensors file.", where=str(file), remedy="Download this file again.")
-        try:
-            header = json.loads(stream.read(length))
-            entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
-            tensors = [_stored(name, entry, file.name, 8 + length) for name, entry in entries]
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-            raise UserError(
-                f"the safetensors header cannot be read ({error}).",
-                where=str(file),
-                remedy="Download this file again.",
-            ) from None
-    for tensor in tensors:
-        if tensor.offset + tensor.bytes > size:
-            raise UserError(
-                f"truncated: tensor {tensor.name} ends at byte {tensor.offset + tensor.bytes}, the file has {size}.",
-                where=str(file),
-                remedy="Download this file again.",
-            )
-    _check_cover(tensors, 8 + length, size, file)
-    return tensors
+    try:
+        fd = open_regular(file.parent, file.name)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror or error}).", where=str(file), remedy=AGAIN) from None
+    try:
+        size = os.fstat(fd).st_size
+        prefix = bytearray(min(8, size))
+        read_fully(fd, 0, memoryview(prefix), where=str(file), what="its header")
+        raw = bytearray(header_length(bytes(prefix), size, where=str(file)))
+        read_fully(fd, 8, memoryview(raw), where=str(file), what="its header")
+    finally:
+        os.close(fd)
+    return parse_header(bytes(raw), file.name, size, where=str(file))
 
 
 def header_digest(checkpoint: Checkpoint) -> str:
@@ -172,42 +179,91 @@ def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
 
     tensor = checkpoint.tensors[name]
     buffer = torch.empty(tensor.bytes, dtype=torch.uint8)
-    with (checkpoint.path / tensor.file).open("rb", buffering=0) as stream:
-        stream.seek(tensor.offset)
-        view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy has the buffer protocol
-        done = 0
-        while done < tensor.bytes:
-            count = stream.readinto(view[done:])
-            if not count:
-                raise UserError(
-                    f"the file ended inside tensor {name}.",
-                    where=str(checkpoint.path / tensor.file),
-                    remedy="It changed while being read; download it again.",
-                )
-            done += count
+    read_range(checkpoint, tensor, 0, memoryview(buffer.numpy()))  # type: ignore[arg-type]  # it has the buffer protocol
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
     return buffer.view(dtype).view(tensor.shape)
 
 
-def _read_config(root: Path) -> dict[str, Any]:
-    file = root / "config.json"
+def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: memoryview) -> None:
+    """Fill `view` with the tensor's bytes from its byte `start` on; safe in several threads.
+
+    UserError where they cannot be read: a file that shrank, a disk that fails, a network that is gone.
+    """
+    view = view.cast("B")
+    if not (start >= 0 and start + len(view) <= tensor.bytes):
+        raise ValueError(f"bytes {start} to {start + len(view)} of {tensor.name}, which has {tensor.bytes}")
+    if not len(view):
+        return
+    if checkpoint.remote is not None:
+        checkpoint.remote.read_into(tensor.file, tensor.offset + start, view)
+        return
+    where = str(checkpoint.path / tensor.file)
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        fd = open_regular(checkpoint.path, tensor.file)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror or error}).", where=where, remedy=AGAIN) from None
+    try:
+        read_fully(fd, tensor.offset + start, view, where=where, what=f"tensor {tensor.name}")
+    finally:
+        os.close(fd)
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """config.json of a model directory; UserError where there is none, or no JSON object in it."""
+    file = root / CONFIG_NAME
+    try:
+        config = json.loads(read_file(root, CONFIG_NAME).decode("utf-8"))
     except FileNotFoundError:
         raise UserError("config.json is missing.", where=str(root), remedy="Is this a model directory?") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error}).", where=str(file), remedy="Download this file again.") from None
+        raise UserError(f"not valid JSON ({error}).", where=str(file), remedy=AGAIN) from None
     if not isinstance(config, dict):
-        raise UserError("not a JSON object.", where=str(file), remedy="Download this file again.")
+        raise UserError("not a JSON object.", where=str(file), remedy=AGAIN)
     return config
 
 
-def _shard_names(root: Path) -> list[str]:
-    index = root / INDEX_NAME
-    if index.exists():
-        weight_map = _weight_map(index)
+def parse_index(raw: bytes, *, where: str) -> dict[str, str]:
+    """Tensor name -> shard, from an index; UserError where that is not a safetensors file beside it."""
+    try:
+        weight_map = parse_json(raw)["weight_map"]
+        pairs = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"no readable weight_map ({type(error).__name__}: {str(error)[:300]}).", where=where, remedy=AGAIN
+        ) from None
+    sound = {file for file in set(pairs.values()) if _is_shard_name(file)}
+    for name, file in pairs.items():
+        if file not in sound:
+            raise UserError(
+                f"weight_map sends {shown(name)} to {file[:300]!r}, which is not a safetensors file of this directory.",
+                where=where,
+                remedy="Do not use this checkpoint: its index points outside.",
+            )
+    return pairs
+
+
+def check_index(weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], *, where: str) -> None:
+    """UserError for a tensor that is not in the shard that the index names."""
+    for name, file in (weight_map or {}).items():
+        if name not in tensors or tensors[name].file != file:
+            raise UserError(
+                f"weight_map sends {shown(name)} to {file}, which does not hold it.",
+                where=where,
+                remedy="Download the checkpoint again: index and shards do not belong together.",
+            )
+
+
+def _read_index(root: Path) -> dict[str, str] | None:
+    try:
+        return parse_index(read_file(root, INDEX_NAME), where=str(root / INDEX_NAME))
+    except FileNotFoundError:
+        return None
+
+
+def _shard_names(root: Path, weight_map: Mapping[str, str] | None) -> list[str]:
+    if weight_map is not None:
         names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (root / name).is_file()]
+        missing = [name for name in names if not (root / name).exists()]
         if missing:
             raise UserError(
                 f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:3])}"
@@ -216,83 +272,30 @@ def _shard_names(root: Path) -> list[str]:
                 remedy=f"Download them; {INDEX_NAME} names them.",
             )
         return names
-    if (root / SINGLE_NAME).is_file():
+    if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME]
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in root.glob(pattern))
+    raise no_weights((path.name for path in root.iterdir()), where=str(root))
+
+
+def no_weights(names: Iterable[str], *, where: str) -> UserError:
+    """What is wrong with a model of these files, none of which are safetensors weights."""
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickles:
-        raise UserError(
+        return UserError(
             f"the weights are pickles ({pickles[0]}), which can run code when they are loaded.",
-            where=str(root),
+            where=where,
             remedy="Convert them to safetensors first, or download the safetensors revision.",
         )
-    raise UserError(
+    return UserError(
         f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}.",
-        where=str(root),
+        where=where,
         remedy="Give a directory with safetensors weights.",
     )
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"no readable weight_map ({type(error).__name__}: {error}).",
-            where=str(index),
-            remedy="Download this file again.",
-        ) from None
-    for name, file in pairs.items():
-        if not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
-            raise UserError(
-                f"weight_map sends {name} to {file!r}, which is not a safetensors file of this directory.",
-                where=str(index),
-                remedy="Do not use this checkpoint: its index points outside.",
-            )
-    return pairs
-
-
-def _check_index(root: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    index = root / INDEX_NAME
-    if not index.exists():
-        return
-    for name, file in _weight_map(index).items():
-        if name not in tensors or tensors[name].file != file:
-            raise UserError(
-                f"weight_map sends {name} to {file}, which does not hold it.",
-                where=str(index),
-                remedy="Download the checkpoint again: index and shards do not belong together.",
-            )
-
-
-def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> StoredTensor:
-    name.encode()  # half a surrogate pair cannot be written again
-    begin, end = entry["data_offsets"]
-    dtype = entry["dtype"]
-    shape = tuple(int(side) for side in entry["shape"])
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"unknown dtype {dtype} of {name}")
-    tensor = StoredTensor(name, dtype, shape, file, start + int(begin))
-    if begin < 0 or min(shape, default=0) < 0 or end - begin != tensor.bytes:
-        raise ValueError(f"{name} has {end - begin} bytes where its shape needs {tensor.bytes}")
-    return tensor
-
-
-def _check_cover(tensors: list[StoredTensor], start: int, size: int, file: Path) -> None:
-    """As safetensors asks: tensors fill the file without gaps or overlaps."""
-    end = start
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.bytes)):
-        if tensor.offset != end:
-            raise UserError(
-                f"tensor {tensor.name} begins at byte {tensor.offset}, the one before it ends at {end}.",
-                where=str(file),
-                remedy="Download this file again.",
-            )
-        end += tensor.bytes
-    if end < size:
-        raise UserError(f"{size - end} bytes belong to no tensor.", where=str(file), remedy="Download this file again.")
-
-
-def _in_hidden_folder(relative: Path) -> bool:
-    """.git, .cache and their like are not the model's."""
-    return any(part.startswith(".") for part in relative.parts[:-1])
+def _is_shard_name(file: str) -> bool:
+    return (
+        re.fullmatch(r"[^/\\\0]+\.safetensors", file) is not None
+        and file.isprintable()
+        and len(os.fsencode(file)) <= 255
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,11 +173,17 @@ def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[st
 
 
 def outer_weights(
-    skeleton: Skeleton, checkpoint: Checkpoint, *, head: bool, decoded: Mapping[str, Tensor] | None = None
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    *,
+    head: bool,
+    decoded: Mapping[str, Tensor] | None = None,
+    read: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Tensors outside the decoder layers by full name: with the output head, or (head=False) with the embeddings.
 
-    A tied tensor is read once, under whichever name the file has it; `decoded` ones are taken as given.
+    A tied tensor is read once, under whichever name the file has it; `decoded` ones are taken as given. `read` gives a
+    tensor by its name in the file, by default on the CPU.
     """
     model = skeleton.model
     skipped = model.get_input_embeddings() if head else model.get_output_embeddings()  # type: ignore[operator]
@@ -191,7 +197,7 @@ def outer_weights(
     found: dict[int, Tensor] = {id(state[name]): tensor for name, tensor in (decoded or {}).items() if name in state}
     for name in names:
         if name in checkpoint.tensors and id(state[name]) not in found:
-            found[id(state[name])] = read_tensor(checkpoint, name)
+            found[id(state[name])] = read(name) if read is not None else read_tensor(checkpoint, name)
     missing = [name for name in names if id(state[name]) not in found]
     if missing:
         raise UserError(

@@ -10,19 +10,24 @@ import os
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from snugfit.errors import UserError
-from snugfit.model.checkpoint import SINGLE_NAME, TORCH_NAMES, TensorInfo
+from snugfit.errors import Unfinished, UserError
+from snugfit.model.checkpoint import SINGLE_NAME, TORCH_NAMES, Checkpoint, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from snugfit.model.transfer import Moving, Transfer
+
 LOCK_NAME = ".snugfit-lock"
+WORK_NAME = ".snugfit-work"  # what a run needs to go on, gone when it ends
+PIECE = 32 << 20  # bytes of a tensor that are moved at once
 # safetensors' dtype order, which its writer sorts by, largest first
 SERIAL_ORDER = (
     *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
@@ -78,12 +83,23 @@ def _lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
 
 
 class ShardWriter:
-    """Writes tensors to their places in planned shards, in any order, and knows which are still missing."""
+    """Writes tensors to their places in planned shards, in any order, in the background; knows which are missing.
 
-    def __init__(self, directory: Path, shards: Sequence[Shard]) -> None:
-        """Create the shard files at their full size, headers written."""
+    A shard that is whole is digested at once, while others are still written.
+    """
+
+    def __init__(self, directory: Path, shards: Sequence[Shard], transfer: Transfer) -> None:
+        """Create the shard files at their full size, headers written; files that have both stay as they are."""
+        self._transfer = transfer
+        self._directory = directory
+        self._shards = {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        self._left = {shard.name: len(shard.tensors) for shard in shards}
+        self._under_way: dict[str, Moving[list[int]]] = {}
+        self._begun: dict[str, Moving[list[int]]] = {}
+        self._digests: dict[str, Future[str]] = {}
+        self._digester = ThreadPoolExecutor(max_workers=4)
         self._files: dict[str, int] = {}
         try:
             self._create(directory, shards)
@@ -93,28 +109,74 @@ class ShardWriter:
 
     def _create(self, directory: Path, shards: Sequence[Shard]) -> None:
         for shard in shards:
-            handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
             self._files[shard.name] = handle
+            if os.fstat(handle).st_size == shard.bytes and os.pread(handle, len(shard.header), 0) == shard.header:
+                continue
+            os.ftruncate(handle, 0)
             os.ftruncate(handle, shard.bytes)
             _write_at(handle, memoryview(shard.header), 0)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor; a shape or dtype other than the planned one is a defect of ours and stops the run."""
+        """Begin to write a tensor; a shape or dtype other than the planned one is a defect of ours."""
         import torch
 
         planned = self._missing.pop(name)
-        data = tensor.detach().to("cpu").contiguous()
-        if tuple(data.shape) != planned.shape or data.dtype != getattr(torch, TORCH_NAMES[planned.dtype]):
-            raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {data.dtype} {data.shape}")
+        if tuple(tensor.shape) != planned.shape or tensor.dtype != getattr(torch, TORCH_NAMES[planned.dtype]):
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {got}")
         shard = self._shard_of[name]
-        raw = memoryview(data.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
-        _write_at(self._files[shard.name], raw, shard.offsets[name])
+        self._under_way[name] = self._transfer.write(self._files[shard.name], shard.offsets[name], tensor)
 
-    def finish(self) -> None:
-        """Close every shard; a tensor never written is a defect of ours."""
-        if self._missing:
+    def copy(self, checkpoint: Checkpoint, name: str) -> None:
+        """Begin to copy a tensor from the source as it is."""
+        del self._missing[name]
+        shard = self._shard_of[name]
+        self._under_way[name] = self._transfer.copy(checkpoint, name, self._files[shard.name], shard.offsets[name])
+
+    def begun(self) -> Callable[[], dict[str, list[int]]]:
+        """What has begun since the last call: the result waits until it is in the files, and gives all CRC-32s."""
+        moving, self._under_way = self._under_way, {}
+
+        def settle() -> dict[str, list[int]]:
+            found = {name: one.result() for name, one in moving.items()}
+            self._settled(found)
+            return found
+
+        self._begun = moving
+        return settle
+
+    def holds(self, written: Mapping[str, Sequence[int]]) -> bool:
+        """Whether the files have these tensors (name -> CRC-32s), written by an earlier run."""
+        return all(name in self._missing and self._crc(name) == list(crcs) for name, crcs in written.items())
+
+    def _crc(self, name: str) -> list[int]:
+        shard = self._shard_of[name]
+        return crc_of(self._files[shard.name], shard.offsets[name], self._missing[name].bytes)
+
+    def accept(self, names: Iterable[str]) -> None:
+        """Tensors that an earlier run wrote are missing no more."""
+        names = list(names)
+        for name in names:
+            del self._missing[name]
+        self._settled(names)
+
+    def _settled(self, names: Iterable[str]) -> None:
+        for name in names:
+            shard = self._shard_of[name].name
+            self._left[shard] -= 1
+            if not self._left[shard]:
+                self._digests[shard] = self._digester.submit(_digest, self._directory / shard)
+
+    def finish(self) -> dict[str, str]:
+        """Close every shard; SHA-256 by file name. A tensor never written is a defect of ours."""
+        if self._missing or self._under_way:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
+        for name in self._shards.keys() - self._digests.keys():  # without tensors
+            self._digests[name] = self._digester.submit(_digest, self._directory / name)
+        found = {name: self._digests[name].result() for name in self._shards}
         self.close()
+        return found
 
     def __enter__(self) -> Self:
         return self
@@ -123,7 +185,13 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Close the shard files as they are."""
+        """Close the shard files as they are, once what is under way has ended."""
+        for moving in (*self._begun.values(), *self._under_way.values()):
+            for piece in moving.pieces:
+                if not piece.cancel():
+                    piece.exception()
+        self._under_way.clear()
+        self._digester.shutdown(wait=True, cancel_futures=True)
         for handle in self._files.values():
             os.close(handle)
         self._files.clear()
@@ -148,6 +216,42 @@ def staged(target: Path) -> Iterator[Path]:
 
     What a killed run left there is removed first. UserError where TARGET exists or another run is writing it.
     """
+    with _locked(target) as partial:
+        try:
+            _clear(partial)
+            yield partial
+            _finish(partial, target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def resumable(target: Path, *, restart: bool = False) -> Iterator[tuple[Path, Path]]:
+    """TARGET.partial and a folder in it for what a run needs to go on; as `staged`, but it stays where a run stops.
+
+    Bad input, a UserError that is no Unfinished, removes it, and so does whatever stops a run that has finished no
+    unit. `restart` removes first what an earlier run left. UserError where TARGET exists or another run is writing it.
+    """
+    with _locked(target) as partial:
+        work = partial / WORK_NAME
+        if restart or not work.is_dir() or not any(work.iterdir()):
+            _clear(partial)
+        work.mkdir(exist_ok=True)
+        try:
+            yield partial, work
+            shutil.rmtree(work)
+            _finish(partial, target)
+        except BaseException as error:
+            bad_input = isinstance(error, UserError) and not isinstance(error, Unfinished)
+            if bad_input or not units_done(partial):
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+@contextlib.contextmanager
+def _locked(target: Path) -> Iterator[Path]:
+    """TARGET.partial, made if need be, for this process alone."""
     partial = _partial_of(target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
@@ -161,17 +265,25 @@ def staged(target: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError("another run is writing this.", where=str(partial), remedy="Wait for it.") from None
-        try:
-            _clear(partial)
-            yield partial
-            _flush(partial)
-            (partial / LOCK_NAME).unlink()
-            partial.rename(target)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+        yield partial
     finally:
         os.close(lock)
+
+
+def units_done(partial: Path) -> int:
+    """Units that the run whose directory this is has finished; 0 where there is none."""
+    return len(list((partial / WORK_NAME).glob(unit_name("*"))))
+
+
+def unit_name(number: int | str) -> str:
+    """The file in a run's work folder that says a unit is finished."""
+    return f"unit-{number:05d}.json" if isinstance(number, int) else f"unit-{number}.json"
+
+
+def _finish(partial: Path, target: Path) -> None:
+    _flush(partial)
+    (partial / LOCK_NAME).unlink()
+    partial.rename(target)
 
 
 def check_stageable(target: Path) -> None:
@@ -216,16 +328,9 @@ def check_target(target: Path) -> None:
         raise UserError("the output exists already.", where=str(target), remedy="Remove it or choose another -o.")
 
 
-def check_room(target: Path, shards: Sequence[Shard]) -> None:
-    """UserError where the disk has no room for the shards: they are sparse until written and would fail at the end."""
-    folder = next(folder for folder in target.absolute().parents if folder.exists())
-    free, needed = shutil.disk_usage(folder).free, sum(shard.bytes for shard in shards)
-    if free < needed:
-        raise UserError(
-            f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free.",
-            where=str(folder),
-            remedy="Free some room, or choose another disk with -o.",
-        )
+def occupied_bytes(directory: Path) -> int:
+    """What the files below a directory take of the disk; 0 where there is none."""
+    return sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file())
 
 
 def _flush(directory: Path) -> None:
@@ -254,10 +359,16 @@ def _clear(partial: Path) -> None:
 
 def file_digests(directory: Path, names: Sequence[str]) -> dict[str, str]:
     """SHA-256 of files, hexadecimal, by name."""
-
-    def digest(name: str) -> str:
-        with (directory / name).open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(digest, names), strict=True))
+        return dict(zip(names, pool.map(lambda name: _digest(directory / name), names), strict=True))
+
+
+def crc_of(handle: int, offset: int, size: int) -> list[int]:
+    """The CRC-32 of each piece of a tensor that is in an open file."""
+    return [zlib.crc32(os.pread(handle, min(PIECE, size - start), offset + start)) for start in range(0, size, PIECE)]
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from snugfit.errors import UserError
 from snugfit.model.layers import Skeleton, with_layers
 
-ROW_MULTIPLE = 64  # ragged rows are padded to a multiple of this, so that few shapes occur
+ROW_MULTIPLE = 64  # ragged rows are padded to a multiple of this or of an eighth of their length: few shapes occur
 
 
 @dataclass
@@ -85,14 +85,23 @@ def make_batches(rows: Sequence[Sequence[int]], tokens_per_batch: int, device: t
 
 
 def _width(row: Sequence[int]) -> int:
-    return -(-len(row) // ROW_MULTIPLE) * ROW_MULTIPLE
+    """The length a row is padded to: each width costs masks of its own, and there are eight between doublings."""
+    multiple = max(ROW_MULTIPLE, 1 << max(0, len(row).bit_length() - 4))
+    return -(-len(row) // multiple) * multiple
 
 
 @torch.no_grad()
-def embed(skeleton: Skeleton, weights: Mapping[str, Tensor], batches: Sequence[Batch], device: torch.device) -> None:
+def embed(
+    skeleton: Skeleton,
+    weights: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    device: torch.device,
+    keep: Callable[[Batch, Tensor], None] | None = None,
+) -> None:
     """Fill every batch with the first layer's hidden states and with what each layer is called with.
 
     `weights` are the embeddings and whatever else stands outside the layers, by full name; the head is not needed.
+    With `keep` the hidden states are given to it, batch by batch, and not left in the batch.
     """
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
@@ -108,7 +117,10 @@ def embed(skeleton: Skeleton, weights: Mapping[str, Tensor], batches: Sequence[B
         calls.clear()
         with contextlib.suppress(_Reached):
             model(input_ids=batch.tokens, use_cache=False)
-        batch.hidden = calls[0][0]
+        if keep is None:
+            batch.hidden = calls[0][0]
+        else:
+            keep(batch, calls[0][0])
         batch.calls = [(args, kwargs) for _, args, kwargs in calls]
         if previous is not None and previous.tokens.shape == batch.tokens.shape:
             batch.calls = [_shared(old, new) for old, new in zip(previous.calls, batch.calls, strict=True)]
@@ -133,6 +145,19 @@ def _shared(old: Any, new: Any) -> Any:
     return new
 
 
+class States(Protocol):
+    """Where hidden states [B, T, H] of batches are kept between layers."""
+
+    def prefetch(self, batch: Batch) -> None:
+        """Begin to read a batch."""
+
+    def read(self, batch: Batch) -> Tensor:
+        """A batch's states."""
+
+    def write(self, batch: Batch, hidden: Tensor) -> None:
+        """Keep a batch's states."""
+
+
 @torch.no_grad()
 def run_layer(
     layer: nn.Module,
@@ -141,12 +166,18 @@ def run_layer(
     before: Callable[[Batch], None] | None = None,
     *,
     cache: object = None,
+    states: tuple[States, States] | None = None,
 ) -> None:
     """Pass every batch through a resident layer, in place; `before` is called ahead of each batch.
 
     A `cache` sees keys and values in the place of transformers' own; UserError where this family's layers take none.
+    With `states` = (from, to) the batches' hidden states are read from one place and written to the other.
     """
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if states is not None:
+            batch.hidden = states[0].read(batch)
+            for coming in batches[number + 1 : number + 2]:
+                states[0].prefetch(coming)
         if before is not None:
             before(batch)
         args, kwargs = batch.calls[index]
@@ -156,6 +187,9 @@ def run_layer(
             kwargs = kwargs | {"past_key_values": cache}
         output = layer(batch.hidden, *args, **kwargs)
         batch.hidden = output[0] if isinstance(output, tuple) else output
+        if states is not None:
+            states[1].write(batch, batch.hidden)
+            batch.hidden = torch.empty(0)
 
 
 Head = Callable[[Tensor], Tensor]

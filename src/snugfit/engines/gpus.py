@@ -1,0 +1,96 @@
+"""GPUs by name: generation, and the memory that CUDA reports, which is what engines take their share of.
+
+`reported_mib` is the smallest total that torch.cuda.mem_get_info was seen to give on Linux (torch prints it in its
+out-of-memory message, "GPU 0 has a total capacity of 15.48 GiB"); nvidia-smi shows more on the same card, and so does
+WSL 2: a 16 GB RTX 5060 Ti has 16,311 MiB in nvidia-smi, 15.93 GiB under Windows and 15.48 GiB on Linux.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+# compute capability 8.0/8.6, 8.9, 9.0, 10.x and 12.x
+Generation = Literal["ampere", "ada", "hopper", "blackwell", "blackwell-consumer"]
+GENERATIONS: Mapping[Generation, str] = {
+    "ampere": "Ampere (sm80, sm86)",
+    "ada": "Ada (sm89)",
+    "hopper": "Hopper (sm90)",
+    "blackwell": "Blackwell (sm100)",
+    "blackwell-consumer": "Blackwell (sm120)",
+}
+# shown where nobody said which GPU it is
+COMMON: tuple[Generation, ...] = ("ada", "hopper", "blackwell", "blackwell-consumer")
+
+
+@dataclass(frozen=True)
+class Card:
+    """One GPU model. Memory in MiB, as CUDA reports it; `multiprocessors` is the number of its SMs."""
+
+    name: str
+    generation: Generation
+    reported_mib: int
+    multiprocessors: int
+
+
+def _card(name: str, generation: Generation, gib: float, multiprocessors: int) -> Card:
+    return Card(name, generation, int(gib * 1024), multiprocessors)
+
+
+# Totals in GiB: from public logs with that message, July 2024 to September 2026, the smallest that came up more than
+# once; those marked (*) are taken from nvidia-smi's figure less 2 %, the usual difference
+CARDS: tuple[Card, ...] = (
+    _card("RTX 3060", "ampere", 11.62, 28),
+    _card("RTX 3090", "ampere", 23.56, 82),
+    _card("A10", "ampere", 22.05, 72),
+    _card("A40", "ampere", 44.34, 84),
+    _card("RTX A6000", "ampere", 47.40, 84),
+    _card("A100 40GB", "ampere", 39.38, 108),
+    _card("A100 80GB", "ampere", 79.14, 108),
+    _card("RTX 4060 Ti 16GB", "ada", 15.56, 34),
+    _card("RTX 4070 Ti SUPER", "ada", 15.56, 66),
+    _card("RTX 4080", "ada", 15.56, 76),
+    _card("RTX 4090", "ada", 23.52, 128),
+    _card("RTX 6000 Ada", "ada", 47.40, 142),
+    _card("L4", "ada", 22.03, 58),
+    _card("L40S", "ada", 44.39, 142),
+    _card("H100", "hopper", 79.18, 132),
+    _card("H200", "hopper", 139.80, 132),
+    _card("RTX 5060 Ti 16GB", "blackwell-consumer", 15.48, 36),
+    _card("RTX 5070 Ti", "blackwell-consumer", 15.47, 70),
+    _card("RTX 5080", "blackwell-consumer", 15.47, 84),
+    _card("RTX 5090", "blackwell-consumer", 31.36, 170),
+    _card("RTX PRO 6000", "blackwell-consumer", 94.97, 188),
+    _card("B200", "blackwell", 178.35, 148),
+    _card("B300", "blackwell", 264.0, 148),  # (*) 275,040 MiB in nvidia-smi
+)
+_WORDS_IN_NAMES = frozenset({"nvidia", "geforce", "tesla", "gb", "gpu", "graphics", "sxm", "sxm5", "pcie", "blackwell"})
+
+
+def find_card(text: str) -> Card | None:
+    """The card of that name, however it is spelt ("5060 ti", "RTX5090", "nvidia l40s"); None where none is meant."""
+    wanted = _letters(text)
+    exact = [card for card in CARDS if _letters(card.name) == wanted]
+    if exact:
+        return exact[0]
+    short = [card for card in CARDS if _without_size(card.name) == wanted or _bare(card.name) == wanted]
+    return short[0] if short and wanted else None
+
+
+def names() -> list[str]:
+    """All names, for messages."""
+    return [card.name for card in CARDS]
+
+
+def _letters(text: str) -> str:
+    words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
+    return "".join(word for word in words if word not in _WORDS_IN_NAMES).removesuffix("gb")
+
+
+def _without_size(name: str) -> str:
+    return _letters(" ".join(word for word in name.split() if not word.endswith("GB")))
+
+
+def _bare(name: str) -> str:
+    return _without_size(name).removeprefix("rtx")

@@ -1,0 +1,182 @@
+"""Which kernel of which engine runs a format on which GPU, and in what arithmetic, as data.
+
+vLLM's facts are read from its lists in order of priority and each kernel's own `is_supported`, versions 0.24 and 0.32
+(model_executor/kernels/linear/__init__.py and below, layers/fused_moe/oracle/, platforms/cuda.py), for what its CUDA
+wheel brings along (CUTLASS, Marlin, FlashInfer, DeepGEMM), without b12x and Humming, which are installed apart. What
+was also seen running says so. SGLang's are from its docs (advanced_features/quantization.md). Aphrodite 0.10 and later
+is vLLM's code under another name, 0.10 of late 2025, the sync of April 2026 that of vLLM 0.20; its lists are vLLM's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from snugfit.engines.gpus import Generation
+
+Arithmetic = Literal["W4A4", "W4A16", "W4A8", "W8A8", "W8A16", "W16A16"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel and its arithmetic: bits of weights, bits of activations. `seen`: this project saw it chosen."""
+
+    name: str
+    arithmetic: Arithmetic
+    seen: bool = False
+
+
+_MARLIN4 = Kernel("Marlin", "W4A16")
+_MARLIN8 = Kernel("Marlin", "W8A16")
+_CUTLASS8 = Kernel("CUTLASS", "W8A8")
+_BF16 = Kernel("cuBLAS", "W16A16")
+_FLASHINFER4 = Kernel("FlashInfer CUTLASS", "W4A4")
+
+# format -> generation -> kernel of a linear layer. Formats by what the file holds: "fp8-channel" under one scale an
+# output channel or one a weight, "fp8-block" under one a 128 x 128 block
+_VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
+    "bf16": dict.fromkeys(("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), _BF16),
+    # _POSSIBLE_NVFP4_KERNELS: CuTe DSL asks for sm10x, FlashInfer CUTLASS for >= sm100, Marlin takes what is left
+    "nvfp4": {
+        "ampere": _MARLIN4,
+        "ada": _MARLIN4,
+        "hopper": Kernel("Marlin", "W4A16", seen=True),  # 0.24 on an H100: docs/engines.md
+        "blackwell": Kernel("FlashInfer CuTe DSL", "W4A4"),
+        "blackwell-consumer": _FLASHINFER4,
+    },
+    # compressed_tensors_w4a4_nvfp4.py with use_a16, and its forerunner w4a16_nvfp4.py: Marlin on every generation
+    "nvfp4a16": dict.fromkeys(("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), _MARLIN4),
+    # _POSSIBLE_FP8_KERNELS: FlashInfer asks for one scale a weight, so CUTLASS from sm89 on, Marlin before
+    "fp8-channel": {
+        "ampere": _MARLIN8,
+        "ada": _CUTLASS8,
+        "hopper": Kernel("CUTLASS", "W8A8", seen=True),  # 0.24 on an H100: docs/engines.md
+        "blackwell": _CUTLASS8,
+        "blackwell-consumer": _CUTLASS8,
+    },
+    # _POSSIBLE_FP8_BLOCK_KERNELS: DeepGEMM on sm90 and sm10x, CUTLASS's block kernel from sm90 on, Triton on sm89
+    "fp8-block": {
+        "ampere": _MARLIN8,
+        "ada": Kernel("Triton", "W8A8"),
+        "hopper": Kernel("DeepGEMM", "W8A8"),
+        "blackwell": Kernel("DeepGEMM", "W8A8"),
+        "blackwell-consumer": _CUTLASS8,
+    },
+    # _POSSIBLE_KERNELS: Machete is sm90's, Marlin everybody's
+    "int4": {
+        "ampere": _MARLIN4,
+        "ada": _MARLIN4,
+        "hopper": Kernel("Machete", "W4A16", seen=True),  # 0.24 on an H100: docs/engines.md
+        "blackwell": _MARLIN4,
+        "blackwell-consumer": _MARLIN4,
+    },
+    # CUTLASS's int8 is not built for Blackwell: Triton (activation bits as the file asks)
+    "int8": {
+        "ampere": _CUTLASS8,
+        "ada": _CUTLASS8,
+        "hopper": _CUTLASS8,
+        "blackwell": Kernel("Triton", "W8A8"),
+        "blackwell-consumer": Kernel("Triton", "W8A8"),
+    },
+    # _POSSIBLE_MXFP4_KERNELS: FlashInfer's CuTe DSL from sm100 on, Marlin before
+    "mxfp4": {
+        "ampere": _MARLIN4,
+        "ada": _MARLIN4,
+        "hopper": _MARLIN4,
+        "blackwell": Kernel("FlashInfer CuTe DSL", "W4A4"),
+        "blackwell-consumer": Kernel("FlashInfer CuTe DSL", "W4A4"),
+    },
+}
+# experts, where they differ from linear layers (layers/fused_moe/oracle/: nvfp4.py, fp8.py, int_wna16.py, mxfp4.py)
+_VLLM_EXPERTS: Mapping[str, Mapping[Generation, Kernel]] = {
+    "bf16": dict.fromkeys(
+        ("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), Kernel("Triton", "W16A16")
+    ),
+    "nvfp4": {"blackwell": Kernel("FlashInfer TRTLLM", "W4A4"), "blackwell-consumer": _FLASHINFER4},
+    "fp8-channel": {"ada": Kernel("Triton", "W8A8"), "blackwell-consumer": Kernel("Triton", "W8A8")},
+    "fp8-block": {
+        "blackwell": Kernel("FlashInfer TRTLLM", "W8A8"),
+        "blackwell-consumer": Kernel("Triton", "W8A8"),
+    },
+    "int4": {"hopper": Kernel("Marlin", "W4A16", seen=True)},
+    "mxfp4": {"hopper": Kernel("Triton kernels", "W4A16"), "blackwell-consumer": _MARLIN4},
+}
+# SGLang 0.5: --fp8-gemm-backend and --fp4-gemm-backend "auto"; NVFP4 "Blackwell/SM100+" only
+_SGLANG_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
+    "bf16": _VLLM_LINEAR["bf16"],
+    "nvfp4": {
+        "blackwell": _FLASHINFER4,
+        "blackwell-consumer": Kernel("FlashInfer cuDNN", "W4A4"),
+    },
+    "fp8-channel": {
+        "ampere": _MARLIN8,
+        "ada": _CUTLASS8,
+        "hopper": _CUTLASS8,
+        "blackwell": _CUTLASS8,
+        "blackwell-consumer": _CUTLASS8,
+    },
+    "fp8-block": {
+        "ampere": _MARLIN8,
+        "ada": Kernel("Triton", "W8A8"),
+        "hopper": Kernel("DeepGEMM", "W8A8"),
+        "blackwell": Kernel("DeepGEMM", "W8A8"),
+        "blackwell-consumer": Kernel("Triton", "W8A8"),
+    },
+    "int4": dict.fromkeys(("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), _MARLIN4),
+}
+LINEAR: Mapping[str, Mapping[str, Mapping[Generation, Kernel]]] = {
+    "vllm": _VLLM_LINEAR,
+    "aphrodite": _VLLM_LINEAR,
+    "sglang": _SGLANG_LINEAR,
+}
+EXPERTS: Mapping[str, Mapping[str, Mapping[Generation, Kernel]]] = {
+    "vllm": _VLLM_EXPERTS,
+    "aphrodite": _VLLM_EXPERTS,
+    "sglang": {},
+}
+
+# attention over a 16-bit and an FP8 cache: platforms/cuda.py's order, each back end's supported_kv_cache_dtypes.
+# FlashAttention reads FP8 in its version 3 (sm90) alone
+_VLLM_ATTENTION: Mapping[Generation, tuple[str, str]] = {
+    "ampere": ("FlashAttention 2", "FlashInfer"),
+    "ada": ("FlashAttention 2", "FlashInfer"),
+    "hopper": ("FlashAttention 3", "FlashAttention 3"),
+    "blackwell": ("FlashInfer TRTLLM", "FlashInfer TRTLLM"),
+    "blackwell-consumer": ("FlashAttention 2", "FlashInfer"),
+}
+_VLLM_LATENT: Mapping[Generation, tuple[str, str]] = {
+    "ampere": ("Triton MLA", "Triton MLA"),
+    "ada": ("Triton MLA", "Triton MLA"),
+    "hopper": ("FlashAttention MLA", "FlashMLA"),
+    "blackwell": ("FlashInfer MLA", "FlashInfer MLA"),
+    "blackwell-consumer": ("Triton MLA", "Triton MLA"),
+}
+# docs/advanced_features/attention_backend.md: FlashAttention 3 on Hopper, TRTLLM on sm100, FlashInfer elsewhere
+_SGLANG_ATTENTION: Mapping[Generation, tuple[str, str]] = {
+    "ampere": ("FlashInfer", "FlashInfer"),
+    "ada": ("FlashInfer", "FlashInfer"),
+    "hopper": ("FlashAttention 3", "FlashAttention 3"),
+    "blackwell": ("TRTLLM", "TRTLLM"),
+    "blackwell-consumer": ("FlashInfer", "FlashInfer"),
+}
+_SGLANG_LATENT: Mapping[Generation, tuple[str, str]] = {
+    "ampere": ("Triton", "Triton"),
+    "ada": ("Triton", "Triton"),
+    "hopper": ("FlashAttention 3", "FlashAttention 3"),
+    "blackwell": ("TRTLLM MLA", "TRTLLM MLA"),
+    "blackwell-consumer": ("Triton", "Triton"),
+}
+_ATTENTION = {"vllm": _VLLM_ATTENTION, "aphrodite": _VLLM_ATTENTION, "sglang": _SGLANG_ATTENTION}
+_LATENT = {"vllm": _VLLM_LATENT, "aphrodite": _VLLM_LATENT, "sglang": _SGLANG_LATENT}
+
+
+def linear_kernel(engine: str, fmt: str, generation: Generation, *, experts: bool = False) -> Kernel | None:
+    """What runs a weight of that format, None where the engine has nothing for it (or its docs do not say)."""
+    of_experts = EXPERTS[engine].get(fmt, {}).get(generation) if experts else None
+    return of_experts or LINEAR[engine].get(fmt, {}).get(generation)
+
+
+def attention_kernel(engine: str, generation: Generation, *, fp8: bool, latent: bool = False) -> str:
+    """What reads the KV cache; `latent` for multi-head latent attention."""
+    return (_LATENT if latent else _ATTENTION)[engine][generation][fp8]

@@ -1,0 +1,54 @@
+"""Which modules keep keys and values, where engines look for the scales of an FP8 cache.
+
+vLLM reads `ATTENTION.k_scale` and `ATTENTION.v_scale` of a compressed-tensors file, one multiplier a layer each, and
+takes 1.0 without a word where one is missing or under another name. Facts are vLLM 0.32's
+(model_executor/layers/quantization/base_config.py, model_loader/weight_utils.py, layers/attention).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from snugfit.errors import UserError
+
+ATTENTION = "self_attn"  # the parent's name that vLLM's loader and our reader know
+_KEYS = frozenset({"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"})
+# DeepSeek's attention caches a latent: vLLM asks for one scale under a name of its own (mla_attn.mla_attn.k_scale), and
+# leaves the cache in 16 bits unless told on the command line
+_LATENT = frozenset({"kv_a_proj_with_mqa", "kv_b_proj"})
+# siblings that make k_proj or qkv_proj a linear attention, which keeps a state of fixed size
+_RECURRENT = frozenset({"A_log", "conv1d", "q_conv1d", "k_conv1d", "output_gate", "dt_bias"})
+
+
+def attention_modules(layers: Iterable[Iterable[str]], config: Mapping[str, Any], *, where: str) -> list[str | None]:
+    """For each decoder layer the module that keeps keys and values, None for one without, by its tensors' names.
+
+    `layers` are the full names of each layer's tensors, `config` the language model's config, `where` is named in
+    errors. UserError where a layer's scales would be lost in vLLM.
+    """
+    if config.get("num_kv_shared_layers"):
+        raise _refused("layers share keys and values, and vLLM reads them under each layer's own scale", where)
+    return [_attention(names, where) for names in layers]
+
+
+def _attention(names: Iterable[str], where: str) -> str | None:
+    children: dict[str, set[str]] = {}
+    for name in names:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            children.setdefault(".".join(parts[:end]), set()).add(parts[end])
+    found = [parent for parent, inside in children.items() if inside & (_KEYS | _LATENT) and not inside & _RECURRENT]
+    found = [parent for parent in found if not parent.endswith("linear_attn")]
+    for parent in found:
+        if children[parent] & _LATENT:
+            raise _refused(f"{parent} caches a latent (MLA), whose scale vLLM looks for elsewhere", where)
+        if parent.rpartition(".")[2] != ATTENTION:
+            raise _refused(f"{parent} is not named {ATTENTION}, where vLLM looks for scales", where)
+    if len(found) > 1:
+        raise _refused(f"{found[0]} and {found[1]} are in one layer", where)
+    return found[0] if found else None
+
+
+def _refused(what: str, where: str) -> UserError:
+    return UserError(f"no FP8 KV cache for this model: {what}.", where=where, remedy="Take `kv_cache` out.")

@@ -1,0 +1,61 @@
+"""Block exponents for MXFP4: which power of two 2**k is the step of a block of 32 whose largest magnitude is a.
+
+    absmax    k0, under which 3.5 <= a / 2**k0 < 7: the largest value becomes 4 or 6, and saturates from 6 on
+    sweep     k0, k0 - 1, k0 + 1: the strict minimum of the squared error, on a tie the earlier
+
+absmax is what compressed-tensors and llm-compressor do: a's mantissa rounded up to the next power of two from 1.75 on,
+two taken from its exponent. A scale of its own a block means that members of a fused group need none in common.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from snugfit.formats.grids import powers_of_two, round_e2m1_magnitude
+from snugfit.formats.mxfp4 import LARGEST_EXPONENT, SMALLEST_EXPONENT
+from snugfit.formats.spec import MXFP4_BLOCK
+
+SWEEP_OFFSETS = (0, -1, 1)
+BIAS = 127
+# blocks handled at once: small enough to stay in a core's cache, large enough to hide the cost of a torch call
+CHUNK_BLOCKS = {"cpu": 4096, "cuda": 1 << 21}
+
+
+def block_exponents(weight: Tensor, rule: str) -> Tensor:
+    """E8M0 exponents, uint8 [N, K/32], of `weight` [N, K], chosen by `rule`; an all-zero block has the smallest."""
+    blocks = weight.reshape(-1, MXFP4_BLOCK)
+    chunk = CHUNK_BLOCKS["cuda" if weight.is_cuda else "cpu"]
+    chosen = torch.cat([_choose(part.float().abs(), rule) for part in blocks.split(chunk)])
+    return chosen.view(weight.shape[0], -1)
+
+
+def _choose(magnitude: Tensor, rule: str) -> Tensor:
+    """Best candidate for each row of `magnitude` [B, 32], as uint8 [B]."""
+    best = _absmax(magnitude.amax(-1))
+    if rule == "absmax":
+        return _biased(best)
+    lowest, plain = _error(magnitude, _biased(best)), best
+    for offset in SWEEP_OFFSETS[1:]:
+        error = _error(magnitude, _biased(plain + offset))
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
+        best = torch.where(better, plain + offset, best)
+    return _biased(best)
+
+
+def _absmax(amax: Tensor) -> Tensor:
+    """int32 k0 of fp32 magnitudes."""
+    fraction, exponent = torch.frexp(amax)  # amax = fraction * 2**exponent with fraction in [0.5, 1)
+    exponent = torch.where(fraction >= 0.875, exponent - 2, exponent - 3)
+    return torch.where(amax > 0, exponent, SMALLEST_EXPONENT)
+
+
+def _biased(exponent: Tensor) -> Tensor:
+    return (exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT) + BIAS).to(torch.uint8)
+
+
+def _error(magnitude: Tensor, exponent: Tensor) -> Tensor:
+    """Squared error of each block in units of its own largest step, so that neither tiny nor huge blocks overflow."""
+    step = powers_of_two(exponent).unsqueeze(-1)
+    return round_e2m1_magnitude(magnitude / step).mul_(step).sub_(magnitude).square_().sum(-1)

@@ -1,0 +1,179 @@
+"""Tensors between files and a device, in pieces and in threads: what is under way in memory is a few pieces.
+
+Reading the next weights and writing the last ones go on while the device computes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from snugfit.errors import UserError
+from snugfit.model.checkpoint import TORCH_NAMES, Checkpoint, StoredTensor, read_range
+from snugfit.model.shards import PIECE
+
+WORKERS = {"cpu": 2, "cuda": 6}
+# bits that are all set in numbers that are not finite
+_EXPONENTS = {
+    "BF16": (np.uint16, 0x7F80),
+    "F16": (np.uint16, 0x7C00),
+    "F32": (np.uint32, 0x7F800000),
+}  # F64 weights are not met
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class Moving(Generic[Result]):
+    """Something under way: `result` waits for all its pieces."""
+
+    pieces: list[Future[int]]
+    finish: Callable[[list[int]], Result]
+
+    def result(self) -> Result:
+        """What it came to; raises what went wrong."""
+        return self.finish([piece.result() for piece in self.pieces])
+
+
+class Transfer:
+    """Threads that move tensors; each has a buffer of one piece, page-locked beside a GPU, and a stream of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = ThreadPoolExecutor(WORKERS[device.type])
+        self._own = threading.local()
+
+    def read(self, checkpoint: Checkpoint, name: str) -> Moving[Tensor]:
+        """Begin to read a tensor to the device."""
+        info = checkpoint.tensors[name]
+        dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
+        target = torch.empty(info.shape, dtype=dtype, device=self.device)
+        flat = target.reshape(-1).view(torch.uint8) if target.numel() else torch.empty(0, dtype=torch.uint8)
+        ready = _mark(self.device)
+
+        def piece(start: int, size: int) -> int:
+            if not target.is_cuda:
+                read_range(checkpoint, info, start, _raw(flat[start : start + size]))
+                return 0
+            buffer, stream = self._tools()
+            read_range(checkpoint, info, start, _raw(buffer[:size]))
+            # the memory may be in use until `ready`
+            _on(stream, ready, lambda: flat[start : start + size].copy_(buffer[:size], non_blocking=True))
+            return 0
+
+        return Moving(self._pieces(info.bytes, piece), lambda _: target)
+
+    def write(self, handle: int, offset: int, tensor: Tensor) -> Moving[list[int]]:
+        """Begin to write a tensor to an open file; the result is the CRC-32 of each piece."""
+        flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+        ready = _mark(tensor.device)
+
+        def piece(start: int, size: int) -> int:
+            if not flat.is_cuda:
+                return _store(handle, _raw(flat[start : start + size]), offset + start)
+            buffer, stream = self._tools()
+            _on(stream, ready, lambda: buffer[:size].copy_(flat[start : start + size], non_blocking=True))
+            return _store(handle, _raw(buffer[:size]), offset + start)
+
+        return Moving(self._pieces(flat.numel(), piece), list)
+
+    def copy(self, checkpoint: Checkpoint, name: str, handle: int, offset: int) -> Moving[list[int]]:
+        """Begin to copy a tensor from file to file; UserError where it holds NaN or infinite values."""
+        info = checkpoint.tensors[name]
+
+        def piece(start: int, size: int) -> int:
+            buffer, _ = self._tools()
+            raw = _raw(buffer[:size])
+            read_range(checkpoint, info, start, raw)
+            _check_finite(checkpoint, info, raw)
+            return _store(handle, raw, offset + start)
+
+        return Moving(self._pieces(info.bytes, piece), list)
+
+    def _pieces(self, size: int, work: Callable[[int, int], int]) -> list[Future[int]]:
+        return [self._pool.submit(work, start, min(PIECE, size - start)) for start in range(0, size, PIECE)]
+
+    def _tools(self) -> tuple[Tensor, torch.cuda.Stream | None]:
+        """This thread's buffer, and its stream where there is a GPU."""
+        if not hasattr(self._own, "buffer"):
+            cuda = self.device.type == "cuda"
+            self._own.buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=cuda)
+            self._own.stream = torch.cuda.Stream(self.device) if cuda else None
+        return self._own.buffer, self._own.stream
+
+    def close(self) -> None:
+        """Give up what has not begun, and wait for the rest."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
+    """`tensor`, read under `name`; UserError where it holds NaN or infinite values."""
+    if not tensor.numel() or not tensor.is_floating_point() or tensor.itemsize == 1:
+        return tensor
+    low, high = tensor.aminmax()  # NaN carries through
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
+        raise _damaged(checkpoint, checkpoint.tensors[name], f"{nan} NaN and {inf} infinite values")
+    return tensor
+
+
+def _check_finite(checkpoint: Checkpoint, info: StoredTensor, raw: memoryview) -> None:
+    if info.dtype not in _EXPONENTS:
+        return
+    kind, exponent = _EXPONENTS[info.dtype]
+    odd = int(((np.frombuffer(raw, dtype=kind) & exponent) == exponent).sum())
+    if odd:
+        raise _damaged(checkpoint, info, f"{odd} NaN or infinite values")
+
+
+def _damaged(checkpoint: Checkpoint, info: StoredTensor, what: str) -> UserError:
+    return UserError(
+        f"{what} among {info.elements}.",
+        where=f"{checkpoint.path / info.file}: {info.name}",
+        remedy="The source is damaged: download this file again.",
+    )
+
+
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """A mark in the device's current work; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _on(stream: torch.cuda.Stream | None, ready: torch.cuda.Event | None, work: Callable[[], object]) -> None:
+    """Do `work` on a stream once `ready` has come, and wait for it."""
+    assert stream is not None
+    assert ready is not None
+    with torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        work()
+    stream.synchronize()
+
+
+def _raw(data: Tensor) -> memoryview:
+    return memoryview(data.numpy())  # type: ignore[arg-type]  # it is a buffer
+
+
+def _store(handle: int, raw: memoryview, offset: int) -> int:
+    done = 0
+    while done < len(raw):
+        done += os.pwrite(handle, raw[done:], offset + done)
+    return zlib.crc32(raw)

@@ -1,0 +1,100 @@
+"""What a quantize run will need, told before the long work and refused where it cannot fit."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snugfit.calibration.dataset import Rows
+from snugfit.errors import UserError
+from snugfit.machine import free_bytes, rss_bytes
+from snugfit.model.shards import PIECE, occupied_bytes
+from snugfit.model.states import IN_FLIGHT
+from snugfit.model.transfer import WORKERS
+from snugfit.quantize_plan import Plan, text_config
+from snugfit.quantize_units import groups_of
+
+# of a fused group, beside its weights: block scales are chosen in chunks, values and errors are made whole, in fp32
+_WIDE = 4
+# what attention and MLP hold at once of a batch, in hidden states and in MLP widths
+_STATES, _WIDTHS = 10, 4
+_CUDA_HOST = 600_000_000  # what the GPU's libraries take of main memory once they work
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Peaks in bytes. `gpu` is None on the CPU; `disk` is what is written, hidden states included."""
+
+    ram: int
+    gpu: int | None
+    disk: int
+
+    def line(self) -> str:
+        """One line for people."""
+        gpu = "" if self.gpu is None else f", {self.gpu / 1e9:.1f} GB of GPU memory"
+        return f"this run will need about {self.ram / 1e9:.1f} GB of memory{gpu}, {self.disk / 1e9:.1f} GB of disk"
+
+    def as_record(self) -> dict[str, Any]:
+        """For the record."""
+        return {"peak_rss_bytes": self.ram, "peak_gpu_bytes": self.gpu, "disk_bytes": self.disk}
+
+
+def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per_batch: int) -> Estimate:
+    """Peaks of a run from shapes alone, beside what this process has now."""
+    config = text_config(plan.checkpoint.config)
+    tensors = plan.checkpoint.tensors
+    itemsize = max((t.bytes // max(1, t.elements) for t in tensors.values()), default=2)
+    hidden = int(config.get("hidden_size") or 0) * itemsize
+    tokens = data.tokens if data else 0
+    longest = max(map(len, data.rows)) if data else 0
+    batch = max(tokens_per_batch, longest)
+    states = 2 * tokens * hidden
+    layer = embeddings = 0
+    for number, unit in enumerate(plan.units):
+        if number:
+            layer = max(layer, _unit_bytes(plan, unit, data is not None))
+        elif data is not None:
+            embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
+    width = max((max(t.shape) for t in tensors.values() if len(t.shape) == 2 and t.name in plan.assignments), default=0)
+    activations = batch * (_STATES * hidden + _WIDTHS * width * itemsize) if data else 0
+    moving = (WORKERS[device.type] * PIECE) + IN_FLIGHT * 2 * batch * hidden
+    disk = sum(shard.bytes for shard in plan.shards) + states
+    now = rss_bytes()
+    if device.type == "cpu":
+        return Estimate(now + max(embeddings, layer + activations) + moving, None, disk)
+    return Estimate(now + _CUDA_HOST + moving, max(embeddings, layer + activations), disk)
+
+
+def _unit_bytes(plan: Plan, unit: tuple[str, ...], walked: bool) -> int:
+    """Peak of a decoder layer: its 16-bit values if it is run, its codes twice (made, and being written), one group."""
+    tensors = plan.checkpoint.tensors
+    values = sum(tensors[name].bytes for name in unit) if walked else 0
+    codes = sum(info.bytes for name in unit if name in plan.assignments for info in plan.outputs[name])
+    groups = [sum(tensors[name].bytes for name in group) for group in groups_of(plan, unit, walked=False)]
+    one = max((tensors[name].elements for name in unit), default=0)
+    return values + 2 * codes + 2 * max(groups, default=0) + _WIDE * one
+
+
+def check_estimate(estimate: Estimate, target: Path, device: torch.device) -> None:
+    """UserError where memory or disk would not be enough."""
+    batch = "Lower --tokens-per-batch, or give the machine more"
+    _check("memory", estimate.ram - rss_bytes(), free_bytes(torch.device("cpu")), "this machine", f"{batch} memory.")
+    if estimate.gpu is not None:
+        _check(
+            "GPU memory", estimate.gpu, free_bytes(device), str(device), "Lower --tokens-per-batch, or --device cpu."
+        )
+    folder = next(folder for folder in target.absolute().parents if folder.exists())
+    partial = target.with_name(target.name + ".partial")
+    free = shutil.disk_usage(folder).free + occupied_bytes(partial)
+    _check("disk", estimate.disk, free, str(folder), "Free some room, or choose another disk with -o.")
+
+
+def _check(what: str, needed: int, free: int, where: str, remedy: str) -> None:
+    if needed > free:
+        raise UserError(
+            f"{needed / 1e9:.2f} GB of {what} are needed, {free / 1e9:.2f} GB are free.", where=where, remedy=remedy
+        )
