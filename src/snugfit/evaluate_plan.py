@@ -135,7 +135,7 @@ def _check_positions(job: Job, *, force: bool) -> None:
     lengths = [(len(row), n, group) for group in job.groups for n, row in enumerate(group.rows)]
     longest, place, group = max(lengths, key=lambda found: found[0])
     for model in walked(job):
-        positions = getattr(model.subject.skeleton.model.config, "max_position_embeddings", None)
+        positions = getattr(model.subject.skeleton.config, "max_position_embeddings", None)
         if force or not isinstance(positions, int) or longest <= positions:
             continue
         what, config = f"{longest} tokens are beyond the model's {positions} positions", "config.json"

@@ -163,6 +163,8 @@ def _run_units(run: _Run, tokens_per_batch: int, step: Callable[[], None]) -> _O
                     expected = _expect(run, number, begun)
             with clock("finish"):
                 commits.wait()
+                for file in states:
+                    file.path.unlink()
                 return _Outcome(writer.finish(), first, expected)
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -198,12 +200,12 @@ def _check_done(run: _Run, writer: ShardWriter, states: Sequence[StateFile]) -> 
     good = 0
     while good < progress.done and writer.holds(progress.entries[good]["written"]):
         good += 1
-    while good and states and not states[(good - 1) % 2].holds(progress.entries[good - 1]["states"]):
+    while states and 0 < good < len(run.plan.units) and not states[(good - 1) % 2].holds(progress.entries[good - 1]["states"]):
         good -= 1
     progress.go_back(good)
     for entry in progress.entries:
         writer.accept(entry["written"])
-    run.tell(f"going on with layer {max(0, good - 1)} of {run.plan.layers}, from {run.directory}")
+    run.tell(f"going on after {max(0, good - 1)} of {run.plan.layers} layers, from {run.directory}")
 
 
 def _embed(run: _Run, transfer: Transfer, batches: Sequence[walk.Batch], states: Sequence[StateFile]) -> None:
@@ -369,7 +371,8 @@ def _record(
 ) -> QuantizeRecord:
     plan, data = run.plan, run.data
     place = {name: number for number, name in enumerate(plan.outputs)}
-    measured = [TensorRecord(**tensor) for entry in run.progress.entries for tensor in entry["tensors"]]
+    entries = [tensor for entry in run.progress.entries for tensor in entry["tensors"]]
+    measured = [TensorRecord(**tensor | {"shape": tuple(tensor["shape"])}) for tensor in entries]
     seconds = run.clock.seconds
     actual = {
         "peak_rss_bytes": peak_rss_bytes(),

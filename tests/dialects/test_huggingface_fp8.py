@@ -59,7 +59,8 @@ def test_blocks_are_those_of_transformers(block: tuple[int, int]) -> None:
     """Whole blocks dequantize in fp32 to what transformers gives, and inputs are asked for in groups of columns."""
     parts = quantized(weight_of(256, 384), block)
     fmt, ours, scale = read(config_of(list(block)), parts)
-    assert fmt == TensorFormat("fp8", block=block, inputs="fp8-group")
+    whole = block == (128, 128)
+    assert fmt == TensorFormat("fp8-block") if whole else TensorFormat("fp8", block=block, inputs="fp8-group")
     assert scale is None
     theirs = Fp8Dequantize(None)._dequantize_one(parts["weight"], parts["weight_scale_inv"], torch.float32)
     assert torch.equal(ours, theirs)
@@ -122,7 +123,7 @@ def test_headers_decide_what_is_quantized() -> None:
     }
     for more in ({}, {"modules_to_not_convert": ["b"]}, {"modules_to_not_convert": ["a"]}):
         found = reading.read_formats(config_of([128, 128], **more), ["a", "b", "lm_head"], headers)
-        assert found == {"a": TensorFormat("fp8", block=(128, 128), inputs="fp8-group")}
+        assert found == {"a": TensorFormat("fp8-block")}
 
 
 @pytest.mark.parametrize(

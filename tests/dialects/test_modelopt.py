@@ -143,7 +143,7 @@ def test_fp8_by_channel_and_by_block() -> None:
     assert torch.equal(ours, channel["weight"].float() * channel["weight_scale"].unsqueeze(1))
     block = fp8_parts(torch.rand(2, 1, 3, 1), 200, 384)
     fmt, ours, _ = read(legacy("fp8_pb_wo"), block)
-    assert fmt == TensorFormat("fp8", block=(128, 128), inputs="fp8-group")
+    assert fmt == TensorFormat("fp8-block")
     scale = block["weight_scale"].reshape(2, 3).repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)
     assert torch.equal(ours, block["weight"].float() * scale)
 

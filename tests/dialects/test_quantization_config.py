@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import nn
 
-from snugfit.dialects.compressed_tensors import FLOAT, MIXED, NVFP4, PACKED, formats_of, quantization_config
+from snugfit.dialects.compressed_tensors import FLOAT, MIXED, MXFP4, NVFP4, PACKED, formats_of, quantization_config
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat
 
 W4A4 = TensorFormat("nvfp4")
@@ -27,7 +27,9 @@ W8A8 = TensorFormat("fp8-dynamic")
 INT4 = tuple(
     TensorFormat("int4", group=group, symmetric=symmetric) for group in INT4_GROUPS for symmetric in (True, False)
 )
-EVERY_FORMAT = (W4A4, W4A16, W8A8, *INT4)
+BLOCKS = TensorFormat("fp8-block")
+MX = TensorFormat("mxfp4")
+EVERY_FORMAT = (W4A4, W4A16, W8A8, BLOCKS, MX, *INT4)
 # what engines fuse: fused name -> members
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj"), "w13": ("w1", "w3")}
 Formats = Mapping[str, TensorFormat]
@@ -110,7 +112,7 @@ def build(modules: Sequence[str]) -> nn.Module:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        parent.add_module(leaf, nn.Linear(128, 8, bias=False, device="meta"))
+        parent.add_module(leaf, nn.Linear(128, 128, bias=False, device="meta"))
     return root
 
 
@@ -190,7 +192,7 @@ def test_transformers_side_gives_each_linear_its_scheme(family: str) -> None:
     """compressed-tensors, applied to a model of those names, gives each linear its scheme and spares the rest."""
     groups = FAMILIES[family](len(EVERY_FORMAT))
     choices = (*EVERY_FORMAT, None)
-    chosen = {group: choices[(number * 7 + number // 5) % len(choices)] for number, group in enumerate(groups)}
+    chosen = {group: choices[(number * 7 + number // len(choices)) % len(choices)] for number, group in enumerate(groups)}
     formats = {module: fmt for group, fmt in chosen.items() if fmt for module in group}
     kept = [module for group in groups for module in group if module not in formats]
     assert set(formats.values()) == set(EVERY_FORMAT)
@@ -212,6 +214,8 @@ def test_transformers_side_gives_each_linear_its_scheme(family: str) -> None:
         (W4A4, "NVFP4"),
         (W4A16, "NVFP4A16"),
         (W8A8, "FP8_DYNAMIC"),
+        (BLOCKS, "FP8_BLOCK"),
+        (MX, "MXFP4"),
         (TensorFormat("int4", group=128), "W4A16"),
         (TensorFormat("int4", group=128, symmetric=False), "W4A16_ASYM"),
     ],
@@ -233,7 +237,8 @@ def test_format_names_are_those_that_the_library_infers(fmt: TensorFormat) -> No
     """The group's `format` is the one that compressed-tensors would choose for a linear with that scheme."""
     scheme = scheme_of(fmt)
     assert scheme.format == infer_module_format(nn.Linear, scheme).value
-    assert scheme.format == {"nvfp4": NVFP4, "nvfp4a16": NVFP4, "fp8-dynamic": FLOAT, "int4": PACKED}[fmt.name]
+    names = {"nvfp4": NVFP4, "nvfp4a16": NVFP4, "fp8-dynamic": FLOAT, "fp8-block": FLOAT, "mxfp4": MXFP4}
+    assert scheme.format == (names | {"int4": PACKED})[fmt.name]
 
 
 @pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=TensorFormat.label)
@@ -254,10 +259,10 @@ def test_unknown_keys_would_be_refused(fmt: TensorFormat) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_activations_of_the_scheme_are_those_of_the_table(name: str) -> None:
-    """A format that leaves activations alone has none in its scheme; NVFP4's are local, FP8's wholly dynamic."""
+    """A format that leaves activations alone has none in its scheme; NVFP4's are local, others wholly dynamic."""
     fmt = next(fmt for fmt in EVERY_FORMAT if fmt.name == name)
     inputs = scheme_of(fmt).input_activations
-    dynamic = {"none": None, "nvfp4": "local", "fp8-token": True}[fmt.input_kind]
+    dynamic = {"none": None, "nvfp4": "local"}.get(fmt.input_kind, True)
     assert (inputs and inputs.dynamic) == dynamic
     assert fmt.spec.calibrated == (dynamic == "local")
 

@@ -51,7 +51,7 @@ SCHEMES: dict[str, tuple[QuantizationScheme, TensorFormat]] = {
     for name, fmt in {
         "FP8": TensorFormat("fp8", inputs="fp8-tensor"),
         "FP8_DYNAMIC": TensorFormat("fp8-dynamic"),
-        "FP8_BLOCK": TensorFormat("fp8", block=(128, 128), inputs="fp8-group"),
+        "FP8_BLOCK": TensorFormat("fp8-block"),
         "W8A8": TensorFormat("int8", WHOLE_ROW, inputs="int8-token"),
         "W8A16": TensorFormat("int8", 128),
         "W4A16": TensorFormat("int4", 128),
@@ -60,8 +60,8 @@ SCHEMES: dict[str, tuple[QuantizationScheme, TensorFormat]] = {
         "W4AFP8": TensorFormat("int4", 128, inputs="fp8-token"),
         "NVFP4": TensorFormat("nvfp4"),
         "NVFP4A16": TensorFormat("nvfp4a16"),
-        "MXFP4": TensorFormat("mxfp4", inputs="mxfp4"),
-        "MXFP4A16": TensorFormat("mxfp4"),
+        "MXFP4": TensorFormat("mxfp4"),
+        "MXFP4A16": TensorFormat("mxfp4", inputs="none"),
         "MXFP4XFP8": TensorFormat("mxfp4", inputs="fp8-group"),
     }.items()
 } | {
@@ -78,6 +78,10 @@ SCHEMES: dict[str, tuple[QuantizationScheme, TensorFormat]] = {
     "fp8 blocks of 32 x 64": (
         scheme(args("float", 8, "block", block_structure=[32, 64])),
         TensorFormat("fp8", block=(32, 64)),
+    ),
+    "fp8 blocks alone": (
+        scheme(args("float", 8, "block", block_structure=[128, 128])),
+        TensorFormat("fp8", block=(128, 128)),
     ),
     "int8 channel, asymmetric tokens": (
         scheme(args("int", 8, "channel"), args("int", 8, "token", dynamic=True, symmetric=False)),
@@ -211,10 +215,10 @@ def test_blocks_at_the_edges_are_smaller(shape: tuple[int, int], block: tuple[in
 
 @every_scheme
 def test_labels_tell_schemes_apart(name: str) -> None:
-    """No two schemes share a label, and a label says weights and, after a plus, inputs."""
+    """No two schemes share a label, and a label says weights and, after a plus, inputs; a16 says that there are none."""
     fmt = SCHEMES[name][1]
     assert [other for _, other in SCHEMES.values() if other.label() == fmt.label()] == [fmt]
-    assert fmt.label().partition("+")[2] == (fmt.inputs or "")
+    assert fmt.label().partition("+")[2] == ("" if fmt.inputs in (None, "none") else fmt.inputs)
     assert hash(fmt) == hash(SCHEMES[name][1])
 
 
@@ -342,7 +346,7 @@ def test_dynamic_int8_inputs_are_the_librarys_under_vllms_scale(*, symmetric: bo
 def test_mxfp4_inputs_are_the_librarys_outside_one_quarter() -> None:
     """MXFP4 inputs equal the library's unless amax is 6 to 7 of its steps: there our step is twice as large."""
     values = activations()
-    quantizer = input_quantizer(TensorFormat("mxfp4", inputs="mxfp4"), "vllm-blackwell", None)
+    quantizer = input_quantizer(TensorFormat("mxfp4"), "vllm-blackwell", None)
     given = SCHEMES["MXFP4"][0].input_activations
     assert quantizer is not None
     assert given is not None

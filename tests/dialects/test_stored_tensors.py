@@ -19,7 +19,8 @@ from snugfit.formats.stored import dequantize
 from snugfit.methods.rounding import round_group
 
 INT4 = [TensorFormat("int4", group, symmetric) for group in INT4_GROUPS for symmetric in (True, False)]
-EVERY_FORMAT = [TensorFormat("nvfp4"), TensorFormat("nvfp4a16"), TensorFormat("fp8-dynamic"), *INT4]
+NAMES = ("nvfp4", "nvfp4a16", "fp8-dynamic", "fp8-block", "mxfp4")
+EVERY_FORMAT = [*map(TensorFormat, NAMES), *INT4]
 every_format = pytest.mark.parametrize("fmt", EVERY_FORMAT, ids=TensorFormat.label)
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # safetensors' names
@@ -69,8 +70,13 @@ def test_written_tensors_are_those_of_the_layout(fmt: TensorFormat, dtype: str, 
 
 @pytest.mark.parametrize(
     ("fmt", "columns"),
-    [(TensorFormat("nvfp4"), 48), (TensorFormat("fp8-dynamic"), 37), (TensorFormat("int4", 32), 96)],
-    ids=["nvfp4", "fp8-dynamic", "int4-g32"],
+    [
+        (TensorFormat("nvfp4"), 48),
+        (TensorFormat("mxfp4"), 96),
+        (TensorFormat("fp8-dynamic"), 37),
+        (TensorFormat("int4", 32), 96),
+    ],
+    ids=lambda given: given.label() if isinstance(given, TensorFormat) else str(given),
 )
 def test_columns_need_no_more_than_the_format_asks(fmt: TensorFormat, columns: int) -> None:
     """The smallest multiple that a format allows is written as announced, odd columns in FP8 among them."""

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from snugfit.dialects.compressed_tensors import decode, encode, formats_of, layout, quantization_config
 from snugfit.errors import UserError
-from snugfit.formats import fp8, int4, nvfp4
-from snugfit.formats.spec import FORMATS, INT4_GROUPS, READ_ONLY, TensorFormat, bytes_for, check_shape
+from snugfit.formats import fp8, int4, mxfp4, nvfp4
+from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS, READ_ONLY, TensorFormat, bytes_for, check_shape
 from snugfit.formats.stored import Stored, dequantize
 from snugfit.methods.rounding import ROUNDERS, round_group
 from snugfit.recipe import parse_recipe
@@ -22,6 +22,8 @@ CASES: Mapping[str, tuple[tuple[TensorFormat, float], ...]] = {
     "nvfp4": ((TensorFormat("nvfp4"), 0.0103),),
     "nvfp4a16": ((TensorFormat("nvfp4a16"), 0.0103),),
     "fp8-dynamic": ((TensorFormat("fp8-dynamic"), 0.0008),),
+    "fp8-block": ((TensorFormat("fp8-block"), 0.0008),),
+    "mxfp4": ((TensorFormat("mxfp4"), 0.02),),
     "int4": (
         (TensorFormat("int4", 128, symmetric=True), 0.0147),
         (TensorFormat("int4", 64, symmetric=True), 0.0122),
@@ -35,6 +37,8 @@ KINDS: Mapping[str, type[Stored]] = {
     "nvfp4": nvfp4.NVFP4Weight,
     "nvfp4a16": nvfp4.NVFP4Weight,
     "fp8-dynamic": fp8.FP8Weight,
+    "fp8-block": fp8.FP8Weight,
+    "mxfp4": mxfp4.MXFP4Weight,
     "int4": int4.INT4Weight,
 }
 every_name = pytest.mark.parametrize("name", FORMATS)
@@ -104,12 +108,16 @@ def test_every_format_refuses_shapes_that_it_cannot_hold(name: str) -> None:
     """The columns that a format asks for pass, other columns and other ranks end in an error with a remedy."""
     for fmt, _ in cases(name):
         multiple = fmt.group or fmt.spec.column_multiple
-        check_shape(fmt, (7, 3 * multiple), where="here")
+        rows = FP8_BLOCK if name == "fp8-block" else 7
+        check_shape(fmt, (rows, 3 * multiple), where="here")
         with pytest.raises(UserError, match="2-D"):
-            check_shape(fmt, (2, 7, 3 * multiple), where="here")
+            check_shape(fmt, (2, rows, 3 * multiple), where="here")
         if multiple > 1:
-            with pytest.raises(UserError, match=f"divisible by {multiple}"):
-                check_shape(fmt, (7, 3 * multiple + 1), where="here")
+            with pytest.raises(UserError, match=f"columns divisible by {multiple}.*fp8-dynamic"):
+                check_shape(fmt, (rows, 3 * multiple + 1), where="here")
+        if name == "fp8-block":
+            with pytest.raises(UserError, match="here: fp8-block needs rows divisible by 128, .* 7 x 384.*fp8-dynamic"):
+                check_shape(fmt, (7, 3 * multiple), where="here")
 
 
 def test_the_table_and_the_rounders_name_the_same_formats() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from snugfit.dialects.headers import Headers
 from snugfit.dialects.schemes import REMEDY, WHERE, parse_scheme
 from snugfit.errors import UserError
-from snugfit.formats.spec import NVFP4_BLOCK, TensorFormat
+from snugfit.formats.spec import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 NVFP4 = "nvfp4-pack-quantized"
 FLOAT = "float-quantized"
+MXFP4 = "mxfp4-pack-quantized"
 PACKED = "pack-quantized"
 MIXED = "mixed-precision"
 # the first release that reads per-group formats and NVFP4 beside FP8
@@ -43,6 +44,11 @@ def layout(fmt: TensorFormat, shape: tuple[int, ...], dtype: str) -> dict[str, t
         return parts | ({INPUT_SCALE: ("F32", (1,))} if fmt.name == "nvfp4" else {})
     if fmt.name == "fp8-dynamic":
         return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": (dtype, (rows, 1))}
+    if fmt.name == "fp8-block":
+        blocks = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": (dtype, blocks)}
+    if fmt.name == "mxfp4":
+        return {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("U8", (rows, columns // MXFP4_BLOCK))}
     groups = columns // fmt.group
     parts = {
         "weight_packed": ("I32", (rows, -(-columns // 8))),
@@ -59,6 +65,7 @@ def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tenso
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.grids import pack_int4
     from snugfit.formats.int4 import INT4Weight
+    from snugfit.formats.mxfp4 import MXFP4Weight
     from snugfit.formats.nvfp4 import NVFP4Weight
 
     if isinstance(stored, NVFP4Weight):
@@ -70,6 +77,8 @@ def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tenso
         return parts | ({INPUT_SCALE: input_scale.reciprocal().reshape(1)} if input_scale is not None else {})
     if isinstance(stored, FP8Weight):
         return {"weight": stored.codes, "weight_scale": stored.scale}
+    if isinstance(stored, MXFP4Weight):
+        return {"weight_packed": stored.packed, "weight_scale": stored.exponent}
     assert isinstance(stored, INT4Weight), "a format that is read, not written"
     parts = {
         "weight_packed": stored.packed,
@@ -118,9 +127,9 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tens
         return weight, None if scale is None else scale.reshape(()).reciprocal()
     if fmt.name == "mxfp4":
         return MXFP4Weight(parts["weight_packed"], parts["weight_scale"]), None
-    if fmt.name in ("fp8", "fp8-dynamic"):
-        scale = parts["weight_scale"]
-        stored = FP8Weight(parts["weight"], scale if fmt.block else scale.reshape(-1, 1), fmt.block)
+    if fmt.name in ("fp8", "fp8-dynamic", "fp8-block"):
+        scale, block = parts["weight_scale"], fmt.weight_block
+        stored = FP8Weight(parts["weight"], scale if block else scale.reshape(-1, 1), block)
         return stored, _static_input(parts)
     return _decode_integers(fmt, parts), _static_input(parts)
 
@@ -311,6 +320,22 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
             "input_activations": _arguments(num_bits=8, type="float", strategy="token", dynamic=True),
             "output_activations": None,
         }
+    if fmt.name == "fp8-block":
+        block = [FP8_BLOCK, FP8_BLOCK]
+        return {
+            "format": FLOAT,
+            "weights": _arguments(num_bits=8, type="float", strategy="block", block_structure=block),
+            "input_activations": _arguments(
+                num_bits=8, type="float", strategy="group", group_size=FP8_BLOCK, dynamic=True
+            ),
+            "output_activations": None,
+        }
+    if fmt.name == "mxfp4":
+        weights = _arguments(
+            num_bits=4, type="float", strategy="group", group_size=MXFP4_BLOCK, scale_dtype="torch.uint8"
+        )
+        inputs = weights | {"dynamic": True}
+        return {"format": MXFP4, "weights": weights, "input_activations": inputs, "output_activations": None}
     weights = _arguments(num_bits=4, type="int", strategy="group", group_size=fmt.group, symmetric=fmt.symmetric)
     return {"format": PACKED, "weights": weights, "input_activations": None, "output_activations": None}
 

@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from snugfit.dialects.headers import Headers, dtype_of, is_single
-from snugfit.dialects.schemes import WHERE
+from snugfit.dialects.schemes import WHERE, fp8_blocks
 from snugfit.errors import UserError
 from snugfit.formats.spec import WHOLE_ROW, InputKind, TensorFormat
 
@@ -53,7 +53,8 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tens
     if scale.itemsize == 1:  # E8M0, also as plain bytes
         scale = powers_of_two(scale)
     given = parts.get(_first(INPUT_SCALES, parts))
-    stored = FP8Weight(parts["weight"], scale if fmt.block else scale.reshape(-1, 1), fmt.block)
+    block = fmt.weight_block
+    stored = FP8Weight(parts["weight"], scale if block else scale.reshape(-1, 1), block)
     return stored, None if given is None else given.reshape(()).float()
 
 
@@ -73,7 +74,7 @@ def _format(module: str, parts: Headers, block: tuple[int, int] | None, static: 
     rows, columns = parts["weight"][1]
     inputs: InputKind = "fp8-tensor" if static else "fp8-tensor-dynamic"
     if block is not None and shape == (-(-rows // block[0]), -(-columns // block[1])):
-        return TensorFormat("fp8", block=block, inputs="fp8-tensor" if static else "fp8-group")
+        return TensorFormat("fp8", block=block, inputs="fp8-tensor") if static else fp8_blocks(block)
     if name not in parts or is_single(parts, name):
         return TensorFormat("fp8", inputs=inputs)
     if shape in ((rows,), (rows, 1)):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from snugfit.dialects.headers import Headers, holds_codes
 from snugfit.dialects.schemes import REMEDY
 from snugfit.errors import UserError
-from snugfit.formats.spec import FP8_BLOCK, TensorFormat
+from snugfit.formats.spec import TensorFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ FORMATS: Mapping[str, TensorFormat] = {
     "FP8": TensorFormat("fp8", inputs="fp8-tensor"),
     "FP8_PER_CHANNEL_PER_TOKEN": TensorFormat("fp8-dynamic"),
     # "weight only" by name; vLLM quantizes the inputs too
-    "FP8_PB_WO": TensorFormat("fp8", block=(FP8_BLOCK, FP8_BLOCK), inputs="fp8-group"),
+    "FP8_PB_WO": TensorFormat("fp8-block"),
 }
 
 
@@ -73,10 +73,10 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tens
     scale = parts["weight_scale"]
     if fmt.name in ("nvfp4", "nvfp4a16"):
         return NVFP4Weight(parts["weight"], scale, parts["weight_scale_2"].reshape(()).float()), inputs
-    if fmt.block is not None:
+    if fmt.weight_block is not None:
         # exported as [N/128, 1, K/128, 1]
-        grid = scale.reshape(-(-parts["weight"].shape[0] // fmt.block[0]), -1)
-        return FP8Weight(parts["weight"], grid, fmt.block), inputs
+        grid = scale.reshape(-(-parts["weight"].shape[0] // fmt.weight_block[0]), -1)
+        return FP8Weight(parts["weight"], grid, fmt.weight_block), inputs
     return FP8Weight(parts["weight"], scale.reshape(-1, 1)), inputs
 
 

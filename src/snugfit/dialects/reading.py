@@ -56,6 +56,7 @@ _CODES: Mapping[str, tuple[str, ...]] = {
     "mxfp4": ("U8",),
     "fp8": ("F8_E4M3",),
     "fp8-dynamic": ("F8_E4M3",),
+    "fp8-block": ("F8_E4M3",),
     "int4": ("I32", "I8"),
     "int8": ("I32", "I8"),
 }

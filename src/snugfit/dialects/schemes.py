@@ -53,7 +53,17 @@ def parse_scheme(group: Mapping[str, Any]) -> TensorFormat:
         return TensorFormat("nvfp4" if kind else "nvfp4a16")
     if fmt == TensorFormat("fp8", WHOLE_ROW) and kind == "fp8-token":
         return TensorFormat("fp8-dynamic")
+    if fmt.block is not None and kind == "fp8-group":
+        return fp8_blocks(fmt.block)
+    if fmt.name == "mxfp4" and kind in (None, "mxfp4"):
+        return TensorFormat("mxfp4", inputs=None if kind else "none")
     return TensorFormat(fmt.name, fmt.group, fmt.symmetric, fmt.block, kind)
+
+
+def fp8_blocks(block: tuple[int, int]) -> TensorFormat:
+    """FP8 under one scale a block, inputs under one a token and so many columns."""
+    whole = block == (FP8_BLOCK, FP8_BLOCK)
+    return TensorFormat("fp8-block") if whole else TensorFormat("fp8", block=block, inputs="fp8-group")
 
 
 def _weights(arguments: Mapping[str, Any]) -> TensorFormat | None:

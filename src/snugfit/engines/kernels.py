@@ -90,9 +90,7 @@ _VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
 }
 # experts, where they differ from linear layers (layers/fused_moe/oracle/: nvfp4.py, fp8.py, int_wna16.py, mxfp4.py)
 _VLLM_EXPERTS: Mapping[str, Mapping[Generation, Kernel]] = {
-    "bf16": dict.fromkeys(
-        ("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), Kernel("Triton", "W16A16")
-    ),
+    "bf16": dict.fromkeys(("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), Kernel("Triton", "W16A16")),
     "nvfp4": {"blackwell": Kernel("FlashInfer TRTLLM", "W4A4"), "blackwell-consumer": _FLASHINFER4},
     "fp8-channel": {"ada": Kernel("Triton", "W8A8"), "blackwell-consumer": Kernel("Triton", "W8A8")},
     "fp8-block": {

@@ -17,6 +17,7 @@ from snugfit.evaluation.measure import Array
 from snugfit.evaluation.subject import Outer, Subject, outer_weights, resident_layer
 from snugfit.machine import free_bytes
 from snugfit.model import emulate, layers, walk
+from snugfit.model.standins import Receive, StandIn
 
 APART = 16  # tokens between two places in one row
 TOKENS = 24
@@ -52,7 +53,7 @@ def continue_greedily(
     from transformers import GenerationConfig
 
     model = _whole_model(subject, device)
-    config = subject.skeleton.model.config
+    config = subject.skeleton.config
     end = getattr(config, "eos_token_id", None)
     settings = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=end, pad_token_id=0)
     results = []
@@ -71,7 +72,7 @@ def _whole_model(subject: Subject, device: torch.device) -> nn.Module:
     head: Outer = outer_weights(subject, device)
     weights = {**layers.outer_weights(skeleton, subject.checkpoint, head=False), **head.weights}
     called: list[nn.Module] = [
-        walk.StandIn(layer, _read_when_called(subject, index, device, keep=keep))
+        StandIn(layer, _read_when_called(subject, index, device, keep=keep), in_tuple=skeleton.in_tuple)
         for index, layer in enumerate(skeleton.layers)
     ]
     model = walk.on_device(layers.with_layers(skeleton, called, weights), device)
@@ -79,7 +80,7 @@ def _whole_model(subject: Subject, device: torch.device) -> nn.Module:
     return model
 
 
-def _read_when_called(subject: Subject, index: int, device: torch.device, *, keep: bool) -> walk.Receive:
+def _read_when_called(subject: Subject, index: int, device: torch.device, *, keep: bool) -> Receive:
     held: list[tuple[nn.Module, Any]] = []
 
     def receive(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,14 +66,37 @@ def open_subject(
         raise UserError(f"unknown activation profile {activations!r}.", remedy=f"Known: {', '.join(PROFILES)}.")
     opened = open_checkpoint(path)
     skeleton = layers.build_skeleton(opened, arithmetic)
-    headers = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
     extra = reading.read_quant_config(opened.path)
     with _naming(opened):
-        formats = reading.read_formats(opened.config, sorted(layers.linear_names(skeleton)), headers, extra)
+        formats = _read_formats(opened, skeleton, extra)
         kv = reading.kv_cache_format(opened.config, extra)
         codes = {f"{module}.weight": _codes(opened, module, fmt) for module, fmt in formats.items()}
     layers.check_shapes(skeleton, opened, codes)
     return Subject(opened, skeleton, formats, kv, activations)
+
+
+def _read_formats(
+    checkpoint: Checkpoint, skeleton: layers.Skeleton, extra: Mapping[str, Any] | None
+) -> dict[str, TensorFormat]:
+    """Format of each quantized module that runs on text, by its name in the file.
+
+    A config may say names as the file does, or as transformers' modules are called: whichever agrees with the headers.
+    """
+    ours = layers.linear_names(skeleton)
+    headers = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    try:
+        return reading.read_formats(checkpoint.config, sorted(ours), headers, extra)
+    except UserError:
+        if all(name == module for name, module in ours.items()):
+            raise
+        called = {
+            f"{ours.get(name.rpartition('.')[0], name.rpartition('.')[0])}.{name.rpartition('.')[2]}": header
+            for name, header in headers.items()
+        }
+        with contextlib.suppress(UserError):
+            formats = reading.read_formats(checkpoint.config, sorted(ours.values()), called, extra)
+            return {name: formats[module] for name, module in ours.items() if module in formats}
+        raise
 
 
 @contextlib.contextmanager
@@ -195,28 +219,36 @@ def _decoded_head(subject: Subject) -> tuple[dict[str, Tensor], dict[str, emulat
     """Quantized linears outside the decoder layers: their weights, and what happens to their inputs."""
     decoded: dict[str, Tensor] = {}
     quantizers: dict[str, emulate.Quantizer] = {}
+    ours = layers.linear_names(subject.skeleton)
     for module, fmt in subject.formats.items():
-        if module.startswith(subject.skeleton.layers_name + "."):
+        if module.startswith(subject.skeleton.stored_layers_name + "."):
             continue
-        weight = subject.skeleton.model.get_parameter(f"{module}.weight")
+        weight = subject.skeleton.model.get_parameter(f"{ours[module]}.weight")
         shape = tuple(weight.shape)
         with _naming(subject.checkpoint):
             decoded[f"{module}.weight"], scale = emulate.read_module(subject.checkpoint, module, fmt, shape)
         quantizer = emulate.input_quantizer(fmt, subject.activations, scale)
         if quantizer is not None:
-            quantizers[module] = quantizer
+            quantizers[ours[module]] = quantizer
     return decoded, quantizers
 
 
 def resident_layer(subject: Subject, index: int, device: torch.device) -> tuple[nn.Module, emulate.FP8Cache | None]:
     """Decoder layer `index` on `device`, its inputs as the engine rounds them, and what happens to its KV cache."""
-    prefix = f"{subject.skeleton.layers_name}.{index}"
+    skeleton = subject.skeleton
+    prefix = f"{skeleton.stored_layers_name}.{index}"
     with _naming(subject.checkpoint):
         weights, quantizers = emulate.read_layer(
-            subject.checkpoint, prefix, subject.skeleton.layers[index], subject.formats, subject.activations
+            subject.checkpoint,
+            prefix,
+            skeleton.layers[index],
+            subject.formats,
+            subject.activations,
+            layers.layer_names(skeleton, index),
         )
-    layer = layers.resident_layer(subject.skeleton, index, weights, device)
-    emulate.quantize_inputs(layer, quantizers)
+    layer = layers.resident_layer(skeleton, index, weights, device)
+    modules = layers.module_names(skeleton, index)
+    emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
     if subject.kv is None or subject.activations == "none":
         return layer, None
     return layer, emulate.fp8_cache(*emulate.read_kv_scales(subject.checkpoint, prefix))

@@ -148,7 +148,7 @@ def _walk_model(subject: Subject, device: torch.device, tokens_per_batch: int, p
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     tokenizer = load_tokenizer(subject.checkpoint.path)
-    length = resolve_max_length(subject.skeleton.model.config, tokenizer)
+    length = resolve_max_length(subject.skeleton.config, tokenizer)
     prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     class WalkModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types

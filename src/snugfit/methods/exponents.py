@@ -1,10 +1,13 @@
 """Block exponents for MXFP4: which power of two 2**k is the step of a block of 32 whose largest magnitude is a.
 
     absmax    k0, under which 3.5 <= a / 2**k0 < 7: the largest value becomes 4 or 6, and saturates from 6 on
-    sweep     k0, k0 - 1, k0 + 1: the strict minimum of the squared error, on a tie the earlier
+    sweep     k0 or k0 - 1, whichever has the lower squared error; on a tie k0
 
 absmax is what compressed-tensors and llm-compressor do: a's mantissa rounded up to the next power of two from 1.75 on,
-two taken from its exponent. A scale of its own a block means that members of a fused group need none in common.
+two taken from its exponent. No other exponent can have a lower squared error than the sweep's two (a test compares by
+brute force): the grid of k0 holds all values of the grids above up to 6 steps, and no magnitude is beyond 7; below
+k0 - 1 the largest value alone loses more by saturating than 31 others can win. Members of a fused group need no
+exponent in common.
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ import torch
 from torch import Tensor
 
 from snugfit.formats.grids import powers_of_two, round_e2m1_magnitude
-from snugfit.formats.mxfp4 import LARGEST_EXPONENT, SMALLEST_EXPONENT
+from snugfit.formats.mxfp4 import SMALLEST_EXPONENT
 from snugfit.formats.spec import MXFP4_BLOCK
 
-SWEEP_OFFSETS = (0, -1, 1)
 BIAS = 127
+LARGEST_EXPONENT = 125  # 4 * 2**126 is beyond fp32
 # blocks handled at once: small enough to stay in a core's cache, large enough to hide the cost of a torch call
 CHUNK_BLOCKS = {"cpu": 4096, "cuda": 1 << 21}
 
@@ -32,16 +35,11 @@ def block_exponents(weight: Tensor, rule: str) -> Tensor:
 
 def _choose(magnitude: Tensor, rule: str) -> Tensor:
     """Best candidate for each row of `magnitude` [B, 32], as uint8 [B]."""
-    best = _absmax(magnitude.amax(-1))
+    plain = _absmax(magnitude.amax(-1))
     if rule == "absmax":
-        return _biased(best)
-    lowest, plain = _error(magnitude, _biased(best)), best
-    for offset in SWEEP_OFFSETS[1:]:
-        error = _error(magnitude, _biased(plain + offset))
-        better = error < lowest
-        lowest = torch.where(better, error, lowest)
-        best = torch.where(better, plain + offset, best)
-    return _biased(best)
+        return _biased(plain)
+    finer = error(magnitude, _biased(plain - 1)) < error(magnitude, _biased(plain))
+    return _biased(torch.where(finer, plain - 1, plain))
 
 
 def _absmax(amax: Tensor) -> Tensor:
@@ -55,7 +53,7 @@ def _biased(exponent: Tensor) -> Tensor:
     return (exponent.clamp(SMALLEST_EXPONENT, LARGEST_EXPONENT) + BIAS).to(torch.uint8)
 
 
-def _error(magnitude: Tensor, exponent: Tensor) -> Tensor:
-    """Squared error of each block in units of its own largest step, so that neither tiny nor huge blocks overflow."""
+def error(magnitude: Tensor, exponent: Tensor) -> Tensor:
+    """Squared error [B] of blocks [B, 32] under E8M0 exponents [B]; 0 for blocks below 2**-75, where k0 stays."""
     step = powers_of_two(exponent).unsqueeze(-1)
     return round_e2m1_magnitude(magnitude / step).mul_(step).sub_(magnitude).square_().sum(-1)

@@ -103,13 +103,20 @@ def read_module(
 
 
 def read_layer(
-    checkpoint: Checkpoint, prefix: str, layer: nn.Module, formats: Mapping[str, TensorFormat], profile: str
+    checkpoint: Checkpoint,
+    prefix: str,
+    layer: nn.Module,
+    formats: Mapping[str, TensorFormat],
+    profile: str,
+    names: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
     """Weights of a decoder layer (names relative to it), dequantized, and the quantizers of its linears' inputs.
 
     `prefix` is the layer's name in the checkpoint, `layer` its skeleton, `formats` the quantized modules by full name.
+    `names` (the file's -> the model's, relative to the layer) are given where they differ; results have the file's.
     """
-    state = layer.state_dict()
+    held_by = layer.state_dict()
+    state = held_by if names is None else {name: held_by[ours] for name, ours in names.items()}
     linears = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
     quantized = [name for name in linears if f"{prefix}.{name}" in formats]
     held = {f"{name}.weight" for name in quantized}

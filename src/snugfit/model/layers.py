@@ -1,9 +1,14 @@
-"""transformers' model code without its weights: parameters on the meta device, one decoder layer in memory."""
+"""transformers' model code without its weights: parameters on the meta device, one decoder layer in memory.
+
+Of a vision-language model only what runs on text is kept. Names outside this module are those of the file; `stored`
+leads from transformers' names to them.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,18 +19,34 @@ from torch.overrides import TorchFunctionMode
 
 from snugfit.errors import UserError
 from snugfit.model.checkpoint import Checkpoint, read_tensor
+from snugfit.model.conversion import StoredNames, list_name, stored_names
+from snugfit.model.standins import TextOnly, put, rehearse, token_embeddings
+
+APART = "Config and weights do not belong together."
 
 
 @dataclass(frozen=True)
 class Skeleton:
     """A causal language model whose parameters have shapes but no data; its buffers are real.
 
-    `layers_name` is the decoder layers' name in the model and so in the checkpoint, e.g. model.layers.
+    `layers_name` is the decoder layers' name in the model, `stored_layers_name` in the file; `stored` maps names of
+    the model's parameters and persistent buffers to those in the file, as far as it has them (a quantized weight: to
+    its name in 16 bits). `in_tuple`: layers answer with tuples; `hand_on`: they leave more for later layers than hidden
+    states, such as Gemma 4's shared keys and values, which are lost where a walk begins in the middle.
     """
 
     model: nn.Module
     layers: nn.ModuleList
     layers_name: str
+    stored_layers_name: str
+    stored: Mapping[str, str]
+    in_tuple: bool
+    hand_on: bool
+
+    @property
+    def config(self) -> Any:
+        """transformers' config of the language model."""
+        return self.model.config.get_text_config()  # type: ignore[union-attr,operator]
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -57,18 +78,38 @@ def _parameters_on_meta() -> Iterator[None]:
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Skeleton:
     """The model that the checkpoint's config describes; UserError where transformers does not know it.
 
-    It computes in `dtype`, by default the config's own.
+    It computes in `dtype`, by default the config's own. Code that comes with a checkpoint is never run.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     where = str(checkpoint.path / "config.json")
+    model = _build_model(checkpoint, dtype, where)
+    stored = stored_names(model, checkpoint.tensors)
+    decoder = model.get_decoder()  # type: ignore[operator]
+    name, layers = _decoder_layers(model, decoder, where)
+    if model.config.get_text_config() is not model.config:  # type: ignore[union-attr,operator]
+        _leave_towers(model, decoder, where)
+    state = model.state_dict()
+    _check_names(stored, state, checkpoint)
+    names = {ours: theirs for ours, theirs in stored.names.items() if ours in state}
+    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
+    if empty:
+        raise UserError(f"buffers that this model never computes: {', '.join(empty[:5])}.", where=where)
+    loop = rehearse(decoder, layers, where=where)
+    hand_on = loop.mappings and getattr(decoder.config, "num_kv_shared_layers", None) != 0
+    return Skeleton(model, layers, name, list_name(names, name, len(layers)), names, loop.in_tuple, hand_on)
+
+
+def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) -> nn.Module:
+    from transformers import AutoConfig
+
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        own = config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        named = (dtype, config.dtype, config.get_text_config().dtype)
+        arithmetic = next((given for given in named if isinstance(given, torch.dtype)), torch.bfloat16)
         with _parameters_on_meta(), torch.no_grad():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype or own, trust_remote_code=False)
+            model = _auto_class(config).from_config(config, dtype=arithmetic, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 (transformers' config classes raise many kinds of their own)
         kind = checkpoint.config.get("model_type")
         raise UserError(
@@ -77,32 +118,79 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
             remedy="Check the config, or update transformers.",
         ) from None
     model.eval().requires_grad_(False)
-    empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta"]
-    if empty:
-        raise UserError(f"buffers that this model never computes: {', '.join(empty[:5])}.", where=where)
-    name, layers = _decoder_layers(model, where)
-    return Skeleton(model, layers, name)
+    for pattern, kept in model._get_dtype_plan(arithmetic).items():  # noqa: SLF001 (what loading would keep in fp32)
+        for name, parameter in [*model.named_parameters()]:
+            if re.search(pattern.replace("*", ".*"), name):
+                put(model, name, parameter.to(kept))
+    found: nn.Module = model
+    return found
 
 
-def _decoder_layers(model: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
-    decoder = model.get_decoder()  # type: ignore[operator]
-    layers = getattr(decoder, "layers", None)
-    if not isinstance(layers, nn.ModuleList):
+def _auto_class(config: Any) -> Any:
+    """transformers' class for a config: of a language model, or of what has one among other parts."""
+    import transformers
+
+    text_alone = config.get_text_config() is config
+    asked = [name for name in config.architectures or () if name.endswith("ForCausalLM")]
+    kinds = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
+    several = [getattr(transformers, kind) for kind in kinds if hasattr(transformers, kind)]
+    known = [] if text_alone or asked else [auto for auto in several if type(config) in auto._model_mapping]  # noqa: SLF001
+    return known[0] if known else transformers.AutoModelForCausalLM
+
+
+def _decoder_layers(model: nn.Module, decoder: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers, called so in most families; else the only list of as many modules as layers."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr,operator]
+    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
+    fitting = [child for child in lists.values() if len(child) == count]
+    layers = lists.get("layers", fitting[0] if len(fitting) == 1 else None)
+    if layers is None or not len(layers):
         raise UserError(f"{type(model).__name__} has no list of decoder layers.", where=where)
-    name = next(name for name, module in model.named_modules() if module is layers)
-    return name, layers
+    return next(name for name, module in model.named_modules() if module is layers), layers
 
 
-def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, stored: Mapping[str, tuple[str, int]]) -> None:
+def _leave_towers(model: nn.Module, decoder: nn.Module, where: str) -> None:
+    """Of the inner model of a vision-language one, keep the text decoder alone, under the name it has."""
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    inner, _, leaf = name.rpartition(".")
+    if not inner:  # config classes of language models may nest, too
+        return
+    if "." in inner:
+        raise UserError(f"{type(model).__name__} keeps its language model too deep inside ({name}).", where=where)
+    setattr(model, inner, TextOnly(leaf, decoder))
+
+
+def _check_names(stored: StoredNames, state: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    made = next(((ours, theirs) for ours, theirs in stored.made.items() if ours in state), None)
+    if made:
+        what = f"transformers makes {made[0]} out of several tensors such as {made[1]}, which is not handled yet."
+        raise UserError(what, where=str(checkpoint.path), remedy="Use a dense model.")
+    twice = next(((ours, theirs) for ours, theirs in stored.twice.items() if ours in state), None)
+    if twice:
+        what = f"{stored.names[twice[0]]} and {twice[1]} are one tensor to transformers."
+        raise UserError(what, where=str(checkpoint.path), remedy="Remove one of them.")
+
+
+def stored_name(skeleton: Skeleton, name: str) -> str:
+    """The name in the file of a parameter of the model; where the file has it not, the one that it would have."""
+    if name in skeleton.stored:
+        return skeleton.stored[name]
+    prefix = f"{skeleton.layers_name}."
+    return f"{skeleton.stored_layers_name}.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+
+def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> None:
     """UserError where a parameter is missing from the headers, or has another shape there than the config asks for.
 
-    `stored` are the weights under other names: that of the codes, and how many values one element of them holds.
+    `codes` are the weights stored under other names, by their names in 16 bits: that of the codes, and how many values
+    one element of them holds.
     """
     problems = []
     aliases: dict[int, list[str]] = {}
-    for name, tensor in skeleton.model.state_dict(keep_vars=True).items():
+    for ours, tensor in skeleton.model.state_dict(keep_vars=True).items():
+        name = stored_name(skeleton, ours)
         aliases.setdefault(id(tensor), []).append(name)
-        kept, packed = stored.get(name, (name, 1))
+        kept, packed = codes.get(name, (name, 1))
         found = checkpoint.tensors.get(kept)
         wanted = (*tensor.shape[:-1], -(-tensor.shape[-1] // packed)) if tensor.dim() else ()
         if found is not None and found.shape != wanted:
@@ -110,24 +198,51 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, stored: Mapping[str
     problems += [
         f"{names[0]} is missing"
         for names in aliases.values()  # a tied tensor is there once
-        if not any(stored.get(name, (name, 1))[0] in checkpoint.tensors for name in names)
+        if not any(codes.get(name, (name, 1))[0] in checkpoint.tensors for name in names)
     ]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise UserError(
-            f"{problems[0]}{more}.", where=str(checkpoint.path), remedy="Config and weights do not belong together."
-        )
+        raise UserError(f"{problems[0]}{more}.", where=str(checkpoint.path), remedy=APART)
 
 
-def linear_names(skeleton: Skeleton) -> set[str]:
-    """Module names of every nn.Linear, as in the checkpoint."""
-    return {name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)}
+def linear_names(skeleton: Skeleton) -> dict[str, str]:
+    """Every nn.Linear that runs on text: its module's name in the file -> in the model."""
+    linears = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
+    return {stored_name(skeleton, f"{name}.weight").removesuffix(".weight"): name for name in linears}
+
+
+def layer_names(skeleton: Skeleton, index: int) -> dict[str, str]:
+    """Parameters and persistent buffers of decoder layer `index`, names relative to it: the file's -> the model's."""
+    ours, theirs = f"{skeleton.layers_name}.{index}.", f"{skeleton.stored_layers_name}.{index}."
+    names = skeleton.layers[index].state_dict()
+    return {stored_name(skeleton, ours + name).removeprefix(theirs): name for name in names}
+
+
+def used_names(skeleton: Skeleton, index: int) -> frozenset[str]:
+    """Names, as in the file and relative to the layer, of what decoder layer `index` needs.
+
+    Files may hold more, such as rotary_emb.inv_freq, which transformers computes itself.
+    """
+    return frozenset(layer_names(skeleton, index))
+
+
+def module_names(skeleton: Skeleton, index: int) -> dict[str, str]:
+    """Modules of decoder layer `index` with a weight, by names relative to it: the file's -> the model's."""
+    suffix = ".weight"
+    pairs = layer_names(skeleton, index).items()
+    return {
+        theirs.removesuffix(suffix): ours.removesuffix(suffix)
+        for theirs, ours in pairs
+        if theirs.endswith(suffix) and ours.endswith(suffix)
+    }
 
 
 def resident_layer(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-    """A copy of decoder layer `index` with `weights` (names relative to the layer) on `device`."""
+    """A copy of decoder layer `index` with `weights` (names as in the file, relative to the layer) on `device`."""
     layer = copy.deepcopy(skeleton.layers[index])
-    fill(layer, weights, where=f"{skeleton.layers_name}.{index}")
+    ours = layer_names(skeleton, index)
+    given = {ours.get(name, name): tensor for name, tensor in weights.items()}
+    fill(layer, given, where=f"{skeleton.stored_layers_name}.{index}")
     return layer.to(device)
 
 
@@ -139,11 +254,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> Non
     wrong = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
     for names, problem in ((missing, "missing"), (unknown, "unknown to transformers"), (wrong, "of another shape")):
         if names:
-            raise UserError(
-                f"tensors {problem}: {', '.join(names[:5])}.",
-                where=where,
-                remedy="Config and weights do not belong together.",
-            )
+            raise UserError(f"tensors {problem}: {', '.join(names[:5])}.", where=where, remedy=APART)
     cast = {name: weights[name].to(wanted[name].dtype) for name in wanted}
     module.load_state_dict(cast, strict=True, assign=True)
     module.requires_grad_(False)
@@ -153,22 +264,19 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> Non
 
 
 def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the whole model around other layers; of the rest, `weights` (full names) are filled in, others not.
+    """A copy of the whole model around other layers; of the rest, `weights` (the model's names) are filled in.
 
     A tied weight has several names; `outer_weights` gives one tensor for all of them.
     """
     model = copy.deepcopy(skeleton.model, {id(skeleton.layers): nn.ModuleList(layers)})
     for name, tensor in weights.items():
-        owner = model.get_submodule(name.rpartition(".")[0])
-        leaf = name.rpartition(".")[2]
-        old = getattr(owner, leaf)
+        old = getattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
         if old.shape != tensor.shape:
             raise UserError(
-                f"{name} has shape {list(tensor.shape)}, the config asks for {list(old.shape)}.",
-                remedy="Config and weights do not belong together.",
+                f"{stored_name(skeleton, name)} has shape {list(tensor.shape)}, the config asks for {list(old.shape)}.",
+                remedy=APART,
             )
-        value = tensor.to(old.dtype)
-        setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value)
+        put(model, name, tensor.to(old.dtype))
     return model
 
 
@@ -180,32 +288,38 @@ def outer_weights(
     decoded: Mapping[str, Tensor] | None = None,
     read: Callable[[str], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Tensors outside the decoder layers by full name: with the output head, or (head=False) with the embeddings.
+    """Tensors outside the decoder layers by the model's names: with the output head, or (head=False) the embeddings.
 
-    A tied tensor is read once, under whichever name the file has it; `decoded` ones are taken as given. `read` gives a
-    tensor by its name in the file, by default on the CPU.
+    A tied tensor is read once, under whichever name the file has it; `decoded` ones, by the file's names, are taken as
+    given. `read` gives a tensor by its name in the file, by default on the CPU.
     """
-    model = skeleton.model
-    skipped = model.get_input_embeddings() if head else model.get_output_embeddings()  # type: ignore[operator]
-    state = model.state_dict(keep_vars=True)
-    unused = {id(tensor) for tensor in skipped.state_dict(keep_vars=True).values()} if skipped is not None else set()
-    names = [
-        name
+    state = skeleton.model.state_dict(keep_vars=True)
+    unused = {id(tensor) for module in _skipped(skeleton, head=head) for tensor in module.parameters()}
+    names = {
+        name: stored_name(skeleton, name)
         for name, tensor in state.items()
         if not name.startswith(skeleton.layers_name + ".") and (id(tensor) not in unused or _is_tied(state, name))
-    ]
-    found: dict[int, Tensor] = {id(state[name]): tensor for name, tensor in (decoded or {}).items() if name in state}
-    for name in names:
-        if name in checkpoint.tensors and id(state[name]) not in found:
-            found[id(state[name])] = read(name) if read is not None else read_tensor(checkpoint, name)
-    missing = [name for name in names if id(state[name]) not in found]
+    }
+    found: dict[int, Tensor] = {}
+    for ours in state:
+        theirs = stored_name(skeleton, ours)
+        if decoded and theirs in decoded:
+            found[id(state[ours])] = decoded[theirs]
+    for ours, theirs in names.items():
+        if theirs in checkpoint.tensors and id(state[ours]) not in found:
+            found[id(state[ours])] = read(theirs) if read is not None else read_tensor(checkpoint, theirs)
+    missing = [theirs for ours, theirs in names.items() if id(state[ours]) not in found]
     if missing:
-        raise UserError(
-            f"tensors missing: {', '.join(missing[:5])}.",
-            where=str(checkpoint.path),
-            remedy="Config and weights do not belong together.",
-        )
+        raise UserError(f"tensors missing: {', '.join(missing[:5])}.", where=str(checkpoint.path), remedy=APART)
     return {name: found[id(state[name])] for name in names}
+
+
+def _skipped(skeleton: Skeleton, *, head: bool) -> list[nn.Module]:
+    """Modules without which the other end of the model runs: the head, or the embeddings of tokens."""
+    if head:
+        return [*token_embeddings(skeleton.model).values()]
+    output = skeleton.model.get_output_embeddings()  # type: ignore[operator]
+    return [] if output is None else [output]
 
 
 def _is_tied(state: dict[str, Tensor], name: str) -> bool:

@@ -13,13 +13,28 @@ ROLES: Mapping[str, str] = {
     "v_proj": "v",
     "o_proj": "o",
     "qkv_proj": "qkv",
+    "query_key_value": "qkv",
     "gate_proj": "gate",
     "up_proj": "up",
     "gate_up_proj": "gate_up",
     "down_proj": "down",
+    "w1": "gate",  # Mixtral's names
+    "w2": "down",
+    "w3": "up",
     "lm_head": "lm_head",
     "embed_tokens": "embed",
 }
+# the same outside the decoder layers, where other roles are none
+_OUTSIDE: Mapping[str, str] = {
+    "lm_head": "lm_head",
+    "embed_out": "lm_head",
+    "embed_tokens": "embed",
+    "wte": "embed",
+    "word_embeddings": "embed",
+    "tok_embeddings": "embed",
+    "embed_in": "embed",
+}
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 
 # a rule may name a set of roles
 ROLE_SETS: Mapping[str, frozenset[str]] = {
@@ -34,45 +49,64 @@ _PARENT_ROLES: Mapping[str, str] = {
     "self_attn": "attention",
     "attn": "attention",
     "attention": "attention",
+    "self_attention": "attention",
     "linear_attn": "attention",
     "mlp": "mlp",
+    "shared_mlp": "mlp",
+    "feed_forward": "mlp",
 }
 DECODER = "model.layers"
+_EXPERT = re.compile(r"\.experts\.(\d{1,9})\.")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorName:
-    """A checkpoint name taken apart. `layer` is None outside the decoder layers."""
+    """A checkpoint name taken apart. `layer` is None outside the decoder layers, `expert` but for routed experts."""
 
     full: str
     module: str
     parameter: str
     layer: int | None
     role: str
+    expert: int | None = None
 
 
 def parse_name(name: str, shape: tuple[int, ...], decoder: str = DECODER) -> TensorName:
     """The parts of a checkpoint name; `decoder` is the name of the list of decoder layers.
 
     Layers of other stacks (towers, multi-token-prediction heads) are none, their weights `other`. A 2-D weight of a
-    decoder layer whose name says nothing is `attention` or `mlp` by its parent, else `linear`.
+    decoder layer whose name says nothing is `attention` or `mlp` by its parent, else `linear`. Experts that stand in
+    one 3-D tensor have the role of one of them and no number.
     """
     module, _, parameter = name.rpartition(".")
-    match = re.match(re.escape(decoder) + r"\.(\d+)\.", name)
-    layer = int(match.group(1)) if match else None
-    return TensorName(name, module, parameter, layer, _role(module, parameter, layer, len(shape)))
+    layer = _layer(name, decoder)
+    numbered = _EXPERT.search(name) if layer is not None else None
+    expert = int(numbered.group(1)) if numbered else None
+    return TensorName(name, module, parameter, layer, _role(module, parameter, layer, len(shape)), expert)
+
+
+def _layer(name: str, decoder: str) -> int | None:
+    if not name.startswith(decoder) or name[len(decoder) : len(decoder) + 1] != ".":
+        return None
+    number, dot, _ = name[len(decoder) + 1 :].partition(".")
+    return int(number) if dot and number.isascii() and number.isdecimal() and len(number) < 10 else None
 
 
 def _role(module: str, parameter: str, layer: int | None, dimensions: int) -> str:
     parent, _, leaf = module.rpartition(".")
     if "norm" in leaf:
         return "norm"
+    if layer is not None and leaf == "experts" and dimensions == 3:
+        return ROLES.get(parameter, "other")
     if parameter != "weight":
         return "other"
-    if layer is None:
-        return ROLES[leaf] if leaf in ("lm_head", "embed_tokens") else "other"
-    if leaf in ("gate", "router"):
+    return _OUTSIDE.get(leaf, "other") if layer is None else _role_in_layer(parent, leaf, dimensions)
+
+
+def _role_in_layer(parent: str, leaf: str, dimensions: int) -> str:
+    if leaf in _ROUTERS:
         return "router"
     if leaf in ROLES:
         return ROLES[leaf]
-    return _PARENT_ROLES.get(parent.rpartition(".")[2], LINEAR) if dimensions == 2 else "other"
+    linear = dimensions == 2 and "conv" not in leaf
+    return _PARENT_ROLES.get(parent.rpartition(".")[2], LINEAR) if linear else "other"

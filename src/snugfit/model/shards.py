@@ -240,7 +240,6 @@ def resumable(target: Path, *, restart: bool = False) -> Iterator[tuple[Path, Pa
         work.mkdir(exist_ok=True)
         try:
             yield partial, work
-            shutil.rmtree(work)
             _finish(partial, target)
         except BaseException as error:
             bad_input = isinstance(error, UserError) and not isinstance(error, Unfinished)
@@ -282,8 +281,14 @@ def unit_name(number: int | str) -> str:
 
 def _finish(partial: Path, target: Path) -> None:
     _flush(partial)
-    (partial / LOCK_NAME).unlink()
     partial.rename(target)
+    _tidy(target)
+
+
+def _tidy(target: Path) -> None:
+    """Take away what a finished run needs no more; the lock last, which tells that there is something to take."""
+    shutil.rmtree(target / WORK_NAME, ignore_errors=True)
+    (target / LOCK_NAME).unlink()
 
 
 def check_stageable(target: Path) -> None:
@@ -323,7 +328,9 @@ def _partial_of(target: Path) -> Path:
 
 
 def check_target(target: Path) -> None:
-    """UserError where the output exists already."""
+    """UserError where the output exists already; what a run that was killed at its very end left in it goes."""
+    if (target / LOCK_NAME).is_file():
+        _tidy(target)
     if target.exists() or target.is_symlink():
         raise UserError("the output exists already.", where=str(target), remedy="Remove it or choose another -o.")
 

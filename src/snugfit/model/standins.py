@@ -7,7 +7,8 @@ answers zeros; one for the inner part of a vision-language model runs its text d
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -56,15 +57,19 @@ class NoEmbedding(nn.Module):
         return torch.zeros((*ids.shape, self._width), dtype=self._dtype, device=ids.device)
 
 
+def token_embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
+    """The embeddings of tokens in `model` by name: those at its begin, and any of the same class, as each layer's."""
+    first = model.get_input_embeddings()  # type: ignore[operator]
+    if not isinstance(first, nn.Embedding):
+        return {}
+    return {name: module for name, module in model.named_modules() if type(module) is type(first)}
+
+
 def without_embeddings(model: nn.Module) -> None:
-    """Replace the embeddings of tokens in `model`, per-layer ones too, by stand-ins."""
-    kind = type(model.get_input_embeddings())  # type: ignore[operator]
-    if not issubclass(kind, nn.Embedding):
-        return
-    for name, module in [*model.named_modules()]:
-        if type(module) is kind:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, NoEmbedding(module))
+    """Replace the embeddings of tokens in `model` by stand-ins."""
+    for name, module in token_embeddings(model).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, NoEmbedding(module))
 
 
 class TextOnly(nn.Module):
@@ -103,31 +108,48 @@ class _Outputs:
         return getattr(self._outputs, name, None)
 
 
+@dataclass(frozen=True)
+class Loop:
+    """How a decoder runs its layers: `in_tuple` if it takes the first part of what each returns.
+
+    `mappings`: layers are called with one in which they can leave things for later ones.
+    """
+
+    in_tuple: bool
+    mappings: bool
+
+
 @torch.no_grad()
-def answers_in_tuples(decoder: nn.Module, layers: nn.ModuleList, *, where: str) -> bool:
-    """Whether the loop over the layers takes the first part of what each returns; found by a run without weights.
+def rehearse(decoder: nn.Module, layers: nn.ModuleList, *, where: str) -> Loop:
+    """How `decoder` runs `layers`, found by a run without weights.
 
     UserError where hidden states are no single tensor [B, T, H], or change on their way from one layer to the next.
     """
-    received = _rehearse(decoder, layers, in_tuple=False)
-    shape = received[0].shape
-    if len(shape) != 3:
-        what = f"its layers pass hidden states {list(shape)} for 2 tokens, not [1, 2, H], which is not handled yet."
-        raise UserError(what, where=where)
-    if received[-1].shape == shape and _unchanged(received[:-1]):
-        return False
-    if received[1].shape == shape[1:] and _unchanged(_rehearse(decoder, layers, in_tuple=True)[:-1]):
-        return True
+    for in_tuple in (False, True):
+        calls, end = _rehearse(decoder, layers, in_tuple=in_tuple)
+        first = calls[0][0]
+        if first.dim() != 3:
+            what = f"its layers pass hidden states {list(first.shape)} for 2 tokens, not [1, 2, H]: not handled yet."
+            raise UserError(what, where=where)
+        after = [hidden for hidden, _ in calls[1:]]
+        shapes = {hidden.shape for hidden in (*after, end)}
+        if shapes == {first.shape} and all(hidden.data_ptr() == first.data_ptr() for hidden in after):
+            given = [value for _, kwargs in calls for value in kwargs.values()]
+            return Loop(in_tuple, any(isinstance(value, MutableMapping) for value in given))
+        if shapes != {first.shape[1:]}:
+            break
     raise UserError("its forward changes hidden states between layers, which is not handled yet.", where=where)
 
 
-def _rehearse(decoder: nn.Module, layers: nn.ModuleList, *, in_tuple: bool) -> list[Tensor]:
+def _rehearse(
+    decoder: nn.Module, layers: nn.ModuleList, *, in_tuple: bool
+) -> tuple[list[tuple[Tensor, dict[str, Any]]], Tensor]:
     """What each layer is called with, and what the decoder gives at the end; every layer answers the first's input."""
-    received: list[Tensor] = []
+    calls: list[tuple[Tensor, dict[str, Any]]] = []
 
-    def note(hidden: Tensor, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
-        received.append(hidden)
-        return received[0]
+    def note(hidden: Tensor, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        calls.append((hidden, kwargs))
+        return calls[0][0]
 
     standins = nn.ModuleList(StandIn(layer, note, in_tuple=in_tuple) for layer in layers)
     model = copy.deepcopy(decoder, {id(layers): standins})
@@ -136,7 +158,7 @@ def _rehearse(decoder: nn.Module, layers: nn.ModuleList, *, in_tuple: bool) -> l
         if tensor.device.type == "meta":
             put(model, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
     output = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
-    return [*received, output[0]]
+    return calls, output[0]
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:
@@ -145,8 +167,3 @@ def put(model: nn.Module, name: str, value: Tensor) -> None:
     leaf = name.rpartition(".")[2]
     is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False) if is_parameter else value)
-
-
-def _unchanged(received: Sequence[Tensor]) -> bool:
-    first = received[0]
-    return all(hidden.shape == first.shape and hidden.data_ptr() == first.data_ptr() for hidden in received)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from snugfit.errors import UserError
 from snugfit.model.layers import Skeleton, with_layers
+from snugfit.model.standins import StandIn, without_embeddings
 
 ROW_MULTIPLE = 64  # ragged rows are padded to a multiple of this or of an eighth of their length: few shapes occur
 
@@ -40,30 +41,8 @@ class Batch:
         return positions < torch.tensor(self.lengths, device=self.tokens.device)[:, None]
 
 
-Receive = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
-
-
 class _Reached(Exception):  # noqa: N818  # not an error
     """Ends a forward pass once the last stand-in has what it came for."""
-
-
-class StandIn(nn.Module):
-    """Takes a decoder layer's place: answers `receive(hidden states, args, kwargs)`, and has the layer's attributes."""
-
-    def __init__(self, layer: nn.Module, receive: Receive) -> None:
-        super().__init__()
-        self.__dict__["_layer"] = layer  # not a submodule: its parameters are none of ours
-        self._receive = receive
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_layer"], name)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Whatever `receive` answers."""
-        return self._receive(hidden_states, args, kwargs)
 
 
 def make_batches(rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device) -> list[Batch]:
@@ -111,7 +90,8 @@ def embed(
             raise _Reached
         return hidden
 
-    model = on_device(with_layers(skeleton, [StandIn(layer, note) for layer in skeleton.layers], weights), device)
+    standins: list[nn.Module] = [StandIn(layer, note, in_tuple=skeleton.in_tuple) for layer in skeleton.layers]
+    model = on_device(with_layers(skeleton, standins, weights), device)
     previous: Batch | None = None
     for batch in batches:
         calls.clear()
@@ -122,8 +102,10 @@ def embed(
         else:
             keep(batch, calls[0][0])
         batch.calls = [(args, kwargs) for _, args, kwargs in calls]
-        if previous is not None and previous.tokens.shape == batch.tokens.shape:
-            batch.calls = [_shared(old, new) for old, new in zip(previous.calls, batch.calls, strict=True)]
+        alike = previous is not None and previous.tokens.shape[1] == batch.tokens.shape[1]
+        before = previous.calls if alike and previous is not None else [None] * len(calls)
+        known: dict[tuple[int, int], Tensor] = {}
+        batch.calls = [_shared(old, new, known) for old, new in zip(before, batch.calls, strict=True)]
         previous = batch
 
 
@@ -133,16 +115,35 @@ def on_device(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def _shared(old: Any, new: Any) -> Any:
-    """`new`, with every tensor that equals its counterpart in `old` replaced by it: rows of one shape share masks."""
+def _shared(old: Any, new: Any, known: dict[tuple[int, int], Tensor]) -> Any:
+    """`new`, with every tensor that equals its counterpart in `old` replaced by it: rows of one length share masks.
+
+    `known`: what was compared before. Mappings are changed in place: layers leave things for each other in some.
+    """
     if isinstance(new, Tensor):
-        same = isinstance(old, Tensor) and old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
-        return old if same else new
+        if (id(old), id(new)) not in known:
+            known[id(old), id(new)] = _held_once(old, new)
+        return known[id(old), id(new)]
     if isinstance(new, tuple):
-        return tuple(_shared(a, b) for a, b in zip(old, new, strict=True))
+        return tuple(_shared(a, b, known) for a, b in zip(old or [None] * len(new), new, strict=True))
     if isinstance(new, dict):
-        return {key: _shared(old.get(key), value) for key, value in new.items()}
+        for key, value in new.items():
+            new[key] = _shared((old or {}).get(key), value, known)
     return new
+
+
+def _held_once(old: Any, new: Tensor) -> Tensor:
+    """`old` if it equals `new`; of a mask [B, heads, T, T] whose rows are equal, one row, seen B times."""
+    known = isinstance(old, Tensor) and old.dtype == new.dtype and old.shape[1:] == new.shape[1:]
+    if new.dim() != 4:
+        return old if known and old.shape == new.shape and torch.equal(old, new) else new
+    row = new[:1]
+    if new.stride(0) and len(new) > 1:
+        if not torch.equal(new, row.expand_as(new)):
+            return new
+        row = row.clone()
+    same = known and (len(old) == 1 or not old.stride(0)) and torch.equal(old[:1], row)
+    return (old[:1] if same else row).expand_as(new)
 
 
 class States(Protocol):
@@ -201,15 +202,18 @@ def output_head(skeleton: Skeleton, weights: Mapping[str, Tensor], device: torch
     `weights` are those outside the layers, by full name; the embeddings are not needed.
     """
     part = torch.empty(0)
-    first = StandIn(skeleton.layers[0], lambda _hidden, _args, _kwargs: part)
-    rest = [StandIn(layer, lambda hidden, _args, _kwargs: hidden) for layer in list(skeleton.layers)[1:]]
-    model = on_device(with_layers(skeleton, [first, *rest], weights), device)
+    standins: list[nn.Module] = [
+        StandIn(layer, lambda _hidden, _args, _kwargs: part, in_tuple=skeleton.in_tuple) for layer in skeleton.layers
+    ]
+    model = on_device(with_layers(skeleton, standins, weights), device)
+    without_embeddings(model)
 
     @torch.no_grad()
     def run(hidden: Tensor) -> Tensor:
         nonlocal part
         part = hidden
-        result: Tensor = model(inputs_embeds=hidden, use_cache=False).logits
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device)  # some families ask for them
+        result: Tensor = model(input_ids=ids, use_cache=False).logits
         return result
 
     return run, model

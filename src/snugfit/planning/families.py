@@ -176,7 +176,9 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 # Every layer forgets beyond the window, where there is one
 ALL_WINDOWED = frozenset({"mistral", "mixtral", "ministral", "phi3", "phimoe", "starcoder2"})
 # `use_sliding_window` turns windows on, from layer `max_window_layers` on where there is such a key
-SWITCHED = frozenset({"qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_moe", "qwen2_5_omni_text"})
+SWITCHED = frozenset(
+    {"qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_moe", "qwen2_5_omni_text"}
+)
 # from layer `max_window_layers` on
 LATE_WINDOWED = frozenset({"dots1"})
 # one layer in so many sees everything, the last of each group; `sliding_window_pattern` says otherwise

@@ -1,0 +1,209 @@
+"""What is in a checkpoint, weight by weight: which part of the model it is, its real shape, what it is stored in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from snugfit.dialects.packed import (
+    CACHE_SCALE,
+    WIDE,
+    Packed,
+    bits_of,
+    method_of,
+    quantization_of,
+    serves,
+    split_name,
+    weights_of,
+)
+from snugfit.dialects.reading import read_formats, read_quant_config
+from snugfit.errors import UserError
+from snugfit.formats.spec import TensorFormat
+from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower, language_config, layer_count
+from snugfit.model.checkpoint import Checkpoint, StoredTensor
+from snugfit.model.names import TensorName, parse_name
+
+# parts of a model, in the order of tables
+PARTS = (
+    *("attention", "linear attention", "mlp", "experts", "shared experts", "router", "layers' other"),
+    *("embed", "lm_head", "norms", "vectors", "multi-token prediction", "towers", "other", "KV cache scales"),
+)
+_MIXERS = frozenset(
+    {"linear_attn", "mamba", "mixer", "ssm", "mamba2", "recurrent", "temporal_block", "conv", "short_conv", "rglru"}
+)
+_ATTENTION = frozenset({"q", "k", "v", "o", "qkv", "attention"})
+_MLP = frozenset({"gate", "up", "gate_up", "down", "mlp"})
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight (or a vector) of the model: `name` is its module's, `shape` that of the weight were it not packed.
+
+    `bytes` and `tensors` count its scales too; `stored` is a format's label, or a dtype such as bf16.
+    """
+
+    name: str
+    leaf: str
+    part: str
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+    bytes: int
+    tensors: int
+    stored: str
+
+    @property
+    def elements(self) -> int:
+        """Parameters of the model."""
+        return 0 if self.part == "KV cache scales" else math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All weights of a checkpoint. `layers` is what the config says, else what the file has.
+
+    `formats` are the modules that a reader of ours makes sense of, `refused` why there is none, or why it would not.
+    """
+
+    decoder: str
+    layers: int
+    weights: tuple[Weight, ...]
+    quantization: Mapping[str, Any]
+    method: str
+    formats: Mapping[str, TensorFormat]
+    refused: str
+
+
+def read_contents(checkpoint: Checkpoint) -> Contents:
+    """Every tensor of a checkpoint as a weight or as what serves one; UserError for a broken hf_quant_config.json."""
+    hf_quant_config = read_quant_config(checkpoint.path)
+    quantization = quantization_of(checkpoint.config, hf_quant_config)
+    layers = layer_count(language_config(checkpoint.config))
+    try:
+        decoder = find_decoder(checkpoint.tensors, layers or 1)
+    except UserError:
+        decoder = ""
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        module, suffix = split_name(name)
+        modules.setdefault(module, {})[suffix] = tensor
+    bits = bits_of(quantization)
+    found: dict[str, list[Packed]] = {}
+    for module, tensors in modules.items():
+        found[module] = weights_of({suffix: (t.dtype, t.shape) for suffix, t in tensors.items()}, bits)
+    inside = [n for module in modules if (n := parse_name(f"{module}.weight", (1, 1), decoder).layer) is not None]
+    layers = layers or max(inside, default=-1) + 1
+    linears = list(_linears(found, modules, decoder))
+    headers = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    formats: dict[str, TensorFormat] = {}
+    refused = ""
+    try:
+        formats = read_formats(checkpoint.config, linears, headers, hf_quant_config)
+    except UserError as error:
+        refused = error.what
+    anatomy = _Anatomy(decoder, layers, is_alone=not decoder)
+    weights = [
+        weight
+        for module, tensors in modules.items()
+        for weight in _weights(module, tensors, found[module], formats.get(module), anatomy)
+    ]
+    return Contents(decoder, layers, tuple(weights), quantization, method_of(quantization), formats, refused)
+
+
+@dataclass(frozen=True)
+class _Anatomy:
+    decoder: str
+    layers: int
+    is_alone: bool
+
+
+def _linears(
+    found: Mapping[str, list[Packed]], modules: Mapping[str, Mapping[str, StoredTensor]], decoder: str
+) -> Iterable[str]:
+    """Modules that are linears as far as names tell."""
+    for module, packed in found.items():
+        if len(packed) != 1 or packed[0].parameter != "weight" or len(packed[0].shape) != 2:
+            continue
+        parsed = parse_name(f"{module}.weight", packed[0].shape, decoder)
+        wide = modules[module][packed[0].tensor].dtype in WIDE
+        if not wide or parsed.role not in ("router", "embed", "norm") and "conv" not in module.rpartition(".")[2]:
+            yield module
+
+
+def _weights(
+    module: str,
+    tensors: Mapping[str, StoredTensor],
+    packed: list[Packed],
+    fmt: TensorFormat | None,
+    anatomy: _Anatomy,
+) -> Iterable[Weight]:
+    """The weights of one module, the tensors that serve them counted with the first whose name they continue."""
+    if fmt is not None and len(packed) == 1 and packed[0].tensor == "weight_packed" and fmt.name.startswith("int"):
+        # integers tell their width in the config alone
+        stored = tensors["weight_packed"].shape
+        shape = (*stored[:-1], stored[-1] * 32 // int(fmt.name.removeprefix("int")))
+        packed = [Packed("weight", shape, fmt.name, "weight_packed")]
+    heads = {p.tensor for p in packed}
+    plain = [s for s in tensors if s not in heads and not serves(s) and not CACHE_SCALE.fullmatch(s)]
+    cache = [s for s in tensors if s not in heads and CACHE_SCALE.fullmatch(s)]
+    serving = [s for s in tensors if s not in heads and s not in plain and s not in cache]
+    for p in packed:
+        mine = [s for s in serving if len(packed) == 1 or s.startswith(f"{p.parameter}_")]
+        members = [tensors[p.tensor], *(tensors[s] for s in mine)]
+        parsed = parse_name(f"{module}.{p.parameter}", p.shape, anatomy.decoder)
+        whole = p.parameter == "weight"
+        name = module if whole else f"{module}.{p.parameter}"
+        label = fmt.label() if fmt is not None and whole else p.label or tensors[p.tensor].dtype.lower()
+        part = _part(parsed, p.shape, anatomy)
+        size = sum(t.bytes for t in members)
+        yield Weight(
+            name, name.rpartition(".")[2], part, parsed.layer, parsed.expert, p.shape, size, len(members), label
+        )
+    if not packed:
+        plain += serving
+    for suffix in (*plain, *cache):
+        tensor = tensors[suffix]
+        parsed = parse_name(tensor.name, tensor.shape, anatomy.decoder)
+        part = "KV cache scales" if suffix in cache else _part(parsed, tensor.shape, anatomy)
+        yield Weight(
+            *(tensor.name, suffix, part, parsed.layer, parsed.expert, tensor.shape, tensor.bytes, 1),
+            tensor.dtype.lower(),
+        )
+
+
+def _part(parsed: TensorName, shape: tuple[int, ...], anatomy: _Anatomy) -> str:
+    if parsed.layer is None:
+        return _part_outside(parsed, shape)
+    if parsed.layer >= anatomy.layers:
+        return "multi-token prediction"
+    path = parsed.module.split(".")
+    if parsed.role == "norm":
+        return "norms"
+    if len(shape) < 2 or 1 in shape and parsed.role != "router" and len(shape) == 2:
+        return "vectors"
+    if parsed.role == "router":
+        return "router"
+    if any(part.startswith("shared_expert") or part == "shared_mlp" for part in path):
+        return "shared experts"
+    if "experts" in path:
+        return "experts"
+    if _MIXERS.intersection(path) and parsed.role not in (*_ATTENTION - {"attention"}, *_MLP):
+        return "linear attention"
+    if parsed.role in _ATTENTION:
+        return "attention"
+    return "mlp" if parsed.role in _MLP else "layers' other"
+
+
+def _part_outside(parsed: TensorName, shape: tuple[int, ...]) -> str:
+    if is_prediction_head(parsed.full):
+        return "multi-token prediction"
+    if is_tower(parsed.full):
+        return "towers"
+    if parsed.role in ("embed", "lm_head"):
+        return parsed.role
+    leaf = parsed.module.rpartition(".")[2]
+    if parsed.role == "norm" or leaf in ("ln_f", "norm_f"):
+        return "norms"
+    return "vectors" if len(shape) < 2 else "other"

@@ -1,0 +1,184 @@
+"""One GPU's memory under one engine: what goes to weights, cache and the rest, from shapes and an engine's rules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from snugfit.engines.memory import (
+    COMMUNICATION,
+    CONTEXT,
+    NON_TORCH,
+    EngineMemory,
+    batch_defaults,
+    graph_count,
+    sglang_reserve,
+)
+from snugfit.planning import families
+from snugfit.planning.kv_cache import ModelCache
+from snugfit.planning.read_cache import positive, with_defaults
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU: the memory that CUDA reports, in bytes, and what is known of it."""
+
+    reported: int
+    card: str | None = None
+    multiprocessors: int = 132
+
+
+@dataclass(frozen=True)
+class Widths:
+    """A language model's shapes that make its temporaries: numbers a token."""
+
+    hidden: int
+    vocabulary: int
+    positions: int
+    rotary: int
+    layer: int  # beside two of the hidden size, at the widest point of a layer
+    split: int  # of `layer`, how much several GPUs share
+    latent_context: int  # numbers a token of context that latent attention makes of its cache in prefill, 0 without
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One GPU shared out, in bytes: what is there beside weights and cache, and what that leaves the cache.
+
+    `share` is what the engine may use of the card; `inside` counts against it (with the weights), `on_top` does not.
+    """
+
+    share: int
+    weights: int
+    activations: int
+    inside: int
+    on_top: int
+
+    @property
+    def for_cache(self) -> int:
+        """Bytes left for the KV cache; negative where not even the weights fit."""
+        return self.share - self.weights - self.inside
+
+    def in_all(self, cache: int) -> int:
+        """Bytes of the card in use when the cache has so many."""
+        return self.weights + self.inside + cache + self.on_top
+
+
+def read_widths(config: Mapping[str, Any], cache: ModelCache) -> Widths:
+    """Shapes from config.json; UserError where one is missing."""
+    text = with_defaults(config)
+    hidden = positive(text, "hidden_size")
+    attention = max((a.heads * (a.key + a.value) for a in cache.attention if not a.latent), default=0)
+    queries = cache.query_heads * max((a.key for a in cache.attention if not a.latent), default=0)
+    latent = 0
+    if any(a.latent for a in cache.attention):
+        wide = positive(text, "qk_nope_head_dim") + positive(text, "v_head_dim")
+        latent = cache.query_heads * wide
+        queries = cache.query_heads * (positive(text, "qk_nope_head_dim") + positive(text, "qk_rope_head_dim"))
+    states = max((state.conv_channels for state in cache.states), default=0)
+    whole, shared = _feed_forward(text, hidden)
+    # queries, keys and values, the queries rotated, attention's output; of a state its projections and their mix
+    layer = max(whole + shared, 3 * queries + attention, 3 * states)
+    rotary = int(text.get("qk_rope_head_dim") or max((a.key for a in cache.attention), default=0))
+    factor = text.get("partial_rotary_factor")
+    rotary = int(rotary * factor) if isinstance(factor, float) and not latent else rotary
+    positions = int(text.get("max_position_embeddings") or 0)
+    vocabulary = positive(text, "vocab_size")
+    return Widths(hidden, vocabulary, positions, rotary, layer, layer - whole, latent)
+
+
+def _feed_forward(text: Mapping[str, Any], hidden: int) -> tuple[int, int]:
+    """Numbers a token that every GPU has, and those that they share, at the widest point of an MLP or its experts.
+
+    Gate and up and their product. Experts: the larger of both and of the output, of every chosen expert, and the
+    product (fused_moe.py: intermediate_cache1 and 3 lie in one place, 2 beside them).
+    """
+    given = text.get("intermediate_size")
+    inner = max(given) if isinstance(given, list) else int(given or 4 * hidden)
+    counts = [text.get(key) for key in _EXPERTS]
+    if not any(isinstance(count, int) and count > 1 for count in counts):
+        return 0, 3 * inner
+    chosen = next((text[key] for key in _CHOSEN if isinstance(text.get(key), int)), 1)
+    expert = int(text.get("moe_intermediate_size") or inner)
+    shared = int(text.get("shared_expert_intermediate_size") or text.get("shared_intermediate_size") or 0)
+    shared = shared or int(text.get("n_shared_experts") or 0) * expert
+    return chosen * max(hidden - 2 * expert, 0), chosen * 3 * expert + 3 * shared
+
+
+def activation_bytes(widths: Widths, engine: EngineMemory, batch: tuple[int, int], device: Device, tp: int = 1) -> int:
+    """Peak of torch's temporaries in the profiling run: the widest layer, or the sampler after it.
+
+    Layer: a batch in 16 bits, hidden states and residual with it, and for latent attention the context that prefill
+    unpacks, up to 65,536 tokens (mla_attention.py: determine_chunked_prefill_workspace_size). Sampler: the batch's
+    hidden states, and `sampler_bytes` a logit of every sequence; Triton's top-k has a row of fp32 for each SM besides.
+    """
+    tokens, sequences = batch
+    layer = widths.layer - widths.split + widths.split // tp
+    context = min(max(8 * widths.positions, 64 * sequences), 65536) * widths.latent_context // tp
+    forward = 2 * tokens * (2 * widths.hidden + layer) + 2 * context
+    rows = min(sequences, tokens)
+    scratch = 4 * min(device.multiprocessors, rows) * widths.vocabulary if rows >= 8 else 0
+    sampler = 2 * tokens * widths.hidden + rows * (widths.vocabulary * engine.sampler_bytes + 4 * widths.hidden)
+    return max(forward, sampler + scratch)
+
+
+def rotary_bytes(widths: Widths) -> int:
+    """The table of cosines and sines in 16 bits, which engines load with the weights."""
+    return 2 * widths.positions * widths.rotary
+
+
+def share_out(
+    weights: int,
+    widths: Widths,
+    engine: EngineMemory,
+    device: Device,
+    *,
+    utilization: float | None = None,
+    tp: int = 1,
+) -> Budget:
+    """What one of `tp` GPUs has for its cache when its weights are so many bytes."""
+    tokens, sequences = batch_defaults(device.reported, device.card)
+    tokens, sequences = engine.max_tokens or tokens, engine.max_sequences or sequences
+    activations = activation_bytes(widths, engine, (tokens, sequences), device, tp)
+    graphs = graph_count(sequences, tokens)
+    communication = COMMUNICATION if tp > 1 else 0
+    loaded = weights + rotary_bytes(widths)
+    inside = activations + NON_TORCH + communication + graphs * engine.graph_estimate
+    if engine.sharing == "whole card":
+        inside += graphs * engine.graph_taken
+        return Budget(device.reported - CONTEXT, loaded, activations, inside, CONTEXT)
+    if engine.sharing == "static fraction":
+        free = device.reported - CONTEXT
+        reserve = sglang_reserve(device.reported, tp)
+        share = int(free * utilization) if utilization else int(free * (1 - reserve / device.reported))
+        return Budget(share, loaded, activations, NON_TORCH, CONTEXT + graphs * engine.graph_taken)
+    share = int(device.reported * (utilization or engine.utilization or 0.9))
+    outside = CONTEXT + (0 if engine.graph_estimate else graphs * engine.graph_taken)
+    return Budget(share, loaded, activations, inside, outside)
+
+
+def in_flight(engine: EngineMemory, device: Device) -> int:
+    """Tokens of a batch, which windows must hold besides."""
+    return engine.max_tokens or batch_defaults(device.reported, device.card)[0]
+
+
+def longest_position(config: Mapping[str, Any]) -> int | None:
+    """Tokens that the model was made for; None where its config does not say.
+
+    YaRN's are its original positions times its factor, where both are given (vLLM: _get_and_verify_max_len).
+    """
+    text = with_defaults(config)
+    given = text.get("max_position_embeddings") or text.get("model_max_length")
+    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
+    kind = scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
+    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
+    if kind == "yarn" and original and factor:
+        return int(original * factor)
+    return int(given) if isinstance(given, int) and given > 0 else None
+
+
+KNOWN = frozenset(families.DEFAULTS) | families.PLAIN
