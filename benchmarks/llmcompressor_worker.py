@@ -8,9 +8,10 @@ The rival's side of the benchmarks. It runs in llm-compressor's own virtual envi
 ROWS.json holds {"rows": [[token ids], ...]}: exactly these rows are the calibration set. The data-free recipes
 (fp8-dynamic, int4-w4a16) take "-" in its place. The compressed checkpoint goes to OUT; progress goes to stderr; the
 last line of stdout is one JSON document. Its seconds and cpu_seconds count from after the imports, so nothing is
-charged to llm-compressor that a long-lived process would pay once. --pipeline independent is llm-compressor's default
+charged to llm-compressor that a long-lived process would pay once (nor the GPU's context). --pipeline independent is llm-compressor's default
 (two passes over each layer, its memory bounded by a layer on an accelerator); "basic" makes one pass over the whole
-model, is its fastest where the model fits, and writes the same bytes for these recipes.
+model, is its fastest where the model fits, and writes the same bytes for these recipes. On a machine with a GPU the
+model is loaded to main memory and llm-compressor moves a layer at a time, unless --device-map cuda loads it to the GPU.
 
 Recipes ("four over six": the memoryless_mse observer told to try each block's scale at 6 and at 4, lower MSE wins):
 
@@ -114,6 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1, help="rows of one length per forward")
     parser.add_argument("--pipeline", choices=["independent", "sequential", "basic"], default="independent")
+    parser.add_argument("--device-map", help="where transformers loads the model to (default: main memory)")
     parser.add_argument("--group-size", type=int, default=64, help="of int4-w4a16")
     arguments = parser.parse_args()
     if arguments.rows == "-" and arguments.recipe not in DATA_FREE:
@@ -136,7 +138,38 @@ def build_recipe(name: str, *, group_size: int, has_experts: bool) -> Any:
     return modifiers.QuantizationModifier(config_groups=groups, ignore=["lm_head", *(ROUTERS if has_experts else [])])
 
 
-def load_model(path: Path) -> tuple[Any, Any, bool]:
+def prepare(model: Path) -> None:
+    """Import the model's own code, and make the GPU's context if there is one."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(ImportError):
+        import_module("transformers.models.{0}.modeling_{0}".format(config["model_type"]))
+    torch = import_module("torch")
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    torch = import_module("torch")
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def gpu_figures() -> dict[str, Any]:
+    """Most memory that torch had allocated and reserved of the GPU; nothing without one."""
+    torch = import_module("torch")
+    if not torch.cuda.is_available():
+        return {"gpu": None, "peak_gpu_bytes": None, "peak_gpu_reserved_bytes": None}
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "peak_gpu_bytes": torch.cuda.max_memory_allocated(),
+        "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def load_model(path: Path, device_map: str | None) -> tuple[Any, Any, bool]:
     """Model in its own dtype, tokenizer, and whether it has experts (then loaded one linear layer each)."""
     transformers = import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(path)
@@ -145,7 +178,7 @@ def load_model(path: Path) -> tuple[Any, Any, bool]:
         if has_experts:
             linearize = import_module("llmcompressor.modeling.moe.linearize")
             stack.enter_context(linearize.load_quantizable_moe())
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map)
     return model, transformers.AutoTokenizer.from_pretrained(path), has_experts
 
 
@@ -172,7 +205,8 @@ def quantize(arguments: argparse.Namespace, watch: Stopwatch) -> list[list[int]]
     """Load, calibrate and save, each timed; the rows used."""
     torch = import_module("torch")
     with watch.stage("load"):
-        model, tokenizer, has_experts = load_model(arguments.model)
+        model, tokenizer, has_experts = load_model(arguments.model, arguments.device_map)
+        synchronize()
     rows = [] if arguments.recipe in DATA_FREE else read_rows(arguments.rows)
     options: dict[str, Any] = {}
     if rows:
@@ -182,6 +216,7 @@ def quantize(arguments: argparse.Namespace, watch: Stopwatch) -> list[list[int]]
     with watch.stage("calibrate"):
         recipe = build_recipe(arguments.recipe, group_size=arguments.group_size, has_experts=has_experts)
         import_module("llmcompressor").oneshot(model=model, processor=tokenizer, recipe=recipe, **options)
+        synchronize()
     with watch.stage("save"):
         model.save_pretrained(str(arguments.out), save_compressed=True)
         tokenizer.save_pretrained(str(arguments.out))
@@ -204,6 +239,7 @@ def main() -> None:
             for name in ("torch", "transformers", "llmcompressor", "llmcompressor.modifiers.quantization"):
                 import_module(name)
             import_module("torch").set_num_threads(arguments.threads)
+            prepare(arguments.model)
         peak_after_import = peak_rss_bytes()
         with watch.stage("total"):
             rows = quantize(arguments, watch)
@@ -219,6 +255,8 @@ def main() -> None:
         "cpu_seconds": watch.cpu,
         "peak_rss_bytes": peak_rss_bytes(),
         "peak_rss_after_import_bytes": peak_after_import,
+        "device_map": arguments.device_map,
+        **gpu_figures(),
         "output_bytes": sum(file.stat().st_size for file in arguments.out.iterdir() if file.is_file()),
         "versions": find_versions(),
     }

@@ -11,21 +11,19 @@ from torch import Tensor
 from snugfit.calibration.statistics import InputAmax, KVAmax
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
-from snugfit.formats.stored import Stored, dequantize
-from snugfit.methods.rounding import round_group
+from snugfit.formats.stored import Stored
+from snugfit.methods.rounding import round_and_compare
 from snugfit.model import emulate, layers, walk
 from snugfit.model.checkpoint import Checkpoint
 from snugfit.model.transfer import Moving, Transfer, check_finite
 from snugfit.quantize_plan import Plan
-
-ERROR_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}  # values compared at once
 
 
 @dataclass(frozen=True)
 class UnitTensor:
     """A source tensor in memory. `stored`: quantized, None where kept; `walked`: 16-bit values for the walk, if any.
 
-    `error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device.
+    `error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device, None where kept.
     """
 
     stored: Stored | None
@@ -73,23 +71,10 @@ def quantize_unit(
         if assignment is None or assignment.format is None:
             done |= {name: UnitTensor(None, weight, None) for name, weight in weights.items()}
             continue
-        for name, stored in round_group(weights, assignment.format, assignment.scale, assignment.objective).items():
-            weight = weights.pop(name)
-            values = dequantize(stored)
-            error = _relative_error(weight, values)
-            done[name] = UnitTensor(stored, values.to(weight.dtype) if walked else None, error)
+        settings = assignment.format, assignment.scale, assignment.objective
+        for name, stored, values, error in round_and_compare(weights, *settings, values=walked):
+            done[name] = UnitTensor(stored, values, error)
     return done
-
-
-def _relative_error(weight: Tensor, values: Tensor) -> Tensor:
-    """sum((values - weight)^2) / sum(weight^2), 0 where all are zero; fp32 by rows, summed in fp64."""
-    sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
-    rows = max(1, ERROR_CHUNK[weight.device.type] // weight.shape[1])
-    for exact, found in zip(weight.split(rows), values.split(rows), strict=True):
-        wide = exact.float()
-        sums[1] += wide.square().sum()
-        sums[0] += wide.sub_(found).square_().sum()
-    return torch.where(sums[1] > 0, sums[0] / sums[1], 0.0)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from torch import Tensor
 from snugfit.dialects.compressed_tensors import encode, quantization_config
 from snugfit.formats import fp8, grids, int4, nvfp4
 from snugfit.formats.spec import INT4_GROUPS, TensorFormat
-from snugfit.methods.scales import global_scale, quantize_fused_group
+from snugfit.methods.rounding import round_group
+from snugfit.methods.scales import global_scale
 
 E4M3 = torch.float8_e4m3fn
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,7 +56,7 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 def nvfp4_pair(weight: Tensor, rule: str) -> tuple[nvfp4.NVFP4Weight, dict[str, Tensor], dict[str, Tensor]]:
     """Our weight, its tensors on disk, and the library's compression of the same weight under the same scales."""
-    stored = quantize_fused_group({"weight": weight}, rule)["weight"]
+    stored = round_group({"weight": weight}, TensorFormat("nvfp4"), rule, "mse")["weight"]
     parts = encode(stored)
     scheme, compressor = library(TensorFormat("nvfp4a16"))
     given = {"weight": weight, "weight_scale": stored.block_scale.float()}
@@ -92,7 +93,7 @@ def test_nvfp4_bytes_of_a_16_bit_weight_differ_at_ties_only(dtype: torch.dtype, 
 @every_dtype
 def test_the_library_reads_nvfp4_as_we_do(dtype: torch.dtype, rule: str) -> None:
     """In fp32 the library's values of our tensors are ours to 2**-22; in bf16 they are a neighbour in under 6 %."""
-    stored = quantize_fused_group({"weight": weight_of(dtype)}, rule)["weight"]
+    stored = round_group({"weight": weight_of(dtype)}, TensorFormat("nvfp4"), rule, "mse")["weight"]
     parts = encode(stored)
     scheme, compressor = library(TensorFormat("nvfp4a16"))
     ours = nvfp4.dequantize(stored)
@@ -120,7 +121,7 @@ def test_nvfp4_absmax_scales_are_the_librarys(dtype: torch.dtype) -> None:
     divisor = generate_gparam(weight.amin(), weight.amax())
     scale = global_scale(weight.abs().max(), "absmax")
     assert float(scale * divisor) == pytest.approx(1, rel=2.0**-22)
-    stored = quantize_fused_group({"weight": weight}, "absmax")["weight"]
+    stored = round_group({"weight": weight}, TensorFormat("nvfp4"), "absmax", "mse")["weight"]
     blocks = weight.view(251, -1, 16)
     theirs, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=divisor)
     some = blocks.abs().amax(-1) > 0

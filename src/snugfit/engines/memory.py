@@ -102,16 +102,20 @@ def graph_count(max_sequences: int, max_tokens: int) -> int:
     """
     sizes = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
     largest = min(2 * max_sequences, 512, max_tokens)
-    pieces = sum(size <= largest for size in sizes)
-    return pieces + sum(size <= min(max_sequences, largest) for size in sizes)
+    in_pieces = len([size for size in sizes if size <= largest])
+    return in_pieces + len([size for size in sizes if size <= min(max_sequences, largest)])
 
 
 def sglang_reserve(reported_bytes: int, tp: int) -> int:
     """Bytes that SGLang keeps free of weights and cache by default, by the card's memory (server_args.py)."""
-    gib = reported_bytes / GIB
-    few = tp < 4
-    table = ((20, 2048, 8 if few else 8), (35, 2048, 24 if few else 80), (60, 4096, 32 if few else 160))
-    chunk, graphs = next(((c, g) for limit, c, g in table if gib < limit), (8192, 256 if few else 512))
-    if gib >= 160:
-        chunk, graphs = 16384, 512
+    gib, few = reported_bytes / GIB, tp < 4
+    chunk, graphs = 16384, 512
+    if gib < 20:
+        chunk, graphs = 2048, 8
+    elif gib < 35:
+        chunk, graphs = 2048, 24 if few else 80
+    elif gib < 60:
+        chunk, graphs = 4096, 32 if few else 160
+    elif gib < 160:
+        chunk, graphs = 8192, 256 if few else 512
     return int((512 + 1.5 * chunk + 2 * graphs + 128 * tp) * MIB)

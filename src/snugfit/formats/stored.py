@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from snugfit.formats import fp8, int4, integer, mxfp4, nvfp4
@@ -20,3 +24,26 @@ def dequantize(stored: Stored) -> Tensor:
     if isinstance(stored, mxfp4.MXFP4Weight):
         return mxfp4.dequantize(stored)
     return integer.dequantize(stored)
+
+
+def stack(parts: Sequence[Stored]) -> Stored:
+    """One weight of consecutive rows of it, which share whatever scale the whole weight has."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    if isinstance(first, nvfp4.NVFP4Weight):
+        return replace(first, packed=joined("packed"), block_scale=joined("block_scale"))
+    if isinstance(first, fp8.FP8Weight):
+        return replace(first, codes=joined("codes"), scale=joined("scale"))
+    if isinstance(first, int4.INT4Weight):
+        zero_point = None if first.zero_point is None else joined("zero_point")
+        rows = sum(len(part.packed) for part in parts if isinstance(part, int4.INT4Weight))
+        shape = rows, first.shape[1]
+        return replace(first, packed=joined("packed"), scale=joined("scale"), zero_point=zero_point, shape=shape)
+    if isinstance(first, mxfp4.MXFP4Weight):
+        return replace(first, packed=joined("packed"), exponent=joined("exponent"))
+    raise TypeError(f"{type(first).__name__} is read, not written")

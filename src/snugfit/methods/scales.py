@@ -37,7 +37,7 @@ OBJECTIVES: Mapping[str, Callable[[Tensor], Tensor]] = {
 }
 
 # blocks handled at once: small enough to stay in a core's cache, large enough to hide the cost of a torch call
-CHUNK_BLOCKS = {"cpu": 8192, "cuda": 1 << 22}
+CHUNK_BLOCKS = {"cpu": 8192, "cuda": 1 << 20}
 
 
 def global_scale(amax: Tensor, rule: str) -> Tensor:
@@ -54,19 +54,8 @@ def block_scales(weight: Tensor, scale: Tensor, rule: str, objective: str = "mse
     return chosen.view(weight.shape[0], -1)
 
 
-def quantize_fused_group(
-    weights: Mapping[str, Tensor], rule: str, objective: str = "mse"
-) -> dict[str, nvfp4.NVFP4Weight]:
-    """NVFP4 weights of a fused group: one global scale from the largest magnitude over all its members."""
-    amax = torch.stack([_largest_magnitude(weight) for weight in weights.values()]).amax()
-    scale = global_scale(amax, rule)
-    return {
-        name: nvfp4.quantize(weight, block_scales(weight, scale, rule, objective), scale)
-        for name, weight in weights.items()
-    }
-
-
-def _largest_magnitude(weight: Tensor) -> Tensor:
+def largest_magnitude(weight: Tensor) -> Tensor:
+    """Its largest magnitude, fp32 ()."""
     low, high = weight.aminmax()
     return torch.maximum(high, -low).float()
 

@@ -33,7 +33,6 @@ PARTS = (
 _MIXERS = frozenset(
     {"linear_attn", "mamba", "mixer", "ssm", "mamba2", "recurrent", "temporal_block", "conv", "short_conv", "rglru"}
 )
-_ATTENTION = frozenset({"q", "k", "v", "o", "qkv", "attention"})
 _MLP = frozenset({"gate", "up", "gate_up", "down", "mlp"})
 
 
@@ -128,7 +127,7 @@ def _linears(
             continue
         parsed = parse_name(f"{module}.weight", packed[0].shape, decoder)
         wide = modules[module][packed[0].tensor].dtype in WIDE
-        if not wide or parsed.role not in ("router", "embed", "norm") and "conv" not in module.rpartition(".")[2]:
+        if not wide or (parsed.role not in ("router", "embed", "norm") and "conv" not in module.rpartition(".")[2]):
             yield module
 
 
@@ -179,21 +178,19 @@ def _part(parsed: TensorName, shape: tuple[int, ...], anatomy: _Anatomy) -> str:
     if parsed.layer >= anatomy.layers:
         return "multi-token prediction"
     path = parsed.module.split(".")
-    if parsed.role == "norm":
-        return "norms"
-    if len(shape) < 2 or 1 in shape and parsed.role != "router" and len(shape) == 2:
-        return "vectors"
-    if parsed.role == "router":
-        return "router"
-    if any(part.startswith("shared_expert") or part == "shared_mlp" for part in path):
-        return "shared experts"
-    if "experts" in path:
-        return "experts"
-    if _MIXERS.intersection(path) and parsed.role not in (*_ATTENTION - {"attention"}, *_MLP):
-        return "linear attention"
-    if parsed.role in _ATTENTION:
-        return "attention"
-    return "mlp" if parsed.role in _MLP else "layers' other"
+    flat = len(shape) < 2 or (len(shape) == 2 and 1 in shape)
+    mixes = parsed.role in ("q", "k", "v", "o", "qkv")
+    choices = (
+        ("norms", parsed.role == "norm"),
+        ("router", parsed.role == "router" and len(shape) > 1),
+        ("vectors", flat),
+        ("shared experts", any(part.startswith("shared_expert") or part == "shared_mlp" for part in path)),
+        ("experts", "experts" in path),
+        ("linear attention", not mixes and parsed.role not in _MLP and not _MIXERS.isdisjoint(path)),
+        ("attention", mixes or parsed.role == "attention"),
+        ("mlp", parsed.role in _MLP),
+    )
+    return next((part for part, holds in choices if holds), "layers' other")
 
 
 def _part_outside(parsed: TensorName, shape: tuple[int, ...]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from snugfit.errors import UserError
 from snugfit.model.checkpoint import Checkpoint, read_tensor
 from snugfit.model.conversion import StoredNames, list_name, stored_names
-from snugfit.model.standins import TextOnly, put, rehearse, token_embeddings
+from snugfit.model.standins import TextOnly, alike, put, rehearse, token_embeddings
 
 APART = "Config and weights do not belong together."
 
@@ -85,17 +85,29 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
     stored = stored_names(model, checkpoint.tensors)
     decoder = model.get_decoder()  # type: ignore[operator]
     name, layers = _decoder_layers(model, decoder, where)
+    tokens = _plain_tokens(model.config)
+    whole = rehearse(model, layers, tokens, where=where)
     if model.config.get_text_config() is not model.config:  # type: ignore[union-attr,operator]
         _leave_towers(model, decoder, where)
+        alone = rehearse(model, layers, tokens, where=where)
+        if not all(map(alike, whole.calls, alone.calls)):
+            what = f"{type(model).__name__} does not run text as its language model alone would: not handled yet."
+            raise UserError(what, where=where, remedy="Evaluate or quantize a text model.")
     state = model.state_dict()
     _check_names(stored, state, checkpoint)
     names = {ours: theirs for ours, theirs in stored.names.items() if ours in state}
     empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
     if empty:
         raise UserError(f"buffers that this model never computes: {', '.join(empty[:5])}.", where=where)
-    loop = rehearse(decoder, layers, where=where)
-    hand_on = loop.mappings and getattr(decoder.config, "num_kv_shared_layers", None) != 0
-    return Skeleton(model, layers, name, list_name(names, name, len(layers)), names, loop.in_tuple, hand_on)
+    left = any(isinstance(value, MutableMapping) for _, _, kwargs in whole.calls for value in kwargs.values())
+    hand_on = left and getattr(decoder.config, "num_kv_shared_layers", None) != 0
+    return Skeleton(model, layers, name, list_name(names, name, len(layers)), names, whole.in_tuple, hand_on)
+
+
+def _plain_tokens(config: Any) -> Tensor:
+    """Four times a token [1, 4] that stands for nothing but text."""
+    special = {value for key, value in config.to_dict().items() if "token" in key and isinstance(value, int)}
+    return torch.full((1, 4), next(token for token in range(len(special) + 1) if token not in special))
 
 
 def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) -> nn.Module:

@@ -6,8 +6,9 @@ answers zeros; one for the inner part of a vision-language model runs its text d
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ _DECODER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "inpu
 class StandIn(nn.Module):
     """Takes a decoder layer's place: answers `receive(hidden states, args, kwargs)`, and has the layer's attributes.
 
-    With `in_tuple` the answer is the first of a tuple, as the real layer's.
+    With `in_tuple` the answer is the first of two in a tuple, as the real layer's.
     """
 
     def __init__(self, layer: nn.Module, receive: Receive, *, in_tuple: bool = False) -> None:
@@ -39,10 +40,10 @@ class StandIn(nn.Module):
         except AttributeError:
             return getattr(self.__dict__["_layer"], name)
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """Whatever `receive` answers."""
         answer = self._receive(hidden_states, args, kwargs)
-        return (answer,) if self._in_tuple else answer
+        return (answer, None) if self._in_tuple else answer
 
 
 class NoEmbedding(nn.Module):
@@ -50,7 +51,13 @@ class NoEmbedding(nn.Module):
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
-        self._width, self._dtype = embedding.embedding_dim, embedding.weight.dtype
+        self._tokens, self._width = embedding.weight.shape
+        self._dtype = embedding.weight.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Zeros, for families that take a row of it."""
+        return torch.zeros((), dtype=self._dtype).expand(self._tokens, self._width)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Zeros on the device of `ids`."""
@@ -108,57 +115,76 @@ class _Outputs:
         return getattr(self._outputs, name, None)
 
 
+Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
+
+
 @dataclass(frozen=True)
-class Loop:
+class Rehearsal:
     """How a decoder runs its layers: `in_tuple` if it takes the first part of what each returns.
 
-    `mappings`: layers are called with one in which they can leave things for later ones.
+    `calls` are what each layer was called with for a few tokens, embeddings and weights being zero.
     """
 
     in_tuple: bool
-    mappings: bool
+    calls: tuple[Call, ...]
 
 
 @torch.no_grad()
-def rehearse(decoder: nn.Module, layers: nn.ModuleList, *, where: str) -> Loop:
-    """How `decoder` runs `layers`, found by a run without weights.
+def rehearse(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, where: str) -> Rehearsal:
+    """How `model` runs `layers`, found by a run on `tokens` [1, T] without weights that ends in the last layer.
 
-    UserError where hidden states are no single tensor [B, T, H], or change on their way from one layer to the next.
+    UserError where hidden states are no single tensor [1, T, H], or change on their way from one layer to the next.
     """
+    failure = ""
     for in_tuple in (False, True):
-        calls, end = _rehearse(decoder, layers, in_tuple=in_tuple)
+        try:
+            calls = _calls(model, layers, tokens, in_tuple=in_tuple)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            failure = failure or f" ({type(error).__name__}: {error})"
+            continue
         first = calls[0][0]
-        if first.dim() != 3:
-            what = f"its layers pass hidden states {list(first.shape)} for 2 tokens, not [1, 2, H]: not handled yet."
+        if first.shape[:-1] != tokens.shape:
+            what = f"its layers pass hidden states {list(first.shape)} for {len(tokens[0])} tokens: not handled yet."
             raise UserError(what, where=where)
-        after = [hidden for hidden, _ in calls[1:]]
-        shapes = {hidden.shape for hidden in (*after, end)}
-        if shapes == {first.shape} and all(hidden.data_ptr() == first.data_ptr() for hidden in after):
-            given = [value for _, kwargs in calls for value in kwargs.values()]
-            return Loop(in_tuple, any(isinstance(value, MutableMapping) for value in given))
-        if shapes != {first.shape[1:]}:
-            break
-    raise UserError("its forward changes hidden states between layers, which is not handled yet.", where=where)
+        if all(hidden.shape == first.shape and hidden.data_ptr() == first.data_ptr() for hidden, _, _ in calls):
+            return Rehearsal(in_tuple, tuple(calls))
+    raise UserError(f"its layers are run in a way that is not handled yet{failure}.", where=where)
 
 
-def _rehearse(
-    decoder: nn.Module, layers: nn.ModuleList, *, in_tuple: bool
-) -> tuple[list[tuple[Tensor, dict[str, Any]]], Tensor]:
-    """What each layer is called with, and what the decoder gives at the end; every layer answers the first's input."""
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
+class _Reached(Exception):  # noqa: N818  # not an error
+    """Ends a forward pass in the last layer."""
 
-    def note(hidden: Tensor, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        calls.append((hidden, kwargs))
+
+def _calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, in_tuple: bool) -> list[Call]:
+    """What each layer is called with where all answer what the first one gets."""
+    calls: list[Call] = []
+
+    def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        calls.append((hidden, args, kwargs))
+        if len(calls) == len(layers):
+            raise _Reached
         return calls[0][0]
 
     standins = nn.ModuleList(StandIn(layer, note, in_tuple=in_tuple) for layer in layers)
-    model = copy.deepcopy(decoder, {id(layers): standins})
-    without_embeddings(model)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    stage = copy.deepcopy(model, {id(layers): standins})
+    without_embeddings(stage)
+    for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
         if tensor.device.type == "meta":
-            put(model, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
-    output = model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
-    return calls, output[0]
+            put(stage, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
+    with contextlib.suppress(_Reached):
+        stage(input_ids=tokens, use_cache=False)
+    return calls
+
+
+def alike(a: Any, b: Any) -> bool:
+    """Whether two calls of a layer give it the same tensors, by position and by name."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(alike, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return all(alike(a.get(key), b.get(key)) for key in {*a, *b} - {"position_ids"})
+    return True
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:

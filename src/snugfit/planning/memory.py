@@ -15,7 +15,6 @@ from snugfit.engines.memory import (
     graph_count,
     sglang_reserve,
 )
-from snugfit.planning import families
 from snugfit.planning.kv_cache import ModelCache
 from snugfit.planning.read_cache import positive, with_defaults
 
@@ -34,15 +33,31 @@ class Device:
 
 @dataclass(frozen=True)
 class Widths:
-    """A language model's shapes that make its temporaries: numbers a token."""
+    """A language model's shapes that make its temporaries: numbers a token, at the widest point of each part.
+
+    Several GPUs share `attention` and `mlp` (dense, or of shared experts); of each of `chosen` experts they share what
+    is `expert` wide, not its output. `latent_context` are numbers a token of context that latent attention unpacks.
+    """
 
     hidden: int
     vocabulary: int
     positions: int
     rotary: int
-    layer: int  # beside two of the hidden size, at the widest point of a layer
-    split: int  # of `layer`, how much several GPUs share
-    latent_context: int  # numbers a token of context that latent attention makes of its cache in prefill, 0 without
+    attention: int
+    mlp: int
+    chosen: int
+    expert: int
+    latent_context: int
+
+    def layer(self, tp: int) -> int:
+        """Numbers a token at the widest point of a layer on each of `tp` GPUs.
+
+        Experts: gate and up of every chosen one, or its output, whichever is larger, lie in one place, their product
+        beside (vLLM: fused_moe.py, intermediate_cache1 to 3).
+        """
+        inner = self.expert // tp
+        experts = self.chosen * (max(2 * inner, self.hidden) + inner)
+        return max(self.attention // tp, self.mlp // tp + experts)
 
 
 @dataclass(frozen=True)
@@ -72,41 +87,36 @@ def read_widths(config: Mapping[str, Any], cache: ModelCache) -> Widths:
     """Shapes from config.json; UserError where one is missing."""
     text = with_defaults(config)
     hidden = positive(text, "hidden_size")
-    attention = max((a.heads * (a.key + a.value) for a in cache.attention if not a.latent), default=0)
-    queries = cache.query_heads * max((a.key for a in cache.attention if not a.latent), default=0)
+    plain = [a for a in cache.attention if not a.latent]
+    queries = cache.query_heads * max((a.key for a in plain), default=0)
     latent = 0
-    if any(a.latent for a in cache.attention):
-        wide = positive(text, "qk_nope_head_dim") + positive(text, "v_head_dim")
-        latent = cache.query_heads * wide
-        queries = cache.query_heads * (positive(text, "qk_nope_head_dim") + positive(text, "qk_rope_head_dim"))
+    if len(plain) < len(cache.attention):
+        nope, value = positive(text, "qk_nope_head_dim"), positive(text, "v_head_dim")
+        latent = cache.query_heads * (nope + value)
+        queries = cache.query_heads * (nope + positive(text, "qk_rope_head_dim"))
     states = max((state.conv_channels for state in cache.states), default=0)
-    whole, shared = _feed_forward(text, hidden)
     # queries, keys and values, the queries rotated, attention's output; of a state its projections and their mix
-    layer = max(whole + shared, 3 * queries + attention, 3 * states)
+    attention = max(3 * queries + max((a.heads * (a.key + a.value) for a in plain), default=0), 3 * states)
+    mlp, chosen, expert = _feed_forward(text, hidden)
     rotary = int(text.get("qk_rope_head_dim") or max((a.key for a in cache.attention), default=0))
     factor = text.get("partial_rotary_factor")
     rotary = int(rotary * factor) if isinstance(factor, float) and not latent else rotary
     positions = int(text.get("max_position_embeddings") or 0)
     vocabulary = positive(text, "vocab_size")
-    return Widths(hidden, vocabulary, positions, rotary, layer, layer - whole, latent)
+    return Widths(hidden, vocabulary, positions, rotary, attention, mlp, chosen, expert, latent)
 
 
-def _feed_forward(text: Mapping[str, Any], hidden: int) -> tuple[int, int]:
-    """Numbers a token that every GPU has, and those that they share, at the widest point of an MLP or its experts.
-
-    Gate and up and their product. Experts: the larger of both and of the output, of every chosen expert, and the
-    product (fused_moe.py: intermediate_cache1 and 3 lie in one place, 2 beside them).
-    """
+def _feed_forward(text: Mapping[str, Any], hidden: int) -> tuple[int, int, int]:
+    """Numbers a token of a dense or shared MLP (gate, up, their product), experts chosen a token, and their width."""
     given = text.get("intermediate_size")
     inner = max(given) if isinstance(given, list) else int(given or 4 * hidden)
     counts = [text.get(key) for key in _EXPERTS]
     if not any(isinstance(count, int) and count > 1 for count in counts):
-        return 0, 3 * inner
-    chosen = next((text[key] for key in _CHOSEN if isinstance(text.get(key), int)), 1)
+        return 3 * inner, 0, 0
     expert = int(text.get("moe_intermediate_size") or inner)
     shared = int(text.get("shared_expert_intermediate_size") or text.get("shared_intermediate_size") or 0)
     shared = shared or int(text.get("n_shared_experts") or 0) * expert
-    return chosen * max(hidden - 2 * expert, 0), chosen * 3 * expert + 3 * shared
+    return 3 * shared, next((text[key] for key in _CHOSEN if isinstance(text.get(key), int)), 1), expert
 
 
 def activation_bytes(widths: Widths, engine: EngineMemory, batch: tuple[int, int], device: Device, tp: int = 1) -> int:
@@ -117,9 +127,8 @@ def activation_bytes(widths: Widths, engine: EngineMemory, batch: tuple[int, int
     hidden states, and `sampler_bytes` a logit of every sequence; Triton's top-k has a row of fp32 for each SM besides.
     """
     tokens, sequences = batch
-    layer = widths.layer - widths.split + widths.split // tp
     context = min(max(8 * widths.positions, 64 * sequences), 65536) * widths.latent_context // tp
-    forward = 2 * tokens * (2 * widths.hidden + layer) + 2 * context
+    forward = 2 * tokens * (2 * widths.hidden + widths.layer(tp)) + 2 * context
     rows = min(sequences, tokens)
     scratch = 4 * min(device.multiprocessors, rows) * widths.vocabulary if rows >= 8 else 0
     sampler = 2 * tokens * widths.hidden + rows * (widths.vocabulary * engine.sampler_bytes + 4 * widths.hidden)
@@ -155,7 +164,7 @@ def share_out(
         free = device.reported - CONTEXT
         reserve = sglang_reserve(device.reported, tp)
         share = int(free * utilization) if utilization else int(free * (1 - reserve / device.reported))
-        return Budget(share, loaded, activations, NON_TORCH, CONTEXT + graphs * engine.graph_taken)
+        return Budget(share, loaded, activations, NON_TORCH, CONTEXT + activations + graphs * engine.graph_taken)
     share = int(device.reported * (utilization or engine.utilization or 0.9))
     outside = CONTEXT + (0 if engine.graph_estimate else graphs * engine.graph_taken)
     return Budget(share, loaded, activations, inside, outside)
@@ -179,6 +188,3 @@ def longest_position(config: Mapping[str, Any]) -> int | None:
     if kind == "yarn" and original and factor:
         return int(original * factor)
     return int(given) if isinstance(given, int) and given > 0 else None
-
-
-KNOWN = frozenset(families.DEFAULTS) | families.PLAIN

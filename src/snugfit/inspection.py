@@ -1,0 +1,414 @@
+"""What is in a checkpoint, from config and headers alone: no weights are read, no torch and no transformers imported.
+
+`inspect_model` answers what one wants to know before quantizing: how large which part is, what it is stored in, what
+it could become and why not, which weights engines fuse, and whether config and tensors tell the same story.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from snugfit import __version__
+from snugfit.dialects.reading import kv_cache_format, read_quant_config
+from snugfit.engines.fused import FUSED_GROUPS
+from snugfit.errors import UserError
+from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, check_shape
+from snugfit.model.anatomy import language_config
+from snugfit.model.checkpoint import Checkpoint, open_headers
+from snugfit.model.contents import PARTS, Contents, Weight, read_contents
+from snugfit.model.files import OTHER_WEIGHTS, read_file
+
+INSPECT_SCHEMA = "snugfit.inspect/1"
+RECORD_FILE = "snugfit-record.json"
+# parts whose weights are told apart by shape
+_DETAILED = frozenset(PARTS[: PARTS.index("norms")])
+_STAYS: Mapping[str, str] = {
+    "router": "routers stay",
+    "embed": "embeddings stay",
+    "lm_head": "stands outside the decoder layers",
+    "norms": "no matrix",
+    "vectors": "no matrix",
+    "multi-token prediction": "not run by transformers",
+    "towers": "towers stay",
+    "other": "stands outside the decoder layers",
+    "KV cache scales": "no matrix",
+}
+# 16-bit sources, and FP8 ones of Hugging Face's own kind, which are dequantized when they are read
+_SOURCES = frozenset({"bf16", "f16", "f32"})
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What config.json says of the language model; None for what it does not say.
+
+    `latent` is the width of what MLA caches a token and layer, `experts` and `active_experts` are of one layer.
+    """
+
+    architectures: tuple[str, ...]
+    model_type: str | None
+    dtype: str | None
+    layers: int
+    hidden_size: int | None
+    heads: int | None
+    kv_heads: int | None
+    head_dim: int | None
+    latent: int | None
+    experts: int | None
+    active_experts: int | None
+    shared_experts: int | None
+    vocabulary: int | None
+    context: int | None
+    sliding_window: int | None
+    tied_embeddings: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """Weights of one part of the model that are alike: same real shape, stored alike, with the same prospects.
+
+    `names` are the last parts of their names, `weights` how many there are, `parameters` and `bytes` (scales included)
+    of all; `shape` is empty where they differ. `can_be` are formats that `quantize` could give them; `stays` says why
+    there are none, `cannot_be` why not one of them.
+    """
+
+    part: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    weights: int
+    parameters: int
+    bytes: int
+    stored: tuple[str, ...]
+    can_be: tuple[str, ...] = ()
+    cannot_be: Mapping[str, str] | None = None
+    stays: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRun:
+    """Decoder layers that are alike: their numbers, what is in one of them, its parameters and bytes."""
+
+    layers: tuple[int, ...]
+    what: str
+    stored: tuple[str, ...]
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class FusedGroup:
+    """Linears that engines run as one product, and so need one format: how often they stand together in one module.
+
+    `incomplete` are modules that have only some of them, `mixed` those whose members are stored differently.
+    """
+
+    members: tuple[str, ...]
+    complete: int
+    incomplete: tuple[str, ...]
+    mixed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint is quantized already: the method's name, its numbers, and how many matrices are stored how.
+
+    `kv_cache` is what is asked of the KV cache, None for nothing; `refused` says why this tool cannot read it.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    weights: Mapping[str, int]
+    kv_cache: str | None
+    refused: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Everything that `snugfit inspect` tells. Sizes in bytes; `parameters` are those of the model, not of its files.
+
+    `active_parameters` are what one token runs through (None but for mixtures of experts): all but the experts that it
+    does not visit, the table of embeddings, towers and heads of multi-token prediction. `parameters` counts all but
+    the last, which are `prediction_parameters`. `problems` are contradictions in the checkpoint.
+    """
+
+    model: str
+    revision: str | None
+    architecture: Architecture
+    parameters: int
+    active_parameters: int | None
+    prediction_parameters: int
+    bytes: int
+    tensors: int
+    files: int
+    parts: tuple[Part, ...]
+    layers: tuple[LayerRun, ...]
+    fused: tuple[FusedGroup, ...]
+    quantization: Quantization | None
+    problems: tuple[str, ...]
+    other_weights: tuple[str, ...]
+    made_by: str | None
+    snugfit: str = __version__
+    schema: str = INSPECT_SCHEMA
+
+    def to_json(self) -> str:
+        """The record, one JSON document."""
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+
+def inspect_model(model: str | Path) -> Inspection:
+    """What is in a checkpoint: a directory, or a Hub id. Reads headers alone; UserError for a broken one."""
+    checkpoint = open_headers(model)
+    contents = read_contents(checkpoint)
+    architecture = _architecture(checkpoint, contents)
+    fused = _fused(contents)
+    predicted = sum(w.elements for w in contents.weights if w.part == "multi-token prediction")
+    total = sum(w.elements for w in contents.weights) - predicted
+    return Inspection(
+        model=checkpoint.name if checkpoint.remote else str(model),
+        revision=checkpoint.remote.revision if checkpoint.remote else None,
+        architecture=architecture,
+        parameters=total,
+        active_parameters=_active(contents, architecture, total),
+        prediction_parameters=predicted,
+        bytes=sum(tensor.bytes for tensor in checkpoint.tensors.values()),
+        tensors=len(checkpoint.tensors),
+        files=len(checkpoint.shards),
+        parts=_parts(contents, architecture),
+        layers=_layer_runs(contents, language_config(checkpoint.config)),
+        fused=fused,
+        quantization=_quantization(checkpoint, contents),
+        problems=tuple(_problems(contents, architecture, fused)),
+        other_weights=tuple(name for name in checkpoint.other_files if name.endswith(OTHER_WEIGHTS)),
+        made_by=_made_by(checkpoint),
+    )
+
+
+def _architecture(checkpoint: Checkpoint, contents: Contents) -> Architecture:
+    config = language_config(checkpoint.config)
+
+    def number(*keys: str) -> int | None:
+        given = (config.get(key) for key in keys)
+        return next((n for n in given if isinstance(n, int) and not isinstance(n, bool)), None)
+
+    heads, hidden = number("num_attention_heads", "n_head", "n_heads"), number("hidden_size", "n_embd", "d_model")
+    rank, rotary = number("kv_lora_rank"), number("qk_rope_head_dim")
+    given = checkpoint.config.get("architectures")
+    kind = config.get("model_type") or checkpoint.config.get("model_type")
+    dtype = next((c[k] for c in (config, checkpoint.config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
+    tied = any(bool(c.get("tie_word_embeddings")) for c in (config, checkpoint.config))
+    inside = [w for w in contents.weights if w.part == "experts"]
+    numbered = max((w.expert for w in inside if w.expert is not None), default=-1) + 1
+    experts = numbered or next((w.shape[0] for w in inside if len(w.shape) == 3), None)
+    return Architecture(
+        architectures=tuple(map(str, given)) if isinstance(given, list) else (),
+        model_type=None if kind is None else str(kind),
+        dtype=None if dtype is None else str(dtype),
+        layers=contents.layers,
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=number("num_key_value_heads", "num_kv_heads", "n_head_kv") if rank is None else None,
+        head_dim=number("head_dim") or (hidden // heads if hidden and heads and rank is None else None),
+        latent=rank + (rotary or 0) if rank is not None else None,
+        experts=experts,
+        active_experts=number("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
+        if experts
+        else None,
+        shared_experts=number("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+        vocabulary=number("vocab_size"),
+        context=number("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"),
+        sliding_window=number("sliding_window") if config.get("use_sliding_window", True) else None,
+        tied_embeddings=tied or not any(w.part == "lm_head" for w in contents.weights),
+    )
+
+
+def _active(contents: Contents, architecture: Architecture, total: int) -> int | None:
+    experts, active = architecture.experts, architecture.active_experts
+    if not experts or not active:
+        return None
+    of: Counter[str] = Counter()
+    for weight in contents.weights:
+        of[weight.part] += weight.elements
+    table = 0 if architecture.tied_embeddings else of["embed"]
+    return total - table - of["towers"] - of["experts"] * (experts - min(active, experts)) // experts
+
+
+def _parts(contents: Contents, architecture: Architecture) -> tuple[Part, ...]:
+    groups: dict[tuple[str, tuple[int, ...], str], list[Weight]] = {}
+    for weight in contents.weights:
+        detailed = weight.part in _DETAILED
+        key = (weight.part, weight.shape if detailed else (), weight.stored if detailed else "")
+        groups.setdefault(key, []).append(weight)
+    ordered = sorted(groups.items(), key=lambda item: PARTS.index(item[0][0]))
+    return tuple(_part(part, shape, members, contents, architecture) for (part, shape, _), members in ordered)
+
+
+def _part(
+    part: str, shape: tuple[int, ...], members: Sequence[Weight], contents: Contents, architecture: Architecture
+) -> Part:
+    stored = tuple(label for label, _ in Counter(w.stored for w in members).most_common())
+    stays = _STAYS.get(part, "")
+    if part == "lm_head" and architecture.tied_embeddings:
+        stays = "tied to the embeddings"
+    is_source = stored[0] in _SOURCES or (contents.method == "fp8" and members[0].stored.startswith("fp8"))
+    if not stays and len(shape) != 2:
+        stays = "experts stand in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"
+    elif not stays and not is_source:
+        stays = f"is {stored[0]} already"
+    can, cannot = ((), {}) if stays else formats_for(shape)
+    names = tuple(dict.fromkeys(w.leaf for w in members)) if part in _DETAILED else ()
+    return Part(
+        *(part, names, shape, len(members), sum(w.elements for w in members), sum(w.bytes for w in members), stored),
+        *(can, cannot, stays),
+    )
+
+
+def formats_for(shape: tuple[int, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Labels of the formats that a weight of this shape could be written in; and for the others, why not."""
+    can: list[str] = []
+    cannot: dict[str, str] = {}
+    for name in FORMATS:
+        choices = [TensorFormat(name, group) for group in INT4_GROUPS] if name == "int4" else [TensorFormat(name)]
+        for fmt in choices:
+            try:
+                check_shape(fmt, shape, where="")
+            except UserError as error:
+                cannot[name] = error.what
+            else:
+                can.append(fmt.label())
+                cannot.pop(name, None)
+                break
+    return tuple(can), cannot
+
+
+def _layer_runs(contents: Contents, config: Mapping[str, Any]) -> tuple[LayerRun, ...]:
+    layers: list[list[Weight]] = [[] for _ in range(contents.layers)]
+    for weight in contents.weights:
+        if weight.layer is not None and weight.layer < contents.layers:
+            layers[weight.layer].append(weight)
+    types = config.get("layer_types")
+    known = isinstance(types, list) and len(types) == contents.layers
+    runs: dict[tuple[Any, ...], list[int]] = {}
+    for number, weights in enumerate(layers):
+        what = _what(weights, str(types[number]) if known and types else "")
+        stored = Counter[str]()
+        for weight in weights:
+            stored[weight.stored] += weight.bytes
+        labels = tuple(label for label, _ in stored.most_common() if weights)
+        key = (what, labels, sum(w.elements for w in weights), sum(w.bytes for w in weights))
+        runs.setdefault(key, []).append(number)
+    return tuple(LayerRun(tuple(numbers), *key) for key, numbers in runs.items())
+
+
+def _what(weights: Iterable[Weight], kind: str) -> str:
+    """What a layer is made of, in words."""
+    members: dict[str, list[Weight]] = {}
+    for weight in weights:
+        members.setdefault(weight.part, []).append(weight)
+    words = [f"{kind.removesuffix('_attention')} attention" if kind.endswith("_attention") else kind] if kind else []
+    attends = [part for part in ("attention", "linear attention") if part in members]
+    if attends and not any("attention" in word for word in words):
+        latent = any(w.leaf == "kv_b_proj" for w in members.get("attention", ()))
+        words += ["latent attention (MLA)" if part == "attention" and latent else part for part in attends]
+    words += ["dense MLP"] if "mlp" in members else []
+    if "experts" in members:
+        numbers = {w.expert for w in members["experts"]}
+        count = len(numbers) if None not in numbers else max(w.shape[0] for w in members["experts"])
+        words.append(f"{count} experts")
+    words += ["shared experts"] if "shared experts" in members else []
+    return " + ".join(words) or ("nothing" if not members else "other weights")
+
+
+def _fused(contents: Contents) -> tuple[FusedGroup, ...]:
+    modules: dict[str, dict[str, str]] = {}
+    for weight in contents.weights:
+        if weight.layer is not None and weight.layer < contents.layers and len(weight.shape) == 2:
+            parent, _, leaf = weight.name.rpartition(".")
+            modules.setdefault(parent, {})[leaf] = weight.stored
+    found = []
+    for members in FUSED_GROUPS:
+        here = {m: [leaf for leaf in members if leaf in leaves] for m, leaves in modules.items()}
+        whole = [m for m, leaves in here.items() if len(leaves) == len(members)]
+        parted = tuple(m for m, leaves in here.items() if 0 < len(leaves) < len(members))
+        # an up_proj without a gate, or MLA without q_a_proj, is a family's way
+        telling = parted if whole or any(len(here[m]) > 1 for m in parted) else ()
+        mixed = tuple(m for m in whole if len({modules[m][leaf] for leaf in members}) > 1)
+        if whole or telling:
+            found.append(FusedGroup(members, len(whole), telling, mixed))
+    return tuple(found)
+
+
+def _quantization(checkpoint: Checkpoint, contents: Contents) -> Quantization | None:
+    matrices = Counter(w.stored for w in contents.weights if len(w.shape) > 1 or w.stored.startswith("bnb"))
+    codes = any(label not in _SOURCES and label != "f64" for label in matrices)
+    if not contents.quantization and not codes:
+        return None
+    scalars = {
+        key: value
+        for key, value in contents.quantization.items()
+        if isinstance(value, (str, int, float, bool)) or (isinstance(value, list) and len(str(value)) < 20)
+    }
+    try:
+        cache: str | None = kv_cache_format(checkpoint.config, read_quant_config(checkpoint.path))
+    except UserError as error:
+        cache = error.what if contents.method not in ("", *_UNREAD) else None
+    if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
+        cache = "scales in the file, nothing in the config"
+    method = contents.method or "none named in the config"
+    return Quantization(method, scalars, dict(matrices.most_common()), cache, contents.refused)
+
+
+_UNREAD = ("gptq", "awq", "bitsandbytes", "mxfp4", "torchao", "quanto", "hqq", "mlx")
+
+
+def _problems(contents: Contents, architecture: Architecture, fused: Sequence[FusedGroup]) -> Iterable[str]:
+    """Contradictions between config and tensors."""
+    if contents.refused and "no reader" not in contents.refused:
+        yield contents.refused
+    present = {w.layer for w in contents.weights if w.layer is not None}
+    missing = [str(n) for n in range(contents.layers) if n not in present]
+    if missing:
+        yield f"config.json has {contents.layers} layers, the files have none of: {', '.join(missing[:5])}"
+    for weight in contents.weights:
+        if weight.part == "embed" and len(weight.shape) == 2 and weight.leaf != "embed_tokens_per_layer":
+            rows, columns = weight.shape
+            if architecture.vocabulary and rows < architecture.vocabulary:
+                yield f"{weight.name} has {rows} rows, config.json a vocabulary of {architecture.vocabulary}"
+            if architecture.hidden_size and columns != architecture.hidden_size and "norms" in PARTS:
+                yield f"{weight.name} has {columns} columns, config.json a hidden size of {architecture.hidden_size}"
+    for group in fused:
+        if group.mixed:
+            more = f" and {len(group.mixed) - 1} more" if len(group.mixed) > 1 else ""
+            yield f"{', '.join(group.members)} of {group.mixed[0]}{more} are stored differently; engines fuse them"
+    yield from _names_without_tensors(contents, architecture)
+
+
+def _names_without_tensors(contents: Contents, architecture: Architecture) -> Iterable[str]:
+    """Modules that the config leaves alone by name, and that no tensor belongs to."""
+    known: set[str] = set()
+    for weight in contents.weights:
+        parts = weight.name.split(".")
+        known.update(parts)
+        known.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    absent = []
+    for key in ("ignore", "modules_to_not_convert", "exclude_modules"):
+        for entry in contents.quantization.get(key) or ():
+            name = str(entry)
+            tied = name == "lm_head" and architecture.tied_embeddings
+            pattern = name.startswith("re:") or any(mark in name for mark in "*?[")
+            if not (tied or pattern or name in known or any(name in w.name for w in contents.weights)):
+                absent.append(name)
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        yield f"the quantization config leaves out {', '.join(absent[:3])}{more}, which no tensor belongs to"
+
+
+def _made_by(checkpoint: Checkpoint) -> str | None:
+    try:
+        record = json.loads(read_file(checkpoint.path, RECORD_FILE))
+        return f"snugfit {record['snugfit']}, recipe {record['recipe']}"
+    except (FileNotFoundError, UserError, ValueError, KeyError, TypeError, RecursionError):
+        return None
