@@ -8,12 +8,13 @@ Writes the model (random weights cost a tool what real ones cost) and 20 rows of
 that llm-compressor asks for. Each round then runs every tool in a process of its own, in turns of order: the output of
 the last run is removed, what waits for the disk is flushed, and the model is read once, so that every tool finds it in
 the page cache. Seconds count from after the imports, the model's own code among them, and from after the CUDA context
-exists. The first round is a warm-up: it is printed in the JSON and left out of the table. `--also batched` gives
+exists. The first round is a warm-up: it is kept in the JSON and left out of the table. `--also batched` gives
 llm-compressor as many rows a batch as snugfit takes, `--also basic` the whole model on the GPU and one pass over it.
 
 GPU memory is told twice: what torch had allocated at most, and how far the driver's figure for the whole GPU rose over
-what it was before the process began, context and cached blocks included. Main memory is told twice: VmHWM, which counts
-mapped pages of the weight files, and without pages of files, sampled. Prints a table; WORK/gpu_speed.json has it all.
+what it was before the process began, sampled, context and cached blocks included. Main memory is told twice: VmHWM,
+which counts mapped pages of the weight files, and without pages of files, sampled. Prints a table; WORK/gpu_speed.json
+has it all.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def make(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         "seconds": time.perf_counter() - begin,
         "gpu": None if gpu is None else gpu.name,
         "gpu_bytes": None if gpu is None else gpu.total_memory,
-        "gpu_id": None if gpu is None else f"GPU-{gpu.uuid}",
+        "gpu_id": None if gpu is None else f"GPU-{getattr(gpu, 'uuid', '')}",
         "threads": options.threads,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "safetensors")},
     }
@@ -221,7 +222,7 @@ def header(tensors: dict[str, tuple[int, ...]]) -> bytes:
 def run_snugfit(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     """Quantize once with everything imported and the GPU's context made beforehand."""
     import torch
-    import transformers.models.mistral.modeling_mistral
+    import transformers.models.mistral.modeling_mistral  # noqa: F401
 
     import snugfit.calibration.dataset
     import snugfit.calibration.statistics
@@ -239,7 +240,7 @@ def run_snugfit(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     begin, cpu = time.perf_counter(), time.process_time()
     record = quantize_checkpoint(
         model_path(options),
-        options.work / "snugfit",
+        options.work / "out" / "snugfit",
         RECIPE,
         text=[options.work / "rows.jsonl"],
         rows=shape.rows,
@@ -255,7 +256,6 @@ def run_snugfit(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         "peak_rss_after_import_bytes": after_imports,
         "peak_gpu_bytes": record.peak_gpu_bytes,
         "peak_gpu_reserved_bytes": torch.cuda.max_memory_reserved() if on_gpu else None,
-        "output_bytes": record.bytes,
         "files": dict(record.files),
         "estimates": dict(record.estimates),
         "arguments": dict(record.arguments),
@@ -286,9 +286,8 @@ def compare(options: argparse.Namespace, shape: Shape) -> None:
             break
         commands = list(tools(options, shape).items())
         for name, (command, target) in commands if number % 2 == 0 else reversed(commands):
-            for old in work.glob("snugfit*"), work.glob("llm-compressor*"):
-                for path in old:
-                    shutil.rmtree(path)
+            shutil.rmtree(work / "out", ignore_errors=True)
+            (work / "out").mkdir()
             os.sync()
             read_once(model_path(options))
             path = options.llmcompressor_path if name != "snugfit" else None
@@ -298,8 +297,9 @@ def compare(options: argparse.Namespace, shape: Shape) -> None:
             begin_sync = time.perf_counter()
             os.sync()
             run["sync_seconds"] = time.perf_counter() - begin_sync
+            run["weight_bytes"] = sum(weights.stat().st_size for weights in target.glob("*.safetensors"))
             if "error" not in run and "files" not in run:
-                run["files"] = {path.name: digest(path) for path in sorted(target.glob("*.safetensors"))}
+                run["files"] = {weights.name: digest(weights) for weights in sorted(target.glob("*.safetensors"))}
             runs.setdefault(name, []).append(run)
             say(f"round {number}, {name}: " + run.get("error", f"{total(run):.2f} s" if "seconds" in run else ""))
             file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -314,9 +314,9 @@ def tools(options: argparse.Namespace, shape: Shape) -> dict[str, tuple[list[str
     work: Path = options.work
     found: dict[str, tuple[list[str], Path]] = {}
     if options.only != "llm-compressor":
-        found["snugfit"] = (own(options, "snugfit"), work / "snugfit")
+        found["snugfit"] = (own(options, "snugfit"), work / "out" / "snugfit")
     if options.only != "snugfit":
-        target = work / "llm-compressor"
+        target = work / "out" / "llm-compressor"
         script = [options.llmcompressor_python, str(HERE / "llmcompressor_worker.py"), str(model_path(options))]
         theirs = [*script, str(work / "rows.json"), str(target), "--recipe", RECIPE, "--threads", str(options.threads)]
         rows = ["--batch-size", str(max(1, SNUGFIT_TOKENS // shape.length))]
@@ -380,7 +380,7 @@ class Process:
 
     def _watch(self, process: subprocess.Popen[str], gpu: Gpu | None) -> None:
         while process.poll() is None:
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, KeyError):  # it has none once it has ended
                 lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
                 held = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
                 self._note("peak_rss_without_files_bytes", 1024 * (int(held["RssAnon"]) + int(held["RssShmem"])))
@@ -494,7 +494,7 @@ def print_table(made: dict[str, Any], runs: dict[str, list[dict[str, Any]]]) -> 
                 "peak_gpu_driver_bytes",
                 "peak_rss_bytes",
                 "peak_rss_without_files_bytes",
-                "output_bytes",
+                "weight_bytes",
             )
         ]
         same = "yes" if len({json.dumps(run["files"], sort_keys=True) for run in good[name]}) == 1 else "NO"

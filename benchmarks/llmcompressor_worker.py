@@ -7,11 +7,12 @@ The rival's side of the benchmarks. It runs in llm-compressor's own virtual envi
 
 ROWS.json holds {"rows": [[token ids], ...]}: exactly these rows are the calibration set. The data-free recipes
 (fp8-dynamic, int4-w4a16) take "-" in its place. The compressed checkpoint goes to OUT; progress goes to stderr; the
-last line of stdout is one JSON document. Its seconds and cpu_seconds count from after the imports, so nothing is
-charged to llm-compressor that a long-lived process would pay once (nor the GPU's context). --pipeline independent is llm-compressor's default
-(two passes over each layer, its memory bounded by a layer on an accelerator); "basic" makes one pass over the whole
-model, is its fastest where the model fits, and writes the same bytes for these recipes. On a machine with a GPU the
-model is loaded to main memory and llm-compressor moves a layer at a time, unless --device-map cuda loads it to the GPU.
+last line of stdout is one JSON document. Its seconds and cpu_seconds count from after the imports and from after the
+GPU's context exists, so nothing is charged to llm-compressor that a long-lived process would pay once. --pipeline
+independent is llm-compressor's default (two passes over each layer, its memory bounded by a layer on an accelerator);
+"basic" makes one pass over the whole model, is its fastest where the model fits, and writes the same bytes for these
+recipes. On a machine with a GPU the model is loaded to main memory and llm-compressor brings a layer at a time to the
+GPU, unless --device-map cuda loads all of it there.
 
 Recipes ("four over six": the memoryless_mse observer told to try each block's scale at 6 and at 4, lower MSE wins):
 

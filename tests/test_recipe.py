@@ -37,9 +37,12 @@ ROLES_OF = {"attention": {"q", "k", "v", "o"}, "gate_up": {"gate", "up"}, "down"
 
 # built-in recipe -> (label, scale rule) of attention, of gate and up, of down
 BUILT_IN = {
+    "fp8-block": (("fp8-block", ABSMAX),) * 3,
     "fp8-dynamic": (FP8, FP8, FP8),
+    "fp8-dynamic-fp8kv": (FP8, FP8, FP8),
     "fp8-int4": (FP8, INT4, INT4),
     "int4-w4a16": (INT4, INT4, INT4),
+    "mxfp4": (("mxfp4", "sweep"),) * 3,
     "nvfp4": (NV, NV, NV),
     "nvfp4-absmax": (NV_PLAIN, NV_PLAIN, NV_PLAIN),
     "nvfp4-fp8-attention": (FP8, NV, NV),
@@ -48,6 +51,7 @@ BUILT_IN = {
     "nvfp4-fp8-down-absmax": (NV_PLAIN, NV_PLAIN, FP8),
     "nvfp4-fp8-hybrid": (FP8, NV, NV),
     "nvfp4-fp8-hybrid-absmax": (FP8, NV_PLAIN, NV_PLAIN),
+    "nvfp4-fp8-hybrid-fp8kv": (FP8, NV, NV),
     "nvfp4a16": (("nvfp4a16", FOS),) * 3,
 }
 
@@ -95,14 +99,17 @@ def refusal_for(rules: Sequence[str], tensors: Sequence[TensorInfo]) -> str:
 
 
 def test_built_in_recipes_are_the_promised_ones() -> None:
-    """The package carries exactly the twelve recipes that are documented."""
+    """The package carries exactly the recipes that are listed above."""
     assert builtin_names() == sorted(BUILT_IN)
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))
-def test_built_in_recipe_gives_every_role_its_format(name: str, tensors: list[TensorInfo]) -> None:
+def test_built_in_recipe_gives_every_role_its_format(name: str, tensors: list[TensorInfo], make_tiny: MakeTiny) -> None:
     """A built-in recipe gives each decoder linear the intended format and scale rule, and touches nothing else."""
     loaded = load_recipe(name)
+    if name == "fp8-block":  # sides of 128 and more
+        source = make_tiny("llama", hidden_size=256, intermediate_size=384)
+        tensors = list(open_checkpoint(source).tensors.values())
     found = resolve(loaded, tensors, layers=LAYERS)
     wanted = dict(zip(ROLES_OF, BUILT_IN[name], strict=True))
     roles = {role: wanted[group] for group, members in ROLES_OF.items() for role in members}
@@ -115,6 +122,7 @@ def test_built_in_recipe_gives_every_role_its_format(name: str, tensors: list[Te
     assert len(got) == 7 * LAYERS
     assert loaded.recipe.name == name
     assert loaded.recipe.description
+    assert loaded.recipe.kv_cache == ("fp8" if name.endswith("-fp8kv") else None)
 
 
 def test_built_in_int4_takes_the_largest_group_that_divides_all(make_tiny: MakeTiny) -> None:
@@ -122,6 +130,52 @@ def test_built_in_int4_takes_the_largest_group_that_divides_all(make_tiny: MakeT
     source = make_tiny("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=1)
     found = resolve(load_recipe("int4-w4a16"), list(open_checkpoint(source).tensors.values()), layers=1)
     assert {a.format for a in found.values()} == {TensorFormat("int4", group=128)}
+
+
+def test_blocks_are_strict_about_shapes(tensors: list[TensorInfo]) -> None:
+    """fp8-block on a weight with a side that 128 does not divide names the weight, its shape and another format."""
+    with pytest.raises(UserError) as caught:
+        resolve(load_recipe("fp8-block"), tensors, layers=LAYERS)
+    message = str(caught.value)
+    assert "recipe fp8-block: rules[0]: model.layers.0" in message
+    assert "divisible by 128" in message
+    assert "`format: fp8-dynamic` or `format: keep`" in message
+
+
+@pytest.mark.parametrize("fmt", ["fp8-block", "mxfp4"])
+def test_fused_groups_are_not_split_by_new_formats(fmt: str, make_tiny: MakeTiny) -> None:
+    """Query in one format and key in another is refused, whichever formats they are."""
+    source = make_tiny("llama", hidden_size=256, intermediate_size=384)
+    infos = list(open_checkpoint(source).tensors.values())
+    message = refusal_for([f"role: q, format: {fmt}", "role: linear, format: fp8-dynamic"], infos)
+    assert "splits a fused group" in message
+
+
+def test_mxfp4_chooses_exponents_by_a_rule(tensors: list[TensorInfo]) -> None:
+    """The sweep is the default, absmax may be asked for, what is not a rule of MXFP4 is refused."""
+    assert {a.scale for a in settle(["role: linear, format: mxfp4"], tensors).values()} == {"sweep"}
+    assert {a.scale for a in settle(["role: linear, format: mxfp4, scale: absmax"], tensors).values()} == {"absmax"}
+    message = refusal("name: a\nrules: [{role: linear, format: mxfp4, scale: four-over-six}]")
+    assert "mxfp4 has no scale rule four-over-six. It knows sweep, absmax." in message
+
+
+# --- the KV cache
+
+
+@pytest.mark.parametrize(("written", "expected"), [("fp8", "fp8"), ("keep", None), ("null", None)])
+def test_a_recipe_may_ask_for_an_fp8_cache(written: str, expected: str | None) -> None:
+    """`kv_cache` is fp8 or keep, and keep where nothing is said."""
+    text = f"name: mine\nkv_cache: {written}\nrules: [{{role: linear, format: fp8-dynamic}}]"
+    assert parse_recipe(text, where=WHERE).recipe.kv_cache == expected
+    assert recipe_of("role: linear, format: fp8-dynamic").recipe.kv_cache is None
+
+
+@pytest.mark.parametrize("written", ["int8", "FP8", "true", "[fp8]", "8", "''"])
+def test_other_caches_are_refused(written: str) -> None:
+    """Anything else for `kv_cache` is an error that names the key and what is known."""
+    message = refusal(f"name: mine\nkv_cache: {written}\nrules: [{{role: linear, format: fp8-dynamic}}]")
+    assert f"{WHERE}: kv_cache: unknown kv_cache" in message
+    assert "Known: fp8, keep." in message
 
 
 # --- which rule takes which tensor

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeTiny
 from typer.testing import CliRunner
 
-import snugfit.quantize
+import snugfit.quantize_run
+from conftest import MakeTiny
 from snugfit.cli import app
 from snugfit.errors import Unfinished, UserError
 from snugfit.model.shards import WORK_NAME, units_done
@@ -152,14 +152,14 @@ def test_killed_again_and_again(model: Path, token_rows: Path, whole: dict[str, 
 
 def stop_in_layer(monkeypatch: pytest.MonkeyPatch, layer: int, error: BaseException) -> None:
     """`error` comes once decoder layer `layer` is to be run."""
-    real = snugfit.quantize.calibrate
+    real = snugfit.quantize_run.calibrate
 
     def calibrate(*arguments: Any) -> Any:
         if arguments[2] == layer:
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(snugfit.quantize, "calibrate", calibrate)
+    monkeypatch.setattr(snugfit.quantize_run, "calibrate", calibrate)
 
 
 def command(model: Path, out: Path, token_rows: Path, *options: str) -> Any:
@@ -340,11 +340,9 @@ def test_rows_of_many_lengths(model: Path, tmp_path: Path) -> None:
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-def test_a_recipe_without_data_goes_on_too(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recipe_without_data_goes_on_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rows there are no hidden states to keep, and finished layers are still not done again."""
-    real, seen = snugfit.quantize.quantize_unit, []
+    real, seen = snugfit.quantize_run.quantize_unit, []
 
     def stop(*arguments: Any) -> Any:
         seen.append(arguments)
@@ -353,7 +351,7 @@ def test_a_recipe_without_data_goes_on_too(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(snugfit.quantize, "quantize_unit", stop)
+        patch.setattr(snugfit.quantize_run, "quantize_unit", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize_checkpoint(model, tmp_path / "out", "fp8-dynamic", device="cpu")
     record = quantize_checkpoint(model, tmp_path / "out", "fp8-dynamic", device="cpu")

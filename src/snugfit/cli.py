@@ -251,6 +251,66 @@ def compare(
 
 
 @app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Directory with config.json and safetensors weights, or a Hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
+) -> None:
+    """Tell what is in MODEL, from headers alone: parts, sizes, formats, and what each weight could become."""
+    with _plain_errors():
+        from snugfit.inspection import inspect_model
+
+        found = inspect_model(model)
+        if as_json:
+            typer.echo(found.to_json(), nl=False)
+            return
+        from snugfit.printing import print_inspection
+
+        print_inspection(found)
+
+
+@app.command()
+def fit(
+    model: Annotated[
+        str, typer.Argument(help="Directory with safetensors weights, or a Hub id; only headers are read.")
+    ],
+    gpu: Annotated[str, typer.Option(help="A size that CUDA reports (16GiB), or a card: 'RTX 5060 Ti 16GB', H100.")],
+    context: Annotated[
+        str | None, typer.Option(help="Tokens that must fit, such as 32k. Default: the longest.")
+    ] = None,
+    tp: Annotated[int, typer.Option("--tp", "--gpus", help="GPUs of that kind, in tensor parallelism.")] = 1,
+    engine: Annotated[str, typer.Option(help="vllm, vllm-0.24, vllm-0.19, aphrodite (single user), sglang.")] = "vllm",
+    utilization: Annotated[
+        float | None, typer.Option("--gpu-memory-utilization", help="The engine's share of a GPU. Default: its own.")
+    ] = None,
+    sequences: Annotated[int, typer.Option(help="Sequences of that length at once.")] = 1,
+    recipe: Annotated[
+        list[str] | None, typer.Option("--recipe", "-r", help="Only these: built-in names or YAML files.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
+) -> None:
+    """Say which recipes make MODEL fit a GPU, with how long a context, and which kernels run it."""
+    with _plain_errors():
+        from snugfit.fit import fit_model
+        from snugfit.planning.asked import parse_tokens
+        from snugfit.printing import print_fit
+
+        record = fit_model(
+            model,
+            gpu,
+            context=None if context is None else parse_tokens(context),
+            tp=tp,
+            engine=engine,
+            utilization=utilization,
+            sequences=sequences,
+            recipes=recipe or (),
+        )
+        if as_json:
+            typer.echo(record.to_json(), nl=False)
+        else:
+            print_fit(record)
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this built-in recipe's YAML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

@@ -20,33 +20,43 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, check_shape
 from snugfit.model.anatomy import language_config
 from snugfit.model.checkpoint import Checkpoint, open_headers
-from snugfit.model.contents import PARTS, Contents, Weight, read_contents
+from snugfit.model.contents import (
+    PARTS,
+    Contents,
+    Weight,
+    describe_layer,
+    names_without_tensors,
+    read_contents,
+)
 from snugfit.model.files import OTHER_WEIGHTS, read_file
+from snugfit.model.names import ROLES
 
 INSPECT_SCHEMA = "snugfit.inspect/1"
 RECORD_FILE = "snugfit-record.json"
 # parts whose weights are told apart by shape
 _DETAILED = frozenset(PARTS[: PARTS.index("norms")])
 _STAYS: Mapping[str, str] = {
-    "router": "routers stay",
-    "embed": "embeddings stay",
-    "lm_head": "stands outside the decoder layers",
+    "router": "router",
+    "embed": "embeddings",
+    "lm_head": "outside the decoder layers",
     "norms": "no matrix",
     "vectors": "no matrix",
     "multi-token prediction": "not run by transformers",
-    "towers": "towers stay",
-    "other": "stands outside the decoder layers",
-    "KV cache scales": "no matrix",
+    "towers": "tower",
+    "other": "outside the decoder layers",
+    "KV cache scales": "scales",
 }
 # 16-bit sources, and FP8 ones of Hugging Face's own kind, which are dequantized when they are read
 _SOURCES = frozenset({"bf16", "f16", "f32"})
+_FP8_METHODS = frozenset({"", "fp8"})
 
 
 @dataclass(frozen=True)
 class Architecture:
     """What config.json says of the language model; None for what it does not say.
 
-    `latent` is the width of what MLA caches a token and layer, `experts` and `active_experts` are of one layer.
+    `latent` is the width of what MLA caches a token and layer, `experts` and `active_experts` are of one layer,
+    `prediction_layers` predict further tokens.
     """
 
     architectures: tuple[str, ...]
@@ -64,6 +74,7 @@ class Architecture:
     vocabulary: int | None
     context: int | None
     sliding_window: int | None
+    prediction_layers: int | None
     tied_embeddings: bool
 
 
@@ -221,6 +232,7 @@ def _architecture(checkpoint: Checkpoint, contents: Contents) -> Architecture:
         vocabulary=number("vocab_size"),
         context=number("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"),
         sliding_window=number("sliding_window") if config.get("use_sliding_window", True) else None,
+        prediction_layers=number("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"),
         tied_embeddings=tied or not any(w.part == "lm_head" for w in contents.weights),
     )
 
@@ -242,7 +254,7 @@ def _parts(contents: Contents, architecture: Architecture) -> tuple[Part, ...]:
         detailed = weight.part in _DETAILED
         key = (weight.part, weight.shape if detailed else (), weight.stored if detailed else "")
         groups.setdefault(key, []).append(weight)
-    ordered = sorted(groups.items(), key=lambda item: PARTS.index(item[0][0]))
+    ordered = sorted(groups.items(), key=lambda item: (PARTS.index(item[0][0]), min(_rank(w.leaf) for w in item[1])))
     return tuple(_part(part, shape, members, contents, architecture) for (part, shape, _), members in ordered)
 
 
@@ -253,16 +265,25 @@ def _part(
     stays = _STAYS.get(part, "")
     if part == "lm_head" and architecture.tied_embeddings:
         stays = "tied to the embeddings"
-    is_source = stored[0] in _SOURCES or (contents.method == "fp8" and members[0].stored.startswith("fp8"))
-    if not stays and len(shape) != 2:
-        stays = "experts stand in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"
+    is_source = stored[0] in _SOURCES or (contents.method in _FP8_METHODS and stored[0].startswith("fp8"))
+    if not stays and len(shape) == 3:
+        stays = "experts in one 3-D tensor" if part == "experts" else "no 2-D weight"
     elif not stays and not is_source:
-        stays = f"is {stored[0]} already"
+        stays = f"{stored[0]} already"
+    elif not stays and len(shape) != 2:
+        stays = "no 2-D weight"
     can, cannot = ((), {}) if stays else formats_for(shape)
-    names = tuple(dict.fromkeys(w.leaf for w in members)) if part in _DETAILED else ()
+    names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=_rank)) if part in _DETAILED else ()
     return Part(
         *(part, names, shape, len(members), sum(w.elements for w in members), sum(w.bytes for w in members), stored),
         *(can, cannot, stays),
+    )
+
+
+def _rank(leaf: str) -> int:
+    """q, k, v, then what has no role, then o; gate, up, down."""
+    return {"q": 0, "qkv": 0, "gate": 0, "gate_up": 0, "k": 1, "up": 1, "v": 2, "o": 4, "down": 4}.get(
+        ROLES.get(leaf, ""), 3
     )
 
 
@@ -293,7 +314,7 @@ def _layer_runs(contents: Contents, config: Mapping[str, Any]) -> tuple[LayerRun
     known = isinstance(types, list) and len(types) == contents.layers
     runs: dict[tuple[Any, ...], list[int]] = {}
     for number, weights in enumerate(layers):
-        what = _what(weights, str(types[number]) if known and types else "")
+        what = describe_layer(weights, str(types[number]) if known and types else "")
         stored = Counter[str]()
         for weight in weights:
             stored[weight.stored] += weight.bytes
@@ -303,29 +324,10 @@ def _layer_runs(contents: Contents, config: Mapping[str, Any]) -> tuple[LayerRun
     return tuple(LayerRun(tuple(numbers), *key) for key, numbers in runs.items())
 
 
-def _what(weights: Iterable[Weight], kind: str) -> str:
-    """What a layer is made of, in words."""
-    members: dict[str, list[Weight]] = {}
-    for weight in weights:
-        members.setdefault(weight.part, []).append(weight)
-    words = [f"{kind.removesuffix('_attention')} attention" if kind.endswith("_attention") else kind] if kind else []
-    attends = [part for part in ("attention", "linear attention") if part in members]
-    if attends and not any("attention" in word for word in words):
-        latent = any(w.leaf == "kv_b_proj" for w in members.get("attention", ()))
-        words += ["latent attention (MLA)" if part == "attention" and latent else part for part in attends]
-    words += ["dense MLP"] if "mlp" in members else []
-    if "experts" in members:
-        numbers = {w.expert for w in members["experts"]}
-        count = len(numbers) if None not in numbers else max(w.shape[0] for w in members["experts"])
-        words.append(f"{count} experts")
-    words += ["shared experts"] if "shared experts" in members else []
-    return " + ".join(words) or ("nothing" if not members else "other weights")
-
-
 def _fused(contents: Contents) -> tuple[FusedGroup, ...]:
     modules: dict[str, dict[str, str]] = {}
     for weight in contents.weights:
-        if weight.layer is not None and weight.layer < contents.layers and len(weight.shape) == 2:
+        if weight.layer is not None and weight.layer < contents.layers:
             parent, _, leaf = weight.name.rpartition(".")
             modules.setdefault(parent, {})[leaf] = weight.stored
     found = []
@@ -342,26 +344,24 @@ def _fused(contents: Contents) -> tuple[FusedGroup, ...]:
 
 
 def _quantization(checkpoint: Checkpoint, contents: Contents) -> Quantization | None:
-    matrices = Counter(w.stored for w in contents.weights if len(w.shape) > 1 or w.stored.startswith("bnb"))
+    matrices = Counter(w.stored for w in contents.weights if _STAYS.get(w.part) not in ("no matrix", "scales"))
     codes = any(label not in _SOURCES and label != "f64" for label in matrices)
     if not contents.quantization and not codes:
         return None
     scalars = {
         key: value
         for key, value in contents.quantization.items()
-        if isinstance(value, (str, int, float, bool)) or (isinstance(value, list) and len(str(value)) < 20)
+        if isinstance(value, (str, int, float, bool)) or key == "weight_block_size"
     }
-    try:
-        cache: str | None = kv_cache_format(checkpoint.config, read_quant_config(checkpoint.path))
-    except UserError as error:
-        cache = error.what if contents.method not in ("", *_UNREAD) else None
+    cache: str | None = None
+    if not contents.refused:
+        try:
+            cache = kv_cache_format(checkpoint.config, read_quant_config(checkpoint.path))
+        except UserError as error:
+            cache = error.what
     if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
-        cache = "scales in the file, nothing in the config"
-    method = contents.method or "none named in the config"
-    return Quantization(method, scalars, dict(matrices.most_common()), cache, contents.refused)
-
-
-_UNREAD = ("gptq", "awq", "bitsandbytes", "mxfp4", "torchao", "quanto", "hqq", "mlx")
+        cache = "scales in the files, nothing in the config"
+    return Quantization(contents.method, scalars, dict(matrices.most_common()), cache, contents.refused)
 
 
 def _problems(contents: Contents, architecture: Architecture, fused: Sequence[FusedGroup]) -> Iterable[str]:
@@ -373,34 +373,14 @@ def _problems(contents: Contents, architecture: Architecture, fused: Sequence[Fu
     if missing:
         yield f"config.json has {contents.layers} layers, the files have none of: {', '.join(missing[:5])}"
     for weight in contents.weights:
-        if weight.part == "embed" and len(weight.shape) == 2 and weight.leaf != "embed_tokens_per_layer":
-            rows, columns = weight.shape
-            if architecture.vocabulary and rows < architecture.vocabulary:
-                yield f"{weight.name} has {rows} rows, config.json a vocabulary of {architecture.vocabulary}"
-            if architecture.hidden_size and columns != architecture.hidden_size and "norms" in PARTS:
-                yield f"{weight.name} has {columns} columns, config.json a hidden size of {architecture.hidden_size}"
+        rows = weight.shape[0] if weight.part == "embed" and len(weight.shape) == 2 else None
+        if rows is not None and architecture.vocabulary and rows < architecture.vocabulary:
+            yield f"{weight.name} has {rows} rows, config.json a vocabulary of {architecture.vocabulary}"
     for group in fused:
         if group.mixed:
             more = f" and {len(group.mixed) - 1} more" if len(group.mixed) > 1 else ""
             yield f"{', '.join(group.members)} of {group.mixed[0]}{more} are stored differently; engines fuse them"
-    yield from _names_without_tensors(contents, architecture)
-
-
-def _names_without_tensors(contents: Contents, architecture: Architecture) -> Iterable[str]:
-    """Modules that the config leaves alone by name, and that no tensor belongs to."""
-    known: set[str] = set()
-    for weight in contents.weights:
-        parts = weight.name.split(".")
-        known.update(parts)
-        known.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    absent = []
-    for key in ("ignore", "modules_to_not_convert", "exclude_modules"):
-        for entry in contents.quantization.get(key) or ():
-            name = str(entry)
-            tied = name == "lm_head" and architecture.tied_embeddings
-            pattern = name.startswith("re:") or any(mark in name for mark in "*?[")
-            if not (tied or pattern or name in known or any(name in w.name for w in contents.weights)):
-                absent.append(name)
+    absent = names_without_tensors(contents)
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         yield f"the quantization config leaves out {', '.join(absent[:3])}{more}, which no tensor belongs to"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from snugfit.dialects import compressed_tensors as dialect
+from snugfit.engines.fused import group_modules
 from snugfit.engines.kv_cache import attention_modules
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
@@ -123,6 +124,16 @@ def plan_quantization(
     return Plan(checkpoint, decoder, loaded, assignments, outputs, units, attention, tuple(shards), config, obstacles)
 
 
+def groups_of(plan: Plan, unit: Sequence[str], walked: bool) -> list[tuple[str, ...]]:
+    """A unit's tensors in the order they are read: fused groups of quantized weights, then (if walked) the rest."""
+    assigned = [name for name in unit if (a := plan.assignments.get(name)) and a.format is not None]
+    groups = group_modules(name.removesuffix(".weight") for name in assigned)
+    found = [tuple(f"{module}.weight" for module in group) for group in groups]
+    quantized = set(assigned)
+    rest = tuple(name for name in unit if name not in quantized) if walked else ()
+    return [*found, rest] if rest else found
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a config that describes the language model."""
     nested = config.get("text_config")
@@ -211,9 +222,9 @@ def _outputs(
         return (TensorInfo(source.name, source.dtype, source.shape),)
     if name not in tensors:
         return ()
-    source = tensors[name]
+    weight = tensors[name]
     module = name.removesuffix(".weight")
-    parts = dialect.layout(assignment.format, source.shape, source.dtype)
+    parts = dialect.layout(assignment.format, weight.shape, weight.dtype)
     return tuple(TensorInfo(f"{module}.{suffix}", dtype, shape) for suffix, (dtype, shape) in parts.items())
 
 

@@ -15,8 +15,7 @@ from snugfit.machine import free_bytes, rss_bytes
 from snugfit.model.shards import PIECE, occupied_bytes
 from snugfit.model.states import IN_FLIGHT
 from snugfit.model.transfer import WORKERS
-from snugfit.quantize_plan import Plan, text_config
-from snugfit.quantize_units import groups_of
+from snugfit.quantize_plan import Plan, groups_of, text_config
 
 # of a fused group, beside its weights: block scales are chosen in chunks, values and errors are made whole, in fp32
 _WIDE = 4

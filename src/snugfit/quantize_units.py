@@ -31,16 +31,6 @@ class UnitTensor:
     error: Tensor | None
 
 
-def groups_of(plan: Plan, unit: Sequence[str], walked: bool) -> list[tuple[str, ...]]:
-    """A unit's tensors in the order they are read: fused groups of quantized weights, then (if walked) the rest."""
-    assigned = [name for name in unit if (a := plan.assignments.get(name)) and a.format is not None]
-    groups = group_modules(name.removesuffix(".weight") for name in assigned)
-    found = [tuple(f"{module}.weight" for module in group) for group in groups]
-    quantized = set(assigned)
-    rest = tuple(name for name in unit if name not in quantized) if walked else ()
-    return [*found, rest] if rest else found
-
-
 class ReadAhead:
     """Gives groups of tensors in the order of `groups`, reading the next while one is worked on."""
 

@@ -58,7 +58,8 @@ def test_a_layer_that_caches_nothing_has_no_figure() -> None:
     states = torch.randn(2, 3)
     assert found.update_conv_state(states, 0) is states
     assert found.update_recurrent_state(states, 0) is states
-    assert (found.get_conv_state(0), found.get_recurrent_state(0)) == (None, None)
+    before: list[Any] = [getattr(found, f"get_{kind}_state")(0) for kind in ("conv", "recurrent")]
+    assert before == [None, None]
     assert (found.get_seq_length(), found.has_previous_state(0), found.amax) == (0, False, None)
 
 

@@ -192,7 +192,9 @@ def test_transformers_side_gives_each_linear_its_scheme(family: str) -> None:
     """compressed-tensors, applied to a model of those names, gives each linear its scheme and spares the rest."""
     groups = FAMILIES[family](len(EVERY_FORMAT))
     choices = (*EVERY_FORMAT, None)
-    chosen = {group: choices[(number * 7 + number // len(choices)) % len(choices)] for number, group in enumerate(groups)}
+    chosen = {
+        group: choices[(number * 7 + number // len(choices)) % len(choices)] for number, group in enumerate(groups)
+    }
     formats = {module: fmt for group, fmt in chosen.items() if fmt for module in group}
     kept = [module for group in groups for module in group if module not in formats]
     assert set(formats.values()) == set(EVERY_FORMAT)

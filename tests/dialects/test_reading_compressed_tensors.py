@@ -215,7 +215,7 @@ def test_blocks_at_the_edges_are_smaller(shape: tuple[int, int], block: tuple[in
 
 @every_scheme
 def test_labels_tell_schemes_apart(name: str) -> None:
-    """No two schemes share a label, and a label says weights and, after a plus, inputs; a16 says that there are none."""
+    """No two schemes share a label, and a label says weights and, after a plus, inputs; a16 says there are none."""
     fmt = SCHEMES[name][1]
     assert [other for _, other in SCHEMES.values() if other.label() == fmt.label()] == [fmt]
     assert fmt.label().partition("+")[2] == ("" if fmt.inputs in (None, "none") else fmt.inputs)

@@ -116,7 +116,7 @@ def test_every_format_refuses_shapes_that_it_cannot_hold(name: str) -> None:
             with pytest.raises(UserError, match=f"columns divisible by {multiple}.*fp8-dynamic"):
                 check_shape(fmt, (rows, 3 * multiple + 1), where="here")
         if name == "fp8-block":
-            with pytest.raises(UserError, match="here: fp8-block needs rows divisible by 128, .* 7 x 384.*fp8-dynamic"):
+            with pytest.raises(UserError, match=r"here: fp8-block needs rows divisible by 128, .* 7 x 384.*fp8-d"):
                 check_shape(fmt, (7, 3 * multiple), where="here")
 
 

@@ -29,6 +29,7 @@ from snugfit.model.checkpoint import (
     read_tensor,
 )
 from snugfit.model.shards import LOCK_NAME, ShardWriter, file_digests, index_of, plan_shards, staged
+from snugfit.model.transfer import Transfer
 
 NAME_OF = {getattr(torch, name): short for short, name in TORCH_NAMES.items()}
 
@@ -48,10 +49,11 @@ def infos(tensors: Mapping[str, Tensor]) -> list[TensorInfo]:
 def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 10**9) -> list[str]:
     """Plans and writes the tensors, last ones first; an index where there are several files. Names of the files."""
     shards = plan_shards(infos(tensors), max_shard_bytes)
-    writer = ShardWriter(directory, shards)
-    for name in reversed(list(tensors)):
-        writer.write(name, tensors[name])
-    writer.finish()
+    with Transfer(torch.device("cpu")) as transfer, ShardWriter(directory, shards, transfer) as writer:
+        for name in reversed(list(tensors)):
+            writer.write(name, tensors[name])
+        writer.begun()()
+        writer.finish()
     if len(shards) > 1:
         (directory / INDEX_NAME).write_text(json.dumps(index_of(shards)), encoding="utf-8")
     return [shard.name for shard in shards]
@@ -122,19 +124,23 @@ def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
 )
 def test_a_tensor_other_than_planned_stops_the_run(tensor: Tensor, planned: TensorInfo, tmp_path: Path) -> None:
     """A tensor with another shape or dtype than the header's is never written."""
-    writer = ShardWriter(tmp_path, plan_shards([planned], 10**9))
-    with pytest.raises(AssertionError, match="a: planned"):
+    shards = plan_shards([planned], 10**9)
+    with (
+        Transfer(torch.device("cpu")) as transfer,
+        ShardWriter(tmp_path, shards, transfer) as writer,
+        pytest.raises(AssertionError, match="a: planned"),
+    ):
         writer.write("a", tensor)
-    writer.close()
 
 
 def test_a_tensor_never_written_stops_the_run(tmp_path: Path) -> None:
     """Finishing while a planned tensor is missing fails with its name."""
-    writer = ShardWriter(tmp_path, plan_shards(infos({"a": torch.zeros(2), "b": torch.zeros(2)}), 10**9))
-    writer.write("a", torch.zeros(2))
-    with pytest.raises(AssertionError, match="'b'"):
-        writer.finish()
-    writer.close()
+    shards = plan_shards(infos({"a": torch.zeros(2), "b": torch.zeros(2)}), 10**9)
+    with Transfer(torch.device("cpu")) as transfer, ShardWriter(tmp_path, shards, transfer) as writer:
+        writer.write("a", torch.zeros(2))
+        writer.begun()()
+        with pytest.raises(AssertionError, match="'b'"):
+            writer.finish()
 
 
 # --- the split into files

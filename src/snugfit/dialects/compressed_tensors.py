@@ -6,12 +6,12 @@ nowhere else. Facts follow compressed-tensors 0.20, the oracle of the tests, and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from snugfit.dialects.headers import Headers
 from snugfit.dialects.schemes import REMEDY, WHERE, parse_scheme
+from snugfit.dialects.targets import Targets, write_targets
 from snugfit.errors import UserError
 from snugfit.formats.spec import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 
@@ -215,12 +215,9 @@ def quantization_config(
     `kv_cache` "fp8" asks for an FP8 cache under the scales of `kv_layout`. Targets of different groups are disjoint:
     engines resolve overlapping patterns differently.
     """
-    by_format: dict[TensorFormat, list[str]] = {}
-    for module, fmt in formats.items():
-        by_format.setdefault(fmt, []).append(module)
     groups = {
-        f"group_{number}": _scheme(fmt) | {"targets": _targets(modules, formats, fmt, ignore)}
-        for number, (fmt, modules) in enumerate(by_format.items())
+        f"group_{number}": _scheme(fmt) | {"targets": targets}
+        for number, (fmt, targets) in enumerate(write_targets(formats, ignore).items())
     }
     kinds = {group["format"] for group in groups.values()}
     return {
@@ -243,12 +240,10 @@ def formats_of(
     groups = list((quantization.get("config_groups") or {}).values())
     if not all(isinstance(group, dict) for group in groups):
         raise UserError("config_groups by the names of presets have no reader.", where=WHERE, remedy=REMEDY)
-    ignored = quantization.get("ignore") or []
+    targets = Targets(groups, quantization.get("ignore") or [])
     found: dict[str, TensorFormat] = {}
     for module in modules:
-        if any(_matches(module, target) for target in ignored):
-            continue
-        group = _group_of(module, groups)
+        group = targets.group_of(module)
         if group is not None:
             found[module] = parse_scheme(group)
     return found
@@ -288,24 +283,6 @@ def _check_whole(quantization: Mapping[str, Any]) -> None:
             )
 
 
-def _group_of(module: str, groups: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The group that targets a linear: by its name, else by a pattern, else by its class, as engines look it up."""
-    pairs = [(target, group) for group in groups for target in group.get("targets") or []]
-    by_name = [group for target, group in pairs if target == module]
-    by_pattern = [group for target, group in pairs if target.startswith("re:") and _matches(module, target)]
-    by_class = [group for target, group in pairs if target == "Linear"]
-    return next(iter((*by_name, *by_pattern, *by_class)), None)
-
-
-def _matches(module: str, target: str) -> bool:
-    if target.startswith("re:"):
-        try:
-            return re.match(target[3:], module) is not None
-        except re.error as error:
-            raise UserError(f"{target!r} is no pattern ({error}).", where=WHERE, remedy="Mend it.") from None
-    return target in (module, "Linear")
-
-
 def _scheme(fmt: TensorFormat) -> dict[str, Any]:
     if fmt.name in ("nvfp4", "nvfp4a16"):
         weights = _arguments(
@@ -342,46 +319,3 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
 
 def _arguments(**given: object) -> dict[str, object]:
     return {"dynamic": False, "symmetric": True} | given
-
-
-def _targets(
-    modules: Sequence[str], formats: Mapping[str, TensorFormat], fmt: TensorFormat, ignore: Sequence[str]
-) -> list[str]:
-    """Patterns for `modules`: one for all layers where no other linear has the same ending, else one naming layers.
-
-    Where a pattern would catch a module of another format, the modules' own names stand in its place.
-    """
-    others = [*ignore, *(module for module, other in formats.items() if other != fmt)]
-    shared = {_ending(other)[0] for other in others}
-    layers_of: dict[str, list[str]] = {}
-    targets: list[str] = []
-    for module in modules:
-        ending, layer = _ending(module)
-        if layer:
-            layers_of.setdefault(ending, []).append(layer)
-        else:
-            targets.append(module)
-    leaves_of: dict[tuple[str, str], list[str]] = {}
-    for ending, layers in layers_of.items():
-        parent, _, leaf = ending.rpartition(".")
-        numbers = _choice(list(dict.fromkeys(layers))) if ending in shared else r"\d+"
-        leaves_of.setdefault((numbers, parent), []).append(leaf)
-    for (numbers, parent), leaves in leaves_of.items():
-        pattern = rf"re:(.*\.)?layers\.{numbers}\.{_escape(parent)}{_choice(leaves)}$"
-        clash = any(_matches(other, pattern) for other in others)
-        targets += [module for module in modules if _matches(module, pattern)] if clash else [pattern]
-    return targets
-
-
-def _ending(module: str) -> tuple[str, str]:
-    """(what stands behind the layer's number, the number); (module, "") outside the layers."""
-    match = re.search(r"^.*layers\.(\d+)\.(.+)$", module)
-    return (match.group(2), match.group(1)) if match else (module, "")
-
-
-def _escape(parent: str) -> str:
-    return re.escape(parent) + "\\." if parent else ""
-
-
-def _choice(names: Sequence[str]) -> str:
-    return re.escape(names[0]) if len(names) == 1 else "(" + "|".join(re.escape(name) for name in names) + ")"

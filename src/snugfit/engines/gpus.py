@@ -65,17 +65,23 @@ CARDS: tuple[Card, ...] = (
     _card("B200", "blackwell", 178.35, 148),
     _card("B300", "blackwell", 264.0, 148),  # (*) 275,040 MiB in nvidia-smi
 )
-_WORDS_IN_NAMES = frozenset({"nvidia", "geforce", "tesla", "gb", "gpu", "graphics", "sxm", "sxm5", "pcie", "blackwell"})
+_NO_PART_OF_A_NAME = frozenset({"nvidia", "geforce", "tesla", "graphics", "gpu", "sxm", "sxm5", "pcie", "blackwell"})
 
 
 def find_card(text: str) -> Card | None:
-    """The card of that name, however it is spelt ("5060 ti", "RTX5090", "nvidia l40s"); None where none is meant."""
-    wanted = _letters(text)
-    exact = [card for card in CARDS if _letters(card.name) == wanted]
-    if exact:
-        return exact[0]
-    short = [card for card in CARDS if _without_size(card.name) == wanted or _bare(card.name) == wanted]
-    return short[0] if short and wanted else None
+    """The card of that name, however it is spelt ("5060 ti", "RTX5090", "nvidia l40s"); None where none is meant.
+
+    Of cards that differ only in their memory, the first is meant by a name without it.
+    """
+    wanted = _plain(text)
+    spelt: dict[str, Card] = {}
+    for card in CARDS:
+        words = card.name.split()
+        without_size = " ".join(word for word in words if not word.endswith("GB"))
+        for name in (card.name, without_size):
+            spelt.setdefault(_plain(name), card)
+            spelt.setdefault(_plain(name).removeprefix("rtx"), card)
+    return spelt.get(wanted)
 
 
 def names() -> list[str]:
@@ -83,14 +89,7 @@ def names() -> list[str]:
     return [card.name for card in CARDS]
 
 
-def _letters(text: str) -> str:
+def _plain(text: str) -> str:
+    """Small letters and digits alone, without makers' words."""
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    return "".join(word for word in words if word not in _WORDS_IN_NAMES).removesuffix("gb")
-
-
-def _without_size(name: str) -> str:
-    return _letters(" ".join(word for word in name.split() if not word.endswith("GB")))
-
-
-def _bare(name: str) -> str:
-    return _without_size(name).removeprefix("rtx")
+    return "".join(word for word in words if word not in _NO_PART_OF_A_NAME)

@@ -45,8 +45,14 @@ _VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
         "blackwell": Kernel("FlashInfer CuTe DSL", "W4A4"),
         "blackwell-consumer": _FLASHINFER4,
     },
-    # compressed_tensors_w4a4_nvfp4.py with use_a16, and its forerunner w4a16_nvfp4.py: Marlin on every generation
-    "nvfp4a16": dict.fromkeys(("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), _MARLIN4),
+    # init_nvfp4_linear_kernel with use_a16: Marlin, on sm10x CuTe DSL (0.32; Marlin in 0.24)
+    "nvfp4a16": {
+        "ampere": _MARLIN4,
+        "ada": _MARLIN4,
+        "hopper": _MARLIN4,
+        "blackwell": Kernel("FlashInfer CuTe DSL", "W4A16"),
+        "blackwell-consumer": _MARLIN4,
+    },
     # _POSSIBLE_FP8_KERNELS: FlashInfer asks for one scale a weight, so CUTLASS from sm89 on, Marlin before
     "fp8-channel": {
         "ampere": _MARLIN8,
@@ -55,7 +61,8 @@ _VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
         "blackwell": _CUTLASS8,
         "blackwell-consumer": _CUTLASS8,
     },
-    # _POSSIBLE_FP8_BLOCK_KERNELS: DeepGEMM on sm90 and sm10x, CUTLASS's block kernel from sm90 on, Triton on sm89
+    # _POSSIBLE_FP8_BLOCK_KERNELS: DeepGEMM on sm90 and sm10x, CUTLASS's block kernel from sm90 on; on sm89 Triton in
+    # 0.24, where Marlin refuses it (in 0.32 Marlin no longer does and stands before Triton: W8A16)
     "fp8-block": {
         "ampere": _MARLIN8,
         "ada": Kernel("Triton", "W8A8"),
@@ -98,7 +105,8 @@ _VLLM_EXPERTS: Mapping[str, Mapping[Generation, Kernel]] = {
         "blackwell-consumer": Kernel("Triton", "W8A8"),
     },
     "int4": {"hopper": Kernel("Marlin", "W4A16", seen=True)},
-    "mxfp4": {"hopper": Kernel("Triton kernels", "W4A16"), "blackwell-consumer": _MARLIN4},
+    # gpt-oss has a list of its own: Triton's kernels on Hopper
+    "mxfp4": {"blackwell": Kernel("FlashInfer TRTLLM", "W4A8"), "blackwell-consumer": _MARLIN4},
 }
 # SGLang 0.5: --fp8-gemm-backend and --fp4-gemm-backend "auto"; NVFP4 "Blackwell/SM100+" only
 _SGLANG_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {

@@ -33,7 +33,7 @@ class MXFP4Weight:
 
 
 def quantize(weight: Tensor, exponent: Tensor) -> MXFP4Weight:
-    """Codes of `weight` [N, K] (any float dtype) under E8M0 exponents, uint8 [N, K/32]; beyond 6 steps they saturate."""
+    """Codes of `weight` [N, K] (any float dtype) under E8M0 exponents, uint8 [N, K/32], saturating at 6 steps."""
     blocks = weight.float().unflatten(-1, (-1, MXFP4_BLOCK))
     magnitude = round_e2m1_magnitude(blocks.abs().div_(powers_of_two(exponent).unsqueeze(-1)))
     codes = e2m1_codes(magnitude, blocks < 0).flatten(-2)

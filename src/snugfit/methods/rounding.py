@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from snugfit.formats import fp8, int4, nvfp4
-from snugfit.formats.spec import TensorFormat
+from snugfit.formats import fp8, int4, mxfp4, nvfp4
+from snugfit.formats.spec import FP8_BLOCK, TensorFormat
 from snugfit.formats.stored import Stored, dequantize, stack
+from snugfit.methods.exponents import block_exponents
 from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
 
 Group = Mapping[str, Tensor]
@@ -31,12 +32,27 @@ def _fp8(_weights: Group, _fmt: TensorFormat, _scale: str, _objective: str) -> R
     return fp8.quantize
 
 
+def _fp8_block(_weights: Group, _fmt: TensorFormat, _scale: str, _objective: str) -> Round:
+    return lambda weight: fp8.quantize_blocks(weight, (FP8_BLOCK, FP8_BLOCK))
+
+
+def _mxfp4(_weights: Group, _fmt: TensorFormat, scale: str, _objective: str) -> Round:
+    return lambda weight: mxfp4.quantize(weight, block_exponents(weight, scale))
+
+
 def _int4(_weights: Group, fmt: TensorFormat, _scale: str, _objective: str) -> Round:
     return lambda weight: int4.quantize(weight, group=fmt.group, symmetric=fmt.symmetric)
 
 
 # how each format rounds some rows of a weight, given the whole group that it is fused with
-ROUNDERS: Mapping[str, Rounder] = {"nvfp4": _nvfp4, "nvfp4a16": _nvfp4, "fp8-dynamic": _fp8, "int4": _int4}
+ROUNDERS: Mapping[str, Rounder] = {
+    "nvfp4": _nvfp4,
+    "nvfp4a16": _nvfp4,
+    "fp8-dynamic": _fp8,
+    "fp8-block": _fp8_block,
+    "mxfp4": _mxfp4,
+    "int4": _int4,
+}
 
 
 def round_group(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:

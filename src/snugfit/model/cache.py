@@ -1,4 +1,4 @@
-"""What takes the place of transformers' cache when a layer runs over whole rows: nothing is kept, nothing came before."""
+"""What takes the place of transformers' cache when a layer runs over whole rows: nothing kept, nothing from before."""
 
 from __future__ import annotations
 

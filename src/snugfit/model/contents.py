@@ -92,30 +92,31 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     found: dict[str, list[Packed]] = {}
     for module, tensors in modules.items():
         found[module] = weights_of({suffix: (t.dtype, t.shape) for suffix, t in tensors.items()}, bits)
-    inside = [n for module in modules if (n := parse_name(f"{module}.weight", (1, 1), decoder).layer) is not None]
-    layers = layers or max(inside, default=-1) + 1
+    if layers is None:
+        inside = [n for module in modules if (n := parse_name(f"{module}.weight", (1, 1), decoder).layer) is not None]
+        layers = max(inside, default=-1) + 1
     linears = list(_linears(found, modules, decoder))
     headers = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
     formats: dict[str, TensorFormat] = {}
-    refused = ""
+    method = method_of(quantization)
+    refused = "MLX's own format has no reader." if method == "mlx" else ""
     try:
-        formats = read_formats(checkpoint.config, linears, headers, hf_quant_config)
+        formats = {} if method == "mlx" else read_formats(checkpoint.config, linears, headers, hf_quant_config)
     except UserError as error:
         refused = error.what
-    anatomy = _Anatomy(decoder, layers, is_alone=not decoder)
+    anatomy = _Anatomy(decoder, layers)
     weights = [
         weight
         for module, tensors in modules.items()
         for weight in _weights(module, tensors, found[module], formats.get(module), anatomy)
     ]
-    return Contents(decoder, layers, tuple(weights), quantization, method_of(quantization), formats, refused)
+    return Contents(decoder, layers, tuple(weights), quantization, method, formats, refused)
 
 
 @dataclass(frozen=True)
 class _Anatomy:
     decoder: str
     layers: int
-    is_alone: bool
 
 
 def _linears(
@@ -151,11 +152,13 @@ def _weights(
     for p in packed:
         mine = [s for s in serving if len(packed) == 1 or s.startswith(f"{p.parameter}_")]
         members = [tensors[p.tensor], *(tensors[s] for s in mine)]
-        parsed = parse_name(f"{module}.{p.parameter}", p.shape, anatomy.decoder)
+        # bitsandbytes and others flatten their codes
+        shape = (2, 2) if p.label and len(p.shape) == 1 else p.shape
+        parsed = parse_name(f"{module}.{p.parameter}", shape, anatomy.decoder)
         whole = p.parameter == "weight"
         name = module if whole else f"{module}.{p.parameter}"
         label = fmt.label() if fmt is not None and whole else p.label or tensors[p.tensor].dtype.lower()
-        part = _part(parsed, p.shape, anatomy)
+        part = _part(parsed, shape, anatomy)
         size = sum(t.bytes for t in members)
         yield Weight(
             name, name.rpartition(".")[2], part, parsed.layer, parsed.expert, p.shape, size, len(members), label
@@ -178,7 +181,7 @@ def _part(parsed: TensorName, shape: tuple[int, ...], anatomy: _Anatomy) -> str:
     if parsed.layer >= anatomy.layers:
         return "multi-token prediction"
     path = parsed.module.split(".")
-    flat = len(shape) < 2 or (len(shape) == 2 and 1 in shape)
+    flat = len(shape) < 2 or (len(shape) == 2 and 1 in shape) or parsed.parameter.endswith("bias")
     mixes = parsed.role in ("q", "k", "v", "o", "qkv")
     choices = (
         ("norms", parsed.role == "norm"),
@@ -203,4 +206,38 @@ def _part_outside(parsed: TensorName, shape: tuple[int, ...]) -> str:
     leaf = parsed.module.rpartition(".")[2]
     if parsed.role == "norm" or leaf in ("ln_f", "norm_f"):
         return "norms"
-    return "vectors" if len(shape) < 2 else "other"
+    return "vectors" if len(shape) < 2 or parsed.parameter.endswith("bias") else "other"
+
+
+def describe_layer(weights: Iterable[Weight], kind: str) -> str:
+    """What a layer with these weights is made of, in words; `kind` is what config.json calls it ("" for nothing)."""
+    members: dict[str, list[Weight]] = {}
+    for weight in weights:
+        members.setdefault(weight.part, []).append(weight)
+    words = [f"{kind.removesuffix('_attention')} attention" if kind.endswith("_attention") else kind] if kind else []
+    attends = [part for part in ("attention", "linear attention") if part in members]
+    if attends and not any("attention" in word for word in words):
+        latent = any(w.leaf == "kv_b_proj" for w in members.get("attention", ()))
+        words += ["latent attention (MLA)" if part == "attention" and latent else part for part in attends]
+    words += ["dense MLP"] if "mlp" in members else []
+    if "experts" in members:
+        numbers = {w.expert for w in members["experts"]}
+        count = len(numbers) if None not in numbers else max(w.shape[0] for w in members["experts"])
+        words.append(f"{count} experts")
+    words += ["shared experts"] if "shared experts" in members else []
+    return " + ".join(words) or ("nothing" if not members else "other weights")
+
+
+def names_without_tensors(contents: Contents) -> list[str]:
+    """Modules that the quantization config leaves out by name, and that no tensor belongs to."""
+    lists = [contents.quantization.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules")]
+    names = [str(entry) for given in lists if isinstance(given, list) for entry in given]
+    names = [name for name in names if not (name.startswith("re:") or any(mark in name for mark in "*?["))]
+    if not names:
+        return []
+    known: set[str] = {"lm_head"}  # a tied one has no tensor
+    for weight in contents.weights:
+        parts = weight.name.split(".")
+        known.update(parts)
+        known.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return [name for name in names if name not in known and not any(name in w.name for w in contents.weights)]

@@ -33,6 +33,7 @@ _OUTSIDE: Mapping[str, str] = {
     "word_embeddings": "embed",
     "tok_embeddings": "embed",
     "embed_in": "embed",
+    "embeddings": "embed",
 }
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 

@@ -99,14 +99,13 @@ def parse_header(raw: bytes, file: str, size: int, *, where: str) -> list[Stored
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
         reason = str(error)[:300] or type(error).__name__
         raise UserError(f"the safetensors header cannot be read ({reason}).", where=where, remedy=AGAIN) from None
-    for tensor in tensors:
-        if tensor.offset + tensor.bytes > size:
+    spans = [(tensor.offset, tensor.offset + tensor.bytes, tensor.name) for tensor in tensors]
+    for _, end, name in spans:
+        if end > size:
             raise UserError(
-                f"truncated: tensor {tensor.name} ends at byte {tensor.offset + tensor.bytes}, the file has {size}.",
-                where=where,
-                remedy=AGAIN,
+                f"truncated: tensor {name} ends at byte {end}, the file has {size}.", where=where, remedy=AGAIN
             )
-    _check_cover(tensors, start, size, where)
+    _check_cover(spans, start, size, where)
     return tensors
 
 
@@ -137,16 +136,14 @@ def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> Store
     return tensor
 
 
-def _check_cover(tensors: list[StoredTensor], start: int, size: int, where: str) -> None:
-    """As safetensors asks: tensors fill the file without gaps or overlaps."""
-    end = start
-    for tensor in sorted(tensors, key=lambda t: (t.offset, t.bytes)):
-        if tensor.offset != end:
+def _check_cover(spans: list[tuple[int, int, str]], start: int, size: int, where: str) -> None:
+    """As safetensors asks: tensors, given by begin, end and name, fill the file without gaps or overlaps."""
+    last = start
+    for begin, end, name in sorted(spans):
+        if begin != last:
             raise UserError(
-                f"tensor {tensor.name} begins at byte {tensor.offset}, the one before it ends at {end}.",
-                where=where,
-                remedy=AGAIN,
+                f"tensor {name} begins at byte {begin}, the one before it ends at {last}.", where=where, remedy=AGAIN
             )
-        end += tensor.bytes
-    if end < size:
-        raise UserError(f"{size - end} bytes belong to no tensor.", where=where, remedy=AGAIN)
+        last = end
+    if last < size:
+        raise UserError(f"{size - last} bytes belong to no tensor.", where=where, remedy=AGAIN)

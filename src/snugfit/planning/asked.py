@@ -56,10 +56,10 @@ def _nominal(size: int) -> str | None:
     sold = [card for card in CARDS if 0.9 * size < card.reported_mib * MIB < size and size % GIB == 0]
     if not sold:
         return None
-    newest = sold[-1]
+    card = next(card for card in sold if card.generation == sold[-1].generation)
     return (
-        f"cards sold as {size // GIB} GB report less, {newest.name} {newest.reported_mib / 1024:.2f} GiB: "
-        f"--gpu '{newest.name}' reckons with that"
+        f"cards sold as {size // GIB} GB report less, {card.name} {card.reported_mib / 1024:.2f} GiB: "
+        f"--gpu '{card.name}' reckons with that"
     )
 
 

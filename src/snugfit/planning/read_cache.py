@@ -66,6 +66,9 @@ def with_defaults(config: Text) -> dict[str, Any]:
         older = next((text[name] for name in names if text.get(name) is not None), None)
         if key not in text and older is not None:
             text[key] = older
+    listed = text.get("layers_block_type") or text.get("hybrid_override_pattern")
+    if text.get("num_hidden_layers") is None and listed is not None:
+        text["num_hidden_layers"] = len(listed)
     return {**families.DEFAULTS.get(str(text.get("model_type")), {}), **text}
 
 

@@ -110,11 +110,11 @@ def problem(model: Model, stored: Sequence[Stored], setting: Setting, tp: int) -
     return None
 
 
-def kernels(stored: Sequence[Stored], setting: Setting) -> dict[str, tuple[str, ...]]:
+def kernels(stored: Sequence[Stored], setting: Setting) -> dict[Generation, tuple[str, ...]]:
     """Generation -> what runs the weights there, such as "nvfp4: Marlin (W4A16)", experts apart where they differ."""
     generations: Sequence[Generation] = (setting.gpu.generation,) if setting.gpu.generation else COMMON
     pairs = dict.fromkeys((kernel_format(w.format), is_expert(w.name)) for w in stored if w.format is not None)
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[Generation, tuple[str, ...]] = {}
     for generation in generations:
         words: dict[str, None] = {}
         for fmt, experts in pairs:

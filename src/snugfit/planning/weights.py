@@ -114,8 +114,8 @@ def _multiple(fmt: TensorFormat | None, axis: int) -> int:
     """What a split side must be a multiple of: scales lie along the columns, those of FP8 blocks along both."""
     if fmt is None:
         return 1
-    if fmt.block is not None:
-        return fmt.block[axis]
+    if fmt.weight_block is not None:
+        return fmt.weight_block[axis]
     if axis == 0:
         return 1
     return max(1, fmt.group) if fmt.name in ("int4", "int8") else fmt.spec.column_multiple
@@ -125,8 +125,8 @@ def kernel_format(fmt: TensorFormat | None) -> str:
     """The format's name in the table of kernels (engines/kernels.py)."""
     if fmt is None:
         return "bf16"
-    if fmt.name in ("fp8", "fp8-dynamic"):
-        return "fp8-block" if fmt.block == (FP8_BLOCK, FP8_BLOCK) else "fp8-channel"
+    if fmt.name.startswith("fp8"):
+        return "fp8-block" if fmt.weight_block == (FP8_BLOCK, FP8_BLOCK) else "fp8-channel"
     return fmt.name
 
 

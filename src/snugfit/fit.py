@@ -1,0 +1,201 @@
+"""What fits: recipes x KV caches on a GPU, from headers and config alone. Imports no torch and no transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import snugfit
+from snugfit.engines.gpus import COMMON, GENERATIONS
+from snugfit.engines.kernels import attention_kernel
+from snugfit.engines.memory import ENGINES, GIB, OFFERED
+from snugfit.errors import UserError
+from snugfit.fit_source import Candidate, Source, candidates_of, read_source, shortest, stored_by_plan
+from snugfit.model.checkpoint import open_headers
+from snugfit.planning.asked import parse_gpu
+from snugfit.planning.kv_cache import ModelCache, check_split
+from snugfit.planning.memory import longest_position, read_widths, share_out
+from snugfit.planning.read_cache import read_cache
+from snugfit.planning.solve import (
+    Answer,
+    Model,
+    Setting,
+    answer,
+    bits_per_weight,
+    kernels,
+    per_gpu,
+    problem,
+    total,
+)
+from snugfit.planning.words import say_cache
+from snugfit.quantize_plan import Plan
+from snugfit.records import FitCache, FitRecord, FitRow
+
+UNLIMITED = 2**20
+
+
+def fit_model(
+    model: str | Path,
+    gpu: str,
+    *,
+    context: int | None = None,
+    tp: int = 1,
+    engine: str = "vllm",
+    utilization: float | None = None,
+    sequences: int = 1,
+    recipes: Sequence[str] = (),
+) -> FitRecord:
+    """What fits on `tp` GPUs of that size or name, of every built-in recipe (or of `recipes`) and the model as it is.
+
+    `context` tokens in each of `sequences` are asked for; without, the longest is told. Reads headers and config.json
+    of a directory or of a Hub model; UserError for bad input, and for a cache of an unknown kind.
+    """
+    setting = _setting(gpu, engine, tp, utilization, context, sequences)
+    checkpoint = open_headers(model)
+    config, cache = checkpoint.config, read_cache(checkpoint.config)
+    check_split(cache, tp)
+    limit = longest_position(config)
+    notes = [*cache.notes, *([] if setting.gpu.note is None else [setting.gpu.note])]
+    if limit is None:
+        limit = 2**20
+        notes.append("config.json does not say how many tokens the model was made for: at most 1,048,576 are told")
+    if context is not None and context > limit:
+        raise UserError(
+            f"the model was made for {limit:,} tokens.", where=f"--context {context}", remedy="Ask for less."
+        )
+    shape = Model(cache, read_widths(config, cache), limit)
+    source = read_source(checkpoint)
+    candidates, more = candidates_of(source, recipes)
+    rows = sorted((_row(candidate, source, shape, setting) for candidate in candidates), key=_order)
+    sizes = cache.size(tp=tp)
+    generations = (setting.gpu.generation,) if setting.gpu.generation else COMMON
+    latent = any(attention.latent for attention in cache.attention)
+    budget = share_out(0, shape.widths, setting.engine, setting.gpu.device, utilization=utilization, tp=tp)
+    return FitRecord(
+        snugfit=snugfit.__version__,
+        model=checkpoint.name,
+        arguments={"model": str(model), "gpu": gpu, "context": context, "tp": tp, "engine": engine}
+        | {"utilization": utilization, "sequences": sequences, "recipes": list(recipes)},
+        gpu={
+            "name": setting.gpu.title,
+            "reported_bytes": setting.gpu.device.reported,
+            "generation": setting.gpu.generation and GENERATIONS[setting.gpu.generation],
+        },
+        engine={"name": setting.engine.name, "title": setting.engine.title, "sharing": setting.engine.sharing},
+        memory={
+            "share": budget.share,
+            "activations": budget.activations,
+            "besides": budget.inside - budget.activations if budget.inside > budget.activations else budget.inside,
+            "rotary_table": budget.weights,
+            "outside": budget.on_top,
+        },
+        attention={
+            GENERATIONS[generation]: (
+                attention_kernel(setting.engine.engine, generation, fp8=False, latent=latent),
+                attention_kernel(setting.engine.engine, generation, fp8=True, latent=latent),
+            )
+            for generation in generations
+        },
+        context=context,
+        limit=limit,
+        windows=tuple(window for window, _ in sizes.windows),
+        state_bytes=sizes.state_bytes,
+        rows=tuple(rows),
+        notes=(*notes, *more),
+    )
+
+
+def fit_line(
+    plan: Plan,
+    gpu: str,
+    *,
+    context: int | None = None,
+    tp: int = 1,
+    engine: str = "vllm",
+    utilization: float | None = None,
+    sequences: int = 1,
+) -> str:
+    """One line on a planned quantization: its weights on that GPU, and the context that fits with either KV cache."""
+    setting = _setting(gpu, engine, tp, utilization, context, sequences)
+    cache = read_cache(plan.checkpoint.config)
+    limit = longest_position(plan.checkpoint.config) or 2**20
+    model = Model(cache, read_widths(plan.checkpoint.config, cache), limit)
+    stored = stored_by_plan(plan)
+    uneven = problem(model, stored, setting, tp)
+    place = f"{setting.gpu.title if tp == 1 else f'{tp} of {setting.gpu.title}'} under {setting.engine.title}"
+    if uneven is not None:
+        return f"{place}: {uneven}"
+    told = []
+    for fp8, name in ((False, "a 16-bit KV cache"), (True, "an FP8 one")):
+        found = answer(model, stored, setting, fp8=fp8)
+        cache_told = _cache("fp8" if fp8 else "auto", None, found, 0)
+        told.append(f"{say_cache(cache_told, context, limit)} with {name}")
+    heads = next((a.heads for a in cache.attention if not a.latent), None)
+    return f"{place}: {per_gpu(stored, tp, heads) / GIB:.2f} GiB of weights; {', '.join(told)}"
+
+
+def _setting(gpu: str, engine: str, tp: int, utilization: float | None, context: int | None, sequences: int) -> Setting:
+    """What was asked for, checked."""
+    if engine not in OFFERED:
+        raise UserError(f"no engine {engine!r} here.", where="--engine", remedy=f"Known: {', '.join(OFFERED)}.")
+    for name, value in (("--tp", tp), ("--sequences", sequences), ("--context", 1 if context is None else context)):
+        if value < 1:
+            raise UserError(f"{value} is none.", where=name, remedy="Give a number from 1 on.")
+    if utilization is not None and not 0 < utilization <= 1:
+        raise UserError(
+            f"a share of {utilization:g} is none.", where="--gpu-memory-utilization", remedy="Give one up to 1."
+        )
+    memory = ENGINES[engine]
+    if memory.sharing == "whole card":
+        if sequences > 1:
+            memory = ENGINES["aphrodite-many"]
+        elif utilization is not None:
+            raise UserError(
+                f"{memory.title} takes what one sequence needs, not a share.",
+                where="--gpu-memory-utilization",
+                remedy="Leave it out.",
+            )
+    return Setting(parse_gpu(gpu), memory, tp, utilization, context, sequences)
+
+
+def _row(candidate: Candidate, source: Source, model: Model, setting: Setting) -> FitRow:
+    formats = tuple(dict.fromkeys(w.format.label() for w in candidate.stored if w.format is not None))
+    reason = candidate.problem or problem(model, candidate.stored, setting, setting.tp)
+    names = (*candidate.recipes, *candidate.with_fp8_cache)
+    if reason is not None:
+        return FitRow(candidate.name, names, formats, problem=reason)
+    elements = {name: info.elements for name, info in source.seen.items()}
+    answers = [answer(model, candidate.stored, setting, fp8=fp8) for fp8 in (False, True)]
+    plain = shortest(candidate.recipes) if candidate.recipes else None
+    scaled = shortest(candidate.with_fp8_cache) if candidate.with_fp8_cache else plain
+    caches = [
+        _cache("auto", plain, answers[0], model.cache.size(tp=setting.tp).bytes_per_token),
+        _cache("fp8", scaled, answers[1], model.cache.size(fp8=True, tp=setting.tp).bytes_per_token),
+    ]
+    return FitRow(
+        name=candidate.name,
+        recipes=names,
+        formats=formats,
+        bytes=total(candidate.stored),
+        gpu_bytes=answers[0].weights,
+        bits_per_weight=bits_per_weight(candidate.stored, elements),
+        caches=tuple(caches),
+        kernels={GENERATIONS[key]: words for key, words in kernels(candidate.stored, setting).items()},
+    )
+
+
+def _cache(kind: str, recipe: str | None, found: Answer, token: int) -> FitCache:
+    return FitCache(kind, recipe, token, found.longest, found.fits, found.spare, found.gpus)
+
+
+def _order(row: FitRow) -> tuple[int, float, float]:
+    """What fits goes first, more bits before fewer (an FP8 cache costs less than fewer bits); then what lacks least."""
+    if row.problem is not None:
+        return 2, 0.0, 0.0
+    bits = -round(row.bits_per_weight or 0.0, 2)
+    if row.fits:
+        # of the same bits, 16-bit activations lose less
+        return 0, bits, sum(label in ("nvfp4", "mxfp4") for label in row.formats)
+    return 1, -max(cache.spare_bytes for cache in row.caches), bits

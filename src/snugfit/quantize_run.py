@@ -1,0 +1,214 @@
+"""The long work of a quantize run: unit after unit, each in the files before the next is noted as done."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from snugfit.calibration.dataset import Rows
+from snugfit.dialects import compressed_tensors as dialect
+from snugfit.errors import UserError
+from snugfit.formats.nvfp4 import input_global_scale
+from snugfit.machine import Clock
+from snugfit.model import layers, walk
+from snugfit.model.shards import ShardWriter
+from snugfit.model.states import StateFile
+from snugfit.model.transfer import Transfer
+from snugfit.quantize_plan import Plan, groups_of
+from snugfit.quantize_progress import Progress
+from snugfit.quantize_units import Measured, ReadAhead, UnitTensor, calibrate, quantize_unit
+from snugfit.records import TensorRecord
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all steps of a run share."""
+
+    plan: Plan
+    skeleton: layers.Skeleton
+    device: torch.device
+    data: Rows | None
+    directory: Path
+    work: Path
+    progress: Progress
+    clock: Clock
+    tell: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """SHA-256 of each weight file; units that an earlier run had done; seconds expected after the first layer."""
+
+    files: Mapping[str, str]
+    resumed: int
+    expected_seconds: float | None
+
+
+def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outcome:
+    """Quantize and write unit after unit, from the first that is not done."""
+    plan, clock = run.plan, run.clock
+    expected = None
+    try:
+        with ExitStack() as stack:
+            transfer = stack.enter_context(Transfer(run.device))
+            writer = stack.enter_context(ShardWriter(run.directory, plan.shards, transfer))
+            batches = [] if run.data is None else walk.make_batches(run.data.rows, tokens_per_batch, run.device)
+            states = _state_files(run, batches)
+            for file in states:
+                stack.enter_context(file)
+            with clock("check"):
+                _check_done(run, writer, states)
+            for _ in range(run.progress.done):
+                step()
+            with clock("embed"):
+                _embed(run, transfer, batches, states)
+            commits = _Commits(run, stack)
+            walked = run.data is not None
+            groups = [groups_of(plan, unit, walked and number > 0) for number, unit in enumerate(plan.units)]
+            first = run.progress.done
+            ahead = ReadAhead(transfer, plan.checkpoint, [group for unit in groups[first:] for group in unit])
+            for number in range(first, len(plan.units)):
+                begun = time.perf_counter()
+                with clock("weights"):
+                    tensors = quantize_unit(plan, groups[number], ahead, walked and number > 0)
+                commits.wait()  # the file that this layer's states go to holds those of the layer before the last
+                measured = Measured({}, None)
+                if walked and number > 0:
+                    pair = states[(number - 1) % 2], states[number % 2]
+                    with clock("forward"):
+                        measured = calibrate(plan, run.skeleton, number - 1, tensors, batches, pair, run.device)
+                with clock("write"):
+                    records = [_write(plan, name, tensors.get(name), measured, writer) for name in plan.units[number]]
+                    records += _write_cache_scales(plan, number - 1, measured, writer)
+                tensors.clear()  # before the next layer is read: one is in memory at a time
+                commits.begin(records, writer, states[number % 2] if walked else None)
+                step()
+                if number == max(1, first):
+                    expected = _expect(run, number, begun)
+            with clock("finish"):
+                commits.wait()
+                for file in states:
+                    file.path.unlink()
+                return Outcome(writer.finish(), first, expected)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of GPU memory ({str(error).splitlines()[0]}).",
+            where=str(run.device),
+            remedy="Lower --tokens-per-batch, or use --device cpu.",
+        ) from None
+
+
+def _expect(run: Run, number: int, begun: float) -> float:
+    """Seconds that the whole run will take, by its first layer; told where it is worth telling."""
+    left = (time.perf_counter() - begun) * (len(run.plan.units) - 1 - number)
+    if left > 10:
+        run.tell(f"about {left / 60:.0f} min to go" if left > 90 else f"about {left:.0f} s to go")
+    return run.clock.seconds["total"] + left
+
+
+def _state_files(run: Run, batches: Sequence[walk.Batch]) -> list[StateFile]:
+    """The two files between which hidden states go to and fro."""
+    if run.data is None:
+        return []
+    width = int(run.skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+    dtype = run.skeleton.model.dtype
+    assert isinstance(dtype, torch.dtype)
+    return [StateFile(run.work / f"states-{n}", batches, width, dtype) for n in range(2)]
+
+
+def _check_done(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> None:
+    """Read again what an earlier run wrote, and forget what the disk does not hold."""
+    progress = run.progress
+    if not progress.done:
+        return
+    good = 0
+    while good < progress.done and writer.holds(progress.entries[good]["written"]):
+        good += 1
+    while (
+        states
+        and 0 < good < len(run.plan.units)
+        and not states[(good - 1) % 2].holds(progress.entries[good - 1]["states"])
+    ):
+        good -= 1
+    progress.go_back(good)
+    for entry in progress.entries:
+        writer.accept(entry["written"])
+    run.tell(f"going on after {max(0, good - 1)} of {run.plan.layers} layers, from {run.directory}")
+
+
+def _embed(run: Run, transfer: Transfer, batches: Sequence[walk.Batch], states: Sequence[StateFile]) -> None:
+    """What every layer is called with; and the first layer's hidden states, unless an earlier run went past them."""
+    if run.data is None:
+        return
+    fresh = run.progress.done == 0
+
+    def keep(batch: walk.Batch, hidden: torch.Tensor) -> None:
+        if fresh:
+            states[0].write(batch, hidden)
+
+    def read(name: str) -> torch.Tensor:
+        return transfer.read(run.plan.checkpoint, name).result()
+
+    weights = layers.outer_weights(run.skeleton, run.plan.checkpoint, head=False, read=read)
+    walk.embed(run.skeleton, weights, batches, run.device, keep)
+
+
+class _Commits:
+    """Notes each unit as done once it is in the files, while the next is worked on."""
+
+    def __init__(self, run: Run, stack: ExitStack) -> None:
+        self._progress = run.progress
+        self._pool = stack.enter_context(ThreadPoolExecutor(1))
+        self._last: Future[None] | None = None
+
+    def begin(self, records: Sequence[TensorRecord], writer: ShardWriter, states: StateFile | None) -> None:
+        """Note a unit as soon as what was begun to write of it is written."""
+        settle, tensors = writer.begun(), [asdict(record) for record in records]
+
+        def commit() -> None:
+            written = settle()
+            pieces = [] if states is None else states.settle()
+            self._progress.commit({"tensors": tensors, "written": written, "states": pieces})
+
+        self._last = self._pool.submit(commit)
+
+    def wait(self) -> None:
+        """Until the last unit is noted; raises what went wrong."""
+        if self._last is not None:
+            self._last.result()
+
+
+def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured, writer: ShardWriter) -> TensorRecord:
+    """Begin to write what stands for a source tensor; its record."""
+    planned = plan.record(name)
+    if tensor is None or tensor.stored is None:
+        if tensor is None or tensor.walked is None:
+            writer.copy(plan.checkpoint, name)
+        else:
+            writer.write(name, tensor.walked)
+        return planned
+    amax = measured.inputs.get(name)
+    scale = input_global_scale(amax) if amax is not None else None
+    for suffix, part in dialect.encode(tensor.stored, scale).items():
+        writer.write(f"{name.removesuffix('.weight')}.{suffix}", part)
+    assert tensor.error is not None
+    return replace(planned, relative_error=float(tensor.error), input_amax=amax)
+
+
+def _write_cache_scales(plan: Plan, layer: int, measured: Measured, writer: ShardWriter) -> list[TensorRecord]:
+    """Begin to write the scales of a layer's FP8 KV cache, if it has one; their records."""
+    if measured.keys_values is None:
+        return []
+    dtype = plan.outputs[f"{plan.attention[layer]}.k_scale"][0].dtype
+    scales = dialect.kv_encode(plan.attention[layer], measured.keys_values, dtype)
+    records = []
+    for (name, scale), amax in zip(scales.items(), measured.keys_values, strict=True):
+        writer.write(name, scale)
+        records.append(replace(plan.record(name), input_amax=amax))
+    return records
