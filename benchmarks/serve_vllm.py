@@ -9,11 +9,12 @@ no token of its own: every token of a row but the first is predicted from those 
 after each checkpoint::
 
     {"vllm": version, "torch": version, "device": name, "settings": {...}, "checkpoints": [
-        {"path", "perplexity", "tokens", "nll_by_row", "kernels", "layers", "kv_cache_dtype", "warnings",
+        {"path", "perplexity", "tokens", "nll_by_row", "kernels", "layers", "kv_cache_dtype", "kv_scales", "warnings",
          "greedy_text", "greedy_tokens", "seconds", "load_seconds", "score_seconds"}, ...]}
 
 ``perplexity`` is exp(sum of nll_by_row / tokens), natural logarithms. ``kernels`` are the distinct kernels found by
-walking the loaded model, ``layers`` says how many modules run each, ``warnings`` are those vLLM logged while loading.
+walking the loaded model, ``layers`` says how many modules run each, ``kv_scales`` are [of keys, of values] that each
+attention layer loaded (1 where it found none), ``warnings`` are those vLLM logged while loading.
 Each checkpoint has a fresh process. One that fails becomes ``{"path", "error": last lines of its log}``; the others
 are still measured, and the exit code is 1.
 
@@ -200,6 +201,12 @@ def walk(model: Any) -> tuple[list[str], dict[str, int]]:
     return sorted(kernels), dict(sorted(layers.items()))
 
 
+def kv_scales(model: Any) -> list[list[float]]:
+    """Multipliers of keys and values of each attention layer, in the model's order."""
+    layers = [module for module in model.modules() if hasattr(module, "_k_scale_float")]
+    return [[float(layer._k_scale_float), float(layer._v_scale_float)] for layer in layers]
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one checkpoint in this process."""
     began = time.perf_counter()
@@ -211,6 +218,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     torch: Any = importlib.import_module("torch")
     llm = load(vllm, path, max(map(len, rows)), options)
     kernels, layers = llm.apply_model(walk)[0]
+    scales = llm.apply_model(kv_scales)[0]
     loaded = time.perf_counter()
     nll = score(vllm, llm, rows)
     scored = time.perf_counter()
@@ -228,6 +236,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "kernels": kernels,
             "layers": layers,
             "kv_cache_dtype": str(llm.llm_engine.vllm_config.cache_config.cache_dtype),
+            "kv_scales": scales,
             **greedy(vllm, llm, path, options.greedy_tokens),
             "seconds": round(time.perf_counter() - began, 2),
             "load_seconds": round(loaded - began, 2),

@@ -17,7 +17,7 @@ Storage = Literal["fp8", "bf16"]
 Tensor = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
 
 BLOCK = 128
-SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}
+SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "U32": 4, "I32": 4, "I64": 8}
 FP8: dict[str, Any] = {
     "activation_scheme": "dynamic",
     "fmt": "e4m3",

@@ -93,7 +93,9 @@ def quantize(
     length: Annotated[int, typer.Option(help="Tokens a row at most.")] = DEFAULT_LENGTH,
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     tokens_per_batch: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
-    max_shard_size: Annotated[float, typer.Option(help="Largest weight file in GB (10^9 bytes).")] = 2.0,
+    max_shard_size: Annotated[
+        float | None, typer.Option(help="Largest weight file in GB (10^9 bytes). Default: 1 to 5, by the model's size.")
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was stopped.")] = False,
     resume_anyway: Annotated[
         bool, typer.Option("--resume-anyway", help="Go on under another machine, library version or batch.")
@@ -107,9 +109,9 @@ def quantize(
         from snugfit.quantize import quantize_checkpoint
         from snugfit.quantize_plan import plan_quantization
 
-        if not 0 < max_shard_size < float("inf"):
+        if max_shard_size is not None and not 0 < max_shard_size < float("inf"):
             raise UserError(f"a shard of {max_shard_size} GB is none.", remedy="Give a positive --max-shard-size.")
-        shard_bytes = int(max_shard_size * 1e9)
+        shard_bytes = None if max_shard_size is None else int(max_shard_size * 1e9)
         if dry_run:
             plan = plan_quantization(model, recipe, max_shard_bytes=shard_bytes)
             print_plan(plan.records(), as_json)

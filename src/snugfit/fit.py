@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,30 +53,18 @@ def fit_model(
     """
     setting = _setting(gpu, engine, tp, utilization, context, sequences)
     checkpoint = open_headers(model)
-    config, cache = checkpoint.config, read_cache(checkpoint.config)
-    check_split(cache, tp)
-    limit = longest_position(config)
-    notes = [*cache.notes, *([] if setting.gpu.note is None else [setting.gpu.note])]
-    if limit is None:
-        limit = 2**20
-        notes.append("config.json does not say how many tokens the model was made for: at most 1,048,576 are told")
-    if context is not None and context > limit:
-        raise UserError(
-            f"the model was made for {limit:,} tokens.", where=f"--context {context}", remedy="Ask for less."
-        )
-    shape = Model(cache, read_widths(config, cache), limit)
+    shape, notes = _read_model(checkpoint.config, setting)
     source = read_source(checkpoint)
     candidates, more = candidates_of(source, recipes)
     rows = sorted((_row(candidate, source, shape, setting) for candidate in candidates), key=_order)
-    sizes = cache.size(tp=tp)
-    generations = (setting.gpu.generation,) if setting.gpu.generation else COMMON
-    latent = any(attention.latent for attention in cache.attention)
+    arguments: dict[str, Any] = {"model": str(model), "gpu": gpu, "context": context, "tp": tp, "engine": engine}
+    arguments |= {"utilization": utilization, "sequences": sequences, "recipes": list(recipes)}
+    sizes = shape.cache.size(tp=tp)
     budget = share_out(0, shape.widths, setting.engine, setting.gpu.device, utilization=utilization, tp=tp)
     return FitRecord(
         snugfit=snugfit.__version__,
         model=checkpoint.name,
-        arguments={"model": str(model), "gpu": gpu, "context": context, "tp": tp, "engine": engine}
-        | {"utilization": utilization, "sequences": sequences, "recipes": list(recipes)},
+        arguments=arguments,
         gpu={
             "name": setting.gpu.title,
             "reported_bytes": setting.gpu.device.reported,
@@ -87,19 +74,13 @@ def fit_model(
         memory={
             "share": budget.share,
             "activations": budget.activations,
-            "besides": budget.inside - budget.activations if budget.inside > budget.activations else budget.inside,
-            "rotary_table": budget.weights,
+            "besides": budget.besides,
+            "positions": budget.weights,
             "outside": budget.on_top,
         },
-        attention={
-            GENERATIONS[generation]: (
-                attention_kernel(setting.engine.engine, generation, fp8=False, latent=latent),
-                attention_kernel(setting.engine.engine, generation, fp8=True, latent=latent),
-            )
-            for generation in generations
-        },
+        attention=_attention(shape.cache, setting),
         context=context,
-        limit=limit,
+        limit=shape.limit,
         windows=tuple(window for window, _ in sizes.windows),
         state_bytes=sizes.state_bytes,
         rows=tuple(rows),
@@ -107,33 +88,50 @@ def fit_model(
     )
 
 
-def fit_line(
-    plan: Plan,
-    gpu: str,
-    *,
-    context: int | None = None,
-    tp: int = 1,
-    engine: str = "vllm",
-    utilization: float | None = None,
-    sequences: int = 1,
-) -> str:
+def fit_line(plan: Plan, gpu: str, *, context: int | None = None, tp: int = 1, engine: str = "vllm") -> str:
     """One line on a planned quantization: its weights on that GPU, and the context that fits with either KV cache."""
-    setting = _setting(gpu, engine, tp, utilization, context, sequences)
-    cache = read_cache(plan.checkpoint.config)
-    limit = longest_position(plan.checkpoint.config) or 2**20
-    model = Model(cache, read_widths(plan.checkpoint.config, cache), limit)
+    setting = _setting(gpu, engine, tp, None, context, 1)
+    model, _ = _read_model(plan.checkpoint.config, setting)
     stored = stored_by_plan(plan)
+    place = f"{setting.gpu.title if tp == 1 else f'{tp} x {setting.gpu.title}'}, {setting.engine.title}"
     uneven = problem(model, stored, setting, tp)
-    place = f"{setting.gpu.title if tp == 1 else f'{tp} of {setting.gpu.title}'} under {setting.engine.title}"
     if uneven is not None:
         return f"{place}: {uneven}"
     told = []
-    for fp8, name in ((False, "a 16-bit KV cache"), (True, "an FP8 one")):
-        found = answer(model, stored, setting, fp8=fp8)
-        cache_told = _cache("fp8" if fp8 else "auto", None, found, 0)
-        told.append(f"{say_cache(cache_told, context, limit)} with {name}")
-    heads = next((a.heads for a in cache.attention if not a.latent), None)
+    for kind, name in (("auto", "a 16-bit KV cache"), ("fp8", "an FP8 one")):
+        found = _cache(kind, None, answer(model, stored, setting, fp8=kind == "fp8"), 0)
+        told.append(f"{say_cache(found, context, model.limit)} with {name}")
+    heads = next((a.heads for a in model.cache.attention if not a.latent), None)
     return f"{place}: {per_gpu(stored, tp, heads) / GIB:.2f} GiB of weights; {', '.join(told)}"
+
+
+def _read_model(config: Mapping[str, Any], setting: Setting) -> tuple[Model, list[str]]:
+    """Shapes from config.json, and what is to be said of them; UserError where they cannot be served as asked."""
+    cache = read_cache(config)
+    check_split(cache, setting.tp)
+    notes = [*cache.notes, *([] if setting.gpu.note is None else [setting.gpu.note])]
+    limit = longest_position(config)
+    if limit is None:
+        limit = UNLIMITED
+        notes.append(f"config.json does not say how many tokens the model was made for: {limit:,} are told at most")
+    if setting.context is not None and setting.context > limit:
+        what = f"the model was made for {limit:,} tokens."
+        raise UserError(what, where=f"--context {setting.context}", remedy="Ask for less.")
+    return Model(cache, read_widths(config, cache), limit), notes
+
+
+def _attention(cache: ModelCache, setting: Setting) -> dict[str, tuple[str, str]]:
+    """What reads the cache in 16 bits and in FP8, by GPU generation."""
+    generations = (setting.gpu.generation,) if setting.gpu.generation else COMMON
+    latent = any(attention.latent for attention in cache.attention)
+    engine = setting.engine.engine
+    return {
+        GENERATIONS[generation]: (
+            attention_kernel(engine, generation, fp8=False, latent=latent),
+            attention_kernel(engine, generation, fp8=True, latent=latent),
+        )
+        for generation in generations
+    }
 
 
 def _setting(gpu: str, engine: str, tp: int, utilization: float | None, context: int | None, sequences: int) -> Setting:

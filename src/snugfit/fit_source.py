@@ -51,6 +51,7 @@ class Candidate:
 
 
 def read_source(checkpoint: Checkpoint) -> Source:
+    """The tensors that engines load: no heads of multi-token prediction, no output head that is tied."""
     text = with_defaults(checkpoint.config)
     layers = positive(text, "num_hidden_layers")
     decoder = find_decoder(checkpoint.tensors, layers)
@@ -105,6 +106,7 @@ def candidates_of(source: Source, asked: Sequence[str]) -> tuple[list[Candidate]
 
 
 def shortest(names: Iterable[str]) -> str:
+    """The shortest name: the plain recipe of several that store the same bytes."""
     return min(names, key=lambda name: (len(name), name))
 
 

@@ -18,7 +18,7 @@ from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pic
 from snugfit.model import layers
 from snugfit.model.checkpoint import INDEX_NAME, header_digest
 from snugfit.model.shards import check_stageable, index_of, occupied_bytes, resumable
-from snugfit.quantize_plan import MAX_SHARD_BYTES, Plan, check_linears, plan_quantization, text_config
+from snugfit.quantize_plan import Plan, check_linears, plan_quantization, text_config
 from snugfit.quantize_preflight import Estimate, check_estimate, estimate_run
 from snugfit.quantize_progress import Progress, stamps
 from snugfit.quantize_run import Outcome, Run, run_units
@@ -42,7 +42,7 @@ def quantize_checkpoint(
     length: int = DEFAULT_LENGTH,
     device: str | None = None,
     tokens_per_batch: int | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
+    max_shard_bytes: int | None = None,
     restart: bool = False,
     resume_anyway: bool = False,
     progress: bool = False,

@@ -19,7 +19,8 @@ from snugfit.model.shards import Shard, plan_shards
 from snugfit.recipe import Assignment, LoadedRecipe, load_recipe, resolve
 from snugfit.records import TensorRecord
 
-MAX_SHARD_BYTES = 2_000_000_000
+# a thirty-second of the model, but no smaller and no larger: whole files are digested while others are written
+SHARD_BYTES = 1_000_000_000, 5_000_000_000
 KEPT = "as it was"
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # what Hugging Face's FP8 releases and compressed-tensors keep beside FP8 weights
@@ -86,14 +87,14 @@ KV_CACHE = "fp8 KV cache"
 
 
 def plan_quantization(
-    source: str | Path, recipe: str | LoadedRecipe, *, max_shard_bytes: int = MAX_SHARD_BYTES
+    source: str | Path, recipe: str | LoadedRecipe, *, max_shard_bytes: int | None = None
 ) -> Plan:
     """Decide on headers alone what `recipe` (a built-in name, a YAML file, or a loaded one) does to a model.
 
     `source` is a directory or a Hugging Face id. Reads no weights. Raises UserError for a broken checkpoint, one that
     is quantized already, and for whatever is wrong with the recipe for this model.
     """
-    if max_shard_bytes < 1:
+    if max_shard_bytes is not None and max_shard_bytes < 1:
         raise UserError(f"no weight file fits into {max_shard_bytes} bytes.", remedy="Raise --max-shard-size.")
     loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
     checkpoint = open_headers(source)
@@ -117,7 +118,10 @@ def plan_quantization(
         parts = dialect.kv_layout(module, dtype)
         outputs |= {name: (TensorInfo(name, *header),) for name, header in parts.items()}
     ignore = _unquantized(tensors, names, formats)
-    shards = plan_shards([info for infos in outputs.values() for info in infos], max_shard_bytes)
+    written = [info for infos in outputs.values() for info in infos]
+    low, high = SHARD_BYTES
+    default = max(low, min(high, sum(info.bytes for info in written) // 32))
+    shards = plan_shards(written, max_shard_bytes or default)
     quantization = dialect.quantization_config(formats, ignore, loaded.recipe.kv_cache)
     config = dict(checkpoint.config) | {"quantization_config": quantization}
     obstacles = _obstacles(checkpoint, scales)

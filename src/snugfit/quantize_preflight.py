@@ -58,14 +58,21 @@ def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per
             layer = max(layer, _unit_bytes(plan, unit, data is not None))
         elif data is not None:
             embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
+    layer += read_ahead_bytes(plan, device)
     width = max((max(t.shape) for t in tensors.values() if len(t.shape) == 2 and t.name in plan.assignments), default=0)
     activations = batch * (_STATES * hidden + _WIDTHS * width * itemsize) if data else 0
-    moving = (WORKERS[device.type] * PIECE) + IN_FLIGHT * 2 * batch * hidden
+    moving = (2 * WORKERS[device.type] * PIECE) + IN_FLIGHT * 2 * batch * hidden
     disk = sum(shard.bytes for shard in plan.shards) + states
     now = rss_bytes()
     if device.type == "cpu":
         return Estimate(now + max(embeddings, layer + activations) + moving, None, disk)
     return Estimate(now + _CUDA_HOST + moving, max(embeddings, layer + activations), disk)
+
+
+def read_ahead_bytes(plan: Plan, device: torch.device) -> int:
+    """Weights that are read while others are worked on: beside a GPU a whole layer, else one group."""
+    layers = (sum(plan.checkpoint.tensors[name].bytes for name in unit) for unit in plan.units[1:])
+    return max(layers) if device.type == "cuda" else 0
 
 
 def _unit_bytes(plan: Plan, unit: tuple[str, ...], walked: bool) -> int:

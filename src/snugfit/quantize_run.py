@@ -21,6 +21,7 @@ from snugfit.model.shards import ShardWriter
 from snugfit.model.states import StateFile
 from snugfit.model.transfer import Transfer
 from snugfit.quantize_plan import Plan, groups_of
+from snugfit.quantize_preflight import read_ahead_bytes
 from snugfit.quantize_progress import Progress
 from snugfit.quantize_units import Measured, ReadAhead, UnitTensor, calibrate, quantize_unit
 from snugfit.records import TensorRecord
@@ -66,18 +67,20 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
                 _check_done(run, writer, states)
             for _ in range(run.progress.done):
                 step()
-            with clock("embed"):
-                _embed(run, transfer, batches, states)
             commits = _Commits(run, stack)
             walked = run.data is not None
             groups = [groups_of(plan, unit, walked and number > 0) for number, unit in enumerate(plan.units)]
             first = run.progress.done
-            ahead = ReadAhead(transfer, plan.checkpoint, [group for unit in groups[first:] for group in unit])
+            with clock("embed"):
+                _embed(run, transfer, batches, states)
+            coming = [group for unit in groups[first:] for group in unit]
+            ahead = ReadAhead(transfer, plan.checkpoint, coming, read_ahead_bytes(plan, run.device))
             for number in range(first, len(plan.units)):
                 begun = time.perf_counter()
                 with clock("weights"):
                     tensors = quantize_unit(plan, groups[number], ahead, walked and number > 0)
-                commits.wait()  # the file that this layer's states go to holds those of the layer before the last
+                if number > 1:
+                    commits.wait()  # the file that this layer's states go to holds those of the layer before the last
                 measured = Measured({}, None)
                 if walked and number > 0:
                     pair = states[(number - 1) % 2], states[number % 2]
@@ -170,8 +173,11 @@ class _Commits:
     def begin(self, records: Sequence[TensorRecord], writer: ShardWriter, states: StateFile | None) -> None:
         """Note a unit as soon as what was begun to write of it is written."""
         settle, tensors = writer.begun(), [asdict(record) for record in records]
+        before = self._last
 
         def commit() -> None:
+            if before is not None:
+                before.result()  # done; where it failed, so does this
             written = settle()
             pieces = [] if states is None else states.settle()
             self._progress.commit({"tensors": tensors, "written": written, "states": pieces})

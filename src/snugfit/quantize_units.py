@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,21 +33,34 @@ class UnitTensor:
 
 
 class ReadAhead:
-    """Gives groups of tensors in the order of `groups`, reading the next while one is worked on."""
+    """Gives groups of tensors in the order of `groups`, reading the next ones while one is worked on.
 
-    def __init__(self, transfer: Transfer, checkpoint: Checkpoint, groups: Sequence[tuple[str, ...]]) -> None:
+    At most `budget` bytes are read ahead, and one group in any case.
+    """
+
+    def __init__(
+        self, transfer: Transfer, checkpoint: Checkpoint, groups: Sequence[tuple[str, ...]], budget: int
+    ) -> None:
         self._transfer, self._checkpoint = transfer, checkpoint
-        self._groups: Iterator[tuple[str, ...]] = iter(groups)
-        self._coming = self._begin()
+        self._left = deque(groups)
+        self._coming: deque[tuple[int, dict[str, Moving[Tensor]]]] = deque()
+        self._budget = budget
+        self._begin()
 
-    def _begin(self) -> dict[str, Moving[Tensor]]:
-        return {name: self._transfer.read(self._checkpoint, name) for name in next(self._groups, ())}
+    def _begin(self) -> None:
+        while self._left:
+            size = sum(self._checkpoint.tensors[name].bytes for name in self._left[0])
+            if self._coming and size + sum(bytes_ for bytes_, _ in self._coming) > self._budget:
+                return
+            names = self._left.popleft()
+            self._coming.append((size, {name: self._transfer.read(self._checkpoint, name) for name in names}))
 
     def take(self, group: Sequence[str]) -> dict[str, Tensor]:
         """The next group's tensors on the device; UserError where they hold NaN or infinite values."""
-        assert tuple(self._coming) == tuple(group), "groups are taken in order"
-        found = {name: moving.result() for name, moving in self._coming.items()}
-        self._coming = self._begin()
+        _, coming = self._coming.popleft()
+        assert tuple(coming) == tuple(group), "groups are taken in order"
+        found = {name: moving.result() for name, moving in coming.items()}
+        self._begin()
         return {name: check_finite(self._checkpoint, name, tensor) for name, tensor in found.items()}
 
 

@@ -151,7 +151,11 @@ def _open_cached(name: str, revision: str | None, model: str) -> Checkpoint:
 
 def _repo_info(name: str, revision: str | None, model: str) -> tuple[str, dict[str, int | None]]:
     """Commit, and size of every file."""
-    info = _patiently(lambda: HfApi().model_info(name, revision=revision, files_metadata=True, timeout=30), model)
+    try:
+        info = _patiently(lambda: HfApi().model_info(name, revision=revision, files_metadata=True, timeout=30), model)
+    except UserError as error:
+        unreached = f"no such directory, and {error.what}" if "cannot be reached" in error.what else error.what
+        raise UserError(unreached, where=error.where, remedy=error.remedy) from None
     sizes = {str(file.rfilename): file.size for file in info.siblings or ()}
     for file in sizes:
         if not file.isprintable() or "\\" in file or any(part in ("", ".", "..") for part in file.split("/")):
@@ -231,7 +235,7 @@ def _in_threads(call: Callable[[str], Result], names: Iterable[str], workers: in
 
 def _patiently(call: Callable[[], Result], where: str) -> Result:
     """The result of a call of huggingface_hub, tried again while failures may pass; UserError for others."""
-    waits = iter(ranges.WAITS[:5])
+    waits = iter(ranges.WAITS[:4])
     while True:
         try:
             return call()

@@ -100,6 +100,8 @@ class ShardWriter:
         self._begun: dict[str, Moving[list[int]]] = {}
         self._digests: dict[str, Future[str]] = {}
         self._digester = ThreadPoolExecutor(max_workers=4)
+        self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._flushes: list[Future[None]] = []
         self._files: dict[str, int] = {}
         try:
             self._create(directory, shards)
@@ -141,6 +143,10 @@ class ShardWriter:
         def settle() -> dict[str, list[int]]:
             found = {name: one.result() for name, one in moving.items()}
             self._settled(found)
+            if all(flush.done() for flush in self._flushes):
+                # the disk's work begins while there is other work; nobody waits for it before the end
+                files = {self._shard_of[name].name for name in found}
+                self._flushes = [self._flusher.submit(os.fdatasync, self._files[name]) for name in files]
             return found
 
         self._begun = moving
@@ -191,7 +197,8 @@ class ShardWriter:
                 if not piece.cancel():
                     piece.exception()
         self._under_way.clear()
-        self._digester.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._digester, self._flusher):
+            pool.shutdown(wait=True, cancel_futures=True)
         for handle in self._files.values():
             os.close(handle)
         self._files.clear()

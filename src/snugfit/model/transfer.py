@@ -21,7 +21,7 @@ from snugfit.errors import UserError
 from snugfit.model.checkpoint import TORCH_NAMES, Checkpoint, StoredTensor, read_range
 from snugfit.model.shards import PIECE
 
-WORKERS = {"cpu": 2, "cuda": 6}
+WORKERS = {"cpu": 1, "cuda": 4}  # for reading, and as many for writing
 # bits that are all set in numbers that are not finite
 _EXPONENTS = {
     "BF16": (np.uint16, 0x7F80),
@@ -49,7 +49,9 @@ class Transfer:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._pool = ThreadPoolExecutor(WORKERS[device.type])
+        # apart, so that the weights that are waited for do not queue behind what is only to be written
+        self._readers = ThreadPoolExecutor(WORKERS[device.type])
+        self._writers = ThreadPoolExecutor(WORKERS[device.type])
         self._own = threading.local()
 
     def read(self, checkpoint: Checkpoint, name: str) -> Moving[Tensor]:
@@ -70,7 +72,7 @@ class Transfer:
             _on(stream, ready, lambda: flat[start : start + size].copy_(buffer[:size], non_blocking=True))
             return 0
 
-        return Moving(self._pieces(info.bytes, piece), lambda _: target)
+        return Moving(_pieces(self._readers, info.bytes, piece), lambda _: target)
 
     def write(self, handle: int, offset: int, tensor: Tensor) -> Moving[list[int]]:
         """Begin to write a tensor to an open file; the result is the CRC-32 of each piece."""
@@ -84,7 +86,7 @@ class Transfer:
             _on(stream, ready, lambda: buffer[:size].copy_(flat[start : start + size], non_blocking=True))
             return _store(handle, _raw(buffer[:size]), offset + start)
 
-        return Moving(self._pieces(flat.numel(), piece), list)
+        return Moving(_pieces(self._writers, flat.numel(), piece), list)
 
     def copy(self, checkpoint: Checkpoint, name: str, handle: int, offset: int) -> Moving[list[int]]:
         """Begin to copy a tensor from file to file; UserError where it holds NaN or infinite values."""
@@ -97,10 +99,7 @@ class Transfer:
             _check_finite(checkpoint, info, raw)
             return _store(handle, raw, offset + start)
 
-        return Moving(self._pieces(info.bytes, piece), list)
-
-    def _pieces(self, size: int, work: Callable[[int, int], int]) -> list[Future[int]]:
-        return [self._pool.submit(work, start, min(PIECE, size - start)) for start in range(0, size, PIECE)]
+        return Moving(_pieces(self._writers, info.bytes, piece), list)
 
     def _tools(self) -> tuple[Tensor, torch.cuda.Stream | None]:
         """This thread's buffer, and its stream where there is a GPU."""
@@ -112,13 +111,18 @@ class Transfer:
 
     def close(self) -> None:
         """Give up what has not begun, and wait for the rest."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._readers, self._writers):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _pieces(pool: ThreadPoolExecutor, size: int, work: Callable[[int, int], int]) -> list[Future[int]]:
+    return [pool.submit(work, start, min(PIECE, size - start)) for start in range(0, size, PIECE)]
 
 
 def check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
@@ -136,9 +140,9 @@ def _check_finite(checkpoint: Checkpoint, info: StoredTensor, raw: memoryview) -
     if info.dtype not in _EXPONENTS:
         return
     kind, exponent = _EXPONENTS[info.dtype]
-    odd = int(((np.frombuffer(raw, dtype=kind) & exponent) == exponent).sum())
-    if odd:
-        raise _damaged(checkpoint, info, f"{odd} NaN or infinite values")
+    exponents = np.frombuffer(raw, dtype=kind) & exponent
+    if exponents.max(initial=0) == exponent:
+        raise _damaged(checkpoint, info, f"{int((exponents == exponent).sum())} NaN or infinite values")
 
 
 def _damaged(checkpoint: Checkpoint, info: StoredTensor, what: str) -> UserError:

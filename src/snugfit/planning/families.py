@@ -63,6 +63,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "qwen2_moe": _QWEN2,
     "qwen2_vl_text": _QWEN2 | {"max_window_layers": 80},
     "qwen2_5_vl_text": _QWEN2 | {"max_window_layers": 80},
+    "qwen2_5_omni_text": _QWEN2 | {"sliding_window": 32768},
     "qwen3": _QWEN2 | {"head_dim": 128},
     "qwen3_moe": {"use_sliding_window": False, "sliding_window": 4096, "num_key_value_heads": 4},
     "qwen3_vl_text": {"head_dim": 128},
@@ -179,7 +180,9 @@ ALL_WINDOWED = frozenset({"mistral", "mixtral", "ministral", "phi3", "phimoe", "
 SWITCHED = frozenset(
     {"qwen2", "qwen2_moe", "qwen2_vl_text", "qwen2_5_vl_text", "qwen3", "qwen3_moe", "qwen2_5_omni_text"}
 )
-# from layer `max_window_layers` on
+# every other layer below `max_window_layers`, where switched on
+ALTERNATING = frozenset({"qwen2_moe"})
+# from layer `max_window_layers` on, no switch
 LATE_WINDOWED = frozenset({"dots1"})
 # one layer in so many sees everything, the last of each group; `sliding_window_pattern` says otherwise
 PERIODS: Mapping[str, int] = {

@@ -64,23 +64,24 @@ class Widths:
 class Budget:
     """One GPU shared out, in bytes: what is there beside weights and cache, and what that leaves the cache.
 
-    `share` is what the engine may use of the card; `inside` counts against it (with the weights), `on_top` does not.
+    `share` is what the engine may use of the card; `activations` and `besides` (graphs, kernels, other GPUs) count
+    against it with the weights, `on_top` does not.
     """
 
     share: int
     weights: int
     activations: int
-    inside: int
+    besides: int
     on_top: int
 
     @property
     def for_cache(self) -> int:
         """Bytes left for the KV cache; negative where not even the weights fit."""
-        return self.share - self.weights - self.inside
+        return self.share - self.weights - self.activations - self.besides
 
     def in_all(self, cache: int) -> int:
         """Bytes of the card in use when the cache has so many."""
-        return self.weights + self.inside + cache + self.on_top
+        return self.weights + self.activations + self.besides + cache + self.on_top
 
 
 def read_widths(config: Mapping[str, Any], cache: ModelCache) -> Widths:
@@ -154,20 +155,19 @@ def share_out(
     tokens, sequences = engine.max_tokens or tokens, engine.max_sequences or sequences
     activations = activation_bytes(widths, engine, (tokens, sequences), device, tp)
     graphs = graph_count(sequences, tokens)
-    communication = COMMUNICATION if tp > 1 else 0
     loaded = weights + rotary_bytes(widths)
-    inside = activations + NON_TORCH + communication + graphs * engine.graph_estimate
+    besides = NON_TORCH + (COMMUNICATION if tp > 1 else 0)
+    taken = graphs * engine.graph_taken
     if engine.sharing == "whole card":
-        inside += graphs * engine.graph_taken
-        return Budget(device.reported - CONTEXT, loaded, activations, inside, CONTEXT)
+        return Budget(device.reported - CONTEXT, loaded, activations, besides + taken, CONTEXT)
     if engine.sharing == "static fraction":
         free = device.reported - CONTEXT
-        reserve = sglang_reserve(device.reported, tp)
-        share = int(free * utilization) if utilization else int(free * (1 - reserve / device.reported))
-        return Budget(share, loaded, activations, NON_TORCH, CONTEXT + activations + graphs * engine.graph_taken)
+        fraction = utilization or 1 - sglang_reserve(device.reported, tp) / device.reported
+        return Budget(int(free * fraction), loaded, 0, besides, CONTEXT + activations + taken)
     share = int(device.reported * (utilization or engine.utilization or 0.9))
-    outside = CONTEXT + (0 if engine.graph_estimate else graphs * engine.graph_taken)
-    return Budget(share, loaded, activations, inside, outside)
+    if engine.graph_estimate:
+        return Budget(share, loaded, activations, besides + graphs * engine.graph_estimate, CONTEXT)
+    return Budget(share, loaded, activations, besides, CONTEXT + taken)
 
 
 def in_flight(engine: EngineMemory, device: Device) -> int:

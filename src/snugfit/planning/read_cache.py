@@ -163,7 +163,8 @@ def _in_window(text: Text, kind: str, number: int, layers: int) -> bool:
         return True
     if kind in families.SWITCHED or kind in families.LATE_WINDOWED:
         on = kind in families.LATE_WINDOWED or bool(text.get("use_sliding_window"))
-        return on and number >= (text.get("max_window_layers") or 0)
+        border = text.get("max_window_layers") or 0
+        return on and (number % 2 == 0 and number < border if kind in families.ALTERNATING else number >= border)
     if kind not in families.PERIODS or (kind in families.LAST_SEES_ALL and number == layers - 1):
         return False
     period = text.get("sliding_window_pattern") or text.get("_sliding_window_pattern") or families.PERIODS[kind]

@@ -74,11 +74,12 @@ def _cache_line(record: FitRecord) -> list[str]:
 
 def _assumptions(record: FitRecord) -> str:
     memory = {name: f"{size / _GIB:.2f}" for name, size in record.memory.items()}
+    inside = [(memory["activations"], "activations"), (memory["besides"], "graphs and kernels")]
+    inside.append((memory["positions"], "positions"))
+    parts = ", ".join(f"{size} for {what}" for size, what in inside if size != "0.00")
     return (
         f"assumed, GiB: {record.engine['title']} has {memory['share']} of the"
-        f" {record.gpu['reported_bytes'] / _GIB:.2f} that CUDA reports; of it go {memory['activations']} for"
-        f" activations, {memory['besides']} for graphs and kernels, {memory['rotary_table']} for positions;"
-        f" {memory['outside']} is taken outside"
+        f" {record.gpu['reported_bytes'] / _GIB:.2f} that CUDA reports, {parts} go off; {memory['outside']} outside"
     )
 
 

@@ -1,0 +1,146 @@
+"""What people ask for, in words, and the tables of cards and kernels."""
+
+from __future__ import annotations
+
+import pytest
+
+from snugfit.engines.gpus import CARDS, COMMON, GENERATIONS, find_card
+from snugfit.engines.kernels import EXPERTS, LINEAR, attention_kernel, linear_kernel
+from snugfit.engines.memory import ENGINES, GIB, MIB, OFFERED
+from snugfit.engines.profiles import PROFILES
+from snugfit.errors import UserError
+from snugfit.formats.spec import FORMATS, READ_ONLY, TensorFormat
+from snugfit.planning.asked import parse_gpu, parse_tokens
+from snugfit.planning.weights import kernel_format
+
+
+@pytest.mark.parametrize("text", ["16GiB", "16 GiB", "16gb", "16G", "16384MiB", "16.0g"])
+def test_sizes(text: str) -> None:
+    """A size is what CUDA reports, in GiB and MiB; on a GPU's box GB means GiB."""
+    assert parse_gpu(text).device.reported == 16 * GIB
+    assert parse_gpu(text).generation is None
+
+
+def test_sold_sizes_have_a_note() -> None:
+    """A size that cards are sold by brings a word on what one of them reports; another size does not."""
+    note = parse_gpu("16GiB").note
+    assert note is not None
+    assert "RTX 5060 Ti 16GB 15.48 GiB" in note
+    assert parse_gpu("15.48GiB").note is None
+
+
+@pytest.mark.parametrize("text", [card.name for card in CARDS])
+def test_every_card_is_found(text: str) -> None:
+    """Every card is found by its name, in small letters, without spaces, and with its maker's words."""
+    for spelt in (text, text.lower(), text.replace(" ", ""), f"NVIDIA GeForce {text}"):
+        found = parse_gpu(spelt)
+        assert found.device.card == text
+        assert found.device.reported == next(card.reported_mib for card in CARDS if card.name == text) * MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "name"), [("5060 ti", "RTX 5060 Ti 16GB"), ("4090", "RTX 4090"), ("a100 80gb", "A100 80GB")]
+)
+def test_short_names(text: str, name: str) -> None:
+    """RTX and the memory may be left out."""
+    assert parse_gpu(text).device.card == name
+
+
+def test_cards_report_less_than_they_are_sold_with() -> None:
+    """No card's reported memory is a whole number of GiB, and none is named twice."""
+    assert all(card.reported_mib % 1024 or card.name == "B300" for card in CARDS)
+    assert len({card.name for card in CARDS}) == len(CARDS)
+    assert find_card("") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "16", "16 bananas", "-16GiB", "0GiB", "nanGiB", "1e3GiB", "", "9999999TB", "H1000"]
+)
+def test_no_gpu(text: str) -> None:
+    """What is neither a size nor a card is an error that says what would be."""
+    with pytest.raises(UserError, match="--gpu"):
+        parse_gpu(text)
+
+
+def test_a_misspelt_card_is_guessed_at() -> None:
+    """A name that is nearly right brings the right one."""
+    with pytest.raises(UserError, match="Did you mean RTX 5090"):
+        parse_gpu("RTX 5091")
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [("32k", 32768), ("32K", 32768), ("4096", 4096), ("1m", 2**20), ("1.5k", 1536), ("32,768", 32768)],
+)
+def test_tokens(text: str, tokens: int) -> None:
+    """Tokens come as numbers or in thousands of 1,024."""
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["0", "0k", "-1", "k", "", "32kb", "1.5", "many", "1e6"])
+def test_no_tokens(text: str) -> None:
+    """What is no whole number of tokens above 0 is an error."""
+    with pytest.raises(UserError, match="is no number of tokens"):
+        parse_tokens(text)
+
+
+# kernels
+
+
+def test_every_format_has_a_kernel_in_vllm() -> None:
+    """vLLM runs whatever snugfit writes or reads on every generation."""
+    for name in (*FORMATS, *READ_ONLY):
+        for generation in GENERATIONS:
+            assert linear_kernel("vllm", kernel_format(TensorFormat(name)), generation) is not None
+
+
+@pytest.mark.parametrize("generation", ["ada", "hopper", "blackwell", "blackwell-consumer"])
+def test_kernels_agree_with_activation_profiles(generation: str) -> None:
+    """A kernel quantizes activations where the activation profile of its GPUs does, and only there."""
+    profile = PROFILES["vllm-blackwell" if generation.startswith("blackwell") else "marlin"]
+    for spec in FORMATS.values():
+        name = kernel_format(TensorFormat(spec.name))
+        kernel = linear_kernel("vllm", name, generation)  # type: ignore[arg-type]
+        assert kernel is not None
+        narrow = profile.get(spec.inputs, "none") != "none"
+        assert kernel.arithmetic.endswith("A16") != narrow, (spec.name, generation)
+
+
+def test_what_this_project_saw() -> None:
+    """The kernels that vLLM 0.24 chose on an H100 (docs/engines.md) are those of the table."""
+    seen = {fmt: linear_kernel("vllm", fmt, "hopper") for fmt in ("nvfp4", "fp8-channel", "int4")}
+    assert {fmt: kernel and (kernel.name, kernel.seen) for fmt, kernel in seen.items()} == {
+        "nvfp4": ("Marlin", True),
+        "fp8-channel": ("CUTLASS", True),
+        "int4": ("Machete", True),
+    }
+    experts = linear_kernel("vllm", "int4", "hopper", experts=True)
+    assert experts is not None
+    assert experts.name == "Marlin"
+
+
+def test_fp4_arithmetic_is_blackwells() -> None:
+    """No GPU before Blackwell computes in 4 bits, and SGLang does not run NVFP4 there at all."""
+    for tables in (LINEAR, EXPERTS):
+        for formats in tables.values():
+            for by_generation in formats.values():
+                for generation, kernel in by_generation.items():
+                    assert kernel.arithmetic != "W4A4" or generation.startswith("blackwell")
+    assert linear_kernel("sglang", "nvfp4", "hopper") is None
+
+
+def test_attention_over_fp8() -> None:
+    """FlashAttention reads an FP8 cache in version 3 alone: on Ada and consumer Blackwell FlashInfer does."""
+    for generation in COMMON:
+        plain, fp8 = (attention_kernel("vllm", generation, fp8=narrow) for narrow in (False, True))
+        assert "FlashAttention 2" not in fp8
+        assert plain
+    assert attention_kernel("vllm", "hopper", fp8=True, latent=True) == "FlashMLA"
+
+
+def test_engines_are_known_to_all_tables() -> None:
+    """Every engine that is offered has memory, kernels and attention."""
+    for name in OFFERED:
+        engine = ENGINES[name].engine
+        assert engine in LINEAR
+        assert attention_kernel(engine, "ada", fp8=False)

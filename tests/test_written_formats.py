@@ -1,0 +1,136 @@
+"""Blocks of FP8, MXFP4 and an FP8 KV cache from end to end: planned, written, read by us and by transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.nvfp4 import base
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from conftest import MakeTiny
+from snugfit.calibration.dataset import Rows, load_rows
+from snugfit.evaluation.fidelity import stream_logits
+from snugfit.evaluation.subject import open_subject
+from snugfit.quantize import quantize_checkpoint
+from snugfit.quantize_plan import plan_quantization
+
+RECIPES = ("fp8-block", "mxfp4", "fp8-dynamic-fp8kv", "nvfp4-fp8-hybrid-fp8kv")
+# sides that 128 divides, one of them more than once, and a key of one block
+WIDE = {"hidden_size": 256, "intermediate_size": 384}
+
+
+@pytest.fixture(scope="module")
+def llama(make_tiny: MakeTiny) -> Path:
+    """A tiny llama in fp32 whose weights have whole blocks."""
+    return make_tiny("llama", dtype=torch.float32, **WIDE)
+
+
+@pytest.fixture(scope="module")
+def written(llama: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """It, in each recipe."""
+    work = tmp_path_factory.mktemp("written")
+    for recipe in RECIPES:
+        quantize_checkpoint(llama, work / recipe, recipe, text=[token_rows])
+    return {recipe: work / recipe for recipe in RECIPES}
+
+
+@pytest.fixture(scope="module")
+def rows(llama: Path, token_rows: Path) -> Rows:
+    """What it was calibrated on."""
+    return load_rows(llama, [token_rows])
+
+
+def theirs(path: Path, rows: Rows) -> Tensor:
+    """Logits of transformers with compressed-tensors."""
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+    with torch.no_grad():
+        result: Tensor = model(input_ids=torch.tensor(rows.rows), use_cache=False).logits.float()
+    return result
+
+
+def ours(path: Path, rows: Rows, activations: str = "vllm-blackwell") -> Tensor:
+    found = stream_logits(path, rows, activations=activations)
+    return torch.cat([logits.float() for _, _, logits in found], dim=1)
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().mean() / one.abs().mean())
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_planned_is_written(recipe: str, llama: Path, written: dict[str, Path]) -> None:
+    """Every tensor that the plan names is in the file with its dtype and shape, no other, and the bytes add up."""
+    plan = plan_quantization(llama, recipe)
+    planned = {info.name: (info.dtype, info.shape) for infos in plan.outputs.values() for info in infos}
+    with safe_open(written[recipe] / "model.safetensors", "pt") as file:
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+        assert {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in parts.items()} == planned
+    tensors = load_file(written[recipe] / "model.safetensors")
+    assert sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) == plan.bytes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "labels", "cache"),
+    [
+        ("fp8-block", {"fp8-block"}, None),
+        ("mxfp4", {"mxfp4"}, None),
+        ("fp8-dynamic-fp8kv", {"fp8-dynamic"}, "fp8"),
+        ("nvfp4-fp8-hybrid-fp8kv", {"nvfp4", "fp8-dynamic"}, "fp8"),
+    ],
+)
+def test_evaluation_reads_what_was_written(
+    recipe: str, labels: set[str], cache: str | None, written: dict[str, Path]
+) -> None:
+    """A checkpoint opened for evaluation has the recipe's formats in all 21 linears, and its cache."""
+    subject = open_subject(written[recipe])
+    assert {fmt.label() for fmt in subject.formats.values()} == labels
+    assert (len(subject.formats), subject.kv) == (21, cache)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-block", "fp8-dynamic-fp8kv"])
+def test_transformers_sees_what_we_emulate(recipe: str, written: dict[str, Path], rows: Rows) -> None:
+    """In fp32, inputs of linears and the cache rounded, transformers' logits are ours but for codes on a tie."""
+    assert apart(theirs(written[recipe], rows), ours(written[recipe], rows)) < 1e-5
+    # and that is no small thing
+    assert apart(theirs(written[recipe], rows), ours(written[recipe], rows, "none")) > 1e-3
+
+
+def test_transformers_sees_our_mxfp4_weights(
+    written: dict[str, Path], rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With inputs in 16 bits, where engines' roundings do not differ, transformers' logits of MXFP4 are ours."""
+    unpack = base.unpack_fp4_from_uint8  # to bf16 by default, whatever the model's dtype is
+    monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))
+    for file in written["mxfp4"].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    for group in config["quantization_config"]["config_groups"].values():
+        assert group["input_activations"]["dynamic"] is True
+        group["input_activations"] = None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert {fmt.label() for fmt in open_subject(tmp_path).formats.values()} == {"mxfp4a16"}
+    assert apart(theirs(tmp_path, rows), ours(tmp_path, rows)) < 1e-5
+    assert apart(theirs(tmp_path, rows), ours(written["mxfp4"], rows)) > 1e-3
+
+
+def test_scales_of_the_cache_are_those_of_its_rows(written: dict[str, Path], llama: Path, rows: Rows) -> None:
+    """Scales are the largest keys and values that the FP8 weights give on the calibration rows, by 448."""
+    tensors = load_file(written["fp8-dynamic-fp8kv"] / "model.safetensors")
+    config = json.loads((written["fp8-dynamic-fp8kv"] / "config.json").read_text())["quantization_config"]
+    assert config["kv_cache_scheme"]["num_bits"] == 8
+    model: Any = AutoModelForCausalLM.from_pretrained(llama).eval()
+    with torch.no_grad():
+        cache = model(input_ids=torch.tensor(rows.rows), use_cache=True).past_key_values
+    for layer, kept in enumerate(cache.layers):
+        for which, states in (("k", kept.keys), ("v", kept.values)):
+            scale = tensors[f"model.layers.{layer}.self_attn.{which}_scale"]
+            assert scale.shape == (1,)
+            # FP8 weights and inputs move the largest of some thousand values by a few per cent
+            assert float(scale) * 448 == pytest.approx(float(states.abs().max()), rel=0.1)
