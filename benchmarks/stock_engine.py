@@ -1,11 +1,12 @@
-"""What a stock vLLM says of what snugfit writes: four recipes on one model, perplexities side by side.
+"""What a stock vLLM says of what snugfit writes: recipes on one model, perplexities side by side.
 
-    python benchmarks/stock_engine.py MODEL WORK [--device cuda] [--vllm-python PYTHON] [--rows 16] [--length 512]
+    python benchmarks/stock_engine.py MODEL WORK [--recipes R...] [--device cuda] [--vllm-python PYTHON]
+                                      [--rows 16] [--length 512]
 
 Runs where snugfit is importable; vLLM may live in another environment (`--vllm-python`). On a GPU before Blackwell
-NVFP4 is served twice: weight-only through Marlin, as vLLM chooses, and as W4A4 through its emulation kernel. Prints two
-Markdown tables, perplexities and the engine's loss a token minus ours (paired over rows, with one standard error), and,
-last, one JSON line.
+NVFP4 is served twice: weight-only through Marlin, as vLLM chooses, and as W4A4 through its emulation kernel. vLLM
+takes an FP8 KV cache by itself where a file asks for it. Prints two Markdown tables, perplexities and the engine's
+loss a token minus ours (paired over rows, with one standard error), and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), help="built-in names or files")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vllm-python", default=sys.executable)
     parser.add_argument("--rows", type=int, default=16)
@@ -47,17 +49,18 @@ def main() -> None:
     (work / "rows.json").write_text(json.dumps({"rows": rows.rows}), encoding="utf-8")
     checkpoints = [arguments.model]
     seconds = {}
-    for recipe in RECIPES:
-        target = work / recipe
+    for recipe in arguments.recipes:
+        target = work / Path(recipe).stem
         shutil.rmtree(target, ignore_errors=True)
         record = quantize_checkpoint(arguments.model, target, recipe, length=512, device=arguments.device)
-        seconds[recipe] = record.seconds["total"]
+        seconds[target.name] = record.seconds["total"]
         checkpoints.append(target)
     ours = {path.name: _emulate(path, rows, arguments.device) for path in checkpoints}
     served = {"served": _serve(arguments.vllm_python, work, checkpoints, "served")}
     if arguments.device != "cpu":
         fp4 = [path for path in checkpoints if path.name.startswith("nvfp4")]
-        served["served W4A4"] = _serve(arguments.vllm_python, work, fp4, "emulated", "--emulate-nvfp4")
+        if fp4:
+            served["served W4A4"] = _serve(arguments.vllm_python, work, fp4, "emulated", "--emulate-nvfp4")
     _print(ours, served, rows, seconds)
 
 
@@ -80,13 +83,18 @@ def _print(
     seconds: dict[str, float],
 ) -> None:
     print(f"{len(rows.rows)} rows, {rows.tokens} tokens, digest {rows.digest[:16]}\n")
-    print("| checkpoint | ours: none | ours: marlin | ours: vllm-blackwell | " + " | ".join(served) + " | kernels |")
+    print(
+        "| checkpoint | ours: none | ours: marlin | ours: vllm-blackwell | "
+        + " | ".join(served)
+        + " | kernels, cache |"
+    )
     print("|---|" + "---|" * (4 + len(served)))
     for name, values in ours.items():
         entries = [run.get(name) or {} for run in served.values()]
         figures = [f"{result.value:.3f}" for result in values.values()]
         figures += [f"{entry['perplexity']:.3f}" if "perplexity" in entry else "-" for entry in entries]
         kernels = sorted({kernel for entry in entries for kernel in entry.get("kernels", [])})
+        kernels += sorted({f"{entry['kv_cache_dtype']} cache" for entry in entries if "kv_cache_dtype" in entry})
         print(f"| {name} | " + " | ".join(figures) + f" | {', '.join(kernels)} |")
     _print_differences(ours, served, rows)
     for run in served.values():

@@ -144,6 +144,13 @@ class _Large(_Handler):
             self.answer(206, content[first + shift : last + 1], Content_Range=span, **extra)
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Say nothing: clients hang up on faults."""
+
+
 @contextmanager
 def serve(files: Mapping[str, bytes]) -> Iterator[Hub]:
     """A running Hub with these files of org/name."""
@@ -151,8 +158,7 @@ def serve(files: Mapping[str, bytes]) -> Iterator[Hub]:
     servers = []
     for name, kind in (("small", _Small), ("large", _Large)):
         handler = type(name, (kind,), {"hub": hub, "name": name})
-        server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        server.daemon_threads = True
+        server = _Server(("127.0.0.1", 0), handler)
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         servers.append(server)
     hub.url, hub.large_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)

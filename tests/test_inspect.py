@@ -344,7 +344,7 @@ def test_a_mix_of_formats(tmp_path: Path) -> None:
     parts = parts_of(found)
     assert {p.stored for p in parts["mlp"]} == {("int4-g128",)}
     assert {p.stored for p in parts["attention"]} == {("bf16",)}
-    assert all(p.can_be for p in parts["attention"])
+    assert {p.stays for p in parts["attention"]} == {"compressed-tensors elsewhere"}
     assert found.quantization is not None
     assert found.quantization.weights == {"int4-g128": 9, "bf16": 14}
 
@@ -367,8 +367,8 @@ def test_gpt_oss(tmp_path: Path) -> None:
     found = inspect(tmp_path, config, tensors())
     experts = parts_of(found)["experts"]
     assert [(p.names, p.shape, p.stored, p.stays) for p in experts] == [
-        (("gate_up_proj",), (8, 512, 256), ("mxfp4",), "experts in one 3-D tensor"),
-        (("down_proj",), (8, 256, 256), ("mxfp4",), "experts in one 3-D tensor"),
+        (("gate_up_proj",), (8, 512, 256), ("mxfp4",), "mxfp4 already"),
+        (("down_proj",), (8, 256, 256), ("mxfp4",), "mxfp4 already"),
     ]
     assert (found.architecture.experts, found.architecture.active_experts) == (8, 2)
     inside = 3 * 8 * 768 * 256
@@ -451,6 +451,16 @@ def test_an_mlp_without_a_gate_is_no_incomplete_group(tmp_path: Path) -> None:
     linears = {leaf: shape for leaf, shape in LINEARS.items() if leaf != "mlp.gate_proj"}
     found = inspect(tmp_path, LLAMA, llama(bf16, linears))
     assert [group.members for group in found.fused] == [("q_proj", "k_proj", "v_proj")]
+
+
+def test_experts_in_one_tensor(tmp_path: Path) -> None:
+    """Experts that stand in one 3-D tensor of 16 bits cannot be quantized as they are, and count as many experts."""
+    linears = {leaf: shape for leaf, shape in LINEARS.items() if "attn" in leaf}
+    experts = [(f"model.layers.{n}.mlp.experts.gate_up_proj", "BF16", (8, 512, 256)) for n in range(3)]
+    found = inspect(tmp_path, LLAMA, iter([*llama(bf16, linears), *experts]))
+    assert [(p.shape, p.stays) for p in parts_of(found)["experts"]] == [((8, 512, 256), "experts in one 3-D tensor")]
+    assert found.architecture.experts == 8
+    assert found.active_parameters is None  # the config does not say how many a token visits
 
 
 # --- contradictions

@@ -46,9 +46,9 @@ _STAYS: Mapping[str, str] = {
     "other": "outside the decoder layers",
     "KV cache scales": "scales",
 }
-# 16-bit sources, and FP8 ones of Hugging Face's own kind, which are dequantized when they are read
+# what `quantize` starts from: 16 bits, and FP8 of Hugging Face's own kind, which is dequantized when it is read
 _SOURCES = frozenset({"bf16", "f16", "f32"})
-_FP8_METHODS = frozenset({"", "fp8"})
+_SOURCE_METHODS = frozenset({"", "fp8"})
 
 
 @dataclass(frozen=True)
@@ -265,19 +265,23 @@ def _part(
     stays = _STAYS.get(part, "")
     if part == "lm_head" and architecture.tied_embeddings:
         stays = "tied to the embeddings"
-    is_source = stored[0] in _SOURCES or (contents.method in _FP8_METHODS and stored[0].startswith("fp8"))
-    if not stays and len(shape) == 3:
-        stays = "experts in one 3-D tensor" if part == "experts" else "no 2-D weight"
-    elif not stays and not is_source:
+    if not stays and not _is_source(stored[0], contents.method):
         stays = f"{stored[0]} already"
+    elif not stays and contents.method not in _SOURCE_METHODS:
+        stays = f"{contents.method} elsewhere"
     elif not stays and len(shape) != 2:
-        stays = "no 2-D weight"
+        stays = "experts in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"
     can, cannot = ((), {}) if stays else formats_for(shape)
     names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=_rank)) if part in _DETAILED else ()
     return Part(
         *(part, names, shape, len(members), sum(w.elements for w in members), sum(w.bytes for w in members), stored),
         *(can, cannot, stays),
     )
+
+
+def _is_source(label: str, method: str) -> bool:
+    """Whether `quantize` starts from weights stored so."""
+    return label in _SOURCES or (method in _SOURCE_METHODS and label.startswith("fp8"))
 
 
 def _rank(leaf: str) -> int:

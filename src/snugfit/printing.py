@@ -115,7 +115,9 @@ def _summary(found: Inspection) -> list[str]:
     more = f" (and {_count(found.prediction_parameters)} that predict further tokens)" * bool(
         found.prediction_parameters
     )
+    bits = 8 * found.bytes / max(found.parameters + found.prediction_parameters, 1)
     where = f"{_size(found.bytes)} in {found.files:,} file{'s' * (found.files > 1)}, {found.tensors:,} tensors"
+    where += f", {bits:.2f} bits a parameter"
     heads = f"{a.heads} heads" if a.heads else ""
     if a.kv_heads:
         heads += f", {a.kv_heads} KV head{'s' * (a.kv_heads > 1)}"

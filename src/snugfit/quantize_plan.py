@@ -86,9 +86,7 @@ class Plan:
 KV_CACHE = "fp8 KV cache"
 
 
-def plan_quantization(
-    source: str | Path, recipe: str | LoadedRecipe, *, max_shard_bytes: int | None = None
-) -> Plan:
+def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_shard_bytes: int | None = None) -> Plan:
     """Decide on headers alone what `recipe` (a built-in name, a YAML file, or a loaded one) does to a model.
 
     `source` is a directory or a Hugging Face id. Reads no weights. Raises UserError for a broken checkpoint, one that

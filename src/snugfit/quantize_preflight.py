@@ -12,15 +12,16 @@ import torch
 from snugfit.calibration.dataset import Rows
 from snugfit.errors import UserError
 from snugfit.machine import free_bytes, rss_bytes
+from snugfit.methods.rounding import SLICE
 from snugfit.model.shards import PIECE, occupied_bytes
 from snugfit.model.states import IN_FLIGHT
 from snugfit.model.transfer import WORKERS
 from snugfit.quantize_plan import Plan, groups_of, text_config
 
-# of a fused group, beside its weights: block scales are chosen in chunks, values and errors are made whole, in fp32
-_WIDE = 4
-# what attention and MLP hold at once of a batch, in hidden states and in MLP widths
-_STATES, _WIDTHS = 10, 4
+# copies in fp32 of a slice of weights while it is rounded
+_COPIES = 6
+# what a layer holds at once of a batch, in hidden states and in MLP widths
+_STATES, _WIDTHS = 6, 3
 _CUDA_HOST = 600_000_000  # what the GPU's libraries take of main memory once they work
 
 
@@ -50,23 +51,25 @@ def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per
     hidden = int(config.get("hidden_size") or 0) * itemsize
     tokens = data.tokens if data else 0
     longest = max(map(len, data.rows)) if data else 0
-    batch = max(tokens_per_batch, longest)
-    states = 2 * tokens * hidden
-    layer = embeddings = 0
+    batch = min(tokens, max(tokens_per_batch, longest))
+    ahead = read_ahead_bytes(plan, device)
+    work = embeddings = 0
     for number, unit in enumerate(plan.units):
         if number:
-            layer = max(layer, _unit_bytes(plan, unit, data is not None))
+            layer = _layer_bytes(plan, unit, data is not None)
+            group = 0 if ahead else layer.group  # read ahead
+            rounding = layer.values + 2 * layer.codes + layer.group + group + _COPIES * 4 * SLICE[device.type]
+            width = max((max(tensors[name].shape) for name in unit if name in plan.assignments), default=0)
+            activations = batch * (_STATES * hidden + _WIDTHS * width * itemsize) if data else 0
+            work = max(work, ahead + max(rounding, layer.values + 2 * layer.codes + group + activations))
         elif data is not None:
             embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
-    layer += read_ahead_bytes(plan, device)
-    width = max((max(t.shape) for t in tensors.values() if len(t.shape) == 2 and t.name in plan.assignments), default=0)
-    activations = batch * (_STATES * hidden + _WIDTHS * width * itemsize) if data else 0
     moving = (2 * WORKERS[device.type] * PIECE) + IN_FLIGHT * 2 * batch * hidden
-    disk = sum(shard.bytes for shard in plan.shards) + states
-    now = rss_bytes()
+    disk = sum(shard.bytes for shard in plan.shards) + 2 * tokens * hidden
+    now, peak = rss_bytes(), max(embeddings, work)
     if device.type == "cpu":
-        return Estimate(now + max(embeddings, layer + activations) + moving, None, disk)
-    return Estimate(now + _CUDA_HOST + moving, max(embeddings, layer + activations), disk)
+        return Estimate(now + peak + moving, None, disk)
+    return Estimate(now + _CUDA_HOST + moving, peak, disk)
 
 
 def read_ahead_bytes(plan: Plan, device: torch.device) -> int:
@@ -75,14 +78,21 @@ def read_ahead_bytes(plan: Plan, device: torch.device) -> int:
     return max(layers) if device.type == "cuda" else 0
 
 
-def _unit_bytes(plan: Plan, unit: tuple[str, ...], walked: bool) -> int:
-    """Peak of a decoder layer: its 16-bit values if it is run, its codes twice (made, and being written), one group."""
+@dataclass(frozen=True)
+class _Layer:
+    """Bytes of a decoder layer: its 16-bit values if it is run, its codes, its largest fused group."""
+
+    values: int
+    codes: int
+    group: int
+
+
+def _layer_bytes(plan: Plan, unit: tuple[str, ...], walked: bool) -> _Layer:
     tensors = plan.checkpoint.tensors
     values = sum(tensors[name].bytes for name in unit) if walked else 0
     codes = sum(info.bytes for name in unit if name in plan.assignments for info in plan.outputs[name])
     groups = [sum(tensors[name].bytes for name in group) for group in groups_of(plan, unit, walked=False)]
-    one = max((tensors[name].elements for name in unit), default=0)
-    return values + 2 * codes + 2 * max(groups, default=0) + _WIDE * one
+    return _Layer(values, codes, max(groups, default=0))
 
 
 def check_estimate(estimate: Estimate, target: Path, device: torch.device) -> None:

@@ -44,7 +44,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """SHA-256 of each weight file; units that an earlier run had done; seconds expected after the first layer."""
+    """SHA-256 of each weight file; units that an earlier run had done; seconds expected after the second layer."""
 
     files: Mapping[str, str]
     resumed: int
@@ -92,7 +92,7 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
                 tensors.clear()  # before the next layer is read: one is in memory at a time
                 commits.begin(records, writer, states[number % 2] if walked else None)
                 step()
-                if number == max(1, first):
+                if number == max(1, first) + 1:  # the first one warms up
                     expected = _expect(run, number, begun)
             with clock("finish"):
                 commits.wait()
@@ -108,7 +108,7 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
 
 
 def _expect(run: Run, number: int, begun: float) -> float:
-    """Seconds that the whole run will take, by its first layer; told where it is worth telling."""
+    """Seconds that the whole run will take, by its second layer; told where it is worth telling."""
     left = (time.perf_counter() - begun) * (len(run.plan.units) - 1 - number)
     if left > 10:
         run.tell(f"about {left / 60:.0f} min to go" if left > 90 else f"about {left:.0f} s to go")

@@ -101,12 +101,8 @@ def test_blocks_are_those_of_vllm(tmp_path: Path) -> None:
         for batch in BATCHES:
             for mode, copies in (("none", 1), ("align", 2)) if cache.states else (("none", 1),):
                 pool = make_pool(cache, in_flight=batch, state_blocks=copies)
-                full = (
-                    next(group for group in pool.groups if group.window is None and not group.fixed)
-                    if (cache.states)
-                    else None
-                )
-                block = 16 if full is None else full.block
+                # with states the first group is attention's, whose blocks were made long
+                block = pool.groups[0].block if cache.states else 16
                 page = block * cache.attention[0].bytes_per_token()
                 for length in LENGTHS:
                     case = {"layers": layers_of(cache, page), "block": block, "batch": batch}

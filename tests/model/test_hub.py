@@ -353,7 +353,9 @@ def test_no_hub_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing listens, the error names the address and what else could be done."""
     with serve({}) as gone:
         point_at(gone, tmp_path, monkeypatch)
-    with pytest.raises(UserError, match=r"org/name: no such directory, and http://\S+ cannot be reached \(.+\)\. Run the same command"):
+    with pytest.raises(
+        UserError, match=r"org/name: no such directory, and http://\S+ cannot be reached \(.+\)\. Run the same command"
+    ):
         open_headers("org/name")
 
 

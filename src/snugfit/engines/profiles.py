@@ -28,13 +28,14 @@ _CUDA: Mapping[InputKind, InputKind] = {
 # profile -> what a file asks for -> what it gets
 PROFILES: Mapping[str, Mapping[InputKind, InputKind]] = {
     # Blackwell: W4A4 for NVFP4 and MXFP4, W8A8 for FP8. CUTLASS has no INT8 there; files that ask for it are shown
-    # as other GPUs run them
+    # as other GPUs run them. Not imitated: MXFP4A16 runs W4A4, too, since 0.32 does not look at its inputs
     "vllm-blackwell": {**_CUDA, "nvfp4": "nvfp4", "mxfp4": "mxfp4"},
     # before Blackwell NVFP4 and MXFP4 run weight-only through Marlin, FP8 and INT8 through CUTLASS (Hopper, Ada)
     "marlin": _CUDA,
     # x86 with AMX but without its FP8 (Sapphire to Granite Rapids). FP8 is real under one scale a token and weight-only
     # under one a block or a tensor; INT8 is real; NVFP4 is vLLM's emulation kernel, once registered (W4A4); INT4 is
-    # W4A16 with VLLM_CPU_INT4_W4A8=0; MXFP4 has no kernel
+    # W4A16 with VLLM_CPU_INT4_W4A8=0; MXFP4 has no kernel. Without AMX blocks have none either (refused; seen). Not
+    # imitated: keys and values of an FP8 cache are cut off towards zero (seen), where GPUs round
     "vllm-cpu": {
         "fp8-token": "fp8-token",
         "int8-token": "int8-token",

@@ -18,7 +18,7 @@ from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
-from snugfit.errors import UserError
+from snugfit.errors import Unfinished, UserError
 
 PIECE = 32 << 20
 WORKERS = 8
@@ -88,7 +88,7 @@ def _read_piece(file: WebFile, offset: int, view: memoryview, stop: threading.Ev
             failures = 1 if since >= PROGRESS else failures + 1
             since = 0
             if failures > len(WAITS):
-                raise UserError(
+                raise Unfinished(
                     f"lost the network after {failures} tries ({str(error) or type(error).__name__}).",
                     where=file.name,
                     remedy=GO_ON,
@@ -134,10 +134,10 @@ def _check_status(file: WebFile, response: Any, offset: int, length: int, *, is_
     if status == 416:
         raise _other_size(file, "smaller")
     if status not in (200, 206) or response.headers.get("content-encoding", "identity") != "identity":
-        raise UserError(f"HTTP {status} in answer to a range request.", where=file.name, remedy=_DOWNLOAD)
+        raise Unfinished(f"HTTP {status} in answer to a range request.", where=file.name, remedy=_DOWNLOAD)
     whole = offset == 0 and file.size == length and response.headers.get("content-length") == str(length)
     if status == 200 and not whole:
-        raise UserError("the server ignores ranges and sends the whole file.", where=file.name, remedy=_DOWNLOAD)
+        raise Unfinished("the server ignores ranges and sends the whole file.", where=file.name, remedy=_DOWNLOAD)
     if status == 206:
         _check_range(file, str(response.headers.get("content-range", "")), offset, length)
 
@@ -158,7 +158,7 @@ def _check_range(file: WebFile, given: str, offset: int, length: int) -> None:
 
 
 def _other_size(file: WebFile, found: str) -> UserError:
-    return UserError(
+    return Unfinished(
         f"the Hub says {file.size or 0:,} bytes, its server has {found}.",
         where=file.name,
         remedy="Try again later, or set HF_ENDPOINT to a sound mirror.",
@@ -175,7 +175,7 @@ def retry_after(headers: Any) -> float | None:
 def denied(status: int, code: str, where: str) -> UserError:
     """What an answer of 401, 403 or 404 of the Hub itself means."""
     if code == "GatedRepo":
-        return UserError(
+        return Unfinished(
             "a gated model: its owner asks for your consent.",
             where=where,
             remedy="Accept its terms on the model's page, then `hf auth login` (or set HF_TOKEN).",
@@ -184,7 +184,7 @@ def denied(status: int, code: str, where: str) -> UserError:
         what, remedy = "not on the Hub (HTTP 404).", "Check the name; a private model needs `hf auth login`."
     else:
         what, remedy = f"access denied (HTTP {status}).", "Check the token: `hf auth login`, or HF_TOKEN."
-    return UserError(what, where=where, remedy=remedy)
+    return Unfinished(what, where=where, remedy=remedy)
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:

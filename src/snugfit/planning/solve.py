@@ -106,7 +106,7 @@ def problem(model: Model, stored: Sequence[Stored], setting: Setting, tp: int) -
     for weight in stored:
         name = kernel_format(weight.format)
         if weight.format is not None and linear_kernel(engine, name, generation) is None:
-            return f"{setting.engine.title} has no kernel for {name} on {GENERATIONS[generation]}"
+            return f"no kernel of {setting.engine.title} is known for {name} on {GENERATIONS[generation]}"
     return None
 
 

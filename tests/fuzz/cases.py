@@ -1,0 +1,379 @@
+"""Fuzz cases: what is damaged, and the commands that read it. A case is decided by its target's name and its number."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fuzz.bases import (
+    BASES,
+    DIALECTS,
+    INDEX,
+    SHARDED,
+    SINGLE,
+    WORDS,
+    Base,
+    dump_header,
+    framed,
+    header_of,
+    size_of,
+    write_shard,
+)
+from fuzz.mutate import TEXTS, dump, nasty, spoil_bytes, spoil_json, spoil_yaml
+from sparse_models import SIZES, Tensor
+
+SEED = 1
+Command = list[str]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of damage. `make` writes a case into an empty directory, with what `shared` has, and gives commands.
+
+    `cases` are run by `make fuzz`; a `heavy` one reads weights, and so needs torch.
+    """
+
+    make: Callable[[random.Random, Path, Path], list[Command]]
+    cases: int
+    heavy: bool = False
+
+
+def rng_of(target: str, number: int) -> random.Random:
+    """What decides a case."""
+    return random.Random(f"{SEED} {target} {number}")  # noqa: S311  # not for secrets
+
+
+def _verbs(rng: random.Random, model: Path) -> list[Command]:
+    """Everything that reads headers alone."""
+    inspect = ["inspect", str(model)]
+    fit = ["fit", str(model), "--gpu", rng.choice(("16GiB", "RTX 5090", "H100", "4GiB"))]
+    for recipe in rng.sample(("nvfp4", "fp8-dynamic", "int4-w4a16", "nvfp4-fp8-hybrid-fp8kv"), rng.choice((1, 1, 1, 2))):
+        fit += ["-r", recipe]
+    fit += rng.choice(([], [], ["--tp", "2"], ["--context", "8k"], ["--engine", "sglang"], ["--engine", "aphrodite"]))
+    plan = ["quantize", str(model), "-r", rng.choice(("nvfp4", "fp8-block", "nvfp4-fp8-hybrid-fp8kv", "int4-w4a16"))]
+    plan += ["--dry-run", *rng.choice(([], ["-o", str(model.parent / "out")]))]
+    commands = [inspect, fit, plan]
+    return [[*command, "--json"] if rng.random() < 0.5 else command for command in commands]
+
+
+# --- headers
+
+
+def make_header(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A weight file whose header is damaged: as bytes, as JSON, in its offsets, or sound but of odd tensors."""
+    base = rng.choice(list(DIALECTS.values()) if rng.random() < 0.7 else list(BASES.values()))
+    tensors = list(base.shards[0])
+    model = base.write(root / "model")
+    size = size_of(tensors)
+    kind = rng.randrange(10)
+    header = header_of(tensors)
+    if kind < 2:
+        front = spoil_bytes(rng, dump_header(header))
+    elif kind < 4:
+        names = ("__metadata__", "dtype", "shape", "data_offsets", *SIZES, *header)
+        front = framed(spoil_json(rng, header, names))
+    elif kind < 6:
+        front = framed(dump(_moved(rng, header)).encode("utf-8", "surrogatepass"))
+    elif kind == 6:
+        front = _lied(rng, dump_header(header))
+        size = rng.choice((size, size - 1, size + 1, 0, size // 2))
+    else:
+        odd = _odd_tensors(rng, tensors)
+        front, size = dump_header(header_of(odd)), size_of(odd)
+    write_shard(model / SINGLE, front, max(0, size))
+    return _verbs(rng, model)
+
+
+def _moved(rng: random.Random, header: dict[str, Any]) -> dict[str, Any]:
+    """Entries whose dtype, shape or place is another."""
+    names = [name for name in header if name != "__metadata__"]
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        entry, other = header[rng.choice(names)], header[rng.choice(names)]
+        kind = rng.randrange(6)
+        if kind == 0:
+            entry["data_offsets"], other["data_offsets"] = other["data_offsets"], entry["data_offsets"]
+        elif kind == 1:
+            entry["data_offsets"] = [place + rng.choice((-1, 1, 8, 2**40, -(2**40))) for place in entry["data_offsets"]]
+        elif kind == 2:
+            entry["data_offsets"] = other["data_offsets"]
+        elif kind == 3:
+            entry["dtype"] = rng.choice((*SIZES, "F4", "BF17", "bf16", ""))
+        elif kind == 4:
+            entry["shape"] = rng.choice((other["shape"], entry["shape"][::-1], [*entry["shape"], 1], [], [0], [1] * 70))
+        else:
+            entry[rng.choice(("data_offsets", "shape", "dtype"))] = nasty(rng)
+    return header
+
+
+def _lied(rng: random.Random, front: bytes) -> bytes:
+    """A length of the header that is not its own."""
+    length = len(front) - 8
+    lie = rng.choice((0, 1, 2, length - 1, length + 1, length // 2, length * 2, 2**31, 2**32, 2**63, 2**64 - 1, 10**8, 10**8 + 1))
+    return struct.pack("<Q", lie) + front[8 : 8 + rng.choice((length, length, lie if lie < length else length))]
+
+
+def _odd_tensors(rng: random.Random, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors that make a sound file, and perhaps no model."""
+    found = list(tensors)
+    for _ in range(rng.choice((1, 1, 2, 4, 8))):
+        at = rng.randrange(len(found)) if found else 0
+        name, dtype, shape = found[at] if found else ("x", "BF16", (1,))
+        kind = rng.randrange(8)
+        if kind == 0 and found:
+            del found[at]
+        elif kind == 1:
+            found[at : at + 1] = [(name, rng.choice(list(SIZES)), shape)]
+        elif kind == 2:
+            sides = list(shape) or [1]
+            sides[rng.randrange(len(sides))] = rng.choice((0, 1, 2, 3, 7, 15, 48, 100, 10**6, 2**31))
+            found[at : at + 1] = [(name, dtype, tuple(sides))]
+        elif kind == 3:
+            found[at : at + 1] = [(name, dtype, rng.choice(((), (0,), (1,), (0, 0), (*shape, 2), shape[1:], (1, *shape))))]
+        elif kind == 4:
+            found[at : at + 1] = [(_odd_name(rng, name), dtype, shape)]
+        elif kind == 5:
+            found.append((_odd_name(rng, name), dtype, shape))
+        elif kind == 6:
+            suffix = rng.choice(("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "scales", "g_idx", "weight_shape", "W_q", "k_scale", "input_scale", "weight._data", "gate_up_proj_blocks", "gate_up_proj_scales", "weight.quant_state.bitsandbytes__nf4", "SCB", "codes", "experts"))
+            shapes = ((), (0,), (1,), (2, 3), (2, 3, 4), (0, 4), (128, 1), (1, 2, 3, 4))
+            found.append((f"{name.rpartition('.')[0]}.{suffix}", rng.choice(list(SIZES)), rng.choice(shapes)))
+        else:
+            keep = rng.choice(("mlp", "self_attn", "layers.0", "norm", "weight"))
+            found = [tensor for tensor in found if keep not in tensor[0]] or found[:1]
+    unique = {tensor[0]: tensor for tensor in found}
+    return list(unique.values())
+
+
+def _odd_name(rng: random.Random, name: str) -> str:
+    parts = name.split(".")
+    at = rng.randrange(len(parts))
+    parts[at] = rng.choice(
+        ("", "0", "1", "7", "99", "999999999", "9999999999", "10" * 20, "-1", "٣", "²", "layers", "experts", "experts.0", "experts.5", "mtp", "vision", "q_proj", "weight", "A" * 300, "[red]x[/]", "*", "re:x", "self_attn", "linear_attn", "..", "norm", "{0}", "%s")
+    )
+    return ".".join(parts)
+
+
+# --- indexes
+
+
+def make_index(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """An index that is damaged, or sends tensors elsewhere."""
+    document = {"metadata": {"total_size": 7}, "weight_map": {}}
+    for number, shard in enumerate(SHARDED.shards, 1):
+        document["weight_map"] |= dict.fromkeys((tensor[0] for tensor in shard), f"model-{number:05d}-of-00003.safetensors")
+    raw = spoil_bytes(rng, json.dumps(document).encode()) if rng.random() < 0.25 else b""
+    files = [f"model-{number:05d}-of-00003.safetensors" for number in range(5)]
+    odd = ("../outside.safetensors", "/etc/passwd", "sub/x.safetensors", ".", "..", "config.json", "x.bin", ".safetensors", "\x00.safetensors", "a" * 300 + ".safetensors", "C:\\x.safetensors", "link.safetensors", "fifo.safetensors")
+    names = list(document["weight_map"])
+    if not raw and rng.random() < 0.6:
+        for _ in range(rng.choice((1, 2, 5))):
+            document["weight_map"][rng.choice((*names, *TEXTS))] = rng.choice((*files, *odd))
+        raw = json.dumps(document).encode()
+    model = SHARDED.write(root / "model", index=raw or spoil_json(rng, document, (*names, *files, *odd, "weight_map")))
+    (root / "outside.safetensors").write_bytes(b"secret")
+    if rng.random() < 0.3:
+        (model / "link.safetensors").symlink_to(root / "outside.safetensors")
+    if rng.random() < 0.3:
+        os.mkfifo(model / "fifo.safetensors")
+    return _verbs(rng, model)
+
+
+# --- configs
+
+
+def make_config(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A config.json with values and keys that none has."""
+    base = rng.choice(list(BASES.values()))
+    model = base.write(root / "model", config=_config(rng, base))
+    return _verbs(rng, model)
+
+
+def _config(rng: random.Random, base: Base) -> bytes:
+    kind = rng.randrange(10)
+    if kind == 0:
+        return spoil_bytes(rng, json.dumps(base.config).encode())
+    config: dict[str, Any] = json.loads(json.dumps(base.config))
+    if kind < 5:  # a key that some verb reads
+        texts = [part for key in ("text_config", "llm_config", "thinker_config") if isinstance(part := config.get(key), dict)]
+        for _ in range(rng.choice((1, 1, 2, 3))):
+            rng.choice([config, *texts])[rng.choice(WORDS)] = nasty(rng, WORDS)
+        return dump(config).encode("utf-8", "surrogatepass")
+    return spoil_json(rng, config, WORDS)
+
+
+def make_quantization(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """What a config says of quantization, in all dialects, damaged; also in ModelOpt's file of its own."""
+    name = rng.choice([name for name in DIALECTS if name != "16-bit"])
+    base = DIALECTS[name]
+    if base.files:
+        (file, content), *_ = base.files.items()
+        model = base.write(root / "model")
+        damaged = spoil_bytes(rng, content) if rng.random() < 0.2 else spoil_json(rng, json.loads(content), WORDS)
+        (model / file).write_bytes(damaged)
+        return _verbs(rng, model)
+    config: dict[str, Any] = json.loads(json.dumps(base.config))
+    place = config.get("text_config", config)
+    key = next(key for key in ("quantization_config", "quantization") if key in place)
+    given = place[key] | rng.choice(({}, *(dict(STORED_CONFIG[other]) for other in ("nvfp4", "fp8", "modelopt", "int4"))))
+    damaged = spoil_json(rng, given, WORDS)
+    place[key] = "@@quantization@@"
+    model = base.write(root / "model", config=json.dumps(config).encode().replace(b'"@@quantization@@"', damaged))
+    return _verbs(rng, model)
+
+
+STORED_CONFIG: Mapping[str, Mapping[str, Any]] = {
+    name: base.config["quantization_config"] for name, base in DIALECTS.items() if "quantization_config" in base.config
+}
+
+
+# --- recipes
+
+
+def make_recipe(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A recipe file that is damaged."""
+    import yaml
+
+    from snugfit.recipe import builtin_names, load_recipe
+
+    mine = (
+        "name: mine\ndescription: a mix\nkv_cache: fp8\nrules:\n  - {role: [gate, up], layers: '0..1, -1', format: fp8-dynamic}\n"
+        "  - role: mlp\n    format: nvfp4\n    scale: sweep\n    objective: mse\n  - name: '*.self_attn.o_proj'\n    format: keep\n"
+        "  - name: re:.*v_proj\n    format: keep\n  - role: linear\n    format: int4\n    group: [128, 64, 32]\n    symmetric: false\n"
+    )
+    text = rng.choice((mine, mine, load_recipe(rng.choice(builtin_names())).text))
+    file = root / "recipe.yaml"
+    file.write_bytes(spoil_yaml(rng, text, lambda: yaml.safe_load(text)))
+    base = rng.choice((BASES["16-bit"], BASES["16-bit"], BASES["fp8"], BASES["deepseek"], BASES["gemma3"], SHARDED))
+    model = base.write(root / "model")
+    json_ = rng.choice(([], ["--json"]))
+    return [
+        ["quantize", str(model), "-r", str(file), "--dry-run", *json_],
+        ["fit", str(model), "--gpu", "16GiB", "-r", str(file), *json_],
+        ["recipes", str(file), *json_],
+    ]
+
+
+# --- results
+
+
+def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A result of `eval` that is damaged, compared with a sound one; and a damaged record beside a model."""
+    import test_compare as made
+
+    scores = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    if rng.random() < 0.5:
+        pair = made.evals(root, [made.model("x", made.shifted(0.1), kl=[0.1] * 6)], [made.model("y", made.shifted(0.3), kl=[0.2] * 6)])
+    else:
+        tasks = made.task("t", scores), made.task("u", [0.5, 0.25, 0.1], metric="loss")
+        pair = made.write_tasks(root / "a.json", *tasks), made.write_tasks(root / "b.json", *tasks)
+    which = rng.choice(pair)
+    content = which.read_bytes()
+    words = ("schema", "models", "contexts", "tasks", "items", "kl", "by_chunk", "chunk_tokens", "nonfinite", "snugfit.eval/1", "snugfit.tasks/1")
+    which.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words))
+    out = rng.choice(([], ["-o", str(root / "out")]))
+    commands = [["compare", str(pair[0]), str(pair[1]), *rng.choice(([], ["--json"])), *out]]
+    if rng.random() < 0.2:
+        record = {"snugfit": "0.1", "recipe": "nvfp4", "tensors": [], "files": {}}
+        model = BASES["16-bit"].write(root / "model")
+        (model / "snugfit-record.json").write_bytes(spoil_json(rng, record, ("snugfit", "recipe")))
+        commands.append(["inspect", str(model), *rng.choice(([], ["--json"]))])
+    return commands
+
+
+# --- runs
+
+
+def make_rows(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """Rows of JSONL that are damaged, to calibrate and to evaluate on."""
+    rows: list[Any] = [
+        {"input_ids": [3, 4, 5, 6, 7, 8]},
+        {"text": "the quick brown fox jumps over the lazy dog " * 3},
+        {"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Loire."}]},
+    ]
+    words = ("input_ids", "text", "messages", "role", "content", "assistant", "user", "tool", "system", "tool_calls")
+    lines = [json.dumps(row).encode() for row in rows]
+    at = rng.randrange(len(rows))
+    lines[at] = spoil_bytes(rng, lines[at]) if rng.random() < 0.3 else spoil_json(rng, rows[at], words)
+    content = b"\n".join(lines) + b"\n"
+    file = root / f"rows{rng.choice(('.jsonl', '.jsonl', '.jsonl', '.txt'))}"
+    file.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.2 else content)
+    return [_quantize(root, shared / "model", "nvfp4", file), _eval(root, shared / "model", file)]
+
+
+def _quantize(root: Path, model: Path, recipe: str, rows: Path) -> Command:
+    return ["quantize", str(model), "-r", recipe, "-o", str(root / "out"), "--text", str(rows), "--device", "cpu", "--json", "--rows", "3", "--length", "32"]
+
+
+def _eval(root: Path, model: Path, text: Path) -> Command:
+    return ["eval", str(model), "--text", str(text), "--context", "16", "--max-chunks", "2", "--device", "cpu", "--json", "-o", str(root / "result")]
+
+
+def make_run(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """A model with weights, one file of it damaged, quantized and evaluated."""
+    written = rng.choice(("model", "model", "quantized"))
+    model = root / "model"
+    shutil.copytree(shared / written, model)
+    files = [file for file in sorted(model.iterdir()) if file.suffix in (".json", ".jinja", ".yaml")]
+    config = model / "config.json"
+    file = rng.choice((*files, config, config, config, model / SINGLE))
+    content = file.read_bytes()
+    if file.suffix == ".safetensors":
+        (length,) = struct.unpack("<Q", content[:8])
+        at = rng.randrange(8 + length, len(content))
+        file.write_bytes(content[:at] + bytes(rng.choice((0, 0x7F, 0x80, 0xFF)) for _ in range(4)) + content[at + 4 :])
+    elif file.suffix != ".json" or rng.random() < 0.1:
+        file.write_bytes(spoil_bytes(rng, content))
+    else:
+        document = json.loads(content)
+        words = (*WORDS, *(document if isinstance(document, dict) else ()))
+        file.write_bytes(spoil_json(rng, document, words))
+    if written == "quantized":
+        return [["inspect", str(model)], _eval(root, model, shared / "text.txt")]
+    rows = rng.choice((shared / "text.txt", shared / "rows.jsonl"))
+    recipe = rng.choice(("nvfp4", "fp8-dynamic", "nvfp4-fp8-hybrid-fp8kv"))
+    return [_quantize(root, model, recipe, rows), *([_eval(root, model, rows)] if rng.random() < 0.5 else [])]
+
+
+def make_unfinished(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """What an unfinished run left, damaged; the same command goes on, begins anew, or says why not."""
+    partial = root / "out.partial"
+    shutil.copytree(shared / "out.partial", partial)
+    files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+    for _ in range(rng.choice((1, 1, 2))):
+        file = rng.choice([file for file in files if file.suffix == ".json"] or files if rng.random() < 0.8 else files)
+        if not file.is_file():
+            continue
+        content = file.read_bytes()
+        kind = rng.randrange(6)
+        if kind == 0:
+            file.unlink()
+        elif kind == 1 and file.name != ".snugfit-lock":
+            file.unlink()
+            file.mkdir()
+        elif file.suffix == ".json" and kind < 5:
+            words = ("tensors", "written", "states", "name", "bytes", "shape", "source", "rows")
+            file.write_bytes(spoil_json(rng, json.loads(content), words))
+        else:
+            file.write_bytes(spoil_bytes(rng, content))
+    more = rng.choice(([], [], [], ["--resume-anyway"], ["--restart"]))
+    return [[*_quantize(root, shared / "model", "nvfp4-fp8-hybrid-fp8kv", shared / "rows.jsonl"), *more]]
+
+
+TARGETS: Mapping[str, Target] = {
+    "header": Target(make_header, 3000),
+    "index": Target(make_index, 900),
+    "config": Target(make_config, 2400),
+    "quantization": Target(make_quantization, 1200),
+    "recipe": Target(make_recipe, 1400),
+    "result": Target(make_result, 600),
+    "rows": Target(make_rows, 150, heavy=True),
+    "run": Target(make_run, 250, heavy=True),
+    "unfinished": Target(make_unfinished, 100, heavy=True),
+}
