@@ -20,6 +20,8 @@ from snugfit.cli import app
 from snugfit.errors import Unfinished, UserError
 from snugfit.model.shards import WORK_NAME, units_done
 from snugfit.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.quantize_units import calibrate as calibrate_layer
+from snugfit.quantize_units import quantize_unit
 
 RECIPE = "nvfp4-fp8-hybrid-fp8kv"
 KILLED = 9
@@ -152,7 +154,7 @@ def test_killed_again_and_again(model: Path, token_rows: Path, whole: dict[str, 
 
 def stop_in_layer(monkeypatch: pytest.MonkeyPatch, layer: int, error: BaseException) -> None:
     """`error` comes once decoder layer `layer` is to be run."""
-    real = snugfit.quantize_run.calibrate
+    real = calibrate_layer
 
     def calibrate(*arguments: Any) -> Any:
         if arguments[2] == layer:
@@ -342,7 +344,7 @@ def test_rows_of_many_lengths(model: Path, tmp_path: Path) -> None:
 
 def test_a_recipe_without_data_goes_on_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without rows there are no hidden states to keep, and finished layers are still not done again."""
-    real, seen = snugfit.quantize_run.quantize_unit, []
+    real, seen = quantize_unit, []
 
     def stop(*arguments: Any) -> Any:
         seen.append(arguments)

@@ -92,7 +92,9 @@ def candidates_of(source: Source, asked: Sequence[str]) -> tuple[list[Candidate]
         try:
             stored = _stored_by(loaded, source)
         except UserError as error:
-            found[name] = Candidate(name, (), (name,), problem=error.what.rstrip("."))
+            reason = error.what.rstrip(".")
+            others = found[reason].recipes if reason in found else ()
+            found[reason] = Candidate(shortest((*others, name)), (), (*others, name), problem=reason)
             continue
         key = tuple(weight.format for weight in stored)
         known = found.get(key, Candidate(name, stored))

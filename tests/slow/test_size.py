@@ -93,12 +93,6 @@ def test_peak_memory_follows_the_largest_layer(recipe: str, large: Path, tmp_pat
     found = json.loads(done.stdout.splitlines()[-1])
     layer = 2 * (2 * HIDDEN * HIDDEN + 2 * 640 * HIDDEN + 3 * MLP * HIDDEN)
     activations = 0 if recipe == "fp8-int4" else 2 * TOKENS * (3 * MLP + 6 * HIDDEN)
-    print(
-        recipe,
-        {key: value / 1e6 for key, value in found.items() if key != "estimates"},
-        layer / 1e6,
-        found["estimates"],
-    )
     assert found["peak"] < found["baseline"] + 3 * layer + activations
     assert found["peak"] < sum(file.stat().st_size for file in large.glob("*.safetensors")) / 2
     estimated = found["estimates"]["peak_rss_bytes"]["estimated"]

@@ -1,0 +1,63 @@
+"""Runs of the real model killed at random, as a machine that is taken away would."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from snugfit.model.shards import units_done
+from snugfit.quantize import RECORD_FILE
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+COMMAND = "import sys; from snugfit.cli import app; app(sys.argv[1:])"
+
+
+def start(model: Path, out: Path) -> subprocess.Popen[bytes]:
+    options = ["--rows", "8", "--length", "256", "--device", "cpu", "--tokens-per-batch", "512"]
+    command = [sys.executable, "-c", COMMAND, "quantize", str(model), "-r", "nvfp4-fp8-hybrid-fp8kv", "-o", str(out)]
+    return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def digests(out: Path) -> dict[str, str]:
+    record = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))
+    return dict(record["files"])
+
+
+def test_twenty_random_kills(smollm2: Path, tmp_path: Path) -> None:
+    """Killed at twenty random moments, each time gone on with, the run ends in the bytes of a run in one piece."""
+    whole, out, partial = tmp_path / "whole", tmp_path / "out", tmp_path / "out.partial"
+    begun = time.monotonic()
+    assert start(smollm2, whole).wait() == 0
+    length = time.monotonic() - begun
+    generator = random.Random(4)
+    kills, gone_on = 0, 0
+    while kills < KILLS:
+        run = start(smollm2, out)
+        while not partial.exists() and run.poll() is None:
+            time.sleep(0.01)
+        # mostly soon, so that twenty fit into one run
+        time.sleep(generator.expovariate(KILLS / length))
+        done = units_done(partial)
+        run.send_signal(signal.SIGKILL)
+        if run.wait() == 0:
+            break
+        kills += 1
+        gone_on += done > 1
+    if not out.exists():
+        assert start(smollm2, out).wait() == 0
+    assert kills >= KILLS // 2
+    assert gone_on > 3
+    assert digests(out) == digests(whole)
+    names = {path.name for path in whole.iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    for name in names - {RECORD_FILE}:
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
