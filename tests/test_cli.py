@@ -41,6 +41,8 @@ OFFERED: dict[str, set[str]] = {
         "--max-shard-size",
         "--restart",
         "--resume-anyway",
+        "--gpu",
+        "--context",
         "--dry-run",
         "--json",
     },

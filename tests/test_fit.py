@@ -319,7 +319,10 @@ def test_engines_differ(nemo: Path) -> None:
         assert run("fit", nemo, "--gpu", "RTX 4090", "--engine", engine).stdout
     many = fit_model(nemo, "RTX 4090", engine="aphrodite", sequences=2)
     assert many.engine["title"] == "Aphrodite 0.10"
-    assert "no kernel of SGLang 0.5 is known for nvfp4 on Ada" in run("fit", nemo, "--gpu", "RTX 4090", "--engine", "sglang").stdout
+    assert (
+        "no kernel of SGLang 0.5 is known for nvfp4 on Ada"
+        in run("fit", nemo, "--gpu", "RTX 4090", "--engine", "sglang").stdout
+    )
 
 
 BAD: list[tuple[list[str], str]] = [

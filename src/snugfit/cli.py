@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from snugfit.calibration.dataset import DEFAULT_LENGTH, DEFAULT_ROWS
-from snugfit.errors import UserError
+from snugfit.errors import UserError, plain
 
 if TYPE_CHECKING:
     from snugfit.evaluation.served import ServerOptions
@@ -40,7 +40,7 @@ def _plain_errors(kept: Callable[[], str] = lambda: "") -> Iterator[None]:
         typer.echo(f"snugfit: {error}", err=True)
         raise typer.Exit(2) from None
     except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
+        place = f"{plain(str(error.filename))}: " if error.filename else ""
         left = f"{kept()}. Then run the same command to go on." if kept() else "Nothing was written."
         typer.echo(f"snugfit: {place}{error.strerror or error}. {left}", err=True)
         raise typer.Exit(2) from None
@@ -101,10 +101,13 @@ def quantize(
         bool, typer.Option("--resume-anyway", help="Go on under another machine, library version or batch.")
     ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print tensor, format and bytes.")] = False,
+    gpu: Annotated[str | None, typer.Option(help="With --dry-run: what fits a GPU of this size or name.")] = None,
+    context: Annotated[str | None, typer.Option(help="With --gpu: whether so many tokens do, such as 32k.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
 ) -> None:
     """Quantize MODEL by a recipe into a new directory that stock engines load."""
     with _plain_errors(_kept_layers(output)):
+        from snugfit.fit import fit_line
         from snugfit.printing import print_plan, print_totals
         from snugfit.quantize import quantize_checkpoint
         from snugfit.quantize_plan import plan_quantization
@@ -114,12 +117,17 @@ def quantize(
         shard_bytes = None if max_shard_size is None else int(max_shard_size * 1e9)
         if dry_run:
             plan = plan_quantization(model, recipe, max_shard_bytes=shard_bytes)
+            fits = fit_line(plan, gpu, context=None if context is None else _lengths(context)[0]) if gpu else None
             print_plan(plan.records(), as_json)
+            if fits is not None:
+                typer.echo(fits, err=as_json)
             for obstacle in plan.obstacles:
                 typer.echo(f"a run would be refused: {obstacle}", err=True)
             return
         if output is None:
             raise UserError("no output directory.", remedy="Name one with -o, or add --dry-run.")
+        if gpu is not None or context is not None:
+            raise UserError("--gpu and --context tell what fits, without a run.", remedy="Add --dry-run, or use `fit`.")
         record = quantize_checkpoint(
             model,
             output,
@@ -141,7 +149,8 @@ def quantize(
             return
         print_totals(record.tensors)
         if record.left_out:
-            typer.echo(f"weights in other containers, not copied: {', '.join(record.left_out)}", err=True)
+            left_out = ", ".join(record.left_out)
+            typer.echo(plain(f"weights in other containers, not copied: {left_out}"), err=True)
         typer.echo(f"{output}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
 
 

@@ -29,7 +29,7 @@ from snugfit.planning.solve import (
     total,
 )
 from snugfit.planning.words import say_cache
-from snugfit.quantize_plan import Plan
+from snugfit.quantize_plan import Plan, obstacles
 from snugfit.records import FitCache, FitRecord, FitRow
 
 UNLIMITED = 2**20
@@ -84,7 +84,7 @@ def fit_model(
         windows=tuple(window for window, _ in sizes.windows),
         state_bytes=sizes.state_bytes,
         rows=tuple(rows),
-        notes=(*notes, *more),
+        notes=(*notes, *more, *(f"quantize refuses it so far: {obstacle.what}" for obstacle in obstacles(checkpoint))),
     )
 
 

@@ -361,8 +361,8 @@ def _quantization(checkpoint: Checkpoint, contents: Contents) -> Quantization | 
     if not contents.refused:
         try:
             cache = kv_cache_format(checkpoint.config, read_quant_config(checkpoint.path))
-        except UserError as error:
-            cache = error.what
+        except (UserError, AttributeError, TypeError) as error:
+            cache = error.what if isinstance(error, UserError) else "unreadable"
     if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
         cache = "scales in the files, nothing in the config"
     return Quantization(contents.method, scalars, dict(matrices.most_common()), cache, contents.refused)

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from snugfit.errors import plain
 from snugfit.formats.spec import FORMATS
 from snugfit.records import totals_by_format
 
@@ -27,8 +28,8 @@ def print_sheet(sheet: Sheet) -> None:
     """A table of `snugfit eval`: its title, cells, and what they mean."""
     table = _table(*sheet.headings, right=sheet.headings[sheet.left :])
     for row in sheet.rows:
-        table.add_row(*(_bold(escape(cell)) for cell in row))
-    typer.echo(sheet.title)
+        table.add_row(*(_bold(_cell(cell)) for cell in row))
+    _say(sheet.title)
     _show(table)
     typer.echo(f"{sheet.note}\n")
 
@@ -61,7 +62,7 @@ def print_plan(records: tuple[TensorRecord, ...], as_json: bool) -> None:
         experts.setdefault((name, record.format, "x".join(map(str, record.shape))), []).append(record.bytes)
     for (name, label, shape), sizes in experts.items():
         shapes = shape if len(sizes) == 1 else f"{len(sizes)} of {shape}"
-        table.add_row(escape(name), label, shapes, f"{sum(sizes):,}")
+        table.add_row(_cell(name), label, shapes, f"{sum(sizes):,}")
     _show(table)
     print_totals(records)
 
@@ -81,7 +82,7 @@ def print_totals(records: tuple[TensorRecord, ...]) -> None:
 
 def print_inspection(found: Inspection) -> None:
     """What is in a checkpoint, on one screen: sums, parts, layers, and what is odd about it."""
-    typer.echo("\n".join(_summary(found)) + "\n")
+    _say(*_summary(found), "")
     columns = ("part", "names", "weights", "shape", "stored", "parameters", "bytes", "share", "could be")
     table = _table(*columns, right=("weights", "parameters", "bytes", "share"))
     last = ""
@@ -91,20 +92,20 @@ def print_inspection(found: Inspection) -> None:
         shape = "x".join(map(str, part.shape)) if len(part.shape) > 1 else "many" * bool(part.names and not part.shape)
         share = f"{100 * part.bytes / max(found.bytes, 1):.1f} %"
         cells = (names, f"{part.weights:,}", shape, stored, _count(part.parameters), _size(part.bytes), share)
-        table.add_row(part.part if part.part != last else "", *map(escape, cells), escape(_prospects(part)))
+        table.add_row(part.part if part.part != last else "", *map(_cell, cells), _cell(_prospects(part)))
         last = part.part
     _show(table)
     reasons = dict.fromkeys(
         why.partition(", this weight")[0].rstrip(".") for part in found.parts for why in (part.cannot_be or {}).values()
     )
     legend = [f"any of: {', '.join(FORMATS)}"] if any(part.can_be for part in found.parts) else []
-    typer.echo("\n".join([*legend, *reasons]) + "\n" * bool(legend))
+    _say(*legend, *reasons, *[""] * bool(legend))
     table = _table("layers", "what", "stored", "parameters each", "bytes each", right=("parameters each", "bytes each"))
     for run in found.layers:
         sizes = _count(run.parameters), _size(run.bytes)
-        table.add_row(ranges(run.layers), escape(run.what), escape(", ".join(run.stored)), *sizes)
+        table.add_row(ranges(run.layers), _cell(run.what), _cell(", ".join(run.stored)), *sizes)
     _show(table)
-    typer.echo("\n".join(_remarks(found)))
+    _say(*_remarks(found))
 
 
 def _summary(found: Inspection) -> list[str]:
@@ -157,7 +158,7 @@ def _quantized(found: Inspection) -> list[str]:
 
 def _remarks(found: Inspection) -> list[str]:
     whole = [f"{' + '.join(group.members)} x {group.complete:,}" for group in found.fused if group.complete]
-    lines = [f"\none product in engines, so one format: {'; '.join(whole)}"] if whole else []
+    lines = ["", f"one product in engines, so one format: {'; '.join(whole)}"] if whole else []
     for group in found.fused:
         if group.incomplete:
             count = len(group.incomplete)
@@ -235,11 +236,10 @@ def print_fit(record: FitRecord) -> None:
     headings = fit_headings(record)
     table = _table(*headings, right=headings[1:])
     for cells in fit_rows(record):
-        table.add_row(*map(escape, cells))
-    typer.echo(fit_title(record))
+        table.add_row(*map(_cell, cells))
+    _say(fit_title(record))
     _show(table)
-    for line in fit_notes(record):
-        typer.echo(line)
+    _say(*fit_notes(record))
 
 
 def _table(*headings: str, right: tuple[str, ...] = ()) -> Table:
@@ -247,6 +247,15 @@ def _table(*headings: str, right: tuple[str, ...] = ()) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
     return table
+
+
+def _cell(text: str) -> str:
+    """Text of a model's files as a table may show it."""
+    return escape(plain(text))
+
+
+def _say(*lines: str) -> None:
+    typer.echo("\n".join(map(plain, lines)))
 
 
 def _show(table: object) -> None:

@@ -122,8 +122,18 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
     shards = plan_shards(written, max_shard_bytes or default)
     quantization = dialect.quantization_config(formats, ignore, loaded.recipe.kv_cache)
     config = dict(checkpoint.config) | {"quantization_config": quantization}
-    obstacles = _obstacles(checkpoint, scales)
-    return Plan(checkpoint, decoder, loaded, assignments, outputs, units, attention, tuple(shards), config, obstacles)
+    return Plan(
+        checkpoint,
+        decoder,
+        loaded,
+        assignments,
+        outputs,
+        units,
+        attention,
+        tuple(shards),
+        config,
+        obstacles(checkpoint),
+    )
 
 
 def groups_of(plan: Plan, unit: Sequence[str], walked: bool) -> list[tuple[str, ...]]:
@@ -255,7 +265,7 @@ def _unquantized(
     return [module for module in dict.fromkeys([*linears, *head]) if module not in formats]
 
 
-def _obstacles(checkpoint: Checkpoint, scales: Mapping[str, str]) -> tuple[UserError, ...]:
+def obstacles(checkpoint: Checkpoint) -> tuple[UserError, ...]:
     """Why a run would damage this model quietly: experts need calibration of their own, FP8 sources a reader."""
     configs = (checkpoint.config, text_config(checkpoint.config))
     counts = [config.get(key) for config in configs for key in EXPERT_COUNTS]
@@ -265,7 +275,8 @@ def _obstacles(checkpoint: Checkpoint, scales: Mapping[str, str]) -> tuple[UserE
         found.append(
             UserError("a mixture of experts, which is not handled yet.", where=where, remedy="Use a dense model.")
         )
-    if scales or any(config.get("quantization_config") for config in configs):
+    codes = any(tensor.dtype == "F8_E4M3" for tensor in checkpoint.tensors.values())
+    if codes or any(config.get("quantization_config") for config in configs):
         found.append(
             UserError(
                 "already quantized (quant_method 'fp8' in config.json).",

@@ -92,6 +92,11 @@ def test_decoder_of_a_broken_file() -> None:
     assert find_decoder([*listed("model.layers", 3), *listed("visual.blocks", 5)], 5) == "model.layers"
 
 
+def test_layers_that_cannot_be_counted() -> None:
+    """An absurd number of layers costs no time."""
+    assert find_decoder([*listed("model.layers", 3), *listed("visual.blocks", 5)], 10**30) == "model.layers"
+
+
 def test_no_layers_at_all() -> None:
     """Names without numbers are refused."""
     with pytest.raises(UserError, match="no tensor's name has a layer's number"):
@@ -109,6 +114,8 @@ def test_no_layers_at_all() -> None:
         ({"text_config": {}, "num_hidden_layers": 3}, 3),
         ({"text_config": None, "num_hidden_layers": "3"}, None),
         ({"num_hidden_layers": 0}, None),
+        ({"num_hidden_layers": True}, None),
+        ({"num_hidden_layers": 10**30}, None),
         ({}, None),
     ],
     ids=str,

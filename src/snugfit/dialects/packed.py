@@ -125,7 +125,7 @@ def _compressed(parts: Headers, bits: int) -> Packed:
     label = f"int{bits}"
     if dtype == "U8":
         label = "nvfp4" if "weight_global_scale" in parts else "mxfp4"
-    return Packed("weight", (*shape[:-1], shape[-1] * per_element), label, "weight_packed")
+    return Packed("weight", _wider(shape, per_element), label, "weight_packed")
 
 
 def _qweight(parts: Headers, bits: int | None) -> Packed:
@@ -135,7 +135,7 @@ def _qweight(parts: Headers, bits: int | None) -> Packed:
     if len(shape) != 2 or len(scales) != 2 or not math.prod((*shape, *scales)):
         return Packed("weight", shape, "qweight", "qweight")
     if scales[1] == shape[1]:
-        columns = parts["g_idx"][1][0] if "g_idx" in parts else shape[0] * 32 // (bits or 4)
+        columns = math.prod(parts["g_idx"][1]) if "g_idx" in parts else shape[0] * 32 // (bits or 4)
         rows, name, found = shape[1], "gptq", 32 * shape[0] // max(columns, 1)
     else:
         rows, columns, name, found = scales[1], shape[0], "awq", 32 * shape[1] // scales[1]
@@ -152,12 +152,17 @@ def _weight(parts: Headers, bits: int) -> Packed:
     if "SCB" in parts:
         return Packed("weight", shape, "bnb-int8", "weight")
     scale = parts.get("weight_scale", ("", ()))
-    if dtype == "U8" and "weight_scale" in parts and shape:
-        return Packed("weight", (*shape[:-1], shape[-1] * 2), "nvfp4" if scale[0] == "F8_E4M3" else "4-bit", "weight")
-    if dtype == "U32" and "scales" in parts and shape:
-        return Packed("weight", (*shape[:-1], shape[-1] * 32 // bits), f"mlx-int{bits}", "weight")
+    if dtype == "U8" and "weight_scale" in parts:
+        return Packed("weight", _wider(shape, 2), "nvfp4" if scale[0] == "F8_E4M3" else "4-bit", "weight")
+    if dtype == "U32" and "scales" in parts:
+        return Packed("weight", _wider(shape, 32, bits), f"mlx-int{bits}", "weight")
     scaled = any(s.startswith(("weight_scale", "weight_scales")) for s in parts)
     return Packed("weight", shape, _plain_codes(dtype, scaled), "weight")
+
+
+def _wider(shape: tuple[int, ...], factor: int, divisor: int = 1) -> tuple[int, ...]:
+    """A shape with its last side unpacked."""
+    return (*shape[:-1], shape[-1] * factor // divisor) if shape else shape
 
 
 def _plain_codes(dtype: str, scaled: bool) -> str:

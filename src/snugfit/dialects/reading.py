@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from snugfit.dialects import compressed_tensors, huggingface_fp8, modelopt
 from snugfit.dialects.headers import Headers, by_module, holds_codes, holds_weight
 from snugfit.dialects.schemes import REMEDY, WHERE
+from snugfit.dialects.structure import check_structure
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 
@@ -97,6 +98,7 @@ def read_formats(
     formats: dict[str, TensorFormat] = {}
     if quantization is not None:
         dialect = _dialect(quantization)
+        check_structure(quantization, where=WHERE)
         formats = dialect.formats_of(quantization, names, parts)
         # a head that is tied to the embeddings is not in the file
         formats = {module: fmt for module, fmt in formats.items() if holds_weight(parts.get(module, {}))}
@@ -114,7 +116,11 @@ def kv_cache_format(
 ) -> Literal["fp8"] | None:
     """What a checkpoint declares its KV cache to be: "fp8" (E4M3), or None for the model's own dtype."""
     quantization = _quantization(config, hf_quant_config)
-    asked = None if quantization is None else _dialect(quantization).kv_cache(quantization)
+    asked = None
+    if quantization is not None:
+        dialect = _dialect(quantization)
+        check_structure(quantization, where=WHERE)
+        asked = dialect.kv_cache(quantization)
     if asked not in (None, "fp8"):
         raise UserError(
             f"the KV cache is {asked}, which has no reader: FP8 with static scales has.",

@@ -22,6 +22,7 @@ _MTP = re.compile(r"mtp|nextn|eagle|medusa")
 # where a config describes the language model, if not at its top
 _LANGUAGE = ("text_config", "llm_config", "language_config", "text_model", "language_model", "thinker_config")
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+MAX_LAYERS = 10_000
 
 
 def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -36,7 +37,8 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder layers that a (language) config names; None where it names none that could be."""
     given = (config.get(key) for key in _LAYERS)
-    return next((count for count in given if isinstance(count, int) and count > 0), None)
+    counts = (count for count in given if isinstance(count, int) and not isinstance(count, bool))
+    return next((count for count in counts if 0 < count <= MAX_LAYERS), None)
 
 
 def find_decoder(names: Iterable[str], layers: int) -> str:
@@ -59,11 +61,10 @@ def find_decoder(names: Iterable[str], layers: int) -> str:
         )
 
     def rank(head: str) -> tuple[bool, bool, bool, int, int]:
-        counts = lists[head]
-        whole = all(number in counts for number in range(layers))
+        inside = {number: count for number, count in lists[head].items() if number < layers}
         outside = _TOWER.search(head.lower()) is not None
         encodes = "encoder" in head.split(".")
-        return outside, not whole, encodes, -sum(counts.get(number, 0) for number in range(layers)), len(head)
+        return outside, len(inside) < layers, encodes, -sum(inside.values()), len(head)
 
     return min(lists, key=rank)
 

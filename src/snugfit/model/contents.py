@@ -104,6 +104,8 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
         formats = {} if method == "mlx" else read_formats(checkpoint.config, linears, headers, hf_quant_config)
     except UserError as error:
         refused = error.what
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        refused = f"the quantization config is none ({type(error).__name__}: {error})."
     anatomy = _Anatomy(decoder, layers)
     weights = [
         weight

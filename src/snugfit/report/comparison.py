@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from snugfit.errors import plain
 from snugfit.report.tables import more_tokens, p_value
 
 COMPARE_SCHEMA = "snugfit.compare/1"
@@ -224,8 +225,8 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _escape(text: str) -> str:
     """`text` as Markdown shows it unchanged, in one line; underscores within a word need no escape."""
-    plain = re.sub(r"\s+", " ", text)
-    return re.sub(r"[\\|*`<>\[\]~&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", plain)
+    line = plain(re.sub(r"\s+", " ", text))
+    return re.sub(r"[\\|*`<>\[\]~&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
 
 
 def context_name(context: int) -> str:
