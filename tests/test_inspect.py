@@ -173,6 +173,9 @@ def test_deepseek(tmp_path: Path) -> None:
     assert (found.architecture.latent, found.architecture.kv_heads, found.architecture.shared_experts) == (576, None, 1)
     groups = {group.members: group for group in found.fused}
     assert groups["q_a_proj", "kv_a_proj_with_mqa"].complete == 61
+    # 576 rows are no blocks of 128, and what one member cannot be the other must not
+    assert groups["q_a_proj", "kv_a_proj_with_mqa"].cannot_be == tuple(formats_for((576, 7168))[1])
+    assert groups["gate_proj", "up_proj"].cannot_be == ()
     assert not any(group.incomplete or group.mixed for group in found.fused)
 
 
@@ -269,7 +272,7 @@ def group(**weights: Any) -> dict[str, Any]:
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
 FLOAT4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-COMPRESSED = {"quant_method": "compressed-tensors", "ignore": ["lm_head"]}
+COMPRESSED: dict[str, Any] = {"quant_method": "compressed-tensors", "ignore": ["lm_head"]}
 # name -> how linears are stored, the config's part on it, the label, KV cache, whether we read it
 STORED: dict[str, tuple[Pack, dict[str, Any], str, str | None, bool]] = {
     "16-bit": (bf16, {}, "bf16", None, True),
@@ -519,7 +522,7 @@ def test_weird_checkpoints_are_told_as_they_are(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["inspect", str(directory)]).exit_code == 0
 
 
-COMPRESSED_NONSENSE = [
+COMPRESSED_NONSENSE: list[dict[str, Any]] = [
     {"config_groups": 3},
     {"config_groups": {"g": group(**INT4)}, "ignore": 3},
     {"sparsity_config": "x"},

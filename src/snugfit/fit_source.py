@@ -54,7 +54,7 @@ def read_source(checkpoint: Checkpoint) -> Source:
     """The tensors that engines load: no heads of multi-token prediction, no output head that is tied."""
     text = with_defaults(checkpoint.config)
     layers = positive(text, "num_hidden_layers")
-    decoder = find_decoder(checkpoint.tensors, layers)
+    decoder = find_decoder(checkpoint.tensors, layers, where=str(checkpoint.path))
     tied = any(config.get("tie_word_embeddings") for config in (checkpoint.config, text))
     loaded = (
         tensor

@@ -1,7 +1,7 @@
 """What is in a checkpoint, from config and headers alone: no weights are read, no torch and no transformers imported.
 
-`inspect_model` answers what one wants to know before quantizing: how large which part is, what it is stored in, what
-it could become and why not, which weights engines fuse, and whether config and tensors tell the same story.
+How large which part is, what it is stored in, what it could become and why not, which weights engines fuse, and whether
+config and tensors tell the same story.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from snugfit.model.contents import (
     read_contents,
 )
 from snugfit.model.files import OTHER_WEIGHTS, read_file
-from snugfit.model.names import ROLES
+from snugfit.model.names import role_order
 
 INSPECT_SCHEMA = "snugfit.inspect/1"
 RECORD_FILE = "snugfit-record.json"
@@ -114,11 +114,13 @@ class LayerRun:
 class FusedGroup:
     """Linears that engines run as one product, and so need one format: how often they stand together in one module.
 
-    `incomplete` are modules that have only some of them, `mixed` those whose members are stored differently.
+    `cannot_be` are formats that one member, and so none, can have. `incomplete` are modules that have only some of
+    them, `mixed` those whose members are stored differently.
     """
 
     members: tuple[str, ...]
     complete: int
+    cannot_be: tuple[str, ...]
     incomplete: tuple[str, ...]
     mixed: tuple[str, ...]
 
@@ -141,9 +143,9 @@ class Quantization:
 class Inspection:
     """Everything that `snugfit inspect` tells. Sizes in bytes; `parameters` are those of the model, not of its files.
 
-    `active_parameters` are what one token runs through (None but for mixtures of experts): all but the experts that it
-    does not visit, the table of embeddings, towers and heads of multi-token prediction. `parameters` counts all but
-    the last, which are `prediction_parameters`. `problems` are contradictions in the checkpoint.
+    `active_parameters` are what a token runs through (None but for mixtures of experts): all but experts that it does
+    not visit, the table of embeddings, towers and heads of multi-token prediction. `parameters` are all but the last,
+    the `prediction_parameters`. `problems` are contradictions in the checkpoint.
     """
 
     model: str
@@ -206,7 +208,7 @@ def _architecture(checkpoint: Checkpoint, contents: Contents) -> Architecture:
         return next((n for n in given if isinstance(n, int) and not isinstance(n, bool)), None)
 
     heads, hidden = number("num_attention_heads", "n_head", "n_heads"), number("hidden_size", "n_embd", "d_model")
-    rank, rotary = number("kv_lora_rank"), number("qk_rope_head_dim")
+    rank = number("kv_lora_rank")
     given = checkpoint.config.get("architectures")
     kind = config.get("model_type") or checkpoint.config.get("model_type")
     dtype = next((c[k] for c in (config, checkpoint.config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
@@ -223,11 +225,9 @@ def _architecture(checkpoint: Checkpoint, contents: Contents) -> Architecture:
         heads=heads,
         kv_heads=number("num_key_value_heads", "num_kv_heads", "n_head_kv") if rank is None else None,
         head_dim=number("head_dim") or (hidden // heads if hidden and heads and rank is None else None),
-        latent=rank + (rotary or 0) if rank is not None else None,
+        latent=rank + (number("qk_rope_head_dim") or 0) if rank is not None else None,
         experts=experts,
-        active_experts=number("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts")
-        if experts
-        else None,
+        active_experts=number("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts") if experts else None,
         shared_experts=number("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
         vocabulary=number("vocab_size"),
         context=number("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"),
@@ -254,7 +254,9 @@ def _parts(contents: Contents, architecture: Architecture) -> tuple[Part, ...]:
         detailed = weight.part in _DETAILED
         key = (weight.part, weight.shape if detailed else (), weight.stored if detailed else "")
         groups.setdefault(key, []).append(weight)
-    ordered = sorted(groups.items(), key=lambda item: (PARTS.index(item[0][0]), min(_rank(w.leaf) for w in item[1])))
+    ordered = sorted(
+        groups.items(), key=lambda item: (PARTS.index(item[0][0]), min(role_order(w.leaf) for w in item[1]))
+    )
     return tuple(_part(part, shape, members, contents, architecture) for (part, shape, _), members in ordered)
 
 
@@ -272,7 +274,7 @@ def _part(
     elif not stays and len(shape) != 2:
         stays = "experts in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"
     can, cannot = ((), {}) if stays else formats_for(shape)
-    names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=_rank)) if part in _DETAILED else ()
+    names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=role_order)) if part in _DETAILED else ()
     return Part(
         *(part, names, shape, len(members), sum(w.elements for w in members), sum(w.bytes for w in members), stored),
         *(can, cannot, stays),
@@ -282,13 +284,6 @@ def _part(
 def _is_source(label: str, method: str) -> bool:
     """Whether `quantize` starts from weights stored so."""
     return label in _SOURCES or (method in _SOURCE_METHODS and label.startswith("fp8"))
-
-
-def _rank(leaf: str) -> int:
-    """q, k, v, then what has no role, then o; gate, up, down."""
-    return {"q": 0, "qkv": 0, "gate": 0, "gate_up": 0, "k": 1, "up": 1, "v": 2, "o": 4, "down": 4}.get(
-        ROLES.get(leaf, ""), 3
-    )
 
 
 def formats_for(shape: tuple[int, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -329,11 +324,11 @@ def _layer_runs(contents: Contents, config: Mapping[str, Any]) -> tuple[LayerRun
 
 
 def _fused(contents: Contents) -> tuple[FusedGroup, ...]:
-    modules: dict[str, dict[str, str]] = {}
+    modules: dict[str, dict[str, Weight]] = {}
     for weight in contents.weights:
         if weight.layer is not None and weight.layer < contents.layers:
             parent, _, leaf = weight.name.rpartition(".")
-            modules.setdefault(parent, {})[leaf] = weight.stored
+            modules.setdefault(parent, {})[leaf] = weight
     found = []
     for members in FUSED_GROUPS:
         here = {m: [leaf for leaf in members if leaf in leaves] for m, leaves in modules.items()}
@@ -341,16 +336,21 @@ def _fused(contents: Contents) -> tuple[FusedGroup, ...]:
         parted = tuple(m for m, leaves in here.items() if 0 < len(leaves) < len(members))
         # an up_proj without a gate, or MLA without q_a_proj, is a family's way
         telling = parted if whole or any(len(here[m]) > 1 for m in parted) else ()
-        mixed = tuple(m for m in whole if len({modules[m][leaf] for leaf in members}) > 1)
+        mixed = tuple(m for m in whole if len({modules[m][leaf].stored for leaf in members}) > 1)
+        shapes = {modules[m][leaf].shape for m in whole for leaf in members}
+        cannot = {name for shape in shapes if len(shape) == 2 for name in formats_for(shape)[1]}
         if whole or telling:
-            found.append(FusedGroup(members, len(whole), telling, mixed))
+            found.append(FusedGroup(members, len(whole), tuple(n for n in FORMATS if n in cannot), telling, mixed))
     return tuple(found)
 
 
 def _quantization(checkpoint: Checkpoint, contents: Contents) -> Quantization | None:
-    matrices = Counter(w.stored for w in contents.weights if _STAYS.get(w.part) not in ("no matrix", "scales"))
-    codes = any(label not in _SOURCES and label != "f64" for label in matrices)
-    if not contents.quantization and not codes:
+    matrices = Counter(
+        w.stored
+        for w in contents.weights
+        if _STAYS.get(w.part) not in ("no matrix", "scales") and (len(w.shape) > 1 or w.stored not in _SOURCES)
+    )
+    if not contents.quantization and all(label in _SOURCES for label in matrices):
         return None
     scalars = {
         key: value
@@ -394,5 +394,5 @@ def _made_by(checkpoint: Checkpoint) -> str | None:
     try:
         record = json.loads(read_file(checkpoint.path, RECORD_FILE))
         return f"snugfit {record['snugfit']}, recipe {record['recipe']}"
-    except (FileNotFoundError, UserError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -157,7 +157,12 @@ def _quantized(found: Inspection) -> list[str]:
 
 
 def _remarks(found: Inspection) -> list[str]:
-    whole = [f"{' + '.join(group.members)} x {group.complete:,}" for group in found.fused if group.complete]
+    whole = [
+        f"{' + '.join(group.members)} x {group.complete:,}"
+        + f" (not {', '.join(group.cannot_be)})" * bool(group.cannot_be and group.cannot_be != tuple(FORMATS))
+        for group in found.fused
+        if group.complete
+    ]
     lines = ["", f"one product in engines, so one format: {'; '.join(whole)}"] if whole else []
     for group in found.fused:
         if group.incomplete:

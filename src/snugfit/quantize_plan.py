@@ -20,7 +20,7 @@ from snugfit.recipe import Assignment, LoadedRecipe, load_recipe, resolve
 from snugfit.records import TensorRecord
 
 # a thirty-second of the model, but no smaller and no larger: whole files are digested while others are written
-SHARD_BYTES = 1_000_000_000, 5_000_000_000
+SHARD_BYTES = 500_000_000, 5_000_000_000
 KEPT = "as it was"
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # what Hugging Face's FP8 releases and compressed-tensors keep beside FP8 weights
@@ -98,7 +98,7 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
     checkpoint = open_headers(source)
     layers = _layer_count(checkpoint)
     tensors, scales = _weights(checkpoint)
-    decoder = find_decoder(tensors, layers)
+    decoder = find_decoder(tensors, layers, where=str(checkpoint.path))
     names = {t.name: parse_name(t.name, t.shape, decoder) for t in tensors.values()}
     _check_layers(checkpoint, names, layers, decoder)
     frozen = _frozen(checkpoint, names, layers)

@@ -15,7 +15,7 @@ from snugfit.machine import free_bytes, rss_bytes
 from snugfit.methods.rounding import SLICE
 from snugfit.model.shards import PIECE, occupied_bytes
 from snugfit.model.states import IN_FLIGHT
-from snugfit.model.transfer import WORKERS
+from snugfit.model.transfer import COPIERS, WORKERS
 from snugfit.quantize_plan import Plan, groups_of, text_config
 
 # copies in fp32 of a slice of weights while it is rounded
@@ -52,6 +52,8 @@ def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per
     tokens = data.tokens if data else 0
     longest = max(map(len, data.rows)) if data else 0
     batch = min(tokens, max(tokens_per_batch, longest))
+    moving = (2 * WORKERS[device.type] + COPIERS[device.type]) * PIECE
+    in_flight = 2 * IN_FLIGHT * batch * hidden  # hidden states read ahead and written behind
     ahead = read_ahead_bytes(plan, device)
     work = embeddings = 0
     for number, unit in enumerate(plan.units):
@@ -60,11 +62,10 @@ def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per
             group = 0 if ahead else layer.group  # read ahead
             rounding = layer.values + 2 * layer.codes + layer.group + group + _COPIES * 4 * SLICE[device.type]
             width = max((max(tensors[name].shape) for name in unit if name in plan.assignments), default=0)
-            activations = batch * (_STATES * hidden + _WIDTHS * width * itemsize) if data else 0
+            activations = batch * (_STATES * hidden + _WIDTHS * width * itemsize) + in_flight if data else 0
             work = max(work, ahead + max(rounding, layer.values + 2 * layer.codes + group + activations))
         elif data is not None:
             embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
-    moving = (2 * WORKERS[device.type] * PIECE) + IN_FLIGHT * 2 * batch * hidden
     disk = sum(shard.bytes for shard in plan.shards) + 2 * tokens * hidden
     now, peak = rss_bytes(), max(embeddings, work)
     if device.type == "cpu":

@@ -1,12 +1,13 @@
 """What a quantize run has done, on the disk: a killed run goes on where it was, or is refused where it would differ.
 
 Each unit's entry appears at once, by a rename, when its tensors and its layer's hidden states are in their files. The
-entry holds their CRC-32s: a run that goes on trusts nothing it has not read again, so that a power cut loses no more
-than a kill.
+entry holds their CRC-32s, its file its own SHA-256: a run that goes on trusts nothing it has not read again, so that a
+power cut loses no more than a kill.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,7 +44,7 @@ class Progress:
             return
         self.differences = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
         self._check(before, identity, anyway)
-        while (entry := _read(folder / unit_name(len(self.entries)))) is not None:
+        while (entry := _read_entry(folder / unit_name(len(self.entries)))) is not None:
             self.entries.append(entry)
 
     def _check(self, before: Mapping[str, Any], identity: Mapping[str, Any], anyway: bool) -> None:
@@ -72,7 +73,7 @@ class Progress:
 
     def commit(self, entry: Mapping[str, Any]) -> None:
         """Note that the next unit is finished; what `entry` tells of must be in its files."""
-        _replace(self._folder / unit_name(len(self.entries)), entry)
+        _replace(self._folder / unit_name(len(self.entries)), {"entry": entry, "digest": _digest(entry)})
         self.entries.append(dict(entry))
 
     def go_back(self, done: int) -> None:
@@ -100,8 +101,21 @@ def _read(file: Path) -> Any:
     """What a file holds, None where it is missing or no JSON (as after a power cut)."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _read_entry(file: Path) -> dict[str, Any] | None:
+    """A unit's entry as it was written, None where it is missing or another."""
+    found = _read(file)
+    if not isinstance(found, dict) or found.get("digest") != _digest(found.get("entry")):
+        return None
+    entry: dict[str, Any] = found["entry"]
+    return entry
+
+
+def _digest(entry: Any) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
 
 
 def _brief(value: Any) -> str:

@@ -60,7 +60,7 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
             transfer = stack.enter_context(Transfer(run.device))
             writer = stack.enter_context(ShardWriter(run.directory, plan.shards, transfer))
             batches = [] if run.data is None else walk.make_batches(run.data.rows, tokens_per_batch, run.device)
-            states = _state_files(run, batches)
+            states = _state_files(run, batches, transfer)
             for file in states:
                 stack.enter_context(file)
             with clock("check"):
@@ -77,6 +77,8 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
             ahead = ReadAhead(transfer, plan.checkpoint, coming, read_ahead_bytes(plan, run.device))
             for number in range(first, len(plan.units)):
                 begun = time.perf_counter()
+                if walked and number > 0:
+                    states[(number - 1) % 2].prefetch()
                 with clock("weights"):
                     tensors = quantize_unit(plan, groups[number], ahead, walked and number > 0)
                 if number > 1:
@@ -84,6 +86,7 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
                 measured = Measured({}, None)
                 if walked and number > 0:
                     pair = states[(number - 1) % 2], states[number % 2]
+                    pair[1].begin_again()
                     with clock("forward"):
                         measured = calibrate(plan, run.skeleton, number - 1, tensors, batches, pair, run.device)
                 with clock("write"):
@@ -115,14 +118,14 @@ def _expect(run: Run, number: int, begun: float) -> float:
     return run.clock.seconds["total"] + left
 
 
-def _state_files(run: Run, batches: Sequence[walk.Batch]) -> list[StateFile]:
+def _state_files(run: Run, batches: Sequence[walk.Batch], transfer: Transfer) -> list[StateFile]:
     """The two files between which hidden states go to and fro."""
     if run.data is None:
         return []
     width = int(run.skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
     dtype = run.skeleton.model.dtype
     assert isinstance(dtype, torch.dtype)
-    return [StateFile(run.work / f"states-{n}", batches, width, dtype) for n in range(2)]
+    return [StateFile(run.work / f"states-{n}", batches, width, dtype, transfer) for n in range(2)]
 
 
 def _check_done(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> None:

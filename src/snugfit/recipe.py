@@ -24,6 +24,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -36,10 +37,14 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, READ_ONLY, TensorFormat, check_shape
 from snugfit.model.checkpoint import TensorInfo
 from snugfit.model.names import DECODER, KEPT_ROLES, LINEAR, ROLE_SETS, ROLES, TensorName, parse_name
+from snugfit.patterns import compiled
 
+_LAYERS = re.compile(r"\s*-?\d{1,9}(\.\.-?\d{1,9})?\s*")
 ROLE_NAMES = sorted({*ROLES.values(), *ROLE_SETS, LINEAR, "router"})
 Scale = Literal["absmax", "four-over-six", "sweep"]
 Objective = Literal["mse", "mae", "absmax"]
+MAX_BYTES = 256_000  # PyYAML reads some 100 kB a second
+MAX_NODES = 100_000
 
 
 class Rule(BaseModel):
@@ -86,7 +91,27 @@ class Recipe(BaseModel):
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice: the second would replace the first without a word."""
+    """A SafeLoader that refuses a key given twice: the second would replace the first without a word.
+
+    It also refuses aliases that lead to themselves, or write out to more than anyone means.
+    """
+
+    def compose_document(self) -> yaml.Node:
+        """The document's nodes, no more of them than MAX_NODES with all aliases written out."""
+        root = super().compose_document()
+        sizes: dict[int, int] = {}
+
+        def size(node: yaml.Node) -> int:
+            if id(node) not in sizes:
+                sizes[id(node)] = MAX_NODES + 1  # until it is known: a node inside itself
+                inside = node.value if isinstance(node, yaml.CollectionNode) else []
+                members = [part for entry in inside for part in (entry if isinstance(entry, tuple) else (entry,))]
+                sizes[id(node)] = 1 + sum(map(size, members))
+            return sizes[id(node)]
+
+        if size(root) > MAX_NODES:
+            raise yaml.constructor.ConstructorError(None, None, "aliases of aliases without end", root.start_mark)
+        return root
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping, its keys all different."""
@@ -136,6 +161,9 @@ def load_recipe(name_or_path: str) -> LoadedRecipe:
         return parse_recipe(text, where=f"recipe {name_or_path}")
     path = Path(name_or_path)
     if path.is_file():
+        if path.stat().st_size > MAX_BYTES:
+            what = f"{path.stat().st_size:,} bytes, which no recipe has."
+            raise UserError(what, where=str(path), remedy="Name roles instead of tensors.")
         try:
             return parse_recipe(path.read_text(encoding="utf-8"), where=str(path))
         except UnicodeDecodeError:
@@ -189,7 +217,10 @@ def resolve(
     for name in names:
         if name.parameter != "weight" or name.full in frozen:
             continue
-        number = _first_match(loaded.recipe.rules, name, layers)
+        try:
+            number = _first_match(loaded.recipe.rules, name, layers)
+        except UserError as error:  # a pattern that takes too long
+            raise UserError(error.what, where=f"{loaded.where}: {error.where}", remedy=error.remedy) from None
         if number is not None:
             matched[number].append(name)
         elif name.role not in KEPT_ROLES:
@@ -250,10 +281,11 @@ def _role_matches(wanted: str, role: str) -> bool:
 
 def _name_matches(pattern: str, module: str) -> bool:
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern[3:], module) is not None
+        return compiled(pattern.removeprefix("re:")).is_all_of(module)
     return fnmatch.fnmatchcase(module, pattern)
 
 
+@lru_cache(maxsize=1024)
 def layer_numbers(text: str, layers: int) -> frozenset[int]:
     """The layers that `layers:` names, e.g. "0..3, 26, -2..-1" of a model with `layers` layers."""
     numbers: set[int] = set()
@@ -306,10 +338,10 @@ def _check_rule(rule: Rule, place: str) -> None:
         raise UserError("a rule needs `role`, `name` or `layers`.", where=place, remedy="`role: linear` means all.")
     if rule.name is not None and rule.name.startswith("re:"):
         try:
-            re.compile(rule.name[3:])
-        except (re.error, OverflowError, RecursionError) as error:
+            compiled(rule.name.removeprefix("re:"))
+        except ValueError as error:
             raise UserError(f"not a pattern ({error}).", where=f"{place}.name", remedy="Mend it.") from None
-    if rule.layers is not None and not re.fullmatch(r"\s*-?\d+(\.\.-?\d+)?\s*(,\s*-?\d+(\.\.-?\d+)?\s*)*", rule.layers):
+    if rule.layers is not None and not all(map(_LAYERS.fullmatch, rule.layers.split(","))):
         raise UserError(f"{rule.layers!r} names no layers.", where=f"{place}.layers", remedy='Write "0..3, 26, -1".')
     _check_options(rule, place)
 
@@ -347,7 +379,8 @@ def _explain(error: ValidationError, where: str) -> UserError:
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     if first["loc"] == ("kv_cache",):
         remedy = f"Known: fp8, {KEEP}."
-        return UserError(f"unknown kv_cache {first['input']!r}.", where=f"{where}: kv_cache", remedy=remedy)
+        given = repr(first["input"]) if isinstance(first["input"], str) else "of this type"
+        return UserError(f"unknown kv_cache {given}.", where=f"{where}: kv_cache", remedy=remedy)
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
     if first["type"] == "extra_forbidden":
         fields = Rule.model_fields if len(first["loc"]) > 1 else Recipe.model_fields

@@ -36,7 +36,7 @@ PACKED: Mapping[str, frozenset[tuple[str, ...]] | None] = {
     "FalconH1ForCausalLM": DENSE,
     "Lfm2ForCausalLM": frozenset({QKV, ("w1", "w3")}),
     "OPTForCausalLM": frozenset({QKV}),
-    "DeepseekV2ForCausalLM": frozenset({GATE_UP, ("q_a_proj", "kv_a_proj_with_mqa")}),
+    "DeepseekV2ForCausalLM": frozenset({GATE_UP}),  # q_a_proj and kv_a_proj_with_mqa as the model is made
     "SmolLM3ForCausalLM": None,
     "Olmo2ForCausalLM": None,
     "GPTNeoXForCausalLM": None,
@@ -44,7 +44,7 @@ PACKED: Mapping[str, frozenset[tuple[str, ...]] | None] = {
     "Gemma4ForConditionalGeneration": DENSE,
     "Mistral3ForConditionalGeneration": DENSE,
     "LlavaForConditionalGeneration": DENSE,
-    "Qwen2VLForConditionalGeneration": DENSE,
+    "Qwen2VLForConditionalGeneration": frozenset(),  # the Qwen2 inside says it
     "Qwen2_5_VLForConditionalGeneration": DENSE,
     "Qwen3VLForConditionalGeneration": DENSE,
     "Qwen3_5ForConditionalGeneration": DENSE | GATED_DELTA,

@@ -103,7 +103,11 @@ def tensors_of(config: Mapping[str, Any], prefix: str = "model") -> list[Tensor]
         found += [(f"{base}.self_attn.{leaf}.weight", "BF16", shape) for leaf, shape in attention.items()]
         found.append((f"{base}.self_attn.o_proj.weight", "BF16", (hidden, heads * width)))
         for expert in ("", *(f"experts.{n}." for n in range(min(2, config.get("num_experts", 0))))):
-            for leaf, shape in {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}.items():
+            for leaf, shape in {
+                "gate_proj": (inner, hidden),
+                "up_proj": (inner, hidden),
+                "down_proj": (hidden, inner),
+            }.items():
                 found.append((f"{base}.mlp.{expert}{leaf}.weight", "BF16", shape))
         found.append((f"{base}.input_layernorm.weight", "BF16", (hidden,)))
     return [*found, (f"{prefix}.norm.weight", "BF16", (hidden,))]
@@ -132,7 +136,9 @@ def _dialects() -> dict[str, Base]:
     file = {"hf_quant_config.json": json.dumps(nested).encode()}
     found["modelopt, own file"] = Base(text, [list(llama(pack, layers=2))], file)
     towers: list[Tensor] = [("model.visual.blocks.0.attn.qkv.weight", "BF16", (96, 32))]
-    tensors = [(n.replace("model.", "model.language_model.", 1), *rest) for n, *rest in llama(STORED["fp8"][0], layers=2)]
+    tensors = [
+        (n.replace("model.", "model.language_model.", 1), *rest) for n, *rest in llama(STORED["fp8"][0], layers=2)
+    ]
     config = {
         "model_type": "mistral3",
         "text_config": text | {"quantization_config": FP8},
@@ -163,7 +169,16 @@ FAMILIES: dict[str, Base] = {
     "gpt2": _family(GPT2 | {"num_hidden_layers": 12}, "transformer"),
     "deepseek": _family({**DEEPSEEK_V3, "num_experts": 2}),
     "minimax": _family({**MINIMAX_M2, "num_experts": 2, "quantization_config": dict(FP8)}),
-    "nemotron_h": _family({"model_type": "nemotron_h", "hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "hybrid_override_pattern": "M*", "vocab_size": 100}),
+    "nemotron_h": _family(
+        {
+            "model_type": "nemotron_h",
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "hybrid_override_pattern": "M*",
+            "vocab_size": 100,
+        }
+    ),
     "no type": _family({"num_hidden_layers": 2}),
 }
 BASES = DIALECTS | FAMILIES
@@ -179,7 +194,9 @@ _READERS = (
 def _words() -> tuple[str, ...]:
     """Whatever looks like a key where configs are read: what a verb reads of one is among them."""
     root = Path(snugfit.__file__).parent
-    files = [file for name in _READERS for file in sorted([root / name, *(root / name).rglob("*.py")]) if file.is_file()]
+    files = [
+        file for name in _READERS for file in sorted([root / name, *(root / name).rglob("*.py")]) if file.is_file()
+    ]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return tuple(sorted(text for text in texts if re.fullmatch(r"[a-z][a-zA-Z0-9_]{2,40}", text)))

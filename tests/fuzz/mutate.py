@@ -10,7 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 # patterns that backtrack for longer than anyone waits, on any name of a tensor
-SLOW_PATTERNS = ("re:(([a-z_.0-9])+)+!", r"re:(\w+\.?)+!", "re:(.+)+!", "re:(a|.)*(.|b)*(.|c)*(.|d)*(.|e)*(.|f)*!")
+SLOW_PATTERNS = (
+    r"re:(?:(\w)|(\w\w)|(\w\w\w)|\.)*[!?]",
+    r"re:(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)(.*?)\1[!?]",
+    "re:(([a-z_.0-9])+)+!",
+    r"re:(\w+\.?)+!",
+    "re:(.+)+!",
+    "re:(a|.)*(.|b)*(.|c)*(.|d)*(.|e)*(.|f)*!",
+)
 TEXTS = (
     *("", " ", "x", "0", "128", "-1", "1e9", "true", "null", "nan", "fp8", "float", "int", "group", "block", "static"),
     *("\x00", "\x1b[2J\x1b[31m", "\u202e", "\ud800", "\n", "é\u0301", "[red]", "[/]", "{0}", "%s", "re:(", "re:[", "*"),
@@ -30,7 +37,10 @@ class Raw(str):
 
 
 RAWS = tuple(
-    map(Raw, ("9" * 5000, "-" + "9" * 400, "1e999", "NaN", "-Infinity", "[" * 3000 + "]" * 3000, "[0" + ",0" * 20_000 + "]"))
+    map(
+        Raw,
+        ("9" * 5000, "-" + "9" * 400, "1e999", "NaN", "-Infinity", "[" * 3000 + "]" * 3000, "[0" + ",0" * 20_000 + "]"),
+    )
 )
 _STRUCTURES: tuple[Any, ...] = (
     *([], [None], [0], [1, 2], [128, 128], [16], [[]], ["x"], [""], [{}], [True], [-1], list(range(300))),
@@ -154,7 +164,9 @@ def spoil_bytes(rng: random.Random, raw: bytes) -> bytes:
         elif kind == 2:
             del data[at : at + rng.choice((1, 1, 2, 8, 64))]
         elif kind == 3:
-            data[at:at] = rng.choice((b"\x00", b"\xff\xfe", b'"', b"{", b"[", b"]", b"}", b",", b"\\u", b"\xed\xa0\x80", b":"))
+            data[at:at] = rng.choice(
+                (b"\x00", b"\xff\xfe", b'"', b"{", b"[", b"]", b"}", b",", b"\\u", b"\xed\xa0\x80", b":")
+            )
         elif kind == 4:
             end = at + rng.choice((1, 4, 32))
             data[at:at] = data[at:end]
@@ -165,9 +177,29 @@ def spoil_bytes(rng: random.Random, raw: bytes) -> bytes:
     return bytes(data)
 
 
+# 9^9 words once it is written out, and what it may stand for
+_BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+)
+_BOMBED = (
+    "name: x\nrules: *i\n",
+    "name: x\nkv_cache: *i\nrules:\n  - {role: linear, format: fp8-dynamic}\n",
+    *(
+        f"name: x\nrules:\n  - {{format: keep, {key}: *i}}\n"
+        for key in ("role", "layers", "name", "group", "scale", "x")
+    ),
+    "name: x\nrules:\n  - {<<: [*i, *i], format: keep}\n",
+    "m: &m {k: v}\nn: &n {<<: [*m, *m, *m]}\no: &o {<<: [*n, *n, *n]}\nname: x\nrules: []\n",
+)
+_HUGE = "0x" + "f" * 8000
 # ways to make YAML of a recipe that is none, or more than one bargained for
 _YAML = (
-    "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)) + "name: x\nrules: *i\n",
+    *(f"{_BOMB}{rest}" for rest in _BOMBED),
+    *(
+        f"name: x\nrules:\n  - {{format: keep, {key}: {_HUGE}}}\n"
+        for key in ("role", "layers", "name", "group", "scale")
+    ),
+    f"name: {_HUGE}\nkv_cache: {_HUGE}\nrules:\n  - {{role: linear, format: fp8-dynamic}}\n",
     "name: x\nrules: &r\n  - *r\n",
     "name: &n x\nrules:\n  - &r {role: linear, format: *n}\n  - *r\n",
     "name: x\nrules:\n  - <<: {role: linear}\n    format: fp8-dynamic\n",
@@ -194,12 +226,63 @@ _YAML = (
     "name: x\nrules:\n  - {role: linear, format: fp8-dynamic, name: 're:" + "(?:" * 400 + "x" + ")" * 400 + "'}\n",
     "name: x\nrules:\n  - {role: linear, format: fp8-dynamic, name: '" + "*a" * 300 + "'}\n",
     "name: x\nrules:\n  - {role: linear, format: fp8-dynamic, name: '" + "[" * 300 + "'}\n",
-    *(f"name: x\nrules:\n  - {{name: '{slow}', format: keep}}\n  - {{role: linear, format: fp8-dynamic}}\n" for slow in SLOW_PATTERNS),
+    *(
+        f"name: x\nrules:\n  - {{name: '{slow}', format: keep}}\n  - {{role: linear, format: fp8-dynamic}}\n"
+        for slow in SLOW_PATTERNS
+    ),
 )
 _YAML_PIECES = (
-    *("&a", "*a", "!!str ", "!!int ", "!!float x", "!!null ", "<<: *a", "? ", "- ", "  ", "\t", "#", "|", ">", "'", '"'),
-    *("~", ".inf", ".nan", "0x1F", "0b1", "1_000", "yes", "No", "2001-01-01", "1e3", "\n", "\r", "\x00", "\x85", "\ud7ff"),
-    *("---\n", "...\n", ": ", "[", "]", "{", "}", "re:(", "-1", "0..3", "..", "0..-9", "é", "!<tag:yaml.org,2002:python/none>"),
+    *(
+        "&a",
+        "*a",
+        "!!str ",
+        "!!int ",
+        "!!float x",
+        "!!null ",
+        "<<: *a",
+        "? ",
+        "- ",
+        "  ",
+        "\t",
+        "#",
+        "|",
+        ">",
+        "'",
+        '"',
+    ),
+    *(
+        "~",
+        ".inf",
+        ".nan",
+        "0x1F",
+        "0b1",
+        "1_000",
+        "yes",
+        "No",
+        "2001-01-01",
+        "1e3",
+        "\n",
+        "\r",
+        "\x00",
+        "\x85",
+        "\ud7ff",
+    ),
+    *(
+        "---\n",
+        "...\n",
+        ": ",
+        "[",
+        "]",
+        "{",
+        "}",
+        "re:(",
+        "-1",
+        "0..3",
+        "..",
+        "0..-9",
+        "é",
+        "!<tag:yaml.org,2002:python/none>",
+    ),
 )
 
 
@@ -219,7 +302,19 @@ def spoil_yaml(rng: random.Random, text: str, document: Callable[[], Any]) -> by
 
 
 WORDS_OF_RECIPES = (
-    *("name", "description", "kv_cache", "rules", "role", "layers", "format", "scale", "objective", "group", "symmetric"),
+    *(
+        "name",
+        "description",
+        "kv_cache",
+        "rules",
+        "role",
+        "layers",
+        "format",
+        "scale",
+        "objective",
+        "group",
+        "symmetric",
+    ),
     *("linear", "mlp", "attention", "q", "k", "v", "o", "gate", "up", "down", "router", "embed", "norm", "lm_head"),
     *("nvfp4", "nvfp4a16", "fp8-dynamic", "fp8-block", "fp8", "int4", "int8", "mxfp4", "keep", "absmax", "sweep"),
     *("four-over-six", "mse", "mae", "0..1", "-1", "0, 1", "-9..9", "*.q_proj", "re:.*mlp.*", "*"),

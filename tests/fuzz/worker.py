@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,18 @@ FORBIDDEN = frozenset(
     }
 )
 CHANGES = frozenset(
-    {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "os.link", "os.truncate", "os.chmod", "os.chown", "os.utime"}
+    {
+        "os.mkdir",
+        "os.rename",
+        "os.remove",
+        "os.rmdir",
+        "os.symlink",
+        "os.link",
+        "os.truncate",
+        "os.chmod",
+        "os.chown",
+        "os.utime",
+    }
 )
 
 
@@ -68,7 +80,11 @@ class Watch:
             if writes and isinstance(path, (str, bytes)):
                 self._check(event, path)
         elif event in CHANGES and isinstance(arguments[0], (str, bytes, os.PathLike)):
-            self._check(event, arguments[0])
+            folder = next((fd for fd in arguments[1:] if isinstance(fd, int) and fd >= 0), None)
+            below = (
+                "" if folder is None or event in ("os.mkdir", "os.chmod") else os.readlink(f"/proc/self/fd/{folder}")
+            )
+            self._check(event, os.path.join(below, os.fsdecode(arguments[0])))
 
     def _check(self, event: str, path: str | bytes | os.PathLike[Any]) -> None:
         place = os.path.abspath(os.fsdecode(path))
@@ -78,6 +94,7 @@ class Watch:
 
 
 WATCH = Watch()
+CODES: Counter[str] = Counter()  # verb and exit code
 
 
 @dataclass(frozen=True)
@@ -93,7 +110,10 @@ class Outcome:
 def run(command: Command) -> Outcome:
     """A command of `snugfit`, run here as the shell would."""
     out, err = io.BytesIO(), io.BytesIO()
-    streams = io.TextIOWrapper(out, "utf-8", write_through=True), io.TextIOWrapper(err, "utf-8", "backslashreplace", write_through=True)
+    streams = (
+        io.TextIOWrapper(out, "utf-8", write_through=True),
+        io.TextIOWrapper(err, "utf-8", "backslashreplace", write_through=True),
+    )
     code: int | str | None = 0
     trace = ""
     with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
@@ -105,7 +125,12 @@ def run(command: Command) -> Outcome:
             code, trace = "too long", _frames(traceback.format_exc())
         except BaseException:  # noqa: BLE001 (that is what is looked for)
             code, trace = "traceback", traceback.format_exc()
-    return Outcome(0 if code is None else code, out.getvalue().decode("utf-8", "replace"), err.getvalue().decode("utf-8", "replace"), trace)
+    return Outcome(
+        0 if code is None else code,
+        out.getvalue().decode("utf-8", "replace"),
+        err.getvalue().decode("utf-8", "replace"),
+        trace,
+    )
 
 
 COMMAND = get_command(app)
@@ -165,7 +190,7 @@ def check(command: Command, outcome: Outcome, before: dict[str, Any], root: Path
         yield f"no place in {message[:300]}"
     if outcome.stdout:
         yield f"an answer and an error: {outcome.stdout[:100]!r}"
-    goes_on = "unfinished run" in message or "a run that was begun" in message or "cannot go on" in message
+    goes_on = any(words in message for words in ("unfinished run", "a run that was begun", ".partial keeps "))
     odd = [name for name in written if not (goes_on and name.startswith(f"{Path(out or 'x').name}.partial"))]
     if odd:
         yield f"left {odd[:3]}"
@@ -182,7 +207,7 @@ def _check_answer(command: Command, outcome: Outcome, shared: Path) -> Iterator[
         except ValueError as error:
             yield f"no JSON on stdout: {error}"
     odd = [c for c in outcome.stdout if not c.isprintable() and c != "\n"]
-    if odd:
+    if odd and document is None:
         yield f"characters on stdout that are not printed: {odd[:5]!r}"
     if command[0] != "quantize" or document is None:
         return
@@ -197,7 +222,12 @@ def _check_answer(command: Command, outcome: Outcome, shared: Path) -> Iterator[
     if sum(tensor.bytes for tensor in stored.tensors.values()) != document["bytes"]:
         yield "other bytes were written than planned"
     whole = shared / "whole.json"
-    if out.endswith("out") and whole.exists() and option(command, "-r") == "nvfp4-fp8-hybrid-fp8kv" and str(shared / "model") == command[1]:
+    if (
+        out.endswith("out")
+        and whole.exists()
+        and option(command, "-r") == "nvfp4-fp8-hybrid-fp8kv"
+        and str(shared / "model") == command[1]
+    ):
         if document["files"] != json.loads(whole.read_text())["files"]:
             yield "a run that went on wrote other files"
 
@@ -238,11 +268,18 @@ def run_case(target: str, number: int, root: Path, shared: Path) -> list[dict[st
             signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.cancel_dump_traceback_later()
         seen, WATCH.problems = WATCH.problems, None
+        CODES[f"{command[0]} {outcome.code}"] += 1
         found = [*check(command, outcome, before, root, shared), *seen]
         if peak() - resident > MEMORY[heavy]:
             found.append(f"memory: {(peak() - resident) >> 20} MB more")
         problems += [
-            {"case": f"{target} {number}", "command": command, "problem": problem, "trace": outcome.trace, "stderr": outcome.stderr[-1500:]}
+            {
+                "case": f"{target} {number}",
+                "command": command,
+                "problem": problem,
+                "trace": outcome.trace,
+                "stderr": outcome.stderr[-1500:],
+            }
             for problem in found
         ]
     return problems
@@ -297,9 +334,17 @@ def main() -> None:
                     print(problem["trace"], problem["stderr"], sep="\n", file=sys.stderr)
             if asked.keep:
                 kept = Path.cwd() / root.name
-                shutil.copytree(root, kept, symlinks=True, ignore=lambda folder, names: [n for n in names if not (Path(folder) / n).is_file() and not (Path(folder) / n).is_dir()])
+                shutil.copytree(
+                    root,
+                    kept,
+                    symlinks=True,
+                    ignore=lambda folder, names: [
+                        n for n in names if not (Path(folder) / n).is_file() and not (Path(folder) / n).is_dir()
+                    ],
+                )
                 print(f"kept in {kept}", file=sys.stderr)
             shutil.rmtree(root)
+    print(json.dumps({"codes": CODES}), flush=True)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,16 @@ EVERY_SCALE = torch.arange(1, 127, dtype=torch.uint8).view(E4M3)
 COLUMNS = 128
 
 
+def nvfp4_group(weights: dict[str, Tensor], rule: str) -> dict[str, nvfp4.NVFP4Weight]:
+    """A fused group in NVFP4."""
+    found = round_group(weights, TensorFormat("nvfp4"), rule, "mse")
+    return {name: stored for name, stored in found.items() if isinstance(stored, nvfp4.NVFP4Weight)}
+
+
+def nvfp4_of(weight: Tensor, rule: str) -> nvfp4.NVFP4Weight:
+    return nvfp4_group({"weight": weight}, rule)["weight"]
+
+
 def gaussian(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(64, COLUMNS, generator=generator) * 0.02
@@ -69,7 +79,7 @@ def chosen_at(weight: Tensor, scale: Tensor, rule: str, objective: str = "mse") 
 
 def relative_loss(weight: Tensor, rule: str) -> float:
     """Squared error of a whole weight relative to its square, quantized and dequantized by the public functions."""
-    stored = round_group({"weight": weight}, TensorFormat("nvfp4"), rule, "mse")["weight"]
+    stored = nvfp4_of(weight, rule)
     return float((nvfp4.dequantize(stored) - weight).double().square().sum() / weight.double().square().sum())
 
 
@@ -81,10 +91,10 @@ def test_worked_example_is_exact_at_four_and_not_at_six() -> None:
     assert (float(on_six), float(on_four)) == (256.0, 384.0)
     assert float(block_errors(block, on_six, scale)) == pytest.approx((30 - 4 * 40 / 6) ** 2, rel=1e-5)
     assert float(block_errors(block, on_four, scale)) == pytest.approx(0.0, abs=1e-9)
-    stored = round_group({"weight": block}, TensorFormat("nvfp4"), "four-over-six", "mse")["weight"]
+    stored = nvfp4_of(block, "four-over-six")
     assert float(stored.block_scale) == 384.0
     assert torch.allclose(nvfp4.dequantize(stored), block, rtol=1e-6)
-    plain = nvfp4.dequantize(round_group({"weight": block}, TensorFormat("nvfp4"), "absmax", "mse")["weight"])
+    plain = nvfp4.dequantize(nvfp4_of(block, "absmax"))
     assert float((plain - block).square().sum()) == pytest.approx(100 / 9, rel=1e-5)
 
 
@@ -197,7 +207,7 @@ def test_a_tie_keeps_the_plain_scale() -> None:
 def test_the_file_dequantizes_to_the_chosen_values(kind: str, rule: str) -> None:
     """Written and read back, a weight is bit for bit code * scale * global scale as the search chose them."""
     weight = WEIGHTS[kind](4)
-    stored = round_group({"weight": weight}, TensorFormat("nvfp4"), rule, "mse")["weight"]
+    stored = nvfp4_of(weight, rule)
     step = stored.block_scale.float().repeat_interleave(16, 1) * stored.global_scale
     wanted = torch.from_numpy(
         (weight.abs() / step).clamp(max=6).numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
@@ -221,7 +231,7 @@ def test_a_fused_group_shares_one_global_scale(rule: str) -> None:
     small, large = gaussian(5), gaussian(6)
     large[3, 5] = -9.0
     group = {"q": small, "k": large[:16], "v": small[:8]}
-    stored = round_group(group, TensorFormat("nvfp4"), rule, "mse")
+    stored = nvfp4_group(group, rule)
     expected = scales.global_scale(torch.tensor(9.0), rule)
     assert list(stored) == ["q", "k", "v"]
     for name, weight in group.items():
@@ -246,7 +256,7 @@ def test_global_scale_is_the_largest_magnitude_over_its_top(rule: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_all_zero_tensor_gives_zeros_and_finite_scales(rule: str, dtype: torch.dtype) -> None:
     """Nothing to quantize: codes 0, block scales the smallest positive, a finite positive global scale and divisor."""
-    stored = round_group({"weight": torch.zeros(4, 32, dtype=dtype)}, TensorFormat("nvfp4"), rule, "mse")["weight"]
+    stored = nvfp4_of(torch.zeros(4, 32, dtype=dtype), rule)
     assert torch.equal(stored.packed, torch.zeros(4, 16, dtype=torch.uint8))
     assert float(stored.global_scale) > 0
     divisor = dialect.encode(stored)["weight_global_scale"]
@@ -260,7 +270,7 @@ def test_zero_blocks_take_the_smallest_scale(rule: str) -> None:
     """An all-zero block beside others has scale 2**-9 and codes 0."""
     weight = gaussian(7)
     weight[:, 16:32] = 0
-    stored = round_group({"weight": weight}, TensorFormat("nvfp4"), rule, "mse")["weight"]
+    stored = nvfp4_of(weight, rule)
     assert torch.equal(stored.block_scale[:, 1].float(), torch.full((64,), 2.0**-9))
     assert torch.equal(nvfp4.dequantize(stored)[:, 16:32], torch.zeros(64, 16))
 
@@ -281,8 +291,8 @@ def test_a_bf16_weight_is_quantized_in_fp32(rule: str) -> None:
     """A bf16 weight gives the same bytes as the same numbers in fp32, and is not written into."""
     weight = heavy_tailed(9).bfloat16()
     before = weight.clone()
-    narrow = round_group({"weight": weight}, TensorFormat("nvfp4"), rule, "mse")["weight"]
-    wide = round_group({"weight": weight.float()}, TensorFormat("nvfp4"), rule, "mse")["weight"]
+    narrow = nvfp4_of(weight, rule)
+    wide = nvfp4_of(weight.float(), rule)
     assert torch.equal(weight, before)
     assert torch.equal(narrow.packed, wide.packed)
     assert torch.equal(narrow.block_scale.view(torch.uint8), wide.block_scale.view(torch.uint8))
@@ -300,6 +310,6 @@ def test_gains_on_gaussian_weights() -> None:
 
 def test_weights_near_the_smallest_normal_number_do_not_vanish() -> None:
     """A tensor of magnitude 1e-36 has a positive global scale with a finite divisor."""
-    stored = round_group({"weight": torch.full((1, 16), 1e-36)}, TensorFormat("nvfp4"), "absmax", "mse")["weight"]
+    stored = nvfp4_of(torch.full((1, 16), 1e-36), "absmax")
     assert float(stored.global_scale) > 0
     assert bool(torch.isfinite(dialect.encode(stored)["weight_global_scale"]).all())

@@ -6,9 +6,12 @@ row each, cut at the length), or nothing at all: then Python's own documentation
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ from snugfit.errors import UserError
 DEFAULT_ROWS = 32
 DEFAULT_LENGTH = 1024
 MIN_TOKENS = 2
+TEMPLATE_SECONDS = 60.0  # for one conversation, which takes milliseconds
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,10 @@ def load_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 (what its files can make transformers raise has no end)
         line = (str(error).strip().splitlines() or [""])[0]
+        if "trust_remote_code" in str(error):
+            line = "it is code of the model's own, which is never run"
         raise UserError(
             f"no usable tokenizer ({line}).",
             where=str(path),
@@ -98,7 +104,7 @@ def load_rows(
 
     def chat(messages: Any) -> list[int]:
         encode("")
-        return list(tokenizer[0].apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"])
+        return apply_template(tokenizer[0], messages)
 
     if not files:
         rows = list(_cut(encode, python_topics(), count, length, "Python's documentation topics"))
@@ -181,21 +187,49 @@ def read_line(line: str, where: str, encode: Any) -> list[int] | Messages:
         if isinstance(entry.get("text"), str):
             try:
                 return list(encode(entry["text"]))
-            except (TypeError, ValueError) as error:
+            except UserError:
+                raise
+            except Exception as error:  # noqa: BLE001 (tokenizers raise that very class)
                 raise UserError(f"this text cannot be tokenized ({error}).", where=where, remedy="Mend it.") from None
         if isinstance(entry.get("messages"), list):
             return Messages(entry["messages"])
     raise UserError("no `text`, `messages` or `input_ids`.", where=where, remedy="Each line needs one of them.")
 
 
+def apply_template(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
+    """Token ids of a conversation in the model's chat template, which is a program; ValueError where it does not end.
+
+    transformers runs it in jinja's sandbox, where it reaches neither files nor Python. What it allocates is not bounded.
+    """
+    ids: Future[list[int]] = Future()
+
+    def work() -> None:
+        try:
+            found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+            ids.set_result(list(found["input_ids"]))
+        except BaseException as error:  # noqa: BLE001 (it is raised again in the caller's thread)
+            ids.set_exception(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        return ids.result(TEMPLATE_SECONDS)
+    except TimeoutError:
+        if ids.done():
+            raise
+        end = ctypes.pythonapi.PyThreadState_SetAsyncExc  # a loop in the template ends with its next step
+        end(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        raise ValueError(f"it takes more than {TEMPLATE_SECONDS:g} s") from None
+
+
 @contextmanager
 def template_errors(where: str) -> Iterator[None]:
     """Whatever a chat template raises, as a UserError at `where`."""
-    from jinja2 import TemplateError
-
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError, TemplateError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 (templates are programs)
         raise UserError(
             f"the chat template refuses these messages ({error}).", where=where, remedy="Give `text` instead."
         ) from None

@@ -71,6 +71,8 @@ _DIALECTS: Mapping[str, Dialect] = {
 def read_quant_config(directory: Path) -> Mapping[str, Any] | None:
     """ModelOpt's hf_quant_config.json of a model directory, None where there is none."""
     file = directory / MODELOPT_FILE
+    if file.exists() and not file.is_file():  # a pipe would keep us waiting
+        raise UserError("not a regular file.", where=str(file), remedy="Put the real file in its place.")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

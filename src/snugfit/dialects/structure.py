@@ -10,7 +10,13 @@ from typing import Any
 
 from snugfit.errors import UserError
 
-_WORDS: Mapping[type, str] = {dict: "a mapping", list: "a list", str: "text", int: "a whole number", bool: "true or false"}
+_WORDS: Mapping[type, str] = {
+    dict: "a mapping",
+    list: "a list",
+    str: "text",
+    int: "a whole number",
+    bool: "true or false",
+}
 # a type, several, a list of one kind, a mapping of known keys, or {"*": ...}, a mapping whose keys are names
 _ARGUMENTS: Mapping[str, Any] = {
     "num_bits": int,

@@ -16,6 +16,7 @@ from typing import Any
 from snugfit.dialects.schemes import WHERE
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
+from snugfit.patterns import Pattern, compiled
 
 _PLACE = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?P<ending>.+)")
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(?=\.|$)")
@@ -158,14 +159,14 @@ class Targets:
         """The config group of a linear, None where it is ignored or not targeted."""
         if not self._ignored.isdisjoint((module, "Linear")):
             return None
-        if any(pattern.match(module) for pattern in self._ignored_patterns):
+        if any(pattern.begins(module) for pattern in self._ignored_patterns):
             return None
-        found = (group for pattern, group in self._by_pattern if pattern.match(module))
+        found = (group for pattern, group in self._by_pattern if pattern.begins(module))
         return self._by_name.get(module) or next(found, None) or self._by_name.get("Linear")
 
 
-def _compiled(target: str) -> re.Pattern[str]:
+def _compiled(target: str) -> Pattern:
     try:
-        return re.compile(target[3:])
-    except re.error as error:
+        return compiled(target.removeprefix("re:"))
+    except ValueError as error:
         raise UserError(f"{target!r} is no pattern ({error}).", where=WHERE, remedy="Mend it.") from None

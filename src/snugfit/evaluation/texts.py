@@ -16,6 +16,7 @@ from typing import Any
 
 from snugfit.calibration.dataset import (
     Messages,
+    apply_template,
     first_tokens,
     leading_tokens,
     load_tokenizer,
@@ -72,7 +73,7 @@ class Tokenizer:
 
     def chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
         """Token ids of a conversation in the model's template."""
-        return list(self.raw.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"])
+        return apply_template(self.raw, messages, **options)
 
 
 def read_chunks(

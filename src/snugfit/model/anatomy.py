@@ -41,7 +41,7 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
     return next((count for count in counts if 0 < count <= MAX_LAYERS), None)
 
 
-def find_decoder(names: Iterable[str], layers: int) -> str:
+def find_decoder(names: Iterable[str], layers: int, *, where: str = "") -> str:
     """The name of the list of decoder layers in the file, such as model.layers, from tensor names and their number.
 
     A list that is longer than `layers` is one with heads of multi-token prediction behind. Towers and such heads are
@@ -57,6 +57,7 @@ def find_decoder(names: Iterable[str], layers: int) -> str:
     if not lists:
         raise UserError(
             "no tensor's name has a layer's number.",
+            where=where,
             remedy="Is this a language model's checkpoint, in the layout of transformers?",
         )
 

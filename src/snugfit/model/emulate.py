@@ -20,6 +20,7 @@ from snugfit.errors import UserError
 from snugfit.formats import fp8, integer, mxfp4, nvfp4
 from snugfit.formats.spec import FP8_BLOCK, InputKind, TensorFormat
 from snugfit.formats.stored import Stored, dequantize
+from snugfit.model.cache import NoCache
 from snugfit.model.checkpoint import Checkpoint, read_tensor
 
 # values at once: what a core's cache holds; what a small GPU spares
@@ -140,7 +141,7 @@ def read_layer(
 
 
 @dataclass(frozen=True)
-class FP8Cache:
+class FP8Cache(NoCache):
     """Takes the place of transformers' cache: keys and values are rounded to E4M3 on the way, and nothing is kept.
 
     `k_scale` and `v_scale` are fp32 multipliers, () for a whole layer or [H, 1, 1], one a head. States of linear
@@ -157,26 +158,6 @@ class FP8Cache:
         pairs = ((key_states, self.k_scale), (value_states, self.v_scale))
         keys, values = (fp8.quantize_dequantize_input_static(x, scale.to(x.device)) for x, scale in pairs)
         return keys, values
-
-    def get_seq_length(self, *_args: object) -> int:
-        """Tokens seen before: none."""
-        return 0
-
-    def has_previous_state(self, *_args: object) -> bool:
-        """No states from before."""
-        return False
-
-    def get_conv_state(self, *_args: object, **_kwargs: object) -> None:
-        """No state from before."""
-        return
-
-    get_recurrent_state = get_conv_state
-
-    def update_conv_state(self, states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-        """The given states."""
-        return states
-
-    update_recurrent_state = update_conv_state
 
 
 def fp8_cache(k_scale: Tensor, v_scale: Tensor) -> FP8Cache:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -35,10 +36,16 @@ def open_regular(root: Path, name: str) -> int:
     """A descriptor of `name` below `root`; UserError for what is no regular file, or stands outside."""
     check_inside(root, name)
     # a pipe or a device would keep a plain open waiting
-    fd = os.open(root / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    no_file = UserError("not a regular file.", where=str(root / name), remedy="Put the real file in its place.")
+    try:
+        fd = os.open(root / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket
+            raise no_file from None
+        raise
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise UserError("not a regular file.", where=str(root / name), remedy="Put the real file in its place.")
+        raise no_file
     return fd
 
 

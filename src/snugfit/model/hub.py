@@ -11,6 +11,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE mean what they mean to hugging
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -278,12 +279,16 @@ def _explained(error: Exception, where: str) -> UserError:
         what = f"the Hub answers HTTP {error.response.status_code}."
     elif isinstance(error, (ranges.NetworkError, LocalEntryNotFoundError, ConnectionError)):
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        what = f"{constants.ENDPOINT} cannot be reached ({reason or type(error).__name__})."
+        what = f"{_without_password(constants.ENDPOINT)} cannot be reached ({reason or type(error).__name__})."
     else:
         what = f"the cache cannot be written ({getattr(error, 'strerror', None) or error})."
     return UserError(
         what, where=where, remedy=f"{ranges.GO_ON} HF_HUB_OFFLINE=1 uses what lies in the cache; or give a directory."
     )
+
+
+def _without_password(url: str) -> str:
+    return re.sub(r"//[^/]*@", "//", url)
 
 
 @contextmanager

@@ -86,6 +86,12 @@ def parse_name(name: str, shape: tuple[int, ...], decoder: str = DECODER) -> Ten
     return TensorName(name, module, parameter, layer, _role(module, parameter, layer, len(shape)), expert)
 
 
+def role_order(leaf: str) -> int:
+    """The place of a weight in tables, by the last part of its name: q, k, v, what has no role, o; gate, up, down."""
+    places = {"q": 0, "qkv": 0, "gate": 0, "gate_up": 0, "k": 1, "up": 1, "v": 2, "o": 4, "down": 4}
+    return places.get(ROLES.get(leaf, ""), 3)
+
+
 def _layer(name: str, decoder: str) -> int | None:
     if not name.startswith(decoder) or name[len(decoder) : len(decoder) + 1] != ".":
         return None

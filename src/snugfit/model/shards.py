@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LOCK_NAME = ".snugfit-lock"
 WORK_NAME = ".snugfit-work"  # what a run needs to go on, gone when it ends
-PIECE = 32 << 20  # bytes of a tensor that are moved at once
+PIECE = 16 << 20  # bytes of a tensor that are moved at once
 # safetensors' dtype order, which its writer sorts by, largest first
 SERIAL_ORDER = (
     *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
@@ -193,9 +193,7 @@ class ShardWriter:
     def close(self) -> None:
         """Close the shard files as they are, once what is under way has ended."""
         for moving in (*self._begun.values(), *self._under_way.values()):
-            for piece in moving.pieces:
-                if not piece.cancel():
-                    piece.exception()
+            moving.cancel()
         self._under_way.clear()
         for pool in (self._digester, self._flusher):
             pool.shutdown(wait=True, cancel_futures=True)
@@ -242,7 +240,7 @@ def resumable(target: Path, *, restart: bool = False) -> Iterator[tuple[Path, Pa
     """
     with _locked(target) as partial:
         work = partial / WORK_NAME
-        if restart or not work.is_dir() or not any(work.iterdir()):
+        if restart or not work.is_dir() or not any(work.iterdir()) or _has_links(partial):
             _clear(partial)
         work.mkdir(exist_ok=True)
         try:
@@ -261,7 +259,7 @@ def _locked(target: Path) -> Iterator[Path]:
     partial = _partial_of(target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise UserError(
             f"cannot be written ({error.strerror}).", where=str(partial), remedy="Choose another."
@@ -355,6 +353,11 @@ def _flush(directory: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _has_links(directory: Path) -> bool:
+    """Whether anything in it is a link, which no run of ours makes, and which would be written through."""
+    return any(path.is_symlink() for path in directory.rglob("*"))
 
 
 def _is_empty(directory: Path) -> bool:

@@ -146,9 +146,13 @@ def rehearse(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, where: 
         if first.shape[:-1] != tokens.shape:
             what = f"its layers pass hidden states {list(first.shape)} for {len(tokens[0])} tokens: not handled yet."
             raise UserError(what, where=where)
-        if all(hidden.shape == first.shape and hidden.data_ptr() == first.data_ptr() for hidden, _, _ in calls):
+        if all(_one(hidden, first) for hidden, _, _ in calls):
             return Rehearsal(in_tuple, tuple(calls))
     raise UserError(f"its layers are run in a way that is not handled yet{failure}.", where=where)
+
+
+def _one(a: Any, b: Tensor) -> bool:
+    return isinstance(a, Tensor) and a.shape == b.shape and a.data_ptr() == b.data_ptr()
 
 
 class _Reached(Exception):  # noqa: N818  # not an error

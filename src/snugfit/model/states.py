@@ -8,93 +8,77 @@ what another wrote.
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import Tensor
 
-from snugfit.errors import UserError
+from snugfit.model.shards import crc_of
+from snugfit.model.transfer import Moving, Transfer
 from snugfit.model.walk import Batch
 
-IN_FLIGHT = 4  # batches being read ahead or written behind
+IN_FLIGHT = 2  # batches read ahead, and batches written behind
+
+Piece = tuple[int, int, list[int]]  # start, bytes, CRC-32s
 
 
 class StateFile:
     """Hidden states [rows, tokens, H] of `dtype` in a file, read and written by batch, in any order."""
 
-    def __init__(self, path: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, path: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype, transfer: Transfer
+    ) -> None:
         """Open or make the file for rows of `width` values a token."""
         self.path = path
+        self._transfer = transfer
         self._width, self._dtype = width, dtype
-        self._bytes = width * dtype.itemsize
-        self._starts: dict[tuple[int, ...], int] = {}
+        self._places: dict[tuple[int, ...], tuple[int, int]] = {}
         end = 0
         for batch in batches:
-            self._starts[batch.rows] = end * self._bytes
-            end += sum(batch.lengths)
-        self.size = end * self._bytes
+            size = sum(batch.lengths) * width * dtype.itemsize
+            self._places[batch.rows] = end, size
+            end += size
+        self._order = [batch.rows for batch in batches]
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._pool = ThreadPoolExecutor(IN_FLIGHT)
-        self._written: list[Future[tuple[int, int, int]]] = []
-        self._ahead: dict[tuple[int, ...], Future[Tensor]] = {}
+        self._written: dict[tuple[int, ...], Moving[list[int]]] = {}
+        self._ahead: dict[tuple[int, ...], Moving[Tensor]] = {}
 
     def write(self, batch: Batch, hidden: Tensor) -> None:
-        """Store a batch's states [B, T, H]; `settle` waits for it."""
-        valid = batch.valid
-        flat = hidden.reshape(-1, self._width) if valid is None else hidden[valid]
-        data = flat.to(self._dtype).contiguous()
-        if data.is_cuda:
-            pinned = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-            pinned.copy_(data, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record()
-        else:
-            pinned, done = data, None
-        waiting = [future for future in self._written if not future.done()]
+        """Begin to store a batch's states [B, T, H]; `settle` waits for it."""
+        waiting = [moving for moving in self._written.values() if not moving.done()]
         if len(waiting) >= IN_FLIGHT:
             waiting[0].result()
-        self._written.append(self._pool.submit(self._write, self._starts[batch.rows], pinned, done))
+        valid = batch.valid
+        flat = hidden.reshape(-1, self._width) if valid is None else hidden[valid]
+        start, _ = self._places[batch.rows]
+        self._written[batch.rows] = self._transfer.write(self._handle, start, flat.to(self._dtype).contiguous())
 
-    def _write(self, start: int, data: Tensor, copied: torch.cuda.Event | None) -> tuple[int, int, int]:
-        if copied is not None:
-            copied.synchronize()
-        raw = memoryview(data.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
-        done = 0
-        while done < len(raw):
-            done += os.pwrite(self._handle, raw[done:], start + done)
-        return start, len(raw), zlib.crc32(raw)
+    def settle(self) -> list[Piece]:
+        """Wait until all is written; where each batch is, and its CRC-32s."""
+        return [(*self._places[rows], moving.result()) for rows, moving in self._written.items()]
 
-    def settle(self) -> list[tuple[int, int, int]]:
-        """Wait until all is written; (start, bytes, CRC-32) of each piece."""
-        pieces = sorted(future.result() for future in self._written)
-        self._written.clear()
-        return pieces
+    def prefetch(self) -> None:
+        """Begin to read the first batches, of which some may still be on their way into the file."""
+        for rows in self._order[:IN_FLIGHT]:
+            self._begin(rows)
 
-    def prefetch(self, batch: Batch) -> None:
-        """Begin to read a batch."""
-        if batch.rows not in self._ahead:
-            shape = sum(batch.lengths), self._width
-            data = torch.empty(shape, dtype=self._dtype, pin_memory=batch.tokens.is_cuda)
-            self._ahead[batch.rows] = self._pool.submit(self._read, batch.rows, data)
-
-    def _read(self, rows: tuple[int, ...], data: Tensor) -> Tensor:
-        raw = memoryview(data.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # it is a buffer
-        start, done = self._starts[rows], 0
-        while done < len(raw):
-            count = os.preadv(self._handle, [raw[done:]], start + done)
-            if not count:
-                raise UserError("it ended early.", where=str(self.path), remedy="Start again with --restart.")
-            done += count
-        return data
+    def _begin(self, rows: tuple[int, ...]) -> None:
+        if rows not in self._ahead:
+            if rows in self._written:
+                self._written[rows].result()
+            start, size = self._places[rows]
+            shape = size // (self._width * self._dtype.itemsize), self._width
+            self._ahead[rows] = self._transfer.read_file(self._handle, start, shape, self._dtype)
 
     def read(self, batch: Batch) -> Tensor:
-        """A batch's states [B, T, H] on the device of its tokens, zeros in the place of pads."""
-        self.prefetch(batch)
-        flat = self._ahead.pop(batch.rows).result().to(batch.tokens.device, non_blocking=True)
+        """A batch's states [B, T, H] on the device of its tokens, zeros in the place of pads; the next are begun."""
+        self._begin(batch.rows)
+        flat = self._ahead.pop(batch.rows).result()
+        place = self._order.index(batch.rows)
+        for rows in self._order[place + 1 : place + 1 + IN_FLIGHT]:
+            self._begin(rows)
         shape = (*batch.tokens.shape, self._width)
         valid = batch.valid
         if valid is None:
@@ -103,16 +87,20 @@ class StateFile:
         hidden[valid] = flat
         return hidden
 
-    def holds(self, pieces: Sequence[Sequence[int]]) -> bool:
-        """Whether the file has what `settle` told of it."""
-        return all(self._crc(start, size) == crc for start, size, crc in pieces)
+    def begin_again(self) -> None:
+        """Forget what was written: the file is about to get another layer's states."""
+        self._written.clear()
 
-    def _crc(self, start: int, size: int) -> int:
-        return zlib.crc32(os.pread(self._handle, size, start))
+    def holds(self, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> bool:
+        """Whether the file has what `settle` told of it."""
+        return all(crc_of(self._handle, start, size) == list(crcs) for start, size, crcs in pieces)
 
     def close(self) -> None:
         """Wait for what is under way and close the file."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for written in self._written.values():
+            written.cancel()
+        for ahead in self._ahead.values():
+            ahead.cancel()
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1

@@ -5,6 +5,7 @@ Reading the next weights and writing the last ones go on while the device comput
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import zlib
@@ -22,6 +23,7 @@ from snugfit.model.checkpoint import TORCH_NAMES, Checkpoint, StoredTensor, read
 from snugfit.model.shards import PIECE
 
 WORKERS = {"cpu": 1, "cuda": 4}  # for reading, and as many for writing
+COPIERS = {"cpu": 1, "cuda": 2}  # for what goes from file to file
 # bits that are all set in numbers that are not finite
 _EXPONENTS = {
     "BF16": (np.uint16, 0x7F80),
@@ -43,6 +45,16 @@ class Moving(Generic[Result]):
         """What it came to; raises what went wrong."""
         return self.finish([piece.result() for piece in self.pieces])
 
+    def done(self) -> bool:
+        """Whether nothing is left to wait for."""
+        return all(piece.done() for piece in self.pieces)
+
+    def cancel(self) -> None:
+        """Give up what has not begun, and wait for the rest."""
+        for piece in self.pieces:
+            if not piece.cancel():
+                piece.exception()
+
 
 class Transfer:
     """Threads that move tensors; each has a buffer of one piece, page-locked beside a GPU, and a stream of its own."""
@@ -52,31 +64,41 @@ class Transfer:
         # apart, so that the weights that are waited for do not queue behind what is only to be written
         self._readers = ThreadPoolExecutor(WORKERS[device.type])
         self._writers = ThreadPoolExecutor(WORKERS[device.type])
+        self._copiers = ThreadPoolExecutor(COPIERS[device.type])
         self._own = threading.local()
 
     def read(self, checkpoint: Checkpoint, name: str) -> Moving[Tensor]:
         """Begin to read a tensor to the device."""
         info = checkpoint.tensors[name]
         dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
-        target = torch.empty(info.shape, dtype=dtype, device=self.device)
-        flat = target.reshape(-1).view(torch.uint8) if target.numel() else torch.empty(0, dtype=torch.uint8)
+        return self._read(info.shape, dtype, lambda start, view: read_range(checkpoint, info, start, view))
+
+    def read_file(self, handle: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Moving[Tensor]:
+        """Begin to read a tensor from an open file to the device."""
+        return self._read(shape, dtype, lambda start, view: _load(handle, view, offset + start))
+
+    def _read(
+        self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[int, memoryview], None]
+    ) -> Moving[Tensor]:
+        target = torch.empty(shape, dtype=dtype, device=self.device)
+        flat = _bytes_of(target)
         ready = _mark(self.device)
 
         def piece(start: int, size: int) -> int:
-            if not target.is_cuda:
-                read_range(checkpoint, info, start, _raw(flat[start : start + size]))
+            if not flat.is_cuda:
+                fill(start, _raw(flat[start : start + size]))
                 return 0
             buffer, stream = self._tools()
-            read_range(checkpoint, info, start, _raw(buffer[:size]))
+            fill(start, _raw(buffer[:size]))
             # the memory may be in use until `ready`
             _on(stream, ready, lambda: flat[start : start + size].copy_(buffer[:size], non_blocking=True))
             return 0
 
-        return Moving(_pieces(self._readers, info.bytes, piece), lambda _: target)
+        return Moving(_pieces(self._readers, flat.numel(), piece), lambda _: target)
 
     def write(self, handle: int, offset: int, tensor: Tensor) -> Moving[list[int]]:
         """Begin to write a tensor to an open file; the result is the CRC-32 of each piece."""
-        flat = tensor.detach().reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+        flat = _bytes_of(tensor.detach())
         ready = _mark(tensor.device)
 
         def piece(start: int, size: int) -> int:
@@ -99,7 +121,7 @@ class Transfer:
             _check_finite(checkpoint, info, raw)
             return _store(handle, raw, offset + start)
 
-        return Moving(_pieces(self._writers, info.bytes, piece), list)
+        return Moving(_pieces(self._copiers, info.bytes, piece), list)
 
     def _tools(self) -> tuple[Tensor, torch.cuda.Stream | None]:
         """This thread's buffer, and its stream where there is a GPU."""
@@ -111,7 +133,7 @@ class Transfer:
 
     def close(self) -> None:
         """Give up what has not begun, and wait for the rest."""
-        for pool in (self._readers, self._writers):
+        for pool in (self._readers, self._writers, self._copiers):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
@@ -174,6 +196,20 @@ def _on(stream: torch.cuda.Stream | None, ready: torch.cuda.Event | None, work: 
 
 def _raw(data: Tensor) -> memoryview:
     return memoryview(data.numpy())  # type: ignore[arg-type]  # it is a buffer
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    """A flat view of a contiguous tensor's bytes, or of a copy's; on the CPU where there are none."""
+    return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
+
+
+def _load(handle: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done:]], offset + done)
+        if not count:
+            raise OSError(errno.EIO, "a file of this run ended early")
+        done += count
 
 
 def _store(handle: int, raw: memoryview, offset: int) -> int:

@@ -149,9 +149,6 @@ def _held_once(old: Any, new: Tensor) -> Tensor:
 class States(Protocol):
     """Where hidden states [B, T, H] of batches are kept between layers."""
 
-    def prefetch(self, batch: Batch) -> None:
-        """Begin to read a batch."""
-
     def read(self, batch: Batch) -> Tensor:
         """A batch's states."""
 
@@ -174,11 +171,9 @@ def run_layer(
     A `cache` sees keys and values in the place of transformers' own; UserError where this family's layers take none.
     With `states` = (from, to) the batches' hidden states are read from one place and written to the other.
     """
-    for number, batch in enumerate(batches):
+    for batch in batches:
         if states is not None:
             batch.hidden = states[0].read(batch)
-            for coming in batches[number + 1 : number + 2]:
-                states[0].prefetch(coming)
         if before is not None:
             before(batch)
         args, kwargs = batch.calls[index]

@@ -109,15 +109,20 @@ def read_widths(config: Mapping[str, Any], cache: ModelCache) -> Widths:
 
 def _feed_forward(text: Mapping[str, Any], hidden: int) -> tuple[int, int, int]:
     """Numbers a token of a dense or shared MLP (gate, up, their product), experts chosen a token, and their width."""
-    given = text.get("intermediate_size")
-    inner = max(given) if isinstance(given, list) else int(given or 4 * hidden)
+    inner = _largest(text, "intermediate_size") or 4 * hidden
     counts = [text.get(key) for key in _EXPERTS]
     if not any(isinstance(count, int) and count > 1 for count in counts):
         return 3 * inner, 0, 0
-    expert = int(text.get("moe_intermediate_size") or inner)
-    shared = int(text.get("shared_expert_intermediate_size") or text.get("shared_intermediate_size") or 0)
-    shared = shared or int(text.get("n_shared_experts") or 0) * expert
+    expert = _largest(text, "moe_intermediate_size") or inner
+    shared = _largest(text, "shared_expert_intermediate_size") or _largest(text, "shared_intermediate_size")
+    shared = shared or _largest(text, "n_shared_experts") * expert
     return 3 * shared, next((text[key] for key in _CHOSEN if isinstance(text.get(key), int)), 1), expert
+
+
+def _largest(text: Mapping[str, Any], key: str) -> int:
+    """A width or a count, the largest where each layer has its own; 0 for none."""
+    given = text.get(key) or 0
+    return max(given) if isinstance(given, list) else int(given)
 
 
 def activation_bytes(widths: Widths, engine: EngineMemory, batch: tuple[int, int], device: Device, tp: int = 1) -> int:
@@ -182,8 +187,9 @@ def longest_position(config: Mapping[str, Any]) -> int | None:
     """
     text = with_defaults(config)
     given = text.get("max_position_embeddings") or text.get("model_max_length")
-    scaling = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    kind = scaling.get("rope_type") or scaling.get("type") if isinstance(scaling, dict) else None
+    found = text.get("rope_scaling") or text.get("rope_parameters")
+    scaling = found if isinstance(found, dict) else {}
+    kind = scaling.get("rope_type") or scaling.get("type")
     original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
     if kind == "yarn" and original and factor:
         return int(original * factor)

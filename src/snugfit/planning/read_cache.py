@@ -14,8 +14,8 @@ from snugfit.errors import UserError
 from snugfit.model.anatomy import language_config
 from snugfit.planning import families
 from snugfit.planning.kv_cache import Attention, ModelCache, State
+from snugfit.planning.values import WHERE, check_values
 
-WHERE = "config.json"
 Text = Mapping[str, Any]
 
 # in the config of a family that is not known here, words for caches of another kind
@@ -66,6 +66,7 @@ def with_defaults(config: Text) -> dict[str, Any]:
         older = next((text[name] for name in names if text.get(name) is not None), None)
         if key not in text and older is not None:
             text[key] = older
+    check_values(text)
     listed = text.get("layers_block_type") or text.get("hybrid_override_pattern")
     if text.get("num_hidden_layers") is None and listed is not None:
         text["num_hidden_layers"] = len(listed)
@@ -130,6 +131,8 @@ def _among(key: str, otherwise: str) -> Callable[[Text, int], str]:
 
 def _llama4(text: Text, number: int) -> str:
     ropes = text.get("no_rope_layers") or []
+    if ropes and number >= len(ropes):
+        raise UserError(f"no_rope_layers has {len(ropes)} entries.", where=WHERE, remedy="Mend the config.")
     sees_all = not ropes[number] if ropes else (number + 1) % text["no_rope_layer_interval"] == 0
     return "full" if sees_all else "chunk"
 
@@ -192,7 +195,7 @@ def _attention(text: Text, kind: str, what: str, number: int) -> Attention:
         heads = text.get("num_global_key_value_heads") or heads if text.get("attention_k_eq_v") else heads
     overrides = text.get("per_layer_config") or {}
     own = overrides.get(str(number), {})
-    heads, width = own.get("num_key_value_heads", heads), own.get("head_dim", width)
+    heads, width = own.get("num_key_value_heads") or heads, own.get("head_dim") or width
     window = text[_BOUNDS[what]] if what in _BOUNDS else None
     return Attention(heads, width, width, window=window, chunked=what == "chunk")
 

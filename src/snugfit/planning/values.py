@@ -1,0 +1,85 @@
+"""What the keys of a config that planning reads may hold; whatever else stands there is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from snugfit.errors import UserError
+from snugfit.model.anatomy import MAX_LAYERS
+
+WHERE = "config.json"
+LARGEST = 2**40  # no count of a model is larger
+_COUNTS = frozenset(
+    {
+        *("hidden_size", "num_attention_heads", "num_key_value_heads", "num_global_key_value_heads", "head_dim"),
+        *("global_head_dim", "vocab_size", "max_position_embeddings", "model_max_length", "sliding_window"),
+        *("attention_chunk_size", "max_window_layers", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim"),
+        *("v_head_dim", "index_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"),
+        *("linear_value_head_dim", "linear_conv_kernel_dim", "mamba_d_ssm", "mamba_d_state", "mamba_d_conv"),
+        *("mamba_n_heads", "mamba_n_groups", "mamba_num_heads", "mamba_head_dim", "expand", "state_size"),
+        *("conv_kernel", "conv_dim", "conv_L_cache", "n_groups", "ssm_state_size", "num_heads", "attn_layer_offset"),
+    }
+)
+# some families give one for each layer
+_MANY = frozenset(
+    {
+        *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
+        *("n_shared_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        *("num_routed_experts", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"),
+        *("attn_layer_indices", "full_attn_idxs", "no_rope_layers"),
+    }
+)
+_STEPS = frozenset(
+    {"full_attention_interval", "no_rope_layer_interval", "attn_layer_period", "original_max_position_embeddings"}
+)
+_LAYERS = frozenset({"num_hidden_layers", "num_kv_shared_layers"})
+_FACTORS = frozenset({"mamba_expand", "partial_rotary_factor", "factor"})
+_TYPES: Mapping[str, tuple[type, ...]] = {
+    "layer_types": (list,),
+    "layers_block_type": (list,),
+    "hybrid_override_pattern": (str, list),
+    "sliding_window_pattern": (int, str),
+    "_sliding_window_pattern": (int, str),
+    "per_layer_config": (dict,),
+}
+# there is a default, but null would take its place
+_NEVER_NULL = frozenset(
+    {
+        *("full_attention_interval", "no_rope_layer_interval", "attn_layer_period", "attn_layer_offset"),
+        *("mamba_expand", "global_head_dim"),
+    }
+)
+
+
+def check_values(text: Mapping[str, Any]) -> None:
+    """UserError for a value that no arithmetic can be done with, or that no model has; null mostly is no value."""
+    for key, value in text.items():
+        if key in _NEVER_NULL if value is None else not _sound(key, value):
+            raise UserError(f"{key} is {value!r:.100}.", where=WHERE, remedy="Mend the config.")
+    for name in ("rope_scaling", "rope_parameters"):
+        scaling = text.get(name)
+        if isinstance(scaling, dict):
+            check_values({key: scaling[key] for key in ("factor", "original_max_position_embeddings") if key in scaling})
+    for own in (text.get("per_layer_config") or {}).values():
+        if not isinstance(own, dict):
+            raise UserError("per_layer_config holds no mappings.", where=WHERE, remedy="Mend the config.")
+        check_values({key: own[key] or 0 for key in ("num_key_value_heads", "head_dim") if key in own})
+
+
+def _sound(key: str, value: Any) -> bool:
+    if key in _COUNTS:
+        return _is_count(value)
+    if key in _MANY:
+        return _is_count(value) or (isinstance(value, list) and all(map(_is_count, value)))
+    if key in _STEPS:
+        return _is_count(value) and value > 0
+    if key in _LAYERS:
+        return _is_count(value) and value <= MAX_LAYERS
+    if key in _FACTORS:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    return isinstance(value, _TYPES.get(key, object))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST

@@ -1,0 +1,70 @@
+"""Load checkpoints into a stock vLLM's own model classes, and tell which of its linears run which scheme.
+
+Run by an environment that has vLLM (its CPU build will do)::
+
+    python load_in_vllm.py OUT.json CHECKPOINT [CHECKPOINT...]
+
+OUT.json is ``{path: {"linears": {name: scheme or null}} or {"error": last line}}``. No forward is run: tiny models have
+shapes that kernels refuse.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+def load(path: str) -> dict[str, Any]:
+    """Every linear of the loaded model by name, and its scheme, None where it is not quantized."""
+    arguments: Any = importlib.import_module("vllm.engine.arg_utils")
+    config: Any = importlib.import_module("vllm.config")
+    loader: Any = importlib.import_module("vllm.model_executor.model_loader")
+    linear: Any = importlib.import_module("vllm.model_executor.layers.linear")
+    distributed: Any = importlib.import_module("vllm.distributed")
+    given = {"dtype": "bfloat16", "skip_tokenizer_init": True, "max_model_len": 256, "enforce_eager": True}
+    settings = arguments.EngineArgs(model=path, **given).create_engine_config()
+    with config.set_current_vllm_config(settings):
+        if not distributed.model_parallel_is_initialized():
+            meeting = Path(tempfile.mkdtemp()) / "meeting"
+            distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+            distributed.ensure_model_parallel_initialized(1, 1)
+        model = loader.get_model(vllm_config=settings)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, linear.LinearBase)}
+    schemes = {name: getattr(module, "scheme", None) for name, module in linears.items()}
+    return {name: None if scheme is None else type(scheme).__name__ for name, scheme in schemes.items()}
+
+
+def main() -> None:
+    """Load one checkpoint after the other."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+    platforms: Any = importlib.import_module("vllm.platforms")
+    kernels: Any = importlib.import_module("vllm.model_executor.kernels.linear")
+    if platforms.current_platform.is_cpu():
+        kernels.register_linear_kernel(kernels.EmulationNvFp4LinearKernel, platforms.PlatformEnum.CPU, "nvfp4")
+        torch: Any = importlib.import_module("torch")
+        torch.accelerator.empty_cache = lambda: None  # asks for a device that is not there
+    out, paths = Path(sys.argv[1]), sys.argv[2:]
+    found: dict[str, Any] = {}
+    for path in paths:
+        try:
+            found[path] = {"linears": load(path)}
+        except Exception as error:  # noqa: BLE001 (whatever vLLM raises is the answer)
+            found[path] = {"error": f"{type(error).__name__}: {error}"}
+        out.write_text(json.dumps(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

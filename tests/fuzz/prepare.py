@@ -1,0 +1,55 @@
+"""What fuzz cases with weights damage: a tiny model with a tokenizer, its quantized copy, a run that was stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import snugfit.quantize_run
+from conftest import TINY
+from snugfit.quantize import quantize_checkpoint
+from test_eval_bad_input import add_tokenizer
+
+UNFINISHED = "nvfp4-fp8-hybrid-fp8kv"
+PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it. " * 12
+
+
+def prepare_runs(shared: Path, *, unfinished: bool) -> None:
+    """model, quantized, text.txt, rows.jsonl; where asked for out.partial and whole.json, the record of the whole."""
+    import matplotlib.font_manager  # looks for fonts once
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert matplotlib.font_manager.fontManager
+    torch.manual_seed(0)
+    settings = AutoConfig.for_model("llama", **{**TINY, "num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(settings, dtype=torch.bfloat16).save_pretrained(shared / "model")
+    add_tokenizer(shared / "model")
+    (shared / "text.txt").write_text(PROSE, encoding="utf-8")
+    rows = torch.randint(3, 59, (3, 32)).tolist()
+    (shared / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
+    asked: dict[str, Any] = {"text": [shared / "rows.jsonl"], "rows": 3, "length": 32, "device": "cpu"}
+    quantize_checkpoint(shared / "model", shared / "quantized", "nvfp4-fp8-hybrid", **asked)
+    if not unfinished:
+        return
+    record = quantize_checkpoint(shared / "model", shared / "whole", UNFINISHED, **asked)
+    (shared / "whole.json").write_text(record.to_json(), encoding="utf-8")
+    real = snugfit.quantize_run.calibrate
+
+    def stop(*arguments: Any, **options: Any) -> Any:
+        if arguments[2] == 1:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    snugfit.quantize_run.calibrate = stop
+    try:
+        quantize_checkpoint(shared / "model", shared / "out", UNFINISHED, **asked)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        snugfit.quantize_run.calibrate = real
+    assert (shared / "out.partial").is_dir()
+    shutil.rmtree(shared / "whole")
