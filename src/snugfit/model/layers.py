@@ -123,9 +123,11 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) 
         with _parameters_on_meta(), torch.no_grad():
             model = _auto_class(config).from_config(config, dtype=arithmetic, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 (transformers' config classes raise many kinds of their own)
-        kind = checkpoint.config.get("model_type")
+        kind, reason = checkpoint.config.get("model_type"), _first_line(error)
+        if "trust_remote_code" in reason:
+            reason = "it is code of the model's own, which is never run."
         raise UserError(
-            f"transformers cannot build model_type {kind!r}: {_first_line(error)}",
+            f"transformers cannot build model_type {kind!r}: {reason}",
             where=where,
             remedy="Check the config, or update transformers.",
         ) from None

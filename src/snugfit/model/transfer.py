@@ -22,8 +22,8 @@ from snugfit.errors import UserError
 from snugfit.model.checkpoint import TORCH_NAMES, Checkpoint, StoredTensor, read_range
 from snugfit.model.shards import PIECE
 
-WORKERS = {"cpu": 1, "cuda": 4}  # for reading, and as many for writing
-COPIERS = {"cpu": 1, "cuda": 2}  # for what goes from file to file
+WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
+COPIERS = {"cpu": 1, "cuda": 3}  # for what goes from file to file
 # bits that are all set in numbers that are not finite
 _EXPONENTS = {
     "BF16": (np.uint16, 0x7F80),

@@ -1,0 +1,407 @@
+"""What holds of every recipe, header, set of names and plan, on examples that Hypothesis makes."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import random
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from fuzz.mutate import spoil_bytes, spoil_json
+from snugfit.engines.fused import group_modules
+from snugfit.engines.gpus import CARDS
+from snugfit.engines.memory import ENGINES, GIB, OFFERED
+from snugfit.errors import UserError
+from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP
+from snugfit.model.anatomy import find_decoder
+from snugfit.model.checkpoint import read_header
+from snugfit.model.names import LINEAR, ROLE_SETS, parse_name
+from snugfit.model.safetensors import DTYPE_BYTES, TensorInfo, parse_header
+from snugfit.model.shards import plan_shards
+from snugfit.planning.asked import Gpu
+from snugfit.planning.blocks import make_pool
+from snugfit.planning.kv_cache import check_split
+from snugfit.planning.memory import Device, in_flight, longest_position, read_widths
+from snugfit.planning.read_cache import read_cache
+from snugfit.planning.solve import Model, Setting, Stored, answer
+from snugfit.recipe import Assignment, LoadedRecipe, layer_numbers, parse_recipe, resolve
+
+quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+# --- recipes
+
+LEAVES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SAFE_ROLES = (
+    ["linear"],
+    ["attention"],
+    ["mlp"],
+    ["o"],
+    ["down"],
+    ["gate", "up"],
+    ["q", "k", "v"],
+    ["attention", "down"],
+)
+ROLES = (*SAFE_ROLES, *SAFE_ROLES, ["q"], ["up"], ["k", "o"], ["router"])
+GLOBS = (
+    "*",
+    "*.mlp.*",
+    "*.self_attn.*",
+    "*_proj",
+    "*.o_proj",
+    "*layers.0.*",
+    "model.layers.1.mlp.down_proj",
+    "re:.*mlp.*",
+)
+
+
+def tensors_of(layers: int, experts: int) -> list[TensorInfo]:
+    """A llama's tensors, its MLPs split into experts where there are some; every format fits every linear."""
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    for layer in range(layers):
+        prefix = f"model.layers.{layer}"
+        names += [f"{prefix}.self_attn.{leaf}.weight" for leaf in LEAVES[:4]]
+        names += [f"{prefix}.input_layernorm.weight"]
+        for middle in [f"experts.{n}." for n in range(experts)] or [""]:
+            names += [f"{prefix}.mlp.{middle}{leaf}.weight" for leaf in LEAVES[4:]]
+    return [TensorInfo(name, "BF16", (256,) if "norm" in name else (256, 256)) for name in names]
+
+
+@st.composite
+def rules(draw: st.DrawFn) -> dict[str, Any]:
+    """A rule that the recipe's schema accepts."""
+    rule: dict[str, Any] = {"format": draw(st.sampled_from([*FORMATS, KEEP]))}
+    kind = draw(st.integers(0, 5))
+    if kind < 4:
+        rule["role"] = draw(st.sampled_from(ROLES))
+    if kind > 2:
+        rule["name"] = draw(st.sampled_from(GLOBS))
+    if draw(st.integers(0, 3)) == 0:
+        ends = st.integers(-5, 5)
+        rule["layers"] = draw(st.one_of(ends.map(str), st.tuples(ends, ends).map(lambda pair: f"{pair[0]}..{pair[1]}")))
+    scales = FORMATS[rule["format"]].scale_rules if rule["format"] != KEEP else ()
+    if scales and draw(st.booleans()):
+        rule["scale"] = draw(st.sampled_from(scales))
+    if rule["format"] == "int4" and draw(st.booleans()):
+        rule["group"] = draw(st.lists(st.sampled_from(INT4_GROUPS), min_size=1, max_size=3))
+        rule["symmetric"] = draw(st.booleans())
+    return rule
+
+
+RECIPES = st.builds(
+    lambda first, last: {
+        "name": "drawn",
+        "rules": [*first, *([{"role": LINEAR, "format": "fp8-dynamic"}] if last else [])],
+    },
+    st.lists(rules(), min_size=1, max_size=4),
+    st.sampled_from([True, True, True, False]),
+)
+MODELS = st.builds(tensors_of, st.integers(1, 4), st.sampled_from([0, 0, 2]))
+
+
+def wanted_rule(document: Mapping[str, Any], tensor: TensorInfo, layers: int) -> int | None:
+    """The first rule that matches a tensor, worked out the slow way."""
+    name = parse_name(tensor.name, tensor.shape)
+    for number, rule in enumerate(document["rules"]):
+        roles = {role for wanted in rule.get("role", ()) for role in ROLE_SETS.get(wanted, {wanted})}
+        linear = LINEAR in rule.get("role", ()) and name.layer is not None and name.role != "norm"
+        if "role" in rule and not (name.role in roles or linear):
+            continue
+        if "name" in rule and not (rule["name"] == "re:.*mlp.*" and "mlp" in name.module):
+            if not fnmatch.fnmatchcase(name.module, rule["name"]):
+                continue
+        if "role" not in rule and (name.layer is None or name.role == "norm") and rule.get("name") != name.module:
+            continue
+        if "layers" in rule:
+            ends = [int(end) for end in rule["layers"].split("..")]
+            low, high = (end + layers if end < 0 else end for end in (ends[0], ends[-1]))
+            if name.layer is None or not low <= name.layer <= high:
+                continue
+        return number
+    return None
+
+
+def resolved(loaded: LoadedRecipe, tensors: Sequence[TensorInfo], layers: int) -> dict[str, Assignment] | None:
+    """What a recipe does, None where it is refused with a place."""
+    try:
+        return resolve(loaded, tensors, layers=layers)
+    except UserError as error:
+        assert error.where.startswith(loaded.where)
+        assert error.remedy
+        return None
+
+
+ANSWERED = {"yes": 0, "no": 0}
+
+
+@quick
+@given(document=RECIPES, tensors=MODELS)
+def test_every_weight_gets_the_first_rule_that_matches(document: dict[str, Any], tensors: list[TensorInfo]) -> None:
+    """A valid recipe gives each linear exactly the first rule that matches it, or is refused; no group is split."""
+    layers = 1 + max(parse_name(t.name, t.shape).layer or 0 for t in tensors)
+    loaded = parse_recipe(yaml.safe_dump(document), where="drawn.yaml")
+    found = resolved(loaded, tensors, layers)
+    ANSWERED["no" if found is None else "yes"] += 1
+    wanted = {t.name: rule for t in tensors if (rule := wanted_rule(document, t, layers)) is not None}
+    linears = {t.name for t in tensors if t.name.endswith("_proj.weight")}
+    used = set(wanted.values()) == set(range(len(document["rules"])))
+    if found is None:
+        groups = group_modules(name.removesuffix(".weight") for name in wanted)
+        split = any(len({wanted[f"{member}.weight"] for member in group}) > 1 for group in groups)
+        outside = any(document["rules"][wanted[name]]["format"] != KEEP for name in wanted.keys() - linears)
+        assert split or outside or not used or linears - wanted.keys()
+        return
+    assert used
+    assert {name: assignment.rule for name, assignment in found.items()} == wanted
+    assert linears <= found.keys()
+    for name, assignment in found.items():
+        rule = document["rules"][assignment.rule]
+        assert (assignment.format.name if assignment.format else KEEP) == rule["format"]
+    for group in group_modules(name.removesuffix(".weight") for name in found):
+        assert len({(found[f"{m}.weight"].format, found[f"{m}.weight"].scale) for m in group}) == 1
+
+
+def test_drawn_recipes_go_both_ways() -> None:
+    """Of the recipes that were drawn above, many are carried out and many refused."""
+    assert min(ANSWERED.values()) > 20
+
+
+@quick
+@given(document=RECIPES, tensors=MODELS, style=st.sampled_from([None, True, False]))
+def test_a_stored_recipe_says_the_same(document: dict[str, Any], tensors: list[TensorInfo], style: bool | None) -> None:
+    """A recipe's text, as it is stored beside a result, and what YAML or JSON make of it, give the same assignments."""
+    layers = 1 + max(parse_name(t.name, t.shape).layer or 0 for t in tensors)
+    first = parse_recipe(yaml.safe_dump(document, default_flow_style=style), where="a")
+    again = parse_recipe(first.text, where="a")
+    model = first.recipe.model_dump(mode="json", exclude_none=True)
+    others = [parse_recipe(text, where="a") for text in (yaml.safe_dump(model), json.dumps(model))]
+    assert first.digest == again.digest
+    assert all(other.recipe == first.recipe for other in (again, *others))
+    answers = [resolved(loaded, tensors, layers) for loaded in (first, again, *others)]
+    assert all(one == answers[0] for one in answers)
+
+
+@quick
+@given(
+    ends=st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=4), layers=st.integers(1, 7)
+)
+def test_layer_numbers(ends: list[tuple[int, int]], layers: int) -> None:
+    """Ranges of layers name layers of the model alone, each pair all between its ends."""
+    found = layer_numbers(", ".join(f"{low}..{high}" for low, high in ends), layers)
+    counted = [(low + layers * (low < 0), high + layers * (high < 0)) for low, high in ends]
+    assert found == {n for n in range(layers) if any(low <= n <= high for low, high in counted)}
+
+
+# --- headers
+
+NAMES = st.text(
+    st.characters(exclude_categories=("Cs", "Cc", "Cf", "Zl", "Zp", "Zs", "Co", "Cn")), min_size=1, max_size=12
+)
+DTYPES = st.sampled_from(sorted(DTYPE_BYTES))
+TENSORS = st.lists(
+    st.builds(TensorInfo, NAMES, DTYPES, st.lists(st.integers(0, 5), max_size=4).map(tuple)),
+    max_size=8,
+    unique_by=lambda tensor: tensor.name,
+).filter(lambda tensors: all(tensor.name != "__metadata__" for tensor in tensors))
+
+
+def theirs(raw: bytes) -> dict[str, tuple[str, list[int]]] | None:
+    """What safetensors' own library reads in a file, None where it refuses."""
+    try:
+        return {name: (part["dtype"], list(part["shape"])) for name, part in safetensors.deserialize(raw)}
+    except safetensors.SafetensorError:
+        return None
+
+
+def ours(raw: bytes) -> dict[str, tuple[str, list[int]]] | None:
+    """What we read in it, None for a UserError."""
+    length = struct.unpack("<Q", raw[:8])[0]
+    try:
+        found = parse_header(raw[8 : 8 + length], "x", len(raw), where="x")
+    except UserError as error:
+        assert error.where == "x"
+        assert str(error).isprintable()
+        return None
+    return {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in found}
+
+
+@quick
+@given(tensors=TENSORS, most=st.integers(1, 2000))
+def test_planned_shards_are_what_safetensors_reads(
+    tensors: list[TensorInfo], most: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Any set of tensors is laid out in files that both libraries read back, none too large, each tensor once."""
+    shards = plan_shards(tensors, most)
+    seen: dict[str, tuple[str, list[int]]] = {}
+    folder = tmp_path_factory.mktemp("shards")
+    for shard in shards:
+        raw = shard.header + bytes(shard.bytes - len(shard.header))
+        (folder / shard.name).write_bytes(raw)
+        stored = read_header(folder / shard.name)
+        assert {t.name: t.offset for t in stored} == dict(shard.offsets)
+        assert ours(raw) == theirs(raw)
+        assert sum(t.bytes for t in shard.tensors) <= most or len([t for t in shard.tensors if t.bytes]) == 1
+        seen |= ours(raw) or {}
+    assert seen == {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in tensors}
+    assert sum(len(shard.tensors) for shard in shards) == len(tensors)
+
+
+@settings(quick, max_examples=1000)
+@given(tensors=TENSORS, seed=st.integers(0, 10**9), deep=st.booleans())
+def test_no_header_is_read_that_safetensors_refuses(tensors: list[TensorInfo], seed: int, deep: bool) -> None:
+    """Of a damaged header we never read more than safetensors' own library does; what both read is the same."""
+    (shard,) = plan_shards(tensors, 10**9)
+    rng = random.Random(seed)  # noqa: S311
+    text = shard.header[8:]
+    words = ("__metadata__", "dtype", "shape", "data_offsets", "F32", "BF16")
+    damaged = spoil_json(rng, json.loads(text), words) if deep else spoil_bytes(rng, text)
+    raw = struct.pack("<Q", len(damaged)) + damaged + bytes(shard.bytes - len(shard.header))
+    mine = ours(raw)
+    assert mine is None or mine == theirs(raw)
+
+
+# --- names
+
+FAMILIES = (
+    ("model.layers", ("self_attn.q_proj.weight", "mlp.up_proj.weight")),
+    ("transformer.h", ("attn.c_attn.weight", "mlp.c_fc.weight")),
+    ("language_model.model.layers", ("self_attn.q_proj.weight", "mlp.experts.0.w1.weight")),
+    ("gpt_neox.layers", ("attention.query_key_value.weight",)),
+)
+BESIDE = ("vision_tower.encoder.layers", "visual.blocks", "mtp.layers", "model.audio_tower.layers", "image_newline")
+
+
+@quick
+@given(
+    family=st.sampled_from(FAMILIES),
+    layers=st.integers(1, 6),
+    more=st.integers(0, 2),
+    towers=st.dictionaries(st.sampled_from(BESIDE), st.integers(1, 9)),
+    order=st.randoms(use_true_random=False),
+)
+def test_the_decoder_is_found_in_any_order(
+    family: tuple[str, tuple[str, ...]], layers: int, more: int, towers: dict[str, int], order: random.Random
+) -> None:
+    """The list of decoder layers is the same in whatever order names come, beside towers and heads of prediction."""
+    head, leaves = family
+    names = [f"{head}.{n}.{leaf}" for n in range(layers + more) for leaf in leaves]
+    names += [f"{tower}.{n}.attn.qkv.weight" for tower, count in towers.items() for n in range(count)]
+    names += ["lm_head.weight", "norm.weight", f"{head}.weird", "0.weight"]
+    order.shuffle(names)
+    assert find_decoder(names, layers) == head
+
+
+# --- plans
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """A config of a dense, a windowed or a hybrid model, or of one with latent attention."""
+    heads = draw(st.sampled_from([1, 2, 8, 12, 32, 64]))
+    config: dict[str, Any] = {
+        "model_type": draw(
+            st.sampled_from(["llama", "mistral", "gemma2", "qwen3_next", "deepseek_v3", "gpt_oss", "jamba"])
+        ),
+        "num_hidden_layers": draw(st.integers(1, 48)),
+        "hidden_size": heads * draw(st.sampled_from([16, 64, 128])),
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw(st.sampled_from([n for n in (1, 2, 4, 8, 16, 32) if heads % n == 0])),
+        "intermediate_size": draw(st.integers(1, 30_000)),
+        "vocab_size": draw(st.integers(1, 300_000)),
+        "max_position_embeddings": draw(st.integers(1, 2**21)),
+    }
+    if draw(st.booleans()):
+        config["head_dim"] = draw(st.integers(1, 512))
+    if draw(st.booleans()):
+        config["sliding_window"] = draw(st.one_of(st.none(), st.integers(0, 100_000)))
+    if draw(st.booleans()):
+        config |= {"num_experts": draw(st.integers(0, 300)), "num_experts_per_tok": draw(st.integers(1, 9))}
+    return config
+
+
+GPUS = st.one_of(st.sampled_from([c.reported_mib << 20 for c in CARDS]), st.integers(GIB, 300 * GIB))
+
+
+@settings(quick, max_examples=200)
+@given(
+    config=configs(),
+    size=GPUS,
+    engine=st.sampled_from(sorted(OFFERED)),
+    tp=st.sampled_from([1, 1, 2, 4]),
+    sequences=st.integers(1, 8),
+    weights=st.integers(0, 10**11),
+    tokens=st.lists(st.integers(1, 2**21), min_size=2, max_size=4),
+)
+@example(
+    {"model_type": "llama", "num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 1, "vocab_size": 1},
+    GIB,
+    "vllm",
+    1,
+    1,
+    0,
+    [1, 2],
+)
+def test_more_tokens_never_leave_more_room(
+    config: dict[str, Any], size: int, engine: str, tp: int, sequences: int, weights: int, tokens: list[int]
+) -> None:
+    """Numbers of a plan are not negative; a longer context never has more room, an FP8 cache never needs more bytes."""
+    cache = read_cache(config)
+    try:
+        check_split(cache, tp)
+    except UserError as error:
+        assert error.remedy.startswith("Use --tp")
+        return
+    limit = longest_position(config) or 2**20
+    model = Model(cache, read_widths(config, cache), limit)
+    stored = [Stored("x.weight", (weights,), (TensorInfo("x.weight", "U8", (weights,)),), None)]
+    found: dict[bool, list[Any]] = {}
+    for fp8 in (False, True):
+        settings_ = [
+            Setting(Gpu(Device(size)), ENGINES[engine], tp, None, context, sequences) for context in sorted(tokens)
+        ]
+        found[fp8] = [answer(model, stored, setting, fp8=fp8) for setting in settings_]
+        spare = [one.spare for one in found[fp8]]
+        assert spare == sorted(spare, reverse=True)
+        for one, context in zip(found[fp8], sorted(tokens), strict=True):
+            assert min(one.weights, one.longest, one.budget.activations, one.budget.on_top, one.budget.besides) >= 0
+            assert one.longest <= limit
+            if one.budget.for_cache > 0 and context <= limit:
+                assert one.fits == (one.longest >= context)
+    sizes = [cache.size(fp8=fp8, tp=tp) for fp8 in (False, True)]
+    for context in tokens:
+        plain, eight = (one.bytes_at(context) for one in sizes)
+        assert 0 <= eight <= plain
+        assert cache.size(tp=1).bytes_at(context) >= plain
+    if not cache.states and not any(attention.index for attention in cache.attention):
+        pools = [
+            make_pool(cache, in_flight=in_flight(ENGINES[engine], Device(size)), fp8=fp8, tp=tp)
+            for fp8 in (False, True)
+        ]
+        assert all(pools[1].bytes_needed(n, sequences) <= pools[0].bytes_needed(n, sequences) for n in tokens)
+
+
+@quick
+@given(config=configs(), available=st.lists(st.integers(0, 2**40), min_size=2, max_size=4), fp8=st.booleans())
+def test_more_memory_never_holds_less(config: dict[str, Any], available: list[int], fp8: bool) -> None:
+    """A larger pool holds contexts at least as long, and what it is said to hold fits into it."""
+    pool = make_pool(read_cache(config), in_flight=2048, fp8=fp8)
+    lengths = [pool.longest(room, 2**21) for room in sorted(available)]
+    assert lengths == sorted(lengths)
+    assert all(
+        length == 0 or pool.bytes_needed(length) <= room
+        for length, room in zip(lengths, sorted(available), strict=True)
+    )
+
+
+def test_examples_reach_the_disk_nowhere(tmp_path: Path) -> None:
+    """Hypothesis keeps no examples here: runs are derandomized."""
+    assert quick.derandomize
+    assert list(tmp_path.iterdir()) == []
