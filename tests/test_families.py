@@ -162,7 +162,7 @@ def test_a_head_of_another_name_is_kept(make_tiny: MakeTiny, tmp_path: Path) -> 
     ("family", "masks"), [("mistral", 1), ("gemma2", 2), ("gemma3_text", 1), ("gpt_oss", 2), ("llama", 0)]
 )
 def test_one_mask_of_each_kind(family: str, masks: int, make_tiny: MakeTiny) -> None:
-    """Many rows of one length share one mask [T, T] of each kind, whatever the batches; causal ones mostly need none."""
+    """Many rows of one length share one mask [T, T] of each kind, whatever the batches; causal ones may need none."""
     more = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "sliding_window": 16}
     checkpoint = open_checkpoint(make_tiny(family, **(FAMILIES.get(family) or {} if family != "gpt_oss" else more)))
     skeleton = layers.build_skeleton(checkpoint)

@@ -42,7 +42,7 @@ BUILT_IN = {
     "fp8-dynamic-fp8kv": (FP8, FP8, FP8),
     "fp8-int4": (FP8, INT4, INT4),
     "int4-w4a16": (INT4, INT4, INT4),
-    "mxfp4": (("mxfp4", "sweep"),) * 3,
+    "mxfp4": (("mxfp4", ABSMAX),) * 3,
     "nvfp4": (NV, NV, NV),
     "nvfp4-absmax": (NV_PLAIN, NV_PLAIN, NV_PLAIN),
     "nvfp4-fp8-attention": (FP8, NV, NV),
@@ -152,11 +152,11 @@ def test_fused_groups_are_not_split_by_new_formats(fmt: str, make_tiny: MakeTiny
 
 
 def test_mxfp4_chooses_exponents_by_a_rule(tensors: list[TensorInfo]) -> None:
-    """The sweep is the default, absmax may be asked for, what is not a rule of MXFP4 is refused."""
-    assert {a.scale for a in settle(["role: linear, format: mxfp4"], tensors).values()} == {"sweep"}
-    assert {a.scale for a in settle(["role: linear, format: mxfp4, scale: absmax"], tensors).values()} == {"absmax"}
+    """absmax is the default, the sweep may be asked for, what is not a rule of MXFP4 is refused."""
+    assert {a.scale for a in settle(["role: linear, format: mxfp4"], tensors).values()} == {"absmax"}
+    assert {a.scale for a in settle(["role: linear, format: mxfp4, scale: sweep"], tensors).values()} == {"sweep"}
     message = refusal("name: a\nrules: [{role: linear, format: mxfp4, scale: four-over-six}]")
-    assert "mxfp4 has no scale rule four-over-six. It knows sweep, absmax." in message
+    assert "mxfp4 has no scale rule four-over-six. It knows absmax, sweep." in message
 
 
 # --- the KV cache

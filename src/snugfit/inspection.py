@@ -30,6 +30,7 @@ from snugfit.model.contents import (
 )
 from snugfit.model.files import OTHER_WEIGHTS, read_file
 from snugfit.model.names import role_order
+from snugfit.records import as_json
 
 INSPECT_SCHEMA = "snugfit.inspect/1"
 RECORD_FILE = "snugfit-record.json"
@@ -169,7 +170,7 @@ class Inspection:
 
     def to_json(self) -> str:
         """The record, one JSON document."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return as_json(asdict(self))
 
 
 def inspect_model(model: str | Path) -> Inspection:

@@ -23,7 +23,7 @@ from snugfit.quantize_preflight import Estimate, check_estimate, estimate_run
 from snugfit.quantize_progress import Progress, stamps
 from snugfit.quantize_run import Outcome, Run, run_units
 from snugfit.recipe import LoadedRecipe
-from snugfit.records import QuantizeRecord, TensorRecord
+from snugfit.records import QuantizeRecord, TensorRecord, as_json
 
 RECIPE_FILE = "snugfit-recipe.yaml"
 RECORD_FILE = "snugfit-record.json"
@@ -102,6 +102,12 @@ def _skeleton(plan: Plan) -> layers.Skeleton:
     """transformers' model, which must agree with what the plan took from the headers."""
     _check_architecture(plan)
     skeleton = layers.build_skeleton(plan.checkpoint)
+    if skeleton.stored_layers_name != plan.decoder:
+        raise UserError(
+            f"its decoder layers seem to be {plan.decoder}, transformers takes {skeleton.stored_layers_name}.",
+            where=str(plan.checkpoint.path),
+            remedy="Config and weights do not belong together, or this family needs a reader of its own.",
+        )
     check_linears(plan.assignments, sorted(layers.linear_names(skeleton)), plan.recipe.where)
     layers.check_shapes(skeleton, plan.checkpoint, {})
     return skeleton
@@ -162,7 +168,7 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
             continue
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(plan.checkpoint.path / name, directory / name)
-    (directory / "config.json").write_text(json.dumps(plan.config, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (directory / "config.json").write_text(as_json(plan.config), encoding="utf-8")
     if len(plan.shards) > 1:
         text = json.dumps(index_of(plan.shards), indent=2) + "\n"
         (directory / INDEX_NAME).write_text(text, encoding="utf-8")
@@ -201,7 +207,7 @@ def _record(
         arguments=arguments,
         recipe=plan.recipe.recipe.name,
         recipe_digest=plan.recipe.digest,
-        source=plan.checkpoint.path.resolve().name if plan.checkpoint.remote is None else plan.checkpoint.remote.name,
+        source=plan.checkpoint.name,
         source_header_digest=header_digest(plan.checkpoint),
         target=target.resolve().name,
         dataset=dataset,

@@ -134,7 +134,9 @@ def _check_done(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> N
     if not progress.done:
         return
     good = 0
-    while good < progress.done and writer.holds(progress.entries[good]["written"]):
+    # layers that hand on more than hidden states (Gemma 4's shared keys and values) are run from the first
+    fresh = run.skeleton.hand_on and run.data is not None and progress.done < len(run.plan.units)
+    while not fresh and good < progress.done and writer.holds(progress.entries[good]["written"]):
         good += 1
     while (
         states

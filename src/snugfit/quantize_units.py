@@ -104,18 +104,19 @@ def calibrate(
     """
     prefix = f"{plan.decoder}.{index}."
     # files may hold tensors that transformers computes itself, such as rotary_emb.inv_freq
-    used = skeleton.layers[index].state_dict().keys()
+    used = layers.used_names(skeleton, index)
     weights = {n.removeprefix(prefix): t.walked for n, t in tensors.items() if t.walked is not None}
     layer = layers.resident_layer(skeleton, index, {n: w for n, w in weights.items() if n in used}, device)
+    inside = layers.module_names(skeleton, index)
     formats = {
         name.removeprefix(prefix).removesuffix(".weight"): assignment.format
         for name in tensors
         if (assignment := plan.assignments.get(name)) and assignment.format is not None
     }
-    quantizers = {module: emulate.input_quantizer(fmt, "marlin", None) for module, fmt in formats.items()}
+    quantizers = {inside[module]: emulate.input_quantizer(fmt, "marlin", None) for module, fmt in formats.items()}
     emulate.quantize_inputs(layer, {module: q for module, q in quantizers.items() if q is not None})
     groups = group_modules(module for module, fmt in formats.items() if fmt.spec.calibrated)
-    observer = InputAmax(layer, [group[0] for group in groups])
+    observer = InputAmax(layer, [inside[group[0]] for group in groups])
     cache = KVAmax() if index in plan.attention else None
 
     def before(batch: walk.Batch) -> None:
@@ -126,7 +127,8 @@ def calibrate(
     walk.run_layer(layer, index, batches, before, cache=cache, states=states)
     found: dict[str, float] = {}
     for group in groups:
-        amax = float(observer.amax[group[0]]) if group[0] in observer.amax else 0.0
+        seen = observer.amax.get(inside[group[0]])
+        amax = 0.0 if seen is None else float(seen)
         _check_amax(amax, "its calibrated inputs have", prefix + group[0])
         found |= {f"{prefix}{module}.weight": amax for module in group}
     keys_values = None if cache is None else cache.amax

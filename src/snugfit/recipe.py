@@ -96,7 +96,7 @@ class _UniqueKeys(yaml.SafeLoader):
     It also refuses aliases that lead to themselves, or write out to more than anyone means.
     """
 
-    def compose_document(self) -> yaml.Node:
+    def compose_document(self) -> yaml.Node | None:
         """The document's nodes, no more of them than MAX_NODES with all aliases written out."""
         root = super().compose_document()
         sizes: dict[int, int] = {}
@@ -109,7 +109,7 @@ class _UniqueKeys(yaml.SafeLoader):
                 sizes[id(node)] = 1 + sum(map(size, members))
             return sizes[id(node)]
 
-        if size(root) > MAX_NODES:
+        if root is not None and size(root) > MAX_NODES:
             raise yaml.constructor.ConstructorError(None, None, "aliases of aliases without end", root.start_mark)
         return root
 

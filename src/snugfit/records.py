@@ -14,6 +14,12 @@ TASKS_SCHEMA = "snugfit.tasks/1"
 FIT_SCHEMA = "snugfit.fit/1"
 
 
+def as_json(document: Any, *, allow_nan: bool = True) -> str:
+    """A JSON document as it is stored; half a surrogate pair, as in names that are no UTF-8, stands there escaped."""
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class TensorRecord:
     """One source tensor: where it went, what that cost.
@@ -64,7 +70,7 @@ class QuantizeRecord:
 
     def to_json(self) -> str:
         """The record as it is stored, one JSON document."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return as_json(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -254,7 +260,7 @@ class EvalRecord:
 
     def to_json(self) -> str:
         """The record as it is stored, one JSON document; NaN and infinities become null."""
-        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return as_json(_plain(asdict(self)), allow_nan=False)
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ class TasksRecord:
 
     def to_json(self) -> str:
         """The record as it is stored, one JSON document; NaN and infinities become null."""
-        return json.dumps(_plain(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return as_json(_plain(asdict(self)), allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
@@ -367,4 +373,4 @@ class FitRecord:
 
     def to_json(self) -> str:
         """The record as it is stored, one JSON document."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        return as_json(asdict(self))

@@ -22,8 +22,8 @@ CASES: Mapping[str, tuple[tuple[TensorFormat, float], ...]] = {
     "nvfp4": ((TensorFormat("nvfp4"), 0.0103),),
     "nvfp4a16": ((TensorFormat("nvfp4a16"), 0.0103),),
     "fp8-dynamic": ((TensorFormat("fp8-dynamic"), 0.0008),),
-    "fp8-block": ((TensorFormat("fp8-block"), 0.0008),),
-    "mxfp4": ((TensorFormat("mxfp4"), 0.02),),
+    "fp8-block": ((TensorFormat("fp8-block"), 0.0009),),
+    "mxfp4": ((TensorFormat("mxfp4"), 0.0145),),
     "int4": (
         (TensorFormat("int4", 128, symmetric=True), 0.0147),
         (TensorFormat("int4", 64, symmetric=True), 0.0122),

@@ -126,3 +126,31 @@ def test_a_static_scale_saturates() -> None:
     expected = (activations / 0.1).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.1
     assert torch.equal(found, expected)
     assert float(found.abs().max()) == pytest.approx(44.8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(128, 128), (256, 384), (130, 129), (1, 300)])
+def test_blocks_are_quantized_as_rows_of_one_block(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    """A block's scale is its amax / 448 in the weight's dtype, and its codes are those of one long row of it."""
+    weight = random_rows(9, *shape).to(dtype)
+    before = weight.clone()
+    stored = fp8.quantize_blocks(weight, (128, 128))
+    assert torch.equal(weight, before)
+    assert (stored.codes.shape, stored.scale.shape) == (shape, (-(-shape[0] // 128), -(-shape[1] // 128)))
+    assert stored.codes.is_contiguous()
+    for i in range(stored.scale.shape[0]):
+        for j in range(stored.scale.shape[1]):
+            place = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
+            alone = fp8.quantize(weight[place].reshape(1, -1))
+            assert torch.equal(stored.scale[i, j], alone.scale[0, 0])
+            assert torch.equal(stored.codes[place].flatten().float(), alone.codes[0].float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_zero_blocks_stay_zero_under_a_finite_scale(dtype: torch.dtype) -> None:
+    """An all-zero block gets the dtype's epsilon as its scale, and zeros come back."""
+    weight = random_rows(10, 128, 256).to(dtype)
+    weight[:, 128:] = 0
+    stored = fp8.quantize_blocks(weight, (128, 128))
+    assert float(stored.scale[0, 1]) == torch.finfo(dtype).eps
+    assert not fp8.dequantize(stored)[:, 128:].any()

@@ -54,3 +54,19 @@ def test_inputs_are_left_alone_and_zeros_stay(dtype: torch.dtype) -> None:
     assert (found.dtype, found.shape) == (dtype, activations.shape)
     assert not found[0, 0, :32].any()
     assert found[0, 0, 32:].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_rounded_under_given_exponents(dtype: torch.dtype) -> None:
+    """Codes are the nearest E2M1 numbers under each block's power of two, saturating at 6, as ml_dtypes rounds."""
+    generator = torch.Generator().manual_seed(2)
+    weight = (torch.randn(40, 96, generator=generator) * torch.randn(40, 1, generator=generator).exp()).to(dtype)
+    before = weight.clone()
+    exponent = torch.randint(124, 129, (40, 3), generator=generator).to(torch.uint8)
+    stored = mxfp4.quantize(weight, exponent)
+    assert torch.equal(weight, before)
+    step = 2.0 ** (exponent.double() - 127).repeat_interleave(32, 1)
+    codes = (weight.double() / step).float().numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float64)
+    assert torch.equal(mxfp4.dequantize(stored).double(), torch.from_numpy(codes) * step)
+    assert stored.packed.shape == (40, 48)
+    assert float(mxfp4.dequantize(stored).abs().max()) == 6 * float(step[weight.abs() > 6 * step].max())

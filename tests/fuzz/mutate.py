@@ -75,44 +75,46 @@ def spoil_json(rng: random.Random, document: Any, words: Sequence[str] = ()) -> 
 
 def _change(rng: random.Random, document: dict[str, Any], words: Sequence[str], twice: list[str]) -> None:
     parent, key = _place(rng, document)
-    value: Any = parent[key]  # type: ignore[index,call-overload]
+    value: Any = parent[key]  # type: ignore[index]
     kind = rng.randrange(12)
-    if kind < 5:
-        new = nasty(rng, words)
-    elif kind == 5 and key != "":
-        if isinstance(parent, dict):
-            parent.pop(str(key))
-        else:
-            parent.pop(int(key))
-        return
+    if kind == 5 and key != "":
+        del parent[key]  # type: ignore[arg-type]
     elif kind == 6 and isinstance(value, dict):
-        if value and rng.random() < 0.5:  # a key twice
-            old = rng.choice(list(value))
-            twice.append(old)
-            value[f"@@twice{len(twice) - 1}@@"] = nasty(rng, words)
-        else:
-            value[rng.choice(words) if words and rng.random() < 0.8 else rng.choice(TEXTS)] = nasty(rng, words)
-        return
+        _add_key(rng, value, words, twice)
     elif kind == 7:
         other, place = _place(rng, document)
-        new = copy.deepcopy(other[place])  # type: ignore[index,call-overload]
+        parent[key] = copy.deepcopy(other[place])  # type: ignore[index]
     elif kind == 8:
-        new = rng.choice(([value], {"x": value}, [value, value], str(value), {"": value}))
-    elif isinstance(value, bool) or value is None:
-        new = rng.choice((True, False, None, 0, 1, "true"))
-    elif isinstance(value, (int, float)):
-        new = rng.choice((value + 1, value - 1, -value, value * 2, value * 1000, str(value), value + 0.5, float(value)))
-    elif isinstance(value, str):
-        new = _spoil_text(rng, value)
-    elif isinstance(value, list):
-        new = list(value)
-        if rng.random() < 0.3 and new:
-            del new[rng.randrange(len(new))]
-        else:
-            new.insert(rng.randint(0, len(new)), nasty(rng, words))
+        parent[key] = rng.choice(([value], {"x": value}, [value, value], str(value), {"": value}))  # type: ignore[index]
     else:
-        new = nasty(rng, words)
-    parent[key] = new  # type: ignore[index,call-overload]
+        near = kind > 8 and not isinstance(value, dict)
+        parent[key] = _near(rng, value, words) if near else nasty(rng, words)  # type: ignore[index]
+
+
+def _add_key(rng: random.Random, value: dict[str, Any], words: Sequence[str], twice: list[str]) -> None:
+    if value and rng.random() < 0.5:
+        twice.append(rng.choice(list(value)))
+        value[f"@@twice{len(twice) - 1}@@"] = nasty(rng, words)
+    else:
+        value[rng.choice(words) if words and rng.random() < 0.8 else rng.choice(TEXTS)] = nasty(rng, words)
+
+
+def _near(rng: random.Random, value: Any, words: Sequence[str]) -> Any:
+    """A value of the same kind, or nearly."""
+    if isinstance(value, bool) or value is None:
+        return rng.choice((True, False, None, 0, 1, "true"))
+    if isinstance(value, (int, float)):
+        return rng.choice(
+            (value + 1, value - 1, -value, value * 2, value * 1000, str(value), value + 0.5, float(value))
+        )
+    if isinstance(value, str):
+        return _spoil_text(rng, value)
+    changed = list(value)
+    if rng.random() < 0.3 and changed:
+        del changed[rng.randrange(len(changed))]
+    else:
+        changed.insert(rng.randint(0, len(changed)), nasty(rng, words))
+    return changed
 
 
 def _place(rng: random.Random, document: dict[str, Any]) -> tuple[Parent, str | int]:
@@ -120,7 +122,7 @@ def _place(rng: random.Random, document: dict[str, Any]) -> tuple[Parent, str | 
     parent: Parent = document
     key: str | int = ""
     while True:
-        value: Any = parent[key]  # type: ignore[index,call-overload]
+        value: Any = parent[key]  # type: ignore[index]
         if not isinstance(value, (dict, list)) or not value or rng.random() < 0.12:
             return parent, key
         parent, key = value, rng.choice(list(value)) if isinstance(value, dict) else rng.randrange(len(value))

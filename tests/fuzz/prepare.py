@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-import snugfit.quantize_run
 from conftest import TINY
 from snugfit.quantize import quantize_checkpoint
 from test_eval_bad_input import add_tokenizer
+from test_resume import stop_in_layer
 
 UNFINISHED = "nvfp4-fp8-hybrid-fp8kv"
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it. " * 12
@@ -37,19 +38,8 @@ def prepare_runs(shared: Path, *, unfinished: bool) -> None:
         return
     record = quantize_checkpoint(shared / "model", shared / "whole", UNFINISHED, **asked)
     (shared / "whole.json").write_text(record.to_json(), encoding="utf-8")
-    real = snugfit.quantize_run.calibrate
-
-    def stop(*arguments: Any, **options: Any) -> Any:
-        if arguments[2] == 1:
-            raise KeyboardInterrupt
-        return real(*arguments, **options)
-
-    snugfit.quantize_run.calibrate = stop
-    try:
-        quantize_checkpoint(shared / "model", shared / "out", UNFINISHED, **asked)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        snugfit.quantize_run.calibrate = real
-    assert (shared / "out.partial").is_dir()
+    with pytest.MonkeyPatch.context() as patch:
+        stop_in_layer(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(shared / "model", shared / "out", UNFINISHED, **asked)
     shutil.rmtree(shared / "whole")

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def run_batch(target: str, first: int, count: int) -> Found:
 
 
 @pytest.fixture(scope="module")
-def found() -> Iterator[dict[str, Found]]:
+def found() -> dict[str, Found]:
     """What came of all cases, by target, as many processes at once as there are cores."""
     batches = [
         (name, first, min(BATCH[target.heavy], target.cases - first))
@@ -58,7 +57,7 @@ def found() -> Iterator[dict[str, Found]]:
     for (name, *_), (problems, codes) in zip(batches, results, strict=True):
         together[name][0].extend(problems)
         together[name][1].update(codes)
-    yield together
+    return together
 
 
 def digest(problems: list[dict[str, Any]]) -> str:

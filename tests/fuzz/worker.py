@@ -1,4 +1,4 @@
-"""Runs fuzz cases in this process and says of each what is wrong. One again: python -m fuzz.worker TARGET NUMBER --keep.
+"""Runs fuzz cases in this process and says what is wrong; one alone: python -m fuzz.worker TARGET NUMBER --keep.
 
 Exit codes other than 0 and 2, exceptions, tracebacks, more than one message, messages that name no place or cannot be
 printed, files left or written elsewhere, a changed source, processes, sockets, pickles, much time or memory: all wrong.
@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
 from typer.main import get_command
 
 from fuzz.cases import TARGETS, Command, rng_of
@@ -70,24 +69,24 @@ class Watch:
     problems: list[str] | None = None
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Hear of an event."""
         if self.problems is None:
             return
         if event in FORBIDDEN:
             self.problems.append(f"{event} {arguments[:2]!r:.300}")
         elif event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
             if writes and isinstance(path, (str, bytes)):
-                self._check(event, path)
+                self._check(event, Path(os.fsdecode(path)))
         elif event in CHANGES and isinstance(arguments[0], (str, bytes, os.PathLike)):
-            folder = next((fd for fd in arguments[1:] if isinstance(fd, int) and fd >= 0), None)
-            below = (
-                "" if folder is None or event in ("os.mkdir", "os.chmod") else os.readlink(f"/proc/self/fd/{folder}")
-            )
-            self._check(event, os.path.join(below, os.fsdecode(arguments[0])))
+            numbers = () if event in ("os.mkdir", "os.chmod") else arguments[1:]  # there a mode follows
+            folder = next((fd for fd in numbers if isinstance(fd, int) and fd >= 0), None)
+            below = Path() if folder is None else Path(f"/proc/self/fd/{folder}").readlink()
+            self._check(event, below / os.fsdecode(arguments[0]))
 
-    def _check(self, event: str, path: str | bytes | os.PathLike[Any]) -> None:
-        place = os.path.abspath(os.fsdecode(path))
+    def _check(self, event: str, path: Path) -> None:
+        place = os.path.normpath(Path.cwd() / path)
         if not place.startswith((self.root + "/", "/dev/")) and place != self.root:
             assert self.problems is not None
             self.problems.append(f"{event} {place}")
@@ -120,7 +119,7 @@ def run(command: Command) -> Outcome:
         try:
             COMMAND.main(command, prog_name="snugfit")
         except SystemExit as error:
-            code = error.code  # type: ignore[assignment]
+            code = error.code
         except TooLong:
             code, trace = "too long", _frames(traceback.format_exc())
         except BaseException:  # noqa: BLE001 (that is what is looked for)
@@ -148,7 +147,7 @@ def tree(root: Path) -> dict[str, Any]:
     for path in sorted(root.rglob("*")):
         stat = path.lstat()
         plain = path.is_file() and not path.is_symlink() and stat.st_size < 4_000_000
-        content = path.read_bytes() if plain else os.readlink(path) if path.is_symlink() else stat.st_size
+        content = path.read_bytes() if plain else str(path.readlink()) if path.is_symlink() else stat.st_size
         found[str(path.relative_to(root))] = (stat.st_mode, content, 0 if path.is_dir() else stat.st_mtime_ns)
     return found
 
@@ -157,8 +156,7 @@ def check(command: Command, outcome: Outcome, before: dict[str, Any], root: Path
     """What is wrong with a command's outcome."""
     after = tree(root)
     out = option(command, "-o")
-    names = {Path(out).name} if out else set()
-    written = {name for name in after.keys() - before.keys()}
+    partial = f"{Path(out or 'nothing').name}.partial"
     if outcome.trace:
         yield f"{outcome.code}: {outcome.trace.strip().splitlines()[-1][:300]}"
         return
@@ -166,70 +164,68 @@ def check(command: Command, outcome: Outcome, before: dict[str, Any], root: Path
         yield f"exit code {outcome.code}: {outcome.stderr[-300:]}"
     if "Traceback" in outcome.stderr:
         yield "a traceback on stderr"
-    for name, entry in before.items():
-        if name not in after and not name.startswith(tuple(f"{n}.partial" for n in names)):
-            yield f"removed {name}"
-        elif name in after and after[name] != entry and not name.startswith(tuple(f"{n}.partial" for n in names)):
-            yield f"changed {name}"
+    changed = [name for name, entry in before.items() if after.get(name) != entry and not name.startswith(partial)]
+    if changed:
+        yield f"changed or removed {changed[:3]}"
+    goes_on = False
+    allowed = "" if out is None or "--dry-run" in command else Path(out).name
     if outcome.code == 0:
-        allowed = () if "--dry-run" in command else tuple(names)
-        odd = [name for name in written if name.partition("/")[0] not in allowed]
-        if odd:
-            yield f"wrote {odd[:3]}"
         yield from _check_answer(command, outcome, shared)
-        return
-    lines = [line for line in outcome.stderr.splitlines() if line.strip() and not line.startswith(ABOVE)]
-    messages = [line for line in lines if line.startswith("snugfit: ")]
-    if len(messages) != 1 or lines[-1] != messages[0]:
-        yield f"{len(messages)} messages in {lines[-3:]!r:.600}"
-        return
-    message = messages[0].removeprefix("snugfit: ")
-    if not message.isprintable() or len(message) > 3000:
-        yield f"a message of {len(message)} characters: {ascii(message)[:200]}"
-    if ": " not in message and str(root) not in message:
-        yield f"no place in {message[:300]}"
-    if outcome.stdout:
-        yield f"an answer and an error: {outcome.stdout[:100]!r}"
-    goes_on = any(words in message for words in ("unfinished run", "a run that was begun", ".partial keeps "))
-    odd = [name for name in written if not (goes_on and name.startswith(f"{Path(out or 'x').name}.partial"))]
+    else:
+        yield from _check_message(outcome, root)
+        goes_on = any(
+            words in outcome.stderr for words in ("unfinished run", "a run that was begun", ".partial keeps ")
+        )
+        allowed = partial if goes_on else ""
+    odd = [name for name in after.keys() - before.keys() if not allowed or name.partition("/")[0] != allowed]
     if odd:
         yield f"left {odd[:3]}"
     if out and not goes_on and os.path.lexists(f"{out}.partial"):
         yield f"left {out}.partial"
 
 
+def _check_message(outcome: Outcome, root: Path) -> Iterator[str]:
+    """Whether what a verb refused with is one message with a place, which can be read."""
+    lines = [line for line in outcome.stderr.splitlines() if line.strip() and not line.startswith(ABOVE)]
+    messages = [line for line in lines if line.startswith("snugfit: ")]
+    if len(messages) != 1 or lines[-1] != messages[0]:
+        yield f"{len(messages)} messages in {lines[-3:]!r:.600}"
+        return
+    message = messages[0].removeprefix("snugfit: ")
+    if not message.isprintable() or len(message) > 5000:
+        yield f"a message of {len(message)} characters: {ascii(message)[:200]}"
+    if ": " not in message and str(root) not in message:
+        yield f"no place in {message[:300]}"
+    if outcome.stdout:
+        yield f"an answer and an error: {outcome.stdout[:100]!r}"
+
+
 def _check_answer(command: Command, outcome: Outcome, shared: Path) -> Iterator[str]:
     """Whether what a verb printed and wrote holds together."""
-    document: Any = None
-    if "--json" in command:
-        try:
-            document = json.loads(outcome.stdout, parse_constant=lambda name: name)
-        except ValueError as error:
-            yield f"no JSON on stdout: {error}"
-    odd = [c for c in outcome.stdout if not c.isprintable() and c != "\n"]
-    if odd and document is None:
-        yield f"characters on stdout that are not printed: {odd[:5]!r}"
-    if command[0] != "quantize" or document is None:
+    if "--json" not in command:
+        odd = [c for c in outcome.stdout if not c.isprintable() and c != "\n"]
+        if odd:
+            yield f"characters on stdout that are not printed: {odd[:5]!r}"
+        return
+    try:
+        document = json.loads(outcome.stdout)
+    except ValueError as error:
+        yield f"no JSON on stdout: {error}"
+        return
+    if command[0] != "quantize":
         return
     if document["bytes"] != sum(tensor["bytes"] for tensor in document["tensors"]):
         yield "the tensors' bytes are not those of the whole"
-    out = option(command, "-o")
-    if "--dry-run" in command or out is None:
+    if "--dry-run" in command:
         return
     from snugfit.model.checkpoint import open_directory
 
-    stored = open_directory(Path(out))
+    stored = open_directory(Path(option(command, "-o") or ""))
     if sum(tensor.bytes for tensor in stored.tensors.values()) != document["bytes"]:
         yield "other bytes were written than planned"
     whole = shared / "whole.json"
-    if (
-        out.endswith("out")
-        and whole.exists()
-        and option(command, "-r") == "nvfp4-fp8-hybrid-fp8kv"
-        and str(shared / "model") == command[1]
-    ):
-        if document["files"] != json.loads(whole.read_text())["files"]:
-            yield "a run that went on wrote other files"
+    if whole.exists() and document["files"] != json.loads(whole.read_text(encoding="utf-8"))["files"]:
+        yield "a run that went on wrote other files"
 
 
 def option(command: Sequence[str], name: str) -> str | None:
@@ -326,29 +322,28 @@ def main() -> None:
         signal.signal(signal.SIGPROF, interrupt)
         sys.addaudithook(WATCH)
         for number in range(asked.number, asked.number + asked.count):
-            print(json.dumps({"begin": number}), flush=True)
+            tell({"begin": number})
             root = place / f"case-{number}"
             for problem in run_case(asked.target, number, root, shared):
-                print(json.dumps(problem), flush=True)
+                tell(problem)
                 if asked.keep:
-                    print(problem["trace"], problem["stderr"], sep="\n", file=sys.stderr)
+                    sys.stderr.write(f"{problem['trace']}\n{problem['stderr']}\n")
             if asked.keep:
-                kept = Path.cwd() / root.name
-                shutil.copytree(
-                    root,
-                    kept,
-                    symlinks=True,
-                    ignore=lambda folder, names: [
-                        n for n in names if not (Path(folder) / n).is_file() and not (Path(folder) / n).is_dir()
-                    ],
-                )
-                print(f"kept in {kept}", file=sys.stderr)
+                shutil.copytree(root, Path.cwd() / root.name, symlinks=True, ignore=_no_pipes)
+                sys.stderr.write(f"kept in {Path.cwd() / root.name}\n")
             shutil.rmtree(root)
-    print(json.dumps({"codes": CODES}), flush=True)
+    tell({"codes": CODES})
+
+
+def tell(line: object) -> None:
+    """A line of JSON for whoever started this process."""
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def _no_pipes(folder: str, names: list[str]) -> list[str]:
+    return [name for name in names if (Path(folder) / name).is_fifo()]
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except typer.Exit:
-        raise AssertionError from None
+    main()

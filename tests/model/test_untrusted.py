@@ -196,7 +196,7 @@ HEADERS = {
     "control characters": (f'{{"a\\u0007\\u001b[2J":{ENTRY}}}', r"a\x07\x1b[2J"),
     "a line's end": (f'{{"a\\n":{ENTRY}}}', "a tensor's name is"),
     "invisible": (f'{{"a\\u202e":{ENTRY}}}', "a tensor's name is"),
-    "half a character": (f'{{"a\\ud800":{ENTRY}}}', "a tensor's name is"),
+    "half a character": (f'{{"a\\ud800":{ENTRY}}}', "surrogates not allowed"),
     "UTF-16": ("", "utf-8"),
     "deep": ('{"a":' + "[" * 200_000, "recursion"),
     "deep in metadata": ('{"__metadata__":' + '{"a":' * 100_000, "recursion"),

@@ -199,7 +199,7 @@ def read_line(line: str, where: str, encode: Any) -> list[int] | Messages:
 def apply_template(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
     """Token ids of a conversation in the model's chat template, which is a program; ValueError where it does not end.
 
-    transformers runs it in jinja's sandbox, where it reaches neither files nor Python. What it allocates is not bounded.
+    transformers runs it in jinja's sandbox, out of reach of files and Python. What it allocates is not bounded.
     """
     ids: Future[list[int]] = Future()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from snugfit.dialects.schemes import WHERE
+from snugfit.engines.fused import LOOKED_UP_AS
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.patterns import Pattern, compiled
@@ -80,6 +81,9 @@ def _targets(
         ending = place.parent, place.leaf
         layers_of.setdefault(ending, {})[place.layer] = None
         members.setdefault(ending, []).append(module)
+    # attention and a state space in one layer: vLLM looks both up under names of their own (engines.fused)
+    side_by_side = "self_attn" in every_leaf and any(parent in every_leaf for parent in LOOKED_UP_AS)
+    side_by_side = side_by_side and not _apart(places)
     patterns: dict[tuple[str, str], list[str]] = {}  # (layers, parent) -> leaves
     for (parent, leaf), layers in layers_of.items():
         numbers = _choice(list(layers)) if len(held[parent, leaf]) > 1 else r"\d+"
@@ -93,8 +97,22 @@ def _targets(
         named = leaves
         if "#" in parent and set(leaves) == set(every_leaf[parent]):
             named = list(dict.fromkeys([*leaves, *_EXPERT_LEAVES]))
-        targets.append(rf"re:{towers}(.*\.)?layers\.{numbers}\.{_escape(parent)}{_choice(named)}$")
+        where = rf"layers\.{numbers}\.{_escape(parent)}"
+        if side_by_side and parent == "self_attn":
+            where = rf"layers\.{numbers}\.(self_attn\.)?"
+        elif side_by_side and numbers == r"\d+" and parent in LOOKED_UP_AS:
+            where = rf"\d+\.{_escape(parent)}"
+        targets.append(rf"re:{towers}(.*\.)?{where}{_choice(named)}$")
     return targets
+
+
+def _apart(places: Mapping[str, _Place]) -> bool:
+    """Whether no layer has both attention and a state space."""
+    layers: dict[str, set[str]] = {}
+    for place in places.values():
+        layers.setdefault(place.parent, set()).add(place.prefix + place.layer)
+    attention = layers.get("self_attn", set())
+    return all(attention.isdisjoint(layers.get(parent, ())) for parent in LOOKED_UP_AS)
 
 
 def _clash(fmt: TensorFormat, layers: Iterable[str], held: Mapping[TensorFormat | None, set[str]]) -> bool:
@@ -132,7 +150,9 @@ def _towers(formats: Iterable[str], ignore: Iterable[str], places: Mapping[str, 
 
 
 def _escape(parent: str) -> str:
-    return re.escape(parent).replace(r"\#", r"\d+") + "\\." if parent else ""
+    also = LOOKED_UP_AS
+    names = [rf"({part}|{also[part]})" if part in also else re.escape(part) for part in parent.split(".")]
+    return r"\.".join(names).replace(r"\#", r"\d+") + r"\." if parent else ""
 
 
 def _choice(names: Sequence[str]) -> str:

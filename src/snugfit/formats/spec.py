@@ -88,7 +88,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             MXFP4_BLOCK,
             "mxfp4",
             False,
-            ("sweep", "absmax"),
+            ("absmax", "sweep"),
         ),
         # 4-bit integer in groups along the columns, 16-bit activations (W4A16)
         FormatSpec(

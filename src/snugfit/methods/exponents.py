@@ -8,6 +8,9 @@ two taken from its exponent. No other exponent can have a lower squared error th
 brute force): the grid of k0 holds all values of the grids above up to 6 steps, and no magnitude is beyond 7; below
 k0 - 1 the largest value alone loses more by saturating than 31 others can win. Members of a fused group need no
 exponent in common.
+
+A lower error of weights is not a lower loss of the model: measured KL went down 7-8 % on a model whose outlier channels
+were rotated away, up 12-16 % on one that has them, and stayed on a third, so absmax is the default.
 """
 
 from __future__ import annotations

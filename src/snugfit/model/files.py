@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,11 @@ def list_files(root: Path) -> list[str]:
 
 
 def parse_json(raw: bytes) -> Any:
-    """Strict JSON: UTF-8, no key twice, no NaN; ValueError or RecursionError otherwise."""
-    return json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    """Strict JSON: UTF-8, no half of a surrogate pair, no key twice, no NaN; ValueError or RecursionError otherwise."""
+    found = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    if re.search(rb"\\u[dD][89a-fA-F]", raw):
+        json.dumps(found, ensure_ascii=False).encode("utf-8")
+    return found
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from snugfit.engines.fused import GATES
+
 # last part of a module's name -> role
 ROLES: Mapping[str, str] = {
     "q_proj": "q",
@@ -111,7 +113,7 @@ def _role(module: str, parameter: str, layer: int | None, dimensions: int) -> st
 
 
 def _role_in_layer(parent: str, leaf: str, dimensions: int) -> str:
-    if leaf in _ROUTERS:
+    if leaf in _ROUTERS or leaf in GATES:
         return "router"
     if leaf in ROLES:
         return ROLES[leaf]

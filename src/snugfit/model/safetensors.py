@@ -6,6 +6,8 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Any
 
 from snugfit.errors import UserError
@@ -95,6 +97,7 @@ def parse_header(raw: bytes, file: str, size: int, *, where: str) -> list[Stored
     try:
         _check_density(raw)
         header = parse_json(raw)
+        _check_metadata(header.get("__metadata__"))
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         tensors = [_stored(name, entry, file, start) for name, entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
@@ -124,6 +127,12 @@ def _check_density(raw: bytes) -> None:
         raise ValueError(f"{len(raw):,} bytes that describe no tensors")
 
 
+def _check_metadata(metadata: Any) -> None:
+    """As safetensors asks: texts by name, if anything."""
+    if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
+        raise ValueError("__metadata__ holds something else than texts")
+
+
 def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> StoredTensor:
     if len(name) > MAX_NAME or not name.isprintable():
         raise ValueError(f"a tensor's name is {len(name)} characters: {ascii(name)[1:200]}")
@@ -131,8 +140,11 @@ def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> Store
     dtype, sides = entry["dtype"], entry["shape"]
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"unknown dtype {dtype} of {name}")
-    if len(sides) > 64 or not all(type(number) is int and 0 <= number <= MAX_NUMBER for number in (begin, end, *sides)):
+    sound = isinstance(sides, list) and len(sides) <= 64
+    if not sound or not all(type(number) is int and 0 <= number <= MAX_NUMBER for number in (begin, end, *sides)):
         raise ValueError(f"shape or data_offsets of {name} are not numbers that could be")
+    if any(size > 2 * MAX_NUMBER for size in accumulate(sides, mul)):  # as safetensors, though a last side be 0
+        raise ValueError(f"{name} has more bytes than there can be")
     tensor = StoredTensor(name, dtype, tuple(sides), file, start + begin)
     if end - begin != tensor.bytes:
         raise ValueError(f"{name} has {end - begin} bytes where its shape needs {tensor.bytes}")

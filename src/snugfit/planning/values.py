@@ -59,8 +59,9 @@ def check_values(text: Mapping[str, Any]) -> None:
             raise UserError(f"{key} is {value!r:.100}.", where=WHERE, remedy="Mend the config.")
     for name in ("rope_scaling", "rope_parameters"):
         scaling = text.get(name)
+        numbers = ("factor", "original_max_position_embeddings")
         if isinstance(scaling, dict):
-            check_values({key: scaling[key] for key in ("factor", "original_max_position_embeddings") if key in scaling})
+            check_values({key: scaling[key] for key in numbers if key in scaling})
     for own in (text.get("per_layer_config") or {}).values():
         if not isinstance(own, dict):
             raise UserError("per_layer_config holds no mappings.", where=WHERE, remedy="Mend the config.")

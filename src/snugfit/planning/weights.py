@@ -64,7 +64,7 @@ def gpu_bytes(name: str, infos: Sequence[TensorInfo], tp: int, kv_heads: int | N
 
 def _part(info: TensorInfo, name: str, tp: int, kv_heads: int | None) -> int:
     axis = _split_axis(name, len(info.shape))
-    if axis is None or axis >= len(info.shape) or info.shape[axis] == 1:
+    if axis is None or axis >= len(info.shape) or info.shape[axis] <= 1:
         return info.bytes
     side = info.shape[axis]
     leaf = _leaf(name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from snugfit.errors import plain
+from snugfit.records import as_json
 from snugfit.report.tables import more_tokens, p_value
 
 COMPARE_SCHEMA = "snugfit.compare/1"
@@ -106,7 +106,7 @@ class CompareRecord:
 
     def to_json(self) -> str:
         """The record as one JSON document."""
-        return json.dumps(asdict(self), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return as_json(asdict(self), allow_nan=False)
 
     def to_csv(self) -> str:
         """A heading and one line a comparison, numbers in full; what one side alone has is a line with only a note."""
