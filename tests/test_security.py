@@ -27,7 +27,7 @@ from snugfit.cli import app
 from snugfit.dialects.targets import Targets
 from snugfit.errors import UserError, plain
 from snugfit.model import ranges
-from snugfit.model.checkpoint import INDEX_NAME, SINGLE_NAME
+from snugfit.model.checkpoint import INDEX_NAME, SINGLE_NAME, read_header
 from snugfit.model.shards import LOCK_NAME, WORK_NAME
 from snugfit.patterns import Pattern
 from test_eval_bad_input import PROSE, add_tokenizer
@@ -459,10 +459,11 @@ def test_a_snapshot_of_the_cache_is_read_through_its_links(verb: str, place: Pla
         assert not [path for path in (place.root / "out").rglob("*") if path.is_symlink()]
 
 
-NAMES = (
-    *("config.json", SINGLE_NAME, INDEX_NAME, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("chat_template.jinja", "special_tokens_map.json", "hf_quant_config.json", "snugfit-record.json", "notes.txt"),
-    *("added_tokens.json", "vocab.json", "tokenizer.model", "chat_templates", "additional_chat_templates"),
+NEEDED = ("config.json", SINGLE_NAME, INDEX_NAME)
+OPTIONAL = (
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "notes.txt"),
+    *("special_tokens_map.json", "hf_quant_config.json", "snugfit-record.json", "added_tokens.json", "vocab.json"),
+    *("tokenizer.model", "chat_templates", "additional_chat_templates"),
 )
 
 
@@ -480,20 +481,61 @@ def make_socket(path: Path) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_what_is_no_file(verb: str, make: Callable[[Path], None], place: Place) -> None:
     """A pipe, a socket or a folder under any name that a verb reads is refused or passed over; nobody waits."""
-    for name in NAMES:
-        kept = (place.model / name).read_bytes() if (place.model / name).exists() else None
-        (place.model / name).unlink(missing_ok=True)
-        make(place.model / name)
+    shutil.copytree(place.model, place.root.parent / "kept")
+    # a pipe can keep somebody waiting: each has its turn
+    for names in [*zip(NEEDED), *(zip(OPTIONAL) if make is os.mkfifo else [OPTIONAL])]:
+        for name in names:
+            (place.model / name).unlink(missing_ok=True)
+            make(place.model / name)
         begin = time.monotonic()
         result = place.run(verb)
-        assert time.monotonic() - begin < 50, name
-        if name in ("config.json", SINGLE_NAME, INDEX_NAME):
+        assert time.monotonic() - begin < 50, names
+        if names[0] in NEEDED:
             assert "not a regular file" in message_of(result)
-        for made in ("out", "result"):
-            shutil.rmtree(place.root / made, ignore_errors=True)
-        (place.model / name).rmdir() if make is Path.mkdir else (place.model / name).unlink()
-        if kept is not None:
-            (place.model / name).write_bytes(kept)
+        for made in (place.model, place.root / "out", place.root / "result"):
+            shutil.rmtree(made, ignore_errors=True)
+        shutil.copytree(place.root.parent / "kept", place.model)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_link_to_itself(verb: str, place: Place) -> None:
+    """A link that leads to itself is nothing, and passed over."""
+    (place.model / "loop").symlink_to("loop")
+    assert place.run(verb).exit_code == 0
+    assert not os.path.lexists(place.root / "out" / "loop")
+
+
+@pytest.mark.parametrize("name", [SINGLE_NAME, "snugfit-recipe.yaml", "snugfit-record.json", WORK_NAME])
+def test_folders_in_the_place_of_what_is_written(name: str, place: Place) -> None:
+    """A source with a folder where a file is to be written is refused at once, not when all is done."""
+    (place.model / SINGLE_NAME).rename(place.model / "a.safetensors")
+    header = dict.fromkeys(open_names(place.model / "a.safetensors"), "a.safetensors")
+    (place.model / INDEX_NAME).write_text(json.dumps({"weight_map": header}), encoding="utf-8")
+    if name == WORK_NAME:
+        (place.model / name).write_text("x", encoding="utf-8")
+    else:
+        (place.model / name).mkdir()
+        (place.model / name / "x.txt").write_text("x", encoding="utf-8")
+    assert f"{place.model / name}: a file of this name is to be written" in message_of(place.run("quantize"))
+    assert not (place.root / "out.partial").exists()
+
+
+def open_names(file: Path) -> list[str]:
+    return [tensor.name for tensor in read_header(file)]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "JSON"])
+def test_names_that_are_no_text(options: tuple[str, ...], place: Place) -> None:
+    """Files whose names are no UTF-8 are copied and told of, and so is a model of such a name."""
+    for name in ("a\udcff.txt", "b\udcff.bin"):
+        (place.model / name).write_text("x", encoding="utf-8")
+    results = [place.run(verb, *options) for verb in VERBS]
+    assert (place.root / "out" / "a\udcff.txt").is_file()
+    place.model.rename(place.root / "m\udcfe\n")
+    place.model = place.root / "m\udcfe\n"
+    results += [place.run(verb, *options) for verb in ("inspect", "fit", "dry run")]
+    assert [result.exit_code for result in results] == [0] * len(results)
+    assert not options or all(json.loads(result.stdout) for result in results)
 
 
 def test_a_link_to_a_device(place: Place) -> None:

@@ -151,7 +151,8 @@ def quantize(
         if record.left_out:
             left_out = ", ".join(record.left_out)
             typer.echo(plain(f"weights in other containers, not copied: {left_out}"), err=True)
-        typer.echo(f"{output}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
+        place = plain(str(output))
+        typer.echo(f"{place}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
 
 
 @app.command(name="eval")

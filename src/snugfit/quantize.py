@@ -17,7 +17,8 @@ from snugfit.errors import UserError
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pick_device, progress_bar, versions
 from snugfit.model import layers
 from snugfit.model.checkpoint import INDEX_NAME, header_digest
-from snugfit.model.shards import check_stageable, index_of, occupied_bytes, resumable
+from snugfit.model.files import check_inside
+from snugfit.model.shards import LOCK_NAME, WORK_NAME, check_stageable, index_of, occupied_bytes, resumable
 from snugfit.quantize_plan import Plan, check_linears, plan_quantization, text_config
 from snugfit.quantize_preflight import Estimate, check_estimate, estimate_run
 from snugfit.quantize_progress import Progress, stamps
@@ -67,6 +68,7 @@ def quantize_checkpoint(
         for obstacle in plan.obstacles:
             raise obstacle
         place = pick_device(device)
+        _check_names(plan)
         plan = _with_other_files(plan)
         data = _load_rows(plan, text, rows, length) if plan.calibrated else None
         skeleton = _skeleton(plan)
@@ -159,6 +161,19 @@ def _load_rows(plan: Plan, text: Sequence[str | Path], rows: int, length: int) -
     return data
 
 
+def _check_names(plan: Plan) -> None:
+    """UserError for a folder of the source that has the name of a file to be written."""
+    ours = {*(shard.name for shard in plan.shards), INDEX_NAME, RECIPE_FILE, RECORD_FILE, LOCK_NAME}
+    for name in plan.checkpoint.other_files:
+        first, inside, _ = name.partition("/")
+        if (inside and first in ours) or first == WORK_NAME:
+            raise UserError(
+                "a file of this name is to be written.",
+                where=str(plan.checkpoint.path / first),
+                remedy="Move it out of the model.",
+            )
+
+
 def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     """Config, index, recipe and every file of the source that holds no weights; names of those left out."""
     left_out = []
@@ -167,6 +182,7 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
             left_out.append(name)
             continue
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        check_inside(plan.checkpoint.path, name)
         shutil.copyfile(plan.checkpoint.path / name, directory / name)
     (directory / "config.json").write_text(as_json(plan.config), encoding="utf-8")
     if len(plan.shards) > 1:

@@ -437,7 +437,15 @@ def _eval(root: Path, model: Path, text: Path) -> Command:
 
 
 def make_run(rng: random.Random, root: Path, shared: Path) -> list[Command]:
-    """A model with weights, one file of it damaged, quantized and evaluated."""
+    """A model with weights, one file of it damaged, quantized and evaluated; or a stored reference that is damaged."""
+    if rng.random() < 0.12:
+        content = (shared / "reference.safetensors").read_bytes()
+        (length,) = struct.unpack("<Q", content[:8])
+        front = content[: 8 + length]
+        changed = framed(spoil_json(rng, json.loads(front[8:]))) if rng.random() < 0.6 else spoil_bytes(rng, front)
+        file = root / "reference.safetensors"
+        file.write_bytes(changed + content[8 + length :])
+        return [[*_eval(root, shared / "quantized", shared / "text.txt"), "--reference", str(file)]]
     written = rng.choice(("model", "model", "quantized"))
     model = root / "model"
     shutil.copytree(shared / written, model)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import TINY
+from snugfit.evaluate import evaluate
 from snugfit.quantize import quantize_checkpoint
 from test_eval_bad_input import add_tokenizer
 from test_resume import stop_in_layer
@@ -34,6 +35,16 @@ def prepare_runs(shared: Path, *, unfinished: bool) -> None:
     (shared / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
     asked: dict[str, Any] = {"text": [shared / "rows.jsonl"], "rows": 3, "length": 32, "device": "cpu"}
     quantize_checkpoint(shared / "model", shared / "quantized", "nvfp4-fp8-hybrid", **asked)
+    evaluate(
+        [shared / "quantized"],
+        reference_model=shared / "model",
+        text=[shared / "text.txt"],
+        contexts=[16],
+        max_chunks=2,
+        reference_cache=shared / "references",
+        device="cpu",
+    )
+    next((shared / "references").iterdir()).rename(shared / "reference.safetensors")
     if not unfinished:
         return
     record = quantize_checkpoint(shared / "model", shared / "whole", UNFINISHED, **asked)

@@ -72,7 +72,10 @@ def check_inside(root: Path, name: str) -> None:
     path = root / name
     if not path.is_symlink():
         return
-    target = path.resolve()
+    try:
+        target = path.resolve()
+    except RuntimeError:  # it leads to itself, and so to nothing
+        return
     if not any(target.is_relative_to(place) for place in _insides(root.resolve())):
         raise UserError(
             f"a link to {target}, outside the model's directory.",
