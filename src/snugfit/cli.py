@@ -94,7 +94,7 @@ def quantize(
     device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
     tokens_per_batch: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
     max_shard_size: Annotated[
-        float | None, typer.Option(help="Largest weight file in GB (10^9 bytes). Default: 0.5 to 5, by the model's size.")
+        float | None, typer.Option(help="Largest weight file in GB (10^9). Default: 0.5 to 5, by size.")
     ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was stopped.")] = False,
     resume_anyway: Annotated[

@@ -53,15 +53,15 @@ def _verbs(rng: random.Random, model: Path) -> list[Command]:
     """Everything that reads headers alone."""
     inspect = ["inspect", str(model)]
     fit = ["fit", str(model), "--gpu", rng.choice(("16GiB", "RTX 5090", "H100", "4GiB"))]
-    for recipe in rng.sample(
-        ("nvfp4", "fp8-dynamic", "int4-w4a16", "nvfp4-fp8-hybrid-fp8kv"), rng.choice((1, 1, 1, 2))
-    ):
+    recipes = "nvfp4", "fp8-dynamic", "int4-w4a16", "nvfp4-fp8-hybrid-fp8kv"
+    for recipe in rng.sample(recipes, rng.choice((0, 1, 1, 1, 2))):
         fit += ["-r", recipe]
     fit += rng.choice(([], [], ["--tp", "2"], ["--context", "8k"], ["--engine", "sglang"], ["--engine", "aphrodite"]))
     plan = ["quantize", str(model), "-r", rng.choice(("nvfp4", "fp8-block", "nvfp4-fp8-hybrid-fp8kv", "int4-w4a16"))]
     plan += ["--dry-run", *rng.choice(([], ["-o", str(model.parent / "out")]))]
     commands = [inspect, fit, plan]
-    return [[*command, "--json"] if rng.random() < 0.8 else command for command in commands]  # tables take their time
+    # tables take their time
+    return [[*command, "--json"] if rng.random() < 0.8 else command for command in commands]
 
 
 # --- headers

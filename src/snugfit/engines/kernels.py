@@ -158,7 +158,7 @@ _VLLM_LATENT: Mapping[Generation, tuple[str, str]] = {
     "blackwell": ("FlashInfer MLA", "FlashInfer MLA"),
     "blackwell-consumer": ("Triton MLA", "Triton MLA"),
 }
-# its defaults as remembered, neither run nor looked up: FlashAttention 3 on Hopper, TRTLLM on sm100, FlashInfer elsewhere
+# its defaults as remembered, not looked up: FlashAttention 3 on Hopper, TRTLLM on sm100, FlashInfer elsewhere
 _SGLANG_ATTENTION: Mapping[Generation, tuple[str, str]] = {
     "ampere": ("FlashInfer", "FlashInfer"),
     "ada": ("FlashInfer", "FlashInfer"),
