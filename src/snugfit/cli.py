@@ -58,7 +58,9 @@ def _kept_layers(output: Path | None) -> Callable[[], str]:
 
         partial = None if output is None else output.with_name(output.name + ".partial")
         done = 0 if partial is None else units_done(partial)
-        return f"{partial} keeps {done - 1} {'layer' if done == 2 else 'layers'}" if done > 1 else ""
+        if not done:
+            return ""
+        return f"{partial} keeps {done - 1} {'layer' if done == 2 else 'layers'}"
 
     return kept
 

@@ -114,6 +114,9 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
     for module in attention.values():
         dtype = next(t.dtype for t in tensors.values() if t.name.startswith(f"{module}."))
         parts = dialect.kv_layout(module, dtype)
+        if not outputs.keys().isdisjoint(parts):
+            what = f"{module} has scales of an FP8 cache already."
+            raise UserError(what, where=str(checkpoint.path), remedy="Take `kv_cache` out of the recipe.")
         outputs |= {name: (TensorInfo(name, *header),) for name, header in parts.items()}
     ignore = _unquantized(tensors, names, formats)
     written = [info for infos in outputs.values() for info in infos]

@@ -47,7 +47,7 @@ def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per
     """Peaks of a run from shapes alone, beside what this process has now."""
     config = text_config(plan.checkpoint.config)
     tensors = plan.checkpoint.tensors
-    itemsize = max((t.bytes // max(1, t.elements) for t in tensors.values()), default=2)
+    itemsize = max((tensors[name].bytes // max(1, tensors[name].elements) for name in plan.assignments), default=2)
     hidden = int(config.get("hidden_size") or 0) * itemsize
     tokens = data.tokens if data else 0
     longest = max(map(len, data.rows)) if data else 0

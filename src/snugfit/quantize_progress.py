@@ -36,11 +36,11 @@ class Progress:
         self.differences: list[str] = []
         file = folder / IDENTITY
         if not file.exists():
-            _replace(file, identity)
+            self._begin(identity)
             return
         before = _read(file)
         if not isinstance(before, dict):
-            _replace(file, identity)
+            self._begin(identity)
             return
         self.differences = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
         self._check(before, identity, anyway)
@@ -66,6 +66,12 @@ class Progress:
                 remedy="Go on as it began, or add --resume-anyway, or --restart to begin anew.",
             )
 
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        """Begin anew: entries of a run whose identity is lost are nobody's."""
+        for entry in self._folder.glob(unit_name("*")):
+            entry.unlink()
+        _replace(self._folder / IDENTITY, identity)
+
     @property
     def done(self) -> int:
         """Number of finished units."""
@@ -78,7 +84,7 @@ class Progress:
 
     def go_back(self, done: int) -> None:
         """Forget all units but the first `done`."""
-        for number in range(done, len(self.entries)):
+        for number in reversed(range(done, len(self.entries))):  # a kill leaves no gap
             (self._folder / unit_name(number)).unlink()
         del self.entries[done:]
 

@@ -13,7 +13,7 @@ import torch
 
 from snugfit.calibration.dataset import Rows
 from snugfit.dialects import compressed_tensors as dialect
-from snugfit.errors import UserError
+from snugfit.errors import Unfinished
 from snugfit.formats.nvfp4 import input_global_scale
 from snugfit.machine import Clock
 from snugfit.model import layers, walk
@@ -103,10 +103,10 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
                     file.path.unlink()
                 return Outcome(writer.finish(), first, expected)
     except torch.OutOfMemoryError as error:
-        raise UserError(
+        raise Unfinished(
             f"out of GPU memory ({str(error).splitlines()[0]}).",
             where=str(run.device),
-            remedy="Lower --tokens-per-batch, or use --device cpu.",
+            remedy="Run the same command where more is free, or lower --tokens-per-batch and add --resume-anyway.",
         ) from None
 
 
@@ -134,9 +134,7 @@ def _check_done(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> N
     if not progress.done:
         return
     good = 0
-    # layers that hand on more than hidden states (Gemma 4's shared keys and values) are run from the first
-    fresh = run.skeleton.hand_on and run.data is not None and progress.done < len(run.plan.units)
-    while not fresh and good < progress.done and writer.holds(progress.entries[good]["written"]):
+    while good < progress.done and writer.holds(progress.entries[good]["written"]):
         good += 1
     while (
         states
@@ -144,6 +142,9 @@ def _check_done(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> N
         and not states[(good - 1) % 2].holds(progress.entries[good - 1]["states"])
     ):
         good -= 1
+    # layers that hand on more than hidden states (Gemma 4's shared keys and values) are run from the first
+    if run.skeleton.hand_on and run.data is not None and good < len(run.plan.units):
+        good = 0
     progress.go_back(good)
     for entry in progress.entries:
         writer.accept(entry["written"])
@@ -152,7 +153,7 @@ def _check_done(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> N
 
 def _embed(run: Run, transfer: Transfer, batches: Sequence[walk.Batch], states: Sequence[StateFile]) -> None:
     """What every layer is called with; and the first layer's hidden states, unless an earlier run went past them."""
-    if run.data is None:
+    if run.data is None or run.progress.done == len(run.plan.units):
         return
     fresh = run.progress.done == 0
 
@@ -198,6 +199,8 @@ class _Commits:
 def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured, writer: ShardWriter) -> TensorRecord:
     """Begin to write what stands for a source tensor; its record."""
     planned = plan.record(name)
+    if not plan.outputs[name]:
+        return planned  # the old scale of a weight that gets another format
     if tensor is None or tensor.stored is None:
         if tensor is None or tensor.walked is None:
             writer.copy(plan.checkpoint, name)

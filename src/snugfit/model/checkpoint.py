@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from snugfit.errors import UserError
+from snugfit.errors import Unfinished, UserError
 from snugfit.model.files import AGAIN, list_files, open_regular, parse_json, read_file, read_fully
 from snugfit.model.safetensors import (
     DTYPE_BYTES,
@@ -201,7 +201,7 @@ def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: m
     try:
         fd = open_regular(checkpoint.path, tensor.file)
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror or error}).", where=where, remedy=AGAIN) from None
+        raise Unfinished(f"cannot be read ({error.strerror or error}).", where=where, remedy=AGAIN) from None
     try:
         read_fully(fd, tensor.offset + start, view, where=where, what=f"tensor {tensor.name}")
     finally:

@@ -10,7 +10,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from snugfit.errors import UserError
+from snugfit.errors import Unfinished, UserError
 
 AGAIN = "Download this file again."
 MAX_JSON_BYTES = 256_000_000
@@ -57,7 +57,7 @@ def read_fully(fd: int, offset: int, view: memoryview, *, where: str, what: str)
         try:
             count = os.preadv(fd, [view[done:]], offset + done)
         except OSError as error:
-            raise UserError(
+            raise Unfinished(
                 f"cannot be read ({error.strerror or error}).", where=where, remedy="Check the disk."
             ) from None
         if not count:

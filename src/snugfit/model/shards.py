@@ -97,7 +97,7 @@ class ShardWriter:
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._left = {shard.name: len(shard.tensors) for shard in shards}
         self._under_way: dict[str, Moving[list[int]]] = {}
-        self._begun: dict[str, Moving[list[int]]] = {}
+        self._begun: list[dict[str, Moving[list[int]]]] = []
         self._digests: dict[str, Future[str]] = {}
         self._digester = ThreadPoolExecutor(max_workers=4)
         self._flusher = ThreadPoolExecutor(max_workers=1)
@@ -142,14 +142,17 @@ class ShardWriter:
 
         def settle() -> dict[str, list[int]]:
             found = {name: one.result() for name, one in moving.items()}
+            self._begun.remove(moving)
             self._settled(found)
             if all(flush.done() for flush in self._flushes):
+                for flush in self._flushes:
+                    flush.result()  # the disk tells of an error once
                 # the disk's work begins while there is other work; nobody waits for it before the end
                 files = {self._shard_of[name].name for name in found}
                 self._flushes = [self._flusher.submit(os.fdatasync, self._files[name]) for name in files]
             return found
 
-        self._begun = moving
+        self._begun.append(moving)
         return settle
 
     def holds(self, written: Mapping[str, Sequence[int]]) -> bool:
@@ -181,6 +184,8 @@ class ShardWriter:
         for name in self._shards.keys() - self._digests.keys():  # without tensors
             self._digests[name] = self._digester.submit(_digest, self._directory / name)
         found = {name: self._digests[name].result() for name in self._shards}
+        for flush in self._flushes:
+            flush.result()
         self.close()
         return found
 
@@ -192,8 +197,9 @@ class ShardWriter:
 
     def close(self) -> None:
         """Close the shard files as they are, once what is under way has ended."""
-        for moving in (*self._begun.values(), *self._under_way.values()):
-            moving.cancel()
+        for moving in (*self._begun, self._under_way):
+            for one in moving.values():
+                one.cancel()
         self._under_way.clear()
         for pool in (self._digester, self._flusher):
             pool.shutdown(wait=True, cancel_futures=True)
@@ -287,13 +293,14 @@ def unit_name(number: int | str) -> str:
 def _finish(partial: Path, target: Path) -> None:
     _flush(partial)
     partial.rename(target)
+    _sync(target.absolute().parent)
     _tidy(target)
 
 
 def _tidy(target: Path) -> None:
     """Take away what a finished run needs no more; the lock last, which tells that there is something to take."""
     shutil.rmtree(target / WORK_NAME, ignore_errors=True)
-    (target / LOCK_NAME).unlink()
+    (target / LOCK_NAME).unlink(missing_ok=True)
 
 
 def check_stageable(target: Path) -> None:
@@ -348,11 +355,15 @@ def occupied_bytes(directory: Path) -> int:
 def _flush(directory: Path) -> None:
     """Have the disk hold every file and name below `directory`, so that a power cut after the rename loses nothing."""
     for path in (directory, *directory.rglob("*")):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _has_links(directory: Path) -> bool:

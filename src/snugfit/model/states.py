@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from snugfit.errors import UserError
 from snugfit.model.shards import crc_of
 from snugfit.model.transfer import Moving, Transfer
 from snugfit.model.walk import Batch
@@ -50,10 +51,16 @@ class StateFile:
         waiting = [moving for moving in self._written.values() if not moving.done()]
         if len(waiting) >= IN_FLIGHT:
             waiting[0].result()
+        if hidden.shape[-1] != self._width or hidden.dtype != self._dtype:
+            raise UserError(
+                f"a layer gives {list(hidden.shape)} of {hidden.dtype}, {self._width} of {self._dtype} were expected.",
+                where=str(self.path),
+                remedy="This family needs a reader of its own: please report it.",
+            )
         valid = batch.valid
         flat = hidden.reshape(-1, self._width) if valid is None else hidden[valid]
         start, _ = self._places[batch.rows]
-        self._written[batch.rows] = self._transfer.write(self._handle, start, flat.to(self._dtype).contiguous())
+        self._written[batch.rows] = self._transfer.write(self._handle, start, flat.contiguous())
 
     def settle(self) -> list[Piece]:
         """Wait until all is written; where each batch is, and its CRC-32s."""

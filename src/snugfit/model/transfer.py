@@ -29,7 +29,8 @@ _EXPONENTS = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
     "F32": (np.uint32, 0x7F800000),
-}  # F64 weights are not met
+    "F64": (np.uint64, 0x7FF0000000000000),
+}
 
 Result = TypeVar("Result")
 
