@@ -679,7 +679,7 @@ def test_bits_of_a_config(given: dict[str, Any], bits: int | None) -> None:
         ("model.layers.0.self_attn.kv_a_proj_with_mqa.weight", (4, 4), "attention", None),
         ("model.layers.0.self_attn.query_key_value.weight", (4, 4), "qkv", None),
         ("model.layers.0.linear_attn.conv1d.weight", (4, 1, 4), "other", None),
-        ("model.layers.0.linear_attn.in_proj_ba.weight", (4, 4), "attention", None),
+        ("model.layers.0.linear_attn.in_proj_ba.weight", (4, 4), "router", None),
         ("mtp.layers.0.mlp.experts.3.up_proj.weight", (4, 4), "other", None),
         ("model.layersx.0.mlp.up_proj.weight", (4, 4), "other", None),
         ("model.layers.x.mlp.up_proj.weight", (4, 4), "other", None),

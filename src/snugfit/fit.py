@@ -61,6 +61,8 @@ def fit_model(
     arguments |= {"utilization": utilization, "sequences": sequences, "recipes": list(recipes)}
     sizes = shape.cache.size(tp=tp)
     budget = share_out(0, shape.widths, setting.engine, setting.gpu.device, utilization=utilization, tp=tp)
+    written = len(rows) > 1  # a model that is quantized already has one row
+    refusals = [f"quantize refuses it so far: {obstacle.what}" for obstacle in obstacles(checkpoint) if written]
     return FitRecord(
         snugfit=snugfit.__version__,
         model=checkpoint.name,
@@ -84,7 +86,7 @@ def fit_model(
         windows=tuple(window for window, _ in sizes.windows),
         state_bytes=sizes.state_bytes,
         rows=tuple(rows),
-        notes=(*notes, *more, *(f"quantize refuses it so far: {obstacle.what}" for obstacle in obstacles(checkpoint))),
+        notes=(*notes, *more, *refusals),
     )
 
 
