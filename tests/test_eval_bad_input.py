@@ -643,6 +643,8 @@ def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
         lambda file: edit_metadata(file, floors='{"0": {"kl": 1}}'),
         lambda file: edit_metadata(file, floors='{"0": 1}'),
         lambda file: edit_metadata(file, model="[]"),
+        lambda file: edit_metadata(file, model="{}"),
+        lambda file: edit_metadata(file, model='{"name": "reference", "arithmetic": null}'),
         lambda file: rewrite(file, lambda tensors: tensors.pop("tail")),
         lambda file: rewrite(file, lambda tensors: tensors.update(tail=tensors["tail"][:-9])),
         lambda file: rewrite(file, lambda tensors: tensors.update(offsets=tensors["offsets"] + 1)),
@@ -650,7 +652,16 @@ def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> 
     ],
     ids=[
         *("empty", "text", "cut", "broken key", "list key", "list of floors", "part of a floor"),
-        *("number floor", "list of model", "no tail", "short tail", "other offsets", "wild ids"),
+        *(
+            "number floor",
+            "list of model",
+            "nameless model",
+            "no arithmetic",
+            "no tail",
+            "short tail",
+            "other offsets",
+            "wild ids",
+        ),
     ],
 )
 def test_stored_reference_that_is_broken(

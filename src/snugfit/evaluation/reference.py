@@ -199,6 +199,7 @@ def load_reference(path: Path, *, remedy: str = "Give a model directory as --ref
                     where=str(path),
                     remedy="Make it again with --reference-cache.",
                 )
+            _check_description(description)
             floors = TypeAdapter(dict[int, Floor]).validate_python(_mapping(metadata, "floors"))
             arrays = {name: stream.get_tensor(name) for name in (*PARTS, "offsets")}
             _check_arrays(arrays, key)
@@ -213,6 +214,13 @@ def _mapping(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(f"{name} is no mapping")
     return value
+
+
+def _check_description(description: Mapping[str, Any]) -> None:
+    """ValueError where it does not say what tables ask of it."""
+    for part in ("name", "arithmetic"):
+        if not isinstance(description.get(part), str):
+            raise ValueError(f"its model has no {part}")  # noqa: TRY004  # of a file, not of an argument
 
 
 def _check_arrays(arrays: Mapping[str, NDArray[Any]], key: Mapping[str, Any]) -> None:
