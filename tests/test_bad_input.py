@@ -392,13 +392,16 @@ def test_config_that_is_no_json(content: bytes, says: str, single: Path, out: Pa
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"num_local_experts": 8}, "a mixture of experts"),
-        ({"text_config": {"num_hidden_layers": 3, "n_routed_experts": 64}}, "a mixture of experts"),
+        ({"num_local_experts": 8}, "the config has 8 experts, and no tensor is one's"),
+        (
+            {"text_config": {"num_hidden_layers": 3, "n_routed_experts": 64}},
+            "the config has 64 experts, and no tensor is one's",
+        ),
     ],
     ids=["experts", "nested"],
 )
-def test_models_out_of_scope(values: dict[str, Any], says: str, single: Path, out: Path) -> None:
-    """What this version would damage quietly, experts, is refused and not quantized by its names."""
+def test_experts_that_are_not_there(values: dict[str, Any], says: str, single: Path, out: Path) -> None:
+    """A config that speaks of experts which the file has not is refused, and the file not taken for a dense model."""
     assert says in refuse(copy(single, out, edit_config(**values)), out)
 
 

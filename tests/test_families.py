@@ -213,11 +213,6 @@ def test_names_within_a_layer(make_tiny: MakeTiny) -> None:
     ("family", "more", "says"),
     [
         (
-            "mixtral",
-            {"num_local_experts": 2},
-            r"makes model\.layers\.0\..*experts.* out of several tensors",
-        ),
-        (
             "gemma3n_text",
             {"head_dim": 16, "sliding_window": 16, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
             | {"hidden_size_per_layer_input": 16, "laurel_rank": 8, "activation_sparsity_pattern": None}
@@ -225,10 +220,10 @@ def test_names_within_a_layer(make_tiny: MakeTiny) -> None:
             r"its layers pass hidden states \[4, 1, 4, 64\] for 4 tokens",
         ),
     ],
-    ids=["experts", "parallel-states"],
+    ids=["parallel-states"],
 )
 def test_what_the_walk_cannot_run_is_refused(family: str, more: dict[str, Any], says: str, make_tiny: MakeTiny) -> None:
-    """Experts that transformers merges, and hidden states of another kind, are refused before any weight is read."""
+    """Hidden states of another kind are refused before any weight is read."""
     with pytest.raises(UserError, match=says):
         open_subject(make_tiny(family, **more))
 

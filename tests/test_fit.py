@@ -13,18 +13,22 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from fp8_sources import Kind, as_fp8, as_mxfp4
 from real_configs import GEMMA3_27B, LLAMA_8B, NEMO, QWEN3_NEXT_80B
 from snugfit.cli import app
 from snugfit.errors import UserError
 from snugfit.fit import fit_line, fit_model
+from snugfit.fit_source import stored_by_plan
 from snugfit.quantize_plan import plan_quantization
 from snugfit.recipe import builtin_names, load_recipe
 from snugfit.records import FitRow
 from sparse_models import Tensor, deepseek_v3, minimax_m2, write_sparse_model
+from tiny_mixtures import make_mixture
 
 GIB = 1024**3
 CARD = "RTX 5060 Ti 16GB"
 MakeTiny = Callable[..., Path]
+DENSE = [name for name in builtin_names() if not name.endswith("-moe")]
 
 
 def dense_tensors(config: dict[str, Any], dtype: str = "BF16") -> list[Tensor]:
@@ -84,7 +88,7 @@ def test_the_first_seed(nemo: Path) -> None:
 
 
 def test_order_is_the_answer(nemo: Path) -> None:
-    """What fits stands first, most bits first; then what lacks least; every built-in recipe is in some row."""
+    """What fits stands first, most bits first; then what lacks least; every recipe for dense models is in some row."""
     record = fit_model(nemo, CARD, context=32768)
     fits = [row for row in record.rows if row.fits]
     assert record.rows[: len(fits)] == tuple(fits)
@@ -92,7 +96,7 @@ def test_order_is_the_answer(nemo: Path) -> None:
     assert bits == sorted(bits, reverse=True)
     missing = [-max(cache.spare_bytes for cache in row.caches) for row in record.rows[len(fits) :]]
     assert missing == sorted(missing)
-    assert sorted(name for row in record.rows for name in row.recipes) == builtin_names()
+    assert sorted(name for row in record.rows for name in row.recipes) == DENSE
     assert record.rows[-1].name == "bf16, as it is"
 
 
@@ -188,8 +192,9 @@ def test_quantized_model_as_it_is(nemo: Path, hybrid: Path) -> None:
     assert set(row.formats) == set(made.formats)
     assert row.kernels == made.kernels
     assert [cache.spare_bytes for cache in row.caches] == [cache.spare_bytes for cache in made.caches]
-    assert "quantized already" in record.notes[-1]
-    with pytest.raises(UserError, match="quantized already"):
+    assert "no recipe: already quantized (nvfp4 by compressed-tensors)" in record.notes[-1]
+    assert row.bits_per_weight == pytest.approx(made.bits_per_weight)
+    with pytest.raises(UserError, match=r"already quantized .* Or leave --recipe out"):
         fit_model(hybrid, CARD, recipes=["nvfp4"])
 
 
@@ -211,17 +216,82 @@ def test_bytes_are_those_of_the_plan(kind: str, make_tiny: MakeTiny) -> None:
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}
     model = make_tiny(kind, **shape, tie_word_embeddings=kind == "qwen2")
     rows = fit_model(model, "16GiB").rows
-    for name in builtin_names():
+    for name in DENSE:
         if load_recipe(name).recipe.kv_cache is None:
             assert row_of(rows, name).bytes == plan_quantization(model, name).bytes, name
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8-int4", "fp8-block"])
-def test_bytes_of_experts_are_those_of_the_plan(recipe: str, make_tiny: MakeTiny) -> None:
-    """Experts that are counted once weigh as much as experts that are listed."""
-    shape = {"hidden_size": 128, "num_key_value_heads": 4, "head_dim": 32, "moe_intermediate_size": 128}
-    model = make_tiny("qwen3_moe", **shape, num_experts=8, num_experts_per_tok=2)
-    assert row_of(fit_model(model, "16GiB").rows, recipe).bytes == plan_quantization(model, recipe).bytes
+def refused_recipes(model: Path) -> set[str]:
+    """Names of recipes that are refused; all rows must say what the plan says, and weigh what it would write."""
+    rows = fit_model(model, "16GiB").rows
+    plain = [name for name in builtin_names() if load_recipe(name).recipe.kv_cache is None]
+    refused = {name: words for name in plain if (words := refusal(model, name)) is not None}
+    for name in plain:
+        row = row_of(rows, name)
+        if name in refused:
+            assert (row.problem or "").startswith(refused[name]), name
+            continue
+        stored = stored_by_plan(plan_quantization(model, name))
+        assert (row.bytes, row.problem) == (sum(info.bytes for w in stored for info in w.infos), None), name
+        assert set(row.formats) == {w.format.label() for w in stored if w.format is not None}, name
+    return set(refused)
+
+
+def refusal(model: Path, recipe: str) -> str | None:
+    """Why a run would be refused; None where it would not."""
+    try:
+        obstacles = plan_quantization(model, recipe).obstacles
+    except UserError as error:
+        return error.what.rstrip(".")
+    return obstacles[0].what.rstrip(".") if obstacles else None
+
+
+SPLITS = {"nvfp4-fp8-down", "nvfp4-fp8-down-absmax"}  # experts of one layer in two formats
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "granitemoehybrid", "deepseek_v3", "qwen3_vl_moe"])
+def test_bytes_of_experts_are_those_of_the_plan(family: str, tmp_path: Path) -> None:
+    """Experts that are counted once weigh as much as experts that are listed, out of 3-D tensors too."""
+    model = make_mixture(family, tmp_path / "model", wide=True, tie_word_embeddings=False)
+    assert refused_recipes(model) >= SPLITS
+
+
+@pytest.mark.parametrize("kind", ["hf-block", "hf-tensor-static", "ct-channel", "ct-block"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_bytes_of_fp8_sources_are_those_of_the_plan(family: str, kind: Kind, tmp_path: Path) -> None:
+    """Of an FP8 mixture, in either dialect, what a recipe leaves in FP8 counts as it is, scales included."""
+    model = as_fp8(make_mixture(family, tmp_path / "source", wide=True), tmp_path / "model", kind)
+    assert refused_recipes(model) == SPLITS | {"fp8-dynamic", "fp8-block"}
+
+
+def test_an_expert_apart_is_counted_apart(tmp_path: Path) -> None:
+    """One expert that the source left in 16 bits is no like of its neighbours: its bytes are its own."""
+    source = make_mixture("qwen3_moe", tmp_path / "source", wide=True)
+    model = as_fp8(source, tmp_path / "model", "hf-block", keep=lambda name: "layers.0.mlp.experts.5." in name)
+    assert refused_recipes(model) == SPLITS | {"fp8-dynamic"}  # fp8-block makes it what the others are
+
+
+def test_experts_that_no_engine_loads(tmp_path: Path) -> None:
+    """Recipes that quantize gpt-oss's experts are refused in words; one that keeps them is counted as planned."""
+    model = make_mixture("gpt_oss", tmp_path / "model", wide=True)
+    file = tmp_path / "mine.yaml"
+    rules = "  - {role: experts, format: keep}\n  - {role: linear, format: fp8-dynamic}\n"
+    file.write_text(f"name: mine\nrules:\n{rules}", encoding="utf-8")
+    _, kept, refused = fit_model(model, "16GiB", recipes=[str(file), "nvfp4"]).rows
+    assert kept.bytes == plan_quantization(model, str(file)).bytes
+    assert "no engine was seen to load quantized experts of gpt_oss" in (refused.problem or "")
+    first, refused = fit_model(as_mxfp4(model, tmp_path / "mxfp4"), "16GiB").rows  # keeping them is the same there
+    assert (first.name, first.problem) == ("mxfp4, as it is", None)
+    assert first.bits_per_weight < 16
+    assert "no engine was seen to load quantized experts of gpt_oss" in (refused.problem or "")
+
+
+def test_families_outside_the_interface(tmp_path: Path) -> None:
+    """Of a family that runs experts in a way of its own every recipe is refused in one row; it is counted as it is."""
+    model = make_mixture("llama4_text", tmp_path / "model", wide=True)
+    first, *others = fit_model(model, "16GiB").rows
+    assert (first.name, first.fits) == ("bf16, as it is", True)
+    assert ["outside transformers' experts interface" in (row.problem or "") for row in others] == [True]
 
 
 def test_line_of_a_dry_run(nemo: Path) -> None:
@@ -259,8 +329,8 @@ def test_giants_take_seconds(build: Callable[[Path], Path], tp: int, tmp_path: P
     assert found["peak"] < 1e9
     assert spent < 20
     assert any(fits for _, _, fits, _ in found["rows"])
-    # the 576 rows of DeepSeek's kv_a_proj_with_mqa are not whole blocks
-    assert {name for name, _, _, problem in found["rows"] if problem} <= {"fp8-block"}
+    # FP8 in blocks is what they have; of FP8 for down alone, engines would want it of gate and up too
+    assert {name for name, _, _, problem in found["rows"] if problem} == {"fp8-block", "nvfp4-fp8-down"}
 
 
 def test_heads_of_prediction_are_not_counted(tmp_path: Path) -> None:

@@ -98,9 +98,27 @@ def refusal_for(rules: Sequence[str], tensors: Sequence[TensorInfo]) -> str:
 # --- built in
 
 
+# built-in recipe for mixtures -> (label, scale rule) of routed experts; all else is FP8
+FOR_MIXTURES = {"nvfp4-moe": NV, "fp8-int4-moe": INT4}
+
+
 def test_built_in_recipes_are_the_promised_ones() -> None:
     """The package carries exactly the recipes that are listed above."""
-    assert builtin_names() == sorted(BUILT_IN)
+    assert builtin_names() == sorted({*BUILT_IN, *FOR_MIXTURES})
+
+
+@pytest.mark.parametrize("name", sorted(FOR_MIXTURES))
+def test_built_in_recipe_for_mixtures(name: str, tensors: list[TensorInfo]) -> None:
+    """Routed experts get the format that the recipe is called by; attention, shared experts and dense layers get FP8."""
+    prefix = "model.layers.2.mlp"
+    names = [f"{prefix}.experts.{e}.{leaf}.weight" for e in range(4) for leaf in ("gate_proj", "up_proj", "down_proj")]
+    shared = [f"{prefix}.shared_experts.{leaf}.weight" for leaf in ("gate_proj", "up_proj", "down_proj")]
+    dense = [tensor for tensor in tensors if not tensor.name.startswith(prefix)]
+    mixture = [TensorInfo(tensor, "BF16", (64, 64)) for tensor in (*names, *shared, f"{prefix}.gate.weight")]
+    found = resolve(load_recipe(name), [*dense, *mixture], layers=LAYERS)
+    got = {n: (a.format.label() if a.format else "", a.scale) for n, a in found.items()}
+    linears = {t.name for t in dense if parse_name(t.name, t.shape).role in set().union(*ROLES_OF.values())}
+    assert got == dict.fromkeys(names, FOR_MIXTURES[name]) | dict.fromkeys({*linears, *shared}, FP8)
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))

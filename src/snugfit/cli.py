@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from snugfit.calibration.dataset import DEFAULT_LENGTH, DEFAULT_ROWS
+from snugfit.calibration.record import FORCED_TOKENS, LEAST_TOKENS, Calibration
 from snugfit.errors import UserError, plain
 
 if TYPE_CHECKING:
+    from snugfit.calibration.record import Statistics
     from snugfit.evaluation.served import ServerOptions
 
 app = typer.Typer(
@@ -22,6 +24,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+statistics_app = typer.Typer(help="What calibration sees: measure it, look at it, merge it.", no_args_is_help=True)
+app.add_typer(statistics_app, name="statistics")
 
 # options of `eval` that mean nothing to the others
 _NOT_WITH_TASKS = (
@@ -98,6 +103,19 @@ def quantize(
     max_shard_size: Annotated[
         float | None, typer.Option(help="Largest weight file in GB (10^9). Default: 0.5 to 5, by size.")
     ] = None,
+    experts: Annotated[
+        str, typer.Option(help="What experts of a mixture are calibrated on: all tokens, or those routed to them.")
+    ] = "all",
+    forced_tokens: Annotated[
+        int, typer.Option(help="Tokens at most that an expert gets beside those routed to it, a layer.")
+    ] = FORCED_TOKENS,
+    least_tokens: Annotated[
+        int, typer.Option(help="An expert that saw fewer is an error; 0: it takes its layer's scales.")
+    ] = LEAST_TOKENS,
+    statistics: Annotated[
+        Path | None, typer.Option(help="What an earlier run measured on this model (file or directory).")
+    ] = None,
+    no_engine: Annotated[bool, typer.Option("--no-engine", help="Write even what no engine was seen to load.")] = False,
     restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was stopped.")] = False,
     resume_anyway: Annotated[
         bool, typer.Option("--resume-anyway", help="Go on under another machine, library version or batch.")
@@ -140,6 +158,9 @@ def quantize(
             device=device,
             tokens_per_batch=tokens_per_batch,
             max_shard_bytes=shard_bytes,
+            calibration=_calibration(experts, forced_tokens, least_tokens),
+            statistics=statistics,
+            no_engine=no_engine,
             restart=restart,
             resume_anyway=resume_anyway,
             progress=True,
@@ -155,6 +176,105 @@ def quantize(
             typer.echo(plain(f"weights in other containers, not copied: {left_out}"), err=True)
         place = plain(str(output))
         typer.echo(f"{place}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
+
+
+def _calibration(experts: str, forced_tokens: int, least_tokens: int) -> Calibration:
+    if experts not in ("all", "routed"):
+        raise UserError(f"--experts {experts!r} is neither all nor routed.", remedy="all is the default.")
+    for name, value in (("--forced-tokens", forced_tokens), ("--least-tokens", least_tokens)):
+        if value < 0:
+            raise UserError(f"{name} {value} is no number of tokens.", remedy="Give 0 or more.")
+    return Calibration(experts, forced_tokens, least_tokens)
+
+
+@statistics_app.command(name="collect")
+def collect(
+    model: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors weights, or a Hub id.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for statistics, tables and plots.")],
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Text or JSONL to walk. Default: Python's documentation.")
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Rows of tokens at most.")] = DEFAULT_ROWS,
+    length: Annotated[int, typer.Option(help="Tokens a row at most.")] = DEFAULT_LENGTH,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
+    tokens_per_batch: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
+    experts: Annotated[str, typer.Option(help="What experts see: all tokens, or those routed to them.")] = "all",
+    forced_tokens: Annotated[
+        int, typer.Option(help="Tokens at most that an expert gets beside those routed to it, a layer.")
+    ] = FORCED_TOKENS,
+    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was stopped.")] = False,
+    resume_anyway: Annotated[
+        bool, typer.Option("--resume-anyway", help="Go on under another machine, library version or batch.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as one JSON document.")] = False,
+) -> None:
+    """Measure the inputs of every linear of MODEL, and what its experts see, without a recipe."""
+    with _plain_errors(_kept_layers(output)):
+        from snugfit.collect import collect_statistics
+
+        found = collect_statistics(
+            model,
+            output,
+            text=text or (),
+            rows=rows,
+            length=length,
+            device=device,
+            tokens_per_batch=tokens_per_batch,
+            calibration=_calibration(experts, forced_tokens, LEAST_TOKENS),
+            restart=restart,
+            resume_anyway=resume_anyway,
+            progress=True,
+            tell=lambda words: typer.echo(words, err=True),
+        )
+    with _reporting(output):
+        _print_statistics(found, as_json=as_json)
+
+
+@statistics_app.command(name="show")
+def show_statistics(
+    file: Annotated[Path, typer.Argument(help="A file of statistics, or a directory that has one.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="New directory for tables and plots.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as one JSON document.")] = False,
+) -> None:
+    """Print spikes, and what experts were calibrated on."""
+    with _plain_errors():
+        from snugfit.calibration.record import load_statistics
+
+        found = load_statistics(file)
+        if output is not None:
+            from snugfit.model.shards import staged
+            from snugfit.report.spikes import write_spikes
+
+            with staged(output) as folder:
+                write_spikes(found, folder)
+        _print_statistics(found, as_json=as_json)
+
+
+@statistics_app.command(name="merge")
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Files of one model, measured on different rows.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="New file for all of them together.")],
+) -> None:
+    """Join statistics of one model, as if all rows had been walked in one run."""
+    with _plain_errors():
+        from snugfit.calibration.record import load_statistics, merge_statistics, save_statistics
+
+        found = merge_statistics([(str(file), load_statistics(file)) for file in files])
+        save_statistics(found, output)
+        rows = sum(one.rows for one in found.rows)
+        typer.echo(f"{plain(str(output))}: {len(files)} files, {rows} rows, {found.tokens:,} tokens")
+
+
+def _print_statistics(found: Statistics, *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(found.to_json(), nl=False)
+        return
+    from snugfit.printing import print_sheet
+    from snugfit.report.spikes import coverage_sheet, spike_sheet
+
+    if any(layer.experts for layer in found.layers.values()):
+        print_sheet(coverage_sheet(found))
+    print_sheet(spike_sheet(found, narrow=True))
 
 
 @app.command(name="eval")

@@ -11,7 +11,7 @@ from snugfit.engines.gpus import COMMON, GENERATIONS
 from snugfit.engines.kernels import attention_kernel
 from snugfit.engines.memory import ENGINES, GIB, OFFERED
 from snugfit.errors import UserError
-from snugfit.fit_source import Candidate, Source, candidates_of, read_source, shortest, stored_by_plan
+from snugfit.fit_source import Candidate, candidates_of, read_source, shortest, stored_by_plan
 from snugfit.model.checkpoint import open_headers
 from snugfit.planning.asked import parse_gpu
 from snugfit.planning.kv_cache import ModelCache, check_split
@@ -29,7 +29,7 @@ from snugfit.planning.solve import (
     total,
 )
 from snugfit.planning.words import say_cache
-from snugfit.quantize_plan import Plan, obstacles
+from snugfit.quantize_plan import Plan
 from snugfit.records import FitCache, FitRecord, FitRow
 
 UNLIMITED = 2**20
@@ -56,13 +56,12 @@ def fit_model(
     shape, notes = _read_model(checkpoint.config, setting)
     source = read_source(checkpoint)
     candidates, more = candidates_of(source, recipes)
-    rows = sorted((_row(candidate, source, shape, setting) for candidate in candidates), key=_order)
+    elements = source.elements()
+    rows = sorted((_row(candidate, elements, shape, setting) for candidate in candidates), key=_order)
     arguments: dict[str, Any] = {"model": str(model), "gpu": gpu, "context": context, "tp": tp, "engine": engine}
     arguments |= {"utilization": utilization, "sequences": sequences, "recipes": list(recipes)}
     sizes = shape.cache.size(tp=tp)
     budget = share_out(0, shape.widths, setting.engine, setting.gpu.device, utilization=utilization, tp=tp)
-    written = len(rows) > 1  # a model that is quantized already has one row
-    refusals = [f"quantize refuses it so far: {obstacle.what}" for obstacle in obstacles(checkpoint) if written]
     return FitRecord(
         snugfit=snugfit.__version__,
         model=checkpoint.name,
@@ -86,7 +85,7 @@ def fit_model(
         windows=tuple(window for window, _ in sizes.windows),
         state_bytes=sizes.state_bytes,
         rows=tuple(rows),
-        notes=(*notes, *more, *refusals),
+        notes=(*notes, *more),
     )
 
 
@@ -160,13 +159,12 @@ def _setting(gpu: str, engine: str, tp: int, utilization: float | None, context:
     return Setting(parse_gpu(gpu), memory, tp, utilization, context, sequences)
 
 
-def _row(candidate: Candidate, source: Source, model: Model, setting: Setting) -> FitRow:
+def _row(candidate: Candidate, elements: Mapping[str, int], model: Model, setting: Setting) -> FitRow:
     formats = tuple(dict.fromkeys(w.format.label() for w in candidate.stored if w.format is not None))
     reason = candidate.problem or problem(model, candidate.stored, setting, setting.tp)
     names = (*candidate.recipes, *candidate.with_fp8_cache)
     if reason is not None:
         return FitRow(candidate.name, names, formats, problem=reason)
-    elements = {name: info.elements for name, info in source.seen.items()}
     answers = [answer(model, candidate.stored, setting, fp8=fp8) for fp8 in (False, True)]
     plain = shortest(candidate.recipes) if candidate.recipes else None
     scaled = shortest(candidate.with_fp8_cache) if candidate.with_fp8_cache else plain

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from snugfit.dialects import compressed_tensors as dialect
+from snugfit.dialects.packed import bits_of, quantization_of, serves, split_name, weights_of
 from snugfit.dialects.reading import read_formats, read_quant_config
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder
 from snugfit.model.checkpoint import Checkpoint, TensorInfo
-from snugfit.model.names import parse_name
+from snugfit.model.names import EXPERTS, parse_name
+from snugfit.model.sources import Weights, single_weights
 from snugfit.planning.read_cache import positive, with_defaults
 from snugfit.planning.solve import Stored
 from snugfit.planning.weights import collapse_experts, is_served
-from snugfit.quantize_plan import FP8_SCALES, Plan
-from snugfit.recipe import LoadedRecipe, builtin_names, load_recipe, resolve
+from snugfit.quantize_plan import Plan, obstacles
+from snugfit.recipe import Assignment, LoadedRecipe, builtin_names, load_recipe, resolve
 
 AS_IT_IS = "as it is"
 _NAMES: Mapping[str, str] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
@@ -25,18 +28,27 @@ _NAMES: Mapping[str, str] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64"
 
 @dataclass(frozen=True)
 class Source:
-    """A model's served tensors, a layer's experts as one: how often each is there, and what recipes see of it.
+    """A model's served tensors, those of a layer's experts that are alike once: `counts` says how often each is there.
 
-    `seen` has FP8 weights as if dequantized; `scales` maps their scales to them.
+    `shapes` are those of the file's weights were they not packed, () for what serves them. `weights` are what recipes
+    see, None where `refused` says why none can start from this file; of 3-D tensors the first expert stands for all.
     """
 
     checkpoint: Checkpoint
     decoder: str
     layers: int
-    tensors: Mapping[str, TensorInfo]
     counts: Mapping[str, int]
-    seen: Mapping[str, TensorInfo]
-    scales: Mapping[str, str]
+    formats: Mapping[str, TensorFormat]
+    shapes: Mapping[str, tuple[int, ...]]
+    unread: str | None
+    weights: Weights | None
+    refused: UserError | None
+
+    def elements(self) -> dict[str, int]:
+        """Numbers of the model behind each tensor of the file, and behind each weight that a recipe sees."""
+        seen = {} if self.weights is None else self.weights.tensors
+        taken = {name: info.elements for name, info in seen.items()}
+        return taken | {name: math.prod(shape) if shape else 0 for name, shape in self.shapes.items()}
 
 
 @dataclass(frozen=True)
@@ -61,42 +73,94 @@ def read_source(checkpoint: Checkpoint) -> Source:
         for name, tensor in checkpoint.tensors.items()
         if is_served(name, decoder, layers) and not (tied and name.endswith("lm_head.weight"))
     )
-    weights = collapse_experts(loaded)
-    tensors = {weight.info.name: weight.info for weight in weights}
-    counts = {weight.info.name: weight.count for weight in weights}
-    seen: dict[str, TensorInfo] = {}
-    scales: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        module, _, parameter = name.rpartition(".")
-        if parameter in FP8_SCALES and f"{module}.weight" in tensors:
-            scales[name] = f"{module}.weight"
-        elif parameter == "weight" and tensor.dtype == "F8_E4M3":
-            seen[name] = TensorInfo(name, "BF16", tensor.shape)
-        else:
-            seen[name] = tensor
-    return Source(checkpoint, decoder, layers, tensors, counts, seen, scales)
+    counts = {weight.info.name: weight.count for weight in collapse_experts(loaded)}
+    few = replace(checkpoint, tensors={name: checkpoint.tensors[name] for name in counts})
+    own = None if checkpoint.remote else read_quant_config(checkpoint.path)
+    formats: Mapping[str, TensorFormat] = {}
+    unread = None
+    try:
+        headers = {name: (info.dtype, info.shape) for name, info in few.tensors.items()}
+        formats = read_formats(checkpoint.config, _linears(few, decoder), headers, own)
+    except UserError as error:
+        unread = error.what.rstrip(".")
+    shapes = _shapes(few, formats, bits_of(quantization_of(checkpoint.config, own)))
+    weights, refused = None, None
+    try:
+        weights, more = _first_experts(single_weights(few))
+        counts |= more
+    except UserError as error:
+        refused = error
+    return Source(few, decoder, layers, counts, formats, shapes, unread, weights, refused)
+
+
+def _linears(checkpoint: Checkpoint, decoder: str) -> list[str]:
+    """Modules of decoder layers whose weight is a matrix, or is packed."""
+    matrices = [info for name, info in checkpoint.tensors.items() if _is_weight(name) and len(info.shape) == 2]
+    names = [parse_name(info.name, info.shape, decoder) for info in matrices]
+    return list(dict.fromkeys(name.module for name in names if name.layer is not None))
+
+
+def _shapes(
+    checkpoint: Checkpoint, formats: Mapping[str, TensorFormat], bits: int | None
+) -> dict[str, tuple[int, ...]]:
+    """Shape of the weight that each tensor stands for, () for scales and the like."""
+    modules: dict[str, dict[str, TensorInfo]] = {}
+    for name, info in checkpoint.tensors.items():
+        module, suffix = split_name(name)
+        modules.setdefault(module, {})[suffix] = info
+    found: dict[str, tuple[int, ...]] = {}
+    for module, parts in modules.items():
+        fmt = formats.get(module)
+        known = int(fmt.name[3:]) if fmt is not None and fmt.name in ("int4", "int8") else bits
+        packed = weights_of({suffix: (info.dtype, info.shape) for suffix, info in parts.items()}, known)
+        heads = {weight.tensor: weight.shape for weight in packed}
+        for suffix, info in parts.items():
+            found[info.name] = heads.get(suffix, () if serves(suffix) else info.shape)
+    return found
+
+
+def _first_experts(weights: Weights) -> tuple[Weights, dict[str, int]]:
+    """The same with the first expert of each 3-D tensor for all of them, and how many each then stands for."""
+    counts: dict[str, int] = {}
+    stacks: dict[str, tuple[str, ...]] = {}
+    others: set[str] = set()
+    for stack, names in weights.stacks.items():
+        slots = {name: weights.sources[name].slot for name in names}
+        first = tuple(name for name, slot in slots.items() if slot is not None and slot.expert == 0)
+        stacks[stack] = first
+        counts |= dict.fromkeys(first, len(names) // len(first))
+        others.update(names[len(first) :])
+    tensors = {name: info for name, info in weights.tensors.items() if name not in others}
+    sources = {name: source for name, source in weights.sources.items() if name not in others}
+    return Weights(tensors, sources, stacks, weights.whole), counts
 
 
 def candidates_of(source: Source, asked: Sequence[str]) -> tuple[list[Candidate], list[str]]:
-    """The model as it is, and what recipes make of it; recipes that store the same bytes are one."""
-    original, quantized = _as_it_is(source)
-    candidates = [original]
-    if quantized is not None:
-        remedy = f"{quantized}: recipes start from the 16-bit original"
+    """The model as it is, and what recipes make of it; recipes that store the same bytes are one.
+
+    Where none is asked for, all built-in ones, those for mixtures of experts only of a mixture.
+    """
+    candidates = [_as_it_is(source)]
+    if source.weights is None:
+        error = source.refused
+        assert error is not None
         if asked:
-            raise UserError(f"{remedy}.", where=str(source.checkpoint.path), remedy="Leave --recipe out.")
-        return candidates, [remedy]
+            raise UserError(error.what, where=error.where, remedy=f"{error.remedy} Or leave --recipe out.")
+        return candidates, [f"no recipe: {error.what} {error.remedy}"]
+    mixture = any(parse_name(t.name, t.shape, source.decoder).routed for t in source.weights.tensors.values())
     found: dict[Any, Candidate] = {}
     for name in asked or builtin_names():
         loaded = load_recipe(name)
+        if not asked and not mixture and any(EXPERTS in rule.role for rule in loaded.recipe.rules):
+            continue
         try:
-            stored = _stored_by(loaded, source)
+            stored = _stored_by(loaded, source, source.weights)
         except UserError as error:
             reason = error.what.rstrip(".")
             others = found[reason].recipes if reason in found else ()
             found[reason] = Candidate(shortest((*others, name)), (), (*others, name), problem=reason)
             continue
-        key = tuple(weight.format for weight in stored)
+        key = tuple((weight.format, weight.infos) for weight in stored)
         known = found.get(key, Candidate(name, stored))
         plain, scaled = known.recipes, known.with_fp8_cache
         if getattr(loaded.recipe, "kv_cache", None) is None:
@@ -112,40 +176,27 @@ def shortest(names: Iterable[str]) -> str:
     return min(names, key=lambda name: (len(name), name))
 
 
-def _as_it_is(source: Source) -> tuple[Candidate, str | None]:
-    """The file's own weights, and what is said of it where it is quantized so that no recipe can start from it."""
-    headers = {name: (info.dtype, info.shape) for name, info in source.tensors.items()}
-    modules = [name.rpartition(".")[0] for name, info in source.tensors.items() if _is_linear(source, info)]
-    checkpoint = source.checkpoint
-    formats: dict[str, TensorFormat] = {}
-    unread = None
-    try:
-        own = None if checkpoint.remote else read_quant_config(checkpoint.path)
-        formats = read_formats(checkpoint.config, dict.fromkeys(modules), headers, own)
-    except UserError as error:
-        unread = error.what.rstrip(".")
+def _as_it_is(source: Source) -> Candidate:
+    """The file's own weights."""
+    tensors = source.checkpoint.tensors
     stored = tuple(
         Stored(
             name,
-            info.shape,
+            source.shapes[name],
             (info,),
-            formats.get(name.rpartition(".")[0]) if _is_weight(name) else None,
+            source.formats.get(name.rpartition(".")[0]) if _is_weight(name) else None,
             source.counts[name],
         )
-        for name, info in source.tensors.items()
+        for name, info in tensors.items()
     )
-    labels = dict.fromkeys(fmt.label() for fmt in formats.values())
-    method = _method(checkpoint.config)
+    labels = dict.fromkeys(fmt.label() for fmt in source.formats.values())
+    method = _method(source.checkpoint.config)
     if labels or method:
         name = ", ".join(labels) or str(method)
     else:
-        largest = max(source.tensors.values(), key=lambda info: info.elements)
+        largest = max(tensors.values(), key=lambda info: info.elements)
         name = _NAMES.get(largest.dtype, largest.dtype.lower())
-    only_fp8 = (
-        method in (None, "fp8") and all(fmt.name.startswith("fp8") for fmt in formats.values()) and unread is None
-    )
-    quantized = None if only_fp8 else f"the file is quantized already ({unread or name})"
-    return Candidate(f"{name}, {AS_IT_IS}", stored), quantized
+    return Candidate(f"{name}, {AS_IT_IS}", stored)
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
@@ -157,34 +208,53 @@ def _is_weight(name: str) -> bool:
     return name.endswith((".weight", ".weight_packed", ".qweight"))
 
 
-def _is_linear(source: Source, info: TensorInfo) -> bool:
-    parsed = parse_name(info.name, info.shape, source.decoder)
-    return parsed.layer is not None and _is_weight(info.name) and len(info.shape) == 2
-
-
-def _stored_by(loaded: LoadedRecipe, source: Source) -> tuple[Stored, ...]:
-    """What a recipe stores; UserError where it does not suit the model. A test holds the bytes to plan_quantization."""
-    assignments = resolve(loaded, list(source.seen.values()), layers=source.layers, decoder=source.decoder)
+def _stored_by(loaded: LoadedRecipe, source: Source, weights: Weights) -> tuple[Stored, ...]:
+    """What a recipe stores; UserError where a run would be refused. A test holds the bytes to plan_quantization."""
+    for obstacle in obstacles(source.checkpoint):
+        raise obstacle
+    formats = {name: part.format for name, part in weights.sources.items() if part.format is not None}
+    seen = list(weights.tensors.values())
+    assignments = resolve(loaded, seen, layers=source.layers, decoder=source.decoder, stored=formats)
+    if not any(a.format is not None and not a.copied for a in assignments.values()):
+        what = (
+            "the model is stored so already" if any(a.copied for a in assignments.values()) else "it keeps everything"
+        )
+        raise UserError(f"this recipe quantizes nothing: {what}.", where=loaded.where)
+    weights = weights.keep_whole(lambda name: name in assignments and assignments[name].format is not None)
+    for obstacle in obstacles(source.checkpoint, singly=any(s.slot is not None for s in weights.sources.values())):
+        raise obstacle
     stored = []
-    for name, info in source.tensors.items():
-        assigned = assignments.get(source.scales.get(name, name))
-        fmt = None if assigned is None else assigned.format
-        infos: tuple[TensorInfo, ...] = (info,)
-        if fmt is not None:
-            parts = {} if name in source.scales else dialect.layout(fmt, info.shape, source.seen[name].dtype)
-            module = name.rpartition(".")[0]
-            infos = tuple(TensorInfo(f"{module}.{suffix}", *header) for suffix, header in parts.items())
-        if infos:
-            stored.append(Stored(name, info.shape, infos, fmt, source.counts[name]))
+    for name, info in weights.tensors.items():
+        assignment = assignments.get(name)
+        infos = _written(source.checkpoint, weights, name, assignment)
+        fmt = None if assignment is None else assignment.format
+        stored.append(Stored(name, info.shape, infos, fmt, source.counts.get(name, 1)))
     return tuple(stored)
+
+
+def _written(
+    checkpoint: Checkpoint, weights: Weights, name: str, assignment: Assignment | None
+) -> tuple[TensorInfo, ...]:
+    """What stands for a weight in the result."""
+    info = weights.tensors[name]
+    if assignment is None or assignment.format is None:
+        return (info,)
+    if assignment.copied and assignment.format.name.startswith("fp8"):
+        headers = {suffix: checkpoint.tensors[part] for suffix, part in weights.sources[name].parts.items()}
+        parts = dialect.copied_layout(assignment.format, {s: (t.dtype, t.shape) for s, t in headers.items()})
+    else:
+        parts = dialect.layout(assignment.format, info.shape, info.dtype)
+    module = name.removesuffix(".weight")
+    return tuple(TensorInfo(f"{module}.{suffix}", *header) for suffix, header in parts.items())
 
 
 def stored_by_plan(plan: Plan) -> tuple[Stored, ...]:
     """What a planned run stores, of all that engines load."""
+    tensors = plan.weights.tensors
     return tuple(
         Stored(
             name,
-            plan.checkpoint.tensors[name].shape if name in plan.checkpoint.tensors else infos[0].shape,
+            tensors[name].shape if name in tensors else infos[0].shape,
             infos,
             plan.assignments[name].format if name in plan.assignments else None,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,23 @@ import torch
 
 from snugfit import __version__
 from snugfit.calibration.dataset import DEFAULT_LENGTH, DEFAULT_ROWS, Rows, load_rows
+from snugfit.calibration.record import (
+    DEFAULT_CALIBRATION,
+    STATISTICS_FILE,
+    Calibration,
+    RowsUsed,
+    Statistics,
+    load_statistics,
+    text_digest,
+)
+from snugfit.calibration.spread import layer_from_json
 from snugfit.errors import UserError
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pick_device, progress_bar, versions
 from snugfit.model import layers
-from snugfit.model.checkpoint import INDEX_NAME, header_digest
+from snugfit.model.checkpoint import INDEX_NAME, Checkpoint, fingerprint, header_digest
 from snugfit.model.files import check_inside
 from snugfit.model.shards import LOCK_NAME, WORK_NAME, check_stageable, index_of, occupied_bytes, resumable
-from snugfit.quantize_plan import Plan, check_linears, plan_quantization, text_config
+from snugfit.quantize_plan import NoEngine, Plan, check_linears, plan_quantization, text_config
 from snugfit.quantize_preflight import Estimate, check_estimate, estimate_run
 from snugfit.quantize_progress import Progress, stamps
 from snugfit.quantize_run import Outcome, Run, run_units
@@ -46,6 +56,9 @@ def quantize_checkpoint(
     max_shard_bytes: int | None = None,
     restart: bool = False,
     resume_anyway: bool = False,
+    calibration: Calibration = DEFAULT_CALIBRATION,
+    statistics: str | Path | None = None,
+    no_engine: bool = False,
     progress: bool = False,
     tell: Callable[[str], None] = lambda _: None,
 ) -> QuantizeRecord:
@@ -55,8 +68,9 @@ def quantize_checkpoint(
     at most; a recipe without activation scales reads none. `device`: "cpu" or "cuda" (default: cuda if there is one).
     `target` appears whole or not at all and holds the record too. A run that was stopped goes on after its last whole
     layer, from TARGET.partial, and ends in the same bytes; under another machine, library version or batch only with
-    `resume_anyway`; `restart` begins anew. `tell` gets what the run will need, and how far an earlier one came. Raises
-    UserError for bad input.
+    `resume_anyway`; `restart` begins anew. `calibration` says what experts of a mixture see; with `statistics`, which
+    an earlier run measured on this model, no rows are walked; `no_engine` writes even what no engine was seen to load.
+    `tell` gets what the run will need, and how far an earlier one came. Raises UserError for bad input.
     """
     clock = Clock()
     destination = Path(target)
@@ -66,32 +80,78 @@ def quantize_checkpoint(
         plan = plan_quantization(source, recipe, max_shard_bytes=max_shard_bytes)
         check_stageable(destination)
         for obstacle in plan.obstacles:
-            raise obstacle
+            if not (no_engine and isinstance(obstacle, NoEngine)):
+                raise obstacle
         place = pick_device(device)
         _check_names(plan)
-        plan = _with_other_files(plan)
-        data = _load_rows(plan, text, rows, length) if plan.calibrated else None
-        skeleton = _skeleton(plan)
+        plan = with_other_files(plan)
+        data, known = None, None
+        if plan.calibrated and statistics is not None:
+            asked = load_rows_for(plan, text, rows, length) if text else None
+            known = load_statistics(Path(statistics))
+            check_belongs(known, plan.checkpoint, asked, calibration, where=str(statistics))
+        elif plan.calibrated:
+            data = load_rows_for(plan, text, rows, length)
+        skeleton = skeleton_of(plan)
         batch = tokens_per_batch or TOKENS_PER_BATCH[place.type]
         estimate = estimate_run(plan, data, place, batch)
         check_estimate(estimate, destination, place)
     tell(estimate.line())
-    arguments = {"rows": rows, "length": length, "device": str(place), "tokens_per_batch": batch}
+    arguments = {"rows": rows, "length": length, "device": str(place), "tokens_per_batch": batch} | asdict(calibration)
     with resumable(destination, restart=restart) as (directory, work):
-        identity = _identity(plan, data, place, batch)
+        identity = identity_of(plan, data, place, batch, calibration)
+        identity["statistics"] = None if known is None else text_digest(known.to_json())
         done = Progress(work, identity, anyway=resume_anyway)
-        run = Run(plan, skeleton, place, data, directory, work, done, clock, tell)
+        run = Run(plan, skeleton, place, data, directory, work, done, clock, tell, calibration, known)
         bar = progress_bar(progress, len(plan.units), "quantizing layers")
         with bar as step:
             outcome = run_units(run, batch, step)
         with clock("finish"):
             left_out = _write_other_files(plan, directory)
+        if data is not None:
+            found = statistics_of(run, calibration, recipe=plan.recipe)
+            (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
         record = _record(run, destination, outcome, left_out, arguments, estimate)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     return record
 
 
-def _with_other_files(plan: Plan) -> Plan:
+def statistics_of(run: Run, calibration: Calibration, *, recipe: LoadedRecipe | None) -> Statistics:
+    """What a run measured, for its file; `recipe` is whose weights the rows walked through."""
+    assert run.data is not None
+    layers_found = [entry["statistics"] for entry in run.progress.entries[1:]]
+    checkpoint = run.plan.checkpoint
+    return Statistics(
+        snugfit=__version__,
+        model=checkpoint.name,
+        header_digest=header_digest(checkpoint),
+        fingerprint=fingerprint(checkpoint),
+        rows=(RowsUsed(run.data.source, len(run.data.rows), run.data.tokens, run.data.digest),),
+        experts=calibration.experts,
+        forced_tokens=calibration.forced_tokens,
+        recipe=None if recipe is None else recipe.recipe.name,
+        recipe_digest=None if recipe is None else recipe.digest,
+        layers={number: layer_from_json(found) for number, found in enumerate(layers_found)},
+    )
+
+
+def check_belongs(
+    known: Statistics, checkpoint: Checkpoint, asked: Rows | None, calibration: Calibration, *, where: str
+) -> None:
+    """UserError where statistics are of another model, of other rows than `asked`, or of experts fed otherwise."""
+    again = "Measure them with `snugfit statistics collect`, or leave --statistics out."
+    if known.header_digest != header_digest(checkpoint) or known.fingerprint != fingerprint(checkpoint):
+        raise UserError(f"statistics of another model ({known.model}).", where=where, remedy=again)
+    if asked is not None and [asked.digest] != [one.digest for one in known.rows]:
+        told = ", ".join(f"{one.source}: {one.rows} rows, {one.digest[:12]}" for one in known.rows)
+        what = f"statistics of other rows ({told}) than asked for ({len(asked.rows)}, {asked.digest[:12]})."
+        raise UserError(what, where=where, remedy="Leave --text out to take theirs, or measure these.")
+    if known.experts != calibration.experts and any(layer.experts for layer in known.layers.values()):
+        what = f"statistics of --experts {known.experts}, asked for is {calibration.experts}."
+        raise UserError(what, where=where, remedy=again)
+
+
+def with_other_files(plan: Plan) -> Plan:
     """The plan, the files without weights on this disk: of a model on the Hub only config files are so far."""
     if plan.checkpoint.remote is None:
         return plan
@@ -100,7 +160,7 @@ def _with_other_files(plan: Plan) -> Plan:
     return replace(plan, checkpoint=fetch_other_files(plan.checkpoint))
 
 
-def _skeleton(plan: Plan) -> layers.Skeleton:
+def skeleton_of(plan: Plan) -> layers.Skeleton:
     """transformers' model, which must agree with what the plan took from the headers."""
     _check_architecture(plan)
     skeleton = layers.build_skeleton(plan.checkpoint)
@@ -111,7 +171,8 @@ def _skeleton(plan: Plan) -> layers.Skeleton:
             remedy="Config and weights do not belong together, or this family needs a reader of its own.",
         )
     check_linears(plan.assignments, sorted(layers.linear_names(skeleton)), plan.recipe.where)
-    layers.check_shapes(skeleton, plan.checkpoint, {})
+    codes = {name: (next(iter(s.parts.values())), 1) for name, s in plan.weights.sources.items() if s.slot is None}
+    layers.check_shapes(skeleton, plan.checkpoint, codes)
     return skeleton
 
 
@@ -127,7 +188,9 @@ def _check_architecture(plan: Plan) -> None:
         )
 
 
-def _identity(plan: Plan, data: Rows | None, device: torch.device, tokens_per_batch: int) -> dict[str, Any]:
+def identity_of(
+    plan: Plan, data: Rows | None, device: torch.device, tokens_per_batch: int, calibration: Calibration
+) -> dict[str, Any]:
     """All that decides the bytes of the weight files."""
     shards = {shard.name: shard.bytes for shard in plan.shards}
     return {
@@ -136,6 +199,7 @@ def _identity(plan: Plan, data: Rows | None, device: torch.device, tokens_per_ba
         "recipe": plan.recipe.digest,
         "rows": None if data is None else data.digest,
         "weight_files": shards,
+        "experts": [calibration.experts, calibration.forced_tokens],
         "device": device.type,
         "tokens_per_batch": tokens_per_batch,
         "hardware": hardware(device),
@@ -143,7 +207,8 @@ def _identity(plan: Plan, data: Rows | None, device: torch.device, tokens_per_ba
     }
 
 
-def _load_rows(plan: Plan, text: Sequence[str | Path], rows: int, length: int) -> Rows:
+def load_rows_for(plan: Plan, text: Sequence[str | Path], rows: int, length: int) -> Rows:
+    """Rows for a plan's model; UserError where its config does not allow them."""
     config, where = text_config(plan.checkpoint.config), str(plan.checkpoint.path / "config.json")
     sizes = {key: config.get(key) for key in ("vocab_size", "max_position_embeddings")}
     for key, value in sizes.items():
@@ -163,7 +228,7 @@ def _load_rows(plan: Plan, text: Sequence[str | Path], rows: int, length: int) -
 
 def _check_names(plan: Plan) -> None:
     """UserError for a folder of the source that has the name of a file to be written."""
-    ours = {*(shard.name for shard in plan.shards), INDEX_NAME, RECIPE_FILE, RECORD_FILE, LOCK_NAME}
+    ours = {*(shard.name for shard in plan.shards), INDEX_NAME, RECIPE_FILE, RECORD_FILE, STATISTICS_FILE, LOCK_NAME}
     for name in plan.checkpoint.other_files:
         first, inside, _ = name.partition("/")
         if (inside and first in ours) or first == WORK_NAME:

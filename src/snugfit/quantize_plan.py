@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,35 +10,37 @@ from typing import Any
 from snugfit.dialects import compressed_tensors as dialect
 from snugfit.engines.fused import group_modules
 from snugfit.engines.kv_cache import attention_modules
+from snugfit.engines.mixtures import OUTSIDE, UNSERVED
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder
 from snugfit.model.checkpoint import Checkpoint, TensorInfo, open_headers
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.shards import Shard, plan_shards
-from snugfit.recipe import Assignment, LoadedRecipe, load_recipe, resolve
+from snugfit.model.sources import Weights, language_configs, single_weights
+from snugfit.recipe import Assignment, LoadedRecipe, load_recipe, parse_recipe, resolve
 from snugfit.records import TensorRecord
 
 # a thirty-second of the model, but no smaller and no larger: whole files are digested while others are written
 SHARD_BYTES = 500_000_000, 5_000_000_000
 KEPT = "as it was"
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-# what Hugging Face's FP8 releases and compressed-tensors keep beside FP8 weights
-FP8_SCALES = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that headers and recipe decide: what each source tensor becomes, and where its bytes go.
+    """Everything that headers and recipe decide: what each weight becomes, and where its bytes go.
 
-    `decoder` is the decoder layers' name in the file, e.g. model.layers. `units` are names of source tensors that are
-    in memory together: first all outside the decoder layers, then a layer each; tensors of layers that transformers
-    does not run (multi-token prediction) count as outside. `outputs` are what is written for each source tensor, and
-    for scales that the source has not; `attention` are the modules of layers whose keys and values get such scales.
-    `obstacles` are why a run would be refused, though its plan can be made.
+    `weights` are the model's tensors as a recipe sees them, and where each comes from. `decoder` is the decoder layers'
+    name in the file, e.g. model.layers. `units` are names of tensors that are in memory together: first all outside the
+    decoder layers, then a layer each; tensors of layers that transformers does not run (multi-token prediction) count
+    as outside. `outputs` are what is written for each tensor, and for scales that the source has not; `attention` are
+    the modules of layers whose keys and values get such scales. `obstacles` are why a run would be refused, though its
+    plan can be made.
     """
 
     checkpoint: Checkpoint
+    weights: Weights
     decoder: str
     recipe: LoadedRecipe
     assignments: Mapping[str, Assignment]
@@ -57,9 +59,7 @@ class Plan:
     @property
     def calibrated(self) -> bool:
         """Whether any format needs activations."""
-        return bool(self.attention) or any(
-            a.format is not None and a.format.spec.calibrated for a in self.assignments.values()
-        )
+        return bool(self.attention) or any(a.calibrated for a in self.assignments.values())
 
     @property
     def bytes(self) -> int:
@@ -67,20 +67,24 @@ class Plan:
         return sum(info.bytes for infos in self.outputs.values() for info in infos)
 
     def records(self) -> tuple[TensorRecord, ...]:
-        """A record of each source tensor, without what only the run can know."""
+        """A record of each tensor, without what only the run can know."""
         return tuple(self.record(name) for name in self.outputs)
 
     def record(self, name: str) -> TensorRecord:
         """The record of one of `outputs`."""
         infos = self.outputs[name]
         written = sum(info.bytes for info in infos)
-        if name not in self.checkpoint.tensors:
+        if name not in self.weights.tensors:
             return TensorRecord(name, infos[0].shape, KV_CACHE, "absmax", 0, written)
-        source = self.checkpoint.tensors[name]
+        info = self.weights.tensors[name]
         assignment = self.assignments.get(name)
         fmt = assignment.format if assignment else None
         label, scale = (fmt.label(), assignment.scale) if fmt and assignment else (KEPT, "")
-        return TensorRecord(name, source.shape, label, scale, source.bytes, written)
+        return TensorRecord(name, info.shape, label, scale, self.weights.bytes(self.checkpoint, name), written)
+
+    def layer_of(self, number: int) -> tuple[str, ...]:
+        """Tensors of decoder layer `number`."""
+        return self.units[number + 1]
 
 
 KV_CACHE = "fp8 KV cache"
@@ -96,20 +100,40 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
         raise UserError(f"no weight file fits into {max_shard_bytes} bytes.", remedy="Raise --max-shard-size.")
     loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
     checkpoint = open_headers(source)
+    for outside in outside_interface(checkpoint):
+        raise outside
     layers = _layer_count(checkpoint)
-    tensors, scales = _weights(checkpoint)
-    decoder = find_decoder(tensors, layers, where=str(checkpoint.path))
-    names = {t.name: parse_name(t.name, t.shape, decoder) for t in tensors.values()}
+    weights = single_weights(checkpoint)
+    decoder = find_decoder(weights.tensors, layers, where=str(checkpoint.path))
+    names = {t.name: parse_name(t.name, t.shape, decoder) for t in weights.tensors.values()}
     _check_layers(checkpoint, names, layers, decoder)
+    check_experts(checkpoint, names.values(), layers)
     frozen = _frozen(checkpoint, names, layers)
-    assignments = resolve(loaded, list(tensors.values()), layers=layers, decoder=decoder, frozen=frozen)
-    formats = {names[name].module: a.format for name, a in assignments.items() if a.format is not None}
-    if not formats:
+    assignments = resolve(
+        loaded,
+        list(weights.tensors.values()),
+        layers=layers,
+        decoder=decoder,
+        frozen=frozen,
+        stored={name: source.format for name, source in weights.sources.items() if source.format is not None},
+    )
+    if not any(a.format is not None and not a.copied for a in assignments.values()):
+        if any(a.copied for a in assignments.values()):
+            labels = ", ".join(dict.fromkeys(a.format.label() for a in assignments.values() if a.format))
+            config = next(
+                c["quantization_config"] for c in language_configs(checkpoint.config) if c.get("quantization_config")
+            )
+            what = f"already quantized (quant_method {config.get('quant_method')!r}: {labels}), as this recipe asks."
+            remedy = "Start from the original, choose another format, or add `requantize: true` to a rule."
+            raise UserError(what, where=str(checkpoint.path), remedy=remedy)
         raise UserError("this recipe quantizes nothing.", where=loaded.where, remedy="Give one rule another format.")
-    units = _units(checkpoint, names, frozen, layers, scales)
-    outputs = {
-        name: _outputs(checkpoint, name, tensors, assignments.get(scales.get(name, name))) for u in units for name in u
-    }
+    weights = weights.keep_whole(lambda name: name in assignments and assignments[name].format is not None)
+    tensors = weights.tensors
+    names = {name: names[name] if name in names else parse_name(name, t.shape, decoder) for name, t in tensors.items()}
+    assignments = {name: assignment for name, assignment in assignments.items() if name in tensors}
+    formats = {names[name].module: a.format for name, a in assignments.items() if a.format is not None}
+    units = _units(names, frozen, layers)
+    outputs = {name: _outputs(checkpoint, weights, name, assignments.get(name)) for unit in units for name in unit}
     attention = _attention(checkpoint, loaded, units, decoder)
     for module in attention.values():
         dtype = next(t.dtype for t in tensors.values() if t.name.startswith(f"{module}."))
@@ -119,6 +143,7 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
             raise UserError(what, where=str(checkpoint.path), remedy="Take `kv_cache` out of the recipe.")
         outputs |= {name: (TensorInfo(name, *header),) for name, header in parts.items()}
     ignore = _unquantized(tensors, names, formats)
+    singly = any(source.slot is not None for source in weights.sources.values())
     written = [info for infos in outputs.values() for info in infos]
     low, high = SHARD_BYTES
     default = max(low, min(high, sum(info.bytes for info in written) // 32))
@@ -127,6 +152,7 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
     config = dict(checkpoint.config) | {"quantization_config": quantization}
     return Plan(
         checkpoint,
+        weights,
         decoder,
         loaded,
         assignments,
@@ -135,8 +161,32 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
         attention,
         tuple(shards),
         config,
-        obstacles(checkpoint),
+        obstacles(checkpoint, singly=singly),
     )
+
+
+_NOTHING = "name: none\nrules:\n- {role: linear, format: keep}\n"
+
+
+def plan_walk(source: str | Path) -> Plan:
+    """A plan that writes nothing: rows pass the model as it is, keys and values of every attention are looked at."""
+    checkpoint = open_headers(source)
+    for outside in outside_interface(checkpoint):
+        raise outside
+    layers = _layer_count(checkpoint)
+    single = single_weights(checkpoint)
+    weights = single.keep_whole(lambda name: name in single.sources and single.sources[name].format is not None)
+    decoder = find_decoder(weights.tensors, layers, where=str(checkpoint.path))
+    names = {t.name: parse_name(t.name, t.shape, decoder) for t in weights.tensors.values()}
+    _check_layers(checkpoint, names, layers, decoder)
+    check_experts(checkpoint, names.values(), layers)
+    units = _units(names, _frozen(checkpoint, names, layers), layers)
+    loaded = parse_recipe(_NOTHING, where="")
+    try:
+        attention = _attention_of(checkpoint, units, decoder, where="")
+    except UserError:  # a family whose cache is of another kind
+        attention = {}
+    return Plan(*(checkpoint, weights, decoder, loaded, {}, {}, units, attention, (), checkpoint.config, ()))
 
 
 def groups_of(plan: Plan, unit: Sequence[str], walked: bool) -> list[tuple[str, ...]]:
@@ -145,7 +195,9 @@ def groups_of(plan: Plan, unit: Sequence[str], walked: bool) -> list[tuple[str, 
     groups = group_modules(name.removesuffix(".weight") for name in assigned)
     found = [tuple(f"{module}.weight" for module in group) for group in groups]
     quantized = set(assigned)
-    rest = tuple(name for name in unit if name not in quantized) if walked else ()
+    # biases of single experts are parts of a tensor, and cannot be copied from file to file
+    alone = [name for name in unit if name in plan.weights.sources and name in plan.outputs]
+    rest = tuple(name for name in (unit if walked else alone) if name not in quantized)
     return [*found, rest] if rest else found
 
 
@@ -155,61 +207,10 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, dict) else config
 
 
-def _weights(checkpoint: Checkpoint) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Tensors as a recipe sees them, FP8 weights as if dequantized; and FP8 scales -> the weight they belong to."""
-    _check_source(checkpoint)
-    tensors: dict[str, TensorInfo] = {}
-    scales: dict[str, str] = {}
-    for name, tensor in checkpoint.tensors.items():
-        module, _, parameter = name.rpartition(".")
-        weight = f"{module}.weight"
-        if parameter in FP8_SCALES and weight in checkpoint.tensors:
-            scales[name] = weight
-        elif parameter == "weight" and tensor.dtype == "F8_E4M3":
-            tensors[name] = TensorInfo(name, "BF16", tensor.shape)
-        else:
-            tensors[name] = tensor
-    return tensors, scales
-
-
-def _check_source(checkpoint: Checkpoint) -> None:
-    """UserError for a source whose codes cannot be taken apart again."""
-    config = checkpoint.config.get("quantization_config") or text_config(checkpoint.config).get("quantization_config")
-    method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown" if config else None
-    odd = next((t.name for t in checkpoint.tensors.values() if _is_quantized(checkpoint, t)), None)
-    if odd is None and method in (None, "fp8"):
-        return
-    evidence = f"quant_method {method!r} in config.json" if method else f"tensor {odd}"
-    raise UserError(
-        f"already quantized ({evidence}).",
-        where=str(checkpoint.path),
-        remedy="Start from the original BF16, FP16 or FP32 checkpoint.",
-    )
-
-
-def _is_quantized(checkpoint: Checkpoint, tensor: TensorInfo) -> bool:
-    """Whether it holds codes other than FP8 beside a scale."""
-    if tensor.name.endswith((".weight_packed", ".qweight")):
-        return True
-    if not tensor.name.endswith(".weight") or tensor.dtype in ("BF16", "F16", "F32", "F64"):
-        return False
-    module = tensor.name.removesuffix(".weight")
-    scaled = any(f"{module}.{suffix}" in checkpoint.tensors for suffix in FP8_SCALES)
-    return not (tensor.dtype == "F8_E4M3" and scaled)
-
-
-def _units(
-    checkpoint: Checkpoint,
-    names: Mapping[str, TensorName],
-    frozen: Mapping[str, str],
-    layers: int,
-    scales: Mapping[str, str],
-) -> tuple[tuple[str, ...], ...]:
+def _units(names: Mapping[str, TensorName], frozen: Mapping[str, str], layers: int) -> tuple[tuple[str, ...], ...]:
     units: list[list[str]] = [[] for _ in range(layers + 1)]
-    for name in checkpoint.tensors:
-        weight = scales.get(name, name)
-        layer = names[weight].layer
-        units[0 if layer is None or weight in frozen else layer + 1].append(name)
+    for name, parsed in names.items():
+        units[0 if parsed.layer is None or name in frozen else parsed.layer + 1].append(name)
     return tuple(tuple(unit) for unit in units)
 
 
@@ -219,27 +220,35 @@ def _attention(
     """Layer -> the module whose keys and values get scales; empty where the recipe asks for none."""
     if loaded.recipe.kv_cache is None:
         return {}
-    inside = [[name for name in unit if name.startswith(f"{decoder}.")] for unit in units[1:]]
-    found = attention_modules(inside, text_config(checkpoint.config), where=f"{loaded.where}: kv_cache")
-    attention = {layer: module for layer, module in enumerate(found) if module is not None}
+    attention = _attention_of(checkpoint, units, decoder, where=f"{loaded.where}: kv_cache")
     if not attention:
         what = "this model has no layer that keeps keys and values."
         raise UserError(what, where=f"{loaded.where}: kv_cache", remedy="Take it out.")
     return attention
 
 
+def _attention_of(
+    checkpoint: Checkpoint, units: Sequence[Sequence[str]], decoder: str, *, where: str
+) -> dict[int, str]:
+    """Layer -> the module that keeps keys and values."""
+    inside = [[name for name in unit if name.startswith(f"{decoder}.")] for unit in units[1:]]
+    found = attention_modules(inside, text_config(checkpoint.config), where=where)
+    return {layer: module for layer, module in enumerate(found) if module is not None}
+
+
 def _outputs(
-    checkpoint: Checkpoint, name: str, tensors: Mapping[str, TensorInfo], assignment: Assignment | None
+    checkpoint: Checkpoint, weights: Weights, name: str, assignment: Assignment | None
 ) -> tuple[TensorInfo, ...]:
-    """What is written for one source tensor; nothing for the old scales of a weight that gets another format."""
+    """What is written for one tensor."""
+    info = weights.tensors[name]
     if assignment is None or assignment.format is None:
-        source = checkpoint.tensors[name]
-        return (TensorInfo(source.name, source.dtype, source.shape),)
-    if name not in tensors:
-        return ()
-    weight = tensors[name]
+        return (info,)
     module = name.removesuffix(".weight")
-    parts = dialect.layout(assignment.format, weight.shape, weight.dtype)
+    if assignment.copied and assignment.format.name.startswith("fp8"):
+        headers = {s: checkpoint.tensors[part] for s, part in weights.sources[name].parts.items()}
+        parts = dialect.copied_layout(assignment.format, {s: (t.dtype, t.shape) for s, t in headers.items()})
+    else:
+        parts = dialect.layout(assignment.format, info.shape, info.dtype)
     return tuple(TensorInfo(f"{module}.{suffix}", dtype, shape) for suffix, (dtype, shape) in parts.items())
 
 
@@ -268,26 +277,65 @@ def _unquantized(
     return [module for module in dict.fromkeys([*linears, *head]) if module not in formats]
 
 
-def obstacles(checkpoint: Checkpoint) -> tuple[UserError, ...]:
-    """Why a run would damage this model quietly: experts need calibration of their own, FP8 sources a reader."""
-    configs = (checkpoint.config, text_config(checkpoint.config))
-    counts = [config.get(key) for config in configs for key in EXPERT_COUNTS]
+def obstacles(checkpoint: Checkpoint, *, singly: bool = False) -> tuple[UserError, ...]:
+    """Why a run would be refused: experts outside transformers' interface, or that no engine was seen to load.
+
+    `singly`: experts of 3-D tensors are to be written one by one.
+    """
     where = str(checkpoint.path / "config.json")
-    found = []
-    if any(isinstance(count, int) and count > 1 for count in counts):
-        found.append(
-            UserError("a mixture of experts, which is not handled yet.", where=where, remedy="Use a dense model.")
-        )
-    codes = any(tensor.dtype == "F8_E4M3" for tensor in checkpoint.tensors.values())
-    if codes or any(config.get("quantization_config") for config in configs):
-        found.append(
-            UserError(
-                "already quantized (quant_method 'fp8' in config.json).",
-                where=str(checkpoint.path),
-                remedy="Start from the original BF16, FP16 or FP32 checkpoint.",
-            )
-        )
+    found = list(outside_interface(checkpoint))
+    for kind in dict.fromkeys(str(config.get("model_type")) for config in language_configs(checkpoint.config)):
+        if kind in UNSERVED and singly:
+            what = f"no engine was seen to load quantized experts of {kind}: {UNSERVED[kind]}."
+            remedy = "Keep its experts in the recipe (role: experts, format: keep), or add --no-engine to write them."
+            found.append(NoEngine(what, where=where, remedy=remedy))
     return tuple(found)
+
+
+def outside_interface(checkpoint: Checkpoint) -> Iterator[UserError]:
+    """Why the experts of this family cannot be calibrated, if so."""
+    for kind in dict.fromkeys(str(config.get("model_type")) for config in language_configs(checkpoint.config)):
+        if kind in OUTSIDE:
+            yield UserError(
+                f"{kind} runs its experts outside transformers' experts interface: {OUTSIDE[kind]}.",
+                where=str(checkpoint.path / "config.json"),
+                remedy="It needs an adapter in model/experts.py that shows each expert's inputs.",
+            )
+
+
+class NoEngine(UserError):  # noqa: N818  # the name is what it says
+    """An obstacle that a user may choose to pass: the file will be right, and no engine is known to load it."""
+
+
+def check_experts(checkpoint: Checkpoint, names: Collection[TensorName], layers: int) -> None:
+    """UserError where a layer's experts are not as many as the config says, or have not the same weights each."""
+    found: dict[int, dict[int, set[str]]] = {}
+    for name in names:
+        if name.layer is not None and name.expert is not None and name.parameter == "weight":
+            found.setdefault(name.layer, {}).setdefault(name.expert, set()).add(name.module.rpartition(".")[2])
+    where = str(checkpoint.path)
+    counts = {config[key] for config in language_configs(checkpoint.config) for key in EXPERT_COUNTS if key in config}
+    whole = {count for count in counts if isinstance(count, int) and not isinstance(count, bool)}
+    if max(whole, default=0) > 1 and not any(name.routed for name in names):
+        what = f"the config has {max(whole)} experts, and no tensor is one's."
+        raise UserError(what, where=where, remedy="Config and weights do not belong together.")
+    for layer, experts in found.items():
+        leaves = set().union(*experts.values())
+        count = max(whole, default=max(experts) + 1)
+        extra = next((number for number in sorted(experts) if number >= count), None)
+        if extra is not None:
+            what = f"layer {layer} has an expert {extra}, though the config has {count} experts."
+            raise UserError(what, where=where, remedy="Config and weights do not belong together.")
+        for number in range(count):
+            missing = sorted(leaves - experts.get(number, set()))
+            if missing:
+                kind = "multi-token prediction layer" if layer >= layers else "layer"
+                raise UserError(
+                    f"expert {number} of {kind} {layer} has no {missing[0]} (the config has {count} experts, "
+                    f"{len(experts)} are there).",
+                    where=where,
+                    remedy="Download the checkpoint again: weights are missing.",
+                )
 
 
 def _layer_count(checkpoint: Checkpoint) -> int:
@@ -314,7 +362,7 @@ def check_linears(assignments: Mapping[str, Assignment], linears: Sequence[str],
     known = set(linears)
     for name, assignment in assignments.items():
         module = name.removesuffix(".weight")
-        if assignment.format is not None and module not in known:
+        if assignment.format is not None and not assignment.copied and module not in known:
             raise UserError(
                 f"{module} is not a linear in transformers.",
                 where=f"{where}: rules[{assignment.rule}]",

@@ -46,7 +46,7 @@ class Estimate:
 def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per_batch: int) -> Estimate:
     """Peaks of a run from shapes alone, beside what this process has now."""
     config = text_config(plan.checkpoint.config)
-    tensors = plan.checkpoint.tensors
+    tensors = plan.weights.tensors
     itemsize = max((tensors[name].bytes // max(1, tensors[name].elements) for name in plan.assignments), default=2)
     hidden = int(config.get("hidden_size") or 0) * itemsize
     tokens = data.tokens if data else 0
@@ -75,7 +75,7 @@ def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per
 
 def read_ahead_bytes(plan: Plan, device: torch.device) -> int:
     """Weights that are read while others are worked on: beside a GPU a whole layer, else one group."""
-    layers = (sum(plan.checkpoint.tensors[name].bytes for name in unit) for unit in plan.units[1:])
+    layers = (sum(plan.weights.bytes(plan.checkpoint, name) for name in unit) for unit in plan.units[1:])
     return max(layers) if device.type == "cuda" else 0
 
 
@@ -89,7 +89,7 @@ class _Layer:
 
 
 def _layer_bytes(plan: Plan, unit: tuple[str, ...], walked: bool) -> _Layer:
-    tensors = plan.checkpoint.tensors
+    tensors = plan.weights.tensors
     values = sum(tensors[name].bytes for name in unit) if walked else 0
     codes = sum(info.bytes for name in unit if name in plan.assignments for info in plan.outputs[name])
     groups = [sum(tensors[name].bytes for name in group) for group in groups_of(plan, unit, walked=False)]

@@ -8,10 +8,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from snugfit.calibration.dataset import Rows
+from snugfit.calibration.record import Calibration, Statistics
+from snugfit.calibration.spread import layer_to_json
 from snugfit.dialects import compressed_tensors as dialect
 from snugfit.errors import Unfinished
 from snugfit.formats.nvfp4 import input_global_scale
@@ -23,13 +26,13 @@ from snugfit.model.transfer import Transfer
 from snugfit.quantize_plan import Plan, groups_of
 from snugfit.quantize_preflight import read_ahead_bytes
 from snugfit.quantize_progress import Progress
-from snugfit.quantize_units import Measured, ReadAhead, UnitTensor, calibrate, quantize_unit
+from snugfit.quantize_units import Measured, ReadAhead, UnitTensor, calibrate, quantize_unit, recall
 from snugfit.records import TensorRecord
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all steps of a run share."""
+    """What all steps of a run share. `known` are statistics that an earlier run measured: rows are not walked then."""
 
     plan: Plan
     skeleton: layers.Skeleton
@@ -40,6 +43,8 @@ class Run:
     progress: Progress
     clock: Clock
     tell: Callable[[str], None]
+    settings: Calibration
+    known: Statistics | None = None
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,8 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
             with clock("embed"):
                 _embed(run, transfer, batches, states)
             coming = [group for unit in groups[first:] for group in unit]
-            ahead = ReadAhead(transfer, plan.checkpoint, coming, read_ahead_bytes(plan, run.device))
+            budget = read_ahead_bytes(plan, run.device)
+            ahead = ReadAhead(transfer, plan.checkpoint, plan.weights, coming, budget)
             for number in range(first, len(plan.units)):
                 begun = time.perf_counter()
                 if walked and number > 0:
@@ -83,17 +89,15 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
                     tensors = quantize_unit(plan, groups[number], ahead, walked and number > 0)
                 if number > 1:
                     commits.wait()  # the file that this layer's states go to holds those of the layer before the last
-                measured = Measured({}, None)
-                if walked and number > 0:
-                    pair = states[(number - 1) % 2], states[number % 2]
-                    pair[1].begin_again()
-                    with clock("forward"):
-                        measured = calibrate(plan, run.skeleton, number - 1, tensors, batches, pair, run.device)
+                with clock("forward"):
+                    measured = _measure(run, number, tensors, batches, states)
                 with clock("write"):
-                    records = [_write(plan, name, tensors.get(name), measured, writer) for name in plan.units[number]]
+                    names = [name for name in plan.units[number] if name in plan.outputs]
+                    records = [_write(plan, name, tensors.get(name), measured, writer) for name in names]
                     records += _write_cache_scales(plan, number - 1, measured, writer)
                 tensors.clear()  # before the next layer is read: one is in memory at a time
-                commits.begin(records, writer, states[number % 2] if walked else None)
+                statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
+                commits.begin(records, statistics, writer, states[number % 2] if walked else None)
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
                     expected = _expect(run, number, begun)
@@ -108,6 +112,23 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
             where=str(run.device),
             remedy="Run the same command where more is free, or lower --tokens-per-batch and add --resume-anyway.",
         ) from None
+
+
+def _measure(
+    run: Run,
+    number: int,
+    tensors: dict[str, UnitTensor],
+    batches: Sequence[walk.Batch],
+    states: Sequence[StateFile],
+) -> Measured:
+    """What rows find in a unit's layer, or what an earlier run found; nothing where no format needs it."""
+    if number and run.known is not None:
+        return recall(run.plan, run.skeleton, number - 1, run.known, run.settings)
+    if not number or run.data is None:
+        return Measured({}, None)
+    pair = states[(number - 1) % 2], states[number % 2]
+    pair[1].begin_again()
+    return calibrate(run.plan, run.skeleton, number - 1, tensors, batches, pair, run.device, run.settings)
 
 
 def _expect(run: Run, number: int, begun: float) -> float:
@@ -176,7 +197,13 @@ class _Commits:
         self._pool = stack.enter_context(ThreadPoolExecutor(1))
         self._last: Future[None] | None = None
 
-    def begin(self, records: Sequence[TensorRecord], writer: ShardWriter, states: StateFile | None) -> None:
+    def begin(
+        self,
+        records: Sequence[TensorRecord],
+        statistics: Mapping[str, Any] | None,
+        writer: ShardWriter,
+        states: StateFile | None,
+    ) -> None:
         """Note a unit as soon as what was begun to write of it is written."""
         settle, tensors = writer.begun(), [asdict(record) for record in records]
         before = self._last
@@ -186,7 +213,8 @@ class _Commits:
                 before.result()  # done; where it failed, so does this
             written = settle()
             pieces = [] if states is None else states.settle()
-            self._progress.commit({"tensors": tensors, "written": written, "states": pieces})
+            entry = {"tensors": tensors, "statistics": statistics, "written": written, "states": pieces}
+            self._progress.commit(entry)
 
         self._last = self._pool.submit(commit)
 
@@ -199,8 +227,6 @@ class _Commits:
 def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured, writer: ShardWriter) -> TensorRecord:
     """Begin to write what stands for a source tensor; its record."""
     planned = plan.record(name)
-    if not plan.outputs[name]:
-        return planned  # the old scale of a weight that gets another format
     if tensor is None or tensor.stored is None:
         if tensor is None or tensor.walked is None:
             writer.copy(plan.checkpoint, name)
@@ -208,16 +234,18 @@ def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured,
             writer.write(name, tensor.walked)
         return planned
     amax = measured.inputs.get(name)
-    scale = input_global_scale(amax) if amax is not None else None
+    scale = input_global_scale(amax) if amax is not None else tensor.input_scale
+    shapes = {info.name: info.shape for info in plan.outputs[name]}
     for suffix, part in dialect.encode(tensor.stored, scale).items():
-        writer.write(f"{name.removesuffix('.weight')}.{suffix}", part)
+        full = f"{name.removesuffix('.weight')}.{suffix}"
+        writer.write(full, part.reshape(shapes[full]))  # scales of a source may be () or [N]
     assert tensor.error is not None
     return replace(planned, relative_error=float(tensor.error), input_amax=amax)
 
 
 def _write_cache_scales(plan: Plan, layer: int, measured: Measured, writer: ShardWriter) -> list[TensorRecord]:
     """Begin to write the scales of a layer's FP8 KV cache, if it has one; their records."""
-    if measured.keys_values is None:
+    if measured.keys_values is None or f"{plan.attention[layer]}.k_scale" not in plan.outputs:
         return []
     dtype = plan.outputs[f"{plan.attention[layer]}.k_scale"][0].dtype
     scales = dialect.kv_encode(plan.attention[layer], measured.keys_values, dtype)

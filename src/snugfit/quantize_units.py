@@ -3,33 +3,42 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from snugfit.calibration.statistics import InputAmax, KVAmax
+from snugfit.calibration.record import Calibration, Statistics
+from snugfit.calibration.spread import Layer
+from snugfit.calibration.statistics import ExpertStatistics, InputStatistics, KVAmax
 from snugfit.engines.fused import group_modules
-from snugfit.errors import UserError
+from snugfit.errors import Unfinished, UserError
+from snugfit.formats.spec import TensorFormat
 from snugfit.formats.stored import Stored
 from snugfit.methods.rounding import round_and_compare
-from snugfit.model import emulate, layers, walk
+from snugfit.model import emulate, experts, layers, walk
+from snugfit.model.assemble import Loaded, assemble, dtype_of, pieces_of
 from snugfit.model.checkpoint import Checkpoint
+from snugfit.model.sources import Weights
 from snugfit.model.transfer import Moving, Transfer, check_finite
 from snugfit.quantize_plan import Plan
+
+Piece = tuple[str, int | None]
 
 
 @dataclass(frozen=True)
 class UnitTensor:
-    """A source tensor in memory. `stored`: quantized, None where kept; `walked`: 16-bit values for the walk, if any.
+    """A tensor in memory. `stored`: quantized, None where kept; `walked`: 16-bit values for the walk, if any.
 
-    `error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device, None where kept.
+    `error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device, None where kept; `input_scale` the multiplier of
+    inputs that came with codes of the source.
     """
 
     stored: Stored | None
     walked: Tensor | None
     error: Tensor | None
+    input_scale: Tensor | None = None
 
 
 class ReadAhead:
@@ -39,29 +48,36 @@ class ReadAhead:
     """
 
     def __init__(
-        self, transfer: Transfer, checkpoint: Checkpoint, groups: Sequence[tuple[str, ...]], budget: int
+        self,
+        transfer: Transfer,
+        checkpoint: Checkpoint,
+        weights: Weights,
+        groups: Sequence[tuple[str, ...]],
+        budget: int,
     ) -> None:
-        self._transfer, self._checkpoint = transfer, checkpoint
+        self._transfer, self._checkpoint, self._weights = transfer, checkpoint, weights
         self._left = deque(groups)
-        self._coming: deque[tuple[int, dict[str, Moving[Tensor]]]] = deque()
+        self._coming: deque[tuple[int, dict[Piece, Moving[Tensor]]]] = deque()
         self._budget = budget
         self._begin()
 
     def _begin(self) -> None:
         while self._left:
-            size = sum(self._checkpoint.tensors[name].bytes for name in self._left[0])
+            size = sum(self._weights.bytes(self._checkpoint, name) for name in self._left[0])
             if self._coming and size + sum(bytes_ for bytes_, _ in self._coming) > self._budget:
                 return
-            names = self._left.popleft()
-            self._coming.append((size, {name: self._transfer.read(self._checkpoint, name) for name in names}))
+            # gate and up may stand in one tensor
+            pieces = dict.fromkeys(piece for name in self._left.popleft() for piece in pieces_of(self._weights, name))
+            self._coming.append((size, {piece: self._transfer.read(self._checkpoint, *piece) for piece in pieces}))
 
-    def take(self, group: Sequence[str]) -> dict[str, Tensor]:
+    def take(self, group: Sequence[str]) -> dict[str, Loaded]:
         """The next group's tensors on the device; UserError where they hold NaN or infinite values."""
         _, coming = self._coming.popleft()
-        assert tuple(coming) == tuple(group), "groups are taken in order"
-        found = {name: moving.result() for name, moving in coming.items()}
+        found = {piece: moving.result() for piece, moving in coming.items()}
         self._begin()
-        return {name: check_finite(self._checkpoint, name, tensor) for name, tensor in found.items()}
+        sound = {piece: check_finite(self._checkpoint, piece[0], tensor) for piece, tensor in found.items()}
+        del found
+        return {name: assemble(self._checkpoint, self._weights, name, sound) for name in group}
 
 
 def quantize_unit(
@@ -70,12 +86,20 @@ def quantize_unit(
     """Quantize a unit's groups; `walked`: keep 16-bit values of all its tensors for the walk."""
     done: dict[str, UnitTensor] = {}
     for names in groups:
-        weights = ahead.take(names)
+        loaded = ahead.take(names)
         assignment = plan.assignments.get(names[0])
+        dtypes = {name: dtype_of(plan.weights.tensors[name]) for name in names}
         if assignment is None or assignment.format is None:
-            done |= {name: UnitTensor(None, weight, None) for name, weight in weights.items()}
+            done |= {name: UnitTensor(None, one.in_dtype(dtypes[name]), None) for name, one in loaded.items()}
+            continue
+        if assignment.copied:
+            for name, one in loaded.items():
+                values = one.in_dtype(dtypes[name]) if walked else None
+                done[name] = UnitTensor(one.stored, values, torch.zeros(()), one.input_scale)
             continue
         settings = assignment.format, assignment.scale, assignment.objective
+        weights = {name: one.in_dtype(dtypes[name]) for name, one in loaded.items()}
+        del loaded
         for name, stored, values, error in round_and_compare(weights, *settings, values=walked):
             done[name] = UnitTensor(stored, values, error)
     return done
@@ -83,59 +107,194 @@ def quantize_unit(
 
 @dataclass(frozen=True)
 class Measured:
-    """What a layer's pass found: amax of the inputs of weights by tensor name; of keys and values by attention."""
+    """What a layer's pass found: amax of the inputs of weights by tensor name; keys and values; all statistics."""
 
     inputs: Mapping[str, float]
     keys_values: tuple[float, float] | None
+    statistics: Layer | None = None
 
 
 def calibrate(
     plan: Plan,
     skeleton: layers.Skeleton,
     index: int,
-    tensors: Mapping[str, UnitTensor],
+    tensors: MutableMapping[str, UnitTensor],
     batches: Sequence[walk.Batch],
     states: tuple[walk.States, walk.States],
     device: torch.device,
+    settings: Calibration,
 ) -> Measured:
     """Run decoder layer `index` with quantized weights over all rows, its hidden states from one file to the other.
 
-    FP8 inputs are quantized meanwhile, NVFP4 inputs not: their scale is what this pass measures.
+    FP8 inputs are quantized meanwhile, NVFP4 inputs not: their scale is what this pass measures. The 16-bit values are
+    taken out of `tensors`.
     """
     prefix = f"{plan.decoder}.{index}."
     # files may hold tensors that transformers computes itself, such as rotary_emb.inv_freq
     used = layers.used_names(skeleton, index)
-    weights = {n.removeprefix(prefix): t.walked for n, t in tensors.items() if t.walked is not None}
-    layer = layers.resident_layer(skeleton, index, {n: w for n, w in weights.items() if n in used}, device)
-    inside = layers.module_names(skeleton, index)
+    mixture = skeleton.experts.get(index)
+    routed = frozenset() if mixture is None else frozenset(mixture.names.values())
+    weights: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        relative = name.removeprefix(prefix)
+        if tensor.walked is not None and relative in used:
+            weights[relative] = tensor.walked
+            # what is kept of experts is large, and will be copied from file to file
+            whole = name in plan.checkpoint.tensors and (relative in routed or name in skeleton.stacks.stacks)
+            tensors[name] = replace(tensor, walked=None) if tensor.stored is not None or whole else tensor
+    layer = layers.resident_layer(skeleton, index, weights, device)
     formats = {
         name.removeprefix(prefix).removesuffix(".weight"): assignment.format
         for name in tensors
         if (assignment := plan.assignments.get(name)) and assignment.format is not None
     }
-    quantizers = {inside[module]: emulate.input_quantizer(fmt, "marlin", None) for module, fmt in formats.items()}
-    emulate.quantize_inputs(layer, {module: q for module, q in quantizers.items() if q is not None})
-    groups = group_modules(module for module, fmt in formats.items() if fmt.spec.calibrated)
-    observer = InputAmax(layer, [inside[group[0]] for group in groups])
+    scales = {n.removeprefix(prefix).removesuffix(".weight"): t.input_scale for n, t in tensors.items()}
+    count = sum(sum(batch.lengths) for batch in batches)
+    linears = _Linears(skeleton, index, layer, formats, scales, settings, count)
     cache = KVAmax() if index in plan.attention else None
 
     def before(batch: walk.Batch) -> None:
-        observer.before(batch)
+        linears.before(batch)
         if cache is not None:
             cache.before(batch)
 
     walk.run_layer(layer, index, batches, before, cache=cache, states=states)
-    found: dict[str, float] = {}
-    for group in groups:
-        seen = observer.amax.get(inside[group[0]])
-        amax = 0.0 if seen is None else float(seen)
-        _check_amax(amax, "its calibrated inputs have", prefix + group[0])
-        found |= {f"{prefix}{module}.weight": amax for module in group}
-    keys_values = None if cache is None else cache.amax
-    if cache is not None:
-        for what, largest in zip(("keys", "values"), keys_values or (0.0, 0.0), strict=True):
+    found = linears.result(prefix, cache.amax if cache else None)
+    inputs = input_amax(plan, index, found, mixture)
+    if any(assignment.calibrated for name in tensors if (assignment := plan.assignments.get(name))):
+        check_coverage(found, settings)
+    if cache is not None and plan.outputs:
+        for what, largest in zip(("keys", "values"), found.cache or (0.0, 0.0), strict=True):
             _check_amax(largest, f"its cached {what} have", plan.attention[index])
-    return Measured(found, keys_values)
+    return Measured(inputs, found.cache, found)
+
+
+def recall(plan: Plan, skeleton: layers.Skeleton, index: int, known: Statistics, settings: Calibration) -> Measured:
+    """What an earlier run measured of decoder layer `index`; UserError where that is not all that the plan needs."""
+    found = known.layers.get(index)
+    where, remedy = f"statistics of {known.model}", "Measure them again with `snugfit statistics collect`."
+    if found is None:
+        raise UserError(f"layer {index} is not among them.", where=where, remedy=remedy)
+    wanted = any(a.calibrated for name in plan.layer_of(index) if (a := plan.assignments.get(name)))
+    inputs = input_amax(plan, index, found, skeleton.experts.get(index)) if wanted else {}
+    if wanted:
+        check_coverage(found, settings)
+    if index in plan.attention and found.cache is None:
+        raise UserError(f"keys and values of layer {index} are not among them.", where=where, remedy=remedy)
+    return Measured(inputs, found.cache if index in plan.attention else None)
+
+
+class _Linears:
+    """Watches all linears of a resident layer, and rounds their inputs where an engine would."""
+
+    def __init__(
+        self,
+        skeleton: layers.Skeleton,
+        index: int,
+        layer: nn.Module,
+        formats: Mapping[str, TensorFormat],
+        scales: Mapping[str, Tensor | None],
+        settings: Calibration,
+        tokens: int,
+    ) -> None:
+        self._inside = {
+            theirs: ours
+            for theirs, ours in layers.module_names(skeleton, index).items()
+            if isinstance(layer.get_submodule(ours), nn.Linear)
+        }
+        self.groups = group_modules(self._inside)
+        self._observer = InputStatistics(layer, [self._inside[group[0]] for group in self.groups])
+        quantizers = {
+            ours: emulate.input_quantizer(formats[theirs], "marlin", scales.get(theirs))
+            for theirs, ours in self._inside.items()
+            if theirs in formats
+        }
+        emulate.quantize_inputs(layer, {module: q for module, q in quantizers.items() if q is not None})
+        self._mixture = skeleton.experts.get(index)
+        self._experts: ExpertStatistics | None = None
+        if self._mixture is not None:
+            names = {role: name for (_, role, what), name in self._mixture.names.items() if what == "weight"}
+            up, down = (self._of_experts(names[role], formats, scales) for role in (experts.UP, experts.DOWN))
+            cap = settings.forced_tokens if settings.experts == "all" else None
+            self._experts = ExpertStatistics(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
+            experts.hook(layer.get_submodule(self._mixture.module), self._experts)
+
+    def _of_experts(
+        self, name: str, formats: Mapping[str, TensorFormat], scales: Mapping[str, Tensor | None]
+    ) -> emulate.Quantizer | None:
+        """What rounds the inputs of all experts' projections that are like `name`."""
+        leaf = name.removesuffix(".weight").rpartition(".")[2]
+        alike = [m for m in formats if ".experts." in m and m.rpartition(".")[2] == leaf]
+        if not alike:
+            return None
+        given = [scale for module in alike if (scale := scales.get(module)) is not None]
+        return emulate.input_quantizer(formats[alike[0]], "marlin", max(given, key=float) if given else None)
+
+    def before(self, batch: walk.Batch) -> None:
+        """Tell which tokens of the coming batch are real."""
+        self._observer.before(batch)
+        if self._experts is not None:
+            self._experts.before(batch)
+
+    def result(self, prefix: str, cache: tuple[float, float] | None) -> Layer:
+        """What was seen, under the file's names."""
+        seen = {prefix + group[0]: self._observer.result(self._inside[group[0]]) for group in self.groups}
+        inputs = {name: one for name, one in seen.items() if one is not None}
+        if self._mixture is None or self._experts is None:
+            return Layer(inputs, {}, cache)
+        module = prefix + experts_module(self._mixture)
+        found, gate_up, down = self._experts.result()
+        inputs |= {f"{module}.gate_up": gate_up, f"{module}.down": down}
+        return Layer(inputs, {module: found}, cache)
+
+
+def experts_module(mixture: experts.ExpertNames) -> str:
+    """What statistics call a layer's experts: the file's name of the list that they stand in, relative to the layer."""
+    first = next(iter(mixture.names.values()))
+    return first[: first.index("experts.") + len("experts")]
+
+
+def input_amax(plan: Plan, index: int, found: Layer, mixture: experts.ExpertNames | None) -> dict[str, float]:
+    """Largest input of each weight of a layer that needs one, by tensor name; UserError where there is none.
+
+    All routed experts share one for gate and up, and one for down: engines take the largest anyway.
+    """
+    prefix = f"{plan.decoder}.{index}."
+    wanted = [name for name in plan.layer_of(index) if (a := plan.assignments.get(name)) and a.calibrated]
+    routed = {name: role for (_, role, _), name in mixture.names.items()} if mixture else {}
+    amax: dict[str, float] = {}
+    for name in wanted:
+        role = routed.get(name.removeprefix(prefix))
+        if role is not None and mixture is not None:
+            seen = found.experts.get(prefix + experts_module(mixture))
+            if seen is None:
+                what = f"no statistics of {prefix}{experts_module(mixture)}."
+                raise UserError(what, remedy="Measure them again with `snugfit statistics collect`.")
+            amax[name] = seen.down if role == experts.DOWN else seen.gate_up
+            _check_amax(amax[name], "calibrated inputs of its experts have", f"{prefix}{experts_module(mixture)}")
+    others = [name.removesuffix(".weight") for name in wanted if name not in amax]
+    for group in group_modules(others):
+        one = next((found.inputs[module] for module in group if module in found.inputs), None)
+        largest = 0.0 if one is None else one.amax
+        _check_amax(largest, "its calibrated inputs have", group[0])
+        amax |= {f"{module}.weight": largest for module in group}
+    return amax
+
+
+def check_coverage(found: Layer, settings: Calibration) -> None:
+    """Unfinished where an expert saw too few tokens to be calibrated."""
+    for module, seen in found.experts.items():
+        bare = seen.under(settings.least_tokens)
+        if not bare:
+            continue
+        few = ", ".join(f"{number} ({seen.tokens[number]})" for number in bare[:8])
+        more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""
+        how = "--experts all sends them what the router does not, " if settings.experts == "routed" else ""
+        raise Unfinished(
+            f"{len(bare)} of {len(seen.routed)} experts saw fewer than {settings.least_tokens} tokens: {few}{more}.",
+            where=module,
+            remedy=f"{how}more --rows help, --least-tokens 0 lets them take what their layer's others measured.",
+        )
 
 
 def _check_amax(amax: float, what: str, where: str) -> None:

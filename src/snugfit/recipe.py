@@ -13,6 +13,9 @@ A rule matches by `role` (one or a list), by `name` (a glob on the tensor's modu
 ("0..3, 26, -2..-1"; negative numbers count from the end); all that are given must hold. `format: keep` leaves a tensor
 as it is. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
 
+Weights that the source has in FP8 stay as they are, bit for bit, wherever a rule says `keep` or asks for an FP8 format
+(unless it adds `requantize: true`); so do MXFP4 ones where it asks for MXFP4.
+
 `kv_cache: fp8` beside the rules asks engines for an FP8 KV cache, and has its scales calibrated; `keep` is the default.
 """
 
@@ -22,7 +25,7 @@ import fnmatch
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import resources
@@ -36,11 +39,21 @@ from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, READ_ONLY, TensorFormat, check_shape
 from snugfit.model.checkpoint import TensorInfo
-from snugfit.model.names import DECODER, KEPT_ROLES, LINEAR, ROLE_SETS, ROLES, TensorName, parse_name
+from snugfit.model.names import (
+    DECODER,
+    EXPERTS,
+    KEPT_ROLES,
+    LINEAR,
+    ROLE_SETS,
+    ROLES,
+    SHARED_EXPERTS,
+    TensorName,
+    parse_name,
+)
 from snugfit.patterns import compiled
 
 _LAYERS = re.compile(r"\s*-?\d{1,9}(\.\.-?\d{1,9})?\s*")
-ROLE_NAMES = sorted({*ROLES.values(), *ROLE_SETS, LINEAR, "router"})
+ROLE_NAMES = sorted({*ROLES.values(), *ROLE_SETS, EXPERTS, SHARED_EXPERTS, LINEAR, "router"})
 Scale = Literal["absmax", "four-over-six", "sweep"]
 Objective = Literal["mse", "mae", "absmax"]
 MAX_BYTES = 256_000  # PyYAML reads some 100 kB a second
@@ -60,6 +73,7 @@ class Rule(BaseModel):
     objective: Objective | None = None
     group: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
     symmetric: StrictBool | None = None
+    requantize: StrictBool = False
 
     @field_validator("role", "group", mode="before")
     @classmethod
@@ -140,12 +154,21 @@ class LoadedRecipe:
 
 @dataclass(frozen=True)
 class Assignment:
-    """What a recipe says of one weight: its format (None: kept), how scales are chosen, and which rule said so."""
+    """What a recipe says of one weight: its format (None: kept), how scales are chosen, and which rule said so.
+
+    `copied`: the source has it in this format already, and its codes stay. A `rule` of -1: no rule said so.
+    """
 
     format: TensorFormat | None
     scale: str
     objective: str
     rule: int
+    copied: bool = False
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its inputs need a scale that is measured."""
+        return self.format is not None and self.format.spec.calibrated
 
 
 def builtin_names() -> list[str]:
@@ -202,14 +225,16 @@ def resolve(
     layers: int,
     decoder: str = DECODER,
     frozen: Mapping[str, str] | None = None,
+    stored: Mapping[str, TensorFormat] | None = None,
 ) -> dict[str, Assignment]:
-    """Tensor name -> assignment, for each weight that a rule names.
+    """Tensor name -> assignment, for each weight that a rule names, and each that the source has quantized.
 
     `layers` is the model's number of decoder layers, `decoder` their list's name; `frozen` maps names of tensors that
-    must stay to why. Raises UserError for a layer weight without a rule, a rule that matches nothing, a fused group
-    that is split, a shape that does not fit, a format for a tensor outside the layers.
+    must stay to why, `stored` those that the source has quantized to their format. Raises UserError for a layer weight
+    without a rule, a rule that matches nothing, a fused group or a layer's experts that are split, a shape that does
+    not fit, a format for a tensor outside the layers.
     """
-    frozen = frozen or {}
+    frozen, stored = frozen or {}, stored or {}
     found: dict[str, Assignment] = {}
     infos = {tensor.name: tensor for tensor in tensors}
     names = [parse_name(tensor.name, tensor.shape, decoder) for tensor in tensors]
@@ -233,17 +258,63 @@ def resolve(
         place = f"{loaded.where}: rules[{number}]"
         if not matched[number]:
             raise _matches_nothing(rule, [name for name in names if name.full in frozen], layers, frozen, place)
-        outside = [name.module for name in matched[number] if name.layer is None]
+        outside = [name.module for name in matched[number] if name.layer is None and name.full not in stored]
         if outside and rule.format != KEEP:
             raise UserError(
                 f"{outside[0]} stands outside the decoder layers, where nothing is quantized so far.",
                 where=place,
                 remedy="Leave it out, or give it `format: keep`.",
             )
-        assignment = _settle(rule, number, [infos[name.full] for name in matched[number]], place)
-        found |= {name.full: assignment for name in matched[number]}
+        staying = {name.full: fmt for name in matched[number] if (fmt := _staying(rule, stored.get(name.full)))}
+        found |= {name: _copied(name, fmt, number, place) for name, fmt in staying.items()}
+        new = [name.full for name in matched[number] if name.full not in staying]
+        if new:
+            assignment = _settle(rule, number, [infos[name] for name in new], place)
+            found |= dict.fromkeys(new, assignment)
+    found |= {name: _copied(name, fmt, -1, loaded.where) for name, fmt in stored.items() if name not in found}
     _check_groups(found, loaded.where)
+    _check_experts(found, names, loaded.where)
     return found
+
+
+def _staying(rule: Rule, stored: TensorFormat | None) -> TensorFormat | None:
+    """The format in which a rule leaves a weight as the source has it; None where it is to be made anew."""
+    if stored is None or rule.requantize:
+        return None
+    if rule.format == KEEP or (rule.format.startswith("fp8") and stored.name.startswith("fp8")):
+        return stored
+    return TensorFormat("mxfp4") if rule.format == stored.name == "mxfp4" else None
+
+
+def _copied(name: str, fmt: TensorFormat, rule: int, place: str) -> Assignment:
+    """A weight that stays in the source's format; UserError for one that no engine runs in this layout."""
+    if fmt.block is not None:
+        raise UserError(
+            f"{name} is FP8 in blocks of {fmt.block[0]} x {fmt.block[1]}: engines run those of 128 x 128.",
+            where=place,
+            remedy="Add `requantize: true` to the rule that names it.",
+        )
+    if fmt.input_kind == "fp8-tensor-dynamic":  # what engines do with it is one scale a token
+        fmt = replace(fmt, inputs="fp8-token")
+    return Assignment(fmt, "", "", rule, copied=True)
+
+
+def _check_experts(found: Mapping[str, Assignment], names: Sequence[TensorName], where: str) -> None:
+    """UserError where routed experts of one layer differ in format: engines ask for it once a layer, of expert 0."""
+    first: dict[int, tuple[str, TensorFormat | None]] = {}
+    for name in names:
+        if name.layer is None or name.expert is None or name.parameter != "weight":
+            continue
+        fmt = found[name.full].format if name.full in found else None
+        known, other = first.setdefault(name.layer, (name.full, fmt))
+        if fmt != other:
+            label, label_of_other = (f.label() if f else KEEP for f in (fmt, other))
+            raise UserError(
+                f"splits the routed experts of layer {name.layer}: {known} is {label_of_other}, {name.full} {label}. "
+                "Engines run all experts of a layer in one format.",
+                where=where,
+                remedy="Let one rule name them all: `role: experts`.",
+            )
 
 
 def _matches_nothing(
@@ -264,7 +335,7 @@ def _first_match(rules: Sequence[Rule], name: TensorName, layers: int) -> int | 
 
 
 def _rule_matches(rule: Rule, name: TensorName, layers: int) -> bool:
-    if rule.role and not any(_role_matches(role, name.role) for role in rule.role):
+    if rule.role and not any(_role_matches(role, name) for role in rule.role):
         return False
     if rule.name is not None and not _name_matches(rule.name, name.module):
         return False
@@ -273,10 +344,10 @@ def _rule_matches(rule: Rule, name: TensorName, layers: int) -> bool:
     return rule.layers is None or name.layer in layer_numbers(rule.layers, layers)
 
 
-def _role_matches(wanted: str, role: str) -> bool:
-    if wanted == LINEAR:
-        return role not in KEPT_ROLES
-    return role == wanted or role in ROLE_SETS.get(wanted, ())
+def _role_matches(wanted: str, name: TensorName) -> bool:
+    if wanted in (LINEAR, EXPERTS, SHARED_EXPERTS):
+        return name.role not in KEPT_ROLES and (wanted == LINEAR or (name.routed if wanted == EXPERTS else name.shared))
+    return name.role == wanted or name.role in ROLE_SETS.get(wanted, ())
 
 
 def _name_matches(pattern: str, module: str) -> bool:
@@ -318,6 +389,13 @@ def _check_groups(found: Mapping[str, Assignment], where: str) -> None:
         for member in group[1:]:
             other = modules[member]
             same = (first.format, first.scale, first.objective) == (other.format, other.scale, other.objective)
+            if not same and (first.copied or other.copied):
+                kinds = ", ".join(f"{m.rpartition('.')[2]} {_source_words(modules[m])}" for m in group)
+                raise UserError(
+                    f"{group[0]} and its partners run as one matrix product in vLLM and need one format: {kinds}.",
+                    where=where,
+                    remedy="Add `requantize: true` to the rule that names them.",
+                )
             if not same:
                 raise UserError(
                     f"splits a fused group: {group[0]} (rules[{first.rule}]) and {member} (rules[{other.rule}]) "
@@ -325,6 +403,11 @@ def _check_groups(found: Mapping[str, Assignment], where: str) -> None:
                     where=where,
                     remedy=f"Let one rule name all of: {', '.join(group)}.",
                 )
+
+
+def _source_words(assignment: Assignment) -> str:
+    label = assignment.format.label() if assignment.format else KEEP
+    return f"stays {label}" if assignment.copied else f"would be {label}"
 
 
 def _check_rule(rule: Rule, place: str) -> None:

@@ -4,8 +4,10 @@ Run by an environment that has vLLM (its CPU build will do)::
 
     python load_in_vllm.py OUT.json CHECKPOINT [CHECKPOINT...]
 
-OUT.json is ``{path: {"linears": {name: scheme or null}} or {"error": last line}}``. No forward is run: tiny models have
-shapes that kernels refuse.
+OUT.json is ``{path: {"linears": {name: scheme or null}, "experts": {module: {parameter: sum}}} or {"error": last
+line}}``. ``experts`` are the parameters of mixtures before vLLM repacks them, each told by the sum of its bytes: vLLM
+0.32 passes over tensors of experts whose names it does not know. No forward is run: tiny models have shapes that
+kernels refuse.
 """
 
 from __future__ import annotations
@@ -26,8 +28,19 @@ SETTINGS = {
 }
 
 
+def sums_of_experts(model: Any, torch: Any) -> dict[str, dict[str, int]]:
+    """The sum of the bytes of every parameter of every mixture."""
+    found: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if ".experts" in module and leaf.startswith(("w13", "w2")):
+            flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8)
+            found.setdefault(module, {})[leaf] = int(flat.sum(dtype=torch.int64))
+    return found
+
+
 def load(path: str) -> dict[str, Any]:
-    """Every linear of the loaded model by name, and its scheme, None where it is not quantized."""
+    """Every linear of the loaded model by name and its scheme, None where it is not quantized; what experts loaded."""
     arguments: Any = importlib.import_module("vllm.engine.arg_utils")
     config: Any = importlib.import_module("vllm.config")
     loader: Any = importlib.import_module("vllm.model_executor.model_loader")
@@ -40,10 +53,24 @@ def load(path: str) -> dict[str, Any]:
             meeting = Path(tempfile.mkdtemp()) / "meeting"
             distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
             distributed.ensure_model_parallel_initialized(1, 1)
-        model = loader.get_model(vllm_config=settings)
+        torch: Any = importlib.import_module("torch")
+        base: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
+        experts: dict[str, dict[str, int]] = {}
+        repack = base.process_weights_after_loading
+
+        def note(model: Any, *args: Any) -> None:
+            experts.update(sums_of_experts(model, torch))
+            repack(model, *args)
+
+        base.process_weights_after_loading = note
+        try:
+            model = loader.get_model(vllm_config=settings)
+        finally:
+            base.process_weights_after_loading = repack
     linears = {name: module for name, module in model.named_modules() if isinstance(module, linear.LinearBase)}
     schemes = {name: getattr(module, "scheme", None) for name, module in linears.items()}
-    return {name: None if scheme is None else type(scheme).__name__ for name, scheme in schemes.items()}
+    named = {name: None if scheme is None else type(scheme).__name__ for name, scheme in schemes.items()}
+    return {"linears": named, "experts": experts}
 
 
 def main() -> None:
@@ -60,7 +87,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for path in paths:
         try:
-            found[path] = {"linears": load(path)}
+            found[path] = load(path)
         except Exception as error:  # noqa: BLE001 (whatever vLLM raises is the answer)
             found[path] = {"error": f"{type(error).__name__}: {error}"}
         out.write_text(json.dumps(found), encoding="utf-8")

@@ -76,13 +76,19 @@ def test_what_no_longer_divides(
 
 
 def test_experts_are_one() -> None:
-    """Experts alike are counted, not listed; one of another shape stays apart."""
-    names = [f"{LAYER}.mlp.experts.{k}.w1.weight" for k in range(256)]
+    """Experts alike in all their tensors are counted, not listed; one that differs in any stays apart, whole."""
+    names = [f"{LAYER}.mlp.experts.{k}.{leaf}.weight" for k in range(256) for leaf in ("w1", "w2")]
     tensors = [TensorInfo(name, "BF16", (8, 4)) for name in names]
-    tensors += [TensorInfo(f"{LAYER}.mlp.experts.256.w1.weight", "BF16", (8, 8)), TensorInfo("a", "BF16", (2,))]
-    found = [(weight.info.name, weight.info.shape, weight.count) for weight in collapse_experts(tensors)]
-    one = f"{LAYER}.mlp.experts.0.w1.weight"
-    assert found == [(one, (8, 4), 256), (one, (8, 8), 1), ("a", (2,), 1)]
+    tensors[257] = TensorInfo(tensors[257].name, "F8_E4M3", (8, 4))  # w2 of expert 128
+    found = [(w.info.name, w.info.dtype, w.count) for w in collapse_experts([*tensors, TensorInfo("a", "BF16", (2,))])]
+    experts = f"{LAYER}.mlp.experts"
+    assert found == [
+        (f"{experts}.0.w1.weight", "BF16", 255),
+        (f"{experts}.0.w2.weight", "BF16", 255),
+        (f"{experts}.128.w1.weight", "BF16", 1),
+        (f"{experts}.128.w2.weight", "F8_E4M3", 1),
+        ("a", "BF16", 1),
+    ]
 
 
 @pytest.mark.parametrize(

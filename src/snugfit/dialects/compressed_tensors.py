@@ -28,6 +28,8 @@ MIXED = "mixed-precision"
 # the first release that reads per-group formats and NVFP4 beside FP8
 VERSION = "0.14.0"
 
+_FLOATS = frozenset({"BF16", "F16", "F32"})
+
 # names of the tensors that stand for a module's weight, by what follows the module's name
 INPUT_SCALE = "input_global_scale"
 
@@ -58,8 +60,27 @@ def layout(fmt: TensorFormat, shape: tuple[int, ...], dtype: str) -> dict[str, t
     return parts | ({} if fmt.symmetric else {"weight_zero_point": ("I32", (-(-rows // 8), groups))})
 
 
+def copied_layout(fmt: TensorFormat, parts: Headers) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The same of an FP8 weight that stays as it is, from the headers of its parts, in any dialect (suffix -> header).
+
+    Scales keep their dtype; E8M0 ones, which this layout has not, become F32.
+    """
+    rows, columns = parts["weight"][1]
+    scale = next(dtype for suffix, (dtype, _) in parts.items() if suffix.startswith("weight_scale"))
+    if fmt.weight_block is not None:
+        shape: tuple[int, ...] = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+    else:
+        shape = (1,) if fmt.name == "fp8" and fmt.group == 0 else (rows, 1)
+    dtype = scale if scale in _FLOATS else "F32"
+    found: dict[str, tuple[str, tuple[int, ...]]] = {
+        "weight": ("F8_E4M3", (rows, columns)),
+        "weight_scale": (dtype, shape),
+    }
+    return found | ({"input_scale": ("F32", (1,))} if fmt.input_kind == "fp8-tensor" else {})
+
+
 def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tensor]:
-    """Suffix -> tensor as written; `input_scale` is NVFP4's static activation multiplier."""
+    """Suffix -> tensor as written; `input_scale` is the static multiplier of NVFP4 or FP8 activations."""
     import torch
 
     from snugfit.formats.fp8 import FP8Weight
@@ -76,7 +97,8 @@ def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tenso
         }
         return parts | ({INPUT_SCALE: input_scale.reciprocal().reshape(1)} if input_scale is not None else {})
     if isinstance(stored, FP8Weight):
-        return {"weight": stored.codes, "weight_scale": stored.scale}
+        inputs = {} if input_scale is None else {"input_scale": input_scale.reshape(1).float()}
+        return {"weight": stored.codes, "weight_scale": stored.scale} | inputs
     if isinstance(stored, MXFP4Weight):
         return {"weight_packed": stored.packed, "weight_scale": stored.exponent}
     assert isinstance(stored, INT4Weight), "a format that is read, not written"
@@ -290,11 +312,15 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
         )
         inputs = weights | {"dynamic": "local"} if fmt.name == "nvfp4" else None
         return {"format": NVFP4, "weights": weights, "input_activations": inputs, "output_activations": None}
-    if fmt.name == "fp8-dynamic":
+    if fmt.name in ("fp8-dynamic", "fp8"):  # one scale an output channel, or of a source one a weight
+        inputs = _arguments(num_bits=8, type="float", strategy="token", dynamic=True)
+        if fmt.input_kind == "fp8-tensor":
+            inputs = _arguments(num_bits=8, type="float", strategy="tensor")
+        strategy = "tensor" if fmt.name == "fp8" and fmt.group == 0 else "channel"
         return {
             "format": FLOAT,
-            "weights": _arguments(num_bits=8, type="float", strategy="channel"),
-            "input_activations": _arguments(num_bits=8, type="float", strategy="token", dynamic=True),
+            "weights": _arguments(num_bits=8, type="float", strategy=strategy),
+            "input_activations": None if fmt.input_kind == "none" else inputs,
             "output_activations": None,
         }
     if fmt.name == "fp8-block":
@@ -311,7 +337,7 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
         weights = _arguments(
             num_bits=4, type="float", strategy="group", group_size=MXFP4_BLOCK, scale_dtype="torch.uint8"
         )
-        inputs = weights | {"dynamic": True}
+        inputs = weights | {"dynamic": True} if fmt.input_kind == "mxfp4" else None
         return {"format": MXFP4, "weights": weights, "input_activations": inputs, "output_activations": None}
     weights = _arguments(num_bits=4, type="int", strategy="group", group_size=fmt.group, symmetric=fmt.symmetric)
     return {"format": PACKED, "weights": weights, "input_activations": None, "output_activations": None}

@@ -184,7 +184,8 @@ def _quantization(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] 
         if given:
             if not isinstance(given, dict):
                 raise UserError("no mapping.", where=WHERE, remedy="Download config.json again.")
-            return given
+            # gpt-oss's: codes of 3-D tensors of experts alone, which model/sources.py takes apart
+            return None if given.get("quant_method") == "mxfp4" else given
     return None if hf_quant_config is None else {"quant_method": "modelopt"} | dict(hf_quant_config)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from snugfit.dialects.schemes import WHERE
 from snugfit.engines.fused import LOOKED_UP_AS
+from snugfit.engines.mixtures import EXPERTS_LOOKED_UP_AS
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.patterns import Pattern, compiled
@@ -150,7 +151,7 @@ def _towers(formats: Iterable[str], ignore: Iterable[str], places: Mapping[str, 
 
 
 def _escape(parent: str) -> str:
-    also = LOOKED_UP_AS
+    also = {**LOOKED_UP_AS, **EXPERTS_LOOKED_UP_AS} if "#" in parent else LOOKED_UP_AS
     names = [rf"({part}|{also[part]})" if part in also else re.escape(part) for part in parent.split(".")]
     return r"\.".join(names).replace(r"\#", r"\d+") + r"\." if parent else ""
 

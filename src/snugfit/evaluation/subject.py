@@ -15,7 +15,7 @@ from snugfit.dialects import reading
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.model import emulate, layers, walk
+from snugfit.model import emulate, experts, layers, walk
 from snugfit.model.checkpoint import Checkpoint, open_checkpoint
 
 TOKENS_PER_BATCH = 4096
@@ -246,7 +246,17 @@ def resident_layer(subject: Subject, index: int, device: torch.device) -> tuple[
             subject.activations,
             layers.layer_names(skeleton, index),
         )
+        mixture, inputs = skeleton.experts.get(index), None
+        if mixture is not None:
+            holder = skeleton.layers[index].get_submodule(mixture.module)
+            found, inputs = emulate.read_experts(
+                subject.checkpoint, prefix, mixture, holder, subject.formats, subject.activations, skeleton.stacks
+            )
+            weights |= found
+            del found
     layer = layers.resident_layer(skeleton, index, weights, device)
+    if mixture is not None and inputs is not None:
+        experts.hook(layer.get_submodule(mixture.module), inputs)
     modules = layers.module_names(skeleton, index)
     emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
     if subject.kv is None or subject.activations == "none":

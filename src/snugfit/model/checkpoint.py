@@ -41,9 +41,11 @@ __all__ = [
     "Remote",
     "StoredTensor",
     "TensorInfo",
+    "fingerprint",
     "header_digest",
     "open_checkpoint",
     "open_headers",
+    "piece_of",
     "read_header",
     "read_range",
     "read_tensor",
@@ -52,6 +54,7 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+FINGERPRINTS, FINGERPRINT_BYTES = 32, 4096
 # org/name, org/name@revision
 REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./+-]*))?", re.ASCII)
 
@@ -173,15 +176,37 @@ def header_digest(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def read_tensor(checkpoint: Checkpoint, name: str) -> Tensor:
-    """The tensor `name` on the CPU, read by range into memory of its own."""
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the first bytes of some tensors, which tells two models of the same shapes apart."""
+    named = sorted(checkpoint.tensors)
+    chosen = named[:: max(1, len(named) // FINGERPRINTS)]
+    digest = hashlib.sha256()
+    for name in chosen:
+        buffer = bytearray(min(checkpoint.tensors[name].bytes, FINGERPRINT_BYTES))
+        read_range(checkpoint, checkpoint.tensors[name], 0, memoryview(buffer))
+        digest.update(name.encode() + b"\0" + buffer)
+    return digest.hexdigest()
+
+
+def read_tensor(checkpoint: Checkpoint, name: str, expert: int | None = None) -> Tensor:
+    """The tensor `name`, or (of one with all experts) an expert's part, on the CPU, read by range."""
     import torch
 
     tensor = checkpoint.tensors[name]
-    buffer = torch.empty(tensor.bytes, dtype=torch.uint8)
-    read_range(checkpoint, tensor, 0, memoryview(buffer.numpy()))  # type: ignore[arg-type]  # it has the buffer protocol
+    part, first = piece_of(tensor, expert)
+    buffer = torch.empty(part.bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # it has the buffer protocol
+    read_range(checkpoint, tensor, first, view)
     dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
-    return buffer.view(dtype).view(tensor.shape)
+    return buffer.view(dtype).view(part.shape)
+
+
+def piece_of(tensor: StoredTensor, expert: int | None) -> tuple[TensorInfo, int]:
+    """The part of a tensor that is one expert's (None: the whole), and its first byte behind the tensor's begin."""
+    if expert is None:
+        return TensorInfo(tensor.name, tensor.dtype, tensor.shape), 0
+    part = TensorInfo(tensor.name, tensor.dtype, tensor.shape[1:])
+    return part, expert * part.bytes
 
 
 def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: memoryview) -> None:

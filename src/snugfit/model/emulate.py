@@ -6,7 +6,7 @@ differ; and an FP8 KV cache rounds keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -20,8 +20,12 @@ from snugfit.errors import UserError
 from snugfit.formats import fp8, integer, mxfp4, nvfp4
 from snugfit.formats.spec import FP8_BLOCK, InputKind, TensorFormat
 from snugfit.formats.stored import Stored, dequantize
+from snugfit.model import experts
+from snugfit.model.assemble import read_single
 from snugfit.model.cache import NoCache
 from snugfit.model.checkpoint import Checkpoint, read_tensor
+from snugfit.model.experts import NoHooks
+from snugfit.model.sources import Weights
 
 # values at once: what a core's cache holds; what a small GPU spares
 SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -103,6 +107,75 @@ def read_module(
     return _values(checkpoint, module, member.stored, shape), member.input_scale
 
 
+@dataclass(frozen=True)
+class ExpertInputs(NoHooks):
+    """Rounds the inputs of a layer's routed experts as an engine does; None leaves them alone."""
+
+    gate_up: Quantizer | None
+    down: Quantizer | None
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """Inputs of all gate and up projections [tokens, K]."""
+        return hidden if self.gate_up is None else _in_slices(self.gate_up, hidden)
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:  # noqa: ARG002
+        """Inputs of an expert's down projection [n, K]."""
+        return hidden if self.down is None else _in_slices(self.down, hidden)
+
+
+def read_experts(
+    checkpoint: Checkpoint,
+    prefix: str,
+    mixture: experts.ExpertNames,
+    holder: nn.Module,
+    formats: Mapping[str, TensorFormat],
+    profile: str,
+    stacks: Weights,
+) -> tuple[dict[str, Tensor], ExpertInputs]:
+    """Weights of a layer's routed experts (names relative to the layer), dequantized, and what rounds their inputs.
+
+    Engines give all experts of a layer one scale for the inputs of gate and up and one for those of down, the largest
+    multiplier in the file (engines/mixtures.py); so does this, but for profile "none", which rounds nothing.
+    """
+    shapes = experts.shapes(holder)
+    found: dict[str, Tensor] = {}
+    scales: dict[bool, list[Tensor]] = {True: [], False: []}
+    kinds: dict[bool, TensorFormat] = {}
+    by_expert: dict[int, list[tuple[str, str]]] = {}
+    for (expert, role, parameter), name in mixture.names.items():
+        module = f"{prefix}.{name}".removesuffix(".weight")
+        if parameter == "weight" and module in formats:
+            by_expert.setdefault(expert, []).append((role, name))
+        elif f"{prefix}.{name}" in checkpoint.tensors:
+            found[name] = read_tensor(checkpoint, f"{prefix}.{name}")
+        elif f"{prefix}.{name}" in stacks.tensors:
+            found[name] = read_single(checkpoint, stacks, f"{prefix}.{name}")
+    for named in by_expert.values():
+        for group in (("gate", "up"), ("down",)):
+            modules = {name: f"{prefix}.{name}".removesuffix(".weight") for role, name in named if role in group}
+            members = {name: _read_member(checkpoint, module, formats[module]) for name, module in modules.items()}
+            roles = {name: role for role, name in named}
+            for name, member in (members if profile == NO_ENGINE else _as_one(checkpoint, members)).items():
+                values = _values(checkpoint, modules[name], member.stored, shapes[roles[name], "weight"])
+                found[name] = values.to(holder.down_proj.dtype)
+                kinds.setdefault(group == ("down",), member.format)
+                if member.input_scale is not None:
+                    scales[group == ("down",)].append(member.input_scale)
+    return found, ExpertInputs(*(_of_all_experts(kinds, scales, down, profile) for down in (False, True)))
+
+
+def _of_all_experts(
+    kinds: Mapping[bool, TensorFormat],
+    scales: Mapping[bool, Sequence[Tensor]],
+    down: bool,
+    profile: str,
+) -> Quantizer | None:
+    if down not in kinds:
+        return None
+    scale = max(scales[down], key=float) if scales[down] else None
+    return input_quantizer(kinds[down], profile, scale)
+
+
 def read_layer(
     checkpoint: Checkpoint,
     prefix: str,
@@ -115,6 +188,7 @@ def read_layer(
 
     `prefix` is the layer's name in the checkpoint, `layer` its skeleton, `formats` the quantized modules by full name.
     `names` (the file's -> the model's, relative to the layer) are given where they differ; results have the file's.
+    Experts in 3-D parameters are `read_experts`'.
     """
     held_by = layer.state_dict()
     state = held_by if names is None else {name: held_by[ours] for name, ours in names.items()}

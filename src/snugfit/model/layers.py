@@ -18,8 +18,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from snugfit.errors import UserError
+from snugfit.model import experts
+from snugfit.model.assemble import part_of
 from snugfit.model.checkpoint import Checkpoint, read_tensor
 from snugfit.model.conversion import StoredNames, list_name, stored_names
+from snugfit.model.names import ROLES
+from snugfit.model.sources import Weights, stacked_weights
 from snugfit.model.standins import TextOnly, alike, put, rehearse, token_embeddings
 
 APART = "Config and weights do not belong together."
@@ -31,8 +35,10 @@ class Skeleton:
 
     `layers_name` is the decoder layers' name in the model, `stored_layers_name` in the file; `stored` maps names of
     the model's parameters and persistent buffers to those in the file, as far as it has them (a quantized weight: to
-    its name in 16 bits). `in_tuple`: layers answer with tuples; `hand_on`: they leave more for later layers than hidden
-    states, such as Gemma 4's shared keys and values, which are lost where a walk begins in the middle.
+    its name in 16 bits). Experts in 3-D parameters are not among them, but in `experts` by layer; where the file holds
+    all of a layer in one tensor, `stacks` takes them apart. `in_tuple`: layers answer with tuples; `hand_on`: they
+    leave more for later layers than hidden states, such as Gemma 4's shared keys and values, which are lost where a
+    walk begins in the middle.
     """
 
     model: nn.Module
@@ -42,6 +48,8 @@ class Skeleton:
     stored: Mapping[str, str]
     in_tuple: bool
     hand_on: bool
+    experts: Mapping[int, experts.ExpertNames]
+    stacks: Weights
 
     @property
     def config(self) -> Any:
@@ -93,7 +101,14 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
         if not all(map(alike, whole.calls, alone.calls)):
             what = f"{type(model).__name__} does not run text as its language model alone would: not handled yet."
             raise UserError(what, where=where, remedy="Evaluate or quantize a text model.")
-    state = model.state_dict()
+    mixtures = {n: module for n, layer in enumerate(layers) if (module := experts.find_experts(layer, where=where))}
+    experts.use(model)
+    held = {
+        f"{name}.{number}.{module}.{parameter}"
+        for number, module in mixtures.items()
+        for parameter in experts.parameters(layers[number].get_submodule(module))
+    }
+    state = {key: tensor for key, tensor in model.state_dict().items() if key not in held}
     _check_names(stored, state, checkpoint)
     names = {ours: theirs for ours, theirs in stored.names.items() if ours in state}
     empty = [name for name, buffer in model.named_buffers() if buffer.device.type == "meta" and name not in state]
@@ -101,7 +116,39 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
         raise UserError(f"buffers that this model never computes: {', '.join(empty[:5])}.", where=where)
     left = any(isinstance(value, MutableMapping) for _, _, kwargs in whole.calls for value in kwargs.values())
     hand_on = left and getattr(decoder.config, "num_kv_shared_layers", None) != 0
-    return Skeleton(model, layers, name, list_name(names, name, len(layers)), names, whole.in_tuple, hand_on)
+    theirs = list_name(names, name, len(layers))
+    stacks = stacked_weights(checkpoint)
+    singles = _single_experts(checkpoint, stacks, theirs)
+    named = {n: _expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()}
+    return Skeleton(model, layers, name, theirs, names, whole.in_tuple, hand_on, named, stacks)
+
+
+_EXPERT = re.compile(r"(\d+)\.(?:.+\.)?experts\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+def _single_experts(
+    checkpoint: Checkpoint, stacks: Weights, decoder: str
+) -> dict[int, dict[tuple[int, str, str], str]]:
+    """Single experts' tensors of each layer, (expert, role, parameter) -> name relative to the layer, as in 16 bits."""
+    names = dict.fromkeys(stacks.tensors)
+    names |= dict.fromkeys(name for name in checkpoint.tensors if name.endswith((".weight", ".bias")))
+    names |= dict.fromkeys(f"{name.rpartition('.')[0]}.weight" for name in checkpoint.tensors if ".experts." in name)
+    found: dict[int, dict[tuple[int, str, str], str]] = {}
+    for name in names:
+        match = _EXPERT.fullmatch(name, len(decoder) + 1) if name.startswith(f"{decoder}.") else None
+        if match and match[3] in ROLES:
+            layer, key = int(match[1]), (int(match[2]), ROLES[match[3]], match[4])
+            found.setdefault(layer, {})[key] = name.removeprefix(f"{decoder}.{layer}.")
+    return found
+
+
+def _expert_names(layer: nn.Module, module: str, singles: Mapping[tuple[int, str, str], str]) -> experts.ExpertNames:
+    """What the file calls each tensor of a layer's experts; what it has not gets the name that it would have."""
+    holder = layer.get_submodule(module)
+    keys = [(e, *key) for e in range(experts.count(holder)) for key in experts.shapes(holder)]
+    return experts.ExpertNames(
+        module, {key: singles.get(key, f"{module}.{key[0]}.{key[1]}_proj.{key[2]}") for key in keys}
+    )
 
 
 def _plain_tokens(config: Any) -> Tensor:
@@ -199,9 +246,12 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str,
     `codes` are the weights stored under other names, by their names in 16 bits: that of the codes, and how many values
     one element of them holds.
     """
-    problems = []
+    problems = list(_expert_problems(skeleton, checkpoint, codes))
     aliases: dict[int, list[str]] = {}
+    held = expert_parameters(skeleton)
     for ours, tensor in skeleton.model.state_dict(keep_vars=True).items():
+        if ours in held:
+            continue
         name = stored_name(skeleton, ours)
         aliases.setdefault(id(tensor), []).append(name)
         kept, packed = codes.get(name, (name, 1))
@@ -219,17 +269,63 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str,
         raise UserError(f"{problems[0]}{more}.", where=str(checkpoint.path), remedy=APART)
 
 
+def _expert_problems(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> Iterator[str]:
+    for number, mixture in skeleton.experts.items():
+        shapes = experts.shapes(skeleton.layers[number].get_submodule(mixture.module))
+        for (_, role, parameter), relative in mixture.names.items():
+            name = f"{skeleton.stored_layers_name}.{number}.{relative}"
+            kept, packed = codes.get(name, (name, 1))
+            found = checkpoint.tensors.get(kept) or skeleton.stacks.tensors.get(name)
+            shape = shapes[role, parameter]
+            wanted = (*shape[:-1], -(-shape[-1] // packed))
+            if found is None:
+                yield f"{name} is missing"
+            elif found.shape != wanted:
+                yield f"{kept} has shape {list(found.shape)}, the config asks for {list(wanted)}"
+
+
+def expert_parameters(skeleton: Skeleton) -> frozenset[str]:
+    """The model's parameters that hold all experts of a layer."""
+    return frozenset(
+        f"{skeleton.layers_name}.{number}.{mixture.module}.{parameter}"
+        for number, mixture in skeleton.experts.items()
+        for parameter in experts.parameters(skeleton.layers[number].get_submodule(mixture.module))
+    )
+
+
 def linear_names(skeleton: Skeleton) -> dict[str, str]:
-    """Every nn.Linear that runs on text: its module's name in the file -> in the model."""
+    """Every linear that runs on text: its module's name in the file -> in the model.
+
+    Those of experts in 3-D parameters, which are no modules in the model, have names there of the same kind.
+    """
     linears = [name for name, module in skeleton.model.named_modules() if isinstance(module, nn.Linear)]
-    return {stored_name(skeleton, f"{name}.weight").removesuffix(".weight"): name for name in linears}
+    found = {stored_name(skeleton, f"{name}.weight").removesuffix(".weight"): name for name in linears}
+    for number, mixture in skeleton.experts.items():
+        theirs, ours = f"{skeleton.stored_layers_name}.{number}", f"{skeleton.layers_name}.{number}.{mixture.module}"
+        for (expert, role, parameter), name in mixture.names.items():
+            if parameter == "weight":
+                found[f"{theirs}.{name.removesuffix('.weight')}"] = f"{ours}.{expert}.{role}_proj"
+    return found
 
 
 def layer_names(skeleton: Skeleton, index: int) -> dict[str, str]:
-    """Parameters and persistent buffers of decoder layer `index`, names relative to it: the file's -> the model's."""
+    """Parameters and persistent buffers of decoder layer `index`, names relative to it: the file's -> the model's.
+
+    Those of experts in 3-D parameters are left out.
+    """
     ours, theirs = f"{skeleton.layers_name}.{index}.", f"{skeleton.stored_layers_name}.{index}."
-    names = skeleton.layers[index].state_dict()
+    held = expert_parameters_of(skeleton, index)
+    names = [name for name in skeleton.layers[index].state_dict() if name not in held]
     return {stored_name(skeleton, ours + name).removeprefix(theirs): name for name in names}
+
+
+def expert_parameters_of(skeleton: Skeleton, index: int) -> frozenset[str]:
+    """Parameters of decoder layer `index` that hold all its experts, by the model's names relative to it."""
+    mixture = skeleton.experts.get(index)
+    if mixture is None:
+        return frozenset()
+    holder = skeleton.layers[index].get_submodule(mixture.module)
+    return frozenset(f"{mixture.module}.{parameter}" for parameter in experts.parameters(holder))
 
 
 def used_names(skeleton: Skeleton, index: int) -> frozenset[str]:
@@ -237,7 +333,10 @@ def used_names(skeleton: Skeleton, index: int) -> frozenset[str]:
 
     Files may hold more, such as rotary_emb.inv_freq, which transformers computes itself.
     """
-    return frozenset(layer_names(skeleton, index))
+    mixture = skeleton.experts.get(index)
+    prefix = f"{skeleton.stored_layers_name}.{index}."
+    stacks = {name.removeprefix(prefix) for name in skeleton.stacks.stacks if name.startswith(prefix)}
+    return frozenset(layer_names(skeleton, index)) | stacks | frozenset(mixture.names.values() if mixture else ())
 
 
 def module_names(skeleton: Skeleton, index: int) -> dict[str, str]:
@@ -251,13 +350,38 @@ def module_names(skeleton: Skeleton, index: int) -> dict[str, str]:
     }
 
 
-def resident_layer(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
-    """A copy of decoder layer `index` with `weights` (names as in the file, relative to the layer) on `device`."""
+def resident_layer(
+    skeleton: Skeleton, index: int, weights: MutableMapping[str, Tensor], device: torch.device
+) -> nn.Module:
+    """A copy of decoder layer `index` with `weights` (names as in the file, relative to the layer) on `device`.
+
+    Single experts' weights are taken out of `weights` as they are put together, so that no more than one is held twice.
+    """
     layer = copy.deepcopy(skeleton.layers[index])
     ours = layer_names(skeleton, index)
+    mixture = skeleton.experts.get(index)
+    if mixture is not None:
+        holder = layer.get_submodule(mixture.module)
+        _take_apart(skeleton, index, weights)
+        parts = mixture.take(weights)
+        missing = next((name for key, name in mixture.names.items() if key not in parts), None)
+        if missing is not None:
+            where = f"{skeleton.stored_layers_name}.{index}"
+            raise UserError(f"tensors missing: {missing}.", where=where, remedy=APART)
+        for parameter, tensor in experts.stack(holder, parts).items():
+            weights[f"{mixture.module}.{parameter}"] = tensor
     given = {ours.get(name, name): tensor for name, tensor in weights.items()}
     fill(layer, given, where=f"{skeleton.stored_layers_name}.{index}")
     return layer.to(device)
+
+
+def _take_apart(skeleton: Skeleton, index: int, weights: MutableMapping[str, Tensor]) -> None:
+    """Replace tensors of all experts among a layer's `weights` by views of single experts."""
+    prefix = f"{skeleton.stored_layers_name}.{index}."
+    for name in [name for name in weights if f"{prefix}{name}" in skeleton.stacks.stacks]:
+        whole = weights.pop(name)
+        for single in skeleton.stacks.stacks[f"{prefix}{name}"]:
+            weights[single.removeprefix(prefix)] = part_of(skeleton.stacks.sources[single], whole)
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:

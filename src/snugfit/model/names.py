@@ -44,6 +44,8 @@ ROLE_SETS: Mapping[str, frozenset[str]] = {
     "attention": frozenset({"q", "k", "v", "o", "qkv"}),
     "mlp": frozenset({"gate", "up", "gate_up", "down"}),
 }
+# a rule may name these, too: weights of routed experts, and of experts that every token passes
+EXPERTS, SHARED_EXPERTS = "experts", "shared_experts"
 LINEAR = "linear"  # any weight matrix of a decoder layer
 KEPT_ROLES = frozenset({"lm_head", "embed", "norm", "router", "other"})
 
@@ -72,6 +74,18 @@ class TensorName:
     layer: int | None
     role: str
     expert: int | None = None
+
+    @property
+    def routed(self) -> bool:
+        """Whether it belongs to experts among which a router chooses."""
+        return self.expert is not None or (self.layer is not None and "experts" in self.full.split("."))
+
+    @property
+    def shared(self) -> bool:
+        """Whether it belongs to experts that every token passes."""
+        if self.layer is None:
+            return False
+        return any(part.startswith("shared_expert") or part == "shared_mlp" for part in self.module.split("."))
 
 
 def parse_name(name: str, shape: tuple[int, ...], decoder: str = DECODER) -> TensorName:
@@ -113,7 +127,7 @@ def _role(module: str, parameter: str, layer: int | None, dimensions: int) -> st
 
 
 def _role_in_layer(parent: str, leaf: str, dimensions: int) -> str:
-    if leaf in _ROUTERS or leaf in GATES:
+    if leaf in _ROUTERS or leaf in GATES or parent.rpartition(".")[2] == "router":
         return "router"
     if leaf in ROLES:
         return ROLES[leaf]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from snugfit.errors import UserError
-from snugfit.model.checkpoint import TORCH_NAMES, Checkpoint, StoredTensor, read_range
+from snugfit.model.assemble import dtype_of
+from snugfit.model.checkpoint import Checkpoint, StoredTensor, piece_of, read_range
 from snugfit.model.shards import PIECE
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
@@ -68,11 +69,13 @@ class Transfer:
         self._copiers = ThreadPoolExecutor(COPIERS[device.type])
         self._own = threading.local()
 
-    def read(self, checkpoint: Checkpoint, name: str) -> Moving[Tensor]:
-        """Begin to read a tensor to the device."""
+    def read(self, checkpoint: Checkpoint, name: str, expert: int | None = None) -> Moving[Tensor]:
+        """Begin to read a tensor to the device, or (of one with all experts) the part that is the given expert's."""
         info = checkpoint.tensors[name]
-        dtype: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
-        return self._read(info.shape, dtype, lambda start, view: read_range(checkpoint, info, start, view))
+        part, first = piece_of(info, expert)
+        return self._read(
+            part.shape, dtype_of(part), lambda start, view: read_range(checkpoint, info, first + start, view)
+        )
 
     def read_file(self, handle: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Moving[Tensor]:
         """Begin to read a tensor from an open file to the device."""

@@ -28,25 +28,37 @@ _EVERYWHERE = frozenset(
     }
 )
 _VOCABULARY = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"})
-_EXPERT = re.compile(r"\.experts\.\d+\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _PADDED_TO = 64
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the file that stands for `count` alike: the experts of a layer are one."""
+    """A tensor of the file that stands for `count` alike: of experts that are alike, the first one's."""
 
     info: TensorInfo
     count: int = 1
 
 
 def collapse_experts(tensors: Iterable[TensorInfo]) -> list[Weight]:
-    """Tensors with a layer's experts as one where they agree in dtype and shape; order of first appearance."""
-    counts: dict[tuple[str, str, tuple[int, ...]], int] = {}
-    for tensor in tensors:
-        key = _EXPERT.sub(".experts.0.", tensor.name), tensor.dtype, tensor.shape
-        counts[key] = counts.get(key, 0) + 1
-    return [Weight(TensorInfo(*key), count) for key, count in counts.items()]
+    """Tensors of the file in their order, but of a layer's experts that are alike in all of theirs only the first's."""
+    given = [(tensor, _EXPERT.search(tensor.name)) for tensor in tensors]
+    headers: dict[tuple[str, str], list[tuple[str, str, tuple[int, ...]]]] = {}
+    for tensor, found in given:
+        if found:
+            rest = tensor.name[found.end() :], tensor.dtype, tensor.shape
+            headers.setdefault(_owner(tensor, found), []).append(rest)
+    alike: dict[object, list[tuple[str, str]]] = {}
+    for owner, rests in headers.items():
+        alike.setdefault((owner[0], tuple(sorted(rests))), []).append(owner)
+    counts = {owners[0]: len(owners) for owners in alike.values()}
+    weights = [(tensor, counts.get(_owner(tensor, found)) if found else 1) for tensor, found in given]
+    return [Weight(tensor, count) for tensor, count in weights if count is not None]
+
+
+def _owner(tensor: TensorInfo, found: re.Match[str]) -> tuple[str, str]:
+    """The experts' module and the number of the one that has this tensor."""
+    return tensor.name[: found.start()], found[1]
 
 
 def is_served(name: str, decoder: str, layers: int) -> bool:
@@ -80,7 +92,7 @@ def _part(info: TensorInfo, name: str, tp: int, kv_heads: int | None) -> int:
 def _split_axis(name: str, dimensions: int) -> int | None:
     """The axis that is split over GPUs, None where every GPU has the whole. A stack of experts is split inside."""
     leaf = _leaf(name)
-    if is_tower(name) or "norm" in leaf or leaf in _EVERYWHERE:
+    if is_tower(name) or "norm" in leaf or leaf in _EVERYWHERE or ".router." in name:
         return None
     if dimensions == 3:
         return 2 if leaf in _ROW_PARALLEL else 1

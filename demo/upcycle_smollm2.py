@@ -1,0 +1,119 @@
+"""Make a mixture of experts (Mixtral, 4 experts of which 2 run) of a dense Llama such as SmolLM2, of the same function.
+
+    python demo/upcycle_smollm2.py MODEL OUT
+
+No package carries a small mixture. Each expert is the layer's dense MLP with its neurons in another order, the router
+is random; Mixtral's weights of the chosen experts sum to 1, so whatever the router chooses, the function stays. Names
+are those of Mixtral's releases. It proves plumbing: experts that computed different things would have to be trained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rotate_smollm2 import WEIGHTS, plain_perplexity
+from snugfit.calibration.dataset import load_rows, python_topics
+from unpack_smollm2 import file_digest, whole_directory  # a script finds its neighbours
+
+SEED = 0
+EXPERTS = 4
+CHOSEN = 2
+ROUTER_STD = 0.02
+TOLERANCE = 1e-3  # of perplexity: in fp32 only the order of the sums is another
+
+# the dense name, Mixtral's, and the dimension that the neurons lie along
+PARTS = (("mlp.gate_proj", "w1", 0), ("mlp.down_proj", "w2", 1), ("mlp.up_proj", "w3", 0))
+LLAMA_ONLY = ("_model_name_or_path", "attention_bias", "mlp_bias", "pretraining_tp")
+
+
+def main(source: Path, target: Path) -> None:
+    """Write the mixture made of directory `source` to `target`, whole and checked or not at all."""
+    with whole_directory(target) as partial:
+        write_mixture(source, partial)
+        check(source, partial)
+
+
+def write_mixture(source: Path, target: Path) -> None:
+    """Fill the directory `target` with the mixture, in the dtype of `source`, and all other files of it."""
+    if not (source / WEIGHTS).is_file() or not (source / "config.json").is_file():
+        sys.exit(f"{source} has no {WEIGHTS} or no config.json: unpack the model first")
+    config = mixture_config(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    save_file(dict(upcycle(load_file(source / WEIGHTS))), target / WEIGHTS, metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in source.iterdir():
+        if file.is_file() and file.name not in (WEIGHTS, "config.json"):
+            shutil.copy(file, target)
+
+
+def mixture_config(dense: Mapping[str, Any]) -> dict[str, Any]:
+    """Mixtral's config.json for a Llama's: the same attention, position encoding, sizes and dtype."""
+    if dense.get("model_type") != "llama":
+        sys.exit("only a Llama can be made a Mixtral here")
+    kept = {key: value for key, value in dense.items() if key not in LLAMA_ONLY}
+    return kept | {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_experts_per_tok": CHOSEN,
+        "num_local_experts": EXPERTS,
+        "output_router_logits": False,
+        "sliding_window": None,
+    }
+
+
+def upcycle(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """All weights with experts and routers in place of the MLPs, the same on every run.
+
+    SystemExit for a bias, which Mixtral has no place for.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    dense = {name for name, _, _ in PARTS}
+    for name, weight in weights.items():
+        if name.endswith(".bias"):
+            sys.exit(f"{name}: only a plain Llama without biases can be made a Mixtral here")
+        if _split(name)[1] not in dense:
+            yield name, weight
+    layers = {_split(name)[0] for name in weights if _split(name)[1] in dense}
+    for layer in sorted(layers, key=lambda found: int(found.split(".")[-2])):
+        block = f"{layer}block_sparse_moe."
+        inner, hidden = weights[f"{layer}mlp.gate_proj.weight"].shape
+        router = ROUTER_STD * torch.randn(EXPERTS, hidden, generator=generator)
+        yield f"{block}gate.weight", router.to(weights[f"{layer}mlp.gate_proj.weight"].dtype)
+        for expert in range(EXPERTS):
+            order = torch.randperm(inner, generator=generator)
+            for part, leaf, dimension in PARTS:
+                ordered = weights[f"{layer}{part}.weight"].index_select(dimension, order)
+                yield f"{block}experts.{expert}.{leaf}.weight", ordered
+
+
+def _split(name: str) -> tuple[str, str]:
+    """The layer that a tensor belongs to ("model.layers.7.", "" outside them), and the module in it."""
+    layer = (re.match(r"model\.layers\.\d+\.", name) or [""])[0]
+    return layer, name.removeprefix(layer).removesuffix(".weight")
+
+
+def check(before: Path, after: Path) -> None:
+    """Print the perplexity of both on 2 x 512 tokens of Python's documentation; SystemExit where it moved."""
+    with tempfile.TemporaryDirectory() as scratch:
+        text = Path(scratch) / "text.txt"
+        text.write_text(python_topics("evaluation"), encoding="utf-8")
+        rows = torch.tensor(load_rows(before, [text], count=2, length=512).rows)
+    old, new = plain_perplexity(before, rows), plain_perplexity(after, rows)
+    print(f"perplexity {old:.4f} -> {new:.4f}; {WEIGHTS} {file_digest(after / WEIGHTS)}")
+    if not abs(new / old - 1) < TOLERANCE:
+        sys.exit("the mixture does not keep the model's function: nothing was written")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # sums in one order
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

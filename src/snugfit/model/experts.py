@@ -1,0 +1,260 @@
+"""Routed experts, run one by one through transformers' experts interface, so that every input of each can be seen.
+
+transformers keeps a layer's experts as 3-D parameters of one module, which has no linears to hook. It lets a function
+take the place of that module's forward (`ALL_EXPERTS_FUNCTIONS`): it gets the module, the hidden states of all tokens,
+and for each token the indices and weights of its experts. Ours does the same arithmetic as the module's own eager code,
+bit for bit (each layer is checked on its first tokens before it is used), and shows `ExpertHooks` what comes by: they
+may round inputs as an engine would, and send tokens through experts that the router did not choose, whose output nobody
+uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.errors import UserError
+
+IMPLEMENTATION = "snugfit"
+GATE, UP, DOWN = "gate", "up", "down"
+CHECKED_TOKENS = 16
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # forced through an expert at once
+_HOOKS = "_snugfit_hooks"
+_SUM_DTYPE = "_snugfit_sum_dtype"
+
+
+class ExpertHooks(Protocol):
+    """What is done with the inputs of a layer's experts while rows pass it."""
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """Inputs of all gate and up projections [tokens, K], as they go in."""
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+        """Inputs of an expert's down projection [n, K], as they go in; `tokens` [n] says whose they are."""
+
+    def begin(self, hidden: Tensor, count: int) -> None:
+        """A pass of hidden states [tokens, K] through `count` experts begins."""
+
+    def forced(self, expert: int, routed: Tensor) -> Tensor | None:
+        """Tokens [n] to send through an expert beside those `routed` [m] to it, if any."""
+
+
+class NoHooks:
+    """Hooks that change nothing and force nothing."""
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """Inputs of all gate and up projections [tokens, K]."""
+        return hidden
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:  # noqa: ARG002
+        """Inputs of an expert's down projection [n, K]."""
+        return hidden
+
+    def begin(self, hidden: Tensor, count: int) -> None:
+        """Nothing to prepare."""
+
+    def forced(self, expert: int, routed: Tensor) -> Tensor | None:  # noqa: ARG002
+        """None."""
+        return None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds a layer's experts in 3-D parameters, under transformers' experts interface."""
+    down = getattr(module, "down_proj", None)
+    stacked = isinstance(down, nn.Parameter) and down.dim() == 3
+    return stacked and hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
+
+
+def find_experts(layer: nn.Module, *, where: str) -> str | None:
+    """The name of the experts' module in a decoder layer, None where there is none.
+
+    UserError where experts are held in a way that is neither the interface's nor a list of modules.
+    """
+    found = [name for name, module in layer.named_modules() if is_experts(module)]
+    if len(found) > 1:
+        raise UserError(f"a layer has several mixtures of experts: {', '.join(found)}.", where=where)
+    for name, module in layer.named_modules():
+        stacked = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        if (
+            stacked
+            and "expert" in name.rpartition(".")[2].lower() + type(module).__name__.lower()
+            and name not in found
+        ):
+            raise UserError(
+                f"{type(module).__name__} holds its experts in {stacked[0]} outside transformers' experts interface.",
+                where=where,
+                remedy="Its forward needs an adapter in model/experts.py that shows each expert's inputs.",
+            )
+    return found[0] if found else None
+
+
+def use(model: nn.Module) -> None:
+    """Let every mixture of `model` run through this module."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    for module in model.modules():
+        if is_experts(module):
+            module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]  # noqa: SLF001
+
+
+def hook(module: nn.Module, hooks: ExpertHooks) -> None:
+    """Have `hooks` see what passes through the experts `module`."""
+    module.__dict__[_HOOKS] = hooks
+
+
+def count(module: nn.Module) -> int:
+    """Number of experts."""
+    return int(module.down_proj.shape[0])
+
+
+def shapes(module: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
+    """(role, parameter) -> shape of one expert's weight [N, K] or bias [N]."""
+    found: dict[tuple[str, str], tuple[int, ...]] = {}
+    for (role, parameter), (name, rows) in _places(module).items():
+        whole = getattr(module, name).shape[1:]
+        if parameter == "bias":
+            found[role, parameter] = (len(range(*rows.indices(whole[0]))),)
+            continue
+        outputs, inputs = reversed(whole) if module.is_transposed else whole
+        found[role, parameter] = len(range(*rows.indices(outputs))), inputs
+    return found
+
+
+def stack(module: nn.Module, parts: MutableMapping[tuple[int, str, str], Tensor]) -> dict[str, Tensor]:
+    """The module's parameters, made of single experts' tensors by (expert, role, parameter), which are taken out.
+
+    Both are never in memory at once, but for one expert.
+    """
+    made: dict[str, Tensor] = {}
+    places = _places(module)
+    for expert in range(count(module)):
+        for (role, parameter), (name, rows) in places.items():
+            part = parts.pop((expert, role, parameter))
+            empty = getattr(module, name)
+            if name not in made:
+                made[name] = torch.empty(empty.shape, dtype=empty.dtype, device=part.device)
+            whole = made[name][expert]
+            target = whole.t() if module.is_transposed and parameter == "weight" else whole
+            target[rows] = part
+    return made
+
+
+def parameters(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters that hold all experts."""
+    return frozenset(name for name, _ in _places(module).values())
+
+
+def _places(module: nn.Module) -> dict[tuple[str, str], tuple[str, slice]]:
+    """(role, parameter of one expert) -> the module's parameter, and which of its outputs."""
+    found: dict[tuple[str, str], tuple[str, slice]] = {}
+    kinds = [("weight", "")] + ([("bias", "_bias")] if module.has_bias else [])
+    for parameter, suffix in kinds:
+        if module.has_gate:
+            name = f"gate_up_proj{suffix}"
+            whole = getattr(module, name)
+            outputs = whole.shape[2] if module.is_transposed and parameter == "weight" else whole.shape[1]
+            half = outputs // 2
+            gate, up = (
+                (slice(0, half), slice(half, outputs))
+                if module.is_concatenated
+                else (slice(0, None, 2), slice(1, None, 2))
+            )
+            found |= {(GATE, parameter): (name, gate), (UP, parameter): (name, up)}
+        else:
+            found[UP, parameter] = f"up_proj{suffix}", slice(None)
+        found[DOWN, parameter] = f"down_proj{suffix}", slice(None)
+    return found
+
+
+def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the module's own forward gives for hidden states [tokens, K], indices and weights [tokens, k] of experts."""
+    hooks: ExpertHooks | None = self.__dict__.get(_HOOKS)
+    if _SUM_DTYPE not in self.__dict__:
+        self.__dict__[_SUM_DTYPE] = _checked(self, hidden_states, top_k_index, top_k_weights)
+    return _run(self, hidden_states, top_k_index, top_k_weights, hooks, self.__dict__[_SUM_DTYPE])
+
+
+def _run(
+    self: nn.Module,
+    hidden: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    hooks: ExpertHooks | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    experts, tokens = count(self), len(hidden)
+    inputs = hidden
+    if hooks is not None:
+        hooks.begin(hidden, experts)
+        inputs = hooks.first(hidden)
+    result = torch.zeros_like(hidden, dtype=dtype)
+    # by expert, within it in the order in which eager code finds them: by place among the k, then by token
+    chosen = index.t().reshape(-1)
+    order = torch.argsort(chosen, stable=True)
+    ends = torch.bincount(chosen, minlength=experts)[:experts].cumsum(0).tolist()
+    start = 0
+    for expert, end in enumerate(ends):
+        found = order[start:end]
+        start = end
+        places, routed = found // tokens, found % tokens
+        if len(found):
+            middle = _middle(self, expert, inputs[routed])
+            if hooks is not None:
+                middle = hooks.second(expert, middle, routed, forced=False)
+            out = _linear(self, "down_proj", expert, middle)
+            if self.has_post_expert_norm:
+                out = self.post_expert_norm(out)  # type: ignore[operator]
+            out = out * weights[routed, places, None]
+            result.index_add_(0, routed, out.to(result.dtype))
+        more = None if hooks is None else hooks.forced(expert, routed)
+        if hooks is not None and more is not None:
+            for part in more.split(CHUNK_TOKENS[hidden.device.type]):
+                hooks.second(expert, _middle(self, expert, inputs[part]), part, forced=True)
+    return result.to(hidden.dtype)
+
+
+def _middle(self: nn.Module, expert: int, inputs: Tensor) -> Tensor:
+    """Inputs of an expert's down projection."""
+    if self.has_gate:
+        found: Tensor = self._apply_gate(_linear(self, "gate_up_proj", expert, inputs))  # type: ignore[operator]
+        return found
+    return self.act_fn(_linear(self, "up_proj", expert, inputs))  # type: ignore[operator,no-any-return]
+
+
+def _linear(self: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
+    weight = getattr(self, name)[expert]
+    out = inputs @ weight if self.is_transposed else nn.functional.linear(inputs, weight)
+    return out + getattr(self, f"{name}_bias")[expert] if self.has_bias else out
+
+
+def _checked(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> torch.dtype:
+    """The dtype in which the module's own code adds up what experts give; UserError where it does anything else."""
+    few = hidden[:CHECKED_TOKENS], index[:CHECKED_TOKENS], weights[:CHECKED_TOKENS]
+    eager = type(self).forward.__wrapped__(self, *few)  # type: ignore[attr-defined]
+    for dtype in dict.fromkeys((hidden.dtype, weights.dtype, torch.float32)):
+        if torch.equal(_run(self, *few, None, dtype), eager):
+            return dtype
+    raise UserError(
+        f"{type(self).__name__} does not compute what the experts interface of transformers describes.",
+        remedy="Its forward needs an adapter in model/experts.py.",
+    )
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """A decoder layer's routed experts: their `module`, and single experts' tensors by (expert, role, parameter).
+
+    All names are relative to the layer; those of tensors are the file's.
+    """
+
+    module: str
+    names: Mapping[tuple[int, str, str], str]
+
+    def take(self, weights: MutableMapping[str, Tensor]) -> dict[tuple[int, str, str], Tensor]:
+        """Single experts' tensors out of a layer's."""
+        return {key: weights.pop(name) for key, name in self.names.items() if name in weights}

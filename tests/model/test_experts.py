@@ -1,0 +1,372 @@
+"""Experts one by one: what our function gives is what transformers' own eager code gives, whoever watches meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import use_experts_implementation
+
+from snugfit.calibration.statistics import ExpertStatistics
+from snugfit.engines.mixtures import OUTSIDE
+from snugfit.errors import UserError
+from snugfit.evaluation.subject import open_head, open_subject, resident_layer
+from snugfit.model import experts, layers, walk
+from snugfit.model.experts import NoHooks
+from tiny_families import load, random_rows
+from tiny_mixtures import MIXTURES, make_mixture
+
+CPU = torch.device("cpu")
+INSIDE = [family for family in MIXTURES if family not in OUTSIDE]
+DTYPES = [torch.float32, torch.bfloat16]
+every_family = pytest.mark.parametrize("family", INSIDE)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+ROWS = random_rows([24, 24, 24])
+Mixture = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
+    """Gives a tiny mixture of a family and dtype, made once."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def make(family: str, dtype: torch.dtype) -> Path:
+        if (family, dtype) not in made:
+            made[family, dtype] = make_mixture(family, tmp_path_factory.mktemp(family) / "model", dtype=dtype)
+        return made[family, dtype]
+
+    return make
+
+
+@dataclass
+class Forcing(NoHooks):
+    """Sends all tokens through every expert, and notes how many came by."""
+
+    tokens: int = 0
+    routed: int = 0
+    forced_tokens: int = 0
+    passes: list[int] = field(default_factory=list)
+
+    def begin(self, hidden: Tensor, count: int) -> None:
+        """A pass begins."""
+        self.tokens = len(hidden)
+        self.passes.append(count)
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+        """Counts."""
+        assert len(hidden) == len(tokens)
+        if forced:
+            self.forced_tokens += len(tokens)
+        else:
+            self.routed += len(tokens)
+        return hidden
+
+    def forced(self, expert: int, routed: Tensor) -> Tensor | None:
+        """All that were not routed here."""
+        rest = torch.ones(self.tokens, dtype=torch.bool)
+        rest[routed] = False
+        return rest.nonzero().squeeze(1)
+
+
+def mixtures_of(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if experts.is_experts(module)]
+
+
+@torch.no_grad()
+def passed(model: Any, rows: list[list[int]]) -> list[Tensor]:
+    """What each mixture of the model gives for these rows, and the logits behind them."""
+    given: list[Tensor] = []
+    handles = [m.register_forward_hook(lambda _m, _i, out: given.append(out.clone())) for m in mixtures_of(model)]
+    given.append(model(input_ids=torch.tensor(rows), use_cache=False).logits)
+    for handle in handles:
+        handle.remove()
+    return given
+
+
+@pytest.mark.parametrize("chosen", [2, 3])
+@every_dtype
+@every_family
+def test_experts_give_what_eager_code_gives(family: str, dtype: torch.dtype, chosen: int, mixture: Mixture) -> None:
+    """Every mixture's output and the logits are transformers' own to the last bit, also with all tokens forced."""
+    model = load(mixture(family, dtype))
+    modules = mixtures_of(model)
+    assert modules
+    for module in model.modules():  # routers of three experts: the order in which they are added shows
+        for key in ("top_k", "num_experts_per_tok"):
+            if isinstance(getattr(module, key, None), int):
+                setattr(module, key, chosen)
+    for module in modules:
+        module.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    eager = passed(model, ROWS)
+    experts.use(model)
+    assert all(map(torch.equal, passed(model, ROWS), eager))
+    hooks = [Forcing() for _ in modules]
+    for module, one in zip(modules, hooks, strict=True):
+        experts.hook(module, one)
+    assert all(map(torch.equal, passed(model, ROWS), eager))
+    tokens = sum(map(len, ROWS))
+    for module, one in zip(modules, hooks, strict=True):
+        count = experts.count(module)
+        assert one.passes == [count]
+        assert one.routed == chosen * tokens
+        assert one.routed + one.forced_tokens == count * tokens
+
+
+@torch.no_grad()
+def walked(path: Path, hooks: Callable[[], Any]) -> list[list[Tensor]]:
+    """Hidden states behind each layer, walked layer by layer with these hooks on mixtures; the logits behind them."""
+    subject = open_subject(path, activations="none")
+    batches = walk.make_batches(ROWS, 4096, CPU)
+    walk.embed(subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU)
+    found = []
+    for index in range(len(subject.skeleton.layers)):
+        layer, _ = resident_layer(subject, index, CPU)
+        inside, before = mixtures_of(layer), None
+        if inside and (one := hooks()) is not None:
+            experts.hook(inside[0], one)
+            before = one.before
+        walk.run_layer(layer, index, batches, before)
+        found.append([batch.hidden.clone() for batch in batches])
+    head = open_head(subject, CPU)
+    found.append([logits for _, _, logits in walk.logits(head, batches)])
+    return found
+
+
+def flat(states: list[list[Tensor]]) -> list[Tensor]:
+    return [tensor for layer in states for tensor in layer]
+
+
+@every_dtype
+@every_family
+def test_walk_is_exact_in_either_mode(family: str, dtype: torch.dtype, mixture: Mixture) -> None:
+    """A walk gives transformers' logits to the last bit, and the same states whether experts see all tokens or not."""
+    path = mixture(family, dtype)
+    model = load(path)
+    for module in mixtures_of(model):
+        module.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    eager = passed(model, ROWS)[-1]
+    plain = walked(path, lambda: None)
+    assert torch.equal(plain[-1][0], eager)
+    tokens = sum(map(len, ROWS))
+    for cap in (None, 32_768):
+        states = walked(path, lambda cap=cap: ExpertStatistics(NoHooks(), cap=cap, tokens=tokens))  # type: ignore[misc]
+        assert all(map(torch.equal, flat(states), flat(plain)))
+
+
+class Toy(nn.Module):
+    """Experts under the interface, in any of its layouts: four of width 24 on hidden states of 16."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.act_fn = nn.functional.silu
+        self.layout = config.layout
+        outputs = 48 if self.layout.get("has_gate", True) else 24
+        first = "gate_up_proj" if self.layout.get("has_gate", True) else "up_proj"
+        for name, shape in ((first, (4, outputs, 16)), ("down_proj", (4, 16, 24))):
+            turned = (shape[0], shape[2], shape[1]) if self.layout.get("is_transposed") else shape
+            setattr(self, name, nn.Parameter(torch.randn(turned) / 4, requires_grad=False))
+            if self.layout.get("has_bias"):
+                setattr(self, f"{name}_bias", nn.Parameter(torch.randn(shape[:2]), requires_grad=False))
+        if self.layout.get("has_post_expert_norm"):
+            self.post_expert_norm = nn.RMSNorm(16)
+
+    def _apply_gate(self, both: Tensor) -> Tensor:
+        """Of what gate and up give."""
+        gate, up = both.chunk(2, -1) if self.layout.get("is_concatenated", True) else (both[..., ::2], both[..., 1::2])
+        return self.act_fn(gate) * up
+
+    def linear(self, name: str, expert: int, inputs: Tensor) -> Tensor:
+        """One of an expert's projections."""
+        weight = getattr(self, name)[expert]
+        out = inputs @ weight if self.layout.get("is_transposed") else nn.functional.linear(inputs, weight)
+        return out + getattr(self, f"{name}_bias")[expert] if self.layout.get("has_bias") else out
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers writes it in the models it has."""
+        result = torch.zeros_like(hidden_states)
+        for expert in range(4):
+            places, tokens = torch.where((top_k_index == expert).t())
+            inputs = hidden_states[tokens]
+            if self.layout.get("has_gate", True):
+                middle = self._apply_gate(self.linear("gate_up_proj", expert, inputs))
+            else:
+                middle = self.act_fn(self.linear("up_proj", expert, inputs))
+            out = self.linear("down_proj", expert, middle)
+            if self.layout.get("has_post_expert_norm"):
+                out = self.post_expert_norm(out)
+            result.index_add_(0, tokens, self.last(out * top_k_weights[tokens, places, None]))
+        return result
+
+    def last(self, out: Tensor) -> Tensor:
+        """What is added up."""
+        return out
+
+
+class Scaled(Toy):
+    """Twice what the interface says, for one of the outputs."""
+
+    def last(self, out: Tensor) -> Tensor:
+        """As the first output were another's."""
+        return torch.cat((out[:, :1] * 1.001, out[:, 1:]), 1)
+
+
+class Averaged(Toy):
+    """Mixes in what no expert gave, as a family with an expert of its own kind would."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """And the hidden states besides."""
+        return super().forward(hidden_states, top_k_index, top_k_weights) + hidden_states
+
+
+def toy(kind: type[Toy] = Toy, **layout: bool) -> Any:
+    """A mixture of this kind under our function."""
+    torch.manual_seed(0)
+    given = type(kind.__name__, (kind,), {"forward": kind.forward, "_apply_gate": kind._apply_gate})
+    module: Any = use_experts_implementation(**layout)(given)(
+        SimpleNamespace(layout=layout, _experts_implementation="eager")
+    )
+    return module
+
+
+def asked(tokens: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, the experts chosen for each token, their weights."""
+    generator = torch.Generator().manual_seed(1)
+    index = torch.stack([torch.randperm(4, generator=generator)[:3] for _ in range(tokens)])
+    return torch.randn(tokens, 16, generator=generator), index, torch.rand(tokens, 3, generator=generator)
+
+
+LAYOUTS: list[dict[str, bool]] = [
+    {},
+    {"is_transposed": True},
+    {"is_transposed": True, "is_concatenated": False, "has_bias": True},
+    {"is_concatenated": False},
+    {"has_bias": True},
+    {"has_gate": False},
+    {"has_gate": False, "has_bias": True},
+    {"has_post_expert_norm": True},
+]
+every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: ",".join(layout) or "plain")
+
+
+@every_layout
+@pytest.mark.parametrize("tokens", [1, 15, 16, 40, 5000])
+def test_every_layout_of_the_interface(layout: dict[str, bool], tokens: int) -> None:
+    """Whatever a family declares to the interface, the output is its own code's, for few tokens and for many."""
+    module, given = toy(**layout), asked(tokens)
+    expected = module(*given)
+    experts.use(module)
+    assert torch.equal(module(*given), expected)
+    experts.hook(module, Forcing())
+    assert torch.equal(module(*given), expected)
+
+
+@every_layout
+def test_experts_are_put_together_again(layout: dict[str, bool]) -> None:
+    """Single experts' tensors, taken out by what the interface declares, give back the stacks, and compute the same."""
+    module = toy(**layout)
+    shapes = experts.shapes(module)
+    roles = {"gate", "up", "down"} if layout.get("has_gate", True) else {"up", "down"}
+    kinds = {"weight", "bias"} if layout.get("has_bias") else {"weight"}
+    assert shapes.keys() == {(role, kind) for role in roles for kind in kinds}
+    for (role, kind), shape in shapes.items():
+        assert shape == ((16 if role == "down" else 24,) + ((24 if role == "down" else 16,) if kind == "weight" else ()))
+    parts: dict[tuple[int, str, str], Tensor] = {}
+    inputs = torch.randn(3, 16)
+    for expert in range(4):
+        for kind in kinds:
+            suffix = "" if kind == "weight" else "_bias"
+            first, second = (
+                getattr(module, name + suffix)[expert]
+                for name in ("gate_up_proj" if "gate" in roles else "up_proj", "down_proj")
+            )
+            if kind == "weight" and layout.get("is_transposed"):
+                first, second = first.t(), second.t()
+            parts[expert, "down", kind] = second
+            if "gate" not in roles:
+                parts[expert, "up", kind] = first
+            elif layout.get("is_concatenated", True):
+                parts[expert, "gate", kind], parts[expert, "up", kind] = first[:24], first[24:]
+            else:
+                parts[expert, "gate", kind], parts[expert, "up", kind] = first[::2], first[1::2]
+        zero = torch.zeros(())
+        up, gate = (
+            inputs @ parts[expert, role, "weight"].t() + parts.get((expert, role, "bias"), zero)
+            for role in ("up", "gate" if "gate" in roles else "up")
+        )
+        meant = module.act_fn(gate) * up if "gate" in roles else module.act_fn(up)
+        assert torch.allclose(experts._middle(module, expert, inputs), meant, atol=1e-6)
+    made = experts.stack(module, parts)
+    assert not parts
+    assert made.keys() == experts.parameters(module) == dict(module.named_parameters()).keys() - {
+        "post_expert_norm.weight"
+    }
+    assert all(torch.equal(tensor, getattr(module, name)) for name, tensor in made.items())
+
+
+def test_an_expert_without_tokens() -> None:
+    """Experts that nobody chose change nothing, and are asked what to force all the same."""
+    module, (hidden, _, weights) = toy(), asked()
+    given = hidden, torch.tensor([[1, 2, 1]]).expand(len(hidden), 3).contiguous(), weights
+    expected = module(*given)
+    experts.use(module)
+    hooks = Forcing()
+    experts.hook(module, hooks)
+    assert torch.equal(module(*given), expected)
+    assert hooks.forced_tokens == 2 * len(hidden)
+
+
+@pytest.mark.parametrize("kind", [Scaled, Averaged])
+def test_what_computes_something_else_is_refused(kind: type[Toy]) -> None:
+    """A module that declares the interface and does not what it describes is refused by name, before any output."""
+    module = toy(kind)
+    module(*asked())
+    experts.use(module)
+    with pytest.raises(UserError, match=f"{kind.__name__} does not compute what the experts interface") as caught:
+        module(*asked())
+    assert "adapter in model/experts.py" in caught.value.remedy
+
+
+def test_a_wrong_declaration_is_refused() -> None:
+    """Gate and up in another order than declared, which gives numbers of the right shape, are seen and refused."""
+    module = toy(is_concatenated=False)
+    module._apply_gate = lambda both: torch.chunk(both, 2, -1)[0]
+    experts.use(module)
+    with pytest.raises(UserError, match="does not compute"):
+        toy_with_other_gate(module)(*asked())
+
+
+def toy_with_other_gate(module: Any) -> Any:
+    """The module, its own code gating otherwise than what the interface is shown."""
+    own = type(module).forward.__wrapped__
+    kind = type(module)
+
+    def forward(self: Any, *given: Tensor) -> Tensor:
+        gate, self._apply_gate = self._apply_gate, lambda both: Toy._apply_gate(self, both)
+        try:
+            result: Tensor = own(self, *given)
+        finally:
+            self._apply_gate = gate
+        return result
+
+    kind.forward.__wrapped__ = forward
+    return module
+
+
+def test_experts_are_found_or_refused() -> None:
+    """One mixture is found by name, none is none; two of them, and stacks outside the interface, are refused."""
+    alone = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": toy()}), "attn": nn.Linear(4, 4)})
+    assert experts.find_experts(alone, where="here") == "mlp.experts"
+    assert experts.find_experts(nn.ModuleDict({"mlp": nn.Linear(4, 4)}), where="here") is None
+    with pytest.raises(UserError, match="several mixtures of experts: a, b"):
+        experts.find_experts(nn.ModuleDict({"a": toy(), "b": toy()}), where="here")
+    outside = nn.Module()
+    outside.weight = nn.Parameter(torch.zeros(4, 8, 8))
+    with pytest.raises(UserError, match="holds its experts in weight outside") as caught:
+        experts.find_experts(nn.ModuleDict({"experts": outside}), where="model x")
+    assert caught.value.where == "model x"
