@@ -1,12 +1,13 @@
 """What a stock vLLM says of what snugfit writes: recipes on one model, perplexities side by side.
 
     python benchmarks/stock_engine.py MODEL WORK [--recipes R...] [--device cuda] [--vllm-python PYTHON]
-                                      [--rows 16] [--length 512]
+                                      [--rows 16] [--length 512] [--moe-backend emulation]
 
 Runs where snugfit is importable; vLLM may live in another environment (`--vllm-python`). On a GPU before Blackwell
-NVFP4 is served twice: weight-only through Marlin, as vLLM chooses, and as W4A4 through its emulation kernel. vLLM
-takes an FP8 KV cache by itself where a file asks for it. Prints two Markdown tables, perplexities and the engine's
-loss a token minus ours (paired over rows, with one standard error), and, last, one JSON line.
+NVFP4 is served twice: weight-only through Marlin, as vLLM chooses, and as W4A4 through its emulation kernel (of a
+mixture's experts with --moe-backend emulation). vLLM takes an FP8 KV cache by itself where a file asks for it. Prints
+two Markdown tables, perplexities and the engine's loss a token minus ours (paired over rows, with one standard
+error), and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", default=sys.executable)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--moe-backend", help="vLLM's moe_backend of the second run of NVFP4 files")
     arguments = parser.parse_args()
     work: Path = arguments.work
     work.mkdir(parents=True, exist_ok=True)
@@ -60,7 +62,9 @@ def main() -> None:
     if arguments.device != "cpu":
         fp4 = [path for path in checkpoints if path.name.startswith("nvfp4")]
         if fp4:
-            served["served W4A4"] = _serve(arguments.vllm_python, work, fp4, "emulated", "--emulate-nvfp4")
+            options = ["--emulate-nvfp4"]
+            options += ["--moe-backend", arguments.moe_backend] if arguments.moe_backend else []
+            served["served W4A4"] = _serve(arguments.vllm_python, work, fp4, "emulated", *options)
     _print(ours, served, rows, seconds)
 
 

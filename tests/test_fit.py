@@ -192,7 +192,7 @@ def test_quantized_model_as_it_is(nemo: Path, hybrid: Path) -> None:
     assert set(row.formats) == set(made.formats)
     assert row.kernels == made.kernels
     assert [cache.spare_bytes for cache in row.caches] == [cache.spare_bytes for cache in made.caches]
-    assert "no recipe: already quantized (nvfp4 by compressed-tensors)" in record.notes[-1]
+    assert "no recipe: already quantized" in record.notes[-1]
     assert row.bits_per_weight == pytest.approx(made.bits_per_weight)
     with pytest.raises(UserError, match=r"already quantized .* Or leave --recipe out"):
         fit_model(hybrid, CARD, recipes=["nvfp4"])
@@ -229,7 +229,8 @@ def refused_recipes(model: Path) -> set[str]:
     for name in plain:
         row = row_of(rows, name)
         if name in refused:
-            assert (row.problem or "").startswith(refused[name]), name
+            assert row.problem is not None, name
+            assert refused[name] in row.problem or row.problem.endswith("as this recipe asks"), name
             continue
         stored = stored_by_plan(plan_quantization(model, name))
         assert (row.bytes, row.problem) == (sum(info.bytes for w in stored for info in w.infos), None), name
@@ -280,10 +281,10 @@ def test_experts_that_no_engine_loads(tmp_path: Path) -> None:
     _, kept, refused = fit_model(model, "16GiB", recipes=[str(file), "nvfp4"]).rows
     assert kept.bytes == plan_quantization(model, str(file)).bytes
     assert "no engine was seen to load quantized experts of gpt_oss" in (refused.problem or "")
-    first, refused = fit_model(as_mxfp4(model, tmp_path / "mxfp4"), "16GiB").rows  # keeping them is the same there
+    first, *others = fit_model(as_mxfp4(model, tmp_path / "mxfp4"), "16GiB").rows
     assert (first.name, first.problem) == ("mxfp4, as it is", None)
-    assert first.bits_per_weight < 16
-    assert "no engine was seen to load quantized experts of gpt_oss" in (refused.problem or "")
+    assert 4.25 < (first.bits_per_weight or 0.0) < 16
+    assert all(row.problem for row in others)
 
 
 def test_families_outside_the_interface(tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from fp8_sources import KINDS, Kind, as_fp8
 from hub_server import COMMIT, files_of, serve
+from snugfit.calibration.record import STATISTICS_FILE, RowsUsed, Statistics
+from snugfit.calibration.spread import Experts, Inputs, Layer
 from snugfit.cli import app
 from snugfit.dialects.packed import bits_of
 from snugfit.inspection import INSPECT_SCHEMA, Inspection, Part, formats_for, inspect_model
 from snugfit.model.names import parse_name
 from snugfit.printing import ranges
 from sparse_models import FP8, Storage, Tensor, deepseek_v3, minimax_m2, write_sparse_model
+from tiny_mixtures import make_mixture
 
 MakeTiny = Callable[..., Path]
 LLAMA: dict[str, Any] = {
@@ -87,6 +91,8 @@ LARGE: dict[str, tuple[Callable[[Path, Storage], Path], Storage]] = {
 }
 MEASURED = """
 import sys
+from snugfit.calibration.record import STATISTICS_FILE, RowsUsed, Statistics
+from snugfit.calibration.spread import Experts, Inputs, Layer
 from snugfit.cli import app
 try:
     app()
@@ -353,7 +359,7 @@ def test_a_mix_of_formats(tmp_path: Path) -> None:
 
 
 def test_gpt_oss(tmp_path: Path) -> None:
-    """Experts in 3-D blocks of MXFP4 are counted unpacked, and told to be what they are."""
+    """Experts in 3-D blocks of MXFP4 are counted unpacked, and it is said that no engine loads them otherwise."""
 
     def tensors() -> Iterator[Tensor]:
         yield from llama(bf16, {leaf: shape for leaf, shape in LINEARS.items() if "attn" in leaf})
@@ -367,12 +373,14 @@ def test_gpt_oss(tmp_path: Path) -> None:
                 yield f"{mlp}.experts.{leaf}_bias", "BF16", (8, rows)
 
     config = LLAMA | {"num_experts_per_tok": 2, "quantization_config": {"quant_method": "mxfp4"}}
-    found = inspect(tmp_path, config, tensors())
+    found = inspect(tmp_path, config | {"model_type": "gpt_oss"}, tensors())
     experts = parts_of(found)["experts"]
-    assert [(p.names, p.shape, p.stored, p.stays) for p in experts] == [
-        (("gate_up_proj",), (8, 512, 256), ("mxfp4",), "mxfp4 already"),
-        (("down_proj",), (8, 256, 256), ("mxfp4",), "mxfp4 already"),
+    assert [(p.names, p.shape, p.single, p.stored, p.stays) for p in experts] == [
+        (("gate_up_proj",), (8, 512, 256), (256, 256), ("mxfp4",), "no engine loads them quantized"),
+        (("down_proj",), (8, 256, 256), (256, 256), ("mxfp4",), "no engine loads them quantized"),
     ]
+    assert "nvfp4" in parts_of(found)["attention"][0].can_be
+    assert ["vLLM 0.24 and 0.32 take its experts in 16 bits" in remark for remark in found.remarks] == [True]
     assert (found.architecture.experts, found.architecture.active_experts) == (8, 2)
     inside = 3 * 8 * 768 * 256
     assert sum(p.parameters for p in experts) == inside
@@ -456,8 +464,119 @@ def test_an_mlp_without_a_gate_is_no_incomplete_group(tmp_path: Path) -> None:
     assert [group.members for group in found.fused] == [("q_proj", "k_proj", "v_proj")]
 
 
+def test_experts_that_are_taken_apart(tmp_path: Path) -> None:
+    """Granite's 3-D tensors are experts, and one expert's matrix decides what they could be."""
+    linears = {leaf: shape for leaf, shape in LINEARS.items() if "attn" in leaf}
+    mixture = "model.layers.{}.block_sparse_moe"
+    experts = [(f"{mixture.format(n)}.input_linear.weight", "BF16", (8, 2 * 96, 256)) for n in range(3)]
+    experts += [(f"{mixture.format(n)}.output_linear.weight", "BF16", (8, 256, 96)) for n in range(3)]
+    directory = write_sparse_model(tmp_path, LLAMA | {"model_type": "granitemoe"}, [*llama(bf16, linears), *experts])
+    found = inspect_model(directory)
+    gate_up, down = sorted(parts_of(found)["experts"], key=lambda part: part.names)
+    assert (gate_up.shape, gate_up.single, gate_up.stays) == ((8, 192, 256), (96, 256), "")
+    assert (down.shape, down.single, "int4-g32" in down.can_be) == ((8, 256, 96), (256, 96), True)
+    assert (set(gate_up.cannot_be or {}), set(down.cannot_be or {})) == ({"fp8-block"}, {"fp8-block"})
+    assert found.architecture.experts == 8
+    assert (found.layers[0].what, found.remarks) == ("attention + 8 experts", ())
+    assert "any, expert by expert but fp8-block" in CliRunner().invoke(app, ["inspect", str(directory)]).stdout
+
+
+def test_families_that_are_refused(tmp_path: Path) -> None:
+    """Of a family whose experts run in a way of their own nothing could be quantized, and a remark says why."""
+    found = inspect_model(make_mixture("llama4_text", tmp_path / "model"))
+    assert {part.stays for part in found.parts if part.part in ("attention", "experts", "mlp")} == {
+        "quantize refuses this model"
+    }
+    assert ["llama4_text runs its experts outside" in remark for remark in found.remarks] == [True]
+    assert found.problems == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp8_sources_could_be_anything(kind: Kind, tmp_path: Path) -> None:
+    """FP8 of either dialect is a source: its weights, those of experts too, could have any format."""
+    source = make_mixture("qwen3_moe", tmp_path / "source", wide=True)
+    found = inspect_model(as_fp8(source, tmp_path / "model", kind))
+    parts = [part for part in found.parts if part.part in ("attention", "experts")]
+    assert {part.stored[0][:3] for part in parts} == {"fp8"}
+    assert all("nvfp4" in part.can_be and not part.stays for part in parts)
+    assert (found.problems, found.remarks) == ((), ())
+
+
+def test_what_is_no_source(tmp_path: Path) -> None:
+    """Of a file in a format with too little left to start from a remark says so."""
+    quantization = STORED["nvfp4"][1]
+    found = inspect(tmp_path, LLAMA | {"quantization_config": quantization}, llama(nvfp4))
+    assert ["quantize refuses it: already quantized" in remark for remark in found.remarks] == [True]
+
+
+# --- what it was calibrated on
+
+
+def measured() -> Statistics:
+    """Statistics of two layers of four experts."""
+    experts = Experts((0, 40, 90, 900), (64, 32, 32, 0), (0.0, *[2.0] * 3), (3.0,) * 4, (5.0,) * 4, (4.0,) * 4)
+    prefix = "model.layers.{}.mlp"
+    layers = {
+        n: Layer(
+            {f"{prefix.format(n)}.experts.down": Inputs(1000, 64.0 * (n + 1), {(120 << 4): 9990, (133 << 4): 10})},
+            {f"{prefix.format(n)}.experts": experts},
+        )
+        for n in range(2)
+    }
+    rows = (RowsUsed("rows.jsonl", 2, 515, "ab" * 32),)
+    return Statistics(
+        snugfit="1.0",
+        model="model",
+        header_digest="cd" * 32,
+        fingerprint="ef" * 32,
+        rows=rows,
+        experts="all",
+        forced_tokens=64,
+        recipe=None,
+        recipe_digest=None,
+        layers=layers,
+    )
+
+
+def test_calibration_is_told(tmp_path: Path) -> None:
+    """Statistics beside a checkpoint are told: coverage in a line and a table, worst spikes, all figures in JSON."""
+    directory = write_sparse_model(tmp_path, LLAMA, llama(bf16))
+    (directory / STATISTICS_FILE).write_text(measured().to_json(), encoding="utf-8")
+    text = CliRunner().invoke(app, ["inspect", str(directory)]).stdout
+    words = "all 4 experts of 2 layers saw >= 64 tokens (routed 0 to 900, rest forced)"
+    assert f"calibrated: {words}; 2 rows of 515 tokens (rows.jsonl)\n" in text
+    assert "What experts saw" in text
+    assert "0 / 65 / 900" in text
+    assert "mlp.experts.down" in text
+    record = json.loads(CliRunner().invoke(app, ["inspect", str(directory), "--json"]).stdout)
+    assert record["calibration"]["coverage"][1]["routed"] == {"least": 0, "median": 65.0, "most": 900}
+    assert [spike["amax"] for spike in record["calibration"]["spikes"]] == [64.0, 128.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "no statistics"),
+        ('{"schema": "x"}', "schema 'x' is not"),
+        (measured().to_json().replace('"1920": 9990', '"-1": 9990'), "broken"),
+        (measured().to_json().replace("128.0", "NaN"), "broken"),
+        (measured().to_json().replace('"amax"', '"max"'), "broken"),
+    ],
+    ids=["no JSON", "schema", "bins", "NaN", "keys"],
+)
+def test_broken_statistics_hide_nothing(text: str, says: str, tmp_path: Path) -> None:
+    """Statistics that are none are a remark; all else is told."""
+    directory = write_sparse_model(tmp_path, LLAMA, llama(bf16))
+    (directory / STATISTICS_FILE).write_text(text, encoding="utf-8")
+    found = inspect_model(directory)
+    assert found.calibration is None
+    assert [STATISTICS_FILE in remark and says in remark for remark in found.remarks] == [True]
+    assert found.parameters == 3 * WEIGHTS + ENDS
+    assert STATISTICS_FILE in CliRunner().invoke(app, ["inspect", str(directory)]).stdout
+
+
 def test_experts_in_one_tensor(tmp_path: Path) -> None:
-    """Experts that stand in one 3-D tensor of 16 bits cannot be quantized as they are, and count as many experts."""
+    """Experts in one 3-D tensor of an unknown layout cannot be quantized as they are, and count as many experts."""
     linears = {leaf: shape for leaf, shape in LINEARS.items() if "attn" in leaf}
     experts = [(f"model.layers.{n}.mlp.experts.gate_up_proj", "BF16", (8, 512, 256)) for n in range(3)]
     found = inspect(tmp_path, LLAMA, iter([*llama(bf16, linears), *experts]))

@@ -105,9 +105,9 @@ def _shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Shape of the weight that each tensor stands for, () for scales and the like."""
     modules: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in checkpoint.tensors.items():
+    for name, tensor in checkpoint.tensors.items():
         module, suffix = split_name(name)
-        modules.setdefault(module, {})[suffix] = info
+        modules.setdefault(module, {})[suffix] = tensor
     found: dict[str, tuple[int, ...]] = {}
     for module, parts in modules.items():
         fmt = formats.get(module)
@@ -216,10 +216,9 @@ def _stored_by(loaded: LoadedRecipe, source: Source, weights: Weights) -> tuple[
     seen = list(weights.tensors.values())
     assignments = resolve(loaded, seen, layers=source.layers, decoder=source.decoder, stored=formats)
     if not any(a.format is not None and not a.copied for a in assignments.values()):
-        what = (
-            "the model is stored so already" if any(a.copied for a in assignments.values()) else "it keeps everything"
-        )
-        raise UserError(f"this recipe quantizes nothing: {what}.", where=loaded.where)
+        labels = ", ".join(dict.fromkeys(a.format.label() for a in assignments.values() if a.format is not None))
+        what = f"the weights are {labels} already, as this recipe asks." if labels else "this recipe quantizes nothing."
+        raise UserError(what, where=loaded.where)
     weights = weights.keep_whole(lambda name: name in assignments and assignments[name].format is not None)
     for obstacle in obstacles(source.checkpoint, singly=any(s.slot is not None for s in weights.sources.values())):
         raise obstacle

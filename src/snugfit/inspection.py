@@ -7,17 +7,28 @@ config and tensors tell the same story.
 from __future__ import annotations
 
 import json
+import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from snugfit import __version__
+from snugfit.calibration.record import STATISTICS_FILE, load_statistics
 from snugfit.dialects.reading import kv_cache_format, read_quant_config
 from snugfit.engines.fused import FUSED_GROUPS
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, check_shape
+from snugfit.inspection_record import (
+    INSPECT_SCHEMA,
+    Architecture,
+    Calibrated,
+    FusedGroup,
+    Inspection,
+    LayerRun,
+    Part,
+    Quantization,
+)
 from snugfit.model.anatomy import language_config
 from snugfit.model.checkpoint import Checkpoint, open_headers
 from snugfit.model.contents import (
@@ -30,9 +41,14 @@ from snugfit.model.contents import (
 )
 from snugfit.model.files import OTHER_WEIGHTS, read_file
 from snugfit.model.names import role_order
+from snugfit.model.sources import single_weights
+from snugfit.planning.weights import collapse_experts
+from snugfit.quantize_plan import obstacles
 from snugfit.records import as_json
+from snugfit.report.spikes import coverage_of, spikes_of
 
-INSPECT_SCHEMA = "snugfit.inspect/1"
+__all__ = ["INSPECT_SCHEMA", "Inspection", "Part", "formats_for", "inspect_model"]
+
 RECORD_FILE = "snugfit-record.json"
 # parts whose weights are told apart by shape
 _DETAILED = frozenset(PARTS[: PARTS.index("norms")])
@@ -47,130 +63,8 @@ _STAYS: Mapping[str, str] = {
     "other": "outside the decoder layers",
     "KV cache scales": "scales",
 }
-# what `quantize` starts from: 16 bits, and FP8 of Hugging Face's own kind, which is dequantized when it is read
-_SOURCES = frozenset({"bf16", "f16", "f32"})
-_SOURCE_METHODS = frozenset({"", "fp8"})
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What config.json says of the language model; None for what it does not say.
-
-    `latent` is the width of what MLA caches a token and layer, `experts` and `active_experts` are of one layer,
-    `prediction_layers` predict further tokens.
-    """
-
-    architectures: tuple[str, ...]
-    model_type: str | None
-    dtype: str | None
-    layers: int
-    hidden_size: int | None
-    heads: int | None
-    kv_heads: int | None
-    head_dim: int | None
-    latent: int | None
-    experts: int | None
-    active_experts: int | None
-    shared_experts: int | None
-    vocabulary: int | None
-    context: int | None
-    sliding_window: int | None
-    prediction_layers: int | None
-    tied_embeddings: bool
-
-
-@dataclass(frozen=True)
-class Part:
-    """Weights of one part of the model that are alike: same real shape, stored alike, with the same prospects.
-
-    `names` are the last parts of their names, `weights` how many there are, `parameters` and `bytes` (scales included)
-    of all; `shape` is empty where they differ. `can_be` are formats that `quantize` could give them; `stays` says why
-    there are none, `cannot_be` why not one of them.
-    """
-
-    part: str
-    names: tuple[str, ...]
-    shape: tuple[int, ...]
-    weights: int
-    parameters: int
-    bytes: int
-    stored: tuple[str, ...]
-    can_be: tuple[str, ...] = ()
-    cannot_be: Mapping[str, str] | None = None
-    stays: str = ""
-
-
-@dataclass(frozen=True)
-class LayerRun:
-    """Decoder layers that are alike: their numbers, what is in one of them, its parameters and bytes."""
-
-    layers: tuple[int, ...]
-    what: str
-    stored: tuple[str, ...]
-    parameters: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class FusedGroup:
-    """Linears that engines run as one product, and so need one format: how often they stand together in one module.
-
-    `cannot_be` are formats that one member, and so none, can have. `incomplete` are modules that have only some of
-    them, `mixed` those whose members are stored differently.
-    """
-
-    members: tuple[str, ...]
-    complete: int
-    cannot_be: tuple[str, ...]
-    incomplete: tuple[str, ...]
-    mixed: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """How a checkpoint is quantized already: the method's name, its numbers, and how many matrices are stored how.
-
-    `kv_cache` is what is asked of the KV cache, None for nothing; `refused` says why this tool cannot read it.
-    """
-
-    method: str
-    settings: Mapping[str, Any]
-    weights: Mapping[str, int]
-    kv_cache: str | None
-    refused: str
-
-
-@dataclass(frozen=True)
-class Inspection:
-    """Everything that `snugfit inspect` tells. Sizes in bytes; `parameters` are those of the model, not of its files.
-
-    `active_parameters` are what a token runs through (None but for mixtures of experts): all but experts that it does
-    not visit, the table of embeddings, towers and heads of multi-token prediction. `parameters` are all but the last,
-    the `prediction_parameters`. `problems` are contradictions in the checkpoint.
-    """
-
-    model: str
-    revision: str | None
-    architecture: Architecture
-    parameters: int
-    active_parameters: int | None
-    prediction_parameters: int
-    bytes: int
-    tensors: int
-    files: int
-    parts: tuple[Part, ...]
-    layers: tuple[LayerRun, ...]
-    fused: tuple[FusedGroup, ...]
-    quantization: Quantization | None
-    problems: tuple[str, ...]
-    other_weights: tuple[str, ...]
-    made_by: str | None
-    snugfit: str = __version__
-    schema: str = INSPECT_SCHEMA
-
-    def to_json(self) -> str:
-        """The record, one JSON document."""
-        return as_json(asdict(self))
+_WIDE = frozenset({"bf16", "f16", "f32"})
+_REFUSED = "quantize refuses this model"
 
 
 def inspect_model(model: str | Path) -> Inspection:
@@ -179,6 +73,8 @@ def inspect_model(model: str | Path) -> Inspection:
     contents = read_contents(checkpoint)
     architecture = _architecture(checkpoint, contents)
     fused = _fused(contents)
+    limits = _limits(checkpoint, contents)
+    calibration, unread = _calibration(checkpoint)
     predicted = sum(w.elements for w in contents.weights if w.part == "multi-token prediction")
     total = sum(w.elements for w in contents.weights) - predicted
     return Inspection(
@@ -191,14 +87,71 @@ def inspect_model(model: str | Path) -> Inspection:
         bytes=sum(tensor.bytes for tensor in checkpoint.tensors.values()),
         tensors=len(checkpoint.tensors),
         files=len(checkpoint.shards),
-        parts=_parts(contents, architecture),
+        parts=_parts(contents, architecture, limits),
         layers=_layer_runs(contents, language_config(checkpoint.config)),
         fused=fused,
         quantization=_quantization(checkpoint, contents),
         problems=tuple(_problems(contents, architecture, fused)),
         other_weights=tuple(name for name in checkpoint.other_files if name.endswith(OTHER_WEIGHTS)),
         made_by=_made_by(checkpoint),
+        calibration=calibration,
+        remarks=(*limits.remarks, *unread),
     )
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Why `quantize` would refuse a model, whatever the recipe, and why its stacked experts; "" where it would not."""
+
+    model: str
+    experts: str
+    remarks: tuple[str, ...]
+
+
+def _limits(checkpoint: Checkpoint, contents: Contents) -> _Limits:
+    """What plan_quantization says of these headers before it looks at a recipe."""
+    family = [error.what for error in obstacles(checkpoint)]
+    stacked = [e.what for e in obstacles(checkpoint, singly=True)] if any(w.single for w in contents.weights) else []
+    few = {weight.info.name for weight in collapse_experts(checkpoint.tensors.values())}
+    refused = ""
+    try:
+        single_weights(replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n in few}))
+    except UserError as error:
+        refused = error.what
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # told as a problem
+        refused = contents.refused or "unreadable"
+    model = _REFUSED if family else ""
+    if refused and not family:
+        model = f"{contents.method} elsewhere" if contents.method and not contents.refused else _REFUSED
+    told = [refused] if refused and refused != contents.refused else []
+    remarks = [f"quantize refuses it: {what}" for what in dict.fromkeys([*family, *told])]
+    remarks += [what for what in stacked if what not in family]
+    return _Limits(model, "no engine loads them quantized" if stacked else "", tuple(remarks))
+
+
+def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, ...]]:
+    """What was calibrated, of statistics beside a local checkpoint; else why there is nothing to tell, if so."""
+    try:
+        if checkpoint.remote or not (checkpoint.path / STATISTICS_FILE).exists():
+            return None, ()
+        found = load_statistics(checkpoint.path / STATISTICS_FILE)
+        told = Calibrated(
+            model=found.model,
+            sources=tuple(one.source for one in found.rows),
+            rows=sum(one.rows for one in found.rows),
+            tokens=found.tokens,
+            experts=found.experts,
+            forced_tokens=found.forced_tokens,
+            recipe=found.recipe,
+            coverage=coverage_of(found),
+            spikes=spikes_of(found),
+        )
+        as_json(asdict(told), allow_nan=False)
+    except UserError as error:
+        return None, (f"{STATISTICS_FILE}: {error.what}",)
+    except (ArithmeticError, OSError, TypeError, ValueError, struct.error) as error:
+        return None, (f"{STATISTICS_FILE}: broken statistics ({error}).",)
+    return told, ()
 
 
 def _architecture(checkpoint: Checkpoint, contents: Contents) -> Architecture:
@@ -249,42 +202,44 @@ def _active(contents: Contents, architecture: Architecture, total: int) -> int |
     return total - table - of["towers"] - of["experts"] * (experts - min(active, experts)) // experts
 
 
-def _parts(contents: Contents, architecture: Architecture) -> tuple[Part, ...]:
-    groups: dict[tuple[str, tuple[int, ...], str], list[Weight]] = {}
+def _parts(contents: Contents, architecture: Architecture, limits: _Limits) -> tuple[Part, ...]:
+    groups: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], list[Weight]] = {}
     for weight in contents.weights:
-        detailed = weight.part in _DETAILED
-        key = (weight.part, weight.shape if detailed else (), weight.stored if detailed else "")
-        groups.setdefault(key, []).append(weight)
+        detailed = (weight.shape, weight.stored, weight.single) if weight.part in _DETAILED else ((), "", ())
+        groups.setdefault((weight.part, *detailed), []).append(weight)
     ordered = sorted(
         groups.items(), key=lambda item: (PARTS.index(item[0][0]), min(role_order(w.leaf) for w in item[1]))
     )
-    return tuple(_part(part, shape, members, contents, architecture) for (part, shape, _), members in ordered)
+    return tuple(_part(key[0], key[1], members, architecture, limits) for key, members in ordered)
 
 
 def _part(
-    part: str, shape: tuple[int, ...], members: Sequence[Weight], contents: Contents, architecture: Architecture
+    part: str, shape: tuple[int, ...], members: Sequence[Weight], architecture: Architecture, limits: _Limits
 ) -> Part:
     stored = tuple(label for label, _ in Counter(w.stored for w in members).most_common())
-    stays = _STAYS.get(part, "")
-    if part == "lm_head" and architecture.tied_embeddings:
-        stays = "tied to the embeddings"
-    if not stays and not _is_source(stored[0], contents.method):
-        stays = f"{stored[0]} already"
-    elif not stays and contents.method not in _SOURCE_METHODS:
-        stays = f"{contents.method} elsewhere"
-    elif not stays and len(shape) != 2:
-        stays = "experts in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"
-    can, cannot = ((), {}) if stays else formats_for(shape)
+    single = members[0].single if part in _DETAILED else ()
+    stays = "tied to the embeddings" if part == "lm_head" and architecture.tied_embeddings else _STAYS.get(part, "")
+    stays = stays or _stays(part, stored[0], shape, single, limits)
+    can, cannot = ((), {}) if stays else formats_for(single or shape)
     names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=role_order)) if part in _DETAILED else ()
     return Part(
         *(part, names, shape, len(members), sum(w.elements for w in members), sum(w.bytes for w in members), stored),
-        *(can, cannot, stays),
+        *(can, cannot, stays, single),
     )
 
 
-def _is_source(label: str, method: str) -> bool:
-    """Whether `quantize` starts from weights stored so."""
-    return label in _SOURCES or (method in _SOURCE_METHODS and label.startswith("fp8"))
+def _stays(part: str, stored: str, shape: tuple[int, ...], single: tuple[int, ...], limits: _Limits) -> str:
+    """Why `quantize` cannot give a weight of this part another format; "" where it can."""
+    source = stored in _WIDE or stored.startswith("fp8") or (stored == "mxfp4" and bool(single))
+    if stored not in _WIDE and (not source or (limits.model and limits.model != _REFUSED)):
+        return f"{stored} already"
+    if limits.model:
+        return limits.model
+    if single:
+        return limits.experts
+    if len(shape) == 2:
+        return ""
+    return "experts in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"
 
 
 def formats_for(shape: tuple[int, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
@@ -349,9 +304,9 @@ def _quantization(checkpoint: Checkpoint, contents: Contents) -> Quantization | 
     matrices = Counter(
         w.stored
         for w in contents.weights
-        if _STAYS.get(w.part) not in ("no matrix", "scales") and (len(w.shape) > 1 or w.stored not in _SOURCES)
+        if _STAYS.get(w.part) not in ("no matrix", "scales") and (len(w.shape) > 1 or w.stored not in _WIDE)
     )
-    if not contents.quantization and all(label in _SOURCES for label in matrices):
+    if not contents.quantization and all(label in _WIDE for label in matrices):
         return None
     scalars = {
         key: value

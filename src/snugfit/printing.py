@@ -19,7 +19,7 @@ from snugfit.formats.spec import FORMATS
 from snugfit.records import totals_by_format
 
 if TYPE_CHECKING:
-    from snugfit.inspection import Inspection, Part
+    from snugfit.inspection_record import Inspection, Part
     from snugfit.records import FitRecord, TensorRecord
     from snugfit.report.tables import Sheet
 
@@ -106,6 +106,19 @@ def print_inspection(found: Inspection) -> None:
         table.add_row(ranges(run.layers), _cell(run.what), _cell(", ".join(run.stored)), *sizes)
     _show(table)
     _say(*_remarks(found))
+    _show_calibration(found)
+
+
+def _show_calibration(found: Inspection) -> None:
+    """Which tokens experts saw, and the inputs that stand out farthest."""
+    from snugfit.report.spikes import sheet_of_coverage, sheet_of_spikes
+
+    if found.calibration is None:
+        return
+    sheets = [sheet_of_coverage(found.calibration.coverage, narrow=True)] if found.calibration.coverage else []
+    for sheet in (*sheets, sheet_of_spikes(found.calibration.spikes, narrow=True)):
+        _say("")
+        print_sheet(sheet)
 
 
 def _summary(found: Inspection) -> list[str]:
@@ -140,7 +153,18 @@ def _summary(found: Inspection) -> list[str]:
         f"{_count(found.parameters)} parameters{active}{more}; {where}",
         "; ".join(fact for fact in facts if fact),
     ]
-    return [*lines, *_quantized(found)]
+    return [*lines, *_quantized(found), *_calibrated(found)]
+
+
+def _calibrated(found: Inspection) -> list[str]:
+    from snugfit.report.spikes import coverage_words
+
+    c = found.calibration
+    if c is None:
+        return []
+    seen = f"{coverage_words(c.coverage)}; " if c.coverage else ""
+    sources = ", ".join(c.sources[:3]) + (", …" if len(c.sources) > 3 else "")
+    return [f"calibrated: {seen}{c.rows:,} row{'s' * (c.rows != 1)} of {c.tokens:,} tokens ({sources})"]
 
 
 def _quantized(found: Inspection) -> list[str]:
@@ -175,7 +199,7 @@ def _remarks(found: Inspection) -> list[str]:
         lines.append(f"weights in other containers: {', '.join(found.other_weights[:6])}")
     if found.made_by:
         lines.append(f"made by {found.made_by}")
-    return [*lines, *(f"problem: {problem}" for problem in found.problems)]
+    return [*lines, *found.remarks, *(f"problem: {problem}" for problem in found.problems)]
 
 
 def _merged(parts: tuple[Part, ...]) -> list[Part]:
@@ -202,7 +226,11 @@ def _prospects(part: Part) -> str:
     group = next((label for label in part.can_be if label.startswith("int4-g") and label != "int4-g128"), "")
     if len(missing) > len(FORMATS) // 2:
         return ", ".join(part.can_be) or "nothing"
-    return "any" + f" but {', '.join(missing)}" * bool(missing) + f" ({group})" * bool(group)
+    return (
+        f"any{', expert by expert' * bool(part.single)}"
+        + f" but {', '.join(missing)}" * bool(missing)
+        + f" ({group})" * bool(group)
+    )
 
 
 def ranges(numbers: tuple[int, ...]) -> str:

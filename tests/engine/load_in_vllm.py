@@ -60,7 +60,8 @@ def load(path: str) -> dict[str, Any]:
 
         def note(model: Any, *args: Any) -> None:
             experts.update(sums_of_experts(model, torch))
-            repack(model, *args)
+            if not experts:  # their kernels may be for other processors than this
+                repack(model, *args)
 
         base.process_weights_after_loading = note
         try:
@@ -83,6 +84,10 @@ def main() -> None:
         kernels.register_linear_kernel(kernels.EmulationNvFp4LinearKernel, platforms.PlatformEnum.CPU, "nvfp4")
         torch: Any = importlib.import_module("torch")
         torch.accelerator.empty_cache = lambda: None  # asks for a device that is not there
+        # else there is no kernel to load INT4 experts for: it asks for AMX, and knows routing by softmax alone
+        torch.cpu._is_amx_tile_supported = lambda: True
+        experts: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
+        experts.CPUExpertsInt4._supports_routing_method = staticmethod(lambda *_: True)
     out, paths = Path(sys.argv[1]), sys.argv[2:]
     found: dict[str, Any] = {}
     for path in paths:

@@ -24,6 +24,7 @@ from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower, language_config, layer_count
 from snugfit.model.checkpoint import Checkpoint, StoredTensor
 from snugfit.model.names import TensorName, parse_name
+from snugfit.model.sources import stacked_weights
 
 # parts of a model, in the order of tables
 PARTS = (
@@ -40,7 +41,8 @@ _MLP = frozenset({"gate", "up", "gate_up", "down", "mlp"})
 class Weight:
     """A weight (or a vector) of the model: `name` is its module's, `shape` that of the weight were it not packed.
 
-    `bytes` and `tensors` count its scales too; `stored` is a format's label, or a dtype such as bf16.
+    `bytes` and `tensors` count its scales too; `stored` is a format's label, or a dtype such as bf16. `single` is the
+    shape of one expert's matrix in a tensor of all experts that can be taken apart, () for other weights.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Weight:
     bytes: int
     tensors: int
     stored: str
+    single: tuple[int, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -106,7 +109,7 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
         refused = error.what
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         refused = f"the quantization config is none ({type(error).__name__}: {error})."
-    anatomy = _Anatomy(decoder, layers)
+    anatomy = _Anatomy(decoder, layers, _singles(checkpoint))
     weights = [
         weight
         for module, tensors in modules.items()
@@ -119,6 +122,17 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
 class _Anatomy:
     decoder: str
     layers: int
+    singles: Mapping[str, tuple[int, ...]]
+
+
+def _singles(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Tensors of all of a layer's experts that can be taken apart -> the shape of one matrix in them."""
+    try:
+        weights = stacked_weights(checkpoint)
+    except UserError:  # broken: what is refused says so
+        return {}
+    shapes = {stack: weights.tensors[names[0]].shape for stack, names in weights.stacks.items()}
+    return {stack: shape for stack, shape in shapes.items() if len(shape) == 2}
 
 
 def _linears(
@@ -160,10 +174,13 @@ def _weights(
         whole = p.parameter == "weight"
         name = module if whole else f"{module}.{p.parameter}"
         label = fmt.label() if fmt is not None and whole else p.label or tensors[p.tensor].dtype.lower()
+        single = anatomy.singles.get(tensors[p.tensor].name, ())
         part = _part(parsed, shape, anatomy)
+        part = "experts" if single and part == "layers' other" else part
         size = sum(t.bytes for t in members)
         yield Weight(
-            name, name.rpartition(".")[2], part, parsed.layer, parsed.expert, p.shape, size, len(members), label
+            *(name, name.rpartition(".")[2], part, parsed.layer, parsed.expert, p.shape, size, len(members), label),
+            single,
         )
     if not packed:
         plain += serving

@@ -137,43 +137,35 @@ def read_experts(
     Engines give all experts of a layer one scale for the inputs of gate and up and one for those of down, the largest
     multiplier in the file (engines/mixtures.py); so does this, but for profile "none", which rounds nothing.
     """
-    shapes = experts.shapes(holder)
+    shapes, dtype = experts.shapes(holder), holder.get_parameter("down_proj").dtype
     found: dict[str, Tensor] = {}
-    scales: dict[bool, list[Tensor]] = {True: [], False: []}
-    kinds: dict[bool, TensorFormat] = {}
-    by_expert: dict[int, list[tuple[str, str]]] = {}
+    stored: dict[tuple[int, bool], dict[str, str]] = {}  # (expert, whether down) -> name -> role
     for (expert, role, parameter), name in mixture.names.items():
-        module = f"{prefix}.{name}".removesuffix(".weight")
-        if parameter == "weight" and module in formats:
-            by_expert.setdefault(expert, []).append((role, name))
-        elif f"{prefix}.{name}" in checkpoint.tensors:
-            found[name] = read_tensor(checkpoint, f"{prefix}.{name}")
-        elif f"{prefix}.{name}" in stacks.tensors:
-            found[name] = read_single(checkpoint, stacks, f"{prefix}.{name}")
-    for named in by_expert.values():
-        for group in (("gate", "up"), ("down",)):
-            modules = {name: f"{prefix}.{name}".removesuffix(".weight") for role, name in named if role in group}
-            members = {name: _read_member(checkpoint, module, formats[module]) for name, module in modules.items()}
-            roles = {name: role for role, name in named}
-            for name, member in (members if profile == NO_ENGINE else _as_one(checkpoint, members)).items():
-                values = _values(checkpoint, modules[name], member.stored, shapes[roles[name], "weight"])
-                found[name] = values.to(holder.down_proj.dtype)
-                kinds.setdefault(group == ("down",), member.format)
-                if member.input_scale is not None:
-                    scales[group == ("down",)].append(member.input_scale)
-    return found, ExpertInputs(*(_of_all_experts(kinds, scales, down, profile) for down in (False, True)))
+        full = f"{prefix}.{name}"
+        if parameter == "weight" and full.removesuffix(".weight") in formats:
+            stored.setdefault((expert, role == experts.DOWN), {})[name] = role
+        elif full in checkpoint.tensors:
+            found[name] = read_tensor(checkpoint, full)
+        elif full in stacks.tensors:
+            found[name] = read_single(checkpoint, stacks, full)
+    kinds: dict[bool, TensorFormat] = {}
+    scales: dict[bool, list[Tensor]] = {True: [], False: []}
+    for (_, down), roles in stored.items():
+        modules = {name: f"{prefix}.{name}".removesuffix(".weight") for name in roles}
+        members = {name: _read_member(checkpoint, module, formats[module]) for name, module in modules.items()}
+        for name, member in (members if profile == NO_ENGINE else _as_one(checkpoint, members)).items():
+            values = _values(checkpoint, modules[name], member.stored, shapes[roles[name], "weight"])
+            found[name] = values.to(dtype)
+            kinds.setdefault(down, member.format)
+            if member.input_scale is not None:
+                scales[down].append(member.input_scale)
+    quantizers = (_of_all_experts(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True))
+    return found, ExpertInputs(*quantizers)
 
 
-def _of_all_experts(
-    kinds: Mapping[bool, TensorFormat],
-    scales: Mapping[bool, Sequence[Tensor]],
-    down: bool,
-    profile: str,
-) -> Quantizer | None:
-    if down not in kinds:
-        return None
-    scale = max(scales[down], key=float) if scales[down] else None
-    return input_quantizer(kinds[down], profile, scale)
+def _of_all_experts(fmt: TensorFormat | None, scales: Sequence[Tensor], profile: str) -> Quantizer | None:
+    """What rounds the inputs of all experts' projections of a kind, None where nothing does."""
+    return None if fmt is None else input_quantizer(fmt, profile, max(scales, key=float) if scales else None)
 
 
 def read_layer(

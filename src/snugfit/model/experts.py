@@ -109,7 +109,7 @@ def hook(module: nn.Module, hooks: ExpertHooks) -> None:
 
 def count(module: nn.Module) -> int:
     """Number of experts."""
-    return int(module.down_proj.shape[0])
+    return len(module.get_parameter("down_proj"))
 
 
 def shapes(module: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
@@ -207,7 +207,7 @@ def _run(
             if hooks is not None:
                 middle = hooks.second(expert, middle, routed, forced=False)
             out = _linear(self, "down_proj", expert, middle)
-            if self.has_post_expert_norm:
+            if getattr(self, "has_post_expert_norm", False):
                 out = self.post_expert_norm(out)  # type: ignore[operator]
             out = out * weights[routed, places, None]
             result.index_add_(0, routed, out.to(result.dtype))

@@ -33,6 +33,8 @@ _EXPONENTS = {
     "F64": (np.uint64, 0x7FF0000000000000),
 }
 
+E4M3_NAN = 0x7F  # without its sign
+
 Result = TypeVar("Result")
 
 
@@ -153,6 +155,11 @@ def _pieces(pool: ThreadPoolExecutor, size: int, work: Callable[[int, int], int]
 
 def check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
     """`tensor`, read under `name`; UserError where it holds NaN or infinite values."""
+    if tensor.dtype == torch.float8_e4m3fn and tensor.numel():
+        size = (tensor.view(torch.uint8) & 0x7F).amax()
+        if int(size) == E4M3_NAN:
+            count = int((tensor.view(torch.uint8) & 0x7F == E4M3_NAN).sum())
+            raise _damaged(checkpoint, checkpoint.tensors[name], f"{count} NaN values")
     if not tensor.numel() or not tensor.is_floating_point() or tensor.itemsize == 1:
         return tensor
     low, high = tensor.aminmax()  # NaN carries through

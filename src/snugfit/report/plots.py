@@ -1,4 +1,4 @@
-"""Plots of an evaluation, from its record alone: by context length, and by position. PNG and SVG."""
+"""Plots in one style, PNG and SVG: of an evaluation, from its record alone, by context length and by position."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot, and the file it goes to."""
+    """One plot, and the file it goes to. `by_layer`: x are numbers of layers, and y is logarithmic in any case."""
 
     name: str
     x_label: str
@@ -45,6 +45,8 @@ class Plot:
     title: str
     lines: tuple[Line, ...]
     floors: tuple[Line, ...] = ()
+    caption: str = "bands: one standard error over chunks"
+    by_layer: bool = False
 
 
 def write_plots(record: EvalRecord, directory: Path) -> list[str]:
@@ -57,7 +59,7 @@ def write_plots(record: EvalRecord, directory: Path) -> list[str]:
     longest = [max(texts, key=lambda context: context.context)] if texts else []
     for context in (*longest, *(context for context in record.contexts if not context.context)):
         plots += _by_position(record, context)
-    return [file for plot in plots if plot.lines for file in _draw(plot, directory)]
+    return [file for plot in plots if plot.lines for file in draw(plot, directory)]
 
 
 def _by_context(record: EvalRecord, texts: Sequence[ContextFigures]) -> list[Plot]:
@@ -127,7 +129,8 @@ def _span(counts: Sequence[int]) -> str:
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
 
 
-def _draw(plot: Plot, directory: Path) -> list[str]:
+def draw(plot: Plot, directory: Path) -> list[str]:
+    """Write a plot that has lines into a directory as PNG and SVG; the names of the files."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -150,7 +153,10 @@ def _draw(plot: Plot, directory: Path) -> list[str]:
     else:
         both = [*lows, *floors]
         wide = plot.y_label != KL and max(both) > WIDE * min(both)
-        _scale(panels[0], both, logarithmic=min(both) > 0 and (bool(floors) or wide))
+        _scale(panels[0], both, logarithmic=min(both) > 0 and (bool(floors) or wide or plot.by_layer))
+        if plot.by_layer and min(both) <= 0:
+            panels[0].set_yscale("symlog", linthresh=1)
+            panels[0].set_ylim(bottom=0)
     for line in plot.lines:
         _line(panels[0], line)
     for line in plot.floors:
@@ -216,7 +222,11 @@ def _broken(panels: Sequence[Axes]) -> None:
 def _label(figure: Figure, panels: Sequence[Axes], plot: Plot) -> None:
     """Everything written: ticks of x, labels, title, a legend beside the lines in the order they end in."""
     ticks = sorted({x for line in plot.lines for x, _, _ in line.points})
-    panels[-1].set_xscale("log", base=2)
+    if plot.by_layer:
+        step = max(1, math.ceil((ticks[-1] - ticks[0]) / 16))
+        ticks = [float(x) for x in range(round(ticks[0]), round(ticks[-1]) + 1, step)]
+    else:
+        panels[-1].set_xscale("log", base=2)
     size = 9 if len(ticks) < 14 else 7
     panels[-1].set_xticks(ticks, [f"{x:,.0f}" for x in ticks], fontsize=size)
     for axes in panels:
@@ -225,7 +235,7 @@ def _label(figure: Figure, panels: Sequence[Axes], plot: Plot) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].set_xlabel(plot.x_label)
     panels[0].set_ylabel(plot.y_label)
-    panels[0].set_title(f"{plot.title}\nbands: one standard error over chunks", fontsize=9, loc="left", color="0.3")
+    panels[0].set_title("\n".join(filter(None, (plot.title, plot.caption))), fontsize=9, loc="left", color="0.3")
     handles = {handle.get_label(): handle for axes in panels for handle in axes.get_legend_handles_labels()[0]}
     ordered = sorted(plot.lines, key=lambda line: -line.points[-1][1])
     labels = [line.label for line in (*ordered, *plot.floors)]

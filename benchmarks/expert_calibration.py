@@ -1,0 +1,164 @@
+"""What few samples cost a mixture of experts: calibration of routed tokens alone against every expert, in KL.
+
+    python benchmarks/expert_calibration.py WORK [--model tests/fixtures/tiny-mixture] [--recipe nvfp4-moe]
+
+A mixture is quantized (experts W4A4 in NVFP4) on samples of one kind of text and of all kinds, few and many, once with
+experts measured on the tokens that the router sends them, once on all. KL to the original is measured on other text of
+every kind. Three ways to deal with an expert that no token reached:
+
+    routed          it takes its layer's scale, what the others measured (what snugfit does if it is told to go on)
+    routed, own 1.0 every expert has a scale of its own and a bare one 1.0, as other tools write; engines that take one
+                    scale for all of a layer's experts (FlashInfer's, vLLM's emulation) then run them all under it
+    all             it is measured like the others
+
+Prints a Markdown table and, last, one JSON line. The model's directory must have held-out/KIND.txt, text that it was
+not trained on: the first part is for calibration, the rest for evaluation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from snugfit.calibration.record import Calibration, load_statistics
+from snugfit.evaluate import evaluate
+from snugfit.formats.nvfp4 import input_global_scale
+from snugfit.quantize import quantize_checkpoint
+from snugfit.records import ModelFigures
+
+LENGTH = 512
+FOR_CALIBRATION = 6144  # bytes of each kind
+# name -> (kinds, rows of each)
+SAMPLES = {
+    "turkish, 16 bytes": (("turkish",), 16 / LENGTH),
+    "turkish, 64 bytes": (("turkish",), 64 / LENGTH),
+    "novels, 1 row": (("novels",), 1),
+    "turkish, 1 row": (("turkish",), 1),
+    "turkish, 4 rows": (("turkish",), 4),
+    "tables, 4 rows": (("tables",), 4),
+    "8 kinds, 1 row each": (None, 1),
+    "8 kinds, 8 rows each": (None, 8),
+}
+ROUTED, OWN, ALL = "routed", "routed, own 1.0", "all"
+
+
+def main() -> None:
+    """Quantize every way, evaluate all at once, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--model", type=Path, default=Path("tests/fixtures/tiny-mixture"))
+    parser.add_argument("--recipe", default="nvfp4-moe")
+    parser.add_argument("--activations", default="vllm-blackwell")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    work: Path = options.work
+    shutil.rmtree(work, ignore_errors=True)
+    (work / "evaluation").mkdir(parents=True)
+    texts = {file.stem: file.read_text(encoding="utf-8") for file in sorted((options.model / "held-out").glob("*.txt"))}
+    for kind, text in texts.items():
+        (work / "evaluation" / f"{kind}.txt").write_text(text[FOR_CALIBRATION:], encoding="utf-8")
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for sample, (kinds, rows) in SAMPLES.items():
+        chosen = {kind: texts[kind][: int(rows * LENGTH)] for kind in kinds or texts}
+        files = []
+        for kind, text in chosen.items():
+            files.append(work / f"{sample.replace(' ', '-').replace(',', '')}-{kind}.txt")
+            files[-1].write_text(text, encoding="utf-8")
+        for mode in (ROUTED, ALL):
+            target = work / f"{sample}-{mode}".replace(" ", "-").replace(",", "")
+            quantize_checkpoint(
+                *(options.model, target, options.recipe),
+                text=files,
+                rows=math.ceil(rows) * len(chosen),
+                length=LENGTH,
+                device=options.device,
+                calibration=Calibration(mode, least_tokens=0),
+            )
+            found[sample, mode] = {"path": target} | bare(target)
+        if found[sample, ROUTED]["bare"]:
+            own = own_scales(found[sample, ROUTED]["path"])
+            found[sample, OWN] = found[sample, ROUTED] | {"path": own}
+    record = evaluate(
+        [entry["path"] for entry in found.values()],
+        reference_model=options.model,
+        text=[work / "evaluation"],
+        contexts=(LENGTH,),
+        activations=options.activations,
+        continuations=0,
+        device=options.device,
+    )
+    models = {model.name: model for model in record.contexts[0].models}
+    rows_out = []
+    for (sample, mode), entry in found.items():
+        model = models[entry["path"].name]
+        assert model.kl is not None
+        rows_out.append(
+            {
+                "sample": sample,
+                "experts": mode,
+                "bare": entry["bare"],
+                "of": entry["experts"],
+                "kl": model.kl.mean,
+                "error": model.kl.standard_error,
+                "p99": model.kl.p99,
+                "perplexity": model.perplexity,
+                "against_all": apart(model, models[found[sample, ALL]["path"].name], record.contexts[0].chunk_tokens),
+            }
+        )
+    print_table(rows_out, models[next(iter(models))].perplexity, record.contexts[0].tokens)
+    print(json.dumps(rows_out))
+
+
+def apart(model: ModelFigures, other: ModelFigures, tokens: Sequence[int]) -> tuple[float, float]:
+    """Mean KL of a model minus another's, and its standard error: paired by chunk."""
+    assert model.kl is not None
+    assert other.kl is not None
+    pairs = zip(model.kl.by_chunk, other.kl.by_chunk, tokens, strict=True)
+    differences = [(mine - its) / count for mine, its, count in pairs]
+    return statistics.fmean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+
+
+def bare(target: Path) -> dict[str, Any]:
+    """How many experts of all layers no token reached."""
+    seen = [one for layer in load_statistics(target).layers.values() for one in layer.experts.values()]
+    return {"bare": sum(len(one.under(1)) for one in seen), "experts": sum(len(one.routed) for one in seen)}
+
+
+def own_scales(source: Path) -> Path:
+    """A copy of a checkpoint whose experts have a scale of their own inputs each, and 1.0 where no token came."""
+    target = source.with_name(source.name + "-own")
+    shutil.copytree(source, target)
+    tensors = load_file(source / "model.safetensors")
+    for layer in load_statistics(source).layers.values():
+        for module, seen in layer.experts.items():
+            for expert, (first, second) in enumerate(zip(seen.gate_up_routed, seen.down_routed, strict=True)):
+                for leaf, amax in (("gate_proj", first), ("up_proj", first), ("down_proj", second)):
+                    divisor = input_global_scale(amax).reciprocal() if amax else torch.ones(())
+                    tensors[f"{module}.{expert}.{leaf}.input_global_scale"] = divisor.reshape(1)
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def print_table(rows: list[dict[str, Any]], base: float, tokens: int) -> None:
+    print(f"\nperplexity a byte of the original {base:.4f}, {tokens:,} bytes scored\n")
+    print("| calibrated on | experts measured on | experts without a token | KL | KL minus that of all | perplexity |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['sample']} | {row['experts']} | {row['bare']} of {row['of']} | {row['kl']:.4f} "
+            f"+- {row['error']:.4f} | {row['against_all'][0]:+.4f} +- {row['against_all'][1]:.4f} "
+            f"| {row['perplexity']:.4f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
