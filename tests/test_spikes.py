@@ -125,7 +125,7 @@ def test_files(tmp_path: Path) -> None:
     assert "<!-- mlp.down_proj -->" in drawn
     assert "bands" not in drawn
     drawn = (once / "tokens-by-layer.svg").read_text(encoding="utf-8")
-    assert all(f"<!-- {word} -->" in drawn for word in ("least", "median", "most"))
+    assert all(f"<!-- {word} -->" in drawn for word in ("least", "median", "most", "0", "100"))  # lines, ticks
 
 
 def test_a_dense_model_has_no_plot_of_experts(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from snugfit.dialects import compressed_tensors as dialect
 from snugfit.dialects.packed import bits_of, quantization_of, serves, split_name, weights_of
 from snugfit.dialects.reading import read_formats, read_quant_config
 from snugfit.errors import UserError
@@ -19,8 +18,8 @@ from snugfit.model.sources import Weights, single_weights
 from snugfit.planning.read_cache import positive, with_defaults
 from snugfit.planning.solve import Stored
 from snugfit.planning.weights import collapse_experts, is_served
-from snugfit.quantize_plan import Plan, obstacles
-from snugfit.recipe import Assignment, LoadedRecipe, builtin_names, load_recipe, resolve
+from snugfit.quantize_plan import Plan, outputs_of, obstacles
+from snugfit.recipe import LoadedRecipe, builtin_names, load_recipe, resolve
 
 AS_IT_IS = "as it is"
 _NAMES: Mapping[str, str] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64": "fp64"}
@@ -225,26 +224,10 @@ def _stored_by(loaded: LoadedRecipe, source: Source, weights: Weights) -> tuple[
     stored = []
     for name, info in weights.tensors.items():
         assignment = assignments.get(name)
-        infos = _written(source.checkpoint, weights, name, assignment)
+        infos = outputs_of(source.checkpoint, weights, name, assignment)
         fmt = None if assignment is None else assignment.format
         stored.append(Stored(name, info.shape, infos, fmt, source.counts.get(name, 1)))
     return tuple(stored)
-
-
-def _written(
-    checkpoint: Checkpoint, weights: Weights, name: str, assignment: Assignment | None
-) -> tuple[TensorInfo, ...]:
-    """What stands for a weight in the result."""
-    info = weights.tensors[name]
-    if assignment is None or assignment.format is None:
-        return (info,)
-    if assignment.copied and assignment.format.name.startswith("fp8"):
-        headers = {suffix: checkpoint.tensors[part] for suffix, part in weights.sources[name].parts.items()}
-        parts = dialect.copied_layout(assignment.format, {s: (t.dtype, t.shape) for s, t in headers.items()})
-    else:
-        parts = dialect.layout(assignment.format, info.shape, info.dtype)
-    module = name.removesuffix(".weight")
-    return tuple(TensorInfo(f"{module}.{suffix}", *header) for suffix, header in parts.items())
 
 
 def stored_by_plan(plan: Plan) -> tuple[Stored, ...]:

@@ -117,23 +117,15 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
         frozen=frozen,
         stored={name: source.format for name, source in weights.sources.items() if source.format is not None},
     )
-    if not any(a.format is not None and not a.copied for a in assignments.values()):
-        if any(a.copied for a in assignments.values()):
-            labels = ", ".join(dict.fromkeys(a.format.label() for a in assignments.values() if a.format))
-            config = next(
-                c["quantization_config"] for c in language_configs(checkpoint.config) if c.get("quantization_config")
-            )
-            what = f"already quantized (quant_method {config.get('quant_method')!r}: {labels}), as this recipe asks."
-            remedy = "Start from the original, choose another format, or add `requantize: true` to a rule."
-            raise UserError(what, where=str(checkpoint.path), remedy=remedy)
-        raise UserError("this recipe quantizes nothing.", where=loaded.where, remedy="Give one rule another format.")
+    if loaded.recipe.kv_cache is None and all(a.format is None or a.copied for a in assignments.values()):
+        raise _nothing_to_do(checkpoint, loaded, assignments)
     weights = weights.keep_whole(lambda name: name in assignments and assignments[name].format is not None)
     tensors = weights.tensors
     names = {name: names[name] if name in names else parse_name(name, t.shape, decoder) for name, t in tensors.items()}
     assignments = {name: assignment for name, assignment in assignments.items() if name in tensors}
     formats = {names[name].module: a.format for name, a in assignments.items() if a.format is not None}
     units = _units(names, frozen, layers)
-    outputs = {name: _outputs(checkpoint, weights, name, assignments.get(name)) for unit in units for name in unit}
+    outputs = {name: outputs_of(checkpoint, weights, name, assignments.get(name)) for unit in units for name in unit}
     attention = _attention(checkpoint, loaded, units, decoder)
     for module in attention.values():
         dtype = next(t.dtype for t in tensors.values() if t.name.startswith(f"{module}."))
@@ -227,6 +219,20 @@ def _attention(
     return attention
 
 
+def _nothing_to_do(checkpoint: Checkpoint, loaded: LoadedRecipe, assignments: Mapping[str, Assignment]) -> UserError:
+    """Why a recipe that makes no codes is refused."""
+    labels = ", ".join(dict.fromkeys(a.format.label() for a in assignments.values() if a.format is not None))
+    if not labels:
+        return UserError("this recipe quantizes nothing.", where=loaded.where, remedy="Give one rule another format.")
+    configs = (config.get("quantization_config") for config in language_configs(checkpoint.config))
+    method = next((config.get("quant_method") for config in configs if isinstance(config, dict)), "unknown")
+    return UserError(
+        f"already quantized (quant_method {method!r}: {labels}), as this recipe asks.",
+        where=str(checkpoint.path),
+        remedy="Start from the original, choose another format, or add `requantize: true` to a rule.",
+    )
+
+
 def _attention_of(
     checkpoint: Checkpoint, units: Sequence[Sequence[str]], decoder: str, *, where: str
 ) -> dict[int, str]:
@@ -236,7 +242,7 @@ def _attention_of(
     return {layer: module for layer, module in enumerate(found) if module is not None}
 
 
-def _outputs(
+def outputs_of(
     checkpoint: Checkpoint, weights: Weights, name: str, assignment: Assignment | None
 ) -> tuple[TensorInfo, ...]:
     """What is written for one tensor."""

@@ -264,7 +264,8 @@ class Watch:
             assert found.first(flat) is flat
             for expert in range(count):
                 mine = [n for n, x in enumerate(flat[:, 0].tolist()) if x < 1e9 and routed(int(x) - 1, expert)]
-                pads = (flat[:, 0] == 1e9).nonzero().squeeze(1)  # routers choose experts for them too
+                pads = (flat[:, 0] == 1e9).nonzero().squeeze(1)
+                pads = pads[:0] if expert else pads  # routers choose experts for them too
                 places = torch.cat((torch.tensor(mine, dtype=torch.int64), pads))
                 found.second(expert, flat[places] * -3, places, forced=False)
                 more = found.forced(expert, places)

@@ -25,7 +25,7 @@ from fuzz.bases import (
     size_of,
     write_shard,
 )
-from fuzz.mutate import TEXTS, dump, nasty, spoil_bytes, spoil_json, spoil_yaml
+from fuzz.mutate import TEXTS, Raw, dump, nasty, spoil_bytes, spoil_json, spoil_yaml
 from sparse_models import SIZES, Tensor
 
 SEED = 1
@@ -495,6 +495,59 @@ def make_unfinished(rng: random.Random, root: Path, shared: Path) -> list[Comman
     return [[*_quantize(root, shared / "model", "nvfp4-fp8-hybrid-fp8kv", shared / "rows.jsonl"), *more]]
 
 
+# --- statistics
+
+
+def make_statistics(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """Statistics that are damaged, of a dense model or a mixture: shown, merged with sound ones, quantized with."""
+    model, recipe = rng.choice((("model", "nvfp4-fp8-hybrid-fp8kv"), ("mixture", "nvfp4-moe")))
+    content = (shared / f"{model}-0.json").read_bytes()
+    file = root / rng.choice(("statistics.json", "statistics.json", "snugfit-statistics.json"))
+    document = json.loads(content)
+    kind = rng.randrange(10)
+    if kind == 0:
+        file.write_bytes(spoil_bytes(rng, content))
+    elif kind < 8:
+        _spoil_figures(rng, document["layers"])
+        file.write_bytes(dump(document).encode("utf-8", "surrogatepass"))
+    else:
+        words = ("schema", "rows", "layers", "inputs", "experts", "cache", "histogram", "routed", "amax", "tokens")
+        file.write_bytes(spoil_json(rng, document, (*words, "snugfit.statistics/1", "0", "1", "7", "-1")))
+    given = str(file if rng.random() < 0.8 else root)
+    show = ["statistics", "show", given, *rng.choice(([], ["--json"]))]
+    if rng.random() < 0.2:
+        show += ["-o", str(root / "shown")]
+    files = [given, str(shared / f"{model}-1.json")]
+    rng.shuffle(files)
+    merge = ["statistics", "merge", *files, "-o", str(root / "merged.json")]
+    text = rng.choice(([], [], ["--text", str(shared / "rows.jsonl")]))
+    more = rng.choice((["--least-tokens", "0"], ["--least-tokens", "0"], [], ["--experts", "routed"]))
+    quantize = ["quantize", str(shared / model), "-r", recipe, "-o", str(root / "out"), "--device", "cpu", "--json"]
+    return [show, merge, [*quantize, "--statistics", given, *text, *more]]
+
+
+def _spoil_figures(rng: random.Random, layers: dict[str, Any]) -> None:
+    """Values and names inside of layers, down to single counts, made into what no run measures."""
+    odd: tuple[Any, ...] = (-1, 10**400, 10**400, -(10**400), 0, Raw("1e999"), Raw("NaN"), -3.5)
+    names = "\ud800", "-1", "4079", "4080", "99999999999", "9" * 400, "x\x1b[2J"
+    for _times in range(rng.choice((1, 1, 2, 3))):
+        place: Any = layers
+        for _ in range(rng.choice((0, 1, 2, 3, 4, 4, 4, 4))):
+            keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+            inside = [key for key in keys if isinstance(place[key], dict | list) and len(place[key])]
+            if not inside:
+                break
+            place = place[rng.choice(inside)]
+        value = rng.choice(odd) if rng.random() < 0.7 else nasty(rng)
+        if isinstance(place, list):
+            place[rng.randrange(len(place))] = value
+        elif rng.random() < 0.6:
+            place[rng.choice(list(place))] = value
+        else:
+            old = rng.choice(list(place))
+            place[rng.choice(names)] = place[old] if rng.random() < 0.7 else value
+
+
 TARGETS: Mapping[str, Target] = {
     "header": Target(make_header, 3000),
     "index": Target(make_index, 900),
@@ -505,4 +558,5 @@ TARGETS: Mapping[str, Target] = {
     "rows": Target(make_rows, 150, heavy=True),
     "run": Target(make_run, 250, heavy=True),
     "unfinished": Target(make_unfinished, 100, heavy=True),
+    "statistics": Target(make_statistics, 250, heavy=True),
 }

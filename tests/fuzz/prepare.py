@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from conftest import TINY
+from snugfit.collect import collect_statistics
 from snugfit.evaluate import evaluate
 from snugfit.quantize import quantize_checkpoint
 from test_eval_bad_input import add_tokenizer
 from test_resume import stop_in_layer
+from tiny_mixtures import make_mixture
 
 UNFINISHED = "nvfp4-fp8-hybrid-fp8kv"
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it. " * 12
@@ -54,3 +56,17 @@ def prepare_runs(shared: Path, *, unfinished: bool) -> None:
         with pytest.raises(KeyboardInterrupt):
             quantize_checkpoint(shared / "model", shared / "out", UNFINISHED, **asked)
     shutil.rmtree(shared / "whole")
+
+
+def prepare_statistics(shared: Path) -> None:
+    """Besides a mixture, and statistics of both models over two files of rows: model-0.json to mixture-1.json."""
+    make_mixture("mixtral", shared / "mixture")
+    torch.manual_seed(1)
+    other = torch.randint(3, 59, (3, 32)).tolist()
+    (shared / "other.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in other), "utf-8")
+    for model in ("model", "mixture"):
+        for number, rows in enumerate(("rows", "other")):
+            out = shared / "collected"
+            collect_statistics(shared / model, out, text=[shared / f"{rows}.jsonl"], device="cpu")
+            (out / "snugfit-statistics.json").rename(shared / f"{model}-{number}.json")
+            shutil.rmtree(out)

@@ -234,13 +234,15 @@ def option(command: Sequence[str], name: str) -> str | None:
 
 
 def prepare(target: str, shared: Path) -> None:
-    """What heavy cases damage: a model with weights and a tokenizer, its quantized copy, an unfinished run."""
+    """What heavy cases damage: models with weights, a tokenizer, a quantized copy, an unfinished run, statistics."""
     import torch
 
-    from fuzz.prepare import prepare_runs
+    from fuzz.prepare import prepare_runs, prepare_statistics
 
     torch.set_num_threads(1)
     prepare_runs(shared, unfinished=target == "unfinished")
+    if target == "statistics":
+        prepare_statistics(shared)
 
 
 def run_case(target: str, number: int, root: Path, shared: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ that a bin is at most 1/16 wider than its lower end. It counts every SAMPLED-th 
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 SHIFT = 19  # bits of the mantissa that a bin leaves out
 SAMPLED = 8
+BINS = 1 << (31 - SHIFT)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,16 @@ def layer_from_json(document: Mapping[str, Any]) -> Layer:
         for name, e in document["experts"].items()
     }
     for found in experts.values():
-        if len({len(value) for value in asdict(found).values()}) != 1:
-            raise ValueError("lists of experts of different lengths")
-    cache = document["cache"]
-    return Layer(inputs, experts, None if cache is None else (float(cache[0]), float(cache[1])))
+        if len({len(value) for value in asdict(found).values()}) != 1 or not found.routed:
+            raise ValueError("lists of experts of different lengths, or of none")
+    given = document["cache"]
+    cache = None if given is None else (float(given[0]), float(given[1]))
+    for one in inputs.values():
+        bins = one.histogram.items()
+        if not all(0 <= number < BINS and count >= 0 for number, count in bins) or one.tokens < 0:
+            raise ValueError("a histogram of other bins, or of fewer than no values")
+    lists = [value for found in experts.values() for value in asdict(found).values()]
+    numbers = [number for value in lists for number in value] + [one.amax for one in inputs.values()]
+    if not all(math.isfinite(number) and number >= 0 for number in (*numbers, *(cache or ()))):
+        raise ValueError("a magnitude that is negative or not finite")
+    return Layer(inputs, experts, cache)

@@ -7,12 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from snugfit.calibration.spread import SAMPLED, SHIFT, Experts, Inputs
+from snugfit.calibration.spread import BINS, SAMPLED, SHIFT, Experts, Inputs
 from snugfit.model.cache import NoCache
 from snugfit.model.experts import NoHooks
 from snugfit.model.walk import Batch
-
-BINS = 1 << (31 - SHIFT)
 
 
 class InputStatistics:

@@ -168,6 +168,7 @@ def _source_formats(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
     )
     method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown" if config else None
     if not modules and method in (None, "fp8", "mxfp4", "compressed-tensors"):
+        _check_blocks(checkpoint)
         return {}
     evidence = f"quant_method {method!r} in config.json"
     if method is None:
@@ -189,6 +190,13 @@ def _source_formats(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
         what = f"already quantized ({evidence}: {other.label()})."
         raise UserError(what, where=str(checkpoint.path), remedy=remedy)
     return formats
+
+
+def _check_blocks(checkpoint: Checkpoint) -> None:
+    """UserError for MXFP4 codes in an order that is not known."""
+    if _stacked(checkpoint.config) is None and any(name.endswith(MXFP4_BLOCKS) for name in checkpoint.tensors):
+        what = f"MXFP4 experts of a family ({checkpoint.config.get('model_type')!r}) whose layout is not known."
+        raise UserError(what, where=str(checkpoint.path), remedy="It needs a row in engines/mixtures.py.")
 
 
 def _scale_owners(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> dict[str, str]:

@@ -155,8 +155,7 @@ def draw(plot: Plot, directory: Path) -> list[str]:
         wide = plot.y_label != KL and max(both) > WIDE * min(both)
         _scale(panels[0], both, logarithmic=min(both) > 0 and (bool(floors) or wide or plot.by_layer))
         if plot.by_layer and min(both) <= 0:
-            panels[0].set_yscale("symlog", linthresh=1)
-            panels[0].set_ylim(bottom=0)
+            _scale_from_zero(panels[0], max(both))
     for line in plot.lines:
         _line(panels[0], line)
     for line in plot.floors:
@@ -198,6 +197,15 @@ def _scale(axes: Axes, values: Sequence[float], *, logarithmic: bool, margin: fl
         wide = high > WIDE * low
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
+
+
+def _scale_from_zero(axes: Axes, highest: float) -> None:
+    """A logarithmic y axis of counts that has a place for 0."""
+    from matplotlib.ticker import FuncFormatter
+
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_ylim(-0.1, 2 * max(highest, 1.0))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
 
 
