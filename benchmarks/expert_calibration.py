@@ -4,12 +4,14 @@
 
 A mixture is quantized (experts W4A4 in NVFP4) on samples of one kind of text and of all kinds, few and many, once with
 experts measured on the tokens that the router sends them, once on all. KL to the original is measured on other text of
-every kind. Three ways to deal with an expert that no token reached:
+every kind. Ways to deal with what experts see:
 
-    routed          it takes its layer's scale, what the others measured (what snugfit does if it is told to go on)
-    routed, own 1.0 every expert has a scale of its own and a bare one 1.0, as other tools write; engines that take one
-                    scale for all of a layer's experts (FlashInfer's, vLLM's emulation) then run them all under it
-    all             it is measured like the others
+    routed          one scale a layer, of what the router sent; bare experts take it (snugfit, if told to go on)
+    all             one scale a layer, of all tokens through all experts (snugfit)
+    own, as one     every expert has the scale of what was routed to it and a bare one 1.0, as other tools write; an
+                    engine that takes one for all of a layer (FlashInfer's, vLLM's emulation) runs all under the largest
+    own, apart      the same file in an engine that keeps each expert's own (vLLM's CUTLASS back end)
+    all, apart      every expert has its own scale, of all tokens
 
 Prints a Markdown table and, last, one JSON line. The model's directory must have held-out/KIND.txt, text that it was
 not trained on: the first part is for calibration, the rest for evaluation.
@@ -28,10 +30,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from snugfit.calibration.record import Calibration, load_statistics
 from snugfit.evaluate import evaluate
-from snugfit.formats.nvfp4 import input_global_scale
+from snugfit.formats.nvfp4 import input_global_scale, quantize_dequantize_input
+from snugfit.model import emulate, experts
+from snugfit.model.checkpoint import read_tensor
+from snugfit.model.experts import NoHooks
 from snugfit.quantize import quantize_checkpoint
 from snugfit.records import ModelFigures
 
@@ -48,7 +54,8 @@ SAMPLES = {
     "8 kinds, 1 row each": (None, 1),
     "8 kinds, 8 rows each": (None, 8),
 }
-ROUTED, OWN, ALL = "routed", "routed, own 1.0", "all"
+ROUTED, ALL, OWN, APART, ALL_APART = "routed", "all", "own, as one", "own, apart", "all, apart"
+APART_SUFFIX = "-apart"
 
 
 def main() -> None:
@@ -84,9 +91,11 @@ def main() -> None:
                 calibration=Calibration(mode, least_tokens=0),
             )
             found[sample, mode] = {"path": target} | bare(target)
-        if found[sample, ROUTED]["bare"]:
-            own = own_scales(found[sample, ROUTED]["path"])
-            found[sample, OWN] = found[sample, ROUTED] | {"path": own}
+        for mode, source, suffix in ((OWN, ROUTED, ""), (APART, ROUTED, APART_SUFFIX), (ALL_APART, ALL, APART_SUFFIX)):
+            own = own_scales(found[sample, source]["path"], suffix)
+            found[sample, mode] = found[sample, source] | {"path": own}
+    emulate.read_experts = read_experts
+    experts._middle = middle
     record = evaluate(
         [entry["path"] for entry in found.values()],
         reference_model=options.model,
@@ -133,19 +142,56 @@ def bare(target: Path) -> dict[str, Any]:
     return {"bare": sum(len(one.under(1)) for one in seen), "experts": sum(len(one.routed) for one in seen)}
 
 
-def own_scales(source: Path) -> Path:
+def own_scales(source: Path, suffix: str) -> Path:
     """A copy of a checkpoint whose experts have a scale of their own inputs each, and 1.0 where no token came."""
-    target = source.with_name(source.name + "-own")
+    target = source.with_name(f"{source.name}-own{suffix}")
     shutil.copytree(source, target)
     tensors = load_file(source / "model.safetensors")
     for layer in load_statistics(source).layers.values():
         for module, seen in layer.experts.items():
-            for expert, (first, second) in enumerate(zip(seen.gate_up_routed, seen.down_routed, strict=True)):
-                for leaf, amax in (("gate_proj", first), ("up_proj", first), ("down_proj", second)):
+            first = [max(pair) for pair in zip(seen.gate_up_routed, seen.gate_up_forced, strict=True)]
+            second = [max(pair) for pair in zip(seen.down_routed, seen.down_forced, strict=True)]
+            for expert in range(len(first)):
+                for leaf in ("gate_proj", "up_proj", "down_proj"):
+                    amax = second[expert] if leaf == "down_proj" else first[expert]
                     divisor = input_global_scale(amax).reciprocal() if amax else torch.ones(())
                     tensors[f"{module}.{expert}.{leaf}.input_global_scale"] = divisor.reshape(1)
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+class OwnInputs(NoHooks):
+    """Rounds the inputs of every expert under its own scale."""
+
+    def __init__(self, gate_up: list[Tensor], down: list[Tensor]) -> None:
+        self.gate_up, self.down = gate_up, down
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+        return quantize_dequantize_input(hidden, self.down[expert])
+
+
+def read_experts(checkpoint: Any, prefix: str, mixture: Any, *rest: Any) -> tuple[dict[str, Tensor], Any]:
+    """emulate's, with every expert's own scale where the directory's name asks for that."""
+    weights, inputs = plain_read_experts(checkpoint, prefix, mixture, *rest)
+    if not checkpoint.path.name.endswith(APART_SUFFIX):
+        return weights, inputs
+    scales: dict[str, list[Tensor]] = {"up": [], "down": []}
+    for (_, role, _), name in mixture.names.items():
+        if role in scales:
+            divisor = f"{prefix}.{name.removesuffix('.weight')}.input_global_scale"
+            scales[role].append(read_tensor(checkpoint, divisor).reshape(()).reciprocal())
+    return weights, OwnInputs(scales["up"], scales["down"])
+
+
+def middle(module: torch.nn.Module, expert: int, inputs: Tensor) -> Tensor:
+    """experts', the inputs rounded under the expert's own scale where it has one."""
+    hooks = module.__dict__.get("_snugfit_hooks")
+    if isinstance(hooks, OwnInputs):
+        inputs = quantize_dequantize_input(inputs, hooks.gate_up[expert])
+    return plain_middle(module, expert, inputs)
+
+
+plain_read_experts, plain_middle = emulate.read_experts, experts._middle
 
 
 def print_table(rows: list[dict[str, Any]], base: float, tokens: int) -> None:

@@ -18,7 +18,7 @@ from snugfit.model.sources import Weights, single_weights
 from snugfit.planning.read_cache import positive, with_defaults
 from snugfit.planning.solve import Stored
 from snugfit.planning.weights import collapse_experts, is_served
-from snugfit.quantize_plan import Plan, outputs_of, obstacles
+from snugfit.quantize_plan import Plan, obstacles, outputs_of
 from snugfit.recipe import LoadedRecipe, builtin_names, load_recipe, resolve
 
 AS_IT_IS = "as it is"
