@@ -94,8 +94,8 @@ def main() -> None:
         for mode, source, suffix in ((OWN, ROUTED, ""), (APART, ROUTED, APART_SUFFIX), (ALL_APART, ALL, APART_SUFFIX)):
             own = own_scales(found[sample, source]["path"], suffix)
             found[sample, mode] = found[sample, source] | {"path": own}
-    emulate.read_experts = read_experts
-    experts._middle = middle
+    emulate.read_experts = read_experts  # type: ignore[assignment]
+    experts._middle = middle  # type: ignore[assignment]
     record = evaluate(
         [entry["path"] for entry in found.values()],
         reference_model=options.model,
@@ -161,12 +161,13 @@ def own_scales(source: Path, suffix: str) -> Path:
 
 
 class OwnInputs(NoHooks):
-    """Rounds the inputs of every expert under its own scale."""
+    """Rounds the inputs of every expert under its own scale; those of gate and up in `middle`."""
 
     def __init__(self, gate_up: list[Tensor], down: list[Tensor]) -> None:
         self.gate_up, self.down = gate_up, down
 
-    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:  # noqa: ARG002
+        """Inputs of an expert's down projection."""
         return quantize_dequantize_input(hidden, self.down[expert])
 
 

@@ -20,8 +20,11 @@ are still measured, and the exit code is 1.
 
 What vLLM does with NVFP4 depends on where it runs. Its CPU build has no kernel of its own, so this script registers
 vLLM's emulation kernel there (W4A4). A GPU without FP4 arithmetic gets Marlin (W4A16); ``--emulate-nvfp4`` takes
-Marlin away so that linear layers run as W4A4 by emulation. INT4 stays W4A16 on the CPU (vLLM would quantize
-activations to int8 where the processor has AMX). Any VLLM_... variable already set wins over these defaults.
+Marlin away so that linear layers run as W4A4 by emulation, ``--moe-backend emulation`` does the same to experts. The
+CPU build has quantized experts for processors with AMX alone, and none in NVFP4; with ``--moe-backend emulation``
+this script lets vLLM's emulation of experts in NVFP4 and INT4 run there: its lookup, loading, scales and rounding of
+inputs are vLLM's own, the matrix products, a Triton kernel, are torch's. INT4 stays W4A16 on the CPU (vLLM would
+quantize activations to int8 where the processor has AMX). Any VLLM_... variable already set wins over these defaults.
 """
 
 from __future__ import annotations
@@ -98,13 +101,82 @@ def prepare_environment(*, emulate_nvfp4: bool) -> None:
         os.environ["VLLM_DISABLED_KERNELS"] = f"{others},{MARLIN_NVFP4}" if others else MARLIN_NVFP4
 
 
-def import_vllm() -> Any:
-    """Import vLLM; on its CPU build, first give it a kernel for NVFP4."""
+def import_vllm(*, emulate_experts: bool = False) -> Any:
+    """Import vLLM; on its CPU build, first give it a kernel for NVFP4, and one for experts if asked."""
     platforms: Any = importlib.import_module("vllm.platforms")
     if platforms.current_platform.is_cpu():
         linear: Any = importlib.import_module("vllm.model_executor.kernels.linear")
         linear.register_linear_kernel(linear.EmulationNvFp4LinearKernel, platforms.PlatformEnum.CPU, "nvfp4")
+        if emulate_experts:
+            experts_on_the_cpu()
     return importlib.import_module("vllm")
+
+
+def experts_on_the_cpu() -> None:
+    """Let vLLM's emulation of NVFP4 and INT4 experts run without a GPU: torch multiplies in the place of Triton."""
+    torch: Any = importlib.import_module("torch")
+    base = "vllm.model_executor.layers"
+    nvfp4: Any = importlib.import_module(f"{base}.fused_moe.experts.nvfp4_emulation_moe")
+    int4: Any = importlib.import_module(f"{base}.fused_moe.experts.int4_emulation_moe")
+    rounding: Any = importlib.import_module(f"{base}.fused_moe.utils").moe_kernel_quantize_input
+    tools: Any = importlib.import_module(f"{base}.quantization.utils.nvfp4_emulation_utils")
+    linear: Any = torch.nn.functional.linear
+    weights: dict[int, tuple[Any, Any]] = {}
+
+    def run(output: Any, inputs: Any, first: Any, second: Any, shares: Any, chosen: Any, rounded: Any) -> None:
+        total = torch.zeros(inputs.shape, dtype=torch.float32)
+        inputs = rounded(inputs, 0)
+        for expert in range(first.shape[0]):
+            tokens, places = (chosen == expert).nonzero(as_tuple=True)
+            if len(tokens):
+                gate, up = linear(inputs[tokens], first[expert]).chunk(2, -1)
+                middle = torch.nn.functional.silu(gate.float()) * up.float()
+                middle = rounded(middle.to(inputs.dtype).contiguous(), 1)
+                out = linear(middle, second[expert]).float() * shares[tokens, places, None].float()
+                total.index_add_(0, tokens, out)
+        output.copy_(total.to(output.dtype))
+
+    def nvfp4_apply(
+        self: Any,
+        output: Any,
+        hidden_states: Any,
+        w1: Any,
+        w2: Any,
+        topk_weights: Any,
+        topk_ids: Any,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        config = self.quant_config
+        scales = config.a1_gscale, config.a2_gscale
+        if id(self) not in weights:
+            pairs = (w1, self.w1_scale_val, config.g1_alphas), (w2, self.w2_scale_val, config.g2_alphas)
+            first, second = (tools.dequantize_to_dtype(*pair, torch.bfloat16, 16, swizzle=False) for pair in pairs)
+            weights[id(self)] = first, second
+
+        def rounded(values: Any, which: int) -> Any:
+            given = {"per_act_token_quant": False, "quantization_emulation": True}
+            return rounding(A=values, A_scale=scales[which], quant_dtype="nvfp4", **given)[0]
+
+        run(output, hidden_states, *weights[id(self)], topk_weights, topk_ids, rounded)
+
+    def int4_apply(
+        _: Any,
+        output: Any,
+        hidden_states: Any,
+        w1: Any,
+        w2: Any,
+        topk_weights: Any,
+        topk_ids: Any,
+        *__: Any,
+        **___: Any,
+    ) -> None:
+        run(output, hidden_states, w1, w2, topk_weights, topk_ids, lambda values, _: values)
+
+    nvfp4_class, int4_class = nvfp4.Nvfp4QuantizationEmulationTritonExperts, int4.Int4EmulationTritonExperts
+    nvfp4_class.apply, int4_class.apply = nvfp4_apply, int4_apply
+    for kind in (nvfp4_class, int4_class):
+        kind.is_supported_config = staticmethod(lambda *_, **__: (True, None))
 
 
 def device_name() -> str:
@@ -214,7 +286,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     path = options.checkpoints[0]
     prepare_environment(emulate_nvfp4=options.emulate_nvfp4)
     used = settings()
-    vllm = import_vllm()
+    vllm = import_vllm(emulate_experts=options.moe_backend == "emulation")
     torch: Any = importlib.import_module("torch")
     llm = load(vllm, path, max(map(len, rows)), options)
     kernels, layers = llm.apply_model(walk)[0]

@@ -49,6 +49,9 @@ EXPERT = re.compile(r"(?P<layer>.+\.layers\.\d+)\.(?P<parent>.+)\.experts\.(?P<e
 # what engines call gate, up and down of every family
 LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
+# what no engine was seen to load in one of the recipes
+NO_ENGINE = ("gpt_oss", "granitemoehybrid")
+
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -83,7 +86,7 @@ def quantized(source: Source, rows: Path, tmp_path_factory: pytest.TempPathFacto
     def make(family: str, recipe: str) -> Path:
         if (family, recipe) not in made:
             out = tmp_path_factory.mktemp(family) / recipe
-            quantize_checkpoint(source(family), out, recipe, text=[rows], device="cpu", no_engine=family == "gpt_oss")
+            quantize_checkpoint(source(family), out, recipe, text=[rows], device="cpu", no_engine=family in NO_ENGINE)
             made[family, recipe] = out
         return made[family, recipe]
 
@@ -423,7 +426,6 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-@pytest.mark.xfail(reason="only num_hidden_layers is read", strict=True)
 def test_layers_counted_by_their_kinds(source: Source, tmp_path: Path) -> None:
     """Nemotron-H as transformers writes it says how many layers it has by the list of their kinds alone."""
     model = spoiled(source("nemotron_h"), tmp_path / "model")

@@ -109,7 +109,7 @@ def test_built_in_recipes_are_the_promised_ones() -> None:
 
 @pytest.mark.parametrize("name", sorted(FOR_MIXTURES))
 def test_built_in_recipe_for_mixtures(name: str, tensors: list[TensorInfo]) -> None:
-    """Routed experts get the format that the recipe is called by; attention, shared experts and dense layers get FP8."""
+    """Routed experts get the format that the recipe is called by; attention, shared experts, dense layers get FP8."""
     prefix = "model.layers.2.mlp"
     names = [f"{prefix}.experts.{e}.{leaf}.weight" for e in range(4) for leaf in ("gate_proj", "up_proj", "down_proj")]
     shared = [f"{prefix}.shared_experts.{leaf}.weight" for leaf in ("gate_proj", "up_proj", "down_proj")]

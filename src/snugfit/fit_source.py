@@ -214,12 +214,14 @@ def _stored_by(loaded: LoadedRecipe, source: Source, weights: Weights) -> tuple[
     formats = {name: part.format for name, part in weights.sources.items() if part.format is not None}
     seen = list(weights.tensors.values())
     assignments = resolve(loaded, seen, layers=source.layers, decoder=source.decoder, stored=formats)
-    if not any(a.format is not None and not a.copied for a in assignments.values()):
+    if loaded.recipe.kv_cache is None and all(a.format is None or a.copied for a in assignments.values()):
         labels = ", ".join(dict.fromkeys(a.format.label() for a in assignments.values() if a.format is not None))
         what = f"the weights are {labels} already, as this recipe asks." if labels else "this recipe quantizes nothing."
         raise UserError(what, where=loaded.where)
     weights = weights.keep_whole(lambda name: name in assignments and assignments[name].format is not None)
-    for obstacle in obstacles(source.checkpoint, singly=any(s.slot is not None for s in weights.sources.values())):
+    formats_of = {name: a.format.name for name, a in assignments.items() if a.format is not None}
+    routed = {fmt for name, fmt in formats_of.items() if parse_name(name, (1, 1), source.decoder).routed}
+    for obstacle in obstacles(source.checkpoint, experts=routed):
         raise obstacle
     stored = []
     for name, info in weights.tensors.items():

@@ -111,7 +111,9 @@ class _Limits:
 def _limits(checkpoint: Checkpoint, contents: Contents) -> _Limits:
     """What plan_quantization says of these headers before it looks at a recipe."""
     family = [error.what for error in obstacles(checkpoint)]
-    stacked = [e.what for e in obstacles(checkpoint, singly=True)] if any(w.single for w in contents.weights) else []
+    stacked = (
+        [e.what for e in obstacles(checkpoint, experts=["int4"])] if any(w.single for w in contents.weights) else []
+    )
     few = {weight.info.name for weight in collapse_experts(checkpoint.tensors.values())}
     refused = ""
     try:

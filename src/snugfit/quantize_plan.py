@@ -17,7 +17,7 @@ from snugfit.model.anatomy import find_decoder
 from snugfit.model.checkpoint import Checkpoint, TensorInfo, open_headers
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.shards import Shard, plan_shards
-from snugfit.model.sources import Weights, language_configs, single_weights
+from snugfit.model.sources import MXFP4_BLOCKS, Weights, language_configs, single_weights
 from snugfit.recipe import Assignment, LoadedRecipe, load_recipe, parse_recipe, resolve
 from snugfit.records import TensorRecord
 
@@ -135,7 +135,7 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
             raise UserError(what, where=str(checkpoint.path), remedy="Take `kv_cache` out of the recipe.")
         outputs |= {name: (TensorInfo(name, *header),) for name, header in parts.items()}
     ignore = _unquantized(tensors, names, formats)
-    singly = any(source.slot is not None for source in weights.sources.values())
+    routed = {a.format.name for name, a in assignments.items() if a.format is not None and names[name].routed}
     written = [info for infos in outputs.values() for info in infos]
     low, high = SHARD_BYTES
     default = max(low, min(high, sum(info.bytes for info in written) // 32))
@@ -153,7 +153,7 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
         attention,
         tuple(shards),
         config,
-        obstacles(checkpoint, singly=singly),
+        obstacles(checkpoint, experts=routed),
     )
 
 
@@ -283,18 +283,21 @@ def _unquantized(
     return [module for module in dict.fromkeys([*linears, *head]) if module not in formats]
 
 
-def obstacles(checkpoint: Checkpoint, *, singly: bool = False) -> tuple[UserError, ...]:
+def obstacles(checkpoint: Checkpoint, *, experts: Collection[str] = ()) -> tuple[UserError, ...]:
     """Why a run would be refused: experts outside transformers' interface, or that no engine was seen to load.
 
-    `singly`: experts of 3-D tensors are to be written one by one.
+    `experts` are the formats that routed experts are to be written in.
     """
-    where = str(checkpoint.path / "config.json")
     found = list(outside_interface(checkpoint))
     for kind in dict.fromkeys(str(config.get("model_type")) for config in language_configs(checkpoint.config)):
-        if kind in UNSERVED and singly:
-            what = f"no engine was seen to load quantized experts of {kind}: {UNSERVED[kind]}."
-            remedy = "Keep its experts in the recipe (role: experts, format: keep), or add --no-engine to write them."
-            found.append(NoEngine(what, where=where, remedy=remedy))
+        named = [fmt for fmt in experts if (kind, fmt) in UNSERVED or (kind, "") in UNSERVED]
+        if named:
+            reason = UNSERVED.get((kind, named[0])) or UNSERVED[kind, ""]
+            what = f"no engine was seen to load experts of {kind} in {named[0]}: {reason}."
+            packed = any(name.endswith(MXFP4_BLOCKS) for name in checkpoint.tensors)
+            other = "" if packed else "Give them another format (`role: experts`, `format: keep` leaves them), or "
+            remedy = f"{other}{'Add' if packed else 'add'} --no-engine to write them all the same."
+            found.append(NoEngine(what, where=str(checkpoint.path / "config.json"), remedy=remedy))
     return tuple(found)
 
 
@@ -345,7 +348,11 @@ def check_experts(checkpoint: Checkpoint, names: Collection[TensorName], layers:
 
 
 def _layer_count(checkpoint: Checkpoint) -> int:
-    count = text_config(checkpoint.config).get("num_hidden_layers")
+    config = text_config(checkpoint.config)
+    count = config.get("num_hidden_layers")
+    if count is None:  # transformers may save a list of the layers' kinds alone
+        kinds = (config.get(key) for key in ("layers_block_type", "layer_types"))
+        count = next((len(kind) for kind in kinds if isinstance(kind, list)), None)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         where = str(checkpoint.path / "config.json")
         raise UserError(f"num_hidden_layers is {count!r}.", where=where, remedy="Mend the config.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -238,7 +239,9 @@ def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured,
     shapes = {info.name: info.shape for info in plan.outputs[name]}
     for suffix, part in dialect.encode(tensor.stored, scale).items():
         full = f"{name.removesuffix('.weight')}.{suffix}"
-        writer.write(full, part.reshape(shapes[full]))  # scales of a source may be () or [N]
+        # scales of a source may be () or [N], or one where there is to be one a row
+        shape = shapes[full]
+        writer.write(full, part.reshape(shape) if part.numel() == math.prod(shape) else part.expand(shape).contiguous())
     assert tensor.error is not None
     return replace(planned, relative_error=float(tensor.error), input_amax=amax)
 

@@ -161,7 +161,7 @@ def calibrate(
     walk.run_layer(layer, index, batches, before, cache=cache, states=states)
     found = linears.result(prefix, cache.amax if cache else None)
     inputs = input_amax(plan, index, found, mixture)
-    if any(assignment.calibrated for name in tensors if (assignment := plan.assignments.get(name))):
+    if _experts_need(plan, index, mixture):
         check_coverage(found, settings)
     if cache is not None and plan.outputs:
         for what, largest in zip(("keys", "values"), found.cache or (0.0, 0.0), strict=True):
@@ -175,9 +175,9 @@ def recall(plan: Plan, skeleton: layers.Skeleton, index: int, known: Statistics,
     where, remedy = f"statistics of {known.model}", "Measure them again with `snugfit statistics collect`."
     if found is None:
         raise UserError(f"layer {index} is not among them.", where=where, remedy=remedy)
-    wanted = any(a.calibrated for name in plan.layer_of(index) if (a := plan.assignments.get(name)))
-    inputs = input_amax(plan, index, found, skeleton.experts.get(index)) if wanted else {}
-    if wanted:
+    mixture = skeleton.experts.get(index)
+    inputs = input_amax(plan, index, found, mixture)
+    if _experts_need(plan, index, mixture):
         check_coverage(found, settings)
     if index in plan.attention and found.cache is None:
         raise UserError(f"keys and values of layer {index} are not among them.", where=where, remedy=remedy)
@@ -248,6 +248,12 @@ class _Linears:
         return Layer(inputs, {module: found}, cache)
 
 
+def _experts_need(plan: Plan, index: int, mixture: experts.ExpertNames | None) -> bool:
+    """Whether a layer's routed experts need scales of their inputs."""
+    names = () if mixture is None else (f"{plan.decoder}.{index}.{name}" for name in mixture.names.values())
+    return any(a.calibrated for name in names if (a := plan.assignments.get(name)))
+
+
 def experts_module(mixture: experts.ExpertNames) -> str:
     """What statistics call a layer's experts: the file's name of the list that they stand in, relative to the layer."""
     first = next(iter(mixture.names.values()))
@@ -289,11 +295,11 @@ def check_coverage(found: Layer, settings: Calibration) -> None:
             continue
         few = ", ".join(f"{number} ({seen.tokens[number]})" for number in bare[:8])
         more = f" and {len(bare) - 8} more" if len(bare) > 8 else ""
-        how = "--experts all sends them what the router does not, " if settings.experts == "routed" else ""
+        how = "--experts all (with --restart) sends them what the router does not, " * (settings.experts == "routed")
         raise Unfinished(
             f"{len(bare)} of {len(seen.routed)} experts saw fewer than {settings.least_tokens} tokens: {few}{more}.",
             where=module,
-            remedy=f"{how}more --rows help, --least-tokens 0 lets them take what their layer's others measured.",
+            remedy=f"{how}more --rows help too; --least-tokens 0 lets them take what their layer's others measured.",
         )
 
 

@@ -25,7 +25,7 @@ import fnmatch
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import lru_cache
 from importlib import resources
@@ -35,7 +35,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
-from snugfit.engines.fused import group_modules
+from snugfit.engines.fused import NO_FOUR_BIT_INPUTS, group_modules
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, READ_ONLY, TensorFormat, check_shape
 from snugfit.model.checkpoint import TensorInfo
@@ -270,11 +270,24 @@ def resolve(
         new = [name.full for name in matched[number] if name.full not in staying]
         if new:
             assignment = _settle(rule, number, [infos[name] for name in new], place)
+            _check_inputs(assignment, new, place)
             found |= dict.fromkeys(new, assignment)
     found |= {name: _copied(name, fmt, -1, loaded.where) for name, fmt in stored.items() if name not in found}
     _check_groups(found, loaded.where)
     _check_experts(found, names, loaded.where)
     return found
+
+
+def _check_inputs(assignment: Assignment, names: Sequence[str], place: str) -> None:
+    """UserError for a linear whose inputs no engine can round as the format asks."""
+    barred = next((name for name in names if name.split(".")[-2] in NO_FOUR_BIT_INPUTS), None)
+    if barred is not None and assignment.format is not None and assignment.format.input_kind in ("nvfp4", "mxfp4"):
+        leaf = barred.split(".")[-2]
+        raise UserError(
+            f"{barred} cannot have 4-bit inputs: engines take its weight apart by running it.",
+            where=place,
+            remedy=f'Add a rule before, `name: "*.{leaf}"`, `format: fp8-dynamic`.',
+        )
 
 
 def _staying(rule: Rule, stored: TensorFormat | None) -> TensorFormat | None:
@@ -294,8 +307,9 @@ def _copied(name: str, fmt: TensorFormat, rule: int, place: str) -> Assignment:
             where=place,
             remedy="Add `requantize: true` to the rule that names it.",
         )
-    if fmt.input_kind == "fp8-tensor-dynamic":  # what engines do with it is one scale a token
-        fmt = replace(fmt, inputs="fp8-token")
+    if fmt.name == "fp8" and fmt.input_kind in ("fp8-tensor-dynamic", "fp8-token"):
+        # one scale a weight, inputs under one a token: experts of vLLM's ask for one a row, which may all be the same
+        fmt = TensorFormat("fp8-dynamic")
     return Assignment(fmt, "", "", rule, copied=True)
 
 

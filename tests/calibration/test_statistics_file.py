@@ -332,14 +332,21 @@ EDITS: dict[str, tuple[str, Edit]] = {
         lambda d: d["layers"]["1"]["experts"][EXPERTS].update(down_routed=[0.0] * 4, down_forced=[0.0] * 4),
     ),
     "amax without end": (
-        EXPERTS,
+        "broken",
         lambda d: d["layers"]["1"]["experts"][EXPERTS].__setitem__("gate_up_forced", [float("inf")] * 4),
     ),
     "amax of NaN": (
-        EXPERTS,
-        lambda d: d["layers"]["1"]["experts"][EXPERTS].update(
-            down_routed=[float("nan")] * 4, down_forced=[float("nan")] * 4
-        ),
+        "broken",
+        lambda d: d["layers"]["1"]["experts"][EXPERTS].__setitem__("down_routed", [float("nan")] * 4),
+    ),
+    "negative amax": ("broken", lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("amax", -1.0)),
+    "a bin that is none": (
+        "broken",
+        lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("histogram", {"4096": 1}),
+    ),
+    "a negative count": (
+        "broken",
+        lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("histogram", {"1000": -1}),
     ),
 }
 

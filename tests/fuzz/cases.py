@@ -513,7 +513,7 @@ def make_statistics(rng: random.Random, root: Path, shared: Path) -> list[Comman
     else:
         words = ("schema", "rows", "layers", "inputs", "experts", "cache", "histogram", "routed", "amax", "tokens")
         file.write_bytes(spoil_json(rng, document, (*words, "snugfit.statistics/1", "0", "1", "7", "-1")))
-    given = str(file if rng.random() < 0.8 else root)
+    given = str(root if file.name.startswith("snugfit") else file)
     show = ["statistics", "show", given, *rng.choice(([], ["--json"]))]
     if rng.random() < 0.2:
         show += ["-o", str(root / "shown")]
@@ -532,7 +532,7 @@ def _spoil_figures(rng: random.Random, layers: dict[str, Any]) -> None:
     names = "\ud800", "-1", "4079", "4080", "99999999999", "9" * 400, "x\x1b[2J"
     for _times in range(rng.choice((1, 1, 2, 3))):
         place: Any = layers
-        for _ in range(rng.choice((0, 1, 2, 3, 4, 4, 4, 4))):
+        for _ in range(rng.choice((0, 1, 2, 3, 4, 4, 5))):
             keys = list(place) if isinstance(place, dict) else list(range(len(place)))
             inside = [key for key in keys if isinstance(place[key], dict | list) and len(place[key])]
             if not inside:
@@ -541,11 +541,11 @@ def _spoil_figures(rng: random.Random, layers: dict[str, Any]) -> None:
         value = rng.choice(odd) if rng.random() < 0.7 else nasty(rng)
         if isinstance(place, list):
             place[rng.randrange(len(place))] = value
-        elif rng.random() < 0.6:
+        elif rng.random() < 0.4:
             place[rng.choice(list(place))] = value
         else:
             old = rng.choice(list(place))
-            place[rng.choice(names)] = place[old] if rng.random() < 0.7 else value
+            place[rng.choice(names)] = place[old] if rng.random() < 0.8 else value
 
 
 TARGETS: Mapping[str, Target] = {

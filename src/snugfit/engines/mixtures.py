@@ -64,9 +64,13 @@ STACKED: Mapping[str, Stacked] = {
     ),
 }
 
-# families whose experts no engine was seen to load from compressed-tensors, and what was seen instead
-UNSERVED: Mapping[str, str] = {
-    "gpt_oss": "vLLM 0.24 and 0.32 take its experts in 16 bits, or in MXFP4 under quant_method mxfp4 alone",
+# families whose experts no engine was seen to load from compressed-tensors, by format ("" for any), and what was seen
+UNSERVED: Mapping[tuple[str, str], str] = {
+    ("gpt_oss", ""): "vLLM 0.24 and 0.32 take its experts in 16 bits, or in MXFP4 under quant_method mxfp4 alone",
+    (
+        "granitemoehybrid",
+        "nvfp4",
+    ): "vLLM 0.32 stops at the scales of their inputs (KeyError); it loads nvfp4a16 and int4",
 }
 
 # families that run experts in a way of their own

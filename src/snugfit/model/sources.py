@@ -121,6 +121,10 @@ def single_weights(checkpoint: Checkpoint) -> Weights:
         found = _experts_of(checkpoint, tensor, layout, wide)
         if found:
             stacks[name] = tuple(info.name for info, _ in found)
+            twice = next((info.name for info, _ in found if info.name in checkpoint.tensors), None)
+            if twice is not None:
+                what = f"{twice} is also in {name}."
+                raise UserError(what, where=str(checkpoint.path), remedy="Remove one of them.")
             tensors |= {info.name: info for info, _ in found}
             sources |= {info.name: source for info, source in found}
         elif not name.endswith(MXFP4_SCALES) or f"{name.removesuffix(MXFP4_SCALES)}{MXFP4_BLOCKS}" not in stacks:
@@ -249,6 +253,11 @@ def _experts_of(
             return []
         transposed = layout.transposed and not packed and not bias
         experts, outputs = shape[0], shape[2] if transposed else shape[1]
+        if outputs % len(names):
+            what = (
+                f"{tensor.name} {list(tensor.shape)} holds {outputs} rows an expert, which {len(names)} cannot share."
+            )
+            raise UserError(what, where=str(checkpoint.path), remedy=_AGAIN)
         inputs = () if bias else (shape[1] if transposed else shape[2],)
         fmt = TensorFormat("mxfp4", inputs="none") if packed else None
         found = []
