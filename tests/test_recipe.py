@@ -759,3 +759,16 @@ def test_any_text_is_a_recipe_or_a_user_error(before: str, after: str, cut: int,
     """Whatever characters are put before, behind and amid a recipe's text, there is a recipe or a UserError."""
     text = "name: mine\nrules:\n  - {role: mlp, format: nvfp4}\n  - {role: linear, format: fp8-dynamic}\n"
     read_and_resolve(before + text[:cut] + after + text[cut:], tensors)
+
+
+@pytest.mark.parametrize("fmt", ["nvfp4", "mxfp4"])
+def test_latent_attention_takes_no_four_bit_inputs(fmt: str) -> None:
+    """kv_b_proj, whose weight engines take apart by running it, is refused 4-bit inputs, with the rule that helps."""
+    names = ("q_a_proj", "kv_a_proj_with_mqa", "q_b_proj", "kv_b_proj", "o_proj")
+    tensors = [TensorInfo(f"model.layers.0.self_attn.{name}.weight", "BF16", (64, 64)) for name in names]
+    asked = recipe_of(f"role: linear, format: {fmt}")
+    with pytest.raises(UserError, match=r"kv_b_proj\.weight cannot have 4-bit inputs") as caught:
+        resolve(asked, tensors, layers=1)
+    assert 'name: "*.kv_b_proj"' in caught.value.remedy
+    mended = recipe_of('name: "*.kv_b_proj", format: fp8-dynamic', f"role: linear, format: {fmt}")
+    assert resolve(mended, tensors, layers=1)[tensors[3].name].format == TensorFormat("fp8-dynamic")
