@@ -171,23 +171,23 @@ class OwnInputs(NoHooks):
         return quantize_dequantize_input(hidden, self.down[expert])
 
 
-def read_experts(checkpoint: Any, prefix: str, mixture: Any, *rest: Any) -> tuple[dict[str, Tensor], Any]:
+def read_experts(checkpoint: Any, prefix: str, mixture: Any, *rest: Any) -> Any:
     """emulate's, with every expert's own scale where the directory's name asks for that."""
-    weights, inputs = plain_read_experts(checkpoint, prefix, mixture, *rest)
+    inputs = plain_read_experts(checkpoint, prefix, mixture, *rest)
     if not checkpoint.path.name.endswith(APART_SUFFIX):
-        return weights, inputs
+        return inputs
     scales: dict[str, list[Tensor]] = {"up": [], "down": []}
     for (_, role, _), name in mixture.names.items():
         if role in scales:
             divisor = f"{prefix}.{name.removesuffix('.weight')}.input_global_scale"
             scales[role].append(read_tensor(checkpoint, divisor).reshape(()).reciprocal())
-    return weights, OwnInputs(scales["up"], scales["down"])
+    return OwnInputs(scales["up"], scales["down"])
 
 
 def middle(module: torch.nn.Module, expert: int, inputs: Tensor) -> Tensor:
     """experts', the inputs rounded under the expert's own scale where it has one."""
     hooks = module.__dict__.get("_snugfit_hooks")
-    if isinstance(hooks, OwnInputs):
+    if isinstance(hooks, OwnInputs) and "_snugfit_sum_dtype" in module.__dict__:  # not while it is checked
         inputs = quantize_dequantize_input(inputs, hooks.gate_up[expert])
     return plain_middle(module, expert, inputs)
 

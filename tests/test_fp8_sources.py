@@ -332,7 +332,7 @@ def test_kept_layers_compute_what_the_source_computes(
     spread = float(logits[0].float().std())
     assert spread > 0.01
     if kind == "hf-tensor":  # engines give fused members of the source one scale, and round their codes once more
-        assert float((logits[0] - logits[1]).float().abs().max()) < 0.2 * spread
+        assert 0 < float((logits[0] - logits[1]).float().square().mean().sqrt()) < 0.2 * spread
     else:
         assert torch.equal(*logits)
 

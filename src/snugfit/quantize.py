@@ -33,6 +33,7 @@ from snugfit.quantize_plan import NoEngine, Plan, check_linears, plan_quantizati
 from snugfit.quantize_preflight import Estimate, check_estimate, estimate_run
 from snugfit.quantize_progress import Progress, stamps
 from snugfit.quantize_run import Outcome, Run, run_units
+from snugfit.quantize_units import recall
 from snugfit.recipe import LoadedRecipe
 from snugfit.records import QuantizeRecord, TensorRecord, as_json
 
@@ -86,21 +87,27 @@ def quantize_checkpoint(
         _check_names(plan)
         plan = with_other_files(plan)
         data, known = None, None
-        if plan.calibrated and statistics is not None:
+        if statistics is not None:
             asked = load_rows_for(plan, text, rows, length) if text else None
             known = load_statistics(Path(statistics))
             check_belongs(known, plan.checkpoint, asked, calibration, where=str(statistics))
         elif plan.calibrated:
             data = load_rows_for(plan, text, rows, length)
         skeleton = skeleton_of(plan)
+        if known is not None:
+            for index in range(plan.layers):
+                recall(plan, skeleton, index, known, calibration)
         batch = tokens_per_batch or TOKENS_PER_BATCH[place.type]
         estimate = estimate_run(plan, data, place, batch)
         check_estimate(estimate, destination, place)
     tell(estimate.line())
+    if known is not None and known.recipe_digest not in (None, plan.recipe.digest):
+        tell(f"the statistics' rows walked through weights of recipe {known.recipe}, not of this one")
     arguments = {"rows": rows, "length": length, "device": str(place), "tokens_per_batch": batch} | asdict(calibration)
+    arguments["statistics"] = None if known is None else text_digest(known.to_json())
     with resumable(destination, restart=restart) as (directory, work):
         identity = identity_of(plan, data, place, batch, calibration)
-        identity["statistics"] = None if known is None else text_digest(known.to_json())
+        identity["statistics"] = arguments["statistics"]
         done = Progress(work, identity, anyway=resume_anyway)
         run = Run(plan, skeleton, place, data, directory, work, done, clock, tell, calibration, known)
         bar = progress_bar(progress, len(plan.units), "quantizing layers")
@@ -108,8 +115,9 @@ def quantize_checkpoint(
             outcome = run_units(run, batch, step)
         with clock("finish"):
             left_out = _write_other_files(plan, directory)
-        if data is not None:
-            found = statistics_of(run, calibration, recipe=plan.recipe)
+        used = known if plan.calibrated else None
+        found = used if data is None else statistics_of(run, calibration, recipe=plan.recipe)
+        if found is not None:
             (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
         record = _record(run, destination, outcome, left_out, arguments, estimate)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
@@ -146,8 +154,13 @@ def check_belongs(
         told = ", ".join(f"{one.source}: {one.rows} rows, {one.digest[:12]}" for one in known.rows)
         what = f"statistics of other rows ({told}) than asked for ({len(asked.rows)}, {asked.digest[:12]})."
         raise UserError(what, where=where, remedy="Leave --text out to take theirs, or measure these.")
-    if known.experts != calibration.experts and any(layer.experts for layer in known.layers.values()):
+    if not any(layer.experts for layer in known.layers.values()):
+        return
+    if known.experts != calibration.experts:
         what = f"statistics of --experts {known.experts}, asked for is {calibration.experts}."
+        raise UserError(what, where=where, remedy=again)
+    if known.experts == "all" and known.forced_tokens != calibration.forced_tokens:
+        what = f"statistics of --forced-tokens {known.forced_tokens}, asked for are {calibration.forced_tokens}."
         raise UserError(what, where=where, remedy=again)
 
 
@@ -243,6 +256,8 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     """Config, index, recipe and every file of the source that holds no weights; names of those left out."""
     left_out = []
     for name in plan.checkpoint.other_files:
+        if name in (RECORD_FILE, STATISTICS_FILE):  # the source's own
+            continue
         if name.endswith(_OTHER_WEIGHTS) or name.endswith(".index.json"):
             left_out.append(name)
             continue

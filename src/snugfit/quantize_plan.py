@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from snugfit.dialects import compressed_tensors as dialect
+from snugfit.dialects.reading import kv_cache_format
 from snugfit.engines.fused import group_modules
 from snugfit.engines.kv_cache import attention_modules
 from snugfit.engines.mixtures import OUTSIDE, UNSERVED
@@ -140,8 +141,9 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
     low, high = SHARD_BYTES
     default = max(low, min(high, sum(info.bytes for info in written) // 32))
     shards = plan_shards(written, max_shard_bytes or default)
-    quantization = dialect.quantization_config(formats, ignore, loaded.recipe.kv_cache)
-    config = dict(checkpoint.config) | {"quantization_config": quantization}
+    cache = loaded.recipe.kv_cache or _kept_cache(checkpoint)
+    quantization = dialect.quantization_config(formats, ignore, cache)
+    config = _without_quantization(checkpoint.config) | {"quantization_config": quantization}
     return Plan(
         checkpoint,
         weights,
@@ -240,6 +242,23 @@ def _attention_of(
     inside = [[name for name in unit if name.startswith(f"{decoder}.")] for unit in units[1:]]
     found = attention_modules(inside, text_config(checkpoint.config), where=where)
     return {layer: module for layer, module in enumerate(found) if module is not None}
+
+
+def _kept_cache(checkpoint: Checkpoint) -> Literal["fp8"] | None:
+    """The FP8 cache that the source asks for, under scales that it brings along."""
+    if not any(name.endswith((".k_scale", ".v_scale")) for name in checkpoint.tensors):
+        return None
+    return kv_cache_format(checkpoint.config)
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that says nothing of the source's own quantization."""
+    gone = ("quantization_config", "compression_config")
+    found = {key: value for key, value in config.items() if key not in gone}
+    nested = found.get("text_config")
+    if isinstance(nested, dict) and any(key in nested for key in gone):
+        found["text_config"] = {key: value for key, value in nested.items() if key not in gone}
+    return found
 
 
 def outputs_of(

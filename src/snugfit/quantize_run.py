@@ -86,17 +86,19 @@ def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outc
                 begun = time.perf_counter()
                 if walked and number > 0:
                     states[(number - 1) % 2].prefetch()
+                room = layers.expert_storage(run.skeleton, number - 1, run.device) if walked and number else None
                 with clock("weights"):
-                    tensors = quantize_unit(plan, groups[number], ahead, walked and number > 0)
+                    tensors = quantize_unit(plan, groups[number], ahead, room)
                 if number > 1:
                     commits.wait()  # the file that this layer's states go to holds those of the layer before the last
                 with clock("forward"):
-                    measured = _measure(run, number, tensors, batches, states)
+                    measured = _measure(run, number, tensors, room, batches, states)
                 with clock("write"):
                     names = [name for name in plan.units[number] if name in plan.outputs]
                     records = [_write(plan, name, tensors.get(name), measured, writer) for name in names]
                     records += _write_cache_scales(plan, number - 1, measured, writer)
                 tensors.clear()  # before the next layer is read: one is in memory at a time
+                del room
                 statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
                 commits.begin(records, statistics, writer, states[number % 2] if walked else None)
                 step()
@@ -119,17 +121,18 @@ def _measure(
     run: Run,
     number: int,
     tensors: dict[str, UnitTensor],
+    room: layers.ExpertStorage | None,
     batches: Sequence[walk.Batch],
     states: Sequence[StateFile],
 ) -> Measured:
     """What rows find in a unit's layer, or what an earlier run found; nothing where no format needs it."""
     if number and run.known is not None:
         return recall(run.plan, run.skeleton, number - 1, run.known, run.settings)
-    if not number or run.data is None:
+    if room is None or run.data is None:
         return Measured({}, None)
     pair = states[(number - 1) % 2], states[number % 2]
     pair[1].begin_again()
-    return calibrate(run.plan, run.skeleton, number - 1, tensors, batches, pair, run.device, run.settings)
+    return calibrate(run.plan, run.skeleton, number - 1, tensors, room, batches, pair, run.device, run.settings)
 
 
 def _expect(run: Run, number: int, begun: float) -> float:

@@ -25,6 +25,7 @@ from snugfit.model.transfer import Moving, Transfer, check_finite
 from snugfit.quantize_plan import Plan
 
 Piece = tuple[str, int | None]
+_MEASURE = "Measure them again with `snugfit statistics collect`."
 
 
 @dataclass(frozen=True)
@@ -81,27 +82,36 @@ class ReadAhead:
 
 
 def quantize_unit(
-    plan: Plan, groups: Sequence[tuple[str, ...]], ahead: ReadAhead, walked: bool
+    plan: Plan, groups: Sequence[tuple[str, ...]], ahead: ReadAhead, room: layers.ExpertStorage | None
 ) -> dict[str, UnitTensor]:
-    """Quantize a unit's groups; `walked`: keep 16-bit values of all its tensors for the walk."""
+    """Quantize a unit's groups; with `room`, keep 16-bit values of all its tensors for the walk, experts' in there."""
     done: dict[str, UnitTensor] = {}
     for names in groups:
         loaded = ahead.take(names)
         assignment = plan.assignments.get(names[0])
         dtypes = {name: dtype_of(plan.weights.tensors[name]) for name in names}
         if assignment is None or assignment.format is None:
-            done |= {name: UnitTensor(None, one.in_dtype(dtypes[name]), None) for name, one in loaded.items()}
+            for name in names:
+                values = loaded.pop(name).in_dtype(dtypes[name])
+                held = room is not None and room.fill(name, values)
+                # what is kept of experts is large: it is copied from file to file where it is a tensor of the file
+                copied = held and name not in plan.weights.sources
+                done[name] = UnitTensor(None, None if copied else values, None)
             continue
         if assignment.copied:
-            for name, one in loaded.items():
-                values = one.in_dtype(dtypes[name]) if walked else None
-                done[name] = UnitTensor(one.stored, values, torch.zeros(()), one.input_scale)
+            for name in names:
+                one = loaded.pop(name)
+                walked = None
+                if room is not None:
+                    walked = one.in_dtype(dtypes[name])
+                    walked = None if room.fill(name, walked) else walked
+                done[name] = UnitTensor(one.stored, walked, torch.zeros(()), one.input_scale)
             continue
         settings = assignment.format, assignment.scale, assignment.objective
-        weights = {name: one.in_dtype(dtypes[name]) for name, one in loaded.items()}
-        del loaded
-        for name, stored, values, error in round_and_compare(weights, *settings, values=walked):
-            done[name] = UnitTensor(stored, values, error)
+        weights = {name: loaded.pop(name).in_dtype(dtypes[name]) for name in names}
+        into = {} if room is None else room.parts
+        for name, stored, found, error in round_and_compare(weights, *settings, values=room is not None, into=into):
+            done[name] = UnitTensor(stored, None if name in into else found, error)
     return done
 
 
@@ -119,6 +129,7 @@ def calibrate(
     skeleton: layers.Skeleton,
     index: int,
     tensors: MutableMapping[str, UnitTensor],
+    room: layers.ExpertStorage,
     batches: Sequence[walk.Batch],
     states: tuple[walk.States, walk.States],
     device: torch.device,
@@ -127,21 +138,18 @@ def calibrate(
     """Run decoder layer `index` with quantized weights over all rows, its hidden states from one file to the other.
 
     FP8 inputs are quantized meanwhile, NVFP4 inputs not: their scale is what this pass measures. The 16-bit values are
-    taken out of `tensors`.
+    taken out of `tensors`, but for routed experts, which are in `room`.
     """
     prefix = f"{plan.decoder}.{index}."
     # files may hold tensors that transformers computes itself, such as rotary_emb.inv_freq
     used = layers.used_names(skeleton, index)
     mixture = skeleton.experts.get(index)
-    routed = frozenset() if mixture is None else frozenset(mixture.names.values())
-    weights: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = dict(room.whole)
     for name, tensor in tensors.items():
         relative = name.removeprefix(prefix)
-        if tensor.walked is not None and relative in used:
+        if tensor.walked is not None and relative in used and name not in room.parts:
             weights[relative] = tensor.walked
-            # what is kept of experts is large, and will be copied from file to file
-            whole = name in plan.checkpoint.tensors and (relative in routed or name in skeleton.stacks.stacks)
-            tensors[name] = replace(tensor, walked=None) if tensor.stored is not None or whole else tensor
+            tensors[name] = replace(tensor, walked=None) if tensor.stored is not None else tensor
     layer = layers.resident_layer(skeleton, index, weights, device)
     formats = {
         name.removeprefix(prefix).removesuffix(".weight"): assignment.format
@@ -172,7 +180,7 @@ def calibrate(
 def recall(plan: Plan, skeleton: layers.Skeleton, index: int, known: Statistics, settings: Calibration) -> Measured:
     """What an earlier run measured of decoder layer `index`; UserError where that is not all that the plan needs."""
     found = known.layers.get(index)
-    where, remedy = f"statistics of {known.model}", "Measure them again with `snugfit statistics collect`."
+    where, remedy = f"statistics of {known.model}", _MEASURE
     if found is None:
         raise UserError(f"layer {index} is not among them.", where=where, remedy=remedy)
     mixture = skeleton.experts.get(index)
@@ -213,22 +221,23 @@ class _Linears:
         self._mixture = skeleton.experts.get(index)
         self._experts: ExpertStatistics | None = None
         if self._mixture is not None:
-            names = {role: name for (_, role, what), name in self._mixture.names.items() if what == "weight"}
-            up, down = (self._of_experts(names[role], formats, scales) for role in (experts.UP, experts.DOWN))
+            up = self._of_experts((experts.GATE, experts.UP), formats, scales)
+            down = self._of_experts((experts.DOWN,), formats, scales)
             cap = settings.forced_tokens if settings.experts == "all" else None
             self._experts = ExpertStatistics(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
             experts.hook(layer.get_submodule(self._mixture.module), self._experts)
 
     def _of_experts(
-        self, name: str, formats: Mapping[str, TensorFormat], scales: Mapping[str, Tensor | None]
+        self, roles: Sequence[str], formats: Mapping[str, TensorFormat], scales: Mapping[str, Tensor | None]
     ) -> emulate.Quantizer | None:
-        """What rounds the inputs of all experts' projections that are like `name`."""
-        leaf = name.removesuffix(".weight").rpartition(".")[2]
-        alike = [m for m in formats if ".experts." in m and m.rpartition(".")[2] == leaf]
-        if not alike:
+        """What rounds inputs of all experts' projections of these roles: engines take the largest of their scales."""
+        assert self._mixture is not None
+        names = [n for (_, role, what), n in self._mixture.names.items() if what == "weight" and role in roles]
+        modules = [module for name in names if (module := name.removesuffix(".weight")) in formats]
+        given = [scale for module in modules if (scale := scales.get(module)) is not None]
+        if not modules:
             return None
-        given = [scale for module in alike if (scale := scales.get(module)) is not None]
-        return emulate.input_quantizer(formats[alike[0]], "marlin", max(given, key=float) if given else None)
+        return emulate.input_quantizer(formats[modules[0]], "marlin", max(given, key=float) if given else None)
 
     def before(self, batch: walk.Batch) -> None:
         """Tell which tokens of the coming batch are real."""
@@ -274,8 +283,15 @@ def input_amax(plan: Plan, index: int, found: Layer, mixture: experts.ExpertName
         if role is not None and mixture is not None:
             seen = found.experts.get(prefix + experts_module(mixture))
             if seen is None:
-                what = f"no statistics of {prefix}{experts_module(mixture)}."
-                raise UserError(what, remedy="Measure them again with `snugfit statistics collect`.")
+                module = f"{prefix}{experts_module(mixture)}"
+                raise UserError(
+                    "no statistics of its experts.",
+                    where=module,
+                    remedy=_MEASURE,
+                )
+            if len(seen.routed) != len({expert for expert, _, _ in mixture.names}):
+                what = f"statistics of {len(seen.routed)} experts, which the layer has not."
+                raise UserError(what, where=prefix + experts_module(mixture), remedy=_MEASURE)
             amax[name] = seen.down if role == experts.DOWN else seen.gate_up
             _check_amax(amax[name], "calibrated inputs of its experts have", f"{prefix}{experts_module(mixture)}")
     others = [name.removesuffix(".weight") for name in wanted if name not in amax]

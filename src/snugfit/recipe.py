@@ -258,15 +258,15 @@ def resolve(
         place = f"{loaded.where}: rules[{number}]"
         if not matched[number]:
             raise _matches_nothing(rule, [name for name in names if name.full in frozen], layers, frozen, place)
-        outside = [name.module for name in matched[number] if name.layer is None and name.full not in stored]
+        staying = {name.full: fmt for name in matched[number] if (fmt := _staying(rule, stored.get(name.full)))}
+        found |= {name: _copied(name, fmt, number, place) for name, fmt in staying.items()}
+        outside = [name.module for name in matched[number] if name.layer is None and name.full not in staying]
         if outside and rule.format != KEEP:
             raise UserError(
                 f"{outside[0]} stands outside the decoder layers, where nothing is quantized so far.",
                 where=place,
                 remedy="Leave it out, or give it `format: keep`.",
             )
-        staying = {name.full: fmt for name in matched[number] if (fmt := _staying(rule, stored.get(name.full)))}
-        found |= {name: _copied(name, fmt, number, place) for name, fmt in staying.items()}
         new = [name.full for name in matched[number] if name.full not in staying]
         if new:
             assignment = _settle(rule, number, [infos[name] for name in new], place)

@@ -218,9 +218,10 @@ def test_a_file_is_read_as_it_was_written(quantized: Callable[[str], Path]) -> N
 
 
 def test_a_recipe_without_data_asks_for_no_statistics(llama: Path, tmp_path: Path) -> None:
-    """Where no scale is measured no statistics are written, and none are looked at."""
-    out = quantize(llama, "fp8-int4", tmp_path / "out", statistics=tmp_path / "nothing.json")
-    assert not (out / STATISTICS_FILE).exists()
+    """Where no scale is measured no statistics are written; a file that is named must be one all the same."""
+    assert not (quantize(llama, "fp8-int4", tmp_path / "out") / STATISTICS_FILE).exists()
+    with pytest.raises(UserError, match="no such file"):
+        quantize(llama, "fp8-int4", tmp_path / "other", statistics=tmp_path / "nothing.json")
 
 
 def test_statistics_of_the_source_do_not_become_the_results(llama: Path, rows: dict[str, Path], tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from snugfit.calibration.spread import Layer, layer_from_json, layer_to_json, merge_layers
+from snugfit.calibration.spread import MOST, Layer, layer_from_json, layer_to_json, merge_layers
 from snugfit.errors import UserError
 from snugfit.records import as_json
 
 STATISTICS_SCHEMA = "snugfit.statistics/1"
 STATISTICS_FILE = "snugfit-statistics.json"
-MAX_BYTES = 1_000_000_000
+MAX_BYTES, MAX_LAYERS = 1_000_000_000, 10_000
 
 
 # what an expert is sent beside what its router sends, a layer; the least that it must have seen
@@ -146,8 +146,10 @@ def _parse(document: Mapping[str, Any]) -> Statistics:
         recipe_digest=None if digest is None else str(digest),
         layers={int(number): layer_from_json(layer) for number, layer in document["layers"].items()},
     )
-    if not found.rows:
-        raise ValueError("of no rows")
+    if not found.rows or not all(0 <= n < MOST for one in found.rows for n in (one.rows, one.tokens)):
+        raise ValueError("of no rows, or of numbers of them that cannot be")
+    if not all(0 <= number < MAX_LAYERS for number in found.layers):
+        raise ValueError("a layer's number that cannot be")
     return found
 
 

@@ -1,4 +1,7 @@
-"""Statistics of calibration as they are kept: mergeable, and the same whether measured at once or in parts. No torch.
+"""Statistics of calibration as they are kept: mergeable. No torch.
+
+Largest magnitudes and counts of tokens of several parts are those of all rows (up to the rounding of another batch);
+histograms are samples, taken anew in each part.
 
 A histogram counts magnitudes by the leading bits of their fp32 form: the exponent and four bits of the mantissa, so
 that a bin is at most 1/16 wider than its lower end. It counts every SAMPLED-th token; largest magnitudes are of all.
@@ -14,6 +17,7 @@ from typing import Any
 
 SHIFT = 19  # bits of the mantissa that a bin leaves out
 SAMPLED = 8
+MOST = 1 << 63
 BINS = 1 << (31 - SHIFT)
 
 
@@ -139,16 +143,22 @@ def layer_to_json(layer: Layer) -> dict[str, Any]:
     return found
 
 
+def _name(given: object) -> str:
+    """A module's name; UnicodeEncodeError, a ValueError, where it could not be written anywhere."""
+    str(given).encode("utf-8")
+    return str(given)
+
+
 def layer_from_json(document: Mapping[str, Any]) -> Layer:
     """A layer out of JSON; KeyError, TypeError or ValueError for anything else."""
     inputs = {
-        str(name): Inputs(
+        _name(name): Inputs(
             int(e["tokens"]), float(e["amax"]), {int(number): int(count) for number, count in e["histogram"].items()}
         )
         for name, e in document["inputs"].items()
     }
     experts = {
-        str(name): Experts(
+        _name(name): Experts(
             *(tuple(map(int, e[key])) for key in ("routed", "forced")),
             *(tuple(map(float, e[key])) for key in ("gate_up_routed", "gate_up_forced", "down_routed", "down_forced")),
         )
@@ -161,8 +171,11 @@ def layer_from_json(document: Mapping[str, Any]) -> Layer:
     cache = None if given is None else (float(given[0]), float(given[1]))
     for one in inputs.values():
         bins = one.histogram.items()
-        if not all(0 <= number < BINS and count >= 0 for number, count in bins) or one.tokens < 0:
-            raise ValueError("a histogram of other bins, or of fewer than no values")
+        counts = [one.tokens, *one.histogram.values()]
+        if not all(0 <= number < BINS for number, _ in bins) or not all(0 <= count < MOST for count in counts):
+            raise ValueError("a histogram of other bins, or of counts that cannot be")
+    if not all(0 <= count < MOST for found in experts.values() for count in (*found.routed, *found.forced)):
+        raise ValueError("counts of tokens that cannot be")
     lists = [value for found in experts.values() for value in asdict(found).values()]
     numbers = [number for value in lists for number in value] + [one.amax for one in inputs.values()]
     if not all(math.isfinite(number) and number >= 0 for number in (*numbers, *(cache or ()))):

@@ -111,11 +111,13 @@ class ExpertStatistics(NoHooks):
         """Inputs of an expert's down projection [n, K]."""
         assert self._counts is not None
         assert self._amax is not None
-        real = self._real[tokens]
-        if len(tokens) and bool(real.any()):
-            mine = hidden if self._valid is None else hidden[real]
+        mine, whose = hidden, tokens
+        if self._valid is not None:
+            real = self._real[tokens]
+            mine, whose = hidden[real], tokens[real]
+        if len(whose):
             low, high = mine.aminmax()
-            found = torch.stack((self._sizes[tokens][real].amax(), torch.maximum(high, -low).float()))
+            found = torch.stack((self._sizes[whose].amax(), torch.maximum(high, -low).float()))
             kind = int(forced)
             self._counts[kind, expert] += len(mine)
             self._amax[kind, :, expert] = torch.maximum(self._amax[kind, :, expert], found)

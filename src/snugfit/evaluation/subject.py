@@ -248,12 +248,11 @@ def resident_layer(subject: Subject, index: int, device: torch.device) -> tuple[
         )
         mixture, inputs = skeleton.experts.get(index), None
         if mixture is not None:
-            holder = skeleton.layers[index].get_submodule(mixture.module)
-            found, inputs = emulate.read_experts(
-                subject.checkpoint, prefix, mixture, holder, subject.formats, subject.activations, skeleton.stacks
+            room = layers.expert_storage(skeleton, index, torch.device("cpu"))
+            inputs = emulate.read_experts(
+                *(subject.checkpoint, prefix, mixture, room, subject.formats, subject.activations)
             )
-            weights |= found
-            del found
+            weights |= room.whole
     layer = layers.resident_layer(skeleton, index, weights, device)
     if mixture is not None and inputs is not None:
         experts.hook(layer.get_submodule(mixture.module), inputs)

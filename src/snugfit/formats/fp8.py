@@ -6,6 +6,7 @@ Written is one scale an output channel, with activations under one scale a token
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,17 @@ def dequantize(stored: FP8Weight) -> Tensor:
             raise ValueError(f"{list(scale.shape)} scales for blocks of {stored.block} in {[rows, columns]}")
         scale = scale.repeat_interleave(stored.block[0], 0)[:rows].repeat_interleave(stored.block[1], 1)[:, :columns]
     return values.mul_(scale)
+
+
+def in_rows(stored: FP8Weight, rows: int) -> Iterator[FP8Weight]:
+    """A weight as several of so many rows each, a multiple of its blocks'; views."""
+    block = 1 if stored.block is None else stored.block[0]
+    step = max(1, rows // block) * block
+    for start in range(0, len(stored.codes), step):
+        scale = stored.scale
+        if len(scale) > 1:
+            scale = scale[start // block : (start + step) // block]
+        yield FP8Weight(stored.codes[start : start + step], scale, stored.block)
 
 
 def requantize(stored: FP8Weight, scale: Tensor) -> FP8Weight:

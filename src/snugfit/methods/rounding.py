@@ -62,17 +62,25 @@ def round_group(weights: Group, fmt: TensorFormat, scale: str, objective: str) -
 
 
 def round_and_compare(
-    weights: dict[str, Tensor], fmt: TensorFormat, scale: str, objective: str, *, values: bool
+    weights: dict[str, Tensor],
+    fmt: TensorFormat,
+    scale: str,
+    objective: str,
+    *,
+    values: bool,
+    into: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Stored, Tensor | None, Tensor]]:
     """As `round_group`, which empties `weights` meanwhile: name, stored weight, its values, its relative error.
 
-    The values [N, K] are in the weight's dtype, None where not asked for; the error is sum((w_hat - w)^2) / sum(w^2),
-    fp64 (), 0 where all weights are.
+    The values [N, K] are in the weight's dtype, None where not asked for; those of names in `into` are written there,
+    in its dtype. The error is sum((w_hat - w)^2) / sum(w^2), fp64 (), 0 where all weights are.
     """
     rounding = ROUNDERS[fmt.name](weights, fmt, scale, objective)
     for name in list(weights):
         weight = weights.pop(name)
-        kept = torch.empty_like(weight) if values else None
+        kept = None
+        if values:
+            kept = into[name] if into is not None and name in into else torch.empty_like(weight)
         parts: list[Stored] = []
         sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
         step = _rows(weight)
@@ -85,7 +93,7 @@ def round_and_compare(
             sums[1] += exact.square().sum()
             sums[0] += exact.sub_(found).square_().sum()
         del weight
-        yield name, stack(parts), kept, torch.where(sums[1] > 0, sums[0] / sums[1], 0.0)
+        yield name, stack(parts), kept, torch.where(sums[1] == 0, 0.0, sums[0] / sums[1])
 
 
 def _rows(weight: Tensor) -> int:

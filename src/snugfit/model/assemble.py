@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from snugfit.dialects import reading
+from snugfit.errors import UserError
+from snugfit.formats import fp8
+from snugfit.formats.fp8 import FP8Weight
 from snugfit.formats.mxfp4 import MXFP4Weight
 from snugfit.formats.stored import Stored, dequantize
 from snugfit.model.checkpoint import TORCH_NAMES, Checkpoint, TensorInfo, read_tensor
 from snugfit.model.sources import Source, Weights
 
-# reads a tensor of the file, or (of one with all experts) the part that is the given expert's
-Read = Callable[[str, int | None], Tensor]
+E8M0_NAN = 255
+ROWS = 1024  # dequantized at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,8 @@ class Loaded:
         if self.values is not None:
             return self.values
         assert self.stored is not None
+        if isinstance(self.stored, FP8Weight):  # some rows at a time: fp32 takes four times the room of the codes
+            return torch.cat([dequantize(part).to(dtype) for part in fp8.in_rows(self.stored, ROWS)])
         return dequantize(self.stored).to(dtype)
 
 
@@ -55,16 +60,19 @@ def assemble(
         assert source.format is not None
         stored, scale = reading.decode(checkpoint.config, name.removesuffix(".weight"), source.format, parts)
         return Loaded(None, stored, scale)
-    return _from_stack(source, parts)
+    return _from_stack(source, parts, where=str(checkpoint.path))
 
 
-def _from_stack(source: Source, parts: Mapping[str, Tensor]) -> Loaded:
+def _from_stack(source: Source, parts: Mapping[str, Tensor], *, where: str) -> Loaded:
     slot = source.slot
     assert slot is not None
     rows = slice(slot.start, slot.stop, slot.step)
     if source.format is not None:  # [outputs, K/32, 16 bytes of two codes] beside [outputs, K/32]
-        packed = parts["blocks"][rows].flatten(1).contiguous()
-        return Loaded(None, MXFP4Weight(packed, parts["scales"][rows].contiguous()))
+        exponents = parts["scales"][rows].contiguous()
+        if bool((exponents == E8M0_NAN).any()):
+            what = f"expert {slot.expert} of {source.parts['scales']} has scales that are no numbers."
+            raise UserError(what, where=where, remedy="The source is damaged: download it again.")
+        return Loaded(None, MXFP4Weight(parts["blocks"][rows].flatten(1).contiguous(), exponents))
     whole = parts["weight"]
     return Loaded((whole.t() if slot.transposed else whole)[rows].contiguous())
 

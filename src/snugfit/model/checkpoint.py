@@ -54,7 +54,7 @@ __all__ = [
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-FINGERPRINTS, FINGERPRINT_BYTES = 32, 4096
+FINGERPRINTS, FINGERPRINT_BYTES = 64, 1024
 # org/name, org/name@revision
 REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./+-]*))?", re.ASCII)
 
@@ -178,13 +178,14 @@ def header_digest(checkpoint: Checkpoint) -> str:
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 over the first bytes of some tensors, which tells two models of the same shapes apart."""
-    named = sorted(checkpoint.tensors)
-    chosen = named[:: max(1, len(named) // FINGERPRINTS)]
+    # by the hash of their names: a stride would meet the same part of every layer
+    named = sorted(checkpoint.tensors, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())
+    chosen = named[:FINGERPRINTS]
     digest = hashlib.sha256()
     for name in chosen:
         buffer = bytearray(min(checkpoint.tensors[name].bytes, FINGERPRINT_BYTES))
         read_range(checkpoint, checkpoint.tensors[name], 0, memoryview(buffer))
-        digest.update(name.encode() + b"\0" + buffer)
+        digest.update(name.encode("utf-8", "replace") + b"\0" + buffer)
     return digest.hexdigest()
 
 

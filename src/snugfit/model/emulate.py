@@ -25,7 +25,7 @@ from snugfit.model.assemble import read_single
 from snugfit.model.cache import NoCache
 from snugfit.model.checkpoint import Checkpoint, read_tensor
 from snugfit.model.experts import NoHooks
-from snugfit.model.sources import Weights
+from snugfit.model.layers import ExpertStorage
 
 # values at once: what a core's cache holds; what a small GPU spares
 SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -127,40 +127,41 @@ def read_experts(
     checkpoint: Checkpoint,
     prefix: str,
     mixture: experts.ExpertNames,
-    holder: nn.Module,
+    storage: ExpertStorage,
     formats: Mapping[str, TensorFormat],
     profile: str,
-    stacks: Weights,
-) -> tuple[dict[str, Tensor], ExpertInputs]:
-    """Weights of a layer's routed experts (names relative to the layer), dequantized, and what rounds their inputs.
+) -> ExpertInputs:
+    """Fill `storage` with a layer's routed experts, dequantized; the result rounds their inputs.
 
     Engines give all experts of a layer one scale for the inputs of gate and up and one for those of down, the largest
-    multiplier in the file (engines/mixtures.py); so does this, but for profile "none", which rounds nothing.
+    multiplier in the file (engines/mixtures.py); so does this, but for profile "none", which rounds nothing. UserError
+    for an expert's tensor that is missing.
     """
-    shapes, dtype = experts.shapes(holder), holder.get_parameter("down_proj").dtype
-    found: dict[str, Tensor] = {}
-    stored: dict[tuple[int, bool], dict[str, str]] = {}  # (expert, whether down) -> name -> role
+    stacks = storage.skeleton.stacks
+    stored: dict[tuple[int, bool], list[str]] = {}  # (expert, whether down) -> names
     for (expert, role, parameter), name in mixture.names.items():
         full = f"{prefix}.{name}"
         if parameter == "weight" and full.removesuffix(".weight") in formats:
-            stored.setdefault((expert, role == experts.DOWN), {})[name] = role
+            stored.setdefault((expert, role == experts.DOWN), []).append(full)
         elif full in checkpoint.tensors:
-            found[name] = read_tensor(checkpoint, full)
+            storage.fill(full, read_tensor(checkpoint, full))
         elif full in stacks.tensors:
-            found[name] = read_single(checkpoint, stacks, full)
+            storage.fill(full, read_single(checkpoint, stacks, full))
+        else:
+            what = f"tensors missing: {full}."
+            raise UserError(what, where=prefix, remedy="Config and weights do not belong together.")
     kinds: dict[bool, TensorFormat] = {}
     scales: dict[bool, list[Tensor]] = {True: [], False: []}
-    for (_, down), roles in stored.items():
-        modules = {name: f"{prefix}.{name}".removesuffix(".weight") for name in roles}
+    for (_, down), names in stored.items():
+        modules = {name: name.removesuffix(".weight") for name in names}
         members = {name: _read_member(checkpoint, module, formats[module]) for name, module in modules.items()}
         for name, member in (members if profile == NO_ENGINE else _as_one(checkpoint, members)).items():
-            values = _values(checkpoint, modules[name], member.stored, shapes[roles[name], "weight"])
-            found[name] = values.to(dtype)
+            shape = tuple(storage.parts[name].shape)
+            storage.fill(name, _values(checkpoint, modules[name], member.stored, shape))
             kinds.setdefault(down, member.format)
             if member.input_scale is not None:
                 scales[down].append(member.input_scale)
-    quantizers = (_of_all_experts(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True))
-    return found, ExpertInputs(*quantizers)
+    return ExpertInputs(*(_of_all_experts(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True)))
 
 
 def _of_all_experts(fmt: TensorFormat | None, scales: Sequence[Tensor], profile: str) -> Quantizer | None:

@@ -10,7 +10,7 @@ uses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -125,23 +125,23 @@ def shapes(module: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
     return found
 
 
-def stack(module: nn.Module, parts: MutableMapping[tuple[int, str, str], Tensor]) -> dict[str, Tensor]:
-    """The module's parameters, made of single experts' tensors by (expert, role, parameter), which are taken out.
+def storage(module: nn.Module, device: torch.device) -> tuple[dict[str, Tensor], dict[tuple[int, str, str], Tensor]]:
+    """The module's parameters with room for all experts, not yet filled; and each expert's part of them.
 
-    Both are never in memory at once, but for one expert.
+    Parts, by (expert, role, parameter), are views: weights [N, K], biases [N].
     """
-    made: dict[str, Tensor] = {}
-    places = _places(module)
+    whole = {}
+    for name in sorted(parameters(module)):
+        empty = module.get_parameter(name)
+        whole[name] = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+    parts: dict[tuple[int, str, str], Tensor] = {}
     for expert in range(count(module)):
-        for (role, parameter), (name, rows) in places.items():
-            part = parts.pop((expert, role, parameter))
-            empty = getattr(module, name)
-            if name not in made:
-                made[name] = torch.empty(empty.shape, dtype=empty.dtype, device=part.device)
-            whole = made[name][expert]
-            target = whole.t() if module.is_transposed and parameter == "weight" else whole
-            target[rows] = part
-    return made
+        for (role, parameter), (name, rows) in _places(module).items():
+            mine = whole[name][expert]
+            parts[expert, role, parameter] = (mine.t() if module.is_transposed and parameter == "weight" else mine)[
+                rows
+            ]
+    return whole, parts
 
 
 def parameters(module: nn.Module) -> frozenset[str]:
@@ -254,7 +254,3 @@ class ExpertNames:
 
     module: str
     names: Mapping[tuple[int, str, str], str]
-
-    def take(self, weights: MutableMapping[str, Tensor]) -> dict[tuple[int, str, str], Tensor]:
-        """Single experts' tensors out of a layer's."""
-        return {key: weights.pop(name) for key, name in self.names.items() if name in weights}

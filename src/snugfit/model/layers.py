@@ -350,38 +350,53 @@ def module_names(skeleton: Skeleton, index: int) -> dict[str, str]:
     }
 
 
-def resident_layer(
-    skeleton: Skeleton, index: int, weights: MutableMapping[str, Tensor], device: torch.device
-) -> nn.Module:
+@dataclass(frozen=True)
+class ExpertStorage:
+    """Room for a layer's routed experts, as its module holds them, filled one by one.
+
+    `whole` are its parameters by name relative to the layer; `parts` are views of single experts' tensors by the file's
+    full names. What stands in one tensor of the file is put in by `fill`.
+    """
+
+    whole: Mapping[str, Tensor]
+    parts: Mapping[str, Tensor]
+    skeleton: Skeleton
+
+    def fill(self, name: str, tensor: Tensor) -> bool:
+        """Put in a tensor of the file, of one expert or of all; False where it belongs to none."""
+        if name in self.parts:
+            self.parts[name].copy_(tensor)
+            return True
+        singles = self.skeleton.stacks.stacks.get(name, ())
+        for single in singles:
+            self.parts[single].copy_(part_of(self.skeleton.stacks.sources[single], tensor))
+        return bool(singles)
+
+
+def expert_storage(skeleton: Skeleton, index: int, device: torch.device) -> ExpertStorage:
+    """Room for the routed experts of decoder layer `index`, none where it has none."""
+    mixture = skeleton.experts.get(index)
+    if mixture is None:
+        return ExpertStorage({}, {}, skeleton)
+    whole, parts = experts.storage(skeleton.layers[index].get_submodule(mixture.module), device)
+    prefix = f"{skeleton.stored_layers_name}.{index}"
+    return ExpertStorage(
+        {f"{mixture.module}.{name}": tensor for name, tensor in whole.items()},
+        {f"{prefix}.{mixture.names[key]}": part for key, part in parts.items()},
+        skeleton,
+    )
+
+
+def resident_layer(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
     """A copy of decoder layer `index` with `weights` (names as in the file, relative to the layer) on `device`.
 
-    Single experts' weights are taken out of `weights` as they are put together, so that no more than one is held twice.
+    Routed experts come as their module's parameters (`expert_storage`).
     """
     layer = copy.deepcopy(skeleton.layers[index])
     ours = layer_names(skeleton, index)
-    mixture = skeleton.experts.get(index)
-    if mixture is not None:
-        holder = layer.get_submodule(mixture.module)
-        _take_apart(skeleton, index, weights)
-        parts = mixture.take(weights)
-        missing = next((name for key, name in mixture.names.items() if key not in parts), None)
-        if missing is not None:
-            where = f"{skeleton.stored_layers_name}.{index}"
-            raise UserError(f"tensors missing: {missing}.", where=where, remedy=APART)
-        for parameter, tensor in experts.stack(holder, parts).items():
-            weights[f"{mixture.module}.{parameter}"] = tensor
     given = {ours.get(name, name): tensor for name, tensor in weights.items()}
     fill(layer, given, where=f"{skeleton.stored_layers_name}.{index}")
     return layer.to(device)
-
-
-def _take_apart(skeleton: Skeleton, index: int, weights: MutableMapping[str, Tensor]) -> None:
-    """Replace tensors of all experts among a layer's `weights` by views of single experts."""
-    prefix = f"{skeleton.stored_layers_name}.{index}."
-    for name in [name for name in weights if f"{prefix}{name}" in skeleton.stacks.stacks]:
-        whole = weights.pop(name)
-        for single in skeleton.stacks.stacks[f"{prefix}{name}"]:
-            weights[single.removeprefix(prefix)] = part_of(skeleton.stacks.sources[single], whole)
 
 
 def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> None:

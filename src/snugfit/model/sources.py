@@ -1,7 +1,7 @@
 """What a file's tensors are to a recipe: 2-D weights in 16 bits, whatever they are kept in. Headers only, no torch.
 
 A weight may be codes beside scales (FP8, MXFP4), or one expert's part of a 3-D tensor. `single_weights` takes such
-tensors apart by name and shape alone; reading them is `model/reading.py`.
+tensors apart by name and shape alone; `model/assemble.py` makes weights of them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from snugfit.model.checkpoint import Checkpoint, TensorInfo
 
 # what may stand for 16-bit weights: all other codes have lost too much to start from
 SOURCE_FORMATS = frozenset({"fp8", "fp8-dynamic", "fp8-block"})
+MAX_EXPERTS = 100_000
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
+_EIGHT_BIT_FLOATS = frozenset({"F8_E4M3", "F8_E5M2"})
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
 _SCALES_OF_WEIGHTS = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
 _AGAIN = "Config and weights do not belong together: download the checkpoint again."
@@ -113,12 +116,13 @@ def single_weights(checkpoint: Checkpoint) -> Weights:
             continue
         module, _, parameter = name.rpartition(".")
         fmt = formats.get(module) if parameter == "weight" else None
-        if fmt is not None:
+        if fmt is not None and len(tensor.shape) == 2 and not module.endswith(_EMBEDDINGS):
             tensors[name] = TensorInfo(name, wide, tensor.shape)
             parts = part_names(checkpoint.config, module, fmt, checkpoint.tensors)
+            _check_scale(checkpoint, fmt, parts)
             sources[name] = Source(parts, fmt)
             continue
-        found = _experts_of(checkpoint, tensor, layout, wide)
+        found = [] if tensor.dtype in _EIGHT_BIT_FLOATS else _experts_of(checkpoint, tensor, layout, wide)
         if found:
             stacks[name] = tuple(info.name for info, _ in found)
             twice = next((info.name for info, _ in found if info.name in checkpoint.tensors), None)
@@ -127,6 +131,10 @@ def single_weights(checkpoint: Checkpoint) -> Weights:
                 raise UserError(what, where=str(checkpoint.path), remedy="Remove one of them.")
             tensors |= {info.name: info for info, _ in found}
             sources |= {info.name: source for info, source in found}
+        elif tensor.dtype in _EIGHT_BIT_FLOATS:
+            what = f"{name} is {tensor.dtype}, which only 2-D weights of linears may be."
+            remedy = "Start from the original BF16, FP16 or FP32 checkpoint."
+            raise UserError(what, where=str(checkpoint.path), remedy=remedy)
         elif not name.endswith(MXFP4_SCALES) or f"{name.removesuffix(MXFP4_SCALES)}{MXFP4_BLOCKS}" not in stacks:
             tensors[name] = TensorInfo(name, tensor.dtype, tensor.shape)
     whole = {name: TensorInfo(name, t.dtype, t.shape) for name in stacks for t in (checkpoint.tensors[name],)}
@@ -223,6 +231,22 @@ def _scale_owners(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -
     return owners
 
 
+def _check_scale(checkpoint: Checkpoint, fmt: TensorFormat, parts: Mapping[str, str]) -> None:
+    """UserError where the scale of FP8 codes has another shape than their format gives."""
+    weight = checkpoint.tensors[parts["weight"]]
+    scale = next(checkpoint.tensors[part] for suffix, part in parts.items() if suffix.startswith("weight_scale"))
+    rows, columns = weight.shape
+    if fmt.weight_block is not None:
+        allowed: list[tuple[int, ...]] = [(-(-rows // fmt.weight_block[0]), -(-columns // fmt.weight_block[1]))]
+    elif fmt.name == "fp8" and fmt.group == 0:
+        allowed = [(1,), (), (1, 1)]
+    else:
+        allowed = [(rows, 1), (rows,)]
+    if scale.shape not in allowed:
+        what = f"{scale.name} has shape {list(scale.shape)}, a weight {list(weight.shape)} in {fmt.label()} has "
+        raise UserError(f"{what}{list(allowed[0])}.", where=str(checkpoint.path), remedy=_AGAIN)
+
+
 def _stacked(config: Mapping[str, Any]) -> Stacked | None:
     kinds = [given.get("model_type") for given in language_configs(config)]
     return next((STACKED[kind] for kind in reversed(kinds) if isinstance(kind, str) and kind in STACKED), None)
@@ -253,11 +277,7 @@ def _experts_of(
             return []
         transposed = layout.transposed and not packed and not bias
         experts, outputs = shape[0], shape[2] if transposed else shape[1]
-        if outputs % len(names):
-            what = (
-                f"{tensor.name} {list(tensor.shape)} holds {outputs} rows an expert, which {len(names)} cannot share."
-            )
-            raise UserError(what, where=str(checkpoint.path), remedy=_AGAIN)
+        _check_stack(checkpoint, tensor, shape, experts, outputs % len(names))
         inputs = () if bias else (shape[1] if transposed else shape[2],)
         fmt = TensorFormat("mxfp4", inputs="none") if packed else None
         found = []
@@ -271,6 +291,16 @@ def _experts_of(
                 found.append((TensorInfo(name, dtype, (count, *inputs)), Source(parts, fmt, slot)))
         return found
     return []
+
+
+def _check_stack(checkpoint: Checkpoint, tensor: TensorInfo, shape: tuple[int, ...], experts: int, left: int) -> None:
+    """UserError for a tensor of all experts that holds none, or `left` rows that its projections cannot share."""
+    if 0 in shape or experts > MAX_EXPERTS:
+        what = f"{tensor.name} {list(tensor.shape)} holds no experts, or more than any model has."
+        raise UserError(what, where=str(checkpoint.path), remedy=_AGAIN)
+    if left:
+        what = f"{tensor.name} {list(tensor.shape)} holds rows of an expert that gate and up cannot share."
+        raise UserError(what, where=str(checkpoint.path), remedy=_AGAIN)
 
 
 def _rows(outputs: int, number: int, of: int, *, interleaved: bool) -> tuple[int, int, int]:
