@@ -1,4 +1,4 @@
-"""Sources that would have come out wrong without a word: what is no linear's weight, what lost its scale, what moved."""
+"""Sources that would have come out wrong without a word: no weight of a linear, a scale that is none, another tune."""
 
 from __future__ import annotations
 

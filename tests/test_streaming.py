@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from conftest import MakeTiny
 from hub_server import COMMIT, Hub, files_of, serve
+from snugfit.calibration.record import STATISTICS_FILE
 from snugfit.cli import app
 from snugfit.model import ranges
 from snugfit.model.shards import units_done
@@ -53,8 +55,11 @@ def local(model: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """All files but the record, which tells of times."""
-    return {name: content for name, content in files_of(directory).items() if name != RECORD_FILE}
+    """All files but the record, which tells of times; statistics without the model's name, which is another."""
+    found = {name: content for name, content in files_of(directory).items() if name != RECORD_FILE}
+    statistics = json.loads(found[STATISTICS_FILE])
+    found[STATISTICS_FILE] = json.dumps({k: v for k, v in statistics.items() if k != "model"}).encode()
+    return found
 
 
 def run(out: Path, token_rows: Path) -> Any:

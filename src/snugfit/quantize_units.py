@@ -16,6 +16,7 @@ from snugfit.engines.fused import group_modules
 from snugfit.errors import Unfinished, UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.formats.stored import Stored
+from snugfit.machine import give_back_memory
 from snugfit.methods.rounding import round_and_compare
 from snugfit.model import emulate, experts, layers, walk
 from snugfit.model.assemble import Loaded, assemble, dtype_of, pieces_of
@@ -25,6 +26,7 @@ from snugfit.model.transfer import Moving, Transfer, check_finite
 from snugfit.quantize_plan import Plan
 
 Piece = tuple[str, int | None]
+GIVEN_BACK = 64 << 20  # bytes of 16-bit weights after which freed memory is returned
 _MEASURE = "Measure them again with `snugfit statistics collect`."
 
 
@@ -86,7 +88,12 @@ def quantize_unit(
 ) -> dict[str, UnitTensor]:
     """Quantize a unit's groups; with `room`, keep 16-bit values of all its tensors for the walk, experts' in there."""
     done: dict[str, UnitTensor] = {}
+    handled = 0
     for names in groups:
+        handled += sum(plan.weights.tensors[name].bytes for name in names)
+        if handled > GIVEN_BACK:  # many small tensors of experts come and go: the C library would keep their room
+            give_back_memory()
+            handled = 0
         loaded = ahead.take(names)
         assignment = plan.assignments.get(names[0])
         dtypes = {name: dtype_of(plan.weights.tensors[name]) for name in names}

@@ -73,7 +73,7 @@ class Rule(BaseModel):
     objective: Objective | None = None
     group: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
     symmetric: StrictBool | None = None
-    requantize: StrictBool = False
+    requantize: StrictBool | None = None
 
     @field_validator("role", "group", mode="before")
     @classmethod
