@@ -342,7 +342,7 @@ def check_experts(checkpoint: Checkpoint, names: Collection[TensorName], layers:
         if name.layer is not None and name.expert is not None and name.parameter == "weight":
             found.setdefault(name.layer, {}).setdefault(name.expert, set()).add(name.module.rpartition(".")[2])
     where = str(checkpoint.path)
-    counts = {config[key] for config in language_configs(checkpoint.config) for key in EXPERT_COUNTS if key in config}
+    counts = [config.get(key) for config in language_configs(checkpoint.config) for key in EXPERT_COUNTS]
     whole = {count for count in counts if isinstance(count, int) and not isinstance(count, bool)}
     if max(whole, default=0) > 1 and not any(name.routed for name in names):
         what = f"the config has {max(whole)} experts, and no tensor is one's."

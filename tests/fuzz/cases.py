@@ -475,10 +475,12 @@ def make_unfinished(rng: random.Random, root: Path, shared: Path) -> list[Comman
     partial = root / "out.partial"
     shutil.copytree(shared / "out.partial", partial)
     files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
+    spoilt: set[Path] = set()
     for _ in range(rng.choice((1, 1, 2))):
         file = rng.choice([file for file in files if file.suffix == ".json"] or files if rng.random() < 0.8 else files)
-        if not file.is_file():
+        if not file.is_file() or file in spoilt:  # a second time it might be no JSON
             continue
+        spoilt.add(file)
         content = file.read_bytes()
         kind = rng.randrange(6)
         if kind == 0:

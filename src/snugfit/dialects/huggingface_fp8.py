@@ -71,6 +71,9 @@ def kv_cache(_quantization: Mapping[str, Any]) -> str | None:
 def _format(module: str, parts: Headers, block: tuple[int, int] | None, static: bool) -> TensorFormat:
     name = _first(WEIGHT_SCALES, parts)
     shape = parts[name][1] if name in parts else ()
+    if len(parts["weight"][1]) != 2:
+        what = f"{module}.weight is FP8 of shape {list(parts['weight'][1])}, which is no linear's."
+        raise UserError(what, where=WHERE, remedy="Config and weights do not belong together.")
     rows, columns = parts["weight"][1]
     inputs: InputKind = "fp8-tensor" if static else "fp8-tensor-dynamic"
     if block is not None and shape == (-(-rows // block[0]), -(-columns // block[1])):
