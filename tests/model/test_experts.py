@@ -357,3 +357,15 @@ def test_experts_are_found_or_refused() -> None:
     with pytest.raises(UserError, match="holds its experts in weight outside") as caught:
         experts.find_experts(nn.ModuleDict({"experts": outside}), where="model x")
     assert caught.value.where == "model x"
+
+
+def test_a_list_of_expert_modules_is_refused() -> None:
+    """Experts that are modules in a list, which no family has any more, are refused and not calibrated by halves."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    with pytest.raises(UserError, match="experts stand in a ModuleList"):
+        experts.find_experts(Block(), where="config.json")

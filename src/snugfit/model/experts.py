@@ -72,7 +72,7 @@ def is_experts(module: nn.Module) -> bool:
 def find_experts(layer: nn.Module, *, where: str) -> str | None:
     """The name of the experts' module in a decoder layer, None where there is none.
 
-    UserError where experts are held in a way that is neither the interface's nor a list of modules.
+    UserError where experts are held in another way than the interface's.
     """
     found = [name for name, module in layer.named_modules() if is_experts(module)]
     if len(found) > 1:
@@ -88,6 +88,12 @@ def find_experts(layer: nn.Module, *, where: str) -> str | None:
                 f"{type(module).__name__} holds its experts in {stacked[0]} outside transformers' experts interface.",
                 where=where,
                 remedy="Its forward needs an adapter in model/experts.py that shows each expert's inputs.",
+            )
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.rpartition(".")[2] == "experts" and len(module):
+            raise UserError(
+                f"experts stand in a {type(module).__name__}, as no causal language model of transformers 5 has them.",
+                where=where,
+                remedy="They need an adapter in model/experts.py that shows each expert's inputs.",
             )
     return found[0] if found else None
 
