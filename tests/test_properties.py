@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fuzz.mutate import spoil_bytes, spoil_json
+from snugfit.assignment import Assignment
 from snugfit.engines.fused import group_modules
 from snugfit.engines.gpus import CARDS
 from snugfit.engines.memory import ENGINES, GIB, OFFERED
@@ -32,7 +33,7 @@ from snugfit.planning.kv_cache import check_split
 from snugfit.planning.memory import Device, in_flight, longest_position, read_widths
 from snugfit.planning.read_cache import read_cache
 from snugfit.planning.solve import Model, Setting, Stored, answer
-from snugfit.recipe import Assignment, LoadedRecipe, layer_numbers, parse_recipe, resolve
+from snugfit.recipe import LoadedRecipe, layer_numbers, parse_recipe, resolve
 
 Result = TypeVar("Result")
 quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

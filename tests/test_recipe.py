@@ -10,13 +10,13 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from snugfit.assignment import Assignment
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.checkpoint import TensorInfo, open_checkpoint
 from snugfit.model.names import parse_name
 from snugfit.quantize import RECIPE_FILE, quantize_checkpoint
 from snugfit.recipe import (
-    Assignment,
     LoadedRecipe,
     builtin_names,
     layer_numbers,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from snugfit import cli_statistics
 from snugfit.calibration.dataset import DEFAULT_LENGTH, DEFAULT_ROWS
-from snugfit.calibration.record import FORCED_TOKENS, LEAST_TOKENS, Calibration
+from snugfit.calibration.record import FORCED_TOKENS, LEAST_TOKENS
+from snugfit.cli_errors import calibration_of, kept_layers, plain_errors, reporting
 from snugfit.errors import UserError, plain
 
 if TYPE_CHECKING:
-    from snugfit.calibration.record import Statistics
     from snugfit.evaluation.served import ServerOptions
 
 app = typer.Typer(
@@ -25,8 +25,7 @@ app = typer.Typer(
 )
 
 
-statistics_app = typer.Typer(help="What calibration sees: measure it, look at it, merge it.", no_args_is_help=True)
-app.add_typer(statistics_app, name="statistics")
+app.add_typer(cli_statistics.app, name="statistics")
 
 # options of `eval` that mean nothing to the others
 _NOT_WITH_TASKS = (
@@ -36,56 +35,8 @@ _NOT_WITH_TASKS = (
 _OF_SERVERS = ("server_model", "server_top", "server_log")
 
 
-@contextmanager
-def _plain_errors(kept: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """UserError -> one message and exit code 2; Ctrl-C -> exit code 130. `kept` says what there is to go on from."""
-    try:
-        yield
-    except UserError as error:
-        typer.echo(f"snugfit: {error}", err=True)
-        raise typer.Exit(2) from None
-    except OSError as error:
-        place = f"{plain(str(error.filename))}: " if error.filename else ""
-        left = f"{kept()}. Then run the same command to go on." if kept() else "Nothing was written."
-        typer.echo(f"snugfit: {place}{error.strerror or error}. {left}", err=True)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        left = f"{kept()}. Run the same command to go on." if kept() else "nothing was written."
-        typer.echo(f"snugfit: stopped; {left}", err=True)
-        raise typer.Exit(130) from None
-
-
-def _kept_layers(output: Path | None) -> Callable[[], str]:
-    """What an unfinished quantize run has kept."""
-
-    def kept() -> str:
-        from snugfit.model.shards import units_done
-
-        partial = None if output is None else output.with_name(output.name + ".partial")
-        done = 0 if partial is None else units_done(partial)
-        if not done:
-            return ""
-        return f"{partial} keeps {done - 1} {'layer' if done == 2 else 'layers'}"
-
-    return kept
-
-
 def _kept_answers(journal: Path | None) -> Callable[[], str]:
     return lambda: f"{journal} keeps what the server answered" if journal and journal.exists() else ""
-
-
-@contextmanager
-def _reporting(output: Path | None) -> Iterator[None]:
-    """The result stands, whatever happens to its report: exit code 1."""
-    what = "its report is not written" if output is None else f"{output} is written and whole; its report is not"
-    try:
-        yield
-    except OSError as error:
-        typer.echo(f"snugfit: {what} ({error.strerror or error}).", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        typer.echo(f"snugfit: stopped; {what}.", err=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -126,7 +77,7 @@ def quantize(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
 ) -> None:
     """Quantize MODEL by a recipe into a new directory that stock engines load."""
-    with _plain_errors(_kept_layers(output)):
+    with plain_errors(kept_layers(output)):
         from snugfit.fit import fit_line
         from snugfit.printing import print_plan, print_totals
         from snugfit.quantize import quantize_checkpoint
@@ -158,7 +109,7 @@ def quantize(
             device=device,
             tokens_per_batch=tokens_per_batch,
             max_shard_bytes=shard_bytes,
-            calibration=_calibration(experts, forced_tokens, least_tokens),
+            calibration=calibration_of(experts, forced_tokens, least_tokens),
             statistics=statistics,
             no_engine=no_engine,
             restart=restart,
@@ -166,7 +117,7 @@ def quantize(
             progress=True,
             tell=lambda words: typer.echo(words, err=True),
         )
-    with _reporting(output):
+    with reporting(output):
         if as_json:
             typer.echo(record.to_json(), nl=False)
             return
@@ -176,105 +127,6 @@ def quantize(
             typer.echo(plain(f"weights in other containers, not copied: {left_out}"), err=True)
         place = plain(str(output))
         typer.echo(f"{place}: {record.seconds['total']:.1f} s, peak memory {record.peak_rss_bytes / 1e9:.2f} GB")
-
-
-def _calibration(experts: str, forced_tokens: int, least_tokens: int) -> Calibration:
-    if experts not in ("all", "routed"):
-        raise UserError(f"--experts {experts!r} is neither all nor routed.", remedy="all is the default.")
-    for name, value in (("--forced-tokens", forced_tokens), ("--least-tokens", least_tokens)):
-        if value < 0:
-            raise UserError(f"{name} {value} is no number of tokens.", remedy="Give 0 or more.")
-    return Calibration(experts, forced_tokens, least_tokens)
-
-
-@statistics_app.command(name="collect")
-def collect(
-    model: Annotated[Path, typer.Argument(help="Directory with config.json and safetensors weights, or a Hub id.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New directory for statistics, tables and plots.")],
-    text: Annotated[
-        list[Path] | None, typer.Option(help="Text or JSONL to walk. Default: Python's documentation.")
-    ] = None,
-    rows: Annotated[int, typer.Option(help="Rows of tokens at most.")] = DEFAULT_ROWS,
-    length: Annotated[int, typer.Option(help="Tokens a row at most.")] = DEFAULT_LENGTH,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")] = None,
-    tokens_per_batch: Annotated[int | None, typer.Option(help="Tokens in one forward pass.")] = None,
-    experts: Annotated[str, typer.Option(help="What experts see: all tokens, or those routed to them.")] = "all",
-    forced_tokens: Annotated[
-        int, typer.Option(help="Tokens at most that an expert gets beside those routed to it, a layer.")
-    ] = FORCED_TOKENS,
-    restart: Annotated[bool, typer.Option("--restart", help="Begin anew where a run was stopped.")] = False,
-    resume_anyway: Annotated[
-        bool, typer.Option("--resume-anyway", help="Go on under another machine, library version or batch.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as one JSON document.")] = False,
-) -> None:
-    """Measure the inputs of every linear of MODEL, and what its experts see, without a recipe."""
-    with _plain_errors(_kept_layers(output)):
-        from snugfit.collect import collect_statistics
-
-        found = collect_statistics(
-            model,
-            output,
-            text=text or (),
-            rows=rows,
-            length=length,
-            device=device,
-            tokens_per_batch=tokens_per_batch,
-            calibration=_calibration(experts, forced_tokens, LEAST_TOKENS),
-            restart=restart,
-            resume_anyway=resume_anyway,
-            progress=True,
-            tell=lambda words: typer.echo(words, err=True),
-        )
-    with _reporting(output):
-        _print_statistics(found, as_json=as_json)
-
-
-@statistics_app.command(name="show")
-def show_statistics(
-    file: Annotated[Path, typer.Argument(help="A file of statistics, or a directory that has one.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="New directory for tables and plots.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as one JSON document.")] = False,
-) -> None:
-    """Print spikes, and what experts were calibrated on."""
-    with _plain_errors():
-        from snugfit.calibration.record import load_statistics
-
-        found = load_statistics(file)
-        if output is not None:
-            from snugfit.model.shards import staged
-            from snugfit.report.spikes import write_spikes
-
-            with staged(output) as folder:
-                write_spikes(found, folder)
-        _print_statistics(found, as_json=as_json)
-
-
-@statistics_app.command(name="merge")
-def merge(
-    files: Annotated[list[Path], typer.Argument(help="Files of one model, measured on different rows.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="New file for all of them together.")],
-) -> None:
-    """Join statistics of one model, as if all rows had been walked in one run."""
-    with _plain_errors():
-        from snugfit.calibration.record import load_statistics, merge_statistics, save_statistics
-
-        found = merge_statistics([(str(file), load_statistics(file)) for file in files])
-        save_statistics(found, output)
-        rows = sum(one.rows for one in found.rows)
-        typer.echo(f"{plain(str(output))}: {len(files)} files, {rows} rows, {found.tokens:,} tokens")
-
-
-def _print_statistics(found: Statistics, *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(found.to_json(), nl=False)
-        return
-    from snugfit.printing import print_sheet
-    from snugfit.report.spikes import coverage_sheet, spike_sheet
-
-    if any(layer.experts for layer in found.layers.values()):
-        print_sheet(coverage_sheet(found))
-    print_sheet(spike_sheet(found, narrow=True))
 
 
 @app.command(name="eval")
@@ -313,13 +165,13 @@ def eval_(
 ) -> None:
     """Measure what CHECKPOINTS lost against a reference: perplexity and KL by context length, with errors."""
     if tasks is not None:
-        with _plain_errors():
+        with plain_errors():
             _check_eval_options(ctx, output)
         settings = {"activations": activations, "limit": limit, "device": device}
         _run_tasks(checkpoints or [], tasks, settings, (server, server_model), output, as_json)
         return
     journal = None if server is None or output is None else _journal_of(output)
-    with _plain_errors(_kept_answers(journal)):
+    with plain_errors(_kept_answers(journal)):
         _check_eval_options(ctx, output)
         from snugfit.evaluate import evaluate, write_results
         from snugfit.printing import print_sheet
@@ -345,7 +197,7 @@ def eval_(
             tell=lambda words: typer.echo(words, err=True),
         )
         plots = [] if output is None else write_results(record, output)
-    with _reporting(output):
+    with reporting(output):
         if journal is not None:
             journal.unlink(missing_ok=True)  # what it held is in the result
         if as_json:
@@ -371,7 +223,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as one JSON document.")] = False,
 ) -> None:
     """Say whether A and B differ, item by item and chunk by chunk, with p values that know how many were tried."""
-    with _plain_errors():
+    with plain_errors():
         from snugfit.compare import compare_results, write_comparison
         from snugfit.model.shards import check_stageable
 
@@ -380,7 +232,7 @@ def compare(
         record = compare_results(a, b, model_a=model_a, model_b=model_b)
         if output is not None:
             write_comparison(record, output)
-    with _reporting(output):
+    with reporting(output):
         typer.echo(record.to_json() if as_json else record.to_markdown(), nl=False)
 
 
@@ -390,7 +242,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
 ) -> None:
     """Tell what is in MODEL, from headers alone: parts, sizes, formats, and what each weight could become."""
-    with _plain_errors():
+    with plain_errors():
         from snugfit.inspection import inspect_model
 
         found = inspect_model(model)
@@ -423,7 +275,7 @@ def fit(
     as_json: Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")] = False,
 ) -> None:
     """Say which recipes make MODEL fit a GPU, with how long a context, and which kernels run it."""
-    with _plain_errors():
+    with plain_errors():
         from snugfit.fit import fit_model
         from snugfit.planning.asked import parse_tokens
         from snugfit.printing import print_fit
@@ -455,7 +307,7 @@ def recipes(
     from snugfit.printing import print_recipes
     from snugfit.recipe import builtin_names, load_recipe
 
-    with _plain_errors():
+    with plain_errors():
         if name is not None and name not in builtin_names():
             load_recipe(name)  # names the nearest, unless it is a file
             raise UserError(f"{name} is a file, not a built-in recipe.", remedy="`snugfit recipes` lists them.")
@@ -532,7 +384,7 @@ def _run_tasks(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    with _plain_errors():
+    with plain_errors():
         from snugfit.evaluation.tasks import run_tasks, write_tasks
         from snugfit.printing import print_sheet
         from snugfit.report.tables import task_sheet
@@ -547,7 +399,7 @@ def _run_tasks(
         run = run_tasks(checkpoints[0], names, server=server[0], server_model=server[1], progress=True, **settings)
         if output is not None:
             write_tasks(run, output)
-    with _reporting(output):
+    with reporting(output):
         if as_json:
             typer.echo(run.record.to_json(), nl=False)
         else:

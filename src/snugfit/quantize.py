@@ -86,13 +86,12 @@ def quantize_checkpoint(
         place = pick_device(device)
         _check_names(plan)
         plan = with_other_files(plan)
-        data, known = None, None
-        if statistics is not None:
-            asked = load_rows_for(plan, text, rows, length) if text else None
-            known = load_statistics(Path(statistics))
-            check_belongs(known, plan.checkpoint, asked, calibration, where=str(statistics))
-        elif plan.calibrated:
-            data = load_rows_for(plan, text, rows, length)
+        known = None if statistics is None else load_statistics(Path(statistics))
+        asked = known is None and plan.calibrated
+        data = load_rows_for(plan, text, rows, length) if asked or (known is not None and text) else None
+        if known is not None:
+            check_belongs(known, plan.checkpoint, data, calibration, where=str(statistics))
+            data = None
         skeleton = skeleton_of(plan)
         if known is not None:
             for index in range(plan.layers):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from snugfit.assignment import Assignment
 from snugfit.dialects import compressed_tensors as dialect
 from snugfit.dialects.reading import kv_cache_format
 from snugfit.engines.fused import group_modules
@@ -19,7 +20,7 @@ from snugfit.model.checkpoint import Checkpoint, TensorInfo, open_headers
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.shards import Shard, plan_shards
 from snugfit.model.sources import MXFP4_BLOCKS, Weights, language_configs, single_weights
-from snugfit.recipe import Assignment, LoadedRecipe, load_recipe, parse_recipe, resolve
+from snugfit.recipe import LoadedRecipe, load_recipe, parse_recipe, resolve
 from snugfit.records import TensorRecord
 
 # a thirty-second of the model, but no smaller and no larger: whole files are digested while others are written
@@ -128,13 +129,7 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
     units = _units(names, frozen, layers)
     outputs = {name: outputs_of(checkpoint, weights, name, assignments.get(name)) for unit in units for name in unit}
     attention = _attention(checkpoint, loaded, units, decoder)
-    for module in attention.values():
-        dtype = next(t.dtype for t in tensors.values() if t.name.startswith(f"{module}."))
-        parts = dialect.kv_layout(module, dtype)
-        if not outputs.keys().isdisjoint(parts):
-            what = f"{module} has scales of an FP8 cache already."
-            raise UserError(what, where=str(checkpoint.path), remedy="Take `kv_cache` out of the recipe.")
-        outputs |= {name: (TensorInfo(name, *header),) for name, header in parts.items()}
+    outputs |= _cache_outputs(checkpoint, tensors, attention, outputs)
     ignore = _unquantized(tensors, names, formats)
     routed = {a.format.name for name, a in assignments.items() if a.format is not None and names[name].routed}
     written = [info for infos in outputs.values() for info in infos]
@@ -233,6 +228,24 @@ def _nothing_to_do(checkpoint: Checkpoint, loaded: LoadedRecipe, assignments: Ma
         where=str(checkpoint.path),
         remedy="Start from the original, choose another format, or add `requantize: true` to a rule.",
     )
+
+
+def _cache_outputs(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, TensorInfo],
+    attention: Mapping[int, str],
+    outputs: Mapping[str, object],
+) -> dict[str, tuple[TensorInfo, ...]]:
+    """Scales of an FP8 cache of these attention modules; UserError where the source has such already."""
+    found: dict[str, tuple[TensorInfo, ...]] = {}
+    for module in attention.values():
+        dtype = next(t.dtype for t in tensors.values() if t.name.startswith(f"{module}."))
+        parts = dialect.kv_layout(module, dtype)
+        if not outputs.keys().isdisjoint(parts):
+            what = f"{module} has scales of an FP8 cache already."
+            raise UserError(what, where=str(checkpoint.path), remedy="Take `kv_cache` out of the recipe: they stay.")
+        found |= {name: (TensorInfo(name, *header),) for name, header in parts.items()}
+    return found
 
 
 def _attention_of(

@@ -35,7 +35,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
-from snugfit.engines.fused import NO_FOUR_BIT_INPUTS, group_modules
+from snugfit.assignment import Assignment, check_experts, check_groups, check_inputs, copied, staying
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, READ_ONLY, TensorFormat, check_shape
 from snugfit.model.checkpoint import TensorInfo
@@ -152,25 +152,6 @@ class LoadedRecipe:
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What a recipe says of one weight: its format (None: kept), how scales are chosen, and which rule said so.
-
-    `copied`: the source has it in this format already, and its codes stay. A `rule` of -1: no rule said so.
-    """
-
-    format: TensorFormat | None
-    scale: str
-    objective: str
-    rule: int
-    copied: bool = False
-
-    @property
-    def calibrated(self) -> bool:
-        """Whether its inputs need a scale that is measured."""
-        return self.format is not None and self.format.spec.calibrated
-
-
 def builtin_names() -> list[str]:
     """Names of the recipes that come with snugfit."""
     files = resources.files("snugfit.recipes").iterdir()
@@ -258,77 +239,25 @@ def resolve(
         place = f"{loaded.where}: rules[{number}]"
         if not matched[number]:
             raise _matches_nothing(rule, [name for name in names if name.full in frozen], layers, frozen, place)
-        staying = {name.full: fmt for name in matched[number] if (fmt := _staying(rule, stored.get(name.full)))}
-        found |= {name: _copied(name, fmt, number, place) for name, fmt in staying.items()}
-        outside = [name.module for name in matched[number] if name.layer is None and name.full not in staying]
+        asked = "" if rule.requantize else rule.format
+        as_it_is = {n.full: fmt for n in matched[number] if (fmt := staying(asked, stored.get(n.full)))}
+        found |= {name: copied(name, fmt, number, place) for name, fmt in as_it_is.items()}
+        outside = [name.module for name in matched[number] if name.layer is None and name.full not in as_it_is]
         if outside and rule.format != KEEP:
             raise UserError(
                 f"{outside[0]} stands outside the decoder layers, where nothing is quantized so far.",
                 where=place,
                 remedy="Leave it out, or give it `format: keep`.",
             )
-        new = [name.full for name in matched[number] if name.full not in staying]
+        new = [name.full for name in matched[number] if name.full not in as_it_is]
         if new:
             assignment = _settle(rule, number, [infos[name] for name in new], place)
-            _check_inputs(assignment, new, place)
+            check_inputs(assignment, new, place)
             found |= dict.fromkeys(new, assignment)
-    found |= {name: _copied(name, fmt, -1, loaded.where) for name, fmt in stored.items() if name not in found}
-    _check_groups(found, loaded.where)
-    _check_experts(found, names, loaded.where)
+    found |= {name: copied(name, fmt, -1, loaded.where) for name, fmt in stored.items() if name not in found}
+    check_groups(found, loaded.where)
+    check_experts(found, names, loaded.where)
     return found
-
-
-def _check_inputs(assignment: Assignment, names: Sequence[str], place: str) -> None:
-    """UserError for a linear whose inputs no engine can round as the format asks."""
-    barred = next((name for name in names if name.split(".")[-2] in NO_FOUR_BIT_INPUTS), None)
-    if barred is not None and assignment.format is not None and assignment.format.input_kind in ("nvfp4", "mxfp4"):
-        leaf = barred.split(".")[-2]
-        raise UserError(
-            f"{barred} cannot have 4-bit inputs: engines take its weight apart by running it.",
-            where=place,
-            remedy=f'Add a rule before, `name: "*.{leaf}"`, `format: fp8-dynamic`.',
-        )
-
-
-def _staying(rule: Rule, stored: TensorFormat | None) -> TensorFormat | None:
-    """The format in which a rule leaves a weight as the source has it; None where it is to be made anew."""
-    if stored is None or rule.requantize:
-        return None
-    if rule.format == KEEP or (rule.format.startswith("fp8") and stored.name.startswith("fp8")):
-        return stored
-    return TensorFormat("mxfp4") if rule.format == stored.name == "mxfp4" else None
-
-
-def _copied(name: str, fmt: TensorFormat, rule: int, place: str) -> Assignment:
-    """A weight that stays in the source's format; UserError for one that no engine runs in this layout."""
-    if fmt.block is not None:
-        raise UserError(
-            f"{name} is FP8 in blocks of {fmt.block[0]} x {fmt.block[1]}: engines run those of 128 x 128.",
-            where=place,
-            remedy="Add `requantize: true` to the rule that names it.",
-        )
-    if fmt.name == "fp8" and fmt.input_kind in ("fp8-tensor-dynamic", "fp8-token"):
-        # one scale a weight, inputs under one a token: experts of vLLM's ask for one a row, which may all be the same
-        fmt = TensorFormat("fp8-dynamic")
-    return Assignment(fmt, "", "", rule, copied=True)
-
-
-def _check_experts(found: Mapping[str, Assignment], names: Sequence[TensorName], where: str) -> None:
-    """UserError where routed experts of one layer differ in format: engines ask for it once a layer, of expert 0."""
-    first: dict[int, tuple[str, TensorFormat | None]] = {}
-    for name in names:
-        if name.layer is None or name.expert is None or name.parameter != "weight":
-            continue
-        fmt = found[name.full].format if name.full in found else None
-        known, other = first.setdefault(name.layer, (name.full, fmt))
-        if fmt != other:
-            label, label_of_other = (f.label() if f else KEEP for f in (fmt, other))
-            raise UserError(
-                f"splits the routed experts of layer {name.layer}: {known} is {label_of_other}, {name.full} {label}. "
-                "Engines run all experts of a layer in one format.",
-                where=where,
-                remedy="Let one rule name them all: `role: experts`.",
-            )
 
 
 def _matches_nothing(
@@ -394,34 +323,6 @@ def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) 
     for tensor in tensors:
         check_shape(fmt, tensor.shape, where=f"{place}: {tensor.name}")
     return Assignment(fmt, scale, rule.objective or "mse", number)
-
-
-def _check_groups(found: Mapping[str, Assignment], where: str) -> None:
-    modules = {name.removesuffix(".weight"): assignment for name, assignment in found.items()}
-    for group in group_modules(modules):
-        first = modules[group[0]]
-        for member in group[1:]:
-            other = modules[member]
-            same = (first.format, first.scale, first.objective) == (other.format, other.scale, other.objective)
-            if not same and (first.copied or other.copied):
-                kinds = ", ".join(f"{m.rpartition('.')[2]} {_source_words(modules[m])}" for m in group)
-                raise UserError(
-                    f"{group[0]} and its partners run as one matrix product in vLLM and need one format: {kinds}.",
-                    where=where,
-                    remedy="Add `requantize: true` to the rule that names them.",
-                )
-            if not same:
-                raise UserError(
-                    f"splits a fused group: {group[0]} (rules[{first.rule}]) and {member} (rules[{other.rule}]) "
-                    "run as one matrix product in vLLM and need one format and one scale rule.",
-                    where=where,
-                    remedy=f"Let one rule name all of: {', '.join(group)}.",
-                )
-
-
-def _source_words(assignment: Assignment) -> str:
-    label = assignment.format.label() if assignment.format else KEEP
-    return f"stays {label}" if assignment.copied else f"would be {label}"
 
 
 def _check_rule(rule: Rule, place: str) -> None:

@@ -10,6 +10,7 @@ uses.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.errors import UserError
+from snugfit.model.checkpoint import Checkpoint
+from snugfit.model.names import ROLES
+from snugfit.model.sources import Weights
 
 IMPLEMENTATION = "snugfit"
 GATE, UP, DOWN = "gate", "up", "down"
@@ -260,3 +264,27 @@ class ExpertNames:
 
     module: str
     names: Mapping[tuple[int, str, str], str]
+
+
+_EXPERT = re.compile(r"(\d+)\.(?:.+\.)?experts\.(\d+)\.(\w+)\.(weight|bias)")
+
+
+def single_experts(checkpoint: Checkpoint, stacks: Weights, decoder: str) -> dict[int, dict[tuple[int, str, str], str]]:
+    """Single experts' tensors of each layer, (expert, role, parameter) -> name relative to the layer, as in 16 bits."""
+    names = dict.fromkeys(stacks.tensors)
+    names |= dict.fromkeys(name for name in checkpoint.tensors if name.endswith((".weight", ".bias")))
+    names |= dict.fromkeys(f"{name.rpartition('.')[0]}.weight" for name in checkpoint.tensors if ".experts." in name)
+    found: dict[int, dict[tuple[int, str, str], str]] = {}
+    for name in names:
+        match = _EXPERT.fullmatch(name, len(decoder) + 1) if name.startswith(f"{decoder}.") else None
+        if match and match[3] in ROLES:
+            layer, key = int(match[1]), (int(match[2]), ROLES[match[3]], match[4])
+            found.setdefault(layer, {})[key] = name.removeprefix(f"{decoder}.{layer}.")
+    return found
+
+
+def expert_names(layer: nn.Module, module: str, singles: Mapping[tuple[int, str, str], str]) -> ExpertNames:
+    """What the file calls each tensor of a layer's experts; what it has not gets the name that it would have."""
+    holder = layer.get_submodule(module)
+    keys = [(e, *key) for e in range(count(holder)) for key in shapes(holder)]
+    return ExpertNames(module, {key: singles.get(key, f"{module}.{key[0]}.{key[1]}_proj.{key[2]}") for key in keys})

@@ -22,7 +22,6 @@ from snugfit.model import experts
 from snugfit.model.assemble import part_of
 from snugfit.model.checkpoint import Checkpoint, read_tensor
 from snugfit.model.conversion import StoredNames, list_name, stored_names
-from snugfit.model.names import ROLES
 from snugfit.model.sources import Weights, stacked_weights
 from snugfit.model.standins import TextOnly, alike, put, rehearse, token_embeddings
 
@@ -118,37 +117,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
     hand_on = left and getattr(decoder.config, "num_kv_shared_layers", None) != 0
     theirs = list_name(names, name, len(layers))
     stacks = stacked_weights(checkpoint)
-    singles = _single_experts(checkpoint, stacks, theirs)
-    named = {n: _expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()}
+    singles = experts.single_experts(checkpoint, stacks, theirs)
+    named = {n: experts.expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()}
     return Skeleton(model, layers, name, theirs, names, whole.in_tuple, hand_on, named, stacks)
-
-
-_EXPERT = re.compile(r"(\d+)\.(?:.+\.)?experts\.(\d+)\.(\w+)\.(weight|bias)")
-
-
-def _single_experts(
-    checkpoint: Checkpoint, stacks: Weights, decoder: str
-) -> dict[int, dict[tuple[int, str, str], str]]:
-    """Single experts' tensors of each layer, (expert, role, parameter) -> name relative to the layer, as in 16 bits."""
-    names = dict.fromkeys(stacks.tensors)
-    names |= dict.fromkeys(name for name in checkpoint.tensors if name.endswith((".weight", ".bias")))
-    names |= dict.fromkeys(f"{name.rpartition('.')[0]}.weight" for name in checkpoint.tensors if ".experts." in name)
-    found: dict[int, dict[tuple[int, str, str], str]] = {}
-    for name in names:
-        match = _EXPERT.fullmatch(name, len(decoder) + 1) if name.startswith(f"{decoder}.") else None
-        if match and match[3] in ROLES:
-            layer, key = int(match[1]), (int(match[2]), ROLES[match[3]], match[4])
-            found.setdefault(layer, {})[key] = name.removeprefix(f"{decoder}.{layer}.")
-    return found
-
-
-def _expert_names(layer: nn.Module, module: str, singles: Mapping[tuple[int, str, str], str]) -> experts.ExpertNames:
-    """What the file calls each tensor of a layer's experts; what it has not gets the name that it would have."""
-    holder = layer.get_submodule(module)
-    keys = [(e, *key) for e in range(experts.count(holder)) for key in experts.shapes(holder)]
-    return experts.ExpertNames(
-        module, {key: singles.get(key, f"{module}.{key[0]}.{key[1]}_proj.{key[2]}") for key in keys}
-    )
 
 
 def _plain_tokens(config: Any) -> Tensor:
