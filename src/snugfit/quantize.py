@@ -157,7 +157,7 @@ def check_belongs(
         return
     if known.experts != calibration.experts:
         what = f"statistics of --experts {known.experts}, asked for is {calibration.experts}."
-        raise UserError(what, where=where, remedy=again)
+        raise UserError(what, where=where, remedy=f"Add --experts {known.experts} to take them. {again}")
     if known.experts == "all" and known.forced_tokens != calibration.forced_tokens:
         what = f"statistics of --forced-tokens {known.forced_tokens}, asked for are {calibration.forced_tokens}."
         raise UserError(what, where=where, remedy=again)
