@@ -22,6 +22,7 @@ from snugfit.quantize_plan import Plan, groups_of, text_config
 _COPIES = 6
 # what a layer holds at once of a batch, in hidden states and in MLP widths
 _STATES, _WIDTHS = 6, 3
+_HEAP = 340_000_000  # at most what the C library keeps of experts' many small tensors meanwhile (measured)
 _CUDA_HOST = 750_000_000  # what the GPU's libraries take of main memory once they work (torch 2.11, CUDA 13)
 
 
@@ -67,7 +68,9 @@ def estimate_run(plan: Plan, data: Rows | None, device: torch.device, tokens_per
         elif data is not None:
             embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
     disk = sum(shard.bytes for shard in plan.shards) + 2 * tokens * hidden
-    now, peak = rss_bytes(), max(embeddings, work)
+    routed = (sum(tensors[name].bytes for name in unit if ".experts." in name) for unit in plan.units[1:])
+    heap = min(_HEAP, max(routed, default=0))
+    now, peak = rss_bytes() + heap, max(embeddings, work)
     if device.type == "cpu":
         return Estimate(now + peak + moving, None, disk)
     return Estimate(now + _CUDA_HOST + moving, peak, disk)
