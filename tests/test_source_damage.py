@@ -12,6 +12,7 @@ from conftest import MakeTiny
 from fp8_sources import as_fp8, as_mxfp4, dequantized
 from snugfit.calibration.record import STATISTICS_FILE, load_statistics
 from snugfit.errors import UserError
+from snugfit.evaluation.subject import open_subject
 from snugfit.model.checkpoint import fingerprint, open_checkpoint
 from snugfit.model.emulate import ExpertInputs
 from snugfit.quantize import quantize_checkpoint
@@ -54,6 +55,17 @@ def test_fp8_where_nothing_reads_it(place: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"F8_E4M3|already quantized") as caught:
         plan_quantization(source, "fp8-int4-moe")
     assert name.removesuffix(".weight") in str(caught.value)
+
+
+def test_fp8_in_a_tensor_of_all_experts_is_not_evaluated(tmp_path: Path) -> None:
+    """Evaluation refuses such a tensor by its name too: its codes are no values."""
+    source = make_mixture("qwen3_vl_moe", tmp_path / "source")
+    tensors = all_tensors(source)
+    name = next(name for name in tensors if name.endswith("experts.down_proj"))
+    rewrite(source, tensors | {name: tensors[name].to(torch.float8_e4m3fn)})
+    with pytest.raises(UserError, match="F8_E4M3, which only 2-D weights of linears may be") as caught:
+        open_subject(source)
+    assert name in str(caught.value)
 
 
 def test_mxfp4_scales_that_are_no_numbers(tmp_path: Path, rows: Path) -> None:

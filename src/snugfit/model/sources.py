@@ -105,12 +105,11 @@ class Weights:
 def single_weights(checkpoint: Checkpoint) -> Weights:
     """Take a checkpoint's tensors apart; UserError for codes that no run can start from, and scales without weights."""
     formats = _source_formats(checkpoint)
-    layout = _stacked(checkpoint.config)
     wide = _wide_dtype(checkpoint.config)
     scales = _scale_owners(checkpoint, formats)
+    stacked = stacked_weights(checkpoint)
     tensors: dict[str, TensorInfo] = {}
-    sources: dict[str, Source] = {}
-    stacks: dict[str, tuple[str, ...]] = {}
+    sources = dict(stacked.sources)
     for name, tensor in checkpoint.tensors.items():
         if name in scales:
             continue
@@ -121,24 +120,15 @@ def single_weights(checkpoint: Checkpoint) -> Weights:
             parts = part_names(checkpoint.config, module, fmt, checkpoint.tensors)
             _check_scale(checkpoint, fmt, parts)
             sources[name] = Source(parts, fmt)
-            continue
-        found = [] if tensor.dtype in _EIGHT_BIT_FLOATS else _experts_of(checkpoint, tensor, layout, wide)
-        if found:
-            stacks[name] = tuple(info.name for info, _ in found)
-            twice = next((info.name for info, _ in found if info.name in checkpoint.tensors), None)
-            if twice is not None:
-                what = f"{twice} is also in {name}."
-                raise UserError(what, where=str(checkpoint.path), remedy="Remove one of them.")
-            tensors |= {info.name: info for info, _ in found}
-            sources |= {info.name: source for info, source in found}
+        elif name in stacked.stacks:
+            tensors |= {single: stacked.tensors[single] for single in stacked.stacks[name]}
         elif tensor.dtype in _EIGHT_BIT_FLOATS:
-            what = f"{name} is {tensor.dtype}, which only 2-D weights of linears may be."
-            remedy = "Start from the original BF16, FP16 or FP32 checkpoint."
-            raise UserError(what, where=str(checkpoint.path), remedy=remedy)
-        elif not name.endswith(MXFP4_SCALES) or f"{name.removesuffix(MXFP4_SCALES)}{MXFP4_BLOCKS}" not in stacks:
+            raise _misplaced(checkpoint, tensor)
+        elif (
+            not name.endswith(MXFP4_SCALES) or f"{name.removesuffix(MXFP4_SCALES)}{MXFP4_BLOCKS}" not in stacked.stacks
+        ):
             tensors[name] = TensorInfo(name, tensor.dtype, tensor.shape)
-    whole = {name: TensorInfo(name, t.dtype, t.shape) for name in stacks for t in (checkpoint.tensors[name],)}
-    return Weights(tensors, sources, stacks, whole)
+    return Weights(tensors, sources, stacked.stacks, stacked.whole)
 
 
 def stacked_weights(checkpoint: Checkpoint) -> Weights:
@@ -146,10 +136,26 @@ def stacked_weights(checkpoint: Checkpoint) -> Weights:
     layout, wide = _stacked(checkpoint.config), _wide_dtype(checkpoint.config)
     if layout is None:
         return Weights({})
-    found = {name: _experts_of(checkpoint, tensor, layout, wide) for name, tensor in checkpoint.tensors.items()}
+    found = {
+        name: single
+        for name, tensor in checkpoint.tensors.items()
+        if (single := _experts_of(checkpoint, tensor, layout, wide))
+    }
     pairs = [pair for single in found.values() for pair in single]
-    stacks = {name: tuple(info.name for info, _ in single) for name, single in found.items() if single}
-    return Weights({info.name: info for info, _ in pairs}, {info.name: source for info, source in pairs}, stacks)
+    return Weights(
+        {info.name: info for info, _ in pairs},
+        {info.name: source for info, source in pairs},
+        {name: tuple(info.name for info, _ in single) for name, single in found.items()},
+        {name: TensorInfo(name, t.dtype, t.shape) for name in found for t in (checkpoint.tensors[name],)},
+    )
+
+
+def _misplaced(checkpoint: Checkpoint, tensor: TensorInfo) -> UserError:
+    return UserError(
+        f"{tensor.name} is {tensor.dtype}, which only 2-D weights of linears may be.",
+        where=str(checkpoint.path),
+        remedy="Start from the original BF16, FP16 or FP32 checkpoint.",
+    )
 
 
 def parent(name: str) -> str:
@@ -253,11 +259,9 @@ def _stacked(config: Mapping[str, Any]) -> Stacked | None:
 
 
 def _experts_of(
-    checkpoint: Checkpoint, tensor: TensorInfo, layout: Stacked | None, wide: str
+    checkpoint: Checkpoint, tensor: TensorInfo, layout: Stacked, wide: str
 ) -> list[tuple[TensorInfo, Source]]:
     """The weights (and biases) of single experts in a tensor that has all of a layer's; nothing for other tensors."""
-    if layout is None:
-        return []
     packed = tensor.name.endswith(MXFP4_BLOCKS)
     bare = tensor.name.removesuffix(MXFP4_BLOCKS)
     for (suffix, kind), (names, bias) in layout.suffixes().items():
@@ -275,6 +279,8 @@ def _experts_of(
             shape = (shape[0], shape[1], shape[2] * shape[3] * 2)
         if len(shape) != (2 if bias else 3):
             return []
+        if tensor.dtype in _EIGHT_BIT_FLOATS:
+            raise _misplaced(checkpoint, tensor)
         transposed = layout.transposed and not packed and not bias
         experts, outputs = shape[0], shape[2] if transposed else shape[1]
         _check_stack(checkpoint, tensor, shape, experts, outputs % len(names))
@@ -289,6 +295,10 @@ def _experts_of(
                 dtype = wide if packed else tensor.dtype
                 slot = Slot(expert, experts * outputs, *rows, transposed)
                 found.append((TensorInfo(name, dtype, (count, *inputs)), Source(parts, fmt, slot)))
+        twice = next((info.name for info, _ in found if info.name in checkpoint.tensors), None)
+        if twice is not None:
+            what = f"{twice} is also in {tensor.name}."
+            raise UserError(what, where=str(checkpoint.path), remedy="Remove one of them.")
         return found
     return []
 
