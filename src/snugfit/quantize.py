@@ -93,9 +93,9 @@ def quantize_checkpoint(
             check_belongs(known, plan.checkpoint, data, calibration, where=str(statistics))
             data = None
         skeleton = skeleton_of(plan)
+        recalled = None
         if known is not None:
-            for index in range(plan.layers):
-                recall(plan, skeleton, index, known, calibration)
+            recalled = [recall(plan, skeleton, index, known, calibration) for index in range(plan.layers)]
         batch = tokens_per_batch or TOKENS_PER_BATCH[place.type]
         estimate = estimate_run(plan, data, place, batch)
         check_estimate(estimate, destination, place)
@@ -108,7 +108,7 @@ def quantize_checkpoint(
         identity = identity_of(plan, data, place, batch, calibration)
         identity["statistics"] = arguments["statistics"]
         done = Progress(work, identity, anyway=resume_anyway)
-        run = Run(plan, skeleton, place, data, directory, work, done, clock, tell, calibration, known)
+        run = Run(plan, skeleton, place, data, directory, work, done, clock, tell, calibration, recalled)
         bar = progress_bar(progress, len(plan.units), "quantizing layers")
         with bar as step:
             outcome = run_units(run, batch, step)

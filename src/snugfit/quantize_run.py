@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from snugfit.calibration.dataset import Rows
-from snugfit.calibration.record import Calibration, Statistics
+from snugfit.calibration.record import Calibration
 from snugfit.calibration.spread import layer_to_json
 from snugfit.dialects import compressed_tensors as dialect
 from snugfit.errors import Unfinished
@@ -27,13 +27,13 @@ from snugfit.model.transfer import Transfer
 from snugfit.quantize_plan import Plan, groups_of
 from snugfit.quantize_preflight import read_ahead_bytes
 from snugfit.quantize_progress import Progress
-from snugfit.quantize_units import Measured, ReadAhead, UnitTensor, calibrate, quantize_unit, recall
+from snugfit.quantize_units import Measured, ReadAhead, UnitTensor, calibrate, quantize_unit
 from snugfit.records import TensorRecord
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all steps of a run share. `known` are statistics that an earlier run measured: rows are not walked then."""
+    """What all steps of a run share. `known`: what an earlier run measured of each layer; rows are not walked then."""
 
     plan: Plan
     skeleton: layers.Skeleton
@@ -45,7 +45,7 @@ class Run:
     clock: Clock
     tell: Callable[[str], None]
     settings: Calibration
-    known: Statistics | None = None
+    known: Sequence[Measured] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _measure(
 ) -> Measured:
     """What rows find in a unit's layer, or what an earlier run found; nothing where no format needs it."""
     if number and run.known is not None:
-        return recall(run.plan, run.skeleton, number - 1, run.known, run.settings)
+        return run.known[number - 1]
     if room is None or run.data is None:
         return Measured({}, None)
     pair = states[(number - 1) % 2], states[number % 2]

@@ -237,14 +237,12 @@ class _Linears:
     def _of_experts(
         self, roles: Sequence[str], formats: Mapping[str, TensorFormat], scales: Mapping[str, Tensor | None]
     ) -> emulate.Quantizer | None:
-        """What rounds inputs of all experts' projections of these roles: engines take the largest of their scales."""
+        """What rounds inputs of all experts' projections of these roles."""
         assert self._mixture is not None
         names = [n for (_, role, what), n in self._mixture.names.items() if what == "weight" and role in roles]
         modules = [module for name in names if (module := name.removesuffix(".weight")) in formats]
         given = [scale for module in modules if (scale := scales.get(module)) is not None]
-        if not modules:
-            return None
-        return emulate.input_quantizer(formats[modules[0]], "marlin", max(given, key=float) if given else None)
+        return emulate.experts_quantizer(formats[modules[0]] if modules else None, given, "marlin")
 
     def before(self, batch: walk.Batch) -> None:
         """Tell which tokens of the coming batch are real."""
@@ -283,26 +281,21 @@ def input_amax(plan: Plan, index: int, found: Layer, mixture: experts.ExpertName
     """
     prefix = f"{plan.decoder}.{index}."
     wanted = [name for name in plan.layer_of(index) if (a := plan.assignments.get(name)) and a.calibrated]
-    routed = {name: role for (_, role, _), name in mixture.names.items()} if mixture else {}
+    roles = {prefix + name: role for (_, role, _), name in mixture.names.items()} if mixture else {}
+    routed = [name for name in wanted if name in roles]
     amax: dict[str, float] = {}
-    for name in wanted:
-        role = routed.get(name.removeprefix(prefix))
-        if role is not None and mixture is not None:
-            seen = found.experts.get(prefix + experts_module(mixture))
-            if seen is None:
-                module = f"{prefix}{experts_module(mixture)}"
-                raise UserError(
-                    "no statistics of its experts.",
-                    where=module,
-                    remedy=_MEASURE,
-                )
-            if len(seen.routed) != len({expert for expert, _, _ in mixture.names}):
-                what = f"statistics of {len(seen.routed)} experts, which the layer has not."
-                raise UserError(what, where=prefix + experts_module(mixture), remedy=_MEASURE)
-            amax[name] = seen.down if role == experts.DOWN else seen.gate_up
-            _check_amax(amax[name], "calibrated inputs of its experts have", f"{prefix}{experts_module(mixture)}")
-    others = [name.removesuffix(".weight") for name in wanted if name not in amax]
-    for group in group_modules(others):
+    if mixture is not None and routed:
+        module = prefix + experts_module(mixture)
+        seen = found.experts.get(module)
+        if seen is None:
+            raise UserError("no statistics of its experts.", where=module, remedy=_MEASURE)
+        if len(seen.routed) != len({expert for expert, _, _ in mixture.names}):
+            what = f"statistics of {len(seen.routed)} experts, which the layer has not."
+            raise UserError(what, where=module, remedy=_MEASURE)
+        amax = {name: seen.down if roles[name] == experts.DOWN else seen.gate_up for name in routed}
+        for largest in amax.values():
+            _check_amax(largest, "calibrated inputs of its experts have", module)
+    for group in group_modules(name.removesuffix(".weight") for name in wanted if name not in amax):
         one = next((found.inputs[module] for module in group if module in found.inputs), None)
         largest = 0.0 if one is None else one.amax
         _check_amax(largest, "its calibrated inputs have", group[0])

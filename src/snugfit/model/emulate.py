@@ -161,11 +161,11 @@ def read_experts(
             kinds.setdefault(down, member.format)
             if member.input_scale is not None:
                 scales[down].append(member.input_scale)
-    return ExpertInputs(*(_of_all_experts(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True)))
+    return ExpertInputs(*(experts_quantizer(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True)))
 
 
-def _of_all_experts(fmt: TensorFormat | None, scales: Sequence[Tensor], profile: str) -> Quantizer | None:
-    """What rounds the inputs of all experts' projections of a kind, None where nothing does."""
+def experts_quantizer(fmt: TensorFormat | None, scales: Sequence[Tensor], profile: str) -> Quantizer | None:
+    """What rounds the inputs of all experts' projections of a kind, under their largest scale; None: nothing does."""
     return None if fmt is None else input_quantizer(fmt, profile, max(scales, key=float) if scales else None)
 
 

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from snugfit.errors import UserError
 from snugfit.model import experts
 from snugfit.model.assemble import part_of
-from snugfit.model.checkpoint import Checkpoint, read_tensor
+from snugfit.model.checkpoint import Checkpoint, TensorInfo, read_tensor
 from snugfit.model.conversion import StoredNames, list_name, stored_names
 from snugfit.model.sources import Weights, stacked_weights
 from snugfit.model.standins import TextOnly, alike, put, rehearse, token_embeddings
@@ -103,9 +103,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
     mixtures = {n: module for n, layer in enumerate(layers) if (module := experts.find_experts(layer, where=where))}
     experts.use(model)
     held = {
-        f"{name}.{number}.{module}.{parameter}"
-        for number, module in mixtures.items()
-        for parameter in experts.parameters(layers[number].get_submodule(module))
+        f"{name}.{number}.{inside}" for number, module in mixtures.items() for inside in _held(layers[number], module)
     }
     state = {key: tensor for key, tensor in model.state_dict().items() if key not in held}
     _check_names(stored, state, checkpoint)
@@ -226,10 +224,7 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str,
         name = stored_name(skeleton, ours)
         aliases.setdefault(id(tensor), []).append(name)
         kept, packed = codes.get(name, (name, 1))
-        found = checkpoint.tensors.get(kept)
-        wanted = (*tensor.shape[:-1], -(-tensor.shape[-1] // packed)) if tensor.dim() else ()
-        if found is not None and found.shape != wanted:
-            problems.append(f"{kept} has shape {list(found.shape)}, the config asks for {list(wanted)}")
+        problems += _other_shape(kept, checkpoint.tensors.get(kept), tuple(tensor.shape), packed)
     problems += [
         f"{names[0]} is missing"
         for names in aliases.values()  # a tied tensor is there once
@@ -247,21 +242,22 @@ def _expert_problems(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[
             name = f"{skeleton.stored_layers_name}.{number}.{relative}"
             kept, packed = codes.get(name, (name, 1))
             found = checkpoint.tensors.get(kept) or skeleton.stacks.tensors.get(name)
-            shape = shapes[role, parameter]
-            wanted = (*shape[:-1], -(-shape[-1] // packed))
             if found is None:
                 yield f"{name} is missing"
-            elif found.shape != wanted:
-                yield f"{kept} has shape {list(found.shape)}, the config asks for {list(wanted)}"
+            yield from _other_shape(kept, found, shapes[role, parameter], packed)
+
+
+def _other_shape(name: str, found: TensorInfo | None, shape: tuple[int, ...], packed: int) -> Iterator[str]:
+    """What is wrong with a tensor whose elements hold `packed` values of a weight of this shape each, if anything."""
+    wanted = (*shape[:-1], -(-shape[-1] // packed)) if shape else ()
+    if found is not None and found.shape != wanted:
+        yield f"{name} has shape {list(found.shape)}, the config asks for {list(wanted)}"
 
 
 def expert_parameters(skeleton: Skeleton) -> frozenset[str]:
     """The model's parameters that hold all experts of a layer."""
-    return frozenset(
-        f"{skeleton.layers_name}.{number}.{mixture.module}.{parameter}"
-        for number, mixture in skeleton.experts.items()
-        for parameter in experts.parameters(skeleton.layers[number].get_submodule(mixture.module))
-    )
+    names = {number: expert_parameters_of(skeleton, number) for number in skeleton.experts}
+    return frozenset(f"{skeleton.layers_name}.{number}.{name}" for number, inside in names.items() for name in inside)
 
 
 def linear_names(skeleton: Skeleton) -> dict[str, str]:
@@ -293,10 +289,12 @@ def layer_names(skeleton: Skeleton, index: int) -> dict[str, str]:
 def expert_parameters_of(skeleton: Skeleton, index: int) -> frozenset[str]:
     """Parameters of decoder layer `index` that hold all its experts, by the model's names relative to it."""
     mixture = skeleton.experts.get(index)
-    if mixture is None:
-        return frozenset()
-    holder = skeleton.layers[index].get_submodule(mixture.module)
-    return frozenset(f"{mixture.module}.{parameter}" for parameter in experts.parameters(holder))
+    return frozenset() if mixture is None else _held(skeleton.layers[index], mixture.module)
+
+
+def _held(layer: nn.Module, module: str) -> frozenset[str]:
+    """Names, relative to a layer, of the parameters of its experts' `module`."""
+    return frozenset(f"{module}.{parameter}" for parameter in experts.parameters(layer.get_submodule(module)))
 
 
 def used_names(skeleton: Skeleton, index: int) -> frozenset[str]:

@@ -132,7 +132,9 @@ class ShardWriter:
 
     def copy(self, checkpoint: Checkpoint, name: str) -> None:
         """Begin to copy a tensor from the source as it is."""
-        del self._missing[name]
+        planned, found = self._missing.pop(name), checkpoint.tensors[name]
+        if (planned.dtype, planned.shape) != (found.dtype, found.shape):
+            raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {found.dtype} {found.shape}")
         shard = self._shard_of[name]
         self._under_way[name] = self._transfer.copy(checkpoint, name, self._files[shard.name], shard.offsets[name])
 
