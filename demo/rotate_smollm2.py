@@ -11,26 +11,20 @@ longer tied to it, (E norm) Q.
 
 from __future__ import annotations
 
-import json
-import math
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from snugfit.calibration.dataset import load_rows, python_topics
-from unpack_smollm2 import file_digest, whole_directory  # a script finds its neighbours
+from remade import check, read_model, write_model  # a script finds its neighbours
+from unpack_smollm2 import whole_directory
 
 SEED = 0
 STRENGTH = 0.3
 TOLERANCE = 0.01  # of perplexity; bf16 rounds the turned weights anew
-WEIGHTS = "model.safetensors"
 
 NORM_BEFORE = {
     "self_attn.q_proj": "input_layernorm",
@@ -48,19 +42,13 @@ def main(source: Path, target: Path) -> None:
     """Write the turned model of directory `source` to `target`, whole and checked or not at all."""
     with whole_directory(target) as partial:
         write_rotated(source, partial)
-        check(source, partial)
+        check(source, partial, TOLERANCE, "the turned model does not keep its function")
 
 
 def write_rotated(source: Path, target: Path) -> None:
     """Fill the directory `target` with the turned model, in the dtype it has, and all other files of `source`."""
-    if not (source / WEIGHTS).is_file() or not (source / "config.json").is_file():
-        sys.exit(f"{source} has no {WEIGHTS} or no config.json: unpack the model first")
-    config = json.loads((source / "config.json").read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
-    save_file(rotate(load_file(source / WEIGHTS)), target / WEIGHTS, metadata={"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in source.iterdir():
-        if file.is_file() and file.name not in (WEIGHTS, "config.json"):
-            shutil.copy(file, target)
+    config, weights = read_model(source)
+    write_model(source, target, config | {"tie_word_embeddings": False}, rotate(weights))
 
 
 def rotate(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,27 +89,6 @@ def _turned(name: str, weights: Mapping[str, Tensor], turn: Tensor) -> Tensor:
     else:
         sys.exit(f"{name}: only a plain Llama without biases can be turned here")
     return result.to(weight.dtype)
-
-
-def check(before: Path, after: Path) -> None:
-    """Print the perplexity of both on 2 x 512 tokens of Python's documentation; SystemExit where it moved."""
-    with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch) / "text.txt"
-        text.write_text(python_topics("evaluation"), encoding="utf-8")
-        rows = torch.tensor(load_rows(before, [text], count=2, length=512).rows)
-    old, new = plain_perplexity(before, rows), plain_perplexity(after, rows)
-    print(f"perplexity {old:.4f} -> {new:.4f}; {WEIGHTS} {file_digest(after / WEIGHTS)}")
-    if not abs(new / old - 1) < TOLERANCE:
-        sys.exit("the turned model does not keep its function: nothing was written")
-
-
-@torch.no_grad()
-def plain_perplexity(model: Path, rows: Tensor) -> float:
-    """transformers' own perplexity in fp32: bf16 arithmetic alone moves so few tokens by 0.6 %."""
-    from transformers import AutoModelForCausalLM
-
-    loss = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(input_ids=rows, labels=rows).loss
-    return math.exp(float(loss))
 
 
 if __name__ == "__main__":

@@ -9,22 +9,17 @@ are those of Mixtral's releases. It proves plumbing: experts that computed diffe
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rotate_smollm2 import WEIGHTS, plain_perplexity
-from snugfit.calibration.dataset import load_rows, python_topics
-from unpack_smollm2 import file_digest, whole_directory  # a script finds its neighbours
+from remade import check, read_model, write_model  # a script finds its neighbours
+from unpack_smollm2 import whole_directory
 
 SEED = 0
 EXPERTS = 4
@@ -41,19 +36,13 @@ def main(source: Path, target: Path) -> None:
     """Write the mixture made of directory `source` to `target`, whole and checked or not at all."""
     with whole_directory(target) as partial:
         write_mixture(source, partial)
-        check(source, partial)
+        check(source, partial, TOLERANCE, "the mixture does not keep the model's function")
 
 
 def write_mixture(source: Path, target: Path) -> None:
     """Fill the directory `target` with the mixture, in the dtype of `source`, and all other files of it."""
-    if not (source / WEIGHTS).is_file() or not (source / "config.json").is_file():
-        sys.exit(f"{source} has no {WEIGHTS} or no config.json: unpack the model first")
-    config = mixture_config(json.loads((source / "config.json").read_text(encoding="utf-8")))
-    save_file(dict(upcycle(load_file(source / WEIGHTS))), target / WEIGHTS, metadata={"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for file in source.iterdir():
-        if file.is_file() and file.name not in (WEIGHTS, "config.json"):
-            shutil.copy(file, target)
+    config, weights = read_model(source)
+    write_model(source, target, mixture_config(config), dict(upcycle(weights)))
 
 
 def mixture_config(dense: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,18 +89,6 @@ def _split(name: str) -> tuple[str, str]:
     """The layer that a tensor belongs to ("model.layers.7.", "" outside them), and the module in it."""
     layer = (re.match(r"model\.layers\.\d+\.", name) or [""])[0]
     return layer, name.removeprefix(layer).removesuffix(".weight")
-
-
-def check(before: Path, after: Path) -> None:
-    """Print the perplexity of both on 2 x 512 tokens of Python's documentation; SystemExit where it moved."""
-    with tempfile.TemporaryDirectory() as scratch:
-        text = Path(scratch) / "text.txt"
-        text.write_text(python_topics("evaluation"), encoding="utf-8")
-        rows = torch.tensor(load_rows(before, [text], count=2, length=512).rows)
-    old, new = plain_perplexity(before, rows), plain_perplexity(after, rows)
-    print(f"perplexity {old:.4f} -> {new:.4f}; {WEIGHTS} {file_digest(after / WEIGHTS)}")
-    if not abs(new / old - 1) < TOLERANCE:
-        sys.exit("the mixture does not keep the model's function: nothing was written")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import snugfit.quantize_run
 from conftest import MakeTiny
+from killed import KILLED, contents, in_child
 from snugfit.calibration.record import STATISTICS_FILE
 from snugfit.calibration.statistics import ExpertStatistics
 from snugfit.cli import app
@@ -29,7 +30,7 @@ from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_head, open_subject, pass_layers
 from snugfit.model import walk
 from snugfit.model.shards import units_done
-from snugfit.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.quantize import quantize_checkpoint
 from snugfit.quantize_plan import NoEngine, plan_quantization
 from snugfit.quantize_units import calibrate as calibrate_layer
 from snugfit.recipe import LoadedRecipe, parse_recipe
@@ -41,7 +42,6 @@ INSIDE = [family for family in MIXTURES if family not in OUTSIDE]
 RECIPES = ["nvfp4-moe", "fp8-int4-moe"]
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 every_family = pytest.mark.parametrize("family", INSIDE)
-KILLED = 9
 E4M3 = torch.float8_e4m3fn
 GRID = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 # the module of one expert's projection, as it is written
@@ -372,24 +372,6 @@ def test_what_is_written_is_read_back(
     found = logits_of(out, given)
     assert float(expected.std()) > 0.05
     assert torch.allclose(found, expected, atol=1e-5, rtol=1e-4), float((found - expected).abs().max())
-
-
-def contents(directory: Path) -> dict[str, bytes]:
-    """All files but the record, which tells of times."""
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files if path.name != RECORD_FILE}
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Exit code of `work` in a process of its own: 0, what it exits with, or 1 for an exception."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        work()
-        os._exit(0)
-    except BaseException:  # noqa: BLE001
-        os._exit(1)
 
 
 @pytest.mark.parametrize(("family", "step"), [("qwen3_moe", 0), ("qwen3_moe", 7), ("granitemoe", 5)])

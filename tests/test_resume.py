@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import snugfit.quantize_run
 from conftest import MakeTiny
+from killed import KILLED, contents, in_child
 from snugfit.cli import app
 from snugfit.errors import Unfinished, UserError
 from snugfit.model.shards import WORK_NAME, units_done
@@ -24,7 +25,6 @@ from snugfit.quantize_units import calibrate as calibrate_layer
 from snugfit.quantize_units import quantize_unit
 
 RECIPE = "nvfp4-fp8-hybrid-fp8kv"
-KILLED = 9
 # everything that changes the disk
 WRITES: list[tuple[Any, str]] = [
     (os, "pwrite"),
@@ -56,30 +56,12 @@ def partial_of(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    """All files but the record, which tells of times."""
-    files = (path for path in directory.rglob("*") if path.is_file())
-    return {str(path.relative_to(directory)): path.read_bytes() for path in files if path.name != RECORD_FILE}
-
-
 @pytest.fixture(scope="module")
 def whole(model: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What a run in one piece writes."""
     out = tmp_path_factory.mktemp("whole") / "out"
     quantize(model, out, token_rows)
     return contents(out)
-
-
-def in_child(work: Callable[[], None]) -> int:
-    """Exit code of `work` in a process of its own: 0, what it exits with, or 1 for an exception."""
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        work()
-        os._exit(0)
-    except BaseException:  # noqa: BLE001
-        os._exit(1)
 
 
 def kill_at(boundary: int) -> None:

@@ -211,9 +211,8 @@ def _stored_by(loaded: LoadedRecipe, source: Source, weights: Weights) -> tuple[
     """What a recipe stores; UserError where a run would be refused. A test holds the bytes to plan_quantization."""
     for obstacle in obstacles(source.checkpoint):
         raise obstacle
-    formats = {name: part.format for name, part in weights.sources.items() if part.format is not None}
     seen = list(weights.tensors.values())
-    assignments = resolve(loaded, seen, layers=source.layers, decoder=source.decoder, stored=formats)
+    assignments = resolve(loaded, seen, layers=source.layers, decoder=source.decoder, stored=weights.formats)
     if loaded.recipe.kv_cache is None and all(a.format is None or a.copied for a in assignments.values()):
         labels = ", ".join(dict.fromkeys(a.format.label() for a in assignments.values() if a.format is not None))
         what = f"the weights are {labels} already, as this recipe asks." if labels else "this recipe quantizes nothing."

@@ -29,7 +29,8 @@ from snugfit.model import layers
 from snugfit.model.checkpoint import INDEX_NAME, Checkpoint, fingerprint, header_digest
 from snugfit.model.files import check_inside
 from snugfit.model.shards import LOCK_NAME, WORK_NAME, check_stageable, index_of, occupied_bytes, resumable
-from snugfit.quantize_plan import NoEngine, Plan, check_linears, plan_quantization, text_config
+from snugfit.model.sources import text_config
+from snugfit.quantize_plan import NoEngine, Plan, check_linears, plan_quantization
 from snugfit.quantize_preflight import Estimate, check_estimate, estimate_run
 from snugfit.quantize_progress import Progress, stamps
 from snugfit.quantize_run import Outcome, Run, run_units

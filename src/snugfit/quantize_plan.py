@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from snugfit.model.anatomy import find_decoder
 from snugfit.model.checkpoint import Checkpoint, TensorInfo, open_headers
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.shards import Shard, plan_shards
-from snugfit.model.sources import MXFP4_BLOCKS, Weights, language_configs, single_weights
+from snugfit.model.sources import MXFP4_BLOCKS, Weights, language_configs, single_weights, text_config
 from snugfit.recipe import LoadedRecipe, load_recipe, parse_recipe, resolve
 from snugfit.records import TensorRecord
 
@@ -101,32 +101,22 @@ def plan_quantization(source: str | Path, recipe: str | LoadedRecipe, *, max_sha
     if max_shard_bytes is not None and max_shard_bytes < 1:
         raise UserError(f"no weight file fits into {max_shard_bytes} bytes.", remedy="Raise --max-shard-size.")
     loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
-    checkpoint = open_headers(source)
-    for outside in outside_interface(checkpoint):
-        raise outside
-    layers = _layer_count(checkpoint)
-    weights = single_weights(checkpoint)
-    decoder = find_decoder(weights.tensors, layers, where=str(checkpoint.path))
-    names = {t.name: parse_name(t.name, t.shape, decoder) for t in weights.tensors.values()}
-    _check_layers(checkpoint, names, layers, decoder)
-    check_experts(checkpoint, names.values(), layers)
-    frozen = _frozen(checkpoint, names, layers)
+    opened = _open(source)
+    checkpoint, decoder = opened.checkpoint, opened.decoder
     assignments = resolve(
         loaded,
-        list(weights.tensors.values()),
-        layers=layers,
+        list(opened.weights.tensors.values()),
+        layers=opened.layers,
         decoder=decoder,
-        frozen=frozen,
-        stored={name: source.format for name, source in weights.sources.items() if source.format is not None},
+        frozen=opened.frozen,
+        stored=opened.weights.formats,
     )
     if loaded.recipe.kv_cache is None and all(a.format is None or a.copied for a in assignments.values()):
         raise _nothing_to_do(checkpoint, loaded, assignments)
-    weights = weights.keep_whole(lambda name: name in assignments and assignments[name].format is not None)
-    tensors = weights.tensors
-    names = {name: names[name] if name in names else parse_name(name, t.shape, decoder) for name, t in tensors.items()}
+    opened = opened.keep_whole(lambda name: name in assignments and assignments[name].format is not None)
+    weights, names, units, tensors = opened.weights, opened.names, opened.units, opened.weights.tensors
     assignments = {name: assignment for name, assignment in assignments.items() if name in tensors}
     formats = {names[name].module: a.format for name, a in assignments.items() if a.format is not None}
-    units = _units(names, frozen, layers)
     outputs = {name: outputs_of(checkpoint, weights, name, assignments.get(name)) for unit in units for name in unit}
     attention = _attention(checkpoint, loaded, units, decoder)
     outputs |= _cache_outputs(checkpoint, tensors, attention, outputs)
@@ -159,23 +149,57 @@ _NOTHING = "name: none\nrules:\n- {role: linear, format: keep}\n"
 
 def plan_walk(source: str | Path) -> Plan:
     """A plan that writes nothing: rows pass the model as it is, keys and values of every attention are looked at."""
+    opened = _open(source)
+    opened = opened.keep_whole(opened.weights.formats.__contains__)
+    checkpoint, units = opened.checkpoint, opened.units
+    loaded = parse_recipe(_NOTHING, where="")
+    try:
+        attention = _attention_of(checkpoint, units, opened.decoder, where="")
+    except UserError:  # a family whose cache is of another kind
+        attention = {}
+    return Plan(
+        *(checkpoint, opened.weights, opened.decoder, loaded, {}, {}, units, attention, (), checkpoint.config, ())
+    )
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint that a run can start from, its tensors taken apart and named; `frozen` as `_frozen` gives it."""
+
+    checkpoint: Checkpoint
+    layers: int
+    decoder: str
+    weights: Weights
+    names: Mapping[str, TensorName]
+    frozen: Mapping[str, str]
+
+    @property
+    def units(self) -> tuple[tuple[str, ...], ...]:
+        """Tensors outside the decoder's layers, then those of each layer."""
+        return _units(self.names, self.frozen, self.layers)
+
+    def keep_whole(self, taken: Callable[[str], bool]) -> _Opened:
+        """The same, with tensors of all experts together where `taken` asks for none of them."""
+        weights, names = self.weights.keep_whole(taken), self.names
+        named = {
+            name: names[name] if name in names else parse_name(name, t.shape, self.decoder)
+            for name, t in weights.tensors.items()
+        }
+        return replace(self, weights=weights, names=named)
+
+
+def _open(source: str | Path) -> _Opened:
+    """UserError for what no run can start from."""
     checkpoint = open_headers(source)
     for outside in outside_interface(checkpoint):
         raise outside
     layers = _layer_count(checkpoint)
-    single = single_weights(checkpoint)
-    weights = single.keep_whole(lambda name: name in single.sources and single.sources[name].format is not None)
+    weights = single_weights(checkpoint)
     decoder = find_decoder(weights.tensors, layers, where=str(checkpoint.path))
     names = {t.name: parse_name(t.name, t.shape, decoder) for t in weights.tensors.values()}
     _check_layers(checkpoint, names, layers, decoder)
     check_experts(checkpoint, names.values(), layers)
-    units = _units(names, _frozen(checkpoint, names, layers), layers)
-    loaded = parse_recipe(_NOTHING, where="")
-    try:
-        attention = _attention_of(checkpoint, units, decoder, where="")
-    except UserError:  # a family whose cache is of another kind
-        attention = {}
-    return Plan(*(checkpoint, weights, decoder, loaded, {}, {}, units, attention, (), checkpoint.config, ()))
+    return _Opened(checkpoint, layers, decoder, weights, names, _frozen(checkpoint, names, layers))
 
 
 def groups_of(plan: Plan, unit: Sequence[str], walked: bool) -> list[tuple[str, ...]]:
@@ -188,12 +212,6 @@ def groups_of(plan: Plan, unit: Sequence[str], walked: bool) -> list[tuple[str, 
     alone = [name for name in unit if name in plan.weights.sources and name in plan.outputs]
     rest = tuple(name for name in (unit if walked else alone) if name not in quantized)
     return [*found, rest] if rest else found
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
 
 
 def _units(names: Mapping[str, TensorName], frozen: Mapping[str, str], layers: int) -> tuple[tuple[str, ...], ...]:

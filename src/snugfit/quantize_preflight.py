@@ -14,9 +14,10 @@ from snugfit.errors import UserError
 from snugfit.machine import free_bytes, rss_bytes
 from snugfit.methods.rounding import SLICE
 from snugfit.model.shards import PIECE, occupied_bytes
+from snugfit.model.sources import text_config
 from snugfit.model.states import IN_FLIGHT
 from snugfit.model.transfer import COPIERS, WORKERS
-from snugfit.quantize_plan import Plan, groups_of, text_config
+from snugfit.quantize_plan import Plan, groups_of
 
 # copies in fp32 of a slice of weights while it is rounded
 _COPIES = 6

@@ -68,6 +68,11 @@ class Weights:
     stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     whole: Mapping[str, TensorInfo] = field(default_factory=dict)
 
+    @property
+    def formats(self) -> dict[str, TensorFormat]:
+        """Format of each tensor that the file holds as codes."""
+        return {name: source.format for name, source in self.sources.items() if source.format is not None}
+
     def parts(self, name: str) -> tuple[str, ...]:
         """Names of the file's tensors behind `name`."""
         source = self.sources.get(name)
@@ -76,10 +81,8 @@ class Weights:
     def bytes(self, checkpoint: Checkpoint, name: str) -> int:
         """Bytes of the file that `name` is made of."""
         source = self.sources.get(name)
-        if source is None:
-            return checkpoint.tensors[name].bytes
-        whole = sum(checkpoint.tensors[part].bytes for part in source.parts.values())
-        if source.slot is None:
+        whole = sum(checkpoint.tensors[part].bytes for part in self.parts(name))
+        if source is None or source.slot is None:
             return whole
         return whole * len(range(source.slot.start, source.slot.stop, source.slot.step)) // source.slot.whole
 
@@ -163,12 +166,17 @@ def parent(name: str) -> str:
     return name.rpartition(".experts.")[0]
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a config that describes the language model."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, dict) else config
+
+
 def language_configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     """A config and the part of it that describes a language model, if it is apart."""
     yield config
-    nested = config.get("text_config")
-    if isinstance(nested, dict):
-        yield nested
+    if text_config(config) is not config:
+        yield text_config(config)
 
 
 def _wide_dtype(config: Mapping[str, Any]) -> str:

@@ -1,0 +1,29 @@
+"""Runs that die in a process of their own, and what directories hold afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from snugfit.quantize import RECORD_FILE
+
+KILLED = 9
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files but the record, which tells of times."""
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files if path.name != RECORD_FILE}
+
+
+def in_child(work: Callable[[], None]) -> int:
+    """Exit code of `work` in a process of its own: 0, what it exits with, or 1 for an exception."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        work()
+        os._exit(0)
+    except BaseException:  # noqa: BLE001
+        os._exit(1)
