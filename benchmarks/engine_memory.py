@@ -224,9 +224,9 @@ def compare(report: Config) -> None:
 def predict(entry: Config) -> list[tuple[float, float]]:
     """Pairs of measured and predicted: weights, positions, activations, beside torch, graphs, cache, tokens."""
     from snugfit.engines import memory as facts
-    from snugfit.planning.blocks import make_pool
-    from snugfit.planning.memory import Device, activation_bytes, read_widths, rotary_bytes
-    from snugfit.planning.read_cache import read_cache
+    from snugfit.vram.blocks import make_pool
+    from snugfit.vram.budget import Device, activation_bytes, read_widths, rotary_bytes
+    from snugfit.vram.kv_cache_config import read_cache
 
     case, found, log = entry["case"], entry["found"], entry["log"]
     config = SHAPES[case["shape"]]

@@ -13,7 +13,7 @@ import json
 import statistics
 from pathlib import Path
 
-from snugfit.evaluate import evaluate
+from snugfit.evaluation.evaluate import evaluate
 
 
 def main() -> None:

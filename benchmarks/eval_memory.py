@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 HIDDEN, MLP, HEADS, KEY_HEADS, VOCABULARY = 8192, 28672, 64, 8, 128256
 CHILD = """
 import json, sys, torch
-from snugfit.evaluate import evaluate
+from snugfit.evaluation.evaluate import evaluate
 model, candidate, rows, device, share = sys.argv[1:]
 if device == "cuda":
     torch.cuda.set_per_process_memory_fraction(float(share))
@@ -50,7 +50,7 @@ def main() -> None:
     ids = torch.randint(0, VOCABULARY, (options.chunks, options.context), generator=generator).tolist()
     rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids), encoding="utf-8")
     if not candidate.exists():
-        from snugfit.quantize import quantize_checkpoint
+        from snugfit.quantization.quantize import quantize_checkpoint
 
         quantize_checkpoint(
             model, candidate, "nvfp4-fp8-hybrid", text=[rows], rows=1, length=512, device=options.device

@@ -32,14 +32,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from snugfit.calibration.record import Calibration, load_statistics
-from snugfit.evaluate import evaluate
+from snugfit.evaluation.evaluate import evaluate
 from snugfit.formats.nvfp4 import input_global_scale, quantize_dequantize_input
 from snugfit.model import emulate, experts
-from snugfit.model.checkpoint import read_tensor
 from snugfit.model.experts import NoHooks
-from snugfit.quantize import quantize_checkpoint
-from snugfit.records import ModelFigures
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.records.base import ModelFigures
+from snugfit.records.statistics_file import Calibration, load_statistics
+from snugfit.storage.checkpoint import read_tensor
 
 LENGTH = 512
 FOR_CALIBRATION = 6144  # bytes of each kind

@@ -224,12 +224,12 @@ def run_snugfit(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     import torch
     import transformers.models.mistral.modeling_mistral  # noqa: F401
 
-    import snugfit.calibration.dataset
-    import snugfit.calibration.statistics
+    import snugfit.calibration.observers
+    import snugfit.data.rows
     import snugfit.methods.rounding
     import snugfit.model.emulate  # noqa: F401
     from snugfit.machine import peak_rss_bytes
-    from snugfit.quantize import quantize_checkpoint
+    from snugfit.quantization.quantize import quantize_checkpoint
 
     torch.set_num_threads(options.threads)
     on_gpu = options.device == "cuda"

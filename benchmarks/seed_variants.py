@@ -15,8 +15,8 @@ import argparse
 import json
 from pathlib import Path
 
-from snugfit.evaluate import evaluate, write_results
-from snugfit.quantize import quantize_checkpoint
+from snugfit.evaluation.evaluate import evaluate, write_results
+from snugfit.quantization.quantize import quantize_checkpoint
 from snugfit.report.tables import to_markdown
 
 VARIANTS = (

@@ -68,7 +68,7 @@ def evaluate(checkpoint: Path, url: str, options: argparse.Namespace) -> dict[st
     target = options.out / f"served-{checkpoint.name}"
     # the model with itself: the original is the reference, and the server is compared with it
     candidates = [] if checkpoint == options.model else [str(checkpoint)]
-    command = [sys.executable, "-c", "from snugfit.cli import app; app()", "eval", *candidates]
+    command = [sys.executable, "-c", "from snugfit.cli.app import app; app()", "eval", *candidates]
     command += ["--reference", str(options.model), "--server", url, "--server-top", str(options.top)]
     command += ["--server-log", str(options.out / "server.log"), "--context", str(options.length)]
     command += ["--max-chunks", str(options.rows), "--activations", options.activations, "--floors", "none"]

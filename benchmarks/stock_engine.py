@@ -23,9 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from snugfit.calibration.dataset import Rows, load_rows, python_topics
+from snugfit.data.rows import Rows, load_rows, python_topics
 from snugfit.evaluation.fidelity import Perplexity, perplexity
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
 
 RECIPES = ("fp8-dynamic", "fp8-int4", "nvfp4", "nvfp4-fp8-hybrid")
 SERVE = Path(__file__).with_name("serve_vllm.py")

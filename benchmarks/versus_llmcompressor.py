@@ -64,12 +64,12 @@ def work_once(model: Path, work: Path, recipe: str, threads: int) -> None:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401  # llm-compressor's import is left out too
 
-    import snugfit.calibration.dataset
-    import snugfit.calibration.statistics
+    import snugfit.calibration.observers
+    import snugfit.data.rows
     import snugfit.methods.rounding
     import snugfit.model.emulate  # noqa: F401
     from snugfit.machine import peak_rss_bytes
-    from snugfit.quantize import quantize_checkpoint
+    from snugfit.quantization.quantize import quantize_checkpoint
 
     torch.set_num_threads(threads)
     after_imports = peak_rss_bytes()
@@ -120,7 +120,7 @@ def _last_json(command: list[str]) -> dict[str, Any]:
 
 
 def _write_rows(model: Path, work: Path) -> None:
-    from snugfit.calibration.dataset import load_rows, python_topics
+    from snugfit.data.rows import load_rows, python_topics
 
     rows = load_rows(model, [], count=ROWS, length=LENGTH).rows
     (work / "rows.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
@@ -132,11 +132,11 @@ def _write_rows(model: Path, work: Path) -> None:
 
 def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Figures of a compressed-tensors checkpoint (weight errors by format, perplexities), and its losses by row."""
-    from snugfit.calibration.dataset import make_rows
+    from snugfit.data.rows import make_rows
     from snugfit.dialects.reading import read_formats
     from snugfit.evaluation.fidelity import perplexity
-    from snugfit.model.checkpoint import open_checkpoint, read_tensor
     from snugfit.model.emulate import read_module
+    from snugfit.storage.checkpoint import open_checkpoint, read_tensor
 
     source, result = open_checkpoint(model), open_checkpoint(path)
     modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith("_proj.weight")]

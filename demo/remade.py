@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from snugfit.calibration.dataset import load_rows, python_topics
+from snugfit.data.rows import load_rows, python_topics
 from unpack_smollm2 import file_digest  # a script finds its neighbours
 
 WEIGHTS = "model.safetensors"

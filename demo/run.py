@@ -13,9 +13,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from snugfit.evaluate import evaluate
-from snugfit.quantize import quantize_checkpoint
-from snugfit.records import ModelFigures, QuantizeRecord, totals_by_format
+from snugfit.evaluation.evaluate import evaluate
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.records.base import ModelFigures, QuantizeRecord, totals_by_format
 
 RECIPE = "nvfp4-fp8-hybrid"
 ROWS, LENGTH = 32, 512

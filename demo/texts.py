@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from snugfit.calibration.dataset import python_topics
+from snugfit.data.rows import python_topics
 
 DEBIAN_PACKAGE = "r-cran-janeaustenr"
 DEBIAN_DATA = "usr/lib/R/site-library/janeaustenr/data/Rdata"

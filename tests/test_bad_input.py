@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import snugfit.quantize
-import snugfit.quantize_run
-from snugfit.cli import app
-from snugfit.model.checkpoint import INDEX_NAME, SINGLE_NAME
-from snugfit.model.shards import LOCK_NAME, units_done
+import snugfit.quantization.quantize
+import snugfit.quantization.run
+from snugfit.cli.app import app
+from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME
+from snugfit.storage.shards import LOCK_NAME, units_done
 
 MakeTiny = Callable[..., Path]
 Spoil = Callable[[Path], None]
@@ -824,7 +824,7 @@ def test_two_runs_at_once(held: Path, single: Path, out: Path) -> None:
 @pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4"])
 def test_interrupted(recipe: str, single: Path, token_rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C before the first layer is done leaves nothing, says so, and is exit code 130."""
-    real, seen = snugfit.quantize_run._write, []
+    real, seen = snugfit.quantization.run._write, []
 
     def write_some(*arguments: Any) -> Any:
         seen.append(partial_of(out).is_dir())
@@ -832,7 +832,7 @@ def test_interrupted(recipe: str, single: Path, token_rows: Path, out: Path, mon
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(snugfit.quantize_run, "_write", write_some)
+    monkeypatch.setattr(snugfit.quantization.run, "_write", write_some)
     message = message_of(invoke(single, out, recipe, "--text", token_rows), code=130)
     assert "nothing was written" in message
     assert all(seen)
@@ -846,7 +846,7 @@ def test_full_disk(single: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert arguments
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(snugfit.quantize_run, "_write", fail)
+    monkeypatch.setattr(snugfit.quantization.run, "_write", fail)
     assert os.strerror(errno.ENOSPC) in refuse(single, out)
 
 
@@ -856,7 +856,7 @@ def test_our_own_defects_lose_nothing(single: Path, out: Path, monkeypatch: pyte
     def fail(*arguments: Any) -> Any:
         raise ZeroDivisionError(len(arguments))
 
-    monkeypatch.setattr(snugfit.quantize, "_write_other_files", fail)
+    monkeypatch.setattr(snugfit.quantization.quantize, "_write_other_files", fail)
     result = invoke(single, out)
     assert isinstance(result.exception, ZeroDivisionError)
     assert list(out.parent.iterdir()) == [partial_of(out)]

@@ -17,10 +17,10 @@ import yaml
 from safetensors import safe_open
 from typer.testing import CliRunner
 
-from snugfit.cli import app
-from snugfit.quantize import RECIPE_FILE, RECORD_FILE
-from snugfit.quantize_plan import plan_quantization
-from snugfit.recipe import builtin_names, load_recipe
+from snugfit.cli.app import app
+from snugfit.quantization.plan import plan_quantization
+from snugfit.quantization.quantize import RECIPE_FILE, RECORD_FILE
+from snugfit.recipes.recipe import builtin_names, load_recipe
 
 MakeTiny = Callable[..., Path]
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I32": 4, "I64": 8, "F8_E4M3": 1}
@@ -200,7 +200,7 @@ def test_help_is_quick_and_imports_nothing_heavy(verb: tuple[str, ...]) -> None:
     the fastest of up to ten fresh processes; one below the limit is proof enough.
     """
     script = (
-        "import sys\nfrom snugfit.cli import app\ntry:\n    app()\nfinally:\n"
+        "import sys\nfrom snugfit.cli.app import app\ntry:\n    app()\nfinally:\n"
         "    heavy = sorted({'torch', 'transformers', 'numpy'} & set(sys.modules))\n"
         "    sys.stderr.write(','.join(heavy))\n"
     )

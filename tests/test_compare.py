@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from snugfit.compare import compare_results, write_comparison
 from snugfit.errors import UserError
+from snugfit.evaluation.compare import compare_results, write_comparison
 from snugfit.evaluation.results import load_result
 from snugfit.evaluation.significance import holm, mcnemar, paired_bootstrap, tokens_to_settle, unpaired_z
-from snugfit.records import ContextFigures, EvalRecord, ModelFigures, Spread, TaskResult, TasksRecord
+from snugfit.records.base import ContextFigures, EvalRecord, ModelFigures, Spread, TaskResult, TasksRecord
 from snugfit.report.comparison import CompareRecord
 
 COUNTS = [4, 4, 4, 4, 4, 2]
@@ -430,7 +430,7 @@ def test_figures_of_other_versions_are_refused(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[1]", "schema None is none of snugfit.eval/1, snugfit.tasks/1"),
-        ('{"schema": "snugfit.quantize/1"}', "is none of"),
+        ('{"schema": "snugfit.quantization.quantize/1"}', "is none of"),
         ('{"schema": 3}', "schema 3"),
         ('{"schema": "snugfit.tasks/2"}', "reads 'snugfit.tasks/1'"),
         ('{"schema": "snugfit.tasks/1", "model": "m"}', "tasks: Field required"),
@@ -638,7 +638,7 @@ def test_json_is_one_document_that_makes_the_record_again(tmp_path: Path) -> Non
     """to_json holds the schema, the arguments and every field; nothing is lost."""
     record = compare_results(*two_tasks(tmp_path), seed=2)
     document = json.loads(record.to_json())
-    assert document["schema"] == "snugfit.compare/1"
+    assert document["schema"] == "snugfit.evaluation.compare/1"
     assert document["arguments"]["seed"] == 2
     assert document == json.loads(json.dumps(asdict(record)))
     assert set(document) == set(CompareRecord.__dataclass_fields__)
@@ -658,5 +658,5 @@ def test_a_comparison_is_written_whole_into_a_new_directory(tmp_path: Path) -> N
 
 def test_no_torch_is_loaded() -> None:
     """Comparing files must not wait for torch."""
-    code = "import snugfit.compare, sys; assert not {'torch', 'scipy', 'transformers'} & set(sys.modules)"
+    code = "import snugfit.evaluation.compare, sys; assert not {'torch', 'scipy', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,13 +22,13 @@ import typer
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import snugfit.evaluate
+import snugfit.evaluation.evaluate
 from conftest import MakeTiny
-from snugfit.cli import app
+from snugfit.cli.app import app
 from snugfit.evaluation import offline_tasks
-from snugfit.model.checkpoint import INDEX_NAME, SINGLE_NAME
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
 from snugfit.report import plots
+from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from test_bad_input import (
     Spoil,
     edit_config,
@@ -840,7 +840,7 @@ def test_interrupted(good: Path, llama: Path, text: Path, out: Path, monkeypatch
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(snugfit.evaluate, "measure", stop)
+    monkeypatch.setattr(snugfit.evaluation.evaluate, "measure", stop)
     before = snapshot(out.parent)
     options = ["--text", text, "--context", 64, "--reference-cache", out.parent / "cache", "-o", out]
     result = evaluate(good, "--reference", llama, *options)
@@ -1042,8 +1042,8 @@ def pair(tmp_path: Path) -> tuple[Path, Path]:
         (b"[" * 100_000, "not JSON"),
         (b"[]", "schema None is none of"),
         (b"{}", "schema None is none of"),
-        (b'{"schema": "snugfit.quantize/1"}', "schema 'snugfit.quantize/1' is none of"),
-        (b'{"schema": "snugfit.compare/1"}', "schema 'snugfit.compare/1' is none of"),
+        (b'{"schema": "snugfit.quantization.quantize/1"}', "schema 'snugfit.quantization.quantize/1' is none of"),
+        (b'{"schema": "snugfit.evaluation.compare/1"}', "schema 'snugfit.evaluation.compare/1' is none of"),
     ],
     ids=["missing", "empty", "cut", "bytes", "deep", "list", "no schema", "quantize", "compare"],
 )

@@ -20,12 +20,12 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from conftest import MakeTiny
-from snugfit.calibration.dataset import python_topics
-from snugfit.cli import app
+from snugfit.cli.app import app
+from snugfit.data.rows import python_topics
 from snugfit.errors import UserError
-from snugfit.evaluate import evaluate, write_results
-from snugfit.quantize import quantize_checkpoint
-from snugfit.records import EvalRecord, ModelFigures
+from snugfit.evaluation.evaluate import evaluate, write_results
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.records.base import EvalRecord, ModelFigures
 
 Altered = Callable[..., Path]
 
@@ -203,7 +203,7 @@ def test_against_full_logits_of_a_real_model(smollm2: Path, tmp_path: Path) -> N
     """On the real model and a disturbed copy the figures are those of transformers' full bf16 logits, to 1e-4."""
     other = noisy(smollm2, tmp_path / "noisy", 0.002)
     record = evaluate([other], reference_model=smollm2, contexts=[256], max_chunks=2, floors="none")
-    from snugfit.evaluation.texts import Tokenizer, read_chunks
+    from snugfit.data.texts import Tokenizer, read_chunks
 
     rows = [list(row) for row in read_chunks(Tokenizer(smollm2), [], [256], max_chunks=2)[0][0].rows]
     agree(models(record)["noisy"], by_hand(plain(smollm2, rows), plain(other, rows), rows), 1e-4)
@@ -404,7 +404,7 @@ def test_memory_follows_the_layer(make_tiny: MakeTiny, tmp_path: Path) -> None:
         "import sys, torch, transformers, scipy.stats\n"
         "torch.set_num_threads(1)\n"
         "from transformers import AutoModelForCausalLM, GenerationConfig\n"
-        "from snugfit.evaluate import evaluate\n"
+        "from snugfit.evaluation.evaluate import evaluate\n"
         "from snugfit.machine import peak_rss_bytes\n"
         "small, source, other, text = sys.argv[1:]\n"
         "evaluate([small], text=[text], floors='none')\n"  # whatever is imported late

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from conftest import MakeTiny
-from snugfit.evaluate import evaluate
 from snugfit.evaluation import continuations
 from snugfit.evaluation.continuations import continue_greedily
+from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.subject import last_states, open_head, open_subject
-from snugfit.quantize import quantize_checkpoint
-from snugfit.records import EvalRecord, ModelFigures
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.records.base import EvalRecord, ModelFigures
 from test_evaluate import agree, by_hand, models, rows_file
 
 CPU = torch.device("cpu")

@@ -17,12 +17,12 @@ from typer.testing import CliRunner, Result
 
 from conftest import MakeTiny
 from serving.mock_vllm import DROP, MODEL, VARIABLES, Handler, Mock
-from snugfit.cli import app
+from snugfit.cli.app import app
 from snugfit.errors import UserError
-from snugfit.evaluate import evaluate
 from snugfit.evaluation import served
+from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.served import ServerOptions
-from snugfit.records import EvalRecord, ModelFigures
+from snugfit.records.base import EvalRecord, ModelFigures
 from snugfit.serving.answers import FULL
 from snugfit.serving.client import connect
 from test_evaluate import change, models, noisy, rows_file

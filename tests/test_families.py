@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from conftest import MakeTiny
-from snugfit.calibration.dataset import make_rows
+from snugfit.data.rows import make_rows
 from snugfit.errors import UserError
-from snugfit.evaluate import evaluate
 from snugfit.evaluation.continuations import continue_greedily
+from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.fidelity import stream_logits
 from snugfit.evaluation.subject import open_head, open_subject, resident_layer
-from snugfit.model import layers, standins, walk
-from snugfit.model.checkpoint import open_checkpoint
-from snugfit.quantize import quantize_checkpoint
+from snugfit.model import forward_pass, layers, standins
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.storage.checkpoint import open_checkpoint
 from tiny_families import (
     FAMILIES,
     all_tensors,
@@ -65,15 +65,15 @@ def test_walk_is_transformers_forward(family: str, dtype: torch.dtype, make_tiny
     subject = open_subject(path, activations="none")
     assert subject.arithmetic == dtype
     rows = random_rows([40, 40, 40, 70, 100, 100, 17, 64], stop=64)
-    batches = walk.make_batches(rows, 160, CPU)
+    batches = forward_pass.make_batches(rows, 160, CPU)
     assert any(batch.valid is not None for batch in batches)
     skeleton = subject.skeleton
-    walk.embed(skeleton, layers.outer_weights(skeleton, subject.checkpoint, head=False), batches, CPU)
+    forward_pass.embed(skeleton, layers.outer_weights(skeleton, subject.checkpoint, head=False), batches, CPU)
     real = dict(model.named_modules())[skeleton.layers_name]
     expected = [layer_outputs(model, list(real), batch.tokens) for batch in batches]
     for index in range(len(skeleton.layers)):
         layer, _ = resident_layer(subject, index, CPU)
-        walk.run_layer(layer, index, batches)
+        forward_pass.run_layer(layer, index, batches)
         for batch, (states, _) in zip(batches, expected, strict=True):
             assert torch.equal(batch.hidden, states[index])
     head = open_head(subject, CPU)
@@ -166,9 +166,9 @@ def test_one_mask_of_each_kind(family: str, masks: int, make_tiny: MakeTiny) -> 
     more = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "sliding_window": 16}
     checkpoint = open_checkpoint(make_tiny(family, **(FAMILIES.get(family) or {} if family != "gpt_oss" else more)))
     skeleton = layers.build_skeleton(checkpoint)
-    batches = walk.make_batches(random_rows([40] * 10), 200, CPU)
+    batches = forward_pass.make_batches(random_rows([40] * 10), 200, CPU)
     assert [len(batch.rows) for batch in batches] == [3, 3, 3, 1]
-    walk.embed(skeleton, layers.outer_weights(skeleton, checkpoint, head=False), batches, CPU)
+    forward_pass.embed(skeleton, layers.outer_weights(skeleton, checkpoint, head=False), batches, CPU)
     given = [
         value
         for batch in batches
@@ -186,8 +186,8 @@ def test_tokens_own_inputs_are_not_shared(make_tiny: MakeTiny) -> None:
     checkpoint = open_checkpoint(make_tiny("gemma4_text", **FAMILIES["gemma4_text"]))
     skeleton = layers.build_skeleton(checkpoint)
     rows = random_rows([40, 40])
-    batches = walk.make_batches([rows[0], rows[1], rows[0]], 40, CPU)
-    walk.embed(skeleton, layers.outer_weights(skeleton, checkpoint, head=False), batches, CPU)
+    batches = forward_pass.make_batches([rows[0], rows[1], rows[0]], 40, CPU)
+    forward_pass.embed(skeleton, layers.outer_weights(skeleton, checkpoint, head=False), batches, CPU)
     first, second, third = (batch.calls[1][0][0] for batch in batches)
     assert first.shape == (1, 40, 16)
     assert torch.equal(first, third)

@@ -15,13 +15,13 @@ from typer.testing import CliRunner
 
 from fp8_sources import Kind, as_fp8, as_mxfp4
 from real_configs import GEMMA3_27B, LLAMA_8B, NEMO, QWEN3_NEXT_80B
-from snugfit.cli import app
+from snugfit.cli.app import app
 from snugfit.errors import UserError
-from snugfit.fit import fit_line, fit_model
-from snugfit.fit_source import stored_by_plan
-from snugfit.quantize_plan import plan_quantization
-from snugfit.recipe import builtin_names, load_recipe
-from snugfit.records import FitRow
+from snugfit.planning.candidates import stored_by_plan
+from snugfit.planning.fit import fit_line, fit_model
+from snugfit.quantization.plan import plan_quantization
+from snugfit.recipes.recipe import builtin_names, load_recipe
+from snugfit.records.base import FitRow
 from sparse_models import Tensor, deepseek_v3, minimax_m2, write_sparse_model
 from tiny_mixtures import make_mixture
 
@@ -322,7 +322,7 @@ def test_giants_take_seconds(build: Callable[[Path], Path], tp: int, refused: se
     model = build(tmp_path / "model")
     script = (
         "import json, sys\n"
-        "from snugfit.fit import fit_model\n"
+        "from snugfit.planning.fit import fit_model\n"
         "from snugfit.machine import peak_rss_bytes\n"
         f"record = fit_model({str(model)!r}, 'RTX PRO 6000', tp={tp}, context=65536)\n"
         "heavy = sorted({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules))\n"
@@ -375,7 +375,7 @@ def test_unnamed_gpu_shows_every_generation(nemo: Path) -> None:
 def test_json(nemo: Path) -> None:
     """`--json` prints one document with the schema's name, every row, and what was asked."""
     record = json.loads(run("fit", nemo, "--gpu", CARD, "--context", "32k", "--recipe", "nvfp4", "--json").stdout)
-    assert record["schema"] == "snugfit.fit/1"
+    assert record["schema"] == "snugfit.planning.fit/1"
     assert record["context"] == 32768
     assert sorted(row["name"] for row in record["rows"]) == ["bf16, as it is", "nvfp4"]
     assert record["arguments"]["recipes"] == ["nvfp4"]

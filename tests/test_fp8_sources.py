@@ -23,13 +23,13 @@ from torch import Tensor
 
 from conftest import MakeTiny
 from fp8_sources import KINDS, Kind, as_fp8, as_mxfp4, dequantized
-from snugfit.calibration.record import Calibration
 from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_head, open_subject, resident_layer
-from snugfit.model import layers, walk
-from snugfit.quantize import quantize_checkpoint
-from snugfit.quantize_plan import NoEngine, plan_quantization
-from snugfit.records import QuantizeRecord
+from snugfit.model import forward_pass, layers
+from snugfit.quantization.plan import NoEngine, plan_quantization
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.records.base import QuantizeRecord
+from snugfit.records.statistics_file import Calibration
 from tiny_families import all_tensors, random_rows, same, write_rows
 from tiny_mixtures import make_mixture, rewrite
 
@@ -340,11 +340,13 @@ def test_kept_layers_compute_what_the_source_computes(
 def logits_behind(path: Path, last: int) -> Tensor:
     """Logits [2, 24, V] of two rows, as if layer `last` were the model's last one."""
     subject = open_subject(path)
-    batches = walk.make_batches(random_rows([24, 24], seed=5), 4096, CPU)
-    walk.embed(subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU)
+    batches = forward_pass.make_batches(random_rows([24, 24], seed=5), 4096, CPU)
+    forward_pass.embed(
+        subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU
+    )
     for index in range(last + 1):
         layer, cache = resident_layer(subject, index, CPU)
-        walk.run_layer(layer, index, batches, cache=cache)
+        forward_pass.run_layer(layer, index, batches, cache=cache)
     return open_head(subject, CPU)(torch.cat([batch.hidden for batch in batches]))
 
 

@@ -17,13 +17,13 @@ from typer.testing import CliRunner
 
 from fp8_sources import KINDS, Kind, as_fp8
 from hub_server import COMMIT, files_of, serve
-from snugfit.calibration.record import STATISTICS_FILE, RowsUsed, Statistics
-from snugfit.calibration.spread import Experts, Inputs, Layer
-from snugfit.cli import app
+from snugfit.cli.app import app
 from snugfit.dialects.packed import bits_of
-from snugfit.inspection import INSPECT_SCHEMA, Inspection, Part, formats_for, inspect_model
+from snugfit.inspection.inspect import INSPECT_SCHEMA, Inspection, Part, formats_for, inspect_model
 from snugfit.model.names import parse_name
-from snugfit.printing import ranges
+from snugfit.records.statistics import Experts, Inputs, Layer
+from snugfit.records.statistics_file import STATISTICS_FILE, RowsUsed, Statistics
+from snugfit.report.terminal import ranges
 from sparse_models import FP8, Storage, Tensor, deepseek_v3, minimax_m2, write_sparse_model
 from tiny_mixtures import make_mixture
 
@@ -91,9 +91,9 @@ LARGE: dict[str, tuple[Callable[[Path, Storage], Path], Storage]] = {
 }
 MEASURED = """
 import sys
-from snugfit.calibration.record import STATISTICS_FILE, RowsUsed, Statistics
-from snugfit.calibration.spread import Experts, Inputs, Layer
-from snugfit.cli import app
+from snugfit.records.statistics_file import STATISTICS_FILE, RowsUsed, Statistics
+from snugfit.records.statistics import Experts, Inputs, Layer
+from snugfit.cli.app import app
 try:
     app()
 finally:
@@ -726,8 +726,8 @@ def test_of_the_hub(tmp_path: Path) -> None:
     with serve(files_of(directory)) as hub:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")}
-        command = [sys.executable, "-m", "snugfit.cli", "inspect", "org/name", "--json"]
-        command[1:3] = ["-c", "from snugfit.cli import app; app()"]
+        command = [sys.executable, "-m", "snugfit.cli.app", "inspect", "org/name", "--json"]
+        command[1:3] = ["-c", "from snugfit.cli.app import app; app()"]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         read = sum(int(end) - int(begin) + 1 for begin, end in (r[6:].split("-") for r in hub.ranges()))
     record = json.loads(run.stdout)

@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-import snugfit.quantize_run
+import snugfit.quantization.run
 from conftest import MakeTiny
 from killed import KILLED, contents, in_child
-from snugfit.calibration.record import STATISTICS_FILE
-from snugfit.calibration.statistics import ExpertStatistics
-from snugfit.cli import app
+from snugfit.calibration.observers import ExpertStatistics
+from snugfit.cli.app import app
 from snugfit.dialects.schemes import parse_scheme
 from snugfit.dialects.targets import Targets
 from snugfit.engines.mixtures import OUTSIDE
 from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_head, open_subject, pass_layers
-from snugfit.model import walk
-from snugfit.model.shards import units_done
-from snugfit.quantize import quantize_checkpoint
-from snugfit.quantize_plan import NoEngine, plan_quantization
-from snugfit.quantize_units import calibrate as calibrate_layer
-from snugfit.recipe import LoadedRecipe, parse_recipe
+from snugfit.model import forward_pass
+from snugfit.quantization.layer import calibrate as calibrate_layer
+from snugfit.quantization.plan import NoEngine, plan_quantization
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
+from snugfit.records.statistics_file import STATISTICS_FILE
+from snugfit.storage.shards import units_done
 from tiny_families import all_tensors, load, random_rows, same, write_rows
 from tiny_mixtures import MIXTURES, make_mixture, rewrite
 
@@ -356,7 +356,7 @@ def reference_logits(family: str, path: Path, out: Path, folder: Path, ids: Tens
 def logits_of(out: Path, rows: list[list[int]]) -> Tensor:
     subject = open_subject(out, activations="none", arithmetic=torch.float32)
     batches = pass_layers(subject, rows, CPU, tokens_per_batch=4096)
-    found = [part for _, _, part in walk.logits(open_head(subject, CPU), batches)]
+    found = [part for _, _, part in forward_pass.logits(open_head(subject, CPU), batches)]
     return torch.cat(found, 1)
 
 
@@ -397,7 +397,7 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
             return second(*arguments, **named)
 
         ExpertStatistics.second = counted  # type: ignore[method-assign]
-        snugfit.quantize_run.calibrate = calibrate  # type: ignore[assignment,attr-defined]
+        snugfit.quantization.run.calibrate = calibrate  # type: ignore[assignment,attr-defined]
         quantize_checkpoint(source(family), tmp_path / "two", "nvfp4-moe", **options)
 
     assert in_child(die) == KILLED

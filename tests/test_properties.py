@@ -16,24 +16,24 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fuzz.mutate import spoil_bytes, spoil_json
-from snugfit.assignment import Assignment
 from snugfit.engines.fused import group_modules
 from snugfit.engines.gpus import CARDS
 from snugfit.engines.memory import ENGINES, GIB, OFFERED
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP
 from snugfit.model.anatomy import find_decoder
-from snugfit.model.checkpoint import read_header
 from snugfit.model.names import LINEAR, ROLE_SETS, parse_name
-from snugfit.model.safetensors import DTYPE_BYTES, TensorInfo, parse_header
-from snugfit.model.shards import plan_shards
-from snugfit.planning.asked import Gpu
-from snugfit.planning.blocks import make_pool
-from snugfit.planning.kv_cache import check_split
-from snugfit.planning.memory import Device, in_flight, longest_position, read_widths
-from snugfit.planning.read_cache import read_cache
-from snugfit.planning.solve import Model, Setting, Stored, answer
-from snugfit.recipe import LoadedRecipe, layer_numbers, parse_recipe, resolve
+from snugfit.recipes.assignment import Assignment
+from snugfit.recipes.recipe import LoadedRecipe, layer_numbers, parse_recipe, resolve
+from snugfit.storage.checkpoint import read_header
+from snugfit.storage.safetensors_header import DTYPE_BYTES, TensorInfo, parse_header
+from snugfit.storage.shards import plan_shards
+from snugfit.vram.blocks import make_pool
+from snugfit.vram.budget import Device, in_flight, longest_position, read_widths
+from snugfit.vram.fit import Model, Setting, Stored, answer
+from snugfit.vram.kv_cache import check_split
+from snugfit.vram.kv_cache_config import read_cache
+from snugfit.vram.request import Gpu
 
 Result = TypeVar("Result")
 quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))

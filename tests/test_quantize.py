@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import MakeTiny
-from snugfit.calibration.dataset import load_rows
+from snugfit.data.rows import load_rows
 from snugfit.errors import UserError
 from snugfit.evaluation.fidelity import perplexity
 from snugfit.formats import nvfp4
-from snugfit.model.checkpoint import open_checkpoint, read_tensor
-from snugfit.quantize import RECORD_FILE, quantize_checkpoint
-from snugfit.quantize_plan import plan_quantization
-from snugfit.recipe import parse_recipe
+from snugfit.quantization.plan import plan_quantization
+from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.recipes.recipe import parse_recipe
+from snugfit.storage.checkpoint import open_checkpoint, read_tensor
 
 
 def all_tensors(path: Path) -> dict[str, Tensor]:
@@ -166,13 +166,13 @@ def test_record_tells_what_is_on_disk(make_tiny: MakeTiny, token_rows: Path, tmp
 
 def test_data_free_recipes_run_no_model(make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A recipe without activation scales reads no rows and runs no layer, whatever text it is given."""
-    from snugfit.model import walk
+    from snugfit.model import forward_pass
 
     def refuse(*_: object) -> None:
         raise AssertionError("ran a model")
 
-    monkeypatch.setattr(walk, "embed", refuse)
-    monkeypatch.setattr(walk, "run_layer", refuse)
+    monkeypatch.setattr(forward_pass, "embed", refuse)
+    monkeypatch.setattr(forward_pass, "run_layer", refuse)
     for recipe in ("fp8-dynamic", "int4-w4a16", "fp8-int4", "nvfp4a16"):
         record = quantize_checkpoint(make_tiny("llama"), tmp_path / recipe, recipe, text=["no-such-file.txt"])
         assert record.dataset is None

@@ -10,13 +10,12 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from snugfit.assignment import Assignment
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.model.checkpoint import TensorInfo, open_checkpoint
 from snugfit.model.names import parse_name
-from snugfit.quantize import RECIPE_FILE, quantize_checkpoint
-from snugfit.recipe import (
+from snugfit.quantization.quantize import RECIPE_FILE, quantize_checkpoint
+from snugfit.recipes.assignment import Assignment
+from snugfit.recipes.recipe import (
     LoadedRecipe,
     builtin_names,
     layer_numbers,
@@ -24,6 +23,7 @@ from snugfit.recipe import (
     parse_recipe,
     resolve,
 )
+from snugfit.storage.checkpoint import TensorInfo, open_checkpoint
 
 MakeTiny = Callable[..., Path]
 WHERE = "mine.yaml"

@@ -14,15 +14,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import snugfit.quantize_run
+import snugfit.quantization.run
 from conftest import MakeTiny
 from killed import KILLED, contents, in_child
-from snugfit.cli import app
+from snugfit.cli.app import app
 from snugfit.errors import Unfinished, UserError
-from snugfit.model.shards import WORK_NAME, units_done
-from snugfit.quantize import RECORD_FILE, quantize_checkpoint
-from snugfit.quantize_units import calibrate as calibrate_layer
-from snugfit.quantize_units import quantize_unit
+from snugfit.quantization.layer import calibrate as calibrate_layer
+from snugfit.quantization.layer import quantize_unit
+from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.storage.shards import WORK_NAME, units_done
 
 RECIPE = "nvfp4-fp8-hybrid-fp8kv"
 # everything that changes the disk
@@ -143,7 +143,7 @@ def stop_in_layer(monkeypatch: pytest.MonkeyPatch, layer: int, error: BaseExcept
             raise error
         return real(*arguments)
 
-    monkeypatch.setattr(snugfit.quantize_run, "calibrate", calibrate)
+    monkeypatch.setattr(snugfit.quantization.run, "calibrate", calibrate)
 
 
 def command(model: Path, out: Path, token_rows: Path, *options: str) -> Any:
@@ -335,7 +335,7 @@ def test_a_recipe_without_data_goes_on_too(model: Path, tmp_path: Path, monkeypa
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(snugfit.quantize_run, "quantize_unit", stop)
+        patch.setattr(snugfit.quantization.run, "quantize_unit", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize_checkpoint(model, tmp_path / "out", "fp8-dynamic", device="cpu")
     record = quantize_checkpoint(model, tmp_path / "out", "fp8-dynamic", device="cpu")

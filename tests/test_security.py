@@ -22,14 +22,14 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from hub_server import Hub, files_of, serve
-from snugfit.calibration import dataset
-from snugfit.cli import app
+from snugfit.cli.app import app
+from snugfit.data import rows as dataset
 from snugfit.dialects.targets import Targets
 from snugfit.errors import UserError, plain
-from snugfit.model import ranges
-from snugfit.model.checkpoint import INDEX_NAME, SINGLE_NAME, read_header
-from snugfit.model.shards import LOCK_NAME, WORK_NAME
 from snugfit.patterns import Pattern
+from snugfit.storage import http_ranges as ranges
+from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_header
+from snugfit.storage.shards import LOCK_NAME, WORK_NAME
 from test_eval_bad_input import PROSE, add_tokenizer
 
 MakeTiny = Callable[..., Path]

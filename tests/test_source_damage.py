@@ -10,14 +10,14 @@ import torch
 
 from conftest import MakeTiny
 from fp8_sources import as_fp8, as_mxfp4, dequantized
-from snugfit.calibration.record import STATISTICS_FILE, load_statistics
 from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_subject
-from snugfit.model.checkpoint import fingerprint, open_checkpoint
 from snugfit.model.emulate import ExpertInputs
-from snugfit.quantize import quantize_checkpoint
-from snugfit.quantize_plan import plan_quantization
-from snugfit.recipe import LoadedRecipe, parse_recipe
+from snugfit.quantization.plan import plan_quantization
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
+from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
+from snugfit.storage.checkpoint import fingerprint, open_checkpoint
 from tiny_families import all_tensors, random_rows, write_rows
 from tiny_mixtures import make_mixture, rewrite
 

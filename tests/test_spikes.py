@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from snugfit.calibration.record import RowsUsed, Statistics
-from snugfit.calibration.spread import Experts, Inputs, Layer
-from snugfit.report.spikes import coverage_of, coverage_sheet, coverage_words, spike_sheet, spikes_of, write_spikes
+from snugfit.records.statistics import Experts, Inputs, Layer
+from snugfit.records.statistics_file import RowsUsed, Statistics
+from snugfit.report.outliers import coverage_of, coverage_sheet, coverage_words, spike_sheet, spikes_of, write_spikes
 
 USUAL, LARGE = 127 << 4, 137 << 4  # bins from 1 and from 1024
 

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import MakeTiny
-from snugfit.calibration.record import STATISTICS_FILE, load_statistics
-from snugfit.cli import app
+from snugfit.cli.app import app
+from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
 from tiny_families import random_rows, write_rows
 from tiny_mixtures import make_mixture
 

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 from conftest import MakeTiny
 from hub_server import COMMIT, Hub, files_of, serve
-from snugfit.calibration.record import STATISTICS_FILE
-from snugfit.cli import app
-from snugfit.model import ranges
-from snugfit.model.shards import units_done
-from snugfit.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.cli.app import app
+from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.records.statistics_file import STATISTICS_FILE
+from snugfit.storage import http_ranges as ranges
+from snugfit.storage.shards import units_done
 
 RECIPE = "nvfp4-fp8-hybrid"
 

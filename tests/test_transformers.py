@@ -13,9 +13,9 @@ from compressed_tensors.compressors.nvfp4 import base
 from torch import Tensor
 
 from conftest import MakeTiny
-from snugfit.calibration.dataset import Rows, load_rows, python_topics
+from snugfit.data.rows import Rows, load_rows, python_topics
 from snugfit.evaluation.fidelity import perplexity, stream_logits
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
 
 
 def load(path: Path) -> Any:

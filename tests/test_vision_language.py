@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from snugfit.calibration.dataset import make_rows
+from snugfit.data.rows import make_rows
 from snugfit.errors import UserError
-from snugfit.evaluate import evaluate
 from snugfit.evaluation.continuations import continue_greedily
+from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.fidelity import perplexity, stream_logits
 from snugfit.evaluation.subject import open_head, open_subject, pass_layers
 from snugfit.model import layers
-from snugfit.model.checkpoint import open_checkpoint
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.storage.checkpoint import open_checkpoint
 from tiny_families import (
     VISION_LANGUAGE,
     all_tensors,

@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import MakeTiny
-from snugfit.calibration.dataset import Rows, load_rows
+from snugfit.data.rows import Rows, load_rows
 from snugfit.evaluation.fidelity import stream_logits
 from snugfit.evaluation.subject import open_subject
-from snugfit.quantize import quantize_checkpoint
-from snugfit.quantize_plan import plan_quantization
+from snugfit.quantization.plan import plan_quantization
+from snugfit.quantization.quantize import quantize_checkpoint
 
 RECIPES = ("fp8-block", "mxfp4", "fp8-dynamic-fp8kv", "nvfp4-fp8-hybrid-fp8kv")
 # sides that 128 divides, one of them more than once, and a key of one block

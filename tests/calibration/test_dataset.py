@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from snugfit.calibration.dataset import Rows, load_rows, load_tokenizer, make_rows, python_topics, unwrap
+from snugfit.data.rows import Rows, load_rows, load_tokenizer, make_rows, python_topics, unwrap
 from snugfit.errors import UserError
 
 BOS = 1  # <|im_start|> of the packaged model's tokenizer

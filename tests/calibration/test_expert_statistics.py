@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from snugfit.calibration.record import STATISTICS_FILE, Calibration, load_statistics
-from snugfit.calibration.spread import Experts, Layer
-from snugfit.calibration.statistics import ExpertStatistics
-from snugfit.cli import app
+from snugfit.calibration.observers import ExpertStatistics
+from snugfit.cli.app import app
 from snugfit.errors import Unfinished
 from snugfit.model import experts
 from snugfit.model.experts import NoHooks
-from snugfit.model.walk import Batch
-from snugfit.quantize import RECORD_FILE, quantize_checkpoint
-from snugfit.recipe import parse_recipe
+from snugfit.model.forward_pass import Batch
+from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.recipes.recipe import parse_recipe
+from snugfit.records.statistics import Experts, Layer
+from snugfit.records.statistics_file import STATISTICS_FILE, Calibration, load_statistics
 from test_mixtures import experts_of, from_nvfp4, in_pieces, role
 from tiny_families import all_tensors, load, random_rows, same, write_rows
 from tiny_mixtures import make_mixture, rewrite

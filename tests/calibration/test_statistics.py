@@ -12,17 +12,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from conftest import MakeTiny
-from snugfit.calibration.statistics import KVAmax
+from snugfit.calibration.observers import KVAmax
 from snugfit.evaluation.subject import open_subject, resident_layer
-from snugfit.model import layers, walk
+from snugfit.model import forward_pass, layers
 
 CPU = torch.device("cpu")
 # rows of different lengths: batches are padded
 ROWS = [torch.randint(3, 64, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (70, 41, 3, 64)]
 
 
-def batch_of(lengths: tuple[int, ...], width: int) -> walk.Batch:
-    return walk.Batch(tuple(range(len(lengths))), torch.zeros(len(lengths), width, dtype=torch.int64), lengths)
+def batch_of(lengths: tuple[int, ...], width: int) -> forward_pass.Batch:
+    return forward_pass.Batch(tuple(range(len(lengths))), torch.zeros(len(lengths), width, dtype=torch.int64), lengths)
 
 
 def test_pads_are_left_out() -> None:
@@ -77,16 +77,18 @@ class NotingCache(DynamicCache):  # type: ignore[misc]
         return kept
 
 
-def walked(source: Path, *, watched: bool) -> tuple[list[tuple[float, float] | None], list[walk.Batch]]:
+def walked(source: Path, *, watched: bool) -> tuple[list[tuple[float, float] | None], list[forward_pass.Batch]]:
     """Each layer's figures and the batches behind the last layer, walked with a KVAmax or without."""
     subject = open_subject(source, activations="none")
-    batches = walk.make_batches(ROWS, 4096, CPU)
-    walk.embed(subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU)
+    batches = forward_pass.make_batches(ROWS, 4096, CPU)
+    forward_pass.embed(
+        subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU
+    )
     found = []
     for index in range(len(subject.skeleton.layers)):
         layer, _ = resident_layer(subject, index, CPU)
         kv = KVAmax()
-        walk.run_layer(layer, index, batches, kv.before if watched else None, cache=kv if watched else None)
+        forward_pass.run_layer(layer, index, batches, kv.before if watched else None, cache=kv if watched else None)
         found.append(kv.amax)
     return found, batches
 

@@ -16,7 +16,13 @@ from torch import nn
 
 from conftest import MakeTiny
 from fp8_sources import as_fp8
-from snugfit.calibration.record import (
+from snugfit.calibration.observers import InputStatistics
+from snugfit.errors import UserError
+from snugfit.model import forward_pass
+from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.records.statistics import SAMPLED, Experts, Inputs, Layer, lower_end, merge_inputs
+from snugfit.records.statistics_file import (
     STATISTICS_FILE,
     Calibration,
     Statistics,
@@ -24,12 +30,6 @@ from snugfit.calibration.record import (
     merge_statistics,
     save_statistics,
 )
-from snugfit.calibration.spread import SAMPLED, Experts, Inputs, Layer, lower_end, merge_inputs
-from snugfit.calibration.statistics import InputStatistics
-from snugfit.collect import collect_statistics
-from snugfit.errors import UserError
-from snugfit.model import walk
-from snugfit.quantize import quantize_checkpoint
 from tiny_families import all_tensors, random_rows, write_rows
 from tiny_mixtures import make_mixture
 
@@ -118,8 +118,8 @@ def no_walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         raise AssertionError("ran a model")
 
     def forbid() -> None:
-        monkeypatch.setattr(walk, "embed", refuse)
-        monkeypatch.setattr(walk, "run_layer", refuse)
+        monkeypatch.setattr(forward_pass, "embed", refuse)
+        monkeypatch.setattr(forward_pass, "run_layer", refuse)
 
     return forbid
 
@@ -276,7 +276,7 @@ def test_experts_that_saw_little_are_refused(
 BROKEN: dict[str, bytes] = {
     "empty": b"",
     "no JSON": b"{'schema': 1}",
-    "another kind": b'{"schema": "snugfit.quantize/1", "layers": {}}',
+    "another kind": b'{"schema": "snugfit.quantization.quantize/1", "layers": {}}',
     "a list": b"[]",
     "a number": b"7",
     "no text": b"\xff\xfe\x00",
@@ -390,12 +390,12 @@ def test_what_is_lacking_is_found_before_any_layer_is_made(
     llama: Path, collected: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Statistics that lack the last layer fail before the first weight is read."""
-    import snugfit.quantize
+    import snugfit.quantization.quantize
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("began the long work")
 
-    monkeypatch.setattr(snugfit.quantize, "run_units", refuse)
+    monkeypatch.setattr(snugfit.quantization.quantize, "run_units", refuse)
     file = edited(collected("dense"), tmp_path, lambda d: d["layers"].pop("1"))
     assert "layer 1" in refused(llama, "nvfp4", file, tmp_path)
 
@@ -613,7 +613,7 @@ def test_a_stopped_collection_goes_on(
     llama: Path, rows: dict[str, Path], collected: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """A run stopped in its second layer goes on there and ends with the same statistics."""
-    run_layer = walk.run_layer
+    run_layer = forward_pass.run_layer
     seen: list[int] = []
 
     def stop(layer: nn.Module, index: int, *args: Any, **kwargs: Any) -> None:
@@ -622,7 +622,7 @@ def test_a_stopped_collection_goes_on(
             raise KeyboardInterrupt
         run_layer(layer, index, *args, **kwargs)
 
-    monkeypatch.setattr(walk, "run_layer", stop)
+    monkeypatch.setattr(forward_pass, "run_layer", stop)
     asked: dict[str, Any] = {"text": [rows["all"]], "device": "cpu", "tokens_per_batch": LENGTH}
     with pytest.raises(KeyboardInterrupt):
         collect_statistics(llama, tmp_path / "out", **asked)
@@ -724,7 +724,7 @@ def test_experts_figures() -> None:
 
 def test_a_statement_of_rows_adds_up() -> None:
     """Tokens of statistics are those of all rows."""
-    from snugfit.calibration.record import RowsUsed
+    from snugfit.records.statistics_file import RowsUsed
 
     parts = (RowsUsed("a", 2, 10, "x"), RowsUsed("b", 1, 5, "y"))
     assert Statistics("0", "m", "h", "f", parts, "all", 0, None, None, {}).tokens == 15

@@ -19,7 +19,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
 from snugfit.formats.stored import dequantize
 from snugfit.model import emulate, layers
-from snugfit.model.checkpoint import TORCH_NAMES, open_checkpoint
+from snugfit.storage.checkpoint import TORCH_NAMES, open_checkpoint
 
 E4M3 = torch.float8_e4m3fn
 MODULE = "model.layers.0.mlp.up_proj"

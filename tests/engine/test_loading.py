@@ -13,7 +13,7 @@ import pytest
 
 from conftest import MakeTiny
 from snugfit.engines.fused import group_modules
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
 from tiny_families import FAMILIES, make_vision_language, random_rows, write_rows
 
 pytestmark = pytest.mark.engine

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
 from tiny_families import all_tensors, random_rows, write_rows
 from tiny_mixtures import make_mixture
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from snugfit.calibration.dataset import Rows, load_rows
+from snugfit.data.rows import Rows, load_rows
 from snugfit.evaluation.fidelity import perplexity
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
 
 pytestmark = pytest.mark.engine
 

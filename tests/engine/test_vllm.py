@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from snugfit.calibration.dataset import Rows, load_rows, python_topics
+from snugfit.data.rows import Rows, load_rows, python_topics
 from snugfit.evaluation.fidelity import perplexity
 from snugfit.formats import fp8
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
 
 pytestmark = pytest.mark.engine
 

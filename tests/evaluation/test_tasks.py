@@ -21,7 +21,7 @@ import yaml
 from snugfit.errors import UserError
 from snugfit.evaluation import offline_tasks, tasks
 from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
-from snugfit.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize_checkpoint
 
 MakeTiny = Callable[..., Path]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "to", "its", "red", "hat", "by", "old", "sea"]

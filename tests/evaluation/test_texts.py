@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from snugfit.calibration.dataset import python_topics
+from snugfit.data.rows import python_topics
+from snugfit.data.texts import CHAT, Tokenizer, check_tokenizer, find_files, read_chunks
 from snugfit.errors import UserError
-from snugfit.evaluation.texts import CHAT, Tokenizer, check_tokenizer, find_files, read_chunks
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds. " * 200
 TALK = [

@@ -14,7 +14,7 @@ from snugfit.formats import fp8, int4, mxfp4, nvfp4
 from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS, READ_ONLY, TensorFormat, bytes_for, check_shape
 from snugfit.formats.stored import Stored, dequantize
 from snugfit.methods.rounding import ROUNDERS, round_group
-from snugfit.recipe import parse_recipe
+from snugfit.recipes.recipe import parse_recipe
 
 # every setting of a format, and the relative squared error that rounding fused_pair() to it stays below: a tenth more
 # than the largest measured over eight seeds, both members and all scale rules

@@ -315,7 +315,7 @@ def make_recipe(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     """A recipe file that is damaged."""
     import yaml
 
-    from snugfit.recipe import builtin_names, load_recipe
+    from snugfit.recipes.recipe import builtin_names, load_recipe
 
     mine = (
         "name: mine\ndescription: a mix\nkv_cache: fp8\nrules:\n"

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from conftest import TINY
-from snugfit.collect import collect_statistics
-from snugfit.evaluate import evaluate
-from snugfit.quantize import quantize_checkpoint
+from snugfit.evaluation.evaluate import evaluate
+from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.quantize import quantize_checkpoint
 from test_eval_bad_input import add_tokenizer
 from test_resume import stop_in_layer
 from tiny_mixtures import make_mixture

@@ -28,7 +28,7 @@ from typing import Any
 from typer.main import get_command
 
 from fuzz.cases import TARGETS, Command, rng_of
-from snugfit.cli import app
+from snugfit.cli.app import app
 
 SECONDS = {False: 5, True: 30}  # of CPU time, in all threads; heavy ones run a model
 LONGEST = 120  # seconds on the clock, then the process is killed
@@ -218,7 +218,7 @@ def _check_answer(command: Command, outcome: Outcome, shared: Path) -> Iterator[
         yield "the tensors' bytes are not those of the whole"
     if "--dry-run" in command:
         return
-    from snugfit.model.checkpoint import open_directory
+    from snugfit.storage.checkpoint import open_directory
 
     stored = open_directory(Path(option(command, "-o") or ""))
     if sum(tensor.bytes for tensor in stored.tensors.values()) != document["bytes"]:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from snugfit.errors import UserError
-from snugfit.model.checkpoint import (
+from snugfit.storage.checkpoint import (
     DTYPE_BYTES,
     INDEX_NAME,
     SINGLE_NAME,
@@ -28,8 +28,8 @@ from snugfit.model.checkpoint import (
     read_header,
     read_tensor,
 )
-from snugfit.model.shards import LOCK_NAME, ShardWriter, file_digests, index_of, plan_shards, staged
-from snugfit.model.transfer import Transfer
+from snugfit.storage.shards import LOCK_NAME, ShardWriter, file_digests, index_of, plan_shards, staged
+from snugfit.storage.transfer import Transfer
 
 NAME_OF = {getattr(torch, name): short for short, name in TORCH_NAMES.items()}
 

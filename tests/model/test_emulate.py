@@ -24,7 +24,7 @@ from snugfit.formats import fp8, nvfp4
 from snugfit.formats.spec import WHOLE_ROW, InputKind, TensorFormat
 from snugfit.methods.rounding import round_group
 from snugfit.model import emulate
-from snugfit.model.checkpoint import Checkpoint, open_checkpoint, read_tensor
+from snugfit.storage.checkpoint import Checkpoint, open_checkpoint, read_tensor
 
 E4M3 = torch.float8_e4m3fn
 PREFIX = "model.layers.0"

@@ -15,11 +15,11 @@ from fp8_sources import as_mxfp4, dequantized
 from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_subject, pass_layers
 from snugfit.model.assemble import pieces_of, read_single
-from snugfit.model.checkpoint import open_checkpoint
 from snugfit.model.sources import Weights, single_weights, stacked_weights
-from snugfit.quantize import quantize_checkpoint
-from snugfit.quantize_plan import plan_quantization
-from snugfit.recipe import parse_recipe
+from snugfit.quantization.plan import plan_quantization
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.recipes.recipe import parse_recipe
+from snugfit.storage.checkpoint import open_checkpoint
 from tiny_families import all_tensors, load, random_rows, same, write_rows
 from tiny_mixtures import make_mixture, rewrite
 

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
-from snugfit.calibration.statistics import ExpertStatistics
+from snugfit.calibration.observers import ExpertStatistics
 from snugfit.engines.mixtures import OUTSIDE
 from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_head, open_subject, resident_layer
-from snugfit.model import experts, layers, walk
+from snugfit.model import experts, forward_pass, layers
 from snugfit.model.experts import NoHooks
 from tiny_families import load, random_rows
 from tiny_mixtures import MIXTURES, make_mixture
@@ -121,8 +121,10 @@ def test_experts_give_what_eager_code_gives(family: str, dtype: torch.dtype, mix
 def walked(path: Path, hooks: Callable[[], Any]) -> list[list[Tensor]]:
     """Hidden states behind each layer, walked layer by layer with these hooks on mixtures; the logits behind them."""
     subject = open_subject(path, activations="none")
-    batches = walk.make_batches(ROWS, 4096, CPU)
-    walk.embed(subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU)
+    batches = forward_pass.make_batches(ROWS, 4096, CPU)
+    forward_pass.embed(
+        subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU
+    )
     found = []
     for index in range(len(subject.skeleton.layers)):
         layer, _ = resident_layer(subject, index, CPU)
@@ -130,10 +132,10 @@ def walked(path: Path, hooks: Callable[[], Any]) -> list[list[Tensor]]:
         if inside and (one := hooks()) is not None:
             experts.hook(inside[0], one)
             before = one.before
-        walk.run_layer(layer, index, batches, before)
+        forward_pass.run_layer(layer, index, batches, before)
         found.append([batch.hidden.clone() for batch in batches])
     head = open_head(subject, CPU)
-    found.append([logits for _, _, logits in walk.logits(head, batches)])
+    found.append([logits for _, _, logits in forward_pass.logits(head, batches)])
     return found
 
 

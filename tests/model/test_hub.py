@@ -18,8 +18,8 @@ from huggingface_hub import constants
 
 from hub_server import COMMIT, Hub, files_of, serve
 from snugfit.errors import UserError
-from snugfit.model import ranges
-from snugfit.model.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint, open_headers, read_range, read_tensor
+from snugfit.storage import http_ranges as ranges
+from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint, open_headers, read_range, read_tensor
 
 MakeTiny = Callable[..., Path]
 
@@ -121,8 +121,8 @@ def test_headers_cost_a_request_a_shard(hub: Hub, tiny: Path) -> None:
 def test_a_header_longer_than_expected(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     """A header that the first read does not reach the end of is read on from there."""
     whole = dict(open_headers("org/name").tensors)
-    monkeypatch.setattr("snugfit.model.hub.ENTRY_BYTES", 0)
-    monkeypatch.setattr("snugfit.model.hub.FRONT_BYTES", 8)
+    monkeypatch.setattr("snugfit.storage.hub.ENTRY_BYTES", 0)
+    monkeypatch.setattr("snugfit.storage.hub.FRONT_BYTES", 8)
     hub.requests.clear()
     again = open_headers("org/name")
     assert dict(again.tensors) == whole
@@ -416,7 +416,7 @@ def test_what_is_no_id(name: str, hub: Hub) -> None:
 
 def test_the_environment_is_heard(tiny: Path, tmp_path: Path) -> None:
     """HF_ENDPOINT and HF_HOME alone lead a command to another Hub and another cache."""
-    code = "from snugfit.model.checkpoint import open_checkpoint as o; print(len(o('org/name').tensors))"
+    code = "from snugfit.storage.checkpoint import open_checkpoint as o; print(len(o('org/name').tensors))"
     with serve(files_of(tiny)) as hub:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}

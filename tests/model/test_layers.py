@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conftest import MakeTiny
-from snugfit.calibration.dataset import Rows, make_rows
+from snugfit.data.rows import Rows, make_rows
 from snugfit.errors import UserError
 from snugfit.evaluation.fidelity import stream_logits
 from snugfit.model import layers
-from snugfit.model.checkpoint import open_checkpoint
+from snugfit.storage.checkpoint import open_checkpoint
 from tiny_families import FAMILIES, all_tensors, load, random_rows
 
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import save_file
 
 from snugfit.errors import UserError
-from snugfit.model import safetensors
-from snugfit.model.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, read_range, read_tensor
-from snugfit.model.files import MAX_JSON_BYTES
-from snugfit.model.safetensors import parse_header
+from snugfit.storage import safetensors_header as safetensors
+from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, open_checkpoint, read_range, read_tensor
+from snugfit.storage.files import MAX_JSON_BYTES
+from snugfit.storage.safetensors_header import parse_header
 from sparse_models import deepseek_v3
 
 Change = Callable[[Path], None]
@@ -335,7 +335,7 @@ def test_bytes_come_from_a_remote_where_there_is_one(model: Path) -> None:
 
 OPENED = """
 import sys, time
-from snugfit.model.checkpoint import open_checkpoint
+from snugfit.storage.checkpoint import open_checkpoint
 begin = time.process_time()
 count = len(open_checkpoint(sys.argv[1]).tensors)
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))

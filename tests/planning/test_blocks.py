@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 import real_configs as real
 from snugfit.errors import UserError
-from snugfit.planning.blocks import Group, Pool, make_pool
-from snugfit.planning.read_cache import read_cache
+from snugfit.vram.blocks import Group, Pool, make_pool
+from snugfit.vram.kv_cache_config import read_cache
 from sparse_models import DEEPSEEK_V3
 
 BATCH = 2048

@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from snugfit.planning import families
-from snugfit.planning.kv_cache import Attention, ModelCache, State
-from snugfit.planning.read_cache import read_cache
+from snugfit.vram import families
+from snugfit.vram.kv_cache import Attention, ModelCache, State
+from snugfit.vram.kv_cache_config import read_cache
 
 TOKENS = 40
 WINDOW = 16

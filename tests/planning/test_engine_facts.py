@@ -10,8 +10,8 @@ from snugfit.engines.memory import ENGINES, GIB, MIB, OFFERED
 from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, READ_ONLY, TensorFormat
-from snugfit.planning.asked import parse_gpu, parse_tokens
-from snugfit.planning.weights import kernel_format
+from snugfit.vram.request import parse_gpu, parse_tokens
+from snugfit.vram.weights import kernel_format
 
 
 @pytest.mark.parametrize("text", ["16GiB", "16 GiB", "16gb", "16G", "16384MiB", "16.0g"])

@@ -8,8 +8,8 @@ import pytest
 
 import real_configs as real
 from snugfit.errors import UserError
-from snugfit.planning.kv_cache import Attention, CacheSize, State
-from snugfit.planning.read_cache import read_cache
+from snugfit.vram.kv_cache import Attention, CacheSize, State
+from snugfit.vram.kv_cache_config import read_cache
 from sparse_models import DEEPSEEK_V3, MINIMAX_M2
 
 # by hand, 16 bits: layers x (key and value) x heads x head width x 2 bytes

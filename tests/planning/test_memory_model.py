@@ -18,8 +18,8 @@ from snugfit.engines.memory import (
     graph_count,
     sglang_reserve,
 )
-from snugfit.planning.blocks import make_pool
-from snugfit.planning.memory import (
+from snugfit.vram.blocks import make_pool
+from snugfit.vram.budget import (
     Device,
     activation_bytes,
     in_flight,
@@ -28,7 +28,7 @@ from snugfit.planning.memory import (
     rotary_bytes,
     share_out,
 )
-from snugfit.planning.read_cache import read_cache
+from snugfit.vram.kv_cache_config import read_cache
 from sparse_models import DEEPSEEK_V3, MINIMAX_M2
 
 # the first seed: Mistral-Nemo, NVFP4 MLP and FP8 attention, on an RTX 5060 Ti 16GB

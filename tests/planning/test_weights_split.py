@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from snugfit.formats.spec import TensorFormat
-from snugfit.model.checkpoint import TensorInfo
-from snugfit.planning.weights import collapse_experts, gpu_bytes, is_served, kernel_format, misfit
+from snugfit.storage.checkpoint import TensorInfo
+from snugfit.vram.weights import collapse_experts, gpu_bytes, is_served, kernel_format, misfit
 
 LAYER = "model.layers.0"
 

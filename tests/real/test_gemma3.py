@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from snugfit.calibration.dataset import python_topics
-from snugfit.evaluate import evaluate
-from snugfit.evaluation.texts import Tokenizer, read_chunks
+from snugfit.data.rows import python_topics
+from snugfit.data.texts import Tokenizer, read_chunks
+from snugfit.evaluation.evaluate import evaluate
 from test_evaluate import agree, by_hand, models, noisy, plain
 
 pytestmark = pytest.mark.real

@@ -16,8 +16,8 @@ from serving.mock_vllm import CUT, DROP, HANG, MODEL, ROW, VARIABLES, Mock, V, e
 from snugfit.errors import UserError
 from snugfit.serving.answers import PromptLogprobs
 from snugfit.serving.client import NotFiniteError, Server, ServerLost, connect, find_top
+from snugfit.serving.engine_log import kernels_from_log
 from snugfit.serving.journal import Journal
-from snugfit.serving.kernels import kernels_from_log
 
 
 @pytest.fixture

@@ -96,8 +96,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RUN = """
 import json, sys
-import snugfit.quantize as quantize
-from snugfit.calibration.record import Calibration
+import snugfit.quantization.quantize as quantize
+from snugfit.records.statistics_file import Calibration
 from snugfit.machine import peak_rss_bytes, rss_bytes
 estimate, found = quantize.estimate_run, {}
 def note(plan, *arguments):

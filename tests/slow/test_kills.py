@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from snugfit.model.shards import units_done
-from snugfit.quantize import RECORD_FILE
+from snugfit.quantization.quantize import RECORD_FILE
+from snugfit.storage.shards import units_done
 
 pytestmark = pytest.mark.slow
 
 KILLS = 20
-COMMAND = "import sys; from snugfit.cli import app; app(sys.argv[1:])"
+COMMAND = "import sys; from snugfit.cli.app import app; app(sys.argv[1:])"
 
 
 def start(model: Path, out: Path) -> subprocess.Popen[bytes]:

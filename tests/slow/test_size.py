@@ -72,7 +72,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RUN = """
 import json, sys
-import snugfit.quantize as quantize
+import snugfit.quantization.quantize as quantize
 from snugfit.machine import peak_rss_bytes, rss_bytes
 estimate, found = quantize.estimate_run, {}
 def note(*arguments):

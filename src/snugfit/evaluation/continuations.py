@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from snugfit.evaluation.measure import Array
 from snugfit.evaluation.subject import Outer, Subject, outer_weights, resident_layer
 from snugfit.machine import free_bytes
-from snugfit.model import emulate, layers, walk
+from snugfit.model import emulate, forward_pass, layers
 from snugfit.model.standins import Receive, StandIn
 
 APART = 16  # tokens between two places in one row
@@ -75,7 +75,7 @@ def _whole_model(subject: Subject, device: torch.device) -> nn.Module:
         StandIn(layer, _read_when_called(subject, index, device, keep=keep), in_tuple=skeleton.in_tuple)
         for index, layer in enumerate(skeleton.layers)
     ]
-    model = walk.on_device(layers.with_layers(skeleton, called, weights), device)
+    model = forward_pass.on_device(layers.with_layers(skeleton, called, weights), device)
     emulate.quantize_inputs(model, head.quantizers)
     return model
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snugfit.calibration.dataset import Rows
+from snugfit.data.rows import Rows
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.evaluation.significance import ratio_mean
 from snugfit.evaluation.subject import TOKENS_PER_BATCH, open_head, open_subject, pass_layers
-from snugfit.model import walk
+from snugfit.model import forward_pass
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ def summarize(sums: list[float], counts: list[int]) -> Perplexity:
 @torch.no_grad()
 def stream_logits(
     checkpoint: str | Path, rows: Rows, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
-) -> Iterator[tuple[walk.Batch, int, Tensor]]:
+) -> Iterator[tuple[forward_pass.Batch, int, Tensor]]:
     """Logits of every row, piece by piece: (batch, first position, [B, t, V]); one decoder layer in memory."""
     place = torch.device(device)
     subject = open_subject(checkpoint, activations=activations)
     batches = pass_layers(subject, rows.rows, place, tokens_per_batch=TOKENS_PER_BATCH)
-    yield from walk.logits(open_head(subject, place), batches)
+    yield from forward_pass.logits(open_head(subject, place), batches)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from snugfit.evaluation.divergence import Prediction, diverge, softmax
 from snugfit.evaluation.subject import Subject, last_states, open_head, outer_weights
-from snugfit.model import walk
+from snugfit.model import forward_pass
 
 STATE_BYTES = 2 << 30  # hidden states in memory at once
 PIECE = 1 << 24  # logits of one model in memory at once
@@ -206,7 +206,7 @@ def _states(
     return dict(zip(chosen, states, strict=True))
 
 
-def _heads(entries: Sequence[Entry], device: torch.device) -> dict[int, walk.Head]:
+def _heads(entries: Sequence[Entry], device: torch.device) -> dict[int, forward_pass.Head]:
     """Every model's output head; weights that are equal are held once."""
     pool: dict[str, list[Tensor]] = {}
     heads = {}

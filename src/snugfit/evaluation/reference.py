@@ -26,9 +26,9 @@ from torch import Tensor
 
 from snugfit.errors import UserError
 from snugfit.evaluation.divergence import Prediction, Softmax, StoredTop
-from snugfit.model.checkpoint import Checkpoint
-from snugfit.model.shards import file_digests
-from snugfit.records import Floor
+from snugfit.records.base import Floor
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.shards import file_digests
 
 TOP = 64
 SAMPLE = 32

@@ -16,8 +16,8 @@ from snugfit.errors import UserError
 from snugfit.evaluation.divergence import ServedTop
 from snugfit.serving.answers import FULL, PromptLogprobs
 from snugfit.serving.client import NotFiniteError, Server, connect, find_top
+from snugfit.serving.engine_log import kernels_from_log
 from snugfit.serving.journal import Journal
-from snugfit.serving.kernels import kernels_from_log
 
 DEFAULT_TOP = 256
 

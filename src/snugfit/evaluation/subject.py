@@ -15,8 +15,8 @@ from snugfit.dialects import reading
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.model import emulate, experts, layers, walk
-from snugfit.model.checkpoint import Checkpoint, open_checkpoint
+from snugfit.model import emulate, experts, forward_pass, layers
+from snugfit.storage.checkpoint import Checkpoint, open_checkpoint
 
 TOKENS_PER_BATCH = 4096
 # codes in one element, by format and dtype; 1 of others
@@ -148,15 +148,15 @@ def pass_layers(
     *,
     tokens_per_batch: int,
     tick: Callable[[], None] = lambda: None,
-) -> list[walk.Batch]:
+) -> list[forward_pass.Batch]:
     """Rows in batches, passed through all decoder layers."""
-    batches = walk.make_batches(rows, tokens_per_batch, device)
+    batches = forward_pass.make_batches(rows, tokens_per_batch, device)
     weights = layers.outer_weights(subject.skeleton, subject.checkpoint, head=False)
-    walk.embed(subject.skeleton, weights, batches, device)
+    forward_pass.embed(subject.skeleton, weights, batches, device)
     with _bounded_attention(subject.arithmetic, device):
         for index in range(len(subject.skeleton.layers)):
             layer, cache = resident_layer(subject, index, device)
-            walk.run_layer(layer, index, batches, cache=cache)
+            forward_pass.run_layer(layer, index, batches, cache=cache)
             del layer  # before the next is read
             tick()
     for batch in batches:
@@ -188,10 +188,10 @@ class Outer:
     quantizers: Mapping[str, emulate.Quantizer]
 
 
-def open_head(subject: Subject, device: torch.device, outer: Outer | None = None) -> walk.Head:
+def open_head(subject: Subject, device: torch.device, outer: Outer | None = None) -> forward_pass.Head:
     """Final norm and output head: hidden states [B, t, H] on `device` to logits [B, t, V]."""
     given = outer or outer_weights(subject, device)
-    head, model = walk.output_head(subject.skeleton, given.weights, device)
+    head, model = forward_pass.output_head(subject.skeleton, given.weights, device)
     emulate.quantize_inputs(model, given.quantizers)
     return head
 

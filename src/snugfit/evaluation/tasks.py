@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from snugfit import __version__, machine
-from snugfit.calibration.dataset import load_tokenizer
+from snugfit.data.rows import load_tokenizer
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.evaluation import offline_tasks
 from snugfit.evaluation.subject import TOKENS_PER_BATCH, Subject, last_states, open_head, open_subject
-from snugfit.model import walk
-from snugfit.model.shards import staged
-from snugfit.records import TaskResult, TasksRecord
+from snugfit.model import forward_pass
+from snugfit.records.base import TaskResult, TasksRecord
+from snugfit.storage.shards import staged
 
 PASS_BYTES = 4 << 30  # hidden states in flight; requests with more of them pass through the model in parts
 POSITIONS_AT_ONCE = 256  # logits in memory: this many times the vocabulary, in fp32
@@ -229,7 +229,7 @@ def _passes(rows: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
     parts: list[list[int]] = []
     room = 0
     for row in sorted(range(len(rows)), key=lambda r: -len(rows[r])):
-        width = -(-len(rows[row]) // walk.ROW_MULTIPLE) * walk.ROW_MULTIPLE
+        width = -(-len(rows[row]) // forward_pass.ROW_MULTIPLE) * forward_pass.ROW_MULTIPLE
         if not parts or room < width:
             parts.append([])
             room = tokens
@@ -283,7 +283,7 @@ def _lay_out(
 def _score(
     states: torch.Tensor,
     asks: np.ndarray[Any, Any],
-    head: walk.Head,
+    head: forward_pass.Head,
     device: torch.device,
     totals: np.ndarray[Any, Any],
     hits: np.ndarray[Any, Any],

@@ -14,8 +14,8 @@ from snugfit.formats import fp8
 from snugfit.formats.fp8 import FP8Weight
 from snugfit.formats.mxfp4 import MXFP4Weight
 from snugfit.formats.stored import Stored, dequantize
-from snugfit.model.checkpoint import TORCH_NAMES, Checkpoint, TensorInfo, read_tensor
 from snugfit.model.sources import Source, Weights
+from snugfit.storage.checkpoint import TORCH_NAMES, Checkpoint, TensorInfo, read_tensor
 
 E8M0_NAN = 255
 ROWS = 1024  # dequantized at once

@@ -23,9 +23,9 @@ from snugfit.formats.stored import Stored, dequantize
 from snugfit.model import experts
 from snugfit.model.assemble import read_single
 from snugfit.model.cache import NoCache
-from snugfit.model.checkpoint import Checkpoint, read_tensor
 from snugfit.model.experts import NoHooks
 from snugfit.model.layers import ExpertStorage
+from snugfit.storage.checkpoint import Checkpoint, read_tensor
 
 # values at once: what a core's cache holds; what a small GPU spares
 SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}

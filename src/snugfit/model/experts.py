@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.errors import UserError
-from snugfit.model.checkpoint import Checkpoint
 from snugfit.model.names import ROLES
 from snugfit.model.sources import Weights
+from snugfit.storage.checkpoint import Checkpoint
 
 IMPLEMENTATION = "snugfit"
 GATE, UP, DOWN = "gate", "up", "down"

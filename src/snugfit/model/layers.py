@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from snugfit.errors import UserError
 from snugfit.model import experts
 from snugfit.model.assemble import part_of
-from snugfit.model.checkpoint import Checkpoint, TensorInfo, read_tensor
 from snugfit.model.conversion import StoredNames, list_name, stored_names
 from snugfit.model.sources import Weights, stacked_weights
 from snugfit.model.standins import TextOnly, alike, put, rehearse, token_embeddings
+from snugfit.storage.checkpoint import Checkpoint, TensorInfo, read_tensor
 
 APART = "Config and weights do not belong together."
 

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from snugfit.errors import plain
-from snugfit.records import as_json
+from snugfit.records.base import as_json
 from snugfit.report.tables import more_tokens, p_value
 
-COMPARE_SCHEMA = "snugfit.compare/1"
+COMPARE_SCHEMA = "snugfit.evaluation.compare/1"
 SIGNIFICANT = 0.05
 CSV_COLUMNS = (
     *("family", "name", "metric", "a", "b", "difference", "low", "high", "count", "p", "p_holm", "only_a", "only_b"),

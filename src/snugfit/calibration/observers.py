@@ -1,0 +1,179 @@
+"""What is measured while rows pass through a layer: the inputs of its linears, the keys and values it would cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.model.cache import NoCache
+from snugfit.model.experts import NoHooks
+from snugfit.model.forward_pass import Batch
+from snugfit.records.statistics import BINS, SAMPLED, SHIFT, Experts, Inputs
+
+
+class InputStatistics:
+    """Magnitudes of the inputs of watched linears over all real tokens. Fused partners share their inputs."""
+
+    def __init__(self, layer: nn.Module, modules: Iterable[str]) -> None:
+        """Watch `modules` (names relative to `layer`) from now on."""
+        self._found: dict[str, _Magnitudes] = {}
+        self._valid: Tensor | None = None
+        for name in modules:
+            self._watch(layer.get_submodule(name), name)
+
+    def before(self, batch: Batch) -> None:
+        """Tell which tokens of the coming batch are real."""
+        self._valid = batch.valid
+
+    def _watch(self, module: nn.Module, name: str) -> None:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            # some models flatten [B, T, K] to [B * T, K] before a linear
+            inputs = args[0] if self._valid is None else args[0].reshape(*self._valid.shape, -1)[self._valid]
+            self._found.setdefault(name, _Magnitudes()).add(inputs.reshape(-1, inputs.shape[-1]))
+
+        module.register_forward_pre_hook(hook)
+
+    def result(self, name: str) -> Inputs | None:
+        """What was seen of a module; None where nothing came."""
+        return self._found[name].result() if name in self._found else None
+
+
+class _Magnitudes:
+    """Adds up what `Inputs` holds; its numbers stay on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._tokens = 0
+        self._amax: Tensor | None = None
+        self._histogram: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in inputs [n, K]."""
+        if not len(inputs):
+            return
+        low, high = inputs.aminmax()
+        seen = torch.maximum(high, -low).float().abs()
+        self._amax = seen if self._amax is None else torch.maximum(self._amax, seen)
+        bins = inputs[-self._tokens % SAMPLED :: SAMPLED].float().abs().reshape(-1).view(torch.int32) >> SHIFT
+        counts = torch.bincount(bins, minlength=BINS)
+        self._histogram = counts if self._histogram is None else self._histogram + counts
+        self._tokens += len(inputs)
+
+    def result(self) -> Inputs:
+        """All that was taken in."""
+        if self._amax is None or self._histogram is None:
+            return Inputs(0, 0.0, {})
+        counts = self._histogram.tolist()
+        return Inputs(self._tokens, float(self._amax), {n: count for n, count in enumerate(counts) if count})
+
+
+class ExpertStatistics(NoHooks):
+    """Sees what comes to a layer's routed experts, and has each also run tokens that the router did not send it.
+
+    Of every token at most `cap` an expert and layer are forced so, evenly spread over all `tokens`; None forces none.
+    `inputs` rounds what goes in, as an engine would.
+    """
+
+    def __init__(self, inputs: NoHooks, *, cap: int | None, tokens: int) -> None:
+        self._inputs = inputs
+        self._stride = 0 if not cap else max(1, -(-tokens // cap))
+        self._valid: Tensor | None = None
+        self._seen = 0
+        # of the pass that is under way: each token's largest input, whether it is real, its number among real ones
+        self._sizes = self._real = self._numbers = torch.empty(0)
+        self._counts: Tensor | None = None
+        self._amax: Tensor | None = None
+        self._gate_up, self._down = _Magnitudes(), _Magnitudes()
+
+    def before(self, batch: Batch) -> None:
+        """Tell which tokens of the coming batch are real."""
+        self._valid = batch.valid
+
+    def begin(self, hidden: Tensor, count: int) -> None:
+        """A pass of hidden states [tokens, K] through `count` experts begins."""
+        whole = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
+        self._real = whole if self._valid is None else self._valid.reshape(-1)
+        low, high = hidden.aminmax(dim=1)
+        self._sizes = torch.maximum(high, -low).float()  # [tokens]
+        self._numbers = self._real.cumsum(0) - 1 + self._seen
+        self._seen += int(self._real.sum())
+        self._gate_up.add(hidden if self._valid is None else hidden[self._real])
+        if self._counts is None:
+            self._counts = torch.zeros(2, count, dtype=torch.int64, device=hidden.device)
+            self._amax = torch.zeros(2, 2, count, device=hidden.device)  # forced, down
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """Inputs of all gate and up projections [tokens, K]."""
+        return self._inputs.first(hidden)
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+        """Inputs of an expert's down projection [n, K]."""
+        assert self._counts is not None
+        assert self._amax is not None
+        mine, whose = hidden, tokens
+        if self._valid is not None:
+            real = self._real[tokens]
+            mine, whose = hidden[real], tokens[real]
+        if len(whose):
+            low, high = mine.aminmax()
+            found = torch.stack((self._sizes[whose].amax(), torch.maximum(high, -low).float()))
+            kind = int(forced)
+            self._counts[kind, expert] += len(mine)
+            self._amax[kind, :, expert] = torch.maximum(self._amax[kind, :, expert], found)
+            if not forced:
+                self._down.add(mine)
+        return self._inputs.second(expert, hidden, tokens, forced=forced)
+
+    def forced(self, expert: int, routed: Tensor) -> Tensor | None:
+        """Tokens [n] to send through an expert beside those `routed` to it."""
+        if not self._stride:
+            return None
+        wanted = self._real & ((self._numbers + expert) % self._stride == 0)
+        wanted[routed] = False
+        return wanted.nonzero().squeeze(1)
+
+    def result(self) -> tuple[Experts, Inputs, Inputs]:
+        """Each expert's part; all inputs of gate and up; inputs of down of routed tokens."""
+        assert self._counts is not None
+        assert self._amax is not None
+        routed, forced = (tuple(row) for row in self._counts.tolist())
+        amax = [[tuple(row) for row in kind] for kind in self._amax.tolist()]
+        places = (amax[0][0], amax[1][0], amax[0][1], amax[1][1])
+        return Experts(routed, forced, *places), self._gate_up.result(), self._down.result()
+
+
+class KVAmax(NoCache):
+    """Largest key and value magnitudes that one layer would cache, over all real tokens; given as `past_key_values`.
+
+    Keys come as engines keep them: normalized and rotated. They pass unchanged, because the scale that an FP8 cache
+    would round them under is what this pass measures; the layers behind see exact keys and values too.
+    """
+
+    def __init__(self) -> None:
+        self._largest: tuple[Tensor, Tensor] | None = None
+        self._valid: Tensor | None = None
+
+    def before(self, batch: Batch) -> None:
+        """Tell which tokens of the coming batch are real."""
+        self._valid = batch.valid
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, T, D] as they are, their magnitudes noted."""
+        keys, values = self._magnitude(key_states), self._magnitude(value_states)
+        if self._largest is not None:
+            keys, values = torch.maximum(self._largest[0], keys), torch.maximum(self._largest[1], values)
+        self._largest = keys, values
+        return key_states, value_states
+
+    @property
+    def amax(self) -> tuple[float, float] | None:
+        """Largest magnitudes of keys and of values; None where the layer has cached nothing, as linear attention."""
+        return None if self._largest is None else (float(self._largest[0]), float(self._largest[1]))
+
+    def _magnitude(self, states: Tensor) -> Tensor:
+        of_tokens = torch.maximum(states.amax((1, 3)), -states.amin((1, 3)))  # [B, T]; NaN carries through
+        real = of_tokens if self._valid is None else of_tokens[self._valid]
+        return real.amax().float()

@@ -1,0 +1,262 @@
+"""What is in a checkpoint, weight by weight: which part of the model it is, its real shape, what it is stored in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from snugfit.dialects.packed import (
+    CACHE_SCALE,
+    WIDE,
+    Packed,
+    bits_of,
+    method_of,
+    quantization_of,
+    serves,
+    split_name,
+    weights_of,
+)
+from snugfit.dialects.reading import read_formats, read_quant_config
+from snugfit.errors import UserError
+from snugfit.formats.spec import TensorFormat
+from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower, language_config, layer_count
+from snugfit.model.names import TensorName, parse_name
+from snugfit.model.sources import stacked_weights
+from snugfit.storage.checkpoint import Checkpoint, StoredTensor
+
+# parts of a model, in the order of tables
+PARTS = (
+    *("attention", "linear attention", "mlp", "experts", "shared experts", "router", "layers' other"),
+    *("embed", "lm_head", "norms", "vectors", "multi-token prediction", "towers", "other", "KV cache scales"),
+)
+_MIXERS = frozenset(
+    {"linear_attn", "mamba", "mixer", "ssm", "mamba2", "recurrent", "temporal_block", "conv", "short_conv", "rglru"}
+)
+_MLP = frozenset({"gate", "up", "gate_up", "down", "mlp"})
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """A weight (or a vector) of the model: `name` is its module's, `shape` that of the weight were it not packed.
+
+    `bytes` and `tensors` count its scales too; `stored` is a format's label, or a dtype such as bf16. `single` is the
+    shape of one expert's matrix in a tensor of all experts that can be taken apart, () for other weights.
+    """
+
+    name: str
+    leaf: str
+    part: str
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+    bytes: int
+    tensors: int
+    stored: str
+    single: tuple[int, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Parameters of the model."""
+        return 0 if self.part == "KV cache scales" else math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All weights of a checkpoint. `layers` is what the config says, else what the file has.
+
+    `formats` are the modules that a reader of ours makes sense of, `refused` why there is none, or why it would not.
+    """
+
+    decoder: str
+    layers: int
+    weights: tuple[Weight, ...]
+    quantization: Mapping[str, Any]
+    method: str
+    formats: Mapping[str, TensorFormat]
+    refused: str
+
+
+def read_contents(checkpoint: Checkpoint) -> Contents:
+    """Every tensor of a checkpoint as a weight or as what serves one; UserError for a broken hf_quant_config.json."""
+    hf_quant_config = read_quant_config(checkpoint.path)
+    quantization = quantization_of(checkpoint.config, hf_quant_config)
+    layers = layer_count(language_config(checkpoint.config))
+    try:
+        decoder = find_decoder(checkpoint.tensors, layers or 1)
+    except UserError:
+        decoder = ""
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for name, tensor in checkpoint.tensors.items():
+        module, suffix = split_name(name)
+        modules.setdefault(module, {})[suffix] = tensor
+    bits = bits_of(quantization)
+    found: dict[str, list[Packed]] = {}
+    for module, tensors in modules.items():
+        found[module] = weights_of({suffix: (t.dtype, t.shape) for suffix, t in tensors.items()}, bits)
+    if layers is None:
+        inside = [n for module in modules if (n := parse_name(f"{module}.weight", (1, 1), decoder).layer) is not None]
+        layers = max(inside, default=-1) + 1
+    linears = list(_linears(found, modules, decoder))
+    headers = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
+    formats: dict[str, TensorFormat] = {}
+    method = method_of(quantization)
+    refused = "MLX's own format has no reader." if method == "mlx" else ""
+    try:
+        formats = {} if method == "mlx" else read_formats(checkpoint.config, linears, headers, hf_quant_config)
+    except UserError as error:
+        refused = error.what
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        refused = f"the quantization config is none ({type(error).__name__}: {error})."
+    anatomy = _Anatomy(decoder, layers, _singles(checkpoint))
+    weights = [
+        weight
+        for module, tensors in modules.items()
+        for weight in _weights(module, tensors, found[module], formats.get(module), anatomy)
+    ]
+    return Contents(decoder, layers, tuple(weights), quantization, method, formats, refused)
+
+
+@dataclass(frozen=True)
+class _Anatomy:
+    decoder: str
+    layers: int
+    singles: Mapping[str, tuple[int, ...]]
+
+
+def _singles(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Tensors of all of a layer's experts that can be taken apart -> the shape of one matrix in them."""
+    try:
+        weights = stacked_weights(checkpoint)
+    except UserError:  # broken: what is refused says so
+        return {}
+    shapes = {stack: weights.tensors[names[0]].shape for stack, names in weights.stacks.items()}
+    return {stack: shape for stack, shape in shapes.items() if len(shape) == 2}
+
+
+def _linears(
+    found: Mapping[str, list[Packed]], modules: Mapping[str, Mapping[str, StoredTensor]], decoder: str
+) -> Iterable[str]:
+    """Modules that are linears as far as names tell."""
+    for module, packed in found.items():
+        if len(packed) != 1 or packed[0].parameter != "weight" or len(packed[0].shape) != 2:
+            continue
+        parsed = parse_name(f"{module}.weight", packed[0].shape, decoder)
+        wide = modules[module][packed[0].tensor].dtype in WIDE
+        if not wide or (parsed.role not in ("router", "embed", "norm") and "conv" not in module.rpartition(".")[2]):
+            yield module
+
+
+def _weights(
+    module: str,
+    tensors: Mapping[str, StoredTensor],
+    packed: list[Packed],
+    fmt: TensorFormat | None,
+    anatomy: _Anatomy,
+) -> Iterable[Weight]:
+    """The weights of one module, the tensors that serve them counted with the first whose name they continue."""
+    if fmt is not None and len(packed) == 1 and packed[0].tensor == "weight_packed" and fmt.name.startswith("int"):
+        # integers tell their width in the config alone
+        stored = tensors["weight_packed"].shape
+        shape = (*stored[:-1], stored[-1] * 32 // int(fmt.name.removeprefix("int")))
+        packed = [Packed("weight", shape, fmt.name, "weight_packed")]
+    heads = {p.tensor for p in packed}
+    plain = [s for s in tensors if s not in heads and not serves(s) and not CACHE_SCALE.fullmatch(s)]
+    cache = [s for s in tensors if s not in heads and CACHE_SCALE.fullmatch(s)]
+    serving = [s for s in tensors if s not in heads and s not in plain and s not in cache]
+    for p in packed:
+        mine = [s for s in serving if len(packed) == 1 or s.startswith(f"{p.parameter}_")]
+        members = [tensors[p.tensor], *(tensors[s] for s in mine)]
+        # bitsandbytes and others flatten their codes
+        shape = (2, 2) if p.label and len(p.shape) == 1 else p.shape
+        parsed = parse_name(f"{module}.{p.parameter}", shape, anatomy.decoder)
+        whole = p.parameter == "weight"
+        name = module if whole else f"{module}.{p.parameter}"
+        label = fmt.label() if fmt is not None and whole else p.label or tensors[p.tensor].dtype.lower()
+        single = anatomy.singles.get(tensors[p.tensor].name, ())
+        part = _part(parsed, shape, anatomy)
+        part = "experts" if single and part == "layers' other" else part
+        size = sum(t.bytes for t in members)
+        yield Weight(
+            *(name, name.rpartition(".")[2], part, parsed.layer, parsed.expert, p.shape, size, len(members), label),
+            single,
+        )
+    if not packed:
+        plain += serving
+    for suffix in (*plain, *cache):
+        tensor = tensors[suffix]
+        parsed = parse_name(tensor.name, tensor.shape, anatomy.decoder)
+        part = "KV cache scales" if suffix in cache else _part(parsed, tensor.shape, anatomy)
+        yield Weight(
+            *(tensor.name, suffix, part, parsed.layer, parsed.expert, tensor.shape, tensor.bytes, 1),
+            tensor.dtype.lower(),
+        )
+
+
+def _part(parsed: TensorName, shape: tuple[int, ...], anatomy: _Anatomy) -> str:
+    if parsed.layer is None:
+        return _part_outside(parsed, shape)
+    if parsed.layer >= anatomy.layers:
+        return "multi-token prediction"
+    path = parsed.module.split(".")
+    flat = len(shape) < 2 or (len(shape) == 2 and 1 in shape) or parsed.parameter.endswith("bias")
+    mixes = parsed.role in ("q", "k", "v", "o", "qkv")
+    choices = (
+        ("norms", parsed.role == "norm"),
+        ("router", parsed.role == "router" and len(shape) > 1),
+        ("vectors", flat),
+        ("shared experts", any(part.startswith("shared_expert") or part == "shared_mlp" for part in path)),
+        ("experts", "experts" in path),
+        ("linear attention", not mixes and parsed.role not in _MLP and not _MIXERS.isdisjoint(path)),
+        ("attention", mixes or parsed.role == "attention"),
+        ("mlp", parsed.role in _MLP),
+    )
+    return next((part for part, holds in choices if holds), "layers' other")
+
+
+def _part_outside(parsed: TensorName, shape: tuple[int, ...]) -> str:
+    if is_prediction_head(parsed.full):
+        return "multi-token prediction"
+    if is_tower(parsed.full):
+        return "towers"
+    if parsed.role in ("embed", "lm_head"):
+        return parsed.role
+    leaf = parsed.module.rpartition(".")[2]
+    if parsed.role == "norm" or leaf in ("ln_f", "norm_f"):
+        return "norms"
+    return "vectors" if len(shape) < 2 or parsed.parameter.endswith("bias") else "other"
+
+
+def describe_layer(weights: Iterable[Weight], kind: str) -> str:
+    """What a layer with these weights is made of, in words; `kind` is what config.json calls it ("" for nothing)."""
+    members: dict[str, list[Weight]] = {}
+    for weight in weights:
+        members.setdefault(weight.part, []).append(weight)
+    words = [f"{kind.removesuffix('_attention')} attention" if kind.endswith("_attention") else kind] if kind else []
+    attends = [part for part in ("attention", "linear attention") if part in members]
+    if attends and not any("attention" in word for word in words):
+        latent = any(w.leaf == "kv_b_proj" for w in members.get("attention", ()))
+        words += ["latent attention (MLA)" if part == "attention" and latent else part for part in attends]
+    words += ["dense MLP"] if "mlp" in members else []
+    if "experts" in members:
+        numbers = {w.expert for w in members["experts"]}
+        count = len(numbers) if None not in numbers else max(w.shape[0] for w in members["experts"])
+        words.append(f"{count} experts")
+    words += ["shared experts"] if "shared experts" in members else []
+    return " + ".join(words) or ("nothing" if not members else "other weights")
+
+
+def names_without_tensors(contents: Contents) -> list[str]:
+    """Modules that the quantization config leaves out by name, and that no tensor belongs to."""
+    lists = [contents.quantization.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules")]
+    names = [str(entry) for given in lists if isinstance(given, list) for entry in given]
+    names = [name for name in names if not (name.startswith("re:") or any(mark in name for mark in "*?["))]
+    if not names:
+        return []
+    known: set[str] = {"lm_head"}  # a tied one has no tensor
+    for weight in contents.weights:
+        parts = weight.name.split(".")
+        known.update(parts)
+        known.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    return [name for name in names if name not in known and not any(name in w.name for w in contents.weights)]

@@ -1,0 +1,356 @@
+"""What is in a checkpoint, from config and headers alone: no weights are read, no torch and no transformers imported.
+
+How large which part is, what it is stored in, what it could become and why not, which weights engines fuse, and whether
+config and tensors tell the same story.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from snugfit.dialects.reading import kv_cache_format, read_quant_config
+from snugfit.engines.fused import FUSED_GROUPS
+from snugfit.errors import UserError
+from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, check_shape
+from snugfit.inspection.contents import (
+    PARTS,
+    Contents,
+    Weight,
+    describe_layer,
+    names_without_tensors,
+    read_contents,
+)
+from snugfit.model.anatomy import language_config
+from snugfit.model.names import role_order
+from snugfit.model.sources import single_weights
+from snugfit.quantization.plan import obstacles
+from snugfit.records.base import as_json
+from snugfit.records.inspection import (
+    INSPECT_SCHEMA,
+    Architecture,
+    Calibrated,
+    FusedGroup,
+    Inspection,
+    LayerRun,
+    Part,
+    Quantization,
+)
+from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
+from snugfit.report.outliers import coverage_of, spikes_of
+from snugfit.storage.checkpoint import Checkpoint, open_headers
+from snugfit.storage.files import OTHER_WEIGHTS, read_file
+from snugfit.vram.weights import collapse_experts
+
+__all__ = ["INSPECT_SCHEMA", "Inspection", "Part", "formats_for", "inspect_model"]
+
+RECORD_FILE = "snugfit-record.json"
+# parts whose weights are told apart by shape
+_DETAILED = frozenset(PARTS[: PARTS.index("norms")])
+_STAYS: Mapping[str, str] = {
+    "router": "router",
+    "embed": "embeddings",
+    "lm_head": "outside the decoder layers",
+    "norms": "no matrix",
+    "vectors": "no matrix",
+    "multi-token prediction": "not run by transformers",
+    "towers": "tower",
+    "other": "outside the decoder layers",
+    "KV cache scales": "scales",
+}
+_WIDE = frozenset({"bf16", "f16", "f32"})
+_REFUSED = "quantize refuses this model"
+
+
+def inspect_model(model: str | Path) -> Inspection:
+    """What is in a checkpoint: a directory, or a Hub id. Reads headers alone; UserError for a broken one."""
+    checkpoint = open_headers(model)
+    contents = read_contents(checkpoint)
+    architecture = _architecture(checkpoint, contents)
+    fused = _fused(contents)
+    limits = _limits(checkpoint, contents)
+    calibration, unread = _calibration(checkpoint)
+    predicted = sum(w.elements for w in contents.weights if w.part == "multi-token prediction")
+    total = sum(w.elements for w in contents.weights) - predicted
+    return Inspection(
+        model=checkpoint.name if checkpoint.remote else str(model),
+        revision=checkpoint.remote.revision if checkpoint.remote else None,
+        architecture=architecture,
+        parameters=total,
+        active_parameters=_active(contents, architecture, total),
+        prediction_parameters=predicted,
+        bytes=sum(tensor.bytes for tensor in checkpoint.tensors.values()),
+        tensors=len(checkpoint.tensors),
+        files=len(checkpoint.shards),
+        parts=_parts(contents, architecture, limits),
+        layers=_layer_runs(contents, language_config(checkpoint.config)),
+        fused=fused,
+        quantization=_quantization(checkpoint, contents),
+        problems=tuple(_problems(contents, architecture, fused)),
+        other_weights=tuple(name for name in checkpoint.other_files if name.endswith(OTHER_WEIGHTS)),
+        made_by=_made_by(checkpoint),
+        calibration=calibration,
+        remarks=(*limits.remarks, *unread),
+    )
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Why `quantize` would refuse a model, whatever the recipe, and why its stacked experts; "" where it would not."""
+
+    model: str
+    experts: str
+    remarks: tuple[str, ...]
+
+
+def _limits(checkpoint: Checkpoint, contents: Contents) -> _Limits:
+    """What plan_quantization says of these headers before it looks at a recipe."""
+    family = [error.what for error in obstacles(checkpoint)]
+    stacked = (
+        [e.what for e in obstacles(checkpoint, experts=["int4"])] if any(w.single for w in contents.weights) else []
+    )
+    few = {weight.info.name for weight in collapse_experts(checkpoint.tensors.values())}
+    refused = ""
+    try:
+        single_weights(replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n in few}))
+    except UserError as error:
+        refused = error.what
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # told as a problem
+        refused = contents.refused or "unreadable"
+    model = _REFUSED if family else ""
+    if refused and not family:
+        model = f"{contents.method} elsewhere" if contents.method and not contents.refused else _REFUSED
+    told = [refused] if refused and refused != contents.refused else []
+    remarks = [f"quantize refuses it: {what}" for what in dict.fromkeys([*family, *told])]
+    remarks += [what for what in stacked if what not in family]
+    return _Limits(model, "no engine loads them quantized" if stacked else "", tuple(remarks))
+
+
+def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, ...]]:
+    """What was calibrated, of statistics beside a local checkpoint; else why there is nothing to tell, if so."""
+    try:
+        if checkpoint.remote or not (checkpoint.path / STATISTICS_FILE).exists():
+            return None, ()
+        found = load_statistics(checkpoint.path / STATISTICS_FILE)
+        told = Calibrated(
+            model=found.model,
+            sources=tuple(one.source for one in found.rows),
+            rows=sum(one.rows for one in found.rows),
+            tokens=found.tokens,
+            experts=found.experts,
+            forced_tokens=found.forced_tokens,
+            recipe=found.recipe,
+            coverage=coverage_of(found),
+            spikes=spikes_of(found),
+        )
+        as_json(asdict(told), allow_nan=False)
+    except UserError as error:
+        return None, (f"{STATISTICS_FILE}: {error.what}",)
+    except (ArithmeticError, OSError, TypeError, ValueError, struct.error) as error:
+        return None, (f"{STATISTICS_FILE}: broken statistics ({error}).",)
+    return told, ()
+
+
+def _architecture(checkpoint: Checkpoint, contents: Contents) -> Architecture:
+    config = language_config(checkpoint.config)
+
+    def number(*keys: str) -> int | None:
+        given = (config.get(key) for key in keys)
+        return next((n for n in given if isinstance(n, int) and not isinstance(n, bool)), None)
+
+    heads, hidden = number("num_attention_heads", "n_head", "n_heads"), number("hidden_size", "n_embd", "d_model")
+    rank = number("kv_lora_rank")
+    given = checkpoint.config.get("architectures")
+    kind = config.get("model_type") or checkpoint.config.get("model_type")
+    dtype = next((c[k] for c in (config, checkpoint.config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
+    tied = any(bool(c.get("tie_word_embeddings")) for c in (config, checkpoint.config))
+    inside = [w for w in contents.weights if w.part == "experts"]
+    numbered = max((w.expert for w in inside if w.expert is not None), default=-1) + 1
+    experts = numbered or next((w.shape[0] for w in inside if len(w.shape) == 3), None)
+    return Architecture(
+        architectures=tuple(map(str, given)) if isinstance(given, list) else (),
+        model_type=None if kind is None else str(kind),
+        dtype=None if dtype is None else str(dtype),
+        layers=contents.layers,
+        hidden_size=hidden,
+        heads=heads,
+        kv_heads=number("num_key_value_heads", "num_kv_heads", "n_head_kv") if rank is None else None,
+        head_dim=number("head_dim") or (hidden // heads if hidden and heads and rank is None else None),
+        latent=rank + (number("qk_rope_head_dim") or 0) if rank is not None else None,
+        experts=experts,
+        active_experts=number("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts") if experts else None,
+        shared_experts=number("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+        vocabulary=number("vocab_size"),
+        context=number("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"),
+        sliding_window=number("sliding_window") if config.get("use_sliding_window", True) else None,
+        prediction_layers=number("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"),
+        tied_embeddings=tied or not any(w.part == "lm_head" for w in contents.weights),
+    )
+
+
+def _active(contents: Contents, architecture: Architecture, total: int) -> int | None:
+    experts, active = architecture.experts, architecture.active_experts
+    if not experts or not active:
+        return None
+    of: Counter[str] = Counter()
+    for weight in contents.weights:
+        of[weight.part] += weight.elements
+    table = 0 if architecture.tied_embeddings else of["embed"]
+    return total - table - of["towers"] - of["experts"] * (experts - min(active, experts)) // experts
+
+
+def _parts(contents: Contents, architecture: Architecture, limits: _Limits) -> tuple[Part, ...]:
+    groups: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], list[Weight]] = {}
+    for weight in contents.weights:
+        detailed = (weight.shape, weight.stored, weight.single) if weight.part in _DETAILED else ((), "", ())
+        groups.setdefault((weight.part, *detailed), []).append(weight)
+    ordered = sorted(
+        groups.items(), key=lambda item: (PARTS.index(item[0][0]), min(role_order(w.leaf) for w in item[1]))
+    )
+    return tuple(_part(key[0], key[1], members, architecture, limits) for key, members in ordered)
+
+
+def _part(
+    part: str, shape: tuple[int, ...], members: Sequence[Weight], architecture: Architecture, limits: _Limits
+) -> Part:
+    stored = tuple(label for label, _ in Counter(w.stored for w in members).most_common())
+    single = members[0].single if part in _DETAILED else ()
+    stays = "tied to the embeddings" if part == "lm_head" and architecture.tied_embeddings else _STAYS.get(part, "")
+    stays = stays or _stays(part, stored[0], shape, single, limits)
+    can, cannot = ((), {}) if stays else formats_for(single or shape)
+    names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=role_order)) if part in _DETAILED else ()
+    return Part(
+        *(part, names, shape, len(members), sum(w.elements for w in members), sum(w.bytes for w in members), stored),
+        *(can, cannot, stays, single),
+    )
+
+
+def _stays(part: str, stored: str, shape: tuple[int, ...], single: tuple[int, ...], limits: _Limits) -> str:
+    """Why `quantize` cannot give a weight of this part another format; "" where it can."""
+    source = stored in _WIDE or stored.startswith("fp8") or (stored == "mxfp4" and bool(single))
+    if stored not in _WIDE and (not source or (limits.model and limits.model != _REFUSED)):
+        return f"{stored} already"
+    if limits.model:
+        return limits.model
+    if single:
+        return limits.experts
+    if len(shape) == 2:
+        return ""
+    return "experts in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"
+
+
+def formats_for(shape: tuple[int, ...]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Labels of the formats that a weight of this shape could be written in; and for the others, why not."""
+    can: list[str] = []
+    cannot: dict[str, str] = {}
+    for name in FORMATS:
+        choices = [TensorFormat(name, group) for group in INT4_GROUPS] if name == "int4" else [TensorFormat(name)]
+        for fmt in choices:
+            try:
+                check_shape(fmt, shape, where="")
+            except UserError as error:
+                cannot[name] = error.what
+            else:
+                can.append(fmt.label())
+                cannot.pop(name, None)
+                break
+    return tuple(can), cannot
+
+
+def _layer_runs(contents: Contents, config: Mapping[str, Any]) -> tuple[LayerRun, ...]:
+    layers: list[list[Weight]] = [[] for _ in range(contents.layers)]
+    for weight in contents.weights:
+        if weight.layer is not None and weight.layer < contents.layers:
+            layers[weight.layer].append(weight)
+    types = config.get("layer_types")
+    known = isinstance(types, list) and len(types) == contents.layers
+    runs: dict[tuple[Any, ...], list[int]] = {}
+    for number, weights in enumerate(layers):
+        what = describe_layer(weights, str(types[number]) if known and types else "")
+        stored = Counter[str]()
+        for weight in weights:
+            stored[weight.stored] += weight.bytes
+        labels = tuple(label for label, _ in stored.most_common() if weights)
+        key = (what, labels, sum(w.elements for w in weights), sum(w.bytes for w in weights))
+        runs.setdefault(key, []).append(number)
+    return tuple(LayerRun(tuple(numbers), *key) for key, numbers in runs.items())
+
+
+def _fused(contents: Contents) -> tuple[FusedGroup, ...]:
+    modules: dict[str, dict[str, Weight]] = {}
+    for weight in contents.weights:
+        if weight.layer is not None and weight.layer < contents.layers:
+            parent, _, leaf = weight.name.rpartition(".")
+            modules.setdefault(parent, {})[leaf] = weight
+    found = []
+    for members in FUSED_GROUPS:
+        here = {m: [leaf for leaf in members if leaf in leaves] for m, leaves in modules.items()}
+        whole = [m for m, leaves in here.items() if len(leaves) == len(members)]
+        parted = tuple(m for m, leaves in here.items() if 0 < len(leaves) < len(members))
+        # an up_proj without a gate, or MLA without q_a_proj, is a family's way
+        telling = parted if whole or any(len(here[m]) > 1 for m in parted) else ()
+        mixed = tuple(m for m in whole if len({modules[m][leaf].stored for leaf in members}) > 1)
+        shapes = {modules[m][leaf].shape for m in whole for leaf in members}
+        cannot = {name for shape in shapes if len(shape) == 2 for name in formats_for(shape)[1]}
+        if whole or telling:
+            found.append(FusedGroup(members, len(whole), tuple(n for n in FORMATS if n in cannot), telling, mixed))
+    return tuple(found)
+
+
+def _quantization(checkpoint: Checkpoint, contents: Contents) -> Quantization | None:
+    matrices = Counter(
+        w.stored
+        for w in contents.weights
+        if _STAYS.get(w.part) not in ("no matrix", "scales") and (len(w.shape) > 1 or w.stored not in _WIDE)
+    )
+    if not contents.quantization and all(label in _WIDE for label in matrices):
+        return None
+    scalars = {
+        key: value
+        for key, value in contents.quantization.items()
+        if isinstance(value, (str, int, float, bool)) or key == "weight_block_size"
+    }
+    cache: str | None = None
+    if not contents.refused:
+        try:
+            cache = kv_cache_format(checkpoint.config, read_quant_config(checkpoint.path))
+        except (UserError, AttributeError, TypeError) as error:
+            cache = error.what if isinstance(error, UserError) else "unreadable"
+    if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
+        cache = "scales in the files, nothing in the config"
+    return Quantization(contents.method, scalars, dict(matrices.most_common()), cache, contents.refused)
+
+
+def _problems(contents: Contents, architecture: Architecture, fused: Sequence[FusedGroup]) -> Iterable[str]:
+    """Contradictions between config and tensors."""
+    if contents.refused and "no reader" not in contents.refused:
+        yield contents.refused
+    present = {w.layer for w in contents.weights if w.layer is not None}
+    missing = [str(n) for n in range(contents.layers) if n not in present]
+    if missing:
+        yield f"config.json has {contents.layers} layers, the files have none of: {', '.join(missing[:5])}"
+    for weight in contents.weights:
+        rows = weight.shape[0] if weight.part == "embed" and len(weight.shape) == 2 else None
+        if rows is not None and architecture.vocabulary and rows < architecture.vocabulary:
+            yield f"{weight.name} has {rows} rows, config.json a vocabulary of {architecture.vocabulary}"
+    for group in fused:
+        if group.mixed:
+            more = f" and {len(group.mixed) - 1} more" if len(group.mixed) > 1 else ""
+            yield f"{', '.join(group.members)} of {group.mixed[0]}{more} are stored differently; engines fuse them"
+    absent = names_without_tensors(contents)
+    if absent:
+        more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
+        yield f"the quantization config leaves out {', '.join(absent[:3])}{more}, which no tensor belongs to"
+
+
+def _made_by(checkpoint: Checkpoint) -> str | None:
+    try:
+        record = json.loads(read_file(checkpoint.path, RECORD_FILE))
+        return f"snugfit {record['snugfit']}, recipe {record['recipe']}"
+    except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
+        return None

@@ -1,0 +1,1 @@
+"""Quantize a checkpoint: plan, estimate, then layer by layer."""

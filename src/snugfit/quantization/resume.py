@@ -1,0 +1,129 @@
+"""What a quantize run has done, on the disk: a killed run goes on where it was, or is refused where it would differ.
+
+Each unit's entry appears at once, by a rename, when its tensors and its layer's hidden states are in their files. The
+entry holds their CRC-32s, its file its own SHA-256: a run that goes on trusts nothing it has not read again, so that a
+power cut loses no more than a kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from snugfit.errors import Unfinished
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.shards import unit_name
+
+IDENTITY = "run.json"
+# what may differ only if asked for: the result would differ in last bits
+MACHINE = ("versions", "hardware", "device", "tokens_per_batch")
+
+
+class Progress:
+    """Entries of finished units, in order, in a run's work folder."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, anyway: bool = False) -> None:
+        """Open or begin; `identity` is all that decides the bytes to be written.
+
+        Unfinished where the folder is of a run with another identity; `anyway` accepts another machine, library version
+        and batch.
+        """
+        self._folder = folder
+        self.entries: list[dict[str, Any]] = []
+        self.differences: list[str] = []
+        file = folder / IDENTITY
+        if not file.exists():
+            self._begin(identity)
+            return
+        before = _read(file)
+        if not isinstance(before, dict):
+            self._begin(identity)
+            return
+        self.differences = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
+        self._check(before, identity, anyway)
+        while (entry := _read_entry(folder / unit_name(len(self.entries)))) is not None:
+            self.entries.append(entry)
+
+    def _check(self, before: Mapping[str, Any], identity: Mapping[str, Any], anyway: bool) -> None:
+        place = str(self._folder.parent)
+        inputs = [key for key in self.differences if key not in MACHINE]
+        if inputs:
+            raise Unfinished(
+                f"holds an unfinished run with another {inputs[0].replace('_', ' ')} "
+                f"({_brief(before.get(inputs[0]))}, now {_brief(identity[inputs[0]])}).",
+                where=place,
+                remedy="Add --restart to begin anew, or choose another -o.",
+            )
+        if self.differences and not anyway:
+            key = self.differences[0]
+            raise Unfinished(
+                f"holds a run that was begun with {key.replace('_', ' ')} {_brief(before.get(key))}, now it is "
+                f"{_brief(identity[key])}: its end would not be byte for byte what it would have been.",
+                where=place,
+                remedy="Go on as it began, or add --resume-anyway, or --restart to begin anew.",
+            )
+
+    def _begin(self, identity: Mapping[str, Any]) -> None:
+        """Begin anew: entries of a run whose identity is lost are nobody's."""
+        for entry in self._folder.glob(unit_name("*")):
+            entry.unlink()
+        _replace(self._folder / IDENTITY, identity)
+
+    @property
+    def done(self) -> int:
+        """Number of finished units."""
+        return len(self.entries)
+
+    def commit(self, entry: Mapping[str, Any]) -> None:
+        """Note that the next unit is finished; what `entry` tells of must be in its files."""
+        _replace(self._folder / unit_name(len(self.entries)), {"entry": entry, "digest": _digest(entry)})
+        self.entries.append(dict(entry))
+
+    def go_back(self, done: int) -> None:
+        """Forget all units but the first `done`."""
+        for number in reversed(range(done, len(self.entries))):  # a kill leaves no gap
+            (self._folder / unit_name(number)).unlink()
+        del self.entries[done:]
+
+
+def stamps(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What tells whether the weights are still those of before: size and time of each file, or the commit."""
+    if checkpoint.remote is not None:
+        return {"revision": checkpoint.remote.revision}
+    found = {name: (checkpoint.path / name).stat() for name in checkpoint.shards}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def _replace(file: Path, content: Mapping[str, Any]) -> None:
+    beside = file.with_suffix(".new")
+    beside.write_text(json.dumps(content), encoding="utf-8")
+    beside.replace(file)
+
+
+def _read(file: Path) -> Any:
+    """What a file holds, None where it is missing or no JSON (as after a power cut)."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _read_entry(file: Path) -> dict[str, Any] | None:
+    """A unit's entry as it was written, None where it is missing or another."""
+    found = _read(file)
+    if not isinstance(found, dict) or found.get("digest") != _digest(found.get("entry")):
+        return None
+    entry: dict[str, Any] = found["entry"]
+    return entry
+
+
+def _digest(entry: Any) -> str:
+    return hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) < 60 else text[:57] + "..."

@@ -1,0 +1,1 @@
+"""Every result file, one a module, with its schema."""

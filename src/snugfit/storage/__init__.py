@@ -1,0 +1,1 @@
+"""Bytes: directories, the Hub, shards. No model names, no transformers."""

@@ -1,0 +1,327 @@
+"""Safetensors, on disk or on the Hub: headers, and tensors read by range.
+
+Everything about a checkpoint is checked on its headers, which need no torch; tensors are read with plain positioned
+reads, so that memory holds what was asked for and nothing of the rest of the file. Nothing in a checkpoint is trusted:
+whatever is wrong with it is a UserError.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from snugfit.errors import Unfinished, UserError
+from snugfit.storage.files import AGAIN, list_files, open_regular, parse_json, read_file, read_fully
+from snugfit.storage.safetensors_header import (
+    DTYPE_BYTES,
+    TORCH_NAMES,
+    StoredTensor,
+    TensorInfo,
+    header_length,
+    parse_header,
+    shown,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = [
+    "CONFIG_NAME",
+    "DTYPE_BYTES",
+    "INDEX_NAME",
+    "SINGLE_NAME",
+    "TORCH_NAMES",
+    "Checkpoint",
+    "Remote",
+    "StoredTensor",
+    "TensorInfo",
+    "fingerprint",
+    "header_digest",
+    "open_checkpoint",
+    "open_headers",
+    "piece_of",
+    "read_header",
+    "read_range",
+    "read_tensor",
+]
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+FINGERPRINTS, FINGERPRINT_BYTES = 64, 1024
+# org/name, org/name@revision
+REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./+-]*))?", re.ASCII)
+
+
+class Remote(Protocol):
+    """Where a checkpoint's weights are, if not on this disk."""
+
+    @property
+    def name(self) -> str:
+        """What a user calls it: org/name."""
+
+    @property
+    def revision(self) -> str:
+        """The commit, 40 hexadecimal digits."""
+
+    def read_into(self, file: str, offset: int, view: memoryview) -> None:
+        """Fill `view` from byte `offset` of `file`; safe in several threads. UserError where it cannot be had."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model directory: its config, its tensors by name in file order, and its other files.
+
+    Weights of a `remote` one are not below `path`, and its other files only if they were asked for.
+    """
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    shards: tuple[str, ...]
+    other_files: tuple[str, ...]
+    remote: Remote | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call the model: org/name, or the name of its directory."""
+        if self.remote is not None:
+            return self.remote.name
+        path = self.path.resolve()
+        repo = path.parent.parent.name
+        if path.parent.name == "snapshots" and repo.startswith("models--"):
+            return repo.removeprefix("models--").replace("--", "/", 1)
+        return path.name
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Read config and headers of a model: a directory, or a Hub id org/name[@revision]; UserError for anything wrong.
+
+    A directory goes before an id. Of a model on the Hub all files without weights are downloaded into its own cache.
+    """
+    if Path(model).exists() or REPO_ID.fullmatch(str(model)) is None:
+        return open_directory(Path(model))
+    from snugfit.storage.hub import fetch_other_files, open_hub
+
+    return fetch_other_files(open_hub(str(model)))
+
+
+def open_headers(model: str | Path) -> Checkpoint:
+    """The same, but of a model on the Hub only config files are downloaded; `other_files` are then names alone."""
+    if Path(model).exists() or REPO_ID.fullmatch(str(model)) is None:
+        return open_directory(Path(model))
+    from snugfit.storage.hub import open_hub
+
+    return open_hub(str(model))
+
+
+def open_directory(root: Path) -> Checkpoint:
+    """Read config and headers of a model directory."""
+    if not root.is_dir():
+        what = "a file, not a directory." if root.exists() else "no such directory."
+        remedy = "Give a directory with config.json and weights, or the id of a model on the Hub: org/name."
+        raise UserError(what, where=str(root), remedy=remedy)
+    config = read_config(root)
+    weight_map = _read_index(root)
+    shards = _shard_names(root, weight_map)
+    tensors = merge_headers({shard: read_header(root / shard) for shard in shards}, where=str(root))
+    check_index(weight_map, tensors, where=str(root / INDEX_NAME))
+    weight_files = {*shards, INDEX_NAME, CONFIG_NAME}
+    others = tuple(name for name in list_files(root) if name not in weight_files)
+    return Checkpoint(root, config, tensors, tuple(shards), others)
+
+
+def merge_headers(headers: Mapping[str, list[StoredTensor]], *, where: str) -> dict[str, StoredTensor]:
+    """Tensors of all shards by name; UserError for one that stands in two."""
+    tensors: dict[str, StoredTensor] = {}
+    for shard, found in headers.items():
+        for tensor in found:
+            if tensor.name in tensors:
+                raise UserError(
+                    f"tensor {tensor.name} is also in {tensors[tensor.name].file}.",
+                    where=f"{where}/{shard}",
+                    remedy="Download the checkpoint again: two shards disagree.",
+                )
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file; UserError where header and file size disagree."""
+    try:
+        fd = open_regular(file.parent, file.name)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror or error}).", where=str(file), remedy=AGAIN) from None
+    try:
+        size = os.fstat(fd).st_size
+        prefix = bytearray(min(8, size))
+        read_fully(fd, 0, memoryview(prefix), where=str(file), what="its header")
+        raw = bytearray(header_length(bytes(prefix), size, where=str(file)))
+        read_fully(fd, 8, memoryview(raw), where=str(file), what="its header")
+    finally:
+        os.close(fd)
+    return parse_header(bytes(raw), file.name, size, where=str(file))
+
+
+def header_digest(checkpoint: Checkpoint) -> str:
+    """SHA-256 over config and tensor headers, in order; it does not read the weights."""
+    parts = [json.dumps(checkpoint.config, sort_keys=True)]
+    parts += [f"{t.name} {t.dtype} {t.shape} {t.file} {t.offset}" for t in checkpoint.tensors.values()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 over the first bytes of some tensors, which tells two models of the same shapes apart."""
+    # by the hash of their names: a stride would meet the same part of every layer
+    named = sorted(checkpoint.tensors, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())
+    chosen = named[:FINGERPRINTS]
+    digest = hashlib.sha256()
+    for name in chosen:
+        buffer = bytearray(min(checkpoint.tensors[name].bytes, FINGERPRINT_BYTES))
+        read_range(checkpoint, checkpoint.tensors[name], 0, memoryview(buffer))
+        digest.update(name.encode("utf-8", "replace") + b"\0" + buffer)
+    return digest.hexdigest()
+
+
+def read_tensor(checkpoint: Checkpoint, name: str, expert: int | None = None) -> Tensor:
+    """The tensor `name`, or (of one with all experts) an expert's part, on the CPU, read by range."""
+    import torch
+
+    tensor = checkpoint.tensors[name]
+    part, first = piece_of(tensor, expert)
+    buffer = torch.empty(part.bytes, dtype=torch.uint8)
+    view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # it has the buffer protocol
+    read_range(checkpoint, tensor, first, view)
+    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
+    return buffer.view(dtype).view(part.shape)
+
+
+def piece_of(tensor: StoredTensor, expert: int | None) -> tuple[TensorInfo, int]:
+    """The part of a tensor that is one expert's (None: the whole), and its first byte behind the tensor's begin."""
+    if expert is None:
+        return TensorInfo(tensor.name, tensor.dtype, tensor.shape), 0
+    part = TensorInfo(tensor.name, tensor.dtype, tensor.shape[1:])
+    return part, expert * part.bytes
+
+
+def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: memoryview) -> None:
+    """Fill `view` with the tensor's bytes from its byte `start` on; safe in several threads.
+
+    UserError where they cannot be read: a file that shrank, a disk that fails, a network that is gone.
+    """
+    view = view.cast("B")
+    if not (start >= 0 and start + len(view) <= tensor.bytes):
+        raise ValueError(f"bytes {start} to {start + len(view)} of {tensor.name}, which has {tensor.bytes}")
+    if not len(view):
+        return
+    if checkpoint.remote is not None:
+        checkpoint.remote.read_into(tensor.file, tensor.offset + start, view)
+        return
+    where = str(checkpoint.path / tensor.file)
+    try:
+        fd = open_regular(checkpoint.path, tensor.file)
+    except OSError as error:
+        raise Unfinished(f"cannot be read ({error.strerror or error}).", where=where, remedy=AGAIN) from None
+    try:
+        read_fully(fd, tensor.offset + start, view, where=where, what=f"tensor {tensor.name}")
+    finally:
+        os.close(fd)
+
+
+def read_config(root: Path) -> dict[str, Any]:
+    """config.json of a model directory; UserError where there is none, or no JSON object in it."""
+    file = root / CONFIG_NAME
+    try:
+        config = json.loads(read_file(root, CONFIG_NAME).decode("utf-8"))
+    except FileNotFoundError:
+        raise UserError("config.json is missing.", where=str(root), remedy="Is this a model directory?") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"not valid JSON ({error}).", where=str(file), remedy=AGAIN) from None
+    if not isinstance(config, dict):
+        raise UserError("not a JSON object.", where=str(file), remedy=AGAIN)
+    return config
+
+
+def parse_index(raw: bytes, *, where: str) -> dict[str, str]:
+    """Tensor name -> shard, from an index; UserError where that is not a safetensors file beside it."""
+    try:
+        weight_map = parse_json(raw)["weight_map"]
+        pairs = {str(name): str(file) for name, file in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"no readable weight_map ({type(error).__name__}: {str(error)[:300]}).", where=where, remedy=AGAIN
+        ) from None
+    sound = {file for file in set(pairs.values()) if _is_shard_name(file)}
+    for name, file in pairs.items():
+        if file not in sound:
+            raise UserError(
+                f"weight_map sends {shown(name)} to {file[:300]!r}, which is not a safetensors file of this directory.",
+                where=where,
+                remedy="Do not use this checkpoint: its index points outside.",
+            )
+    return pairs
+
+
+def check_index(weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], *, where: str) -> None:
+    """UserError for a tensor that is not in the shard that the index names."""
+    for name, file in (weight_map or {}).items():
+        if name not in tensors or tensors[name].file != file:
+            raise UserError(
+                f"weight_map sends {shown(name)} to {file}, which does not hold it.",
+                where=where,
+                remedy="Download the checkpoint again: index and shards do not belong together.",
+            )
+
+
+def _read_index(root: Path) -> dict[str, str] | None:
+    try:
+        return parse_index(read_file(root, INDEX_NAME), where=str(root / INDEX_NAME))
+    except FileNotFoundError:
+        return None
+
+
+def _shard_names(root: Path, weight_map: Mapping[str, str] | None) -> list[str]:
+    if weight_map is not None:
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (root / name).exists()]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:3])}"
+                + (", …" if len(missing) > 3 else "."),
+                where=str(root),
+                remedy=f"Download them; {INDEX_NAME} names them.",
+            )
+        return names
+    if (root / SINGLE_NAME).exists():
+        return [SINGLE_NAME]
+    raise no_weights((path.name for path in root.iterdir()), where=str(root))
+
+
+def no_weights(names: Iterable[str], *, where: str) -> UserError:
+    """What is wrong with a model of these files, none of which are safetensors weights."""
+    pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
+    if pickles:
+        return UserError(
+            f"the weights are pickles ({pickles[0]}), which can run code when they are loaded.",
+            where=where,
+            remedy="Convert them to safetensors first, or download the safetensors revision.",
+        )
+    return UserError(
+        f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}.",
+        where=where,
+        remedy="Give a directory with safetensors weights.",
+    )
+
+
+def _is_shard_name(file: str) -> bool:
+    return (
+        re.fullmatch(r"[^/\\\0]+\.safetensors", file) is not None
+        and file.isprintable()
+        and len(os.fsencode(file)) <= 255
+    )

@@ -1,0 +1,1 @@
+"""What a served model needs of a GPU. Imports no torch."""
