@@ -37,7 +37,7 @@ from snugfit.formats.nvfp4 import input_global_scale, quantize_dequantize_input
 from snugfit.model import emulate, experts
 from snugfit.model.experts import NoHooks
 from snugfit.quantization.quantize import quantize_checkpoint
-from snugfit.records.base import ModelFigures
+from snugfit.records.evaluation import ModelFigures
 from snugfit.records.statistics_file import Calibration, load_statistics
 from snugfit.storage.checkpoint import read_tensor
 

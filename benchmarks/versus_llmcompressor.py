@@ -136,7 +136,8 @@ def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float]
     from snugfit.dialects.reading import read_formats
     from snugfit.evaluation.fidelity import perplexity
     from snugfit.model.emulate import read_module
-    from snugfit.storage.checkpoint import open_checkpoint, read_tensor
+    from snugfit.storage.checkpoint import read_tensor
+    from snugfit.storage.open import open_checkpoint
 
     source, result = open_checkpoint(model), open_checkpoint(path)
     modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith("_proj.weight")]

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.quantization.quantize import quantize_checkpoint
-from snugfit.records.base import ModelFigures, QuantizeRecord, totals_by_format
+from snugfit.records.evaluation import ModelFigures
+from snugfit.records.quantize import QuantizeRecord, totals_by_format
 
 RECIPE = "nvfp4-fp8-hybrid"
 ROWS, LENGTH = 32, 512

@@ -22,7 +22,7 @@ ASCII, ATTRIBUTES = 0x40000, 0x200
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Script:
     """Returns a function that imports a script of demo/ by its name."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "demo"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "demo"))
     return importlib.import_module
 
 

@@ -24,7 +24,8 @@ from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP
 from snugfit.model.anatomy import find_decoder
 from snugfit.model.names import LINEAR, ROLE_SETS, parse_name
 from snugfit.recipes.assignment import Assignment
-from snugfit.recipes.recipe import LoadedRecipe, layer_numbers, parse_recipe, resolve
+from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
+from snugfit.recipes.resolve import layer_numbers, resolve
 from snugfit.storage.checkpoint import read_header
 from snugfit.storage.safetensors_header import DTYPE_BYTES, TensorInfo, parse_header
 from snugfit.storage.shards import plan_shards

@@ -21,7 +21,8 @@ import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from hub_server import Hub, files_of, serve
+from evaluation.test_bad_input import PROSE, add_tokenizer
+from helpers.hub_server import Hub, files_of, serve
 from snugfit.cli.app import app
 from snugfit.data import rows as dataset
 from snugfit.dialects.targets import Targets
@@ -29,8 +30,7 @@ from snugfit.errors import UserError, plain
 from snugfit.patterns import Pattern
 from snugfit.storage import http_ranges as ranges
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_header
-from snugfit.storage.shards import LOCK_NAME, WORK_NAME
-from test_eval_bad_input import PROSE, add_tokenizer
+from snugfit.storage.staging import LOCK_NAME, WORK_NAME
 
 MakeTiny = Callable[..., Path]
 Verb = Callable[["Place"], list[str]]

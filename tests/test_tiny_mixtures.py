@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from conftest import MakeTiny
-from fp8_sources import KINDS, Kind, as_fp8, as_mxfp4, dequantized
-from tiny_families import all_tensors, load, random_rows, same
-from tiny_mixtures import MIXTURES, make_mixture
+from helpers.fp8_sources import KINDS, Kind, as_fp8, as_mxfp4, dequantized
+from helpers.tiny_families import all_tensors, load, random_rows, same
+from helpers.tiny_mixtures import MIXTURES, make_mixture
 
 # experts of these are a stack in one tensor of a file, [E, ...] or E blocks of rows
 EXPERT_STACKS = re.compile(r"\.(input_linear\.weight|output_linear\.weight|gate_up_proj|down_proj|[wv][12])$")

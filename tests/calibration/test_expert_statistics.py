@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from helpers.tiny_families import all_tensors, load, random_rows, same, write_rows
+from helpers.tiny_mixtures import make_mixture, rewrite
+from quantization.test_mixtures import experts_of, from_nvfp4, in_pieces, role
 from snugfit.calibration.observers import ExpertStatistics
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished
@@ -24,9 +27,6 @@ from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
 from snugfit.recipes.recipe import parse_recipe
 from snugfit.records.statistics import Experts, Layer
 from snugfit.records.statistics_file import STATISTICS_FILE, Calibration, load_statistics
-from test_mixtures import experts_of, from_nvfp4, in_pieces, role
-from tiny_families import all_tensors, load, random_rows, same, write_rows
-from tiny_mixtures import make_mixture, rewrite
 
 # of several lengths: batches are padded
 LENGTHS = (70, 41, 3, 64, 30)

@@ -19,7 +19,8 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
 from snugfit.formats.stored import dequantize
 from snugfit.model import emulate, layers
-from snugfit.storage.checkpoint import TORCH_NAMES, open_checkpoint
+from snugfit.storage.open import open_checkpoint
+from snugfit.storage.safetensors_header import TORCH_NAMES
 
 E4M3 = torch.float8_e4m3fn
 MODULE = "model.layers.0.mlp.up_proj"

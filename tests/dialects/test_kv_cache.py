@@ -20,7 +20,7 @@ from snugfit.engines.kv_cache import attention_modules
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate
-from snugfit.storage.checkpoint import open_checkpoint
+from snugfit.storage.open import open_checkpoint
 
 ATTENTION = "model.layers.0.self_attn"
 UP = {"model.layers.0.mlp.up_proj": TensorFormat("fp8-dynamic")}

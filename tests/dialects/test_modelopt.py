@@ -19,7 +19,7 @@ from snugfit.dialects import reading
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.formats.stored import dequantize
-from snugfit.storage.checkpoint import TORCH_NAMES
+from snugfit.storage.safetensors_header import TORCH_NAMES
 
 E4M3 = torch.float8_e4m3fn
 UP, DOWN, HEAD = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", "lm_head"

@@ -27,7 +27,7 @@ from snugfit.dialects import reading
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
 from snugfit.formats.stored import dequantize
 from snugfit.model.emulate import input_quantizer
-from snugfit.storage.checkpoint import TORCH_NAMES
+from snugfit.storage.safetensors_header import TORCH_NAMES
 
 MODULE = "model.layers.0.mlp.up_proj"
 Found = dict[str, tuple[str, tuple[int, ...]]]

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from conftest import MakeTiny
+from helpers.tiny_families import FAMILIES, make_vision_language, random_rows, write_rows
 from snugfit.engines.fused import group_modules
 from snugfit.quantization.quantize import quantize_checkpoint
-from tiny_families import FAMILIES, make_vision_language, random_rows, write_rows
 
 pytestmark = pytest.mark.engine
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.tiny_families import all_tensors, random_rows, write_rows
+from helpers.tiny_mixtures import make_mixture
 from snugfit.quantization.quantize import quantize_checkpoint
-from tiny_families import all_tensors, random_rows, write_rows
-from tiny_mixtures import make_mixture
 
 pytestmark = pytest.mark.engine
 

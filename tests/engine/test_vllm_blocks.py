@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-import real_configs as real
+from helpers import real_configs as real
+from helpers.sparse_models import DEEPSEEK_V3, MINIMAX_M2
 from snugfit.vram.blocks import make_pool
 from snugfit.vram.kv_cache import Attention, ModelCache
 from snugfit.vram.kv_cache_config import read_cache
-from sparse_models import DEEPSEEK_V3, MINIMAX_M2
 
 pytestmark = pytest.mark.engine
 

@@ -27,7 +27,16 @@ from snugfit.evaluation.figures import (
 )
 from snugfit.evaluation.measure import TokenFigures
 from snugfit.evaluation.significance import paired_bootstrap, tokens_to_settle
-from snugfit.records.base import Bin, ContextFigures, EvalRecord, Floor, ModelFigures, PairFigures, Spread, TextRecord
+from snugfit.records.evaluation import (
+    Bin,
+    ContextFigures,
+    EvalRecord,
+    Floor,
+    ModelFigures,
+    PairFigures,
+    Spread,
+    TextRecord,
+)
 from snugfit.report.plots import write_plots
 from snugfit.report.tables import Sheet, all_sheets, evaluation_sheets, to_csv, to_markdown
 

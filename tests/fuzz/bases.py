@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import snugfit
-from real_configs import (
+from helpers.real_configs import (
     FALCON_7B,
     GEMMA3_4B,
     GEMMA3N_E4B,
@@ -27,8 +27,8 @@ from real_configs import (
     QWEN3_8B,
     QWEN3_NEXT_80B,
 )
-from sparse_models import DEEPSEEK_V3, FP8, MINIMAX_M2, SIZES, Tensor
-from test_inspect import LLAMA, STORED, llama
+from helpers.sparse_models import DEEPSEEK_V3, FP8, MINIMAX_M2, SIZES, Tensor
+from inspection.test_inspect import LLAMA, STORED, llama
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

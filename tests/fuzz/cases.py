@@ -26,7 +26,7 @@ from fuzz.bases import (
     write_shard,
 )
 from fuzz.mutate import TEXTS, Raw, dump, nasty, spoil_bytes, spoil_json, spoil_yaml
-from sparse_models import SIZES, Tensor
+from helpers.sparse_models import SIZES, Tensor
 
 SEED = 1
 Command = list[str]
@@ -342,7 +342,7 @@ def make_recipe(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
 
 def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     """A result of `eval` that is damaged, compared with a sound one; and a damaged record beside a model."""
-    import test_compare as made
+    import evaluation.test_compare as made
 
     scores = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
     if rng.random() < 0.5:

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from conftest import TINY
+from evaluation.test_bad_input import add_tokenizer
+from helpers.tiny_mixtures import make_mixture
+from quantization.test_resume import stop_in_layer
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.quantize import quantize_checkpoint
-from test_eval_bad_input import add_tokenizer
-from test_resume import stop_in_layer
-from tiny_mixtures import make_mixture
 
 UNFINISHED = "nvfp4-fp8-hybrid-fp8kv"
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it. " * 12

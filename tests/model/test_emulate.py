@@ -24,7 +24,8 @@ from snugfit.formats import fp8, nvfp4
 from snugfit.formats.spec import WHOLE_ROW, InputKind, TensorFormat
 from snugfit.methods.rounding import round_group
 from snugfit.model import emulate
-from snugfit.storage.checkpoint import Checkpoint, open_checkpoint, read_tensor
+from snugfit.storage.checkpoint import Checkpoint, read_tensor
+from snugfit.storage.open import open_checkpoint
 
 E4M3 = torch.float8_e4m3fn
 PREFIX = "model.layers.0"

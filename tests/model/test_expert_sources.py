@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fp8_sources import as_mxfp4, dequantized
+from helpers.fp8_sources import as_mxfp4, dequantized
+from helpers.tiny_families import all_tensors, load, random_rows, same, write_rows
+from helpers.tiny_mixtures import make_mixture, rewrite
 from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_subject, pass_layers
 from snugfit.model.assemble import pieces_of, read_single
@@ -19,9 +21,7 @@ from snugfit.model.sources import Weights, single_weights, stacked_weights
 from snugfit.quantization.plan import plan_quantization
 from snugfit.quantization.quantize import quantize_checkpoint
 from snugfit.recipes.recipe import parse_recipe
-from snugfit.storage.checkpoint import open_checkpoint
-from tiny_families import all_tensors, load, random_rows, same, write_rows
-from tiny_mixtures import make_mixture, rewrite
+from snugfit.storage.open import open_checkpoint
 
 STACKED = ["granitemoe", "granitemoehybrid", "gpt_oss", "gpt_oss mxfp4", "qwen3_vl_moe"]
 ONE_BY_ONE = ["mixtral", "qwen3_moe", "minimax_m2", "deepseek_v3", "nemotron_h"]

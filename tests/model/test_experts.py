@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
+from helpers.tiny_families import load, random_rows
+from helpers.tiny_mixtures import MIXTURES, make_mixture
 from snugfit.calibration.observers import ExpertStatistics
 from snugfit.engines.mixtures import OUTSIDE
 from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_head, open_subject, resident_layer
 from snugfit.model import experts, forward_pass, layers
 from snugfit.model.experts import NoHooks
-from tiny_families import load, random_rows
-from tiny_mixtures import MIXTURES, make_mixture
 
 CPU = torch.device("cpu")
 INSIDE = [family for family in MIXTURES if family not in OUTSIDE]

@@ -11,12 +11,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conftest import MakeTiny
+from helpers.tiny_families import FAMILIES, all_tensors, load, random_rows
 from snugfit.data.rows import Rows, make_rows
 from snugfit.errors import UserError
 from snugfit.evaluation.fidelity import stream_logits
 from snugfit.model import layers
-from snugfit.storage.checkpoint import open_checkpoint
-from tiny_families import FAMILIES, all_tensors, load, random_rows
+from snugfit.storage.open import open_checkpoint
 
 
 def walked_logits(path: Path, rows: Rows) -> list[Tensor]:

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from evaluation.test_evaluate import agree, by_hand, models, noisy, plain
 from snugfit.data.rows import python_topics
-from snugfit.data.texts import Tokenizer, read_chunks
+from snugfit.data.texts import read_chunks
+from snugfit.data.tokenizer import Tokenizer
 from snugfit.evaluation.evaluate import evaluate
-from test_evaluate import agree, by_hand, models, noisy, plain
 
 pytestmark = pytest.mark.real
 CONTEXT = 640  # beyond the sliding window of 512

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.mock_vllm import MODEL, ROW, TABLE, VARIABLES, Change, Mock, V, body_of, expected_true
+from helpers.mock_vllm import MODEL, ROW, TABLE, VARIABLES, Change, Mock, V, body_of, expected_true
 from snugfit.errors import UserError
 from snugfit.serving.answers import read_answer
 from snugfit.serving.client import Server, connect, find_top

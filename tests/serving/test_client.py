@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from serving.mock_vllm import CUT, DROP, HANG, MODEL, ROW, VARIABLES, Mock, V, expected_true
+from helpers.mock_vllm import CUT, DROP, HANG, MODEL, ROW, VARIABLES, Mock, V, expected_true
 from snugfit.errors import UserError
 from snugfit.serving.answers import PromptLogprobs
 from snugfit.serving.client import NotFiniteError, Server, ServerLost, connect, find_top

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from snugfit.quantization.quantize import RECORD_FILE
-from snugfit.storage.shards import units_done
+from snugfit.storage.staging import units_done
 
 pytestmark = pytest.mark.slow
 

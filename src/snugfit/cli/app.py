@@ -225,7 +225,8 @@ def compare(
     """Say whether A and B differ, item by item and chunk by chunk, with p values that know how many were tried."""
     with plain_errors():
         from snugfit.evaluation.compare import compare_results, write_comparison
-        from snugfit.storage.shards import check_stageable
+        from snugfit.report.comparison import comparison_markdown
+        from snugfit.storage.staging import check_stageable
 
         if output is not None:
             check_stageable(output)
@@ -233,7 +234,7 @@ def compare(
         if output is not None:
             write_comparison(record, output)
     with reporting(output):
-        typer.echo(record.to_json() if as_json else record.to_markdown(), nl=False)
+        typer.echo(record.to_json() if as_json else comparison_markdown(record), nl=False)
 
 
 @app.command()
@@ -249,7 +250,7 @@ def inspect(
         if as_json:
             typer.echo(found.to_json(), nl=False)
             return
-        from snugfit.report.terminal import print_inspection
+        from snugfit.report.inspection import print_inspection
 
         print_inspection(found)
 
@@ -335,7 +336,7 @@ def _lengths(text: str) -> list[int]:
 
 def _check_eval_options(ctx: typer.Context, output: Path | None) -> None:
     """UserError for an output that could not be written, and for options that would go unheard."""
-    from snugfit.storage.shards import check_stageable
+    from snugfit.storage.staging import check_stageable
 
     if output is not None:
         check_stageable(output)

@@ -35,7 +35,7 @@ def kept_layers(output: Path | None) -> Callable[[], str]:
     """What an unfinished quantize run has kept."""
 
     def kept() -> str:
-        from snugfit.storage.shards import units_done
+        from snugfit.storage.staging import units_done
 
         partial = None if output is None else output.with_name(output.name + ".partial")
         done = 0 if partial is None else units_done(partial)

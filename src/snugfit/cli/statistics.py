@@ -74,7 +74,7 @@ def show_statistics(
         found = load_statistics(file)
         if output is not None:
             from snugfit.report.outliers import write_spikes
-            from snugfit.storage.shards import staged
+            from snugfit.storage.staging import staged
 
             with staged(output) as folder:
                 write_spikes(found, folder)

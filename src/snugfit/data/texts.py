@@ -14,19 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from snugfit.data.rows import (
-    Messages,
-    apply_template,
+from snugfit.data.rows import Messages, make_rows, python_topics, read_line
+from snugfit.data.tokenizer import (
+    Tokenizer,
     first_tokens,
     leading_tokens,
-    load_tokenizer,
-    make_rows,
-    python_topics,
-    read_line,
     template_errors,
 )
 from snugfit.errors import UserError
-from snugfit.records.base import TextRecord
+from snugfit.records.evaluation import TextRecord
 
 CHAT = 0  # the context of rows that are as long as they are
 SAMPLE = 20_000  # characters on which two tokenizers must agree
@@ -44,36 +40,6 @@ class Chunks:
     scored: tuple[tuple[int, ...] | None, ...]
     sources: tuple[str, ...]
     digest: str
-
-
-class Tokenizer:
-    """A model directory's tokenizer, loaded when first needed."""
-
-    def __init__(self, path: Path) -> None:
-        """Of the model directory `path`."""
-        self.path = path
-        self._loaded: Any = None
-
-    @property
-    def used(self) -> bool:
-        """Whether anything was tokenized."""
-        return self._loaded is not None
-
-    @property
-    def raw(self) -> Any:
-        """transformers' own object; UserError where there is none."""
-        if self._loaded is None:
-            self._loaded = load_tokenizer(self.path)
-            self._loaded.model_max_length = int(1e30)  # no warning about texts that are cut later
-        return self._loaded
-
-    def encode(self, text: str, **options: Any) -> list[int]:
-        """Token ids of a text."""
-        return list(self.raw(text, **options).input_ids)
-
-    def chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
-        """Token ids of a conversation in the model's template."""
-        return apply_template(self.raw, messages, **options)
 
 
 def read_chunks(

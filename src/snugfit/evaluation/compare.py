@@ -25,8 +25,9 @@ from snugfit.evaluation.significance import (
     tokens_to_settle,
     unpaired_z,
 )
-from snugfit.report.comparison import CompareRecord, LossRow, Side, TaskRow, Unpaired, context_name
-from snugfit.storage.shards import staged
+from snugfit.records.comparison import CompareRecord, LossRow, Side, TaskRow, Unpaired
+from snugfit.report.comparison import comparison_csv, comparison_markdown, context_name
+from snugfit.storage.staging import staged
 
 Key = tuple[str, str]  # task or context, metric
 SAME_REFERENCE = 0.01  # nats a token: other arithmetic moves a 16-bit model's loss by less, another model by more
@@ -84,8 +85,8 @@ def write_comparison(record: CompareRecord, directory: str | Path) -> None:
     """compare.json, compare.csv and compare.md in a new directory, whole or not at all; UserError where it exists."""
     with staged(Path(directory)) as folder:
         (folder / "compare.json").write_text(record.to_json(), encoding="utf-8")
-        (folder / "compare.csv").write_text(record.to_csv(), encoding="utf-8")
-        (folder / "compare.md").write_text(record.to_markdown(), encoding="utf-8")
+        (folder / "compare.csv").write_text(comparison_csv(record), encoding="utf-8")
+        (folder / "compare.md").write_text(comparison_markdown(record), encoding="utf-8")
 
 
 def _split(family: str, a: Mapping[Key, object], b: Mapping[Key, object]) -> tuple[list[Key], list[Unpaired]]:

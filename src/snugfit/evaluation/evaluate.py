@@ -41,11 +41,11 @@ from snugfit.machine import (
     progress_bar,
     versions,
 )
-from snugfit.records.base import ContextFigures, EvalRecord, Floor, ModelFigures
+from snugfit.records.evaluation import ContextFigures, EvalRecord, Floor, ModelFigures
 from snugfit.report import plots, tables
 from snugfit.serving.answers import FULL
 from snugfit.storage.checkpoint import header_digest
-from snugfit.storage.shards import staged
+from snugfit.storage.staging import staged
 
 DEFAULT_CONTEXTS = (2048,)
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}

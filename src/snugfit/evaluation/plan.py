@@ -12,13 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from snugfit.data import texts
+from snugfit.data.tokenizer import Tokenizer
 from snugfit.errors import UserError
 from snugfit.evaluation import reference
 from snugfit.evaluation.measure import scored_places
 from snugfit.evaluation.served import Served, ServerOptions
 from snugfit.evaluation.subject import Subject, open_subject
-from snugfit.records.base import TextRecord
-from snugfit.storage.shards import check_folder
+from snugfit.records.evaluation import TextRecord
+from snugfit.storage.staging import check_folder
 
 METRICS_VERSION = 1
 FLOORS = ("reference", "all", "none")
@@ -43,7 +44,7 @@ class Job:
 
     base: Model | reference.Reference | None
     candidates: tuple[Model, ...]
-    tokenizer: texts.Tokenizer
+    tokenizer: Tokenizer
     groups: tuple[texts.Chunks, ...]
     files: tuple[TextRecord, ...]
     served: Served | None = None
@@ -84,7 +85,7 @@ def prepare(
     elif base is not None:
         known = Model(apart(Path(base).resolve().name, names), open_subject(base, activations=activations))
         home = Path(base)
-    tokenizer = texts.Tokenizer(home)
+    tokenizer = Tokenizer(home)
     vocabulary = _one_vocabulary(known, models)
     groups, records = texts.read_chunks(tokenizer, files, contexts, **cut, vocabulary=vocabulary)
     job = Job(known, models, tokenizer, tuple(groups), tuple(records))

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from snugfit.errors import UserError
 from snugfit.evaluation.divergence import Prediction, Softmax, StoredTop
-from snugfit.records.base import Floor
+from snugfit.records.evaluation import Floor
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.shards import file_digests
 

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from snugfit import __version__
 from snugfit.errors import UserError
-from snugfit.records.base import EVAL_SCHEMA, TASKS_SCHEMA
+from snugfit.records.evaluation import EVAL_SCHEMA, TASKS_SCHEMA
 
 NAME_A_FILE = "Name a result of `snugfit eval`: its directory, eval.json or tasks.json."
 MAKE_AGAIN = "Make the file again."

@@ -16,7 +16,8 @@ from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate, experts, forward_pass, layers
-from snugfit.storage.checkpoint import Checkpoint, open_checkpoint
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.open import open_checkpoint
 
 TOKENS_PER_BATCH = 4096
 # codes in one element, by format and dtype; 1 of others

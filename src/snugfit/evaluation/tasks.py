@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from snugfit import __version__, machine
-from snugfit.data.rows import load_tokenizer
+from snugfit.data.tokenizer import load_tokenizer
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.evaluation import offline_tasks
 from snugfit.evaluation.subject import TOKENS_PER_BATCH, Subject, last_states, open_head, open_subject
 from snugfit.model import forward_pass
-from snugfit.records.base import TaskResult, TasksRecord
-from snugfit.storage.shards import staged
+from snugfit.records.evaluation import TaskResult, TasksRecord
+from snugfit.storage.staging import staged
 
 PASS_BYTES = 4 << 30  # hidden states in flight; requests with more of them pass through the model in parts
 POSITIONS_AT_ONCE = 256  # logits in memory: this many times the vocabulary, in fp32

@@ -24,7 +24,8 @@ from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower, language_config, layer_count
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.sources import stacked_weights
-from snugfit.storage.checkpoint import Checkpoint, StoredTensor
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.safetensors_header import StoredTensor
 
 # parts of a model, in the order of tables
 PARTS = (

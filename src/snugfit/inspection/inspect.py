@@ -29,7 +29,7 @@ from snugfit.inspection.contents import (
 from snugfit.model.anatomy import language_config
 from snugfit.model.names import role_order
 from snugfit.model.sources import single_weights
-from snugfit.quantization.plan import obstacles
+from snugfit.model.support import obstacles
 from snugfit.records.base import as_json
 from snugfit.records.inspection import (
     INSPECT_SCHEMA,
@@ -43,8 +43,9 @@ from snugfit.records.inspection import (
 )
 from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
 from snugfit.report.outliers import coverage_of, spikes_of
-from snugfit.storage.checkpoint import Checkpoint, open_headers
+from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.files import OTHER_WEIGHTS, read_file
+from snugfit.storage.open import open_headers
 from snugfit.vram.weights import collapse_experts
 
 __all__ = ["INSPECT_SCHEMA", "Inspection", "Part", "formats_for", "inspect_model"]

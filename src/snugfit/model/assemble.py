@@ -15,7 +15,8 @@ from snugfit.formats.fp8 import FP8Weight
 from snugfit.formats.mxfp4 import MXFP4Weight
 from snugfit.formats.stored import Stored, dequantize
 from snugfit.model.sources import Source, Weights
-from snugfit.storage.checkpoint import TORCH_NAMES, Checkpoint, TensorInfo, read_tensor
+from snugfit.storage.checkpoint import Checkpoint, read_tensor
+from snugfit.storage.safetensors_header import dtype_of
 
 E8M0_NAN = 255
 ROWS = 1024  # dequantized at once
@@ -89,9 +90,3 @@ def read_single(checkpoint: Checkpoint, weights: Weights, name: str) -> Tensor:
     """A single expert's tensor out of one of all experts, read by range to the CPU: 16-bit values, or dequantized."""
     pieces = {(part, expert): read_tensor(checkpoint, part, expert) for part, expert in pieces_of(weights, name)}
     return assemble(checkpoint, weights, name, pieces).in_dtype(dtype_of(weights.tensors[name]))
-
-
-def dtype_of(info: TensorInfo) -> torch.dtype:
-    """torch's dtype of a tensor of the file."""
-    found: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
-    return found

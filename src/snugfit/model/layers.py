@@ -23,7 +23,8 @@ from snugfit.model.assemble import part_of
 from snugfit.model.conversion import StoredNames, list_name, stored_names
 from snugfit.model.sources import Weights, stacked_weights
 from snugfit.model.standins import TextOnly, alike, put, rehearse, token_embeddings
-from snugfit.storage.checkpoint import Checkpoint, TensorInfo, read_tensor
+from snugfit.storage.checkpoint import Checkpoint, read_tensor
+from snugfit.storage.safetensors_header import TensorInfo
 
 APART = "Config and weights do not belong together."
 

@@ -16,7 +16,8 @@ from snugfit.dialects.reading import part_names, read_formats, read_quant_config
 from snugfit.engines.mixtures import STACKED, Stacked
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.storage.checkpoint import Checkpoint, TensorInfo
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.safetensors_header import TensorInfo
 
 # what may stand for 16-bit weights: all other codes have lost too much to start from
 SOURCE_FORMATS = frozenset({"fp8", "fp8-dynamic", "fp8-block"})

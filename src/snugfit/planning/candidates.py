@@ -14,9 +14,12 @@ from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder
 from snugfit.model.names import EXPERTS, parse_name
 from snugfit.model.sources import Weights, single_weights
-from snugfit.quantization.plan import Plan, obstacles, outputs_of
-from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe, resolve
-from snugfit.storage.checkpoint import Checkpoint, TensorInfo
+from snugfit.model.support import obstacles
+from snugfit.quantization.plan import Plan, outputs_of
+from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe
+from snugfit.recipes.resolve import resolve
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.vram.fit import Stored
 from snugfit.vram.kv_cache_config import positive, with_defaults
 from snugfit.vram.weights import collapse_experts, is_served

@@ -13,9 +13,9 @@ from snugfit.engines.memory import ENGINES, GIB, OFFERED
 from snugfit.errors import UserError
 from snugfit.planning.candidates import Candidate, candidates_of, read_source, shortest, stored_by_plan
 from snugfit.quantization.plan import Plan
-from snugfit.records.base import FitCache, FitRecord, FitRow
+from snugfit.records.fit import FitCache, FitRecord, FitRow
 from snugfit.report.fit import say_cache
-from snugfit.storage.checkpoint import open_headers
+from snugfit.storage.open import open_headers
 from snugfit.vram.budget import longest_position, read_widths, share_out
 from snugfit.vram.fit import (
     Answer,

@@ -22,7 +22,7 @@ from snugfit.quantization.resume import Progress
 from snugfit.quantization.run import Run, run_units
 from snugfit.records.statistics_file import DEFAULT_CALIBRATION, STATISTICS_FILE, Calibration, Statistics
 from snugfit.report.outliers import write_spikes
-from snugfit.storage.shards import check_stageable, resumable
+from snugfit.storage.staging import check_stageable, resumable
 
 
 def collect_statistics(

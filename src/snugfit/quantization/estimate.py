@@ -16,7 +16,8 @@ from snugfit.methods.rounding import SLICE
 from snugfit.model.hidden_states import IN_FLIGHT
 from snugfit.model.sources import text_config
 from snugfit.quantization.plan import Plan, groups_of
-from snugfit.storage.shards import PIECE, occupied_bytes
+from snugfit.storage.files import PIECE
+from snugfit.storage.staging import occupied_bytes
 from snugfit.storage.transfer import COPIERS, WORKERS
 
 # copies in fp32 of a slice of weights while it is rounded

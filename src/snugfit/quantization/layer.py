@@ -17,12 +17,13 @@ from snugfit.formats.stored import Stored
 from snugfit.machine import give_back_memory
 from snugfit.methods.rounding import round_and_compare
 from snugfit.model import emulate, experts, forward_pass, layers
-from snugfit.model.assemble import Loaded, assemble, dtype_of, pieces_of
+from snugfit.model.assemble import Loaded, assemble, pieces_of
 from snugfit.model.sources import Weights
 from snugfit.quantization.plan import Plan
 from snugfit.records.statistics import Layer
 from snugfit.records.statistics_file import Calibration, Statistics
 from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.safetensors_header import dtype_of
 from snugfit.storage.transfer import Moving, Transfer, check_finite
 
 Piece = tuple[str, int | None]

@@ -17,13 +17,15 @@ from snugfit.errors import UserError
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pick_device, progress_bar, versions
 from snugfit.model import layers
 from snugfit.model.sources import text_config
+from snugfit.model.support import NoEngine
 from snugfit.quantization.estimate import Estimate, check_estimate, estimate_run
 from snugfit.quantization.layer import recall
-from snugfit.quantization.plan import NoEngine, Plan, check_linears, plan_quantization
+from snugfit.quantization.plan import Plan, check_linears, plan_quantization
 from snugfit.quantization.resume import Progress, stamps
 from snugfit.quantization.run import Outcome, Run, run_units
 from snugfit.recipes.recipe import LoadedRecipe
-from snugfit.records.base import QuantizeRecord, TensorRecord, as_json
+from snugfit.records.base import as_json
+from snugfit.records.quantize import QuantizeRecord, TensorRecord
 from snugfit.records.statistics import layer_from_json
 from snugfit.records.statistics_file import (
     DEFAULT_CALIBRATION,
@@ -36,7 +38,8 @@ from snugfit.records.statistics_file import (
 )
 from snugfit.storage.checkpoint import INDEX_NAME, Checkpoint, fingerprint, header_digest
 from snugfit.storage.files import check_inside
-from snugfit.storage.shards import LOCK_NAME, WORK_NAME, check_stageable, index_of, occupied_bytes, resumable
+from snugfit.storage.shards import index_of
+from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 
 RECIPE_FILE = "snugfit-recipe.yaml"
 RECORD_FILE = "snugfit-record.json"

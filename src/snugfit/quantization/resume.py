@@ -15,7 +15,7 @@ from typing import Any
 
 from snugfit.errors import Unfinished
 from snugfit.storage.checkpoint import Checkpoint
-from snugfit.storage.shards import unit_name
+from snugfit.storage.staging import unit_name
 
 IDENTITY = "run.json"
 # what may differ only if asked for: the result would differ in last bits

@@ -24,7 +24,7 @@ from snugfit.quantization.estimate import read_ahead_bytes
 from snugfit.quantization.layer import Measured, ReadAhead, UnitTensor, calibrate, quantize_unit
 from snugfit.quantization.plan import Plan, groups_of
 from snugfit.quantization.resume import Progress
-from snugfit.records.base import TensorRecord
+from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics import layer_to_json
 from snugfit.records.statistics_file import Calibration
 from snugfit.storage.shards import ShardWriter

@@ -8,7 +8,7 @@ from typing import Any
 
 from snugfit import __version__
 from snugfit.records.base import as_json
-from snugfit.report.outliers import Coverage, Spike
+from snugfit.records.statistics import Coverage, Spike
 
 INSPECT_SCHEMA = "snugfit.inspect/1"
 

@@ -181,3 +181,50 @@ def layer_from_json(document: Mapping[str, Any]) -> Layer:
     if not all(math.isfinite(number) and number >= 0 for number in (*numbers, *(cache or ()))):
         raise ValueError("a magnitude that is negative or not finite")
     return Layer(inputs, experts, cache)
+
+
+@dataclass(frozen=True)
+class Spike:
+    """Inputs of one projection of one layer: their largest magnitude, the 99.9th percentile, and the first over it.
+
+    `ratio` is 0 where there is no percentile. `projection` is the name inside the layer of the first linear of those
+    that share these inputs.
+    """
+
+    layer: int
+    projection: str
+    tokens: int
+    amax: float
+    p999: float
+    ratio: float
+
+
+@dataclass(frozen=True)
+class Range:
+    """The least, the median and the most of some counts."""
+
+    least: int
+    median: float
+    most: int
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What one layer's routed experts saw: tokens an expert, in all, and of them those routed to it and forced on it.
+
+    `unrouted` counts experts without a routed token, `forced_gate_up` and `forced_down` those whose largest input came
+    from a forced token. `times_gate_up` and `times_down` are the layer's largest input over that of routed tokens
+    alone, None where there was none.
+    """
+
+    layer: int
+    module: str
+    experts: int
+    tokens: Range
+    routed: Range
+    forced: Range
+    unrouted: int
+    forced_gate_up: int
+    forced_down: int
+    times_gate_up: float | None
+    times_down: float | None

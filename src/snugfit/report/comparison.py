@@ -5,15 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 
 from snugfit.errors import plain
-from snugfit.records.base import as_json
+from snugfit.records.comparison import CompareRecord, LossRow, TaskRow
 from snugfit.report.tables import more_tokens, p_value
 
-COMPARE_SCHEMA = "snugfit.evaluation.compare/1"
 SIGNIFICANT = 0.05
 CSV_COLUMNS = (
     *("family", "name", "metric", "a", "b", "difference", "low", "high", "count", "p", "p_holm", "only_a", "only_b"),
@@ -21,121 +19,33 @@ CSV_COLUMNS = (
 )
 
 
-@dataclass(frozen=True)
-class TaskRow:
-    """One metric of one task: what both report, and their paired difference (`a` minus `b`, mean over the items).
-
-    `only_a` and `only_b` are the items that only one has right, None where scores are not 0 or 1. `p` is McNemar's for
-    those, else the paired bootstrap's, as the 95 % interval always is. `z` is the unpaired score, for reference.
-    """
-
-    task: str
-    metric: str
-    kind: str
-    higher_is_better: bool
-    a: float | None
-    b: float | None
-    items: int
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    only_a: int | None = None
-    only_b: int | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    z: float | None = None
-    note: str = ""
+def comparison_csv(record: CompareRecord) -> str:
+    """A heading and one line a comparison, numbers in full; what one side alone has is a line with only a note."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for task in record.tasks:
+        writer.writerow(asdict(task) | {"family": "tasks", "name": task.task, "count": task.items})
+    for loss in record.losses:
+        names = {"family": "losses", "name": context_name(loss.context), "metric": loss.figure}
+        writer.writerow(asdict(loss) | names | {"count": loss.chunks})
+    for lone in record.unpaired:
+        writer.writerow(asdict(lone) | {"note": f"only in {lone.side}"})
+    return out.getvalue()
 
 
-@dataclass(frozen=True)
-class LossRow:
-    """Loss or KL at one context length (0: chat rows), nats a token; `a` minus `b`, paired over chunks.
-
-    The perplexities and their ratio, a over b, belong to the loss; `more_tokens` is what `tokens_to_settle` says.
-    """
-
-    context: int
-    figure: str
-    a: float | None
-    b: float | None
-    chunks: int
-    tokens: int
-    perplexity_a: float | None = None
-    perplexity_b: float | None = None
-    perplexity_ratio: float | None = None
-    difference: float | None = None
-    low: float | None = None
-    high: float | None = None
-    p: float | None = None
-    p_holm: float | None = None
-    more_tokens: int | None = None
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Unpaired:
-    """What only side "A" or "B" has."""
-
-    family: str
-    name: str
-    metric: str
-    side: str
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two: its file or directory, and the models in it whose tasks and losses were compared."""
-
-    path: str
-    tasks_model: str | None
-    eval_model: str | None
-
-
-@dataclass(frozen=True)
-class CompareRecord:
-    """A finished comparison. Tasks are one family of Holm's correction, losses and KL together another."""
-
-    snugfit: str
-    arguments: Mapping[str, Any]
-    a: Side
-    b: Side
-    tasks: tuple[TaskRow, ...]
-    losses: tuple[LossRow, ...]
-    unpaired: tuple[Unpaired, ...]
-    schema: str = COMPARE_SCHEMA
-
-    def to_json(self) -> str:
-        """The record as one JSON document."""
-        return as_json(asdict(self), allow_nan=False)
-
-    def to_csv(self) -> str:
-        """A heading and one line a comparison, numbers in full; what one side alone has is a line with only a note."""
-        out = io.StringIO()
-        writer = csv.DictWriter(out, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        for task in self.tasks:
-            writer.writerow(asdict(task) | {"family": "tasks", "name": task.task, "count": task.items})
-        for loss in self.losses:
-            names = {"family": "losses", "name": context_name(loss.context), "metric": loss.figure}
-            writer.writerow(asdict(loss) | names | {"count": loss.chunks})
-        for lone in self.unpaired:
-            writer.writerow(asdict(lone) | {"note": f"only in {lone.side}"})
-        return out.getvalue()
-
-    def to_markdown(self) -> str:
-        """A table of tasks, one of losses; under each a line that says what was tested, last what was not and why."""
-        parts = []
-        if self.tasks:
-            parts += [_tasks_table(self), _tasks_caption(self.tasks)]
-        if self.losses:
-            parts += [_losses_table(self), _losses_caption(self.losses)]
-        remarks = [(task.task, task.metric, task.note) for task in self.tasks]
-        remarks += [(context_name(loss.context), loss.figure, loss.note) for loss in self.losses]
-        remarks += [(lone.name, lone.metric, f"only in {lone.side}, not compared.") for lone in self.unpaired]
-        lines = [
-            f"- {', '.join(_escape(part) for part in at if part)}: {_escape(note)}" for *at, note in remarks if note
-        ]
-        return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
+def comparison_markdown(record: CompareRecord) -> str:
+    """A table of tasks, one of losses; under each a line that says what was tested, last what was not and why."""
+    parts = []
+    if record.tasks:
+        parts += [_tasks_table(record), _tasks_caption(record.tasks)]
+    if record.losses:
+        parts += [_losses_table(record), _losses_caption(record.losses)]
+    remarks = [(task.task, task.metric, task.note) for task in record.tasks]
+    remarks += [(context_name(loss.context), loss.figure, loss.note) for loss in record.losses]
+    remarks += [(lone.name, lone.metric, f"only in {lone.side}, not compared.") for lone in record.unpaired]
+    lines = [f"- {', '.join(_escape(part) for part in at if part)}: {_escape(note)}" for *at, note in remarks if note]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
 
 
 def _tasks_table(record: CompareRecord) -> str:

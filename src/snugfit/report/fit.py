@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from snugfit.records.base import FitCache, FitRecord, FitRow
+from snugfit.records.fit import FitCache, FitRecord, FitRow
 
 _GIB = 1024**3
 

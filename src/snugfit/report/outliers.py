@@ -9,11 +9,10 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from snugfit.records.statistics import SAMPLED, Experts
+from snugfit.records.statistics import SAMPLED, Coverage, Experts, Range, Spike
 from snugfit.records.statistics_file import Statistics
 from snugfit.report.plots import COLOURS, MARKERS, Line, Plot, Point, draw
 from snugfit.report.tables import Sheet
@@ -22,53 +21,6 @@ WORST = 12  # rows of a table for the terminal
 CSV_COLUMNS = ("layer", "projection", "tokens", "amax", "p999", "amax_over_p999")
 _LINE_STYLES = ("-", "--", ":", "-.")
 _LAYERS = "decoder layer"
-
-
-@dataclass(frozen=True)
-class Spike:
-    """Inputs of one projection of one layer: their largest magnitude, the 99.9th percentile, and the first over it.
-
-    `ratio` is 0 where there is no percentile. `projection` is the name inside the layer of the first linear of those
-    that share these inputs.
-    """
-
-    layer: int
-    projection: str
-    tokens: int
-    amax: float
-    p999: float
-    ratio: float
-
-
-@dataclass(frozen=True)
-class Range:
-    """The least, the median and the most of some counts."""
-
-    least: int
-    median: float
-    most: int
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What one layer's routed experts saw: tokens an expert, in all, and of them those routed to it and forced on it.
-
-    `unrouted` counts experts without a routed token, `forced_gate_up` and `forced_down` those whose largest input came
-    from a forced token. `times_gate_up` and `times_down` are the layer's largest input over that of routed tokens
-    alone, None where there was none.
-    """
-
-    layer: int
-    module: str
-    experts: int
-    tokens: Range
-    routed: Range
-    forced: Range
-    unrouted: int
-    forced_gate_up: int
-    forced_down: int
-    times_gate_up: float | None
-    times_down: float | None
 
 
 def spikes_of(statistics: Statistics) -> tuple[Spike, ...]:

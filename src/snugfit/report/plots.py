@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from snugfit.records.base import Bin, ContextFigures, EvalRecord, ModelFigures
+from snugfit.records.evaluation import Bin, ContextFigures, EvalRecord, ModelFigures
 from snugfit.report.tables import model_labels, other_text
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snugfit.records.base import Bin, ContextFigures, EvalRecord, ModelFigures, PairFigures, TasksRecord
+from snugfit.records.evaluation import Bin, ContextFigures, EvalRecord, ModelFigures, PairFigures, TasksRecord
 
 CSV_COLUMNS = (
     *("context", "model", "chunks", "tokens", "perplexity", "perplexity_error", "kl", "kl_error", "kl_kind"),

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 from snugfit.errors import Unfinished, UserError
 from snugfit.storage.files import AGAIN, list_files, open_regular, parse_json, read_file, read_fully
 from snugfit.storage.safetensors_header import (
-    DTYPE_BYTES,
     TORCH_NAMES,
     StoredTensor,
     TensorInfo,
@@ -31,32 +30,10 @@ from snugfit.storage.safetensors_header import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "CONFIG_NAME",
-    "DTYPE_BYTES",
-    "INDEX_NAME",
-    "SINGLE_NAME",
-    "TORCH_NAMES",
-    "Checkpoint",
-    "Remote",
-    "StoredTensor",
-    "TensorInfo",
-    "fingerprint",
-    "header_digest",
-    "open_checkpoint",
-    "open_headers",
-    "piece_of",
-    "read_header",
-    "read_range",
-    "read_tensor",
-]
-
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 FINGERPRINTS, FINGERPRINT_BYTES = 64, 1024
-# org/name, org/name@revision
-REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./+-]*))?", re.ASCII)
 
 
 class Remote(Protocol):
@@ -98,27 +75,6 @@ class Checkpoint:
         if path.parent.name == "snapshots" and repo.startswith("models--"):
             return repo.removeprefix("models--").replace("--", "/", 1)
         return path.name
-
-
-def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Read config and headers of a model: a directory, or a Hub id org/name[@revision]; UserError for anything wrong.
-
-    A directory goes before an id. Of a model on the Hub all files without weights are downloaded into its own cache.
-    """
-    if Path(model).exists() or REPO_ID.fullmatch(str(model)) is None:
-        return open_directory(Path(model))
-    from snugfit.storage.hub import fetch_other_files, open_hub
-
-    return fetch_other_files(open_hub(str(model)))
-
-
-def open_headers(model: str | Path) -> Checkpoint:
-    """The same, but of a model on the Hub only config files are downloaded; `other_files` are then names alone."""
-    if Path(model).exists() or REPO_ID.fullmatch(str(model)) is None:
-        return open_directory(Path(model))
-    from snugfit.storage.hub import open_hub
-
-    return open_hub(str(model))
 
 
 def open_directory(root: Path) -> Checkpoint:

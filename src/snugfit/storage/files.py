@@ -128,3 +128,6 @@ def _insides(root: Path) -> tuple[Path, ...]:
         return (root,)
     store = repo.parent / "blobs"
     return (root, repo / "blobs", *([store] if (store / _SHARED_STORE).is_file() else []))
+
+
+PIECE = 16 << 20  # bytes of a tensor that are moved at once

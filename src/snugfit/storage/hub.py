@@ -40,10 +40,8 @@ from snugfit.storage import http_ranges as ranges
 from snugfit.storage.checkpoint import (
     CONFIG_NAME,
     INDEX_NAME,
-    REPO_ID,
     SINGLE_NAME,
     Checkpoint,
-    StoredTensor,
     check_index,
     merge_headers,
     no_weights,
@@ -52,7 +50,8 @@ from snugfit.storage.checkpoint import (
     read_config,
 )
 from snugfit.storage.files import OTHER_WEIGHTS, open_regular, read_file, read_fully
-from snugfit.storage.safetensors_header import header_length, parse_header
+from snugfit.storage.open import REPO_ID
+from snugfit.storage.safetensors_header import StoredTensor, header_length, parse_header
 
 # what says how a model is quantized, and what made it
 CONFIGS = (CONFIG_NAME, INDEX_NAME, "hf_quant_config.json", "quantize_config.json", "quant_config.json")

@@ -8,10 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snugfit.errors import UserError
 from snugfit.storage.files import AGAIN, parse_json
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 LARGE_HEADER_BYTES = 16_000_000
@@ -162,3 +165,11 @@ def _check_cover(spans: list[tuple[int, int, str]], start: int, size: int, where
         last = end
     if last < size:
         raise UserError(f"{size - last} bytes belong to no tensor.", where=where, remedy=AGAIN)
+
+
+def dtype_of(info: TensorInfo) -> torch.dtype:
+    """torch's dtype of a tensor of the file."""
+    import torch
+
+    found: torch.dtype = getattr(torch, TORCH_NAMES[info.dtype])
+    return found

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from snugfit.errors import UserError
-from snugfit.model.assemble import dtype_of
-from snugfit.storage.checkpoint import Checkpoint, StoredTensor, piece_of, read_range
-from snugfit.storage.shards import PIECE
+from snugfit.storage.checkpoint import Checkpoint, piece_of, read_range
+from snugfit.storage.files import PIECE
+from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
 COPIERS = {"cpu": 1, "cuda": 3}  # for what goes from file to file

@@ -10,7 +10,7 @@ from snugfit.engines.kernels import linear_kernel
 from snugfit.engines.memory import EngineMemory
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.storage.checkpoint import TensorInfo
+from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.vram.blocks import Pool, make_pool
 from snugfit.vram.budget import Budget, Widths, in_flight, share_out
 from snugfit.vram.kv_cache import ModelCache, check_split

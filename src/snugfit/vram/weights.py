@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
 from snugfit.model.anatomy import is_prediction_head, is_tower
 from snugfit.model.names import parse_name
-from snugfit.storage.checkpoint import TensorInfo
+from snugfit.storage.safetensors_header import TensorInfo
 
 _ROW_PARALLEL = frozenset(
     {"o_proj", "down_proj", "w2", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "wo", "output_linear"}

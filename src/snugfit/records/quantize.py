@@ -1,0 +1,106 @@
+"""What a quantize run leaves: a record of each tensor, and of the run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from snugfit.records.base import as_json
+
+QUANTIZE_SCHEMA = "snugfit.quantize/1"
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """One source tensor: where it went, what that cost.
+
+    `relative_error` is sum((w_hat - w)^2) / sum(w^2), None for a tensor kept as it is; `input_amax` the largest
+    calibrated input magnitude of its fused group, None where none was needed.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    scale_rule: str
+    source_bytes: int
+    bytes: int
+    relative_error: float | None = None
+    input_amax: float | None = None
+
+
+@dataclass(frozen=True)
+class QuantizeRecord:
+    """A finished quantize run. Sizes in bytes, times in seconds, digests SHA-256.
+
+    `estimates` holds what was foreseen beside what was, {"estimated": ..., "actual": ...} each. `resumed`: units that
+    an earlier run had done, and what differed from it; None for a run in one piece.
+    """
+
+    snugfit: str
+    arguments: Mapping[str, Any]
+    recipe: str
+    recipe_digest: str
+    source: str
+    source_header_digest: str
+    target: str
+    dataset: Mapping[str, Any] | None
+    tensors: tuple[TensorRecord, ...]
+    source_bytes: int
+    bytes: int
+    files: Mapping[str, str]
+    left_out: tuple[str, ...]
+    seconds: Mapping[str, float]
+    peak_rss_bytes: int
+    peak_gpu_bytes: int | None
+    hardware: Mapping[str, Any]
+    versions: Mapping[str, str]
+    estimates: Mapping[str, Any]
+    resumed: Mapping[str, Any] | None = None
+    schema: str = QUANTIZE_SCHEMA
+
+    def to_json(self) -> str:
+        """The record as it is stored, one JSON document."""
+        return as_json(asdict(self))
+
+
+@dataclass(frozen=True)
+class FormatTotal:
+    """All tensors of one format together; `relative_error` is the mean over its weights, None where there is none."""
+
+    format: str
+    tensors: int
+    weights: int
+    source_bytes: int
+    bytes: int
+    relative_error: float | None
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk a weight, scales included."""
+        return 8 * self.bytes / self.weights
+
+
+def totals_by_format(tensors: tuple[TensorRecord, ...]) -> list[FormatTotal]:
+    """Totals in order of first appearance; errors are means weighted by the number of weights."""
+    groups: dict[str, list[TensorRecord]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.format, []).append(tensor)
+    return [_total(name, members) for name, members in groups.items()]
+
+
+def _total(name: str, members: list[TensorRecord]) -> FormatTotal:
+    weights = [math.prod(member.shape) for member in members]
+    errors = [member.relative_error for member in members]
+    mean = None
+    if all(error is not None for error in errors):
+        mean = sum(n * (error or 0.0) for n, error in zip(weights, errors, strict=True)) / max(1, sum(weights))
+    return FormatTotal(
+        name,
+        len(members),
+        sum(weights),
+        sum(m.source_bytes for m in members),
+        sum(m.bytes for m in members),
+        mean,
+    )

@@ -1,0 +1,285 @@
+"""Text families on tiny random models: the walk, quantize and eval against transformers' own forward."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import MakeTiny
+from helpers.tiny_families import (
+    FAMILIES,
+    all_tensors,
+    load,
+    perplexity_of,
+    random_rows,
+    same,
+    unpack_nvfp4_exactly,
+    write_rows,
+)
+from snugfit.data.rows import make_rows
+from snugfit.errors import UserError
+from snugfit.evaluation.continuations import continue_greedily
+from snugfit.evaluation.evaluate import evaluate
+from snugfit.evaluation.fidelity import stream_logits
+from snugfit.evaluation.subject import open_head, open_subject, resident_layer
+from snugfit.model import forward_pass, layers, standins
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.storage.open import open_checkpoint
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def layer_outputs(model: Any, decoder_layers: Sequence[nn.Module], tokens: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What each layer of transformers' model gives for a batch, and the logits."""
+    outputs: list[Tensor] = []
+
+    def note(_layer: nn.Module, _args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    hooks = [layer.register_forward_hook(note) for layer in decoder_layers]
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    for hook in hooks:
+        hook.remove()
+    return outputs, logits
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_walk_is_transformers_forward(family: str, dtype: torch.dtype, make_tiny: MakeTiny) -> None:
+    """Hidden states after every layer, and logits, are transformers' bit for bit, rows padded to one length included.
+
+    Logits of a padded row are those that the row has alone, but for the order in which products of its shape sum.
+    """
+    path = make_tiny(family, dtype=dtype, **FAMILIES[family])
+    model = load(path)
+    subject = open_subject(path, activations="none")
+    assert subject.arithmetic == dtype
+    rows = random_rows([40, 40, 40, 70, 100, 100, 17, 64], stop=64)
+    batches = forward_pass.make_batches(rows, 160, CPU)
+    assert any(batch.valid is not None for batch in batches)
+    skeleton = subject.skeleton
+    forward_pass.embed(skeleton, layers.outer_weights(skeleton, subject.checkpoint, head=False), batches, CPU)
+    real = dict(model.named_modules())[skeleton.layers_name]
+    expected = [layer_outputs(model, list(real), batch.tokens) for batch in batches]
+    for index in range(len(skeleton.layers)):
+        layer, _ = resident_layer(subject, index, CPU)
+        forward_pass.run_layer(layer, index, batches)
+        for batch, (states, _) in zip(batches, expected, strict=True):
+            assert torch.equal(batch.hidden, states[index])
+    head = open_head(subject, CPU)
+    for batch, (_, logits) in zip(batches, expected, strict=True):
+        found = head(batch.hidden)
+        assert torch.equal(found, logits)
+        for place, row in enumerate(batch.rows):
+            alone = model(input_ids=torch.tensor([rows[row]]), use_cache=False).logits[0]
+            difference = (found[place, : len(rows[row])] - alone).abs().max() / alone.abs().max()
+            assert difference < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_files_run_in_transformers(
+    family: str, make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers loads the hybrid of every family and gives our logits; the rest of the file is the source's.
+
+    `eval` finds the reference's perplexity as transformers' forward has it, and a small KL.
+    """
+    check_quantized(family, "nvfp4-fp8-hybrid", make_tiny, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4"])
+@pytest.mark.parametrize("family", ["phi3", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "gemma4_text"])
+def test_other_recipes(
+    family: str, recipe: str, make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused projections, linear attention and per-layer inputs go through one format for all as well."""
+    check_quantized(family, recipe, make_tiny, tmp_path, monkeypatch)
+
+
+def check_quantized(
+    family: str, recipe: str, make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unpack_nvfp4_exactly(monkeypatch)
+    source, target = make_tiny(family, dtype=torch.float32, **FAMILIES[family]), tmp_path / "out"
+    rows = random_rows([48] * 6, seed=1, stop=64)
+    text = write_rows(tmp_path / "rows.jsonl", rows)
+    record = quantize_checkpoint(source, target, recipe, text=[text])
+    kept = [tensor.name for tensor in record.tensors if tensor.format == "as it was"]
+    before, after = all_tensors(source), all_tensors(target)
+    assert len(kept) < len(before)
+    assert all(same(before[name], after[name]) for name in kept)
+    tokens = torch.tensor(rows)
+    with torch.no_grad():
+        expected = load(target)(input_ids=tokens, use_cache=False).logits.float()
+        original = load(source)(input_ids=tokens, use_cache=False).logits.float()
+    found = torch.cat([part.float() for _, _, part in stream_logits(target, make_rows(rows, "random"))], dim=1)
+    # a code that sits on a tie may fall the other way; a linear that is left alone makes 0.05
+    assert float((expected - found).abs().mean() / expected.abs().mean()) < 0.01
+    reference, candidate = evaluate([target], reference_model=source, text=[text]).contexts[0].models[:2]
+    assert reference.perplexity == pytest.approx(perplexity_of(original, rows), rel=1e-5)
+    assert candidate.perplexity == pytest.approx(perplexity_of(found, rows), rel=1e-5)
+    assert candidate.kl is not None
+    assert 0 < candidate.kl.mean < 0.2
+
+
+@pytest.mark.parametrize(
+    "family", ["falcon_h1", "gemma4_text", "qwen3_5_text", "granitemoehybrid", "bamba", "gpt_neox"]
+)
+def test_continuations_are_transformers_own(family: str, make_tiny: MakeTiny) -> None:
+    """Greedy continuations with a cache, recurrent states and shared keys are those of transformers' generate."""
+    path = make_tiny(family, dtype=torch.float32, **FAMILIES[family])
+    prompt = [5, 6, 7, 8, 9]
+    found = continue_greedily(open_subject(path), [prompt], CPU, tokens=8)[0]
+    settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    expected = load(path).generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
+    assert found == expected
+
+
+def test_a_head_of_another_name_is_kept(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """GPT-NeoX's files say embed_out where transformers' module is lm_head; it is copied, ignored and found again."""
+    source = make_tiny("gpt_neox")
+    skeleton = layers.build_skeleton(open_checkpoint(source))
+    assert skeleton.stored["lm_head.weight"] == "embed_out.weight"
+    assert layers.linear_names(skeleton)["embed_out"] == "lm_head"
+    text = write_rows(tmp_path / "rows.jsonl", random_rows([32] * 2))
+    quantize_checkpoint(source, tmp_path / "out", "fp8-dynamic", text=[text])
+    assert same(all_tensors(tmp_path / "out")["embed_out.weight"], all_tensors(source)["embed_out.weight"])
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert "embed_out" in config["quantization_config"]["ignore"]
+
+
+@pytest.mark.parametrize(
+    ("family", "masks"), [("mistral", 1), ("gemma2", 2), ("gemma3_text", 1), ("gpt_oss", 2), ("llama", 0)]
+)
+def test_one_mask_of_each_kind(family: str, masks: int, make_tiny: MakeTiny) -> None:
+    """Many rows of one length share one mask [T, T] of each kind, whatever the batches; causal ones may need none."""
+    more = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "sliding_window": 16}
+    checkpoint = open_checkpoint(make_tiny(family, **(FAMILIES.get(family) or {} if family != "gpt_oss" else more)))
+    skeleton = layers.build_skeleton(checkpoint)
+    batches = forward_pass.make_batches(random_rows([40] * 10), 200, CPU)
+    assert [len(batch.rows) for batch in batches] == [3, 3, 3, 1]
+    forward_pass.embed(skeleton, layers.outer_weights(skeleton, checkpoint, head=False), batches, CPU)
+    given = [
+        value
+        for batch in batches
+        for args, kwargs in batch.calls
+        for value in (*args, *kwargs.values())
+        if isinstance(value, Tensor) and value.dim() == 4
+    ]
+    held = {mask.untyped_storage().data_ptr(): mask.untyped_storage().nbytes() for mask in given}
+    assert min(1, masks) <= len(held) <= masks
+    assert all(size <= 40 * 40 * torch.bfloat16.itemsize for size in held.values())
+
+
+def test_tokens_own_inputs_are_not_shared(make_tiny: MakeTiny) -> None:
+    """What layers get of the tokens beside hidden states, Gemma 4's per-layer embeddings, stays each batch's own."""
+    checkpoint = open_checkpoint(make_tiny("gemma4_text", **FAMILIES["gemma4_text"]))
+    skeleton = layers.build_skeleton(checkpoint)
+    rows = random_rows([40, 40])
+    batches = forward_pass.make_batches([rows[0], rows[1], rows[0]], 40, CPU)
+    forward_pass.embed(skeleton, layers.outer_weights(skeleton, checkpoint, head=False), batches, CPU)
+    first, second, third = (batch.calls[1][0][0] for batch in batches)
+    assert first.shape == (1, 40, 16)
+    assert torch.equal(first, third)
+    assert not torch.equal(first, second)
+    states = [batch.calls[0][1]["shared_kv_states"] for batch in batches]
+    assert len({id(state) for state in states}) == len(batches)
+    assert all(batch.calls[2][1]["shared_kv_states"] is batch.calls[0][1]["shared_kv_states"] for batch in batches)
+    assert skeleton.hand_on
+    assert not layers.build_skeleton(open_checkpoint(make_tiny("llama"))).hand_on
+
+
+def test_names_within_a_layer(make_tiny: MakeTiny) -> None:
+    """A layer's needs and linears go by the file's names; what transformers computes itself is not among them."""
+    skeleton = layers.build_skeleton(open_checkpoint(make_tiny("qwen3_5_text", **FAMILIES["qwen3_5_text"])))
+    assert skeleton.stored_layers_name == skeleton.layers_name == "model.layers"
+    assert "linear_attn.A_log" in layers.used_names(skeleton, 0)
+    assert "linear_attn.conv1d.weight" in layers.used_names(skeleton, 0)
+    assert "self_attn.rotary_emb.inv_freq" not in layers.used_names(skeleton, 1)
+    assert layers.module_names(skeleton, 0)["linear_attn.in_proj_qkv"] == "linear_attn.in_proj_qkv"
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "says"),
+    [
+        (
+            "gemma3n_text",
+            {"head_dim": 16, "sliding_window": 16, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
+            | {"hidden_size_per_layer_input": 16, "laurel_rank": 8, "activation_sparsity_pattern": None}
+            | {"pad_token_id": 0, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
+            r"its layers pass hidden states \[4, 1, 4, 64\] for 4 tokens",
+        ),
+    ],
+    ids=["parallel-states"],
+)
+def test_what_the_walk_cannot_run_is_refused(family: str, more: dict[str, Any], says: str, make_tiny: MakeTiny) -> None:
+    """Hidden states of another kind are refused before any weight is read."""
+    with pytest.raises(UserError, match=says):
+        open_subject(make_tiny(family, **more))
+
+
+class Decoder(nn.Module):
+    """Layers in a loop that scales what it hands on, and takes the first part of what layers return, or not."""
+
+    def __init__(self, scale: float, *, first: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4, device="meta")
+        self.layers = nn.ModuleList(nn.Linear(4, 4, device="meta") for _ in range(3))
+        self.scale, self.first = scale, first
+
+    def get_input_embeddings(self) -> nn.Module:
+        """What a stand-in replaces."""
+        return self.embed
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
+        """Hidden states after the last layer."""
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            output = layer(hidden)
+            hidden = output[0] if self.first else output
+            hidden = hidden * self.scale if self.scale != 1 else hidden
+        result: Tensor = hidden
+        return result
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_loops_over_layers_are_told_apart(first: bool) -> None:
+    """A loop that takes the first part of a layer's answer is known; one that changes states between is refused."""
+    tokens = torch.zeros((1, 4), dtype=torch.int64)
+    plain, scaled = Decoder(1.0, first=first), Decoder(0.5, first=first)
+    assert standins.rehearse(plain, plain.layers, tokens, where="here").in_tuple == first
+    with pytest.raises(UserError, match="here: its layers are run in a way that is not handled yet"):
+        standins.rehearse(scaled, scaled.layers, tokens, where="here")
+
+
+@pytest.mark.parametrize("kind", ["llama", "house_model"])
+def test_code_in_a_checkpoint_never_runs(kind: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Python files that a config's auto_map names are not run: a known family goes on, another is refused."""
+    path = tmp_path / "model"
+    shutil.copytree(make_tiny("llama"), path)
+    marker = tmp_path / "ran"
+    (path / "house.py").write_text(f"open({str(marker)!r}, 'w').close()\nHouseConfig = HouseModel = None\n")
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    names = {"AutoConfig": "house.HouseConfig", "AutoModelForCausalLM": "house.HouseModel"}
+    config |= {"model_type": kind, "auto_map": names | {"AutoModel": "house.HouseModel"}}
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    if kind == "llama":
+        text = write_rows(tmp_path / "rows.jsonl", random_rows([32] * 2))
+        quantize_checkpoint(path, tmp_path / "out", "nvfp4", text=[text])
+        assert evaluate([tmp_path / "out"], text=[text]).contexts[0].models[0].perplexity > 1
+    else:
+        with pytest.raises(UserError, match="transformers cannot build model_type 'house_model'"):
+            open_subject(path)
+        with pytest.raises(UserError, match="house_model"):
+            quantize_checkpoint(path, tmp_path / "out", "fp8-dynamic")
+    assert not marker.exists()

@@ -1,0 +1,721 @@
+"""FP8 and MXFP4 checkpoints as sources: what stays stays bit for bit, what is made anew is made of what they stand for.
+
+The sources, and what they stand for, are made with plain torch (`fp8_sources.py`); what is written is read with
+safetensors, and config groups are compressed-tensors' own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStrategy
+from torch import Tensor
+
+from conftest import MakeTiny
+from helpers.fp8_sources import KINDS, Kind, as_fp8, as_mxfp4, dequantized
+from helpers.tiny_families import all_tensors, random_rows, same, write_rows
+from helpers.tiny_mixtures import make_mixture, rewrite
+from snugfit.errors import UserError
+from snugfit.evaluation.subject import open_head, open_subject, resident_layer
+from snugfit.model import forward_pass, layers
+from snugfit.model.support import NoEngine
+from snugfit.quantization.plan import plan_quantization
+from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.records.quantize import QuantizeRecord
+from snugfit.records.statistics_file import Calibration
+
+CPU = torch.device("cpu")
+FAMILIES = ("llama", "mixtral", "deepseek_v3")
+# family -> a recipe that makes its MLP or its experts NVFP4, and leaves all else in FP8
+RECIPES = {"llama": "nvfp4-fp8-hybrid", "mixtral": "nvfp4-moe", "deepseek_v3": "nvfp4-moe"}
+SOURCE_SUFFIXES = ("weight_scale_inv", "activation_scale", "_blocks", "_scales")
+LAYER0 = "model.layers.0.self_attn"
+EXPERT = "model.layers.1.mlp.experts.3.down_proj"
+PREDICTED = "model.layers.2.self_attn"  # of the multi-token prediction layer
+Change = Callable[[dict[str, Tensor]], object]
+
+
+@dataclass(frozen=True)
+class Made:
+    """An FP8 source and what a recipe made of it."""
+
+    source: Path
+    out: Path
+    record: QuantizeRecord
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """Tensors of the source."""
+        return all_tensors(self.source)
+
+    @property
+    def written(self) -> dict[str, Tensor]:
+        """Tensors of the result."""
+        return all_tensors(self.out)
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The result's quantization_config."""
+        return quantization_of(self.out)
+
+
+def quantization_of(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL file of three rows of 16 token ids."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", random_rows([16] * 3))
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Callable[[str], Path]:
+    """The 16-bit model of a family, its dimensions multiples of 128."""
+    made: dict[str, Path] = {}
+
+    def get(family: str) -> Path:
+        if family not in made and family == "llama":
+            sizes = {"hidden_size": 128, "head_dim": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+            made[family] = make_tiny("llama", **sizes)
+        elif family not in made:
+            made[family] = make_mixture(family, tmp_path_factory.mktemp(family), wide=True)
+        return made[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory, wide: Callable[[str], Path]) -> Callable[[str, Kind], Path]:
+    """The same in FP8 of a kind."""
+    made: dict[tuple[str, Kind], Path] = {}
+
+    def get(family: str, kind: Kind) -> Path:
+        if (family, kind) not in made:
+            made[family, kind] = as_fp8(wide(family), tmp_path_factory.mktemp(f"{family}-{kind}") / "fp8", kind)
+        return made[family, kind]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    tmp_path_factory: pytest.TempPathFactory, fp8: Callable[[str, Kind], Path], rows: Path
+) -> Callable[[str, Kind], Made]:
+    """What the family's recipe makes of it, once for all tests."""
+    made: dict[tuple[str, Kind], Made] = {}
+
+    def get(family: str, kind: Kind) -> Made:
+        if (family, kind) not in made:
+            out = tmp_path_factory.mktemp("out") / "out"
+            source = fp8(family, kind)
+            made[family, kind] = Made(source, out, run(source, out, RECIPES[family], rows))
+        return made[family, kind]
+
+    return get
+
+
+def run(source: Path, out: Path, recipe: str | Path, rows: Path, **more: Any) -> QuantizeRecord:
+    """Quantize with experts that may see few of the rows."""
+    settings = Calibration(least_tokens=0)
+    return quantize_checkpoint(source, out, str(recipe), text=[rows], device="cpu", calibration=settings, **more)
+
+
+def recipe_file(folder: Path, *rules: str) -> Path:
+    """A recipe of these rules."""
+    file = folder / "recipe.yaml"
+    file.write_text("name: mine\nrules:\n" + "".join(f"- {{{rule}}}\n" for rule in rules), encoding="utf-8")
+    return file
+
+
+def made_anew(family: str, name: str) -> bool:
+    """Whether the family's recipe makes this weight of the source NVFP4."""
+    if name.startswith("model.layers.2."):  # transformers does not run it
+        return False
+    return ".mlp." in name if family == "llama" else ".experts." in name
+
+
+def scale_of(tensors: Mapping[str, Tensor], module: str) -> Tensor:
+    """The scale of an FP8 weight of a source."""
+    return next(tensors[name] for name in (f"{module}.weight_scale", f"{module}.weight_scale_inv") if name in tensors)
+
+
+def fp8_modules(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Modules whose weight is in FP8."""
+    return [name.removesuffix(".weight") for name, t in tensors.items() if name.endswith(".weight") and t.itemsize == 1]
+
+
+def groups_of(quantization: Mapping[str, Any], module: str) -> list[Any]:
+    """Config groups whose targets name a module, as compressed-tensors' own classes."""
+    config = QuantizationConfig.model_validate(quantization)
+    found = []
+    for group in config.config_groups.values():
+        for target in group.targets:
+            pattern = target.removeprefix("re:")
+            if re.match(pattern, module) if target.startswith("re:") else target == module:
+                found.append(group)
+    return found
+
+
+def dequantized_copy(wide: Path, source: Path, target: Path) -> Path:
+    """A 16-bit checkpoint of what an FP8 or MXFP4 one stands for."""
+    shutil.copytree(wide, target)
+    meant, own = dequantized(source), all_tensors(wide)
+    rewrite(target, {name: tensor.to(own[name].dtype) for name, tensor in meant.items()})
+    return target
+
+
+# --- what stays
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_fp8_is_the_sources_bit_for_bit(family: str, kind: Kind, quantized: Callable[[str, Kind], Made]) -> None:
+    """Codes and scales of FP8 weights that the recipe leaves alone, and all 16-bit tensors, are the source's."""
+    made = quantized(family, kind)
+    given, written = made.given, made.written
+    kept = [module for module in fp8_modules(given) if not made_anew(family, module)]
+    assert any(module.endswith(("o_proj",)) for module in kept)
+    assert any(module.startswith("model.layers.2.mlp.experts.") for module in kept) == (family == "deepseek_v3")
+    for module in kept:
+        assert same_bytes(written[f"{module}.weight"], given[f"{module}.weight"]), module
+        stored, scale = written[f"{module}.weight_scale"], scale_of(given, module)
+        if kind == "hf-tensor":  # one a row, all the same: experts of engines have no other beside inputs by token
+            scale = scale.expand(len(stored), 1).contiguous()
+        assert same_bytes(stored.reshape(scale.shape), scale), module
+        given_input = given.get(f"{module}.input_scale", given.get(f"{module}.activation_scale"))
+        if given_input is None:
+            assert f"{module}.input_scale" not in written
+        else:
+            assert written[f"{module}.input_scale"].tolist() == given_input.float().reshape(1).tolist()
+    others = [name for name, tensor in given.items() if tensor.itemsize > 1 and "_scale" not in name]
+    assert others
+    assert all(same(written[name], given[name]) for name in others)
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same bytes, whatever their dtype can be compared as."""
+    return same_shape(a, b) and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def same_shape(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_groups_describe_what_is_written(
+    family: str, kind: Kind, quantized: Callable[[str, Kind], Made]
+) -> None:
+    """compressed-tensors takes the config, and the one group of each module says of scales and inputs what is there."""
+    made = quantized(family, kind)
+    written, quantization = made.written, made.quantization
+    config = QuantizationConfig.model_validate(quantization)
+    modules = fp8_modules(written)
+    for module in modules:
+        (group,) = groups_of(quantization, module)
+        assert group.format == "float-quantized"
+        weights, inputs = group.weights, group.input_activations
+        kind_of_number = weights.num_bits, str(weights.type), weights.symmetric, weights.dynamic
+        assert kind_of_number == (8, "float", True, False)
+        rows, columns = written[f"{module}.weight"].shape
+        shapes: dict[object, tuple[int, ...]] = {
+            QuantizationStrategy.BLOCK: (-(-rows // 128), -(-columns // 128)),
+            QuantizationStrategy.CHANNEL: (rows, 1),
+            QuantizationStrategy.TENSOR: (1,),
+        }
+        assert written[f"{module}.weight_scale"].shape == shapes[weights.strategy]
+        assert weights.strategy != QuantizationStrategy.BLOCK or list(weights.block_structure) == [128, 128]
+        assert inputs is not None
+        assert (f"{module}.input_scale" in written) == (not inputs.dynamic)
+    packed = [name.removesuffix(".weight_packed") for name in written if name.endswith(".weight_packed")]
+    for module in packed:
+        (group,) = groups_of(quantization, module)
+        assert group.format == "nvfp4-pack-quantized"
+    plain = [n.removesuffix(".weight") for n, t in written.items() if t.dim() == 2 and t.dtype == torch.bfloat16]
+    linears = {module for module in plain if "embed_tokens" not in module and not module.endswith("weight_scale")}
+    assert set(config.ignore) == linears
+    assert not [module for module in linears if groups_of(quantization, module)]
+    strategies = {"tensor"} if kind.endswith(("static", "inv")) else {"block"} if "block" in kind else {"channel"}
+    assert {str(groups_of(quantization, m)[0].weights.strategy) for m in modules} == strategies
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_of_the_sources_dialect_remains(
+    family: str, kind: Kind, quantized: Callable[[str, Kind], Made]
+) -> None:
+    """No tensor has a name of the source's dialect; names, shapes and bytes are those of the plan and the record."""
+    made = quantized(family, kind)
+    written = made.written
+    assert not [name for name in written if name.endswith(SOURCE_SUFFIXES)]
+    assert made.quantization["quant_method"] == "compressed-tensors"
+    plan = plan_quantization(made.source, RECIPES[family])
+    planned = {info.name: tuple(info.shape) for infos in plan.outputs.values() for info in infos}
+    assert {name: tuple(tensor.shape) for name, tensor in written.items()} == planned
+    total = sum(tensor.nbytes for tensor in written.values())
+    assert total == plan.bytes == made.record.bytes == sum(entry.bytes for entry in made.record.tensors)
+    assert made.record.source_bytes == sum(tensor.nbytes for tensor in made.given.values())
+    assert sum(entry.source_bytes for entry in made.record.tensors) == made.record.source_bytes
+    copied = {e.name: e for e in made.record.tensors if e.name.endswith(f"{LAYER0}.o_proj.weight")}
+    assert [entry.relative_error for entry in copied.values()] == [0.0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_are_made_of_the_dequantized_weights(
+    family: str, kind: Kind, quantized: Callable[[str, Kind], Made], wide: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """NVFP4 and INT4 weights are to the byte those of a BF16 checkpoint that holds what the FP8 stands for."""
+    made = quantized(family, kind)
+    plain = dequantized_copy(wide(family), made.source, tmp_path / "plain")
+    role = "mlp" if family == "llama" else "experts"
+    # weights alone: what inputs an engine sees depends on the format of attention, which differs
+    nvfp4 = recipe_file(tmp_path, f"role: {role}, format: nvfp4a16, scale: four-over-six", "role: linear, format: keep")
+    quantize_checkpoint(plain, tmp_path / "nvfp4", str(nvfp4), device="cpu")
+    written, expected = made.written, all_tensors(tmp_path / "nvfp4")
+    parts = [n for n in expected if n.endswith((".weight_packed", ".weight_scale", ".weight_global_scale"))]
+    assert len(parts) == 3 * len([n for n in written if n.endswith(".weight_packed")]) >= 3 * 6
+    assert all(same_bytes(written[name], expected[name]) for name in parts)
+    int4 = "fp8-int4" if family == "llama" else "fp8-int4-moe"
+    for path in (made.source, plain):
+        quantize_checkpoint(path, tmp_path / f"int4-{path.name}", int4, device="cpu")
+    ours, theirs = (all_tensors(tmp_path / f"int4-{path.name}") for path in (made.source, plain))
+    modules = [name.removesuffix("_packed") for name in theirs if name.endswith(".weight_packed")]
+    assert modules
+    for name in (f"{module}{part}" for module in modules for part in ("_packed", "_scale", "_shape")):
+        assert same_bytes(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_whole_recipe_on_a_dequantized_copy(
+    family: str, quantized: Callable[[str, Kind], Made], wide: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    """The same recipe on the dequantized checkpoint gives the same experts, under input scales that differ little."""
+    made = quantized(family, "hf-block")
+    run(dequantized_copy(wide(family), made.source, tmp_path / "plain"), tmp_path / "out", RECIPES[family], rows)
+    written, expected = made.written, all_tensors(tmp_path / "out")
+    names = [n for n in expected if ".experts." in n and not n.startswith("model.layers.2.")]
+    assert {n for n in written if ".experts." in n and not n.startswith("model.layers.2.")} == set(names)
+    for name in names:
+        if name.endswith("input_global_scale"):  # attention is in other formats, and its outputs differ
+            assert float(written[name]) == pytest.approx(float(expected[name]), rel=0.15)
+        else:
+            assert same_bytes(written[name], expected[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_kept_layers_compute_what_the_source_computes(
+    family: str, kind: Kind, fp8: Callable[[str, Kind], Path], tmp_path: Path
+) -> None:
+    """Logits from behind a layer that is kept are those of the source to the bit, read as evaluation reads both."""
+    source = fp8(family, kind)
+    recipe = recipe_file(tmp_path, "role: mlp, layers: -1, format: nvfp4a16", "role: linear, format: keep")
+    quantize_checkpoint(source, tmp_path / "out", str(recipe), device="cpu")
+    given, written = all_tensors(source), all_tensors(tmp_path / "out")
+    for module in fp8_modules(given):
+        if module.startswith("model.layers.0."):
+            assert same_bytes(written[f"{module}.weight"], given[f"{module}.weight"])
+    logits = [logits_behind(path, 0) for path in (source, tmp_path / "out")]
+    spread = float(logits[0].float().std())
+    assert spread > 0.01
+    if kind == "hf-tensor":  # engines give fused members of the source one scale, and round their codes once more
+        assert 0 < float((logits[0] - logits[1]).float().square().mean().sqrt()) < 0.2 * spread
+    else:
+        assert torch.equal(*logits)
+
+
+def logits_behind(path: Path, last: int) -> Tensor:
+    """Logits [2, 24, V] of two rows, as if layer `last` were the model's last one."""
+    subject = open_subject(path)
+    batches = forward_pass.make_batches(random_rows([24, 24], seed=5), 4096, CPU)
+    forward_pass.embed(
+        subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU
+    )
+    for index in range(last + 1):
+        layer, cache = resident_layer(subject, index, CPU)
+        forward_pass.run_layer(layer, index, batches, cache=cache)
+    return open_head(subject, CPU)(torch.cat([batch.hidden for batch in batches]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compressed_tensors_reads_kept_weights(family: str, kind: Kind, quantized: Callable[[str, Kind], Made]) -> None:
+    """Under the config's own scheme the library's compressor gives each kept weight the values of the source."""
+    made = quantized(family, kind)
+    written, meant, quantization = made.written, dequantized(made.source), made.quantization
+    for module in fp8_modules(written):
+        (group,) = groups_of(quantization, module)
+        parts = {part: written[f"{module}.{part}"] for part in ("weight", "weight_scale")}
+        theirs = BaseCompressor.get_value_from_registry(group.format).decompress(parts, group)["weight"]
+        assert torch.equal(theirs, meant[f"{module}.weight"].to(theirs.dtype)), module
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["e8m0", "bytes"])
+def test_e8m0_scales_become_floats_of_the_same_value(
+    plain: bool, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
+) -> None:
+    """Scales that are powers of two in one byte are written in F32, which compressed-tensors has, with equal values."""
+    source = copied(fp8("deepseek_v3", "hf-block"), tmp_path, to_e8m0(plain=plain))
+    run(source, tmp_path / "out", "nvfp4-moe", rows)
+    given, written = all_tensors(source), all_tensors(tmp_path / "out")
+    for module in (f"{LAYER0}.o_proj", f"{PREDICTED}.kv_b_proj", "model.layers.2.mlp.experts.5.up_proj"):
+        exponents = given[f"{module}.weight_scale_inv"].view(torch.uint8).int() - 127
+        scale = written[f"{module}.weight_scale"]
+        assert scale.dtype == torch.float32
+        assert torch.equal(scale, torch.ldexp(torch.ones(exponents.shape), exponents))
+        assert same_bytes(written[f"{module}.weight"], given[f"{module}.weight"])
+    assert QuantizationConfig.model_validate(quantization_of(tmp_path / "out"))
+    assert sum(t.nbytes for t in written.values()) == plan_quantization(source, "nvfp4-moe").bytes
+
+
+def to_e8m0(*, plain: bool = False) -> Change:
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("weight_scale_inv"):
+                exponent = tensor.float().log2().round().add(127).to(torch.uint8)
+                tensors[name] = exponent if plain else exponent.view(torch.float8_e8m0fnu)
+
+    return change
+
+
+def copied(source: Path, folder: Path, change: Change | None = None, **quantization: Any) -> Path:
+    """A copy of a source, its tensors and its quantization_config changed."""
+    target = folder / "source"
+    shutil.copytree(source, target)
+    if change is not None:
+        tensors = all_tensors(target)
+        change(tensors)
+        rewrite(target, tensors)
+    config = json.loads((target / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] |= quantization
+    (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+def test_our_own_fp8_can_be_gone_on_from(wide: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+    """FP8 that snugfit wrote is a source like any other: its codes and scales stay."""
+    quantize_checkpoint(wide("mixtral"), tmp_path / "fp8", "fp8-dynamic", device="cpu")
+    run(tmp_path / "fp8", tmp_path / "out", "nvfp4-moe", rows)
+    given, written = all_tensors(tmp_path / "fp8"), all_tensors(tmp_path / "out")
+    for part in ("weight", "weight_scale"):
+        assert same_bytes(written[f"{LAYER0}.q_proj.{part}"], given[f"{LAYER0}.q_proj.{part}"])
+    assert any(name.endswith("experts.3.w2.weight_packed") for name in written)
+
+
+# --- what is asked for
+
+
+@pytest.mark.parametrize("kind", ["hf-block", "hf-tensor-static", "ct-tensor-static"])
+def test_requantize_makes_new_codes(
+    kind: Kind, fp8: Callable[[str, Kind], Path], wide: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """`requantize: true` gives what the dequantized weights give in that format, without the source's input scales."""
+    rules = "role: mlp, format: int4", "role: linear, format: fp8-dynamic, requantize: true"
+    recipe, source = recipe_file(tmp_path, *rules), fp8("llama", kind)
+    plain = dequantized_copy(wide("llama"), source, tmp_path / "plain")
+    for name, path in (("ours", source), ("theirs", plain)):
+        quantize_checkpoint(path, tmp_path / name, str(recipe), device="cpu")
+    ours, theirs = all_tensors(tmp_path / "ours"), all_tensors(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert all(same_bytes(ours[name], theirs[name]) for name in ours)
+    assert not same_bytes(ours[f"{LAYER0}.q_proj.weight"], all_tensors(source)[f"{LAYER0}.q_proj.weight"])
+    assert quantization_of(tmp_path / "ours") == quantization_of(tmp_path / "theirs")
+
+
+def test_keep_copies_fp8(fp8: Callable[[str, Kind], Path], tmp_path: Path) -> None:
+    """`format: keep` leaves FP8 weights in FP8, in a config group of their own; with `requantize` they become BF16."""
+    source = fp8("llama", "hf-tensor-static")
+    for name, more in (("kept", ""), ("wide", ", requantize: true")):
+        recipe = recipe_file(tmp_path, "role: mlp, format: int4", f"role: linear, format: keep{more}")
+        quantize_checkpoint(source, tmp_path / name, str(recipe), device="cpu")
+    given, kept, wide = (all_tensors(path) for path in (source, tmp_path / "kept", tmp_path / "wide"))
+    module = f"{LAYER0}.v_proj"
+    assert same_bytes(kept[f"{module}.weight"], given[f"{module}.weight"])
+    (group,) = groups_of(quantization_of(tmp_path / "kept"), module)
+    assert group.input_activations.strategy == group.weights.strategy == QuantizationStrategy.TENSOR
+    assert same(wide[f"{module}.weight"], dequantized(source)[f"{module}.weight"].bfloat16())
+    assert not [name for name in wide if name.startswith(module) and "scale" in name]
+    assert module in quantization_of(tmp_path / "wide")["ignore"]
+
+
+# --- what is refused
+
+
+def refused(source: Path, recipe: str | Path, tmp_path: Path, rows: Path, **more: Any) -> str:
+    """The message of a run that must be refused and leave nothing behind."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UserError) as caught:
+        run(source, tmp_path / "refused", recipe, rows, **more)
+    assert sorted(tmp_path.iterdir()) == before
+    assert caught.value.where
+    assert caught.value.remedy
+    return str(caught.value)
+
+
+def drop(*names: str) -> Change:
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def put(name: str, value: Tensor) -> Change:
+    return lambda tensors: tensors.update({name: value})
+
+
+def spoil(name: str, value: float) -> Change:
+    """One element of a tensor has another value; of FP8 codes the bits of one."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        found = tensors[name].clone()
+        if found.itemsize == 1:
+            found.view(torch.uint8).view(-1)[-1] = int(value)
+        else:
+            found.view(-1)[-1] = value
+        tensors[name] = found
+
+    return change
+
+
+def wide_partner(tensors: dict[str, Tensor]) -> None:
+    """k of layer 0 in BF16."""
+    tensors[f"{LAYER0}.k_proj.weight"] = tensors[f"{LAYER0}.k_proj.weight"].bfloat16()
+    for suffix in ("weight_scale", "weight_scale_inv"):
+        tensors.pop(f"{LAYER0}.k_proj.{suffix}", None)
+
+
+def test_partners_of_different_fp8_are_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path) -> None:
+    """Blocks of q beside one scale of k cannot run as one product: the message says what both are in."""
+    change = put(f"{LAYER0}.k_proj.weight_scale_inv", torch.full((1,), 0.001))
+    # k has two blocks, else one scale would be one block
+    sizes = put(f"{LAYER0}.k_proj.weight", torch.ones(128, 128).to(torch.float8_e4m3fn))
+
+    def both(tensors: dict[str, Tensor]) -> None:
+        change(tensors)
+        sizes(tensors)
+
+    source = copied(fp8("llama", "hf-block"), tmp_path, both)
+    message = refused(source, "nvfp4-fp8-hybrid", tmp_path, rows)
+    for words in (f"{LAYER0}.k_proj", "q_proj stays fp8-block", "k_proj stays fp8-dynamic", "requantize: true"):
+        assert words in message
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid", "keep"])
+@pytest.mark.parametrize("kind", ["hf-block", "ct-tensor-static"])
+def test_a_partner_in_16_bits_is_refused(
+    kind: Kind, recipe: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
+) -> None:
+    """q and v in FP8 beside a k in BF16 need one format: the message says what each is in, `requantize` heals it."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        wide_partner(tensors)
+        tensors.pop(f"{LAYER0}.k_proj.input_scale", None)
+
+    ignore = [*quantization_of(fp8("llama", kind)).get("ignore", []), f"{LAYER0}.k_proj"]
+    more = {"ignore": ignore} if kind.startswith("ct") else {}
+    source = copied(fp8("llama", kind), tmp_path, change, **more)
+    keep = "role: mlp, format: nvfp4", "role: linear, format: keep"
+    message = refused(source, recipe_file(tmp_path, *keep) if recipe == "keep" else recipe, tmp_path, rows)
+    assert re.search(rf"{re.escape(LAYER0)}\.\w_proj and its partners", message)
+    assert re.search(r"q_proj stays fp8.*k_proj would be (fp8-dynamic|keep)", message)
+    healed = recipe_file(tmp_path, "role: mlp, format: nvfp4", "role: linear, format: fp8-dynamic, requantize: true")
+    run(source, tmp_path / "healed", healed, rows)
+
+
+@pytest.mark.parametrize("block", [[64, 64], [1, 128]])
+def test_other_blocks_are_refused(
+    block: list[int], fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
+) -> None:
+    """Blocks that no engine runs cannot stay; what the message tells to do makes them anew."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
+            shape = tensors[name.removesuffix("_scale_inv")].shape
+            tensors[name] = torch.full([-(-side // size) for side, size in zip(shape, block, strict=True)], 0.002)
+
+    source = copied(fp8("llama", "hf-block"), tmp_path, change, weight_block_size=block)
+    message = refused(source, "nvfp4-fp8-hybrid", tmp_path, rows)
+    assert f"blocks of {block[0]} x {block[1]}" in message
+    assert "128 x 128" in message
+    assert "requantize: true" in message
+    rules = "role: mlp, format: nvfp4", "role: linear, format: fp8-dynamic, requantize: true"
+    run(source, tmp_path / "out", recipe_file(tmp_path, *rules), rows)
+    assert all_tensors(tmp_path / "out")[f"{LAYER0}.q_proj.weight_scale"].shape[1] == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("module", [f"{LAYER0}.o_proj", EXPERT], ids=["kept", "made anew"])
+def test_codes_and_scales_need_each_other(
+    module: str, kind: Kind, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
+) -> None:
+    """A weight without its scale, a scale without its weight, and a scale of another shape are refused by name."""
+    source = fp8("deepseek_v3", kind)
+    tensors = all_tensors(source)
+    scale = next(n for n in (f"{module}.weight_scale", f"{module}.weight_scale_inv") if n in tensors)
+    cases: dict[str, Change] = {
+        f"{module}.weight": drop(f"{module}.weight"),
+        scale: drop(scale),
+        f"{module}.": put(scale, torch.full((3, 5), 0.01)),
+        f"{module}": put(scale, torch.full((7,), 0.01)),
+    }
+    for number, (words, change) in enumerate(cases.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        assert words in refused(copied(source, folder, change), "nvfp4-moe", folder, rows)
+
+
+# name of the module -> how its weight is used
+PLACES = {f"{LAYER0}.o_proj": "kept", f"{PREDICTED}.o_proj": "kept, not run", EXPERT: "made anew"}
+
+
+@pytest.mark.parametrize("module", PLACES, ids=list(PLACES.values()))
+@pytest.mark.parametrize("kind", ["hf-block", "hf-tensor-inv", "ct-channel"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_scales_that_are_not_finite_are_refused(
+    value: float, kind: Kind, module: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
+) -> None:
+    """NaN or infinity among the scales of an FP8 weight is refused by name, whatever becomes of the weight."""
+    tensors = all_tensors(fp8("deepseek_v3", kind))
+    scale = next(n for n in (f"{module}.weight_scale", f"{module}.weight_scale_inv") if n in tensors)
+    message = refused(copied(fp8("deepseek_v3", kind), tmp_path, spoil(scale, value)), "nvfp4-moe", tmp_path, rows)
+    assert scale in message
+
+
+def test_e8m0_nan_is_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path) -> None:
+    """The one E8M0 code that is no number is refused by name."""
+    name = f"{PREDICTED}.o_proj.weight_scale_inv"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        to_e8m0()(tensors)
+        spoil(name, 0xFF)(tensors)
+
+    source = copied(fp8("deepseek_v3", "hf-block"), tmp_path, change)
+    assert name in refused(source, "nvfp4-moe", tmp_path, rows)
+
+
+@pytest.mark.parametrize("module", PLACES, ids=list(PLACES.values()))
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+@pytest.mark.parametrize("recipe", ["nvfp4-moe", "fp8-int4-moe"])
+def test_codes_that_are_nan_are_refused(
+    recipe: str, code: int, module: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
+) -> None:
+    """An E4M3 code that is NaN is refused by name, in weights that stay and in those made anew, walked or not."""
+    source = copied(fp8("deepseek_v3", "ct-channel"), tmp_path, spoil(f"{module}.weight", code))
+    assert f"{module}.weight" in refused(source, recipe, tmp_path, rows)
+
+
+@pytest.mark.parametrize("method", ["gptq", "fbgemm_fp8", "quark", "mxfp4", None, 7])
+def test_unknown_methods_are_refused(
+    method: object, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
+) -> None:
+    """Codes under a quant_method that is no source's are refused with the model and what was found."""
+    source = copied(fp8("llama", "hf-block"), tmp_path, quant_method=method)
+    message = refused(source, "nvfp4-fp8-hybrid", tmp_path, rows)
+    assert str(source) in message
+    assert "already quantized" in message
+    assert (repr(method) if method else "tensor model.layers.0.") in message
+    assert "FP8" in message
+
+
+@pytest.mark.parametrize("made_by", ["nvfp4", "nvfp4-fp8-hybrid", "int4-w4a16", "mxfp4"])
+@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid", "fp8-dynamic"])
+def test_four_bits_are_no_source(
+    made_by: str, recipe: str, wide: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    """A compressed-tensors checkpoint with weights in 4 bits has lost too much: refused, whatever the recipe."""
+    run(wide("llama"), tmp_path / "source", made_by, rows)
+    message = refused(tmp_path / "source", recipe, tmp_path, rows)
+    assert str(tmp_path / "source") in message
+    assert "already quantized" in message
+    assert re.search("nvfp4|int4|mxfp4", message)
+
+
+# --- MXFP4
+
+
+@pytest.fixture(scope="module")
+def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny gpt-oss in BF16, and in MXFP4 as it is released."""
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    plain = make_mixture("gpt_oss", folder / "plain")
+    return plain, as_mxfp4(plain, folder / "mxfp4")
+
+
+def rows_of_expert(tensor: Tensor, expert: int, leaf: str) -> Tensor:
+    """What a tensor of all experts' outputs has of one expert's projection: gate and up alternate."""
+    mine = tensor[expert]
+    return mine if leaf == "down_proj" else mine[{"gate_proj": 0, "up_proj": 1}[leaf] :: 2]
+
+
+@pytest.mark.parametrize("rule", ["mxfp4", "keep"])
+def test_mxfp4_experts_stay_bit_for_bit(rule: str, gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
+    """Codes and exponents of single experts are the source's rows, de-interleaved; their biases come along."""
+    rules = f"role: experts, format: {rule}", "role: linear, format: fp8-dynamic"
+    recipe = "mxfp4" if rule == "mxfp4" else recipe_file(tmp_path, *rules)
+    run(gpt_oss[1], tmp_path / "out", recipe, rows, no_engine=True)
+    given, written = all_tensors(gpt_oss[1]), all_tensors(tmp_path / "out")
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        for expert in range(4):
+            for leaf in ("gate_proj", "up_proj", "down_proj"):
+                stack = f"{experts}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"
+                module = f"{experts}.{expert}.{leaf}"
+                codes = rows_of_expert(given[f"{stack}_blocks"], expert, leaf).flatten(1)
+                assert same(written[f"{module}.weight_packed"], codes)
+                assert same(written[f"{module}.weight_scale"], rows_of_expert(given[f"{stack}_scales"], expert, leaf))
+                assert same(written[f"{module}.bias"], rows_of_expert(given[f"{stack}_bias"], expert, leaf))
+    assert not [name for name in written if name.endswith((*SOURCE_SUFFIXES, "_proj_bias"))]
+    quantization = quantization_of(tmp_path / "out")
+    (group,) = groups_of(quantization, "model.layers.1.mlp.experts.3.up_proj")
+    assert group.format == "mxfp4-pack-quantized"
+    (group,) = groups_of(quantization, f"{LAYER0}.q_proj")
+    assert group.format == ("mxfp4-pack-quantized" if rule == "mxfp4" else "float-quantized")
+    suffix = "weight_packed" if rule == "mxfp4" else "weight"
+    assert written[f"{LAYER0}.q_proj.{suffix}"].itemsize == 1
+    planned = plan_quantization(gpt_oss[1], str(recipe))
+    assert planned.bytes == sum(tensor.nbytes for tensor in written.values())
+
+
+def test_mxfp4_experts_made_anew(gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
+    """NVFP4 of MXFP4 experts is to the byte that of the BF16 values they stand for, and so is attention in FP8."""
+    plain = dequantized_copy(*gpt_oss, tmp_path / "plain")
+    for name, path in (("ours", gpt_oss[1]), ("theirs", plain)):
+        run(path, tmp_path / name, "nvfp4-moe", rows, no_engine=True)
+    ours, theirs = all_tensors(tmp_path / "ours"), all_tensors(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    assert len([name for name in ours if name.endswith(".weight_packed")]) == 2 * 4 * 3
+    assert all(same_bytes(ours[name], theirs[name]) for name in ours)
+    assert ours[f"{LAYER0}.q_proj.weight"].dtype == torch.float8_e4m3fn
+    assert quantization_of(tmp_path / "ours") == quantization_of(tmp_path / "theirs")
+
+
+@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4-moe"])
+def test_mxfp4_experts_need_no_engine(recipe: str, gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
+    """Single experts of gpt-oss, which no engine was seen to load, are written only where that is asked for."""
+    message = refused(gpt_oss[1], recipe, tmp_path, rows)
+    assert "no engine was seen to load experts of gpt_oss" in message
+    assert "--no-engine" in message
+    assert isinstance(plan_quantization(gpt_oss[1], recipe).obstacles[0], NoEngine)
+
+
+def test_mxfp4_scales_of_another_shape_are_refused(gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
+    """Blocks whose scales are missing or of another shape are refused by name."""
+    name = "model.layers.1.mlp.experts.down_proj"
+    for number, change in enumerate(
+        (drop(f"{name}_scales"), put(f"{name}_scales", torch.zeros(4, 64, 3, dtype=torch.uint8)))
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        message = refused(copied(gpt_oss[1], folder, change), "nvfp4-moe", folder, rows, no_engine=True)
+        assert f"{name}_blocks" in message

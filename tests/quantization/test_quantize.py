@@ -1,0 +1,274 @@
+"""The main path on tiny models: what is written, what survives, what is measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import MakeTiny
+from snugfit.data.rows import load_rows
+from snugfit.errors import UserError
+from snugfit.evaluation.fidelity import perplexity
+from snugfit.formats import nvfp4
+from snugfit.quantization.plan import plan_quantization
+from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.recipes.recipe import parse_recipe
+from snugfit.storage.checkpoint import read_tensor
+from snugfit.storage.open import open_checkpoint
+
+
+def all_tensors(path: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.flatten().tolist() == b.flatten().tolist()
+
+
+@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid", "fp8-dynamic"])
+def test_everything_else_survives_bit_for_bit(
+    recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
+) -> None:
+    """Biases, norms, embeddings, head, multi-token-prediction layers and other files come through unchanged."""
+    source = tmp_path / "source"
+    shutil.copytree(make_tiny("llama", attention_bias=True, mlp_bias=True), source)
+    tensors = load_file(source / "model.safetensors")
+    extra = {
+        "model.layers.3.mlp.up_proj.weight": torch.randn(128, 64).bfloat16(),
+        "mtp.fc.weight": torch.randn(64, 128).bfloat16(),
+        "mtp.layers.0.mlp.gate_proj.weight": torch.randn(128, 64).bfloat16(),
+        "model.mtp_layers.0.self_attn.q_proj.weight": torch.randn(64, 64).bfloat16(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.rand(8),
+    }
+    save_file(tensors | extra, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    (source / ".gitattributes").write_text("*.safetensors filter=lfs", encoding="utf-8")
+    (source / "assets").mkdir()
+    (source / "assets" / "note.bin.txt").write_bytes(b"\x00\x01")
+    quantize_checkpoint(source, tmp_path / "out", recipe, text=[token_rows])
+    written = all_tensors(tmp_path / "out")
+    linears = {f"model.layers.{n}.{part}" for n in range(3) for part in LINEARS}
+    kept = [name for name in tensors | extra if name.removesuffix(".weight") not in linears]
+    assert len(kept) == len(tensors) + len(extra) - 21
+    for name in kept:
+        assert same(written[name], (tensors | extra)[name]), name
+    assert (tmp_path / "out" / "assets" / "note.bin.txt").read_bytes() == b"\x00\x01"
+    assert (tmp_path / "out" / ".gitattributes").is_file()
+    assert (tmp_path / "out" / "chat_template.jinja").read_text(encoding="utf-8") == "{{ messages }}"
+    ignore = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
+    two_d = [name for name, tensor in extra.items() if tensor.dim() == 2]
+    assert sorted(ignore) == sorted(["lm_head", *(name.removesuffix(".weight") for name in two_d)])
+
+
+LINEARS = (
+    *(f"self_attn.{p}_proj" for p in "qkvo"),
+    *(f"mlp.{p}_proj" for p in ("gate", "up", "down")),
+)
+
+
+def test_calibrated_scales_equal_an_independent_measurement(
+    make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
+) -> None:
+    """input_global_scale is 2688 / amax of the inputs in a model that holds the quantized weights, all rows seen."""
+    from transformers import AutoModelForCausalLM
+
+    source = make_tiny("llama")
+    quantize_checkpoint(source, tmp_path / "out", "nvfp4", text=[token_rows])
+    written = all_tensors(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
+    amax: dict[str, float] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+            parts = [written[f"{name}.{part}"] for part in ("weight_packed", "weight_scale", "weight_global_scale")]
+            stored = nvfp4.NVFP4Weight(parts[0], parts[1], parts[2].reciprocal().reshape(()))
+            module.weight.data = nvfp4.dequantize(stored).bfloat16()
+            module.register_forward_pre_hook(
+                lambda _, args, name=name: amax.update({name: max(amax.get(name, 0.0), float(args[0].abs().max()))})
+            )
+    rows = [json.loads(line)["input_ids"] for line in token_rows.read_text().splitlines()]
+    with torch.no_grad():
+        model(input_ids=torch.tensor(rows), use_cache=False)
+    assert len(amax) == 21
+    for name, largest in amax.items():
+        # the batch differs from the walk's, and so may the last bits of a bf16 product
+        assert float(written[f"{name}.input_global_scale"]) == pytest.approx(2688 / largest, rel=2.0**-6), name
+
+
+def test_fused_partners_share_their_scales(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
+    """q, k, v and gate, up have one weight_global_scale and one input_global_scale each."""
+    quantize_checkpoint(make_tiny("llama"), tmp_path / "out", "nvfp4", text=[token_rows])
+    written = all_tensors(tmp_path / "out")
+    for layer in range(3):
+        for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            for scale in ("weight_global_scale", "input_global_scale"):
+                values = {float(written[f"model.layers.{layer}.{module}.{scale}"]) for module in group}
+                assert len(values) == 1
+
+
+def test_sharded_and_single_outputs_hold_the_same_tensors(
+    make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
+) -> None:
+    """Shard limits change files and index, never a tensor, also when the source itself is sharded."""
+    source = make_tiny("qwen2", max_shard_size="100KB")
+    assert len(open_checkpoint(source).shards) > 1
+    quantize_checkpoint(source, tmp_path / "one", "nvfp4-fp8-down", text=[token_rows])
+    quantize_checkpoint(source, tmp_path / "many", "nvfp4-fp8-down", text=[token_rows], max_shard_bytes=50_000)
+    one, many = all_tensors(tmp_path / "one"), all_tensors(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(same(one[name], many[name]) for name in one)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == many.keys()
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in many.values())
+    assert not (tmp_path / "one" / "model.safetensors.index.json").exists()
+
+
+def test_runs_are_reproducible(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
+    """The same command gives byte-identical weight files and config."""
+    for name in ("a", "b"):
+        quantize_checkpoint(make_tiny("llama", seed=3), tmp_path / name, "nvfp4-fp8-hybrid", text=[token_rows])
+    for file in ("model.safetensors", "config.json", "snugfit-recipe.yaml"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_record_tells_what_is_on_disk(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
+    """The stored record's bytes, errors, digests and dataset agree with the files."""
+    import hashlib
+
+    source = make_tiny("llama")
+    record = quantize_checkpoint(source, tmp_path / "out", "nvfp4-fp8-hybrid", text=[token_rows])
+    stored = json.loads((tmp_path / "out" / RECORD_FILE).read_text())
+    assert stored == json.loads(record.to_json())
+    written = all_tensors(tmp_path / "out")
+    assert record.bytes == sum(t.nbytes for t in written.values()) == plan_quantization(source, record.recipe).bytes
+    assert record.source_bytes == sum(t.nbytes for t in all_tensors(source).values())
+    digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
+    assert record.files == {"model.safetensors": digest}
+    assert record.dataset is not None
+    assert record.dataset["tokens"] == 6 * 48
+    assert record.dataset["digest"] == load_rows(source, [token_rows]).digest
+    down = next(t for t in record.tensors if t.name == "model.layers.0.mlp.down_proj.weight")
+    weight = read_tensor(open_checkpoint(source), down.name).float()
+    parts = {p: written[f"model.layers.0.mlp.down_proj.{p}"] for p in ("weight_packed", "weight_scale")}
+    scale = written["model.layers.0.mlp.down_proj.weight_global_scale"].reciprocal().reshape(())
+    seen = nvfp4.dequantize(nvfp4.NVFP4Weight(parts["weight_packed"], parts["weight_scale"], scale))
+    assert down.relative_error == pytest.approx(float((seen - weight).square().sum() / weight.square().sum()))
+    assert down.input_amax == pytest.approx(2688 / float(written["model.layers.0.mlp.down_proj.input_global_scale"]))
+
+
+def test_data_free_recipes_run_no_model(make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe without activation scales reads no rows and runs no layer, whatever text it is given."""
+    from snugfit.model import forward_pass
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("ran a model")
+
+    monkeypatch.setattr(forward_pass, "embed", refuse)
+    monkeypatch.setattr(forward_pass, "run_layer", refuse)
+    for recipe in ("fp8-dynamic", "int4-w4a16", "fp8-int4", "nvfp4a16"):
+        record = quantize_checkpoint(make_tiny("llama"), tmp_path / recipe, recipe, text=["no-such-file.txt"])
+        assert record.dataset is None
+
+
+@pytest.mark.parametrize("step", ["quantize", "evaluate"])
+def test_one_layer_is_in_memory_at_a_time(
+    step: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a layer is made resident, nothing of the layer before it is alive any more."""
+    import gc
+    import weakref
+
+    from snugfit.model import layers
+
+    source = make_tiny("llama")
+    alive: list[weakref.ref[Any]] = []
+    counts: list[int] = []
+    build = layers.resident_layer
+
+    def watched(*args: Any) -> torch.nn.Module:
+        gc.collect()
+        counts.append(sum(ref() is not None for ref in alive))
+        layer = build(*args)
+        alive[:] = [weakref.ref(layer), *(weakref.ref(parameter) for parameter in layer.parameters())]
+        return layer
+
+    monkeypatch.setattr(layers, "resident_layer", watched)
+    if step == "quantize":
+        quantize_checkpoint(source, tmp_path / "out", "nvfp4", text=[token_rows])
+    else:
+        perplexity(source, load_rows(source, [token_rows]))
+    assert counts == [0, 0, 0]
+
+
+def test_mixed_layers_and_asymmetric_int4(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
+    """A recipe that mixes formats by layer writes a file that reads back as it was meant."""
+    recipe = parse_recipe(
+        """
+name: mixed
+rules:
+  - {role: mlp, layers: "0, -1", format: nvfp4, scale: sweep}
+  - {role: mlp, format: int4, group: 32, symmetric: false}
+  - {name: "*.1.self_attn.*", format: keep}
+  - {role: linear, format: fp8-dynamic}
+""",
+        where="test",
+    )
+    source = make_tiny("llama")
+    record = quantize_checkpoint(source, tmp_path / "out", recipe, text=[token_rows])
+    formats = {t.name.removeprefix("model.layers.").removesuffix(".weight"): t.format for t in record.tensors}
+    assert formats["0.mlp.up_proj"] == formats["2.mlp.down_proj"] == "nvfp4"
+    assert formats["1.mlp.up_proj"] == "int4-g32-asym"
+    assert formats["1.self_attn.q_proj"] == "as it was"
+    assert formats["2.self_attn.o_proj"] == "fp8-dynamic"
+    rows = load_rows(source, [token_rows])
+    before, after = perplexity(source, rows), perplexity(tmp_path / "out", rows, activations="none")
+    assert before.value != after.value
+    assert after.value == pytest.approx(before.value, rel=0.2)
+
+
+def test_other_layouts_and_ragged_rows(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """OPT keeps its layers under another name, calls its output out_proj and flattens before fc1: all of it works."""
+    source = make_tiny("opt", ffn_dim=128, word_embed_proj_dim=64, pad_token_id=0)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"input_ids": [*range(3, 3 + n)]}) + "\n" for n in (40, 7, 23)))
+    record = quantize_checkpoint(source, tmp_path / "out", "nvfp4-fp8-attention", text=[rows])
+    formats = {t.name.removeprefix("model.decoder.layers."): t.format for t in record.tensors}
+    assert formats["0.self_attn.out_proj.weight"] == formats["2.self_attn.q_proj.weight"] == "fp8-dynamic"
+    assert formats["1.fc1.weight"] == formats["1.fc2.weight"] == "nvfp4"
+    amax = {t.name: t.input_amax for t in record.tensors if t.format == "nvfp4"}
+    assert len(amax) == 6
+    assert all(amax.values())
+
+
+def test_full_disk_is_seen_before_the_work(
+    make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the result would not fit on the disk the run stops before it writes anything."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"0\.00 GB are free"):
+        quantize_checkpoint(make_tiny("llama"), tmp_path / "out", "fp8-dynamic")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_beyond_the_positions_are_refused(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """A row longer than the model's positions is refused with the length to ask for."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"input_ids": [5] * 600}) + "\n")
+    with pytest.raises(UserError, match=r"600 tokens are beyond the model's 512 positions.*--length 512"):
+        quantize_checkpoint(make_tiny("llama"), tmp_path / "out", "nvfp4", text=[rows])
+
+
+def test_unknown_activation_profile_is_refused(make_tiny: MakeTiny, token_rows: Path) -> None:
+    """Perplexity under a profile that does not exist is an error, also for a model without quantized layers."""
+    source = make_tiny("llama")
+    with pytest.raises(UserError, match="unknown activation profile 'blackwel'"):
+        perplexity(source, load_rows(source, [token_rows]), activations="blackwel")

@@ -1,0 +1,122 @@
+"""A model on the Hub is quantized without lying on the disk, and a lost network loses nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from typer.testing import CliRunner
+
+from conftest import MakeTiny
+from helpers.hub_server import COMMIT, Hub, files_of, serve
+from snugfit.cli.app import app
+from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.records.statistics_file import STATISTICS_FILE
+from snugfit.storage import http_ranges as ranges
+from snugfit.storage.staging import units_done
+
+RECIPE = "nvfp4-fp8-hybrid"
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny: MakeTiny) -> Path:
+    """Three layers in many weight files, and what else lies in a repository."""
+    directory = make_tiny("llama", max_shard_size="60KB")
+    (directory / "README.md").write_text("a card", encoding="utf-8")
+    (directory / "pytorch_model.bin").write_bytes(b"never fetched")
+    return directory
+
+
+@pytest.fixture
+def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A Hub that has it as org/name; failures are retried without waiting."""
+    with serve(files_of(model)) as running:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(ranges, "WAITS", (0.0,) * len(ranges.WAITS))
+        yield running
+        huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def local(model: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What comes of the directory."""
+    out = tmp_path_factory.mktemp("local") / "out"
+    quantize_checkpoint(model, out, RECIPE, text=[token_rows], device="cpu")
+    return contents(out)
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """All files but the record, which tells of times; statistics without the model's name, which is another."""
+    found = {name: content for name, content in files_of(directory).items() if name != RECORD_FILE}
+    statistics = json.loads(found[STATISTICS_FILE])
+    found[STATISTICS_FILE] = json.dumps({k: v for k, v in statistics.items() if k != "model"}).encode()
+    return found
+
+
+def run(out: Path, token_rows: Path) -> Any:
+    arguments = ["quantize", "org/name", "-r", RECIPE, "-o", out, "--text", token_rows, "--device", "cpu"]
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_the_same_files_as_from_a_directory(
+    hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A Hub id gives the files that its directory gives; no weight file is ever stored, none is read as a whole."""
+    record = quantize_checkpoint("org/name", tmp_path / "out", RECIPE, text=[token_rows], device="cpu")
+    assert contents(tmp_path / "out") == local
+    assert record.source == "org/name"
+    stored = {name for name in files_of(tmp_path / "cache") if name.endswith((".safetensors", ".bin"))}
+    assert stored == set()
+    assert all(hub.ranges())
+
+
+def test_faults_that_pass_change_nothing(hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path) -> None:
+    """Cut lines, refusals for a while and expired addresses are gone over, and the files are the same."""
+    hub.faults.extend(["", "", "", "", *["drop", "503", "none", "", "429", "403", "drop", ""] * 4])
+    quantize_checkpoint("org/name", tmp_path / "out", RECIPE, text=[token_rows], device="cpu")
+    assert not hub.faults
+    assert contents(tmp_path / "out") == local
+
+
+def test_a_lost_network_loses_nothing(hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path) -> None:
+    """A network that stays away ends the run with what is kept; the same command goes on, reading only what is left."""
+    out = tmp_path / "out"
+    quantize_checkpoint("org/name", tmp_path / "first", RECIPE, text=[token_rows], device="cpu")
+    needed = len(hub.ranges())
+    hub.requests.clear()
+    hub.faults.extend([""] * (needed * 2 // 3) + ["none"] * 10_000)
+    stopped = run(out, token_rows)
+    assert stopped.exit_code == 2
+    assert "lost the network" in stopped.stderr
+    assert "Run the same command to go on." in stopped.stderr
+    assert units_done(tmp_path / "out.partial") >= 2
+    hub.faults.clear()
+    hub.requests.clear()
+    again = run(out, token_rows)
+    assert again.exit_code == 0, again.stderr
+    assert "going on after" in again.stderr
+    assert len(hub.ranges()) < needed
+    assert contents(out) == local
+
+
+def test_another_commit_is_not_mixed_in(
+    hub: Hub, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run does not go on where the model got a new commit meanwhile; the commit by name still does."""
+    hub.faults.extend([""] * 24 + ["none"] * 10_000)
+    assert run(tmp_path / "out", token_rows).exit_code == 2
+    hub.faults.clear()
+    assert units_done(tmp_path / "out.partial") >= 1
+    monkeypatch.setattr("hub_server.COMMIT", COMMIT[::-1])
+    refused = run(tmp_path / "out", token_rows)
+    assert refused.exit_code == 2
+    assert "source files" in refused.stderr

@@ -1,0 +1,316 @@
+"""Weight files: byte-identical to safetensors' own, split as planned, and read back to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from snugfit.errors import UserError
+from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header, read_tensor
+from snugfit.storage.open import open_checkpoint
+from snugfit.storage.safetensors_header import DTYPE_BYTES, TORCH_NAMES, TensorInfo
+from snugfit.storage.shards import ShardWriter, file_digests, index_of, plan_shards
+from snugfit.storage.staging import LOCK_NAME, staged
+from snugfit.storage.transfer import Transfer
+
+NAME_OF = {getattr(torch, name): short for short, name in TORCH_NAMES.items()}
+
+
+def random_tensor(dtype: str, shape: tuple[int, ...], seed: int = 0) -> Tensor:
+    """Random bits, for BOOL random truth values."""
+    generator = torch.Generator().manual_seed(seed)
+    count = TensorInfo("", dtype, shape).bytes
+    raw = torch.randint(0, 2 if dtype == "BOOL" else 256, (count,), dtype=torch.uint8, generator=generator)
+    return raw.view(getattr(torch, TORCH_NAMES[dtype])).view(shape)
+
+
+def infos(tensors: Mapping[str, Tensor]) -> list[TensorInfo]:
+    return [TensorInfo(name, NAME_OF[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+
+
+def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 10**9) -> list[str]:
+    """Plans and writes the tensors, last ones first; an index where there are several files. Names of the files."""
+    shards = plan_shards(infos(tensors), max_shard_bytes)
+    with Transfer(torch.device("cpu")) as transfer, ShardWriter(directory, shards, transfer) as writer:
+        for name in reversed(list(tensors)):
+            writer.write(name, tensors[name])
+        writer.begun()()
+        writer.finish()
+    if len(shards) > 1:
+        (directory / INDEX_NAME).write_text(json.dumps(index_of(shards)), encoding="utf-8")
+    return [shard.name for shard in shards]
+
+
+def model_directory(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 10**9) -> Checkpoint:
+    directory.mkdir(exist_ok=True)
+    write(directory, tensors, max_shard_bytes)
+    (directory / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
+    return open_checkpoint(directory)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return a.numel() == 0 or torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def every_dtype() -> dict[str, Tensor]:
+    shapes: list[tuple[int, ...]] = [(3, 5), (), (0,), (7,), (2, 0, 3), (2, 3, 4)]
+    pairs = itertools.product(DTYPE_BYTES, shapes)
+    return {f"t.{dtype}.{n}": random_tensor(dtype, shape, n) for n, (dtype, shape) in enumerate(pairs)}
+
+
+# --- the bytes of a file
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=6).filter(lambda name: name != "__metadata__")
+SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.dictionaries(NAMES, st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), SHAPES), max_size=6))
+def test_file_is_the_one_that_safetensors_writes(
+    content: dict[str, tuple[str, tuple[int, ...]]], tmp_path: Path
+) -> None:
+    """Whatever the names, dtypes and shapes, our file has the same bytes as safetensors' of the same tensors."""
+    tensors = {name: random_tensor(dtype, shape, seed) for seed, (name, (dtype, shape)) in enumerate(content.items())}
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert write(tmp_path, tensors) == [SINGLE_NAME]
+    assert (tmp_path / SINGLE_NAME).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_file_of_every_dtype_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
+    """With tensors of every dtype and many shapes in one file, bytes are safetensors' own, too."""
+    tensors = every_dtype()
+    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    write(tmp_path, tensors)
+    assert (tmp_path / SINGLE_NAME).read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
+    """A transposed or sliced tensor is written in the order of its indices."""
+    base = torch.arange(12.0).view(3, 4)
+    write(tmp_path, {"a": base.T, "b": base[:, 1:3]})
+    with safe_open(tmp_path / SINGLE_NAME, framework="pt") as stream:
+        assert torch.equal(stream.get_tensor("a"), base.T)
+        assert torch.equal(stream.get_tensor("b"), base[:, 1:3])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "planned"),
+    [
+        (torch.zeros(2, 3), TensorInfo("a", "F32", (3, 2))),
+        (torch.zeros(2, 3), TensorInfo("a", "F32", (6,))),
+        (torch.zeros(2, 3), TensorInfo("a", "I32", (2, 3))),
+    ],
+    ids=["shape", "dimensions", "dtype"],
+)
+def test_a_tensor_other_than_planned_stops_the_run(tensor: Tensor, planned: TensorInfo, tmp_path: Path) -> None:
+    """A tensor with another shape or dtype than the header's is never written."""
+    shards = plan_shards([planned], 10**9)
+    with (
+        Transfer(torch.device("cpu")) as transfer,
+        ShardWriter(tmp_path, shards, transfer) as writer,
+        pytest.raises(AssertionError, match="a: planned"),
+    ):
+        writer.write("a", tensor)
+
+
+def test_a_tensor_never_written_stops_the_run(tmp_path: Path) -> None:
+    """Finishing while a planned tensor is missing fails with its name."""
+    shards = plan_shards(infos({"a": torch.zeros(2), "b": torch.zeros(2)}), 10**9)
+    with Transfer(torch.device("cpu")) as transfer, ShardWriter(tmp_path, shards, transfer) as writer:
+        writer.write("a", torch.zeros(2))
+        writer.begun()()
+        with pytest.raises(AssertionError, match="'b'"):
+            writer.finish()
+
+
+# --- the split into files
+
+
+def test_shards_hold_what_fits_in_the_given_order() -> None:
+    """Tensors fill shards up to the limit, in order; one that is larger than the limit stands alone."""
+    sizes = {"a": 40, "b": 60, "c": 1, "d": 500, "e": 30, "f": 30, "g": 50}
+    shards = plan_shards([TensorInfo(name, "U8", (size,)) for name, size in sizes.items()], 100)
+    assert [{tensor.name for tensor in shard.tensors} for shard in shards] == [
+        {"a", "b"},
+        {"c"},
+        {"d"},
+        {"e", "f"},
+        {"g"},
+    ]
+    assert [shard.name for shard in shards] == [f"model-0000{n}-of-00005.safetensors" for n in range(1, 6)]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(sizes=st.lists(st.integers(0, 40), max_size=20), limit=st.integers(1, 100))
+def test_shards_never_exceed_the_limit(sizes: list[int], limit: int) -> None:
+    """Every tensor is in one shard, in order; only a shard of a single tensor with bytes may exceed the limit."""
+    tensors = [TensorInfo(f"{n:02d}", "U8", (size,)) for n, size in enumerate(sizes)]
+    shards = plan_shards(tensors, limit)
+    assert [name for shard in shards for name in sorted(t.name for t in shard.tensors)] == [t.name for t in tensors]
+    for shard in shards:
+        total = sum(tensor.bytes for tensor in shard.tensors)
+        assert total <= limit or sum(tensor.bytes > 0 for tensor in shard.tensors) == 1
+        (length,) = struct.unpack("<Q", shard.header[:8])
+        assert len(shard.header) == 8 + length
+        assert shard.bytes == len(shard.header) + total
+
+
+def test_index_says_which_shard_holds_what(tmp_path: Path) -> None:
+    """The index has every tensor with its shard, sorted by name, and the bytes of all tensors without headers."""
+    tensors = {"b": torch.zeros(10), "a": torch.zeros(3, dtype=torch.int8), "c": torch.zeros(4, dtype=torch.bfloat16)}
+    files = write(tmp_path, tensors, 43)
+    index = json.loads((tmp_path / INDEX_NAME).read_text(encoding="utf-8"))
+    assert index["metadata"] == {"total_size": 40 + 3 + 8}
+    assert list(index["weight_map"]) == ["a", "b", "c"]
+    assert index["weight_map"] == {"a": files[0], "b": files[0], "c": files[1]}
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, framework="pt") as stream:
+            assert same_bits(stream.get_tensor(name), tensors[name])
+
+
+# --- reading
+
+
+@pytest.mark.parametrize("limit", [10**9, 200, 1])
+def test_tensors_are_read_as_safetensors_reads_them(limit: int, tmp_path: Path) -> None:
+    """Of one file or many, every tensor of every dtype is read with the bits, dtype and shape that safe_open gives."""
+    checkpoint = model_directory(tmp_path, every_dtype(), limit)
+    assert len(checkpoint.shards) > 1 or limit > 200
+    for name, info in checkpoint.tensors.items():
+        with safe_open(tmp_path / info.file, framework="pt") as stream:
+            assert same_bits(read_tensor(checkpoint, name), stream.get_tensor(name)), name
+    assert set(checkpoint.tensors) == set(every_dtype())
+
+
+def test_files_of_safetensors_are_read(tmp_path: Path) -> None:
+    """Files written by safetensors itself, metadata and all, are read the same way."""
+    tensors = every_dtype()
+    save_file(tensors, tmp_path / SINGLE_NAME, metadata={"format": "pt", "more": "ü"})
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    checkpoint = open_checkpoint(tmp_path)
+    for name, tensor in tensors.items():
+        assert same_bits(read_tensor(checkpoint, name), tensor), name
+
+
+def test_weight_and_scale_in_different_shards(tmp_path: Path) -> None:
+    """A module's weight and scale are found by name, though they are in different files."""
+    tensors = {
+        "m.weight": random_tensor("F8_E4M3", (8, 16)),
+        "n.weight": random_tensor("BF16", (8, 16)),
+        "m.weight_scale": random_tensor("BF16", (8, 1)),
+    }
+    checkpoint = model_directory(tmp_path, tensors, 130)
+    found = {name: info.file for name, info in checkpoint.tensors.items()}
+    assert found["m.weight"] != found["m.weight_scale"]
+    assert all(same_bits(read_tensor(checkpoint, name), tensor) for name, tensor in tensors.items())
+
+
+def test_a_tensor_read_is_memory_of_its_own(tmp_path: Path) -> None:
+    """Changing a tensor that was read changes neither the file nor the next reading."""
+    checkpoint = model_directory(tmp_path, {"a": torch.ones(4)})
+    read_tensor(checkpoint, "a").zero_()
+    assert torch.equal(read_tensor(checkpoint, "a"), torch.ones(4))
+
+
+def test_a_file_that_shrinks_meanwhile(tmp_path: Path) -> None:
+    """A file that was cut after its header had been read is refused with file and tensor."""
+    checkpoint = model_directory(tmp_path, {"a": torch.ones(400)})
+    file = tmp_path / SINGLE_NAME
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"model\.safetensors: the file ended inside tensor a"):
+        read_tensor(checkpoint, "a")
+
+
+def test_headers_are_read_in_file_order(tmp_path: Path) -> None:
+    """A header gives every tensor's dtype, shape, file and the place of its first byte."""
+    write(tmp_path, {"b": torch.arange(3.0), "a": torch.arange(4, dtype=torch.int64)})
+    raw = (tmp_path / SINGLE_NAME).read_bytes()
+    found = {info.name: info for info in read_header(tmp_path / SINGLE_NAME)}
+    assert list(found) == ["a", "b"]
+    assert (found["a"].dtype, found["a"].shape, found["a"].file) == ("I64", (4,), SINGLE_NAME)
+    assert raw[found["a"].offset :][:32] == struct.pack("<4q", 0, 1, 2, 3)
+    assert raw[found["b"].offset :] == struct.pack("<3f", 0.0, 1.0, 2.0)
+
+
+def test_other_files_are_all_but_weights_config_and_hidden_ones(tmp_path: Path) -> None:
+    """A checkpoint lists its other files, those of subdirectories too, and passes over hidden ones."""
+    for name in ("tokenizer.json", "original/params.json", ".git/config", "sub/.cache/x", "pytorch_model.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    checkpoint = model_directory(tmp_path, {"a": torch.ones(40), "b": torch.ones(4)}, 100)
+    assert checkpoint.other_files == ("original/params.json", "pytorch_model.bin", "tokenizer.json")
+    assert checkpoint.shards == ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert checkpoint.config == {"model_type": "llama"}
+
+
+def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
+    """Where there is an index, its shards are the weights, and a stray model.safetensors is just a file."""
+    model_directory(tmp_path, {"a": torch.ones(40), "b": torch.ones(4)}, 100)
+    save_file({"z": torch.ones(1)}, tmp_path / SINGLE_NAME)
+    checkpoint = open_checkpoint(tmp_path)
+    assert set(checkpoint.tensors) == {"a", "b"}
+    assert checkpoint.other_files == (SINGLE_NAME,)
+
+
+# --- whole or not at all
+
+
+def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
+    """Until the end only TARGET.partial exists, afterwards only TARGET, without the lock."""
+    target = tmp_path / "deep" / "out"
+    with staged(target) as directory:
+        assert directory == tmp_path / "deep" / "out.partial"
+        assert (directory / LOCK_NAME).exists()
+        (directory / "a").write_text("x", encoding="utf-8")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["a"]
+    assert not directory.exists()
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+def test_a_directory_that_fails_does_not_appear(error: type[BaseException], tmp_path: Path) -> None:
+    """Whatever ends the block early, neither TARGET nor TARGET.partial is left."""
+    target = tmp_path / "out"
+
+    def fail() -> None:
+        with staged(target) as directory:
+            (directory / "sub").mkdir()
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_one_at_a_time(tmp_path: Path) -> None:
+    """A second writer of the same target is refused, and the first goes on undisturbed."""
+    target = tmp_path / "out"
+    with staged(target) as directory:
+        (directory / "a").touch()
+        with pytest.raises(UserError, match="another run is writing this"), staged(target):
+            pytest.fail("two writers at once")
+        assert (directory / "a").exists()
+    assert (target / "a").exists()
+
+
+def test_digests_are_of_the_files_bytes(tmp_path: Path) -> None:
+    """File digests are SHA-256 of the whole files, by name."""
+    (tmp_path / "a").write_bytes(b"abc")
+    (tmp_path / "b").write_bytes(b"")
+    assert file_digests(tmp_path, ["a", "b"]) == {
+        "a": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        "b": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+    }

@@ -1,0 +1,122 @@
+"""Weights over several GPUs: what is split and how, what is on every GPU, and what then no longer divides."""
+
+from __future__ import annotations
+
+import pytest
+
+from snugfit.formats.spec import TensorFormat
+from snugfit.storage.safetensors_header import TensorInfo
+from snugfit.vram.weights import collapse_experts, gpu_bytes, is_served, kernel_format, misfit
+
+LAYER = "model.layers.0"
+
+
+def bytes_on(name: str, shape: tuple[int, ...], tp: int, *, kv_heads: int | None = 8, dtype: str = "BF16") -> int:
+    return gpu_bytes(name, [TensorInfo(name, dtype, shape)], tp, kv_heads)
+
+
+SPLIT: list[tuple[str, tuple[int, ...], int, int]] = [
+    (f"{LAYER}.self_attn.q_proj.weight", (4096, 5120), 2, 2048 * 5120 * 2),  # rows
+    (f"{LAYER}.self_attn.o_proj.weight", (5120, 4096), 2, 5120 * 2048 * 2),  # columns
+    (f"{LAYER}.mlp.down_proj.weight", (5120, 14336), 4, 5120 * 3584 * 2),
+    (f"{LAYER}.self_attn.k_proj.weight", (1024, 5120), 16, 128 * 5120 * 2),  # one of 8 heads on each of 16 GPUs
+    (f"{LAYER}.self_attn.k_proj.weight", (1024, 5120), 4, 256 * 5120 * 2),
+    (f"{LAYER}.self_attn.kv_a_proj_with_mqa.weight", (576, 7168), 8, 576 * 7168 * 2),
+    (f"{LAYER}.mlp.gate.weight", (256, 7168), 8, 256 * 7168 * 2),
+    (f"{LAYER}.input_layernorm.weight", (5120,), 8, 5120 * 2),
+    (f"{LAYER}.self_attn.q_proj.bias", (4096,), 4, 1024 * 2),
+    (f"{LAYER}.self_attn.o_proj.bias", (5120,), 4, 5120 * 2),
+    (f"{LAYER}.mlp.experts.0.w2.weight", (3072, 1536), 4, 3072 * 384 * 2),
+    (f"{LAYER}.mlp.experts.down_proj", (128, 2880, 2880), 4, 128 * 2880 * 720 * 2),
+    ("model.embed_tokens.weight", (100_001, 64), 2, 100_032 // 2 * 64 * 2),  # padded to 64
+    ("lm_head.weight", (131072, 5120), 4, 131072 // 4 * 5120 * 2),
+    ("vision_tower.encoder.layers.0.mlp.fc1.weight", (4304, 1152), 4, 4304 * 1152 * 2),
+]
+
+
+@pytest.mark.parametrize(("name", "shape", "tp", "expected"), SPLIT, ids=[f"{row[0]}-{row[2]}" for row in SPLIT])
+def test_share_of_a_gpu(name: str, shape: tuple[int, ...], tp: int, expected: int) -> None:
+    """Each kind of weight is split as vLLM's layers split it; one GPU has all of it."""
+    assert bytes_on(name, shape, tp) == expected
+    assert bytes_on(name, shape, 1) == TensorInfo(name, "BF16", shape).bytes
+
+
+def test_scales_follow_their_weight() -> None:
+    """Scales of rows are split with rows, kept whole where columns are split, and block scales split with both."""
+    gate, down = f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.down_proj.weight"
+    assert gpu_bytes(gate, [TensorInfo("s", "BF16", (14336, 1))], 2, 8) == 14336
+    assert gpu_bytes(down, [TensorInfo("s", "BF16", (5120, 1))], 2, 8) == 5120 * 2
+    assert gpu_bytes(down, [TensorInfo("s", "F8_E4M3", (5120, 896))], 2, 8) == 5120 * 448
+    assert gpu_bytes(down, [TensorInfo("s", "F32", (1,))], 2, 8) == 4
+
+
+MISFITS: list[tuple[str, tuple[int, int], TensorFormat | None, int, str | None]] = [
+    ("down_proj", (3584, 18944), TensorFormat("nvfp4"), 2, None),
+    ("down_proj", (3584, 18944), TensorFormat("nvfp4"), 3, "18944 columns of down_proj over 3 GPUs"),
+    ("down_proj", (3584, 18944), TensorFormat("int4", 128), 8, "2368 columns of down_proj on a GPU"),
+    ("down_proj", (3584, 18944), TensorFormat("int4", 32), 8, None),
+    ("gate_proj", (18944, 3584), TensorFormat("int4", 128), 8, None),
+    ("gate_proj", (18944, 3584), TensorFormat("fp8-block"), 8, "2368 rows of gate_proj on a GPU, no multiple of 128"),
+    ("gate_proj", (18944, 3584), TensorFormat("fp8", block=(128, 128)), 8, "no multiple of 128"),
+    ("gate_proj", (18944, 3584), TensorFormat("fp8-dynamic"), 8, None),
+    ("down_proj", (2880, 2880), TensorFormat("mxfp4"), 4, "720 columns of down_proj on a GPU, no multiple of 32"),
+    ("o_proj", (2048, 24), None, 16, "24 columns of o_proj over 16 GPUs"),
+    ("q_a_proj", (1536, 7168), TensorFormat("nvfp4"), 7, None),
+    ("down_proj", (3584, 17), TensorFormat("nvfp4"), 1, None),
+]
+
+
+@pytest.mark.parametrize(("leaf", "shape", "fmt", "tp", "says"), MISFITS)
+def test_what_no_longer_divides(
+    leaf: str, shape: tuple[int, int], fmt: TensorFormat | None, tp: int, says: str | None
+) -> None:
+    """A split weight must still hold whole blocks and groups of its format; what does not is told with its numbers."""
+    found = misfit(f"{LAYER}.mlp.{leaf}.weight", shape, fmt, tp)
+    assert found is None if says is None else found is not None and says in found
+
+
+def test_experts_are_one() -> None:
+    """Experts alike in all their tensors are counted, not listed; one that differs in any stays apart, whole."""
+    names = [f"{LAYER}.mlp.experts.{k}.{leaf}.weight" for k in range(256) for leaf in ("w1", "w2")]
+    tensors = [TensorInfo(name, "BF16", (8, 4)) for name in names]
+    tensors[257] = TensorInfo(tensors[257].name, "F8_E4M3", (8, 4))  # w2 of expert 128
+    found = [(w.info.name, w.info.dtype, w.count) for w in collapse_experts([*tensors, TensorInfo("a", "BF16", (2,))])]
+    experts = f"{LAYER}.mlp.experts"
+    assert found == [
+        (f"{experts}.0.w1.weight", "BF16", 255),
+        (f"{experts}.0.w2.weight", "BF16", 255),
+        (f"{experts}.128.w1.weight", "BF16", 1),
+        (f"{experts}.128.w2.weight", "F8_E4M3", 1),
+        ("a", "BF16", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "served"),
+    [
+        ("model.layers.60.mlp.up_proj.weight", True),
+        ("model.layers.61.eh_proj.weight", False),
+        ("mtp.layers.0.fc.weight", False),
+        ("lm_head.weight", True),
+    ],
+)
+def test_heads_of_prediction_stay_on_disk(name: str, served: bool) -> None:
+    """Engines do not load multi-token prediction unless asked: behind the layers, or in a list of its own."""
+    assert is_served(name, "model.layers", 61) == served
+
+
+@pytest.mark.parametrize(
+    ("fmt", "name"),
+    [
+        (None, "bf16"),
+        (TensorFormat("fp8-dynamic"), "fp8-channel"),
+        (TensorFormat("fp8"), "fp8-channel"),
+        (TensorFormat("fp8-block"), "fp8-block"),
+        (TensorFormat("fp8", block=(128, 128)), "fp8-block"),
+        (TensorFormat("nvfp4a16"), "nvfp4a16"),
+        (TensorFormat("int4", 64), "int4"),
+    ],
+)
+def test_names_of_kernels(fmt: TensorFormat | None, name: str) -> None:
+    """Formats that one kernel runs have one name in the table of kernels."""
+    assert kernel_format(fmt) == name
