@@ -1,12 +1,95 @@
-"""The one exception that a user's input can cause."""
+"""The one exception that a user's input can cause, and the stable codes that say which kind it is."""
 
-LONGEST = 2000  # characters of one part of a message
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+MAX_PART_LENGTH = 2000  # characters of one part of a message
+
+# code -> meaning; `docs/errors.md` is made from this table, and a test holds the two equal
+CODES: Mapping[str, str] = {
+    # what a caller asks for
+    "option-invalid": "An option or argument has a value that it cannot have; the place names it.",
+    "option-conflict": "Options exclude each other, or one has no effect beside another.",
+    "output-exists": "The output exists already.",
+    "output-busy": "Another run is writing this output.",
+    "output-not-writable": "The output cannot be created or written there.",
+    "dependency-missing": "This needs an optional package that is not installed.",
+    # what the machine has
+    "device-unavailable": "The requested device does not exist on this machine.",
+    "memory-insufficient": "The run needs more main memory than is free.",
+    "gpu-memory-insufficient": "The run needs more GPU memory than is free.",
+    "disk-insufficient": "The run needs more disk space than is free.",
+    # files
+    "file-missing": "A file that is needed is not there.",
+    "file-unreadable": "A file cannot be read, or is not of the kind it should be.",
+    "file-outside-model": "A link leads out of the model's directory.",
+    "file-damaged": "A file ended early or changed while it was read.",
+    "json-invalid": "A file is not valid JSON, or not the JSON document it should be.",
+    "yaml-invalid": "A file is not valid YAML.",
+    # a checkpoint's files
+    "model-not-found": "There is no such directory, and no such model on the Hub.",
+    "config-missing": "The model has no config.json.",
+    "config-invalid": "A key of config.json has a value that it cannot have.",
+    "weights-missing": "The model has no safetensors weights, or a shard or tensor is missing.",
+    "weights-unsafe": "The weights are pickles, which can run code when they are loaded.",
+    "header-invalid": "The header of a safetensors file is damaged.",
+    "index-invalid": "The index of the shards is damaged, or does not belong to them.",
+    "tensor-duplicate": "A tensor is stored twice.",
+    "tensor-not-finite": "A tensor holds NaN or infinite values.",
+    "config-mismatch": "config.json and the tensors describe different models.",
+    # what can be run and quantized
+    "architecture-unknown": "transformers has no architecture of this name.",
+    "architecture-unsupported": "The architecture cannot be run layer by layer.",
+    "experts-unsupported": "The experts of this family cannot be calibrated.",
+    "format-unverified": "No tested engine loads this format for this family.",
+    "already-quantized": "The weights are quantized in a way from which no recipe can start.",
+    "dtype-unsupported": "A tensor is stored in a dtype that cannot be read in its place.",
+    "quantization-unknown": "The quantization of this checkpoint has no reader.",
+    "quantization-invalid": "The quantization config and the tensors do not agree.",
+    "scale-invalid": "A scale is missing, has a wrong shape, or is not a positive finite number.",
+    # the Hub
+    "hub-unreachable": "The Hub, or a file on it, cannot be reached.",
+    "hub-refused": "The Hub refuses access.",
+    "hub-changed": "A file on the Hub is not what it was, or not what its header promises.",
+    # recipes
+    "recipe-not-found": "There is no built-in recipe and no file of this name.",
+    "recipe-invalid": "The recipe has an unknown key, a missing key or a wrong value.",
+    "recipe-rule-missing": "No rule of the recipe names a tensor.",
+    "recipe-rule-unmatched": "A rule of the recipe matches no tensor.",
+    "recipe-splits-group": "The recipe splits weights that engines run as one.",
+    "recipe-shape": "A weight's shape does not allow the format that the recipe gives it.",
+    "recipe-not-quantizable": "The recipe gives a format to a tensor that must stay as it is.",
+    "recipe-changes-nothing": "The recipe quantizes nothing in this model.",
+    "pattern-invalid": "A regular expression is invalid, or takes too long.",
+    # calibration and texts
+    "dataset-unreadable": "A file of texts or rows cannot be read.",
+    "dataset-invalid": "A row of a dataset is not what a row must be.",
+    "dataset-too-small": "The dataset holds too little text.",
+    "token-out-of-range": "A token id is beyond the model's vocabulary.",
+    "sequence-too-long": "Rows are longer than the positions that the model has.",
+    "tokenizer-unusable": "The model has no usable tokenizer.",
+    "chat-template-failed": "The chat template refuses these messages.",
+    "experts-uncovered": "Experts saw too few tokens to be calibrated.",
+    "amax-invalid": "A calibrated range is zero or not finite, so that no scale can be made of it.",
+    "statistics-invalid": "A file of statistics is damaged, or holds not all that is needed.",
+    "statistics-mismatch": "Statistics are of another model, other rows or other settings.",
+    # resumption
+    "run-differs": "The output holds an unfinished run with other inputs or settings.",
+    "machine-differs": "The output holds an unfinished run of another machine, version or batch.",
+    "run-damaged": "What an unfinished run left is damaged.",
+}
 
 
 class UserError(Exception):
-    """Bad input. `what` is wrong at `where`; `remedy` says what to do. The CLI prints it and exits with code 2."""
+    """Bad input: `what` is wrong at `where`, `remedy` says what to do, `code` is stable and one of `CODES`.
 
-    def __init__(self, what: str, *, where: str = "", remedy: str = "") -> None:
+    Messages name parameters in backticks (`max_seq_length`); the command line shows these as its options and exits
+    with code 2.
+    """
+
+    def __init__(self, what: str, *, code: str = "unclassified", where: str = "", remedy: str = "") -> None:
+        self.code = code
         self.what = plain(what)
         self.where = plain(where)
         self.remedy = plain(remedy)
@@ -20,13 +103,13 @@ class UserError(Exception):
 
 
 class Unfinished(UserError):  # noqa: N818  # it is one
-    """A UserError that leaves what an unfinished run has done: a lost network, or another machine than it began on."""
+    """A UserError that keeps what an unfinished run has done: a lost network, another machine than it began on."""
 
 
-def plain(text: str, longest: int = LONGEST) -> str:
-    """`text` as a terminal may show it: what cannot be printed is escaped, the middle of a long one left out.
+def plain(text: str, longest: int = MAX_PART_LENGTH) -> str:
+    """`text` as a terminal may show it: unprintable characters escaped, the middle of a long text left out.
 
-    Names and values out of a model's files could else move the cursor, hide what follows, or fill the screen.
+    Names and values out of a model's files could otherwise move the cursor, hide what follows, or fill the screen.
     """
     if len(text) > longest:
         text = f"{text[: longest * 3 // 4]} … {text[-longest // 4 :]}"

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from snugfit.errors import UserError
-from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower, language_config, layer_count
+from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower
+from snugfit.model.language_config import language_config, layer_count
 
 
 def listed(prefix: str, count: int, *leaves: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from snugfit.model import config_defaults
 from snugfit.vram import families
 from snugfit.vram.kv_cache import Attention, ModelCache, State
 from snugfit.vram.kv_cache_config import read_cache
@@ -190,14 +191,14 @@ def test_lightning_attention() -> None:
 # what config.json may leave out
 
 
-@pytest.mark.parametrize("kind", [kind for kind in families.DEFAULTS if kind != "kimi_k2"])
+@pytest.mark.parametrize("kind", [kind for kind in config_defaults.DEFAULTS if kind != "kimi_k2"])
 def test_defaults_are_those_of_transformers(kind: str) -> None:
     """Every value that we fill in is the one that transformers' config class has without it."""
     config = AutoConfig.for_model(kind)
     plain = config.to_dict()
     # given by transformers as a per-layer override, by a rule of its own, or dropped once layer_types are made
     hidden = {"global_head_dim", "full_attention_interval", "no_rope_layer_interval", "sliding_window_pattern"}
-    for key, value in families.DEFAULTS[kind].items():
+    for key, value in config_defaults.DEFAULTS[kind].items():
         if key in hidden or value is None:
             continue
         found = plain[key] if key in plain else getattr(config, key)

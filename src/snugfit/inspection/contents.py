@@ -21,7 +21,8 @@ from snugfit.dialects.packed import (
 from snugfit.dialects.reading import read_formats, read_quant_config
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower, language_config, layer_count
+from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower
+from snugfit.model.language_config import language_config, layer_count
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.sources import stacked_weights
 from snugfit.storage.checkpoint import Checkpoint

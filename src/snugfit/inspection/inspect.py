@@ -26,7 +26,7 @@ from snugfit.inspection.contents import (
     names_without_tensors,
     read_contents,
 )
-from snugfit.model.anatomy import language_config
+from snugfit.model.language_config import language_config
 from snugfit.model.names import role_order
 from snugfit.model.sources import single_weights
 from snugfit.model.support import obstacles

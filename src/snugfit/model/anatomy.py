@@ -7,8 +7,7 @@ layers are a numbered list that is at least as long as the config says.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from snugfit.errors import UserError
 
@@ -19,26 +18,6 @@ _TOWER = re.compile(
     r"diffusion|mtp|nextn|eagle|medusa|draft|assistant|(^|[._])(vit|img|clip|sam|vpm|apm|vq|vqmodel|vae|dit)([._]|$)"
 )
 _MTP = re.compile(r"mtp|nextn|eagle|medusa")
-# where a config describes the language model, if not at its top
-_LANGUAGE = ("text_config", "llm_config", "language_config", "text_model", "language_model", "thinker_config")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-MAX_LAYERS = 10_000
-
-
-def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of config.json on the language model: itself, or what lies under text_config and the like."""
-    for key in _LANGUAGE:
-        nested = config.get(key)
-        if isinstance(nested, dict) and (layer_count(nested) is not None or any(key in nested for key in _LANGUAGE)):
-            return language_config(nested)
-    return config
-
-
-def layer_count(config: Mapping[str, Any]) -> int | None:
-    """Number of decoder layers that a (language) config names; None where it names none that could be."""
-    given = (config.get(key) for key in _LAYERS)
-    counts = (count for count in given if isinstance(count, int) and not isinstance(count, bool))
-    return next((count for count in counts if 0 < count <= MAX_LAYERS), None)
 
 
 def find_decoder(names: Iterable[str], layers: int, *, where: str = "") -> str:

@@ -12,6 +12,7 @@ from snugfit.dialects.reading import read_formats, read_quant_config
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder
+from snugfit.model.language_config import positive, with_defaults
 from snugfit.model.names import EXPERTS, parse_name
 from snugfit.model.sources import Weights, single_weights
 from snugfit.model.support import obstacles
@@ -21,7 +22,6 @@ from snugfit.recipes.resolve import resolve
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.vram.fit import Stored
-from snugfit.vram.kv_cache_config import positive, with_defaults
 from snugfit.vram.weights import collapse_experts, is_served
 
 AS_IT_IS = "as it is"

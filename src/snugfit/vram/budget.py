@@ -15,8 +15,8 @@ from snugfit.engines.memory import (
     graph_count,
     sglang_reserve,
 )
+from snugfit.model.language_config import positive, with_defaults
 from snugfit.vram.kv_cache import ModelCache
-from snugfit.vram.kv_cache_config import positive, with_defaults
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from snugfit.errors import UserError
-from snugfit.model.anatomy import language_config
+from snugfit.model import config_defaults
+from snugfit.model.config_values import WHERE
+from snugfit.model.language_config import positive, with_defaults
 from snugfit.vram import families
-from snugfit.vram.config_values import WHERE, check_values
 from snugfit.vram.kv_cache import Attention, ModelCache, State
 
 Text = Mapping[str, Any]
@@ -45,7 +46,7 @@ def read_cache(config: Text) -> ModelCache:
     kind = str(text.get("model_type"))
     layers = positive(text, "num_hidden_layers")
     notes: list[str] = []
-    if kind not in families.PLAIN and kind not in families.DEFAULTS:
+    if kind not in families.PLAIN and kind not in config_defaults.DEFAULTS:
         odd = sorted(key for key, value in text.items() if _ODD.search(key) and value not in (None, False, 0, [], {}))
         if odd:
             raise _unknown(f"{kind!r} has {', '.join(odd[:3])}")
@@ -57,28 +58,6 @@ def read_cache(config: Text) -> ModelCache:
     return ModelCache(
         (*found, *[(None, None)] * shared), heads if isinstance(heads, int) and heads > 0 else 0, tuple(notes)
     )
-
-
-def with_defaults(config: Text) -> dict[str, Any]:
-    """The language model's part of a config, older names under today's too, with what transformers would fill in."""
-    text = dict(language_config(config))
-    for key, names in families.ALIASES.items():
-        older = next((text[name] for name in names if text.get(name) is not None), None)
-        if key not in text and older is not None:
-            text[key] = older
-    check_values(text)
-    listed = text.get("layers_block_type") or text.get("hybrid_override_pattern")
-    if text.get("num_hidden_layers") is None and listed is not None:
-        text["num_hidden_layers"] = len(listed)
-    return {**families.DEFAULTS.get(str(text.get("model_type")), {}), **text}
-
-
-def positive(text: Text, key: str) -> int:
-    """A whole number above 0 of a config; UserError for anything else."""
-    value = text.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{key} is {value!r}.", where=WHERE, remedy="Mend the config.")
-    return value
 
 
 def _unknown(what: str) -> UserError:
@@ -202,7 +181,7 @@ def _attention(text: Text, kind: str, what: str, number: int) -> Attention:
 
 def _latent(text: Text, kind: str) -> Attention:
     numbers = positive(text, "kv_lora_rank") + positive(text, "qk_rope_head_dim")
-    width = text.get("index_head_dim") if "index_head_dim" in families.DEFAULTS[kind] else None
+    width = text.get("index_head_dim") if "index_head_dim" in config_defaults.DEFAULTS[kind] else None
     if width is None:
         return Attention(1, numbers, 0, latent=True)
     # the index of DeepSeek-V3.2: an FP8 key a token with an fp32 scale for 128 of its numbers; its FP8 cache has 512

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from snugfit.errors import UserError
-from snugfit.model.anatomy import MAX_LAYERS
 
 WHERE = "config.json"
+MAX_LAYERS = 10_000
 LARGEST = 2**40  # no count of a model is larger
 _COUNTS = frozenset(
     {

@@ -1,0 +1,64 @@
+"""The part of config.json that describes the language model, with older keys renamed and missing ones filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from snugfit.errors import UserError
+from snugfit.model import config_defaults
+from snugfit.model.config_values import MAX_LAYERS, WHERE, check_values
+
+# where a config describes the language model, if not at its top
+_NESTED = ("text_config", "llm_config", "language_config", "text_model", "language_model", "thinker_config")
+_LAYER_COUNTS = ("num_hidden_layers", *config_defaults.ALIASES["num_hidden_layers"])
+# lists with one entry a layer
+_LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
+
+
+def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of config.json on the language model: itself, or what lies under text_config and the like."""
+    for key in _NESTED:
+        nested = config.get(key)
+        if isinstance(nested, dict) and (layer_count(nested) is not None or any(key in nested for key in _NESTED)):
+            return language_config(nested)
+    return config
+
+
+def layer_count(config: Mapping[str, Any]) -> int | None:
+    """Number of decoder layers that a (language) config states; None where it states no possible number."""
+    given = (config.get(key) for key in _LAYER_COUNTS)
+    counts = (count for count in given if isinstance(count, int) and not isinstance(count, bool))
+    return next((count for count in counts if 0 < count <= MAX_LAYERS), None)
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's part of a config, older keys renamed, missing ones as transformers would fill them in.
+
+    Raises UserError for a value that no model can have.
+    """
+    text = dict(language_config(config))
+    for key, names in config_defaults.ALIASES.items():
+        older = next((text[name] for name in names if text.get(name) is not None), None)
+        if text.get(key) is None and older is not None:
+            text[key] = older
+    check_values(text)
+    if text.get("num_hidden_layers") is None:  # transformers may save a list of the layers' types alone
+        listed = next((text[key] for key in _LAYER_LISTS if text.get(key)), None)
+        if listed is not None:
+            text["num_hidden_layers"] = len(listed)
+    return {**config_defaults.DEFAULTS.get(str(text.get("model_type")), {}), **text}
+
+
+def positive(text: Mapping[str, Any], key: str) -> int:
+    """The value of `key` in a config, a whole number above 0; UserError for anything else."""
+    value = text.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        names = ", ".join((key, *config_defaults.ALIASES.get(key, ())))
+        raise UserError(
+            f"{key} is {value!r}, but must be a whole number above 0 (looked for {names}).",
+            code="config-invalid",
+            where=WHERE,
+            remedy="Correct config.json.",
+        )
+    return value
