@@ -610,7 +610,7 @@ def test_patterns_of_configs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> Non
     """A target of a quantization config that backtracks without end is given up with a message that shows it."""
     monkeypatch.setattr("snugfit.patterns.SECONDS", 0.2)
     slow = r"re:(?:(\w)|(\w\w)|(\w\w\w)|\.)*[!?]"
-    targets = Targets([{"targets": [slow]}], [])
+    targets = Targets([{"targets": [slow]}], [], where="config.json")
     begin = time.monotonic()
     with pytest.raises(UserError, match="takes too long"):
         targets.group_of("model.layers.12.mlp.experts.100.gate_proj")

@@ -152,7 +152,7 @@ def test_reading_the_config_gives_the_formats_back(mix: tuple[dict[str, TensorFo
     """formats_of inverts quantization_config through JSON, for quantized and kept modules alike."""
     formats, kept = mix
     config = json.loads(json.dumps(quantization_config(formats, kept)))
-    assert formats_of(config, [*formats, *kept], {}) == formats
+    assert formats_of(config, [*formats, *kept], {}, where="config.json") == formats
 
 
 @settings(max_examples=40, deadline=None)

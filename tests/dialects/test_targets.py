@@ -225,7 +225,7 @@ def test_engines_find_experts_under_the_names_they_ask_for(leaves: Sequence[str]
     config = quantization_config(dict.fromkeys(names["experts"], NV), [*names["router"], *names["attention"]])
     for asked in (*leaves, "gate_proj", "up_proj", "down_proj"):
         assert groups_of(config, f"model.layers.1.block_sparse_moe.experts.0.{asked}") == ["group_0"]
-    assert formats_of(config, names["experts"], {}) == dict.fromkeys(names["experts"], NV)
+    assert formats_of(config, names["experts"], {}, where="config.json") == dict.fromkeys(names["experts"], NV)
 
 
 def test_a_format_by_layer_has_patterns_by_layer() -> None:
@@ -260,6 +260,6 @@ def test_a_large_mixture_takes_seconds() -> None:
     formats = dict.fromkeys(names["experts"], NV) | dict.fromkeys(names["attention"], FP8)
     start = time.perf_counter()
     config = quantization_config(formats, names["router"])
-    assert formats_of(config, [*formats, *names["router"]], {}) == formats
+    assert formats_of(config, [*formats, *names["router"]], {}, where="config.json") == formats
     assert time.perf_counter() - start < 20  # 2 s on an idle core; quadratic, it took minutes
     assert sum(len(group["targets"]) for group in config["config_groups"].values()) == 2

@@ -100,7 +100,7 @@ def test_every_format_has_a_config_that_names_it(name: str) -> None:
     for fmt, _ in cases(name):
         module = "model.layers.3.mlp.up_proj"
         config = quantization_config({module: fmt}, ["lm_head"])
-        assert formats_of(config, [module, "lm_head"], {}) == {module: fmt}
+        assert formats_of(config, [module, "lm_head"], {}, where="config.json") == {module: fmt}
 
 
 @every_name

@@ -302,11 +302,11 @@ def test_targets_are_what_is_quantized(family: str, recipe: str, source: Source,
     """The config gives every linear the format it has, also under the names by which engines look experts up."""
     out = quantized(family, recipe)
     quantization, written = config_of(out)["quantization_config"], all_tensors(out)
-    targets = Targets(list(quantization["config_groups"].values()), quantization["ignore"])
+    targets = Targets(list(quantization["config_groups"].values()), quantization["ignore"], where="config.json")
 
     def told(module: str) -> str | None:
         group = targets.group_of(module)
-        return None if group is None else parse_scheme(group).name
+        return None if group is None else parse_scheme(group, where="config.json").name
 
     given = in_pieces(family, all_tensors(source(family)))
     linears = [n.removesuffix(".weight") for n, tensor in given.items() if n.endswith(".weight") and tensor.dim() == 2]
@@ -511,7 +511,7 @@ def test_layers_may_differ_in_format(family: str, source: Source, tmp_path: Path
     out = tmp_path / "out"
     quantize_checkpoint(source(family), out, recipe_of(*rules), device="cpu")
     quantization, written = config_of(out)["quantization_config"], all_tensors(out)
-    targets = Targets(list(quantization["config_groups"].values()), quantization["ignore"])
+    targets = Targets(list(quantization["config_groups"].values()), quantization["ignore"], where="config.json")
     modules = experts_of(in_pieces(family, all_tensors(source(family))), 2)
     for module in modules:
         fmt = "int4" if ".layers.0." in module else "fp8-dynamic"
@@ -519,7 +519,7 @@ def test_layers_may_differ_in_format(family: str, source: Source, tmp_path: Path
         for name in (module, module.replace(BLOCK, ".mlp.")):
             group = targets.group_of(name)
             assert group is not None
-            assert parse_scheme(group).name == fmt
+            assert parse_scheme(group, where="config.json").name == fmt
     found = logits_of(out, random_rows([24]))
     assert torch.isfinite(found).all()
 

@@ -10,7 +10,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from snugfit.dialects.headers import Headers
-from snugfit.dialects.schemes import REMEDY, WHERE, parse_scheme
+from snugfit.dialects.schemes import REMEDY, parse_scheme
 from snugfit.dialects.targets import Targets, write_targets
 from snugfit.errors import UserError
 from snugfit.formats.spec import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
@@ -255,19 +255,20 @@ def quantization_config(
 
 
 def formats_of(
-    quantization: Mapping[str, Any], modules: Iterable[str], _parts: Mapping[str, Headers]
+    quantization: Mapping[str, Any], modules: Iterable[str], _parts: Mapping[str, Headers], *, where: str
 ) -> dict[str, TensorFormat]:
     """Format of each of `modules` that a quantization_config targets; the rest is unquantized."""
-    _check_whole(quantization)
+    _check_whole(quantization, where)
     groups = list((quantization.get("config_groups") or {}).values())
     if not all(isinstance(group, dict) for group in groups):
-        raise UserError("config_groups by the names of presets have no reader.", where=WHERE, remedy=REMEDY)
-    targets = Targets(groups, quantization.get("ignore") or [])
+        what = "config_groups that name presets have no reader."
+        raise UserError(what, code="quantization-unknown", where=where, remedy=REMEDY)
+    targets = Targets(groups, quantization.get("ignore") or [], where=where)
     found: dict[str, TensorFormat] = {}
     for module in modules:
         group = targets.group_of(module)
         if group is not None:
-            found[module] = parse_scheme(group)
+            found[module] = parse_scheme(group, where=where)
     return found
 
 
@@ -284,14 +285,15 @@ def kv_cache(quantization: Mapping[str, Any]) -> str | None:
     return "fp8" if known and scheme.get("strategy", "tensor") in ("tensor", "attn_head") else str(scheme)
 
 
-def _check_whole(quantization: Mapping[str, Any]) -> None:
+def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
     """Refuse what changes a whole file: sparse layouts, rotations at run time."""
     sparse = (quantization.get("sparsity_config") or {}).get("format", "dense")
     groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, dict)]
     kinds = {str(kind) for kind in (sparse, quantization.get("format"), *(group.get("format") for group in groups))}
     for kind in sorted(kinds):
         if kind.startswith(("sparse", "marlin")):
-            raise UserError(f"format {kind!r} has no reader.", where=WHERE, remedy=REMEDY)
+            what = f"format {kind!r} has no reader."
+            raise UserError(what, code="quantization-unknown", where=where, remedy=REMEDY)
     schemes = (quantization.get("transform_config") or {}).get("config_groups") or {}
     for name, scheme in schemes.items():
         places = {str(apply.get("location")) for apply in scheme.get("apply") or []}
@@ -300,7 +302,8 @@ def _check_whole(quantization: Mapping[str, Any]) -> None:
         if online:
             raise UserError(
                 f"transform_config: {name} rotates activations at run time ({', '.join(online)}), which has no reader.",
-                where=WHERE,
+                code="quantization-unknown",
+                where=where,
                 remedy=REMEDY,
             )
 

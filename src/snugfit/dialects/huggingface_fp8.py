@@ -11,7 +11,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from snugfit.dialects.headers import Headers, dtype_of, is_single
-from snugfit.dialects.schemes import WHERE, fp8_blocks
+from snugfit.dialects.schemes import REMEDY, fp8_blocks
 from snugfit.errors import UserError
 from snugfit.formats.spec import WHOLE_ROW, InputKind, TensorFormat
 
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 # the first is the usual one
 WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
 INPUT_SCALES = ("input_scale", "activation_scale")
+_MISMATCH_REMEDY = "Config and weights do not belong together."
 
 
 def formats_of(
-    quantization: Mapping[str, Any], modules: Iterable[str], parts: Mapping[str, Headers]
+    quantization: Mapping[str, Any], modules: Iterable[str], parts: Mapping[str, Headers], *, where: str
 ) -> dict[str, TensorFormat]:
     """Format of each of `modules` whose weight is stored in E4M3."""
-    static = _is_static(quantization)
-    block = quantization.get("weight_block_size")
+    static = _is_static(quantization, where)
+    block = None if quantization.get("weight_block_size") is None else _block(quantization["weight_block_size"], where)
     return {
-        module: _format(module, parts[module], None if block is None else _block(block), static)
+        module: _format(module, parts[module], block, static=static, where=where)
         for module in modules
         if dtype_of(parts.get(module, {}), "weight") == "F8_E4M3"
     }
@@ -68,39 +69,42 @@ def kv_cache(_quantization: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _format(module: str, parts: Headers, block: tuple[int, int] | None, static: bool) -> TensorFormat:
+def _format(module: str, parts: Headers, block: tuple[int, int] | None, *, static: bool, where: str) -> TensorFormat:
     name = _first(WEIGHT_SCALES, parts)
     shape = parts[name][1] if name in parts else ()
     if len(parts["weight"][1]) != 2:
-        what = f"{module}.weight is FP8 of shape {list(parts['weight'][1])}, which is no linear's."
-        raise UserError(what, where=WHERE, remedy="Config and weights do not belong together.")
-    rows, columns = parts["weight"][1]
+        what = f"{module}.weight is FP8 of shape {list(parts['weight'][1])}; the weight of a linear has two dimensions."
+        raise UserError(what, code="quantization-invalid", where=where, remedy=_MISMATCH_REMEDY)
+    out_features, in_features = parts["weight"][1]
     inputs: InputKind = "fp8-tensor" if static else "fp8-tensor-dynamic"
-    if block is not None and shape == (-(-rows // block[0]), -(-columns // block[1])):
+    if block is not None and shape == (-(-out_features // block[0]), -(-in_features // block[1])):
         return TensorFormat("fp8", block=block, inputs="fp8-tensor") if static else fp8_blocks(block)
     if name not in parts or is_single(parts, name):
         return TensorFormat("fp8", inputs=inputs)
-    if shape in ((rows,), (rows, 1)):
+    if shape in ((out_features,), (out_features, 1)):
         return TensorFormat("fp8", WHOLE_ROW, inputs="fp8-tensor") if static else TensorFormat("fp8-dynamic")
     raise UserError(
         f"{module}.{name} has shape {list(shape)}, which weight_block_size {block and list(block)} does not give for "
-        f"a weight [{rows}, {columns}].",
-        where=WHERE,
-        remedy="Config and weights do not belong together.",
+        f"a weight [{out_features}, {in_features}].",
+        code="quantization-invalid",
+        where=where,
+        remedy=_MISMATCH_REMEDY,
     )
 
 
-def _is_static(quantization: Mapping[str, Any]) -> bool:
+def _is_static(quantization: Mapping[str, Any], where: str) -> bool:
     scheme = quantization.get("activation_scheme", "dynamic")
     if scheme not in ("static", "dynamic"):
-        raise UserError(f"activation_scheme {scheme!r} has no reader.", where=WHERE, remedy="static or dynamic.")
+        what = f"activation_scheme {scheme!r} has no reader, only static and dynamic."
+        raise UserError(what, code="quantization-unknown", where=where, remedy=REMEDY)
     return bool(scheme == "static")
 
 
-def _block(given: object) -> tuple[int, int]:
+def _block(given: object, where: str) -> tuple[int, int]:
     if isinstance(given, (list, tuple)) and len(given) == 2 and all(isinstance(n, int) and n > 0 for n in given):
         return given[0], given[1]
-    raise UserError(f"weight_block_size is {given!r}.", where=WHERE, remedy="Mend the config: [128, 128].")
+    what = f"weight_block_size must be two positive numbers such as [128, 128], got {given!r}."
+    raise UserError(what, code="quantization-invalid", where=where, remedy="Correct the config.")
 
 
 def _first(names: Sequence[str], parts: Container[str]) -> str:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from snugfit.formats.stored import Stored
 
-WHERE = "ModelOpt's quantization config"
 FORMATS: Mapping[str, TensorFormat] = {
     "NVFP4": TensorFormat("nvfp4"),
     "W4A16_NVFP4": TensorFormat("nvfp4a16"),
@@ -33,7 +32,7 @@ FORMATS: Mapping[str, TensorFormat] = {
 
 
 def formats_of(
-    quantization: Mapping[str, Any], modules: Iterable[str], parts: Mapping[str, Headers]
+    quantization: Mapping[str, Any], modules: Iterable[str], parts: Mapping[str, Headers], *, where: str
 ) -> dict[str, TensorFormat]:
     """Format of each of `modules` that is neither excluded nor left out of a mixture."""
     details = _details(quantization)
@@ -47,9 +46,9 @@ def formats_of(
         if algorithm == "MIXED_PRECISION":
             given = next((layers[name] for name in _spellings(module) if name in layers), None)
             if given is not None:
-                found[module] = _format(str(given.get("quant_algo") or ""), module, parts.get(module, {}))
+                found[module] = _format(str(given.get("quant_algo") or ""), module, parts.get(module, {}), where)
         elif algorithm:
-            found[module] = _format(algorithm, module, parts.get(module, {}))
+            found[module] = _format(algorithm, module, parts.get(module, {}), where)
     return _weight_only(details, found, parts)
 
 
@@ -102,14 +101,14 @@ def _details(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, dict) else quantization
 
 
-def _format(algorithm: str, module: str, parts: Headers) -> TensorFormat:
+def _format(algorithm: str, module: str, parts: Headers, where: str) -> TensorFormat:
     fmt = FORMATS.get(algorithm.upper())
     if fmt is None:
-        raise UserError(f"quant_algo {algorithm!r} ({module}) has no reader.", where=WHERE, remedy=REMEDY)
+        what = f"quant_algo {algorithm!r} ({module}) has no reader."
+        raise UserError(what, code="quantization-unknown", where=where, remedy=REMEDY)
     if "pre_quant_scale" in parts:
-        raise UserError(
-            f"{module} scales its inputs (pre_quant_scale), which has no reader.", where=WHERE, remedy=REMEDY
-        )
+        what = f"{module} scales its inputs (pre_quant_scale), which has no reader."
+        raise UserError(what, code="quantization-unknown", where=where, remedy=REMEDY)
     return fmt
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from snugfit.errors import UserError
 from snugfit.formats.spec import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, WHOLE_ROW, InputKind, TensorFormat
 
-WHERE = "config.json: quantization_config"
 REMEDY = "Evaluate the 16-bit original, or dequantize this checkpoint to BF16 first."
 
 # (type, bits, strategy, made at run time, symmetric)
@@ -36,20 +35,20 @@ _FOUR_BITS: Mapping[tuple[int, str, object], TensorFormat] = {
 _GROUPS: Mapping[InputKind, int] = {"nvfp4": NVFP4_BLOCK, "mxfp4": MXFP4_BLOCK, "fp8-group": FP8_BLOCK}
 
 
-def parse_scheme(group: Mapping[str, Any]) -> TensorFormat:
-    """The format that a config group describes; UserError for one that has no reader."""
+def parse_scheme(group: Mapping[str, Any], *, where: str) -> TensorFormat:
+    """The format that a config group describes; UserError, at the place `where`, for one that has no reader."""
     weights, inputs = group.get("weights"), group.get("input_activations")
     if group.get("output_activations"):
-        raise UserError("outputs of linears are quantized, which has no reader.", where=WHERE, remedy=REMEDY)
+        raise _no_reader("quantized outputs of linears have no reader.", where)
     if not weights:
-        raise UserError("a config group quantizes inputs alone, which has no reader.", where=WHERE, remedy=REMEDY)
-    fmt = _weights(weights)
+        raise _no_reader("a config group that quantizes inputs alone has no reader.", where)
+    fmt = _weights(weights, where)
     kind = _inputs(inputs, fmt) if inputs else None
     if fmt is None or (inputs and kind is None):
-        raise _no_reader(weights, inputs)
+        raise _no_reader(_described(weights, inputs), where)
     if fmt.name == "nvfp4":
         if kind not in (None, "nvfp4"):
-            raise _no_reader(weights, inputs)
+            raise _no_reader(_described(weights, inputs), where)
         return TensorFormat("nvfp4" if kind else "nvfp4a16")
     if fmt == TensorFormat("fp8", WHOLE_ROW) and kind == "fp8-token":
         return TensorFormat("fp8-dynamic")
@@ -66,7 +65,7 @@ def fp8_blocks(block: tuple[int, int]) -> TensorFormat:
     return TensorFormat("fp8-block") if whole else TensorFormat("fp8", block=block, inputs="fp8-group")
 
 
-def _weights(arguments: Mapping[str, Any]) -> TensorFormat | None:
+def _weights(arguments: Mapping[str, Any], where: str) -> TensorFormat | None:
     """The format without its inputs, None where there is no reader."""
     kind, bits, strategy = _key(arguments)
     size, symmetric = arguments.get("group_size"), arguments.get("symmetric", True)
@@ -76,7 +75,7 @@ def _weights(arguments: Mapping[str, Any]) -> TensorFormat | None:
     if kind == "int" and bits in (4, 8) and group is not None:
         return TensorFormat(f"int{bits}", group, symmetric)
     if (kind, bits, strategy) == ("float", 8, "block"):
-        return TensorFormat("fp8", block=_block(arguments.get("block_structure")))
+        return TensorFormat("fp8", block=_block(arguments.get("block_structure"), where))
     if (kind, bits) == ("float", 8) and strategy in ("channel", "tensor"):
         return TensorFormat("fp8", group or 0)
     return _FOUR_BITS.get((bits, strategy, size)) if kind == "float" else None
@@ -101,17 +100,22 @@ def _key(arguments: Mapping[str, Any]) -> tuple[str, int, str]:
     return str(arguments.get("type") or "int").lower(), arguments.get("num_bits", 8), strategy
 
 
-def _block(structure: object) -> tuple[int, int]:
-    """Rows and columns of [128, 128] or "128x128"."""
+def _block(structure: object, where: str) -> tuple[int, int]:
+    """Output and input features of a block, of [128, 128] or "128x128"."""
     sides = re.findall(r"\d+", str(structure))
     if len(sides) != 2 or "0" in sides:
-        raise UserError(f"block_structure is {structure!r}.", where=WHERE, remedy="Mend the config.")
+        what = f"block_structure must be two positive numbers, got {structure!r}."
+        raise UserError(what, code="quantization-invalid", where=where, remedy="Correct the config.")
     return int(sides[0]), int(sides[1])
 
 
-def _no_reader(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> UserError:
+def _described(weights: Mapping[str, Any], inputs: Mapping[str, Any] | None) -> str:
     def brief(arguments: Mapping[str, Any] | None) -> str:
         return str({key: value for key, value in (arguments or {}).items() if value is not None and value != {}})
 
     asked = f" with inputs {brief(inputs)}" if inputs else ""
-    return UserError(f"no reader for weights {brief(weights)}{asked}.", where=WHERE, remedy=REMEDY)
+    return f"no reader for weights {brief(weights)}{asked}."
+
+
+def _no_reader(what: str, where: str) -> UserError:
+    return UserError(what, code="quantization-unknown", where=where, remedy=REMEDY)

@@ -64,8 +64,9 @@ def _check(value: Any, kind: Any, path: str, where: str) -> None:
     fitting = next((one for one in kinds if _fits(value, one)), None)
     if fitting is None:
         known = " or ".join(_WORDS[_type_of(one)] for one in kinds)
-        what = f"{path.lstrip('.')} is {str(value)[:100]!r}, not {known}."
-        raise UserError(what, where=where, remedy="Mend the config, or download it again.")
+        what = f"{path.lstrip('.')} must be {known}, got {str(value)[:100]!r}."
+        remedy = "Correct the config, or download it again."
+        raise UserError(what, code="quantization-invalid", where=where, remedy=remedy)
     if isinstance(fitting, list):
         for number, entry in enumerate(value):
             _check(entry, fitting[0], f"{path}[{number}]", where)

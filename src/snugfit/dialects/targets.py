@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snugfit.dialects.schemes import WHERE
 from snugfit.engines.fused import LOOKED_UP_AS
 from snugfit.engines.mixtures import EXPERTS_LOOKED_UP_AS
 from snugfit.errors import UserError
@@ -167,14 +166,14 @@ def _alternatives(patterns: Sequence[str]) -> str:
 class Targets:
     """Finds the group that targets a linear: by its name, else by a pattern, else by its class, as engines do."""
 
-    def __init__(self, groups: Sequence[Mapping[str, Any]], ignored: Sequence[str]) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], ignored: Sequence[str], *, where: str) -> None:
         pairs = [(str(target), group) for group in groups for target in group.get("targets") or []]
         self._by_name: dict[str, Mapping[str, Any]] = {}
         for target, group in pairs:
             self._by_name.setdefault(target, group)
-        self._by_pattern = [(_compiled(target), group) for target, group in pairs if target.startswith("re:")]
+        self._by_pattern = [(_compiled(target, where), group) for target, group in pairs if target.startswith("re:")]
         self._ignored = frozenset(target for target in ignored if not target.startswith("re:"))
-        self._ignored_patterns = [_compiled(target) for target in ignored if target.startswith("re:")]
+        self._ignored_patterns = [_compiled(target, where) for target in ignored if target.startswith("re:")]
 
     def group_of(self, module: str) -> Mapping[str, Any] | None:
         """The config group of a linear, None where it is ignored or not targeted."""
@@ -186,8 +185,9 @@ class Targets:
         return self._by_name.get(module) or next(found, None) or self._by_name.get("Linear")
 
 
-def _compiled(target: str) -> Pattern:
+def _compiled(target: str, where: str) -> Pattern:
     try:
         return compiled(target.removeprefix("re:"))
     except ValueError as error:
-        raise UserError(f"{target!r} is no pattern ({error}).", where=WHERE, remedy="Mend it.") from None
+        what = f"{target!r} is not a valid regular expression ({error})."
+        raise UserError(what, code="pattern-invalid", where=where, remedy="Correct the config.") from None
