@@ -17,7 +17,7 @@ from snugfit.engines.fused import LOOKED_UP_AS
 from snugfit.engines.mixtures import EXPERTS_LOOKED_UP_AS
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.patterns import Pattern, compiled
+from snugfit.patterns import Pattern
 
 _PLACE = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?P<ending>.+)")
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(?=\.|$)")
@@ -187,7 +187,7 @@ class Targets:
 
 def _compiled(target: str, where: str) -> Pattern:
     try:
-        return compiled(target.removeprefix("re:"))
+        return Pattern(target.removeprefix("re:"))
     except ValueError as error:
         what = f"{target!r} is not a valid regular expression ({error})."
         raise UserError(what, code="pattern-invalid", where=where, remedy="Correct the config.") from None

@@ -42,7 +42,7 @@ from snugfit.model.names import (
     ROLES,
     SHARED_EXPERTS,
 )
-from snugfit.patterns import compiled
+from snugfit.patterns import Pattern
 from snugfit.strict_yaml import MAX_BYTES, _UniqueKeys
 
 _LAYERS = re.compile(r"\s*-?\d{1,9}(\.\.-?\d{1,9})?\s*")
@@ -167,7 +167,7 @@ def _check_rule(rule: Rule, place: str) -> None:
         raise UserError("a rule needs `role`, `name` or `layers`.", where=place, remedy="`role: linear` means all.")
     if rule.name is not None and rule.name.startswith("re:"):
         try:
-            compiled(rule.name.removeprefix("re:"))
+            Pattern(rule.name.removeprefix("re:"))
         except ValueError as error:
             raise UserError(f"not a pattern ({error}).", where=f"{place}.name", remedy="Mend it.") from None
     if rule.layers is not None and not all(map(_LAYERS.fullmatch, rule.layers.split(","))):

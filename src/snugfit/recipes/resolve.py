@@ -18,7 +18,7 @@ from snugfit.model.names import (
     TensorName,
     parse_name,
 )
-from snugfit.patterns import compiled
+from snugfit.patterns import Pattern
 from snugfit.recipes.assignment import Assignment, check_experts, check_groups, check_inputs, copied, staying
 from snugfit.recipes.recipe import LoadedRecipe, Rule
 from snugfit.storage.safetensors_header import TensorInfo
@@ -45,13 +45,15 @@ def resolve(
     infos = {tensor.name: tensor for tensor in tensors}
     names = [parse_name(tensor.name, tensor.shape, decoder) for tensor in tensors]
     matched: dict[int, list[TensorName]] = {number: [] for number in range(len(loaded.recipe.rules))}
+    patterns = _patterns(loaded.recipe.rules)
     for name in names:
         if name.parameter != "weight" or name.full in frozen:
             continue
         try:
-            number = _first_match(loaded.recipe.rules, name, layers)
+            number = _first_match(loaded.recipe.rules, name, layers, patterns)
         except UserError as error:  # a pattern that takes too long
-            raise UserError(error.what, where=f"{loaded.where}: {error.where}", remedy=error.remedy) from None
+            where = f"{loaded.where}: {error.where}"
+            raise UserError(error.what, code=error.code, where=where, remedy=error.remedy) from None
         if number is not None:
             matched[number].append(name)
         elif name.role not in KEPT_ROLES:
@@ -63,7 +65,9 @@ def resolve(
     for number, rule in enumerate(loaded.recipe.rules):
         place = f"{loaded.where}: rules[{number}]"
         if not matched[number]:
-            raise _matches_nothing(rule, [name for name in names if name.full in frozen], layers, frozen, place)
+            raise _matches_nothing(
+                rule, [name for name in names if name.full in frozen], layers, frozen, place, patterns
+            )
         asked = "" if rule.requantize else rule.format
         as_it_is = {n.full: fmt for n in matched[number] if (fmt := staying(asked, stored.get(n.full)))}
         found |= {name: copied(name, fmt, number, place) for name, fmt in as_it_is.items()}
@@ -86,9 +90,14 @@ def resolve(
 
 
 def _matches_nothing(
-    rule: Rule, frozen_names: Sequence[TensorName], layers: int, frozen: Mapping[str, str], place: str
+    rule: Rule,
+    frozen_names: Sequence[TensorName],
+    layers: int,
+    frozen: Mapping[str, str],
+    place: str,
+    patterns: Mapping[str, Pattern],
 ) -> UserError:
-    barred = next((name.full for name in frozen_names if _rule_matches(rule, name, layers)), None)
+    barred = next((name.full for name in frozen_names if _rule_matches(rule, name, layers, patterns)), None)
     if barred is not None:
         return UserError(f"{barred} must stay: {frozen[barred]}.", where=place, remedy="Remove this rule.")
     return UserError(
@@ -98,14 +107,20 @@ def _matches_nothing(
     )
 
 
-def _first_match(rules: Sequence[Rule], name: TensorName, layers: int) -> int | None:
-    return next((number for number, rule in enumerate(rules) if _rule_matches(rule, name, layers)), None)
+def _patterns(rules: Sequence[Rule]) -> dict[str, Pattern]:
+    """The regular expressions of rules by their text; each has one time budget for all names."""
+    names = (rule.name for rule in rules if rule.name is not None and rule.name.startswith("re:"))
+    return {name: Pattern(name.removeprefix("re:")) for name in names}
 
 
-def _rule_matches(rule: Rule, name: TensorName, layers: int) -> bool:
+def _first_match(rules: Sequence[Rule], name: TensorName, layers: int, patterns: Mapping[str, Pattern]) -> int | None:
+    return next((number for number, rule in enumerate(rules) if _rule_matches(rule, name, layers, patterns)), None)
+
+
+def _rule_matches(rule: Rule, name: TensorName, layers: int, patterns: Mapping[str, Pattern]) -> bool:
     if rule.role and not any(_role_matches(role, name) for role in rule.role):
         return False
-    if rule.name is not None and not _name_matches(rule.name, name.module):
+    if rule.name is not None and not _name_matches(rule.name, name.module, patterns):
         return False
     if not rule.role and name.role in KEPT_ROLES and rule.name != name.module:
         return False  # a broad pattern must not sweep up an lm_head
@@ -118,9 +133,9 @@ def _role_matches(wanted: str, name: TensorName) -> bool:
     return name.role == wanted or name.role in ROLE_SETS.get(wanted, ())
 
 
-def _name_matches(pattern: str, module: str) -> bool:
-    if pattern.startswith("re:"):
-        return compiled(pattern.removeprefix("re:")).is_all_of(module)
+def _name_matches(pattern: str, module: str, patterns: Mapping[str, Pattern]) -> bool:
+    if pattern in patterns:
+        return patterns[pattern].is_all_of(module)
     return fnmatch.fnmatchcase(module, pattern)
 
 
