@@ -74,6 +74,20 @@ CODES: Mapping[str, str] = {
     "amax-invalid": "A calibrated range is zero or not finite, so that no scale can be made of it.",
     "statistics-invalid": "A file of statistics is damaged, or holds not all that is needed.",
     "statistics-mismatch": "Statistics are of another model, other rows or other settings.",
+    # evaluation and its results
+    "models-mismatch": "The models, or their tokenizers, cannot be compared token by token.",
+    "reference-invalid": "A stored reference is damaged, or is of another version.",
+    "reference-mismatch": "A stored reference was made for other texts or contexts.",
+    "result-invalid": "A result file is damaged, is of another version, or is not a result.",
+    "results-mismatch": "Two results have nothing in common that can be compared.",
+    "task-unknown": "There is no benchmark task of this name.",
+    "task-unusable": "A benchmark task cannot be loaded, or cannot be run here.",
+    # a server
+    "server-unreachable": "The server does not answer, or stopped answering.",
+    "server-refused": "The server refuses access or this request.",
+    "server-unsupported": "The server is of another kind, or cannot report what is needed.",
+    "server-answer-invalid": "The server's answer is not what vLLM answers, or is about something else.",
+    "server-not-finite": "The served model computes NaN.",
     # resumption
     "run-differs": "The output holds an unfinished run with other inputs or settings.",
     "machine-differs": "The output holds an unfinished run of another machine, version or batch.",
