@@ -177,7 +177,7 @@ def test_every_weight_gets_the_first_rule_that_matches(document: dict[str, Any],
         rule = document["rules"][assignment.rule]
         assert (assignment.format.name if assignment.format else KEEP) == rule["format"]
     for group in group_modules(name.removesuffix(".weight") for name in found):
-        assert len({(found[f"{m}.weight"].format, found[f"{m}.weight"].scale) for m in group}) == 1
+        assert len({(found[f"{m}.weight"].format, found[f"{m}.weight"].scale_rule) for m in group}) == 1
 
 
 def test_drawn_recipes_go_both_ways() -> None:

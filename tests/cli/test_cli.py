@@ -115,8 +115,8 @@ name: mixed
 rules:
   - {role: lm_head, format: keep}
   - {role: down, layers: 0, format: keep}
-  - {role: down, format: int4, symmetric: false, group: 32}
-  - {role: mlp, format: nvfp4a16, scale: sweep}
+  - {role: down, format: int4, symmetric: false, group_size: 32}
+  - {role: mlp, format: nvfp4a16, scale_rule: sweep}
   - {role: attention, layers: -1, format: nvfp4}
   - {role: linear, format: fp8-dynamic}
 """

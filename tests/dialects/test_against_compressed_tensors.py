@@ -283,7 +283,7 @@ def int4_input(weight: Tensor, stored: int4.INT4Weight, dtype: torch.dtype) -> d
 def test_int4_bytes_are_the_librarys(dtype: torch.dtype, fmt: TensorFormat) -> None:
     """Words, zero points and shape made in fp32 equal ours; in the weight's own dtype under 3 % differ, by one."""
     weight = weight_of(dtype)
-    stored = int4.quantize(weight, group=fmt.group, symmetric=fmt.symmetric)
+    stored = int4.quantize(weight, group_size=fmt.group_size, symmetric=fmt.symmetric)
     scheme, compressor = library(fmt)
     ours = encode(stored)
     exact = compressor.compress(int4_input(weight, stored, torch.float32), scheme)
@@ -301,9 +301,9 @@ def test_int4_bytes_are_the_librarys(dtype: torch.dtype, fmt: TensorFormat) -> N
 def test_the_library_makes_our_int4_scales(dtype: torch.dtype, fmt: TensorFormat) -> None:
     """Group scales equal the library's made in fp32 and rounded to the weight's dtype, zero points to one."""
     weight = weight_of(dtype)
-    stored = int4.quantize(weight, group=fmt.group, symmetric=fmt.symmetric)
+    stored = int4.quantize(weight, group_size=fmt.group_size, symmetric=fmt.symmetric)
     scheme, _ = library(fmt)
-    groups = weight.float().view(251, -1, fmt.group)
+    groups = weight.float().view(251, -1, fmt.group_size)
     theirs, zero_points = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
     some = (groups != 0).any(-1)
     assert torch.equal(theirs[some].to(dtype), stored.scale[some])
@@ -317,7 +317,7 @@ def test_the_library_makes_our_int4_scales(dtype: torch.dtype, fmt: TensorFormat
 @every_dtype
 def test_the_library_reads_int4_as_we_do(dtype: torch.dtype, fmt: TensorFormat) -> None:
     """The library's decompressed weight is our fp32 one rounded to the weight's dtype, bit for bit."""
-    stored = int4.quantize(weight_of(dtype), group=fmt.group, symmetric=fmt.symmetric)
+    stored = int4.quantize(weight_of(dtype), group_size=fmt.group_size, symmetric=fmt.symmetric)
     scheme, compressor = library(fmt)
     theirs = compressor.decompress(encode(stored), scheme)["weight"]
     assert theirs.dtype == dtype

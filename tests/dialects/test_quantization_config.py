@@ -25,7 +25,7 @@ W4A4 = TensorFormat("nvfp4")
 W4A16 = TensorFormat("nvfp4a16")
 W8A8 = TensorFormat("fp8-dynamic")
 INT4 = tuple(
-    TensorFormat("int4", group=group, symmetric=symmetric) for group in INT4_GROUPS for symmetric in (True, False)
+    TensorFormat("int4", group_size=group, symmetric=symmetric) for group in INT4_GROUPS for symmetric in (True, False)
 )
 BLOCKS = TensorFormat("fp8-block")
 MX = TensorFormat("mxfp4")
@@ -218,8 +218,8 @@ def test_transformers_side_gives_each_linear_its_scheme(family: str) -> None:
         (W8A8, "FP8_DYNAMIC"),
         (BLOCKS, "FP8_BLOCK"),
         (MX, "MXFP4"),
-        (TensorFormat("int4", group=128), "W4A16"),
-        (TensorFormat("int4", group=128, symmetric=False), "W4A16_ASYM"),
+        (TensorFormat("int4", group_size=128), "W4A16"),
+        (TensorFormat("int4", group_size=128, symmetric=False), "W4A16_ASYM"),
     ],
 )
 def test_schemes_equal_the_presets_of_the_library(fmt: TensorFormat, preset: str) -> None:

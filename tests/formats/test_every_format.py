@@ -107,7 +107,7 @@ def test_every_format_has_a_config_that_names_it(name: str) -> None:
 def test_every_format_refuses_shapes_that_it_cannot_hold(name: str) -> None:
     """The columns that a format asks for pass, other columns and other ranks end in an error with a remedy."""
     for fmt, _ in cases(name):
-        multiple = fmt.group or fmt.spec.column_multiple
+        multiple = fmt.group_size or fmt.spec.column_multiple
         rows = FP8_BLOCK if name == "fp8-block" else 7
         check_shape(fmt, (rows, 3 * multiple), where="here")
         with pytest.raises(UserError, match="2-D"):
@@ -129,7 +129,7 @@ def test_the_table_and_the_rounders_name_the_same_formats() -> None:
     for spec in FORMATS.values():
         assert spec.scale_rules
         assert not (spec.calibrated and spec.inputs == "none")
-    assert {fmt.group for fmt, _ in CASES["int4"]} == set(INT4_GROUPS)
+    assert {fmt.group_size for fmt, _ in CASES["int4"]} == set(INT4_GROUPS)
 
 
 @pytest.mark.parametrize("name", READ_ONLY)

@@ -28,7 +28,7 @@ def errors(weight: Tensor, stored: int4.INT4Weight) -> Tensor:
 def test_symmetric_codes_are_within_half_a_step(group: int) -> None:
     """Symmetric: scale = amax / 7.5, so no weight is farther than half a step from its stored value."""
     weight = random_weight(0)
-    stored = int4.quantize(weight, group=group, symmetric=True)
+    stored = int4.quantize(weight, group_size=group, symmetric=True)
     assert stored.zero_point is None
     assert torch.equal(stored.scale, weight.view(11, -1, group).abs().amax(-1) / 7.5)
     assert float(errors(weight, stored).max()) <= 0.5 + 1e-5
@@ -39,7 +39,7 @@ def test_symmetric_codes_are_within_half_a_step(group: int) -> None:
 def test_asymmetric_codes_are_within_a_step(group: int, shift: float) -> None:
     """Asymmetric: scale spans the group with zero, the zero point is a code, and the ends lose at most half a step."""
     weight = random_weight(1, shift=shift)
-    stored = int4.quantize(weight, group=group, symmetric=False)
+    stored = int4.quantize(weight, group_size=group, symmetric=False)
     assert stored.zero_point is not None
     assert stored.zero_point.dtype == torch.int8
     assert int(stored.zero_point.min()) >= -8
@@ -55,7 +55,7 @@ def test_asymmetric_beats_symmetric_on_shifted_weights() -> None:
     """Weights of one sign lose less with a zero point."""
     weight = random_weight(2, shift=4.0)
     losses = [
-        float((int4.dequantize(int4.quantize(weight, group=64, symmetric=symmetric)) - weight).square().sum())
+        float((int4.dequantize(int4.quantize(weight, group_size=64, symmetric=symmetric)) - weight).square().sum())
         for symmetric in (True, False)
     ]
     assert losses[1] < losses[0]
@@ -69,7 +69,7 @@ def test_zero_groups_and_the_argument_survive(dtype: torch.dtype, *, symmetric: 
     weight[2, :64] = 0
     weight[:, 100] = 0
     before = weight.clone()
-    stored = int4.quantize(weight, group=32, symmetric=symmetric)
+    stored = int4.quantize(weight, group_size=32, symmetric=symmetric)
     back = int4.dequantize(stored)
     assert torch.equal(weight, before)
     assert stored.scale.dtype == dtype
@@ -81,5 +81,5 @@ def test_zero_groups_and_the_argument_survive(dtype: torch.dtype, *, symmetric: 
 def test_codes_use_both_ends() -> None:
     """Symmetric codes run from -8 to 7: amax / 7.5 puts both ends half a step off, and the tie goes to the even -8."""
     weight = torch.tensor([[-7.5, 7.5, -7.4, 6.6, 0.5, 1.5, *[0.0] * 26]])
-    codes = grids.unpack_int4(int4.quantize(weight, group=32, symmetric=True).packed, (1, 32))
+    codes = grids.unpack_int4(int4.quantize(weight, group_size=32, symmetric=True).packed, (1, 32))
     assert codes[0, :7].tolist() == [-8, 7, -7, 7, 0, 2, 0]

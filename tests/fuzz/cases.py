@@ -320,9 +320,9 @@ def make_recipe(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     mine = (
         "name: mine\ndescription: a mix\nkv_cache: fp8\nrules:\n"
         "  - {role: [gate, up], layers: '0..1, -1', format: fp8-dynamic}\n"
-        "  - role: mlp\n    format: nvfp4\n    scale: sweep\n    objective: mse\n"
+        "  - role: mlp\n    format: nvfp4\n    scale_rule: sweep\n    objective: mse\n"
         "  - name: '*.self_attn.o_proj'\n    format: keep\n  - name: re:.*v_proj\n    format: keep\n"
-        "  - role: linear\n    format: int4\n    group: [128, 64, 32]\n    symmetric: false\n"
+        "  - role: linear\n    format: int4\n    group_size: [128, 64, 32]\n    symmetric: false\n"
     )
     text = rng.choice((mine, mine, load_recipe(rng.choice(builtin_names())).text))
     file = root / "recipe.yaml"

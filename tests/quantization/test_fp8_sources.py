@@ -282,7 +282,7 @@ def test_experts_are_made_of_the_dequantized_weights(
     plain = dequantized_copy(wide(family), made.source, tmp_path / "plain")
     role = "mlp" if family == "llama" else "experts"
     # weights alone: what inputs an engine sees depends on the format of attention, which differs
-    nvfp4 = recipe_file(tmp_path, f"role: {role}, format: nvfp4a16, scale: four-over-six", "role: linear, format: keep")
+    nvfp4 = recipe_file(tmp_path, f"role: {role}, format: nvfp4a16, scale_rule: four-over-six", "role: linear, format: keep")
     quantize_checkpoint(plain, tmp_path / "nvfp4", str(nvfp4), device="cpu")
     written, expected = made.written, all_tensors(tmp_path / "nvfp4")
     parts = [n for n in expected if n.endswith((".weight_packed", ".weight_scale", ".weight_global_scale"))]

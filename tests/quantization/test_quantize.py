@@ -215,8 +215,8 @@ def test_mixed_layers_and_asymmetric_int4(make_tiny: MakeTiny, token_rows: Path,
         """
 name: mixed
 rules:
-  - {role: mlp, layers: "0, -1", format: nvfp4, scale: sweep}
-  - {role: mlp, format: int4, group: 32, symmetric: false}
+  - {role: mlp, layers: "0, -1", format: nvfp4, scale_rule: sweep}
+  - {role: mlp, format: int4, group_size: 32, symmetric: false}
   - {name: "*.1.self_attn.*", format: keep}
   - {role: linear, format: fp8-dynamic}
 """,

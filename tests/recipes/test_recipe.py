@@ -111,7 +111,7 @@ def test_built_in_recipe_for_mixtures(name: str, tensors: list[TensorInfo]) -> N
     dense = [tensor for tensor in tensors if not tensor.name.startswith(prefix)]
     mixture = [TensorInfo(tensor, "BF16", (64, 64)) for tensor in (*names, *shared, f"{prefix}.gate.weight")]
     found = resolve(load_recipe(name), [*dense, *mixture], layers=LAYERS)
-    got = {n: (a.format.label() if a.format else "", a.scale) for n, a in found.items()}
+    got = {n: (a.format.label() if a.format else "", a.scale_rule) for n, a in found.items()}
     linears = {t.name for t in dense if parse_name(t.name, t.shape).role in set().union(*ROLES_OF.values())}
     assert got == dict.fromkeys(names, FOR_MIXTURES[name]) | dict.fromkeys({*linears, *shared}, FP8)
 
@@ -127,7 +127,7 @@ def test_built_in_recipe_gives_every_role_its_format(name: str, tensors: list[Te
     wanted = dict(zip(ROLES_OF, BUILT_IN[name], strict=True))
     roles = {role: wanted[group] for group, members in ROLES_OF.items() for role in members}
     got = {
-        parse_name(n, (1, 1)).full: (a.format.label() if a.format else "", a.scale, a.objective)
+        parse_name(n, (1, 1)).full: (a.format.label() if a.format else "", a.scale_rule, a.objective)
         for n, a in found.items()
     }
     named = {t.name: parse_name(t.name, t.shape).role for t in tensors}
@@ -142,7 +142,7 @@ def test_built_in_int4_takes_the_largest_group_that_divides_all(make_tiny: MakeT
     """The INT4 recipe settles on 128 where every weight's columns allow it."""
     source = make_tiny("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=1)
     found = resolve(load_recipe("int4-w4a16"), list(open_checkpoint(source).tensors.values()), layers=1)
-    assert {a.format for a in found.values()} == {TensorFormat("int4", group=128)}
+    assert {a.format for a in found.values()} == {TensorFormat("int4", group_size=128)}
 
 
 def test_blocks_are_strict_about_shapes(tensors: list[TensorInfo]) -> None:
@@ -166,9 +166,9 @@ def test_fused_groups_are_not_split_by_new_formats(fmt: str, make_tiny: MakeTiny
 
 def test_mxfp4_chooses_exponents_by_a_rule(tensors: list[TensorInfo]) -> None:
     """absmax is the default, the sweep may be asked for, what is not a rule of MXFP4 is refused."""
-    assert {a.scale for a in settle(["role: linear, format: mxfp4"], tensors).values()} == {"absmax"}
-    assert {a.scale for a in settle(["role: linear, format: mxfp4, scale: sweep"], tensors).values()} == {"sweep"}
-    message = refusal("name: a\nrules: [{role: linear, format: mxfp4, scale: four-over-six}]")
+    assert {a.scale_rule for a in settle(["role: linear, format: mxfp4"], tensors).values()} == {"absmax"}
+    assert {a.scale_rule for a in settle(["role: linear, format: mxfp4, scale_rule: sweep"], tensors).values()} == {"sweep"}
+    message = refusal("name: a\nrules: [{role: linear, format: mxfp4, scale_rule: four-over-six}]")
     assert "mxfp4 has no scale rule four-over-six. It knows absmax, sweep." in message
 
 
@@ -387,10 +387,10 @@ def test_frozen_tensors_need_no_rule_and_take_none(tensors: list[TensorInfo]) ->
     ("options", "label"),
     [
         ("", "int4-g64"),
-        (", group: 32", "int4-g32"),
-        (", group: [128, 64, 32]", "int4-g64"),
-        (", group: [32, 64]", "int4-g32"),
-        (", group: 64, symmetric: false", "int4-g64-asym"),
+        (", group_size: 32", "int4-g32"),
+        (", group_size: [128, 64, 32]", "int4-g64"),
+        (", group_size: [32, 64]", "int4-g32"),
+        (", group_size: 64, symmetric: false", "int4-g64-asym"),
     ],
 )
 def test_int4_takes_the_first_group_that_divides_all(options: str, label: str, tensors: list[TensorInfo]) -> None:
@@ -401,7 +401,7 @@ def test_int4_takes_the_first_group_that_divides_all(options: str, label: str, t
 
 def test_int4_group_that_divides_not_all_is_refused(tensors: list[TensorInfo]) -> None:
     """A group size that does not divide a weight's columns is refused, with the weight, its shape and the rule."""
-    message = refusal_for(["role: linear, format: int4, group: 128"], tensors)
+    message = refusal_for(["role: linear, format: int4, group_size: 128"], tensors)
     assert "rules[0]" in message
     assert "int4-g128 needs columns divisible by 128" in message
     assert "x 64" in message
@@ -465,7 +465,7 @@ def test_unknown_key_of_a_recipe(text: str, key: str, near: str) -> None:
 def test_unknown_key_unlike_any_lists_all() -> None:
     """A key that resembles none is refused with all that are known."""
     message = refusal("name: mine\nrules:\n  - {role: mlp, format: keep, zzz: 1}\n")
-    for key in ("role", "name", "layers", "format", "scale", "objective", "group", "symmetric"):
+    for key in ("role", "name", "layers", "format", "scale_rule", "objective", "group_size", "symmetric"):
         assert key in message.partition("Known keys:")[2]
 
 
@@ -477,16 +477,16 @@ def test_unknown_key_unlike_any_lists_all() -> None:
         ("role: norm, format: nvfp4", "role", "unknown role 'norm'"),
         ("role: mlp, format: nvpf4", "format", "Did you mean nvfp4?"),
         ("role: mlp, format: gguf", "format", "fp8-dynamic"),
-        ("role: mlp, format: nvfp4, scale: absmaxx", "scale", "four-over-six"),
-        ("role: mlp, format: fp8-dynamic, scale: four-over-six", "scale", "absmax"),
-        ("role: mlp, format: keep, scale: absmax", "scale", "Remove it"),
-        ("role: mlp, format: nvfp4, scale: sweep, objective: mae", "objective", "four-over-six"),
-        ("role: mlp, format: nvfp4, scale: absmax, objective: mse", "objective", "four-over-six"),
+        ("role: mlp, format: nvfp4, scale_rule: absmaxx", "scale_rule", "four-over-six"),
+        ("role: mlp, format: fp8-dynamic, scale_rule: four-over-six", "scale_rule", "absmax"),
+        ("role: mlp, format: keep, scale_rule: absmax", "scale_rule", "Remove it"),
+        ("role: mlp, format: nvfp4, scale_rule: sweep, objective: mae", "objective", "four-over-six"),
+        ("role: mlp, format: nvfp4, scale_rule: absmax, objective: mse", "objective", "four-over-six"),
         ("role: mlp, format: nvfp4, objective: best", "objective", "mae"),
-        ("role: mlp, format: nvfp4, group: 32", "group", "nvfp4 has no option group"),
+        ("role: mlp, format: nvfp4, group_size: 32", "group_size", "nvfp4 has no option group_size"),
         ("role: mlp, format: keep, symmetric: true", "symmetric", "keep has no option symmetric"),
-        ("role: mlp, format: int4, group: 48", "group", "Use 32, 64 or 128"),
-        ("role: mlp, format: int4, group: [32, 0]", "group", "Use 32, 64 or 128"),
+        ("role: mlp, format: int4, group_size: 48", "group_size", "Use 32, 64 or 128"),
+        ("role: mlp, format: int4, group_size: [32, 0]", "group_size", "Use 32, 64 or 128"),
         ("role: mlp, format: int4, symmetric: maybe", "symmetric", "boolean"),
         ("name: 're:(', format: keep", "name", "not a pattern"),
         ("name: 're:a{99999999999}', format: keep", "name", "not a pattern"),
@@ -609,10 +609,10 @@ def test_a_tensor_without_a_rule(tensors: list[TensorInfo]) -> None:
     [
         ["role: q, format: nvfp4", "role: linear, format: fp8-dynamic"],
         ["role: v, format: keep", "role: linear, format: fp8-dynamic"],
-        ["role: gate, format: nvfp4, scale: absmax", "role: linear, format: nvfp4, scale: four-over-six"],
+        ["role: gate, format: nvfp4, scale_rule: absmax", "role: linear, format: nvfp4, scale_rule: four-over-six"],
         ["role: up, format: nvfp4, objective: mae", "role: linear, format: nvfp4"],
-        ["role: gate, format: int4, group: 32", "role: linear, format: int4, group: 64"],
-        ["role: up, format: int4, symmetric: false, group: 64", "role: linear, format: int4, group: 64"],
+        ["role: gate, format: int4, group_size: 32", "role: linear, format: int4, group_size: 64"],
+        ["role: up, format: int4, symmetric: false, group_size: 64", "role: linear, format: int4, group_size: 64"],
         ["role: k, layers: 1, format: nvfp4a16", "role: linear, format: nvfp4"],
     ],
 )
@@ -673,7 +673,7 @@ def test_stored_recipe_runs_again(llama: Path, token_rows: Path, tmp_path: Path)
     file = tmp_path / "mine.yaml"
     file.write_text(
         "# eigene Mischung: größte Fehler zuletzt\nname: mine\nrules:\n"
-        "  - {role: down, layers: -1, format: int4, group: [128, 32], symmetric: false}\n"
+        "  - {role: down, layers: -1, format: int4, group_size: [128, 32], symmetric: false}\n"
         "  - {role: mlp, format: nvfp4, objective: mae}\n  - {role: linear, format: fp8-dynamic}\n",
         encoding="utf-8",
     )
@@ -711,15 +711,15 @@ SCALARS = (
     | st.text(max_size=4)
 )
 VALUES = SCALARS | st.lists(SCALARS, max_size=3)
-KEYS = st.sampled_from(["role", "name", "layers", "format", "scale", "objective", "group", "symmetric"])
+KEYS = st.sampled_from(["role", "name", "layers", "format", "scale_rule", "objective", "group_size", "symmetric"])
 WILD_RULES = st.dictionaries(KEYS | st.text(max_size=3), VALUES, max_size=5)
 TAME_RULES = st.fixed_dictionaries(
     {"role": st.sampled_from(ROLE_WORDS), "format": st.sampled_from(FORMAT_WORDS)},
     optional={
         "layers": st.sampled_from(LAYER_WORDS),
         "name": st.sampled_from(NAME_WORDS),
-        "scale": st.sampled_from(SCALE_WORDS),
-        "group": st.sampled_from([32, 64, 128]),
+        "scale_rule": st.sampled_from(SCALE_WORDS),
+        "group_size": st.sampled_from([32, 64, 128]),
     },
 )
 DOCUMENTS = st.fixed_dictionaries(

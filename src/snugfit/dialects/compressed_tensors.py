@@ -51,7 +51,7 @@ def layout(fmt: TensorFormat, shape: tuple[int, ...], dtype: str) -> dict[str, t
         return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": (dtype, blocks)}
     if fmt.name == "mxfp4":
         return {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("U8", (rows, columns // MXFP4_BLOCK))}
-    groups = columns // fmt.group
+    groups = columns // fmt.group_size
     parts = {
         "weight_packed": ("I32", (rows, -(-columns // 8))),
         "weight_scale": (dtype, (rows, groups)),
@@ -70,7 +70,7 @@ def copied_layout(fmt: TensorFormat, parts: Headers) -> dict[str, tuple[str, tup
     if fmt.weight_block is not None:
         shape: tuple[int, ...] = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
     else:
-        shape = (1,) if fmt.name == "fp8" and fmt.group == 0 else (rows, 1)
+        shape = (1,) if fmt.name == "fp8" and fmt.group_size == 0 else (rows, 1)
     dtype = scale if scale in _FLOATS else "F32"
     found: dict[str, tuple[str, tuple[int, ...]]] = {
         "weight": ("F8_E4M3", (rows, columns)),
@@ -162,7 +162,7 @@ def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Stored:
     from snugfit.formats.integer import IntegerWeight
 
     bits = int(fmt.name.removeprefix("int"))
-    scale = parts["weight_scale"] if fmt.group > 0 else parts["weight_scale"].reshape(-1, 1)
+    scale = parts["weight_scale"] if fmt.group_size > 0 else parts["weight_scale"].reshape(-1, 1)
     zeros, columns = parts.get("weight_zero_point"), parts.get("weight_g_idx")
     if columns is not None and bool((columns < 0).any()):
         columns = None  # -1: in order after all
@@ -172,7 +172,7 @@ def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Stored:
     zero_point = None
     if zeros is not None:
         # the library leaves a whole weight's one zero point as it is
-        packed = fmt.group != 0
+        packed = fmt.group_size != 0
         rows = (shape[0], scale.shape[1])
         zero_point = unpack_integers(zeros, rows, bits=bits, dim=0) if packed else zeros.reshape(scale.shape)
     if bits == 4 and columns is None:
@@ -319,7 +319,7 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
         inputs = _arguments(num_bits=8, type="float", strategy="token", dynamic=True)
         if fmt.input_kind == "fp8-tensor":
             inputs = _arguments(num_bits=8, type="float", strategy="tensor")
-        strategy = "tensor" if fmt.name == "fp8" and fmt.group == 0 else "channel"
+        strategy = "tensor" if fmt.name == "fp8" and fmt.group_size == 0 else "channel"
         return {
             "format": FLOAT,
             "weights": _arguments(num_bits=8, type="float", strategy=strategy),
@@ -342,7 +342,7 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
         )
         inputs = weights | {"dynamic": True} if fmt.input_kind == "mxfp4" else None
         return {"format": MXFP4, "weights": weights, "input_activations": inputs, "output_activations": None}
-    weights = _arguments(num_bits=4, type="int", strategy="group", group_size=fmt.group, symmetric=fmt.symmetric)
+    weights = _arguments(num_bits=4, type="int", strategy="group", group_size=fmt.group_size, symmetric=fmt.symmetric)
     return {"format": PACKED, "weights": weights, "input_activations": None, "output_activations": None}
 
 

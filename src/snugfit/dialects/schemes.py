@@ -56,7 +56,7 @@ def parse_scheme(group: Mapping[str, Any], *, where: str) -> TensorFormat:
         return fp8_blocks(fmt.block)
     if fmt.name == "mxfp4" and kind in (None, "mxfp4"):
         return TensorFormat("mxfp4", inputs=None if kind else "none")
-    return TensorFormat(fmt.name, fmt.group, fmt.symmetric, fmt.block, kind)
+    return TensorFormat(fmt.name, fmt.group_size, fmt.symmetric, fmt.block, kind)
 
 
 def fp8_blocks(block: tuple[int, int]) -> TensorFormat:

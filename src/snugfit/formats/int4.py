@@ -12,7 +12,7 @@ from snugfit.formats.grids import pack_int4, unpack_int4
 
 @dataclass(frozen=True)
 class INT4Weight:
-    """A weight [N, K]: `packed` int32 [N, K/8], `scale` [N, K/group] in the model's dtype, `zero_point` int8 or None.
+    """A weight [N, K]: `packed` int32 [N, K/8], `scale` [N, K/group_size] in the model's dtype, `zero_point` int8 or None.
 
     value = (code - zero_point) * scale.
     """
@@ -23,13 +23,13 @@ class INT4Weight:
     shape: tuple[int, int]
 
 
-def quantize(weight: Tensor, *, group: int, symmetric: bool) -> INT4Weight:
-    """Round-to-nearest codes of `weight` [N, K]; K must divide by `group`.
+def quantize(weight: Tensor, *, group_size: int, symmetric: bool) -> INT4Weight:
+    """Round-to-nearest codes of `weight` [N, K]; K must divide by `group_size`.
 
     Symmetric: scale = amax / 7.5, so that both ends of -8..7 are used. Asymmetric: scale = (max - min) / 15 over the
     group with zero included, zero point = round(-8 - min / scale). Scales are rounded to the weight's dtype first.
     """
-    groups = weight.float().unflatten(1, (-1, group))
+    groups = weight.float().unflatten(1, (-1, group_size))
     zero = torch.zeros((), device=weight.device)
     low = torch.minimum(groups.amin(-1), zero)
     high = torch.maximum(groups.amax(-1), zero)

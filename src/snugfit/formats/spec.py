@@ -12,7 +12,7 @@ NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32
 FP8_BLOCK = 128
 INT4_GROUPS = (128, 64, 32)
-WHOLE_ROW = -1  # `group` of integers and fp8 with one scale an output channel; 0: one for the whole weight
+WHOLE_ROW = -1  # `group_size` of integers and fp8 with one scale an output channel; 0: one for the whole weight
 
 # What happens to a linear's inputs. Static kinds ("tensor") need a multiplier from the file, the others make theirs at
 # run time; "asym" has a zero point besides.
@@ -120,13 +120,13 @@ KEEP = "keep"
 class TensorFormat:
     """How one weight is stored: a format of the table with its options settled.
 
-    `group` is the columns under one scale (WHOLE_ROW: an output channel, 0: the whole weight, or what the format says),
+    `group_size` is the columns under one scale (WHOLE_ROW: an output channel, 0: the whole weight, or what the format says),
     `symmetric` False means zero points (integers), `block` is the rows and columns under one scale (fp8; fp8-block has
     128 x 128). `inputs` is what the file asks an engine to do with activations, None for what the table says.
     """
 
     name: str
-    group: int = 0
+    group_size: int = 0
     symmetric: bool = True
     block: tuple[int, int] | None = None
     inputs: InputKind | None = None
@@ -150,7 +150,7 @@ class TensorFormat:
         """A short name for tables, with the options that matter: weights, then "+" and inputs the name leaves open."""
         scope = ""
         if self.name in ("fp8", "int8", "int4"):
-            scope = {WHOLE_ROW: "-channel", 0: "-tensor"}.get(self.group, f"-g{self.group}")
+            scope = {WHOLE_ROW: "-channel", 0: "-tensor"}.get(self.group_size, f"-g{self.group_size}")
         if self.block is not None:
             scope = f"-block{self.block[0]}x{self.block[1]}"
         zero_points = "" if self.symmetric else "-asym"
@@ -174,7 +174,7 @@ def bytes_for(fmt: TensorFormat, shape: tuple[int, int], scale_bytes: int) -> in
         return rows * columns + -(-rows // FP8_BLOCK) * -(-columns // FP8_BLOCK) * scale_bytes
     if fmt.name == "mxfp4":
         return rows * columns // 2 + rows * (columns // MXFP4_BLOCK)
-    groups = columns // fmt.group
+    groups = columns // fmt.group_size
     zero_points = 0 if fmt.symmetric else -(-rows // 8) * 4 * groups
     return rows * (-(-columns // 8) * 4) + rows * groups * scale_bytes + zero_points + 16
 
@@ -187,7 +187,7 @@ def check_shape(fmt: TensorFormat, shape: tuple[int, ...], *, where: str) -> Non
             where=where,
             remedy=f"Give it `format: {KEEP}` in the recipe.",
         )
-    multiple = fmt.group if fmt.name == "int4" else fmt.spec.column_multiple
+    multiple = fmt.group_size if fmt.name == "int4" else fmt.spec.column_multiple
     if fmt.name == "fp8-block" and shape[0] % FP8_BLOCK:
         raise UserError(
             f"fp8-block needs rows divisible by {FP8_BLOCK}, this weight is {shape[0]} x {shape[1]}.",
@@ -199,5 +199,5 @@ def check_shape(fmt: TensorFormat, shape: tuple[int, ...], *, where: str) -> Non
             f"{fmt.label()} needs columns divisible by {multiple}, this weight is {shape[0]} x {shape[1]}.",
             where=where,
             remedy=f"Give it `format: fp8-dynamic` or `format: {KEEP}` in the recipe"
-            + (", or a smaller `group`." if fmt.name == "int4" else "."),
+            + (", or a smaller `group_size`." if fmt.name == "int4" else "."),
         )

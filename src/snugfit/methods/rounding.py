@@ -41,7 +41,7 @@ def _mxfp4(_weights: Group, _fmt: TensorFormat, scale: str, _objective: str) -> 
 
 
 def _int4(_weights: Group, fmt: TensorFormat, _scale: str, _objective: str) -> Round:
-    return lambda weight: int4.quantize(weight, group=fmt.group, symmetric=fmt.symmetric)
+    return lambda weight: int4.quantize(weight, group_size=fmt.group_size, symmetric=fmt.symmetric)
 
 
 # how each format rounds some rows of a weight, given the whole group that it is fused with

@@ -115,7 +115,7 @@ def quantize_unit(
                     walked = None if room.fill(name, walked) else walked
                 done[name] = UnitTensor(one.stored, walked, torch.zeros(()), one.input_scale)
             continue
-        settings = assignment.format, assignment.scale, assignment.objective
+        settings = assignment.format, assignment.scale_rule, assignment.objective
         weights = {name: loaded.pop(name).in_dtype(dtypes[name]) for name in names}
         into = {} if room is None else room.parts
         for name, stored, found, error in round_and_compare(weights, *settings, values=room is not None, into=into):

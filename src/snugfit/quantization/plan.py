@@ -83,7 +83,7 @@ class Plan:
         info = self.weights.tensors[name]
         assignment = self.assignments.get(name)
         fmt = assignment.format if assignment else None
-        label, scale = (fmt.label(), assignment.scale) if fmt and assignment else (KEPT, "")
+        label, scale = (fmt.label(), assignment.scale_rule) if fmt and assignment else (KEPT, "")
         return TensorRecord(name, info.shape, label, scale, self.weights.bytes(self.checkpoint, name), written)
 
     def layer_of(self, number: int) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ class Assignment:
     """
 
     format: TensorFormat | None
-    scale: str
+    scale_rule: str
     objective: str
     rule: int
     copied: bool = False
@@ -90,7 +90,7 @@ def check_groups(found: Mapping[str, Assignment], where: str) -> None:
         first = modules[group[0]]
         for member in group[1:]:
             other = modules[member]
-            same = (first.format, first.scale, first.objective) == (other.format, other.scale, other.objective)
+            same = (first.format, first.scale_rule, first.objective) == (other.format, other.scale_rule, other.objective)
             if not same and (first.copied or other.copied):
                 kinds = ", ".join(f"{m.rpartition('.')[2]} {_source_words(modules[m])}" for m in group)
                 raise UserError(

@@ -5,7 +5,7 @@
     rules:
       - role: mlp
         format: nvfp4
-        scale: four-over-six
+        scale_rule: four-over-six
       - role: linear
         format: fp8-dynamic
 
@@ -47,7 +47,7 @@ from snugfit.strict_yaml import MAX_BYTES, _UniqueKeys
 
 _LAYERS = re.compile(r"\s*-?\d{1,9}(\.\.-?\d{1,9})?\s*")
 ROLE_NAMES = sorted({*ROLES.values(), *ROLE_SETS, EXPERTS, SHARED_EXPERTS, LINEAR, "router"})
-Scale = Literal["absmax", "four-over-six", "sweep"]
+ScaleRule = Literal["absmax", "four-over-six", "sweep"]
 Objective = Literal["mse", "mae", "absmax"]
 
 
@@ -60,13 +60,13 @@ class Rule(BaseModel):
     name: str | None = None
     layers: str | None = None
     format: str
-    scale: Scale | None = None
+    scale_rule: ScaleRule | None = None
     objective: Objective | None = None
-    group: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
+    group_size: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
     symmetric: StrictBool | None = None
     requantize: StrictBool | None = None
 
-    @field_validator("role", "group", mode="before")
+    @field_validator("role", "group_size", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return value if value is None or isinstance(value, (list, tuple)) else (value,)
@@ -177,22 +177,22 @@ def _check_rule(rule: Rule, place: str) -> None:
 
 def _check_options(rule: Rule, place: str) -> None:
     rules = FORMATS[rule.format].scale_rules if rule.format != KEEP else ()
-    if rule.scale is not None and rule.scale not in rules:
+    if rule.scale_rule is not None and rule.scale_rule not in rules:
         allowed = f"It knows {', '.join(rules)}." if rules else "Remove it."
-        raise UserError(f"{rule.format} has no scale rule {rule.scale}.", where=f"{place}.scale", remedy=allowed)
-    scale = rule.scale or (rules or ("",))[0]
+        raise UserError(f"{rule.format} has no scale rule {rule.scale_rule}.", where=f"{place}.scale_rule", remedy=allowed)
+    scale = rule.scale_rule or (rules or ("",))[0]
     if rule.objective is not None and scale != "four-over-six" and (scale, rule.objective) != ("sweep", "mse"):
         raise UserError(
-            f"objective {rule.objective} goes with `scale: four-over-six`.",
+            f"objective {rule.objective} goes with `scale_rule: four-over-six`.",
             where=f"{place}.objective",
             remedy="Remove it: sweep minimises mse, absmax chooses nothing.",
         )
-    for key in ("group", "symmetric"):
+    for key in ("group_size", "symmetric"):
         if getattr(rule, key) is not None and rule.format != "int4":
             raise UserError(f"{rule.format} has no option {key}.", where=f"{place}.{key}", remedy="Remove it.")
-    for size in rule.group or ():
+    for size in rule.group_size or ():
         if size not in INT4_GROUPS:
-            raise UserError(f"group {size} is not run by engines.", where=f"{place}.group", remedy="Use 32, 64 or 128.")
+            raise UserError(f"group_size {size} is not run by engines.", where=f"{place}.group_size", remedy="Use 32, 64 or 128.")
 
 
 def _known(key: str, value: str, valid: Sequence[str], place: str) -> None:

@@ -154,12 +154,12 @@ def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) 
     if rule.format == KEEP:
         return Assignment(None, "", "", number)
     spec = FORMATS[rule.format]
-    scale = rule.scale or spec.scale_rules[0]
+    scale = rule.scale_rule or spec.scale_rules[0]
     fmt = TensorFormat(rule.format)
     if rule.format == "int4":
-        sizes = rule.group or INT4_GROUPS
-        group = next((g for g in sizes if all(t.shape and t.shape[-1] % g == 0 for t in tensors)), sizes[-1])
-        fmt = TensorFormat("int4", group=group, symmetric=rule.symmetric is not False)
+        sizes = rule.group_size or INT4_GROUPS
+        group_size = next((g for g in sizes if all(t.shape and t.shape[-1] % g == 0 for t in tensors)), sizes[-1])
+        fmt = TensorFormat("int4", group_size=group_size, symmetric=rule.symmetric is not False)
     for tensor in tensors:
         check_shape(fmt, tensor.shape, where=f"{place}: {tensor.name}")
     return Assignment(fmt, scale, rule.objective or "mse", number)
