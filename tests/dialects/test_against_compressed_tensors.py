@@ -56,19 +56,19 @@ def same_bytes(a: Tensor, b: Tensor) -> bool:
 
 
 def nvfp4_of(weight: Tensor, rule: str) -> nvfp4.NVFP4Weight:
-    stored = round_group({"weight": weight}, TensorFormat("nvfp4"), rule, "mse")["weight"]
-    assert isinstance(stored, nvfp4.NVFP4Weight)
-    return stored
+    quantized = round_group({"weight": weight}, TensorFormat("nvfp4"), rule, "mse")["weight"]
+    assert isinstance(quantized, nvfp4.NVFP4Weight)
+    return quantized
 
 
 def nvfp4_pair(weight: Tensor, rule: str) -> tuple[nvfp4.NVFP4Weight, dict[str, Tensor], dict[str, Tensor]]:
     """Our weight, its tensors on disk, and the library's compression of the same weight under the same scales."""
-    stored = nvfp4_of(weight, rule)
-    parts = encode(stored)
+    quantized = nvfp4_of(weight, rule)
+    parts = encode(quantized)
     scheme, compressor = library(TensorFormat("nvfp4a16"))
-    given = {"weight": weight, "weight_scale": stored.block_scale.float()}
+    given = {"weight": weight, "weight_scale": quantized.block_scale.float()}
     given["weight_global_scale"] = parts["weight_global_scale"]
-    return stored, parts, compressor.compress(given, scheme)
+    return quantized, parts, compressor.compress(given, scheme)
 
 
 @every_rule
@@ -84,14 +84,14 @@ def test_nvfp4_bytes_of_an_fp32_weight_are_the_librarys(rule: str) -> None:
 def test_nvfp4_bytes_of_a_16_bit_weight_differ_at_ties_only(dtype: torch.dtype, rule: str) -> None:
     """16-bit weights hit rounding ties, where the last bit of the step decides: under 0.1 % of codes, by one code."""
     weight = weight_of(dtype)
-    stored, ours, theirs = nvfp4_pair(weight, rule)
+    quantized, ours, theirs = nvfp4_pair(weight, rule)
     assert same_bytes(ours["weight_scale"], theirs["weight_scale"])
     codes, reference = (grids.unpack_nibbles(parts["weight_packed"]) for parts in (ours, theirs))
     off = codes != reference
     # measured over four weights of 512 x 1024: at most 1.6e-4
     assert float(off.double().mean()) < 1e-3
     assert int((codes.int() - reference.int()).abs().max()) <= 1
-    step = (stored.block_scale.double() * stored.global_scale.double()).repeat_interleave(16, 1)
+    step = (quantized.block_scale.double() * quantized.global_scale.double()).repeat_interleave(16, 1)
     ratio = (weight.double().abs() / step)[off].unsqueeze(-1)
     assert ((ratio / TIES - 1).abs().amin(-1) < 2.0**-22).all()
 
@@ -100,13 +100,13 @@ def test_nvfp4_bytes_of_a_16_bit_weight_differ_at_ties_only(dtype: torch.dtype, 
 @every_dtype
 def test_the_library_reads_nvfp4_as_we_do(dtype: torch.dtype, rule: str) -> None:
     """In fp32 the library's values of our tensors are ours to 2**-22; in bf16 they are a neighbour in under 6 %."""
-    stored = nvfp4_of(weight_of(dtype), rule)
-    parts = encode(stored)
+    quantized = nvfp4_of(weight_of(dtype), rule)
+    parts = encode(quantized)
     scheme, compressor = library(TensorFormat("nvfp4a16"))
-    ours = nvfp4.dequantize(stored)
+    ours = nvfp4.dequantize(quantized)
     exact = library_dequantize(
-        unpack_fp4_from_uint8(stored.packed, *stored.packed.shape[:1], ours.shape[1], dtype=torch.float32),
-        scale=stored.block_scale.float(),
+        unpack_fp4_from_uint8(quantized.packed, *quantized.packed.shape[:1], ours.shape[1], dtype=torch.float32),
+        scale=quantized.block_scale.float(),
         args=scheme.weights,
         global_scale=parts["weight_global_scale"],
     )
@@ -128,12 +128,12 @@ def test_nvfp4_absmax_scales_are_the_librarys(dtype: torch.dtype) -> None:
     divisor = generate_gparam(weight.amin(), weight.amax())
     scale = global_scale(weight.abs().max(), "absmax")
     assert float(scale * divisor) == pytest.approx(1, rel=2.0**-22)
-    stored = nvfp4_of(weight, "absmax")
+    quantized = nvfp4_of(weight, "absmax")
     blocks = weight.view(251, -1, 16)
     theirs, _ = calculate_qparams(blocks.amin(-1), blocks.amax(-1), scheme.weights, global_scale=divisor)
     some = blocks.abs().amax(-1) > 0
     # the scale of an all-zero block is free: theirs is 0.125, ours 2**-9
-    off = (theirs != stored.block_scale.float())[some]
+    off = (theirs != quantized.block_scale.float())[some]
     assert float(off.double().mean()) < 1e-3
 
 
@@ -141,12 +141,12 @@ def test_nvfp4_absmax_scales_are_the_librarys(dtype: torch.dtype) -> None:
 def test_fp8_weights_are_the_librarys(dtype: torch.dtype) -> None:
     """Codes made by the library in fp32 from our scales equal ours; in the weight's dtype under 5 % are next to it."""
     weight = weight_of(dtype)
-    stored = fp8.quantize(weight.clone())
+    quantized = fp8.quantize(weight.clone())
     scheme, compressor = library(TensorFormat("fp8-dynamic"))
-    ours = encode(stored)
-    exact = compressor.compress({"weight": weight.float(), "weight_scale": stored.scale.float()}, scheme)
+    ours = encode(quantized)
+    exact = compressor.compress({"weight": weight.float(), "weight_scale": quantized.scale.float()}, scheme)
     assert same_bytes(ours["weight"], exact["weight"])
-    own = compressor.compress({"weight": weight, "weight_scale": stored.scale}, scheme)
+    own = compressor.compress({"weight": weight, "weight_scale": quantized.scale}, scheme)
     off = ours["weight"].view(torch.uint8) != own["weight"].view(torch.uint8)
     # measured: 3.0 % in bf16, 0.4 % in fp16, none in fp32
     assert float(off.double().mean()) < {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-9}[dtype]
@@ -158,24 +158,24 @@ def test_fp8_weights_are_the_librarys(dtype: torch.dtype) -> None:
 def test_the_library_makes_our_fp8_scales(dtype: torch.dtype) -> None:
     """Row scales equal the library's made in fp32 and rounded to the weight's dtype, all-zero rows included."""
     weight = weight_of(dtype)
-    stored = fp8.quantize(weight.clone())
+    quantized = fp8.quantize(weight.clone())
     scheme, _ = library(TensorFormat("fp8-dynamic"))
     low, high = weight.float().aminmax(dim=1, keepdim=True)
     theirs, _ = calculate_qparams(low, high, scheme.weights)
     some = (weight != 0).any(1)
-    assert torch.equal(theirs[some].to(dtype), stored.scale[some])
+    assert torch.equal(theirs[some].to(dtype), quantized.scale[some])
     in_own_dtype, _ = calculate_qparams(low.to(dtype), high.to(dtype), scheme.weights)
-    assert torch.equal(in_own_dtype[~some], stored.scale[~some])
+    assert torch.equal(in_own_dtype[~some], quantized.scale[~some])
 
 
 @every_dtype
 def test_the_library_reads_fp8_as_we_do(dtype: torch.dtype) -> None:
     """The library's decompressed weight is our fp32 one rounded to the weight's dtype, bit for bit."""
-    stored = fp8.quantize(weight_of(dtype))
+    quantized = fp8.quantize(weight_of(dtype))
     scheme, compressor = library(TensorFormat("fp8-dynamic"))
-    theirs = compressor.decompress(encode(stored), scheme)["weight"]
+    theirs = compressor.decompress(encode(quantized), scheme)["weight"]
     assert theirs.dtype == dtype
-    assert torch.equal(theirs, fp8.dequantize(stored).to(dtype))
+    assert torch.equal(theirs, fp8.dequantize(quantized).to(dtype))
 
 
 def block_ranges(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,16 +196,16 @@ def with_zero_block(dtype: torch.dtype, rows: int) -> Tensor:
 def test_the_library_makes_our_fp8_block_scales(dtype: torch.dtype, rows: int) -> None:
     """Scales of 128 x 128 blocks equal the library's made in fp32 and rounded to the weight's dtype, zeros included."""
     weight = with_zero_block(dtype, rows)
-    stored = fp8.quantize_blocks(weight.clone(), (128, 128))
+    quantized = fp8.quantize_blocks(weight.clone(), (128, 128))
     scheme, _ = library(TensorFormat("fp8-block"))
     assert scheme.weights.block_structure == [128, 128]
     low, high = block_ranges(weight.float())
     theirs, _ = calculate_qparams(low, high, scheme.weights)
     some = high > low
-    assert torch.equal(theirs[some].to(dtype), stored.scale[some])
+    assert torch.equal(theirs[some].to(dtype), quantized.scale[some])
     in_own_dtype, _ = calculate_qparams(low.to(dtype), high.to(dtype), scheme.weights)
     assert int((~some).sum()) == int(rows > 128)
-    assert torch.equal(in_own_dtype[~some], stored.scale[~some])
+    assert torch.equal(in_own_dtype[~some], quantized.scale[~some])
 
 
 @every_dtype
@@ -213,13 +213,13 @@ def test_the_library_makes_our_fp8_block_scales(dtype: torch.dtype, rows: int) -
 def test_fp8_blocks_are_the_librarys(dtype: torch.dtype, rows: int) -> None:
     """Codes made by the library in fp32 from our scales equal ours; in the weight's dtype under 5 % are next to it."""
     weight = with_zero_block(dtype, rows)
-    stored = fp8.quantize_blocks(weight.clone(), (128, 128))
+    quantized = fp8.quantize_blocks(weight.clone(), (128, 128))
     scheme, compressor = library(TensorFormat("fp8-block"))
-    ours = encode(stored)
-    exact = compressor.compress({"weight": weight.float(), "weight_scale": stored.scale.float()}, scheme)
+    ours = encode(quantized)
+    exact = compressor.compress({"weight": weight.float(), "weight_scale": quantized.scale.float()}, scheme)
     assert set(exact) == set(ours)
     assert same_bytes(ours["weight"], exact["weight"])
-    own = compressor.compress({"weight": weight, "weight_scale": stored.scale}, scheme)
+    own = compressor.compress({"weight": weight, "weight_scale": quantized.scale}, scheme)
     off = ours["weight"].view(torch.uint8) != own["weight"].view(torch.uint8)
     # measured: 2.9 % in bf16, 0.4 % in fp16, none in fp32
     assert float(off.double().mean()) < {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-9}[dtype]
@@ -230,11 +230,11 @@ def test_fp8_blocks_are_the_librarys(dtype: torch.dtype, rows: int) -> None:
 @every_dtype
 def test_the_library_reads_fp8_blocks_as_we_do(dtype: torch.dtype) -> None:
     """The library's decompressed weight is our fp32 one rounded to the weight's dtype, bit for bit."""
-    stored = fp8.quantize_blocks(with_zero_block(dtype, 251), (128, 128))
+    quantized = fp8.quantize_blocks(with_zero_block(dtype, 251), (128, 128))
     scheme, compressor = library(TensorFormat("fp8-block"))
-    theirs = compressor.decompress(encode(stored), scheme)["weight"]
+    theirs = compressor.decompress(encode(quantized), scheme)["weight"]
     assert theirs.dtype == dtype
-    assert torch.equal(theirs, fp8.dequantize(stored).to(dtype))
+    assert torch.equal(theirs, fp8.dequantize(quantized).to(dtype))
 
 
 @every_dtype
@@ -242,10 +242,10 @@ def test_the_library_reads_fp8_blocks_as_we_do(dtype: torch.dtype) -> None:
 def test_mxfp4_bytes_are_the_librarys(dtype: torch.dtype, rule: str) -> None:
     """Packed codes and exponents equal the library's from the same powers of two, in the weight's own dtype too."""
     weight = weight_of(dtype)
-    stored = mxfp4.quantize(weight.clone(), block_exponents(weight, rule))
+    quantized = mxfp4.quantize(weight.clone(), block_exponents(weight, rule))
     scheme, compressor = library(TensorFormat("mxfp4"))
-    ours = encode(stored)
-    scale = grids.powers_of_two(stored.exponent)
+    ours = encode(quantized)
+    scale = grids.powers_of_two(quantized.exponent)
     # fp16 cannot hold the smallest power of two, which all-zero blocks have: the library would divide by zero
     for given in (torch.float32, dtype if dtype != torch.float16 else torch.float32):
         theirs = compressor.compress({"weight": weight.to(given), "weight_scale": scale.to(given)}, scheme)
@@ -266,16 +266,16 @@ def test_the_library_makes_our_plain_mxfp4_exponents(dtype: torch.dtype) -> None
 def test_the_library_reads_mxfp4_as_we_do() -> None:
     """The library's decompressed weight is ours exactly: codes times powers of two are bf16 numbers."""
     weight = weight_of(torch.bfloat16)
-    stored = mxfp4.quantize(weight, block_exponents(weight, "sweep"))
+    quantized = mxfp4.quantize(weight, block_exponents(weight, "sweep"))
     scheme, compressor = library(TensorFormat("mxfp4"))
-    theirs = compressor.decompress(encode(stored), scheme)["weight"]
-    assert torch.equal(theirs.float(), mxfp4.dequantize(stored))
+    theirs = compressor.decompress(encode(quantized), scheme)["weight"]
+    assert torch.equal(theirs.float(), mxfp4.dequantize(quantized))
 
 
-def int4_input(weight: Tensor, stored: int4.INT4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
+def int4_input(weight: Tensor, quantized: int4.INT4Weight, dtype: torch.dtype) -> dict[str, Tensor]:
     """What the library's compressor takes, in the dtype that it shall compute in."""
-    given = {"weight": weight.to(dtype), "weight_scale": stored.scale.to(dtype)}
-    return given | ({"weight_zero_point": stored.zero_point} if stored.zero_point is not None else {})
+    given = {"weight": weight.to(dtype), "weight_scale": quantized.scale.to(dtype)}
+    return given | ({"weight_zero_point": quantized.zero_point} if quantized.zero_point is not None else {})
 
 
 @every_int4
@@ -283,14 +283,14 @@ def int4_input(weight: Tensor, stored: int4.INT4Weight, dtype: torch.dtype) -> d
 def test_int4_bytes_are_the_librarys(dtype: torch.dtype, fmt: TensorFormat) -> None:
     """Words, zero points and shape made in fp32 equal ours; in the weight's own dtype under 3 % differ, by one."""
     weight = weight_of(dtype)
-    stored = int4.quantize(weight, group_size=fmt.group_size, symmetric=fmt.symmetric)
+    quantized = int4.quantize(weight, group_size=fmt.group_size, symmetric=fmt.symmetric)
     scheme, compressor = library(fmt)
-    ours = encode(stored)
-    exact = compressor.compress(int4_input(weight, stored, torch.float32), scheme)
+    ours = encode(quantized)
+    exact = compressor.compress(int4_input(weight, quantized, torch.float32), scheme)
     assert set(exact) == set(ours)
     assert all(same_bytes(ours[name], exact[name]) for name in ours if name != "weight_scale")
-    own = compressor.compress(int4_input(weight, stored, dtype), scheme)
-    codes = [grids.unpack_int4(parts["weight_packed"], stored.shape).int() for parts in (ours, own)]
+    own = compressor.compress(int4_input(weight, quantized, dtype), scheme)
+    codes = [grids.unpack_int4(parts["weight_packed"], quantized.shape).int() for parts in (ours, own)]
     # measured: 1.2 % in bf16, 0.6 % in fp16, none in fp32
     assert float((codes[0] != codes[1]).double().mean()) < (1e-9 if dtype == torch.float32 else 0.03)
     assert int((codes[0] - codes[1]).abs().max()) <= 1
@@ -301,15 +301,15 @@ def test_int4_bytes_are_the_librarys(dtype: torch.dtype, fmt: TensorFormat) -> N
 def test_the_library_makes_our_int4_scales(dtype: torch.dtype, fmt: TensorFormat) -> None:
     """Group scales equal the library's made in fp32 and rounded to the weight's dtype, zero points to one."""
     weight = weight_of(dtype)
-    stored = int4.quantize(weight, group_size=fmt.group_size, symmetric=fmt.symmetric)
+    quantized = int4.quantize(weight, group_size=fmt.group_size, symmetric=fmt.symmetric)
     scheme, _ = library(fmt)
     groups = weight.float().view(251, -1, fmt.group_size)
     theirs, zero_points = calculate_qparams(groups.amin(-1), groups.amax(-1), scheme.weights)
     some = (groups != 0).any(-1)
-    assert torch.equal(theirs[some].to(dtype), stored.scale[some])
-    if stored.zero_point is not None:
+    assert torch.equal(theirs[some].to(dtype), quantized.scale[some])
+    if quantized.zero_point is not None:
         # ours follow the scale as stored, rounded; theirs here the fp32 one
-        off = (zero_points.int() - stored.zero_point.int())[some].abs()
+        off = (zero_points.int() - quantized.zero_point.int())[some].abs()
         assert int(off.max()) <= (0 if dtype == torch.float32 else 1)
 
 
@@ -317,11 +317,11 @@ def test_the_library_makes_our_int4_scales(dtype: torch.dtype, fmt: TensorFormat
 @every_dtype
 def test_the_library_reads_int4_as_we_do(dtype: torch.dtype, fmt: TensorFormat) -> None:
     """The library's decompressed weight is our fp32 one rounded to the weight's dtype, bit for bit."""
-    stored = int4.quantize(weight_of(dtype), group_size=fmt.group_size, symmetric=fmt.symmetric)
+    quantized = int4.quantize(weight_of(dtype), group_size=fmt.group_size, symmetric=fmt.symmetric)
     scheme, compressor = library(fmt)
-    theirs = compressor.decompress(encode(stored), scheme)["weight"]
+    theirs = compressor.decompress(encode(quantized), scheme)["weight"]
     assert theirs.dtype == dtype
-    assert torch.equal(theirs, int4.dequantize(stored).to(dtype))
+    assert torch.equal(theirs, int4.dequantize(quantized).to(dtype))
 
 
 def activations(seed: int, spread: float) -> Tensor:

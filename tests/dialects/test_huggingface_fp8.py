@@ -16,8 +16,8 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from conftest import MakeTiny
 from snugfit.dialects import reading
 from snugfit.errors import UserError
+from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
-from snugfit.formats.stored import dequantize
 from snugfit.model import emulate, layers
 from snugfit.storage.open import open_checkpoint
 from snugfit.storage.safetensors_header import TORCH_NAMES
@@ -36,8 +36,8 @@ def read(config: dict[str, Any], parts: dict[str, Tensor]) -> tuple[TensorFormat
     headers = {f"{MODULE}.{name}": (NAME_OF[tensor.dtype], tuple(tensor.shape)) for name, tensor in parts.items()}
     fmt = reading.read_formats(config, [MODULE], headers)[MODULE]
     names = reading.part_names(config, MODULE, fmt, headers)
-    stored, scale = reading.decode(config, MODULE, fmt, {part: parts[part] for part in names})
-    return fmt, dequantize(stored), scale
+    quantized, scale = reading.decode(config, MODULE, fmt, {part: parts[part] for part in names})
+    return fmt, dequantize(quantized), scale
 
 
 def quantized(weight: Tensor, block: tuple[int, int]) -> dict[str, Tensor]:

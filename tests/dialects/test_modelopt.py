@@ -17,8 +17,8 @@ from torch import Tensor
 
 from snugfit.dialects import reading
 from snugfit.errors import UserError
+from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import TensorFormat
-from snugfit.formats.stored import dequantize
 from snugfit.storage.safetensors_header import TORCH_NAMES
 
 E4M3 = torch.float8_e4m3fn
@@ -68,8 +68,8 @@ def read(config: dict[str, Any], parts: dict[str, Tensor]) -> tuple[TensorFormat
     whole = {} if extra else config
     fmt = reading.read_formats(whole, [UP, HEAD], headers(parts) | {f"{HEAD}.weight": ("BF16", (8, 8))}, extra)[UP]
     names = reading.part_names(whole, UP, fmt, headers(parts))
-    stored, scale = reading.decode(whole, UP, fmt, {part: parts[part] for part in names})
-    return fmt, dequantize(stored), scale
+    quantized, scale = reading.decode(whole, UP, fmt, {part: parts[part] for part in names})
+    return fmt, dequantize(quantized), scale
 
 
 @pytest.mark.parametrize("config", [legacy("NVFP4"), recent("NVFP4"), recent("nvfp4")])

@@ -24,8 +24,8 @@ from compressed_tensors.quantization.utils import calculate_qparams, compute_dyn
 from torch import Tensor
 
 from snugfit.dialects import reading
+from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
-from snugfit.formats.stored import dequantize
 from snugfit.model.emulate import input_quantizer
 from snugfit.storage.safetensors_header import TORCH_NAMES
 
@@ -182,8 +182,8 @@ def read(config: dict[str, Any], parts: dict[str, Tensor]) -> tuple[TensorFormat
     """Format, fp32 weight and static inputs as we read them."""
     fmt = reading.read_formats(config, [MODULE], headers(parts))[MODULE]
     names = reading.part_names(config, MODULE, fmt, headers(parts))
-    stored, scale = reading.decode(config, MODULE, fmt, {part: parts[part] for part in names})
-    return fmt, dequantize(stored), scale
+    quantized, scale = reading.decode(config, MODULE, fmt, {part: parts[part] for part in names})
+    return fmt, dequantize(quantized), scale
 
 
 @every_scheme

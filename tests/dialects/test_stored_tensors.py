@@ -14,8 +14,8 @@ from torch import Tensor
 
 from snugfit.dialects.compressed_tensors import INPUT_SCALE, decode, encode, layout
 from snugfit.formats import nvfp4
+from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, bytes_for
-from snugfit.formats.stored import dequantize
 from snugfit.methods.rounding import round_group
 
 INT4 = [TensorFormat("int4", group, symmetric) for group in INT4_GROUPS for symmetric in (True, False)]
@@ -34,8 +34,8 @@ def some_weight(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16, se
 
 def encoded(fmt: TensorFormat, weight: Tensor) -> dict[str, Tensor]:
     """A weight's tensors on disk, with an activation scale where the format has one."""
-    stored = round_group({"weight": weight}, fmt, "absmax", "mse")["weight"]
-    return encode(stored, nvfp4.input_global_scale(2.5) if fmt.spec.calibrated else None)
+    quantized = round_group({"weight": weight}, fmt, "absmax", "mse")["weight"]
+    return encode(quantized, nvfp4.input_global_scale(2.5) if fmt.spec.calibrated else None)
 
 
 def header(parts: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -91,15 +91,15 @@ def test_columns_need_no_more_than_the_format_asks(fmt: TensorFormat, columns: i
 def test_reading_back_changes_nothing(fmt: TensorFormat, rows: int) -> None:
     """Decoding encoded tensors gives the same weight and activation scale, bit for bit."""
     weight = some_weight(rows, 256, seed=rows)
-    stored = round_group({"weight": weight}, fmt, "absmax", "mse")["weight"]
+    quantized = round_group({"weight": weight}, fmt, "absmax", "mse")["weight"]
     scale = nvfp4.input_global_scale(2.5) if fmt.spec.calibrated else None
-    read, input_scale = decode(fmt, encode(stored, scale))
-    assert type(read) is type(stored)
-    assert torch.equal(dequantize(read), dequantize(stored))
+    read, input_scale = decode(fmt, encode(quantized, scale))
+    assert type(read) is type(quantized)
+    assert torch.equal(dequantize(read), dequantize(quantized))
     assert (input_scale is None) == (scale is None)
     if scale is not None and input_scale is not None:
         assert torch.equal(input_scale, scale)
-    again, first = encode(read, input_scale), encode(stored, scale)
+    again, first = encode(read, input_scale), encode(quantized, scale)
     assert {name: part.view(torch.uint8).tolist() for name, part in again.items()} == {
         name: part.view(torch.uint8).tolist() for name, part in first.items()
     }
@@ -109,15 +109,15 @@ def test_reading_back_changes_nothing(fmt: TensorFormat, rows: int) -> None:
 def test_divisors_are_6_times_448_over_amax(amax: float) -> None:
     """Global scales stand in the file as divisors, 6 * 448 / amax, and read back as the multiplier that was meant."""
     weight = torch.full((2, 16), amax)
-    stored = round_group({"weight": weight}, TensorFormat("nvfp4"), "absmax", "mse")["weight"]
-    parts = encode(stored, nvfp4.input_global_scale(amax))
+    quantized = round_group({"weight": weight}, TensorFormat("nvfp4"), "absmax", "mse")["weight"]
+    parts = encode(quantized, nvfp4.input_global_scale(amax))
     for name in ("weight_global_scale", INPUT_SCALE):
         assert parts[name].shape == (1,)
         assert float(parts[name]) == pytest.approx(6 * 448 / amax, rel=2e-7)
     read, input_scale = decode(TensorFormat("nvfp4"), parts)
     assert isinstance(read, nvfp4.NVFP4Weight)
-    assert isinstance(stored, nvfp4.NVFP4Weight)
-    assert torch.equal(read.global_scale, stored.global_scale)
+    assert isinstance(quantized, nvfp4.NVFP4Weight)
+    assert torch.equal(read.global_scale, quantized.global_scale)
     assert input_scale is not None
     assert torch.equal(input_scale, nvfp4.input_global_scale(amax))
 

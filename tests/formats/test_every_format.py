@@ -11,8 +11,8 @@ from torch import Tensor
 from snugfit.dialects.compressed_tensors import decode, encode, formats_of, layout, quantization_config
 from snugfit.errors import UserError
 from snugfit.formats import fp8, int4, mxfp4, nvfp4
+from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
 from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS, READ_ONLY, TensorFormat, bytes_for, check_shape
-from snugfit.formats.stored import Stored, dequantize
 from snugfit.methods.rounding import ROUNDERS, round_group
 from snugfit.recipes.recipe import parse_recipe
 
@@ -33,7 +33,7 @@ CASES: Mapping[str, tuple[tuple[TensorFormat, float], ...]] = {
         (TensorFormat("int4", 32, symmetric=False), 0.0074),
     ),
 }
-KINDS: Mapping[str, type[Stored]] = {
+KINDS: Mapping[str, type[QuantizedWeight]] = {
     "nvfp4": nvfp4.NVFP4Weight,
     "nvfp4a16": nvfp4.NVFP4Weight,
     "fp8-dynamic": fp8.FP8Weight,
@@ -65,11 +65,11 @@ def test_every_rule_of_a_format_rounds_with_little_error(name: str) -> None:
     for fmt, bound in cases(name):
         for rule in fmt.spec.scale_rules:
             weights = fused_pair()
-            stored = round_group(weights, fmt, rule, "mse")
-            assert list(stored) == list(weights)
+            quantized = round_group(weights, fmt, rule, "mse")
+            assert list(quantized) == list(weights)
             for member, weight in weights.items():
-                assert type(stored[member]) is KINDS[name]
-                seen = dequantize(stored[member])
+                assert type(quantized[member]) is KINDS[name]
+                seen = dequantize(quantized[member])
                 assert seen.dtype == torch.float32
                 assert seen.shape == weight.shape
                 error = (seen - weight.float()).square().sum() / weight.float().square().sum()
@@ -81,16 +81,16 @@ def test_every_format_is_written_and_read(name: str) -> None:
     """Tensors on disk are those of the layout, their bytes those announced, and reading them gives the same weight."""
     for fmt, _ in cases(name):
         weight = fused_pair()["gate"]
-        stored = round_group({"gate": weight}, fmt, fmt.spec.scale_rules[0], "mse")["gate"]
+        quantized = round_group({"gate": weight}, fmt, fmt.spec.scale_rules[0], "mse")["gate"]
         scale = nvfp4.input_global_scale(1.5) if fmt.spec.calibrated else None
-        parts = encode(stored, scale)
+        parts = encode(quantized, scale)
         assert {part: tuple(t.shape) for part, t in parts.items()} == {
             part: shape for part, (_, shape) in layout(fmt, tuple(weight.shape), "BF16").items()
         }
         written = sum(part.numel() * part.element_size() for part in parts.values())
         assert written == bytes_for(fmt, (24, 256), 2) + (4 if fmt.spec.calibrated else 0)
         read, input_scale = decode(fmt, parts)
-        assert torch.equal(dequantize(read), dequantize(stored))
+        assert torch.equal(dequantize(read), dequantize(quantized))
         assert (input_scale is None) == (not fmt.spec.calibrated)
 
 

@@ -20,11 +20,11 @@ def random_rows(seed: int, rows: int = 16, columns: int = 48) -> torch.Tensor:
 def test_scale_is_the_row_maximum_over_448_in_the_weights_dtype(dtype: torch.dtype) -> None:
     """A row's scale is amax / 448 rounded to the weight's dtype, and its codes use all of +-448."""
     weight = random_rows(0).to(dtype)
-    stored = fp8.quantize(weight.clone())
+    quantized = fp8.quantize(weight.clone())
     expected = (weight.double().abs().amax(1, keepdim=True).float() / 448).to(dtype)
-    assert stored.scale.dtype == dtype
-    assert torch.equal(stored.scale, expected)
-    largest = stored.codes.float().abs().amax(1)
+    assert quantized.scale.dtype == dtype
+    assert torch.equal(quantized.scale, expected)
+    largest = quantized.codes.float().abs().amax(1)
     assert torch.equal(largest, torch.full((16,), 448.0))
 
 
@@ -32,10 +32,10 @@ def test_scale_is_the_row_maximum_over_448_in_the_weights_dtype(dtype: torch.dty
 def test_error_is_within_half_a_step(dtype: torch.dtype) -> None:
     """Every dequantized weight is within E4M3's relative half step of the original, or half a subnormal step."""
     weight = random_rows(1).to(dtype)
-    stored = fp8.quantize(weight.clone())
-    error = (fp8.dequantize(stored) - weight.float()).abs()
+    quantized = fp8.quantize(weight.clone())
+    error = (fp8.dequantize(quantized) - weight.float()).abs()
     # the scale's own rounding can cut the row's largest value: by half a bf16 step at most
-    bound = torch.maximum(weight.float().abs() * (2.0**-4 + 2.0**-9), stored.scale.float() * 2.0**-10)
+    bound = torch.maximum(weight.float().abs() * (2.0**-4 + 2.0**-9), quantized.scale.float() * 2.0**-10)
     assert (error <= bound * (1 + 1e-5)).all()
 
 
@@ -44,9 +44,9 @@ def test_all_zero_rows_stay_zero_under_a_finite_scale(dtype: torch.dtype) -> Non
     """An all-zero row gets the dtype's epsilon as its scale, and zeros come back."""
     weight = random_rows(2).to(dtype)
     weight[3] = 0
-    stored = fp8.quantize(weight.clone())
-    assert float(stored.scale[3]) == torch.finfo(dtype).eps
-    assert torch.equal(fp8.dequantize(stored)[3], torch.zeros(48))
+    quantized = fp8.quantize(weight.clone())
+    assert float(quantized.scale[3]) == torch.finfo(dtype).eps
+    assert torch.equal(fp8.dequantize(quantized)[3], torch.zeros(48))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float32), *DTYPES[1:]])
@@ -100,11 +100,11 @@ def test_blocks_take_their_own_scale(block: tuple[int, int]) -> None:
 
 def test_requantized_codes_are_the_nearest_under_the_new_scale() -> None:
     """Under a scale three times as large each value moves by half a step of that scale at most, zero stays."""
-    stored = fp8.quantize(random_rows(6))
-    scale = stored.scale.amax() * 3
-    moved = fp8.requantize(stored, scale)
+    quantized = fp8.quantize(random_rows(6))
+    scale = quantized.scale.amax() * 3
+    moved = fp8.requantize(quantized, scale)
     assert moved.scale.shape == (1, 1)
-    exact, found = fp8.dequantize(stored), fp8.dequantize(moved)
+    exact, found = fp8.dequantize(quantized), fp8.dequantize(moved)
     assert ((found - exact).abs() <= torch.maximum(exact.abs() * 2.0**-4, scale * 2.0**-10) * (1 + 1e-6)).all()
     assert not found[exact == 0].any()
     assert torch.equal(fp8.dequantize(fp8.requantize(moved, scale)), found)
@@ -134,16 +134,16 @@ def test_blocks_are_quantized_as_rows_of_one_block(dtype: torch.dtype, shape: tu
     """A block's scale is its amax / 448 in the weight's dtype, and its codes are those of one long row of it."""
     weight = random_rows(9, *shape).to(dtype)
     before = weight.clone()
-    stored = fp8.quantize_blocks(weight, (128, 128))
+    quantized = fp8.quantize_blocks(weight, (128, 128))
     assert torch.equal(weight, before)
-    assert (stored.codes.shape, stored.scale.shape) == (shape, (-(-shape[0] // 128), -(-shape[1] // 128)))
-    assert stored.codes.is_contiguous()
-    for i in range(stored.scale.shape[0]):
-        for j in range(stored.scale.shape[1]):
+    assert (quantized.codes.shape, quantized.scale.shape) == (shape, (-(-shape[0] // 128), -(-shape[1] // 128)))
+    assert quantized.codes.is_contiguous()
+    for i in range(quantized.scale.shape[0]):
+        for j in range(quantized.scale.shape[1]):
             place = slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128)
             alone = fp8.quantize(weight[place].reshape(1, -1))
-            assert torch.equal(stored.scale[i, j], alone.scale[0, 0])
-            assert torch.equal(stored.codes[place].flatten().float(), alone.codes[0].float())
+            assert torch.equal(quantized.scale[i, j], alone.scale[0, 0])
+            assert torch.equal(quantized.codes[place].flatten().float(), alone.codes[0].float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,6 +151,6 @@ def test_all_zero_blocks_stay_zero_under_a_finite_scale(dtype: torch.dtype) -> N
     """An all-zero block gets the dtype's epsilon as its scale, and zeros come back."""
     weight = random_rows(10, 128, 256).to(dtype)
     weight[:, 128:] = 0
-    stored = fp8.quantize_blocks(weight, (128, 128))
-    assert float(stored.scale[0, 1]) == torch.finfo(dtype).eps
-    assert not fp8.dequantize(stored)[:, 128:].any()
+    quantized = fp8.quantize_blocks(weight, (128, 128))
+    assert float(quantized.scale[0, 1]) == torch.finfo(dtype).eps
+    assert not fp8.dequantize(quantized)[:, 128:].any()

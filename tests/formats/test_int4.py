@@ -17,10 +17,10 @@ def random_weight(seed: int, dtype: torch.dtype = torch.float32, shift: float = 
     return ((torch.randn(11, 256, generator=generator) + shift) * torch.logspace(-2, 1, 11).unsqueeze(1)).to(dtype)
 
 
-def errors(weight: Tensor, stored: int4.INT4Weight) -> Tensor:
+def errors(weight: Tensor, quantized: int4.INT4Weight) -> Tensor:
     """|error| in units of the group's scale, [11, groups, group]."""
-    scale = stored.scale.float().unsqueeze(-1)
-    error = (int4.dequantize(stored) - weight.float()).abs()
+    scale = quantized.scale.float().unsqueeze(-1)
+    error = (int4.dequantize(quantized) - weight.float()).abs()
     return error.view(*scale.shape[:2], -1) / scale
 
 
@@ -28,10 +28,10 @@ def errors(weight: Tensor, stored: int4.INT4Weight) -> Tensor:
 def test_symmetric_codes_are_within_half_a_step(group: int) -> None:
     """Symmetric: scale = amax / 7.5, so no weight is farther than half a step from its stored value."""
     weight = random_weight(0)
-    stored = int4.quantize(weight, group_size=group, symmetric=True)
-    assert stored.zero_point is None
-    assert torch.equal(stored.scale, weight.view(11, -1, group).abs().amax(-1) / 7.5)
-    assert float(errors(weight, stored).max()) <= 0.5 + 1e-5
+    quantized = int4.quantize(weight, group_size=group, symmetric=True)
+    assert quantized.zero_point is None
+    assert torch.equal(quantized.scale, weight.view(11, -1, group).abs().amax(-1) / 7.5)
+    assert float(errors(weight, quantized).max()) <= 0.5 + 1e-5
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -39,16 +39,16 @@ def test_symmetric_codes_are_within_half_a_step(group: int) -> None:
 def test_asymmetric_codes_are_within_a_step(group: int, shift: float) -> None:
     """Asymmetric: scale spans the group with zero, the zero point is a code, and the ends lose at most half a step."""
     weight = random_weight(1, shift=shift)
-    stored = int4.quantize(weight, group_size=group, symmetric=False)
-    assert stored.zero_point is not None
-    assert stored.zero_point.dtype == torch.int8
-    assert int(stored.zero_point.min()) >= -8
-    assert int(stored.zero_point.max()) <= 7
+    quantized = int4.quantize(weight, group_size=group, symmetric=False)
+    assert quantized.zero_point is not None
+    assert quantized.zero_point.dtype == torch.int8
+    assert int(quantized.zero_point.min()) >= -8
+    assert int(quantized.zero_point.max()) <= 7
     # rounding the zero point moves the range by up to half a step, which its far end then loses beside its own half
-    assert float(errors(weight, stored).max()) <= 1.0 + 1e-4
+    assert float(errors(weight, quantized).max()) <= 1.0 + 1e-4
     groups = weight.view(11, -1, group)
     span = groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)
-    assert torch.allclose(stored.scale, span / 15, rtol=1e-6)
+    assert torch.allclose(quantized.scale, span / 15, rtol=1e-6)
 
 
 def test_asymmetric_beats_symmetric_on_shifted_weights() -> None:
@@ -69,11 +69,11 @@ def test_zero_groups_and_the_argument_survive(dtype: torch.dtype, *, symmetric: 
     weight[2, :64] = 0
     weight[:, 100] = 0
     before = weight.clone()
-    stored = int4.quantize(weight, group_size=32, symmetric=symmetric)
-    back = int4.dequantize(stored)
+    quantized = int4.quantize(weight, group_size=32, symmetric=symmetric)
+    back = int4.dequantize(quantized)
     assert torch.equal(weight, before)
-    assert stored.scale.dtype == dtype
-    assert float(stored.scale[2, 0]) == torch.finfo(dtype).eps
+    assert quantized.scale.dtype == dtype
+    assert float(quantized.scale[2, 0]) == torch.finfo(dtype).eps
     assert torch.equal(back[2, :64], torch.zeros(64))
     assert torch.equal(back[:, 100], torch.zeros(11))
 

@@ -46,8 +46,8 @@ def test_codes_are_the_nearest_values_under_the_step() -> None:
     scale = torch.tensor(0.01)
     generator = torch.Generator().manual_seed(1)
     block_scale = torch.randint(8, 127, (8, 4), generator=generator, dtype=torch.uint8).view(E4M3)
-    stored = nvfp4.quantize(weight, block_scale, scale)
-    chosen = (nvfp4.dequantize(stored) - weight).abs()
+    quantized = nvfp4.quantize(weight, block_scale, scale)
+    chosen = (nvfp4.dequantize(quantized) - weight).abs()
     step = (block_scale.float() * scale).repeat_interleave(16, 1)
     every_value = grids.e2m1_values(torch.arange(16, dtype=torch.uint8))
     best = (every_value * step.unsqueeze(-1) - weight.unsqueeze(-1)).abs().amin(-1)
@@ -58,8 +58,8 @@ def test_negative_values_that_round_to_zero_keep_their_sign_bit() -> None:
     """A negative weight below a quarter step is stored as nibble 8, plus zero and minus zero as nibble 0."""
     weight = torch.tensor([[-0.1, 0.1, 0.0, -0.0, -0.25, 0.25, -6.0, 6.0, *[0.0] * 8]])
     one = torch.ones(1, 1).to(E4M3)
-    stored = nvfp4.quantize(weight, one, torch.tensor(1.0))
-    assert grids.unpack_nibbles(stored.packed)[0, :8].tolist() == [8, 0, 0, 0, 8, 0, 15, 7]
+    quantized = nvfp4.quantize(weight, one, torch.tensor(1.0))
+    assert grids.unpack_nibbles(quantized.packed)[0, :8].tolist() == [8, 0, 0, 0, 8, 0, 15, 7]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -67,9 +67,9 @@ def test_quantize_leaves_the_weight_alone(dtype: torch.dtype) -> None:
     """Quantizing a weight or activations of any dtype does not write into them."""
     weight = heavy_tailed(4, 32, seed=0).to(dtype)
     before = weight.clone()
-    stored = nvfp4.quantize(weight, torch.ones(4, 2).to(E4M3), torch.tensor(1.0))
+    quantized = nvfp4.quantize(weight, torch.ones(4, 2).to(E4M3), torch.tensor(1.0))
     nvfp4.quantize_dequantize_input(weight, torch.tensor(0.01))
-    nvfp4.dequantize(stored)
+    nvfp4.dequantize(quantized)
     assert torch.equal(weight, before)
 
 

@@ -26,7 +26,7 @@ COLUMNS = 128
 def nvfp4_group(weights: dict[str, Tensor], rule: str) -> dict[str, nvfp4.NVFP4Weight]:
     """A fused group in NVFP4."""
     found = round_group(weights, TensorFormat("nvfp4"), rule, "mse")
-    return {name: stored for name, stored in found.items() if isinstance(stored, nvfp4.NVFP4Weight)}
+    return {name: quantized for name, quantized in found.items() if isinstance(quantized, nvfp4.NVFP4Weight)}
 
 
 def nvfp4_of(weight: Tensor, rule: str) -> nvfp4.NVFP4Weight:
@@ -79,8 +79,8 @@ def chosen_at(weight: Tensor, scale: Tensor, rule: str, objective: str = "mse") 
 
 def relative_loss(weight: Tensor, rule: str) -> float:
     """Squared error of a whole weight relative to its square, quantized and dequantized by the public functions."""
-    stored = nvfp4_of(weight, rule)
-    return float((nvfp4.dequantize(stored) - weight).double().square().sum() / weight.double().square().sum())
+    quantized = nvfp4_of(weight, rule)
+    return float((nvfp4.dequantize(quantized) - weight).double().square().sum() / weight.double().square().sum())
 
 
 def test_worked_example_is_exact_at_four_and_not_at_six() -> None:
@@ -91,9 +91,9 @@ def test_worked_example_is_exact_at_four_and_not_at_six() -> None:
     assert (float(on_six), float(on_four)) == (256.0, 384.0)
     assert float(block_errors(block, on_six, scale)) == pytest.approx((30 - 4 * 40 / 6) ** 2, rel=1e-5)
     assert float(block_errors(block, on_four, scale)) == pytest.approx(0.0, abs=1e-9)
-    stored = nvfp4_of(block, "four-over-six")
-    assert float(stored.block_scale) == 384.0
-    assert torch.allclose(nvfp4.dequantize(stored), block, rtol=1e-6)
+    quantized = nvfp4_of(block, "four-over-six")
+    assert float(quantized.block_scale) == 384.0
+    assert torch.allclose(nvfp4.dequantize(quantized), block, rtol=1e-6)
     plain = nvfp4.dequantize(nvfp4_of(block, "absmax"))
     assert float((plain - block).square().sum()) == pytest.approx(100 / 9, rel=1e-5)
 
@@ -207,22 +207,22 @@ def test_a_tie_keeps_the_plain_scale() -> None:
 def test_the_file_dequantizes_to_the_chosen_values(kind: str, rule: str) -> None:
     """Written and read back, a weight is bit for bit code * scale * global scale as the search chose them."""
     weight = WEIGHTS[kind](4)
-    stored = nvfp4_of(weight, rule)
-    step = stored.block_scale.float().repeat_interleave(16, 1) * stored.global_scale
+    quantized = nvfp4_of(weight, rule)
+    step = quantized.block_scale.float().repeat_interleave(16, 1) * quantized.global_scale
     wanted = torch.from_numpy(
         (weight.abs() / step).clamp(max=6).numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)
     )
-    parts = dialect.encode(stored, nvfp4.input_global_scale(3.7))
+    parts = dialect.encode(quantized, nvfp4.input_global_scale(3.7))
     read, input_scale = dialect.decode(TensorFormat("nvfp4"), parts)
     assert isinstance(read, nvfp4.NVFP4Weight)
-    assert torch.equal(read.global_scale, stored.global_scale)
+    assert torch.equal(read.global_scale, quantized.global_scale)
     assert input_scale is not None
     assert torch.equal(input_scale, nvfp4.input_global_scale(3.7))
     back = nvfp4.dequantize(read)
     assert torch.equal(back, (wanted * step).copysign(weight))
     # what the search minimised is what the file holds
     squares = (back - weight).square().view(-1, 16).sum(1)
-    assert torch.equal(squares, block_errors(weight, stored.block_scale, stored.global_scale))
+    assert torch.equal(squares, block_errors(weight, quantized.block_scale, quantized.global_scale))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -231,16 +231,16 @@ def test_a_fused_group_shares_one_global_scale(rule: str) -> None:
     small, large = gaussian(5), gaussian(6)
     large[3, 5] = -9.0
     group = {"q": small, "k": large[:16], "v": small[:8]}
-    stored = nvfp4_group(group, rule)
+    quantized = nvfp4_group(group, rule)
     expected = scales.global_scale(torch.tensor(9.0), rule)
-    assert list(stored) == ["q", "k", "v"]
+    assert list(quantized) == ["q", "k", "v"]
     for name, weight in group.items():
-        assert torch.equal(stored[name].global_scale, expected)
+        assert torch.equal(quantized[name].global_scale, expected)
         assert torch.equal(
-            stored[name].block_scale.view(torch.uint8),
+            quantized[name].block_scale.view(torch.uint8),
             scales.block_scales(weight, expected, rule).view(torch.uint8),
         )
-        assert stored[name].packed.shape == (weight.shape[0], COLUMNS // 2)
+        assert quantized[name].packed.shape == (weight.shape[0], COLUMNS // 2)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -256,13 +256,13 @@ def test_global_scale_is_the_largest_magnitude_over_its_top(rule: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_all_zero_tensor_gives_zeros_and_finite_scales(rule: str, dtype: torch.dtype) -> None:
     """Nothing to quantize: codes 0, block scales the smallest positive, a finite positive global scale and divisor."""
-    stored = nvfp4_of(torch.zeros(4, 32, dtype=dtype), rule)
-    assert torch.equal(stored.packed, torch.zeros(4, 16, dtype=torch.uint8))
-    assert float(stored.global_scale) > 0
-    divisor = dialect.encode(stored)["weight_global_scale"]
+    quantized = nvfp4_of(torch.zeros(4, 32, dtype=dtype), rule)
+    assert torch.equal(quantized.packed, torch.zeros(4, 16, dtype=torch.uint8))
+    assert float(quantized.global_scale) > 0
+    divisor = dialect.encode(quantized)["weight_global_scale"]
     assert bool(torch.isfinite(divisor).all())
-    assert torch.equal(nvfp4.dequantize(stored), torch.zeros(4, 32))
-    assert torch.equal(stored.block_scale.float(), torch.full((4, 2), 2.0**-9))
+    assert torch.equal(nvfp4.dequantize(quantized), torch.zeros(4, 32))
+    assert torch.equal(quantized.block_scale.float(), torch.full((4, 2), 2.0**-9))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -270,9 +270,9 @@ def test_zero_blocks_take_the_smallest_scale(rule: str) -> None:
     """An all-zero block beside others has scale 2**-9 and codes 0."""
     weight = gaussian(7)
     weight[:, 16:32] = 0
-    stored = nvfp4_of(weight, rule)
-    assert torch.equal(stored.block_scale[:, 1].float(), torch.full((64,), 2.0**-9))
-    assert torch.equal(nvfp4.dequantize(stored)[:, 16:32], torch.zeros(64, 16))
+    quantized = nvfp4_of(weight, rule)
+    assert torch.equal(quantized.block_scale[:, 1].float(), torch.full((64,), 2.0**-9))
+    assert torch.equal(nvfp4.dequantize(quantized)[:, 16:32], torch.zeros(64, 16))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -310,6 +310,6 @@ def test_gains_on_gaussian_weights() -> None:
 
 def test_weights_near_the_smallest_normal_number_do_not_vanish() -> None:
     """A tensor of magnitude 1e-36 has a positive global scale with a finite divisor."""
-    stored = nvfp4_of(torch.full((1, 16), 1e-36), "absmax")
-    assert float(stored.global_scale) > 0
-    assert bool(torch.isfinite(dialect.encode(stored)["weight_global_scale"]).all())
+    quantized = nvfp4_of(torch.full((1, 16), 1e-36), "absmax")
+    assert float(quantized.global_scale) > 0
+    assert bool(torch.isfinite(dialect.encode(quantized)["weight_global_scale"]).all())

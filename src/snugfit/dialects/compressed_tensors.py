@@ -18,7 +18,7 @@ from snugfit.formats.spec import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, TensorForm
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snugfit.formats.stored import Stored
+    from snugfit.formats.quantized_weight import QuantizedWeight
 
 NVFP4 = "nvfp4-pack-quantized"
 FLOAT = "float-quantized"
@@ -79,7 +79,7 @@ def copied_layout(fmt: TensorFormat, parts: Headers) -> dict[str, tuple[str, tup
     return found | ({"input_scale": ("F32", (1,))} if fmt.input_kind == "fp8-tensor" else {})
 
 
-def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tensor]:
+def encode(quantized: QuantizedWeight, input_scale: Tensor | None = None) -> dict[str, Tensor]:
     """Suffix -> tensor as written; `input_scale` is the static multiplier of NVFP4 or FP8 activations."""
     import torch
 
@@ -89,27 +89,27 @@ def encode(stored: Stored, input_scale: Tensor | None = None) -> dict[str, Tenso
     from snugfit.formats.mxfp4 import MXFP4Weight
     from snugfit.formats.nvfp4 import NVFP4Weight
 
-    if isinstance(stored, NVFP4Weight):
+    if isinstance(quantized, NVFP4Weight):
         parts = {
-            "weight_packed": stored.packed,
-            "weight_scale": stored.block_scale,
-            "weight_global_scale": stored.global_scale.reciprocal().reshape(1),
+            "weight_packed": quantized.packed,
+            "weight_scale": quantized.block_scale,
+            "weight_global_scale": quantized.global_scale.reciprocal().reshape(1),
         }
         return parts | ({INPUT_SCALE: input_scale.reciprocal().reshape(1)} if input_scale is not None else {})
-    if isinstance(stored, FP8Weight):
+    if isinstance(quantized, FP8Weight):
         inputs = {} if input_scale is None else {"input_scale": input_scale.reshape(1).float()}
-        return {"weight": stored.codes, "weight_scale": stored.scale} | inputs
-    if isinstance(stored, MXFP4Weight):
-        return {"weight_packed": stored.packed, "weight_scale": stored.exponent}
-    assert isinstance(stored, INT4Weight), "a format that is read, not written"
+        return {"weight": quantized.codes, "weight_scale": quantized.scale} | inputs
+    if isinstance(quantized, MXFP4Weight):
+        return {"weight_packed": quantized.packed, "weight_scale": quantized.exponent}
+    assert isinstance(quantized, INT4Weight), "a format that is read, not written"
     parts = {
-        "weight_packed": stored.packed,
-        "weight_scale": stored.scale,
-        "weight_shape": torch.tensor(stored.shape, dtype=torch.int64),
+        "weight_packed": quantized.packed,
+        "weight_scale": quantized.scale,
+        "weight_shape": torch.tensor(quantized.shape, dtype=torch.int64),
     }
-    if stored.zero_point is None:
+    if quantized.zero_point is None:
         return parts
-    return parts | {"weight_zero_point": pack_int4(stored.zero_point, dim=0)}
+    return parts | {"weight_zero_point": pack_int4(quantized.zero_point, dim=0)}
 
 
 def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
@@ -132,8 +132,8 @@ def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tensor | None]:
-    """The stored weight and the static multiplier of its inputs (None where there is none) from a module's tensors.
+def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWeight, Tensor | None]:
+    """The quantized weight and the static multiplier of its inputs (None where there is none) from a module's tensors.
 
     The multiplier is fp32 (); with a zero point, int8-tensor-asym, it is fp32 [2]: multiplier, zero point.
     """
@@ -151,12 +151,12 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tens
         return MXFP4Weight(parts["weight_packed"], parts["weight_scale"]), None
     if fmt.name in ("fp8", "fp8-dynamic", "fp8-block"):
         scale, block = parts["weight_scale"], fmt.weight_block
-        stored = FP8Weight(parts["weight"], scale if block else scale.reshape(-1, 1), block)
-        return stored, _static_input(parts)
+        quantized = FP8Weight(parts["weight"], scale if block else scale.reshape(-1, 1), block)
+        return quantized, _static_input(parts)
     return _decode_integers(fmt, parts), _static_input(parts)
 
 
-def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Stored:
+def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> QuantizedWeight:
     from snugfit.formats.grids import unpack_integers
     from snugfit.formats.int4 import INT4Weight
     from snugfit.formats.integer import IntegerWeight

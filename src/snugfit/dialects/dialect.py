@@ -22,7 +22,7 @@ from snugfit.formats.spec import TensorFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snugfit.formats.stored import Stored
+    from snugfit.formats.quantized_weight import QuantizedWeight
 
 MODELOPT_FILE = "hf_quant_config.json"
 _MISMATCH_REMEDY = "Config and weights do not belong together."
@@ -42,7 +42,7 @@ class FileFormat(Protocol):
     def suffixes(self, fmt: TensorFormat, parts: Container[str], /) -> tuple[str, ...]:
         """Suffixes of the tensors to read for a module in `fmt`, the codes first; `parts` are those in the file."""
 
-    def decode(self, fmt: TensorFormat, parts: Mapping[str, Tensor], /) -> tuple[Stored, Tensor | None]:
+    def decode(self, fmt: TensorFormat, parts: Mapping[str, Tensor], /) -> tuple[QuantizedWeight, Tensor | None]:
         """Weight and static multiplier of the inputs, from a module's tensors."""
 
     def fused_global_scale(self, scales: Sequence[Tensor], /) -> Tensor:
@@ -119,7 +119,9 @@ class Dialect:
         suffixes = self._needed(module, fmt, _SuffixesOf(module, tensors))
         return {suffix: f"{module}.{suffix}" for suffix in suffixes}
 
-    def decode(self, module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tensor | None]:
+    def decode(
+        self, module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]
+    ) -> tuple[QuantizedWeight, Tensor | None]:
         """A module's weight, and the static multiplier of its inputs (fp32; None where there is none).
 
         With a zero point, int8-tensor-asym, the multiplier is fp32 [2]: multiplier, zero point. UserError for a scale

@@ -18,7 +18,7 @@ from snugfit.formats.spec import WHOLE_ROW, InputKind, TensorFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snugfit.formats.stored import Stored
+    from snugfit.formats.quantized_weight import QuantizedWeight
 
 # the first is the usual one
 WEIGHT_SCALES = ("weight_scale_inv", "weight_scale")
@@ -45,8 +45,8 @@ def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
     return (*names, _first(INPUT_SCALES, parts)) if fmt.input_kind == "fp8-tensor" else names
 
 
-def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tensor | None]:
-    """The stored weight and the static multiplier of its inputs, fp32 (), None where there is none."""
+def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWeight, Tensor | None]:
+    """The quantized weight and the static multiplier of its inputs, fp32 (), None where there is none."""
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.grids import powers_of_two
 
@@ -55,8 +55,8 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tens
         scale = powers_of_two(scale)
     given = parts.get(_first(INPUT_SCALES, parts))
     block = fmt.weight_block
-    stored = FP8Weight(parts["weight"], scale if block else scale.reshape(-1, 1), block)
-    return stored, None if given is None else given.reshape(()).float()
+    quantized = FP8Weight(parts["weight"], scale if block else scale.reshape(-1, 1), block)
+    return quantized, None if given is None else given.reshape(()).float()
 
 
 def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:

@@ -19,7 +19,7 @@ from snugfit.formats.spec import TensorFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snugfit.formats.stored import Stored
+    from snugfit.formats.quantized_weight import QuantizedWeight
 
 FORMATS: Mapping[str, TensorFormat] = {
     "NVFP4": TensorFormat("nvfp4"),
@@ -62,8 +62,8 @@ def suffixes(fmt: TensorFormat, _parts: Container[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[Stored, Tensor | None]:
-    """The stored weight and the static multiplier of its inputs, fp32 (), None where there is none."""
+def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWeight, Tensor | None]:
+    """The quantized weight and the static multiplier of its inputs, fp32 (), None where there is none."""
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.nvfp4 import NVFP4Weight
 

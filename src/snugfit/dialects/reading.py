@@ -13,7 +13,7 @@ from snugfit.formats.spec import TensorFormat
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snugfit.formats.stored import Stored
+    from snugfit.formats.quantized_weight import QuantizedWeight
 
 
 def read_formats(
@@ -40,7 +40,7 @@ def part_names(config: Mapping[str, Any], module: str, fmt: TensorFormat, tensor
 
 def decode(
     config: Mapping[str, Any], module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]
-) -> tuple[Stored, Tensor | None]:
+) -> tuple[QuantizedWeight, Tensor | None]:
     """As Dialect.decode."""
     return open_dialect(config, {}).decode(module, fmt, parts)
 

@@ -54,37 +54,39 @@ def quantize_blocks(weight: Tensor, block: tuple[int, int]) -> FP8Weight:
     return FP8Weight(codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale, block)
 
 
-def dequantize(stored: FP8Weight) -> Tensor:
-    """fp32 [N, K] of a stored weight; blocks at the edges may be smaller than the rest.
+def dequantize(quantized: FP8Weight) -> Tensor:
+    """fp32 [N, K] of a quantized weight; blocks at the edges may be smaller than the rest.
 
     ValueError where the scales are not one a block.
     """
-    values, scale = stored.codes.float(), stored.scale.float()
-    if stored.block is not None:
+    values, scale = quantized.codes.float(), quantized.scale.float()
+    if quantized.block is not None:
         rows, columns = values.shape
-        if scale.shape != (-(-rows // stored.block[0]), -(-columns // stored.block[1])):
-            raise ValueError(f"{list(scale.shape)} scales for blocks of {stored.block} in {[rows, columns]}")
-        scale = scale.repeat_interleave(stored.block[0], 0)[:rows].repeat_interleave(stored.block[1], 1)[:, :columns]
+        if scale.shape != (-(-rows // quantized.block[0]), -(-columns // quantized.block[1])):
+            raise ValueError(f"{list(scale.shape)} scales for blocks of {quantized.block} in {[rows, columns]}")
+        scale = scale.repeat_interleave(quantized.block[0], 0)[:rows].repeat_interleave(quantized.block[1], 1)[
+            :, :columns
+        ]
     return values.mul_(scale)
 
 
-def in_rows(stored: FP8Weight, rows: int) -> Iterator[FP8Weight]:
+def in_rows(quantized: FP8Weight, rows: int) -> Iterator[FP8Weight]:
     """A weight as several of so many rows each, a multiple of its blocks'; views."""
-    block = 1 if stored.block is None else stored.block[0]
+    block = 1 if quantized.block is None else quantized.block[0]
     step = max(1, rows // block) * block
-    for start in range(0, len(stored.codes), step):
-        scale = stored.scale
+    for start in range(0, len(quantized.codes), step):
+        scale = quantized.scale
         if len(scale) > 1:
             scale = scale[start // block : (start + step) // block]
-        yield FP8Weight(stored.codes[start : start + step], scale, stored.block)
+        yield FP8Weight(quantized.codes[start : start + step], scale, quantized.block)
 
 
-def requantize(stored: FP8Weight, scale: Tensor) -> FP8Weight:
+def requantize(quantized: FP8Weight, scale: Tensor) -> FP8Weight:
     """The weight under one other scale (fp32 scalar), its values rounded to E4M3 once more.
 
     What vLLM does to the members of a fused group, under the largest of their scales (w8a8_utils.py; by way of fp16).
     """
-    return FP8Weight(to_e4m3(dequantize(stored).div_(scale)), scale.reshape(1, 1))
+    return FP8Weight(to_e4m3(dequantize(quantized).div_(scale)), scale.reshape(1, 1))
 
 
 def quantize_dequantize_input(activations: Tensor) -> Tensor:

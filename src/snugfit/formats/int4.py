@@ -46,10 +46,10 @@ def quantize(weight: Tensor, *, group_size: int, symmetric: bool) -> INT4Weight:
     return INT4Weight(pack_int4(codes), scale, zero_point, (weight.shape[0], weight.shape[1]))
 
 
-def dequantize(stored: INT4Weight) -> Tensor:
-    """fp32 [N, K] of a stored weight."""
-    groups = unpack_int4(stored.packed, stored.shape).float().unflatten(1, (stored.scale.shape[1], -1))
-    if stored.zero_point is not None:
-        groups -= stored.zero_point.float().unsqueeze(-1)
-    weight: Tensor = groups.mul_(stored.scale.float().unsqueeze(-1)).flatten(1)
+def dequantize(quantized: INT4Weight) -> Tensor:
+    """fp32 [N, K] of a quantized weight."""
+    groups = unpack_int4(quantized.packed, quantized.shape).float().unflatten(1, (quantized.scale.shape[1], -1))
+    if quantized.zero_point is not None:
+        groups -= quantized.zero_point.float().unsqueeze(-1)
+    weight: Tensor = groups.mul_(quantized.scale.float().unsqueeze(-1)).flatten(1)
     return weight

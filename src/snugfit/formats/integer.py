@@ -28,13 +28,13 @@ class IntegerWeight:
     columns: Tensor | None = None
 
 
-def dequantize(stored: IntegerWeight) -> Tensor:
-    """fp32 [N, K] of a stored weight."""
-    scale = stored.scale.float()
-    zero_point = None if stored.zero_point is None else stored.zero_point.float()
-    values = stored.codes.float()
-    if stored.columns is not None:
-        index = stored.columns.to(torch.int64)
+def dequantize(quantized: IntegerWeight) -> Tensor:
+    """fp32 [N, K] of a quantized weight."""
+    scale = quantized.scale.float()
+    zero_point = None if quantized.zero_point is None else quantized.zero_point.float()
+    values = quantized.codes.float()
+    if quantized.columns is not None:
+        index = quantized.columns.to(torch.int64)
         if zero_point is not None:
             values -= zero_point[:, index]
         return values.mul_(scale[:, index])

@@ -40,10 +40,10 @@ def quantize(weight: Tensor, exponent: Tensor) -> MXFP4Weight:
     return MXFP4Weight(pack_nibbles(codes), exponent)
 
 
-def dequantize(stored: MXFP4Weight) -> Tensor:
-    """fp32 [N, K] of a stored weight."""
-    values = e2m1_pairs(stored.packed).unflatten(-1, (-1, MXFP4_BLOCK))
-    weight: Tensor = values.mul_(powers_of_two(stored.exponent).unsqueeze(-1)).flatten(-2)
+def dequantize(quantized: MXFP4Weight) -> Tensor:
+    """fp32 [N, K] of a quantized weight."""
+    values = e2m1_pairs(quantized.packed).unflatten(-1, (-1, MXFP4_BLOCK))
+    weight: Tensor = values.mul_(powers_of_two(quantized.exponent).unsqueeze(-1)).flatten(-2)
     return weight
 
 

@@ -54,10 +54,10 @@ def quantize(weight: Tensor, block_scale: Tensor, global_scale: Tensor) -> NVFP4
     return NVFP4Weight(pack_nibbles(codes), block_scale, global_scale)
 
 
-def dequantize(stored: NVFP4Weight) -> Tensor:
-    """fp32 [N, K] of a stored weight."""
-    step = stored.block_scale.float() * stored.global_scale
-    values = e2m1_pairs(stored.packed).unflatten(-1, (-1, NVFP4_BLOCK))
+def dequantize(quantized: NVFP4Weight) -> Tensor:
+    """fp32 [N, K] of a quantized weight."""
+    step = quantized.block_scale.float() * quantized.global_scale
+    values = e2m1_pairs(quantized.packed).unflatten(-1, (-1, NVFP4_BLOCK))
     weight: Tensor = values.mul_(step.unsqueeze(-1)).flatten(-2)
     return weight
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from snugfit.formats import fp8, int4, mxfp4, nvfp4
+from snugfit.formats.quantized_weight import QuantizedWeight, dequantize, stack
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
-from snugfit.formats.stored import Stored, dequantize, stack
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
 
 Group = Mapping[str, Tensor]
-Round = Callable[[Tensor], Stored]
+Round = Callable[[Tensor], QuantizedWeight]
 Rounder = Callable[[Group, TensorFormat, str, str], Round]
 
 # values rounded at once: their temporaries are several times as large, in fp32
@@ -55,7 +55,7 @@ ROUNDERS: Mapping[str, Rounder] = {
 }
 
 
-def round_group(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, Stored]:
+def round_group(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, QuantizedWeight]:
     """Stored weights of one fused group (tensor name -> weight [N, K]) in `fmt`, scales chosen by the named rule."""
     rounding = ROUNDERS[fmt.name](weights, fmt, scale, objective)
     return {name: stack([rounding(part) for part in weight.split(_rows(weight))]) for name, weight in weights.items()}
@@ -69,7 +69,7 @@ def round_and_compare(
     *,
     values: bool,
     into: Mapping[str, Tensor] | None = None,
-) -> Iterator[tuple[str, Stored, Tensor | None, Tensor]]:
+) -> Iterator[tuple[str, QuantizedWeight, Tensor | None, Tensor]]:
     """As `round_group`, which empties `weights` meanwhile: name, stored weight, its values, its relative error.
 
     The values [N, K] are in the weight's dtype, None where not asked for; those of names in `into` are written there,
@@ -81,7 +81,7 @@ def round_and_compare(
         kept = None
         if values:
             kept = into[name] if into is not None and name in into else torch.empty_like(weight)
-        parts: list[Stored] = []
+        parts: list[QuantizedWeight] = []
         sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
         step = _rows(weight)
         for number, part in enumerate(weight.split(step)):

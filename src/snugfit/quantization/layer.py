@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from snugfit.calibration.observers import ExpertStatistics, InputStatistics, KVAmax
 from snugfit.engines.fused import group_modules
 from snugfit.errors import Unfinished, UserError
+from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import TensorFormat
-from snugfit.formats.stored import Stored
 from snugfit.machine import give_back_memory
 from snugfit.methods.rounding import round_and_compare
 from snugfit.model import emulate, experts, forward_pass, layers
@@ -33,13 +33,13 @@ _MEASURE = "Measure them again with `snugfit statistics collect`."
 
 @dataclass(frozen=True)
 class UnitTensor:
-    """A tensor in memory. `stored`: quantized, None where kept; `walked`: 16-bit values for the walk, if any.
+    """A tensor in memory. `quantized`: its codes, None where kept; `walked`: 16-bit values for the walk, if any.
 
     `error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device, None where kept; `input_scale` the multiplier of
     inputs that came with codes of the source.
     """
 
-    stored: Stored | None
+    quantized: QuantizedWeight | None
     walked: Tensor | None
     error: Tensor | None
     input_scale: Tensor | None = None
@@ -113,13 +113,13 @@ def quantize_unit(
                 if room is not None:
                     walked = one.in_dtype(dtypes[name])
                     walked = None if room.fill(name, walked) else walked
-                done[name] = UnitTensor(one.stored, walked, torch.zeros(()), one.input_scale)
+                done[name] = UnitTensor(one.quantized, walked, torch.zeros(()), one.input_scale)
             continue
         settings = assignment.format, assignment.scale_rule, assignment.objective
         weights = {name: loaded.pop(name).in_dtype(dtypes[name]) for name in names}
         into = {} if room is None else room.parts
-        for name, stored, found, error in round_and_compare(weights, *settings, values=room is not None, into=into):
-            done[name] = UnitTensor(stored, None if name in into else found, error)
+        for name, quantized, found, error in round_and_compare(weights, *settings, values=room is not None, into=into):
+            done[name] = UnitTensor(quantized, None if name in into else found, error)
     return done
 
 
@@ -157,7 +157,7 @@ def calibrate(
         relative = name.removeprefix(prefix)
         if tensor.walked is not None and relative in used and name not in room.parts:
             weights[relative] = tensor.walked
-            tensors[name] = replace(tensor, walked=None) if tensor.stored is not None else tensor
+            tensors[name] = replace(tensor, walked=None) if tensor.quantized is not None else tensor
     layer = layers.resident_layer(skeleton, index, weights, device)
     formats = {
         name.removeprefix(prefix).removesuffix(".weight"): assignment.format

@@ -231,7 +231,7 @@ class _Commits:
 def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured, writer: ShardWriter) -> TensorRecord:
     """Begin to write what stands for a source tensor; its record."""
     planned = plan.record(name)
-    if tensor is None or tensor.stored is None:
+    if tensor is None or tensor.quantized is None:
         if tensor is None or tensor.walked is None:
             writer.copy(plan.checkpoint, name)
         else:
@@ -240,7 +240,7 @@ def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured,
     amax = measured.inputs.get(name)
     scale = input_global_scale(amax) if amax is not None else tensor.input_scale
     shapes = {info.name: info.shape for info in plan.outputs[name]}
-    for suffix, part in dialect.encode(tensor.stored, scale).items():
+    for suffix, part in dialect.encode(tensor.quantized, scale).items():
         full = f"{name.removesuffix('.weight')}.{suffix}"
         # scales of a source may be () or [N], or one where there is to be one a row
         shape = shapes[full]

@@ -1,4 +1,4 @@
-"""A stored weight of any format."""
+"""A quantized weight of any format."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from torch import Tensor
 
 from snugfit.formats import fp8, int4, integer, mxfp4, nvfp4
 
-Stored = nvfp4.NVFP4Weight | fp8.FP8Weight | int4.INT4Weight | integer.IntegerWeight | mxfp4.MXFP4Weight
+QuantizedWeight = nvfp4.NVFP4Weight | fp8.FP8Weight | int4.INT4Weight | integer.IntegerWeight | mxfp4.MXFP4Weight
 
 
-def dequantize(stored: Stored) -> Tensor:
-    """fp32 [N, K] of a stored weight."""
-    if isinstance(stored, nvfp4.NVFP4Weight):
-        return nvfp4.dequantize(stored)
-    if isinstance(stored, fp8.FP8Weight):
-        return fp8.dequantize(stored)
-    if isinstance(stored, int4.INT4Weight):
-        return int4.dequantize(stored)
-    if isinstance(stored, mxfp4.MXFP4Weight):
-        return mxfp4.dequantize(stored)
-    return integer.dequantize(stored)
+def dequantize(quantized: QuantizedWeight) -> Tensor:
+    """fp32 [N, K] of a quantized weight."""
+    if isinstance(quantized, nvfp4.NVFP4Weight):
+        return nvfp4.dequantize(quantized)
+    if isinstance(quantized, fp8.FP8Weight):
+        return fp8.dequantize(quantized)
+    if isinstance(quantized, int4.INT4Weight):
+        return int4.dequantize(quantized)
+    if isinstance(quantized, mxfp4.MXFP4Weight):
+        return mxfp4.dequantize(quantized)
+    return integer.dequantize(quantized)
 
 
-def stack(parts: Sequence[Stored]) -> Stored:
+def stack(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """One weight of consecutive rows of it, which share whatever scale the whole weight has."""
     first = parts[0]
     if len(parts) == 1:
