@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from helpers.tiny_families import all_tensors, load, random_rows, same, write_rows
 from helpers.tiny_mixtures import make_mixture, rewrite
 from quantization.test_mixtures import experts_of, from_nvfp4, in_pieces, role
-from snugfit.calibration.observers import ExpertStatistics
+from snugfit.calibration.observers import ExpertObserver
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished
 from snugfit.model import experts
@@ -25,7 +25,7 @@ from snugfit.model.experts import NoHooks
 from snugfit.model.forward_pass import Batch
 from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
 from snugfit.recipes.recipe import parse_recipe
-from snugfit.records.statistics import Experts, Layer
+from snugfit.records.statistics import ExpertStatistics, LayerStatistics
 from snugfit.records.statistics_file import STATISTICS_FILE, Calibration, load_statistics
 
 # of several lengths: batches are padded
@@ -86,12 +86,12 @@ def run(source: Source, rows: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return make
 
 
-def layers_of(out: Path) -> list[Layer]:
+def layers_of(out: Path) -> list[LayerStatistics]:
     found = load_statistics(out).layers
     return [found[number] for number in sorted(found)]
 
 
-def experts_in(out: Path) -> list[Experts]:
+def experts_in(out: Path) -> list[ExpertStatistics]:
     """Each layer's experts."""
     found = []
     for layer in layers_of(out):
@@ -241,15 +241,17 @@ def test_how_rows_are_batched_does_not_show(run: Run) -> None:
 
 @dataclass
 class Watch:
-    """Passes through ExpertStatistics by hand: tokens' numbers are their values."""
+    """Passes through ExpertObserver by hand: tokens' numbers are their values."""
 
     cap: int | None
     tokens: int
     forced: dict[int, list[int]] = field(default_factory=dict)
 
-    def run(self, lengths: Sequence[Sequence[int]], routed: Callable[[int, int], bool], count: int = 4) -> Experts:
+    def run(
+        self, lengths: Sequence[Sequence[int]], routed: Callable[[int, int], bool], count: int = 4
+    ) -> ExpertStatistics:
         """Batches of rows of these lengths; pads have values that nobody may see. `routed`: (token, expert)."""
-        found = ExpertStatistics(NoHooks(), cap=self.cap, tokens=self.tokens)
+        found = ExpertObserver(NoHooks(), cap=self.cap, tokens=self.tokens)
         number = 0
         for batch in lengths:
             width = max(batch)
@@ -316,7 +318,7 @@ def test_nothing_is_forced_unasked(cap: int | None) -> None:
     assert seen.routed == (0, 200, 0, 0)
     assert seen.forced == (0, 0, 0, 0)
     assert seen.gate_up_routed == (0.0, 200.0, 0.0, 0.0)
-    assert seen.under(1) == (0, 2, 3)
+    assert seen.experts_below(1) == (0, 2, 3)
 
 
 def test_starved_experts_are_an_error(source: Source, rows: Path, tmp_path: Path) -> None:

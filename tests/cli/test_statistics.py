@@ -73,12 +73,12 @@ def test_collect_writes_statistics_and_tables(model: Path, folder: Path, tmp_pat
     result = invoke("collect", model, "-o", tmp_path / "out", *text(folder, 0))
     assert result.exit_code == 0, result.stderr
     assert "self_attn.q_proj" in result.stdout
-    assert "Spikes of inputs" in result.stdout
+    assert "Outliers of inputs" in result.stdout
     assert "What experts saw" not in result.stdout
     assert "this run will need" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert {STATISTICS_FILE, "spikes.md", "spikes.csv"} <= names
+    assert {STATISTICS_FILE, "outliers.md", "outliers.csv"} <= names
     assert not [name for name in names if name.endswith(".safetensors")]
     assert load_statistics(tmp_path / "out").tokens == 80
 
@@ -132,7 +132,7 @@ def test_show_prints_what_was_collected(parts: list[Path]) -> None:
     for given in (parts[0], parts[0] / STATISTICS_FILE):
         plain, document = invoke("show", given), invoke("show", given, "--json")
         assert (plain.exit_code, document.exit_code) == (0, 0)
-        assert "Spikes of inputs" in plain.stdout
+        assert "Outliers of inputs" in plain.stdout
         assert document.stdout == (parts[0] / STATISTICS_FILE).read_text(encoding="utf-8")
         assert (plain.stderr, document.stderr) == ("", "")
 
@@ -141,7 +141,7 @@ def test_show_writes_tables_where_asked(parts: list[Path], tmp_path: Path) -> No
     """With -o the tables and plots of `collect` are made anew; an output that exists is refused."""
     result = invoke("show", parts[0], "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
-    for name in ("spikes.md", "spikes.csv"):
+    for name in ("outliers.md", "outliers.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (parts[0] / name).read_bytes()
     assert str(tmp_path / "out") in refused("show", parts[0], "-o", tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

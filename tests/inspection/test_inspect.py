@@ -23,7 +23,7 @@ from snugfit.cli.app import app
 from snugfit.dialects.packed import bits_of
 from snugfit.inspection.inspect import INSPECT_SCHEMA, Inspection, Part, formats_for, inspect_model
 from snugfit.model.names import parse_name
-from snugfit.records.statistics import Experts, Inputs, Layer
+from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerStatistics
 from snugfit.records.statistics_file import STATISTICS_FILE, RowsUsed, Statistics
 from snugfit.report.inspection import ranges
 
@@ -514,11 +514,11 @@ def test_what_is_no_source(tmp_path: Path) -> None:
 
 def measured() -> Statistics:
     """Statistics of two layers of four experts."""
-    experts = Experts((0, 40, 90, 900), (64, 32, 32, 0), (0.0, *[2.0] * 3), (3.0,) * 4, (5.0,) * 4, (4.0,) * 4)
+    experts = ExpertStatistics((0, 40, 90, 900), (64, 32, 32, 0), (0.0, *[2.0] * 3), (3.0,) * 4, (5.0,) * 4, (4.0,) * 4)
     prefix = "model.layers.{}.mlp"
     layers = {
-        n: Layer(
-            {f"{prefix.format(n)}.experts.down": Inputs(1000, 64.0 * (n + 1), {(120 << 4): 9990, (133 << 4): 10})},
+        n: LayerStatistics(
+            {f"{prefix.format(n)}.experts.down": InputStatistics(1000, 64.0 * (n + 1), {(120 << 4): 9990, (133 << 4): 10})},
             {f"{prefix.format(n)}.experts": experts},
         )
         for n in range(2)
@@ -539,7 +539,7 @@ def measured() -> Statistics:
 
 
 def test_calibration_is_told(tmp_path: Path) -> None:
-    """Statistics beside a checkpoint are told: coverage in a line and a table, worst spikes, all figures in JSON."""
+    """Statistics beside a checkpoint are told: coverage in a line and a table, worst outliers, all figures in JSON."""
     directory = write_sparse_model(tmp_path, LLAMA, llama(bf16))
     (directory / STATISTICS_FILE).write_text(measured().to_json(), encoding="utf-8")
     text = CliRunner().invoke(app, ["inspect", str(directory)]).stdout
@@ -550,7 +550,7 @@ def test_calibration_is_told(tmp_path: Path) -> None:
     assert "mlp.experts.down" in text
     record = json.loads(CliRunner().invoke(app, ["inspect", str(directory), "--json"]).stdout)
     assert record["calibration"]["coverage"][1]["routed"] == {"least": 0, "median": 65.0, "most": 900}
-    assert [spike["amax"] for spike in record["calibration"]["spikes"]] == [64.0, 128.0]
+    assert [outlier["amax"] for outlier in record["calibration"]["outliers"]] == [64.0, 128.0]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 from helpers.tiny_families import load, random_rows
 from helpers.tiny_mixtures import MIXTURES, make_mixture
-from snugfit.calibration.observers import ExpertStatistics
+from snugfit.calibration.observers import ExpertObserver
 from snugfit.engines.mixtures import OUTSIDE
 from snugfit.errors import UserError
 from snugfit.evaluation.subject import open_head, open_subject, resident_layer
@@ -156,7 +156,7 @@ def test_walk_is_exact_in_either_mode(family: str, dtype: torch.dtype, mixture: 
     assert torch.equal(plain[-1][0], eager)
     tokens = sum(map(len, ROWS))
     for cap in (None, 32_768):
-        states = walked(path, lambda cap=cap: ExpertStatistics(NoHooks(), cap=cap, tokens=tokens))  # type: ignore[misc]
+        states = walked(path, lambda cap=cap: ExpertObserver(NoHooks(), cap=cap, tokens=tokens))  # type: ignore[misc]
         assert all(map(torch.equal, flat(states), flat(plain)))
 
 

@@ -22,7 +22,7 @@ from conftest import MakeTiny
 from helpers.killed import KILLED, contents, in_child
 from helpers.tiny_families import all_tensors, load, random_rows, same, write_rows
 from helpers.tiny_mixtures import MIXTURES, make_mixture, rewrite
-from snugfit.calibration.observers import ExpertStatistics
+from snugfit.calibration.observers import ExpertObserver
 from snugfit.cli.app import app
 from snugfit.dialects.schemes import parse_scheme
 from snugfit.dialects.targets import Targets
@@ -383,7 +383,7 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
 
     def die() -> None:
         calls, inside = 0, False
-        second = ExpertStatistics.second
+        second = ExpertObserver.second
 
         def calibrate(*arguments: Any) -> Any:
             nonlocal inside
@@ -397,7 +397,7 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
                 os._exit(KILLED)
             return second(*arguments, **named)
 
-        ExpertStatistics.second = counted  # type: ignore[method-assign]
+        ExpertObserver.second = counted  # type: ignore[method-assign]
         snugfit.quantization.run.calibrate = calibrate  # type: ignore[assignment,attr-defined]
         quantize_checkpoint(source(family), tmp_path / "two", "nvfp4-moe", **options)
 

@@ -18,12 +18,19 @@ from conftest import MakeTiny
 from helpers.fp8_sources import as_fp8
 from helpers.tiny_families import all_tensors, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
-from snugfit.calibration.observers import InputStatistics
+from snugfit.calibration.observers import InputObserver
 from snugfit.errors import UserError
 from snugfit.model import forward_pass
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.quantize import quantize_checkpoint
-from snugfit.records.statistics import SAMPLED, Experts, Inputs, Layer, lower_end, merge_inputs
+from snugfit.records.statistics import (
+    SAMPLED,
+    ExpertStatistics,
+    InputStatistics,
+    LayerStatistics,
+    lower_end,
+    merge_inputs,
+)
 from snugfit.records.statistics_file import (
     STATISTICS_FILE,
     Calibration,
@@ -637,11 +644,11 @@ def test_a_stopped_collection_goes_on(
 # --- figures of a histogram
 
 
-def measured(*parts: torch.Tensor) -> Inputs:
+def measured(*parts: torch.Tensor) -> InputStatistics:
     """Inputs [n, K] in several calls, as a watched linear sees them."""
     layer = nn.Module()
     layer.linear = nn.Linear(parts[0].shape[1], 1, dtype=parts[0].dtype)
-    statistics = InputStatistics(layer, ["linear"])
+    statistics = InputObserver(layer, ["linear"])
     for part in parts:
         layer.linear(part)
     found = statistics.result("linear")
@@ -682,26 +689,28 @@ def test_parts_are_sampled_as_the_whole() -> None:
         assert measured(*values.split(sizes)) == whole
 
 
-def test_a_spike_is_seen_wherever_it_is() -> None:
-    """The largest magnitude is of all tokens, sampled or not; over the 99.9th percentile it tells a spike."""
+def test_a_outlier_is_seen_wherever_it_is() -> None:
+    """The largest magnitude is of all tokens, sampled or not; over the 99.9th percentile it tells an outlier."""
     values = torch.randn(800, 64, generator=torch.Generator().manual_seed(3))
     calm = measured(values)
     usual = float(torch.quantile(values[::SAMPLED].abs().flatten().double(), 0.999))
-    assert calm.spike == pytest.approx(float(values.abs().max()) / usual, rel=BIN)
-    assert calm.spike < 2
+    assert calm.outlier_ratio == pytest.approx(float(values.abs().max()) / usual, rel=BIN)
+    assert calm.outlier_ratio < 2
     values[SAMPLED + 3, 5] = -5000.0  # a token that is not sampled
-    spiked = measured(values)
-    assert spiked.amax == 5000.0
-    assert spiked.histogram == calm.histogram or spiked.quantile(0.999) == pytest.approx(calm.quantile(0.999))
-    assert spiked.spike == pytest.approx(5000.0 / usual, rel=BIN)
+    with_outlier = measured(values)
+    assert with_outlier.amax == 5000.0
+    assert with_outlier.histogram == calm.histogram or with_outlier.quantile(0.999) == pytest.approx(
+        calm.quantile(0.999)
+    )
+    assert with_outlier.outlier_ratio == pytest.approx(5000.0 / usual, rel=BIN)
 
 
 def test_nothing_gives_no_figure() -> None:
-    """Inputs that are all zero, or that never came, have no spike and no percentile."""
+    """Inputs that are all zero, or that never came, have no outlier and no percentile."""
     zero = measured(torch.zeros(16, 4))
-    assert (zero.amax, zero.quantile(0.999), zero.spike) == (0.0, 0.0, 0.0)
-    none = Inputs(0, 0.0, {})
-    assert (none.quantile(0.5), none.spike) == (0.0, 0.0)
+    assert (zero.amax, zero.quantile(0.999), zero.outlier_ratio) == (0.0, 0.0, 0.0)
+    none = InputStatistics(0, 0.0, {})
+    assert (none.quantile(0.5), none.outlier_ratio) == (0.0, 0.0)
     assert merge_inputs([none, zero]) == zero
 
 
@@ -714,12 +723,12 @@ def test_bins_are_no_wider_than_a_sixteenth() -> None:
 
 def test_experts_figures() -> None:
     """An expert's tokens are those routed and forced; who saw fewer is named by number."""
-    seen = Experts((3, 0, 40), (1, 2, 0), (1.0, 0.0, 2.0), (4.0, 1.0, 0.0), (0.5, 0.0, 9.0), (3.0, 2.0, 0.0))
+    seen = ExpertStatistics((3, 0, 40), (1, 2, 0), (1.0, 0.0, 2.0), (4.0, 1.0, 0.0), (0.5, 0.0, 9.0), (3.0, 2.0, 0.0))
     assert seen.tokens == (4, 2, 40)
     assert (seen.gate_up, seen.down) == (4.0, 9.0)
-    assert seen.under(4) == (1,)
-    assert seen.under(0) == ()
-    assert Layer({}, {"experts": seen}).cache is None
+    assert seen.experts_below(4) == (1,)
+    assert seen.experts_below(0) == ()
+    assert LayerStatistics({}, {"experts": seen}).cache is None
 
 
 def test_a_statement_of_rows_adds_up() -> None:

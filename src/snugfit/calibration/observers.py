@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from snugfit.model.cache import NoCache
 from snugfit.model.experts import NoHooks
 from snugfit.model.forward_pass import Batch
-from snugfit.records.statistics import BINS, SAMPLED, SHIFT, Experts, Inputs
+from snugfit.records.statistics import BINS, SAMPLED, SHIFT, ExpertStatistics, InputStatistics
 
 
-class InputStatistics:
+class InputObserver:
     """Magnitudes of the inputs of watched linears over all real tokens. Fused partners share their inputs."""
 
     def __init__(self, layer: nn.Module, modules: Iterable[str]) -> None:
@@ -35,7 +35,7 @@ class InputStatistics:
 
         module.register_forward_pre_hook(hook)
 
-    def result(self, name: str) -> Inputs | None:
+    def result(self, name: str) -> InputStatistics | None:
         """What was seen of a module; None where nothing came."""
         return self._found[name].result() if name in self._found else None
 
@@ -60,15 +60,15 @@ class _Magnitudes:
         self._histogram = counts if self._histogram is None else self._histogram + counts
         self._tokens += len(inputs)
 
-    def result(self) -> Inputs:
+    def result(self) -> InputStatistics:
         """All that was taken in."""
         if self._amax is None or self._histogram is None:
-            return Inputs(0, 0.0, {})
+            return InputStatistics(0, 0.0, {})
         counts = self._histogram.tolist()
-        return Inputs(self._tokens, float(self._amax), {n: count for n, count in enumerate(counts) if count})
+        return InputStatistics(self._tokens, float(self._amax), {n: count for n, count in enumerate(counts) if count})
 
 
-class ExpertStatistics(NoHooks):
+class ExpertObserver(NoHooks):
     """Sees what comes to a layer's routed experts, and has each also run tokens that the router did not send it.
 
     Of every token at most `cap` an expert and layer are forced so, evenly spread over all `tokens`; None forces none.
@@ -133,14 +133,14 @@ class ExpertStatistics(NoHooks):
         wanted[routed] = False
         return wanted.nonzero().squeeze(1)
 
-    def result(self) -> tuple[Experts, Inputs, Inputs]:
+    def result(self) -> tuple[ExpertStatistics, InputStatistics, InputStatistics]:
         """Each expert's part; all inputs of gate and up; inputs of down of routed tokens."""
         assert self._counts is not None
         assert self._amax is not None
         routed, forced = (tuple(row) for row in self._counts.tolist())
         amax = [[tuple(row) for row in kind] for kind in self._amax.tolist()]
         places = (amax[0][0], amax[1][0], amax[0][1], amax[1][1])
-        return Experts(routed, forced, *places), self._gate_up.result(), self._down.result()
+        return ExpertStatistics(routed, forced, *places), self._gate_up.result(), self._down.result()
 
 
 class KVAmax(NoCache):

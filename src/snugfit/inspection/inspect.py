@@ -42,7 +42,7 @@ from snugfit.records.inspection import (
     Quantization,
 )
 from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
-from snugfit.report.outliers import coverage_of, spikes_of
+from snugfit.report.outliers import coverage_of, outliers_of
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.files import OTHER_WEIGHTS, read_file
 from snugfit.storage.open import open_headers
@@ -147,7 +147,7 @@ def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, 
             forced_tokens=found.forced_tokens,
             recipe=found.recipe,
             coverage=coverage_of(found),
-            spikes=spikes_of(found),
+            outliers=outliers_of(found),
         )
         as_json(asdict(told), allow_nan=False)
     except UserError as error:

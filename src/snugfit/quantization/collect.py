@@ -21,7 +21,7 @@ from snugfit.quantization.quantize import (
 from snugfit.quantization.resume import Progress
 from snugfit.quantization.run import Run, run_units
 from snugfit.records.statistics_file import DEFAULT_CALIBRATION, STATISTICS_FILE, Calibration, Statistics
-from snugfit.report.outliers import write_spikes
+from snugfit.report.outliers import write_outliers
 from snugfit.storage.staging import check_stageable, resumable
 
 
@@ -43,7 +43,7 @@ def collect_statistics(
     """Measure inputs of every linear of `source`, keys and values, and experts, into the new directory `target`.
 
     The rows walk through the model's own weights, dequantized where they are stored quantized. `target` holds the
-    statistics, and tables and plots of spikes. A run that was stopped goes on as a quantize run does. Raises UserError
+    statistics, and tables and plots of outliers. A run that was stopped goes on as a quantize run does. Raises UserError
     for bad input.
     """
     clock, destination = Clock(), Path(target)
@@ -66,5 +66,5 @@ def collect_statistics(
             run_units(run, batch, step)
         found = statistics_of(run, calibration, recipe=None)
         (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
-        write_spikes(found, directory)
+        write_outliers(found, directory)
     return found

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from snugfit.calibration.observers import ExpertStatistics, InputStatistics, KVAmax
+from snugfit.calibration.observers import ExpertObserver, InputObserver, KVAmax
 from snugfit.engines.fused import group_modules
 from snugfit.errors import Unfinished, UserError
 from snugfit.formats.quantized_weight import QuantizedWeight
@@ -20,7 +20,7 @@ from snugfit.model import emulate, experts, forward_pass, layers
 from snugfit.model.assemble import Loaded, assemble, pieces_of
 from snugfit.model.sources import Weights
 from snugfit.quantization.plan import Plan
-from snugfit.records.statistics import Layer
+from snugfit.records.statistics import LayerStatistics
 from snugfit.records.statistics_file import Calibration, Statistics
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import dtype_of
@@ -129,7 +129,7 @@ class Measured:
 
     inputs: Mapping[str, float]
     keys_values: tuple[float, float] | None
-    statistics: Layer | None = None
+    statistics: LayerStatistics | None = None
 
 
 def calibrate(
@@ -219,7 +219,7 @@ class _Linears:
             if isinstance(layer.get_submodule(ours), nn.Linear)
         }
         self.groups = group_modules(self._inside)
-        self._observer = InputStatistics(layer, [self._inside[group[0]] for group in self.groups])
+        self._observer = InputObserver(layer, [self._inside[group[0]] for group in self.groups])
         quantizers = {
             ours: emulate.input_quantizer(formats[theirs], "marlin", scales.get(theirs))
             for theirs, ours in self._inside.items()
@@ -227,12 +227,12 @@ class _Linears:
         }
         emulate.quantize_inputs(layer, {module: q for module, q in quantizers.items() if q is not None})
         self._mixture = skeleton.experts.get(index)
-        self._experts: ExpertStatistics | None = None
+        self._experts: ExpertObserver | None = None
         if self._mixture is not None:
             up = self._of_experts((experts.GATE, experts.UP), formats, scales)
             down = self._of_experts((experts.DOWN,), formats, scales)
             cap = settings.forced_tokens if settings.experts == "all" else None
-            self._experts = ExpertStatistics(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
+            self._experts = ExpertObserver(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
             experts.hook(layer.get_submodule(self._mixture.module), self._experts)
 
     def _of_experts(
@@ -251,16 +251,16 @@ class _Linears:
         if self._experts is not None:
             self._experts.before(batch)
 
-    def result(self, prefix: str, cache: tuple[float, float] | None) -> Layer:
+    def result(self, prefix: str, cache: tuple[float, float] | None) -> LayerStatistics:
         """What was seen, under the file's names."""
         seen = {prefix + group[0]: self._observer.result(self._inside[group[0]]) for group in self.groups}
         inputs = {name: one for name, one in seen.items() if one is not None}
         if self._mixture is None or self._experts is None:
-            return Layer(inputs, {}, cache)
+            return LayerStatistics(inputs, {}, cache)
         module = prefix + experts_module(self._mixture)
         found, gate_up, down = self._experts.result()
         inputs |= {f"{module}.gate_up": gate_up, f"{module}.down": down}
-        return Layer(inputs, {module: found}, cache)
+        return LayerStatistics(inputs, {module: found}, cache)
 
 
 def _experts_need(plan: Plan, index: int, mixture: experts.ExpertNames | None) -> bool:
@@ -275,7 +275,7 @@ def experts_module(mixture: experts.ExpertNames) -> str:
     return first[: first.index("experts.") + len("experts")]
 
 
-def input_amax(plan: Plan, index: int, found: Layer, mixture: experts.ExpertNames | None) -> dict[str, float]:
+def input_amax(plan: Plan, index: int, found: LayerStatistics, mixture: experts.ExpertNames | None) -> dict[str, float]:
     """Largest input of each weight of a layer that needs one, by tensor name; UserError where there is none.
 
     All routed experts share one for gate and up, and one for down: engines take the largest anyway.
@@ -304,10 +304,10 @@ def input_amax(plan: Plan, index: int, found: Layer, mixture: experts.ExpertName
     return amax
 
 
-def check_coverage(found: Layer, settings: Calibration) -> None:
+def check_coverage(found: LayerStatistics, settings: Calibration) -> None:
     """Unfinished where an expert saw too few tokens to be calibrated."""
     for module, seen in found.experts.items():
-        bare = seen.under(settings.least_tokens)
+        bare = seen.experts_below(settings.least_tokens)
         if not bare:
             continue
         few = ", ".join(f"{number} ({seen.tokens[number]})" for number in bare[:8])

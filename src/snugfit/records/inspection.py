@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from snugfit import __version__
 from snugfit.records.base import as_json
-from snugfit.records.statistics import Coverage, Spike
+from snugfit.records.statistics import Coverage, Outlier
+from snugfit.version import __version__
 
 INSPECT_SCHEMA = "snugfit.inspect/1"
 
@@ -119,7 +119,7 @@ class Calibrated:
     forced_tokens: int
     recipe: str | None
     coverage: tuple[Coverage, ...]
-    spikes: tuple[Spike, ...]
+    outliers: tuple[Outlier, ...]
 
 
 @dataclass(frozen=True)

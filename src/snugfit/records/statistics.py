@@ -22,7 +22,7 @@ BINS = 1 << (31 - SHIFT)
 
 
 @dataclass(frozen=True)
-class Inputs:
+class InputStatistics:
     """Magnitudes of a projection's inputs: the largest over `tokens`, and a histogram (bin -> values)."""
 
     tokens: int
@@ -41,14 +41,14 @@ class Inputs:
         return 0.0
 
     @property
-    def spike(self) -> float:
+    def outlier_ratio(self) -> float:
         """How far the largest magnitude stands out: amax over the 99.9th percentile (0 where that is 0)."""
         usual = self.quantile(0.999)
         return self.amax / usual if usual else 0.0
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertStatistics:
     """What a layer's routed experts were calibrated on, an entry an expert.
 
     `routed` are tokens that the router sent, `forced` those it did not send that were run through besides. The largest
@@ -77,21 +77,21 @@ class Experts:
         """The largest input of down over all experts."""
         return max((*self.down_routed, *self.down_forced))
 
-    def under(self, threshold: int) -> tuple[int, ...]:
+    def experts_below(self, threshold: int) -> tuple[int, ...]:
         """Experts that saw fewer tokens."""
         return tuple(number for number, tokens in enumerate(self.tokens) if tokens < threshold)
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerStatistics:
     """A decoder layer: `inputs` of each group of linears that share theirs (by the first one's name in the file).
 
     Those of routed experts stand under MODULE.gate_up and MODULE.down, of all experts together and of routed tokens
     alone; `experts` tells them apart. `cache`: largest key and value, None where they were not looked at.
     """
 
-    inputs: Mapping[str, Inputs]
-    experts: Mapping[str, Experts]
+    inputs: Mapping[str, InputStatistics]
+    experts: Mapping[str, ExpertStatistics]
     cache: tuple[float, float] | None = None
 
 
@@ -100,27 +100,27 @@ def lower_end(number: int) -> float:
     return float(struct.unpack("<f", struct.pack("<I", min(number << SHIFT, 0x7F800000)))[0])
 
 
-def merge_inputs(parts: Sequence[Inputs]) -> Inputs:
+def merge_inputs(parts: Sequence[InputStatistics]) -> InputStatistics:
     """What all together have measured."""
     histogram: dict[int, int] = {}
     for part in parts:
         for number, count in part.histogram.items():
             histogram[number] = histogram.get(number, 0) + count
-    return Inputs(sum(p.tokens for p in parts), max(p.amax for p in parts), dict(sorted(histogram.items())))
+    return InputStatistics(sum(p.tokens for p in parts), max(p.amax for p in parts), dict(sorted(histogram.items())))
 
 
-def merge_experts(parts: Sequence[Experts]) -> Experts:
+def merge_experts(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
     """What all together have measured."""
     added = {key: _each(sum, (getattr(part, key) for part in parts)) for key in ("routed", "forced")}
     places = ("gate_up_routed", "gate_up_forced", "down_routed", "down_forced")
-    return Experts(**added, **{key: _each(max, (getattr(part, key) for part in parts)) for key in places})
+    return ExpertStatistics(**added, **{key: _each(max, (getattr(part, key) for part in parts)) for key in places})
 
 
 def _each(join: Any, columns: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
     return tuple(join(column) for column in zip(*columns, strict=True))
 
 
-def merge_layers(parts: Sequence[Layer]) -> Layer:
+def merge_layers(parts: Sequence[LayerStatistics]) -> LayerStatistics:
     """What all together have measured of one layer; ValueError where they did not look at the same."""
     first = parts[0]
     if any(p.inputs.keys() != first.inputs.keys() or p.experts.keys() != first.experts.keys() for p in parts):
@@ -128,14 +128,14 @@ def merge_layers(parts: Sequence[Layer]) -> Layer:
     if any((p.cache is None) != (first.cache is None) for p in parts):
         raise ValueError("not all of them looked at keys and values")
     caches = [part.cache for part in parts if part.cache is not None]
-    return Layer(
+    return LayerStatistics(
         {name: merge_inputs([part.inputs[name] for part in parts]) for name in first.inputs},
         {name: merge_experts([part.experts[name] for part in parts]) for name in first.experts},
         (max(c[0] for c in caches), max(c[1] for c in caches)) if caches else None,
     )
 
 
-def layer_to_json(layer: Layer) -> dict[str, Any]:
+def layer_to_json(layer: LayerStatistics) -> dict[str, Any]:
     """A layer for JSON, keys of histograms as text."""
     found = asdict(layer)
     for entry in found["inputs"].values():
@@ -149,16 +149,16 @@ def _name(given: object) -> str:
     return str(given)
 
 
-def layer_from_json(document: Mapping[str, Any]) -> Layer:
+def layer_from_json(document: Mapping[str, Any]) -> LayerStatistics:
     """A layer out of JSON; KeyError, TypeError or ValueError for anything else."""
     inputs = {
-        _name(name): Inputs(
+        _name(name): InputStatistics(
             int(e["tokens"]), float(e["amax"]), {int(number): int(count) for number, count in e["histogram"].items()}
         )
         for name, e in document["inputs"].items()
     }
     experts = {
-        _name(name): Experts(
+        _name(name): ExpertStatistics(
             *(tuple(map(int, e[key])) for key in ("routed", "forced")),
             *(tuple(map(float, e[key])) for key in ("gate_up_routed", "gate_up_forced", "down_routed", "down_forced")),
         )
@@ -180,11 +180,11 @@ def layer_from_json(document: Mapping[str, Any]) -> Layer:
     numbers = [number for value in lists for number in value] + [one.amax for one in inputs.values()]
     if not all(math.isfinite(number) and number >= 0 for number in (*numbers, *(cache or ()))):
         raise ValueError("a magnitude that is negative or not finite")
-    return Layer(inputs, experts, cache)
+    return LayerStatistics(inputs, experts, cache)
 
 
 @dataclass(frozen=True)
-class Spike:
+class Outlier:
     """Inputs of one projection of one layer: their largest magnitude, the 99.9th percentile, and the first over it.
 
     `ratio` is 0 where there is no percentile. `projection` is the name inside the layer of the first linear of those

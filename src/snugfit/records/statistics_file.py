@@ -15,7 +15,7 @@ from typing import Any
 
 from snugfit.errors import UserError
 from snugfit.records.base import as_json
-from snugfit.records.statistics import MOST, Layer, layer_from_json, layer_to_json, merge_layers
+from snugfit.records.statistics import MOST, LayerStatistics, layer_from_json, layer_to_json, merge_layers
 
 STATISTICS_SCHEMA = "snugfit.statistics/1"
 STATISTICS_FILE = "snugfit-statistics.json"
@@ -70,7 +70,7 @@ class Statistics:
     forced_tokens: int
     recipe: str | None
     recipe_digest: str | None
-    layers: Mapping[int, Layer]
+    layers: Mapping[int, LayerStatistics]
     schema: str = STATISTICS_SCHEMA
 
     def to_json(self) -> str:
@@ -172,7 +172,7 @@ def merge_statistics(parts: Sequence[tuple[str, Statistics]]) -> Statistics:
             seen[one.digest] = other
         if part.layers.keys() != first.layers.keys():
             raise UserError(f"has other layers than {name}.", where=other, remedy="Merge statistics of one model.")
-    layers: dict[int, Layer] = {}
+    layers: dict[int, LayerStatistics] = {}
     for number in first.layers:
         try:
             layers[number] = merge_layers([part.layers[number] for _, part in parts])

@@ -44,12 +44,12 @@ def print_inspection(found: Inspection) -> None:
 
 def _show_calibration(found: Inspection) -> None:
     """Which tokens experts saw, and the inputs that stand out farthest."""
-    from snugfit.report.outliers import sheet_of_coverage, sheet_of_spikes
+    from snugfit.report.outliers import sheet_of_coverage, sheet_of_outliers
 
     if found.calibration is None:
         return
     sheets = [sheet_of_coverage(found.calibration.coverage, narrow=True)] if found.calibration.coverage else []
-    for sheet in (*sheets, sheet_of_spikes(found.calibration.spikes, narrow=True)):
+    for sheet in (*sheets, sheet_of_outliers(found.calibration.outliers, narrow=True)):
         _say("")
         print_sheet(sheet)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
-from snugfit.records.statistics import SAMPLED, Coverage, Experts, Range, Spike
+from snugfit.records.statistics import SAMPLED, Coverage, ExpertStatistics, Outlier, Range
 from snugfit.records.statistics_file import Statistics
 from snugfit.report.plots import COLOURS, MARKERS, Line, Plot, Point, draw
 from snugfit.report.tables import Sheet
@@ -23,10 +23,10 @@ _LINE_STYLES = ("-", "--", ":", "-.")
 _LAYERS = "decoder layer"
 
 
-def spikes_of(statistics: Statistics) -> tuple[Spike, ...]:
+def outliers_of(statistics: Statistics) -> tuple[Outlier, ...]:
     """A figure for each layer and projection, in their order."""
     return tuple(
-        Spike(number, _inside(name, number), one.tokens, one.amax, one.quantile(0.999), one.spike)
+        Outlier(number, _inside(name, number), one.tokens, one.amax, one.quantile(0.999), one.outlier_ratio)
         for number, layer in sorted(statistics.layers.items())
         for name, one in layer.inputs.items()
     )
@@ -42,9 +42,9 @@ def coverage_of(statistics: Statistics) -> tuple[Coverage, ...]:
     )
 
 
-def spike_sheet(statistics: Statistics, *, narrow: bool = False) -> Sheet:
+def outlier_sheet(statistics: Statistics, *, narrow: bool = False) -> Sheet:
     """A row a layer and projection; `narrow`: of those that stand out farthest alone, for a terminal."""
-    return sheet_of_spikes(spikes_of(statistics), narrow=narrow)
+    return sheet_of_outliers(outliers_of(statistics), narrow=narrow)
 
 
 def coverage_sheet(statistics: Statistics, *, narrow: bool = False) -> Sheet:
@@ -52,18 +52,18 @@ def coverage_sheet(statistics: Statistics, *, narrow: bool = False) -> Sheet:
     return sheet_of_coverage(coverage_of(statistics), narrow=narrow)
 
 
-def write_spikes(statistics: Statistics, directory: Path) -> list[str]:
-    """Write spikes.md, spikes.csv and plots by layer into a directory; the names of the files."""
-    spikes, coverage = spikes_of(statistics), coverage_of(statistics)
-    (directory / "spikes.md").write_text(_markdown(statistics, spikes, coverage), encoding="utf-8")
-    (directory / "spikes.csv").write_text(_csv(spikes), encoding="utf-8")
-    plots = [_spike_plot(statistics, spikes), _coverage_plot(statistics, coverage)]
-    return ["spikes.md", "spikes.csv", *(file for plot in plots if plot.lines for file in draw(plot, directory))]
+def write_outliers(statistics: Statistics, directory: Path) -> list[str]:
+    """Write outliers.md, outliers.csv and plots by layer into a directory; the names of the files."""
+    outliers, coverage = outliers_of(statistics), coverage_of(statistics)
+    (directory / "outliers.md").write_text(_markdown(statistics, outliers, coverage), encoding="utf-8")
+    (directory / "outliers.csv").write_text(_csv(outliers), encoding="utf-8")
+    plots = [_outlier_plot(statistics, outliers), _coverage_plot(statistics, coverage)]
+    return ["outliers.md", "outliers.csv", *(file for plot in plots if plot.lines for file in draw(plot, directory))]
 
 
-def sheet_of_spikes(spikes: Sequence[Spike], *, narrow: bool = False) -> Sheet:
-    """The same as `spike_sheet`, of figures."""
-    shown = sorted(spikes, key=_farthest)[:WORST] if narrow else spikes
+def sheet_of_outliers(outliers: Sequence[Outlier], *, narrow: bool = False) -> Sheet:
+    """The same as `outlier_sheet`, of figures."""
+    shown = sorted(outliers, key=_farthest)[:WORST] if narrow else outliers
     rows = tuple(
         (str(s.layer), s.projection, f"{s.amax:.4g}", f"{s.p999:.4g}", f"{s.ratio:,.1f}" if s.ratio else "-")
         for s in shown
@@ -72,12 +72,12 @@ def sheet_of_spikes(spikes: Sequence[Spike], *, narrow: bool = False) -> Sheet:
         "Magnitudes of what goes in; a name stands for all that share its input. "
         f"Percentiles are of 1 token in {SAMPLED}."
     )
-    if any(spike.projection.endswith("experts.down") for spike in shown):
+    if any(outlier.projection.endswith("experts.down") for outlier in shown):
         note += " Of experts, down is measured on routed tokens."
-    if len(shown) < len(spikes):
-        note += f" The worst of {len(spikes):,}."
+    if len(shown) < len(outliers):
+        note += f" The worst of {len(outliers):,}."
     headings = ("layer", "projection", "largest", "99.9th percentile", "largest / 99.9th")
-    return Sheet("Spikes of inputs", headings, rows, 2, note)
+    return Sheet("Outliers of inputs", headings, rows, 2, note)
 
 
 def sheet_of_coverage(coverage: Sequence[Coverage], *, narrow: bool = False) -> Sheet:
@@ -120,7 +120,7 @@ def coverage_words(coverage: Sequence[Coverage]) -> str:
     return f"{'all ' * bool(least)}{layers} saw >= {least:,} tokens (routed {routed}, rest forced)"
 
 
-def _coverage(layer: int, module: str, experts: Experts) -> Coverage:
+def _coverage(layer: int, module: str, experts: ExpertStatistics) -> Coverage:
     def by_forced(routed: Sequence[float], forced: Sequence[float]) -> int:
         return sum(b > a for a, b in zip(routed, forced, strict=True))
 
@@ -148,8 +148,8 @@ def _inside(name: str, layer: int) -> str:
     return name.partition(f".{layer}.")[2] or name
 
 
-def _farthest(spike: Spike) -> float:
-    return -spike.ratio if math.isfinite(spike.ratio) else -math.inf
+def _farthest(outlier: Outlier) -> float:
+    return -outlier.ratio if math.isfinite(outlier.ratio) else -math.inf
 
 
 def _span(given: Range) -> str:
@@ -162,10 +162,10 @@ def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.3f}"
 
 
-def _markdown(statistics: Statistics, spikes: Sequence[Spike], coverage: Sequence[Coverage]) -> str:
+def _markdown(statistics: Statistics, outliers: Sequence[Outlier], coverage: Sequence[Coverage]) -> str:
     sheets = [sheet_of_coverage(coverage)] if coverage else []
     parts = ["# What calibration saw", "", *(sheet.to_markdown() for sheet in sheets)]
-    parts += [sheet_of_spikes(spikes).to_markdown(), "## What was measured", ""]
+    parts += [sheet_of_outliers(outliers).to_markdown(), "## What was measured", ""]
     walked = "its own weights" if statistics.recipe is None else f"weights quantized by {statistics.recipe}"
     parts.append(f"- model: {statistics.model}, headers {statistics.header_digest[:16]}, {walked}")
     parts += [f"- {r.source}: {r.rows:,} rows, {r.tokens:,} tokens, digest {r.digest[:16]}" for r in statistics.rows]
@@ -175,22 +175,22 @@ def _markdown(statistics: Statistics, spikes: Sequence[Spike], coverage: Sequenc
     return "\n".join([*parts, f"- snugfit {statistics.snugfit}"]) + "\n"
 
 
-def _csv(spikes: Sequence[Spike]) -> str:
+def _csv(outliers: Sequence[Outlier]) -> str:
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     writer.writerow(CSV_COLUMNS)
-    writer.writerows((s.layer, s.projection, s.tokens, s.amax, s.p999, s.ratio or "") for s in spikes)
+    writer.writerows((s.layer, s.projection, s.tokens, s.amax, s.p999, s.ratio or "") for s in outliers)
     return output.getvalue()
 
 
-def _spike_plot(statistics: Statistics, spikes: Sequence[Spike]) -> Plot:
+def _outlier_plot(statistics: Statistics, outliers: Sequence[Outlier]) -> Plot:
     points: dict[str, list[Point]] = {}
-    for spike in spikes:
-        if spike.ratio > 0 and math.isfinite(spike.ratio):
-            points.setdefault(spike.projection, []).append((float(spike.layer), spike.ratio, None))
+    for outlier in outliers:
+        if outlier.ratio > 0 and math.isfinite(outlier.ratio):
+            points.setdefault(outlier.projection, []).append((float(outlier.layer), outlier.ratio, None))
     lines = tuple(_line(label, place, found) for place, (label, found) in enumerate(points.items()))
     label = "largest input over the 99.9th percentile"
-    return Plot("spikes-by-layer", _LAYERS, label, _title(statistics), lines, caption="", by_layer=True)
+    return Plot("outliers-by-layer", _LAYERS, label, _title(statistics), lines, caption="", by_layer=True)
 
 
 def _coverage_plot(statistics: Statistics, coverage: Sequence[Coverage]) -> Plot:
