@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
+from helpers.errors import raises
 from helpers.mock_vllm import MODEL, ROW, TABLE, VARIABLES, Change, Mock, V, body_of, expected_true
-from snugfit.errors import UserError
 from snugfit.serving.answers import read_answer
 from snugfit.serving.client import Server, connect, find_top
 
@@ -46,7 +47,7 @@ def test_the_top_and_the_own_tokens_come_back_exactly(server: Server) -> None:
     assert (result.dense, result.fingerprint) == (None, "vllm-0.32.0-mock")
 
 
-def test_an_own_token_beyond_the_top_is_kept_apart(server: Server) -> None:
+def test_an_own_token_beyond_the_top_is_kept_separately(server: Server) -> None:
     """With the least likely token next, its value is there and the top arrays hold the k best only."""
     row = [0, int(TABLE[0].argmin())]
     result = server.score(row, top=3)
@@ -157,8 +158,9 @@ def test_a_server_without_prompt_logprobs_is_refused(mock: Mock, server: Server,
     mock.change = ignore
     mock.max_logprobs = -1
     for attempt in (lambda: server.score(ROW, top=1), lambda: find_top(server, 5)):
-        with pytest.raises(UserError, match=r"does not return prompt_logprobs\. It takes vLLM"):
+        with raises("server-unsupported", where=mock.url) as caught:
             attempt()
+        assert "prompt_logprobs" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +177,10 @@ def test_a_server_without_prompt_logprobs_is_refused(mock: Mock, server: Server,
     ],
 )
 def test_malformed_answers_are_refused(mock: Mock, old: str, new: str) -> None:
-    """Text that is not JSON, or JSON of another shape, is refused in one sentence, with the place."""
+    """Text that is not JSON, or JSON of another shape, is refused, with the place."""
     text = body_of(mock, ROW, 3)
     assert old in text
-    with pytest.raises(UserError, match=r"^here: its answer"):
+    with raises("server-answer-invalid", where="here"):
         read_answer(iter([text.replace(old, new)]), ROW, top=3, where="here")
 
 
@@ -186,7 +188,7 @@ def test_malformed_answers_are_refused(mock: Mock, old: str, new: str) -> None:
 def test_an_answer_cut_anywhere_is_refused(mock: Mock, end: int) -> None:
     """A text that stops is never taken for a whole answer."""
     text = body_of(mock, ROW, 3)
-    with pytest.raises(UserError, match="its answer is not what vLLM answers"):
+    with raises("server-answer-invalid"):
         read_answer(iter([text[: len(text) * end // 100]]), ROW, top=3)
 
 
@@ -203,23 +205,24 @@ def logits(answer: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda answer: answer["choices"][0]["prompt_logprobs"].pop(), "has 10 places for a row of 11 tokens"),
-        (lambda answer: answer["choices"][0]["prompt_logprobs"].append({"1": {"logprob": -1}}), "place 11 of 11"),
-        (lambda answer: answer["choices"][0]["prompt_token_ids"].insert(0, 1), "other tokens than those of the row"),
-        (other_row, "token 5 of the row is not among those at its place 4"),
-        (logits, "not log probabilities .*raw_logits"),
+        (lambda answer: answer["choices"][0]["prompt_logprobs"].pop(), r"\b10 .*\b11 tokens"),
+        (lambda answer: answer["choices"][0]["prompt_logprobs"].append({"1": {"logprob": -1}}), r"\b11 of 11"),
+        (lambda answer: answer["choices"][0]["prompt_token_ids"].insert(0, 1), "tokens"),
+        (other_row, r"token 5 .*position 4"),
+        (logits, "raw_logits"),
     ],
 )
 def test_answers_to_something_else_are_refused(mock: Mock, server: Server, change: Change, words: str) -> None:
-    """Too few or too many places, another token, a token added in front, and logits are not taken for an answer."""
+    """Too few or too many positions, another token, a token added in front, and logits are not taken for an answer."""
 
     def apply(answer: dict[str, Any]) -> dict[str, Any]:
         change(answer)
         return answer
 
     mock.change = apply
-    with pytest.raises(UserError, match=words):
+    with raises("server-answer-invalid", where=mock.url) as caught:
         server.score(ROW, top=3)
+    assert re.search(words, str(caught.value))
 
 
 @pytest.mark.parametrize("token", [0, V - 1, V // 2])
@@ -231,5 +234,6 @@ def test_a_full_vocabulary_with_a_hole_is_refused(mock: Mock, token: int) -> Non
     answer = json.loads(body_of(mock, ROW, -1))
     for place in answer["choices"][0]["prompt_logprobs"][5:]:
         place.pop(str(token), None)
-    with pytest.raises(UserError, match="not a full vocabulary"):
+    with raises("server-answer-invalid") as caught:
         read_answer(iter([json.dumps(answer)]), ROW, top=-1)
+    assert f"{V - 1} tokens" in str(caught.value)

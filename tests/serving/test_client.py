@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from helpers.errors import raises
 from helpers.mock_vllm import CUT, DROP, HANG, MODEL, ROW, VARIABLES, Mock, V, expected_true
-from snugfit.errors import UserError
 from snugfit.serving.answers import PromptLogprobs
-from snugfit.serving.client import NotFiniteError, Server, ServerLost, connect, find_top
+from snugfit.serving.client import NotFiniteError, Server, ServerLostError, connect, find_top
 from snugfit.serving.engine_log import kernels_from_log
 from snugfit.serving.journal import Journal
 
@@ -70,8 +70,9 @@ def test_the_most_is_found_without_a_message(mock: Mock, server: Server, monkeyp
 def test_a_server_that_refuses_everything_says_why(mock: Mock, server: Server) -> None:
     """Looking for the most ends in the server's own words."""
     mock.refusal = 400, {"error": {"message": "This model does not support generation"}}
-    with pytest.raises(UserError, match="does not support generation"):
+    with raises("server-refused", where=mock.url) as caught:
         find_top(server, 8)
+    assert "does not support generation" in str(caught.value)
 
 
 # Connecting.
@@ -96,8 +97,9 @@ def test_a_server_behind_a_path_is_found(mock: Mock) -> None:
 @pytest.mark.parametrize("url", ["", "http://", "ftp://host", "http://host:port", "http://host/?a=1"])
 def test_what_is_no_address_is_refused(url: str) -> None:
     """An address that cannot be one is named, with an example of one."""
-    with pytest.raises(UserError, match="http://localhost:8000"):
+    with raises("option-invalid", where=url) as caught:
         connect(url)
+    assert "http://localhost:8000" in caught.value.remedy
 
 
 def test_the_server_is_described(server: Server, mock: Mock) -> None:
@@ -133,12 +135,16 @@ def test_the_configuration_reads_like_the_log(mock: Mock, server: Server) -> Non
 def test_one_of_several_models_has_to_be_named(mock: Mock) -> None:
     """Several models are listed, the named one is taken, an unknown one is refused with the list."""
     mock.models = [{"id": "a"}, {"id": "b"}]
-    with pytest.raises(UserError, match=r"several models: a, b\. Name one"):
+    with raises("option-invalid", where=mock.url) as caught:
         connect(mock.url)
+    assert "a, b" in str(caught.value)
+    assert "`server_model`" in caught.value.remedy
     with connect(mock.url, model="b") as server:
         assert server.model == "b"
-    with pytest.raises(UserError, match=r"no model 'c'\. It has: a, b\."):
+    with raises("option-invalid", where=mock.url) as caught:
         connect(mock.url, model="c")
+    assert "'c'" in caught.value.what
+    assert "a, b" in caught.value.remedy
 
 
 def test_nobody_there_is_said(mock: Mock) -> None:
@@ -146,45 +152,47 @@ def test_nobody_there_is_said(mock: Mock) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
-        with pytest.raises(UserError, match=rf"^{url}: cannot connect .*Start it"):
+        with raises("server-unreachable", where=url):
             connect(url)
 
 
 @pytest.mark.parametrize(
-    ("status", "content", "words"),
+    ("status", "content", "code", "words"),
     [
-        (404, b"<html>no</html>", "answers 404"),
-        (200, b"<html>welcome</html>", "lists no model"),
-        (200, {"data": []}, "lists no model"),
-        (200, ["a"], "lists no model"),
-        (500, {"error": {"message": "loading"}}, r"answers 500 \(loading\)"),
-        (307, b"", "sends us on to https://elsewhere/v1/models"),
+        (404, b"<html>no</html>", "server-unsupported", "404"),
+        (200, b"<html>welcome</html>", "server-unsupported", "/v1/models"),
+        (200, {"data": []}, "server-unsupported", "/v1/models"),
+        (200, ["a"], "server-unsupported", "/v1/models"),
+        (500, {"error": {"message": "loading"}}, "server-unsupported", "500 (loading)"),
+        (307, b"", "server-refused", "https://elsewhere/v1/models"),
     ],
 )
-def test_other_servers_are_refused(mock: Mock, status: int, content: Any, words: str) -> None:
-    """What does not list models as OpenAI does is named as such, with the place to give."""
+def test_other_servers_are_refused(mock: Mock, status: int, content: Any, code: str, words: str) -> None:
+    """What does not list models as OpenAI does is refused as such, with its answer and a remedy."""
     mock.pages["/v1/models"] = status, content
-    with pytest.raises(UserError, match=words) as caught:
+    with raises(code, where=mock.url) as caught:
         connect(mock.url)
-    assert caught.value.where == mock.url
+    assert words in caught.value.what
     assert caught.value.remedy
 
 
 def test_a_key_is_asked_for_and_sent(mock: Mock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a key or with a wrong one the variables are named; VLLM_API_KEY, ours, an argument win in that order."""
     mock.api_key = "right"
-    with pytest.raises(UserError, match=r"wants a key \(status 401\)\. Set SNUGFIT_API_KEY or VLLM_API_KEY"):
+    with raises("server-refused", where=mock.url) as caught:
         connect(mock.url)
+    assert "401" in caught.value.what
+    assert "SNUGFIT_API_KEY or VLLM_API_KEY" in caught.value.remedy
     monkeypatch.setenv("VLLM_API_KEY", "right\n")
     connect(mock.url).close()
     monkeypatch.setenv("SNUGFIT_API_KEY", "wrong-secret")
-    with pytest.raises(UserError, match="refuses the key") as caught:
+    with raises("server-refused", where=mock.url) as caught:
         connect(mock.url)
     assert "secret" not in str(caught.value)
     with connect(mock.url, api_key="right") as server:
         server.score(ROW, top=1)
         mock.api_key = "changed"
-        with pytest.raises(UserError, match="refuses the key"):
+        with raises("server-refused", where=mock.url):
             server.score(ROW, top=1)
 
 
@@ -194,14 +202,14 @@ def test_secrets_are_not_shown(mock: Mock) -> None:
         shown = f"{server!r} {server.describe()}"
         assert "hunter2" not in shown
         assert "sesame" not in shown
-    with pytest.raises(UserError, match="no header can carry") as caught:
+    with raises("option-invalid", where=mock.url) as caught:
         connect(mock.url, api_key="sesame\nopen")
     assert "sesame" not in str(caught.value)
 
 
 def test_no_torch_is_needed() -> None:
     """The client, the journal and the log reader import without torch."""
-    modules = ", ".join(f"snugfit.serving.{name}" for name in ("client", "journal", "kernels"))
+    modules = ", ".join(f"snugfit.serving.{name}" for name in ("client", "journal", "engine_log"))
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
@@ -213,8 +221,10 @@ def test_a_row_that_does_not_fit_is_not_sent(mock: Mock, server: Server) -> None
     """A row of max_model_len tokens leaves no place for the generated one; the message names both sides."""
     mock.max_logprobs = 1
     server.score([1] * 63, top=1)
-    with pytest.raises(UserError, match=r"64 tokens .* \(max_model_len is 64\)\. .* --max-model-len 65"):
+    with raises("sequence-too-long", where=mock.url) as caught:
         server.score([1] * 64, top=1)
+    assert "max_model_len is 64" in caught.value.what
+    assert "--max-model-len 65" in caught.value.remedy
     assert len(mock.asked) == 1
 
 
@@ -230,17 +240,18 @@ def test_a_row_that_the_server_finds_too_long_is_told(mock: Mock, said: str) -> 
     """Where the length was not told, the server's refusal is understood in all its wordings."""
     mock.max_model_len = None
     mock.refusal = 400, {"error": {"message": said}}
-    with connect(mock.url) as server, pytest.raises(UserError, match=r"do not fit the server .*--max-model-len 12"):
+    with connect(mock.url) as server, raises("sequence-too-long", where=mock.url) as caught:
         server.score(ROW, top=1)
+    assert "--max-model-len 12" in caught.value.remedy
 
 
 @pytest.mark.parametrize(
     ("status", "said", "words"),
     [
-        (400, "Token id 60000 is out of vocabulary", "another tokenizer"),
-        (400, "Requested prompt logprobs of 9, which is greater than max allowed: 5", "larger --max-logprobs"),
-        (404, "The model `mock/model` does not exist.", "Another model is served"),
-        (404, "Not Found", "must serve a text generation model"),
+        (400, "Token id 60000 is out of vocabulary", "tokenizer"),
+        (400, "Requested prompt logprobs of 9, which is greater than max allowed: 5", "--max-logprobs"),
+        (404, "The model `mock/model` does not exist.", "another model"),
+        (404, "Not Found", "/v1/completions"),
         (422, "", "status 422"),
     ],
 )
@@ -249,8 +260,9 @@ def test_refusals_are_passed_on_with_a_remedy(
 ) -> None:
     """The server's own words and what to do about them; a refusal is not asked twice."""
     mock.refusal = status, {"error": {"message": said}}
-    with pytest.raises(UserError, match=words) as caught:
+    with raises("server-refused", where=mock.url) as caught:
         server.score(ROW, top=9)
+    assert words in str(caught.value)
     assert said.rstrip(".") in str(caught.value)
     assert (len(mock.asked), pauses) == (1, [])
 
@@ -258,13 +270,14 @@ def test_refusals_are_passed_on_with_a_remedy(
 def test_nan_on_the_server_has_its_own_error(mock: Mock, server: Server) -> None:
     """vLLM cannot write NaN as JSON: the caller can tell that from other refusals, and count the row."""
     mock.refusal = 400, {"error": {"message": "Out of range float values are not JSON compliant: nan", "code": 400}}
-    with pytest.raises(NotFiniteError, match="computes NaN on this row"):
+    with raises("server-not-finite", where=mock.url) as caught:
         server.score(ROW, top=1)
+    assert isinstance(caught.value, NotFiniteError)
 
 
 def test_misuse_is_refused(server: Server) -> None:
     """One token predicts nothing, and a dense table needs the whole vocabulary."""
-    with pytest.raises(UserError, match="nothing to predict"):
+    with raises("dataset-invalid"):
         server.score([1], top=1)
     with pytest.raises(ValueError, match="dense needs"):
         server.score(ROW, top=5, dense=True)
@@ -286,16 +299,19 @@ def test_a_silent_server_is_given_up(mock: Mock) -> None:
     """After `timeout` seconds of silence a request counts as failed."""
     mock.faults = [HANG, HANG]
     with connect(mock.url, timeout=0.1, attempts=2, sleep=lambda _: None) as server:
-        with pytest.raises(ServerLost, match=r"failed 2 times \(timed out\)"):
+        with raises("server-unreachable", where=mock.url) as caught:
             server.score(ROW, top=3)
+        assert isinstance(caught.value, ServerLostError)
+        assert "2 times (timed out)" in caught.value.what
         assert server.score(ROW, top=3).true_logprob.tolist() == expected_true(ROW)
 
 
 def test_a_lasting_failure_ends_with_what_to_do(mock: Mock, server: Server, pauses: list[float]) -> None:
-    """After six attempts the last reason is told, and that the same command goes on."""
+    """After six attempts the error gives the last reason."""
     mock.faults = [500] * 9
-    with pytest.raises(ServerLost, match=r"failed 6 times \(status 500: EngineCore .*repeat the command"):
+    with raises("server-unreachable", where=mock.url) as caught:
         server.score(ROW, top=3)
+    assert "6 times (status 500: EngineCore" in caught.value.what
     assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0]
 
 
@@ -313,7 +329,7 @@ def test_a_run_goes_on_where_its_server_died(tmp_path: Path, mock: Mock, pauses:
     key = {"model": MODEL, "top": 3}
     mock.faults = [None] * 3 + [DROP] * 9
     with Journal.open(tmp_path / "rows", key) as journal, connect(mock.url, sleep=pauses.append) as server:
-        with pytest.raises(ServerLost):
+        with pytest.raises(ServerLostError):
             score_all(server, journal, rows)
         assert len(journal) == 3
     with Mock() as other, Journal.open(tmp_path / "rows", key) as journal, connect(other.url) as server:

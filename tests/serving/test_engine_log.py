@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from snugfit.serving.engine_log import KernelReport, kernels_from_log
+from snugfit.records.evaluation import KernelReport
+from snugfit.serving.engine_log import kernels_from_log
 
 # vLLM 0.32 on a CPU, an FP8 and INT4 checkpoint, shortened
 CPU = """\

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from snugfit.errors import UserError
+from helpers.errors import raises
 from snugfit.serving.answers import PromptLogprobs
 from snugfit.serving.journal import FRAME, MARK, Journal
 
@@ -152,31 +152,35 @@ def test_damage_before_whole_records_is_refused(tmp_path: Path) -> None:
         damaged = bytearray(content)
         damaged[at] ^= 0x40
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=rf"is damaged at byte {sizes[1]}\. Remove it"):
+        with raises("run-damaged", where=path) as caught:
             Journal.open(path, KEY)
+        assert f"byte {sizes[1]}." in caught.value.what
         assert path.read_bytes() == bytes(damaged)
 
 
 def test_another_run_is_refused(tmp_path: Path) -> None:
-    """A key that differs is told with both values, in either direction; the order of its fields means nothing."""
+    """A key that differs is named with both values, in either direction; the order of its fields means nothing."""
     path = tmp_path / "rows"
     write(path, 1)
-    with pytest.raises(UserError, match=r'another run: rows "5f3a", top 2 there, rows "77", top 20 here\. Remove it'):
-        Journal.open(path, KEY | {"top": 20, "rows": "77"})
-    with pytest.raises(UserError, match=r"extra null there, extra 1 here"):
-        Journal.open(path, KEY | {"extra": 1})
-    with pytest.raises(UserError, match=r"top 2 there, top null here"):
-        Journal.open(path, {"model": "mock/model", "rows": "5f3a"})
+    for key, in_file, here in (
+        (KEY | {"top": 20, "rows": "77"}, 'rows "5f3a", top 2', 'rows "77", top 20'),
+        (KEY | {"extra": 1}, "extra null", "extra 1"),
+        ({"model": "mock/model", "rows": "5f3a"}, "top 2", "top null"),
+    ):
+        with raises("run-differs", where=path) as caught:
+            Journal.open(path, key)
+        assert in_file in caught.value.what
+        assert here in caught.value.what
     with Journal.open(path, dict(reversed(KEY.items()))) as journal:
         assert len(journal) == 1
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"\x00\xff\n", b'{"key": {}}\n', b"[]\n", b"no end", MARK * 9])
 def test_other_files_are_left_alone(tmp_path: Path, content: bytes) -> None:
-    """What is no journal is refused and stays as it is."""
+    """A file that is not a journal is refused and stays as it is."""
     path = tmp_path / "rows"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="no journal of scored rows"):
+    with raises("run-damaged", where=path):
         Journal.open(path, KEY)
     assert path.read_bytes() == content
 
@@ -184,14 +188,14 @@ def test_other_files_are_left_alone(tmp_path: Path, content: bytes) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """A missing directory, or a directory in the place of the file, is an error of the user."""
     for path in (tmp_path / "missing" / "rows", tmp_path):
-        with pytest.raises(UserError, match=f"^{path}: cannot be opened"):
+        with raises("output-not-writable", where=path):
             Journal.open(path, KEY)
 
 
 def test_two_runs_do_not_share_a_journal(tmp_path: Path) -> None:
     """A second opener is refused until the first closes."""
     path = tmp_path / "rows"
-    with Journal.open(path, KEY), pytest.raises(UserError, match="another run is writing it"):
+    with Journal.open(path, KEY), raises("output-busy", where=path):
         Journal.open(path, KEY)
     Journal.open(path, KEY).close()
 

@@ -1,23 +1,24 @@
-"""Which kernels an engine chose, by its own log.
+"""Which kernels an engine chose, read from its own log.
 
-vLLM tells each choice once, in a line such as
+vLLM logs each choice once, in a line such as
 
     (EngineCore pid=207) INFO 04-19 10:19:23 [__init__.py:683] Using FlashInferCutlassNvFp4LinearKernel for NVFP4 GEMM
 
-The wordings below are those of its log calls, 0.19 to 0.32; a line that is none of them is passed over. A choice that
-vLLM does not log, such as attention on a CPU or linear layers that are not quantized, is not told here either.
+The patterns below are made from its log calls, 0.19 to 0.32; other lines are skipped. A choice that vLLM does not log,
+such as attention on a CPU or linear layers that are not quantized, is not reported here either.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from snugfit.records.evaluation import KernelReport
 
 ENGINE = re.compile(r"LLM engine \(v([^)\s]+)\) with config: (.*)")
 VERSION = re.compile(r"(?:\[api_(?:server|utils)\.py:\d+\]|vLLM API server).*\bversion (\d[\w.+]*)")
 SETTING = re.compile(r"\b(quantization|kv_cache_dtype)=([^,\s]+)")
 KV_CACHE = re.compile(r"Using (\S+) data type to store kv cache")
-WORDINGS = {  # a line belongs to the first kind that knows it
+PATTERNS = {  # a line belongs to the first kind with a pattern that matches it
     "moe": (
         re.compile(r"Using ([\w' ]+?) M[oO]E(?: LoRA)? backend\b"),
         re.compile(r"Using ((?:[\w-]+ ){1,3}for \w+) MoE\b"),
@@ -43,37 +44,18 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GENERIC = " for mixed-precision linear"
 
 
-@dataclass(frozen=True)
-class KernelReport:
-    """What an engine's log tells, in its words and in the order of first mention; None or empty where it does not.
-
-    `linear` has entries such as "MarlinNvFp4LinearKernel for NVFP4 GEMM". `kv_cache_dtype` may be "auto", which is
-    the model's own type or what the checkpoint asks for.
-    """
-
-    engine_version: str | None = None
-    quantization: str | None = None
-    kv_cache_dtype: str | None = None
-    attention: tuple[str, ...] = ()
-    linear: tuple[str, ...] = ()
-    moe: tuple[str, ...] = ()
-
-    def __bool__(self) -> bool:
-        return self != KernelReport()
-
-
 def kernels_from_log(text: str) -> KernelReport:
-    """The choices told in the log of one start of vLLM, or in `Server.config_text`; an empty, false report if none."""
+    """The choices in the log of one start of vLLM, or in `Server.config_text`; an empty, false report without any."""
     settings: dict[str, str] = {}
-    chosen: dict[str, dict[str, None]] = {kind: {} for kind in WORDINGS}
+    chosen: dict[str, dict[str, None]] = {kind: {} for kind in PATTERNS}
     for line in COLOUR.sub("", text).splitlines():
         if engine := ENGINE.search(line):
             for name, value in [("version", engine[1]), *SETTING.findall(engine[2])]:
                 settings.setdefault(name, value)
-        elif told := VERSION.search(line):
-            settings.setdefault("version", told[1])
-        elif stored := KV_CACHE.search(line):
-            settings["kv_cache_dtype"] = stored[1]
+        elif version := VERSION.search(line):
+            settings.setdefault("version", version[1])
+        elif dtype := KV_CACHE.search(line):
+            settings["kv_cache_dtype"] = dtype[1]
         elif choice := _choice(line):
             chosen[choice[0]][choice[1]] = None
     linear = tuple(chosen["linear"])
@@ -89,8 +71,8 @@ def kernels_from_log(text: str) -> KernelReport:
 
 
 def _choice(line: str) -> tuple[str, str] | None:
-    """The kind of kernel that a line is about, and its name."""
-    for kind, patterns in WORDINGS.items():
+    """The kind of kernel that a line reports, and its name; None for other lines."""
+    for kind, patterns in PATTERNS.items():
         for pattern in patterns:
             if found := pattern.search(line):
                 return kind, found[1].replace("'", "")

@@ -1,13 +1,13 @@
-r"""A file of scored rows that only grows, so that a run which is cut short goes on where it stopped.
+r"""A file of scored rows that only grows, so that an interrupted run can resume.
 
     {"journal": "snugfit.served/1", "key": {"model": ..., "rows": digest, ...}}\n      the first line, JSON
     MARK, 16 bytes | CRC-32 of the content, u32 | its length, u64 | content            one record a row, little-endian
 
 A record's content is a line of JSON, `{"row": 7, "fingerprint": ..., "arrays": [["true_logprob", "<f8", [511]], ...]}`,
-and the bytes of these arrays, one behind the other. A record is on disk before `put` returns, so a kill or a power cut
-can tear the last one only. What is not a whole record, with no mark behind it, is such a piece: it is cut off when the
-file is opened, and so is a torn first line. Bad bytes in front of a mark are damage of another kind and are refused.
-Of two records of one row the later holds.
+and the bytes of these arrays in that order. A record is on disk before `put` returns, so a kill or a power cut can only
+tear the last one. An incomplete record that no mark follows is such a torn one: it is cut off when the file is opened,
+and so is a torn first line. Damaged bytes that a mark follows have another cause and are refused. If a row has two
+records, the later one counts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ import numpy as np
 
 from snugfit.errors import UserError
 from snugfit.serving.answers import PromptLogprobs
+from snugfit.storage.files import write_fully
 
 FORMAT = "snugfit.served/1"
 MARK = bytes.fromhex("f5736e75676669740ad1c8b2a94e6f0d")
 FRAME = struct.Struct("<16sIQ")
 ARRAYS = ("true_logprob", "top_ids", "top_logprob", "dense")
-START_ANEW = "Remove it to start anew, or name another file."
+START_AGAIN = "Remove it to start again, or name another file."
 
 
 class Journal:
@@ -46,15 +47,17 @@ class Journal:
 
     @classmethod
     def open(cls, path: str | Path, key: Mapping[str, Any]) -> Self:
-        """The journal at `path`, made if there is none, of the run that `key` (plain JSON) tells from others.
+        """The journal at `path`, created if it does not exist, of the run that `key` (plain JSON) identifies.
 
-        UserError where the file belongs to another run, is no journal, is damaged, or is in use.
+        UserError where the file belongs to another run, is not a journal, is damaged, or is in use.
         """
         place = Path(path)
         try:
             file = os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise UserError(f"cannot be opened ({error.strerror}).", where=str(place)) from None
+            raise UserError(
+                f"cannot be opened ({error.strerror}).", code="output-not-writable", where=str(place)
+            ) from None
         try:
             _lock(file, place)
             _begin(file, place, _first_line(key))
@@ -83,13 +86,13 @@ class Journal:
         return row in self._records
 
     def close(self) -> None:
-        """Close the file and give up its lock."""
+        """Close the file and release its lock."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def get(self, row: int) -> PromptLogprobs | None:
-        """The result of a row, bit for bit as it was put, or None."""
+        """The result of a row, bit for bit as it was put; None if the journal does not have it."""
         if row not in self._records:
             return None
         start, length = self._records[row]
@@ -97,10 +100,10 @@ class Journal:
             return _decode(bytearray(data[start : start + length]))
 
     def put(self, row: int, result: PromptLogprobs) -> None:
-        """Keep the result of a row; it is on disk when this returns. OSError where it cannot be."""
+        """Store the result of a row; it is on disk when this returns. OSError if it cannot be written."""
         content = _encode(row, result)
         frame = FRAME.pack(MARK, zlib.crc32(content), len(content))
-        _write(self._file, frame + content, self._end)  # a piece left by a failure is written over by the next
+        write_fully(self._file, self._end, frame + content)  # overwrites what a failed put left
         os.fsync(self._file)
         self._records[row] = self._end + len(frame), len(content)
         self._end += len(frame) + len(content)
@@ -113,7 +116,9 @@ def _lock(file: int, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError("another run is writing it.", where=str(path), remedy="Wait for it.") from None
+        raise UserError(
+            "another run is writing it.", code="output-busy", where=str(path), remedy="Wait until it ends."
+        ) from None
 
 
 def _first_line(key: Mapping[str, Any]) -> bytes:
@@ -121,10 +126,10 @@ def _first_line(key: Mapping[str, Any]) -> bytes:
 
 
 def _begin(file: int, path: Path, line: bytes) -> None:
-    """Write the first line of a new file, or of one whose making was cut short."""
+    """Write the first line of a new file, or of a file whose creation was interrupted."""
     if os.fstat(file).st_size >= len(line) or not line.startswith(os.pread(file, len(line), 0)):
         return
-    _write(file, line, 0)
+    write_fully(file, 0, line)
     os.fsync(file)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
@@ -133,15 +138,8 @@ def _begin(file: int, path: Path, line: bytes) -> None:
         os.close(directory)
 
 
-def _write(file: int, content: bytes, place: int) -> None:
-    left = memoryview(content)
-    while left:
-        written = os.pwrite(file, left, place)
-        left, place = left[written:], place + written
-
-
 def _check_first_line(data: mmap.mmap, key: Mapping[str, Any], path: Path) -> int:
-    """Where the records begin; UserError where the file is another run's, with both sides of what differs."""
+    """Where the records begin; UserError for another run's file, with both values of every key that differs."""
     end = data.find(b"\n") + 1
     try:
         line = json.loads(data[:end])
@@ -149,13 +147,14 @@ def _check_first_line(data: mmap.mmap, key: Mapping[str, Any], path: Path) -> in
     except (ValueError, LookupError, TypeError):
         found = None
     if not isinstance(found, dict):
-        raise UserError("this file is no journal of scored rows.", where=str(path), remedy=START_ANEW)
+        what = "this file is not a journal of scored rows."
+        raise UserError(what, code="run-damaged", where=str(path), remedy=START_AGAIN)
     wanted = json.loads(_first_line(key))["key"]
     differing = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
     if differing:
-        there, here = ({name: side.get(name) for name in differing} for side in (found, wanted))
-        what = f"belongs to another run: {_say(there)} there, {_say(here)} here."
-        raise UserError(what, where=str(path), remedy=START_ANEW)
+        in_file, here = ({name: side.get(name) for name in differing} for side in (found, wanted))
+        what = f"belongs to another run: {_say(in_file)} in the file, {_say(here)} here."
+        raise UserError(what, code="run-differs", where=str(path), remedy=START_AGAIN)
     return end
 
 
@@ -164,7 +163,7 @@ def _say(values: Mapping[str, Any]) -> str:
 
 
 def _scan(data: mmap.mmap, place: int, path: Path) -> tuple[dict[int, tuple[int, int]], int]:
-    """Where each row's content is and how long, and the end of the last whole record."""
+    """Offset and length of each row's content, and the end of the last complete record."""
     records = {}
     while place + FRAME.size <= len(data):
         mark, checksum, length = FRAME.unpack_from(data, place)
@@ -177,7 +176,7 @@ def _scan(data: mmap.mmap, place: int, path: Path) -> tuple[dict[int, tuple[int,
         records[int(json.loads(content[: content.index(b"\n")])["row"])] = start, length
         place = start + length
     if data.find(MARK, place + 1) >= 0:
-        raise UserError(f"is damaged at byte {place}.", where=str(path), remedy=START_ANEW)
+        raise UserError(f"is damaged at byte {place}.", code="run-damaged", where=str(path), remedy=START_AGAIN)
     return records, place
 
 
@@ -187,8 +186,8 @@ def _scan(data: mmap.mmap, place: int, path: Path) -> tuple[dict[int, tuple[int,
 def _encode(row: int, result: PromptLogprobs) -> bytes:
     arrays = {name: getattr(result, name) for name in ARRAYS if getattr(result, name) is not None}
     stored = {name: np.asarray(array, array.dtype.newbyteorder("<"), order="C") for name, array in arrays.items()}
-    told = [[name, array.dtype.str, array.shape] for name, array in stored.items()]
-    line = json.dumps({"row": row, "fingerprint": result.fingerprint, "arrays": told}).encode() + b"\n"
+    layout = [[name, array.dtype.str, array.shape] for name, array in stored.items()]
+    line = json.dumps({"row": row, "fingerprint": result.fingerprint, "arrays": layout}).encode() + b"\n"
     return b"".join([line, *(array.tobytes() for array in stored.values())])
 
 
