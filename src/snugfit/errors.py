@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Self
 
 MAX_PART_LENGTH = 2000  # characters of one part of a message
 
@@ -11,8 +12,10 @@ CODES: Mapping[str, str] = {
     # what a caller asks for
     "option-invalid": "An option or argument has a value that it cannot have; the place names it.",
     "option-conflict": "Options exclude each other, or one has no effect beside another.",
+    "option-missing": "An option that this call needs is not given.",
     "output-exists": "The output exists already.",
     "output-busy": "Another run is writing this output.",
+    "system-error": "The operating system refused to read or write (disk full, permission, a lost device).",
     "output-not-writable": "The output cannot be created or written there.",
     "dependency-missing": "This needs an optional package that is not installed.",
     # what the machine has
@@ -23,7 +26,7 @@ CODES: Mapping[str, str] = {
     # files
     "file-missing": "A file that is needed is not there.",
     "file-unreadable": "A file cannot be read, or is not of the kind it should be.",
-    "file-outside-model": "A link leads out of the model's directory.",
+    "file-outside-model": "A link or a file's name leads out of the model's directory.",
     "file-damaged": "A file ended early or changed while it was read.",
     "json-invalid": "A file is not valid JSON, or not the JSON document it should be.",
     "yaml-invalid": "A file is not valid YAML.",
@@ -41,6 +44,7 @@ CODES: Mapping[str, str] = {
     # what can be run and quantized
     "architecture-unknown": "transformers has no architecture of this name.",
     "architecture-unsupported": "The architecture cannot be run layer by layer.",
+    "cache-unknown": "The size of this architecture's KV cache is unknown.",
     "experts-unsupported": "The experts of this family cannot be calibrated.",
     "format-unverified": "No tested engine loads this format for this family.",
     "already-quantized": "The weights are quantized in a way from which no recipe can start.",
@@ -52,6 +56,8 @@ CODES: Mapping[str, str] = {
     "hub-unreachable": "The Hub, or a file on it, cannot be reached.",
     "hub-refused": "The Hub refuses access.",
     "hub-changed": "A file on the Hub is not what it was, or not what its header promises.",
+    "hub-answer-unusable": "The Hub, or a proxy before it, gives an answer that cannot be used.",
+    "cache-not-writable": "The cache of downloaded files cannot be written.",
     # recipes
     "recipe-not-found": "There is no built-in recipe and no file of this name.",
     "recipe-invalid": "The recipe has an unknown key, a missing key or a wrong value.",
@@ -108,6 +114,10 @@ class UserError(Exception):
         self.where = plain(where)
         self.remedy = plain(remedy)
         super().__init__(self.__str__())
+
+    def at(self, where: str) -> Self:
+        """The same error at another place."""
+        return type(self)(self.what, code=self.code, where=where, remedy=self.remedy)
 
     def __str__(self) -> str:
         """The three parts in one line, the place first."""

@@ -1,43 +1,139 @@
-"""What the command line makes of errors, and of options that several verbs share."""
+"""Errors and messages in the words of the command line.
+
+Functions name their parameters and each other in backticks: "lower `tokens_per_batch`", "run `collect_statistics`". A
+person at a terminal knows neither name, so both are replaced by the options of the running verb and by verbs. Every
+error is one line on stderr, `snugfit: WHERE: WHAT REMEDY [code]`, with exit code 2.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from snugfit.errors import UserError, plain
-from snugfit.records.statistics_file import Calibration
+from snugfit.progress import TerminalProgress
+
+# function of the Python API -> verb
+VERBS: Mapping[str, str] = {
+    "quantize": "quantize",
+    "plan_quantization": "quantize --dry-run",
+    "collect_statistics": "statistics collect",
+    "load_statistics": "statistics show",
+    "merge_statistics": "statistics merge",
+    "inspect": "inspect",
+    "fit": "fit",
+    "evaluate": "eval",
+    "run_tasks": "tasks",
+    "compare": "compare",
+    "list_recipes": "recipes",
+}
+_QUOTED = re.compile(r"`(\w+)(?:=([^`]*)|\(\))?`")  # `name`, `name=value`, `name()`
+
+
+class Verbs(TyperGroup):
+    """A group of verbs that shows the errors of the verb it runs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a verb. Bad input: one line, exit code 2. Ctrl-C: exit code 130."""
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            if type(error) is not typer.BadParameter or error.param is None:
+                raise  # a missing option: the usage is the better answer
+            shown = UserError(error.message, code="option-invalid", where=error.param.name or "")
+        except UserError as error:
+            shown = error
+        except OSError as error:
+            shown = _system_error(error, "Nothing was written.")
+        except KeyboardInterrupt:
+            typer.echo("snugfit: stopped; nothing was written.", err=True)
+            raise typer.Exit(130) from None
+        names = option_names(self.commands[ctx.invoked_subcommand])
+        typer.echo(f"snugfit: {describe(shown, names)}", err=True)
+        raise typer.Exit(2)
+
+
+class VerbProgress(TerminalProgress):
+    """Progress on stderr, its messages in the words of the running verb."""
+
+    def __init__(self, ctx: typer.Context) -> None:
+        self._names = option_names(ctx.command)
+
+    def message(self, text: str) -> None:
+        """Print one line to stderr."""
+        typer.echo(plain(as_options(text, self._names)), err=True)
+
+
+def option_names(command: Any) -> dict[str, tuple[str, str]]:
+    """Parameter of a verb -> its option, and for a switch the option that turns it off; arguments in capitals."""
+    names = {}
+    for parameter in command.params:
+        if parameter.param_type_name == "argument":
+            names[parameter.name] = parameter.name.upper(), ""
+        else:
+            long = next((option for option in parameter.opts if option.startswith("--")), parameter.opts[0])
+            names[parameter.name] = long, next(iter(parameter.secondary_opts), "")
+    return names
+
+
+def as_options(text: str, names: Mapping[str, tuple[str, str]]) -> str:
+    """`text` with parameters in backticks as options, and functions in backticks as verbs."""
+
+    def replaced(match: re.Match[str]) -> str:
+        name, value = match[1], match[2]
+        if name in names:
+            return f"`{_with_value(*names[name], value)}`"
+        return f"`snugfit {VERBS[name]}`" if name in VERBS and value is None else match[0]
+
+    return _QUOTED.sub(replaced, text)
+
+
+def _with_value(option: str, negative: str, value: str | None) -> str:
+    if value is None or value == "True":
+        return option
+    if value == "False":
+        return negative or f"no {option}"
+    return f"{option} {value.strip(chr(34) + chr(39))}"
+
+
+def describe(error: UserError, names: Mapping[str, tuple[str, str]]) -> str:
+    """WHERE: WHAT REMEDY [code], in the words of the verb."""
+    where = names[error.where][0] if error.where in names else as_options(error.where, names)
+    place = f"{where}: " if where else ""
+    remedy = f" {as_options(error.remedy, names)}" if error.remedy else ""
+    return f"{place}{as_options(error.what, names)}{remedy} [{error.code}]"
 
 
 @contextmanager
-def plain_errors(kept: Callable[[], str] = lambda: "") -> Iterator[None]:
-    """UserError -> one message and exit code 2; Ctrl-C -> exit code 130. `kept` says what there is to go on from."""
+def keeping(kept: Callable[[], str]) -> Iterator[None]:
+    """The errors of a run that can be resumed say what `kept` names; "" where there is nothing yet."""
     try:
         yield
-    except UserError as error:
-        typer.echo(f"snugfit: {error}", err=True)
-        raise typer.Exit(2) from None
     except OSError as error:
-        place = f"{plain(str(error.filename))}: " if error.filename else ""
-        left = f"{kept()}. Then run the same command to go on." if kept() else "Nothing was written."
-        typer.echo(f"snugfit: {place}{error.strerror or error}. {left}", err=True)
-        raise typer.Exit(2) from None
+        left = kept()
+        remedy = f"{left}. Run the same command to resume." if left else "Nothing was written."
+        raise _system_error(error, remedy) from None
     except KeyboardInterrupt:
-        left = f"{kept()}. Run the same command to go on." if kept() else "nothing was written."
-        typer.echo(f"snugfit: stopped; {left}", err=True)
+        left = kept()
+        if not left:
+            raise
+        typer.echo(f"snugfit: stopped; {left}. Run the same command to resume.", err=True)
         raise typer.Exit(130) from None
 
 
-def kept_layers(output: Path | None) -> Callable[[], str]:
-    """What an unfinished quantize run has kept."""
+def kept_layers(output_dir: Path | None) -> Callable[[], str]:
+    """What an unfinished run of `quantize` or `collect_statistics` has kept."""
 
     def kept() -> str:
         from snugfit.storage.staging import units_done
 
-        partial = None if output is None else output.with_name(output.name + ".partial")
+        partial = None if output_dir is None else output_dir.with_name(output_dir.name + ".partial")
         done = 0 if partial is None else units_done(partial)
         if not done:
             return ""
@@ -47,24 +143,19 @@ def kept_layers(output: Path | None) -> Callable[[], str]:
 
 
 @contextmanager
-def reporting(output: Path | None) -> Iterator[None]:
-    """The result stands, whatever happens to its report: exit code 1."""
-    what = "its report is not written" if output is None else f"{output} is written and whole; its report is not"
+def reporting(output_dir: Path | None = None) -> Iterator[None]:
+    """The result is complete, whatever happens while it is printed: exit code 1."""
+    what = "the report is not printed" if output_dir is None else f"{output_dir} is complete; the report is not printed"
     try:
         yield
     except OSError as error:
-        typer.echo(f"snugfit: {what} ({error.strerror or error}).", err=True)
+        typer.echo(f"snugfit: {plain(what)} ({error.strerror or error}).", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo(f"snugfit: stopped; {what}.", err=True)
+        typer.echo(f"snugfit: stopped; {plain(what)}.", err=True)
         raise typer.Exit(130) from None
 
 
-def calibration_of(experts: str, forced_tokens: int, least_tokens: int) -> Calibration:
-    """What --experts, --forced-tokens and --least-tokens ask for; UserError for what they cannot be."""
-    if experts not in ("all", "routed"):
-        raise UserError(f"--experts {experts!r} is neither all nor routed.", remedy="all is the default.")
-    for name, value in (("--forced-tokens", forced_tokens), ("--least-tokens", least_tokens)):
-        if value < 0:
-            raise UserError(f"{name} {value} is no number of tokens.", remedy="Give 0 or more.")
-    return Calibration(experts, forced_tokens, least_tokens)
+def _system_error(error: OSError, remedy: str) -> UserError:
+    what = f"{error.strerror or error}."
+    return UserError(what, code="system-error", where=str(error.filename or ""), remedy=remedy)

@@ -1,0 +1,84 @@
+"""Options that several verbs share. Every option is the parameter of the Python function, with dashes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from snugfit.errors import UserError
+from snugfit.token_counts import parse_tokens
+
+Profile = Literal["vllm-blackwell", "marlin", "vllm-cpu", "none"]
+
+
+def tokens(minimum: int = 1) -> Callable[[str | int], int]:
+    """A parser of a number of tokens: 4096, 32k (32,768), 1m (1,048,576). typer passes defaults through it as well."""
+
+    def token_count(given: str | int) -> int:
+        text = str(given)
+        if minimum == 0 and text == "0":
+            return 0
+        try:
+            return parse_tokens(text)
+        except UserError as error:
+            raise typer.BadParameter(f"{error.what} {error.remedy}") from None
+
+    return token_count
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A directory with config.json and safetensors weights, or a Hugging Face id (org/name)."
+    ),
+]
+OutputDir = Annotated[Path, typer.Option("--output-dir", "-o", metavar="PATH", help="New directory for the result.")]
+OptionalOutputDir = Annotated[
+    Path | None, typer.Option("--output-dir", "-o", metavar="PATH", help="New directory for the result.")
+]
+Dataset = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--dataset",
+        metavar="PATH",
+        help="Text or JSONL (`text`, `messages`, `input_ids`); repeatable. Default: Python's documentation.",
+    ),
+]
+NumSamples = Annotated[int, typer.Option("--num-samples", min=1, metavar="NUMBER", help="Number of samples at most.")]
+MaxSeqLength = Annotated[
+    int, typer.Option("--max-seq-length", parser=tokens(), metavar="TOKENS", help="Tokens of a sample at most.")
+]
+Device = Annotated[
+    str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N. Default: cuda if available.")
+]
+TokensPerBatch = Annotated[
+    int | None,
+    typer.Option("--tokens-per-batch", parser=tokens(), metavar="TOKENS", help="Tokens of one forward pass."),
+]
+CalibrateAllExperts = Annotated[
+    bool,
+    typer.Option(
+        "--moe-calibrate-all-experts/--no-moe-calibrate-all-experts",
+        help="Calibrate every expert on all tokens, or only on those that the router sends to it.",
+    ),
+]
+MaxForcedTokens = Annotated[
+    int,
+    typer.Option(
+        "--max-forced-tokens",
+        parser=tokens(0),
+        metavar="TOKENS",
+        help="Tokens at most that an expert sees in a layer in addition to those routed to it.",
+    ),
+]
+Restart = Annotated[bool, typer.Option("--restart", help="Discard an unfinished run and start again.")]
+ForceResume = Annotated[
+    bool, typer.Option("--force-resume", help="Resume on another machine, library version or batch.")
+]
+Activations = Annotated[
+    Profile, typer.Option("--activations", help="What the engine does to the inputs of linear layers.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")]

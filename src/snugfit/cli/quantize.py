@@ -1,0 +1,119 @@
+"""`snugfit quantize`, and its dry run."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from snugfit.cli import options
+from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
+from snugfit.data.rows import DEFAULT_LENGTH, DEFAULT_ROWS
+from snugfit.errors import UserError, plain
+from snugfit.records.statistics_file import MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT
+
+GB = 10**9
+
+
+def quantize(
+    ctx: typer.Context,
+    model: options.Model,
+    recipe: Annotated[
+        str, typer.Option("--recipe", "-r", metavar="NAME", help="A built-in name (`snugfit recipes`) or a YAML file.")
+    ],
+    output_dir: options.OptionalOutputDir = None,
+    dataset: options.Dataset = None,
+    num_samples: options.NumSamples = DEFAULT_ROWS,
+    max_seq_length: options.MaxSeqLength = DEFAULT_LENGTH,
+    device: options.Device = None,
+    tokens_per_batch: options.TokensPerBatch = None,
+    max_shard_size: Annotated[
+        float | None, typer.Option(metavar="GB", help="Largest weight file in GB (10^9). Default: 0.5 to 5, by size.")
+    ] = None,
+    moe_calibrate_all_experts: options.CalibrateAllExperts = True,
+    max_forced_tokens: options.MaxForcedTokens = MAX_FORCED_TOKENS,
+    min_tokens_per_expert: Annotated[
+        int,
+        typer.Option(
+            parser=options.tokens(0),
+            metavar="TOKENS",
+            help="Refuse a result in which an expert saw fewer tokens. 0: such experts take the scales of their layer.",
+        ),
+    ] = MIN_TOKENS_PER_EXPERT,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Statistics of this model from an earlier run (file or directory) instead of a dataset.",
+        ),
+    ] = None,
+    allow_unverified: Annotated[
+        bool, typer.Option("--allow-unverified", help="Write formats that no tested engine loads.")
+    ] = False,
+    restart: options.Restart = False,
+    force_resume: options.ForceResume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and print the plan; read no weights, write nothing.")
+    ] = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Quantize MODEL by a recipe into a new directory.
+
+    Stock vLLM, SGLang, Aphrodite and transformers load the result. The directory appears complete or not at all; the
+    same command resumes an interrupted run.
+    """
+    settings: dict[str, Any] = {
+        "dataset": dataset or (),
+        "num_samples": num_samples,
+        "max_seq_length": max_seq_length,
+        "device": device,
+        "tokens_per_batch": tokens_per_batch,
+        "max_shard_size": None if max_shard_size is None else _shard_bytes(max_shard_size),
+        "moe_calibrate_all_experts": moe_calibrate_all_experts,
+        "max_forced_tokens": max_forced_tokens,
+        "min_tokens_per_expert": min_tokens_per_expert,
+        "statistics": statistics,
+        "allow_unverified": allow_unverified,
+        "progress": VerbProgress(ctx),
+    }
+    if dry_run:
+        _print_plan(model, recipe, output_dir, settings, as_json=as_json)
+        return
+    if output_dir is None:
+        remedy = "Name a new directory, or add `dry_run`."
+        raise UserError("an output directory is required.", code="option-missing", where="output_dir", remedy=remedy)
+    with keeping(kept_layers(output_dir)):
+        from snugfit.quantization.quantize import quantize as run
+
+        record = run(model, recipe, output_dir=output_dir, restart=restart, force_resume=force_resume, **settings)
+    with reporting(output_dir):
+        from snugfit.report.terminal import print_totals
+
+        if as_json:
+            typer.echo(record.to_json(), nl=False)
+            return
+        print_totals(record.tensors)
+        if record.left_out:
+            names = plain(", ".join(record.left_out))
+            typer.echo(f"weights in other containers, not copied: {names}", err=True)
+        peak = record.peak_rss_bytes / GB
+        typer.echo(f"{plain(str(output_dir))}: {record.seconds['total']:.1f} s, peak memory {peak:.2f} GB")
+
+
+def _print_plan(model: str, recipe: str, output_dir: Path | None, settings: dict[str, Any], *, as_json: bool) -> None:
+    """The plan and its estimate on stdout, then the refusal of a run for which the machine has too little."""
+    from snugfit.quantization.plan import plan_quantization
+    from snugfit.report.terminal import print_plan
+
+    plan = plan_quantization(model, recipe, **settings)
+    print_plan(plan.records(), as_json)
+    typer.echo(plan.estimate.line(), err=as_json)
+    plan.check_resources(output_dir)
+
+
+def _shard_bytes(gigabytes: float) -> int:
+    if not 0 < gigabytes < math.inf:
+        raise UserError(f"must be > 0 GB, got {gigabytes}.", code="option-invalid", where="max_shard_size")
+    return int(gigabytes * GB)
