@@ -704,7 +704,7 @@ def point_at(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(ranges, "WAITS", (0.0,) * len(ranges.WAITS))
+    monkeypatch.setattr(ranges, "WAIT_SECONDS", (0.0,) * len(ranges.WAIT_SECONDS))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
 
 

@@ -41,7 +41,7 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
         template = running.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(ranges, "WAITS", (0.0,) * len(ranges.WAITS))
+        monkeypatch.setattr(ranges, "WAIT_SECONDS", (0.0,) * len(ranges.WAIT_SECONDS))
         yield running
         huggingface_hub.close_session()
 

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,9 +15,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from helpers.errors import raises
 from helpers.hub_server import COMMIT, Hub, files_of, serve
-from snugfit.errors import UserError
+from snugfit.errors import Unfinished
 from snugfit.storage import http_ranges as ranges
+from snugfit.storage import transfer
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_range, read_tensor
 from snugfit.storage.open import open_checkpoint, open_headers
 
@@ -50,7 +51,7 @@ def point_at(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(ranges, "WAITS", (0.0,) * len(ranges.WAITS))
+    monkeypatch.setattr(ranges, "WAIT_SECONDS", (0.0,) * len(ranges.WAIT_SECONDS))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
 
 
@@ -77,15 +78,16 @@ def test_tensors_are_read_from_the_hub_to_the_bit(hub: Hub, tiny: Path) -> None:
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.safetensors"))
 
 
-def test_a_large_tensor_is_read_in_pieces(hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A range longer than a piece is read in pieces, which together are the tensor, faults in between or not."""
+def test_a_transfer_reads_a_tensor_in_pieces(hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transfer reads a large tensor in pieces, which together are the tensor, faults in between or not."""
     remote, local = open_headers("org/name"), open_checkpoint(tiny)
     tensor = max(local.tensors.values(), key=lambda t: t.bytes)
-    monkeypatch.setattr(ranges, "PIECE", 1000)
+    monkeypatch.setattr(transfer, "PIECE_BYTES", 1000)
     for faults in ((), ("drop", "503", "none", "429", "shifted", "403", "drop")):
         hub.requests.clear()
         hub.faults.extend(faults)
-        assert torch.equal(read_tensor(remote, tensor.name), read_tensor(local, tensor.name))
+        with transfer.Transfer(torch.device("cpu")) as reader:
+            assert torch.equal(reader.read(remote, tensor.name).result(), read_tensor(local, tensor.name))
         assert len(hub.ranges(tensor.file)) >= -(-tensor.bytes // 1000)
         assert not hub.faults
 
@@ -120,10 +122,10 @@ def test_headers_cost_a_request_a_shard(hub: Hub, tiny: Path) -> None:
 
 
 def test_a_header_longer_than_expected(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A header that the first read does not reach the end of is read on from there."""
+    """Where the first read ends inside the header, the rest is read from there."""
     whole = dict(open_headers("org/name").tensors)
     monkeypatch.setattr("snugfit.storage.hub.ENTRY_BYTES", 0)
-    monkeypatch.setattr("snugfit.storage.hub.FRONT_BYTES", 8)
+    monkeypatch.setattr("snugfit.storage.hub.HEADER_BYTES", 8)
     hub.requests.clear()
     again = open_headers("org/name")
     assert dict(again.tensors) == whole
@@ -169,10 +171,10 @@ def test_the_signed_address_is_kept_until_it_expires(hub: Hub) -> None:
 
 
 def test_a_revision_is_asked_for(hub: Hub) -> None:
-    """org/name@main and @commit are that revision; one that is not there is refused."""
+    """org/name@main and @commit are that revision; a missing revision is refused."""
     assert open_headers("org/name@main").remote is not None
     assert open_headers(f"org/name@{COMMIT}").remote is not None
-    with pytest.raises(UserError, match=r"org/name@other: no such revision"):
+    with raises("model-not-found", "org/name@other"):
         open_headers("org/name@other")
 
 
@@ -238,12 +240,15 @@ def test_offline_the_cache_is_enough(hub: Hub, tiny: Path, monkeypatch: pytest.M
 def test_offline_and_not_in_the_cache(hub: Hub, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With HF_HUB_OFFLINE a model that is not cached, or not wholly, is refused with that reason."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=r"no such model in the cache\. HF_HUB_OFFLINE is set"):
+    with raises("model-not-found", "org/name") as caught:
         open_checkpoint("org/name")
+    assert "HF_HUB_OFFLINE" in caught.value.remedy
     names = [name for name in files_of(tiny) if "/" not in name]
     cached(hub, tiny, [name for name in names if not name.startswith("model-00001")])
-    with pytest.raises(UserError, match=r"1 of \d+ shards are missing.*HF_HUB_OFFLINE is set"):
+    with raises("weights-missing", COMMIT) as caught:
         open_checkpoint("org/name")
+    assert "model-00001" in caught.value.what
+    assert "HF_HUB_OFFLINE" in caught.value.remedy
     assert hub.requests == []
 
 
@@ -260,7 +265,7 @@ def test_faults_that_pass(fault: str, hub: Hub, tiny: Path) -> None:
     assert not hub.faults
 
 
-def test_a_piece_goes_on_where_it_broke_off(hub: Hub) -> None:
+def test_a_range_continues_where_it_broke_off(hub: Hub) -> None:
     """After a cut in the middle only the rest is asked for."""
     remote = open_headers("org/name")
     tensor = max(remote.tensors.values(), key=lambda t: t.bytes)
@@ -274,79 +279,70 @@ def test_a_piece_goes_on_where_it_broke_off(hub: Hub) -> None:
 
 @pytest.mark.parametrize("fault", ["none", "503", "429"])
 def test_faults_that_stay(fault: str, hub: Hub) -> None:
-    """When nothing helps, the error says what is lost and that the same command goes on."""
+    """When nothing helps, the error names the file and the number of tries."""
     remote = open_headers("org/name")
     name, tensor = next(iter(remote.tensors.items()))
     hub.faults.extend([fault] * 100)
-    with pytest.raises(UserError, match=rf"org/name/{tensor.file}: lost the network after 10 tries .*same command"):
+    with raises("hub-unreachable", f"org/name/{tensor.file}") as caught:
         read_tensor(remote, name)
+    assert isinstance(caught.value, Unfinished)
+    assert "10 tries" in caught.value.what
 
 
 @pytest.mark.parametrize(
-    ("fault", "says"),
+    ("fault", "code"),
     [
-        ("whole", "the server ignores ranges and sends the whole file"),
-        ("gzip", "HTTP 206 in answer to a range request"),
-        ("total", r"the Hub says [\d,]+ bytes, its server has [\d,]+ bytes"),
-        ("416", "its server has smaller"),
+        ("whole", "hub-answer-unusable"),
+        ("gzip", "hub-answer-unusable"),
+        ("total", "hub-changed"),
+        ("416", "hub-changed"),
     ],
 )
-def test_faults_that_are_refused_at_once(fault: str, says: str, hub: Hub) -> None:
+def test_faults_that_are_refused_at_once(fault: str, code: str, hub: Hub) -> None:
     """A server that ignores ranges, compresses, or has another file is refused without another try."""
     remote = open_headers("org/name")
     hub.requests.clear()
     hub.faults.append(fault)
-    with pytest.raises(UserError, match=says):
-        read_tensor(remote, next(iter(remote.tensors)))
+    name, tensor = next(iter(remote.tensors.items()))
+    with raises(code, tensor.file):
+        read_tensor(remote, name)
     assert len(hub.ranges()) == 1
 
 
-def test_an_error_ends_the_other_pieces(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one piece cannot be read, the others are not waited for longer than they take, and no thread stays."""
-    remote = open_headers("org/name")
-    tensor = max(remote.tensors.values(), key=lambda t: t.bytes)
-    monkeypatch.setattr(ranges, "PIECE", 64)
-    hub.requests.clear()
-    hub.faults.extend(["", "total"])
-    before = threading.active_count()
-    with pytest.raises(UserError, match="the Hub says"):
-        read_tensor(remote, tensor.name)
-    assert len(hub.ranges()) < tensor.bytes // 64
-    assert threading.active_count() <= before + 20  # the server's own
-
-
 @pytest.mark.parametrize(
-    ("denied", "says"),
+    ("denied", "code", "says"),
     [
-        ((404, "RepoNotFound"), "org/name: no such directory, and no such model on the Hub"),
-        ((401, "RepoNotFound"), "org/name: no such directory, and no such model on the Hub"),
-        ((403, "GatedRepo"), "org/name: a gated model: .* Accept its terms"),
-        ((401, "GatedRepo"), "org/name: a gated model: .* `hf auth login`"),
-        ((401, ""), r"org/name: access denied \(HTTP 401\)"),
-        ((403, ""), r"org/name: access denied \(HTTP 403\)"),
-        ((503, ""), r"org/name: the Hub answers HTTP 503\. Run the same command"),
-        ((429, ""), r"org/name: the Hub answers HTTP 429\. Run the same command"),
+        ((404, "RepoNotFound"), "model-not-found", "HF_TOKEN"),
+        ((401, "RepoNotFound"), "model-not-found", "HF_TOKEN"),
+        ((403, "GatedRepo"), "hub-refused", "gated"),
+        ((401, "GatedRepo"), "hub-refused", "gated"),
+        ((401, ""), "hub-refused", "401"),
+        ((403, ""), "hub-refused", "403"),
+        ((503, ""), "hub-unreachable", "503"),
+        ((429, ""), "hub-unreachable", "429"),
     ],
     ids=str,
 )
-def test_a_hub_that_refuses(denied: tuple[int, str], says: str, hub: Hub) -> None:
-    """Missing, private and gated models, bad tokens and a Hub that is down are told apart, each with its remedy."""
+def test_a_hub_that_refuses(denied: tuple[int, str], code: str, says: str, hub: Hub) -> None:
+    """Missing, private and gated models, bad tokens and a Hub that is down have different errors with remedies."""
     hub.denied = denied
-    with pytest.raises(UserError, match=says):
+    with raises(code, "org/name") as caught:
         open_headers("org/name")
+    assert says in str(caught.value)
+    assert caught.value.remedy
 
 
 @pytest.mark.parametrize(
-    ("denied", "says"),
-    [((403, "GatedRepo"), "a gated model"), ((404, "EntryNotFound"), "not on the Hub"), ((401, ""), "access denied")],
+    ("denied", "code"),
+    [((403, "GatedRepo"), "hub-refused"), ((404, "EntryNotFound"), "model-not-found"), ((401, ""), "hub-refused")],
     ids=str,
 )
-def test_access_that_ends_meanwhile(denied: tuple[int, str], says: str, hub: Hub) -> None:
+def test_access_that_ends_meanwhile(denied: tuple[int, str], code: str, hub: Hub) -> None:
     """A model that is withdrawn between two reads is refused by the shard's name."""
     remote = open_headers("org/name")
-    remote.remote.places.clear()  # type: ignore[union-attr]  # HubFiles
+    remote.remote.redirects.clear()  # type: ignore[union-attr]  # HubFiles
     hub.denied = denied
-    with pytest.raises(UserError, match=rf"org/name/model-\S+: {says}"):
+    with raises(code, "org/name/model-"):
         read_tensor(remote, next(iter(remote.tensors)))
 
 
@@ -354,10 +350,10 @@ def test_no_hub_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing listens, the error names the address and what else could be done."""
     with serve({}) as gone:
         point_at(gone, tmp_path, monkeypatch)
-    with pytest.raises(
-        UserError, match=r"org/name: no such directory, and http://\S+ cannot be reached \(.+\)\. Run the same command"
-    ):
+    with raises("hub-unreachable", "org/name") as caught:
         open_headers("org/name")
+    assert "no such directory" in caught.value.what
+    assert gone.url in caught.value.what
 
 
 # --- models that are no good
@@ -372,22 +368,23 @@ def test_models_that_are_no_good(hub: Hub, tiny: Path) -> None:
     files = files_of(tiny)
     shards = [name for name in files if name.endswith(".safetensors")]
     bare = without(files, INDEX_NAME, *shards)
-    for given, says in (
-        (without(files, "config.json"), "config.json is missing"),
-        (without(files, shards[0]), rf"1 of {len(shards)} shards are missing: {shards[0]}"),
-        (bare, r"the weights are pickles \(pytorch_model.bin\)"),
-        (without(bare, "pytorch_model.bin"), "no weights"),
-        (files | {shards[0]: files[shards[0]][:-8]}, f"{shards[0]}: truncated"),
-        (files | {shards[0]: b"{" * 999}, f"{shards[0]}: not a whole safetensors file"),
-        (files | {shards[0]: b""}, f"{shards[0]}: not a whole safetensors file"),
-        (files | {"../evil.py": b"x"}, "no place in a directory"),
-        (files | {INDEX_NAME: b"[]"}, "no readable weight_map"),
+    for given, code, says in (
+        (without(files, "config.json"), "config-missing", "config.json"),
+        (without(files, shards[0]), "weights-missing", f"1 of {len(shards)} shards are missing: {shards[0]}"),
+        (bare, "weights-unsafe", "pytorch_model.bin"),
+        (without(bare, "pytorch_model.bin"), "weights-missing", SINGLE_NAME),
+        (files | {shards[0]: files[shards[0]][:-8]}, "file-damaged", shards[0]),
+        (files | {shards[0]: b"{" * 999}, "header-invalid", shards[0]),
+        (files | {shards[0]: b""}, "header-invalid", shards[0]),
+        (files | {"../evil.py": b"x"}, "file-outside-model", "../evil.py"),
+        (files | {INDEX_NAME: b"[]"}, "index-invalid", INDEX_NAME),
     ):
         hub.files = given
         for cached_file in Path(constants.HF_HUB_CACHE).rglob("*.index.json"):
             cached_file.unlink()
-        with pytest.raises(UserError, match=says):
+        with raises(code, "org/name") as caught:
             open_headers("org/name")
+        assert says in str(caught.value)
 
 
 def test_index_and_shards_of_the_hub_disagree(hub: Hub, tiny: Path) -> None:
@@ -396,28 +393,29 @@ def test_index_and_shards_of_the_hub_disagree(hub: Hub, tiny: Path) -> None:
     index = json.loads(files[INDEX_NAME])
     index["weight_map"]["model.ghost"] = min(index["weight_map"].values())
     hub.files = files | {INDEX_NAME: json.dumps(index).encode()}
-    with pytest.raises(UserError, match=r"weight_map sends model\.ghost to"):
+    with raises("index-invalid", f"org/name/{INDEX_NAME}") as caught:
         open_headers("org/name")
+    assert "model.ghost" in str(caught.value)
 
 
 def test_the_hub_says_another_size(hub: Hub) -> None:
     """A shard whose server has another size than the Hub's listing is refused before its header is believed."""
     shard = min(name for name in hub.files if name.endswith(".safetensors"))
     hub.sizes[shard] = len(hub.files[shard]) + 1
-    with pytest.raises(UserError, match="the Hub says"):
+    with raises("hub-changed", f"org/name/{shard}"):
         open_headers("org/name")
 
 
 @pytest.mark.parametrize("name", ["org/name/more", "name", "org--x/na--me", "./org/name", "org/..", "a b/c"])
 def test_what_is_no_id(name: str, hub: Hub) -> None:
     """What is neither a directory nor an id of the Hub is refused."""
-    with pytest.raises(UserError, match="no such directory"):
+    with raises("model-not-found", Path(name)):
         open_headers(name)
 
 
 def test_the_environment_is_heard(tiny: Path, tmp_path: Path) -> None:
     """HF_ENDPOINT and HF_HOME alone lead a command to another Hub and another cache."""
-    code = "from snugfit.storage.checkpoint import open_checkpoint as o; print(len(o('org/name').tensors))"
+    code = "from snugfit.storage.open import open_checkpoint as o; print(len(o('org/name').tensors))"
     with serve(files_of(tiny)) as hub:
         kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
         environment = kept | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}

@@ -7,19 +7,19 @@ import os
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from helpers.errors import raises
 from helpers.sparse_models import deepseek_v3
-from snugfit.errors import UserError
 from snugfit.storage import safetensors_header as safetensors
-from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_range, read_tensor
+from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_range, read_tensor
 from snugfit.storage.files import MAX_JSON_BYTES
 from snugfit.storage.open import open_checkpoint
 from snugfit.storage.safetensors_header import parse_header
@@ -47,12 +47,10 @@ def indexed(model: Path) -> Path:
     return model
 
 
-def refused(model: Path) -> str:
-    """The message of a model that must be refused, soon."""
-    begin = time.monotonic()
-    with pytest.raises(UserError) as caught:
+def refused(model: Path, code: str, where: object = "") -> str:
+    """The message of a model that must be refused with this code at this place."""
+    with raises(code, where) as caught:
         open_checkpoint(model)
-    assert time.monotonic() - begin < 20
     assert len(str(caught.value)) < 2000
     assert str(caught.value).isprintable()
     return str(caught.value)
@@ -67,8 +65,7 @@ def test_a_link_out_of_the_directory(name: str, model: Path, tmp_path: Path) -> 
     elsewhere = tmp_path / "secret"
     (model / name).rename(elsewhere)
     (model / name).symlink_to(elsewhere)
-    message = refused(model)
-    assert f"{model / name}: a link to {elsewhere}, outside the model's directory" in message
+    assert str(elsewhere) in refused(model, "file-outside-model", model / name)
 
 
 def test_links_that_lead_nowhere_or_to_folders(model: Path, tmp_path: Path) -> None:
@@ -76,7 +73,7 @@ def test_links_that_lead_nowhere_or_to_folders(model: Path, tmp_path: Path) -> N
     (tmp_path / "folder").mkdir()
     for target in ("folder", "nothing"):
         (model / "extra").symlink_to(tmp_path / target)
-        assert f"a link to {tmp_path / target}" in refused(model)
+        assert str(tmp_path / target) in refused(model, "file-outside-model", model / "extra")
         (model / "extra").unlink()
 
 
@@ -118,14 +115,14 @@ def test_a_snapshot_of_the_hugging_face_cache(model: Path, tmp_path: Path) -> No
 def test_a_snapshot_that_links_to_another_repository(model: Path, tmp_path: Path) -> None:
     """A snapshot whose links lead to blobs of another repository is refused."""
     snapshot = cache(model, tmp_path / "hub", tmp_path / "hub" / "models--org--other" / "blobs")
-    assert "outside the model's directory" in refused(snapshot)
+    refused(snapshot, "file-outside-model", snapshot)
 
 
 def test_a_snapshot_with_the_cache_s_shared_store(model: Path, tmp_path: Path) -> None:
     """Blobs in the store that all repositories of a cache share count as inside, if the cache marks it as that."""
     store = tmp_path / "hub" / "blobs"
     snapshot = cache(model, tmp_path / "hub", store / "ab")
-    assert "outside" in refused(snapshot)
+    refused(snapshot, "file-outside-model", snapshot)
     (store / ".huggingface-shared-blobs").write_text("1\n", encoding="utf-8")
     assert set(open_checkpoint(snapshot).tensors) == {"a", "b"}
 
@@ -138,7 +135,7 @@ def test_a_pipe_in_the_place_of_a_file(name: str, model: Path) -> None:
     """A named pipe, on which a plain open would wait for ever, is refused."""
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
-    assert f"{model / name}: not a regular file" in refused(model)
+    refused(model, "file-unreadable", model / name)
 
 
 def test_a_pipe_among_other_files(model: Path) -> None:
@@ -152,18 +149,18 @@ def test_a_folder_in_the_place_of_a_file(name: str, model: Path) -> None:
     """A folder of a file's name is refused."""
     (model / name).unlink(missing_ok=True)
     (model / name).mkdir()
-    assert "not a regular file" in refused(model)
+    refused(model, "file-unreadable", model / name)
 
 
 def test_a_file_in_the_place_of_the_directory(model: Path) -> None:
     """A file is no model directory, and the message says so."""
-    assert "a file, not a directory" in refused(model / SINGLE_NAME)
+    assert "a file" in refused(model / SINGLE_NAME, "model-not-found", model / SINGLE_NAME)
 
 
 def test_a_config_of_gigabytes(model: Path) -> None:
     """A config.json that would fill the memory is refused by its size."""
     os.truncate(model / "config.json", MAX_JSON_BYTES + 1)
-    assert "bytes, which no such file has" in refused(model)
+    assert f"{MAX_JSON_BYTES + 1:,} bytes" in refused(model, "file-unreadable", model / "config.json")
 
 
 # --- headers
@@ -171,28 +168,36 @@ def test_a_config_of_gigabytes(model: Path) -> None:
 
 def header(text: bytes, size: int = 0) -> str:
     """The message with which a header is refused, in a file with `size` bytes behind it."""
-    begin = time.monotonic()
-    with pytest.raises(UserError) as caught:
+    with raises("header-invalid", "x.safetensors") as caught:
         parse_header(text, "x.safetensors", 8 + len(text) + size, where="x.safetensors")
-    assert time.monotonic() - begin < 30
     assert len(str(caught.value)) < 1000
     assert str(caught.value).isprintable()
     return str(caught.value)
 
 
+def shaped(shape: str, offsets: str = "0,1", dtype: str = '"U8"') -> str:
+    """A header of a tensor a."""
+    return f'{{"a":{{"dtype":{dtype},"shape":{shape},"data_offsets":[{offsets}]}}}}'
+
+
 ENTRY = '{"dtype":"U8","shape":[1],"data_offsets":[0,1]}'
+WRONG_NUMBERS = "shape or data_offsets of a"
 HEADERS = {
-    "a name twice": (f'{{"a":{ENTRY},"a":{ENTRY}}}', "key 'a' stands there twice"),
-    "a key twice": (f'{{"a":{ENTRY[:-1]},"dtype":"I8"}}}}', "key 'dtype' stands there twice"),
-    "NaN": ('{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,1]}}', "NaN is no number"),
-    "-Infinity": ('{"a":{"dtype":"U8","shape":[1],"data_offsets":[-Infinity,1]}}', "-Infinity is no number"),
-    "huge number": ('{"a":{"dtype":"U8","shape":[%d],"data_offsets":[0,1]}}' % 2**64, "not numbers that could be"),  # noqa: UP031
-    "endless number": ('{"a":{"dtype":"U8","shape":[' + "9" * 5000 + '],"data_offsets":[0,1]}}', "digits"),
-    "float": ('{"a":{"dtype":"U8","shape":[1.0],"data_offsets":[0,1]}}', "not numbers that could be"),
-    "truth value": ('{"a":{"dtype":"U8","shape":[true],"data_offsets":[0,1]}}', "not numbers that could be"),
-    "negative": ('{"a":{"dtype":"U8","shape":[-1],"data_offsets":[0,-1]}}', "not numbers that could be"),
-    "overflowing": ('{"a":{"dtype":"F64","shape":[%s],"data_offsets":[0,1]}}' % ",".join(["9" * 18] * 60), "bytes"),  # noqa: UP031
-    "many dimensions": ('{"a":{"dtype":"U8","shape":[%s],"data_offsets":[0,1]}}' % ",".join("1" * 65), "could be"),  # noqa: UP031
+    "a name twice": (f'{{"a":{ENTRY},"a":{ENTRY}}}', "'a'"),
+    "a key twice": (f'{{"a":{ENTRY[:-1]},"dtype":"I8"}}}}', "'dtype'"),
+    "a list": (f"[{ENTRY}]", "not a JSON object"),
+    "no dtype": ('{"a":{"shape":[1],"data_offsets":[0,1]}}', "a lacks a dtype"),
+    "a number": ('{"a":1}', "a lacks a dtype"),
+    "NaN": (shaped("[NaN]"), "NaN"),
+    "-Infinity": (shaped("[1]", "-Infinity,1"), "-Infinity"),
+    "huge number": (shaped(f"[{2**64}]"), WRONG_NUMBERS),
+    "endless number": (shaped(f"[{'9' * 5000}]"), "digits"),
+    "float": (shaped("[1.0]"), WRONG_NUMBERS),
+    "truth value": (shaped("[true]"), WRONG_NUMBERS),
+    "negative": (shaped("[-1]", "0,-1"), WRONG_NUMBERS),
+    "one offset": (shaped("[1]", "0"), WRONG_NUMBERS),
+    "overflowing": (shaped(f"[{','.join(['9' * 18] * 60)}]", dtype='"F64"'), "a has more than"),
+    "many dimensions": (shaped(f"[{','.join('1' * 65)}]"), WRONG_NUMBERS),
     "endless name": (f'{{"{"a" * 5000}":{ENTRY}}}', "5000 characters: aaaa"),
     "control characters": (f'{{"a\\u0007\\u001b[2J":{ENTRY}}}', r"a\x07\x1b[2J"),
     "a line's end": (f'{{"a\\n":{ENTRY}}}', "a tensor's name is"),
@@ -202,8 +207,8 @@ HEADERS = {
     "deep": ('{"a":' + "[" * 200_000, "recursion"),
     "deep in metadata": ('{"__metadata__":' + '{"a":' * 100_000, "recursion"),
     "text behind it": (f'{{"a":{ENTRY}}} x', "Extra data"),
-    "another dtype": ('{"a":{"dtype":{"a":1},"shape":[1],"data_offsets":[0,1]}}', "unhashable"),
-    "shape of keys": ('{"a":{"dtype":"U8","shape":{"x":1},"data_offsets":[0,1]}}', "not numbers that could be"),
+    "another dtype": (shaped("[1]", dtype='{"a":1}'), "unknown dtype"),
+    "shape of keys": (shaped('{"x":1}'), WRONG_NUMBERS),
 }
 
 
@@ -213,16 +218,15 @@ def test_headers_of_nonsense(name: str) -> None:
     text, says = HEADERS[name]
     raw = f'{{"a":{ENTRY}}}'.encode("utf-16") if name == "UTF-16" else text.encode("utf-8")
     message = header(raw, 1)
-    assert "x.safetensors: the safetensors header cannot be read" in message
     assert says in message, message
 
 
 @pytest.mark.parametrize("filling", ["[],", '{"":0},', "1,", "[[],[]],"])
 def test_headers_that_would_explode(filling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large header that is mostly punctuation, which would be many times that in memory, is not even parsed."""
-    monkeypatch.setattr(safetensors, "parse_json", lambda _raw: pytest.fail("parsed"))
+    monkeypatch.setattr(safetensors, "parse_json_object", lambda _raw: pytest.fail("parsed"))
     text = '{"a":[' + filling * (20_000_000 // len(filling)) + "0]}"
-    assert "bytes that describe no tensors" in header(text.encode())
+    header(text.encode())
 
 
 def test_a_large_header_of_tensors_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,18 +242,20 @@ def test_a_length_that_is_none(model: Path) -> None:
     """A length of 2^64 - 1, or one just beyond the file, allocates nothing and is refused."""
     for length in (2**64 - 1, 2**63, 100_000_001, 5000):
         (model / SINGLE_NAME).write_bytes(struct.pack("<Q", length) + b"{}" * 100)
-        assert "not a whole safetensors file" in refused(model)
+        refused(model, "header-invalid", model / SINGLE_NAME)
 
 
 # --- indexes
 
 INDEXES = {
-    "a name twice": ('{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', "key 'a' stands there twice"),
-    "NaN": ('{"weight_map": NaN}', "NaN is no number"),
-    "control characters": ('{"weight_map": {"a": "x\\u0007.safetensors"}}', "its index points outside"),
-    "endless": (json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}), "its index points outside"),
+    "a name twice": ('{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', "'a'"),
+    "NaN": ('{"weight_map": NaN}', "NaN"),
+    "control characters": ('{"weight_map": {"a": "x\\u0007.safetensors"}}', "weight_map sends a"),
+    "endless": (json.dumps({"weight_map": {"a": "x" * 300 + ".safetensors"}}), "weight_map sends a"),
     "a name of control characters": ('{"weight_map": {"a\\n": "x.safetensors"}}', "weight_map sends 'a\\n'"),
-    "numbers": ('{"weight_map": {"a": 3}}', "its index points outside"),
+    "numbers": ('{"weight_map": {"a": 3}}', "weight_map sends a"),
+    "a list": ("[]", "not a JSON object"),
+    "a list of names": ('{"weight_map": ["a"]}', "weight_map"),
     "deep": ('{"weight_map": ' + '{"a":' * 100_000, "no readable weight_map"),
 }
 
@@ -259,8 +265,7 @@ def test_indexes_of_nonsense(name: str, indexed: Path) -> None:
     """An index with doubled, unprintable or endless names is refused by its file."""
     text, says = INDEXES[name]
     (indexed / INDEX_NAME).write_text(text, encoding="utf-8")
-    message = refused(indexed)
-    assert str(indexed / INDEX_NAME) in message
+    message = refused(indexed, "index-invalid", indexed / INDEX_NAME)
     assert says in message, message
 
 
@@ -295,12 +300,16 @@ def test_threads_read_the_same_file(model: Path) -> None:
         assert all(pool.map(read, list(range(3900)) * 2))
 
 
-@pytest.mark.parametrize("change", [Path.unlink, lambda file: os.truncate(file, 100)], ids=["gone", "shorter"])
-def test_files_that_change_meanwhile(change: Change, model: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [(Path.unlink, "file-unreadable"), (lambda file: os.truncate(file, 100), "file-damaged")],
+    ids=["gone", "shorter"],
+)
+def test_files_that_change_meanwhile(change: Change, code: str, model: Path) -> None:
     """A weight file that is removed or cut after it was opened is refused by its name."""
     opened = open_checkpoint(model)
     change(model / SINGLE_NAME)
-    with pytest.raises(UserError, match=SINGLE_NAME):
+    with raises(code, SINGLE_NAME):
         read_tensor(opened, "a")
 
 
@@ -309,7 +318,7 @@ def test_a_file_that_becomes_a_link_meanwhile(model: Path, tmp_path: Path) -> No
     opened = open_checkpoint(model)
     (model / SINGLE_NAME).rename(tmp_path / "elsewhere")
     (model / SINGLE_NAME).symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="outside the model's directory"):
+    with raises("file-outside-model", SINGLE_NAME):
         read_tensor(opened, "a")
 
 
@@ -326,7 +335,7 @@ def test_bytes_come_from_a_remote_where_there_is_one(model: Path) -> None:
             view[:] = content[offset : offset + len(view)]
 
     (model / SINGLE_NAME).unlink()
-    remote = Checkpoint(local.path, local.config, local.tensors, local.shards, local.other_files, Memory())
+    remote = replace(local, remote=Memory())
     assert torch.equal(read_tensor(remote, "a"), torch.arange(1000.0))
     assert torch.equal(read_tensor(remote, "b"), torch.ones(3, 5))
     assert (remote.name, local.name) == ("org/name", "model")
@@ -335,20 +344,23 @@ def test_bytes_come_from_a_remote_where_there_is_one(model: Path) -> None:
 # --- size
 
 OPENED = """
-import sys, time
+import sys
+from snugfit.storage import files
 from snugfit.storage.open import open_checkpoint
-begin = time.process_time()
+read, bytes_read = files.os.preadv, []
+files.os.preadv = lambda fd, views, offset: bytes_read.append(read(fd, views, offset)) or bytes_read[-1]
 count = len(open_checkpoint(sys.argv[1]).tensors)
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(count, time.process_time() - begin, peak)
+print(count, len(bytes_read), sum(bytes_read), peak)
 """
 
 
 def test_the_headers_of_671_billion_weights(tmp_path: Path) -> None:
-    """A checkpoint of 92,000 tensors in 162 shards is opened in a second or two of one core, below 300 MB."""
+    """A checkpoint of 92,000 tensors in 163 shards is opened with two reads a shard, headers alone, below 300 MB."""
     directory = deepseek_v3(tmp_path)
     run = subprocess.run([sys.executable, "-c", OPENED, str(directory)], capture_output=True, text=True, check=True)
-    count, seconds, peak = run.stdout.split()
-    assert int(count) == 91_991
-    assert float(seconds) < 10
-    assert int(peak) < 300_000  # kB
+    count, reads, bytes_read, peak = map(int, run.stdout.split())
+    assert count == 91_991
+    assert reads <= 2 * 163 + 2
+    assert bytes_read < 50_000_000
+    assert peak < 300_000  # kB

@@ -18,7 +18,7 @@ from torch import Tensor
 from snugfit.errors import UserError
 from snugfit.model.forward_pass import Batch
 from snugfit.storage.shards import crc_of
-from snugfit.storage.transfer import Moving, Transfer
+from snugfit.storage.transfer import PendingTransfer, Transfer
 
 IN_FLIGHT = 2  # batches read ahead, and batches written behind
 
@@ -43,12 +43,12 @@ class StateFile:
             end += size
         self._order = [batch.rows for batch in batches]
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        self._written: dict[tuple[int, ...], Moving[list[int]]] = {}
-        self._ahead: dict[tuple[int, ...], Moving[Tensor]] = {}
+        self._written: dict[tuple[int, ...], PendingTransfer[list[int]]] = {}
+        self._ahead: dict[tuple[int, ...], PendingTransfer[Tensor]] = {}
 
     def write(self, batch: Batch, hidden: Tensor) -> None:
-        """Begin to store a batch's states [B, T, H]; `settle` waits for it."""
-        waiting = [moving for moving in self._written.values() if not moving.done()]
+        """Begin to store a batch's states [B, T, H]; `wait` waits for it."""
+        waiting = [write for write in self._written.values() if not write.done()]
         if len(waiting) >= IN_FLIGHT:
             waiting[0].result()
         if hidden.shape[-1] != self._width or hidden.dtype != self._dtype:
@@ -62,9 +62,9 @@ class StateFile:
         start, _ = self._places[batch.rows]
         self._written[batch.rows] = self._transfer.write(self._handle, start, flat.contiguous())
 
-    def settle(self) -> list[Piece]:
+    def wait(self) -> list[Piece]:
         """Wait until all is written; where each batch is, and its CRC-32s."""
-        return [(*self._places[rows], moving.result()) for rows, moving in self._written.items()]
+        return [(*self._places[rows], write.result()) for rows, write in self._written.items()]
 
     def prefetch(self) -> None:
         """Begin to read the first batches, of which some may still be on their way into the file."""
@@ -99,7 +99,7 @@ class StateFile:
         self._written.clear()
 
     def holds(self, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> bool:
-        """Whether the file has what `settle` told of it."""
+        """Whether the file holds these pieces, which `wait` returned."""
         return all(crc_of(self._handle, start, size) == list(crcs) for start, size, crcs in pieces)
 
     def close(self) -> None:

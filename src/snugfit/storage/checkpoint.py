@@ -1,8 +1,8 @@
 """Safetensors, on disk or on the Hub: headers, and tensors read by range.
 
-Everything about a checkpoint is checked on its headers, which need no torch; tensors are read with plain positioned
-reads, so that memory holds what was asked for and nothing of the rest of the file. Nothing in a checkpoint is trusted:
-whatever is wrong with it is a UserError.
+A checkpoint is checked on its headers alone, which need no torch. Tensors are read with plain positioned reads, so
+that memory holds the requested bytes and nothing of the rest of the file. Nothing in a checkpoint is trusted: whatever
+is wrong with it is a UserError.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from snugfit.errors import Unfinished, UserError
-from snugfit.storage.files import AGAIN, list_files, open_regular, parse_json, read_file, read_fully
+from snugfit.storage.files import DOWNLOAD_AGAIN, list_files, open_regular, parse_json_object, read_file, read_part
 from snugfit.storage.safetensors_header import (
     TORCH_NAMES,
     StoredTensor,
@@ -33,29 +33,30 @@ if TYPE_CHECKING:
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-FINGERPRINTS, FINGERPRINT_BYTES = 64, 1024
+FINGERPRINT_TENSORS, FINGERPRINT_BYTES = 64, 1024
 
 
 class Remote(Protocol):
-    """Where a checkpoint's weights are, if not on this disk."""
+    """The place of a checkpoint's weights that are not on this disk."""
 
     @property
     def name(self) -> str:
-        """What a user calls it: org/name."""
+        """org/name."""
 
     @property
     def revision(self) -> str:
         """The commit, 40 hexadecimal digits."""
 
     def read_into(self, file: str, offset: int, view: memoryview) -> None:
-        """Fill `view` from byte `offset` of `file`; safe in several threads. UserError where it cannot be had."""
+        """Fill `view` from byte `offset` of `file`; safe in several threads. UserError where it cannot be read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A model directory: its config, its tensors by name in file order, and its other files.
 
-    Weights of a `remote` one are not below `path`, and its other files only if they were asked for.
+    The weights of a `remote` checkpoint are not below `path`; its other files are there once `fetch_other_files`
+    has downloaded them.
     """
 
     path: Path
@@ -67,7 +68,7 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """What people call the model: org/name, or the name of its directory."""
+        """The model's name: org/name, or the name of its directory."""
         if self.remote is not None:
             return self.remote.name
         path = self.path.resolve()
@@ -82,7 +83,7 @@ def open_directory(root: Path) -> Checkpoint:
     if not root.is_dir():
         what = "a file, not a directory." if root.exists() else "no such directory."
         remedy = "Give a directory with config.json and weights, or the id of a model on the Hub: org/name."
-        raise UserError(what, where=str(root), remedy=remedy)
+        raise UserError(what, code="model-not-found", where=str(root), remedy=remedy)
     config = read_config(root)
     weight_map = _read_index(root)
     shards = _shard_names(root, weight_map)
@@ -90,17 +91,18 @@ def open_directory(root: Path) -> Checkpoint:
     check_index(weight_map, tensors, where=str(root / INDEX_NAME))
     weight_files = {*shards, INDEX_NAME, CONFIG_NAME}
     others = tuple(name for name in list_files(root) if name not in weight_files)
-    return Checkpoint(root, config, tensors, tuple(shards), others)
+    return Checkpoint(path=root, config=config, tensors=tensors, shards=tuple(shards), other_files=others)
 
 
 def merge_headers(headers: Mapping[str, list[StoredTensor]], *, where: str) -> dict[str, StoredTensor]:
-    """Tensors of all shards by name; UserError for one that stands in two."""
+    """Tensors of all shards by name; UserError for a tensor that two shards hold."""
     tensors: dict[str, StoredTensor] = {}
     for shard, found in headers.items():
         for tensor in found:
             if tensor.name in tensors:
                 raise UserError(
                     f"tensor {tensor.name} is also in {tensors[tensor.name].file}.",
+                    code="tensor-duplicate",
                     where=f"{where}/{shard}",
                     remedy="Download the checkpoint again: two shards disagree.",
                 )
@@ -113,13 +115,14 @@ def read_header(file: Path) -> list[StoredTensor]:
     try:
         fd = open_regular(file.parent, file.name)
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror or error}).", where=str(file), remedy=AGAIN) from None
+        what = f"cannot be read ({error.strerror or error})."
+        raise UserError(what, code="file-unreadable", where=str(file), remedy=DOWNLOAD_AGAIN) from None
     try:
         size = os.fstat(fd).st_size
         prefix = bytearray(min(8, size))
-        read_fully(fd, 0, memoryview(prefix), where=str(file), what="its header")
+        read_part(fd, 0, memoryview(prefix), where=str(file), what="its header")
         raw = bytearray(header_length(bytes(prefix), size, where=str(file)))
-        read_fully(fd, 8, memoryview(raw), where=str(file), what="its header")
+        read_part(fd, 8, memoryview(raw), where=str(file), what="its header")
     finally:
         os.close(fd)
     return parse_header(bytes(raw), file.name, size, where=str(file))
@@ -133,10 +136,10 @@ def header_digest(checkpoint: Checkpoint) -> str:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """SHA-256 over the first bytes of some tensors, which tells two models of the same shapes apart."""
+    """SHA-256 over the first bytes of some tensors: it differs between two models of the same shapes."""
     # by the hash of their names: a stride would meet the same part of every layer
     named = sorted(checkpoint.tensors, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())
-    chosen = named[:FINGERPRINTS]
+    chosen = named[:FINGERPRINT_TENSORS]
     digest = hashlib.sha256()
     for name in chosen:
         buffer = bytearray(min(checkpoint.tensors[name].bytes, FINGERPRINT_BYTES))
@@ -146,7 +149,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def read_tensor(checkpoint: Checkpoint, name: str, expert: int | None = None) -> Tensor:
-    """The tensor `name`, or (of one with all experts) an expert's part, on the CPU, read by range."""
+    """The tensor `name` on the CPU, read by range; with `expert`, that expert's part of a tensor of all experts."""
     import torch
 
     tensor = checkpoint.tensors[name]
@@ -159,7 +162,7 @@ def read_tensor(checkpoint: Checkpoint, name: str, expert: int | None = None) ->
 
 
 def piece_of(tensor: StoredTensor, expert: int | None) -> tuple[TensorInfo, int]:
-    """The part of a tensor that is one expert's (None: the whole), and its first byte behind the tensor's begin."""
+    """One expert's part of a tensor of all experts (None: the whole tensor), and its offset in the tensor in bytes."""
     if expert is None:
         return TensorInfo(tensor.name, tensor.dtype, tensor.shape), 0
     part = TensorInfo(tensor.name, tensor.dtype, tensor.shape[1:])
@@ -169,7 +172,7 @@ def piece_of(tensor: StoredTensor, expert: int | None) -> tuple[TensorInfo, int]
 def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: memoryview) -> None:
     """Fill `view` with the tensor's bytes from its byte `start` on; safe in several threads.
 
-    UserError where they cannot be read: a file that shrank, a disk that fails, a network that is gone.
+    UserError where the bytes cannot be read: a file that shrank, a disk that fails, a lost network.
     """
     view = view.cast("B")
     if not (start >= 0 and start + len(view) <= tensor.bytes):
@@ -183,41 +186,46 @@ def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: m
     try:
         fd = open_regular(checkpoint.path, tensor.file)
     except OSError as error:
-        raise Unfinished(f"cannot be read ({error.strerror or error}).", where=where, remedy=AGAIN) from None
+        what = f"cannot be read ({error.strerror or error})."
+        raise Unfinished(what, code="file-unreadable", where=where, remedy=DOWNLOAD_AGAIN) from None
     try:
-        read_fully(fd, tensor.offset + start, view, where=where, what=f"tensor {tensor.name}")
+        read_part(fd, tensor.offset + start, view, where=where, what=f"tensor {tensor.name}")
     finally:
         os.close(fd)
 
 
 def read_config(root: Path) -> dict[str, Any]:
-    """config.json of a model directory; UserError where there is none, or no JSON object in it."""
+    """config.json of a model directory; UserError where it is missing or not a JSON object."""
     file = root / CONFIG_NAME
     try:
         config = json.loads(read_file(root, CONFIG_NAME).decode("utf-8"))
     except FileNotFoundError:
-        raise UserError("config.json is missing.", where=str(root), remedy="Is this a model directory?") from None
+        what, remedy = "config.json is missing.", "Is this a model directory?"
+        raise UserError(what, code="config-missing", where=str(root), remedy=remedy) from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not valid JSON ({error}).", where=str(file), remedy=AGAIN) from None
+        what = f"not valid JSON ({error})."
+        raise UserError(what, code="json-invalid", where=str(file), remedy=DOWNLOAD_AGAIN) from None
     if not isinstance(config, dict):
-        raise UserError("not a JSON object.", where=str(file), remedy=AGAIN)
+        raise UserError("not a JSON object.", code="json-invalid", where=str(file), remedy=DOWNLOAD_AGAIN)
     return config
 
 
 def parse_index(raw: bytes, *, where: str) -> dict[str, str]:
-    """Tensor name -> shard, from an index; UserError where that is not a safetensors file beside it."""
+    """Tensor name -> shard, from an index; UserError for a shard that is not a safetensors file beside the index."""
     try:
-        weight_map = parse_json(raw)["weight_map"]
-        pairs = {str(name): str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-        raise UserError(
-            f"no readable weight_map ({type(error).__name__}: {str(error)[:300]}).", where=where, remedy=AGAIN
-        ) from None
+        weight_map = parse_json_object(raw).get("weight_map")
+    except (ValueError, RecursionError, MemoryError) as error:
+        what = f"no readable weight_map ({str(error)[:300] or type(error).__name__})."
+        raise UserError(what, code="index-invalid", where=where, remedy=DOWNLOAD_AGAIN) from None
+    if not isinstance(weight_map, dict):
+        raise UserError("weight_map is no object.", code="index-invalid", where=where, remedy=DOWNLOAD_AGAIN)
+    pairs = {name: str(file) for name, file in weight_map.items()}
     sound = {file for file in set(pairs.values()) if _is_shard_name(file)}
     for name, file in pairs.items():
         if file not in sound:
             raise UserError(
                 f"weight_map sends {shown(name)} to {file[:300]!r}, which is not a safetensors file of this directory.",
+                code="index-invalid",
                 where=where,
                 remedy="Do not use this checkpoint: its index points outside.",
             )
@@ -225,11 +233,12 @@ def parse_index(raw: bytes, *, where: str) -> dict[str, str]:
 
 
 def check_index(weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], *, where: str) -> None:
-    """UserError for a tensor that is not in the shard that the index names."""
+    """UserError for a tensor that the shard named in the index does not hold."""
     for name, file in (weight_map or {}).items():
         if name not in tensors or tensors[name].file != file:
             raise UserError(
                 f"weight_map sends {shown(name)} to {file}, which does not hold it.",
+                code="index-invalid",
                 where=where,
                 remedy="Download the checkpoint again: index and shards do not belong together.",
             )
@@ -250,6 +259,7 @@ def _shard_names(root: Path, weight_map: Mapping[str, str] | None) -> list[str]:
             raise UserError(
                 f"{len(missing)} of {len(names)} shards are missing: {', '.join(missing[:3])}"
                 + (", …" if len(missing) > 3 else "."),
+                code="weights-missing",
                 where=str(root),
                 remedy=f"Download them; {INDEX_NAME} names them.",
             )
@@ -260,16 +270,18 @@ def _shard_names(root: Path, weight_map: Mapping[str, str] | None) -> list[str]:
 
 
 def no_weights(names: Iterable[str], *, where: str) -> UserError:
-    """What is wrong with a model of these files, none of which are safetensors weights."""
+    """The error for a model without safetensors weights: its weights are pickles, or missing."""
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickles:
         return UserError(
             f"the weights are pickles ({pickles[0]}), which can run code when they are loaded.",
+            code="weights-unsafe",
             where=where,
             remedy="Convert them to safetensors first, or download the safetensors revision.",
         )
     return UserError(
         f"no weights: neither {SINGLE_NAME} nor {INDEX_NAME}.",
+        code="weights-missing",
         where=where,
         remedy="Give a directory with safetensors weights.",
     )

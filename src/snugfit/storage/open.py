@@ -1,4 +1,4 @@
-"""A model by directory or Hub id -> its config and headers."""
+"""Opens a model, a directory or an id of the Hugging Face Hub: its config and the headers of its weights."""
 
 from __future__ import annotations
 
@@ -8,25 +8,33 @@ from pathlib import Path
 from snugfit.storage.checkpoint import Checkpoint, open_directory
 
 # org/name, org/name@revision
-REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./+-]*))?", re.ASCII)
+_REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./+-]*))?", re.ASCII)
+
+
+def is_hub_id(model: str | Path) -> bool:
+    """Whether `model` is the id of a model on the Hub, and not an existing path."""
+    return _REPO_ID.fullmatch(str(model)) is not None and not Path(model).exists()
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Read config and headers of a model: a directory, or a Hub id org/name[@revision]; UserError for anything wrong.
 
-    A directory goes before an id. Of a model on the Hub all files without weights are downloaded into its own cache.
+    A directory has precedence over an id. All files without weights of a model on the Hub are downloaded into
+    huggingface_hub's cache.
     """
-    if Path(model).exists() or REPO_ID.fullmatch(str(model)) is None:
-        return open_directory(Path(model))
-    from snugfit.storage.hub import fetch_other_files, open_hub
+    checkpoint = open_headers(model)
+    if checkpoint.remote is None:
+        return checkpoint
+    from snugfit.storage.hub import fetch_other_files
 
-    return fetch_other_files(open_hub(str(model)))
+    return fetch_other_files(checkpoint)
 
 
 def open_headers(model: str | Path) -> Checkpoint:
-    """The same, but of a model on the Hub only config files are downloaded; `other_files` are then names alone."""
-    if Path(model).exists() or REPO_ID.fullmatch(str(model)) is None:
+    """As `open_checkpoint`, but only the config files of a model on the Hub are downloaded, not its `other_files`."""
+    match = _REPO_ID.fullmatch(str(model))
+    if match is None or Path(model).exists():
         return open_directory(Path(model))
     from snugfit.storage.hub import open_hub
 
-    return open_hub(str(model))
+    return open_hub(match[1], match[2])

@@ -1,4 +1,4 @@
-"""The safetensors format: what a header says of a file's tensors, checked in every respect. Reads no files."""
+"""The safetensors format: the header of a file, checked in every respect, becomes a list of tensors. Reads no files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from operator import mul
 from typing import TYPE_CHECKING, Any
 
 from snugfit.errors import UserError
-from snugfit.storage.files import AGAIN, parse_json
+from snugfit.storage.files import DOWNLOAD_AGAIN, parse_json_object
 
 if TYPE_CHECKING:
     import torch
 
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 LARGE_HEADER_BYTES = 16_000_000
-MAX_NAME = 1000
+MAX_NAME_LENGTH = 1000  # characters
+MAX_DIMENSIONS = 64
 MAX_NUMBER = 2**63 - 1
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -80,7 +81,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor(TensorInfo):
-    """A tensor and where its bytes are."""
+    """A tensor and the place of its bytes: `offset` from the beginning of `file`."""
 
     file: str
     offset: int
@@ -90,7 +91,8 @@ def header_length(prefix: bytes, size: int, *, where: str) -> int:
     """Bytes of a header from the first 8 of a file of `size` bytes."""
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER_BYTES + 1
     if length > MAX_HEADER_BYTES or length + 8 > size:
-        raise UserError("not a whole safetensors file.", where=where, remedy=AGAIN)
+        what = "not a whole safetensors file."
+        raise UserError(what, code="header-invalid", where=where, remedy=DOWNLOAD_AGAIN)
     return int(length)
 
 
@@ -99,30 +101,30 @@ def parse_header(raw: bytes, file: str, size: int, *, where: str) -> list[Stored
     start = 8 + len(raw)
     try:
         _check_density(raw)
-        header = parse_json(raw)
+        header = parse_json_object(raw)
         _check_metadata(header.get("__metadata__"))
         entries = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
         tensors = [_stored(name, entry, file, start) for name, entry in entries]
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, MemoryError) as error:
+    except (ValueError, RecursionError, MemoryError) as error:
         reason = str(error)[:300] or type(error).__name__
-        raise UserError(f"the safetensors header cannot be read ({reason}).", where=where, remedy=AGAIN) from None
+        what = f"the safetensors header cannot be read ({reason})."
+        raise UserError(what, code="header-invalid", where=where, remedy=DOWNLOAD_AGAIN) from None
     spans = [(tensor.offset, tensor.offset + tensor.bytes, tensor.name) for tensor in tensors]
     for _, end, name in spans:
         if end > size:
-            raise UserError(
-                f"truncated: tensor {name} ends at byte {end}, the file has {size}.", where=where, remedy=AGAIN
-            )
+            what = f"truncated: tensor {name} ends at byte {end}, the file has {size} bytes."
+            raise UserError(what, code="file-damaged", where=where, remedy=DOWNLOAD_AGAIN)
     _check_cover(spans, start, size, where)
     return tensors
 
 
 def shown(name: str) -> str:
-    """A name as it may stand in a message."""
-    return name if name.isprintable() and len(name) <= MAX_NAME else ascii(name)[:300]
+    """A name in a form that a message can contain."""
+    return name if name.isprintable() and len(name) <= MAX_NAME_LENGTH else ascii(name)[:300]
 
 
 def _check_density(raw: bytes) -> None:
-    """ValueError for a large header that is mostly punctuation, and would be many times larger in memory."""
+    """ValueError for a large header of mostly punctuation, which would take many times its size in memory."""
     if len(raw) <= LARGE_HEADER_BYTES:
         return
     marks = raw.count(b"{") + raw.count(b"[") + raw.count(b",")
@@ -131,40 +133,47 @@ def _check_density(raw: bytes) -> None:
 
 
 def _check_metadata(metadata: Any) -> None:
-    """As safetensors asks: texts by name, if anything."""
+    """ValueError unless metadata is absent or maps names to texts, as safetensors requires."""
     if metadata is not None and not (isinstance(metadata, dict) and all(isinstance(v, str) for v in metadata.values())):
-        raise ValueError("__metadata__ holds something else than texts")
+        raise ValueError("__metadata__ must map names to texts")
 
 
-def _stored(name: str, entry: Mapping[str, Any], file: str, start: int) -> StoredTensor:
-    if len(name) > MAX_NAME or not name.isprintable():
+def _stored(name: str, entry: Any, file: str, start: int) -> StoredTensor:
+    """A tensor of the header; ValueError for an entry that describes none."""
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
         raise ValueError(f"a tensor's name is {len(name)} characters: {ascii(name)[1:200]}")
-    begin, end = entry["data_offsets"]
-    dtype, sides = entry["dtype"], entry["shape"]
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+        raise ValueError(f"{name} lacks a dtype, a shape or data_offsets")
+    dtype, sides, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise ValueError(f"unknown dtype {dtype} of {name}")
-    sound = isinstance(sides, list) and len(sides) <= 64
-    if not sound or not all(type(number) is int and 0 <= number <= MAX_NUMBER for number in (begin, end, *sides)):
-        raise ValueError(f"shape or data_offsets of {name} are not numbers that could be")
-    if any(size > 2 * MAX_NUMBER for size in accumulate(sides, mul)):  # as safetensors, though a last side be 0
-        raise ValueError(f"{name} has more bytes than there can be")
+    if not (_are_numbers(sides) and len(sides) <= MAX_DIMENSIONS and _are_numbers(offsets) and len(offsets) == 2):
+        raise ValueError(f"shape or data_offsets of {name} are not lists of whole numbers in range")
+    begin, end = offsets
+    if any(size > 2 * MAX_NUMBER for size in accumulate(sides, mul)):
+        # as safetensors does, even where a later side is 0
+        raise ValueError(f"{name} has more than 2^64 values")
     tensor = StoredTensor(name, dtype, tuple(sides), file, start + begin)
     if end - begin != tensor.bytes:
         raise ValueError(f"{name} has {end - begin} bytes where its shape needs {tensor.bytes}")
     return tensor
 
 
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(type(number) is int and 0 <= number <= MAX_NUMBER for number in value)
+
+
 def _check_cover(spans: list[tuple[int, int, str]], start: int, size: int, where: str) -> None:
-    """As safetensors asks: tensors, given by begin, end and name, fill the file without gaps or overlaps."""
+    """UserError where tensors (begin, end, name) leave gaps or overlap, which safetensors does not allow."""
     last = start
     for begin, end, name in sorted(spans):
         if begin != last:
-            raise UserError(
-                f"tensor {name} begins at byte {begin}, the one before it ends at {last}.", where=where, remedy=AGAIN
-            )
+            what = f"tensor {name} begins at byte {begin}, but the tensor before it ends at byte {last}."
+            raise UserError(what, code="header-invalid", where=where, remedy=DOWNLOAD_AGAIN)
         last = end
     if last < size:
-        raise UserError(f"{size - last} bytes belong to no tensor.", where=where, remedy=AGAIN)
+        what = f"{size - last} bytes at the end belong to no tensor."
+        raise UserError(what, code="header-invalid", where=where, remedy=DOWNLOAD_AGAIN)
 
 
 def dtype_of(info: TensorInfo) -> torch.dtype:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from snugfit.storage.checkpoint import SINGLE_NAME, Checkpoint
-from snugfit.storage.files import PIECE
+from snugfit.storage.files import PIECE_BYTES, write_fully
 from snugfit.storage.safetensors_header import TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snugfit.storage.transfer import Moving, Transfer
+    from snugfit.storage.transfer import PendingTransfer, Transfer
 
 # safetensors' dtype order, which its writer sorts by, largest first
 SERIAL_ORDER = (
@@ -31,7 +32,7 @@ SERIAL_ORDER = (
 
 @dataclass(frozen=True)
 class Shard:
-    """A safetensors file yet to be written: its whole header, and the offset of each tensor in the file."""
+    """A planned safetensors file: its whole header, and the offset of each tensor in the file."""
 
     name: str
     header: bytes
@@ -41,7 +42,7 @@ class Shard:
 
 
 def plan_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[Shard]:
-    """Lay tensors out in shards of at most `max_shard_bytes`, in the given order, one larger tensor to a shard."""
+    """Lay tensors out in shards of at most `max_shard_bytes`, in the given order; a larger tensor has its own shard."""
     parts: list[list[TensorInfo]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -79,7 +80,8 @@ def _lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
 class ShardWriter:
     """Writes tensors to their places in planned shards, in any order, in the background; knows which are missing.
 
-    A shard that is whole is digested at once, while others are still written.
+    The SHA-256 of a whole shard is computed at once, while others are still written. One thread calls the methods;
+    another may call the functions that `pending_writes` returns, so the state that both change is under a lock.
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard], transfer: Transfer) -> None:
@@ -89,12 +91,13 @@ class ShardWriter:
         self._shards = {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-        self._left = {shard.name: len(shard.tensors) for shard in shards}
-        self._under_way: dict[str, Moving[list[int]]] = {}
-        self._begun: list[dict[str, Moving[list[int]]]] = []
-        self._digests: dict[str, Future[str]] = {}
+        self._started: dict[str, PendingTransfer[list[int]]] = {}  # since the last call of `pending_writes`
         self._digester = ThreadPoolExecutor(max_workers=4)
         self._flusher = ThreadPoolExecutor(max_workers=1)
+        self._lock = threading.Lock()  # of the next four
+        self._left = {shard.name: len(shard.tensors) for shard in shards}
+        self._pending: list[dict[str, PendingTransfer[list[int]]]] = []
+        self._digests: dict[str, Future[str]] = {}
         self._flushes: list[Future[None]] = []
         self._files: dict[str, int] = {}
         try:
@@ -111,10 +114,10 @@ class ShardWriter:
                 continue
             os.ftruncate(handle, 0)
             os.ftruncate(handle, shard.bytes)
-            _write_at(handle, memoryview(shard.header), 0)
+            write_fully(handle, 0, shard.header)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Begin to write a tensor; a shape or dtype other than the planned one is a defect of ours."""
+        """Begin to write a tensor; AssertionError for a shape or dtype other than the planned one."""
         import torch
 
         planned = self._missing.pop(name)
@@ -122,34 +125,41 @@ class ShardWriter:
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {got}")
         shard = self._shard_of[name]
-        self._under_way[name] = self._transfer.write(self._files[shard.name], shard.offsets[name], tensor)
+        self._started[name] = self._transfer.write(self._files[shard.name], shard.offsets[name], tensor)
 
     def copy(self, checkpoint: Checkpoint, name: str) -> None:
-        """Begin to copy a tensor from the source as it is."""
+        """Begin to copy a tensor from the source as it is; AssertionError where it is not as planned."""
         planned, found = self._missing.pop(name), checkpoint.tensors[name]
         if (planned.dtype, planned.shape) != (found.dtype, found.shape):
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {found.dtype} {found.shape}")
         shard = self._shard_of[name]
-        self._under_way[name] = self._transfer.copy(checkpoint, name, self._files[shard.name], shard.offsets[name])
+        self._started[name] = self._transfer.copy(checkpoint, name, self._files[shard.name], shard.offsets[name])
 
-    def begun(self) -> Callable[[], dict[str, list[int]]]:
-        """What has begun since the last call: the result waits until it is in the files, and gives all CRC-32s."""
-        moving, self._under_way = self._under_way, {}
+    def pending_writes(self) -> Callable[[], dict[str, list[int]]]:
+        """The writes started since the last call, as a function that waits until the files hold them.
 
-        def settle() -> dict[str, list[int]]:
-            found = {name: one.result() for name, one in moving.items()}
-            self._begun.remove(moving)
-            self._settled(found)
-            if all(flush.done() for flush in self._flushes):
-                for flush in self._flushes:
-                    flush.result()  # the disk tells of an error once
-                # the disk's work begins while there is other work; nobody waits for it before the end
-                files = {self._shard_of[name].name for name in found}
-                self._flushes = [self._flusher.submit(os.fdatasync, self._files[name]) for name in files]
+        It returns the CRC-32s of each tensor's pieces, and may be called in another thread.
+        """
+        writes, self._started = self._started, {}
+        with self._lock:
+            self._pending.append(writes)
+
+        def wait() -> dict[str, list[int]]:
+            found = {name: write.result() for name, write in writes.items()}
+            with self._lock:
+                self._pending.remove(writes)
+                self._count(found)
+                self._start_flush({self._shard_of[name].name for name in found})
             return found
 
-        self._begun.append(moving)
-        return settle
+        return wait
+
+    def _start_flush(self, files: set[str]) -> None:
+        """Have the disk begin with these files, unless it is still busy; nothing waits for it before the end."""
+        if all(flush.done() for flush in self._flushes):
+            for flush in self._flushes:
+                flush.result()  # the system reports an error of the disk once
+            self._flushes = [self._flusher.submit(os.fdatasync, self._files[name]) for name in files]
 
     def holds(self, written: Mapping[str, Sequence[int]]) -> bool:
         """Whether the files have these tensors (name -> CRC-32s), written by an earlier run."""
@@ -160,13 +170,15 @@ class ShardWriter:
         return crc_of(self._files[shard.name], shard.offsets[name], self._missing[name].bytes)
 
     def accept(self, names: Iterable[str]) -> None:
-        """Tensors that an earlier run wrote are missing no more."""
+        """Count tensors that an earlier run wrote as written."""
         names = list(names)
         for name in names:
             del self._missing[name]
-        self._settled(names)
+        with self._lock:
+            self._count(names)
 
-    def _settled(self, names: Iterable[str]) -> None:
+    def _count(self, names: Iterable[str]) -> None:
+        """Count tensors as written; a shard that is whole is digested. The caller holds the lock."""
         for name in names:
             shard = self._shard_of[name].name
             self._left[shard] -= 1
@@ -174,11 +186,12 @@ class ShardWriter:
                 self._digests[shard] = self._digester.submit(_digest, self._directory / shard)
 
     def finish(self) -> dict[str, str]:
-        """Close every shard; SHA-256 by file name. A tensor never written is a defect of ours."""
-        if self._missing or self._under_way:
+        """Close every shard; SHA-256 by file name. AssertionError for a planned tensor that was not written."""
+        if self._missing or self._started or self._pending:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
-        for name in self._shards.keys() - self._digests.keys():  # without tensors
-            self._digests[name] = self._digester.submit(_digest, self._directory / name)
+        with self._lock:
+            for name in self._shards.keys() - self._digests.keys():  # without tensors
+                self._digests[name] = self._digester.submit(_digest, self._directory / name)
         found = {name: self._digests[name].result() for name in self._shards}
         for flush in self._flushes:
             flush.result()
@@ -192,11 +205,13 @@ class ShardWriter:
         self.close()
 
     def close(self) -> None:
-        """Close the shard files as they are, once what is under way has ended."""
-        for moving in (*self._begun, self._under_way):
-            for one in moving.values():
-                one.cancel()
-        self._under_way.clear()
+        """Close the shard files as they are, once the writes that have started have ended."""
+        with self._lock:
+            pending = [*self._pending, self._started]
+        for writes in pending:
+            for write in writes.values():
+                write.cancel()
+        self._started.clear()
         for pool in (self._digester, self._flusher):
             pool.shutdown(wait=True, cancel_futures=True)
         for handle in self._files.values():
@@ -211,12 +226,6 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def _write_at(handle: int, data: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += os.pwrite(handle, data[done:], offset + done)
-
-
 def file_digests(directory: Path, names: Sequence[str]) -> dict[str, str]:
     """SHA-256 of files, hexadecimal, by name."""
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -224,8 +233,9 @@ def file_digests(directory: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def crc_of(handle: int, offset: int, size: int) -> list[int]:
-    """The CRC-32 of each piece of a tensor that is in an open file."""
-    return [zlib.crc32(os.pread(handle, min(PIECE, size - start), offset + start)) for start in range(0, size, PIECE)]
+    """The CRC-32 of each piece of a tensor in an open file; of fewer bytes where the file ends before."""
+    pieces = ((offset + start, min(PIECE_BYTES, size - start)) for start in range(0, size, PIECE_BYTES))
+    return [zlib.crc32(os.pread(handle, length, start)) for start, length in pieces]
 
 
 def _digest(file: Path) -> str:

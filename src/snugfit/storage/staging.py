@@ -1,4 +1,4 @@
-"""A directory in the making: OUT.partial, its lock, what is left to resume, and the rename that ends it."""
+"""An output directory while it is written: OUT.partial, its lock, an unfinished run in it, and the final rename."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pathlib import Path
 from snugfit.errors import Unfinished, UserError
 
 LOCK_NAME = ".snugfit-lock"
-WORK_NAME = ".snugfit-work"  # what a run needs to go on, gone when it ends
+WORK_NAME = ".snugfit-work"  # files that a run needs to resume; removed when it ends
 
 
 @contextlib.contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A directory TARGET.partial to write into, renamed to TARGET at the end; removed where anything goes wrong.
 
-    What a killed run left there is removed first. UserError where TARGET exists or another run is writing it.
+    Remains of a killed run are removed first. UserError where TARGET exists or another run is writing it.
     """
     with _locked(target) as partial:
         try:
@@ -34,15 +34,18 @@ def staged(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def resumable(target: Path, *, restart: bool = False) -> Iterator[tuple[Path, Path]]:
-    """TARGET.partial and a folder in it for what a run needs to go on; as `staged`, but it stays where a run stops.
+    """TARGET.partial and a folder in it for what a run needs to resume; as `staged`, but both stay where a run stops.
 
-    Bad input, a UserError that is no Unfinished, removes it, and so does whatever stops a run that has finished no
-    unit. `restart` removes first what an earlier run left. UserError where TARGET exists or another run is writing it.
+    They are removed by bad input (a UserError that is not Unfinished), by whatever stops a run before its first unit
+    is finished, and by `restart`, which removes an earlier run first. UserError where TARGET exists, where another run
+    is writing it, and where an earlier run's files hold a link.
     """
     with _locked(target) as partial:
         work = partial / WORK_NAME
-        if restart or not work.is_dir() or not any(work.iterdir()) or _has_links(partial):
+        if restart or not work.is_dir() or not any(work.iterdir()):
             _clear(partial)
+        else:
+            _check_no_links(partial)
         work.mkdir(exist_ok=True)
         try:
             yield partial, work
@@ -56,32 +59,39 @@ def resumable(target: Path, *, restart: bool = False) -> Iterator[tuple[Path, Pa
 
 @contextlib.contextmanager
 def _locked(target: Path) -> Iterator[Path]:
-    """TARGET.partial, made if need be, for this process alone."""
+    """TARGET.partial, created where it is missing, locked for this process alone."""
     partial = _partial_of(target)
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror}).", where=str(partial), remedy="Choose another."
-        ) from None
+        raise _not_writable(partial, f"cannot be written ({error.strerror}).") from None
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError("another run is writing this.", where=str(partial), remedy="Wait for it.") from None
+        _lock(lock, partial)
         yield partial
     finally:
         os.close(lock)
 
 
+def _lock(file: int, partial: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        what = "another run is writing this."
+        raise UserError(what, code="output-busy", where=str(partial), remedy="Wait for it to end.") from None
+
+
+def _not_writable(folder: Path, what: str, remedy: str = "Choose another `output_dir`.") -> UserError:
+    return UserError(what, code="output-not-writable", where=str(folder), remedy=remedy)
+
+
 def units_done(partial: Path) -> int:
-    """Units that the run whose directory this is has finished; 0 where there is none."""
+    """Units that the unfinished run in this directory has finished; 0 where there is no run."""
     return len(list((partial / WORK_NAME).glob(unit_name("*"))))
 
 
 def unit_name(number: int | str) -> str:
-    """The file in a run's work folder that says a unit is finished."""
+    """The file in a run's work folder that marks a unit as finished."""
     return f"unit-{number:05d}.json" if isinstance(number, int) else f"unit-{number}.json"
 
 
@@ -93,62 +103,61 @@ def _finish(partial: Path, target: Path) -> None:
 
 
 def _tidy(target: Path) -> None:
-    """Take away what a finished run needs no more; the lock last, which tells that there is something to take."""
+    """Remove files that a finished run no longer needs; the lock last, which marks that there are some."""
     shutil.rmtree(target / WORK_NAME, ignore_errors=True)
     (target / LOCK_NAME).unlink(missing_ok=True)
 
 
 def check_stageable(target: Path) -> None:
-    """UserError where `staged` would refuse TARGET or could not write it; nothing is made."""
+    """UserError where `staged` would refuse TARGET or could not write it; nothing is created."""
     partial = _partial_of(target)
-    check_folder(partial, remedy="Choose another.")
+    check_folder(partial)
     if not (partial / LOCK_NAME).is_file():
         return
     lock = os.open(partial / LOCK_NAME, os.O_RDWR)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError("another run is writing this.", where=str(partial), remedy="Wait for it.") from None
+        _lock(lock, partial)
     finally:
         os.close(lock)
 
 
-def check_folder(folder: Path, *, remedy: str) -> None:
-    """UserError where files could not be made in `folder`, or the folder itself; nothing is left behind."""
+def check_folder(folder: Path, *, remedy: str = "Choose another `output_dir`.") -> None:
+    """UserError where files could not be created in `folder`, or the folder itself; nothing is left behind."""
     place = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        what = f"cannot be written ({place}: {error.strerror})."
-        raise UserError(what, where=str(folder), remedy=remedy) from None
+        raise _not_writable(folder, f"cannot be written ({place}: {error.strerror}).", remedy) from None
 
 
 def _partial_of(target: Path) -> Path:
-    """TARGET.partial; UserError where TARGET exists, or something that no run of ours made is in the way."""
+    """TARGET.partial; UserError where TARGET exists, or where TARGET.partial exists and snugfit did not create it."""
     check_target(target)
     partial = target.with_name(target.name + ".partial")
-    ours = not partial.is_symlink() and (partial / LOCK_NAME).is_file()
-    if not ours and (partial.is_symlink() or partial.exists()) and not _is_empty(partial):
-        raise UserError("is in the way, and no run of ours made it.", where=str(partial), remedy="Move it away.")
+    is_run = not partial.is_symlink() and (partial / LOCK_NAME).is_file()
+    if not is_run and (partial.is_symlink() or partial.exists()) and not _is_empty(partial):
+        what = "exists and was not created by snugfit."
+        raise UserError(what, code="output-exists", where=str(partial), remedy="Move or delete it.")
     return partial
 
 
 def check_target(target: Path) -> None:
-    """UserError where the output exists already; what a run that was killed at its very end left in it goes."""
+    """UserError where the output exists already; the lock of a run that was killed at its very end is removed."""
     if (target / LOCK_NAME).is_file():
         _tidy(target)
     if target.exists() or target.is_symlink():
-        raise UserError("the output exists already.", where=str(target), remedy="Remove it or choose another -o.")
+        remedy = "Remove it or choose another `output_dir`."
+        raise UserError("the output exists already.", code="output-exists", where=str(target), remedy=remedy)
 
 
 def occupied_bytes(directory: Path) -> int:
-    """What the files below a directory take of the disk; 0 where there is none."""
+    """Bytes of the disk that the files below a directory occupy; 0 where it does not exist."""
     return sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file())
 
 
 def _flush(directory: Path) -> None:
-    """Have the disk hold every file and name below `directory`, so that a power cut after the rename loses nothing."""
+    """Write every file and name below `directory` to the disk: a power cut after the rename then loses nothing."""
     for path in (directory, *directory.rglob("*")):
         _sync(path)
 
@@ -161,9 +170,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _has_links(directory: Path) -> bool:
-    """Whether anything in it is a link, which no run of ours makes, and which would be written through."""
-    return any(path.is_symlink() for path in directory.rglob("*"))
+def _check_no_links(partial: Path) -> None:
+    """UserError where an unfinished run holds a link: no run creates one, and it would be written through."""
+    for path in partial.rglob("*"):
+        if path.is_symlink():
+            what = "a link in an unfinished run, which snugfit does not create."
+            remedy = "Remove the link, or pass `restart` to remove the whole run."
+            raise UserError(what, code="run-damaged", where=str(path), remedy=remedy)
 
 
 def _is_empty(directory: Path) -> bool:

@@ -1,12 +1,10 @@
-"""Tensors between files and a device, in pieces and in threads: what is under way in memory is a few pieces.
+"""Tensors between files and a device, in pieces and in threads: only a few pieces are in memory at once.
 
-Reading the next weights and writing the last ones go on while the device computes.
+The next weights are read and the last ones are written while the device computes.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 import zlib
 from collections.abc import Callable
@@ -18,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from snugfit.errors import UserError
+from snugfit.errors import Unfinished, UserError
 from snugfit.storage.checkpoint import Checkpoint, piece_of, read_range
-from snugfit.storage.files import PIECE
+from snugfit.storage.files import PIECE_BYTES, read_fully, write_fully
 from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
-COPIERS = {"cpu": 1, "cuda": 3}  # for what goes from file to file
-# bits that are all set in numbers that are not finite
+COPIERS = {"cpu": 1, "cuda": 3}  # for copies from file to file
+# the bits of the exponent, which are all set in numbers that are not finite
 _EXPONENTS = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
@@ -33,112 +31,117 @@ _EXPONENTS = {
     "F64": (np.uint64, 0x7FF0000000000000),
 }
 
-E4M3_NAN = 0x7F  # without its sign
+E4M3_NAN = 0x7F  # without the sign
 
 Result = TypeVar("Result")
 
 
 @dataclass
-class Moving(Generic[Result]):
-    """Something under way: `result` waits for all its pieces."""
+class PendingTransfer(Generic[Result]):
+    """A read or write whose pieces are queued or running; `result` waits for all of them."""
 
     pieces: list[Future[int]]
     finish: Callable[[list[int]], Result]
 
     def result(self) -> Result:
-        """What it came to; raises what went wrong."""
+        """The tensor, or the CRC-32 of each piece; raises the first error of a piece."""
         return self.finish([piece.result() for piece in self.pieces])
 
     def done(self) -> bool:
-        """Whether nothing is left to wait for."""
+        """Whether all pieces have ended."""
         return all(piece.done() for piece in self.pieces)
 
     def cancel(self) -> None:
-        """Give up what has not begun, and wait for the rest."""
+        """Cancel the pieces that have not started, and wait for the others."""
         for piece in self.pieces:
             if not piece.cancel():
                 piece.exception()
 
 
 class Transfer:
-    """Threads that move tensors; each has a buffer of one piece, page-locked beside a GPU, and a stream of its own."""
+    """Threads that read and write tensors.
+
+    For a GPU each thread has a stream of its own and a buffer of one piece in page-locked memory.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # apart, so that the weights that are waited for do not queue behind what is only to be written
+        # separate pools: a read that the run waits for must not queue behind writes
         self._readers = ThreadPoolExecutor(WORKERS[device.type])
         self._writers = ThreadPoolExecutor(WORKERS[device.type])
         self._copiers = ThreadPoolExecutor(COPIERS[device.type])
-        self._own = threading.local()
+        self._local = threading.local()
 
-    def read(self, checkpoint: Checkpoint, name: str, expert: int | None = None) -> Moving[Tensor]:
-        """Begin to read a tensor to the device, or (of one with all experts) the part that is the given expert's."""
+    def read(self, checkpoint: Checkpoint, name: str, expert: int | None = None) -> PendingTransfer[Tensor]:
+        """Begin to read a tensor to the device; with `expert`, that expert's part of a tensor of all experts."""
         info = checkpoint.tensors[name]
         part, first = piece_of(info, expert)
         return self._read(
             part.shape, dtype_of(part), lambda start, view: read_range(checkpoint, info, first + start, view)
         )
 
-    def read_file(self, handle: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Moving[Tensor]:
+    def read_file(
+        self, handle: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> PendingTransfer[Tensor]:
         """Begin to read a tensor from an open file to the device."""
-        return self._read(shape, dtype, lambda start, view: _load(handle, view, offset + start))
+        return self._read(shape, dtype, lambda start, view: _read_run_file(handle, offset + start, view))
 
     def _read(
         self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[int, memoryview], None]
-    ) -> Moving[Tensor]:
+    ) -> PendingTransfer[Tensor]:
         target = torch.empty(shape, dtype=dtype, device=self.device)
         flat = _bytes_of(target)
-        ready = _mark(self.device)
+        ready = _record_event(self.device)
 
         def piece(start: int, size: int) -> int:
             if not flat.is_cuda:
                 fill(start, _raw(flat[start : start + size]))
                 return 0
-            buffer, stream = self._tools()
+            buffer, stream = self._thread_buffers()
             fill(start, _raw(buffer[:size]))
-            # the memory may be in use until `ready`
-            _on(stream, ready, lambda: flat[start : start + size].copy_(buffer[:size], non_blocking=True))
+            # until `ready` earlier work may still use the memory
+            _run_on_stream(stream, ready, lambda: flat[start : start + size].copy_(buffer[:size], non_blocking=True))
             return 0
 
-        return Moving(_pieces(self._readers, flat.numel(), piece), lambda _: target)
+        return PendingTransfer(_pieces(self._readers, flat.numel(), piece), lambda _: target)
 
-    def write(self, handle: int, offset: int, tensor: Tensor) -> Moving[list[int]]:
+    def write(self, handle: int, offset: int, tensor: Tensor) -> PendingTransfer[list[int]]:
         """Begin to write a tensor to an open file; the result is the CRC-32 of each piece."""
         flat = _bytes_of(tensor.detach())
-        ready = _mark(tensor.device)
+        ready = _record_event(tensor.device)
 
         def piece(start: int, size: int) -> int:
             if not flat.is_cuda:
-                return _store(handle, _raw(flat[start : start + size]), offset + start)
-            buffer, stream = self._tools()
-            _on(stream, ready, lambda: buffer[:size].copy_(flat[start : start + size], non_blocking=True))
-            return _store(handle, _raw(buffer[:size]), offset + start)
+                return _write_run_file(handle, offset + start, _raw(flat[start : start + size]))
+            buffer, stream = self._thread_buffers()
+            _run_on_stream(stream, ready, lambda: buffer[:size].copy_(flat[start : start + size], non_blocking=True))
+            return _write_run_file(handle, offset + start, _raw(buffer[:size]))
 
-        return Moving(_pieces(self._writers, flat.numel(), piece), list)
+        return PendingTransfer(_pieces(self._writers, flat.numel(), piece), list)
 
-    def copy(self, checkpoint: Checkpoint, name: str, handle: int, offset: int) -> Moving[list[int]]:
+    def copy(self, checkpoint: Checkpoint, name: str, handle: int, offset: int) -> PendingTransfer[list[int]]:
         """Begin to copy a tensor from file to file; UserError where it holds NaN or infinite values."""
         info = checkpoint.tensors[name]
 
         def piece(start: int, size: int) -> int:
-            buffer, _ = self._tools()
+            buffer, _ = self._thread_buffers()
             raw = _raw(buffer[:size])
             read_range(checkpoint, info, start, raw)
             _check_finite(checkpoint, info, raw)
-            return _store(handle, raw, offset + start)
+            return _write_run_file(handle, offset + start, raw)
 
-        return Moving(_pieces(self._copiers, info.bytes, piece), list)
+        return PendingTransfer(_pieces(self._copiers, info.bytes, piece), list)
 
-    def _tools(self) -> tuple[Tensor, torch.cuda.Stream | None]:
-        """This thread's buffer, and its stream where there is a GPU."""
-        if not hasattr(self._own, "buffer"):
+    def _thread_buffers(self) -> tuple[Tensor, torch.cuda.Stream | None]:
+        """This thread's buffer of one piece, and its stream (None on the CPU)."""
+        if not hasattr(self._local, "buffer"):
             cuda = self.device.type == "cuda"
-            self._own.buffer = torch.empty(PIECE, dtype=torch.uint8, pin_memory=cuda)
-            self._own.stream = torch.cuda.Stream(self.device) if cuda else None
-        return self._own.buffer, self._own.stream
+            self._local.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=cuda)
+            self._local.stream = torch.cuda.Stream(self.device) if cuda else None
+        return self._local.buffer, self._local.stream
 
     def close(self) -> None:
-        """Give up what has not begun, and wait for the rest."""
+        """Cancel work that has not started, and wait for the rest."""
         for pool in (self._readers, self._writers, self._copiers):
             pool.shutdown(wait=True, cancel_futures=True)
 
@@ -150,7 +153,8 @@ class Transfer:
 
 
 def _pieces(pool: ThreadPoolExecutor, size: int, work: Callable[[int, int], int]) -> list[Future[int]]:
-    return [pool.submit(work, start, min(PIECE, size - start)) for start in range(0, size, PIECE)]
+    starts = range(0, size, PIECE_BYTES)
+    return [pool.submit(work, start, min(PIECE_BYTES, size - start)) for start in starts]
 
 
 def check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
@@ -182,12 +186,13 @@ def _damaged(checkpoint: Checkpoint, info: StoredTensor, what: str) -> UserError
     return UserError(
         f"{what} among {info.elements}.",
         where=f"{checkpoint.path / info.file}: {info.name}",
+        code="tensor-not-finite",
         remedy="The source is damaged: download this file again.",
     )
 
 
-def _mark(device: torch.device) -> torch.cuda.Event | None:
-    """A mark in the device's current work; None on the CPU."""
+def _record_event(device: torch.device) -> torch.cuda.Event | None:
+    """An event behind the work that the device's current stream has now; None on the CPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
@@ -195,8 +200,10 @@ def _mark(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def _on(stream: torch.cuda.Stream | None, ready: torch.cuda.Event | None, work: Callable[[], object]) -> None:
-    """Do `work` on a stream once `ready` has come, and wait for it."""
+def _run_on_stream(
+    stream: torch.cuda.Stream | None, ready: torch.cuda.Event | None, work: Callable[[], object]
+) -> None:
+    """Do `work` on a stream after the event `ready`, and wait for it."""
     assert stream is not None
     assert ready is not None
     with torch.cuda.stream(stream):
@@ -210,21 +217,23 @@ def _raw(data: Tensor) -> memoryview:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """A flat view of a contiguous tensor's bytes, or of a copy's; on the CPU where there are none."""
+    """A flat view of the bytes of a contiguous tensor, of a copy for another; an empty tensor is on the CPU."""
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
-def _load(handle: int, view: memoryview, offset: int) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(handle, [view[done:]], offset + done)
-        if not count:
-            raise OSError(errno.EIO, "a file of this run ended early")
-        done += count
+def _read_run_file(handle: int, offset: int, view: memoryview) -> None:
+    """Read bytes that this run, or the one that it resumes, has written."""
+    try:
+        read_fully(handle, offset, view)
+    except EOFError:
+        raise Unfinished(
+            "a file that this run has written ended early.",
+            code="run-damaged",
+            remedy="Run it again to resume: it checks what the disk holds.",
+        ) from None
 
 
-def _store(handle: int, raw: memoryview, offset: int) -> int:
-    done = 0
-    while done < len(raw):
-        done += os.pwrite(handle, raw[done:], offset + done)
+def _write_run_file(handle: int, offset: int, raw: memoryview) -> int:
+    """Write bytes; their CRC-32."""
+    write_fully(handle, offset, raw)
     return zlib.crc32(raw)
