@@ -131,15 +131,26 @@ def test_a_value_that_cannot_be_is_shown_as_every_error(value: str) -> None:
     assert len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("left", ["", "OUT.partial keeps 3 layers"])
-def test_a_stopped_run_says_what_it_keeps(left: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_run_says_what_it_keeps(capsys: pytest.CaptureFixture[str]) -> None:
     """After an error of the system or Ctrl-C the message names what the same command resumes from."""
-    with pytest.raises(UserError) as caught, keeping(lambda: left):
+    kept = "OUT.partial keeps 3 layers"
+    with pytest.raises(UserError) as caught, keeping(lambda: kept):
         raise OSError(errno.EIO, "broken")
-    assert (left in str(caught.value)) == bool(left)
-    with pytest.raises(KeyboardInterrupt if not left else typer.Exit), keeping(lambda: left):
+    assert (caught.value.code, kept in caught.value.remedy) == ("system-error", True)
+    with pytest.raises(typer.Exit) as stopped, keeping(lambda: kept):
         raise KeyboardInterrupt
-    assert left in capsys.readouterr().err
+    assert stopped.value.exit_code == 130
+    assert kept in capsys.readouterr().err
+
+
+def test_a_run_that_kept_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """Before the first layer is done there is nothing to resume from."""
+    with pytest.raises(UserError) as caught, keeping(lambda: ""):
+        raise OSError(errno.EIO, "broken")
+    assert "resume" not in caught.value.remedy
+    with pytest.raises(KeyboardInterrupt), keeping(lambda: ""):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("output", [None, Path("OUT")])

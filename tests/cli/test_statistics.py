@@ -49,7 +49,7 @@ def parts(model: Path, folder: Path) -> list[Path]:
 
 
 def text(folder: Path, number: int) -> list[object]:
-    return ["--text", folder / f"rows-{number}.jsonl", "--device", "cpu"]
+    return ["--dataset", folder / f"rows-{number}.jsonl", "--device", "cpu"]
 
 
 def invoke(*arguments: object) -> Any:
@@ -85,7 +85,9 @@ def test_collect_writes_statistics_and_tables(model: Path, folder: Path, tmp_pat
 
 def test_collect_prints_the_file_as_json(mixture: Path, folder: Path, tmp_path: Path) -> None:
     """--json prints on stdout the document that is in the directory, and nothing else."""
-    result = invoke("collect", mixture, "-o", tmp_path / "out", *text(folder, 0), "--json", "--experts", "routed")
+    result = invoke(
+        "collect", mixture, "-o", tmp_path / "out", *text(folder, 0), "--json", "--no-moe-calibrate-all-experts"
+    )
     assert result.exit_code == 0, result.stderr
     assert result.stdout == (tmp_path / "out" / STATISTICS_FILE).read_text(encoding="utf-8")
     document = json.loads(result.stdout)
@@ -95,7 +97,7 @@ def test_collect_prints_the_file_as_json(mixture: Path, folder: Path, tmp_path: 
 
 def test_collect_of_a_mixture_tells_what_experts_saw(mixture: Path, folder: Path, tmp_path: Path) -> None:
     """A mixture has a table of its experts besides; options bound rows and forced tokens."""
-    options = "--rows", 1, "--length", 20, "--forced-tokens", 5, "--tokens-per-batch", 16
+    options = "--num-samples", 1, "--max-seq-length", 20, "--max-forced-tokens", 5, "--tokens-per-batch", 16
     result = invoke("collect", mixture, "-o", tmp_path / "out", *text(folder, 0), *options)
     assert result.exit_code == 0, result.stderr
     assert "What experts saw" in result.stdout
@@ -111,7 +113,7 @@ def test_collect_of_a_mixture_tells_what_experts_saw(mixture: Path, folder: Path
         (["--forced-tokens", "-1"], "--forced-tokens"),
         (["--tokens-per-batch", "0"], "--tokens-per-batch"),
         (["--device", "tpu"], "tpu"),
-        (["--text", "no-such-rows.jsonl"], "no-such-rows.jsonl"),
+        (["--dataset", "no-such-rows.jsonl"], "no-such-rows.jsonl"),
     ],
 )
 def test_collect_refuses_options(options: list[str], words: str, model: Path, folder: Path, tmp_path: Path) -> None:

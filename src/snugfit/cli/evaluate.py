@@ -79,6 +79,7 @@ def evaluate(
 
     Perplexity and KL by context length, with standard errors and a noise floor.
     """
+    lengths = parse_token_list(contexts, where="contexts")
     served = _server_options(server, server_model, top_logprobs, server_log, output_dir)
     journal = None if served is None else served.journal
     with keeping(lambda: f"{journal} keeps the server's answers" if journal and journal.exists() else ""):
@@ -92,7 +93,7 @@ def evaluate(
             models or [],
             reference=reference,
             dataset=dataset or (),
-            contexts=parse_token_list(contexts, where="contexts"),
+            contexts=lengths,
             max_chunks=max_chunks,
             max_tokens=max_tokens,
             activations=activations,
@@ -126,21 +127,21 @@ def evaluate(
 def _server_options(
     url: str | None, model: str | None, top_logprobs: str | None, log: Path | None, output_dir: Path | None
 ) -> ServerOptions | None:
-    from snugfit.evaluation.served import DEFAULT_TOP_LOGPROBS, ServerOptions
-    from snugfit.serving.answers import FULL
-
     if url is None:
         for name, value in (("server_model", model), ("top_logprobs", top_logprobs), ("server_log", log)):
             if value is not None:
                 raise UserError("has no effect without `server`.", code="option-conflict", where=name)
         return None
     if output_dir is None:
-        what = "the answers of a server are stored beside the output directory, and none is given."
+        what = "the answers of a server are kept beside the output directory, and none is given."
         raise UserError(what, code="option-missing", where="output_dir", remedy="Name a new directory.")
-    top = DEFAULT_TOP_LOGPROBS if top_logprobs is None else FULL if top_logprobs == "all" else top_logprobs
-    if isinstance(top, str):
-        if not (top.isascii() and top.isdecimal() and int(top) > 0):
-            raise UserError(f"must be a number >= 1 or all, got {top!r}.", code="option-invalid", where="top_logprobs")
-        top = int(top)
+    number = None if top_logprobs in (None, "all") else top_logprobs
+    if number is not None and not (number.isascii() and number.isdecimal() and int(number) > 0):
+        raise UserError(f"must be a number >= 1 or all, got {number!r}.", code="option-invalid", where="top_logprobs")
+    from snugfit.evaluation.served import DEFAULT_TOP_LOGPROBS, ServerOptions
+    from snugfit.serving.answers import FULL
+
+    default = FULL if top_logprobs == "all" else DEFAULT_TOP_LOGPROBS
+    top = default if number is None else int(number)
     journal = output_dir.with_name(output_dir.name + ".journal")
     return ServerOptions(url, journal, model=model, top_logprobs=top, log=log)

@@ -103,8 +103,7 @@ def merge(
     found = merge_statistics([(str(file), load_statistics(file)) for file in files])
     save_statistics(found, output)
     with reporting(output):
-        samples = sum(one.rows for one in found.rows)
-        typer.echo(f"{plain(str(output))}: {len(files)} files, {samples} samples, {found.tokens:,} tokens")
+        typer.echo(f"{plain(str(output))}: {len(files)} files, {found.num_samples} samples, {found.tokens:,} tokens")
 
 
 def _print_statistics(found: Statistics, *, as_json: bool) -> None:
