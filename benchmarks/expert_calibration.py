@@ -38,7 +38,7 @@ from snugfit.model import emulate, experts
 from snugfit.model.experts import NoHooks
 from snugfit.quantization.quantize import quantize_checkpoint
 from snugfit.records.evaluation import ModelFigures
-from snugfit.records.statistics_file import Calibration, load_statistics
+from snugfit.records.statistics_file import ExpertCalibration, load_statistics
 from snugfit.storage.checkpoint import read_tensor
 
 LENGTH = 512
@@ -88,7 +88,7 @@ def main() -> None:
                 rows=math.ceil(rows) * len(chosen),
                 length=LENGTH,
                 device=options.device,
-                calibration=Calibration(mode, least_tokens=0),
+                calibration=ExpertCalibration(all_experts=mode == ALL, min_tokens_per_expert=0),
             )
             found[sample, mode] = {"path": target} | bare(target)
         for mode, source, suffix in ((OWN, ROUTED, ""), (APART, ROUTED, APART_SUFFIX), (ALL_APART, ALL, APART_SUFFIX)):

@@ -26,7 +26,7 @@ from snugfit.model.forward_pass import Batch
 from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
 from snugfit.recipes.recipe import parse_recipe
 from snugfit.records.statistics import ExpertStatistics, LayerStatistics
-from snugfit.records.statistics_file import STATISTICS_FILE, Calibration, load_statistics
+from snugfit.records.statistics_file import STATISTICS_FILE, ExpertCalibration, load_statistics
 
 # of several lengths: batches are padded
 LENGTHS = (70, 41, 3, 64, 30)
@@ -79,7 +79,7 @@ def run(source: Source, rows: Path, tmp_path_factory: pytest.TempPathFactory) ->
         if key not in made:
             out = tmp_path_factory.mktemp(kind) / "out"
             settings: dict[str, Any] = {"text": [rows], "device": "cpu", "tokens_per_batch": batch, "no_engine": True}
-            quantize_checkpoint(source(kind), out, ALONE, calibration=Calibration(**calibration), **settings)
+            quantize_checkpoint(source(kind), out, ALONE, calibration=ExpertCalibration(**calibration), **settings)
             made[key] = out
         return made[key]
 
@@ -202,7 +202,7 @@ def test_every_expert_sees_every_token_once(family: str, run: Run) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_modes_differ_in_what_is_forced_alone(family: str, run: Run) -> None:
     """Nothing forced changes what is routed, what comes to the next layer, or a byte but experts' input scales."""
-    everyone, routed = run(family), run(family, experts="routed", least_tokens=0)
+    everyone, routed = run(family), run(family, all_experts=False, min_tokens_per_expert=0)
     for one, other in zip(experts_in(everyone), experts_in(routed), strict=True):
         assert other.routed == one.routed
         assert other.gate_up_routed == one.gate_up_routed
@@ -221,7 +221,9 @@ def test_modes_differ_in_what_is_forced_alone(family: str, run: Run) -> None:
 def test_forced_tokens_are_no_more_than_asked(cap: int, run: Run) -> None:
     """No expert is forced more tokens than --forced-tokens, whatever the router sends it, and those are spread."""
     for capped, seen in zip(
-        experts_in(run("mixtral", forced_tokens=cap, least_tokens=0)), experts_in(run("mixtral")), strict=True
+        experts_in(run("mixtral", max_forced_tokens=cap, min_tokens_per_expert=0)),
+        experts_in(run("mixtral")),
+        strict=True,
     ):
         assert capped.routed == seen.routed
         assert max(capped.forced) <= cap
@@ -233,7 +235,9 @@ def test_forced_tokens_are_no_more_than_asked(cap: int, run: Run) -> None:
 def test_how_rows_are_batched_does_not_show(run: Run) -> None:
     """Which tokens are forced is counted over all rows: the same for large batches and for a row at a time."""
     for one, other in zip(
-        experts_in(run("mixtral", forced_tokens=20)), experts_in(run("mixtral", batch=1, forced_tokens=20)), strict=True
+        experts_in(run("mixtral", max_forced_tokens=20)),
+        experts_in(run("mixtral", batch=1, max_forced_tokens=20)),
+        strict=True,
     ):
         assert (one.routed, one.forced) == (other.routed, other.forced)
         assert one.down_forced == pytest.approx(other.down_forced, rel=1e-5)
@@ -326,7 +330,9 @@ def test_starved_experts_are_an_error(source: Source, rows: Path, tmp_path: Path
     out = tmp_path / "out"
     options: dict[str, Any] = {"text": [rows], "device": "cpu"}
     with pytest.raises(Unfinished, match="6 of 8 experts saw fewer than 32 tokens") as caught:
-        quantize_checkpoint(source("starved"), out, "nvfp4-moe", calibration=Calibration("routed"), **options)
+        quantize_checkpoint(
+            source("starved"), out, "nvfp4-moe", calibration=ExpertCalibration(all_experts=False), **options
+        )
     assert caught.value.where == "model.layers.0.block_sparse_moe.experts"
     assert "2 (0), 3 (0), 4 (0), 5 (0), 6 (0), 7 (0)" in caught.value.what
     assert "--experts all" in caught.value.remedy
@@ -334,7 +340,11 @@ def test_starved_experts_are_an_error(source: Source, rows: Path, tmp_path: Path
     assert not out.exists()
     # the same run goes on: which bytes are written does not depend on how many tokens are enough
     quantize_checkpoint(
-        source("starved"), out, "nvfp4-moe", calibration=Calibration("routed", least_tokens=0), **options
+        source("starved"),
+        out,
+        "nvfp4-moe",
+        calibration=ExpertCalibration(all_experts=False, min_tokens_per_expert=0),
+        **options,
     )
     for seen in experts_in(out):
         assert seen.routed == (TOKENS, TOKENS, 0, 0, 0, 0, 0, 0)
@@ -346,7 +356,7 @@ def test_starved_experts_are_an_error(source: Source, rows: Path, tmp_path: Path
 @pytest.mark.parametrize(("least", "named"), [(TOKENS, False), (TOKENS + 1, True)])
 def test_all_calibrates_starved_experts(least: int, named: bool, source: Source, rows: Path, tmp_path: Path) -> None:
     """Under `all` an expert that no token is routed to is calibrated on all, which is enough up to their number."""
-    out, settings = tmp_path / "out", Calibration(least_tokens=least)
+    out, settings = tmp_path / "out", ExpertCalibration(min_tokens_per_expert=least)
     options: dict[str, Any] = {"text": [rows], "device": "cpu", "calibration": settings}
     if named:
         with pytest.raises(Unfinished, match="8 of 8 experts saw fewer") as caught:
@@ -373,7 +383,7 @@ def test_experts_that_need_no_data(source: Source, rows: Path, tmp_path: Path) -
 def test_experts_without_input_scales_may_starve(fmt: str, source: Source, rows: Path, tmp_path: Path) -> None:
     """Where attention alone is calibrated, experts in a format without input scales may see nothing at all."""
     text = f"name: a\nrules:\n- {{role: experts, format: {fmt}}}\n- {{role: attention, format: nvfp4}}\n"
-    settings: dict[str, Any] = {"text": [rows], "device": "cpu", "calibration": Calibration("routed")}
+    settings: dict[str, Any] = {"text": [rows], "device": "cpu", "calibration": ExpertCalibration(all_experts=False)}
     quantize_checkpoint(source("starved"), tmp_path / "out", parse_recipe(text, where="a.yaml"), **settings)
 
 
@@ -393,7 +403,7 @@ def test_the_command_names_starved_experts(source: Source, rows: Path, tmp_path:
     assert passed.exit_code == 0, passed.stderr
     arguments = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))["arguments"]
     assert (arguments["experts"], arguments["least_tokens"]) == ("routed", 0)
-    assert load_statistics(out).experts == "routed"
+    assert not load_statistics(out).all_experts
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from snugfit.model.support import NoEngine
 from snugfit.quantization.plan import plan_quantization
 from snugfit.quantization.quantize import quantize_checkpoint
 from snugfit.records.quantize import QuantizeRecord
-from snugfit.records.statistics_file import Calibration
+from snugfit.records.statistics_file import ExpertCalibration
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "mixtral", "deepseek_v3")
@@ -128,7 +128,7 @@ def quantized(
 
 def run(source: Path, out: Path, recipe: str | Path, rows: Path, **more: Any) -> QuantizeRecord:
     """Quantize with experts that may see few of the rows."""
-    settings = Calibration(least_tokens=0)
+    settings = ExpertCalibration(min_tokens_per_expert=0)
     return quantize_checkpoint(source, out, str(recipe), text=[rows], device="cpu", calibration=settings, **more)
 
 
@@ -282,7 +282,9 @@ def test_experts_are_made_of_the_dequantized_weights(
     plain = dequantized_copy(wide(family), made.source, tmp_path / "plain")
     role = "mlp" if family == "llama" else "experts"
     # weights alone: what inputs an engine sees depends on the format of attention, which differs
-    nvfp4 = recipe_file(tmp_path, f"role: {role}, format: nvfp4a16, scale_rule: four-over-six", "role: linear, format: keep")
+    nvfp4 = recipe_file(
+        tmp_path, f"role: {role}, format: nvfp4a16, scale_rule: four-over-six", "role: linear, format: keep"
+    )
     quantize_checkpoint(plain, tmp_path / "nvfp4", str(nvfp4), device="cpu")
     written, expected = made.written, all_tensors(tmp_path / "nvfp4")
     parts = [n for n in expected if n.endswith((".weight_packed", ".weight_scale", ".weight_global_scale"))]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from conftest import MakeTiny
+from helpers.errors import raises
 from helpers.fp8_sources import as_fp8
 from helpers.tiny_families import all_tensors, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
@@ -33,7 +34,8 @@ from snugfit.records.statistics import (
 )
 from snugfit.records.statistics_file import (
     STATISTICS_FILE,
-    Calibration,
+    DatasetUsed,
+    ExpertCalibration,
     Statistics,
     load_statistics,
     merge_statistics,
@@ -41,7 +43,7 @@ from snugfit.records.statistics_file import (
 )
 
 ROWS, LENGTH = 4, 48
-WHOLE = Calibration(least_tokens=0)
+WHOLE = ExpertCalibration(min_tokens_per_expert=0)
 # what a bin's upper end is above its lower one at most
 BIN = 1 / 16
 Edit = Callable[[dict[str, Any]], object]
@@ -131,8 +133,8 @@ def no_walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     return forbid
 
 
-def refused(source: Path, recipe: str, statistics: Path, tmp_path: Path, **more: Any) -> str:
-    """The message of a run that must be refused and leave nothing behind."""
+def refused(source: Path, recipe: str, statistics: Path, tmp_path: Path, **more: Any) -> UserError:
+    """The error of a run that must be refused and leave nothing behind."""
     out = tmp_path / "refused"
     with pytest.raises(UserError) as caught:
         quantize(source, recipe, out, statistics=statistics, **more)
@@ -140,7 +142,7 @@ def refused(source: Path, recipe: str, statistics: Path, tmp_path: Path, **more:
     assert not out.with_name("refused.partial").exists()
     assert caught.value.where
     assert caught.value.remedy
-    return str(caught.value)
+    return caught.value
 
 
 def edited(file: Path, folder: Path, edit: Edit) -> Path:
@@ -195,11 +197,11 @@ def test_the_file_tells_what_was_measured(
     out = quantized("mixture")
     found = load_statistics(out)
     record = json.loads((out / "snugfit-record.json").read_text())
-    assert (found.model, found.recipe, found.experts) == (sources["mixture"][0].name, "nvfp4-moe", "all")
+    assert (found.model, found.recipe, found.all_experts) == (sources["mixture"][0].name, "nvfp4-moe", True)
     assert found.header_digest == record["source_header_digest"]
     assert found.recipe_digest == record["recipe_digest"]
-    (used,) = found.rows
-    assert (used.rows, used.tokens, used.digest) == (ROWS, ROWS * LENGTH, record["dataset"]["digest"])
+    (used,) = found.datasets
+    assert (used.num_samples, used.tokens, used.digest) == (ROWS, ROWS * LENGTH, record["dataset"]["digest"])
     assert list(found.layers) == [0, 1]
     amax = {entry["name"]: entry["input_amax"] for entry in record["tensors"]}
     for number, layer in found.layers.items():
@@ -227,7 +229,7 @@ def test_a_file_is_read_as_it_was_written(quantized: Callable[[str], Path]) -> N
 def test_a_recipe_without_data_asks_for_no_statistics(llama: Path, tmp_path: Path) -> None:
     """Where no scale is measured no statistics are written; a file that is named must be one all the same."""
     assert not (quantize(llama, "fp8-int4", tmp_path / "out") / STATISTICS_FILE).exists()
-    with pytest.raises(UserError, match="no such file"):
+    with raises("file-missing", tmp_path / "nothing.json"):
         quantize(llama, "fp8-int4", tmp_path / "other", statistics=tmp_path / "nothing.json")
 
 
@@ -248,36 +250,46 @@ def test_another_model_is_refused(
     """Statistics of a model of the same shapes with other weights, and of the same model in BF16, are not taken."""
     twin = make_tiny("llama", num_hidden_layers=2, seed=1)
     for statistics, source, recipe in (("dense", twin, "nvfp4"), ("mixture", fp8, "nvfp4-moe")):
-        assert "statistics of another model" in refused(source, recipe, quantized(statistics), tmp_path)
+        error = refused(source, recipe, quantized(statistics), tmp_path)
+        assert (error.code, error.where) == ("statistics-mismatch", str(quantized(statistics)))
 
 
 def test_other_rows_are_refused(
     llama: Path, rows: dict[str, Path], quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Rows that are named beside statistics of other rows are a contradiction."""
-    message = refused(llama, "nvfp4", quantized("dense"), tmp_path, text=[rows["other"]])
-    assert "statistics of other rows" in message
-    assert "--text" in message
+    error = refused(llama, "nvfp4", quantized("dense"), tmp_path, text=[rows["other"]])
+    assert error.code == "statistics-mismatch"
+    assert rows["all"].name in error.what
 
 
 def test_experts_fed_otherwise_are_refused(mixtral: Path, quantized: Callable[[str], Path], tmp_path: Path) -> None:
     """Statistics of experts that saw all tokens are not those of experts that saw what was routed to them."""
-    routed = Calibration(experts="routed", least_tokens=0)
-    assert "--experts all" in refused(mixtral, "nvfp4-moe", quantized("mixture"), tmp_path, calibration=routed)
+    routed = ExpertCalibration(all_experts=False, min_tokens_per_expert=0)
+    error = refused(mixtral, "nvfp4-moe", quantized("mixture"), tmp_path, calibration=routed)
+    assert error.code == "statistics-mismatch"
+    assert "`moe_calibrate_all_experts`" in error.remedy
 
 
 def test_a_dense_model_has_no_experts_to_differ(llama: Path, quantized: Callable[[str], Path], tmp_path: Path) -> None:
     """How experts are fed says nothing about a model that has none."""
-    quantize(llama, "nvfp4", tmp_path / "out", statistics=quantized("dense"), calibration=Calibration("routed"))
+    quantize(
+        llama,
+        "nvfp4",
+        tmp_path / "out",
+        statistics=quantized("dense"),
+        calibration=ExpertCalibration(all_experts=False),
+    )
 
 
 def test_experts_that_saw_little_are_refused(
     mixtral: Path, rows: dict[str, Path], collected: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Coverage is asked of statistics as of a walk."""
-    few = Calibration(least_tokens=ROWS * LENGTH + 1)
-    message = refused(mixtral, "nvfp4-moe", collected("mixture"), tmp_path, calibration=few)
-    assert f"saw fewer than {ROWS * LENGTH + 1} tokens" in message
+    few = ExpertCalibration(min_tokens_per_expert=ROWS * LENGTH + 1)
+    error = refused(mixtral, "nvfp4-moe", collected("mixture"), tmp_path, calibration=few)
+    assert error.code == "experts-uncovered"
+    assert str(ROWS * LENGTH + 1) in error.what
 
 
 BROKEN: dict[str, bytes] = {
@@ -297,13 +309,16 @@ def test_what_is_no_statistics_is_refused(kind: str, llama: Path, tmp_path: Path
     """Anything else in the file's place is refused with the file's name."""
     file = tmp_path / "file.json"
     file.write_bytes(BROKEN[kind])
-    assert str(file) in refused(llama, "nvfp4", file, tmp_path)
+    error = refused(llama, "nvfp4", file, tmp_path)
+    assert (error.code, error.where) == ("statistics-invalid", str(file))
 
 
 def test_a_missing_file_is_refused(llama: Path, tmp_path: Path) -> None:
     """Neither a name that leads nowhere nor a directory without statistics is taken."""
     for given in (tmp_path / "none.json", llama):
-        assert "no such file" in refused(llama, "nvfp4", given, tmp_path)
+        error = refused(llama, "nvfp4", given, tmp_path)
+        assert error.code == "file-missing"
+        assert error.where.startswith(str(given))
 
 
 def test_a_cut_file_is_refused_wherever_it_is_cut(quantized: Callable[[str], Path], tmp_path: Path) -> None:
@@ -312,48 +327,70 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(quantized: Callable[[str], Pat
     file = tmp_path / "cut.json"
     for end in range(0, len(content) - 2, max(1, len(content) // 40)):
         file.write_bytes(content[:end])
-        with pytest.raises(UserError, match=r"cut\.json"):
+        with raises("statistics-invalid", "cut.json"):
             load_statistics(file)
 
 
 INPUT, EXPERTS = "model.layers.1.self_attn.q_proj", "model.layers.1.block_sparse_moe.experts"
-EDITS: dict[str, tuple[str, Edit]] = {
-    "no layers": ("broken", lambda d: d.pop("layers")),
-    "no rows": ("broken", lambda d: d["rows"].clear()),
-    "rows of words": ("broken", lambda d: d["rows"].__setitem__(0, "rows")),
-    "no fingerprint": ("broken", lambda d: d.pop("fingerprint")),
-    "layers in a list": ("broken", lambda d: d.__setitem__("layers", [])),
-    "layers by name": ("broken", lambda d: d["layers"].__setitem__("first", d["layers"]["0"])),
-    "a layer of nothing": ("broken", lambda d: d["layers"].__setitem__("1", {})),
-    "no amax": ("broken", lambda d: d["layers"]["1"]["inputs"][INPUT].pop("amax")),
-    "amax of words": ("broken", lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("amax", "much")),
-    "histogram of words": ("broken", lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("histogram", {"a": 1})),
-    "tokens without end": ("broken", lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("tokens", 1e999)),
-    "experts of different numbers": ("broken", lambda d: d["layers"]["1"]["experts"][EXPERTS]["routed"].pop()),
-    "half a cache": ("broken", lambda d: d["layers"]["1"].__setitem__("cache", [1.0])),
-    "another fingerprint": ("another model", lambda d: d.__setitem__("fingerprint", "0" * 64)),
-    "another header": ("another model", lambda d: d.__setitem__("header_digest", "0" * 64)),
-    "a layer less": ("layer 1", lambda d: d["layers"].pop("1")),
-    "no experts": (EXPERTS, lambda d: d["layers"]["1"]["experts"].clear()),
+# kind -> code of the refusal, what it names, and the damage
+EDITS: dict[str, tuple[str, str, Edit]] = {
+    "no layers": ("statistics-invalid", "", lambda d: d.pop("layers")),
+    "no datasets": ("statistics-invalid", "datasets", lambda d: d["datasets"].clear()),
+    "datasets of words": ("statistics-invalid", "datasets.0", lambda d: d["datasets"].__setitem__(0, "rows")),
+    "no fingerprint": ("statistics-invalid", "", lambda d: d.pop("fingerprint")),
+    "layers in a list": ("statistics-invalid", "", lambda d: d.__setitem__("layers", [])),
+    "layers by name": ("statistics-invalid", "", lambda d: d["layers"].__setitem__("first", d["layers"]["0"])),
+    "a layer of nothing": ("statistics-invalid", "", lambda d: d["layers"].__setitem__("1", {})),
+    "no amax": ("statistics-invalid", "", lambda d: d["layers"]["1"]["inputs"][INPUT].pop("amax")),
+    "amax of words": (
+        "statistics-invalid",
+        "",
+        lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("amax", "much"),
+    ),
+    "histogram of words": (
+        "statistics-invalid",
+        "",
+        lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("histogram", {"a": 1}),
+    ),
+    "tokens without end": (
+        "statistics-invalid",
+        "",
+        lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("tokens", 1e999),
+    ),
+    "experts of different numbers": (
+        "statistics-invalid",
+        "",
+        lambda d: d["layers"]["1"]["experts"][EXPERTS]["routed"].pop(),
+    ),
+    "half a cache": ("statistics-invalid", "", lambda d: d["layers"]["1"].__setitem__("cache", [1.0])),
+    "another fingerprint": ("statistics-mismatch", "", lambda d: d.__setitem__("fingerprint", "0" * 64)),
+    "another header": ("statistics-mismatch", "", lambda d: d.__setitem__("header_digest", "0" * 64)),
+    "a layer less": ("statistics-invalid", "layer 1", lambda d: d["layers"].pop("1")),
+    "no experts": ("statistics-invalid", EXPERTS, lambda d: d["layers"]["1"]["experts"].clear()),
     "amax of nothing": (
+        "amax-invalid",
         EXPERTS,
         lambda d: d["layers"]["1"]["experts"][EXPERTS].update(down_routed=[0.0] * 4, down_forced=[0.0] * 4),
     ),
     "amax without end": (
-        "broken",
+        "statistics-invalid",
+        "",
         lambda d: d["layers"]["1"]["experts"][EXPERTS].__setitem__("gate_up_forced", [float("inf")] * 4),
     ),
     "amax of NaN": (
-        "broken",
+        "statistics-invalid",
+        "",
         lambda d: d["layers"]["1"]["experts"][EXPERTS].__setitem__("down_routed", [float("nan")] * 4),
     ),
-    "negative amax": ("broken", lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("amax", -1.0)),
+    "negative amax": ("statistics-invalid", "", lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("amax", -1.0)),
     "a bin that is none": (
-        "broken",
+        "statistics-invalid",
+        "",
         lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("histogram", {"4096": 1}),
     ),
     "a negative count": (
-        "broken",
+        "statistics-invalid",
+        "",
         lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("histogram", {"1000": -1}),
     ),
 }
@@ -364,18 +401,21 @@ def test_what_lacks_something_is_refused(
     kind: str, mixtral: Path, collected: Callable[..., Path], no_walk: Callable[[], None], tmp_path: Path
 ) -> None:
     """Statistics that lack a layer, a projection or a sound figure are refused with its name; nothing is written."""
-    words, edit = EDITS[kind]
+    code, named, edit = EDITS[kind]
     file = edited(collected("mixture"), tmp_path, edit)
     no_walk()
-    message = refused(mixtral, "nvfp4-moe", file, tmp_path)
-    assert words in message
+    error = refused(mixtral, "nvfp4-moe", file, tmp_path)
+    assert error.code == code
+    assert named in str(error)
 
 
 def test_a_missing_projection_is_refused(llama: Path, collected: Callable[..., Path], tmp_path: Path) -> None:
     """A linear whose inputs are not among the statistics is refused by name; a recipe that needs them not is not."""
     down = "model.layers.1.mlp.down_proj"
     file = edited(collected("dense"), tmp_path, lambda d: d["layers"]["1"]["inputs"].pop(down))
-    assert down in refused(llama, "nvfp4-fp8-hybrid", file, tmp_path)
+    error = refused(llama, "nvfp4-fp8-hybrid", file, tmp_path)
+    assert error.code == "statistics-invalid"
+    assert down in str(error)
     rules = "- {role: down, format: fp8-dynamic}\n- {role: linear, format: nvfp4}\n"
     (tmp_path / "recipe.yaml").write_text(f"name: mine\nrules:\n{rules}", encoding="utf-8")
     quantize(llama, str(tmp_path / "recipe.yaml"), tmp_path / "out", statistics=file)
@@ -388,8 +428,9 @@ def test_missing_keys_and_values_are_refused(
     quantize(llama, "nvfp4", tmp_path / "without", text=[rows["all"]])
     no_cache = edited(collected("dense"), tmp_path, lambda d: d["layers"]["1"].__setitem__("cache", None))
     for given, layer in ((tmp_path / "without", 0), (no_cache, 1)):
-        message = refused(llama, "nvfp4-fp8-hybrid-fp8kv", given, tmp_path)
-        assert f"keys and values of layer {layer}" in message
+        error = refused(llama, "nvfp4-fp8-hybrid-fp8kv", given, tmp_path)
+        assert error.code == "statistics-invalid"
+        assert f"layer {layer}" in str(error)
         quantize(llama, "nvfp4-fp8-hybrid", tmp_path / f"out-{layer}", statistics=given)
 
 
@@ -404,7 +445,9 @@ def test_what_is_lacking_is_found_before_any_layer_is_made(
 
     monkeypatch.setattr(snugfit.quantization.quantize, "run_units", refuse)
     file = edited(collected("dense"), tmp_path, lambda d: d["layers"].pop("1"))
-    assert "layer 1" in refused(llama, "nvfp4", file, tmp_path)
+    error = refused(llama, "nvfp4", file, tmp_path)
+    assert error.code == "statistics-invalid"
+    assert "layer 1" in str(error)
 
 
 # --- merged
@@ -421,7 +464,7 @@ def test_halves_merge_into_the_whole(name: str, collected: Callable[..., Path]) 
     halves = [(part, load_statistics(collected(name, part))) for part in ("first", "second")]
     merged = merge_statistics(halves)
     assert merged.tokens == whole.tokens == ROWS * LENGTH
-    assert [one.rows for one in merged.rows] == [2, 2]
+    assert [one.num_samples for one in merged.datasets] == [2, 2]
     assert merged.layers.keys() == whole.layers.keys()
     for number, layer in whole.layers.items():
         other = merged.layers[number]
@@ -466,22 +509,23 @@ def test_what_does_not_go_together_is_not_merged(
     narrower = replace(second, layers=dict(second.layers) | {1: replace(second.layers[1], inputs={})})
     blind = replace(second, layers=dict(second.layers) | {1: replace(second.layers[1], cache=None)})
     cases = {
-        "same rows": first,
-        "another model": load_statistics(collected("dense", "second")),
-        "another recipe digest": load_statistics(quantized("mixture")),
-        "another experts": replace(second, experts="routed"),
-        "another forced tokens": replace(second, forced_tokens=7),
-        "other layers": fewer,
-        "layer 1: they did not measure the same projections": narrower,
-        "layer 1: not all of them looked at keys and values": blind,
+        "same samples as a.json": first,
+        "header_digest": load_statistics(collected("dense", "second")),
+        "recipe_digest": load_statistics(quantized("mixture")),
+        "all_experts": replace(second, all_experts=False),
+        "max_forced_tokens": replace(second, max_forced_tokens=7),
+        "other layers than a.json": fewer,
+        "layer 1": narrower,
+        "layer 1: not all of them measured keys and values": blind,
     }
-    for words, other in cases.items():
-        with pytest.raises(UserError, match=words) as caught:
+    for named, other in cases.items():
+        with raises("statistics-mismatch", "b.json") as caught:
             merge_statistics([("a.json", first), ("b.json", other)])
-        assert caught.value.where == "b.json"
+        assert named in caught.value.what
     joined = merge_statistics([("a.json", first), ("b.json", second)])
-    with pytest.raises(UserError, match=r"same rows as ab\.json"):
+    with raises("statistics-mismatch", "b.json") as caught:
         merge_statistics([("ab.json", joined), ("b.json", second)])
+    assert "ab.json" in caught.value.what
 
 
 def test_statistics_are_saved_whole_or_not_at_all(
@@ -492,12 +536,12 @@ def test_statistics_are_saved_whole_or_not_at_all(
     target = tmp_path / "a.json"
     save_statistics(found, target)
     assert load_statistics(target) == found
-    with pytest.raises(UserError, match="exists already"):
+    with raises("output-exists", target):
         save_statistics(replace(found, model="other"), target)
     (tmp_path / "link.json").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="exists already"):
+    with raises("output-exists", "link.json"):
         save_statistics(found, tmp_path / "link.json")
-    with pytest.raises(UserError, match="cannot be written"):
+    with raises("output-not-writable", tmp_path / "no folder"):
         save_statistics(found, tmp_path / "no folder" / "a.json")
     before = sorted(tmp_path.iterdir())
 
@@ -507,7 +551,7 @@ def test_statistics_are_saved_whole_or_not_at_all(
     for method in ("rename", "write_text"):
         with monkeypatch.context() as patch:
             patch.setattr(Path, method, fail)
-            with pytest.raises(UserError, match="No space left"):
+            with raises("output-not-writable", tmp_path / "b.json"):
                 save_statistics(found, tmp_path / "b.json")
         assert sorted(tmp_path.iterdir()) == before
     assert load_statistics(target) == found
@@ -531,7 +575,11 @@ def test_collected_statistics_are_taken(
     found, own = load_statistics(folder), load_statistics(quantized(name))
     no_walk()
     assert (found.recipe, found.recipe_digest) == (None, None)
-    assert (found.header_digest, found.fingerprint, found.rows) == (own.header_digest, own.fingerprint, own.rows)
+    assert (found.header_digest, found.fingerprint, found.datasets) == (
+        own.header_digest,
+        own.fingerprint,
+        own.datasets,
+    )
     assert not list(folder.glob("*.safetensors"))
     query = "model.layers.0.self_attn.q_proj"
     assert found.layers[0].inputs[query] == own.layers[0].inputs[query]
@@ -587,10 +635,10 @@ def test_a_model_without_its_own_statistics_is_measured_by_hand(
 
 
 def test_experts_that_only_see_what_is_routed(mixtral: Path, rows: dict[str, Path], tmp_path: Path) -> None:
-    """With `routed` nothing is forced on an expert, and a cap bounds what is forced with `all`."""
+    """With routed tokens alone nothing is forced on an expert; a cap bounds what is forced on all."""
     asked: dict[str, Any] = {"text": [rows["all"]], "device": "cpu"}
-    routed = collect_statistics(mixtral, tmp_path / "r", calibration=Calibration("routed"), **asked)
-    capped = collect_statistics(mixtral, tmp_path / "c", calibration=Calibration(forced_tokens=20), **asked)
+    routed = collect_statistics(mixtral, tmp_path / "r", calibration=ExpertCalibration(all_experts=False), **asked)
+    capped = collect_statistics(mixtral, tmp_path / "c", calibration=ExpertCalibration(max_forced_tokens=20), **asked)
     for layer in routed.layers.values():
         (seen,) = layer.experts.values()
         assert seen.forced == (0,) * 4
@@ -689,8 +737,8 @@ def test_parts_are_sampled_as_the_whole() -> None:
         assert measured(*values.split(sizes)) == whole
 
 
-def test_a_outlier_is_seen_wherever_it_is() -> None:
-    """The largest magnitude is of all tokens, sampled or not; over the 99.9th percentile it tells an outlier."""
+def test_an_outlier_is_seen_wherever_it_is() -> None:
+    """The largest magnitude is of all tokens, sampled or not; over the 99.9th percentile it shows an outlier."""
     values = torch.randn(800, 64, generator=torch.Generator().manual_seed(3))
     calm = measured(values)
     usual = float(torch.quantile(values[::SAMPLED].abs().flatten().double(), 0.999))
@@ -723,7 +771,14 @@ def test_bins_are_no_wider_than_a_sixteenth() -> None:
 
 def test_experts_figures() -> None:
     """An expert's tokens are those routed and forced; who saw fewer is named by number."""
-    seen = ExpertStatistics((3, 0, 40), (1, 2, 0), (1.0, 0.0, 2.0), (4.0, 1.0, 0.0), (0.5, 0.0, 9.0), (3.0, 2.0, 0.0))
+    seen = ExpertStatistics(
+        routed=(3, 0, 40),
+        forced=(1, 2, 0),
+        gate_up_routed=(1.0, 0.0, 2.0),
+        gate_up_forced=(4.0, 1.0, 0.0),
+        down_routed=(0.5, 0.0, 9.0),
+        down_forced=(3.0, 2.0, 0.0),
+    )
     assert seen.tokens == (4, 2, 40)
     assert (seen.gate_up, seen.down) == (4.0, 9.0)
     assert seen.experts_below(4) == (1,)
@@ -731,12 +786,21 @@ def test_experts_figures() -> None:
     assert LayerStatistics({}, {"experts": seen}).cache is None
 
 
-def test_a_statement_of_rows_adds_up() -> None:
-    """Tokens of statistics are those of all rows."""
-    from snugfit.records.statistics_file import RowsUsed
-
-    parts = (RowsUsed("a", 2, 10, "x"), RowsUsed("b", 1, 5, "y"))
-    assert Statistics("0", "m", "h", "f", parts, "all", 0, None, None, {}).tokens == 15
+def test_datasets_add_up() -> None:
+    """Samples and tokens of statistics are those of all datasets."""
+    found = Statistics(
+        snugfit="0",
+        model="m",
+        header_digest="h",
+        fingerprint="f",
+        datasets=(DatasetUsed("a", 2, 10, "x"), DatasetUsed("b", 1, 5, "y")),
+        all_experts=True,
+        max_forced_tokens=0,
+        recipe=None,
+        recipe_digest=None,
+        layers={},
+    )
+    assert (found.num_samples, found.tokens) == (3, 15)
 
 
 def test_a_moved_model_keeps_its_statistics(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerStatistics
-from snugfit.records.statistics_file import RowsUsed, Statistics
+from snugfit.records.statistics_file import DatasetUsed, Statistics
 from snugfit.report.outliers import (
     coverage_of,
     coverage_sheet,
@@ -36,8 +36,12 @@ def statistics(
 ) -> Statistics:
     """Layers whose largest inputs grow with their number; `names`: projection -> that of layer 0."""
     experts = ExpertStatistics(
-        *((0, 3, 9, 700), (20, 17, 11, 0) if forced else (0,) * 4, (0.0, 2.0, 2.0, 4.0)),
-        *((5.0, 3.0, 1.0, 0.0) if forced else (0.0,) * 4, (0.0, 8.0, 8.0, 8.0), (1.0, 0.0, 0.0, 0.0)),
+        routed=(0, 3, 9, 700),
+        forced=(20, 17, 11, 0) if forced else (0,) * 4,
+        gate_up_routed=(0.0, 2.0, 2.0, 4.0),
+        gate_up_forced=(5.0, 3.0, 1.0, 0.0) if forced else (0.0,) * 4,
+        down_routed=(0.0, 8.0, 8.0, 8.0),
+        down_forced=(1.0, 0.0, 0.0, 0.0),
     )
     found = {
         n: LayerStatistics(
@@ -46,15 +50,14 @@ def statistics(
         )
         for n in range(layers)
     }
-    rows = (RowsUsed("a.jsonl", 4, 712, "ab" * 32),)
     return Statistics(
         snugfit="1.0",
         model="some/model",
         header_digest="cd" * 32,
         fingerprint="ef" * 32,
-        rows=rows,
-        experts="all",
-        forced_tokens=20,
+        datasets=(DatasetUsed("a.jsonl", 4, 712, "ab" * 32),),
+        all_experts=True,
+        max_forced_tokens=20,
         recipe=None,
         recipe_digest=None,
         layers=found,
@@ -79,7 +82,7 @@ def test_a_terminal_sees_the_worst_dozen() -> None:
     """Narrow, the table begins with what stands out farthest and ends after a dozen rows, saying of how many."""
     sheet = outlier_sheet(statistics(20), narrow=True)
     assert [row[:2] for row in sheet.rows] == [(str(n), "mlp.down_proj") for n in range(19, 7, -1)]
-    assert "The worst of 40." in sheet.note
+    assert "The 12 largest ratios of 40." in sheet.note
 
 
 def test_nothing_measured_has_no_ratio() -> None:
@@ -104,9 +107,8 @@ def test_coverage_of_experts() -> None:
 def test_a_terminal_sees_the_layers_with_the_fewest_tokens() -> None:
     """Narrow, a deep model's table has a dozen layers in their order, and says which."""
     deep = statistics(30)
-    full = LayerStatistics(
-        deep.layers[3].inputs, {"model.layers.3.mlp.experts": ExpertStatistics(*((9,) * 4,) * 2, *((1.0,) * 4,) * 4)}
-    )
+    (experts,) = deep.layers[3].experts.values()
+    full = LayerStatistics(deep.layers[3].inputs, {"model.layers.3.mlp.experts": replace(experts, routed=(9,) * 4)})
     sheet = coverage_sheet(replace(deep, layers={**deep.layers, 3: full}), narrow=True)
     assert [row[0] for row in sheet.rows] == [str(n) for n in range(13) if n != 3]
     assert "12 of 30 layers" in sheet.note
@@ -124,7 +126,7 @@ def test_files(tmp_path: Path) -> None:
     assert all((once / name).read_bytes() == (twice / name).read_bytes() for name in names)
     text = (once / "outliers.md").read_text(encoding="utf-8")
     assert "## What experts saw" in text
-    assert "- a.jsonl: 4 rows, 712 tokens" in text
+    assert "- a.jsonl: 4 samples, 712 tokens" in text
     rows = list(csv.DictReader((once / "outliers.csv").open(encoding="utf-8")))
     assert [(row["layer"], row["projection"], row["amax"]) for row in rows[:2]] == [
         ("0", "self_attn.q_proj", "2.0"),

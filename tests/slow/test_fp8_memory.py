@@ -97,7 +97,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 RUN = """
 import json, sys
 import snugfit.quantization.quantize as quantize
-from snugfit.records.statistics_file import Calibration
+from snugfit.records.statistics_file import ExpertCalibration
 from snugfit.machine import peak_rss_bytes, rss_bytes
 estimate, found = quantize.estimate_run, {}
 def note(plan, *arguments):
@@ -105,7 +105,7 @@ def note(plan, *arguments):
     return estimate(plan, *arguments)
 quantize.estimate_run = note
 model, out, rows, recipe = sys.argv[1:]
-settings = Calibration(least_tokens=0)
+settings = ExpertCalibration(min_tokens_per_expert=0)
 record = quantize.quantize_checkpoint(model, out, recipe, text=[rows], device="cpu", calibration=settings)
 print(json.dumps(found | {"peak": peak_rss_bytes(), "estimates": record.estimates, "bytes": record.bytes,
                           "seconds": record.seconds["total"]}))

@@ -41,7 +41,7 @@ class InputObserver:
 
 
 class _Magnitudes:
-    """Adds up what `Inputs` holds; its numbers stay on the device until they are asked for."""
+    """Adds up what `InputStatistics` holds; its numbers stay on the device until they are asked for."""
 
     def __init__(self) -> None:
         self._tokens = 0
@@ -139,8 +139,15 @@ class ExpertObserver(NoHooks):
         assert self._amax is not None
         routed, forced = (tuple(row) for row in self._counts.tolist())
         amax = [[tuple(row) for row in kind] for kind in self._amax.tolist()]
-        places = (amax[0][0], amax[1][0], amax[0][1], amax[1][1])
-        return ExpertStatistics(routed, forced, *places), self._gate_up.result(), self._down.result()
+        experts = ExpertStatistics(
+            routed=routed,
+            forced=forced,
+            gate_up_routed=amax[0][0],
+            gate_up_forced=amax[1][0],
+            down_routed=amax[0][1],
+            down_forced=amax[1][1],
+        )
+        return experts, self._gate_up.result(), self._down.result()
 
 
 class KVAmax(NoCache):

@@ -1,10 +1,10 @@
-"""Statistics of calibration as they are kept: mergeable. No torch.
+"""What calibration measures of a decoder layer, and how measurements of several datasets are merged. No torch.
 
-Largest magnitudes and counts of tokens of several parts are those of all rows (up to the rounding of another batch);
-histograms are samples, taken anew in each part.
+Merged magnitudes and token counts equal those of one run over all samples, up to the rounding of another batch.
 
-A histogram counts magnitudes by the leading bits of their fp32 form: the exponent and four bits of the mantissa, so
-that a bin is at most 1/16 wider than its lower end. It counts every SAMPLED-th token; largest magnitudes are of all.
+A histogram counts magnitudes by the leading bits of their fp32 form, the exponent and four bits of the mantissa, so a
+bin's upper end is at most 1/16 above its lower end. It counts every SAMPLED-th token; largest magnitudes are of all
+tokens.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
-SHIFT = 19  # bits of the mantissa that a bin leaves out
+SHIFT = 19  # low bits of the mantissa, which a bin ignores
 SAMPLED = 8
-MOST = 1 << 63
+COUNT_LIMIT = 1 << 63
 BINS = 1 << (31 - SHIFT)
 
 
@@ -30,7 +31,7 @@ class InputStatistics:
     histogram: Mapping[int, int]
 
     def quantile(self, share: float) -> float:
-        """The magnitude below which `share` of all values are, within a bin's width; 0 where nothing was counted."""
+        """The magnitude below which `share` of all values lie, within a bin's width; 0 for an empty histogram."""
         total = sum(self.histogram.values())
         wanted, seen = share * total, 0
         for number, count in sorted(self.histogram.items()):
@@ -42,17 +43,18 @@ class InputStatistics:
 
     @property
     def outlier_ratio(self) -> float:
-        """How far the largest magnitude stands out: amax over the 99.9th percentile (0 where that is 0)."""
-        usual = self.quantile(0.999)
-        return self.amax / usual if usual else 0.0
+        """The largest magnitude over the 99.9th percentile; 0 where that is 0."""
+        p999 = self.quantile(0.999)
+        return self.amax / p999 if p999 else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExpertStatistics:
-    """What a layer's routed experts were calibrated on, an entry an expert.
+    """What a layer's routed experts were calibrated on, one entry per expert.
 
-    `routed` are tokens that the router sent, `forced` those it did not send that were run through besides. The largest
-    magnitudes of inputs, of gate and up and of down, are kept apart by where they came from; 0 where no token came.
+    `routed` counts tokens that the router sent to the expert, `forced` tokens that calibration sent in addition. The
+    other fields are the largest magnitudes of the inputs of gate and up, and of down, over the routed and over the
+    forced tokens; 0 for an expert without such tokens.
     """
 
     routed: tuple[int, ...]
@@ -78,16 +80,16 @@ class ExpertStatistics:
         return max((*self.down_routed, *self.down_forced))
 
     def experts_below(self, threshold: int) -> tuple[int, ...]:
-        """Experts that saw fewer tokens."""
+        """Numbers of the experts that saw fewer than `threshold` tokens."""
         return tuple(number for number, tokens in enumerate(self.tokens) if tokens < threshold)
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """A decoder layer: `inputs` of each group of linears that share theirs (by the first one's name in the file).
+    """A decoder layer. `inputs` has the inputs of each group of linears that share theirs, by the first one's name.
 
-    Those of routed experts stand under MODULE.gate_up and MODULE.down, of all experts together and of routed tokens
-    alone; `experts` tells them apart. `cache`: largest key and value, None where they were not looked at.
+    Inputs of all routed experts together are MODULE.gate_up and, of routed tokens alone, MODULE.down; `experts` has
+    them expert by expert. `cache` is the largest key and value magnitude, None where they were not measured.
     """
 
     inputs: Mapping[str, InputStatistics]
@@ -101,7 +103,7 @@ def lower_end(number: int) -> float:
 
 
 def merge_inputs(parts: Sequence[InputStatistics]) -> InputStatistics:
-    """What all together have measured."""
+    """The statistics over the tokens of all parts."""
     histogram: dict[int, int] = {}
     for part in parts:
         for number, count in part.histogram.items():
@@ -110,10 +112,10 @@ def merge_inputs(parts: Sequence[InputStatistics]) -> InputStatistics:
 
 
 def merge_experts(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
-    """What all together have measured."""
-    added = {key: _each(sum, (getattr(part, key) for part in parts)) for key in ("routed", "forced")}
-    places = ("gate_up_routed", "gate_up_forced", "down_routed", "down_forced")
-    return ExpertStatistics(**added, **{key: _each(max, (getattr(part, key) for part in parts)) for key in places})
+    """The statistics over the tokens of all parts."""
+    counts = {key: _each(sum, (getattr(part, key) for part in parts)) for key in ("routed", "forced")}
+    amax = ("gate_up_routed", "gate_up_forced", "down_routed", "down_forced")
+    return ExpertStatistics(**counts, **{key: _each(max, (getattr(part, key) for part in parts)) for key in amax})
 
 
 def _each(join: Any, columns: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
@@ -121,12 +123,12 @@ def _each(join: Any, columns: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
 
 
 def merge_layers(parts: Sequence[LayerStatistics]) -> LayerStatistics:
-    """What all together have measured of one layer; ValueError where they did not look at the same."""
+    """One layer's statistics over the tokens of all parts; ValueError where they measured different things."""
     first = parts[0]
     if any(p.inputs.keys() != first.inputs.keys() or p.experts.keys() != first.experts.keys() for p in parts):
-        raise ValueError("they did not measure the same projections")
+        raise ValueError("they measured different projections")
     if any((p.cache is None) != (first.cache is None) for p in parts):
-        raise ValueError("not all of them looked at keys and values")
+        raise ValueError("not all of them measured keys and values")
     caches = [part.cache for part in parts if part.cache is not None]
     return LayerStatistics(
         {name: merge_inputs([part.inputs[name] for part in parts]) for name in first.inputs},
@@ -136,59 +138,54 @@ def merge_layers(parts: Sequence[LayerStatistics]) -> LayerStatistics:
 
 
 def layer_to_json(layer: LayerStatistics) -> dict[str, Any]:
-    """A layer for JSON, keys of histograms as text."""
+    """A layer for JSON, where keys of histograms become text."""
     found = asdict(layer)
     for entry in found["inputs"].values():
         entry["histogram"] = {str(number): count for number, count in entry["histogram"].items()}
     return found
 
 
-def _name(given: object) -> str:
-    """A module's name; UnicodeEncodeError, a ValueError, where it could not be written anywhere."""
-    str(given).encode("utf-8")
-    return str(given)
+def layer_from_json(document: Any) -> LayerStatistics:
+    """The layer that `layer_to_json` gave; ValueError (pydantic's, or for a value out of range) for anything else."""
+    layer: LayerStatistics = _reader().validate_python(document)
+    check_layer(layer)
+    return layer
 
 
-def layer_from_json(document: Mapping[str, Any]) -> LayerStatistics:
-    """A layer out of JSON; KeyError, TypeError or ValueError for anything else."""
-    inputs = {
-        _name(name): InputStatistics(
-            int(e["tokens"]), float(e["amax"]), {int(number): int(count) for number, count in e["histogram"].items()}
-        )
-        for name, e in document["inputs"].items()
-    }
-    experts = {
-        _name(name): ExpertStatistics(
-            *(tuple(map(int, e[key])) for key in ("routed", "forced")),
-            *(tuple(map(float, e[key])) for key in ("gate_up_routed", "gate_up_forced", "down_routed", "down_forced")),
-        )
-        for name, e in document["experts"].items()
-    }
-    for found in experts.values():
-        if len({len(value) for value in asdict(found).values()}) != 1 or not found.routed:
-            raise ValueError("lists of experts of different lengths, or of none")
-    given = document["cache"]
-    cache = None if given is None else (float(given[0]), float(given[1]))
-    for one in inputs.values():
-        bins = one.histogram.items()
-        counts = [one.tokens, *one.histogram.values()]
-        if not all(0 <= number < BINS for number, _ in bins) or not all(0 <= count < MOST for count in counts):
-            raise ValueError("a histogram of other bins, or of counts that cannot be")
-    if not all(0 <= count < MOST for found in experts.values() for count in (*found.routed, *found.forced)):
-        raise ValueError("counts of tokens that cannot be")
-    lists = [value for found in experts.values() for value in asdict(found).values()]
-    numbers = [number for value in lists for number in value] + [one.amax for one in inputs.values()]
-    if not all(math.isfinite(number) and number >= 0 for number in (*numbers, *(cache or ()))):
-        raise ValueError("a magnitude that is negative or not finite")
-    return LayerStatistics(inputs, experts, cache)
+@lru_cache(maxsize=1)
+def _reader() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(LayerStatistics)
 
 
-@dataclass(frozen=True)
+def check_layer(layer: LayerStatistics) -> None:
+    """ValueError for bins and counts out of range, magnitudes that are negative or not finite, lists that disagree."""
+    counts: list[int] = []
+    magnitudes: list[float] = list(layer.cache or ())
+    for one in layer.inputs.values():
+        if not all(0 <= number < BINS for number in one.histogram):
+            raise ValueError(f"bins of a histogram must be within 0..{BINS - 1}")
+        counts += [one.tokens, *one.histogram.values()]
+        magnitudes.append(one.amax)
+    for experts in layer.experts.values():
+        columns = (experts.gate_up_routed, experts.gate_up_forced, experts.down_routed, experts.down_forced)
+        if not experts.routed or {len(column) for column in (experts.forced, *columns)} != {len(experts.routed)}:
+            raise ValueError("lists of experts must have one entry for each expert")
+        counts += [*experts.routed, *experts.forced]
+        magnitudes += [number for column in columns for number in column]
+    if not all(0 <= count < COUNT_LIMIT for count in counts):
+        raise ValueError(f"counts must be >= 0 and < {COUNT_LIMIT}")
+    if not all(math.isfinite(number) and number >= 0 for number in magnitudes):
+        raise ValueError("magnitudes must be >= 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Outlier:
-    """Inputs of one projection of one layer: their largest magnitude, the 99.9th percentile, and the first over it.
+    """How far the inputs of one projection stand out: largest magnitude, 99.9th percentile, and their `ratio`.
 
-    `ratio` is 0 where there is no percentile. `projection` is the name inside the layer of the first linear of those
-    that share these inputs.
+    `ratio` is 0 where the percentile is 0. `projection` is the name, inside the layer, of the first of the linears that
+    share these inputs.
     """
 
     layer: int
@@ -201,20 +198,20 @@ class Outlier:
 
 @dataclass(frozen=True)
 class Range:
-    """The least, the median and the most of some counts."""
+    """The smallest, the median and the largest of some counts."""
 
     least: int
     median: float
     most: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """What one layer's routed experts saw: tokens an expert, in all, and of them those routed to it and forced on it.
+    """How many tokens each of one layer's routed experts saw: in all, routed by the router, and forced by calibration.
 
-    `unrouted` counts experts without a routed token, `forced_gate_up` and `forced_down` those whose largest input came
-    from a forced token. `times_gate_up` and `times_down` are the layer's largest input over that of routed tokens
-    alone, None where there was none.
+    `unrouted` counts experts without a routed token; `forced_gate_up` and `forced_down` count experts whose largest
+    input came from a forced token. `times_gate_up` and `times_down` are the layer's largest input over the largest
+    input of routed tokens, None without routed tokens.
     """
 
     layer: int

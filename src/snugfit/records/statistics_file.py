@@ -1,6 +1,6 @@
-"""Statistics of calibration as a file: what was measured on which model and rows, so that a later run need not again.
+"""Statistics of calibration as a file: what was measured on which model and samples, for later runs to reuse.
 
-Files of the same model and settings can be merged, as if their rows had been walked in one run. Imports no torch.
+Files of the same model and settings can be merged, as if one run had measured all samples. Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,64 +10,63 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from snugfit.errors import UserError
 from snugfit.records.base import as_json
-from snugfit.records.statistics import MOST, LayerStatistics, layer_from_json, layer_to_json, merge_layers
+from snugfit.records.statistics import COUNT_LIMIT, LayerStatistics, check_layer, layer_to_json, merge_layers
 
 STATISTICS_SCHEMA = "snugfit.statistics/1"
 STATISTICS_FILE = "snugfit-statistics.json"
 MAX_BYTES, MAX_LAYERS = 1_000_000_000, 10_000
-
-
-# what an expert is sent beside what its router sends, a layer; the least that it must have seen
-FORCED_TOKENS, LEAST_TOKENS = 32_768, 32
+MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT = 32_768, 32
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """How rows are sent through the layers: which `experts` see them ("all" or "routed"), and how many must.
+class ExpertCalibration:
+    """Which tokens the experts of a mixture are calibrated on.
 
-    At most `forced_tokens` are sent through an expert, in a layer, beside those that its router sends there; an expert
-    that saw fewer than `least_tokens` is an error.
+    With `all_experts` each expert runs, in a layer, at most `max_forced_tokens` in addition to the tokens that the
+    router sends to it; without, the routed tokens alone. An expert that saw fewer than `min_tokens_per_expert` is an
+    error.
     """
 
-    experts: str = "all"
-    forced_tokens: int = FORCED_TOKENS
-    least_tokens: int = LEAST_TOKENS
+    all_experts: bool = True
+    max_forced_tokens: int = MAX_FORCED_TOKENS
+    min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT
 
 
-DEFAULT_CALIBRATION = Calibration()
+DEFAULT_CALIBRATION = ExpertCalibration()
 
 
 @dataclass(frozen=True)
-class RowsUsed:
-    """Rows that were walked: where they come from, how many rows and tokens, and their digest."""
+class DatasetUsed:
+    """A dataset that was measured: its files' names, its number of samples and tokens, and the samples' digest."""
 
     source: str
-    rows: int
+    num_samples: int
     tokens: int
     digest: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Statistics:
-    """What calibration measured of each decoder layer (by number), and on what.
+    """What calibration measured of each decoder layer (by number), and on which model and samples.
 
-    `header_digest` and `fingerprint` (of some of its weights) tell the model. `experts` are "all" or "routed", with at
-    most `forced_tokens` forced through each in a layer. `recipe` names the recipe whose quantized weights the rows
-    walked through, None for the model's own, and `recipe_digest` is its digest.
+    `header_digest` and `fingerprint` (of some of its weights) identify the model. `all_experts` and `max_forced_tokens`
+    are those of ExpertCalibration. `recipe` names the recipe whose quantized weights the model had, None for its own
+    weights; `recipe_digest` is the recipe's digest.
     """
 
     snugfit: str
     model: str
     header_digest: str
     fingerprint: str
-    rows: tuple[RowsUsed, ...]
-    experts: str
-    forced_tokens: int
+    datasets: tuple[DatasetUsed, ...]
+    all_experts: bool
+    max_forced_tokens: int
     recipe: str | None
     recipe_digest: str | None
     layers: Mapping[int, LayerStatistics]
@@ -75,15 +74,20 @@ class Statistics:
 
     def to_json(self) -> str:
         """The file's text."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("layers", "rows", "schema")}
-        rows = [vars(one) for one in self.rows]
+        plain = {key: value for key, value in vars(self).items() if key not in ("layers", "datasets", "schema")}
+        datasets = [vars(one) for one in self.datasets]
         layers = {str(number): layer_to_json(layer) for number, layer in self.layers.items()}
-        return as_json({"schema": self.schema, **plain, "rows": rows, "layers": layers})
+        return as_json({"schema": self.schema, **plain, "datasets": datasets, "layers": layers})
 
     @property
     def tokens(self) -> int:
-        """Tokens of all rows."""
-        return sum(one.tokens for one in self.rows)
+        """Number of tokens of all samples."""
+        return sum(one.tokens for one in self.datasets)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of all datasets."""
+        return sum(one.num_samples for one in self.datasets)
 
 
 def text_digest(text: str) -> str:
@@ -92,34 +96,39 @@ def text_digest(text: str) -> str:
 
 
 def load_statistics(path: Path) -> Statistics:
-    """Statistics from a file, or from a directory that has one; UserError for anything else."""
-    file = path / STATISTICS_FILE if path.is_dir() else path
-    remedy = "Give a file that `snugfit statistics` or `snugfit quantize` wrote."
+    """Statistics from a file, or from a directory that holds one; UserError for a file that is anything else."""
+    file = path
+    remedy = "Give a file that `collect_statistics` or `quantize` wrote."
+
+    def refusal(what: str) -> UserError:
+        return UserError(what, code="statistics-invalid", where=str(file), remedy=remedy)
+
     try:
+        file = path / STATISTICS_FILE if path.is_dir() else path
         if not file.is_file():
-            raise FileNotFoundError(2, "no such file")
+            raise UserError("no such file.", code="file-missing", where=str(file), remedy=remedy)
         if file.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{file.stat().st_size:,} bytes")  # noqa: TRY301
+            raise refusal(f"a file of statistics has at most {MAX_BYTES:,} bytes, this one {file.stat().st_size:,}.")
         document = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror or error}).", where=str(file), remedy=remedy) from None
+        what = f"cannot be read ({error.strerror or error})."
+        raise UserError(what, code="file-unreadable", where=str(file), remedy="Check its permissions.") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"no statistics ({line}).", where=str(file), remedy=remedy) from None
+        raise refusal(f"not valid JSON ({_one_line(error)}).") from None
     if not isinstance(document, dict) or document.get("schema") != STATISTICS_SCHEMA:
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise UserError(f"schema {found!r} is not {STATISTICS_SCHEMA}.", where=str(file), remedy=remedy)
+        raise refusal(f"schema {found!r} is not {STATISTICS_SCHEMA}.")
     try:
         return _parse(document)
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        line = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise UserError(f"broken statistics ({line}).", where=str(file), remedy=remedy) from None
+    except ValueError as error:
+        raise refusal(f"broken statistics ({_one_line(error)}).") from None
 
 
 def save_statistics(found: Statistics, file: Path) -> None:
     """Write a new file, whole or not at all; UserError where it exists or cannot be written."""
     if os.path.lexists(file):
-        raise UserError("the output exists already.", where=str(file), remedy="Remove it or choose another -o.")
+        remedy = "Remove it, or choose another file."
+        raise UserError("the output exists already.", code="output-exists", where=str(file), remedy=remedy)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         partial.write_text(found.to_json(), encoding="utf-8")
@@ -127,57 +136,76 @@ def save_statistics(found: Statistics, file: Path) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         what = f"cannot be written ({error.strerror or error})."
-        raise UserError(what, where=str(file), remedy="Choose another -o.") from None
+        remedy = "Choose another file."
+        raise UserError(what, code="output-not-writable", where=str(file), remedy=remedy) from None
 
 
 def _parse(document: Mapping[str, Any]) -> Statistics:
-    recipe, digest = document["recipe"], document["recipe_digest"]
-    found = Statistics(
-        snugfit=str(document["snugfit"]),
-        model=str(document["model"]),
-        header_digest=str(document["header_digest"]),
-        fingerprint=str(document["fingerprint"]),
-        rows=tuple(
-            RowsUsed(str(r["source"]), int(r["rows"]), int(r["tokens"]), str(r["digest"])) for r in document["rows"]
-        ),
-        experts=str(document["experts"]),
-        forced_tokens=int(document["forced_tokens"]),
-        recipe=None if recipe is None else str(recipe),
-        recipe_digest=None if digest is None else str(digest),
-        layers={int(number): layer_from_json(layer) for number, layer in document["layers"].items()},
-    )
-    if not found.rows or not all(0 <= n < MOST for one in found.rows for n in (one.rows, one.tokens)):
-        raise ValueError("of no rows, or of numbers of them that cannot be")
+    """ValueError, with the key, for a document of another structure or with values out of range."""
+    from pydantic import ValidationError
+
+    try:
+        found: Statistics = _reader().validate_python(document)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    counts = [n for one in found.datasets for n in (one.num_samples, one.tokens)]
+    if not counts or not all(0 <= n < COUNT_LIMIT for n in counts):
+        raise ValueError(f"datasets: needs at least one, with counts >= 0 and < {COUNT_LIMIT}")
     if not all(0 <= number < MAX_LAYERS for number in found.layers):
-        raise ValueError("a layer's number that cannot be")
+        raise ValueError(f"layers: numbers must be within 0..{MAX_LAYERS - 1}")
+    for number, layer in found.layers.items():
+        try:
+            check_layer(layer)
+        except ValueError as error:
+            raise ValueError(f"layers.{number}: {error}") from None
     return found
 
 
+@lru_cache(maxsize=1)
+def _reader() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Statistics)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def merge_statistics(parts: Sequence[tuple[str, Statistics]]) -> Statistics:
-    """All of them (with names for messages) as one; UserError where they do not go together."""
+    """All parts (each with a name for messages) as one.
+
+    UserError for parts of different models, settings or layers, and for samples that two parts have in common.
+    """
     name, first = parts[0]
-    seen: dict[str, str] = {}
+    owners: dict[str, str] = {}  # digest -> the part that has these samples
     for other, part in parts:
-        for key in ("header_digest", "fingerprint", "experts", "forced_tokens", "recipe_digest"):
-            if getattr(part, key) != getattr(first, key):
-                what = (
-                    "another model" if key in ("header_digest", "fingerprint") else f"another {key.replace('_', ' ')}"
-                )
-                told = f"{getattr(part, key)!r}, in {name} {getattr(first, key)!r}"
-                raise UserError(f"of {what} ({told}).", where=other, remedy="Merge statistics of one model and kind.")
-        for one in part.rows:
-            if one.digest in seen:
-                what = f"has the same rows as {seen[one.digest]} ({one.source})."
-                raise UserError(what, where=other, remedy="Merge statistics of different rows.")
-            seen[one.digest] = other
+        _check_settings(other, part, name, first)
+        for one in part.datasets:
+            if one.digest in owners:
+                what = f"has the same samples as {owners[one.digest]} ({one.source})."
+                raise _mismatch(what, other, "Merge statistics of different samples.")
+            owners[one.digest] = other
         if part.layers.keys() != first.layers.keys():
-            raise UserError(f"has other layers than {name}.", where=other, remedy="Merge statistics of one model.")
+            raise _mismatch(f"has other layers than {name}.", other, "Merge statistics of one model.")
     layers: dict[int, LayerStatistics] = {}
     for number in first.layers:
         try:
             layers[number] = merge_layers([part.layers[number] for _, part in parts])
         except ValueError as error:
             remedy = "Merge statistics that were made with the same recipe."
-            raise UserError(f"layer {number}: {error}.", where=parts[-1][0], remedy=remedy) from None
-    rows = tuple(one for _, part in parts for one in part.rows)
-    return replace(first, rows=rows, layers=layers)
+            raise _mismatch(f"layer {number}: {error}.", parts[-1][0], remedy) from None
+    return replace(first, datasets=tuple(one for _, part in parts for one in part.datasets), layers=layers)
+
+
+def _check_settings(name: str, part: Statistics, first_name: str, first: Statistics) -> None:
+    for key in ("header_digest", "fingerprint", "all_experts", "max_forced_tokens", "recipe_digest"):
+        mine, other = getattr(part, key), getattr(first, key)
+        if mine != other:
+            what = f"{key} is {mine!r}, in {first_name} it is {other!r}."
+            raise _mismatch(what, name, "Merge statistics of one model and one kind of run.")
+
+
+def _mismatch(what: str, where: str, remedy: str) -> UserError:
+    return UserError(what, code="statistics-mismatch", where=where, remedy=remedy)
