@@ -1,14 +1,14 @@
-"""Where a stock vLLM's memory goes, beside what `snugfit fit` predicts: models of real shapes with dummy weights.
+"""How a stock vLLM uses a GPU's memory, compared with what `snugfit fit` predicts: real shapes, dummy weights.
 
     python benchmarks/engine_memory.py OUT.json [--only NAME...] [--seconds 500] [--vllm-python PYTHON]
     python benchmarks/engine_memory.py OUT.json --compare
 
-The first starts vLLM once a case, each in a process of its own, and reads its own figures: weights, peak activation,
-memory beside torch, CUDA graphs (estimated and taken), the KV cache's bytes, blocks and tokens, and what the whole card
-has in use. Weights are dummies, shapes real (fewer layers where that changes nothing), so no model and no network is
-needed. OUT.json is written anew after each case; no case begins after `--seconds`. With engine_shapes.json beside it
-it needs nothing of snugfit, and runs in an environment of vLLM's. The second prints a Markdown table of measured and
-predicted figures; it needs snugfit and no GPU.
+The first command starts vLLM once for each case, in a process of its own, and reads vLLM's figures: weights, peak
+activation, memory outside torch, CUDA graphs (estimated and taken), the KV cache's bytes, blocks and tokens, and the
+used memory of the whole card. Weights are dummies of real shapes (fewer layers where that changes nothing), so it needs
+no model and no network. It writes OUT.json after each case, and starts no case after `--seconds`. It needs
+engine_shapes.json but nothing of snugfit, and runs in vLLM's environment. The second command prints a Markdown table of
+measured and predicted figures; it needs snugfit and no GPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _case(shape: str, batch: tuple[int, int], length: int, share: float, **more:
     return {"shape": shape, "tokens": tokens, "sequences": sequences, "length": length, "share": share, **more}
 
 
-# in order of what they teach; one start each
+# the most instructive first; vLLM starts once for each
 CASES: dict[str, Config] = {
     "nemo-hybrid": _case("nemo-hybrid", SMALL, 16384, 0.3),
     "nemo": _case("nemo", SMALL, 32768, 0.5),
@@ -58,7 +58,7 @@ DEFAULTS = {
     "VLLM_LOGGING_LEVEL": "DEBUG",
     "HF_HUB_OFFLINE": "1",
 }
-# attributes of vLLM's worker; which there are differs by version
+# attributes of vLLM's worker; each version has some of them
 WORKER = (
     *("requested_memory", "available_kv_cache_memory_bytes", "peak_activation_memory", "non_torch_memory"),
     *("cudagraph_memory_estimate", "total_consumed"),
@@ -150,13 +150,13 @@ def read_worker(worker: Any) -> Config:
 
 
 def from_log(log: str) -> Config:
-    """The figures that vLLM's log tells, the last of each."""
+    """The figures in vLLM's log, the last of each."""
     found: Config = {}
     for name, wording in WORDINGS.items():
-        said = re.findall(wording, log)
-        if said:
-            number = said[-1].replace(",", "")
-            found[name] = float(number) if re.fullmatch(r"-?\d+(\.\d+)?", number) else said[-1].strip()
+        matches = re.findall(wording, log)
+        if matches:
+            number = matches[-1].replace(",", "")
+            found[name] = float(number) if re.fullmatch(r"-?\d+(\.\d+)?", number) else matches[-1].strip()
     return found
 
 
@@ -175,11 +175,11 @@ def run_case(name: str, python: str, timeout: float) -> Config:
             except subprocess.TimeoutExpired:
                 failure = f"no result within {timeout:g} seconds"
         text = log_file.read_text(encoding="utf-8", errors="replace")
-        told = {"case": CASES[name], "log": from_log(text)}
+        entry = {"case": CASES[name], "log": from_log(text)}
         if result.is_file():
-            return told | {"found": json.loads(result.read_text(encoding="utf-8"))}
+            return entry | {"found": json.loads(result.read_text(encoding="utf-8"))}
         lines = [line.rstrip() for line in text.splitlines() if line.strip() and "DEBUG" not in line]
-        return told | {"error": "\n".join([*lines[-ERROR_LINES:], failure])}
+        return entry | {"error": "\n".join([*lines[-ERROR_LINES:], failure])}
 
 
 def run_all(out: Path, names: list[str], python: str, seconds: float) -> int:
@@ -195,17 +195,17 @@ def run_all(out: Path, names: list[str], python: str, seconds: float) -> int:
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         entry = report[name]
         failure = " / ".join(entry.get("error", "").splitlines()[-2:])
-        said = f"failed: {failure}" if failure else json.dumps(entry["log"])
-        print(f"{name}: {said}", file=sys.stderr, flush=True)
+        outcome = f"failed: {failure}" if failure else json.dumps(entry["log"])
+        print(f"{name}: {outcome}", file=sys.stderr, flush=True)
     return 1 if any("error" in entry for entry in report.values()) else 0
 
 
-# beside our predictions
+# measured and predicted
 
 
 def compare(report: Config) -> None:
-    """Print measured and predicted figures, MiB, and the predictions' error in tokens of KV cache."""
-    print("| case | weights | table | activations | beside torch | graphs (estimate) | cache | tokens |")
+    """Print measured and predicted figures in MiB, and the predictions' error in tokens of KV cache."""
+    print("| case | weights | table | activations | outside torch | graphs (estimate) | cache | tokens |")
     print("|---|---|---|---|---|---|---|---|")
     errors = []
     for name, entry in report.items():
@@ -222,10 +222,10 @@ def compare(report: Config) -> None:
 
 
 def predict(entry: Config) -> list[tuple[float, float]]:
-    """Pairs of measured and predicted: weights, positions, activations, beside torch, graphs, cache, tokens."""
+    """Pairs of measured and predicted: weights, positions, activations, outside torch, graphs, cache, tokens."""
     from snugfit.engines import memory as facts
     from snugfit.vram.blocks import make_pool
-    from snugfit.vram.budget import Device, activation_bytes, read_widths, rotary_bytes
+    from snugfit.vram.budget import activation_bytes, read_widths, rotary_bytes
     from snugfit.vram.kv_cache_config import read_cache
 
     case, found, log = entry["case"], entry["found"], entry["log"]
@@ -233,13 +233,16 @@ def predict(entry: Config) -> list[tuple[float, float]]:
     cache = read_cache(config)
     widths = read_widths(config, cache)
     engine = facts.ENGINES["vllm-0.24" if found["vllm"] < "0.26" else "vllm"]
-    device = Device(found["total_bytes"], found["device"], found["multiprocessors"])
     batch = case["tokens"], case["sequences"]
-    activations = activation_bytes(widths, engine, batch, device)
-    graphs = 0 if case.get("eager") else facts.graph_count(case["sequences"], case["tokens"]) * engine.graph_estimate
+    activations = activation_bytes(widths, engine, batch, found["multiprocessors"])
+    graphs = 0 if case.get("eager") else facts.graph_count(case["sequences"], case["tokens"])
+    graph_bytes = graphs * engine.graph_estimate_bytes
     loaded = found["parameter_bytes"] + rotary_bytes(widths)
-    predicted = case["share"] * found["total_bytes"] - loaded - activations - facts.NON_TORCH - graphs
-    pool = make_pool(cache, in_flight=case["tokens"], fp8=case.get("kv") == "fp8", state_blocks=engine.state_blocks)
+    predicted = case["share"] * found["total_bytes"] - loaded - activations - facts.NON_TORCH_BYTES - graph_bytes
+    fp8 = case.get("kv") == "fp8"
+    pool = make_pool(cache, max_num_batched_tokens=case["tokens"], fp8=fp8, state_blocks=engine.state_blocks)
+    # vLLM's log: blocks for the cache, in contexts of the greatest length
+    tokens = int(predicted // pool.block_bytes / pool.blocks(case["length"]) * case["length"])
     measured = found["available_kv_cache_memory_bytes"]
     estimate = found.get("cudagraph_memory_estimate", 0)
     torch_peak = found.get("peak_activation_memory", 0) - (estimate if "total_consumed" in found else 0)
@@ -247,10 +250,10 @@ def predict(entry: Config) -> list[tuple[float, float]]:
         (found["weights_bytes"], loaded),
         (found["weights_bytes"] - found["parameter_bytes"], rotary_bytes(widths)),
         (torch_peak, activations),
-        (found.get("non_torch_memory", 0), facts.NON_TORCH),
-        (estimate, graphs),
+        (found.get("non_torch_memory", 0), facts.NON_TORCH_BYTES),
+        (estimate, graph_bytes),
         (measured, predicted),
-        (log.get("cache_tokens", 0) or 1, pool.reported_tokens(int(predicted), case["length"])),
+        (log.get("cache_tokens", 0) or 1, tokens),
     ]
 
 
@@ -259,9 +262,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--seconds", type=float, default=500.0, help="begin no case after so many")
+    parser.add_argument("--seconds", type=float, default=500.0, help="start no case after this time")
     parser.add_argument("--vllm-python", default=sys.executable)
-    parser.add_argument("--compare", action="store_true", help="print OUT beside our predictions")
+    parser.add_argument("--compare", action="store_true", help="print OUT with predictions")
     parser.add_argument("--child", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:

@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fuzz.mutate import spoil_bytes, spoil_json
+from helpers.cache_sizes import bytes_at
 from snugfit.engines.fused import group_modules
 from snugfit.engines.gpus import CARDS
-from snugfit.engines.memory import ENGINES, GIB, OFFERED
+from snugfit.engines.memory import ENGINE_NAMES, ENGINES, GIB
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP
 from snugfit.model.anatomy import find_decoder
@@ -30,11 +31,10 @@ from snugfit.storage.checkpoint import read_header
 from snugfit.storage.safetensors_header import DTYPE_BYTES, TensorInfo, parse_header
 from snugfit.storage.shards import plan_shards
 from snugfit.vram.blocks import make_pool
-from snugfit.vram.budget import Device, in_flight, longest_position, read_widths
-from snugfit.vram.fit import Model, Setting, Stored, answer
+from snugfit.vram.budget import Gpu, max_num_batched_tokens, max_positions, read_widths
+from snugfit.vram.fit import PlannedTensor, ServedModel, ServeSettings, fit_weights
 from snugfit.vram.kv_cache import check_split
 from snugfit.vram.kv_cache_config import read_cache
-from snugfit.vram.request import Gpu
 
 Result = TypeVar("Result")
 quick = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -344,7 +344,7 @@ GPUS = st.one_of(st.sampled_from([c.reported_mib << 20 for c in CARDS]), st.inte
 @given(
     config=configs(),
     size=GPUS,
-    engine=st.sampled_from(sorted(OFFERED)),
+    engine=st.sampled_from(sorted(ENGINE_NAMES)),
     tp=st.sampled_from([1, 1, 2, 4]),
     sequences=st.integers(1, 8),
     weights=st.integers(0, 10**11),
@@ -359,41 +359,48 @@ GPUS = st.one_of(st.sampled_from([c.reported_mib << 20 for c in CARDS]), st.inte
     0,
     [1, 2],
 )
-def test_more_tokens_never_leave_more_room(
+def test_longer_contexts_never_leave_more_memory(
     config: dict[str, Any], size: int, engine: str, tp: int, sequences: int, weights: int, tokens: list[int]
 ) -> None:
-    """Numbers of a plan are not negative; a longer context never has more room, an FP8 cache never needs more bytes."""
+    """No size is negative; a longer context never leaves more memory, and an FP8 cache never needs more bytes."""
     cache = read_cache(config)
     uneven = attempt(lambda: check_split(cache, tp))[1]
     if uneven is not None:
-        assert uneven.remedy.startswith("Use --tp")
+        assert (uneven.code, uneven.where) == ("option-invalid", "tensor_parallel_size")
         return
-    limit = longest_position(config) or 2**20
-    model = Model(cache, read_widths(config, cache), limit)
-    stored = [Stored("x.weight", (weights,), (TensorInfo("x.weight", "U8", (weights,)),), None)]
+    limit = max_positions(config) or 2**20
+    model = ServedModel(cache, read_widths(config, cache), limit)
+    tensors = [PlannedTensor("x.weight", (weights,), (TensorInfo("x.weight", "U8", (weights,)),), None)]
     found: dict[bool, list[Any]] = {}
     for fp8 in (False, True):
         settings_ = [
-            Setting(Gpu(Device(size)), ENGINES[engine], tp, None, context, sequences) for context in sorted(tokens)
+            ServeSettings(
+                gpu=Gpu(size),
+                engine=ENGINES[engine],
+                tensor_parallel_size=tp,
+                context=context,
+                max_num_seqs=sequences,
+            )
+            for context in sorted(tokens)
         ]
-        found[fp8] = [answer(model, stored, setting, fp8=fp8) for setting in settings_]
-        spare = [one.spare for one in found[fp8]]
-        assert spare == sorted(spare, reverse=True)
+        found[fp8] = [fit_weights(model, tensors, one, fp8=fp8) for one in settings_]
+        headroom = [one.headroom_bytes for one in found[fp8]]
+        assert headroom == sorted(headroom, reverse=True)
         for one, context in zip(found[fp8], sorted(tokens), strict=True):
-            assert min(one.weights, one.longest, one.budget.activations, one.budget.on_top, one.budget.besides) >= 0
-            assert one.longest <= limit
-            if one.budget.for_cache > 0 and context <= limit:
-                assert one.fits == (one.longest >= context)
+            budget = one.budget
+            assert min(one.weight_bytes, one.max_context, budget.activation_bytes, budget.other_bytes) >= 0
+            assert budget.outside_budget_bytes >= 0
+            assert one.max_context <= limit
+            if budget.cache_bytes > 0 and context <= limit:
+                assert one.fits == (one.max_context >= context)
     sizes = [cache.size(fp8=fp8, tp=tp) for fp8 in (False, True)]
     for context in tokens:
-        plain, eight = (one.bytes_at(context) for one in sizes)
+        plain, eight = (bytes_at(one, context) for one in sizes)
         assert 0 <= eight <= plain
-        assert cache.size(tp=1).bytes_at(context) >= plain
-    if not cache.states and not any(attention.index for attention in cache.attention):
-        pools = [
-            make_pool(cache, in_flight=in_flight(ENGINES[engine], Device(size)), fp8=fp8, tp=tp)
-            for fp8 in (False, True)
-        ]
+        assert bytes_at(cache.size(tp=1), context) >= plain
+    if not cache.states and not any(attention.index_bytes for attention in cache.attention):
+        batch = max_num_batched_tokens(ENGINES[engine], Gpu(size))
+        pools = [make_pool(cache, max_num_batched_tokens=batch, fp8=fp8, tp=tp) for fp8 in (False, True)]
         assert all(pools[1].bytes_needed(n, sequences) <= pools[0].bytes_needed(n, sequences) for n in tokens)
 
 
@@ -401,10 +408,10 @@ def test_more_tokens_never_leave_more_room(
 @given(config=configs(), available=st.lists(st.integers(0, 2**40), min_size=2, max_size=4), fp8=st.booleans())
 def test_more_memory_never_holds_less(config: dict[str, Any], available: list[int], fp8: bool) -> None:
     """A larger pool holds contexts at least as long, and what it is said to hold fits into it."""
-    pool = make_pool(read_cache(config), in_flight=2048, fp8=fp8)
-    lengths = [pool.longest(room, 2**21) for room in sorted(available)]
+    pool = make_pool(read_cache(config), max_num_batched_tokens=2048, fp8=fp8)
+    lengths = [pool.max_context(size, 2**21) for size in sorted(available)]
     assert lengths == sorted(lengths)
     assert all(
-        length == 0 or pool.bytes_needed(length) <= room
-        for length, room in zip(lengths, sorted(available), strict=True)
+        length == 0 or pool.bytes_needed(length) <= size
+        for length, size in zip(lengths, sorted(available), strict=True)
     )

@@ -1,4 +1,4 @@
-"""Our blocks of a paged cache against vLLM's own code: the same groups, block sizes and bytes for real models."""
+"""Blocks of a paged cache against vLLM's own code: the same groups, block sizes and bytes for real models."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from helpers import real_configs as real
 from helpers.sparse_models import DEEPSEEK_V3, MINIMAX_M2
 from snugfit.vram.blocks import make_pool
-from snugfit.vram.kv_cache import Attention, ModelCache
+from snugfit.vram.kv_cache import AttentionCache, ModelCache
 from snugfit.vram.kv_cache_config import read_cache
 
 pytestmark = pytest.mark.engine
@@ -75,11 +75,11 @@ json.dump(found, open(sys.argv[2], "w"))
 """
 
 
-def described(attention: Attention) -> dict[str, Any]:
+def described(attention: AttentionCache) -> dict[str, Any]:
     """A layer's attention as the script takes it."""
     kind = "latent" if attention.latent else "full" if attention.window is None else "window"
     kind = "chunk" if attention.chunked else kind
-    return {"kind": kind, "heads": attention.heads, "width": attention.key, "window": attention.window}
+    return {"kind": kind, "heads": attention.kv_heads, "width": attention.key_dim, "window": attention.window}
 
 
 def layers_of(cache: ModelCache, page: int) -> list[dict[str, Any]]:
@@ -92,26 +92,26 @@ def layers_of(cache: ModelCache, page: int) -> list[dict[str, Any]]:
 
 
 def test_blocks_are_those_of_vllm(tmp_path: Path) -> None:
-    """For windows, chunks, latents, states and mixes of them vLLM forms our groups and needs our bytes, exactly."""
+    """For windows, chunks, latents, states and mixes vLLM forms the same groups and needs the same bytes, exactly."""
     python = os.environ.get("SNUGFIT_VLLM_PYTHON")
     assert python, "SNUGFIT_VLLM_PYTHON names a Python with vLLM: run `make engine`"
-    cases, ours, names = [], [], []
+    cases, computed, names = [], [], []
     for name, config in MODELS.items():
         cache = read_cache(config)
         for batch in BATCHES:
             for mode, copies in (("none", 1), ("align", 2)) if cache.states else (("none", 1),):
-                pool = make_pool(cache, in_flight=batch, state_blocks=copies)
+                pool = make_pool(cache, max_num_batched_tokens=batch, state_blocks=copies)
                 # with states the first group is attention's, whose blocks were made long
-                block = pool.groups[0].block if cache.states else 16
+                block = pool.groups[0].block_tokens if cache.states else 16
                 page = block * cache.attention[0].bytes_per_token()
                 for length in LENGTHS:
                     case = {"layers": layers_of(cache, page), "block": block, "batch": batch}
                     cases.append({**case, "mode": mode, "length": length})
-                    ours.append([len(pool.groups), pool.block_bytes, pool.blocks(length) * pool.block_bytes])
+                    computed.append([len(pool.groups), pool.block_bytes, pool.blocks(length) * pool.block_bytes])
                     names.append(f"{name}, {length} tokens, batch {batch}, {mode}")
     (tmp_path / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
     (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
     command = [python, str(tmp_path / "script.py"), str(tmp_path / "cases.json"), str(tmp_path / "found.json")]
     subprocess.run(command, check=True, capture_output=True)
-    theirs = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
-    assert dict(zip(names, ours, strict=True)) == dict(zip(names, theirs, strict=True))
+    in_vllm = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
+    assert dict(zip(names, computed, strict=True)) == dict(zip(names, in_vllm, strict=True))

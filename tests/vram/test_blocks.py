@@ -9,30 +9,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers import real_configs as real
+from helpers.cache_sizes import bytes_at, reported_tokens
+from helpers.errors import raises
 from helpers.sparse_models import DEEPSEEK_V3
-from snugfit.errors import UserError
-from snugfit.vram.blocks import Group, Pool, make_pool
+from snugfit.vram.blocks import BlockGroup, BlockPool, make_pool
 from snugfit.vram.kv_cache_config import read_cache
 
 BATCH = 2048
 
 
-def pool_of(config: dict[str, Any], **options: Any) -> Pool:
-    return make_pool(read_cache(config), in_flight=BATCH, **options)
+def pool_of(config: dict[str, Any], **options: Any) -> BlockPool:
+    return make_pool(read_cache(config), max_num_batched_tokens=BATCH, **options)
 
 
 def test_plain_model_is_one_group() -> None:
     """All layers of Mistral-Nemo take a block of 16 tokens together: 2.5 MiB."""
     pool = pool_of(real.NEMO)
-    assert pool == Pool(16 * 163840, (Group(16),), BATCH)
+    assert pool == BlockPool(16 * 163840, (BlockGroup(16),), BATCH)
     assert pool.blocks(32768) == 2048
     assert pool.blocks(32769) == 2049
-    assert pool.bytes_needed(32768) == 2049 * 16 * 163840  # one block is never given out
+    assert pool.bytes_needed(32768) == 2049 * 16 * 163840  # the engine keeps one block
 
 
 def test_latent_is_one_group() -> None:
     """MLA takes blocks of 16 tokens, all layers together."""
-    assert pool_of(DEEPSEEK_V3) == Pool(16 * 61 * 576 * 2, (Group(16),), BATCH)
+    assert pool_of(DEEPSEEK_V3) == BlockPool(16 * 61 * 576 * 2, (BlockGroup(16),), BATCH)
 
 
 def test_windows_share_a_pool() -> None:
@@ -40,7 +41,7 @@ def test_windows_share_a_pool() -> None:
     pool = pool_of(real.GEMMA3_27B)
     page = 16 * 2 * 16 * 128 * 2
     assert pool.block_bytes == 10 * page
-    assert pool.groups == (*[Group(16, 1024)] * 6, Group(16))
+    assert pool.groups == (*[BlockGroup(16, 1024)] * 6, BlockGroup(16))
     windowed = -(-(1024 - 1 + BATCH) // 16) + 1
     assert pool.blocks(131072) == 6 * windowed + 131072 // 16
     assert pool.blocks(64) == 6 * (4 + 1) + 4  # a window may begin inside a block
@@ -48,7 +49,7 @@ def test_windows_share_a_pool() -> None:
 
 def test_near_equal_kinds_are_padded() -> None:
     """18 layers each (gpt-oss) are two groups; 13 and 12 are one each, of 13, not thirteen groups of one."""
-    assert pool_of(real.GPT_OSS_120B).groups == (Group(16, 128), Group(16))
+    assert pool_of(real.GPT_OSS_120B).groups == (BlockGroup(16, 128), BlockGroup(16))
     config = {**real.GPT_OSS_120B, "num_hidden_layers": 25}
     config["layer_types"] = ["sliding_attention"] * 12 + ["full_attention"] * 13
     pool = pool_of(config)
@@ -66,16 +67,16 @@ def test_pages_of_other_sizes_have_longer_blocks() -> None:
     config = {"model_type": "gemma4_text", "num_hidden_layers": 12, "hidden_size": 2304}
     pool = pool_of(config)
     assert pool.block_bytes == 2 * 16 * 2 * 4 * 512 * 2
-    assert set(pool.groups) == {Group(32, 512), Group(16)}
+    assert set(pool.groups) == {BlockGroup(32, 512), BlockGroup(16)}
 
 
 def test_states_make_long_blocks() -> None:
     """Qwen3-Next's states need 1,097,728 bytes: attention's blocks become 544 tokens, three groups hold states."""
     pool = pool_of(real.QWEN3_NEXT_80B)
-    assert pool.groups[0] == Group(544)
-    assert [group.fixed for group in pool.groups] == [0, 1, 1, 1]
+    assert pool.groups[0] == BlockGroup(544)
+    assert [group.state_blocks for group in pool.groups] == [0, 1, 1, 1]
     assert pool.block_bytes == 12 * 544 * 2048
-    assert pool_of(real.QWEN3_NEXT_80B, fp8=True).groups[0] == Group(1072)
+    assert pool_of(real.QWEN3_NEXT_80B, fp8=True).groups[0] == BlockGroup(1072)
     assert pool.blocks(544) == 1 + 3
     assert pool_of(real.QWEN3_NEXT_80B, state_blocks=2).blocks(544) == 1 + 6
 
@@ -85,7 +86,7 @@ def test_states_alone() -> None:
     config = {"model_type": "mamba", "hidden_size": 768, "num_hidden_layers": 24, "state_size": 16, "conv_kernel": 4}
     pool = pool_of(config)
     assert pool.blocks(1) == pool.blocks(10**6) == 1
-    assert pool.longest(10 * pool.block_bytes, 4096) == 4096
+    assert pool.max_context(10 * pool.block_bytes, 4096) == 4096
 
 
 @pytest.mark.parametrize("tp", [2, 8, 16])
@@ -96,27 +97,29 @@ def test_heads_over_gpus(tp: int) -> None:
 
 def test_uneven_heads_are_refused() -> None:
     """A pool of three GPUs for eight KV heads is an error."""
-    with pytest.raises(UserError, match="cannot be split over 3 GPUs"):
+    with raises("option-invalid", where="tensor_parallel_size"):
         pool_of(real.LLAMA_8B, tp=3)
 
 
 def test_reported_tokens() -> None:
-    """The size that an engine's log tells is the pool's blocks in contexts of the longest length."""
+    """The size in vLLM's log, the pool in contexts of the greatest length, follows from a pool's blocks."""
     pool = pool_of(real.NEMO)
-    assert pool.reported_tokens(1894 * pool.block_bytes, 30304) == 30304
+    assert reported_tokens(pool, 1894 * pool.block_bytes, 30304) == 30304
     gemma = pool_of(real.GEMMA3_27B)
     blocks = gemma.blocks(8192)
-    assert gemma.reported_tokens(10 * blocks * gemma.block_bytes, 8192) == 81920
+    assert reported_tokens(gemma, 10 * blocks * gemma.block_bytes, 8192) == 81920
 
 
 CONFIGS = (real.NEMO, real.GEMMA3_27B, real.MISTRAL_7B_V01, real.LLAMA4_SCOUT, real.QWEN3_NEXT_80B, DEEPSEEK_V3)
 
 
 @given(st.sampled_from(CONFIGS), st.integers(0, 2**36), st.integers(1, 2**20), st.integers(1, 40), st.booleans())
-def test_longest_is_the_longest(config: dict[str, Any], available: int, limit: int, sequences: int, fp8: bool) -> None:
+def test_max_context_is_the_longest(
+    config: dict[str, Any], available: int, limit: int, sequences: int, fp8: bool
+) -> None:
     """The longest context fits, one token more does not (or is beyond the limit), and no memory gives none."""
     pool = pool_of(config, fp8=fp8)
-    longest = pool.longest(available, limit, sequences)
+    longest = pool.max_context(available, limit, sequences)
     assert 0 <= longest <= limit
     if longest:
         assert pool.bytes_needed(longest, sequences) <= available
@@ -128,5 +131,5 @@ def test_longest_is_the_longest(config: dict[str, Any], available: int, limit: i
 def test_blocks_hold_the_cache(config: dict[str, Any], tokens: int) -> None:
     """An engine's blocks never hold less than the cache itself, whatever they add."""
     cache = read_cache(config)
-    pool = make_pool(cache, in_flight=BATCH)
-    assert pool.blocks(tokens) * pool.block_bytes >= cache.size().bytes_at(tokens)
+    pool = make_pool(cache, max_num_batched_tokens=BATCH)
+    assert pool.blocks(tokens) * pool.block_bytes >= bytes_at(cache.size(), tokens)

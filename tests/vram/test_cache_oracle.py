@@ -1,4 +1,4 @@
-"""Our shapes of a cache against transformers' own: tiny random models run, each layer of their cache is counted."""
+"""Shapes of caches against transformers: tiny random models run, and the numbers in each layer's cache are counted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from snugfit.model import config_defaults
 from snugfit.vram import families
-from snugfit.vram.kv_cache import Attention, ModelCache, State
+from snugfit.vram.kv_cache import AttentionCache, ModelCache, StateCache
 from snugfit.vram.kv_cache_config import read_cache
 
 TOKENS = 40
@@ -129,7 +129,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def run(kind: str, changes: Mapping[str, Any]) -> tuple[Any, ModelCache]:
-    """The cache that a tiny model leaves after TOKENS tokens, and ours of its config.json."""
+    """transformers' cache of a tiny model after TOKENS tokens, and the one read from its config.json."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(kind, **{**TINY, **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
@@ -145,7 +145,7 @@ def numbers(tensors: Any) -> int:
     return sum(part.numel() for part in parts if part is not None)
 
 
-def expected_keys(attention: Attention | None, kind: str) -> int:
+def expected_keys(attention: AttentionCache | None, kind: str) -> int:
     """Numbers of keys and values: transformers keeps one token less than the window, which the next one completes."""
     if attention is None:
         return 0
@@ -154,7 +154,7 @@ def expected_keys(attention: Attention | None, kind: str) -> int:
     return attention.bytes_per_token() // 2 * tokens
 
 
-def expected_state(state: State | None) -> tuple[int, int]:
+def expected_state(state: StateCache | None) -> tuple[int, int]:
     """Numbers of a convolution's window (transformers keeps the present token too) and of a recurrent state."""
     if state is None:
         return 0, 0
@@ -164,10 +164,10 @@ def expected_state(state: State | None) -> tuple[int, int]:
 
 @pytest.mark.parametrize("kind", CASES)
 def test_cache_is_what_transformers_keeps(kind: str) -> None:
-    """Layer by layer, transformers' cache holds as many numbers as ours, windows and states included."""
-    kept, ours = run(kind, CASES[kind])
-    assert len(kept.layers) == len(ours.layers)
-    for layer, (attention, state) in zip(kept.layers, ours.layers, strict=True):
+    """Layer by layer, transformers' cache holds the numbers that we read, windows and states included."""
+    kept, read = run(kind, CASES[kind])
+    assert len(kept.layers) == len(read.layers)
+    for layer, (attention, state) in zip(kept.layers, read.layers, strict=True):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         assert numbers(keys) + numbers(values) == expected_keys(attention, kind)
         held = getattr(layer, "conv_states", None), getattr(layer, "recurrent_states", None)
@@ -176,12 +176,12 @@ def test_cache_is_what_transformers_keeps(kind: str) -> None:
 
 def test_lightning_attention() -> None:
     """MiniMax-01's linear layers keep a square matrix a head; transformers has them beside its cache of keys."""
-    kept, ours = run("minimax", {"num_local_experts": 4})
-    states = [state for _, state in ours.layers]
+    kept, read = run("minimax", {"num_local_experts": 4})
+    states = [state for _, state in read.layers]
     assert [numbers(held) if held != [] else 0 for held in kept.linear_cache] == [
         0 if state is None else state.recurrent for state in states
     ]
-    keys = [attention for attention, _ in ours.layers if attention is not None]
+    keys = [attention for attention, _ in read.layers if attention is not None]
     held = [layer for layer in kept.layers if getattr(layer, "keys", None) is not None]
     assert [numbers(layer.keys) + numbers(layer.values) for layer in held] == [
         a.bytes_per_token() // 2 * TOKENS for a in keys
@@ -193,7 +193,7 @@ def test_lightning_attention() -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in config_defaults.DEFAULTS if kind != "kimi_k2"])
 def test_defaults_are_those_of_transformers(kind: str) -> None:
-    """Every value that we fill in is the one that transformers' config class has without it."""
+    """Every default is the one of transformers' config class."""
     config = AutoConfig.for_model(kind)
     plain = config.to_dict()
     # given by transformers as a per-layer override, by a rule of its own, or dropped once layer_types are made
@@ -202,7 +202,7 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
         if key in hidden or value is None:
             continue
         found = plain[key] if key in plain else getattr(config, key)
-        if key == "sliding_window" and kind in families.SWITCHED:
+        if key == "sliding_window" and kind in families.SWITCHABLE_WINDOWS:
             assert found in (value, None, 0), key  # None while it is switched off
         elif isinstance(found, list):
             assert set(found) == {value}, key
@@ -210,19 +210,22 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
             assert found == value, key
 
 
-@pytest.mark.parametrize("kind", [*families.PERIODS, *families.SWITCHED, "llama4_text", "qwen3_next", "qwen3_5_text"])
+@pytest.mark.parametrize(
+    "kind",
+    [*families.FULL_ATTENTION_PERIODS, *families.SWITCHABLE_WINDOWS, "llama4_text", "qwen3_next", "qwen3_5_text"],
+)
 def test_layers_without_a_list_are_those_of_transformers(kind: str) -> None:
-    """Where config.json has no layer_types, our rule lays windows, chunks and states out as transformers does."""
+    """Without layer_types in config.json, windows, chunks and states are in the layers that transformers chooses."""
     given: dict[str, Any] = {"num_hidden_layers": 9, "num_kv_shared_layers": 0}
-    if kind in families.SWITCHED:
+    if kind in families.SWITCHABLE_WINDOWS:
         given |= {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 4}
     config = AutoConfig.for_model(kind, **given)
     layer_types = getattr(config, "layer_types", None)
-    ours = read_cache({"model_type": kind, "hidden_size": 512, "num_attention_heads": 8, **given}).layers
+    layers = read_cache({"model_type": kind, "hidden_size": 512, "num_attention_heads": 8, **given}).layers
     if layer_types is None:
         pytest.skip("this class makes no list of its layers")
     kinds = {(True, False): "full_attention", (True, True): "window", (False, False): "linear_attention"}
     words = {"sliding_attention": "window", "chunked_attention": "window"}
-    for (attention, _), word in zip(ours, layer_types, strict=True):
+    for (attention, _), word in zip(layers, layer_types, strict=True):
         windowed = attention is not None and attention.window is not None
         assert kinds[attention is not None, windowed] == words.get(word, word)

@@ -7,88 +7,93 @@ from typing import Any
 import pytest
 
 from helpers import real_configs as real
+from helpers.cache_sizes import reported_tokens, used_bytes
 from helpers.sparse_models import DEEPSEEK_V3, MINIMAX_M2
 from snugfit.engines.memory import (
-    CONTEXT,
+    CUDA_CONTEXT_BYTES,
     ENGINES,
     GIB,
-    GRAPH_TAKEN,
+    GRAPH_BYTES,
+    GRAPH_ESTIMATE_BYTES,
     MIB,
-    NON_TORCH,
+    NON_TORCH_BYTES,
     batch_defaults,
     graph_count,
     sglang_reserve,
 )
 from snugfit.vram.blocks import make_pool
 from snugfit.vram.budget import (
-    Device,
+    Budget,
+    Gpu,
     activation_bytes,
-    in_flight,
-    longest_position,
+    make_budget,
+    max_num_batched_tokens,
+    max_positions,
     read_widths,
     rotary_bytes,
-    share_out,
 )
 from snugfit.vram.kv_cache_config import read_cache
 
 # the first seed: Mistral-Nemo, NVFP4 MLP and FP8 attention, on an RTX 5060 Ti 16GB
-SEED_WEIGHTS = 9_737_759_680  # what our plan of that recipe writes
+SEED_WEIGHTS = 9_737_759_680  # bytes that our plan of that recipe writes
 KIB_A_TOKEN = 160
-# nvidia-smi's figure, and what CUDA reports on Windows and WSL 2; 15.48 GiB on Linux
-WSL = Device(16311 * MIB, "RTX 5060 Ti 16GB", 36)
+# nvidia-smi's figure, which CUDA reports on Windows and WSL 2; 15.48 GiB on Linux
+WSL = Gpu(16311 * MIB, "RTX 5060 Ti 16GB", 36)
 
 
-def budget_of(config: dict[str, Any], weights: int, engine: str, device: Device, **options: Any) -> Any:
+def budget_of(config: dict[str, Any], weights: int, engine: str, gpu: Gpu, **options: Any) -> Budget:
     widths = read_widths(config, read_cache(config))
-    return share_out(weights, widths, ENGINES[engine], device, **options)
+    return make_budget(weights, widths, ENGINES[engine], gpu, **options)
 
 
 def test_seed_under_vllm() -> None:
     """vLLM 0.19 at 0.9 of the card: 30,304 tokens and 15,415 MiB in all, within 2 %."""
-    budget = budget_of(real.NEMO, SEED_WEIGHTS, "vllm-0.19", WSL, utilization=0.9)
+    budget = budget_of(real.NEMO, SEED_WEIGHTS, "vllm-0.19", WSL, gpu_memory_utilization=0.9)
     engine = ENGINES["vllm-0.19"]
-    pool = make_pool(read_cache(real.NEMO), in_flight=in_flight(engine, WSL))
-    tokens = pool.reported_tokens(budget.for_cache, 131072) // 16 * 16
+    pool = make_pool(read_cache(real.NEMO), max_num_batched_tokens=max_num_batched_tokens(engine, WSL))
+    tokens = reported_tokens(pool, budget.cache_bytes, 131072) // 16 * 16
     assert tokens == pytest.approx(30304, rel=0.02)
-    assert budget.in_all(tokens * KIB_A_TOKEN * 1024) / MIB == pytest.approx(15415, rel=0.02)
+    assert used_bytes(budget, tokens * KIB_A_TOKEN * 1024) / MIB == pytest.approx(15415, rel=0.02)
 
 
 def test_seed_under_aphrodite() -> None:
     """Aphrodite in single-user mode with 32,768 tokens: 15,157 MiB in all, within 2 %."""
     budget = budget_of(real.NEMO, SEED_WEIGHTS, "aphrodite", WSL)
-    assert budget.in_all(32768 * KIB_A_TOKEN * 1024) / MIB == pytest.approx(15157, rel=0.02)
+    assert used_bytes(budget, 32768 * KIB_A_TOKEN * 1024) / MIB == pytest.approx(15157, rel=0.02)
 
 
 def test_seed_was_not_on_linux() -> None:
     """With the 15.48 GiB of Linux the first seed's vLLM would have had 8 % less: its card reported 15.93 GiB."""
-    budget = budget_of(real.NEMO, SEED_WEIGHTS, "vllm-0.19", Device(15851 * MIB, None, 36), utilization=0.9)
-    assert budget.for_cache / (KIB_A_TOKEN * 1024) < 0.93 * 30304
+    budget = budget_of(real.NEMO, SEED_WEIGHTS, "vllm-0.19", Gpu(15851 * MIB, None, 36), gpu_memory_utilization=0.9)
+    assert budget.cache_bytes / (KIB_A_TOKEN * 1024) < 0.93 * 30304
 
 
 def test_parts_of_the_seed() -> None:
     """The sampler's 256 rows of 131,072 logits are the peak: 14 bytes each, the batch's hidden states, 36 rows."""
     widths = read_widths(real.NEMO, read_cache(real.NEMO))
     sampler = 256 * 131072 * 14 + 2 * 2048 * 5120 + 256 * 4 * 5120 + 36 * 131072 * 4
-    assert activation_bytes(widths, ENGINES["vllm-0.19"], (2048, 256), WSL) == sampler
+    assert activation_bytes(widths, ENGINES["vllm-0.19"], (2048, 256), WSL.multiprocessors) == sampler
     assert rotary_bytes(widths) == 131072 * 128 * 2
     budget = budget_of(real.NEMO, SEED_WEIGHTS, "vllm-0.19", WSL)
-    assert budget.share == int(0.9 * WSL.reported)
-    assert budget.besides == NON_TORCH
-    assert budget.on_top == CONTEXT + 86 * GRAPH_TAKEN
+    assert budget.share_bytes == int(0.9 * WSL.reported_bytes)
+    assert budget.other_bytes == NON_TORCH_BYTES
+    assert budget.outside_budget_bytes == CUDA_CONTEXT_BYTES + 86 * GRAPH_BYTES
 
 
 def test_one_sequence_has_a_small_sampler() -> None:
     """With one row of logits the widest layer is the peak: gate, up and their product beside two hidden states."""
     widths = read_widths(real.NEMO, read_cache(real.NEMO))
     layer = 2 * 2048 * (2 * 5120 + 3 * 14336)
-    assert activation_bytes(widths, ENGINES["aphrodite"], (2048, 1), WSL) == layer
-    assert activation_bytes(widths, ENGINES["aphrodite"], (2048, 1), WSL, 2) == 2 * 2048 * (2 * 5120 + 3 * 7168)
+    assert activation_bytes(widths, ENGINES["aphrodite"], (2048, 1), WSL.multiprocessors) == layer
+    assert activation_bytes(widths, ENGINES["aphrodite"], (2048, 1), WSL.multiprocessors, 2) == 2 * 2048 * (
+        2 * 5120 + 3 * 7168
+    )
 
 
 def test_sorting_sampler_is_that_of_a_log() -> None:
     """The older sampler's bytes a logit give the 1.40 GiB of peak in the log that they come from (Qwen3-8B)."""
     widths = read_widths(real.QWEN3_8B, read_cache(real.QWEN3_8B))
-    old = activation_bytes(widths, ENGINES["aphrodite-many"], (2048, 256), Device(24 * GIB, None, 128))
+    old = activation_bytes(widths, ENGINES["aphrodite-many"], (2048, 256), 128)
     assert (old - 128 * 151936 * 4) / GIB == pytest.approx(1.40, abs=0.01)
 
 
@@ -102,7 +107,7 @@ def test_experts_widen_a_layer() -> None:
 def test_latent_attention_unpacks_its_context() -> None:
     """MLA's profiling run takes 65,536 tokens of unpacked context: 128 heads of 256 numbers, shared by the GPUs."""
     widths = read_widths(DEEPSEEK_V3, read_cache(DEEPSEEK_V3))
-    peak = activation_bytes(widths, ENGINES["vllm"], (8192, 256), Device(80 * GIB), 8)
+    peak = activation_bytes(widths, ENGINES["vllm"], (8192, 256), 132, 8)
     assert peak >= 2 * 65536 * 128 * 256 // 8
     assert peak == 2 * 65536 * 128 * 256 // 8 + 2 * 8192 * (2 * 7168 + widths.layer(8))
 
@@ -116,33 +121,39 @@ def test_towers_and_lists_have_widths() -> None:
 
 
 def test_graphs_are_inside_since_021() -> None:
-    """vLLM counts its estimate of CUDA graphs against its share since 0.21, before they came on top."""
-    old, new = (budget_of(real.NEMO, SEED_WEIGHTS, name, WSL, utilization=0.9) for name in ("vllm-0.19", "vllm-0.24"))
-    assert old.share == new.share
-    assert new.besides - old.besides == 86 * 8 * MIB
-    assert new.on_top == CONTEXT
-    assert new.for_cache < old.for_cache
+    """vLLM counts its estimate of CUDA graphs against its share since 0.21; before, they were outside it."""
+    old, new = (
+        budget_of(real.NEMO, SEED_WEIGHTS, name, WSL, gpu_memory_utilization=0.9) for name in ("vllm-0.19", "vllm-0.24")
+    )
+    assert old.share_bytes == new.share_bytes
+    assert new.other_bytes - old.other_bytes == 86 * GRAPH_ESTIMATE_BYTES == 86 * 8 * MIB
+    assert new.outside_budget_bytes == CUDA_CONTEXT_BYTES
+    assert new.cache_bytes < old.cache_bytes
 
 
 def test_utilization_counts() -> None:
-    """The share is what was asked for, else the engine's own: 0.92 of the card under today's vLLM."""
-    assert budget_of(real.NEMO, 0, "vllm", WSL).share == int(0.92 * WSL.reported)
-    assert budget_of(real.NEMO, 0, "vllm", WSL, utilization=0.5).share == int(0.5 * WSL.reported)
+    """The share is the one asked for, else the engine's own: 0.92 of the card under today's vLLM."""
+    assert budget_of(real.NEMO, 0, "vllm", WSL).share_bytes == int(0.92 * WSL.reported_bytes)
+    assert budget_of(real.NEMO, 0, "vllm", WSL, gpu_memory_utilization=0.5).share_bytes == int(0.5 * WSL.reported_bytes)
 
 
 def test_several_gpus_talk() -> None:
-    """Tensor parallelism costs every GPU its buffers."""
+    """Tensor parallelism costs every GPU buffers for communication."""
     one, two = (budget_of(real.NEMO, 0, "vllm", WSL, tp=tp) for tp in (1, 2))
-    assert two.besides > one.besides
+    assert two.other_bytes > one.other_bytes
 
 
 def test_sglang_keeps_a_reserve() -> None:
     """SGLang's fraction leaves 512 + 1.5 x 2,048 + 2 x 8 + 128 MiB of a 16 GB card free of weights and cache."""
-    device = Device(15851 * MIB)
-    assert sglang_reserve(device.reported, 1) == (512 + 3072 + 16 + 128) * MIB
-    budget = budget_of(real.NEMO, 0, "sglang", device)
-    assert budget.share == int((device.reported - CONTEXT) * (1 - sglang_reserve(device.reported, 1) / device.reported))
-    assert budget_of(real.NEMO, 0, "sglang", device, utilization=0.8).share == int((device.reported - CONTEXT) * 0.8)
+    gpu = Gpu(15851 * MIB)
+    assert sglang_reserve(gpu.reported_bytes, 1) == (512 + 3072 + 16 + 128) * MIB
+    budget = budget_of(real.NEMO, 0, "sglang", gpu)
+    assert budget.share_bytes == int(
+        (gpu.reported_bytes - CUDA_CONTEXT_BYTES) * (1 - sglang_reserve(gpu.reported_bytes, 1) / gpu.reported_bytes)
+    )
+    assert budget_of(real.NEMO, 0, "sglang", gpu, gpu_memory_utilization=0.8).share_bytes == int(
+        (gpu.reported_bytes - CUDA_CONTEXT_BYTES) * 0.8
+    )
     assert sglang_reserve(80 * GIB, 4) == (512 + 12288 + 1024 + 512) * MIB
 
 
@@ -178,4 +189,4 @@ POSITIONS: list[tuple[dict[str, Any], int | None]] = [
 @pytest.mark.parametrize(("change", "positions"), POSITIONS)
 def test_positions(change: dict[str, Any], positions: int | None) -> None:
     """The longest context is the config's, or what YaRN makes of the original one."""
-    assert longest_position({**real.QWEN3_32B, **change}) == positions
+    assert max_positions({**real.QWEN3_32B, **change}) == positions

@@ -6,18 +6,18 @@ import pytest
 
 from snugfit.formats.spec import TensorFormat
 from snugfit.storage.safetensors_header import TensorInfo
-from snugfit.vram.weights import collapse_experts, gpu_bytes, is_served, kernel_format, misfit
+from snugfit.vram.weights import bytes_on_gpu, collapse_experts, is_served, kernel_format, split_error
 
 LAYER = "model.layers.0"
 
 
 def bytes_on(name: str, shape: tuple[int, ...], tp: int, *, kv_heads: int | None = 8, dtype: str = "BF16") -> int:
-    return gpu_bytes(name, [TensorInfo(name, dtype, shape)], tp, kv_heads)
+    return bytes_on_gpu(name, [TensorInfo(name, dtype, shape)], tp, kv_heads)
 
 
 SPLIT: list[tuple[str, tuple[int, ...], int, int]] = [
-    (f"{LAYER}.self_attn.q_proj.weight", (4096, 5120), 2, 2048 * 5120 * 2),  # rows
-    (f"{LAYER}.self_attn.o_proj.weight", (5120, 4096), 2, 5120 * 2048 * 2),  # columns
+    (f"{LAYER}.self_attn.q_proj.weight", (4096, 5120), 2, 2048 * 5120 * 2),  # out_features
+    (f"{LAYER}.self_attn.o_proj.weight", (5120, 4096), 2, 5120 * 2048 * 2),  # in_features
     (f"{LAYER}.mlp.down_proj.weight", (5120, 14336), 4, 5120 * 3584 * 2),
     (f"{LAYER}.self_attn.k_proj.weight", (1024, 5120), 16, 128 * 5120 * 2),  # one of 8 heads on each of 16 GPUs
     (f"{LAYER}.self_attn.k_proj.weight", (1024, 5120), 4, 256 * 5120 * 2),
@@ -42,37 +42,41 @@ def test_share_of_a_gpu(name: str, shape: tuple[int, ...], tp: int, expected: in
 
 
 def test_scales_follow_their_weight() -> None:
-    """Scales of rows are split with rows, kept whole where columns are split, and block scales split with both."""
+    """Scales of outputs are split with out_features alone, scales of blocks with both sides."""
     gate, down = f"{LAYER}.mlp.gate_proj.weight", f"{LAYER}.mlp.down_proj.weight"
-    assert gpu_bytes(gate, [TensorInfo("s", "BF16", (14336, 1))], 2, 8) == 14336
-    assert gpu_bytes(down, [TensorInfo("s", "BF16", (5120, 1))], 2, 8) == 5120 * 2
-    assert gpu_bytes(down, [TensorInfo("s", "F8_E4M3", (5120, 896))], 2, 8) == 5120 * 448
-    assert gpu_bytes(down, [TensorInfo("s", "F32", (1,))], 2, 8) == 4
+    assert bytes_on_gpu(gate, [TensorInfo("s", "BF16", (14336, 1))], 2, 8) == 14336
+    assert bytes_on_gpu(down, [TensorInfo("s", "BF16", (5120, 1))], 2, 8) == 5120 * 2
+    assert bytes_on_gpu(down, [TensorInfo("s", "F8_E4M3", (5120, 896))], 2, 8) == 5120 * 448
+    assert bytes_on_gpu(down, [TensorInfo("s", "F32", (1,))], 2, 8) == 4
 
 
-MISFITS: list[tuple[str, tuple[int, int], TensorFormat | None, int, str | None]] = [
+SPLIT_ERRORS: list[tuple[str, tuple[int, int], TensorFormat | None, int, tuple[object, ...] | None]] = [
     ("down_proj", (3584, 18944), TensorFormat("nvfp4"), 2, None),
-    ("down_proj", (3584, 18944), TensorFormat("nvfp4"), 3, "18944 columns of down_proj over 3 GPUs"),
-    ("down_proj", (3584, 18944), TensorFormat("int4", 128), 8, "2368 columns of down_proj on a GPU"),
+    ("down_proj", (3584, 18944), TensorFormat("nvfp4"), 3, (18944, "in_features", "down_proj", 3)),
+    ("down_proj", (3584, 18944), TensorFormat("int4", 128), 8, (2368, "in_features", "down_proj", 128)),
     ("down_proj", (3584, 18944), TensorFormat("int4", 32), 8, None),
     ("gate_proj", (18944, 3584), TensorFormat("int4", 128), 8, None),
-    ("gate_proj", (18944, 3584), TensorFormat("fp8-block"), 8, "2368 rows of gate_proj on a GPU, no multiple of 128"),
-    ("gate_proj", (18944, 3584), TensorFormat("fp8", block=(128, 128)), 8, "no multiple of 128"),
+    ("gate_proj", (18944, 3584), TensorFormat("fp8-block"), 8, (2368, "out_features", "gate_proj", 128)),
+    ("gate_proj", (18944, 3584), TensorFormat("fp8", block=(128, 128)), 8, (2368, "out_features", "gate_proj", 128)),
     ("gate_proj", (18944, 3584), TensorFormat("fp8-dynamic"), 8, None),
-    ("down_proj", (2880, 2880), TensorFormat("mxfp4"), 4, "720 columns of down_proj on a GPU, no multiple of 32"),
-    ("o_proj", (2048, 24), None, 16, "24 columns of o_proj over 16 GPUs"),
+    ("down_proj", (2880, 2880), TensorFormat("mxfp4"), 4, (720, "in_features", "down_proj", 32)),
+    ("o_proj", (2048, 24), None, 16, (24, "in_features", "o_proj", 16)),
     ("q_a_proj", (1536, 7168), TensorFormat("nvfp4"), 7, None),
     ("down_proj", (3584, 17), TensorFormat("nvfp4"), 1, None),
 ]
 
 
-@pytest.mark.parametrize(("leaf", "shape", "fmt", "tp", "says"), MISFITS)
+@pytest.mark.parametrize(("leaf", "shape", "fmt", "tp", "named"), SPLIT_ERRORS)
 def test_what_no_longer_divides(
-    leaf: str, shape: tuple[int, int], fmt: TensorFormat | None, tp: int, says: str | None
+    leaf: str, shape: tuple[int, int], fmt: TensorFormat | None, tp: int, named: tuple[object, ...] | None
 ) -> None:
-    """A split weight must still hold whole blocks and groups of its format; what does not is told with its numbers."""
-    found = misfit(f"{LAYER}.mlp.{leaf}.weight", shape, fmt, tp)
-    assert found is None if says is None else found is not None and says in found
+    """A split weight must still hold whole blocks and groups of its format; the reason names side, leaf and numbers."""
+    found = split_error(f"{LAYER}.mlp.{leaf}.weight", shape, fmt, tp)
+    if named is None:
+        assert found is None
+    else:
+        assert found is not None
+        assert [word for word in named if str(word) not in found] == []
 
 
 def test_experts_are_one() -> None:

@@ -1,7 +1,7 @@
-"""GPUs by name: generation, and the memory that CUDA reports, which is what engines take their share of.
+"""GPUs by name: their generation, and the memory that CUDA reports, of which engines take a share.
 
-`reported_mib` is the smallest total that torch.cuda.mem_get_info was seen to give on Linux (torch prints it in its
-out-of-memory message, "GPU 0 has a total capacity of 15.48 GiB"); nvidia-smi shows more on the same card, and so does
+`reported_mib` is the smallest total that torch.cuda.mem_get_info was seen to return on Linux (torch prints it in its
+out-of-memory message, "GPU 0 has a total capacity of 15.48 GiB"). nvidia-smi shows more on the same card, and so does
 WSL 2: a 16 GB RTX 5060 Ti has 16,311 MiB in nvidia-smi, 15.93 GiB under Windows and 15.48 GiB on Linux.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 # compute capability 8.0/8.6, 8.9, 9.0, 10.x and 12.x
@@ -20,13 +21,13 @@ GENERATIONS: Mapping[Generation, str] = {
     "blackwell": "Blackwell (sm100)",
     "blackwell-consumer": "Blackwell (sm120)",
 }
-# shown where nobody said which GPU it is
+# shown where the GPU was given by its memory alone
 COMMON: tuple[Generation, ...] = ("ada", "hopper", "blackwell", "blackwell-consumer")
 
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU model. Memory in MiB, as CUDA reports it; `multiprocessors` is the number of its SMs."""
+    """One GPU model: its memory in MiB as CUDA reports it, and its number of multiprocessors (SMs)."""
 
     name: str
     generation: Generation
@@ -38,8 +39,8 @@ def _card(name: str, generation: Generation, gib: float, multiprocessors: int) -
     return Card(name, generation, int(gib * 1024), multiprocessors)
 
 
-# Totals in GiB: from public logs with that message, July 2024 to September 2026, the smallest that came up more than
-# once; those marked (*) are taken from nvidia-smi's figure less 2 %, the usual difference
+# Totals in GiB: from public logs with that message, July 2024 to September 2026, the smallest that appeared more than
+# once; a total marked (*) is nvidia-smi's figure less 2 %, the usual difference
 CARDS: tuple[Card, ...] = (
     _card("RTX 3060", "ampere", 11.62, 28),
     _card("RTX 3090", "ampere", 23.56, 82),
@@ -65,31 +66,37 @@ CARDS: tuple[Card, ...] = (
     _card("B200", "blackwell", 178.35, 148),
     _card("B300", "blackwell", 264.0, 148),  # (*) 275,040 MiB in nvidia-smi
 )
-_NO_PART_OF_A_NAME = frozenset({"nvidia", "geforce", "tesla", "graphics", "gpu", "sxm", "sxm5", "pcie", "blackwell"})
+_MAKERS_WORDS = frozenset({"nvidia", "geforce", "tesla", "graphics", "gpu", "sxm", "sxm5", "pcie", "blackwell"})
 
 
 def find_card(text: str) -> Card | None:
-    """The card of that name, however it is spelt ("5060 ti", "RTX5090", "nvidia l40s"); None where none is meant.
+    """The card of that name, in any spelling ("5060 ti", "RTX5090", "nvidia l40s"); None for an unknown name.
 
-    Of cards that differ only in their memory, the first is meant by a name without it.
+    Of cards that differ in their memory alone, a name without the memory stands for the first.
     """
-    wanted = _plain(text)
-    spelt: dict[str, Card] = {}
+    return _spellings().get(_normalized(text))
+
+
+def similar_cards(text: str, limit: int = 3) -> list[str]:
+    """Names of the cards that begin with `text`, then of those with a similar spelling; empty where there is none."""
+    spellings, wanted = _spellings(), _normalized(text)
+    longer = [spelling for spelling in spellings if wanted and spelling.startswith(wanted)]
+    similar = get_close_matches(wanted, spellings, n=4 * limit, cutoff=0.7)
+    return list(dict.fromkeys(spellings[spelling].name for spelling in (*longer, *similar)))[:limit]
+
+
+def _spellings() -> dict[str, Card]:
+    """Normalized name -> card: each with and without its memory, with and without RTX."""
+    found: dict[str, Card] = {}
     for card in CARDS:
-        words = card.name.split()
-        without_size = " ".join(word for word in words if not word.endswith("GB"))
-        for name in (card.name, without_size):
-            spelt.setdefault(_plain(name), card)
-            spelt.setdefault(_plain(name).removeprefix("rtx"), card)
-    return spelt.get(wanted)
+        without_memory = " ".join(word for word in card.name.split() if not word.endswith("GB"))
+        for name in (card.name, without_memory):
+            found.setdefault(_normalized(name), card)
+            found.setdefault(_normalized(name).removeprefix("rtx"), card)
+    return found
 
 
-def names() -> list[str]:
-    """All names, for messages."""
-    return [card.name for card in CARDS]
-
-
-def _plain(text: str) -> str:
-    """Small letters and digits alone, without makers' words."""
+def _normalized(text: str) -> str:
+    """Lower-case letters and digits alone, without the makers' words."""
     words = "".join(c if c.isalnum() else " " for c in text.lower()).split()
-    return "".join(word for word in words if word not in _NO_PART_OF_A_NAME)
+    return "".join(word for word in words if word not in _MAKERS_WORDS)

@@ -1,10 +1,11 @@
 """Which kernel of which engine runs a format on which GPU, and in what arithmetic, as data.
 
-vLLM's facts are read from its lists in order of priority and each kernel's own `is_supported`, versions 0.24 and 0.32
-(model_executor/kernels/linear/__init__.py and below, layers/fused_moe/oracle/, platforms/cuda.py), for what its CUDA
-wheel brings along (CUTLASS, Marlin, FlashInfer, DeepGEMM), without b12x and Humming, which are installed apart. What
-was also seen running says so. SGLang's are from its docs (advanced_features/quantization.md). Aphrodite 0.10 and later
-is vLLM's code under another name, 0.10 of late 2025, the sync of April 2026 that of vLLM 0.20; its lists are vLLM's.
+vLLM's facts are read from its priority lists and from each kernel's own `is_supported`, versions 0.24 and 0.32
+(model_executor/kernels/linear/__init__.py and below, layers/fused_moe/oracle/, platforms/cuda.py), for the kernels in
+its CUDA wheel (CUTLASS, Marlin, FlashInfer, DeepGEMM), without b12x and Humming, which are separate packages. `seen`
+marks a kernel that this project saw running. SGLang's facts are from its docs (advanced_features/quantization.md).
+Aphrodite 0.10 and later is vLLM's code under another name, 0.10 of late 2025, the sync of April 2026 that of vLLM 0.20;
+its lists are vLLM's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Arithmetic = Literal["W4A4", "W4A16", "W4A8", "W8A8", "W8A16", "W16A16"]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel and its arithmetic: bits of weights, bits of activations. `seen`: this project saw it chosen."""
+    """A kernel and its arithmetic: bits of weights and of activations. `seen`: this project saw an engine choose it."""
 
     name: str
     arithmetic: Arithmetic
@@ -33,11 +34,11 @@ _CUTLASS8 = Kernel("CUTLASS", "W8A8")
 _BF16 = Kernel("cuBLAS", "W16A16")
 _FLASHINFER4 = Kernel("FlashInfer CUTLASS", "W4A4")
 
-# format -> generation -> kernel of a linear layer. Formats by what the file holds: "fp8-channel" under one scale an
-# output channel or one a weight, "fp8-block" under one a 128 x 128 block
+# format -> generation -> kernel of a linear layer. The formats are those of the file: "fp8-channel" has one scale an
+# output channel or one a weight, "fp8-block" one a 128 x 128 block
 _VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
     "bf16": dict.fromkeys(("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), _BF16),
-    # _POSSIBLE_NVFP4_KERNELS: CuTe DSL asks for sm10x, FlashInfer CUTLASS for >= sm100, Marlin takes what is left
+    # _POSSIBLE_NVFP4_KERNELS: CuTe DSL asks for sm10x, FlashInfer CUTLASS for >= sm100, Marlin takes the rest
     "nvfp4": {
         "ampere": _MARLIN4,
         "ada": _MARLIN4,
@@ -62,7 +63,7 @@ _VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
         "blackwell-consumer": _CUTLASS8,
     },
     # _POSSIBLE_FP8_BLOCK_KERNELS: DeepGEMM on sm90 and sm10x, CUTLASS's block kernel from sm90 on; on sm89 Triton in
-    # 0.24, where Marlin refuses it (in 0.32 Marlin no longer does and stands before Triton: W8A16)
+    # 0.24, where Marlin refuses it (in 0.32 Marlin accepts it and comes before Triton: W8A16)
     "fp8-block": {
         "ampere": _MARLIN8,
         "ada": Kernel("Triton", "W8A8"),
@@ -70,7 +71,7 @@ _VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
         "blackwell": Kernel("DeepGEMM", "W8A8"),
         "blackwell-consumer": _CUTLASS8,
     },
-    # _POSSIBLE_KERNELS: Machete is sm90's, Marlin everybody's
+    # _POSSIBLE_KERNELS: Machete needs sm90, Marlin runs everywhere
     "int4": {
         "ampere": _MARLIN4,
         "ada": _MARLIN4,
@@ -105,7 +106,7 @@ _VLLM_EXPERTS: Mapping[str, Mapping[Generation, Kernel]] = {
         "blackwell-consumer": Kernel("Triton", "W8A8"),
     },
     "int4": {"hopper": Kernel("Marlin", "W4A16", seen=True)},
-    # gpt-oss has a list of its own: Triton's kernels on Hopper
+    # gpt-oss has a separate list: Triton's kernels on Hopper
     "mxfp4": {"blackwell": Kernel("FlashInfer TRTLLM", "W4A8"), "blackwell-consumer": _MARLIN4},
 }
 # SGLang 0.5: --fp8-gemm-backend and --fp4-gemm-backend "auto"; NVFP4 "Blackwell/SM100+" only
@@ -158,7 +159,7 @@ _VLLM_LATENT: Mapping[Generation, tuple[str, str]] = {
     "blackwell": ("FlashInfer MLA", "FlashInfer MLA"),
     "blackwell-consumer": ("Triton MLA", "Triton MLA"),
 }
-# its defaults as remembered, not looked up: FlashAttention 3 on Hopper, TRTLLM on sm100, FlashInfer elsewhere
+# SGLang's defaults from memory, not looked up: FlashAttention 3 on Hopper, TRTLLM on sm100, FlashInfer elsewhere
 _SGLANG_ATTENTION: Mapping[Generation, tuple[str, str]] = {
     "ampere": ("FlashInfer", "FlashInfer"),
     "ada": ("FlashInfer", "FlashInfer"),
@@ -178,11 +179,11 @@ _LATENT = {"vllm": _VLLM_LATENT, "aphrodite": _VLLM_LATENT, "sglang": _SGLANG_LA
 
 
 def linear_kernel(engine: str, fmt: str, generation: Generation, *, experts: bool = False) -> Kernel | None:
-    """What runs a weight of that format, None where the engine has nothing for it (or its docs do not say)."""
+    """The kernel for a weight of that format; None where the engine has none (or its docs do not say)."""
     of_experts = EXPERTS[engine].get(fmt, {}).get(generation) if experts else None
     return of_experts or LINEAR[engine].get(fmt, {}).get(generation)
 
 
 def attention_kernel(engine: str, generation: Generation, *, fp8: bool, latent: bool = False) -> str:
-    """What reads the KV cache; `latent` for multi-head latent attention."""
+    """The kernel that reads the KV cache; `latent` for multi-head latent attention."""
     return (_LATENT if latent else _ATTENTION)[engine][generation][fp8]

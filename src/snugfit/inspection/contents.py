@@ -68,7 +68,8 @@ class Weight:
 class Contents:
     """All weights of a checkpoint. `layers` is what the config says, else what the file has.
 
-    `formats` are the modules that a reader of ours makes sense of, `refused` why there is none, or why it would not.
+    `formats` are the modules that a reader of ours makes sense of, `refused` why there is none, or why it would not;
+    `has_reader` says which of the two.
     """
 
     decoder: str
@@ -78,6 +79,7 @@ class Contents:
     method: str
     formats: Mapping[str, TensorFormat]
     refused: str
+    has_reader: bool = True
 
 
 def read_contents(checkpoint: Checkpoint) -> Contents:
@@ -105,10 +107,11 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
     formats: dict[str, TensorFormat] = {}
     method = method_of(quantization)
     refused = "MLX's own format has no reader." if method == "mlx" else ""
+    has_reader = method != "mlx"
     try:
         formats = {} if method == "mlx" else read_formats(checkpoint.config, linears, headers, hf_quant_config)
     except UserError as error:
-        refused = error.what
+        refused, has_reader = error.what, error.code != "quantization-unknown"
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         refused = f"the quantization config is none ({type(error).__name__}: {error})."
     anatomy = _Anatomy(decoder, layers, _singles(checkpoint))
@@ -117,7 +120,7 @@ def read_contents(checkpoint: Checkpoint) -> Contents:
         for module, tensors in modules.items()
         for weight in _weights(module, tensors, found[module], formats.get(module), anatomy)
     ]
-    return Contents(decoder, layers, tuple(weights), quantization, method, formats, refused)
+    return Contents(decoder, layers, tuple(weights), quantization, method, formats, refused, has_reader)
 
 
 @dataclass(frozen=True)

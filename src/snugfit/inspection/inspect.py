@@ -140,11 +140,11 @@ def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, 
         found = load_statistics(checkpoint.path / STATISTICS_FILE)
         told = Calibrated(
             model=found.model,
-            sources=tuple(one.source for one in found.rows),
-            rows=sum(one.rows for one in found.rows),
+            sources=tuple(one.source for one in found.datasets),
+            num_samples=found.num_samples,
             tokens=found.tokens,
-            experts=found.experts,
-            forced_tokens=found.forced_tokens,
+            all_experts=found.all_experts,
+            max_forced_tokens=found.max_forced_tokens,
             recipe=found.recipe,
             coverage=coverage_of(found),
             outliers=outliers_of(found),
@@ -226,8 +226,17 @@ def _part(
     can, cannot = ((), {}) if stays else formats_for(single or shape)
     names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=role_order)) if part in _DETAILED else ()
     return Part(
-        *(part, names, shape, len(members), sum(w.elements for w in members), sum(w.bytes for w in members), stored),
-        *(can, cannot, stays, single),
+        part=part,
+        names=names,
+        shape=shape,
+        weights=len(members),
+        parameters=sum(w.elements for w in members),
+        bytes=sum(w.bytes for w in members),
+        stored=stored,
+        can_be=can,
+        cannot_be=cannot,
+        stays=stays,
+        single=single,
     )
 
 
@@ -324,12 +333,19 @@ def _quantization(checkpoint: Checkpoint, contents: Contents) -> Quantization | 
             cache = error.what if isinstance(error, UserError) else "unreadable"
     if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
         cache = "scales in the files, nothing in the config"
-    return Quantization(contents.method, scalars, dict(matrices.most_common()), cache, contents.refused)
+    return Quantization(
+        method=contents.method,
+        settings=scalars,
+        weights=dict(matrices.most_common()),
+        kv_cache=cache,
+        refused=contents.refused,
+        has_reader=contents.has_reader,
+    )
 
 
 def _problems(contents: Contents, architecture: Architecture, fused: Sequence[FusedGroup]) -> Iterable[str]:
     """Contradictions between config and tensors."""
-    if contents.refused and "no reader" not in contents.refused:
+    if contents.refused and contents.has_reader:
         yield contents.refused
     present = {w.layer for w in contents.weights if w.layer is not None}
     missing = [str(n) for n in range(contents.layers) if n not in present]

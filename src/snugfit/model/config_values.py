@@ -1,4 +1,4 @@
-"""What the keys of a config that planning reads may hold; whatever else stands there is refused by name."""
+"""Which values the keys of config.json may hold, of those that snugfit reads; any other value is an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from snugfit.errors import UserError
 
 WHERE = "config.json"
 MAX_LAYERS = 10_000
-LARGEST = 2**40  # no count of a model is larger
+MAX_COUNT = 2**40  # no count of a model is larger
 _COUNTS = frozenset(
     {
         *("hidden_size", "num_attention_heads", "num_key_value_heads", "num_global_key_value_heads", "head_dim"),
@@ -21,8 +21,8 @@ _COUNTS = frozenset(
         *("conv_kernel", "conv_dim", "conv_L_cache", "n_groups", "ssm_state_size", "num_heads", "attn_layer_offset"),
     }
 )
-# some families give one for each layer
-_MANY = frozenset(
+# some families have a list with one count for each layer
+_COUNT_LISTS = frozenset(
     {
         *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
         *("n_shared_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
@@ -30,10 +30,10 @@ _MANY = frozenset(
         *("attn_layer_indices", "full_attn_idxs", "no_rope_layers"),
     }
 )
-_STEPS = frozenset(
+_POSITIVE_COUNTS = frozenset(
     {"full_attention_interval", "no_rope_layer_interval", "attn_layer_period", "original_max_position_embeddings"}
 )
-_LAYERS = frozenset({"num_hidden_layers", "num_kv_shared_layers"})
+_LAYER_COUNTS = frozenset({"num_hidden_layers", "num_kv_shared_layers"})
 _FACTORS = frozenset({"mamba_expand", "partial_rotary_factor", "factor"})
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "layer_types": (list,),
@@ -43,7 +43,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "_sliding_window_pattern": (int, str),
     "per_layer_config": (dict,),
 }
-# there is a default, but null would take its place
+# keys with a default, which null would replace
 _NEVER_NULL = frozenset(
     {
         *("full_attention_interval", "no_rope_layer_interval", "attn_layer_period", "attn_layer_offset"),
@@ -53,34 +53,38 @@ _NEVER_NULL = frozenset(
 
 
 def check_values(text: Mapping[str, Any]) -> None:
-    """UserError for a value that no arithmetic can be done with, or that no model has; null mostly is no value."""
+    """UserError for a value with which no arithmetic can be done, or that no model has; null mostly means no value."""
     for key, value in text.items():
-        if key in _NEVER_NULL if value is None else not _sound(key, value):
-            raise UserError(f"{key} is {value!r:.100}.", where=WHERE, remedy="Mend the config.")
+        if key in _NEVER_NULL if value is None else not _is_sound(key, value):
+            raise _invalid(f"{key} has the value {value!r:.100}.")
     for name in ("rope_scaling", "rope_parameters"):
         scaling = text.get(name)
         numbers = ("factor", "original_max_position_embeddings")
         if isinstance(scaling, dict):
             check_values({key: scaling[key] for key in numbers if key in scaling})
-    for own in (text.get("per_layer_config") or {}).values():
-        if not isinstance(own, dict):
-            raise UserError("per_layer_config holds no mappings.", where=WHERE, remedy="Mend the config.")
-        check_values({key: own[key] or 0 for key in ("num_key_value_heads", "head_dim") if key in own})
+    for overrides in (text.get("per_layer_config") or {}).values():
+        if not isinstance(overrides, dict):
+            raise _invalid("per_layer_config has an entry that is not an object.")
+        check_values({key: overrides[key] or 0 for key in ("num_key_value_heads", "head_dim") if key in overrides})
 
 
-def _sound(key: str, value: Any) -> bool:
+def _invalid(what: str) -> UserError:
+    return UserError(what, code="config-invalid", where=WHERE, remedy="Correct config.json.")
+
+
+def _is_sound(key: str, value: Any) -> bool:
     if key in _COUNTS:
         return _is_count(value)
-    if key in _MANY:
+    if key in _COUNT_LISTS:
         return _is_count(value) or (isinstance(value, list) and all(map(_is_count, value)))
-    if key in _STEPS:
+    if key in _POSITIVE_COUNTS:
         return _is_count(value) and value > 0
-    if key in _LAYERS:
+    if key in _LAYER_COUNTS:
         return _is_count(value) and value <= MAX_LAYERS
     if key in _FACTORS:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LARGEST
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT
     return isinstance(value, _TYPES.get(key, object))
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_COUNT

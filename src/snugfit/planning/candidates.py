@@ -16,12 +16,12 @@ from snugfit.model.language_config import positive, with_defaults
 from snugfit.model.names import EXPERTS, parse_name
 from snugfit.model.sources import Weights, single_weights
 from snugfit.model.support import obstacles
-from snugfit.quantization.plan import Plan, outputs_of
+from snugfit.quantization.plan import outputs_of
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe
 from snugfit.recipes.resolve import resolve
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
-from snugfit.vram.fit import Stored
+from snugfit.vram.fit import PlannedTensor
 from snugfit.vram.weights import collapse_experts, is_served
 
 AS_IT_IS = "as it is"
@@ -58,7 +58,7 @@ class Candidate:
     """One way to store the weights. `recipes` write a 16-bit cache, `with_fp8_cache` FP8 caches under scales."""
 
     name: str
-    stored: tuple[Stored, ...]
+    stored: tuple[PlannedTensor, ...]
     recipes: tuple[str, ...] = ()
     with_fp8_cache: tuple[str, ...] = ()
     problem: str | None = None
@@ -182,7 +182,7 @@ def _as_it_is(source: Source) -> Candidate:
     """The file's own weights."""
     tensors = source.checkpoint.tensors
     stored = tuple(
-        Stored(
+        PlannedTensor(
             name,
             source.shapes[name],
             (info,),
@@ -210,7 +210,7 @@ def _is_weight(name: str) -> bool:
     return name.endswith((".weight", ".weight_packed", ".qweight"))
 
 
-def _stored_by(loaded: LoadedRecipe, source: Source, weights: Weights) -> tuple[Stored, ...]:
+def _stored_by(loaded: LoadedRecipe, source: Source, weights: Weights) -> tuple[PlannedTensor, ...]:
     """What a recipe stores; UserError where a run would be refused. A test holds the bytes to plan_quantization."""
     for obstacle in obstacles(source.checkpoint):
         raise obstacle
@@ -230,20 +230,5 @@ def _stored_by(loaded: LoadedRecipe, source: Source, weights: Weights) -> tuple[
         assignment = assignments.get(name)
         infos = outputs_of(source.checkpoint, weights, name, assignment)
         fmt = None if assignment is None else assignment.format
-        stored.append(Stored(name, info.shape, infos, fmt, source.counts.get(name, 1)))
+        stored.append(PlannedTensor(name, info.shape, infos, fmt, source.counts.get(name, 1)))
     return tuple(stored)
-
-
-def stored_by_plan(plan: Plan) -> tuple[Stored, ...]:
-    """What a planned run stores, of all that engines load."""
-    tensors = plan.weights.tensors
-    return tuple(
-        Stored(
-            name,
-            tensors[name].shape if name in tensors else infos[0].shape,
-            infos,
-            plan.assignments[name].format if name in plan.assignments else None,
-        )
-        for name, infos in plan.outputs.items()
-        if infos and is_served(name, plan.decoder, plan.layers)
-    )

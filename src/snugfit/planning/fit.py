@@ -1,4 +1,4 @@
-"""What fits: recipes x KV caches on a GPU, from headers and config alone. Imports no torch and no transformers."""
+"""What fits a GPU: every recipe with either KV cache, from headers and config alone. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,194 +6,228 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import snugfit
 from snugfit.engines.gpus import COMMON, GENERATIONS
 from snugfit.engines.kernels import attention_kernel
-from snugfit.engines.memory import ENGINES, GIB, OFFERED
+from snugfit.engines.memory import ENGINE_NAMES, ENGINES, EngineMemory
 from snugfit.errors import UserError
-from snugfit.planning.candidates import Candidate, candidates_of, read_source, shortest, stored_by_plan
-from snugfit.quantization.plan import Plan
-from snugfit.records.fit import FitCache, FitRecord, FitRow
-from snugfit.report.fit import say_cache
+from snugfit.planning.candidates import Candidate, candidates_of, read_source, shortest
+from snugfit.records.fit import (
+    AttentionKernels,
+    FitArguments,
+    FitCache,
+    FitEngine,
+    FitGpu,
+    FitMemory,
+    FitRecord,
+    FitRow,
+)
 from snugfit.storage.open import open_headers
-from snugfit.vram.budget import longest_position, read_widths, share_out
+from snugfit.version import __version__
+from snugfit.vram.budget import make_budget, max_positions, read_widths
 from snugfit.vram.fit import (
-    Answer,
-    Model,
-    Setting,
-    answer,
+    FitResult,
+    ServedModel,
+    ServeSettings,
     bits_per_weight,
-    kernels,
-    per_gpu,
-    problem,
-    total,
+    fit_weights,
+    kernel_labels,
+    serving_error,
+    total_weight_bytes,
 )
 from snugfit.vram.kv_cache import ModelCache, check_split
 from snugfit.vram.kv_cache_config import read_cache
 from snugfit.vram.request import parse_gpu
 
-UNLIMITED = 2**20
+# the longest context that is answered where config.json does not say what the model was made for
+UNSTATED_POSITIONS = 2**20
+_ACTIVATIONS_IN_4_BITS = ("nvfp4", "mxfp4")
 
 
-def fit_model(
+def fit(
     model: str | Path,
     gpu: str,
     *,
     context: int | None = None,
-    tp: int = 1,
+    tensor_parallel_size: int = 1,
     engine: str = "vllm",
-    utilization: float | None = None,
-    sequences: int = 1,
+    gpu_memory_utilization: float | None = None,
+    max_num_seqs: int = 1,
     recipes: Sequence[str] = (),
 ) -> FitRecord:
-    """What fits on `tp` GPUs of that size or name, of every built-in recipe (or of `recipes`) and the model as it is.
+    """Which recipes, and the model as it is, fit `tensor_parallel_size` GPUs of a size ("16GiB") or name ("RTX 4090").
 
-    `context` tokens in each of `sequences` are asked for; without, the longest is told. Reads headers and config.json
-    of a directory or of a Hub model; UserError for bad input, and for a cache of an unknown kind.
+    Tries `recipes`, or all built-in ones, and whether `context` tokens fit in each of `max_num_seqs` sequences; without
+    `context` it finds the longest. Reads headers and config.json of a directory or a Hub model. UserError for invalid
+    arguments, a broken model, and a KV cache of unknown size.
     """
-    setting = _setting(gpu, engine, tp, utilization, context, sequences)
-    checkpoint = open_headers(model)
-    shape, notes = _read_model(checkpoint.config, setting)
-    source = read_source(checkpoint)
-    candidates, more = candidates_of(source, recipes)
-    elements = source.elements()
-    rows = sorted((_row(candidate, elements, shape, setting) for candidate in candidates), key=_order)
-    arguments: dict[str, Any] = {"model": str(model), "gpu": gpu, "context": context, "tp": tp, "engine": engine}
-    arguments |= {"utilization": utilization, "sequences": sequences, "recipes": list(recipes)}
-    sizes = shape.cache.size(tp=tp)
-    budget = share_out(0, shape.widths, setting.engine, setting.gpu.device, utilization=utilization, tp=tp)
-    return FitRecord(
-        snugfit=snugfit.__version__,
-        model=checkpoint.name,
-        arguments=arguments,
-        gpu={
-            "name": setting.gpu.title,
-            "reported_bytes": setting.gpu.device.reported,
-            "generation": setting.gpu.generation and GENERATIONS[setting.gpu.generation],
-        },
-        engine={"name": setting.engine.name, "title": setting.engine.title, "sharing": setting.engine.sharing},
-        memory={
-            "share": budget.share,
-            "activations": budget.activations,
-            "besides": budget.besides,
-            "positions": budget.weights,
-            "outside": budget.on_top,
-        },
-        attention=_attention(shape.cache, setting),
+    settings = ServeSettings(
+        gpu=parse_gpu(gpu),
+        engine=_engine(engine, gpu_memory_utilization, max_num_seqs),
+        tensor_parallel_size=_at_least_one("tensor_parallel_size", tensor_parallel_size),
+        gpu_memory_utilization=gpu_memory_utilization,
+        context=None if context is None else _at_least_one("context", context),
+        max_num_seqs=max_num_seqs,
+    )
+    arguments = FitArguments(
+        model=str(model),
+        gpu=gpu,
         context=context,
-        limit=shape.limit,
+        tensor_parallel_size=tensor_parallel_size,
+        engine=engine,
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_num_seqs=max_num_seqs,
+        recipes=tuple(recipes),
+    )
+    checkpoint = open_headers(model)
+    served, notes = _read_model(checkpoint.config, settings)
+    source = read_source(checkpoint)
+    candidates, more_notes = candidates_of(source, recipes)
+    elements = source.elements()
+    rows = sorted((_row(candidate, elements, served, settings) for candidate in candidates), key=_rank)
+    return _record(checkpoint.name, arguments, settings, served, rows, (*notes, *more_notes))
+
+
+def _engine(name: str, gpu_memory_utilization: float | None, max_num_seqs: int) -> EngineMemory:
+    """The engine's memory rules; UserError for an unknown engine, and for options that it does not have."""
+    if name not in ENGINE_NAMES:
+        remedy = f"Known engines: {', '.join(ENGINE_NAMES)}."
+        raise UserError(f"unknown engine {name!r}.", code="option-invalid", where="engine", remedy=remedy)
+    if gpu_memory_utilization is not None and not 0 < gpu_memory_utilization <= 1:
+        raise UserError(
+            f"must be > 0 and <= 1, got {gpu_memory_utilization:g}.",
+            code="option-invalid",
+            where="gpu_memory_utilization",
+            remedy="Leave it out for the engine's own share.",
+        )
+    memory = ENGINES[name]
+    if _at_least_one("max_num_seqs", max_num_seqs) > 1 and memory.sharing == "whole card":
+        return ENGINES["aphrodite-many"]
+    if gpu_memory_utilization is not None and memory.sharing == "whole card":
+        raise UserError(
+            f"{memory.title} takes the memory that one sequence needs, not a share of the GPU.",
+            code="option-conflict",
+            where="gpu_memory_utilization",
+            remedy="Leave it out.",
+        )
+    return memory
+
+
+def _at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise UserError(f"must be >= 1, got {value}.", code="option-invalid", where=name, remedy="The minimum is 1.")
+    return value
+
+
+def _read_model(config: Mapping[str, Any], settings: ServeSettings) -> tuple[ServedModel, list[str]]:
+    """Shapes from config.json, and remarks on them; UserError where the model cannot be served as asked."""
+    cache = read_cache(config)
+    check_split(cache, settings.tensor_parallel_size)
+    notes = [*cache.notes, *([] if settings.gpu.note is None else [settings.gpu.note])]
+    positions = max_positions(config)
+    if positions is None:
+        positions = UNSTATED_POSITIONS
+        notes.append(f"config.json does not state the longest context of the model: {positions:,} tokens are assumed")
+    if settings.context is not None and settings.context > positions:
+        raise UserError(
+            f"{settings.context:,} tokens are more than the {positions:,} that the model was made for.",
+            code="sequence-too-long",
+            where="context",
+            remedy=f"Ask for {positions} at most.",
+        )
+    return ServedModel(cache, read_widths(config, cache), positions), notes
+
+
+def _record(
+    model: str,
+    arguments: FitArguments,
+    settings: ServeSettings,
+    served: ServedModel,
+    rows: Sequence[FitRow],
+    notes: tuple[str, ...],
+) -> FitRecord:
+    gpu, engine, tp = settings.gpu, settings.engine, settings.tensor_parallel_size
+    sizes = served.cache.size(tp=tp)
+    budget = make_budget(0, served.widths, engine, gpu, gpu_memory_utilization=settings.gpu_memory_utilization, tp=tp)
+    return FitRecord(
+        snugfit=__version__,
+        model=model,
+        arguments=arguments,
+        gpu=FitGpu(gpu.title, gpu.reported_bytes, gpu.generation and GENERATIONS[gpu.generation]),
+        engine=FitEngine(engine.name, engine.title, engine.sharing),
+        memory=FitMemory(
+            share_bytes=budget.share_bytes,
+            activation_bytes=budget.activation_bytes,
+            position_table_bytes=budget.weight_bytes,
+            other_bytes=budget.other_bytes,
+            outside_budget_bytes=budget.outside_budget_bytes,
+        ),
+        attention=_attention(served.cache, settings),
+        context=settings.context,
+        max_positions=served.max_positions,
         windows=tuple(window for window, _ in sizes.windows),
         state_bytes=sizes.state_bytes,
         rows=tuple(rows),
-        notes=(*notes, *more),
+        notes=notes,
     )
 
 
-def fit_line(plan: Plan, gpu: str, *, context: int | None = None, tp: int = 1, engine: str = "vllm") -> str:
-    """One line on a planned quantization: its weights on that GPU, and the context that fits with either KV cache."""
-    setting = _setting(gpu, engine, tp, None, context, 1)
-    model, _ = _read_model(plan.checkpoint.config, setting)
-    stored = stored_by_plan(plan)
-    place = f"{setting.gpu.title if tp == 1 else f'{tp} x {setting.gpu.title}'}, {setting.engine.title}"
-    uneven = problem(model, stored, setting, tp)
-    if uneven is not None:
-        return f"{place}: {uneven}"
-    told = []
-    for kind, name in (("auto", "a 16-bit KV cache"), ("fp8", "an FP8 one")):
-        found = _cache(kind, None, answer(model, stored, setting, fp8=kind == "fp8"), 0)
-        told.append(f"{say_cache(found, context, model.limit)} with {name}")
-    heads = next((a.heads for a in model.cache.attention if not a.latent), None)
-    return f"{place}: {per_gpu(stored, tp, heads) / GIB:.2f} GiB of weights; {', '.join(told)}"
-
-
-def _read_model(config: Mapping[str, Any], setting: Setting) -> tuple[Model, list[str]]:
-    """Shapes from config.json, and what is to be said of them; UserError where they cannot be served as asked."""
-    cache = read_cache(config)
-    check_split(cache, setting.tp)
-    notes = [*cache.notes, *([] if setting.gpu.note is None else [setting.gpu.note])]
-    limit = longest_position(config)
-    if limit is None:
-        limit = UNLIMITED
-        notes.append(f"config.json does not say how many tokens the model was made for: {limit:,} are told at most")
-    if setting.context is not None and setting.context > limit:
-        what = f"the model was made for {limit:,} tokens."
-        raise UserError(what, where=f"--context {setting.context}", remedy="Ask for less.")
-    return Model(cache, read_widths(config, cache), limit), notes
-
-
-def _attention(cache: ModelCache, setting: Setting) -> dict[str, tuple[str, str]]:
-    """What reads the cache in 16 bits and in FP8, by GPU generation."""
-    generations = (setting.gpu.generation,) if setting.gpu.generation else COMMON
+def _attention(cache: ModelCache, settings: ServeSettings) -> dict[str, AttentionKernels]:
+    """The kernels that read the KV cache, by GPU generation."""
+    generations = (settings.gpu.generation,) if settings.gpu.generation else COMMON
     latent = any(attention.latent for attention in cache.attention)
-    engine = setting.engine.engine
+    engine = settings.engine.engine
     return {
-        GENERATIONS[generation]: (
-            attention_kernel(engine, generation, fp8=False, latent=latent),
-            attention_kernel(engine, generation, fp8=True, latent=latent),
+        GENERATIONS[generation]: AttentionKernels(
+            auto=attention_kernel(engine, generation, fp8=False, latent=latent),
+            fp8=attention_kernel(engine, generation, fp8=True, latent=latent),
         )
         for generation in generations
     }
 
 
-def _setting(gpu: str, engine: str, tp: int, utilization: float | None, context: int | None, sequences: int) -> Setting:
-    """What was asked for, checked."""
-    if engine not in OFFERED:
-        raise UserError(f"no engine {engine!r} here.", where="--engine", remedy=f"Known: {', '.join(OFFERED)}.")
-    for name, value in (("--tp", tp), ("--sequences", sequences), ("--context", 1 if context is None else context)):
-        if value < 1:
-            raise UserError(f"{value} is none.", where=name, remedy="Give a number from 1 on.")
-    if utilization is not None and not 0 < utilization <= 1:
-        raise UserError(
-            f"a share of {utilization:g} is none.", where="--gpu-memory-utilization", remedy="Give one up to 1."
-        )
-    memory = ENGINES[engine]
-    if memory.sharing == "whole card":
-        if sequences > 1:
-            memory = ENGINES["aphrodite-many"]
-        elif utilization is not None:
-            raise UserError(
-                f"{memory.title} takes what one sequence needs, not a share.",
-                where="--gpu-memory-utilization",
-                remedy="Leave it out.",
-            )
-    return Setting(parse_gpu(gpu), memory, tp, utilization, context, sequences)
-
-
-def _row(candidate: Candidate, elements: Mapping[str, int], model: Model, setting: Setting) -> FitRow:
-    formats = tuple(dict.fromkeys(w.format.label() for w in candidate.stored if w.format is not None))
-    reason = candidate.problem or problem(model, candidate.stored, setting, setting.tp)
+def _row(candidate: Candidate, elements: Mapping[str, int], model: ServedModel, settings: ServeSettings) -> FitRow:
+    tensors, tp = candidate.stored, settings.tensor_parallel_size
+    formats = tuple(dict.fromkeys(tensor.format.label() for tensor in tensors if tensor.format is not None))
     names = (*candidate.recipes, *candidate.with_fp8_cache)
-    if reason is not None:
-        return FitRow(candidate.name, names, formats, problem=reason)
-    answers = [answer(model, candidate.stored, setting, fp8=fp8) for fp8 in (False, True)]
+    problem = candidate.problem or serving_error(model, tensors, settings, tp)
+    if problem is not None:
+        return FitRow(name=candidate.name, recipes=names, formats=formats, problem=problem)
+    auto, fp8 = (fit_weights(model, tensors, settings, fp8=fp8) for fp8 in (False, True))
     plain = shortest(candidate.recipes) if candidate.recipes else None
     scaled = shortest(candidate.with_fp8_cache) if candidate.with_fp8_cache else plain
-    caches = [
-        _cache("auto", plain, answers[0], model.cache.size(tp=setting.tp).bytes_per_token),
-        _cache("fp8", scaled, answers[1], model.cache.size(fp8=True, tp=setting.tp).bytes_per_token),
-    ]
     return FitRow(
         name=candidate.name,
         recipes=names,
         formats=formats,
-        bytes=total(candidate.stored),
-        gpu_bytes=answers[0].weights,
-        bits_per_weight=bits_per_weight(candidate.stored, elements),
-        caches=tuple(caches),
-        kernels={GENERATIONS[key]: words for key, words in kernels(candidate.stored, setting).items()},
+        bytes=total_weight_bytes(tensors),
+        bytes_per_gpu=auto.weight_bytes,
+        bits_per_weight=bits_per_weight(tensors, elements),
+        caches=(
+            _cache("auto", plain, auto, model.cache.size(tp=tp).bytes_per_token),
+            _cache("fp8", scaled, fp8, model.cache.size(fp8=True, tp=tp).bytes_per_token),
+        ),
+        kernels={GENERATIONS[key]: labels for key, labels in kernel_labels(tensors, settings).items()},
     )
 
 
-def _cache(kind: str, recipe: str | None, found: Answer, token: int) -> FitCache:
-    return FitCache(kind, recipe, token, found.longest, found.fits, found.spare, found.gpus)
+def _cache(kv_cache: str, recipe: str | None, found: FitResult, bytes_per_token: int) -> FitCache:
+    return FitCache(
+        kv_cache=kv_cache,
+        recipe=recipe,
+        bytes_per_token=bytes_per_token,
+        max_context=found.max_context,
+        fits=found.fits,
+        headroom_bytes=found.headroom_bytes,
+        gpus_needed=found.gpus_needed,
+    )
 
 
-def _order(row: FitRow) -> tuple[int, float, float]:
-    """What fits goes first, more bits before fewer (an FP8 cache costs less than fewer bits); then what lacks least."""
+def _rank(row: FitRow) -> tuple[int, float, float]:
+    """Sort key: rows that fit, more bits first (an FP8 cache costs less than fewer bits); then by missing memory."""
     if row.problem is not None:
         return 2, 0.0, 0.0
     bits = -round(row.bits_per_weight or 0.0, 2)
     if row.fits:
         # of the same bits, 16-bit activations lose less
-        return 0, bits, sum(label in ("nvfp4", "mxfp4") for label in row.formats)
-    return 1, -max(cache.spare_bytes for cache in row.caches), bits
+        return 0, bits, sum(label in _ACTIVATIONS_IN_4_BITS for label in row.formats)
+    return 1, -max(cache.headroom_bytes for cache in row.caches), bits

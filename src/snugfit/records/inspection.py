@@ -1,4 +1,4 @@
-"""What `snugfit inspect` tells, as records."""
+"""What is in a checkpoint: the result of `inspect`. Sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from snugfit.version import __version__
 INSPECT_SCHEMA = "snugfit.inspect/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What config.json says of the language model; None for what it does not say.
+    """What config.json states of the language model; None for what it does not state.
 
-    `latent` is the width of what MLA caches a token and layer, `experts` and `active_experts` are of one layer,
-    `prediction_layers` predict further tokens.
+    `latent` is the number of values that MLA caches a token and layer. `experts` and `active_experts` are those of one
+    layer, `prediction_layers` the layers of multi-token prediction.
     """
 
     architectures: tuple[str, ...]
@@ -40,14 +40,14 @@ class Architecture:
     tied_embeddings: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Part:
-    """Weights of one part of the model that are alike: same real shape, stored alike, with the same prospects.
+    """Weights of one part of the model that are alike: same unpacked shape, stored alike, with the same prospects.
 
-    `names` are the last parts of their names, `weights` how many there are, `parameters` and `bytes` (scales included)
-    of all; `shape` is empty where they differ. `can_be` are formats that `quantize` could give them; `stays` says why
-    there are none, `cannot_be` why not one of them. `single` is the shape of one expert's matrix where all experts
-    stand in one tensor and `quantize` takes them apart, () elsewhere.
+    `names` are the last parts of their names, `weights` their number, `parameters` and `bytes` (scales included) those
+    of all; `shape` is () where they differ. `can_be` are the formats that `quantize` could give them, `cannot_be` maps
+    each other format to the reason; `stays` is the reason where there are none. `single` is the shape of one expert's
+    matrix where all experts are in one tensor that `quantize` can split, () elsewhere.
     """
 
     part: str
@@ -65,7 +65,7 @@ class Part:
 
 @dataclass(frozen=True)
 class LayerRun:
-    """Decoder layers that are alike: their numbers, what is in one of them, its parameters and bytes."""
+    """Decoder layers that are alike: their numbers, what one of them contains, its parameters and bytes."""
 
     layers: tuple[int, ...]
     what: str
@@ -76,10 +76,10 @@ class LayerRun:
 
 @dataclass(frozen=True)
 class FusedGroup:
-    """Linears that engines run as one product, and so need one format: how often they stand together in one module.
+    """A fused group: linears that engines run as one product, and so need one format.
 
-    `cannot_be` are formats that one member, and so none, can have. `incomplete` are modules that have only some of
-    them, `mixed` those whose members are stored differently.
+    `complete` is the number of modules with all members, `incomplete` are the modules with only some, `mixed` those
+    whose members are stored differently. `cannot_be` are formats that one member, and so none, can have.
     """
 
     members: tuple[str, ...]
@@ -89,11 +89,13 @@ class FusedGroup:
     mixed: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Quantization:
-    """How a checkpoint is quantized already: the method's name, its numbers, and how many matrices are stored how.
+    """How a checkpoint is quantized: the method's name, its settings, and the number of matrices by stored format.
 
-    `kv_cache` is what is asked of the KV cache, None for nothing; `refused` says why this tool cannot read it.
+    `kv_cache` is the format of the KV cache that the config states, None for none. `refused` is the reason why snugfit
+    cannot read the weights, "" where it can; without `has_reader` snugfit does not know the method, otherwise config
+    and tensors disagree.
     """
 
     method: str
@@ -101,35 +103,36 @@ class Quantization:
     weights: Mapping[str, int]
     kv_cache: str | None
     refused: str
+    has_reader: bool = True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Calibrated:
-    """What the statistics beside a checkpoint say it was calibrated on, and what was seen.
+    """What the statistics beside a checkpoint state: the samples of its calibration, and what was measured.
 
-    `experts` are "all" or "routed", with at most `forced_tokens` forced on each in a layer; `recipe` names the one
-    whose quantized weights the rows walked through, None for the model's own.
+    `all_experts` and `max_forced_tokens` are those of ExpertCalibration. `recipe` names the recipe whose quantized
+    weights the model had, None for its own weights.
     """
 
     model: str
     sources: tuple[str, ...]
-    rows: int
+    num_samples: int
     tokens: int
-    experts: str
-    forced_tokens: int
+    all_experts: bool
+    max_forced_tokens: int
     recipe: str | None
     coverage: tuple[Coverage, ...]
     outliers: tuple[Outlier, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """Everything that `snugfit inspect` tells. Sizes in bytes; `parameters` are those of the model, not of its files.
+    """Everything that `inspect` finds. Parameters are those of the model, unpacked, not those of its files.
 
-    `active_parameters` are what a token runs through (None but for mixtures of experts): all but experts that it does
-    not visit, the table of embeddings, towers and heads of multi-token prediction. `parameters` are all but the last,
-    the `prediction_parameters`. `problems` are contradictions in the checkpoint, `remarks` why `quantize` would refuse
-    it, and what could not be read beside it.
+    `prediction_parameters` are those of multi-token prediction, `parameters` all others. `active_parameters` are those
+    that a token runs through in a mixture of experts, None for other models: without the experts that it does not
+    visit, the table of embeddings, and towers. `problems` are contradictions in the checkpoint, `remarks` the reasons
+    why `quantize` would refuse it, and the files beside it that could not be read.
     """
 
     model: str

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, for a terminal."""
+"""The tables of `snugfit inspect`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,34 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from snugfit.formats.spec import FORMATS
-from snugfit.report.terminal import _cell, _say, _show, _table, print_sheet
+from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS
+from snugfit.report.terminal import make_table, print_lines, print_sheet, print_table, safe_cell
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from snugfit.records.inspection import Inspection, Part
 
 
 def print_inspection(found: Inspection) -> None:
-    """What is in a checkpoint, on one screen: sums, parts, layers, and what is odd about it."""
-    _say(*_summary(found), "")
+    """Print what is in a checkpoint, on one screen: sums, parts, layers, and remarks."""
+    print_lines(*_summary(found), "")
+    print_table(_table_of_parts(found))
+    legend = [f"any of: {', '.join(FORMATS)}"] if any(part.can_be for part in found.parts) else []
+    print_lines(*legend, *_shape_rules(found.parts), *[""] * bool(legend))
+    sizes = "parameters each", "bytes each"
+    table = make_table("layers", "what", "stored", *sizes, right=sizes)
+    for run in found.layers:
+        cells = safe_cell(run.what), safe_cell(", ".join(run.stored)), _count(run.parameters), _size(run.bytes)
+        table.add_row(ranges(run.layers), *cells)
+    print_table(table)
+    print_lines(*_remarks(found))
+    _print_calibration(found)
+
+
+def _table_of_parts(found: Inspection) -> Table:
     columns = ("part", "names", "weights", "shape", "stored", "parameters", "bytes", "share", "could be")
-    table = _table(*columns, right=("weights", "parameters", "bytes", "share"))
+    table = make_table(*columns, right=("weights", "parameters", "bytes", "share"))
     last = ""
     for part in _merged(found.parts):
         names = ", ".join(part.names[:4]) + (", …" if len(part.names) > 4 else "")
@@ -25,32 +41,32 @@ def print_inspection(found: Inspection) -> None:
         shape = "x".join(map(str, part.shape)) if len(part.shape) > 1 else "many" * bool(part.names and not part.shape)
         share = f"{100 * part.bytes / max(found.bytes, 1):.1f} %"
         cells = (names, f"{part.weights:,}", shape, stored, _count(part.parameters), _size(part.bytes), share)
-        table.add_row(part.part if part.part != last else "", *map(_cell, cells), _cell(_prospects(part)))
+        table.add_row(part.part if part.part != last else "", *map(safe_cell, cells), safe_cell(_prospects(part)))
         last = part.part
-    _show(table)
-    reasons = dict.fromkeys(
-        why.partition(", this weight")[0].rstrip(".") for part in found.parts for why in (part.cannot_be or {}).values()
-    )
-    legend = [f"any of: {', '.join(FORMATS)}"] if any(part.can_be for part in found.parts) else []
-    _say(*legend, *reasons, *[""] * bool(legend))
-    table = _table("layers", "what", "stored", "parameters each", "bytes each", right=("parameters each", "bytes each"))
-    for run in found.layers:
-        sizes = _count(run.parameters), _size(run.bytes)
-        table.add_row(ranges(run.layers), _cell(run.what), _cell(", ".join(run.stored)), *sizes)
-    _show(table)
-    _say(*_remarks(found))
-    _show_calibration(found)
+    return table
 
 
-def _show_calibration(found: Inspection) -> None:
-    """Which tokens experts saw, and the inputs that stand out farthest."""
+def _shape_rules(parts: tuple[Part, ...]) -> list[str]:
+    """What the formats that some weight cannot have ask of a weight's shape."""
+    missing = {name for part in parts for name in part.cannot_be or {}}
+    rules = []
+    for name in FORMATS:
+        if name in missing:
+            multiple = FORMATS[name].column_multiple or min(INT4_GROUPS)
+            both = f"out_features divisible by {FP8_BLOCK} and " if name == "fp8-block" else ""
+            rules.append(f"{name} needs {both}in_features divisible by {multiple}")
+    return rules
+
+
+def _print_calibration(found: Inspection) -> None:
+    """Print how many tokens experts saw, and the largest outliers among inputs."""
     from snugfit.report.outliers import sheet_of_coverage, sheet_of_outliers
 
     if found.calibration is None:
         return
     sheets = [sheet_of_coverage(found.calibration.coverage, narrow=True)] if found.calibration.coverage else []
     for sheet in (*sheets, sheet_of_outliers(found.calibration.outliers, narrow=True)):
-        _say("")
+        print_lines("")
         print_sheet(sheet)
 
 
@@ -59,9 +75,8 @@ def _summary(found: Inspection) -> list[str]:
     kinds = ", ".join([*a.architectures, *([a.model_type] if a.model_type else [])])
     commit = f" at commit {found.revision[:12]}" if found.revision else ""
     active = f", {_count(found.active_parameters)} active a token" if found.active_parameters else ""
-    more = f" (and {_count(found.prediction_parameters)} that predict further tokens)" * bool(
-        found.prediction_parameters
-    )
+    predicting = f" (and {_count(found.prediction_parameters)} of multi-token prediction)"
+    more = predicting if found.prediction_parameters else ""
     bits = 8 * found.bytes / max(found.parameters + found.prediction_parameters, 1)
     where = f"{_size(found.bytes)} in {found.files:,} file{'s' * (found.files > 1)}, {found.tensors:,} tensors"
     where += f", {bits:.2f} bits a parameter"
@@ -97,7 +112,9 @@ def _calibrated(found: Inspection) -> list[str]:
         return []
     seen = f"{coverage_words(c.coverage)}; " if c.coverage else ""
     sources = ", ".join(c.sources[:3]) + (", …" if len(c.sources) > 3 else "")
-    return [f"calibrated: {seen}{c.rows:,} row{'s' * (c.rows != 1)} of {c.tokens:,} tokens ({sources})"]
+    return [
+        f"calibrated: {seen}{c.num_samples:,} sample{'s' * (c.num_samples != 1)} of {c.tokens:,} tokens ({sources})"
+    ]
 
 
 def _quantized(found: Inspection) -> list[str]:
@@ -108,9 +125,11 @@ def _quantized(found: Inspection) -> list[str]:
     lines = [f"quantized: {q.method or 'no method named in the config'}" + f" ({settings[:150]})" * bool(settings)]
     stored = ", ".join(f"{count:,} {label}" for label, count in q.weights.items())
     cache = f"; KV cache {q.kv_cache}" if q.kv_cache else ""
-    reads = "config and tensors " + ("disagree" if q.refused else "agree")
-    reads = f"snugfit does not read it: {q.refused}" if "no reader" in q.refused else reads
-    return [*lines, f"matrices: {stored}{cache}; {reads.rstrip('.')}"]
+    if not q.has_reader:
+        verdict = f"snugfit cannot read it: {q.refused.rstrip('.')}"
+    else:
+        verdict = "config and tensors " + ("disagree" if q.refused else "agree")
+    return [*lines, f"matrices: {stored}{cache}; {verdict}"]
 
 
 def _remarks(found: Inspection) -> list[str]:
@@ -120,14 +139,15 @@ def _remarks(found: Inspection) -> list[str]:
         for group in found.fused
         if group.complete
     ]
-    lines = ["", f"one product in engines, so one format: {'; '.join(whole)}"] if whole else []
+    lines = ["", f"fused in engines, so of one format: {'; '.join(whole)}"] if whole else []
     for group in found.fused:
         if group.incomplete:
             count = len(group.incomplete)
-            lines.append(f"of {' + '.join(group.members)} only a part in {count:,} modules: {group.incomplete[0]}, …")
+            modules = f"{count:,} modules: {group.incomplete[0]}, …" if count > 1 else group.incomplete[0]
+            lines.append(f"of {' + '.join(group.members)} some are missing in {modules}")
     if found.architecture.prediction_layers and not found.prediction_parameters:
         count = found.architecture.prediction_layers
-        lines.append(f"config.json names {count} layers that predict further tokens, the files have none")
+        lines.append(f"config.json states {count} layers of multi-token prediction, the files have none")
     if found.other_weights:
         lines.append(f"weights in other containers: {', '.join(found.other_weights[:6])}")
     if found.made_by:
@@ -136,7 +156,7 @@ def _remarks(found: Inspection) -> list[str]:
 
 
 def _merged(parts: tuple[Part, ...]) -> list[Part]:
-    """Rows of a table: a part in more than six shapes becomes one row for what could be the same."""
+    """The table's rows: weights of a part with more than six shapes share a row where their prospects are the same."""
     rows: dict[object, list[Part]] = {}
     for part in parts:
         alike = sum(p.part == part.part for p in parts)

@@ -1,4 +1,4 @@
-"""Tables on stdout. It is imported by what prints alone: rich takes its time."""
+"""Tables on stdout, and how every verb prints them. Imported when a verb prints: importing rich takes time."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def print_sheet(sheet: Sheet) -> None:
-    """A table of `snugfit eval`: its title, cells, and what they mean."""
-    table = _table(*sheet.headings, right=sheet.headings[sheet.left :])
+    """Print a sheet: its title, cells, and what they mean."""
+    table = make_table(*sheet.headings, right=sheet.headings[sheet.left :])
     for row in sheet.rows:
-        table.add_row(*(_bold(_cell(cell)) for cell in row))
-    _say(sheet.title)
-    _show(table)
+        table.add_row(*(_bold(safe_cell(cell)) for cell in row))
+    print_lines(sheet.title)
+    print_table(table)
     typer.echo(f"{sheet.note}\n")
 
 
@@ -37,77 +37,79 @@ def _bold(cell: str) -> str:
 
 
 def print_recipes(pairs: list[tuple[str, str]]) -> None:
-    """Recipes by name and description."""
-    table = _table("recipe", "what it does")
+    """Print the names and descriptions of recipes."""
+    table = make_table("recipe", "what it does")
     for name, description in pairs:
         table.add_row(name, description)
-    _show(table)
+    print_table(table)
 
 
 def print_plan(records: tuple[TensorRecord, ...], as_json: bool) -> None:
-    """What every tensor becomes, and the bytes of all."""
+    """Print the planned format and bytes of every tensor, and totals."""
     total = sum(record.bytes for record in records)
     if as_json:
         tensors = [{k: v for k, v in asdict(r).items() if v is not None} for r in records]
         typer.echo(json.dumps({"tensors": tensors, "bytes": total}, indent=2))
         return
-    table = _table("tensor", "format", "shape", "bytes", right=("bytes",))
+    table = make_table("tensor", "format", "shape", "bytes", right=("bytes",))
     experts: dict[tuple[str, str, str], list[int]] = {}
     for record in records:
         if not record.bytes and record.source_bytes:
-            continue  # the old scales of a weight that gets another format
+            continue  # an old scale of a weight that gets another format
         name = re.sub(r"\bexperts\.\d+\.", "experts.*.", record.name)
         experts.setdefault((name, record.format, "x".join(map(str, record.shape))), []).append(record.bytes)
     for (name, label, shape), sizes in experts.items():
         shapes = shape if len(sizes) == 1 else f"{len(sizes)} of {shape}"
-        table.add_row(_cell(name), label, shapes, f"{sum(sizes):,}")
-    _show(table)
+        table.add_row(safe_cell(name), label, shapes, f"{sum(sizes):,}")
+    print_table(table)
     print_totals(records)
 
 
 def print_totals(records: tuple[TensorRecord, ...]) -> None:
-    """Tensors, bytes and errors by format."""
+    """Print tensors, bytes and errors by format."""
     columns = ("tensors", "bytes before", "bytes after", "bits a weight", "relative error")
-    table = _table("format", *columns, right=columns)
+    table = make_table("format", *columns, right=columns)
     for total in totals_by_format(records):
         error = "" if total.relative_error is None else f"{total.relative_error:.5f}"
         sizes = f"{total.source_bytes:,}", f"{total.bytes:,}"
         table.add_row(total.format, str(total.tensors), *sizes, f"{total.bits_per_weight:.3f}", error)
     before, after = sum(r.source_bytes for r in records), sum(r.bytes for r in records)
     table.add_row("all", str(len(records)), f"{before:,}", f"{after:,}", "", "")
-    _show(table)
+    print_table(table)
 
 
 def print_fit(record: FitRecord) -> None:
-    """What fits, the answer first; under it the cache, what is assumed, the kernels, and the commands of the answer."""
+    """Print what fits, the best row first; below it the cache, the assumptions, the kernels, and the next commands."""
     from snugfit.report.fit import fit_headings, fit_notes, fit_rows, fit_title
 
     headings = fit_headings(record)
-    table = _table(*headings, right=headings[1:])
+    table = make_table(*headings, right=headings[1:])
     for cells in fit_rows(record):
-        table.add_row(*map(_cell, cells))
-    _say(fit_title(record))
-    _show(table)
-    _say(*fit_notes(record))
+        table.add_row(*map(safe_cell, cells))
+    print_lines(fit_title(record))
+    print_table(table)
+    print_lines(*fit_notes(record))
 
 
-def _table(*headings: str, right: tuple[str, ...] = ()) -> Table:
+def make_table(*headings: str, right: tuple[str, ...] = ()) -> Table:
+    """An empty table; columns named in `right` are aligned to the right."""
     table = Table(box=None, pad_edge=False)
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")
     return table
 
 
-def _cell(text: str) -> str:
-    """Text of a model's files as a table may show it."""
+def safe_cell(text: str) -> str:
+    """Text from a model's files as a cell of a table: control characters and rich's markup escaped."""
     return escape(plain(text))
 
 
-def _say(*lines: str) -> None:
+def print_lines(*lines: str) -> None:
+    """Print lines, their control characters escaped."""
     typer.echo("\n".join(map(plain, lines)))
 
 
-def _show(table: object) -> None:
-    # a pipe has no width: give every column what it needs
+def print_table(table: Table) -> None:
+    """Print a table as wide as the terminal; through a pipe, which has no width, as wide as the columns need."""
     console = Console() if sys.stdout.isatty() else Console(width=200)
     console.print(table)

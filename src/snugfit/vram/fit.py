@@ -1,30 +1,31 @@
-"""One way to store a model on one kind of GPU: how long a context fits, how much is left, what it would take."""
+"""One way to store the weights on one GPU (or on each of several): how long a context fits, and what it would take."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from snugfit.engines.gpus import COMMON, GENERATIONS, Generation
 from snugfit.engines.kernels import linear_kernel
 from snugfit.engines.memory import EngineMemory
-from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.storage.safetensors_header import TensorInfo
-from snugfit.vram.blocks import Pool, make_pool
-from snugfit.vram.budget import Budget, Widths, in_flight, share_out
-from snugfit.vram.kv_cache import ModelCache, check_split
-from snugfit.vram.request import Gpu
-from snugfit.vram.weights import gpu_bytes, is_expert, kernel_format, misfit
+from snugfit.vram.blocks import BlockPool, make_pool
+from snugfit.vram.budget import ActivationWidths, Budget, Gpu, make_budget, max_num_batched_tokens
+from snugfit.vram.kv_cache import ModelCache, head_split_error
+from snugfit.vram.weights import bytes_on_gpu, is_expert, kernel_format, split_error
 
-# a context that is worth a start, where none is asked for
-LEAST_CONTEXT = 2048
+# a context that makes serving worthwhile, where none is asked for
+MIN_CONTEXT = 2048
 _MORE_GPUS = (2, 4, 8, 16)
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A tensor of the source as it would be stored: `count` alike (a layer's experts), `format` None for kept."""
+class PlannedTensor:
+    """A tensor of the source as it would be stored: in `infos` of the result, in `format` (None: it stays as it is).
+
+    It stands for `count` tensors that are alike, such as those of a layer's experts.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -34,119 +35,129 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Model:
-    """What does not depend on how the weights are stored: caches, widths, and the tokens the model was made for."""
+class ServedModel:
+    """What does not depend on how the weights are stored: caches, widths, and the longest context it was made for."""
 
     cache: ModelCache
-    widths: Widths
-    limit: int
+    widths: ActivationWidths
+    max_positions: int
 
 
-@dataclass(frozen=True)
-class Setting:
-    """Where and how it shall be served: `context` tokens in each of `sequences`, None for the longest."""
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """Where and how a model is served: `context` tokens in each of `max_num_seqs` sequences, None for the longest."""
 
     gpu: Gpu
     engine: EngineMemory
-    tp: int = 1
-    utilization: float | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float | None = None
     context: int | None = None
-    sequences: int = 1
+    max_num_seqs: int = 1
 
 
-@dataclass(frozen=True)
-class Answer:
-    """Whether it fits on `setting`. Bytes are one GPU's.
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What fits beside the weights. Bytes are those of one GPU.
 
-    `longest` is the longest context of every sequence, 0 for none. `spare` is what is left beside the asked context
-    (the least one that is worth a start, where none is asked for), negative where so much is missing; `gpus` how many
-    would do then, None where it fits or 16 do not.
+    `max_context` is the longest context of every sequence, 0 for none. `headroom_bytes` is what the wanted context (at
+    least `MIN_CONTEXT` where none is asked for) leaves over; negative for what is missing, and then `gpus_needed` is
+    the number of GPUs on which it fits, None where it does not fit 16.
     """
 
-    weights: int
+    weight_bytes: int
     budget: Budget
-    pool: Pool
-    longest: int
-    spare: int
-    gpus: int | None
+    pool: BlockPool
+    max_context: int
+    headroom_bytes: int
+    gpus_needed: int | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the asked context has room."""
-        return self.spare >= 0
+        """Whether the wanted context fits."""
+        return self.headroom_bytes >= 0
 
 
-def answer(model: Model, stored: Sequence[Stored], setting: Setting, *, fp8: bool) -> Answer:
-    """What `setting` makes of the weights with a KV cache in 16 bits or FP8."""
-    found = _answer(model, stored, setting, setting.tp, fp8)
+def fit_weights(
+    model: ServedModel, tensors: Sequence[PlannedTensor], settings: ServeSettings, *, fp8: bool
+) -> FitResult:
+    """What fits beside these weights with a KV cache in 16 bits or FP8."""
+    found = _fit_on(model, tensors, settings, settings.tensor_parallel_size, fp8)
     if found.fits:
         return found
     for tp in _MORE_GPUS:
-        if tp > setting.tp and problem(model, stored, setting, tp) is None:
-            more = _answer(model, stored, setting, tp, fp8)
-            if more.fits:
-                return Answer(found.weights, found.budget, found.pool, found.longest, found.spare, tp)
+        possible = tp > settings.tensor_parallel_size and serving_error(model, tensors, settings, tp) is None
+        if possible and _fit_on(model, tensors, settings, tp, fp8).fits:
+            return replace(found, gpus_needed=tp)
     return found
 
 
-def problem(model: Model, stored: Sequence[Stored], setting: Setting, tp: int) -> str | None:
-    """Why the engine would not serve these weights on so many GPUs, whatever their memory; None where it would."""
-    try:
-        check_split(model.cache, tp)
-    except UserError as error:
-        return error.what
-    uneven = (misfit(weight.name, weight.shape, weight.format, tp) for weight in stored)
-    found = next((what for what in uneven if what is not None), None)
-    if found is not None:
-        return found
-    generation = setting.gpu.generation
+def serving_error(model: ServedModel, tensors: Sequence[PlannedTensor], settings: ServeSettings, tp: int) -> str | None:
+    """Why the engine would not serve these weights on `tp` GPUs of any memory; None where it would."""
+    uneven = head_split_error(model.cache, tp)
+    if uneven is not None:
+        return uneven
+    for tensor in tensors:
+        uneven = split_error(tensor.name, tensor.shape, tensor.format, tp)
+        if uneven is not None:
+            return uneven
+    generation = settings.gpu.generation
     if generation is None:
         return None
-    engine = setting.engine.engine
-    for weight in stored:
-        name = kernel_format(weight.format)
-        if weight.format is not None and linear_kernel(engine, name, generation) is None:
-            return f"no kernel of {setting.engine.title} is known for {name} on {GENERATIONS[generation]}"
+    engine = settings.engine
+    for tensor in tensors:
+        name = kernel_format(tensor.format)
+        if tensor.format is not None and linear_kernel(engine.engine, name, generation) is None:
+            return f"no kernel of {engine.title} is known for {name} on {GENERATIONS[generation]}"
     return None
 
 
-def kernels(stored: Sequence[Stored], setting: Setting) -> dict[Generation, tuple[str, ...]]:
-    """Generation -> what runs the weights there, such as "nvfp4: Marlin (W4A16)", experts apart where they differ."""
-    generations: Sequence[Generation] = (setting.gpu.generation,) if setting.gpu.generation else COMMON
-    pairs = dict.fromkeys((kernel_format(w.format), is_expert(w.name)) for w in stored if w.format is not None)
+def kernel_labels(tensors: Sequence[PlannedTensor], settings: ServeSettings) -> dict[Generation, tuple[str, ...]]:
+    """Generation -> the kernels of the weights, such as "nvfp4: Marlin (W4A16)"; of experts where theirs differ."""
+    generations: Sequence[Generation] = (settings.gpu.generation,) if settings.gpu.generation else COMMON
+    pairs = dict.fromkeys((kernel_format(t.format), is_expert(t.name)) for t in tensors if t.format is not None)
     found: dict[Generation, tuple[str, ...]] = {}
     for generation in generations:
-        words: dict[str, None] = {}
+        labels: dict[str, None] = {}
         for fmt, experts in pairs:
-            kernel = linear_kernel(setting.engine.engine, fmt, generation, experts=experts)
-            same = kernel == linear_kernel(setting.engine.engine, fmt, generation)
+            kernel = linear_kernel(settings.engine.engine, fmt, generation, experts=experts)
+            same = kernel == linear_kernel(settings.engine.engine, fmt, generation)
             label = f"{fmt} experts" if experts and not same else fmt
-            words[f"{label}: {kernel.name} ({kernel.arithmetic})" if kernel else f"{label}: no kernel"] = None
-        found[generation] = tuple(words)
+            labels[f"{label}: {kernel.name} ({kernel.arithmetic})" if kernel else f"{label}: no kernel"] = None
+        found[generation] = tuple(labels)
     return found
 
 
-def per_gpu(stored: Sequence[Stored], tp: int, kv_heads: int | None) -> int:
+def weight_bytes_per_gpu(tensors: Sequence[PlannedTensor], tp: int, kv_heads: int | None) -> int:
     """Bytes of all weights on each of `tp` GPUs."""
-    return sum(weight.count * gpu_bytes(weight.name, weight.infos, tp, kv_heads) for weight in stored)
+    return sum(tensor.count * bytes_on_gpu(tensor.name, tensor.infos, tp, kv_heads) for tensor in tensors)
 
 
-def total(stored: Sequence[Stored]) -> int:
+def total_weight_bytes(tensors: Sequence[PlannedTensor]) -> int:
     """Bytes of all weights."""
-    return per_gpu(stored, 1, None)
+    return weight_bytes_per_gpu(tensors, 1, None)
 
 
-def bits_per_weight(stored: Sequence[Stored], elements: Mapping[str, int]) -> float:
-    """Bits a number of the source, everything counted; `elements` by name."""
-    return 8 * total(stored) / max(1, sum(weight.count * elements.get(weight.name, 0) for weight in stored))
+def bits_per_weight(tensors: Sequence[PlannedTensor], elements: Mapping[str, int]) -> float:
+    """Stored bits, scales included, per weight of the source, whose `elements` are given by tensor name."""
+    return 8 * total_weight_bytes(tensors) / max(1, sum(t.count * elements.get(t.name, 0) for t in tensors))
 
 
-def _answer(model: Model, stored: Sequence[Stored], setting: Setting, tp: int, fp8: bool) -> Answer:
-    device, engine = setting.gpu.device, setting.engine
-    heads = next((a.heads for a in model.cache.attention if not a.latent), None)
-    weights = per_gpu(stored, tp, heads)
-    budget = share_out(weights, model.widths, engine, device, utilization=setting.utilization, tp=tp)
-    pool = make_pool(model.cache, in_flight=in_flight(engine, device), fp8=fp8, tp=tp, state_blocks=engine.state_blocks)
-    longest = pool.longest(budget.for_cache, model.limit, setting.sequences) if budget.for_cache > 0 else 0
-    asked = setting.context or min(LEAST_CONTEXT, model.limit)
-    return Answer(weights, budget, pool, longest, budget.for_cache - pool.bytes_needed(asked, setting.sequences), None)
+def _fit_on(
+    model: ServedModel, tensors: Sequence[PlannedTensor], settings: ServeSettings, tp: int, fp8: bool
+) -> FitResult:
+    gpu, engine, sequences = settings.gpu, settings.engine, settings.max_num_seqs
+    weight_bytes = weight_bytes_per_gpu(tensors, tp, model.cache.kv_heads)
+    budget = make_budget(
+        weight_bytes, model.widths, engine, gpu, gpu_memory_utilization=settings.gpu_memory_utilization, tp=tp
+    )
+    batch = max_num_batched_tokens(engine, gpu)
+    pool = make_pool(model.cache, max_num_batched_tokens=batch, fp8=fp8, tp=tp, state_blocks=engine.state_blocks)
+    available = budget.cache_bytes
+    wanted = settings.context or min(MIN_CONTEXT, model.max_positions)
+    return FitResult(
+        weight_bytes=weight_bytes,
+        budget=budget,
+        pool=pool,
+        max_context=pool.max_context(available, model.max_positions, sequences) if available > 0 else 0,
+        headroom_bytes=available - pool.bytes_needed(wanted, sequences),
+    )

@@ -1,16 +1,17 @@
-"""A model's weights on one of several GPUs, from headers: what tensor parallelism splits, and what then still divides.
+"""A model's weights on one of several GPUs, from headers: what tensor parallelism splits, and what it cannot split.
 
-What vLLM's layers do (model_executor/layers/linear.py, vocab_parallel_embedding.py): rows of most linears are split
-(column-parallel), columns of those that end a block (row-parallel); embeddings and the head by rows, padded to 64;
-norms, routers and the small projections of latent attention are on every GPU. Keys and values of fewer heads than GPUs
-are kept several times. Experts are split inside, or dealt out whole (expert parallelism): the bytes are the same.
+What vLLM's layers do (model_executor/layers/linear.py, vocab_parallel_embedding.py): most linears are split along
+out_features (column-parallel), those that end a block along in_features (row-parallel); embeddings and the head along
+the vocabulary, padded to 64. Norms, routers and the small projections of latent attention are on every GPU. Of fewer KV
+heads than GPUs, keys and values are copied. Experts are split inside, or distributed whole (expert parallelism): the
+bytes are the same. `tp` is the number of GPUs.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
@@ -21,7 +22,7 @@ from snugfit.storage.safetensors_header import TensorInfo
 _ROW_PARALLEL = frozenset(
     {"o_proj", "down_proj", "w2", "out_proj", "dense", "dense_4h_to_h", "c_proj", "fc2", "wo", "output_linear"}
 )
-_EVERYWHERE = frozenset(
+_REPLICATED = frozenset(
     {
         *("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj", "gate", "router", "shared_expert_gate"),
         *("weights_proj", "wk", "wq_b", "conv1d_bias"),
@@ -29,59 +30,59 @@ _EVERYWHERE = frozenset(
 )
 _VOCABULARY = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"})
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
-_PADDED_TO = 64
+_VOCABULARY_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
-class Weight:
-    """A tensor of the file that stands for `count` alike: of experts that are alike, the first one's."""
+class CountedTensor:
+    """A tensor of the file that stands for `count` alike: the first of experts that are alike."""
 
     info: TensorInfo
     count: int = 1
 
 
-def collapse_experts(tensors: Iterable[TensorInfo]) -> list[Weight]:
-    """Tensors of the file in their order, but of a layer's experts that are alike in all of theirs only the first's."""
+def collapse_experts(tensors: Iterable[TensorInfo]) -> list[CountedTensor]:
+    """The tensors in their order; of a layer's experts that are alike in all their tensors only the first's."""
     given = [(tensor, _EXPERT.search(tensor.name)) for tensor in tensors]
     headers: dict[tuple[str, str], list[tuple[str, str, tuple[int, ...]]]] = {}
     for tensor, found in given:
         if found:
             rest = tensor.name[found.end() :], tensor.dtype, tensor.shape
-            headers.setdefault(_owner(tensor, found), []).append(rest)
+            headers.setdefault(_expert_of(tensor, found), []).append(rest)
     alike: dict[object, list[tuple[str, str]]] = {}
-    for owner, rests in headers.items():
-        alike.setdefault((owner[0], tuple(sorted(rests))), []).append(owner)
-    counts = {owners[0]: len(owners) for owners in alike.values()}
-    weights = [(tensor, counts.get(_owner(tensor, found)) if found else 1) for tensor, found in given]
-    return [Weight(tensor, count) for tensor, count in weights if count is not None]
+    for expert, rests in headers.items():
+        alike.setdefault((expert[0], tuple(sorted(rests))), []).append(expert)
+    counts = {experts[0]: len(experts) for experts in alike.values()}
+    counted = [(tensor, counts.get(_expert_of(tensor, found)) if found else 1) for tensor, found in given]
+    return [CountedTensor(tensor, count) for tensor, count in counted if count is not None]
 
 
-def _owner(tensor: TensorInfo, found: re.Match[str]) -> tuple[str, str]:
-    """The experts' module and the number of the one that has this tensor."""
+def _expert_of(tensor: TensorInfo, found: re.Match[str]) -> tuple[str, str]:
+    """The experts' module and the number of the expert that has this tensor."""
     return tensor.name[: found.start()], found[1]
 
 
 def is_served(name: str, decoder: str, layers: int) -> bool:
-    """Whether an engine loads this tensor: heads of multi-token prediction stay on disk."""
+    """Whether an engine loads this tensor; it does not load heads of multi-token prediction."""
     layer = parse_name(name, (), decoder).layer
     return not is_prediction_head(name) and (layer is None or layer < layers)
 
 
-def gpu_bytes(name: str, infos: Sequence[TensorInfo], tp: int, kv_heads: int | None) -> int:
-    """Bytes of a tensor of the file on each of `tp` GPUs, stored as `infos`; `kv_heads` of the model, None unknown."""
+def bytes_on_gpu(name: str, infos: Sequence[TensorInfo], tp: int, kv_heads: int | None) -> int:
+    """Bytes on each of `tp` GPUs of a tensor that is stored as `infos`; `kv_heads` are the model's, None if unknown."""
     if tp == 1:
         return sum(info.bytes for info in infos)
-    return sum(_part(info, name, tp, kv_heads) for info in infos)
+    return sum(_split_bytes(info, name, tp, kv_heads) for info in infos)
 
 
-def _part(info: TensorInfo, name: str, tp: int, kv_heads: int | None) -> int:
+def _split_bytes(info: TensorInfo, name: str, tp: int, kv_heads: int | None) -> int:
     axis = _split_axis(name, len(info.shape))
     if axis is None or axis >= len(info.shape) or info.shape[axis] <= 1:
         return info.bytes
     side = info.shape[axis]
     leaf = _leaf(name)
     if leaf in _VOCABULARY:
-        part = math.ceil(math.ceil(side / _PADDED_TO) * _PADDED_TO / tp)
+        part = math.ceil(math.ceil(side / _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE / tp)
     elif leaf in ("k_proj", "v_proj") and kv_heads:
         part = side * max(1, kv_heads // tp) // kv_heads
     else:
@@ -90,9 +91,9 @@ def _part(info: TensorInfo, name: str, tp: int, kv_heads: int | None) -> int:
 
 
 def _split_axis(name: str, dimensions: int) -> int | None:
-    """The axis that is split over GPUs, None where every GPU has the whole. A stack of experts is split inside."""
+    """The axis that is split over GPUs, in a stack that of each expert; None where every GPU has the whole tensor."""
     leaf = _leaf(name)
-    if is_tower(name) or "norm" in leaf or leaf in _EVERYWHERE or ".router." in name:
+    if is_tower(name) or "norm" in leaf or leaf in _REPLICATED or ".router." in name:
         return None
     if dimensions == 3:
         return 2 if leaf in _ROW_PARALLEL else 1
@@ -106,24 +107,24 @@ def _leaf(name: str) -> str:
     return module.rpartition(".")[2]
 
 
-def misfit(name: str, shape: Sequence[int], fmt: TensorFormat | None, tp: int) -> str | None:
-    """Why a 2-D weight cannot be split over `tp` GPUs, or cannot have its format then; None where it can."""
+def split_error(name: str, shape: Sequence[int], fmt: TensorFormat | None, tp: int) -> str | None:
+    """Why a 2-D weight, or the blocks of its format, cannot be split over `tp` GPUs; None where they can."""
     axis = _split_axis(name, len(shape))
     leaf = _leaf(name)
     if tp == 1 or axis is None or len(shape) != 2 or leaf in _VOCABULARY or leaf in ("k_proj", "v_proj"):
         return None
     side = shape[axis]
-    what = "columns" if axis else "rows"
+    features = "in_features" if axis else "out_features"
     if side % tp:
-        return f"{side} {what} of {leaf} over {tp} GPUs"
-    multiple = _multiple(fmt, axis)
+        return f"{side} {features} of {leaf} cannot be split over {tp} GPUs"
+    multiple = _block_side(fmt, axis)
     if side // tp % multiple:
-        return f"{side // tp} {what} of {leaf} on a GPU, no multiple of {multiple}"
+        return f"{side // tp} {features} of {leaf} on each GPU are not divisible by {multiple}"
     return None
 
 
-def _multiple(fmt: TensorFormat | None, axis: int) -> int:
-    """What a split side must be a multiple of: scales lie along the columns, those of FP8 blocks along both."""
+def _block_side(fmt: TensorFormat | None, axis: int) -> int:
+    """Weights under one scale along an axis: groups lie along in_features, FP8 blocks along both."""
     if fmt is None:
         return 1
     if fmt.weight_block is not None:
@@ -144,9 +145,4 @@ def kernel_format(fmt: TensorFormat | None) -> str:
 
 def is_expert(name: str) -> bool:
     """Whether a tensor belongs to routed experts."""
-    return _EXPERT.search(name) is not None or ".experts." in name
-
-
-def total_bytes(weights: Mapping[str, Sequence[TensorInfo]], counts: Mapping[str, int]) -> int:
-    """Bytes of all tensors, each as often as it stands for others."""
-    return sum(counts[name] * sum(info.bytes for info in infos) for name, infos in weights.items())
+    return ".experts." in name
