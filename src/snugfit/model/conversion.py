@@ -1,23 +1,25 @@
-"""Names in a file and in transformers' modules, which differ: transformers' own rules, asked name by name.
+"""Maps names in a file to names in transformers' modules, by transformers' own rules.
 
-A vision-language file may say language_model.model.layers.0 where the module is model.language_model.layers.0. What
-transformers only renames needs no more than that; what it merges or splits (experts, fused towers) is told apart.
+A vision-language file may say language_model.model.layers.0 for the module model.language_model.layers.0. What
+transformers only renames needs no more than that; what it merges or splits (experts, fused towers) is kept separate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
+
+from snugfit.model.transformers_api import renamer
 
 
 @dataclass(frozen=True)
 class StoredNames:
     """Where a model's parameters and persistent buffers are in a file.
 
-    `names` maps the model's name to the file's. `twice` are second tensors of the file for one of the model; `made` are
-    parameters that transformers makes of others than itself, with the file's name of one of them.
+    `names` maps the model's name to the file's. `twice` has the second of two tensors of the file that are one in the
+    model; `made` the parameters that transformers makes of several tensors, with the file's name of one of them.
     """
 
     names: Mapping[str, str]
@@ -28,9 +30,9 @@ class StoredNames:
 def stored_names(model: nn.Module, names: Iterable[str]) -> StoredNames:
     """What transformers would load each of `names`, a file's tensors, into.
 
-    A quantized weight stands under the name that it would have in 16 bits: M.weight for M.weight_packed.
+    A quantized weight has the name that it would have in 16 bits: M.weight for M.weight_packed.
     """
-    rename = _renamer(model)
+    rename = renamer(model)
     state = model.state_dict().keys()
     given = list(names)
     found: dict[str, str] = {}
@@ -52,30 +54,10 @@ def stored_names(model: nn.Module, names: Iterable[str]) -> StoredNames:
     return StoredNames(found, twice, {target: name for target, name in made.items() if target in state})
 
 
-def _renamer(model: nn.Module) -> Callable[[str], tuple[str, bool]]:
-    """A function from a file's name to the model's, and whether more than the name changes."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    state = model.state_dict()
-    prefix = getattr(model, "base_model_prefix", "")
-
-    def rename(name: str) -> tuple[str, bool]:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
-        if target not in state and name in state:  # as in transformers: it is under the model's own name already
-            target, pattern = rename_source_key(name, [], [], prefix, state)
-        return str(target), pattern is not None
-
-    return rename
-
-
 def list_name(names: Mapping[str, str], layers_name: str, count: int) -> str:
     """The name in the file of the list of decoder layers that is `layers_name` in the model.
 
-    `names` maps the model's names to the file's. Where the file has no such list, the model's name.
+    `names` maps the model's names to the file's. The model's name if the file has no such list.
     """
     stored = {index: [n for m, n in names.items() if m.startswith(f"{layers_name}.{index}.")] for index in range(count)}
     first = next(iter(stored[0]), "") if count else ""

@@ -13,24 +13,24 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from snugfit.dialects import reading
+from snugfit.dialects.dialect import Dialect
 from snugfit.engines.fused import group_modules
 from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
 from snugfit.formats import fp8, integer, mxfp4, nvfp4
+from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
 from snugfit.formats.spec import FP8_BLOCK, InputKind, TensorFormat
-from snugfit.formats.stored import Stored, dequantize
 from snugfit.model import experts
 from snugfit.model.assemble import read_single
 from snugfit.model.cache import NoCache
 from snugfit.model.experts import NoHooks
-from snugfit.model.layers import ExpertStorage
+from snugfit.model.layers import ExpertBuffers
 from snugfit.storage.checkpoint import Checkpoint, read_tensor
 
 # values at once: what a core's cache holds; what a small GPU spares
 SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}
 Quantizer = Callable[[Tensor], Tensor]
-NO_ENGINE = "none"
+NO_EMULATION = "none"
 
 # inputs under scales made at run time, and those under numbers from the file: a multiplier, and a zero point if any
 _DYNAMIC: Mapping[InputKind, Quantizer] = {
@@ -67,21 +67,30 @@ def input_quantizer(fmt: TensorFormat, profile: str, input_scale: Tensor | None)
 def quantize_inputs(layer: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
     """Hook the linears named in `quantizers` (names relative to `layer`); fused partners share one rounding."""
     for group in group_modules(quantizers):
-        hook = _shared_hook(quantizers[group[0]])
+        hook = _SharedRounding(quantizers[group[0]], partners=len(group))
         for name in group:
             layer.get_submodule(name).register_forward_pre_hook(hook)
 
 
-def _shared_hook(quantizer: Quantizer) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    """A forward pre-hook that remembers its last input, which fused partners receive in turn."""
-    last: list[tuple[Tensor, Tensor]] = []
+class _SharedRounding:
+    """A forward pre-hook that rounds an input once for all fused partners, and drops it with the last partner."""
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not last or last[0][0] is not args[0]:
-            last[:] = [(args[0], _in_slices(quantizer, args[0]))]
-        return (last[0][1], *args[1:])
+    def __init__(self, quantizer: Quantizer, *, partners: int) -> None:
+        self._quantizer = quantizer
+        self._partners = partners
+        self._input: Tensor | None = None
+        self._rounded: Tensor | None = None
+        self._left = 0
 
-    return hook
+    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if self._rounded is None or self._input is not args[0]:
+            self._input, self._left = args[0], self._partners
+            self._rounded = _in_slices(self._quantizer, args[0])
+        rounded = self._rounded
+        self._left -= 1
+        if not self._left:
+            self._input = self._rounded = None
+        return (rounded, *args[1:])
 
 
 def _in_slices(quantizer: Quantizer, activations: Tensor) -> Tensor:
@@ -97,14 +106,14 @@ def _in_slices(quantizer: Quantizer, activations: Tensor) -> Tensor:
 
 
 def read_module(
-    checkpoint: Checkpoint, module: str, fmt: TensorFormat, shape: tuple[int, ...]
+    checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None]:
     """A quantized module's weight, fp32 of `shape` [N, K], and the static multiplier of its inputs, as the file says.
 
     The multiplier is fp32 () (with a zero point [2]), None where the format has none.
     """
-    member = _read_member(checkpoint, module, fmt)
-    return _values(checkpoint, module, member.stored, shape), member.input_scale
+    member = _read_member(checkpoint, dialect, module, fmt)
+    return _values(checkpoint, module, member.quantized, shape), member.input_scale
 
 
 @dataclass(frozen=True)
@@ -125,39 +134,41 @@ class ExpertInputs(NoHooks):
 
 def read_experts(
     checkpoint: Checkpoint,
+    dialect: Dialect,
     prefix: str,
     mixture: experts.ExpertNames,
-    storage: ExpertStorage,
+    buffers: ExpertBuffers,
     formats: Mapping[str, TensorFormat],
     profile: str,
 ) -> ExpertInputs:
-    """Fill `storage` with a layer's routed experts, dequantized; the result rounds their inputs.
+    """Fill `buffers` with a layer's routed experts, dequantized; the result rounds their inputs.
 
     Engines give all experts of a layer one scale for the inputs of gate and up and one for those of down, the largest
     multiplier in the file (engines/mixtures.py); so does this, but for profile "none", which rounds nothing. UserError
     for an expert's tensor that is missing.
     """
-    stacks = storage.skeleton.stacks
-    stored: dict[tuple[int, bool], list[str]] = {}  # (expert, whether down) -> names
+    stacks = buffers.skeleton.stacks
+    quantized: dict[tuple[int, bool], list[str]] = {}  # (expert, whether down) -> names
     for (expert, role, parameter), name in mixture.names.items():
         full = f"{prefix}.{name}"
         if parameter == "weight" and full.removesuffix(".weight") in formats:
-            stored.setdefault((expert, role == experts.DOWN), []).append(full)
+            quantized.setdefault((expert, role == experts.DOWN), []).append(full)
         elif full in checkpoint.tensors:
-            storage.fill(full, read_tensor(checkpoint, full))
+            buffers.copy_in(full, read_tensor(checkpoint, full))
         elif full in stacks.tensors:
-            storage.fill(full, read_single(checkpoint, stacks, full))
+            buffers.copy_in(full, read_single(stacks, full))
         else:
             what = f"tensors missing: {full}."
-            raise UserError(what, where=prefix, remedy="Config and weights do not belong together.")
+            remedy = "Config and weights do not belong together."
+            raise UserError(what, code="weights-missing", where=prefix, remedy=remedy)
     kinds: dict[bool, TensorFormat] = {}
     scales: dict[bool, list[Tensor]] = {True: [], False: []}
-    for (_, down), names in stored.items():
+    for (_, down), names in quantized.items():
         modules = {name: name.removesuffix(".weight") for name in names}
-        members = {name: _read_member(checkpoint, module, formats[module]) for name, module in modules.items()}
-        for name, member in (members if profile == NO_ENGINE else _as_one(checkpoint, members)).items():
-            shape = tuple(storage.parts[name].shape)
-            storage.fill(name, _values(checkpoint, modules[name], member.stored, shape))
+        members = {name: _read_member(checkpoint, dialect, module, formats[module]) for name, module in modules.items()}
+        for name, member in (members if profile == NO_EMULATION else _as_one(dialect, members)).items():
+            shape = tuple(buffers.per_expert[name].shape)
+            buffers.copy_in(name, _values(checkpoint, modules[name], member.quantized, shape))
             kinds.setdefault(down, member.format)
             if member.input_scale is not None:
                 scales[down].append(member.input_scale)
@@ -171,6 +182,7 @@ def experts_quantizer(fmt: TensorFormat | None, scales: Sequence[Tensor], profil
 
 def read_layer(
     checkpoint: Checkpoint,
+    dialect: Dialect,
     prefix: str,
     layer: nn.Module,
     formats: Mapping[str, TensorFormat],
@@ -196,10 +208,10 @@ def read_layer(
     quantizers: dict[str, Quantizer] = {}
     for group in group_modules(quantized):
         full = {name: f"{prefix}.{name}" for name in group}
-        members = {name: _read_member(checkpoint, module, formats[module]) for name, module in full.items()}
-        for name, member in (members if profile == NO_ENGINE else _as_one(checkpoint, members)).items():
+        members = {name: _read_member(checkpoint, dialect, module, formats[module]) for name, module in full.items()}
+        for name, member in (members if profile == NO_EMULATION else _as_one(dialect, members)).items():
             empty = state[f"{name}.weight"]
-            values = _values(checkpoint, full[name], member.stored, tuple(empty.shape))
+            values = _values(checkpoint, full[name], member.quantized, tuple(empty.shape))
             weights[f"{name}.weight"] = values.to(empty.dtype)
             quantizer = input_quantizer(member.format, profile, member.input_scale)
             if quantizer is not None:
@@ -260,20 +272,20 @@ class _Member:
     """A linear as stored, one of a fused group."""
 
     format: TensorFormat
-    stored: Stored
+    quantized: QuantizedWeight
     input_scale: Tensor | None
 
 
-def _read_member(checkpoint: Checkpoint, module: str, fmt: TensorFormat) -> _Member:
-    names = reading.part_names(checkpoint.config, module, fmt, checkpoint.tensors)
+def _read_member(checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat) -> _Member:
+    names = dialect.part_names(module, fmt, checkpoint.tensors)
     tensors = {suffix: read_tensor(checkpoint, name) for suffix, name in names.items()}
-    return _Member(fmt, *reading.decode(checkpoint.config, module, fmt, tensors))
+    return _Member(fmt, *dialect.decode(module, fmt, tensors))
 
 
-def _values(checkpoint: Checkpoint, module: str, stored: Stored, shape: tuple[int, ...]) -> Tensor:
+def _values(checkpoint: Checkpoint, module: str, quantized: QuantizedWeight, shape: tuple[int, ...]) -> Tensor:
     """fp32 of `shape`; UserError where the tensors give no such weight."""
     try:
-        values = dequantize(stored)
+        values = dequantize(quantized)
         fits = tuple(values.shape) == shape
     except (RuntimeError, IndexError, ValueError):  # sizes that do not go together
         fits = False
@@ -286,7 +298,7 @@ def _values(checkpoint: Checkpoint, module: str, stored: Stored, shape: tuple[in
     return values
 
 
-def _as_one(checkpoint: Checkpoint, members: Mapping[str, _Member]) -> Mapping[str, _Member]:
+def _as_one(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _Member]:
     """Members of a fused group under the scales that vLLM gives them where a file's differ.
 
     NVFP4: one global scale for weights and one for inputs, the largest of the stored numbers, while codes and block
@@ -299,26 +311,26 @@ def _as_one(checkpoint: Checkpoint, members: Mapping[str, _Member]) -> Mapping[s
     inputs = [member.input_scale for member in members.values() if member.input_scale is not None]
     if inputs:
         if fmt.input_kind == "nvfp4":
-            shared = reading.fused_global_scale(checkpoint.config, inputs)
+            shared = dialect.fused_global_scale(inputs)
         else:
             shared = max(inputs, key=float) if fmt.input_kind == "fp8-tensor" else inputs[-1]
         members = {name: replace(member, input_scale=shared) for name, member in members.items()}
     if fmt.name in ("nvfp4", "nvfp4a16"):
-        return _under_one_global_scale(checkpoint, members)
-    whole = fmt.name == "fp8" and fmt.group == 0 and fmt.block is None
+        return _under_one_global_scale(dialect, members)
+    whole = fmt.name == "fp8" and fmt.group_size == 0 and fmt.block is None
     return _under_one_scale(members) if whole and fmt.input_kind != "none" else members
 
 
-def _under_one_global_scale(checkpoint: Checkpoint, members: Mapping[str, _Member]) -> Mapping[str, _Member]:
-    weights = {name: m.stored for name, m in members.items() if isinstance(m.stored, nvfp4.NVFP4Weight)}
-    one = reading.fused_global_scale(checkpoint.config, [weight.global_scale for weight in weights.values()])
-    return {name: replace(members[name], stored=replace(w, global_scale=one)) for name, w in weights.items()}
+def _under_one_global_scale(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _Member]:
+    weights = {name: m.quantized for name, m in members.items() if isinstance(m.quantized, nvfp4.NVFP4Weight)}
+    one = dialect.fused_global_scale([weight.global_scale for weight in weights.values()])
+    return {name: replace(members[name], quantized=replace(w, global_scale=one)) for name, w in weights.items()}
 
 
 def _under_one_scale(members: Mapping[str, _Member]) -> Mapping[str, _Member]:
-    weights = {name: m.stored for name, m in members.items() if isinstance(m.stored, fp8.FP8Weight)}
+    weights = {name: m.quantized for name, m in members.items() if isinstance(m.quantized, fp8.FP8Weight)}
     largest = max((weight.scale.float() for weight in weights.values()), key=float)
     return {
-        name: replace(members[name], stored=w if float(w.scale) == float(largest) else fp8.requantize(w, largest))
+        name: replace(members[name], quantized=w if float(w.scale) == float(largest) else fp8.requantize(w, largest))
         for name, w in weights.items()
     }

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.errors import UserError
+from snugfit.model import transformers_api
+from snugfit.model.logical_weights import LogicalWeights
 from snugfit.model.names import ROLES
-from snugfit.model.sources import Weights
 from snugfit.storage.checkpoint import Checkpoint
 
 IMPLEMENTATION = "snugfit"
@@ -70,7 +71,7 @@ def is_experts(module: nn.Module) -> bool:
     """Whether a module holds a layer's experts in 3-D parameters, under transformers' experts interface."""
     down = getattr(module, "down_proj", None)
     stacked = isinstance(down, nn.Parameter) and down.dim() == 3
-    return stacked and hasattr(module, "is_transposed") and hasattr(type(module).forward, "__wrapped__")
+    return stacked and transformers_api.has_experts_interface(module)
 
 
 def find_experts(layer: nn.Module, *, where: str) -> str | None:
@@ -104,12 +105,10 @@ def find_experts(layer: nn.Module, *, where: str) -> str | None:
 
 def use(model: nn.Module) -> None:
     """Let every mixture of `model` run through this module."""
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-    ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _forward)
+    transformers_api.register_experts(IMPLEMENTATION, _forward)
     for module in model.modules():
         if is_experts(module):
-            module.config._experts_implementation = IMPLEMENTATION  # type: ignore[union-attr]  # noqa: SLF001
+            transformers_api.use_experts(module, IMPLEMENTATION)
 
 
 def hook(module: nn.Module, hooks: ExpertHooks) -> None:
@@ -135,8 +134,8 @@ def shapes(module: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
     return found
 
 
-def storage(module: nn.Module, device: torch.device) -> tuple[dict[str, Tensor], dict[tuple[int, str, str], Tensor]]:
-    """The module's parameters with room for all experts, not yet filled; and each expert's part of them.
+def buffers(module: nn.Module, device: torch.device) -> tuple[dict[str, Tensor], dict[tuple[int, str, str], Tensor]]:
+    """Empty memory for the module's parameters, which hold all experts, and views of each expert's part of it.
 
     Parts, by (expert, role, parameter), are views: weights [N, K], biases [N].
     """
@@ -245,7 +244,7 @@ def _linear(self: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
 def _checked(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> torch.dtype:
     """The dtype in which the module's own code adds up what experts give; UserError where it does anything else."""
     few = hidden[:CHECKED_TOKENS], index[:CHECKED_TOKENS], weights[:CHECKED_TOKENS]
-    eager = type(self).forward.__wrapped__(self, *few)  # type: ignore[attr-defined]
+    eager = transformers_api.eager_experts(self, few)
     for dtype in dict.fromkeys((hidden.dtype, weights.dtype, torch.float32)):
         if torch.equal(_run(self, *few, None, dtype), eager):
             return dtype
@@ -269,7 +268,9 @@ class ExpertNames:
 _EXPERT = re.compile(r"(\d+)\.(?:.+\.)?experts\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def single_experts(checkpoint: Checkpoint, stacks: Weights, decoder: str) -> dict[int, dict[tuple[int, str, str], str]]:
+def single_experts(
+    checkpoint: Checkpoint, stacks: LogicalWeights, decoder: str
+) -> dict[int, dict[tuple[int, str, str], str]]:
     """Single experts' tensors of each layer, (expert, role, parameter) -> name relative to the layer, as in 16 bits."""
     names = dict.fromkeys(stacks.tensors)
     names |= dict.fromkeys(name for name in checkpoint.tensors if name.endswith((".weight", ".bias")))

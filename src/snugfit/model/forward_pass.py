@@ -1,7 +1,7 @@
 """Rows of tokens through a model, layer by layer: all rows pass one layer before the next is loaded.
 
 transformers' own forward prepares everything a layer receives (masks, rotary embeddings, scaled embeddings). It is run
-with stand-ins in the place of the layers; what they were called with is kept, and given to the real layers later.
+with layer stubs in the place of the layers; what they were called with is kept, and given to the real layers later.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.errors import UserError
+from snugfit.model.layer_stubs import LayerStub, without_embeddings
 from snugfit.model.layers import Skeleton, with_layers
-from snugfit.model.standins import StandIn, without_embeddings
 
 ROW_MULTIPLE = 64  # ragged rows are padded to a multiple of this or of an eighth of their length: few shapes occur
 
@@ -42,7 +42,7 @@ class Batch:
 
 
 class _Reached(Exception):  # noqa: N818  # not an error
-    """Ends a forward pass once the last stand-in has what it came for."""
+    """Ends a forward pass once the last layer stub has what it came for."""
 
 
 def make_batches(rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device) -> list[Batch]:
@@ -90,8 +90,10 @@ def embed(
             raise _Reached
         return hidden
 
-    standins: list[nn.Module] = [StandIn(layer, note, in_tuple=skeleton.in_tuple) for layer in skeleton.layers]
-    model = on_device(with_layers(skeleton, standins, weights), device)
+    layer_stubs: list[nn.Module] = [
+        LayerStub(layer, note, returns_tuple=skeleton.returns_tuple) for layer in skeleton.layers
+    ]
+    model = on_device(with_layers(skeleton, layer_stubs, weights), device)
     previous: Batch | None = None
     for batch in batches:
         calls.clear()
@@ -164,12 +166,13 @@ def run_layer(
     before: Callable[[Batch], None] | None = None,
     *,
     cache: object = None,
-    states: tuple[States, States] | None = None,
+    states: tuple[States, States | None] | None = None,
 ) -> None:
     """Pass every batch through a resident layer, in place; `before` is called ahead of each batch.
 
     A `cache` sees keys and values in the place of transformers' own; UserError where this family's layers take none.
-    With `states` = (from, to) the batches' hidden states are read from one place and written to the other.
+    With `states` = (from, to) the batches' hidden states are read from one place and written to the other, or dropped
+    if `to` is None.
     """
     for batch in batches:
         if states is not None:
@@ -184,7 +187,8 @@ def run_layer(
         output = layer(batch.hidden, *args, **kwargs)
         batch.hidden = output[0] if isinstance(output, tuple) else output
         if states is not None:
-            states[1].write(batch, batch.hidden)
+            if states[1] is not None:
+                states[1].write(batch, batch.hidden)
             batch.hidden = torch.empty(0)
 
 
@@ -197,10 +201,11 @@ def output_head(skeleton: Skeleton, weights: Mapping[str, Tensor], device: torch
     `weights` are those outside the layers, by full name; the embeddings are not needed.
     """
     part = torch.empty(0)
-    standins: list[nn.Module] = [
-        StandIn(layer, lambda _hidden, _args, _kwargs: part, in_tuple=skeleton.in_tuple) for layer in skeleton.layers
+    layer_stubs: list[nn.Module] = [
+        LayerStub(layer, lambda _hidden, _args, _kwargs: part, returns_tuple=skeleton.returns_tuple)
+        for layer in skeleton.layers
     ]
-    model = on_device(with_layers(skeleton, standins, weights), device)
+    model = on_device(with_layers(skeleton, layer_stubs, weights), device)
     without_embeddings(model)
 
     @torch.no_grad()

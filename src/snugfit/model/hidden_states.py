@@ -94,7 +94,7 @@ class StateFile:
         hidden[valid] = flat
         return hidden
 
-    def begin_again(self) -> None:
+    def start_again(self) -> None:
         """Forget what was written: the file is about to get another layer's states."""
         self._written.clear()
 

@@ -11,6 +11,8 @@ from snugfit.model.config_values import MAX_LAYERS, WHERE, check_values
 
 # where a config describes the language model, if not at its top
 _NESTED = ("text_config", "llm_config", "language_config", "text_model", "language_model", "thinker_config")
+# keys by which a nested config that leaves its layer count to defaults is one of a language model
+_TELLING = (*_NESTED, "hidden_size", "num_attention_heads")
 _LAYER_COUNTS = ("num_hidden_layers", *config_defaults.ALIASES["num_hidden_layers"])
 # lists with one entry a layer
 _LAYER_LISTS = ("layers_block_type", "layer_types", "hybrid_override_pattern")
@@ -20,7 +22,7 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json on the language model: itself, or what lies under text_config and the like."""
     for key in _NESTED:
         nested = config.get(key)
-        if isinstance(nested, dict) and (layer_count(nested) is not None or any(key in nested for key in _NESTED)):
+        if isinstance(nested, dict) and (layer_count(nested) is not None or any(key in nested for key in _TELLING)):
             return language_config(nested)
     return config
 

@@ -18,15 +18,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from snugfit.errors import UserError
-from snugfit.model import experts
+from snugfit.model import experts, transformers_api
 from snugfit.model.assemble import part_of
 from snugfit.model.conversion import StoredNames, list_name, stored_names
-from snugfit.model.sources import Weights, stacked_weights
-from snugfit.model.standins import TextOnly, alike, put, rehearse, token_embeddings
+from snugfit.model.layer_stubs import TextOnly, alike, put, token_embeddings, trace_layer_calls
+from snugfit.model.layout import ModelLayout
+from snugfit.model.logical_weights import LogicalWeights, stacked_weights
 from snugfit.storage.checkpoint import Checkpoint, read_tensor
 from snugfit.storage.safetensors_header import TensorInfo
 
-APART = "Config and weights do not belong together."
+MISMATCH_REMEDY = "Config and weights do not belong together."
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Skeleton:
     `layers_name` is the decoder layers' name in the model, `stored_layers_name` in the file; `stored` maps names of
     the model's parameters and persistent buffers to those in the file, as far as it has them (a quantized weight: to
     its name in 16 bits). Experts in 3-D parameters are not among them, but in `experts` by layer; where the file holds
-    all of a layer in one tensor, `stacks` takes them apart. `in_tuple`: layers answer with tuples; `hand_on`: they
+    all of a layer in one tensor, `stacks` takes them apart. `returns_tuple`: layers answer with tuples; `carries_state`: they
     leave more for later layers than hidden states, such as Gemma 4's shared keys and values, which are lost where a
     walk begins in the middle.
     """
@@ -46,10 +47,10 @@ class Skeleton:
     layers_name: str
     stored_layers_name: str
     stored: Mapping[str, str]
-    in_tuple: bool
-    hand_on: bool
+    returns_tuple: bool
+    carries_state: bool
     experts: Mapping[int, experts.ExpertNames]
-    stacks: Weights
+    stacks: LogicalWeights
 
     @property
     def config(self) -> Any:
@@ -83,21 +84,45 @@ def _parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> Skeleton:
-    """The model that the checkpoint's config describes; UserError where transformers does not know it.
+def open_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skeleton:
+    """The model that a layout describes, in agreement with its headers; UserError if transformers and they disagree."""
+    skeleton = build_skeleton(layout, dtype)
+    if skeleton.stored_layers_name != layout.decoder:
+        raise UserError(
+            f"its decoder layers seem to be {layout.decoder}, but transformers takes {skeleton.stored_layers_name}.",
+            code="config-mismatch",
+            where=str(layout.checkpoint.path),
+            remedy="Config and weights do not belong together, or this family needs a reader of its own.",
+        )
+    origins = layout.weights.origins.items()
+    codes = {name: (next(iter(origin.parts.values())), 1) for name, origin in origins if origin.part is None}
+    check_shapes(skeleton, layout.checkpoint, codes)
+    return skeleton
+
+
+def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skeleton:
+    """The model that config.json describes; UserError if transformers does not know it.
 
     It computes in `dtype`, by default the config's own. Code that comes with a checkpoint is never run.
     """
-    where = str(checkpoint.path / "config.json")
+    checkpoint, where = layout.checkpoint, layout.config_file
+    kind = checkpoint.config.get("model_type")
+    if not transformers_api.is_known_architecture(kind):
+        raise UserError(
+            f"unknown architecture {kind!r}: transformers has no model_type of that name.",
+            code="architecture-unknown",
+            where=where,
+            remedy="Check the config, or update transformers.",
+        )
     model = _build_model(checkpoint, dtype, where)
     stored = stored_names(model, checkpoint.tensors)
     decoder = model.get_decoder()  # type: ignore[operator]
     name, layers = _decoder_layers(model, decoder, where)
     tokens = _plain_tokens(model.config)
-    whole = rehearse(model, layers, tokens, where=where)
+    whole = trace_layer_calls(model, layers, tokens, where=where)
     if model.config.get_text_config() is not model.config:  # type: ignore[union-attr,operator]
         _leave_towers(model, decoder, where)
-        alone = rehearse(model, layers, tokens, where=where)
+        alone = trace_layer_calls(model, layers, tokens, where=where)
         if not all(map(alike, whole.calls, alone.calls)):
             what = f"{type(model).__name__} does not run text as its language model alone would: not handled yet."
             raise UserError(what, where=where, remedy="Evaluate or quantize a text model.")
@@ -113,12 +138,17 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> 
     if empty:
         raise UserError(f"buffers that this model never computes: {', '.join(empty[:5])}.", where=where)
     left = any(isinstance(value, MutableMapping) for _, _, kwargs in whole.calls for value in kwargs.values())
-    hand_on = left and getattr(decoder.config, "num_kv_shared_layers", None) != 0
+    carries_state = left and getattr(decoder.config, "num_kv_shared_layers", None) != 0
     theirs = list_name(names, name, len(layers))
-    stacks = stacked_weights(checkpoint)
+    stacks = stacked_weights(checkpoint, layout.dialect)
     singles = experts.single_experts(checkpoint, stacks, theirs)
     named = {n: experts.expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()}
-    return Skeleton(model, layers, name, theirs, names, whole.in_tuple, hand_on, named, stacks)
+    return Skeleton(model, layers, name, theirs, names, whole.returns_tuple, carries_state, named, stacks)
+
+
+def hidden_size(skeleton: Skeleton) -> int:
+    """Values of a hidden state, H."""
+    return int(skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
 
 
 def _plain_tokens(config: Any) -> Tensor:
@@ -138,7 +168,7 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) 
         named = (dtype, config.dtype, config.get_text_config().dtype)
         arithmetic = next((given for given in named if isinstance(given, torch.dtype)), torch.bfloat16)
         with _parameters_on_meta(), torch.no_grad():
-            model = _auto_class(config).from_config(config, dtype=arithmetic, trust_remote_code=False)
+            model = transformers_api.auto_class(config).from_config(config, dtype=arithmetic, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001 (transformers' config classes raise many kinds of their own)
         kind, reason = checkpoint.config.get("model_type"), _first_line(error)
         if "trust_remote_code" in reason:
@@ -149,24 +179,12 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) 
             remedy="Check the config, or update transformers.",
         ) from None
     model.eval().requires_grad_(False)
-    for pattern, kept in model._get_dtype_plan(arithmetic).items():  # noqa: SLF001 (what loading would keep in fp32)
+    for pattern, kept in transformers_api.dtype_plan(model, arithmetic).items():
         for name, parameter in [*model.named_parameters()]:
             if re.search(pattern.replace("*", ".*"), name):
                 put(model, name, parameter.to(kept))
     found: nn.Module = model
     return found
-
-
-def _auto_class(config: Any) -> Any:
-    """transformers' class for a config: of a language model, or of what has one among other parts."""
-    import transformers
-
-    text_alone = config.get_text_config() is config
-    asked = [name for name in config.architectures or () if name.endswith("ForCausalLM")]
-    kinds = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
-    several = [getattr(transformers, kind) for kind in kinds if hasattr(transformers, kind)]
-    known = [] if text_alone or asked else [auto for auto in several if type(config) in auto._model_mapping]  # noqa: SLF001
-    return known[0] if known else transformers.AutoModelForCausalLM
 
 
 def _decoder_layers(model: nn.Module, decoder: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
@@ -233,7 +251,7 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str,
     ]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}.", where=str(checkpoint.path), remedy=APART)
+        raise UserError(f"{problems[0]}{more}.", where=str(checkpoint.path), remedy=MISMATCH_REMEDY)
 
 
 def _expert_problems(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> Iterator[str]:
@@ -305,7 +323,7 @@ def used_names(skeleton: Skeleton, index: int) -> frozenset[str]:
     """
     mixture = skeleton.experts.get(index)
     prefix = f"{skeleton.stored_layers_name}.{index}."
-    stacks = {name.removeprefix(prefix) for name in skeleton.stacks.stacks if name.startswith(prefix)}
+    stacks = {name.removeprefix(prefix) for name in skeleton.stacks.stacked if name.startswith(prefix)}
     return frozenset(layer_names(skeleton, index)) | stacks | frozenset(mixture.names.values() if mixture else ())
 
 
@@ -321,38 +339,38 @@ def module_names(skeleton: Skeleton, index: int) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class ExpertStorage:
-    """Room for a layer's routed experts, as its module holds them, filled one by one.
+class ExpertBuffers:
+    """Memory for a layer's routed experts, as its module holds them, filled expert by expert.
 
-    `whole` are its parameters by name relative to the layer; `parts` are views of single experts' tensors by the file's
-    full names. What stands in one tensor of the file is put in by `fill`.
+    `stacked` are the module's parameters by name relative to the layer; `per_expert` are views of single experts'
+    tensors by the file's full names.
     """
 
-    whole: Mapping[str, Tensor]
-    parts: Mapping[str, Tensor]
+    stacked: Mapping[str, Tensor]
+    per_expert: Mapping[str, Tensor]
     skeleton: Skeleton
 
-    def fill(self, name: str, tensor: Tensor) -> bool:
-        """Put in a tensor of the file, of one expert or of all; False where it belongs to none."""
-        if name in self.parts:
-            self.parts[name].copy_(tensor)
+    def copy_in(self, name: str, tensor: Tensor) -> bool:
+        """Copy a tensor of the file, of one expert or of all, into the buffers; False if it belongs to no expert."""
+        if name in self.per_expert:
+            self.per_expert[name].copy_(tensor)
             return True
-        singles = self.skeleton.stacks.stacks.get(name, ())
+        singles = self.skeleton.stacks.stacked.get(name, ())
         for single in singles:
-            self.parts[single].copy_(part_of(self.skeleton.stacks.sources[single], tensor))
+            self.per_expert[single].copy_(part_of(self.skeleton.stacks.origins[single], tensor))
         return bool(singles)
 
 
-def expert_storage(skeleton: Skeleton, index: int, device: torch.device) -> ExpertStorage:
-    """Room for the routed experts of decoder layer `index`, none where it has none."""
+def expert_buffers(skeleton: Skeleton, index: int, device: torch.device) -> ExpertBuffers:
+    """Buffers for the routed experts of decoder layer `index`, empty ones if it has none."""
     mixture = skeleton.experts.get(index)
     if mixture is None:
-        return ExpertStorage({}, {}, skeleton)
-    whole, parts = experts.storage(skeleton.layers[index].get_submodule(mixture.module), device)
+        return ExpertBuffers({}, {}, skeleton)
+    stacked, per_expert = experts.buffers(skeleton.layers[index].get_submodule(mixture.module), device)
     prefix = f"{skeleton.stored_layers_name}.{index}"
-    return ExpertStorage(
-        {f"{mixture.module}.{name}": tensor for name, tensor in whole.items()},
-        {f"{prefix}.{mixture.names[key]}": part for key, part in parts.items()},
+    return ExpertBuffers(
+        {f"{mixture.module}.{name}": tensor for name, tensor in stacked.items()},
+        {f"{prefix}.{mixture.names[key]}": part for key, part in per_expert.items()},
         skeleton,
     )
 
@@ -360,7 +378,7 @@ def expert_storage(skeleton: Skeleton, index: int, device: torch.device) -> Expe
 def resident_layer(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
     """A copy of decoder layer `index` with `weights` (names as in the file, relative to the layer) on `device`.
 
-    Routed experts come as their module's parameters (`expert_storage`).
+    Routed experts come as their module's parameters (`expert_buffers`).
     """
     layer = copy.deepcopy(skeleton.layers[index])
     ours = layer_names(skeleton, index)
@@ -377,7 +395,7 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> Non
     wrong = [name for name in wanted if name in weights and wanted[name].shape != weights[name].shape]
     for names, problem in ((missing, "missing"), (unknown, "unknown to transformers"), (wrong, "of another shape")):
         if names:
-            raise UserError(f"tensors {problem}: {', '.join(names[:5])}.", where=where, remedy=APART)
+            raise UserError(f"tensors {problem}: {', '.join(names[:5])}.", where=where, remedy=MISMATCH_REMEDY)
     cast = {name: weights[name].to(wanted[name].dtype) for name in wanted}
     module.load_state_dict(cast, strict=True, assign=True)
     module.requires_grad_(False)
@@ -397,7 +415,7 @@ def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[st
         if old.shape != tensor.shape:
             raise UserError(
                 f"{stored_name(skeleton, name)} has shape {list(tensor.shape)}, the config asks for {list(old.shape)}.",
-                remedy=APART,
+                remedy=MISMATCH_REMEDY,
             )
         put(model, name, tensor.to(old.dtype))
     return model
@@ -433,7 +451,9 @@ def outer_weights(
             found[id(state[ours])] = read(theirs) if read is not None else read_tensor(checkpoint, theirs)
     missing = [theirs for ours, theirs in names.items() if id(state[ours]) not in found]
     if missing:
-        raise UserError(f"tensors missing: {', '.join(missing[:5])}.", where=str(checkpoint.path), remedy=APART)
+        raise UserError(
+            f"tensors missing: {', '.join(missing[:5])}.", where=str(checkpoint.path), remedy=MISMATCH_REMEDY
+        )
     return {name: found[id(state[name])] for name in names}
 
 

@@ -1,77 +1,99 @@
-"""What can be calibrated and what no tested engine loads: families, experts, formats."""
+"""What can be quantized: whether config.json and the tensors agree, which families run, which formats engines load.
+
+Each function yields errors in place of raising them, so that `model/layout.py` can collect them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 from snugfit.engines.mixtures import OUTSIDE, UNSERVED
 from snugfit.errors import UserError
+from snugfit.model.logical_weights import MXFP4_BLOCKS, language_configs
 from snugfit.model.names import TensorName
-from snugfit.model.sources import MXFP4_BLOCKS, language_configs
 from snugfit.storage.checkpoint import Checkpoint
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_MISMATCH_REMEDY = "Config and weights do not belong together."
 
 
-def obstacles(checkpoint: Checkpoint, *, experts: Collection[str] = ()) -> tuple[UserError, ...]:
-    """Why a run would be refused: experts outside transformers' interface, or that no engine was seen to load.
-
-    `experts` are the formats that routed experts are to be written in.
-    """
-    found = list(outside_interface(checkpoint))
-    for kind in dict.fromkeys(str(config.get("model_type")) for config in language_configs(checkpoint.config)):
-        named = [fmt for fmt in experts if (kind, fmt) in UNSERVED or (kind, "") in UNSERVED]
-        if named:
-            reason = UNSERVED.get((kind, named[0])) or UNSERVED[kind, ""]
-            what = f"no engine was seen to load experts of {kind} in {named[0]}: {reason}."
-            packed = any(name.endswith(MXFP4_BLOCKS) for name in checkpoint.tensors)
-            other = "" if packed else "Give them another format (`role: experts`, `format: keep` leaves them), or "
-            remedy = f"{other}{'Add' if packed else 'add'} --no-engine to write them all the same."
-            found.append(NoEngine(what, where=str(checkpoint.path / "config.json"), remedy=remedy))
-    return tuple(found)
-
-
-def outside_interface(checkpoint: Checkpoint) -> Iterator[UserError]:
+def unsupported_family(checkpoint: Checkpoint) -> Iterator[UserError]:
     """Why the experts of this family cannot be calibrated, if so."""
-    for kind in dict.fromkeys(str(config.get("model_type")) for config in language_configs(checkpoint.config)):
+    for kind in _model_types(checkpoint):
         if kind in OUTSIDE:
             yield UserError(
                 f"{kind} runs its experts outside transformers' experts interface: {OUTSIDE[kind]}.",
+                code="experts-unsupported",
                 where=str(checkpoint.path / "config.json"),
                 remedy="It needs an adapter in model/experts.py that shows each expert's inputs.",
             )
 
 
-class NoEngine(UserError):  # noqa: N818  # the name is what it says
-    """An obstacle that a user may choose to pass: the file will be right, and no engine is known to load it."""
+def unverified_formats(checkpoint: Checkpoint, expert_formats: Collection[str]) -> Iterator[UserError]:
+    """Why no tested engine loads routed experts of this family in one of `expert_formats`, if so."""
+    for kind in _model_types(checkpoint):
+        unverified = [fmt for fmt in expert_formats if (kind, fmt) in UNSERVED or (kind, "") in UNSERVED]
+        if unverified:
+            reason = UNSERVED.get((kind, unverified[0])) or UNSERVED[kind, ""]
+            stored_packed = any(name.endswith(MXFP4_BLOCKS) for name in checkpoint.tensors)
+            other = "" if stored_packed else "Give them another format (`role: experts`, `format: keep`). "
+            yield UserError(
+                f"no tested engine loads experts of {kind} in {unverified[0]}: {reason}.",
+                code="format-unverified",
+                where=str(checkpoint.path / "config.json"),
+                remedy=f"{other}Set `allow_unverified` to write them all the same.",
+            )
 
 
-def check_experts(checkpoint: Checkpoint, names: Collection[TensorName], layers: int) -> None:
-    """UserError where a layer's experts are not as many as the config says, or have not the same weights each."""
+def check_layers(
+    checkpoint: Checkpoint, names: Mapping[str, TensorName], num_layers: int, decoder: str
+) -> Iterator[UserError]:
+    """The first decoder layer that config.json states and the files do not have."""
+    present = {parsed.layer for parsed in names.values()}
+    missing = next((number for number in range(num_layers) if number not in present), None)
+    if missing is not None:
+        yield UserError(
+            f"no tensor of {decoder}.{missing}, but config.json states {num_layers} layers.",
+            code="config-mismatch",
+            where=str(checkpoint.path),
+            remedy=_MISMATCH_REMEDY,
+        )
+
+
+def check_experts(checkpoint: Checkpoint, names: Collection[TensorName], num_layers: int) -> Iterator[UserError]:
+    """The first routed expert that is missing, incomplete, or more than config.json states."""
     found: dict[int, dict[int, set[str]]] = {}
     for name in names:
         if name.layer is not None and name.expert is not None and name.parameter == "weight":
             found.setdefault(name.layer, {}).setdefault(name.expert, set()).add(name.module.rpartition(".")[2])
     where = str(checkpoint.path)
     counts = [config.get(key) for config in language_configs(checkpoint.config) for key in EXPERT_COUNTS]
-    whole = {count for count in counts if isinstance(count, int) and not isinstance(count, bool)}
-    if max(whole, default=0) > 1 and not any(name.routed for name in names):
-        what = f"the config has {max(whole)} experts, and no tensor is one's."
-        raise UserError(what, where=where, remedy="Config and weights do not belong together.")
+    stated = {count for count in counts if isinstance(count, int) and not isinstance(count, bool)}
+    if max(stated, default=0) > 1 and not any(name.routed for name in names):
+        what = f"config.json states {max(stated)} experts, but the files have none."
+        yield UserError(what, code="config-mismatch", where=where, remedy=_MISMATCH_REMEDY)
+        return
     for layer, experts in found.items():
-        leaves = set().union(*experts.values())
-        count = max(whole, default=max(experts) + 1)
+        count = max(stated, default=max(experts) + 1)
         extra = next((number for number in sorted(experts) if number >= count), None)
         if extra is not None:
-            what = f"layer {layer} has an expert {extra}, though the config has {count} experts."
-            raise UserError(what, where=where, remedy="Config and weights do not belong together.")
+            what = f"layer {layer} has an expert {extra}, but config.json states {count} experts."
+            yield UserError(what, code="config-mismatch", where=where, remedy=_MISMATCH_REMEDY)
+            return
+        leaves = set().union(*experts.values())
         for number in range(count):
             missing = sorted(leaves - experts.get(number, set()))
             if missing:
-                kind = "multi-token prediction layer" if layer >= layers else "layer"
-                raise UserError(
-                    f"expert {number} of {kind} {layer} has no {missing[0]} (the config has {count} experts, "
-                    f"{len(experts)} are there).",
+                kind = "multi-token prediction layer" if layer >= num_layers else "layer"
+                yield UserError(
+                    f"expert {number} of {kind} {layer} has no {missing[0]} (config.json states {count} experts, "
+                    f"the files have {len(experts)}).",
+                    code="weights-missing",
                     where=where,
                     remedy="Download the checkpoint again: weights are missing.",
                 )
+                return
+
+
+def _model_types(checkpoint: Checkpoint) -> list[str]:
+    return list(dict.fromkeys(str(config.get("model_type")) for config in language_configs(checkpoint.config)))

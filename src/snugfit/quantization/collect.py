@@ -1,70 +1,70 @@
-"""Statistics of a model as it is: rows pass its layers, one at a time in memory, and nothing is written but numbers."""
+"""Statistics of a model as it is: samples pass its layers, one at a time in memory, and only numbers are written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from snugfit.data.rows import DEFAULT_LENGTH, DEFAULT_ROWS
-from snugfit.errors import UserError
-from snugfit.machine import Clock, pick_device, progress_bar
-from snugfit.quantization.estimate import check_estimate, estimate_run
-from snugfit.quantization.plan import plan_walk
-from snugfit.quantization.quantize import (
-    TOKENS_PER_BATCH,
-    identity_of,
-    load_rows_for,
-    skeleton_of,
-    statistics_of,
-    with_other_files,
+from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
+from snugfit.machine import Clock
+from snugfit.model.layout import read_layout
+from snugfit.progress import SILENT, Progress
+from snugfit.quantization.plan import measure_only
+from snugfit.quantization.prepare import Calibration, prepare
+from snugfit.quantization.quantize import report, statistics_of
+from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.run import Run, run_layers
+from snugfit.records.statistics_file import (
+    MAX_FORCED_TOKENS,
+    MIN_TOKENS_PER_EXPERT,
+    STATISTICS_FILE,
+    ExpertCalibration,
+    Statistics,
 )
-from snugfit.quantization.resume import Progress
-from snugfit.quantization.run import Run, run_units
-from snugfit.records.statistics_file import DEFAULT_CALIBRATION, STATISTICS_FILE, Calibration, Statistics
 from snugfit.report.outliers import write_outliers
 from snugfit.storage.staging import check_stageable, resumable
 
 
 def collect_statistics(
-    source: str | Path,
-    target: str | Path,
+    model: str | Path,
     *,
-    text: Sequence[str | Path] = (),
-    rows: int = DEFAULT_ROWS,
-    length: int = DEFAULT_LENGTH,
+    output_dir: str | Path,
+    dataset: Sequence[str | Path] = (),
+    num_samples: int = DEFAULT_NUM_SAMPLES,
+    max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
     device: str | None = None,
     tokens_per_batch: int | None = None,
-    calibration: Calibration = DEFAULT_CALIBRATION,
+    moe_calibrate_all_experts: bool = True,
+    max_forced_tokens: int = MAX_FORCED_TOKENS,
     restart: bool = False,
-    resume_anyway: bool = False,
-    progress: bool = False,
-    tell: Callable[[str], None] = lambda _: None,
+    force_resume: bool = False,
+    progress: Progress = SILENT,
 ) -> Statistics:
-    """Measure inputs of every linear of `source`, keys and values, and experts, into the new directory `target`.
+    """Measure the inputs of every linear of `model`, its keys and values, and its experts.
 
-    The rows walk through the model's own weights, dequantized where they are stored quantized. `target` holds the
-    statistics, and tables and plots of outliers. A run that was stopped goes on as a quantize run does. Raises UserError
-    for bad input.
+    The samples pass the model's own weights, dequantized if they are stored quantized. The new directory `output_dir`
+    holds the statistics, and tables and plots of outliers. The arguments, and the way in which a stopped run resumes,
+    are those of `quantize`. Raises UserError for bad input.
     """
-    clock, destination = Clock(), Path(target)
-    if tokens_per_batch is not None and tokens_per_batch < 1:
-        raise UserError(f"{tokens_per_batch} tokens a batch are none.", remedy="Give --tokens-per-batch 1 at least.")
+    clock, destination = Clock(), Path(output_dir)
     with clock("prepare"):
-        plan = with_other_files(plan_walk(source))
+        calibration = Calibration(
+            dataset=dataset,
+            num_samples=num_samples,
+            max_seq_length=max_seq_length,
+            device=device,
+            tokens_per_batch=tokens_per_batch,
+            experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, MIN_TOKENS_PER_EXPERT),
+        )
+        prepared = prepare(measure_only(read_layout(model)), calibration)
         check_stageable(destination)
-        place = pick_device(device)
-        data = load_rows_for(plan, text, rows, length)
-        skeleton = skeleton_of(plan)
-        batch = tokens_per_batch or TOKENS_PER_BATCH[place.type]
-        estimate = estimate_run(plan, data, place, batch)
-        check_estimate(estimate, destination, place)
-    tell(estimate.line())
+        prepared.check_resources(destination)
+    report(prepared, progress)
     with resumable(destination, restart=restart) as (directory, work):
-        done = Progress(work, identity_of(plan, data, place, batch, calibration), anyway=resume_anyway)
-        run = Run(plan, skeleton, place, data, directory, work, done, clock, tell, calibration)
-        with progress_bar(progress, len(plan.units), "walking layers") as step:
-            run_units(run, batch, step)
-        found = statistics_of(run, calibration, recipe=None)
+        finished = FinishedUnits(work, prepared.identity(), force=force_resume)
+        run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
+        run_layers(run)
+        found = statistics_of(run)
         (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
         write_outliers(found, directory)
     return found

@@ -1,8 +1,8 @@
-"""What a quantize run has done, on the disk: a killed run goes on where it was, or is refused where it would differ.
+"""What a run has finished, on the disk: a killed run resumes where it was, or is refused if its end would differ.
 
-Each unit's entry appears at once, by a rename, when its tensors and its layer's hidden states are in their files. The
-entry holds their CRC-32s, its file its own SHA-256: a run that goes on trusts nothing it has not read again, so that a
-power cut loses no more than a kill.
+The entry of each unit appears at once, by a rename, when its tensors and its layer's hidden states are in their files.
+The entry holds their CRC-32s, its file its own SHA-256: a run that resumes trusts nothing that it has not read again,
+so that a power cut loses no more than a kill.
 """
 
 from __future__ import annotations
@@ -18,59 +18,70 @@ from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.staging import unit_name
 
 IDENTITY = "run.json"
-# what may differ only if asked for: the result would differ in last bits
+# what may differ only if the caller forces it: the result would differ in last bits
 MACHINE = ("versions", "hardware", "device", "tokens_per_batch")
 
 
-class Progress:
+class FinishedUnits:
     """Entries of finished units, in order, in a run's work folder."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], *, anyway: bool = False) -> None:
-        """Open or begin; `identity` is all that decides the bytes to be written.
+    def __init__(self, folder: Path, identity: Mapping[str, Any], *, force: bool = False) -> None:
+        """Open or start; `identity` is everything that decides the bytes to be written.
 
-        Unfinished where the folder is of a run with another identity; `anyway` accepts another machine, library version
-        and batch.
+        Raises Unfinished if the folder is of a run with another identity, or if its identity is damaged; `force`
+        accepts another machine, library version and batch.
         """
         self._folder = folder
         self.entries: list[dict[str, Any]] = []
         self.differences: list[str] = []
         file = folder / IDENTITY
         if not file.exists():
-            self._begin(identity)
+            self._check_no_entries(file)
+            _replace(file, identity)
             return
         before = _read(file)
         if not isinstance(before, dict):
-            self._begin(identity)
-            return
+            raise Unfinished(
+                "the identity of this unfinished run is damaged, so it cannot resume.",
+                code="run-damaged",
+                where=str(file),
+                remedy="Set `restart` to start again, or choose another `output_dir`.",
+            )
         self.differences = [key for key in identity if before.get(key) != json.loads(json.dumps(identity[key]))]
-        self._check(before, identity, anyway)
+        self._check(before, identity, force)
         while (entry := _read_entry(folder / unit_name(len(self.entries)))) is not None:
             self.entries.append(entry)
 
-    def _check(self, before: Mapping[str, Any], identity: Mapping[str, Any], anyway: bool) -> None:
+    def _check_no_entries(self, file: Path) -> None:
+        """Unfinished if units are finished and the file that says of which run is gone."""
+        if any(self._folder.glob(unit_name("*"))):
+            raise Unfinished(
+                "the identity of this unfinished run is missing, so it cannot resume.",
+                code="run-damaged",
+                where=str(file),
+                remedy="Set `restart` to start again, or choose another `output_dir`.",
+            )
+
+    def _check(self, before: Mapping[str, Any], identity: Mapping[str, Any], force: bool) -> None:
         place = str(self._folder.parent)
         inputs = [key for key in self.differences if key not in MACHINE]
         if inputs:
             raise Unfinished(
                 f"holds an unfinished run with another {inputs[0].replace('_', ' ')} "
                 f"({_brief(before.get(inputs[0]))}, now {_brief(identity[inputs[0]])}).",
+                code="run-differs",
                 where=place,
-                remedy="Add --restart to begin anew, or choose another -o.",
+                remedy="Set `restart` to start again, or choose another `output_dir`.",
             )
-        if self.differences and not anyway:
+        if self.differences and not force:
             key = self.differences[0]
             raise Unfinished(
-                f"holds a run that was begun with {key.replace('_', ' ')} {_brief(before.get(key))}, now it is "
-                f"{_brief(identity[key])}: its end would not be byte for byte what it would have been.",
+                f"holds an unfinished run that started with {key.replace('_', ' ')} {_brief(before.get(key))}, now it "
+                f"is {_brief(identity[key])}: the result would not be byte for byte what it would have been.",
+                code="machine-differs",
                 where=place,
-                remedy="Go on as it began, or add --resume-anyway, or --restart to begin anew.",
+                remedy="Resume as it started, or set `force_resume`, or `restart` to start again.",
             )
-
-    def _begin(self, identity: Mapping[str, Any]) -> None:
-        """Begin anew: entries of a run whose identity is lost are nobody's."""
-        for entry in self._folder.glob(unit_name("*")):
-            entry.unlink()
-        _replace(self._folder / IDENTITY, identity)
 
     @property
     def done(self) -> int:
@@ -78,7 +89,7 @@ class Progress:
         return len(self.entries)
 
     def commit(self, entry: Mapping[str, Any]) -> None:
-        """Note that the next unit is finished; what `entry` tells of must be in its files."""
+        """Record that the next unit is finished; what `entry` describes must be in its files."""
         _replace(self._folder / unit_name(len(self.entries)), {"entry": entry, "digest": _digest(entry)})
         self.entries.append(dict(entry))
 
@@ -90,7 +101,7 @@ class Progress:
 
 
 def stamps(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What tells whether the weights are still those of before: size and time of each file, or the commit."""
+    """What shows whether the weights are still those of before: size and time of each file, or the commit."""
     if checkpoint.remote is not None:
         return {"revision": checkpoint.remote.revision}
     found = {name: (checkpoint.path / name).stat() for name in checkpoint.shards}
@@ -104,7 +115,7 @@ def _replace(file: Path, content: Mapping[str, Any]) -> None:
 
 
 def _read(file: Path) -> Any:
-    """What a file holds, None where it is missing or no JSON (as after a power cut)."""
+    """What a file holds, None if it is missing or no JSON (as after a power cut)."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -112,7 +123,7 @@ def _read(file: Path) -> Any:
 
 
 def _read_entry(file: Path) -> dict[str, Any] | None:
-    """A unit's entry as it was written, None where it is missing or another."""
+    """A unit's entry as it was written, None if it is missing or damaged: the run then resumes from there."""
     found = _read(file)
     if not isinstance(found, dict) or found.get("digest") != _digest(found.get("entry")):
         return None

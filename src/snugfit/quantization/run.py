@@ -1,262 +1,244 @@
-"""The long work of a quantize run: unit after unit, each in the files before the next is noted as done."""
+"""The loop over layers: every unit is in its files before the next one is recorded as finished."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from snugfit.data.rows import Rows
-from snugfit.dialects import compressed_tensors as dialect
 from snugfit.errors import Unfinished
-from snugfit.formats.nvfp4 import input_global_scale
 from snugfit.machine import Clock
+from snugfit.methods.method import Method
+from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model import forward_pass, layers
 from snugfit.model.hidden_states import StateFile
+from snugfit.model.layers import hidden_size
+from snugfit.progress import Progress
 from snugfit.quantization.estimate import read_ahead_bytes
-from snugfit.quantization.layer import Measured, ReadAhead, UnitTensor, calibrate, quantize_unit
-from snugfit.quantization.plan import Plan, groups_of
-from snugfit.quantization.resume import Progress
+from snugfit.quantization.layer import LayerRun, choose, load, observe, propagate
+from snugfit.quantization.measured import NOTHING_MEASURED, Measured
+from snugfit.quantization.plan import groups_of
+from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.read_ahead import ReadAhead
+from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.write import write_unit
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics import layer_to_json
-from snugfit.records.statistics_file import Calibration
 from snugfit.storage.shards import ShardWriter
 from snugfit.storage.transfer import Transfer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Run:
-    """What all steps of a run share. `known`: what an earlier run measured of each layer; rows are not walked then."""
+    """A prepared run that has a directory to write into."""
 
-    plan: Plan
-    skeleton: layers.Skeleton
-    device: torch.device
-    data: Rows | None
+    prepared: PreparedRun
     directory: Path
     work: Path
-    progress: Progress
+    finished: FinishedUnits
     clock: Clock
-    tell: Callable[[str], None]
-    settings: Calibration
-    known: Sequence[Measured] | None = None
+    progress: Progress
+    method: Method = ROUND_TO_NEAREST
+
+    @property
+    def runs_layers(self) -> bool:
+        """Whether samples pass the layers."""
+        return self.prepared.dataset is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """SHA-256 of each weight file; units that an earlier run had done; seconds expected after the second layer."""
+    """SHA-256 of each weight file; units that an earlier run had finished; seconds expected after the second layer."""
 
     files: Mapping[str, str]
     resumed: int
     expected_seconds: float | None
 
 
-def run_units(run: Run, tokens_per_batch: int, step: Callable[[], None]) -> Outcome:
-    """Quantize and write unit after unit, from the first that is not done."""
-    plan, clock = run.plan, run.clock
+def run_layers(run: Run) -> Outcome:
+    """Load, observe, choose, propagate and write unit after unit, from the first that is not finished."""
+    prepared, clock = run.prepared, run.clock
+    plan = prepared.plan
     expected = None
     try:
         with ExitStack() as stack:
-            transfer = stack.enter_context(Transfer(run.device))
+            step = stack.enter_context(run.progress.bar(len(plan.units), "layers"))
+            transfer = stack.enter_context(Transfer(prepared.device))
             writer = stack.enter_context(ShardWriter(run.directory, plan.shards, transfer))
-            batches = [] if run.data is None else forward_pass.make_batches(run.data.rows, tokens_per_batch, run.device)
-            states = _state_files(run, batches, transfer)
-            for file in states:
-                stack.enter_context(file)
+            batches = _batches(run)
+            states = _state_files(run, batches, transfer, stack)
             with clock("check"):
-                _check_done(run, writer, states)
-            for _ in range(run.progress.done):
+                _check_finished(run, writer, states)
+            first = run.finished.done
+            for _ in range(first):
                 step()
-            commits = _Commits(run, stack)
-            walked = run.data is not None
-            groups = [groups_of(plan, unit, walked and number > 0) for number, unit in enumerate(plan.units)]
-            first = run.progress.done
             with clock("embed"):
                 _embed(run, transfer, batches, states)
+            groups = [groups_of(plan, unit, runs=run.runs_layers and n > 0) for n, unit in enumerate(plan.units)]
             coming = [group for unit in groups[first:] for group in unit]
-            budget = read_ahead_bytes(plan, run.device)
-            ahead = ReadAhead(transfer, plan.checkpoint, plan.weights, coming, budget)
+            ahead = ReadAhead(transfer, plan.weights, coming, read_ahead_bytes(plan, prepared.device))
+            commits = _Commits(run.finished, stack)
             for number in range(first, len(plan.units)):
-                begun = time.perf_counter()
-                if walked and number > 0:
-                    states[(number - 1) % 2].prefetch()
-                room = layers.expert_storage(run.skeleton, number - 1, run.device) if walked and number else None
+                started = time.perf_counter()
+                layer = _layer_run(run, number, batches, states)
                 with clock("weights"):
-                    tensors = quantize_unit(plan, groups[number], ahead, room)
+                    loaded, observed = observe(layer, load(plan, groups[number], ahead), run.method)
+                    tensors = choose(plan, loaded, run.method, None if layer is None else layer.buffers, observed)
                 if number > 1:
-                    commits.wait()  # the file that this layer's states go to holds those of the layer before the last
+                    commits.wait()  # this layer's states overwrite those of the layer before the last
                 with clock("forward"):
-                    measured = _measure(run, number, tensors, room, batches, states)
+                    measured = _measure(run, number, layer, states, tensors)
                 with clock("write"):
-                    names = [name for name in plan.units[number] if name in plan.outputs]
-                    records = [_write(plan, name, tensors.get(name), measured, writer) for name in names]
-                    records += _write_cache_scales(plan, number - 1, measured, writer)
+                    records = write_unit(plan, number, tensors, measured, writer)
                 tensors.clear()  # before the next layer is read: one is in memory at a time
-                del room
-                statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
-                commits.begin(records, statistics, writer, states[number % 2] if walked else None)
+                del layer
+                commits.start(records, measured, writer, states[number % 2] if run.runs_layers else None)
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
-                    expected = _expect(run, number, begun)
+                    expected = _expect(run, number, started)
             with clock("finish"):
                 commits.wait()
                 for file in states:
                     file.path.unlink()
-                return Outcome(writer.finish(), first, expected)
+                return Outcome(files=writer.finish(), resumed=first, expected_seconds=expected)
     except torch.OutOfMemoryError as error:
         raise Unfinished(
             f"out of GPU memory ({str(error).splitlines()[0]}).",
-            where=str(run.device),
-            remedy="Run the same command where more is free, or lower --tokens-per-batch and add --resume-anyway.",
+            code="gpu-memory-insufficient",
+            where=str(prepared.device),
+            remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
         ) from None
 
 
-def _measure(
-    run: Run,
-    number: int,
-    tensors: dict[str, UnitTensor],
-    room: layers.ExpertStorage | None,
-    batches: Sequence[forward_pass.Batch],
-    states: Sequence[StateFile],
-) -> Measured:
-    """What rows find in a unit's layer, or what an earlier run found; nothing where no format needs it."""
-    if number and run.known is not None:
-        return run.known[number - 1]
-    if room is None or run.data is None:
-        return Measured({}, None)
-    pair = states[(number - 1) % 2], states[number % 2]
-    pair[1].begin_again()
-    return calibrate(run.plan, run.skeleton, number - 1, tensors, room, batches, pair, run.device, run.settings)
+def _batches(run: Run) -> list[forward_pass.Batch]:
+    prepared = run.prepared
+    if prepared.dataset is None:
+        return []
+    return forward_pass.make_batches(prepared.dataset.samples, prepared.tokens_per_batch, prepared.device)
 
 
-def _expect(run: Run, number: int, begun: float) -> float:
-    """Seconds that the whole run will take, by its second layer; told where it is worth telling."""
-    left = (time.perf_counter() - begun) * (len(run.plan.units) - 1 - number)
+def _layer_run(
+    run: Run, number: int, batches: Sequence[forward_pass.Batch], states: Sequence[StateFile]
+) -> LayerRun | None:
+    """What running the layer of unit `number` takes; None if no samples pass it."""
+    if not number or not run.runs_layers:
+        return None
+    states[(number - 1) % 2].prefetch()
+    prepared = run.prepared
+    return LayerRun(
+        plan=prepared.plan,
+        skeleton=prepared.skeleton,
+        index=number - 1,
+        buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device),
+        batches=batches,
+        states=(states[(number - 1) % 2], states[number % 2]),
+        device=prepared.device,
+        experts=prepared.experts,
+    )
+
+
+def _measure(run: Run, number: int, layer: LayerRun | None, states: Sequence[StateFile], tensors: Any) -> Measured:
+    """What the samples or an earlier run found in a unit's layer; nothing if no format needs it."""
+    if number and run.prepared.recalled is not None:
+        return run.prepared.recalled[number - 1]
+    if layer is None:
+        return NOTHING_MEASURED
+    states[number % 2].start_again()
+    return propagate(layer, tensors)
+
+
+def _expect(run: Run, number: int, started: float) -> float:
+    """Seconds that the whole run will take, by its second layer; reported if it is worth it."""
+    left = (time.perf_counter() - started) * (len(run.prepared.plan.units) - 1 - number)
     if left > 10:
-        run.tell(f"about {left / 60:.0f} min to go" if left > 90 else f"about {left:.0f} s to go")
+        run.progress.message(f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left")
     return run.clock.seconds["total"] + left
 
 
-def _state_files(run: Run, batches: Sequence[forward_pass.Batch], transfer: Transfer) -> list[StateFile]:
-    """The two files between which hidden states go to and fro."""
-    if run.data is None:
+def _state_files(
+    run: Run, batches: Sequence[forward_pass.Batch], transfer: Transfer, stack: ExitStack
+) -> list[StateFile]:
+    """The two files between which hidden states alternate."""
+    if not run.runs_layers:
         return []
-    width = int(run.skeleton.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-    dtype = run.skeleton.model.dtype
+    skeleton = run.prepared.skeleton
+    dtype = skeleton.model.dtype
     assert isinstance(dtype, torch.dtype)
-    return [StateFile(run.work / f"states-{n}", batches, width, dtype, transfer) for n in range(2)]
+    files = (StateFile(run.work / f"states-{n}", batches, hidden_size(skeleton), dtype, transfer) for n in range(2))
+    return [stack.enter_context(file) for file in files]
 
 
-def _check_done(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> None:
+def _check_finished(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> None:
     """Read again what an earlier run wrote, and forget what the disk does not hold."""
-    progress = run.progress
-    if not progress.done:
+    finished, units = run.finished, len(run.prepared.plan.units)
+    if not finished.done:
         return
     good = 0
-    while good < progress.done and writer.holds(progress.entries[good]["written"]):
+    while good < finished.done and writer.holds(finished.entries[good]["written"]):
         good += 1
-    while (
-        states
-        and 0 < good < len(run.plan.units)
-        and not states[(good - 1) % 2].holds(progress.entries[good - 1]["states"])
-    ):
+    while states and 0 < good < units and not states[(good - 1) % 2].holds(finished.entries[good - 1]["states"]):
         good -= 1
-    # layers that hand on more than hidden states (Gemma 4's shared keys and values) are run from the first
-    if run.skeleton.hand_on and run.data is not None and good < len(run.plan.units):
+    # layers that pass more than hidden states on (Gemma 4's shared keys and values) run from the first one
+    if run.prepared.skeleton.carries_state and run.runs_layers and good < units:
         good = 0
-    progress.go_back(good)
-    for entry in progress.entries:
+    finished.go_back(good)
+    for entry in finished.entries:
         writer.accept(entry["written"])
-    run.tell(f"going on after {max(0, good - 1)} of {run.plan.layers} layers, from {run.directory}")
+    done = f"{max(0, good - 1)} of {run.prepared.plan.num_layers} layers"
+    run.progress.message(f"resuming after {done}, from {run.directory}")
 
 
 def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], states: Sequence[StateFile]) -> None:
-    """What every layer is called with; and the first layer's hidden states, unless an earlier run went past them."""
-    if run.data is None or run.progress.done == len(run.plan.units):
+    """Find what every layer is called with; and the first layer's hidden states, unless an earlier run passed it."""
+    prepared = run.prepared
+    if not run.runs_layers or run.finished.done == len(prepared.plan.units):
         return
-    fresh = run.progress.done == 0
+    fresh = run.finished.done == 0
 
     def keep(batch: forward_pass.Batch, hidden: torch.Tensor) -> None:
         if fresh:
             states[0].write(batch, hidden)
 
     def read(name: str) -> torch.Tensor:
-        return transfer.read(run.plan.checkpoint, name).result()
+        return transfer.read(prepared.plan.checkpoint, name).result()
 
-    weights = layers.outer_weights(run.skeleton, run.plan.checkpoint, head=False, read=read)
-    forward_pass.embed(run.skeleton, weights, batches, run.device, keep)
+    weights = layers.outer_weights(prepared.skeleton, prepared.plan.checkpoint, head=False, read=read)
+    forward_pass.embed(prepared.skeleton, weights, batches, prepared.device, keep)
 
 
 class _Commits:
-    """Notes each unit as done once it is in the files, while the next is worked on."""
+    """Records each unit as finished once it is in the files, while the next one is worked on."""
 
-    def __init__(self, run: Run, stack: ExitStack) -> None:
-        self._progress = run.progress
+    def __init__(self, finished: FinishedUnits, stack: ExitStack) -> None:
+        self._finished = finished
         self._pool = stack.enter_context(ThreadPoolExecutor(1))
         self._last: Future[None] | None = None
 
-    def begin(
-        self,
-        records: Sequence[TensorRecord],
-        statistics: Mapping[str, Any] | None,
-        writer: ShardWriter,
-        states: StateFile | None,
+    def start(
+        self, records: Sequence[TensorRecord], measured: Measured, writer: ShardWriter, states: StateFile | None
     ) -> None:
-        """Note a unit as soon as what was begun to write of it is written."""
-        settle, tensors = writer.begun(), [asdict(record) for record in records]
+        """Record a unit as soon as the writes that were started for it are done."""
+        wait, tensors = writer.pending_writes(), [asdict(record) for record in records]
+        statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
         before = self._last
 
         def commit() -> None:
             if before is not None:
-                before.result()  # done; where it failed, so does this
-            written = settle()
-            pieces = [] if states is None else states.settle()
+                before.result()  # done; if it failed, so does this
+            written = wait()
+            pieces = [] if states is None else states.wait()
             entry = {"tensors": tensors, "statistics": statistics, "written": written, "states": pieces}
-            self._progress.commit(entry)
+            self._finished.commit(entry)
 
         self._last = self._pool.submit(commit)
 
     def wait(self) -> None:
-        """Until the last unit is noted; raises what went wrong."""
+        """Until the last unit is recorded; raises what went wrong."""
         if self._last is not None:
             self._last.result()
-
-
-def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured, writer: ShardWriter) -> TensorRecord:
-    """Begin to write what stands for a source tensor; its record."""
-    planned = plan.record(name)
-    if tensor is None or tensor.quantized is None:
-        if tensor is None or tensor.walked is None:
-            writer.copy(plan.checkpoint, name)
-        else:
-            writer.write(name, tensor.walked)
-        return planned
-    amax = measured.inputs.get(name)
-    scale = input_global_scale(amax) if amax is not None else tensor.input_scale
-    shapes = {info.name: info.shape for info in plan.outputs[name]}
-    for suffix, part in dialect.encode(tensor.quantized, scale).items():
-        full = f"{name.removesuffix('.weight')}.{suffix}"
-        # scales of a source may be () or [N], or one where there is to be one a row
-        shape = shapes[full]
-        writer.write(full, part.reshape(shape) if part.numel() == math.prod(shape) else part.expand(shape).contiguous())
-    assert tensor.error is not None
-    return replace(planned, relative_error=float(tensor.error), input_amax=amax)
-
-
-def _write_cache_scales(plan: Plan, layer: int, measured: Measured, writer: ShardWriter) -> list[TensorRecord]:
-    """Begin to write the scales of a layer's FP8 KV cache, if it has one; their records."""
-    if measured.keys_values is None or f"{plan.attention[layer]}.k_scale" not in plan.outputs:
-        return []
-    dtype = plan.outputs[f"{plan.attention[layer]}.k_scale"][0].dtype
-    scales = dialect.kv_encode(plan.attention[layer], measured.keys_values, dtype)
-    records = []
-    for (name, scale), amax in zip(scales.items(), measured.keys_values, strict=True):
-        writer.write(name, scale)
-        records.append(replace(plan.record(name), input_amax=amax))
-    return records

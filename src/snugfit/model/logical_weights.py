@@ -1,26 +1,28 @@
-"""What a file's tensors are to a recipe: 2-D weights in 16 bits, whatever they are kept in. Headers only, no torch.
+"""A checkpoint's tensors as recipes see them: 2-D weights in 16 bits, however the file stores them. No torch.
 
-A weight may be codes beside scales (FP8, MXFP4), or one expert's part of a 3-D tensor. `single_weights` takes such
-tensors apart by name and shape alone; `model/assemble.py` makes weights of them.
+A weight may be stored as codes beside scales (FP8, MXFP4), or as one expert's part of a 3-D tensor. This module maps
+names and shapes; `model/assemble.py` reads the values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from snugfit.dialects.dialect import Dialect
 from snugfit.dialects.headers import by_module, holds_codes
-from snugfit.dialects.reading import part_names, read_formats, read_quant_config
 from snugfit.engines.mixtures import STACKED, Stacked
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
+from snugfit.model.language_config import language_config
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 
 # what may stand for 16-bit weights: all other codes have lost too much to start from
 SOURCE_FORMATS = frozenset({"fp8", "fp8-dynamic", "fp8-block"})
+# quantization methods of files that may hold 16-bit weights alone, or FP8, or experts in MXFP4
+START_METHODS = frozenset({"", "fp8", "mxfp4", "compressed-tensors"})
 MAX_EXPERTS = 100_000
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _EIGHT_BIT_FLOATS = frozenset({"F8_E4M3", "F8_E5M2"})
@@ -30,14 +32,14 @@ _AGAIN = "Config and weights do not belong together: download the checkpoint aga
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class ExpertSlice:
     """One expert's part of a 3-D tensor [experts, outputs, inputs] (`transposed`: [experts, inputs, outputs]).
 
-    Its outputs are those from `start` to `stop` in steps of `step`; `whole` is how many all experts have together.
+    Its outputs are those from `start` to `stop` in steps of `step`; `total` is the number of outputs of all experts.
     """
 
     expert: int
-    whole: int
+    total: int
     start: int
     stop: int
     step: int
@@ -45,75 +47,80 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
-    """Which tensors of the file (suffix -> name) a weight is made of.
+class Origin:
+    """Which tensors of the file (suffix -> name) a logical weight is made of.
 
-    `format` is what they store, None for plain numbers; `slot` is the weight's part of them where they are 3-D.
+    `format` is what they store, None for plain numbers; `part` is the expert's part of them where they are 3-D.
     """
 
     parts: Mapping[str, str]
     format: TensorFormat | None = None
-    slot: Slot | None = None
+    part: ExpertSlice | None = None
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A model's tensors as a recipe sees them, in the order of the file.
+@dataclass(frozen=True, kw_only=True)
+class LogicalWeights:
+    """A checkpoint's tensors as recipes see them: 2-D weights in 16 bits, one name each, in the order of the file.
 
-    `sources` has those that are no tensor of the file as it is; `stacks` leads from a tensor of all experts to what
-    is taken out of it.
+    `origins` has the weights that are no tensor of the file as it is. `stacked` maps a tensor that holds all experts
+    of a layer to the logical weights in it, `stacked_headers` to its header.
     """
 
+    checkpoint: Checkpoint
+    dialect: Dialect
     tensors: Mapping[str, TensorInfo]
-    sources: Mapping[str, Source] = field(default_factory=dict)
-    stacks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    whole: Mapping[str, TensorInfo] = field(default_factory=dict)
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    stacked: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stacked_headers: Mapping[str, TensorInfo] = field(default_factory=dict)
 
     @property
     def formats(self) -> dict[str, TensorFormat]:
-        """Format of each tensor that the file holds as codes."""
-        return {name: source.format for name, source in self.sources.items() if source.format is not None}
+        """Format of each logical weight that the file stores as codes."""
+        return {name: origin.format for name, origin in self.origins.items() if origin.format is not None}
 
     def parts(self, name: str) -> tuple[str, ...]:
-        """Names of the file's tensors behind `name`."""
-        source = self.sources.get(name)
-        return (name,) if source is None else tuple(source.parts.values())
+        """Names of the file's tensors behind the logical weight `name`."""
+        origin = self.origins.get(name)
+        return (name,) if origin is None else tuple(origin.parts.values())
 
-    def bytes(self, checkpoint: Checkpoint, name: str) -> int:
-        """Bytes of the file that `name` is made of."""
-        source = self.sources.get(name)
-        whole = sum(checkpoint.tensors[part].bytes for part in self.parts(name))
-        if source is None or source.slot is None:
-            return whole
-        return whole * len(range(source.slot.start, source.slot.stop, source.slot.step)) // source.slot.whole
+    def file_bytes(self, name: str) -> int:
+        """Bytes of the file that the logical weight `name` is made of."""
+        origin = self.origins.get(name)
+        total = sum(self.checkpoint.tensors[part].bytes for part in self.parts(name))
+        if origin is None or origin.part is None:
+            return total
+        return total * len(range(origin.part.start, origin.part.stop, origin.part.step)) // origin.part.total
 
-    def keep_whole(self, taken: Callable[[str], bool]) -> Weights:
-        """The same, but tensors of all experts stay together where none of what is in them, or beside, is `taken`."""
-        apart = {parent(name) for names in self.stacks.values() for name in names if taken(name)}
-        stacks = {s: names for s, names in self.stacks.items() if any(parent(name) in apart for name in names)}
-        if len(stacks) == len(self.stacks):
+    def restack_unquantized(self, quantized: Callable[[str], bool]) -> LogicalWeights:
+        """The same, but a tensor of all experts stays one where none of its weights, or of its layer, is `quantized`."""
+        split = {parent(name) for names in self.stacked.values() for name in names if quantized(name)}
+        stacked = {s: names for s, names in self.stacked.items() if any(parent(name) in split for name in names)}
+        if len(stacked) == len(self.stacked):
             return self
-        whole = {names[0]: stack for stack, names in self.stacks.items() if stack not in stacks}
-        gone = {name for stack, names in self.stacks.items() if stack not in stacks for name in names}
+        first_of = {names[0]: stack for stack, names in self.stacked.items() if stack not in stacked}
+        gone = {name for stack, names in self.stacked.items() if stack not in stacked for name in names}
         tensors: dict[str, TensorInfo] = {}
         for name, info in self.tensors.items():
-            if name in whole:
-                header = self.whole[whole[name]]
+            if name in first_of:
+                header = self.stacked_headers[first_of[name]]
                 tensors[header.name] = header
             elif name not in gone:
                 tensors[name] = info
-        sources = {name: source for name, source in self.sources.items() if name not in gone}
-        return Weights(tensors, sources, stacks, self.whole)
+        origins = {name: origin for name, origin in self.origins.items() if name not in gone}
+        return replace(self, tensors=tensors, origins=origins, stacked=stacked)
 
 
-def single_weights(checkpoint: Checkpoint) -> Weights:
-    """Take a checkpoint's tensors apart; UserError for codes that no run can start from, and scales without weights."""
-    formats = _source_formats(checkpoint)
+def logical_weights(checkpoint: Checkpoint, dialect: Dialect, method: str) -> LogicalWeights:
+    """The logical weights of a checkpoint, from its headers; `method` is what config.json calls its quantization.
+
+    Raises UserError for codes that no recipe can start from, and for scales without weights.
+    """
+    formats = _source_formats(checkpoint, dialect, method)
     wide = _wide_dtype(checkpoint.config)
     scales = _scale_owners(checkpoint, formats)
-    stacked = stacked_weights(checkpoint)
+    stacked = stacked_weights(checkpoint, dialect)
     tensors: dict[str, TensorInfo] = {}
-    sources = dict(stacked.sources)
+    origins = dict(stacked.origins)
     for name, tensor in checkpoint.tensors.items():
         if name in scales:
             continue
@@ -121,42 +128,53 @@ def single_weights(checkpoint: Checkpoint) -> Weights:
         fmt = formats.get(module) if parameter == "weight" else None
         if fmt is not None and len(tensor.shape) == 2 and not module.endswith(_EMBEDDINGS):
             tensors[name] = TensorInfo(name, wide, tensor.shape)
-            parts = part_names(checkpoint.config, module, fmt, checkpoint.tensors)
+            parts = dialect.part_names(module, fmt, checkpoint.tensors)
             _check_scale(checkpoint, fmt, parts)
-            sources[name] = Source(parts, fmt)
-        elif name in stacked.stacks:
-            tensors |= {single: stacked.tensors[single] for single in stacked.stacks[name]}
+            origins[name] = Origin(parts, fmt)
+        elif name in stacked.stacked:
+            tensors |= {single: stacked.tensors[single] for single in stacked.stacked[name]}
         elif tensor.dtype in _EIGHT_BIT_FLOATS:
             raise _misplaced(checkpoint, tensor)
         elif (
-            not name.endswith(MXFP4_SCALES) or f"{name.removesuffix(MXFP4_SCALES)}{MXFP4_BLOCKS}" not in stacked.stacks
+            not name.endswith(MXFP4_SCALES) or f"{name.removesuffix(MXFP4_SCALES)}{MXFP4_BLOCKS}" not in stacked.stacked
         ):
             tensors[name] = TensorInfo(name, tensor.dtype, tensor.shape)
-    return Weights(tensors, sources, stacked.stacks, stacked.whole)
+    return replace(stacked, tensors=tensors, origins=origins)
 
 
-def stacked_weights(checkpoint: Checkpoint) -> Weights:
-    """Single experts of the tensors that hold all of a layer's, and nothing else."""
+def plain_weights(checkpoint: Checkpoint, dialect: Dialect) -> LogicalWeights:
+    """The tensors of the file as they are, for a checkpoint that no recipe can start from."""
+    tensors = {name: TensorInfo(name, tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    return LogicalWeights(checkpoint=checkpoint, dialect=dialect, tensors=tensors)
+
+
+def stacked_weights(checkpoint: Checkpoint, dialect: Dialect) -> LogicalWeights:
+    """The experts' weights in the tensors that hold all experts of a layer, and nothing else."""
     layout, wide = _stacked(checkpoint.config), _wide_dtype(checkpoint.config)
     if layout is None:
-        return Weights({})
+        return LogicalWeights(checkpoint=checkpoint, dialect=dialect, tensors={})
     found = {
         name: single
         for name, tensor in checkpoint.tensors.items()
         if (single := _experts_of(checkpoint, tensor, layout, wide))
     }
     pairs = [pair for single in found.values() for pair in single]
-    return Weights(
-        {info.name: info for info, _ in pairs},
-        {info.name: source for info, source in pairs},
-        {name: tuple(info.name for info, _ in single) for name, single in found.items()},
-        {name: TensorInfo(name, t.dtype, t.shape) for name in found for t in (checkpoint.tensors[name],)},
+    return LogicalWeights(
+        checkpoint=checkpoint,
+        dialect=dialect,
+        tensors={info.name: info for info, _ in pairs},
+        origins={info.name: origin for info, origin in pairs},
+        stacked={name: tuple(info.name for info, _ in single) for name, single in found.items()},
+        stacked_headers={
+            name: TensorInfo(name, t.dtype, t.shape) for name in found for t in (checkpoint.tensors[name],)
+        },
     )
 
 
 def _misplaced(checkpoint: Checkpoint, tensor: TensorInfo) -> UserError:
     return UserError(
-        f"{tensor.name} is {tensor.dtype}, which only 2-D weights of linears may be.",
+        f"{tensor.name} is {tensor.dtype}, but only 2-D weights of linears may be stored in FP8.",
+        code="dtype-unsupported",
         where=str(checkpoint.path),
         remedy="Start from the original BF16, FP16 or FP32 checkpoint.",
     )
@@ -167,17 +185,12 @@ def parent(name: str) -> str:
     return name.rpartition(".experts.")[0]
 
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model."""
-    nested = config.get("text_config")
-    return nested if isinstance(nested, dict) else config
-
-
 def language_configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
-    """A config and the part of it that describes a language model, if it is apart."""
+    """A config, and its part on the language model where that is nested."""
     yield config
-    if text_config(config) is not config:
-        yield text_config(config)
+    language = language_config(config)
+    if language is not config:
+        yield language
 
 
 def _wide_dtype(config: Mapping[str, Any]) -> str:
@@ -186,44 +199,42 @@ def _wide_dtype(config: Mapping[str, Any]) -> str:
     return next(("F16" for name in names if name in ("float16", "half")), "BF16")
 
 
-def _source_formats(checkpoint: Checkpoint) -> dict[str, TensorFormat]:
-    """Format of each module with codes; UserError where a run cannot start from them."""
+def _source_formats(checkpoint: Checkpoint, dialect: Dialect, method: str) -> dict[str, TensorFormat]:
+    """Format of each module that the file stores as codes; UserError where no recipe can start from them."""
     headers = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     modules = [module for module, parts in by_module(headers).items() if holds_codes(parts)]
-    config = next(
-        (c["quantization_config"] for c in language_configs(checkpoint.config) if c.get("quantization_config")), None
-    )
-    method = config.get("quant_method", "unknown") if isinstance(config, dict) else "unknown" if config else None
-    if not modules and method in (None, "fp8", "mxfp4", "compressed-tensors"):
+    if not modules and method in START_METHODS:
         _check_blocks(checkpoint)
         return {}
     evidence = f"quant_method {method!r} in config.json"
-    if method is None:
-        suffix = next(
-            suffix for suffix in ("weight_packed", "qweight", "weight") if f"{modules[0]}.{suffix}" in headers
-        )
+    if not method:
+        suffix = next(s for s in ("weight_packed", "qweight", "weight") if f"{modules[0]}.{s}" in headers)
         evidence = f"tensor {modules[0]}.{suffix}"
-    remedy = "Start from the original BF16, FP16 or FP32 checkpoint, or from an FP8 one."
     if method not in ("fp8", "compressed-tensors"):
-        raise UserError(f"already quantized ({evidence}).", where=str(checkpoint.path), remedy=remedy)
-    extra = None if checkpoint.remote else read_quant_config(Path(checkpoint.path))
-    try:
-        formats = read_formats(checkpoint.config, modules, headers, extra)
-    except UserError as error:
-        where = error.where if not error.where.startswith("config.json") else str(checkpoint.path / error.where)
-        raise UserError(error.what, where=where, remedy=error.remedy) from None
+        raise already_quantized(evidence, where=str(checkpoint.path))
+    formats = dialect.read_formats(modules, headers)
     other = next((fmt for fmt in formats.values() if fmt.name not in SOURCE_FORMATS), None)
     if other is not None:
-        what = f"already quantized ({evidence}: {other.label()})."
-        raise UserError(what, where=str(checkpoint.path), remedy=remedy)
+        raise already_quantized(f"{evidence}: {other.label()}", where=str(checkpoint.path))
     return formats
+
+
+def already_quantized(evidence: str, *, where: str) -> UserError:
+    """The error for a checkpoint whose codes have lost too much to start from."""
+    return UserError(
+        f"already quantized ({evidence}).",
+        code="already-quantized",
+        where=where,
+        remedy="Start from the original BF16, FP16 or FP32 checkpoint, or from an FP8 one.",
+    )
 
 
 def _check_blocks(checkpoint: Checkpoint) -> None:
     """UserError for MXFP4 codes in an order that is not known."""
     if _stacked(checkpoint.config) is None and any(name.endswith(MXFP4_BLOCKS) for name in checkpoint.tensors):
-        what = f"MXFP4 experts of a family ({checkpoint.config.get('model_type')!r}) whose layout is not known."
-        raise UserError(what, where=str(checkpoint.path), remedy="It needs a row in engines/mixtures.py.")
+        what = f"the layout of MXFP4 experts of model_type {checkpoint.config.get('model_type')!r} is unknown."
+        remedy = "The family needs a row in engines/mixtures.py."
+        raise UserError(what, code="already-quantized", where=str(checkpoint.path), remedy=remedy)
 
 
 def _scale_owners(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> dict[str, str]:
@@ -235,13 +246,12 @@ def _scale_owners(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -
             continue
         weight = f"{module}.weight"
         if weight not in checkpoint.tensors:
-            raise UserError(
-                f"{name} is a scale of {weight}, which is missing.", where=str(checkpoint.path), remedy=_AGAIN
-            )
+            what = f"{name} is a scale of {weight}, which is missing."
+            raise UserError(what, code="weights-missing", where=str(checkpoint.path), remedy=_AGAIN)
         if module not in formats:
             dtype = checkpoint.tensors[weight].dtype
-            what = f"{name} is a scale, but {weight} is {dtype}, which has none."
-            raise UserError(what, where=str(checkpoint.path), remedy=_AGAIN)
+            what = f"{name} is a scale, but {weight} is {dtype} and needs none."
+            raise UserError(what, code="scale-invalid", where=str(checkpoint.path), remedy=_AGAIN)
         owners[name] = weight
     return owners
 
@@ -253,13 +263,13 @@ def _check_scale(checkpoint: Checkpoint, fmt: TensorFormat, parts: Mapping[str, 
     rows, columns = weight.shape
     if fmt.weight_block is not None:
         allowed: list[tuple[int, ...]] = [(-(-rows // fmt.weight_block[0]), -(-columns // fmt.weight_block[1]))]
-    elif fmt.name == "fp8" and fmt.group == 0:
+    elif fmt.name == "fp8" and fmt.group_size == 0:
         allowed = [(1,), (), (1, 1)]
     else:
         allowed = [(rows, 1), (rows,)]
     if scale.shape not in allowed:
-        what = f"{scale.name} has shape {list(scale.shape)}, a weight {list(weight.shape)} in {fmt.label()} has "
-        raise UserError(f"{what}{list(allowed[0])}.", where=str(checkpoint.path), remedy=_AGAIN)
+        what = f"{scale.name} has shape {list(scale.shape)}, but a weight {list(weight.shape)} in {fmt.label()} needs "
+        raise UserError(f"{what}{list(allowed[0])}.", code="scale-invalid", where=str(checkpoint.path), remedy=_AGAIN)
 
 
 def _stacked(config: Mapping[str, Any]) -> Stacked | None:
@@ -269,7 +279,7 @@ def _stacked(config: Mapping[str, Any]) -> Stacked | None:
 
 def _experts_of(
     checkpoint: Checkpoint, tensor: TensorInfo, layout: Stacked, wide: str
-) -> list[tuple[TensorInfo, Source]]:
+) -> list[tuple[TensorInfo, Origin]]:
     """The weights (and biases) of single experts in a tensor that has all of a layer's; nothing for other tensors."""
     packed = tensor.name.endswith(MXFP4_BLOCKS)
     bare = tensor.name.removesuffix(MXFP4_BLOCKS)
@@ -283,7 +293,7 @@ def _experts_of(
             scales = f"{bare}{MXFP4_SCALES}"
             if scales not in checkpoint.tensors or len(shape) != 4 or checkpoint.tensors[scales].shape != shape[:3]:
                 what = f"{tensor.name} {list(shape)} has no {scales} {list(shape[:3])}."
-                raise UserError(what, where=str(checkpoint.path), remedy=_AGAIN)
+                raise UserError(what, code="weights-missing", where=str(checkpoint.path), remedy=_AGAIN)
             parts = {"blocks": tensor.name, "scales": scales}
             shape = (shape[0], shape[1], shape[2] * shape[3] * 2)
         if len(shape) != (2 if bias else 3):
@@ -302,12 +312,14 @@ def _experts_of(
                 name = f"{parent}.{layout.expert.format(expert)}.{leaf}.{kind}"
                 count = len(range(*rows))
                 dtype = wide if packed else tensor.dtype
-                slot = Slot(expert, experts * outputs, *rows, transposed)
-                found.append((TensorInfo(name, dtype, (count, *inputs)), Source(parts, fmt, slot)))
+                part = ExpertSlice(expert, experts * outputs, *rows, transposed)
+                found.append((TensorInfo(name, dtype, (count, *inputs)), Origin(parts, fmt, part)))
         twice = next((info.name for info, _ in found if info.name in checkpoint.tensors), None)
         if twice is not None:
             what = f"{twice} is also in {tensor.name}."
-            raise UserError(what, where=str(checkpoint.path), remedy="Remove one of them.")
+            raise UserError(
+                what, code="tensor-duplicate", where=str(checkpoint.path), remedy="Remove one of the two tensors."
+            )
         return found
     return []
 
@@ -316,10 +328,10 @@ def _check_stack(checkpoint: Checkpoint, tensor: TensorInfo, shape: tuple[int, .
     """UserError for a tensor of all experts that holds none, or `left` rows that its projections cannot share."""
     if 0 in shape or experts > MAX_EXPERTS:
         what = f"{tensor.name} {list(tensor.shape)} holds no experts, or more than any model has."
-        raise UserError(what, where=str(checkpoint.path), remedy=_AGAIN)
+        raise UserError(what, code="config-mismatch", where=str(checkpoint.path), remedy=_AGAIN)
     if left:
-        what = f"{tensor.name} {list(tensor.shape)} holds rows of an expert that gate and up cannot share."
-        raise UserError(what, where=str(checkpoint.path), remedy=_AGAIN)
+        what = f"{tensor.name} {list(tensor.shape)}: gate and up cannot share its out_features evenly."
+        raise UserError(what, code="config-mismatch", where=str(checkpoint.path), remedy=_AGAIN)
 
 
 def _rows(outputs: int, number: int, of: int, *, interleaved: bool) -> tuple[int, int, int]:

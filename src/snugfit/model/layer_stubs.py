@@ -22,17 +22,17 @@ Receive = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 _DECODER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
-class StandIn(nn.Module):
+class LayerStub(nn.Module):
     """Takes a decoder layer's place: answers `receive(hidden states, args, kwargs)`, and has the layer's attributes.
 
-    With `in_tuple` the answer is the first of two in a tuple, as the real layer's.
+    With `returns_tuple` the answer is the first of two in a tuple, as the real layer's.
     """
 
-    def __init__(self, layer: nn.Module, receive: Receive, *, in_tuple: bool = False) -> None:
+    def __init__(self, layer: nn.Module, receive: Receive, *, returns_tuple: bool = False) -> None:
         super().__init__()
         self.__dict__["_layer"] = layer  # not a submodule: its parameters are none of ours
         self._receive = receive
-        self._in_tuple = in_tuple
+        self._returns_tuple = returns_tuple
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -43,10 +43,10 @@ class StandIn(nn.Module):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """Whatever `receive` answers."""
         answer = self._receive(hidden_states, args, kwargs)
-        return (answer, None) if self._in_tuple else answer
+        return (answer, None) if self._returns_tuple else answer
 
 
-class NoEmbedding(nn.Module):
+class ZeroEmbedding(nn.Module):
     """Zeros [..., H] for ids [...]: shape and dtype of embeddings whose weights are not needed."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
@@ -73,10 +73,10 @@ def token_embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
 
 
 def without_embeddings(model: nn.Module) -> None:
-    """Replace the embeddings of tokens in `model` by stand-ins."""
+    """Replace the embeddings of tokens in `model` by layer stubs."""
     for name, module in token_embeddings(model).items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, NoEmbedding(module))
+        setattr(model.get_submodule(parent), leaf, ZeroEmbedding(module))
 
 
 class TextOnly(nn.Module):
@@ -119,26 +119,26 @@ Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """How a decoder runs its layers: `in_tuple` if it takes the first part of what each returns.
+class LayerCalls:
+    """How a decoder runs its layers: `returns_tuple` if it takes the first part of what each returns.
 
     `calls` are what each layer was called with for a few tokens, embeddings and weights being zero.
     """
 
-    in_tuple: bool
+    returns_tuple: bool
     calls: tuple[Call, ...]
 
 
 @torch.no_grad()
-def rehearse(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, where: str) -> Rehearsal:
+def trace_layer_calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, where: str) -> LayerCalls:
     """How `model` runs `layers`, found by a run on `tokens` [1, T] without weights that ends in the last layer.
 
     UserError where hidden states are no single tensor [1, T, H], or change on their way from one layer to the next.
     """
     failure = ""
-    for in_tuple in (False, True):
+    for returns_tuple in (False, True):
         try:
-            calls = _calls(model, layers, tokens, in_tuple=in_tuple)
+            calls = _calls(model, layers, tokens, returns_tuple=returns_tuple)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             failure = failure or f" ({type(error).__name__}: {error})"
             continue
@@ -147,7 +147,7 @@ def rehearse(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, where: 
             what = f"its layers pass hidden states {list(first.shape)} for {len(tokens[0])} tokens: not handled yet."
             raise UserError(what, where=where)
         if all(_one(hidden, first) for hidden, _, _ in calls):
-            return Rehearsal(in_tuple, tuple(calls))
+            return LayerCalls(returns_tuple, tuple(calls))
     raise UserError(f"its layers are run in a way that is not handled yet{failure}.", where=where)
 
 
@@ -159,7 +159,7 @@ class _Reached(Exception):  # noqa: N818  # not an error
     """Ends a forward pass in the last layer."""
 
 
-def _calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, in_tuple: bool) -> list[Call]:
+def _calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, returns_tuple: bool) -> list[Call]:
     """What each layer is called with where all answer what the first one gets."""
     calls: list[Call] = []
 
@@ -169,8 +169,8 @@ def _calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, in_tuple:
             raise _Reached
         return calls[0][0]
 
-    standins = nn.ModuleList(StandIn(layer, note, in_tuple=in_tuple) for layer in layers)
-    stage = copy.deepcopy(model, {id(layers): standins})
+    layer_stubs = nn.ModuleList(LayerStub(layer, note, returns_tuple=returns_tuple) for layer in layers)
+    stage = copy.deepcopy(model, {id(layers): layer_stubs})
     without_embeddings(stage)
     for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
         if tensor.device.type == "meta":

@@ -1,0 +1,95 @@
+"""The contract between the loop over layers and a method that chooses codes.
+
+The loop loads the weights of a decoder layer in fused groups. A method may ask for an observation: the layer then runs
+once with its exact weights, on the hidden states that the quantized layers before it give, while the method's observer
+measures what it needs. The method turns the groups into choices: codes to write, and 16-bit weights to run. The loop
+runs the layer with these (`propagate`), which gives the hidden states of the next layer and the ranges of inputs.
+
+A method sees the tensors that stay as they are, too (norms, routers, biases): it may give them other values, as
+smoothing does. It knows no files, no recipes and no families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from snugfit.formats.quantized_weight import QuantizedWeight
+from snugfit.formats.spec import TensorFormat
+from snugfit.model.forward_pass import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """How weights are to be quantized: their format, and the rule and objective by which scales are chosen."""
+
+    format: TensorFormat
+    scale_rule: str
+    objective: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightGroup:
+    """Weights of one layer that engines run as one product, [N, K] in 16 bits by tensor name; `target` None: they stay.
+
+    A method takes each weight out of `weights` when it has used it, so that one weight is in memory at a time.
+    """
+
+    weights: dict[str, Tensor]
+    target: Target | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What is written and run for one tensor.
+
+    `codes` are written, None for a tensor that stays in 16 bits: then `weight_16bit` is written if `changed`, else the
+    source's tensor. `weight_16bit` is what the layer runs with, None if no forward pass is needed or if it was written
+    into the caller's buffer. `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device.
+    """
+
+    name: str
+    codes: QuantizedWeight | None
+    weight_16bit: Tensor | None
+    relative_error: Tensor | None = None
+    changed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Purpose:
+    """What the choices of a layer are for.
+
+    `runs`: the layer runs afterwards, so 16-bit weights are needed. `buffers`: memory of the layer (experts' stacked
+    parameters) into which the 16-bit weights of these names go. `observed`: what the method's observer measured.
+    """
+
+    runs: bool
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    observed: Any = None
+
+
+class Observer(Protocol):
+    """Measures a layer while samples pass it, through hooks that it sets when it is made."""
+
+    def before(self, batch: Batch) -> None:
+        """A batch is about to pass; `batch.valid` says which of its tokens are real."""
+
+    def result(self) -> Any:
+        """What was measured, for the method that asked for it."""
+
+
+class Method(Protocol):
+    """Chooses the codes of a layer's weights."""
+
+    @property
+    def observer(self) -> Callable[[nn.Module, Mapping[str, str]], Observer] | None:
+        """Makes what measures the exact layer before codes are chosen; None if the method needs no such pass.
+
+        It gets the layer, and the names of its linears: those in the file -> those in the layer.
+        """
+
+    def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
+        """A choice for every tensor of every group. Groups are read while they are iterated over."""

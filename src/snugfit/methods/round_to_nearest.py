@@ -1,0 +1,30 @@
+"""Round-to-nearest: every value becomes the code that is nearest to it, under scales that its own rule chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from snugfit.methods.method import Choice, Purpose, WeightGroup
+from snugfit.methods.rounding import round_and_compare
+
+
+class RoundToNearest:
+    """Chooses codes from the weights alone, one fused group at a time; it needs no observation."""
+
+    observer: None = None  # the codes do not depend on the layer's inputs
+
+    def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
+        """The nearest codes of each group with a target; every other tensor as it is."""
+        for group in groups:
+            if group.target is None:
+                for name in list(group.weights):
+                    yield Choice(name=name, codes=None, weight_16bit=group.weights.pop(name))
+                continue
+            settings = group.target.format, group.target.scale_rule, group.target.objective
+            rounded = round_and_compare(group.weights, *settings, values=purpose.runs, into=purpose.buffers)
+            for name, codes, weight, error in rounded:
+                kept = None if name in purpose.buffers else weight
+                yield Choice(name=name, codes=codes, weight_16bit=kept, relative_error=error)
+
+
+ROUND_TO_NEAREST = RoundToNearest()

@@ -1,0 +1,235 @@
+"""The one reading of a checkpoint: config.json and headers in, one description out. Imports no torch.
+
+Every verb starts from `read_layout`, so that all of them see the same layers, weights and formats, and refuse the same
+models with the same words. A defect does not raise here: it is a blocker, which `inspect` and `fit` print and which
+`quantize`, `collect_statistics` and `evaluate` raise before they do anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from snugfit.dialects.dialect import Dialect, open_dialect, read_quant_config
+from snugfit.dialects.headers import Headers
+from snugfit.dialects.packed import WIDE, Packed, bits_of, method_of, quantization_of, split_name, weights_of
+from snugfit.errors import UserError
+from snugfit.formats.spec import TensorFormat
+from snugfit.model.anatomy import find_decoder
+from snugfit.model.language_config import language_config, positive, with_defaults
+from snugfit.model.logical_weights import LogicalWeights, already_quantized, logical_weights, plain_weights
+from snugfit.model.names import TensorName, parse_name
+from snugfit.model.support import check_experts, check_layers, unsupported_family
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.open import open_headers
+from snugfit.storage.safetensors_header import StoredTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blocker:
+    """A reason why a model cannot be quantized; with `runnable` it can still be run, so that it can be evaluated."""
+
+    error: UserError
+    runnable: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelLayout:
+    """What config.json and the headers say of a model.
+
+    `config` is the language model's part of config.json under today's key names, with transformers' defaults.
+    `decoder` is the name of the list of decoder layers in the file, such as model.layers ("" if no tensor's name has a
+    number); `num_layers` is what the config states, else what the file has. `weights` are the logical weights, the
+    file's own tensors if no recipe can start from them; `names` parses the name of each. `quantization` is what the
+    checkpoint says of how it is quantized, {} if nothing, and `method` its name.
+    """
+
+    checkpoint: Checkpoint
+    config: Mapping[str, Any]
+    quantization: Mapping[str, Any]
+    method: str
+    dialect: Dialect
+    num_layers: int
+    decoder: str
+    weights: LogicalWeights
+    names: Mapping[str, TensorName]
+    blockers: tuple[Blocker, ...]
+    unreadable: UserError | None
+
+    @property
+    def config_file(self) -> str:
+        """The path of config.json, for errors."""
+        return str(self.checkpoint.path / "config.json")
+
+    @property
+    def is_startable(self) -> bool:
+        """Whether a recipe can start from the way in which the weights are stored."""
+        return not any(blocker.runnable for blocker in self.blockers)
+
+    @property
+    def tied_embeddings(self) -> bool:
+        """Whether config.json makes the output head the embeddings."""
+        return any(bool(config.get("tie_word_embeddings")) for config in (self.checkpoint.config, self.config))
+
+    def check_quantizable(self) -> None:
+        """Raise the first blocker."""
+        for blocker in self.blockers:
+            raise blocker.error
+
+    def check_runnable(self) -> None:
+        """Raise the first blocker that concerns more than the way in which the weights are stored."""
+        for blocker in self.blockers:
+            if not blocker.runnable:
+                raise blocker.error
+
+    @cached_property
+    def not_quantizable(self) -> Mapping[str, str]:
+        """Logical weights that no rule may quantize -> the reason."""
+        reasons = {
+            name: "transformers does not run this layer"
+            for name, parsed in self.names.items()
+            if parsed.layer is not None and parsed.layer >= self.num_layers
+        }
+        if self.tied_embeddings:
+            reasons |= {name: "it is tied to the embeddings" for name, p in self.names.items() if p.role == "lm_head"}
+        return reasons
+
+    @cached_property
+    def modules(self) -> Mapping[str, Mapping[str, StoredTensor]]:
+        """The file's tensors by module, under what follows the module's name ("weight", "weight_scale", ...)."""
+        found: dict[str, dict[str, StoredTensor]] = {}
+        for name, tensor in self.checkpoint.tensors.items():
+            module, suffix = split_name(name)
+            found.setdefault(module, {})[suffix] = tensor
+        return found
+
+    @cached_property
+    def packed(self) -> Mapping[str, list[Packed]]:
+        """The weights that each module's tensors stand for, with the shapes that they have unpacked."""
+        found = dict(self._packed)
+        for module, fmt in self.formats.items():
+            if fmt.name in ("int4", "int8"):  # integer codes state their width in the config alone
+                found[module] = weights_of(_headers(self.modules[module]), int(fmt.name.removeprefix("int")))
+        return found
+
+    @cached_property
+    def _packed(self) -> Mapping[str, list[Packed]]:
+        bits = bits_of(self.quantization)
+        return {module: weights_of(_headers(tensors), bits) for module, tensors in self.modules.items()}
+
+    @property
+    def formats(self) -> Mapping[str, TensorFormat]:
+        """Format of each linear that is stored quantized, by module; {} if `format_error` says why it is unknown."""
+        return self._formats if isinstance(self._formats, Mapping) else {}
+
+    @property
+    def format_error(self) -> UserError | None:
+        """Why the formats of the stored weights are unknown: no reader, or config and tensors that disagree."""
+        return self._formats if isinstance(self._formats, UserError) else None
+
+    @cached_property
+    def _formats(self) -> Mapping[str, TensorFormat] | UserError:
+        if self.unreadable is not None:
+            return self.unreadable
+        headers = {name: (tensor.dtype, tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
+        try:
+            return self.dialect.read_formats(list(self._linears()), headers)
+        except UserError as error:
+            return error
+
+    def _linears(self) -> Iterator[str]:
+        """Modules that are linears as far as names and shapes say."""
+        for module, packed in self._packed.items():
+            if len(packed) != 1 or packed[0].parameter != "weight" or len(packed[0].shape) != 2:
+                continue
+            parsed = parse_name(f"{module}.weight", packed[0].shape, self.decoder)
+            wide = self.modules[module][packed[0].tensor].dtype in WIDE
+            conv = "conv" in module.rpartition(".")[2]
+            if not wide or (parsed.role not in ("router", "embed", "norm") and not conv):
+                yield module
+
+
+def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
+    """The layout of a model: a directory, a Hub id, or a checkpoint that is open already.
+
+    Reads headers alone. Raises UserError for a checkpoint whose files are damaged; every other defect is a blocker.
+    """
+    checkpoint = model if isinstance(model, Checkpoint) else open_headers(model)
+    config_file = str(checkpoint.path / "config.json")
+    blockers = [Blocker(error=error) for error in unsupported_family(checkpoint)]
+    config = _language_config(checkpoint, blockers, config_file)
+    stated = _stated_layers(config, blockers, config_file)
+    hf_quant_config = None if checkpoint.remote else read_quant_config(checkpoint.path)
+    dialect, unreadable = _dialect(checkpoint, hf_quant_config, config_file)
+    quantization = quantization_of(checkpoint.config, hf_quant_config)
+    weights = _weights(checkpoint, dialect, unreadable, method_of(quantization), blockers)
+    try:
+        decoder = find_decoder(weights.tensors, stated or 1, where=str(checkpoint.path))
+    except UserError as error:
+        blockers.append(Blocker(error=error))
+        decoder = ""
+    names = {info.name: parse_name(info.name, info.shape, decoder) for info in weights.tensors.values()}
+    if stated and decoder:
+        blockers += [Blocker(error=error) for error in check_layers(checkpoint, names, stated, decoder)]
+        blockers += [Blocker(error=error) for error in check_experts(checkpoint, names.values(), stated)]
+    return ModelLayout(
+        checkpoint=checkpoint,
+        config=config,
+        quantization=quantization,
+        method=method_of(quantization),
+        dialect=dialect,
+        num_layers=stated or 1 + max((name.layer for name in names.values() if name.layer is not None), default=-1),
+        decoder=decoder,
+        weights=weights,
+        names=names,
+        blockers=tuple(blockers),
+        unreadable=unreadable,
+    )
+
+
+def _language_config(checkpoint: Checkpoint, blockers: list[Blocker], config_file: str) -> Mapping[str, Any]:
+    try:
+        return with_defaults(checkpoint.config)
+    except UserError as error:
+        blockers.append(Blocker(error=error.at(config_file)))
+        return language_config(checkpoint.config)
+
+
+def _stated_layers(config: Mapping[str, Any], blockers: list[Blocker], config_file: str) -> int | None:
+    try:
+        return positive(config, "num_hidden_layers")
+    except UserError as error:
+        if not blockers:
+            blockers.append(Blocker(error=error.at(config_file)))
+        return None
+
+
+def _dialect(
+    checkpoint: Checkpoint, hf_quant_config: Mapping[str, Any] | None, config_file: str
+) -> tuple[Dialect, UserError | None]:
+    """The dialect that the checkpoint is stored in, that of 16-bit files beside the error if it cannot be read."""
+    try:
+        return open_dialect(checkpoint.config, hf_quant_config, where=config_file), None
+    except UserError as error:
+        return open_dialect({}), error
+
+
+def _weights(
+    checkpoint: Checkpoint, dialect: Dialect, unreadable: UserError | None, method: str, blockers: list[Blocker]
+) -> LogicalWeights:
+    try:
+        if unreadable is not None:
+            unknown = unreadable.code == "quantization-unknown"
+            evidence = f"quant_method {method!r} in config.json"
+            raise already_quantized(evidence, where=str(checkpoint.path)) if unknown else unreadable
+        return logical_weights(checkpoint, dialect, method)
+    except UserError as error:
+        blockers.append(Blocker(error=error, runnable=True))
+        return plain_weights(checkpoint, dialect)
+
+
+def _headers(tensors: Mapping[str, StoredTensor]) -> Headers:
+    return {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in tensors.items()}

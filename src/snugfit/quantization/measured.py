@@ -1,0 +1,140 @@
+"""What a pass over a decoder layer measured, checked against what the layer's formats need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from snugfit.engines.fused import group_modules
+from snugfit.errors import Unfinished, UserError
+from snugfit.model.experts import DOWN, ExpertNames
+from snugfit.model.layers import Skeleton
+from snugfit.quantization.plan import Plan
+from snugfit.records.statistics import LayerStatistics
+from snugfit.records.statistics_file import ExpertCalibration, Statistics
+
+_MEASURE_AGAIN = "Measure them again with `collect_statistics`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """Ranges of one layer: amax of the inputs of each weight by tensor name, and of cached keys and values.
+
+    `statistics` is everything that was measured, None if nothing was (or if it came from a file).
+    """
+
+    inputs: Mapping[str, float]
+    keys_values: tuple[float, float] | None = None
+    statistics: LayerStatistics | None = None
+
+
+NOTHING_MEASURED = Measured(inputs={})
+
+
+def ranges_of(
+    plan: Plan, skeleton: Skeleton, index: int, found: LayerStatistics, experts: ExpertCalibration
+) -> Measured:
+    """The ranges that decoder layer `index` needs out of its statistics.
+
+    Raises UserError for a range that is missing, zero or not finite, and Unfinished for experts that saw too few tokens.
+    """
+    mixture = skeleton.experts.get(index)
+    inputs = input_amax(plan, index, found, mixture)
+    if _experts_need_scales(plan, index, mixture):
+        check_coverage(found, experts)
+    if plan.writes_kv_scales(index):
+        for what, largest in zip(("keys", "values"), found.cache or (0.0, 0.0), strict=True):
+            _check_amax(largest, f"its cached {what} have", plan.observed_caches[index])
+    return Measured(inputs=inputs, keys_values=found.cache, statistics=found)
+
+
+def recall(plan: Plan, skeleton: Skeleton, index: int, known: Statistics, experts: ExpertCalibration) -> Measured:
+    """What an earlier run measured of decoder layer `index`; UserError if the plan needs more than that."""
+    found = known.layers.get(index)
+    where = f"statistics of {known.model}"
+    if found is None:
+        what = f"layer {index} is missing."
+        raise UserError(what, code="statistics-invalid", where=where, remedy=_MEASURE_AGAIN)
+    if index in plan.observed_caches and found.cache is None:
+        what = f"keys and values of layer {index} are missing."
+        raise UserError(what, code="statistics-invalid", where=where, remedy=_MEASURE_AGAIN)
+    ranges = ranges_of(plan, skeleton, index, found, experts)
+    cache = found.cache if index in plan.observed_caches else None
+    return Measured(inputs=ranges.inputs, keys_values=cache)
+
+
+def experts_module(mixture: ExpertNames) -> str:
+    """What statistics call a layer's experts: the file's name of the list that holds them, relative to the layer."""
+    first = next(iter(mixture.names.values()))
+    return first[: first.index("experts.") + len("experts")]
+
+
+def input_amax(plan: Plan, index: int, found: LayerStatistics, mixture: ExpertNames | None) -> dict[str, float]:
+    """Largest input magnitude of each weight of a layer that needs one, by tensor name; UserError if one is missing.
+
+    All routed experts share one for gate and up, and one for down: engines take the largest anyway.
+    """
+    prefix = f"{plan.decoder}.{index}."
+    wanted = [name for name in plan.unit_of_layer(index) if (a := plan.assignments.get(name)) and a.calibrated]
+    amax = _expert_amax(prefix, wanted, found, mixture) if mixture is not None else {}
+    for group in group_modules(name.removesuffix(".weight") for name in wanted if name not in amax):
+        one = next((found.inputs[module] for module in group if module in found.inputs), None)
+        largest = 0.0 if one is None else one.amax
+        _check_amax(largest, "its calibrated inputs have", group[0])
+        amax |= {f"{module}.weight": largest for module in group}
+    return amax
+
+
+def _expert_amax(prefix: str, wanted: list[str], found: LayerStatistics, mixture: ExpertNames) -> dict[str, float]:
+    roles = {prefix + name: role for (_, role, _), name in mixture.names.items()}
+    routed = [name for name in wanted if name in roles]
+    if not routed:
+        return {}
+    module = prefix + experts_module(mixture)
+    seen = found.experts.get(module)
+    if seen is None:
+        what = "no statistics of its experts."
+        raise UserError(what, code="statistics-invalid", where=module, remedy=_MEASURE_AGAIN)
+    if len(seen.routed) != len({expert for expert, _, _ in mixture.names}):
+        what = f"the statistics have {len(seen.routed)} experts, the layer another number."
+        raise UserError(what, code="statistics-mismatch", where=module, remedy=_MEASURE_AGAIN)
+    amax = {name: seen.down if roles[name] == DOWN else seen.gate_up for name in routed}
+    for largest in amax.values():
+        _check_amax(largest, "calibrated inputs of its experts have", module)
+    return amax
+
+
+def _experts_need_scales(plan: Plan, index: int, mixture: ExpertNames | None) -> bool:
+    """Whether a layer's routed experts need scales of their inputs."""
+    names = () if mixture is None else (f"{plan.decoder}.{index}.{name}" for name in mixture.names.values())
+    return any(a.calibrated for name in names if (a := plan.assignments.get(name)))
+
+
+def check_coverage(found: LayerStatistics, experts: ExpertCalibration) -> None:
+    """Unfinished if an expert saw fewer tokens than `min_tokens_per_expert`."""
+    least = experts.min_tokens_per_expert
+    for module, seen in found.experts.items():
+        below = seen.experts_below(least)
+        if not below:
+            continue
+        few = ", ".join(f"{number} ({seen.tokens[number]})" for number in below[:8])
+        more = f" and {len(below) - 8} more" if len(below) > 8 else ""
+        how = "`moe_calibrate_all_experts` (with `restart`) sends them what the router does not; "
+        raise Unfinished(
+            f"{len(below)} of {len(seen.routed)} experts saw fewer than {least} tokens: {few}{more}.",
+            code="experts-uncovered",
+            where=module,
+            remedy=f"{'' if experts.all_experts else how}a larger `num_samples` helps too; "
+            "`min_tokens_per_expert` 0 gives them the scales of the other experts of their layer.",
+        )
+
+
+def _check_amax(amax: float, what: str, where: str) -> None:
+    if not 0.0 < amax < math.inf:
+        raise UserError(
+            f"{what} largest magnitude {amax}.",
+            code="amax-invalid",
+            where=where,
+            remedy="No scale can be made of that: check the source's weights, or keep this tensor in the recipe.",
+        )

@@ -1,0 +1,252 @@
+"""Everything that is decided and checked before the long work of a run. A dry run is this and no more.
+
+`quantize` and `plan_quantization` both call `prepare`, so what a dry run accepts the run accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from snugfit.data.dataset import Dataset, load_dataset
+from snugfit.data.python_docs import no_dataset_message
+from snugfit.errors import UserError
+from snugfit.machine import hardware, pick_device, versions
+from snugfit.model import layers
+from snugfit.model.layers import Skeleton
+from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
+from snugfit.quantization.measured import Measured, recall
+from snugfit.quantization.plan import Plan
+from snugfit.quantization.resume import stamps
+from snugfit.recipes.assignment import Assignment
+from snugfit.records.quantize import TensorRecord
+from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
+from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest
+from snugfit.version import __version__
+
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What a caller asks of the calibration: which samples, on which device, how experts see them.
+
+    `dataset` names text or JSONL files, none for Python's documentation. Nothing here is checked yet.
+    """
+
+    dataset: Sequence[str | Path] = ()
+    num_samples: int
+    max_seq_length: int
+    device: str | None = None
+    tokens_per_batch: int | None = None
+    experts: ExpertCalibration
+    statistics: str | Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedRun:
+    """A run that is decided and checked: what becomes of each tensor, on which samples and device, at what cost.
+
+    `dataset` is None if no samples are needed; `known` are statistics that take their place, `recalled` what they say
+    of each layer.
+    """
+
+    plan: Plan
+    skeleton: Skeleton
+    device: torch.device
+    tokens_per_batch: int
+    experts: ExpertCalibration
+    dataset: Dataset | None
+    known: Statistics | None
+    recalled: Sequence[Measured] | None
+    estimate: Estimate
+    notes: tuple[str, ...]
+
+    def records(self) -> tuple[TensorRecord, ...]:
+        """A record of each tensor, without what only the run can measure; its bytes are what will be written."""
+        return self.plan.records()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tensors to be written, without headers."""
+        return self.plan.bytes
+
+    def check_resources(self, output_dir: str | Path | None = None) -> None:
+        """UserError if memory, GPU memory or (with `output_dir`) disk space would not be enough."""
+        check_memory(self.estimate, self.device)
+        if output_dir is not None:
+            check_disk(self.estimate, Path(output_dir))
+
+    def statistics_digest(self) -> str | None:
+        """SHA-256 of the statistics that take the place of samples, None without."""
+        return None if self.known is None else text_digest(self.known.to_json())
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the bytes of the weight files: a run resumes only if all of it is the same."""
+        plan = self.plan
+        return {
+            "source": header_digest(plan.checkpoint),
+            "source_files": stamps(plan.checkpoint),
+            "recipe": None if plan.recipe is None else plan.recipe.digest,
+            "samples": None if self.dataset is None else self.dataset.digest,
+            "statistics": self.statistics_digest(),
+            "weight_files": {shard.name: shard.bytes for shard in plan.shards},
+            "experts": [self.experts.all_experts, self.experts.max_forced_tokens],
+            "device": self.device.type,
+            "tokens_per_batch": self.tokens_per_batch,
+            "hardware": hardware(self.device),
+            "versions": versions() | {"snugfit": __version__},
+        }
+
+
+def check_options(calibration: Calibration) -> None:
+    """UserError for an option that has a value it cannot have, whether or not the run will use it."""
+    for name, value, least in (
+        ("num_samples", calibration.num_samples, 1),
+        ("max_seq_length", calibration.max_seq_length, 2),
+        ("tokens_per_batch", 1 if calibration.tokens_per_batch is None else calibration.tokens_per_batch, 1),
+        ("max_forced_tokens", calibration.experts.max_forced_tokens, 0),
+        ("min_tokens_per_expert", calibration.experts.min_tokens_per_expert, 0),
+    ):
+        if value < least:
+            what = f"must be >= {least}, got {value}."
+            raise UserError(what, code="option-invalid", where=name, remedy=f"Give {least} or more.")
+    for file in calibration.dataset:
+        if not Path(file).is_file():
+            what = "no such file."
+            raise UserError(what, code="file-missing", where=str(file), remedy="Name a text or JSONL file.")
+    if calibration.statistics is not None and not Path(calibration.statistics).exists():
+        raise UserError(
+            "no such file or directory.",
+            code="file-missing",
+            where=str(calibration.statistics),
+            remedy="Name a file of statistics, or the directory of a quantized model.",
+        )
+
+
+def prepare(plan: Plan, calibration: Calibration) -> PreparedRun:
+    """Check a plan against transformers, read the samples or statistics that it needs, and estimate the run."""
+    check_options(calibration)
+    device = pick_device(calibration.device)
+    plan = _with_other_files(plan)
+    known = None if calibration.statistics is None else load_statistics(Path(calibration.statistics))
+    needed = plan.recipe is None or plan.needs_activations
+    dataset = None
+    if (needed and known is None) or (known is not None and calibration.dataset):
+        dataset = load_samples(plan, calibration)
+    if known is not None:
+        where = str(calibration.statistics)
+        check_statistics(known, plan.checkpoint, dataset, calibration.experts, where=where)
+        dataset = None
+    skeleton = check_with_transformers(plan)
+    recalled = None
+    if known is not None:
+        recalled = [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
+    tokens_per_batch = calibration.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+    return PreparedRun(
+        plan=plan,
+        skeleton=skeleton,
+        device=device,
+        tokens_per_batch=tokens_per_batch,
+        experts=calibration.experts,
+        dataset=dataset,
+        known=known,
+        recalled=recalled,
+        estimate=estimate_run(plan, skeleton, dataset, device, tokens_per_batch),
+        notes=tuple(_notes(plan, calibration, dataset, known)),
+    )
+
+
+def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known: Statistics | None) -> list[str]:
+    """What a person should know before the run starts."""
+    notes = list(plan.notes)
+    if dataset is not None and not calibration.dataset:
+        notes.append(no_dataset_message("calibration"))
+    if known is not None and plan.recipe is not None and known.recipe_digest not in (None, plan.recipe.digest):
+        notes.append(f"the statistics were measured on weights quantized by recipe {known.recipe}, not by this one")
+    return notes
+
+
+def _with_other_files(plan: Plan) -> Plan:
+    """The plan with the model's files without weights on this disk: of a Hub model only config files are so far."""
+    if plan.checkpoint.remote is None:
+        return plan
+    from snugfit.storage.hub import fetch_other_files
+
+    return replace(plan, layout=replace(plan.layout, checkpoint=fetch_other_files(plan.checkpoint)))
+
+
+def load_samples(plan: Plan, calibration: Calibration) -> Dataset:
+    """The samples for a plan's model; UserError if they exceed the model's positions or vocabulary."""
+    config = plan.layout.config
+    vocabulary, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    dataset = load_dataset(
+        plan.checkpoint.path,
+        [Path(file) for file in calibration.dataset],
+        num_samples=calibration.num_samples,
+        max_seq_length=calibration.max_seq_length,
+        vocabulary=vocabulary,
+    )
+    longest = max(map(len, dataset.samples))
+    if positions and longest > positions:
+        raise UserError(
+            f"samples of {longest} tokens exceed the model's {positions} positions.",
+            code="sequence-too-long",
+            where=plan.layout.config_file,
+            remedy=f"Set `max_seq_length` to {positions} or less.",
+        )
+    return dataset
+
+
+def check_statistics(
+    known: Statistics, checkpoint: Checkpoint, asked: Dataset | None, experts: ExpertCalibration, *, where: str
+) -> None:
+    """UserError if statistics are of another model, of other samples than `asked`, or of other expert settings."""
+    again = "Measure them with `collect_statistics`, or leave `statistics` out."
+    if known.header_digest != header_digest(checkpoint) or known.fingerprint != fingerprint(checkpoint):
+        what = f"these statistics are of another model ({known.model})."
+        raise UserError(what, code="statistics-mismatch", where=where, remedy=again)
+    if asked is not None and [asked.digest] != [one.digest for one in known.datasets]:
+        of = ", ".join(f"{one.source}: {one.num_samples} samples, {one.digest[:12]}" for one in known.datasets)
+        what = f"these statistics are of other samples ({of}) than `dataset` gives ({len(asked.samples)}, "
+        remedy = "Leave `dataset` out to use theirs, or measure these."
+        raise UserError(f"{what}{asked.digest[:12]}).", code="statistics-mismatch", where=where, remedy=remedy)
+    if not any(layer.experts for layer in known.layers.values()):
+        return
+    if known.all_experts != experts.all_experts:
+        what = f"these statistics were measured with moe_calibrate_all_experts={known.all_experts}."
+        remedy = f"Set `moe_calibrate_all_experts` so, to use them. {again}"
+        raise UserError(what, code="statistics-mismatch", where=where, remedy=remedy)
+    if known.all_experts and known.max_forced_tokens != experts.max_forced_tokens:
+        what = f"these statistics were measured with max_forced_tokens={known.max_forced_tokens}."
+        remedy = f"Set `max_forced_tokens` so, to use them. {again}"
+        raise UserError(what, code="statistics-mismatch", where=where, remedy=remedy)
+
+
+def check_with_transformers(plan: Plan) -> Skeleton:
+    """transformers' model of a plan, on the meta device; UserError if it does not agree with the headers."""
+    skeleton = layers.open_skeleton(plan.layout)
+    _check_linears(plan, layers.linear_names(skeleton))
+    return skeleton
+
+
+def _check_linears(plan: Plan, linears: Mapping[str, str]) -> None:
+    """UserError if a format is given to what transformers does not run as a linear."""
+    for name, assignment in plan.assignments.items():
+        module = name.removesuffix(".weight")
+        if _is_quantized(assignment) and module not in linears:
+            assert plan.recipe is not None
+            raise UserError(
+                f"{module} is not a linear in transformers.",
+                code="recipe-not-quantizable",
+                where=f"{plan.recipe.where}: rules[{assignment.rule}]",
+                remedy="Give it `format: keep` in a rule before this one.",
+            )
+
+
+def _is_quantized(assignment: Assignment) -> bool:
+    return assignment.format is not None and not assignment.copied

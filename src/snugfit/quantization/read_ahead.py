@@ -1,0 +1,45 @@
+"""Reads the weights of the next groups while those of one group are worked on."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from snugfit.model.assemble import Loaded, Piece, assemble, pieces_of
+from snugfit.model.logical_weights import LogicalWeights
+from snugfit.storage.transfer import PendingTransfer, Transfer, check_finite
+
+
+class ReadAhead:
+    """Gives the tensors of each of `groups` in their order; at most `budget` bytes are read ahead, or one group."""
+
+    def __init__(
+        self, transfer: Transfer, weights: LogicalWeights, groups: Sequence[tuple[str, ...]], budget: int
+    ) -> None:
+        self._transfer, self._weights = transfer, weights
+        self._left = deque(groups)
+        self._coming: deque[tuple[int, dict[Piece, PendingTransfer[Tensor]]]] = deque()
+        self._budget = budget
+        self._start()
+
+    def _start(self) -> None:
+        while self._left:
+            size = sum(self._weights.file_bytes(name) for name in self._left[0])
+            if self._coming and size + sum(bytes_ for bytes_, _ in self._coming) > self._budget:
+                return
+            # gate and up may be in one tensor: it is read once
+            pieces = dict.fromkeys(piece for name in self._left.popleft() for piece in pieces_of(self._weights, name))
+            checkpoint = self._weights.checkpoint
+            self._coming.append((size, {piece: self._transfer.read(checkpoint, *piece) for piece in pieces}))
+
+    def take(self, group: Sequence[str]) -> dict[str, Loaded]:
+        """The next group's tensors on the device; UserError if they hold NaN or infinite values."""
+        _, coming = self._coming.popleft()
+        found = {piece: pending.result() for piece, pending in coming.items()}
+        self._start()
+        checkpoint = self._weights.checkpoint
+        sound = {piece: check_finite(checkpoint, piece[0], tensor) for piece, tensor in found.items()}
+        del found
+        return {name: assemble(self._weights, name, sound) for name in group}
