@@ -1,4 +1,4 @@
-"""A checkpoint of one file made into another of the same function: what the scripts that turn or upcycle it share."""
+"""Read, write and check a one-file checkpoint: shared by the scripts that rotate and upcycle SmolLM2."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from snugfit.data.rows import load_rows, python_topics
-from unpack_smollm2 import file_digest  # a script finds its neighbours
+from snugfit.data.dataset import load_dataset
+from snugfit.data.python_docs import python_topics
+from unpack_smollm2 import file_digest  # scripts import each other by name
 
 WEIGHTS = "model.safetensors"
 
 
 def read_model(source: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and weights of the directory `source`; SystemExit where either is missing."""
+    """Config and weights of the directory `source`; SystemExit if either is missing."""
     if not (source / WEIGHTS).is_file() or not (source / "config.json").is_file():
         sys.exit(f"{source} has no {WEIGHTS} or no config.json: unpack the model first")
     return json.loads((source / "config.json").read_text(encoding="utf-8")), load_file(source / WEIGHTS)
@@ -38,11 +39,11 @@ def write_model(source: Path, target: Path, config: Mapping[str, Any], weights: 
 
 
 def check(before: Path, after: Path, tolerance: float, failure: str) -> None:
-    """Print the perplexity of both on 2 x 512 tokens of Python's documentation; SystemExit where it moved."""
+    """Print the perplexity of both on 2 x 512 tokens of Python's documentation; SystemExit if it changed."""
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "text.txt"
         text.write_text(python_topics("evaluation"), encoding="utf-8")
-        rows = torch.tensor(load_rows(before, [text], count=2, length=512).rows)
+        rows = torch.tensor(load_dataset(before, [text], num_samples=2, max_seq_length=512).samples)
     old, new = plain_perplexity(before, rows), plain_perplexity(after, rows)
     print(f"perplexity {old:.4f} -> {new:.4f}; {WEIGHTS} {file_digest(after / WEIGHTS)}")
     if not abs(new / old - 1) < tolerance:
@@ -51,7 +52,7 @@ def check(before: Path, after: Path, tolerance: float, failure: str) -> None:
 
 @torch.no_grad()
 def plain_perplexity(model: Path, rows: Tensor) -> float:
-    """transformers' own perplexity in fp32: bf16 arithmetic alone moves so few tokens by 0.6 %."""
+    """transformers' own perplexity in fp32: bf16 arithmetic alone changes it by 0.6 % on so few tokens."""
     from transformers import AutoModelForCausalLM
 
     loss = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(input_ids=rows, labels=rows).loss

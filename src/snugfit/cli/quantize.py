@@ -10,7 +10,7 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
-from snugfit.data.rows import DEFAULT_LENGTH, DEFAULT_ROWS
+from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from snugfit.errors import UserError, plain
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT
 
@@ -25,8 +25,8 @@ def quantize(
     ],
     output_dir: options.OptionalOutputDir = None,
     dataset: options.Dataset = None,
-    num_samples: options.NumSamples = DEFAULT_ROWS,
-    max_seq_length: options.MaxSeqLength = DEFAULT_LENGTH,
+    num_samples: options.NumSamples = DEFAULT_NUM_SAMPLES,
+    max_seq_length: options.MaxSeqLength = DEFAULT_MAX_SEQ_LENGTH,
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,
     max_shard_size: Annotated[
