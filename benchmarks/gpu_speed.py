@@ -225,7 +225,7 @@ def run_snugfit(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     import transformers.models.mistral.modeling_mistral  # noqa: F401
 
     import snugfit.calibration.observers
-    import snugfit.data.rows
+    import snugfit.data.dataset
     import snugfit.methods.rounding
     import snugfit.model.emulate  # noqa: F401
     from snugfit.machine import peak_rss_bytes

@@ -23,7 +23,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from snugfit.data.rows import Rows, load_rows, python_topics
+from snugfit.data.dataset import Dataset, load_dataset
+from snugfit.data.python_docs import python_topics
 from snugfit.evaluation.fidelity import Perplexity, perplexity
 from snugfit.quantization.quantize import quantize_checkpoint
 
@@ -47,8 +48,8 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     text = work / "evaluation.txt"
     text.write_text(python_topics("evaluation"), encoding="utf-8")
-    rows = load_rows(arguments.model, [text], count=arguments.rows, length=arguments.length)
-    (work / "rows.json").write_text(json.dumps({"rows": rows.rows}), encoding="utf-8")
+    rows = load_dataset(arguments.model, [text], num_samples=arguments.rows, max_seq_length=arguments.length)
+    (work / "rows.json").write_text(json.dumps({"rows": rows.samples}), encoding="utf-8")
     checkpoints = [arguments.model]
     seconds = {}
     for recipe in arguments.recipes:
@@ -68,7 +69,7 @@ def main() -> None:
     _print(ours, served, rows, seconds)
 
 
-def _emulate(path: Path, rows: Rows, device: str) -> dict[str, Perplexity]:
+def _emulate(path: Path, rows: Dataset, device: str) -> dict[str, Perplexity]:
     profiles = ("none", "marlin", "vllm-blackwell")
     return {profile: perplexity(path, rows, activations=profile, device=device) for profile in profiles}
 
@@ -83,10 +84,10 @@ def _serve(python: str, work: Path, checkpoints: list[Path], name: str, *options
 def _print(
     ours: dict[str, dict[str, Perplexity]],
     served: dict[str, dict[str, Any]],
-    rows: Rows,
+    rows: Dataset,
     seconds: dict[str, float],
 ) -> None:
-    print(f"{len(rows.rows)} rows, {rows.tokens} tokens, digest {rows.digest[:16]}\n")
+    print(f"{len(rows.samples)} rows, {rows.tokens} tokens, digest {rows.digest[:16]}\n")
     print(
         "| checkpoint | ours: none | ours: marlin | ours: vllm-blackwell | "
         + " | ".join(served)
@@ -109,11 +110,13 @@ def _print(
     print(json.dumps({"ours": plain, "served": served, "digest": rows.digest, "seconds": seconds}))
 
 
-def _print_differences(ours: dict[str, dict[str, Perplexity]], served: dict[str, dict[str, Any]], rows: Rows) -> None:
+def _print_differences(
+    ours: dict[str, dict[str, Perplexity]], served: dict[str, dict[str, Any]], rows: Dataset
+) -> None:
     print(
         "\n| checkpoint, run | against profile | loss a token, engine minus ours | in perplexity |\n|---|---|---|---|"
     )
-    counts = [len(row) - 1 for row in rows.rows]
+    counts = [len(row) - 1 for row in rows.samples]
     for run, entries in served.items():
         for name, entry in entries.items():
             if "nll_by_row" not in entry:

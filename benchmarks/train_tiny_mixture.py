@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from snugfit.data.rows import python_topics
+from snugfit.data.python_docs import python_topics
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from texts import novel

@@ -65,7 +65,7 @@ def work_once(model: Path, work: Path, recipe: str, threads: int) -> None:
     import transformers.models.llama.modeling_llama  # noqa: F401  # llm-compressor's import is left out too
 
     import snugfit.calibration.observers
-    import snugfit.data.rows
+    import snugfit.data.dataset
     import snugfit.methods.rounding
     import snugfit.model.emulate  # noqa: F401
     from snugfit.machine import peak_rss_bytes
@@ -120,19 +120,20 @@ def _last_json(command: list[str]) -> dict[str, Any]:
 
 
 def _write_rows(model: Path, work: Path) -> None:
-    from snugfit.data.rows import load_rows, python_topics
+    from snugfit.data.dataset import load_dataset
+    from snugfit.data.python_docs import python_topics
 
-    rows = load_rows(model, [], count=ROWS, length=LENGTH).rows
+    rows = load_dataset(model, [], num_samples=ROWS, max_seq_length=LENGTH).samples
     (work / "rows.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     (work / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
     (work / "evaluation.txt").write_text(python_topics("evaluation"), encoding="utf-8")
-    held_out = load_rows(model, [work / "evaluation.txt"], count=16, length=LENGTH).rows
+    held_out = load_dataset(model, [work / "evaluation.txt"], num_samples=16, max_seq_length=LENGTH).samples
     (work / "evaluation.json").write_text(json.dumps(held_out), encoding="utf-8")
 
 
 def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Figures of a compressed-tensors checkpoint (weight errors by format, perplexities), and its losses by row."""
-    from snugfit.data.rows import make_rows
+    from snugfit.data.dataset import make_dataset
     from snugfit.dialects.reading import read_formats
     from snugfit.evaluation.fidelity import perplexity
     from snugfit.model.emulate import read_module
@@ -150,12 +151,12 @@ def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float]
         entry[0] += float((values - weight).square().sum())
         entry[1] += float(weight.square().sum())
     quality = {f"relative error, {name}": error / square for name, (error, square) in sums.items()}
-    rows = make_rows(json.loads(rows_file.read_text(encoding="utf-8")), "held out")
+    rows = make_dataset(json.loads(rows_file.read_text(encoding="utf-8")), "held out")
     losses: dict[str, list[float]] = {}
     for profile in ("vllm-blackwell", "marlin"):
         scored = perplexity(path, rows, activations=profile)
         quality[f"perplexity, {profile}"] = scored.value
-        losses[profile] = [loss / (len(row) - 1) for loss, row in zip(scored.nll_by_row, rows.rows, strict=True)]
+        losses[profile] = [loss / (len(row) - 1) for loss, row in zip(scored.nll_by_row, rows.samples, strict=True)]
     return quality, losses
 
 

@@ -13,7 +13,8 @@ from compressed_tensors.compressors.nvfp4 import base
 from torch import Tensor
 
 from conftest import MakeTiny
-from snugfit.data.rows import Rows, load_rows, python_topics
+from snugfit.data.dataset import Dataset, load_dataset
+from snugfit.data.python_docs import python_topics
 from snugfit.evaluation.fidelity import perplexity, stream_logits
 from snugfit.quantization.quantize import quantize_checkpoint
 
@@ -24,18 +25,18 @@ def load(path: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
 
 
-def plain_logits(path: Path, rows: Rows) -> Tensor:
+def plain_logits(path: Path, rows: Dataset) -> Tensor:
     with torch.no_grad():
-        result: Tensor = load(path)(input_ids=torch.tensor(rows.rows), use_cache=False).logits.float()
+        result: Tensor = load(path)(input_ids=torch.tensor(rows.samples), use_cache=False).logits.float()
     return result
 
 
-def our_logits(path: Path, rows: Rows) -> Tensor:
+def our_logits(path: Path, rows: Dataset) -> Tensor:
     return torch.cat([logits.float() for _, _, logits in stream_logits(path, rows)], dim=1)
 
 
-def perplexity_of(logits: Tensor, rows: Rows) -> float:
-    ids = torch.tensor(rows.rows)
+def perplexity_of(logits: Tensor, rows: Dataset) -> float:
+    ids = torch.tensor(rows.samples)
     return math.exp(float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())))
 
 
@@ -48,7 +49,7 @@ def test_fp32_logits_agree(
     monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))
     source = make_tiny("llama", dtype=torch.float32)
     quantize_checkpoint(source, tmp_path / "out", recipe, text=[token_rows])
-    rows = load_rows(source, [token_rows])
+    rows = load_dataset(source, [token_rows])
     expected, found = plain_logits(tmp_path / "out", rows), our_logits(tmp_path / "out", rows)
     difference = float((expected - found).abs().mean() / expected.abs().mean())
     assert difference < 1e-5
@@ -64,20 +65,20 @@ def hybrid(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """4 x 256 tokens that calibration has not seen."""
     text = tmp_path_factory.mktemp("text") / "evaluation.txt"
     text.write_text(python_topics("evaluation"), encoding="utf-8")
-    return load_rows(smollm2, [text], count=4, length=256)
+    return load_dataset(smollm2, [text], num_samples=4, max_seq_length=256)
 
 
-def test_real_model_before(smollm2: Path, rows: Rows) -> None:
+def test_real_model_before(smollm2: Path, rows: Dataset) -> None:
     """The unquantized walk gives plain transformers' perplexity on the real model within 1e-3."""
     expected = perplexity_of(plain_logits(smollm2, rows), rows)
     assert perplexity(smollm2, rows).value == pytest.approx(expected, rel=1e-3)
 
 
-def test_real_hybrid_in_transformers(hybrid: Path, rows: Rows) -> None:
+def test_real_hybrid_in_transformers(hybrid: Path, rows: Dataset) -> None:
     """transformers loads the real hybrid; in bf16 its perplexity is near ours, no nearer than its bf16 scales allow."""
     config = json.loads((hybrid / "config.json").read_text())
     assert config["quantization_config"]["format"] == "mixed-precision"

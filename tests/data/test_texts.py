@@ -1,4 +1,4 @@
-"""What is evaluated on: chunks of plain texts, chat rows and which of their tokens are scored."""
+"""The rows of an evaluation: chunks of plain texts, conversations, and which of their tokens are scored."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from snugfit.data.rows import python_topics
+from helpers.errors import raises
+from snugfit.data.python_docs import python_topics
 from snugfit.data.texts import CHAT, check_tokenizer, find_files, read_chunks
 from snugfit.data.tokenizer import Tokenizer
-from snugfit.errors import UserError
 
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds. " * 200
 TALK = [
@@ -56,7 +56,7 @@ def test_chunks_are_the_text_in_order(tokenizer: Tokenizer, tmp_path: Path) -> N
     """At every length the chunks, one after the other, are the text's tokens; the rest of the text is dropped."""
     file = write(tmp_path, "a.txt", PROSE)
     groups, records = read_chunks(tokenizer, [file], [300, 128])
-    ids = tokenizer.encode(PROSE, add_special_tokens=False)
+    ids = tokenizer.encode(PROSE, special_tokens=False)
     assert [group.context for group in groups] == [128, 300]
     for group in groups:
         assert all(len(row) == group.context for row in group.rows)
@@ -72,11 +72,11 @@ def test_bos_starts_every_chunk(smollm2: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer(with_bos(smollm2, tmp_path / "bos"))
     groups, _ = read_chunks(tokenizer, [write(tmp_path, "a.txt", PROSE)], [100])
     assert all(row[0] == 1 and len(row) == 100 for row in groups[0].rows)
-    assert groups[0].rows[1][1:] == tuple(tokenizer.encode(PROSE, add_special_tokens=False)[99:198])
+    assert groups[0].rows[1][1:] == tuple(tokenizer.encode(PROSE, special_tokens=False)[99:198])
 
 
 def test_limits(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """--max-chunks takes an equal share of each text, --max-tokens the same tokens at every length."""
+    """`max_chunks` takes an equal share of each text, `max_tokens` the same tokens at every length."""
     files = [write(tmp_path, name, PROSE + name) for name in ("a.txt", "b.txt")]
     few, _ = read_chunks(tokenizer, files, [100, 200], max_chunks=3)
     assert [len(group.rows) for group in few] == [3, 3]
@@ -90,7 +90,7 @@ def test_limits(tokenizer: Tokenizer, tmp_path: Path) -> None:
 def test_nothing_given_is_python(tokenizer: Tokenizer) -> None:
     """Without files the text is the half of Python's documentation that calibration leaves out."""
     groups, records = read_chunks(tokenizer, [], [64], max_chunks=2)
-    expected = tokenizer.encode(python_topics("evaluation")[:2000], add_special_tokens=False)[:128]
+    expected = tokenizer.encode(python_topics("evaluation")[:2000], special_tokens=False)[:128]
     assert [token for row in groups[0].rows for token in row] == expected
     assert "Python" in records[0].name
 
@@ -102,8 +102,8 @@ def test_only_the_assistant_is_scored(tokenizer: Tokenizer, tmp_path: Path) -> N
     assert [group.context for group in groups] == [CHAT]
     row, places = groups[0].rows[0], groups[0].scored[0]
     assert places is not None
-    told = tokenizer.raw.decode([row[place] for place in places])
-    assert told == "The Loire.<|im_end|>\nThe Rhine, or the Danube.<|im_end|>\n"
+    scored = tokenizer.raw.decode([row[place] for place in places])
+    assert scored == "The Loire.<|im_end|>\nThe Rhine, or the Danube.<|im_end|>\n"
     assert groups[0].scored[1] is None
     assert groups[0].sources == (f"{file}:1", f"{file}:3")
     assert records[0].kind == "rows"
@@ -136,41 +136,42 @@ def test_digest_knows_what_is_scored(tokenizer: Tokenizer, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "contexts", "message"),
+    ("content", "contexts", "code", "where"),
     [
-        ("short", [64], "less than one chunk of 64"),
-        (PROSE, [], "no context length"),
-        (PROSE, [1], "must be 2 at least"),
-        (PROSE, [64, 64], "there once"),
+        ("short", [64], "dataset-too-small", "a.txt"),
+        (PROSE, [], "option-invalid", "contexts"),
+        (PROSE, [1], "option-invalid", "contexts"),
+        (PROSE, [64, 64], "option-invalid", "contexts"),
     ],
 )
-def test_bad_texts(tokenizer: Tokenizer, tmp_path: Path, content: str, contexts: list[int], message: str) -> None:
-    """A text shorter than a chunk, and lengths that are none, are refused."""
-    with pytest.raises(UserError, match=message):
+def test_bad_texts(
+    tokenizer: Tokenizer, tmp_path: Path, content: str, contexts: list[int], code: str, where: str
+) -> None:
+    """A text shorter than a chunk, and missing, repeated or too short lengths are refused."""
+    with raises(code, where):
         read_chunks(tokenizer, [write(tmp_path, "a.txt", content)], contexts)
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "code", "where"),
     [
-        ("{", "not JSON"),
-        ('{"prompt": "x"}', "no `text`"),
-        ('{"messages": [{"role": "user", "content": "hi"}]}', "no row with a token to score"),
-        ('{"messages": [{"content": "hi"}]}', "chat template refuses|no row with a token"),
-        ("", "no row with a token to score"),
+        ("{", "dataset-invalid", "log.jsonl:1"),
+        ('{"prompt": "x"}', "dataset-invalid", "log.jsonl:1"),
+        ('{"messages": [{"role": "user", "content": "hi"}]}', "dataset-too-small", "log.jsonl"),
+        ('{"messages": [{"content": "hi"}]}', "chat-template-failed", "log.jsonl:1"),
+        ("", "dataset-too-small", "log.jsonl"),
     ],
 )
-def test_bad_logs(tokenizer: Tokenizer, tmp_path: Path, line: str, message: str) -> None:
+def test_bad_logs(tokenizer: Tokenizer, tmp_path: Path, line: str, code: str, where: str) -> None:
     """A line that cannot be scored is refused by its number, a log without answers by its name."""
-    with pytest.raises(UserError, match=message) as caught:
+    with raises(code, where):
         read_chunks(tokenizer, [write(tmp_path, "log.jsonl", line)], [64])
-    assert "log.jsonl" in caught.value.where
 
 
 @pytest.mark.parametrize("limit", [{"max_chunks": 0}, {"max_tokens": -1}])
 def test_empty_limits(tokenizer: Tokenizer, limit: dict[str, int]) -> None:
-    """A limit that leaves nothing is refused."""
-    with pytest.raises(UserError, match="leaves nothing"):
+    """A limit below 1 is refused."""
+    with raises("option-invalid", next(iter(limit))):
         read_chunks(tokenizer, [], [64], **limit)
 
 
@@ -180,15 +181,16 @@ def test_other_tokenizers_are_refused(smollm2: Path, tmp_path: Path) -> None:
     check_tokenizer(reference, smollm2, PROSE)
     check_tokenizer(reference, tmp_path, PROSE)
     other = with_bos(smollm2, tmp_path / "other")
-    with pytest.raises(UserError, match="part at token 0"):
+    with raises("models-mismatch", other) as caught:
         check_tokenizer(reference, other, PROSE)
+    assert "token 0" in caught.value.what
 
 
 def test_folders_stand_for_their_texts(tmp_path: Path) -> None:
-    """A folder gives its text and JSONL files in order; one without any is refused."""
+    """A folder gives its text and JSONL files in order; a folder without such files is refused."""
     for name in ("b.txt", "a.jsonl", "c.pdf"):
         write(tmp_path, name, "x")
     assert [file.name for file in find_files([tmp_path])] == ["a.jsonl", "b.txt"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"no \.txt"):
+    with raises("dataset-unreadable", tmp_path / "empty"):
         find_files([tmp_path / "empty"])

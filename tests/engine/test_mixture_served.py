@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from snugfit.data.rows import Rows, load_rows
+from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.evaluation.fidelity import perplexity
 from snugfit.quantization.quantize import quantize_checkpoint
 
@@ -26,23 +26,23 @@ RECIPES = {
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Four rows of 256 bytes of each kind of text that the mixture was not trained on."""
     file = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     texts = [path.read_bytes() for path in sorted((MIXTURE / "held-out").glob("*.txt"))]
     ids = [list(text[start : start + 256]) for text in texts for start in range(8192, 8192 + 4 * 256, 256)]
     file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids), encoding="utf-8")
-    return load_rows(MIXTURE, [file], count=len(ids), length=256)
+    return load_dataset(MIXTURE, [file], num_samples=len(ids), max_seq_length=256)
 
 
 @pytest.fixture(scope="module")
-def served(rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def served(rows: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every recipe's checkpoint, quantized here and served once; the mixture as it is under `bf16`."""
     python = os.environ.get("SNUGFIT_VLLM_PYTHON")
     if not python:
         pytest.fail("SNUGFIT_VLLM_PYTHON must name the Python of a vLLM environment: run `make engine`")
     work = tmp_path_factory.mktemp("engine")
-    (work / "rows.json").write_text(json.dumps({"rows": rows.rows}), encoding="utf-8")
+    (work / "rows.json").write_text(json.dumps({"rows": rows.samples}), encoding="utf-8")
     texts = sorted((MIXTURE / "held-out").glob("*.txt"))
     paths = {"bf16": MIXTURE}
     for recipe in RECIPES:
@@ -58,7 +58,7 @@ def served(rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_engine_runs_experts_as_we_emulate_them(recipe: str, served: dict[str, Any], rows: Rows) -> None:
+def test_engine_runs_experts_as_we_emulate_them(recipe: str, served: dict[str, Any], rows: Dataset) -> None:
     """vLLM runs attention in FP8 and experts under the recipe's scheme, and its perplexity is our emulation's."""
     entry, (experts, profile, bound) = served[recipe], RECIPES[recipe]
     assert "error" not in entry, entry.get("error")
@@ -68,6 +68,6 @@ def test_engine_runs_experts_as_we_emulate_them(recipe: str, served: dict[str, A
     assert entry["perplexity"] > served["bf16"]["perplexity"]
 
 
-def test_bf16_baseline(served: dict[str, Any], rows: Rows) -> None:
+def test_bf16_baseline(served: dict[str, Any], rows: Dataset) -> None:
     """The engine and our walk agree on the mixture as it is within 0.5 %."""
     assert served["bf16"]["perplexity"] == pytest.approx(perplexity(MIXTURE, rows, activations="none").value, rel=0.005)

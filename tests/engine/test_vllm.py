@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from snugfit.data.rows import Rows, load_rows, python_topics
+from snugfit.data.dataset import Dataset, load_dataset
+from snugfit.data.python_docs import python_topics
 from snugfit.evaluation.fidelity import perplexity
 from snugfit.formats import fp8
 from snugfit.quantization.quantize import quantize_checkpoint
@@ -52,21 +53,21 @@ def test_server_evaluated_over_http(smollm2: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
+def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """8 x 512 tokens that calibration has not seen."""
     text = tmp_path_factory.mktemp("text") / "evaluation.txt"
     text.write_text(python_topics("evaluation"), encoding="utf-8")
-    return load_rows(smollm2, [text], count=8, length=512)
+    return load_dataset(smollm2, [text], num_samples=8, max_seq_length=512)
 
 
 @pytest.fixture(scope="module")
-def served(smollm2: Path, rows: Rows, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def served(smollm2: Path, rows: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every recipe's checkpoint, quantized here and served once, by recipe; the model as it is under `bf16`."""
     python = os.environ.get("SNUGFIT_VLLM_PYTHON")
     if not python:
         pytest.fail("SNUGFIT_VLLM_PYTHON must name the Python of a vLLM environment: run `make engine`")
     work = tmp_path_factory.mktemp("engine")
-    (work / "rows.json").write_text(json.dumps({"rows": rows.rows}), encoding="utf-8")
+    (work / "rows.json").write_text(json.dumps({"rows": rows.samples}), encoding="utf-8")
     paths = {"bf16": smollm2}
     for recipe in (*RECIPES, CACHE):
         paths[recipe] = work / recipe
@@ -77,7 +78,7 @@ def served(smollm2: Path, rows: Rows, tmp_path_factory: pytest.TempPathFactory) 
     return {name: entries[str(path)] for name, path in paths.items()}
 
 
-def test_bf16_baseline(served: dict[str, Any], smollm2: Path, rows: Rows) -> None:
+def test_bf16_baseline(served: dict[str, Any], smollm2: Path, rows: Dataset) -> None:
     """The engine and our walk agree on the unquantized model within 0.5 %."""
     assert served["bf16"]["perplexity"] == pytest.approx(
         perplexity(smollm2, rows, activations=PROFILE).value, rel=0.005
@@ -85,7 +86,7 @@ def test_bf16_baseline(served: dict[str, Any], smollm2: Path, rows: Rows) -> Non
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_engine_serves_what_we_emulate(recipe: str, served: dict[str, Any], rows: Rows) -> None:
+def test_engine_serves_what_we_emulate(recipe: str, served: dict[str, Any], rows: Dataset) -> None:
     """The engine loads the file, runs the kernels that its formats ask for, and its perplexity is our emulation's."""
     entry = served[recipe]
     assert "error" not in entry, entry.get("error")
@@ -104,7 +105,7 @@ def cut_off(states: Tensor, scale: Tensor) -> Tensor:
     return ((codes.view(torch.uint8) - beyond.to(torch.uint8)).view(codes.dtype).float() * scale).to(states.dtype)
 
 
-def test_engine_caches_in_fp8(served: dict[str, Any], rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_caches_in_fp8(served: dict[str, Any], rows: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine turns its cache to FP8 by the file alone, under our scales, and loses what such a cache loses.
 
     vLLM's CPU build cuts keys and values off towards zero (0.32; seen on its kernel alone), which costs 3 % more

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from conftest import MakeTiny
 from snugfit.cli.app import app
-from snugfit.data.rows import python_topics
+from snugfit.data.python_docs import python_topics
 from snugfit.errors import UserError
 from snugfit.evaluation.evaluate import evaluate, write_results
 from snugfit.quantization.quantize import quantize_checkpoint

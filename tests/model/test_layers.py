@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from conftest import MakeTiny
 from helpers.tiny_families import FAMILIES, all_tensors, load, random_rows
-from snugfit.data.rows import Rows, make_rows
+from snugfit.data.dataset import Dataset, make_dataset
 from snugfit.errors import UserError
 from snugfit.evaluation.fidelity import stream_logits
 from snugfit.model import layers
 from snugfit.storage.open import open_checkpoint
 
 
-def walked_logits(path: Path, rows: Rows) -> list[Tensor]:
+def walked_logits(path: Path, rows: Dataset) -> list[Tensor]:
     parts: dict[int, list[Tensor]] = {}
     lengths: dict[int, int] = {}
     for batch, _, logits in stream_logits(path, rows, activations="none"):
         for place, row in enumerate(batch.rows):
             parts.setdefault(row, []).append(logits[place].float())
             lengths[row] = batch.lengths[place]
-    return [torch.cat(parts[row])[: lengths[row]] for row in range(len(rows.rows))]
+    return [torch.cat(parts[row])[: lengths[row]] for row in range(len(rows.samples))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -48,9 +48,9 @@ def test_buffers_equal_a_full_load(family: str, make_tiny: MakeTiny) -> None:
 def test_walk_is_exact_for_equal_shapes(make_tiny: MakeTiny) -> None:
     """With rows of one length in one batch the walk gives the plain forward's logits bit for bit."""
     path = make_tiny("llama")
-    rows = make_rows(random_rows([64, 64, 64]), "random")
+    rows = make_dataset(random_rows([64, 64, 64]), "random")
     with torch.no_grad():
-        expected = load(path)(input_ids=torch.tensor(rows.rows), use_cache=False).logits.float()
+        expected = load(path)(input_ids=torch.tensor(rows.samples), use_cache=False).logits.float()
     assert torch.equal(expected, torch.stack(walked_logits(path, rows)))
 
 
@@ -90,9 +90,9 @@ def test_names_inside_layers_may_differ(
     from transformers.core_model_loading import WeightRenaming
 
     source = make_tiny("llama", dtype=torch.float32)
-    rows = make_rows(random_rows([32, 32]), "random")
+    rows = make_dataset(random_rows([32, 32]), "random")
     with torch.no_grad():
-        expected = load(source)(input_ids=torch.tensor(rows.rows), use_cache=False).logits
+        expected = load(source)(input_ids=torch.tensor(rows.samples), use_cache=False).logits
     rules = [WeightRenaming(theirs.replace(".", r"\."), ours) for ours, theirs in renamed.items()]
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: rules)
     tensors = all_tensors(source)

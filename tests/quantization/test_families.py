@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from snugfit.evaluation.subject import open_head, open_subject, resident_layer
 from torch import Tensor, nn
 
 from conftest import MakeTiny
@@ -23,13 +24,12 @@ from helpers.tiny_families import (
     unpack_nvfp4_exactly,
     write_rows,
 )
-from snugfit.data.rows import make_rows
+from snugfit.data.dataset import make_dataset
 from snugfit.errors import UserError
 from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.fidelity import stream_logits
-from snugfit.evaluation.subject import open_head, open_subject, resident_layer
-from snugfit.model import forward_pass, layers, standins
+from snugfit.model import forward_pass, layer_stubs, layers
 from snugfit.quantization.quantize import quantize_checkpoint
 from snugfit.storage.open import open_checkpoint
 
@@ -122,7 +122,7 @@ def check_quantized(
     with torch.no_grad():
         expected = load(target)(input_ids=tokens, use_cache=False).logits.float()
         original = load(source)(input_ids=tokens, use_cache=False).logits.float()
-    found = torch.cat([part.float() for _, _, part in stream_logits(target, make_rows(rows, "random"))], dim=1)
+    found = torch.cat([part.float() for _, _, part in stream_logits(target, make_dataset(rows, "random"))], dim=1)
     # a code that sits on a tie may fall the other way; a linear that is left alone makes 0.05
     assert float((expected - found).abs().mean() / expected.abs().mean()) < 0.01
     reference, candidate = evaluate([target], reference_model=source, text=[text]).contexts[0].models[:2]
@@ -195,8 +195,8 @@ def test_tokens_own_inputs_are_not_shared(make_tiny: MakeTiny) -> None:
     states = [batch.calls[0][1]["shared_kv_states"] for batch in batches]
     assert len({id(state) for state in states}) == len(batches)
     assert all(batch.calls[2][1]["shared_kv_states"] is batch.calls[0][1]["shared_kv_states"] for batch in batches)
-    assert skeleton.hand_on
-    assert not layers.build_skeleton(open_checkpoint(make_tiny("llama"))).hand_on
+    assert skeleton.carries_state
+    assert not layers.build_skeleton(open_checkpoint(make_tiny("llama"))).carries_state
 
 
 def test_names_within_a_layer(make_tiny: MakeTiny) -> None:
@@ -238,7 +238,7 @@ class Decoder(nn.Module):
         self.scale, self.first = scale, first
 
     def get_input_embeddings(self) -> nn.Module:
-        """What a stand-in replaces."""
+        """What a layer stub replaces."""
         return self.embed
 
     def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
@@ -257,9 +257,9 @@ def test_loops_over_layers_are_told_apart(first: bool) -> None:
     """A loop that takes the first part of a layer's answer is known; one that changes states between is refused."""
     tokens = torch.zeros((1, 4), dtype=torch.int64)
     plain, scaled = Decoder(1.0, first=first), Decoder(0.5, first=first)
-    assert standins.rehearse(plain, plain.layers, tokens, where="here").in_tuple == first
+    assert layer_stubs.trace_layer_calls(plain, plain.layers, tokens, where="here").returns_tuple == first
     with pytest.raises(UserError, match="here: its layers are run in a way that is not handled yet"):
-        standins.rehearse(scaled, scaled.layers, tokens, where="here")
+        layer_stubs.trace_layer_calls(scaled, scaled.layers, tokens, where="here")
 
 
 @pytest.mark.parametrize("kind", ["llama", "house_model"])

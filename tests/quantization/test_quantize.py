@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import MakeTiny
-from snugfit.data.rows import load_rows
+from snugfit.data.dataset import load_dataset
 from snugfit.errors import UserError
 from snugfit.evaluation.fidelity import perplexity
 from snugfit.formats import nvfp4
@@ -155,7 +155,7 @@ def test_record_tells_what_is_on_disk(make_tiny: MakeTiny, token_rows: Path, tmp
     assert record.files == {"model.safetensors": digest}
     assert record.dataset is not None
     assert record.dataset["tokens"] == 6 * 48
-    assert record.dataset["digest"] == load_rows(source, [token_rows]).digest
+    assert record.dataset["digest"] == load_dataset(source, [token_rows]).digest
     down = next(t for t in record.tensors if t.name == "model.layers.0.mlp.down_proj.weight")
     weight = read_tensor(open_checkpoint(source), down.name).float()
     parts = {p: written[f"model.layers.0.mlp.down_proj.{p}"] for p in ("weight_packed", "weight_scale")}
@@ -205,7 +205,7 @@ def test_one_layer_is_in_memory_at_a_time(
     if step == "quantize":
         quantize_checkpoint(source, tmp_path / "out", "nvfp4", text=[token_rows])
     else:
-        perplexity(source, load_rows(source, [token_rows]))
+        perplexity(source, load_dataset(source, [token_rows]))
     assert counts == [0, 0, 0]
 
 
@@ -229,7 +229,7 @@ rules:
     assert formats["1.mlp.up_proj"] == "int4-g32-asym"
     assert formats["1.self_attn.q_proj"] == "as it was"
     assert formats["2.self_attn.o_proj"] == "fp8-dynamic"
-    rows = load_rows(source, [token_rows])
+    rows = load_dataset(source, [token_rows])
     before, after = perplexity(source, rows), perplexity(tmp_path / "out", rows, activations="none")
     assert before.value != after.value
     assert after.value == pytest.approx(before.value, rel=0.2)
@@ -271,4 +271,4 @@ def test_unknown_activation_profile_is_refused(make_tiny: MakeTiny, token_rows: 
     """Perplexity under a profile that does not exist is an error, also for a model without quantized layers."""
     source = make_tiny("llama")
     with pytest.raises(UserError, match="unknown activation profile 'blackwel'"):
-        perplexity(source, load_rows(source, [token_rows]), activations="blackwel")
+        perplexity(source, load_dataset(source, [token_rows]), activations="blackwel")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from snugfit.evaluation.subject import open_head, open_subject, pass_layers
 from torch import Tensor
 
 from helpers.tiny_families import (
@@ -23,12 +24,11 @@ from helpers.tiny_families import (
     unpack_nvfp4_exactly,
     write_rows,
 )
-from snugfit.data.rows import make_rows
+from snugfit.data.dataset import make_dataset
 from snugfit.errors import UserError
 from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.fidelity import perplexity, stream_logits
-from snugfit.evaluation.subject import open_head, open_subject, pass_layers
 from snugfit.model import layers
 from snugfit.quantization.quantize import quantize_checkpoint
 from snugfit.storage.open import open_checkpoint
@@ -107,7 +107,7 @@ def check_quantized(family: str, recipe: str, tmp_path: Path, monkeypatch: pytes
     with torch.no_grad():
         expected = load(target)(input_ids=torch.tensor(rows), use_cache=False).logits.float()
         original = load(source)(input_ids=torch.tensor(rows), use_cache=False).logits.float()
-    found = torch.cat([part.float() for _, _, part in stream_logits(target, make_rows(rows, "random"))], dim=1)
+    found = torch.cat([part.float() for _, _, part in stream_logits(target, make_dataset(rows, "random"))], dim=1)
     # a code that sits on a tie may fall the other way; a linear that is left alone makes 0.05
     assert float((expected - found).abs().mean() / expected.abs().mean()) < 0.01
     reference, candidate = evaluate([target], reference_model=source, text=[text]).contexts[0].models[:2]
@@ -139,7 +139,7 @@ def test_names_of_older_and_newer_files(
     other = renamed(plain, tmp_path / "other", names)
     assert layers.build_skeleton(open_checkpoint(other)).stored_layers_name == decoder
     rows = random_rows([32, 32])
-    assert perplexity(other, make_rows(rows, "")).value == perplexity(plain, make_rows(rows, "")).value
+    assert perplexity(other, make_dataset(rows, "")).value == perplexity(plain, make_dataset(rows, "")).value
     text = write_rows(tmp_path / "rows.jsonl", rows)
     for path in (plain, other):
         quantize_checkpoint(path, path.with_suffix(".out"), "nvfp4", text=[text])
@@ -157,7 +157,7 @@ def test_names_of_older_and_newer_files(
 
 
 def ours(path: Path, rows: list[list[int]]) -> Tensor:
-    return torch.cat([part.float() for _, _, part in stream_logits(path, make_rows(rows, "random"))], dim=1)
+    return torch.cat([part.float() for _, _, part in stream_logits(path, make_dataset(rows, "random"))], dim=1)
 
 
 @pytest.mark.parametrize("spelling", ["file", "modules"])
@@ -166,14 +166,14 @@ def test_configs_may_name_modules_as_transformers_does(spelling: str, tmp_path: 
     source, target = make_vision_language(tmp_path / "model", "gemma3"), tmp_path / "out"
     rows = random_rows([32, 32])
     quantize_checkpoint(source, target, "fp8-dynamic", text=[write_rows(tmp_path / "rows.jsonl", rows)])
-    before = perplexity(target, make_rows(rows, "")).value
+    before = perplexity(target, make_dataset(rows, "")).value
     config: dict[str, Any] = json.loads((target / "config.json").read_text(encoding="utf-8"))
     group = config["quantization_config"]["config_groups"]["group_0"]
     linears = layers.linear_names(layers.build_skeleton(open_checkpoint(source)))
     inside = {theirs: ours for theirs, ours in linears.items() if ".layers." in theirs}
     group["targets"] = list(inside if spelling == "file" else inside.values())
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert perplexity(target, make_rows(rows, "")).value == before
+    assert perplexity(target, make_dataset(rows, "")).value == before
     group["targets"] = ["language_model.layers.0.elsewhere"]
     (target / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with pytest.raises(UserError, match="is stored quantized, but the config leaves it alone"):

@@ -11,13 +11,13 @@ import torch
 from compressed_tensors.compressors.nvfp4 import base
 from safetensors import safe_open
 from safetensors.torch import load_file
+from snugfit.evaluation.subject import open_subject
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import MakeTiny
-from snugfit.data.rows import Rows, load_rows
+from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.evaluation.fidelity import stream_logits
-from snugfit.evaluation.subject import open_subject
 from snugfit.quantization.plan import plan_quantization
 from snugfit.quantization.quantize import quantize_checkpoint
 
@@ -42,20 +42,20 @@ def written(llama: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def rows(llama: Path, token_rows: Path) -> Rows:
+def rows(llama: Path, token_rows: Path) -> Dataset:
     """What it was calibrated on."""
-    return load_rows(llama, [token_rows])
+    return load_dataset(llama, [token_rows])
 
 
-def theirs(path: Path, rows: Rows) -> Tensor:
+def theirs(path: Path, rows: Dataset) -> Tensor:
     """Logits of transformers with compressed-tensors."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     with torch.no_grad():
-        result: Tensor = model(input_ids=torch.tensor(rows.rows), use_cache=False).logits.float()
+        result: Tensor = model(input_ids=torch.tensor(rows.samples), use_cache=False).logits.float()
     return result
 
 
-def ours(path: Path, rows: Rows, activations: str = "vllm-blackwell") -> Tensor:
+def ours(path: Path, rows: Dataset, activations: str = "vllm-blackwell") -> Tensor:
     found = stream_logits(path, rows, activations=activations)
     return torch.cat([logits.float() for _, _, logits in found], dim=1)
 
@@ -95,7 +95,7 @@ def test_evaluation_reads_what_was_written(
 
 
 @pytest.mark.parametrize("recipe", ["fp8-block", "fp8-dynamic-fp8kv"])
-def test_transformers_sees_what_we_emulate(recipe: str, written: dict[str, Path], rows: Rows) -> None:
+def test_transformers_sees_what_we_emulate(recipe: str, written: dict[str, Path], rows: Dataset) -> None:
     """In fp32, inputs of linears and the cache rounded, transformers' logits are ours but for codes on a tie."""
     assert apart(theirs(written[recipe], rows), ours(written[recipe], rows)) < 1e-5
     # and that is no small thing
@@ -103,7 +103,7 @@ def test_transformers_sees_what_we_emulate(recipe: str, written: dict[str, Path]
 
 
 def test_transformers_sees_our_mxfp4_weights(
-    written: dict[str, Path], rows: Rows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: dict[str, Path], rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With inputs in 16 bits, where engines' roundings do not differ, transformers' logits of MXFP4 are ours."""
     unpack = base.unpack_fp4_from_uint8  # to bf16 by default, whatever the model's dtype is
@@ -120,14 +120,14 @@ def test_transformers_sees_our_mxfp4_weights(
     assert apart(theirs(tmp_path, rows), ours(written["mxfp4"], rows)) > 1e-3
 
 
-def test_scales_of_the_cache_are_those_of_its_rows(written: dict[str, Path], llama: Path, rows: Rows) -> None:
+def test_scales_of_the_cache_are_those_of_its_rows(written: dict[str, Path], llama: Path, rows: Dataset) -> None:
     """Scales are the largest keys and values that the FP8 weights give on the calibration rows, by 448."""
     tensors = load_file(written["fp8-dynamic-fp8kv"] / "model.safetensors")
     config = json.loads((written["fp8-dynamic-fp8kv"] / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"]["num_bits"] == 8
     model: Any = AutoModelForCausalLM.from_pretrained(llama).eval()
     with torch.no_grad():
-        cache = model(input_ids=torch.tensor(rows.rows), use_cache=True).past_key_values
+        cache = model(input_ids=torch.tensor(rows.samples), use_cache=True).past_key_values
     for layer, kept in enumerate(cache.layers):
         for which, states in (("k", kept.keys), ("v", kept.values)):
             scale = tensors[f"model.layers.{layer}.self_attn.{which}_scale"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evaluation.test_evaluate import agree, by_hand, models, noisy, plain
-from snugfit.data.rows import python_topics
+from snugfit.data.python_docs import python_topics
 from snugfit.data.texts import read_chunks
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.evaluation.evaluate import evaluate

@@ -1,95 +1,33 @@
-"""A model directory's tokenizer, and its chat template."""
+"""A model directory's tokenizer and its chat template: texts and conversations become token ids."""
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from snugfit.errors import UserError
 
-TEMPLATE_SECONDS = 60.0  # for one conversation, which takes milliseconds
+CHARACTERS_PER_TOKEN = 8  # tokens are rarely longer
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The model directory's tokenizer; UserError where there is none."""
+    """transformers' tokenizer of a model directory; UserError where there is no usable one."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # noqa: BLE001 (what its files can make transformers raise has no end)
+    except Exception as error:  # noqa: BLE001  # a model's files can make transformers raise any error
         line = (str(error).strip().splitlines() or [""])[0]
         if "trust_remote_code" in str(error):
             line = "it is code of the model's own, which is never run"
         raise UserError(
             f"no usable tokenizer ({line}).",
+            code="tokenizer-unusable",
             where=str(path),
             remedy="Copy the tokenizer's files here, or give rows of `input_ids` in a JSONL file.",
         ) from None
-
-
-def apply_template(tokenizer: Any, messages: Sequence[Any], **options: Any) -> list[int]:
-    """Token ids of a conversation in the model's chat template, which is a program; ValueError where it does not end.
-
-    transformers runs it in jinja's sandbox, out of reach of files and Python. What it allocates is not bounded.
-    """
-    ids: Future[list[int]] = Future()
-
-    def work() -> None:
-        try:
-            found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
-            ids.set_result(list(found["input_ids"]))
-        except BaseException as error:  # noqa: BLE001 (it is raised again in the caller's thread)
-            ids.set_exception(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        return ids.result(TEMPLATE_SECONDS)
-    except TimeoutError:
-        if ids.done():
-            raise
-        end = ctypes.pythonapi.PyThreadState_SetAsyncExc  # a loop in the template ends with its next step
-        end(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
-        raise ValueError(f"it takes more than {TEMPLATE_SECONDS:g} s") from None
-
-
-@contextmanager
-def template_errors(where: str) -> Iterator[None]:
-    """Whatever a chat template raises, as a UserError at `where`."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # noqa: BLE001 (templates are programs)
-        raise UserError(
-            f"the chat template refuses these messages ({error}).", where=where, remedy="Give `text` instead."
-        ) from None
-
-
-def leading_tokens(encode: Any) -> list[int]:
-    """What the tokenizer puts before a text, such as BOS."""
-    plain = encode("a", add_special_tokens=False)
-    full = encode("a")
-    place = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
-    return list(full[:place])
-
-
-def first_tokens(encode: Any, text: str, wanted: int) -> list[int]:
-    """The text's tokens without special ones: at least the first `wanted`, if it has them."""
-    ids: list[int] = []
-    # a token is rarely longer than eight characters; take more text until there is enough
-    characters = 8 * wanted
-    while len(ids) < wanted:
-        ids = encode(text[:characters], add_special_tokens=False)
-        if characters >= len(text):
-            break
-        characters *= 2
-    return ids
 
 
 class Tokenizer:
@@ -107,16 +45,58 @@ class Tokenizer:
 
     @property
     def raw(self) -> Any:
-        """transformers' own object; UserError where there is none."""
+        """transformers' own object; UserError where there is no usable one."""
         if self._loaded is None:
             self._loaded = load_tokenizer(self.path)
             self._loaded.model_max_length = int(1e30)  # no warning about texts that are cut later
         return self._loaded
 
-    def encode(self, text: str, **options: Any) -> list[int]:
-        """Token ids of a text."""
-        return list(self.raw(text, **options).input_ids)
+    def encode(self, text: str, *, where: str = "", special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the tokens that the tokenizer adds to it unless `special_tokens` is False."""
+        raw = self.raw
+        try:
+            return list(raw(text, add_special_tokens=special_tokens).input_ids)
+        except Exception as error:  # noqa: BLE001  # tokenizers raise that very class
+            raise UserError(
+                f"this text cannot be tokenized ({error}).",
+                code="dataset-invalid",
+                where=where,
+                remedy="Correct the text: is it valid Unicode?",
+            ) from None
 
-    def chat(self, messages: Sequence[Any], **options: Any) -> list[int]:
-        """Token ids of a conversation in the model's template."""
-        return apply_template(self.raw, messages, **options)
+    def chat(self, messages: Sequence[Any], *, where: str, **options: Any) -> list[int]:
+        """Token ids of a conversation in the model's chat template; UserError at `where` if the template fails.
+
+        A template is a program of the model. transformers runs it in jinja's sandbox, without access to files or
+        Python; neither its time nor its memory is bounded.
+        """
+        raw = self.raw
+        try:
+            found = raw.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+            return list(found["input_ids"])
+        except Exception as error:  # noqa: BLE001  # templates are programs
+            raise UserError(
+                f"the chat template refuses these messages ({error}).",
+                code="chat-template-failed",
+                where=where,
+                remedy="Give `text` instead of `messages`.",
+            ) from None
+
+    @cached_property
+    def start_tokens(self) -> list[int]:
+        """The tokens that the tokenizer puts before a text, such as BOS."""
+        plain = self.encode("a", special_tokens=False)
+        full = self.encode("a")
+        place = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
+        return full[:place]
+
+    def first_tokens(self, text: str, count: int, *, where: str = "") -> list[int]:
+        """The text's tokens without special ones: at least the first `count`, or all of a shorter text."""
+        ids: list[int] = []
+        characters = CHARACTERS_PER_TOKEN * count  # doubled until they hold enough tokens
+        while len(ids) < count:
+            ids = self.encode(text[:characters], where=where, special_tokens=False)
+            if characters >= len(text):
+                break
+            characters *= 2
+        return ids

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snugfit.data.rows import Rows
+from snugfit.data.dataset import Dataset
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.evaluation.significance import ratio_mean
 from snugfit.evaluation.subject import TOKENS_PER_BATCH, open_head, open_subject, pass_layers
@@ -29,10 +29,10 @@ class Perplexity:
 
 
 def perplexity(
-    checkpoint: str | Path, rows: Rows, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
+    checkpoint: str | Path, rows: Dataset, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
 ) -> Perplexity:
     """Perplexity of a model directory (16-bit or quantized) on token rows; linears' inputs per profile."""
-    sums = [0.0] * len(rows.rows)
+    sums = [0.0] * len(rows.samples)
     for batch, start, logits in stream_logits(checkpoint, rows, activations=activations, device=device):
         wanted = batch.tokens[:, start + 1 : start + 1 + logits.shape[1]]
         losses = torch.nn.functional.cross_entropy(
@@ -40,7 +40,7 @@ def perplexity(
         )
         for place, row in enumerate(batch.rows):
             sums[row] += float(losses[place, : max(0, batch.lengths[place] - 1 - start)].double().sum())
-    counts = [len(row) - 1 for row in rows.rows]
+    counts = [len(row) - 1 for row in rows.samples]
     return summarize(sums, counts)
 
 
@@ -56,10 +56,10 @@ def summarize(sums: list[float], counts: list[int]) -> Perplexity:
 
 @torch.no_grad()
 def stream_logits(
-    checkpoint: str | Path, rows: Rows, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
+    checkpoint: str | Path, rows: Dataset, *, activations: str = DEFAULT_PROFILE, device: str = "cpu"
 ) -> Iterator[tuple[forward_pass.Batch, int, Tensor]]:
     """Logits of every row, piece by piece: (batch, first position, [B, t, V]); one decoder layer in memory."""
     place = torch.device(device)
     subject = open_subject(checkpoint, activations=activations)
-    batches = pass_layers(subject, rows.rows, place, tokens_per_batch=TOKENS_PER_BATCH)
+    batches = pass_layers(subject, rows.samples, place, tokens_per_batch=TOKENS_PER_BATCH)
     yield from forward_pass.logits(open_head(subject, place), batches)

@@ -1,4 +1,4 @@
-"""Rows of tokens: where they come from, how long they are, how they begin, and the digest that tells them apart."""
+"""Samples of a dataset: where they come from, how long they are, how they begin, and their digest."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import shutil
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 
-from snugfit.data.rows import Rows, load_rows, make_rows, python_topics, unwrap
+from helpers.errors import raises
+from snugfit.data.dataset import Dataset, load_dataset, make_dataset
+from snugfit.data.python_docs import python_topics
 from snugfit.data.tokenizer import load_tokenizer
-from snugfit.errors import UserError
 
 BOS = 1  # <|im_start|> of the packaged model's tokenizer
 PROSE = "The quick brown fox jumps over the lazy dog. " * 60
@@ -76,88 +76,69 @@ def plain(tokenizer: Any, text: str) -> list[int]:
 
 def test_default_needs_nothing_and_is_deterministic(smollm2: Path) -> None:
     """Without files, rows of exactly the asked length come from Python's documentation, the same ones every time."""
-    first, second = (load_rows(smollm2, [], count=5, length=100) for _ in range(2))
+    first, second = (load_dataset(smollm2, [], num_samples=5, max_seq_length=100) for _ in range(2))
     assert first == second
-    assert [len(row) for row in first.rows] == [100] * 5
+    assert [len(row) for row in first.samples] == [100] * 5
     assert first.tokens == 500
-    assert len(set(first.rows)) == 5
+    assert len(set(first.samples)) == 5
     assert "Python's documentation topics" in first.source
 
 
 def test_default_has_rows_enough(smollm2: Path) -> None:
-    """The default text yields the 32 rows of 1024 tokens that a run asks for when it is told nothing."""
-    rows = load_rows(smollm2, [])
-    assert [len(row) for row in rows.rows] == [1024] * 32
+    """The default text yields the 32 samples of 1024 tokens that a run takes by default."""
+    rows = load_dataset(smollm2, [])
+    assert [len(row) for row in rows.samples] == [1024] * 32
 
 
 def test_default_rows_are_the_topics_text(smollm2: Path, tokenizer: Any) -> None:
     """The default rows are the calibration topics from their beginning, without gaps."""
-    rows = load_rows(smollm2, [], count=3, length=50)
-    joined = tokenizer.decode([token for row in rows.rows for token in row])
+    rows = load_dataset(smollm2, [], num_samples=3, max_seq_length=50)
+    joined = tokenizer.decode([token for row in rows.samples for token in row])
     assert python_topics("calibration").startswith(joined)
-
-
-def test_calibration_and_evaluation_are_all_topics() -> None:
-    """Every paragraph of Python's documentation topics is in one of the two parts."""
-    both = python_topics("calibration") + "\n\n" + python_topics("evaluation")
-    found = {paragraph.strip() for paragraph in both.split("\n\n")}
-    assert {paragraph.strip() for text in topics.values() for paragraph in unwrap(text).split("\n\n")} <= found
-
-
-def test_calibration_and_evaluation_share_no_paragraph() -> None:
-    """No paragraph of prose that is calibrated on is evaluated on, though topics quote each other at length."""
-    parts = [
-        {" ".join(paragraph.split()) for paragraph in python_topics(part).split("\n\n") if len(paragraph) > 80}
-        for part in ("calibration", "evaluation")
-    ]
-    assert min(len(part) for part in parts) > 300
-    assert not parts[0] & parts[1]
-
-
-def test_unwrapping_joins_prose_and_leaves_what_is_indented() -> None:
-    """Hard line breaks of prose are joined; code, lists and headings' underlines keep their lines."""
-    text = "one\ntwo\n\n   code\n   more\n\na list\n  * item\n\nlast"
-    assert unwrap(text) == "one two\n\n   code\n   more\n\na list\n  * item\n\nlast"
 
 
 # --- text files
 
 
 def test_text_is_cut_into_rows_of_exact_length(smollm2: Path, tokenizer: Any, tmp_path: Path) -> None:
-    """A text gives consecutive rows of exactly `length` tokens, as many as are asked for."""
-    rows = load_rows(smollm2, [text_file(tmp_path, PROSE)], count=4, length=30)
-    assert [list(row) for row in rows.rows] == [plain(tokenizer, PROSE)[30 * n : 30 * (n + 1)] for n in range(4)]
+    """A text gives consecutive samples of exactly `max_seq_length` tokens, as many as are asked for."""
+    rows = load_dataset(smollm2, [text_file(tmp_path, PROSE)], num_samples=4, max_seq_length=30)
+    assert [list(row) for row in rows.samples] == [plain(tokenizer, PROSE)[30 * n : 30 * (n + 1)] for n in range(4)]
     assert rows.source == "text.txt"
 
 
 def test_text_gives_whole_rows_only(smollm2: Path, tokenizer: Any, tmp_path: Path) -> None:
     """A text that ends amid a row gives the rows before it and not the rest."""
     tokens = plain(tokenizer, PROSE)
-    rows = load_rows(smollm2, [text_file(tmp_path, PROSE)], count=10**6, length=100)
-    assert len(rows.rows) == len(tokens) // 100
-    assert all(len(row) == 100 for row in rows.rows)
+    rows = load_dataset(smollm2, [text_file(tmp_path, PROSE)], num_samples=10**6, max_seq_length=100)
+    assert len(rows.samples) == len(tokens) // 100
+    assert all(len(row) == 100 for row in rows.samples)
 
 
 def test_text_shorter_than_a_row_is_one_row(smollm2: Path, tokenizer: Any, tmp_path: Path) -> None:
     """A text of two tokens or more that does not fill one row is a shorter row."""
-    rows = load_rows(smollm2, [text_file(tmp_path, "hello there")], count=4, length=100)
-    assert rows.rows == (tuple(plain(tokenizer, "hello there")),)
+    rows = load_dataset(smollm2, [text_file(tmp_path, "hello there")], num_samples=4, max_seq_length=100)
+    assert rows.samples == (tuple(plain(tokenizer, "hello there")),)
 
 
 @pytest.mark.parametrize("content", ["", "a"])
 def test_text_without_two_tokens(content: str, smollm2: Path, tmp_path: Path) -> None:
     """An empty text or a single token is refused by the file's name."""
-    with pytest.raises(UserError, match=r"text\.txt: empty or too short"):
-        load_rows(smollm2, [text_file(tmp_path, content)])
+    with raises("dataset-too-small", "text.txt"):
+        load_dataset(smollm2, [text_file(tmp_path, content)])
 
 
 def test_several_files_give_rows_in_order(smollm2: Path, tokenizer: Any, tmp_path: Path) -> None:
     """Rows of several files, text and JSONL, follow each other until there are enough."""
     files = [text_file(tmp_path, "hello there"), jsonl(tmp_path, {"input_ids": [5, 6]}, {"text": "good day"})]
-    rows = load_rows(smollm2, files, count=3, length=20)
-    assert [list(row) for row in rows.rows] == [plain(tokenizer, "hello there"), [5, 6], plain(tokenizer, "good day")]
+    rows = load_dataset(smollm2, files, num_samples=3, max_seq_length=20)
+    assert [list(row) for row in rows.samples] == [
+        plain(tokenizer, "hello there"),
+        [5, 6],
+        plain(tokenizer, "good day"),
+    ]
     assert rows.source == "text.txt, rows.jsonl"
-    assert load_rows(smollm2, files, count=2, length=20).rows == rows.rows[:2]
+    assert load_dataset(smollm2, files, num_samples=2, max_seq_length=20).samples == rows.samples[:2]
 
 
 @pytest.mark.parametrize("name", ["second.txt", "second.jsonl", "second.NDJSON"])
@@ -165,16 +146,16 @@ def test_files_share_the_rows(name: str, smollm2: Path, tmp_path: Path) -> None:
     """Every file gives an equal share of the rows, the first ones taking the odd row."""
     line = '{"input_ids": [5, 6, 7]}\n' if name != "second.txt" else "one more text, and some more words " * 20
     more = text_file(tmp_path, line * 9, name)
-    rows = load_rows(smollm2, [text_file(tmp_path, PROSE * 9), more], count=5, length=20)
-    assert len(rows.rows) == 5
-    alone = load_rows(smollm2, [more], count=2, length=20)
-    assert rows.rows[3:] == alone.rows
+    rows = load_dataset(smollm2, [text_file(tmp_path, PROSE * 9), more], num_samples=5, max_seq_length=20)
+    assert len(rows.samples) == 5
+    alone = load_dataset(smollm2, [more], num_samples=2, max_seq_length=20)
+    assert rows.samples[3:] == alone.samples
 
 
 def test_json_that_is_no_jsonl_is_refused(smollm2: Path, tmp_path: Path) -> None:
     """A .json file would be calibrated on as raw text: it is refused."""
-    with pytest.raises(UserError, match="neither text nor rows"):
-        load_rows(smollm2, [text_file(tmp_path, "[]", "rows.json")], count=2, length=20)
+    with raises("dataset-unreadable", "rows.json"):
+        load_dataset(smollm2, [text_file(tmp_path, "[]", "rows.json")], num_samples=2, max_seq_length=20)
 
 
 # --- how a row begins
@@ -183,33 +164,33 @@ def test_json_that_is_no_jsonl_is_refused(smollm2: Path, tmp_path: Path) -> None
 def test_every_row_of_a_text_begins_as_the_tokenizer_begins(altered: Altered, tokenizer: Any, tmp_path: Path) -> None:
     """Where the tokenizer puts a token before a text, every row has it, and the rows are no longer for it."""
     model = altered(before=["<|im_start|>"])
-    rows = load_rows(model, [text_file(tmp_path, PROSE)], count=3, length=30)
+    rows = load_dataset(model, [text_file(tmp_path, PROSE)], num_samples=3, max_seq_length=30)
     tokens = plain(tokenizer, PROSE)
-    assert [list(row) for row in rows.rows] == [[BOS, *tokens[29 * n : 29 * (n + 1)]] for n in range(3)]
-    short = load_rows(model, [text_file(tmp_path, "hello there")], count=3, length=30)
-    assert list(short.rows[0]) == [BOS, *plain(tokenizer, "hello there")]
+    assert [list(row) for row in rows.samples] == [[BOS, *tokens[29 * n : 29 * (n + 1)]] for n in range(3)]
+    short = load_dataset(model, [text_file(tmp_path, "hello there")], num_samples=3, max_seq_length=30)
+    assert list(short.samples[0]) == [BOS, *plain(tokenizer, "hello there")]
 
 
 def test_a_tokenizer_that_also_ends_texts(altered: Altered, tokenizer: Any, tmp_path: Path) -> None:
     """Where the tokenizer puts tokens before and behind a text, rows have the former and not the latter."""
     model = altered(before=["<|im_start|>"], after=["<|im_end|>"])
-    rows = load_rows(model, [text_file(tmp_path, PROSE)], count=2, length=30)
+    rows = load_dataset(model, [text_file(tmp_path, PROSE)], num_samples=2, max_seq_length=30)
     tokens = plain(tokenizer, PROSE)
-    assert [list(row) for row in rows.rows] == [[BOS, *tokens[:29]], [BOS, *tokens[29:58]]]
+    assert [list(row) for row in rows.samples] == [[BOS, *tokens[:29]], [BOS, *tokens[29:58]]]
 
 
 def test_rows_of_one_word(altered: Altered, tokenizer: Any, tmp_path: Path) -> None:
-    """Rows with room for one token beside the beginning are made of any text with two tokens."""
+    """Samples of one token behind the beginning are made of any text with two tokens."""
     model = altered(before=["<|im_start|>"])
-    rows = load_rows(model, [text_file(tmp_path, "business plans and more")], count=1, length=2)
-    assert [list(row) for row in rows.rows] == [[BOS, *plain(tokenizer, "business")]]
+    rows = load_dataset(model, [text_file(tmp_path, "business plans and more")], num_samples=1, max_seq_length=2)
+    assert [list(row) for row in rows.samples] == [[BOS, *plain(tokenizer, "business")]]
 
 
 @pytest.mark.parametrize("before", [["<|im_start|>", "<|im_end|>"], ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]])
-def test_rows_with_no_room_for_text(before: list[str], altered: Altered, tmp_path: Path) -> None:
+def test_rows_too_short_for_text(before: list[str], altered: Altered, tmp_path: Path) -> None:
     """A length that the tokenizer's own beginning uses up is refused."""
-    with pytest.raises(UserError, match="length"):
-        load_rows(altered(before=before), [text_file(tmp_path, PROSE)], count=1, length=2)
+    with raises("option-invalid", "max_seq_length"):
+        load_dataset(altered(before=before), [text_file(tmp_path, PROSE)], num_samples=1, max_seq_length=2)
 
 
 # --- JSONL
@@ -218,70 +199,68 @@ def test_rows_with_no_room_for_text(before: list[str], altered: Altered, tmp_pat
 def test_jsonl_of_text(altered: Altered, tokenizer: Any, tmp_path: Path) -> None:
     """A `text` line is tokenized as the tokenizer does by itself, beginning included, and cut at the length."""
     model = altered(before=["<|im_start|>"])
-    rows = load_rows(model, [jsonl(tmp_path, {"text": "hello there"}, {"text": PROSE})], length=40)
-    assert list(rows.rows[0]) == [BOS, *plain(tokenizer, "hello there")]
-    assert list(rows.rows[1]) == [BOS, *plain(tokenizer, PROSE)[:39]]
+    rows = load_dataset(model, [jsonl(tmp_path, {"text": "hello there"}, {"text": PROSE})], max_seq_length=40)
+    assert list(rows.samples[0]) == [BOS, *plain(tokenizer, "hello there")]
+    assert list(rows.samples[1]) == [BOS, *plain(tokenizer, PROSE)[:39]]
 
 
 def test_jsonl_of_messages(smollm2: Path, tokenizer: Any, tmp_path: Path) -> None:
     """A `messages` line goes through the model's chat template."""
     messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello, how are you?"}]
-    rows = load_rows(smollm2, [jsonl(tmp_path, {"messages": messages})], length=500)
+    rows = load_dataset(smollm2, [jsonl(tmp_path, {"messages": messages})], max_seq_length=500)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     assert "how are you" in text
-    assert list(rows.rows[0]) == plain(tokenizer, text)
+    assert list(rows.samples[0]) == plain(tokenizer, text)
 
 
 def test_jsonl_of_token_ids_needs_no_tokenizer(tmp_path: Path) -> None:
     """An `input_ids` line is a row as it is, cut at the length, for a model without a tokenizer too."""
     file = jsonl(tmp_path, {"input_ids": [7, 8, 9]}, {"input_ids": list(range(20)), "text": "not this"})
-    rows = load_rows(tmp_path, [file], length=5, vocabulary=20)
-    assert rows.rows == ((7, 8, 9), (0, 1, 2, 3, 4))
+    rows = load_dataset(tmp_path, [file], max_seq_length=5, vocabulary=20)
+    assert rows.samples == ((7, 8, 9), (0, 1, 2, 3, 4))
 
 
 def test_jsonl_lines_too_short_or_empty_are_passed_over(tmp_path: Path) -> None:
     """Empty lines and rows of less than two tokens are no rows, and do not count as such."""
     file = text_file(tmp_path, '\n{"input_ids": [1]}\r\n{"input_ids": []}\n\n{"input_ids": [1, 2]}', "rows.jsonl")
-    assert load_rows(tmp_path, [file], count=1).rows == ((1, 2),)
+    assert load_dataset(tmp_path, [file], num_samples=1).samples == ((1, 2),)
 
 
 def test_jsonl_stops_at_the_count(tmp_path: Path) -> None:
     """Lines behind the last row that is needed are not looked at."""
     file = text_file(tmp_path, '{"input_ids": [1, 2]}\n{"input_ids": [3, 4]}\nbroken\n', "rows.jsonl")
-    assert load_rows(tmp_path, [file], count=2).rows == ((1, 2), (3, 4))
+    assert load_dataset(tmp_path, [file], num_samples=2).samples == ((1, 2), (3, 4))
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"], ids=ascii)
 def test_jsonl_lines_end_at_line_feeds_only(separator: str, smollm2: Path, tokenizer: Any, tmp_path: Path) -> None:
     """Unicode's other line separators, which JSON allows in a string, end no line."""
     text = f"one two{separator}three"
-    rows = load_rows(smollm2, [jsonl(tmp_path, {"text": text})])
-    assert list(rows.rows[0]) == plain(tokenizer, text)
+    rows = load_dataset(smollm2, [jsonl(tmp_path, {"text": text})])
+    assert list(rows.samples[0]) == plain(tokenizer, text)
 
 
 @pytest.mark.parametrize(
-    ("line", "says"),
+    ("line", "code"),
     [
-        ('{"input_ids": [1, 2', "not JSON"),
-        ("[" * 100_000, "not JSON"),
-        ('"text"', "no `text`"),
-        ('{"input_ids": [1, -2]}', "no `text`"),
-        ('{"input_ids": [1, 2.5]}', "no `text`"),
-        ('{"input_ids": [true, false]}', "no `text`"),
-        ('{"text": "half a pair \\ud800"}', "text"),
-        ('{"messages": []}', "chat template"),
-        ('{"messages": [3]}', "chat template"),
-        ('{"messages": [{"rolle": "user"}]}', "chat template"),
+        ('{"input_ids": [1, 2', "dataset-invalid"),
+        ("[" * 100_000, "dataset-invalid"),
+        ('"text"', "dataset-invalid"),
+        ('{"input_ids": [1, -2]}', "dataset-invalid"),
+        ('{"input_ids": [1, 2.5]}', "dataset-invalid"),
+        ('{"input_ids": [true, false]}', "dataset-invalid"),
+        ('{"text": "half a pair \\ud800"}', "dataset-invalid"),
+        ('{"messages": []}', "chat-template-failed"),
+        ('{"messages": [3]}', "chat-template-failed"),
+        ('{"messages": [{"rolle": "user"}]}', "chat-template-failed"),
     ],
     ids=["broken", "deep", "string", "negative", "fraction", "truth", "surrogate", "no message", "number", "no role"],
 )
-def test_jsonl_line_that_is_no_row(line: str, says: str, smollm2: Path, tmp_path: Path) -> None:
-    """A line that cannot become a row is refused with file, line number and reason."""
+def test_jsonl_line_that_is_no_row(line: str, code: str, smollm2: Path, tmp_path: Path) -> None:
+    """A line that cannot become a row is refused with file and line number."""
     file = text_file(tmp_path, '{"input_ids": [1, 2]}\n' + line + "\n", "rows.jsonl")
-    with pytest.raises(UserError) as caught:
-        load_rows(smollm2, [file])
-    assert str(caught.value).startswith(f"{file}:2: ")
-    assert says in str(caught.value)
+    with raises(code, f"{file}:2"):
+        load_dataset(smollm2, [file])
 
 
 @pytest.mark.parametrize(
@@ -292,33 +271,33 @@ def test_jsonl_line_that_is_no_row(line: str, says: str, smollm2: Path, tmp_path
 def test_chat_template_that_refuses(template: str, altered: Altered, tmp_path: Path) -> None:
     """Messages that a chat template refuses, or a template that is broken, are refused with file and line."""
     file = jsonl(tmp_path, {"messages": [{"role": "user", "content": "Hi."}]})
-    with pytest.raises(UserError) as caught:
-        load_rows(altered(template=template), [file])
-    assert str(caught.value).startswith(f"{file}:1: the chat template refuses these messages")
+    with raises("chat-template-failed", f"{file}:1"):
+        load_dataset(altered(template=template), [file])
 
 
 # --- what else may be wrong
 
 
 def test_token_beyond_the_vocabulary(tmp_path: Path) -> None:
-    """A token id that the vocabulary lacks is refused with both numbers; the largest that it has is not."""
+    """A token id beyond the vocabulary is refused with line and both numbers; the largest of the vocabulary is not."""
     file = jsonl(tmp_path, {"input_ids": [1, 63]}, {"input_ids": [64, 1]})
-    assert load_rows(tmp_path, [file], count=1, vocabulary=64).rows == ((1, 63),)
-    with pytest.raises(UserError, match="token id 64 is beyond the model's vocabulary of 64"):
-        load_rows(tmp_path, [file], vocabulary=64)
+    assert load_dataset(tmp_path, [file], num_samples=1, vocabulary=64).samples == ((1, 63),)
+    with raises("token-out-of-range", f"{file}:2") as caught:
+        load_dataset(tmp_path, [file], vocabulary=64)
+    assert str(caught.value).count("64") == 2
 
 
 @pytest.mark.parametrize(("count", "length"), [(0, 10), (-1, 10), (1, 1), (1, 0)])
 def test_no_rows_or_no_tokens(count: int, length: int, tmp_path: Path) -> None:
-    """Less than one row of two tokens is refused before anything is read."""
-    with pytest.raises(UserError, match="are no data"):
-        load_rows(tmp_path, [tmp_path / "nowhere"], count=count, length=length)
+    """Less than one sample of two tokens is refused before anything is read."""
+    with raises("option-invalid", "num_samples" if count < 1 else "max_seq_length"):
+        load_dataset(tmp_path, [tmp_path / "nowhere"], num_samples=count, max_seq_length=length)
 
 
 def test_file_that_is_not_there(tmp_path: Path) -> None:
     """A missing file is refused by its path."""
-    with pytest.raises(UserError, match=r"nowhere\.txt: cannot be read as text"):
-        load_rows(tmp_path, [tmp_path / "nowhere.txt"])
+    with raises("dataset-unreadable", "nowhere.txt"):
+        load_dataset(tmp_path, [tmp_path / "nowhere.txt"])
 
 
 @pytest.mark.parametrize("content", [None, "garbage", "{}"], ids=["none", "garbage", "empty"])
@@ -328,10 +307,9 @@ def test_no_usable_tokenizer(content: str | None, altered: Altered, tmp_path: Pa
     (model / "tokenizer.json").unlink()
     if content is not None:
         (model / "tokenizer.json").write_text(content, encoding="utf-8")
-    with pytest.raises(UserError) as caught:
-        load_rows(model, [text_file(tmp_path, PROSE)])
-    assert str(caught.value).startswith(f"{model}: no usable tokenizer")
-    assert "`input_ids`" in str(caught.value)
+    with raises("tokenizer-unusable", model) as caught:
+        load_dataset(model, [text_file(tmp_path, PROSE)])
+    assert "`input_ids`" in caught.value.remedy
 
 
 # --- the digest
@@ -346,14 +324,14 @@ def digest_of(rows: Sequence[Sequence[int]]) -> str:
 def test_digest_is_the_documented_one(tmp_path: Path) -> None:
     """The digest is SHA-256 over the rows' ids as little-endian int32, each row behind its length."""
     ids = [[7, 8, 9], [1, 2], [70_000, 3]]
-    rows = load_rows(tmp_path, [jsonl(tmp_path, *({"input_ids": row} for row in ids))])
+    rows = load_dataset(tmp_path, [jsonl(tmp_path, *({"input_ids": row} for row in ids))])
     assert rows.digest == digest_of(ids)
-    assert rows == Rows(((7, 8, 9), (1, 2), (70_000, 3)), "rows.jsonl", digest_of(ids))
+    assert rows == Dataset(((7, 8, 9), (1, 2), (70_000, 3)), "rows.jsonl", digest_of(ids))
 
 
 @pytest.mark.parametrize("other", [[[1, 2, 3, 5]], [[1, 2], [3, 4]], [[2, 1, 3, 4]], [[1, 2, 3, 4, 0]], [[1, 2, 3]]])
 def test_digest_changes_with_the_content(other: list[list[int]]) -> None:
     """Another id, another order, another cut or another length is another digest; another source's name is not."""
-    rows = make_rows([[1, 2, 3, 4]], "a")
-    assert make_rows(other, "a").digest != rows.digest
-    assert make_rows([[1, 2, 3, 4]], "b").digest == rows.digest
+    rows = make_dataset([[1, 2, 3, 4]], "a")
+    assert make_dataset(other, "a").digest != rows.digest
+    assert make_dataset([[1, 2, 3, 4]], "b").digest == rows.digest
