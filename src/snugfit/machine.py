@@ -1,4 +1,4 @@
-"""The machine that a run is on: its devices, what it cost in time and memory, which versions ran."""
+"""The machine of a run: its devices, the time and memory that the run takes, and the versions of its libraries."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ if TYPE_CHECKING:
 
 
 def pick_device(wanted: str | None) -> torch.device:
-    """The torch device of that name, by default cuda where there is one; UserError where there is none such."""
+    """The torch device of that name, by default cuda where torch can use a GPU; UserError if it does not exist."""
     import torch
 
     name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise UserError(f"unknown device {name!r}.", remedy="Use --device cpu or --device cuda.")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
+        remedy = "Set `device` to cpu, cuda or cuda:N."
+        raise UserError(f"unknown device {name!r}.", code="option-invalid", where="device", remedy=remedy)
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("this machine has no CUDA device that torch can use.", remedy="Use --device cpu.")
-    device = torch.device(name)
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise UserError(f"there is no {name}: torch sees {torch.cuda.device_count()} devices.", remedy="Use cuda:0.")
-    torch.cuda.reset_peak_memory_stats(device)
+        what, remedy = "this machine has no CUDA device that torch can use.", "Set `device` to cpu."
+        raise UserError(what, code="device-unavailable", where="device", remedy=remedy)
+    device, count = torch.device(name), torch.cuda.device_count()
+    if device.index is not None and device.index >= count:
+        what, remedy = f"{name} does not exist: torch sees {count} devices.", "Set `device` to cuda:0."
+        raise UserError(what, code="device-unavailable", where="device", remedy=remedy)
     return device
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device; of the main memory what Linux calls available, elsewhere half of all."""
+    """Free memory of the device; for the CPU the memory that Linux calls available, on other systems half of all."""
     import torch
 
     if device.type == "cuda":
@@ -53,8 +55,16 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
+def reset_peak_gpu_bytes(device: torch.device) -> None:
+    """Start a new measurement of `peak_gpu_bytes`; does nothing for the CPU."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_gpu_bytes(device: torch.device) -> int | None:
-    """Most memory that torch had of a GPU since it was picked; None for the CPU."""
+    """Peak of the GPU memory that torch held since `reset_peak_gpu_bytes`; None for the CPU."""
     import torch
 
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -72,18 +82,18 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes and writes, for the record."""
+    """Versions of Python and of the libraries that compute and write, for the record."""
     names = ("torch", "transformers", "safetensors")
     return {name: importlib.metadata.version(name) for name in names} | {"python": platform.python_version()}
 
 
 def rss_bytes() -> int:
-    """Resident memory of this process now; its peak where the system does not tell."""
+    """Resident memory of this process now; its peak on systems that do not report the current value."""
     return _status_bytes("VmRSS") or peak_rss_bytes()
 
 
 def _status_bytes(key: str) -> int:
-    """A line of Linux's /proc/self/status, 0 elsewhere."""
+    """Bytes of a line of Linux's /proc/self/status; 0 on other systems."""
     status = Path("/proc/self/status")
     if not status.exists():
         return 0
@@ -93,7 +103,7 @@ def _status_bytes(key: str) -> int:
 
 
 def peak_rss_bytes() -> int:
-    """Peak resident memory of this process. Linux's VmHWM starts afresh at exec, where ru_maxrss keeps a parent's."""
+    """Peak resident memory of this process. Linux's VmHWM starts again at exec, where ru_maxrss keeps a parent's."""
     peak = _status_bytes("VmHWM")
     if peak:
         return peak
@@ -101,7 +111,7 @@ def peak_rss_bytes() -> int:
 
 
 def give_back_memory() -> None:
-    """Return freed memory to the system where the C library would keep it (glibc: pieces of up to 32 MB)."""
+    """Return freed memory to the system where the C library would keep it (glibc keeps pieces of up to 32 MB)."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -116,9 +126,9 @@ class Clock:
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Time a stage."""
-        begin = time.perf_counter()
+        start = time.perf_counter()
         yield
-        self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - begin
+        self.stages[stage] = self.stages.get(stage, 0.0) + time.perf_counter() - start
 
     @property
     def seconds(self) -> dict[str, float]:
