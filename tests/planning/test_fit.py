@@ -1,9 +1,9 @@
-"""`snugfit fit`: what it answers on real shapes, that it agrees with the plan, costs seconds, and refuses clearly."""
+"""`fit`: its answers on real shapes, agreement with the plan, bounded work, and clear errors."""
 
 from __future__ import annotations
 
 import json
-import os
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,19 +13,20 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from helpers.errors import failed_with, raises
 from helpers.fp8_sources import Kind, as_fp8, as_mxfp4
 from helpers.real_configs import GEMMA3_27B, LLAMA_8B, NEMO, QWEN3_NEXT_80B
 from helpers.sparse_models import Tensor, deepseek_v3, minimax_m2, write_sparse_model
 from helpers.tiny_mixtures import make_mixture
 from snugfit.cli.app import app
 from snugfit.errors import UserError
-from snugfit.planning.candidates import stored_by_plan
-from snugfit.planning.fit import fit_line, fit_model
+from snugfit.planning.fit import fit
 from snugfit.quantization.plan import plan_quantization
 from snugfit.recipes.recipe import builtin_names, load_recipe
 from snugfit.records.fit import FitRow
+from snugfit.vram.weights import is_served
 
-GIB = 1024**3
+TESTS = Path(__file__).parents[1]
 CARD = "RTX 5060 Ti 16GB"
 MakeTiny = Callable[..., Path]
 DENSE = [name for name in builtin_names() if not name.endswith("-moe")]
@@ -78,40 +79,40 @@ def run(*arguments: object) -> Any:
 
 def test_the_first_seed(nemo: Path) -> None:
     """The seed's hybrid: 9.74e9 bytes, 160 KiB a token; on its card 32k fit Aphrodite for a single user, not vLLM."""
-    record = fit_model(nemo, CARD, context=32768, engine="aphrodite")
+    record = fit(nemo, CARD, context=32768, engine="aphrodite")
     row = row_of(record.rows, "nvfp4-fp8-hybrid")
-    assert row.bytes == row.gpu_bytes == pytest.approx(9.74e9, rel=0.002)
+    assert row.bytes == row.bytes_per_gpu == pytest.approx(9.74e9, rel=0.002)
     assert [cache.bytes_per_token for cache in row.caches] == [160 * 1024, 80 * 1024]
     assert row.caches[0].fits
-    vllm = row_of(fit_model(nemo, CARD, context=32768, engine="vllm").rows, "nvfp4-fp8-hybrid")
+    vllm = row_of(fit(nemo, CARD, context=32768, engine="vllm").rows, "nvfp4-fp8-hybrid")
     assert [cache.fits for cache in vllm.caches] == [False, True]
 
 
 def test_order_is_the_answer(nemo: Path) -> None:
-    """What fits stands first, most bits first; then what lacks least; every recipe for dense models is in some row."""
-    record = fit_model(nemo, CARD, context=32768)
+    """Rows that fit come first, by bits; then the others by missing memory; every recipe for dense models has a row."""
+    record = fit(nemo, CARD, context=32768)
     fits = [row for row in record.rows if row.fits]
     assert record.rows[: len(fits)] == tuple(fits)
     bits = [round(row.bits_per_weight or 0, 2) for row in fits]
     assert bits == sorted(bits, reverse=True)
-    missing = [-max(cache.spare_bytes for cache in row.caches) for row in record.rows[len(fits) :]]
+    missing = [-max(cache.headroom_bytes for cache in row.caches) for row in record.rows[len(fits) :]]
     assert missing == sorted(missing)
     assert sorted(name for row in record.rows for name in row.recipes) == DENSE
     assert record.rows[-1].name == "bf16, as it is"
 
 
-def test_spare_is_exact(nemo: Path) -> None:
-    """What is left is what the cache may have less what the asked context needs; the longest context uses it up."""
-    asked = row_of(fit_model(nemo, CARD, context=16384).rows, "nvfp4").caches[0]
-    free = row_of(fit_model(nemo, CARD).rows, "nvfp4").caches[0]
+def test_headroom_is_exact(nemo: Path) -> None:
+    """The headroom is the memory for the cache less what the wanted context needs; the longest context uses all."""
+    asked = row_of(fit(nemo, CARD, context=16384).rows, "nvfp4").caches[0]
+    free = row_of(fit(nemo, CARD).rows, "nvfp4").caches[0]
     block = 16 * 160 * 1024
-    assert asked.longest == free.longest
-    assert 0 <= asked.spare_bytes - (free.longest - 16384) * 160 * 1024 < block
+    assert asked.max_context == free.max_context
+    assert 0 <= asked.headroom_bytes - (free.max_context - 16384) * 160 * 1024 < block
 
 
 def test_recipes_that_store_the_same_are_one_row(nemo: Path) -> None:
     """Recipes that differ in scale rules or in the cache's scales share a row; an FP8 cache is then calibrated."""
-    record = fit_model(nemo, CARD)
+    record = fit(nemo, CARD)
     row = row_of(record.rows, "nvfp4-fp8-hybrid")
     assert {"nvfp4-fp8-hybrid", "nvfp4-fp8-hybrid-absmax", "nvfp4-fp8-hybrid-fp8kv"} <= set(row.recipes)
     assert row.name == "nvfp4-fp8-hybrid"
@@ -119,64 +120,68 @@ def test_recipes_that_store_the_same_are_one_row(nemo: Path) -> None:
     assert [cache.recipe for cache in row_of(record.rows, "nvfp4").caches] == ["nvfp4", "nvfp4"]
 
 
-def test_several_gpus_would_do(nemo: Path) -> None:
-    """What does not fit says how many GPUs would; on so many it does fit."""
-    row = row_of(fit_model(nemo, CARD, context=32768).rows, "bf16, as it is")
-    gpus = row.caches[0].gpus
+def test_number_of_gpus_that_it_needs(nemo: Path) -> None:
+    """A row that does not fit has the number of GPUs on which it fits, and on that number it does."""
+    row = row_of(fit(nemo, CARD, context=32768).rows, "bf16, as it is")
+    gpus = row.caches[0].gpus_needed
     assert gpus == 4
-    fewer, enough = (row_of(fit_model(nemo, CARD, context=32768, tp=n).rows, row.name).caches[0] for n in (2, 4))
+    fewer, enough = (
+        row_of(fit(nemo, CARD, context=32768, tensor_parallel_size=n).rows, row.name).caches[0] for n in (2, 4)
+    )
     assert not fewer.fits
     assert enough.fits
 
 
 def test_more_sequences_need_more(nemo: Path) -> None:
     """Sequences at once share the cache: a quarter of the length for four of them, up to blocks."""
-    one, four = (row_of(fit_model(nemo, "H100", sequences=n).rows, "bf16, as it is").caches[0] for n in (1, 4))
-    assert one.longest == 131072
-    tight = [row_of(fit_model(nemo, CARD, sequences=n).rows, "nvfp4").caches[0].longest for n in (1, 4)]
+    one, four = (row_of(fit(nemo, "H100", max_num_seqs=n).rows, "bf16, as it is").caches[0] for n in (1, 4))
+    assert one.max_context == 131072
+    tight = [row_of(fit(nemo, CARD, max_num_seqs=n).rows, "nvfp4").caches[0].max_context for n in (1, 4)]
     assert tight[0] // 4 - 16 <= tight[1] <= tight[0] // 4
-    assert four.longest < 131072 or four.fits
+    assert four.max_context < 131072 or four.fits
 
 
-def test_longest_is_capped_by_the_model(nemo: Path) -> None:
-    """No context is promised beyond what the model was made for, and the table says so; asking for more is an error."""
-    record = fit_model(nemo, "H200")
-    assert {cache.longest for row in record.rows for cache in row.caches} == {131072}
+def test_max_context_is_capped_by_the_model(nemo: Path) -> None:
+    """No context is longer than the model was made for, and the table says so; asking for more is an error."""
+    record = fit(nemo, "H200")
+    assert {cache.max_context for row in record.rows for cache in row.caches} == {131072}
     assert "131,072 tokens (all)" in run("fit", nemo, "--gpu", "H200").stdout
-    with pytest.raises(UserError, match="made for 131,072 tokens"):
-        fit_model(nemo, "H200", context=131073)
+    with raises("sequence-too-long", where="context") as caught:
+        fit(nemo, "H200", context=131073)
+    assert "131,072" in caught.value.what
 
 
 def test_windows_and_states_reach_the_answer(tmp_path: Path) -> None:
-    """Windows make long contexts cheap (Gemma 3), states cost at once (Qwen3-Next): both are told under the table."""
+    """Windows make long contexts cheap (Gemma 3), states cost at once (Qwen3-Next): the table's notes have both."""
     text = {**GEMMA3_27B["text_config"], "vocab_size": 262208}
     gemma = write_sparse_model(tmp_path / "gemma", {**text, "model_type": "gemma3_text"}, dense_tensors(text))
-    record = fit_model(gemma, "RTX PRO 6000", context=131072)
+    record = fit(gemma, "RTX PRO 6000", context=131072)
     assert record.windows == (1024,)
     assert record.rows[0].fits
-    assert "see 1,024 tokens" in run("fit", gemma, "--gpu", "RTX PRO 6000").stdout
+    assert "a window of 1,024 tokens" in run("fit", gemma, "--gpu", "RTX PRO 6000").stdout
     shape = {**QWEN3_NEXT_80B, "intermediate_size": 512, "num_hidden_layers": 4}
     states = write_sparse_model(tmp_path / "qwen", shape, dense_tensors(shape))
-    assert fit_model(states, "24GiB").state_bytes == 3 * 2 * (8192 * 3 + 32 * 128 * 128)
+    assert fit(states, "24GiB").state_bytes == 3 * 2 * (8192 * 3 + 32 * 128 * 128)
     assert "MiB of states a sequence" in run("fit", states, "--gpu", "24GiB").stdout
 
 
 def test_unsuitable_recipes_are_listed(make_tiny: MakeTiny) -> None:
-    """A recipe whose blocks do not divide the shapes is in the table with its reason, not left out."""
+    """A recipe whose blocks do not divide the shapes is in the table, with the reason."""
     model = make_tiny("llama", intermediate_size=136)
-    record = fit_model(model, "16GiB")
+    record = fit(model, "16GiB")
     odd = [row for row in record.rows if row.problem]
     assert odd == list(record.rows[-len(odd) :])
     assert all("136" in (row.problem or "") or "64" in (row.problem or "") for row in odd)
-    assert "does not suit" in run("fit", model, "--gpu", "16GiB").stdout
+    assert f"impossible: {odd[0].name}" in run("fit", model, "--gpu", "16GiB").stdout
 
 
-def test_splits_that_break_blocks_are_told(tmp_path: Path) -> None:
-    """Shapes that only divide on one GPU: the recipe is listed with what no longer divides."""
+def test_splits_that_break_blocks_are_listed(tmp_path: Path) -> None:
+    """Shapes that only divide on one GPU: the recipe is listed with the side that no longer divides."""
     shape = {**LLAMA_8B, "num_hidden_layers": 1, "intermediate_size": 14336 - 128}
     model = write_sparse_model(tmp_path / "model", shape, dense_tensors(shape))
-    rows = fit_model(model, "H100", tp=8).rows
-    assert "1776 columns of down_proj on a GPU, no multiple of 128" in (row_of(rows, "int4-w4a16").problem or "")
+    rows = fit(model, "H100", tensor_parallel_size=8).rows
+    problem = row_of(rows, "int4-w4a16").problem or ""
+    assert [word for word in ("1776 in_features", "down_proj", "128") if word not in problem] == []
     assert row_of(rows, "nvfp4").problem is None
 
 
@@ -185,26 +190,27 @@ def test_splits_that_break_blocks_are_told(tmp_path: Path) -> None:
 
 def test_quantized_model_as_it_is(nemo: Path, hybrid: Path) -> None:
     """A quantized checkpoint is taken as it is: its bytes, formats and kernels are those of the recipe that made it."""
-    record = fit_model(hybrid, CARD, context=32768)
+    record = fit(hybrid, CARD, context=32768)
     (row,) = record.rows
-    made = row_of(fit_model(nemo, CARD, context=32768).rows, "nvfp4-fp8-hybrid")
+    made = row_of(fit(nemo, CARD, context=32768).rows, "nvfp4-fp8-hybrid")
     assert row.bytes == made.bytes
     assert set(row.formats) == set(made.formats)
     assert row.kernels == made.kernels
-    assert [cache.spare_bytes for cache in row.caches] == [cache.spare_bytes for cache in made.caches]
-    assert "no recipe: already quantized" in record.notes[-1]
+    assert [cache.headroom_bytes for cache in row.caches] == [cache.headroom_bytes for cache in made.caches]
+    assert "already quantized" in record.notes[-1]
     assert row.bits_per_weight == pytest.approx(made.bits_per_weight)
-    with pytest.raises(UserError, match=r"already quantized .* Or leave --recipe out"):
-        fit_model(hybrid, CARD, recipes=["nvfp4"])
+    with raises("already-quantized") as caught:
+        fit(hybrid, CARD, recipes=["nvfp4"])
+    assert "`recipes`" in caught.value.remedy
 
 
 def test_unreadable_quantization_still_has_bytes(nemo: Path, tmp_path: Path) -> None:
     """A method without a reader (GPTQ) is named, and its bytes are what the file has."""
     config = {**NEMO, "quantization_config": {"quant_method": "gptq", "bits": 4}}
     model = write_sparse_model(tmp_path / "gptq", config, dense_tensors(NEMO))
-    (row,) = fit_model(model, "24GiB").rows
+    (row,) = fit(model, "24GiB").rows
     assert row.name == "gptq, as it is"
-    assert row.bytes == row_of(fit_model(nemo, "24GiB").rows, "bf16, as it is").bytes
+    assert row.bytes == row_of(fit(nemo, "24GiB").rows, "bf16, as it is").bytes
 
 
 # --- it agrees with the plan
@@ -215,15 +221,15 @@ def test_bytes_are_those_of_the_plan(kind: str, make_tiny: MakeTiny) -> None:
     """Every recipe's bytes are those that a run would write, where engines load all of them."""
     shape = {"hidden_size": 128, "intermediate_size": 256, "num_key_value_heads": 4, "head_dim": 32}
     model = make_tiny(kind, **shape, tie_word_embeddings=kind == "qwen2")
-    rows = fit_model(model, "16GiB").rows
+    rows = fit(model, "16GiB").rows
     for name in DENSE:
         if load_recipe(name).recipe.kv_cache is None:
             assert row_of(rows, name).bytes == plan_quantization(model, name).bytes, name
 
 
 def refused_recipes(model: Path) -> set[str]:
-    """Names of recipes that are refused; all rows must say what the plan says, and weigh what it would write."""
-    rows = fit_model(model, "16GiB").rows
+    """Names of recipes that are refused; all rows must have the plan's reasons, and the bytes that it would write."""
+    rows = fit(model, "16GiB").rows
     plain = [name for name in builtin_names() if load_recipe(name).recipe.kv_cache is None]
     refused = {name: words for name in plain if (words := refusal(model, name)) is not None}
     for name in plain:
@@ -232,9 +238,13 @@ def refused_recipes(model: Path) -> set[str]:
             assert row.problem is not None, name
             assert refused[name] in row.problem or row.problem.endswith("as this recipe asks"), name
             continue
-        stored = stored_by_plan(plan_quantization(model, name))
-        assert (row.bytes, row.problem) == (sum(info.bytes for w in stored for info in w.infos), None), name
-        assert set(row.formats) == {w.format.label() for w in stored if w.format is not None}, name
+        plan = plan_quantization(model, name)
+        served = {
+            key: infos for key, infos in plan.outputs.items() if infos and is_served(key, plan.decoder, plan.layers)
+        }
+        formats = {plan.assignments[key].format for key in served if key in plan.assignments} - {None}
+        assert (row.bytes, row.problem) == (sum(info.bytes for infos in served.values() for info in infos), None), name
+        assert set(row.formats) == {fmt.label() for fmt in formats if fmt is not None}, name
     return set(refused)
 
 
@@ -267,48 +277,39 @@ def test_bytes_of_fp8_sources_are_those_of_the_plan(family: str, kind: Kind, tmp
     assert refused_recipes(model) == SPLITS | latent | {"fp8-dynamic", "fp8-block"}
 
 
-def test_an_expert_apart_is_counted_apart(tmp_path: Path) -> None:
-    """One expert that the source left in 16 bits is no like of its neighbours: its bytes are its own."""
+def test_an_expert_that_differs_is_counted_by_itself(tmp_path: Path) -> None:
+    """One expert that the source left in 16 bits is not counted as one of its neighbours."""
     source = make_mixture("qwen3_moe", tmp_path / "source", wide=True)
     model = as_fp8(source, tmp_path / "model", "hf-block", keep=lambda name: "layers.0.mlp.experts.5." in name)
     assert refused_recipes(model) == SPLITS | {"fp8-dynamic"}  # fp8-block makes it what the others are
 
 
 def test_experts_that_no_engine_loads(tmp_path: Path) -> None:
-    """Recipes that quantize gpt-oss's experts are refused in words; one that keeps them is counted as planned."""
+    """Recipes that quantize gpt-oss's experts are refused with a reason; one that keeps them is counted as planned."""
     model = make_mixture("gpt_oss", tmp_path / "model", wide=True)
     file = tmp_path / "mine.yaml"
     rules = "  - {role: experts, format: keep}\n  - {role: linear, format: fp8-dynamic}\n"
     file.write_text(f"name: mine\nrules:\n{rules}", encoding="utf-8")
-    _, kept, refused = fit_model(model, "16GiB", recipes=[str(file), "nvfp4"]).rows
+    _, kept, refused = fit(model, "16GiB", recipes=[str(file), "nvfp4"]).rows
     assert kept.bytes == plan_quantization(model, str(file)).bytes
-    assert "no engine was seen to load experts of gpt_oss in nvfp4" in (refused.problem or "")
-    first, *others = fit_model(as_mxfp4(model, tmp_path / "mxfp4"), "16GiB").rows
+    assert [word for word in ("gpt_oss", "nvfp4") if word not in (refused.problem or "")] == []
+    first, *others = fit(as_mxfp4(model, tmp_path / "mxfp4"), "16GiB").rows
     assert (first.name, first.problem) == ("mxfp4, as it is", None)
     assert 4.25 < (first.bits_per_weight or 0.0) < 16
     assert all(row.problem for row in others)
 
 
 def test_families_outside_the_interface(tmp_path: Path) -> None:
-    """Of a family that runs experts in a way of its own every recipe is refused in one row; it is counted as it is."""
+    """Of a family that runs experts in its own way every recipe is refused in one row; the model itself is counted."""
     model = make_mixture("llama4_text", tmp_path / "model", wide=True)
-    first, *others = fit_model(model, "16GiB").rows
+    first, *others = fit(model, "16GiB").rows
     assert (first.name, first.fits) == ("bf16, as it is", True)
-    assert ["outside transformers' experts interface" in (row.problem or "") for row in others] == [True]
-
-
-def test_line_of_a_dry_run(nemo: Path) -> None:
-    """The line for a planned run says what the table says of its recipe."""
-    line = fit_line(plan_quantization(nemo, "nvfp4-fp8-hybrid"), CARD)
-    row = row_of(fit_model(nemo, CARD).rows, "nvfp4-fp8-hybrid")
-    assert line.startswith(f"{CARD}, vLLM 0.32: {(row.gpu_bytes or 0) / GIB:.2f} GiB of weights; ")
-    for cache in row.caches:
-        assert f"{cache.longest:,} tokens with" in line
-    short = fit_line(plan_quantization(nemo, "fp8-dynamic"), CARD, context=65536)
-    assert "GiB short, 2 GPUs do with a 16-bit KV cache" in short
+    assert ["llama4_text" in (row.problem or "") for row in others] == [True]
 
 
 # --- models of true size
+
+MAX_CALLS = 40_000_000  # 8 million; quadratic in 96 thousand tensors it would be billions
 
 
 # FP8 in blocks is what they have; of FP8 for down alone, engines would want it of gate and up too; latent attention
@@ -317,33 +318,34 @@ def test_line_of_a_dry_run(nemo: Path) -> None:
     ("build", "tp", "refused"),
     [(minimax_m2, 2, {"fp8-block", "nvfp4-fp8-down"}), (deepseek_v3, 8, {"fp8-block", "mxfp4"})],
 )
-def test_giants_take_seconds(build: Callable[[Path], Path], tp: int, refused: set[str], tmp_path: Path) -> None:
-    """MiniMax-M2.1 and DeepSeek-V3 are answered in seconds of one core, under 1 GB, without torch or transformers."""
+def test_giants_take_bounded_work(build: Callable[[Path], Path], tp: int, refused: set[str], tmp_path: Path) -> None:
+    """MiniMax-M2.1 and DeepSeek-V3 take some million calls (seconds) and under 1 GB, without torch or transformers."""
     model = build(tmp_path / "model")
     script = (
-        "import json, sys\n"
-        "from snugfit.planning.fit import fit_model\n"
+        f"import json, sys\nsys.path.append({str(TESTS)!r})\n"
+        "from helpers.work import count_calls\n"
+        "from snugfit.planning.fit import fit\n"
         "from snugfit.machine import peak_rss_bytes\n"
-        f"record = fit_model({str(model)!r}, 'RTX PRO 6000', tp={tp}, context=65536)\n"
+        f"model, tp = {str(model)!r}, {tp}\n"
+        "answer = lambda: fit(model, 'RTX PRO 6000', tensor_parallel_size=tp, context=65536)\n"
+        "record, calls = count_calls(answer)\n"
         "heavy = sorted({'torch', 'transformers', 'numpy', 'safetensors'} & set(sys.modules))\n"
         "rows = [[row.name, row.bytes, row.fits, row.problem] for row in record.rows]\n"
-        "print(json.dumps({'rows': rows, 'heavy': heavy, 'peak': peak_rss_bytes()}))\n"
+        "print(json.dumps({'rows': rows, 'heavy': heavy, 'peak': peak_rss_bytes(), 'calls': calls}))\n"
     )
-    before = os.times()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    spent = os.times().children_user - before.children_user
     found = json.loads(done.stdout)
     assert found["heavy"] == []
     assert found["peak"] < 1e9
-    assert spent < 20
+    assert found["calls"] < MAX_CALLS
     assert any(fits for _, _, fits, _ in found["rows"])
     assert {name for name, _, _, problem in found["rows"] if problem} == refused
 
 
 def test_heads_of_prediction_are_not_counted(tmp_path: Path) -> None:
-    """DeepSeek-V3 as it is weighs its 61 layers: its head of prediction stays on disk."""
+    """DeepSeek-V3 as it is weighs its 61 layers: engines do not load its head of multi-token prediction."""
     model = deepseek_v3(tmp_path / "model")
-    row = row_of(fit_model(model, "B200", tp=8, recipes=["fp8-dynamic"]).rows, "fp8-block, as it is")
+    row = row_of(fit(model, "B200", tensor_parallel_size=8, recipes=["fp8-dynamic"]).rows, "fp8-block, as it is")
     assert 671e9 < (row.bytes or 0) < 676e9  # 671.0 billion weights: FP8, embeddings and head in 16 bits, scales
 
 
@@ -351,16 +353,18 @@ def test_heads_of_prediction_are_not_counted(tmp_path: Path) -> None:
 
 
 def test_table(nemo: Path) -> None:
-    """One screen: the answer first, what is assumed and which kernels run it below, and the commands last."""
+    """One screen: the best row first, assumptions and kernels below the table, and the next commands last."""
     lines = run("fit", nemo, "--gpu", CARD, "--context", "32k").stdout.splitlines()
     assert lines[0] == f"nemo on {CARD}, vLLM 0.32: 32,768 tokens"
     assert len(lines) < 25
-    first = fit_model(nemo, CARD, context=32768).rows[0]
+    first = fit(nemo, CARD, context=32768).rows[0]
     assert lines[2].split()[0] == first.name
     assert "160.0 KiB a token in 16 bits, 80.0 KiB in FP8; made for 131,072 tokens" in "\n".join(lines)
-    assert any(line.startswith("assumed, GiB: vLLM 0.32 has 14.24 of the 15.48 that CUDA reports") for line in lines)
+    assert any(
+        line.startswith("assumed, GiB: vLLM 0.32 may use 14.24 of the 15.48 that CUDA reports") for line in lines
+    )
     assert any("nvfp4: FlashInfer CUTLASS (W4A4)" in line for line in lines)
-    assert lines[-1].startswith(f"next: snugfit quantize {nemo} --recipe {first.name} -o OUT; vllm serve OUT")
+    assert lines[-1].startswith(f"next: snugfit quantize {nemo} --recipe {first.name} --output-dir OUT; vllm serve OUT")
     assert lines[-1].endswith("--max-model-len 32768 --kv-cache-dtype fp8")
 
 
@@ -373,7 +377,7 @@ def test_unnamed_gpu_shows_every_generation(nemo: Path) -> None:
 
 
 def test_json(nemo: Path) -> None:
-    """`--json` prints one document with the schema's name, every row, and what was asked."""
+    """`--json` prints one document with the schema's name, every row, and the arguments."""
     record = json.loads(run("fit", nemo, "--gpu", CARD, "--context", "32k", "--recipe", "nvfp4", "--json").stdout)
     assert record["schema"] == "snugfit.fit/1"
     assert record["context"] == 32768
@@ -386,50 +390,69 @@ def test_own_recipe(nemo: Path, tmp_path: Path) -> None:
     """`--recipe FILE` narrows the table to one's own."""
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nrules:\n  - {role: linear, format: nvfp4a16}\n", encoding="utf-8")
-    rows = fit_model(nemo, CARD, recipes=[str(file)]).rows
+    rows = fit(nemo, CARD, recipes=[str(file)]).rows
     assert [row.recipes for row in rows if row.recipes] == [(str(file),)]
 
 
 def test_engines_differ(nemo: Path) -> None:
-    """Each engine has its own share and kernels; Aphrodite for several sequences is no single-user mode."""
+    """Each engine has its own share and kernels; several sequences mean Aphrodite without its single-user mode."""
     for engine in ("vllm", "vllm-0.24", "vllm-0.19", "aphrodite", "sglang"):
         assert run("fit", nemo, "--gpu", "RTX 4090", "--engine", engine).stdout
-    many = fit_model(nemo, "RTX 4090", engine="aphrodite", sequences=2)
-    assert many.engine["title"] == "Aphrodite 0.10"
-    assert (
-        "no kernel of SGLang 0.5 is known for nvfp4 on Ada"
-        in run("fit", nemo, "--gpu", "RTX 4090", "--engine", "sglang").stdout
-    )
+    many = fit(nemo, "RTX 4090", engine="aphrodite", max_num_seqs=2)
+    assert many.engine.title == "Aphrodite 0.10"
+    problem = row_of(fit(nemo, "RTX 4090", engine="sglang").rows, "nvfp4").problem or ""
+    assert [word for word in ("SGLang 0.5", "nvfp4", "Ada") if word not in problem] == []
 
 
-BAD: list[tuple[list[str], str]] = [
-    (["--gpu", "0"], "'0' is no GPU"),
-    (["--gpu", "16 bananas"], "'16 bananas' is no GPU"),
-    (["--gpu", "-16GiB"], "is no GPU"),
-    (["--gpu", "16GiB", "--tp", "3"], "32 attention heads cannot be split over 3 GPUs"),
-    (["--gpu", "16GiB", "--tp", "0"], "--tp: 0 is none"),
-    (["--gpu", "16GiB", "--tp=-2"], "--tp: -2 is none"),
-    (["--gpu", "16GiB", "--context", "0"], "'0' is no number of tokens"),
-    (["--gpu", "16GiB", "--context=-1"], "'-1' is no number of tokens"),
-    (["--gpu", "16GiB", "--context", "10m"], "made for 131,072 tokens"),
-    (["--gpu", "16GiB", "--sequences", "0"], "--sequences: 0 is none"),
-    (["--gpu", "16GiB", "--gpu-memory-utilization", "1.5"], "a share of 1.5 is none"),
-    (["--gpu", "16GiB", "--gpu-memory-utilization", "nan"], "a share of nan is none"),
-    (["--gpu", "16GiB", "--engine", "ollama"], "no engine 'ollama' here"),
-    (["--gpu", "16GiB", "--engine", "aphrodite", "--gpu-memory-utilization", "0.9"], "not a share"),
-    (["--gpu", "16GiB", "--recipe", "nvfp5"], "no recipe 'nvfp5'"),
+BAD: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"gpu": "16 bananas"}, "option-invalid", "gpu", "16 bananas"),
+    ({"gpu": "0"}, "option-invalid", "gpu", "'0'"),
+    ({"tensor_parallel_size": 3}, "option-invalid", "tensor_parallel_size", "32 attention heads"),
+    ({"tensor_parallel_size": 0}, "option-invalid", "tensor_parallel_size", "0"),
+    ({"tensor_parallel_size": -2}, "option-invalid", "tensor_parallel_size", "-2"),
+    ({"context": 0}, "option-invalid", "context", "0"),
+    ({"context": 10 * 2**20}, "sequence-too-long", "context", "131,072"),
+    ({"max_num_seqs": 0}, "option-invalid", "max_num_seqs", "0"),
+    ({"gpu_memory_utilization": 1.5}, "option-invalid", "gpu_memory_utilization", "1.5"),
+    ({"gpu_memory_utilization": math.nan}, "option-invalid", "gpu_memory_utilization", "nan"),
+    ({"engine": "ollama"}, "option-invalid", "engine", "ollama"),
+    ({"engine": "aphrodite", "gpu_memory_utilization": 0.9}, "option-conflict", "gpu_memory_utilization", "Aphrodite"),
+    ({"recipes": ["nvfp5"]}, "recipe-not-found", "", "nvfp5"),
 ]
 
 
-@pytest.mark.parametrize(("options", "says"), BAD, ids=[" ".join(options) for options, _ in BAD])
-def test_bad_input_is_exit_code_2(options: list[str], says: str, nemo: Path) -> None:
-    """What cannot be is exit code 2, nothing on stdout, and a message that names the option."""
+@pytest.mark.parametrize(("options", "code", "where", "named"), BAD, ids=[f"{options}" for options, *_ in BAD])
+def test_bad_input(options: dict[str, Any], code: str, where: str, named: str, nemo: Path) -> None:
+    """An impossible argument is an error at the parameter, which quotes the value."""
+    with raises(code, where=where) as caught:
+        fit(nemo, **{"gpu": "16GiB", **options})
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "place"),
+    [
+        (["--gpu", "5070"], "option-invalid", "--gpu"),
+        (["--gpu", "16GiB", "--context", "0"], "option-invalid", "--context"),
+        (["--gpu", "16GiB", "--context=-1"], "option-invalid", "--context"),
+        (["--gpu", "16GiB", "--tp", "3"], "option-invalid", "--tensor-parallel-size"),
+        (
+            ["--gpu", "16GiB", "--engine", "aphrodite", "--gpu-memory-utilization", "0.9"],
+            "option-conflict",
+            "aphrodite",
+        ),
+    ],
+    ids=" ".join,
+)
+def test_bad_options_are_exit_code_2(options: list[str], code: str, place: str, nemo: Path) -> None:
+    """On the command line an impossible option is exit code 2, with nothing on stdout."""
     result = CliRunner().invoke(app, ["fit", str(nemo), *options])
-    assert (result.exit_code, result.stdout) == (2, "")
-    assert says in result.stderr
+    assert failed_with(result, code, place)
+    assert result.stdout == ""
 
 
 def test_missing_model_is_exit_code_2(tmp_path: Path) -> None:
-    """A directory that is not there is exit code 2."""
+    """A directory that does not exist is exit code 2."""
     result = CliRunner().invoke(app, ["fit", str(tmp_path / "none"), "--gpu", "16GiB"])
-    assert (result.exit_code, result.stdout) == (2, "")
+    assert failed_with(result, "model-not-found", tmp_path / "none")
+    assert result.stdout == ""
