@@ -5,27 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
-from snugfit.dialects.packed import (
-    CACHE_SCALE,
-    WIDE,
-    Packed,
-    bits_of,
-    method_of,
-    quantization_of,
-    serves,
-    split_name,
-    weights_of,
-)
-from snugfit.dialects.reading import read_formats, read_quant_config
-from snugfit.errors import UserError
+from snugfit.dialects.packed import CACHE_SCALE, Packed, serves
 from snugfit.formats.spec import TensorFormat
-from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower
-from snugfit.model.language_config import language_config, layer_count
+from snugfit.model.anatomy import is_prediction_head, is_tower
+from snugfit.model.layout import ModelLayout
 from snugfit.model.names import TensorName, parse_name
-from snugfit.model.sources import stacked_weights
-from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import StoredTensor
 
 # parts of a model, in the order of tables
@@ -66,61 +51,22 @@ class Weight:
 
 @dataclass(frozen=True)
 class Contents:
-    """All weights of a checkpoint. `layers` is what the config says, else what the file has.
+    """All weights of a checkpoint, with the layout that they were read from."""
 
-    `formats` are the modules that a reader of ours makes sense of, `refused` why there is none, or why it would not;
-    `has_reader` says which of the two.
-    """
-
-    decoder: str
-    layers: int
+    layout: ModelLayout
     weights: tuple[Weight, ...]
-    quantization: Mapping[str, Any]
-    method: str
-    formats: Mapping[str, TensorFormat]
-    refused: str
-    has_reader: bool = True
 
 
-def read_contents(checkpoint: Checkpoint) -> Contents:
-    """Every tensor of a checkpoint as a weight or as what serves one; UserError for a broken hf_quant_config.json."""
-    hf_quant_config = read_quant_config(checkpoint.path)
-    quantization = quantization_of(checkpoint.config, hf_quant_config)
-    layers = layer_count(language_config(checkpoint.config))
-    try:
-        decoder = find_decoder(checkpoint.tensors, layers or 1)
-    except UserError:
-        decoder = ""
-    modules: dict[str, dict[str, StoredTensor]] = {}
-    for name, tensor in checkpoint.tensors.items():
-        module, suffix = split_name(name)
-        modules.setdefault(module, {})[suffix] = tensor
-    bits = bits_of(quantization)
-    found: dict[str, list[Packed]] = {}
-    for module, tensors in modules.items():
-        found[module] = weights_of({suffix: (t.dtype, t.shape) for suffix, t in tensors.items()}, bits)
-    if layers is None:
-        inside = [n for module in modules if (n := parse_name(f"{module}.weight", (1, 1), decoder).layer) is not None]
-        layers = max(inside, default=-1) + 1
-    linears = list(_linears(found, modules, decoder))
-    headers = {name: (t.dtype, t.shape) for name, t in checkpoint.tensors.items()}
-    formats: dict[str, TensorFormat] = {}
-    method = method_of(quantization)
-    refused = "MLX's own format has no reader." if method == "mlx" else ""
-    has_reader = method != "mlx"
-    try:
-        formats = {} if method == "mlx" else read_formats(checkpoint.config, linears, headers, hf_quant_config)
-    except UserError as error:
-        refused, has_reader = error.what, error.code != "quantization-unknown"
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        refused = f"the quantization config is none ({type(error).__name__}: {error})."
-    anatomy = _Anatomy(decoder, layers, _singles(checkpoint))
+def read_contents(layout: ModelLayout) -> Contents:
+    """Every tensor of a checkpoint as a weight, or counted with the weight that it serves."""
+    anatomy = _Anatomy(layout.decoder, layout.num_layers, _single_shapes(layout))
+    formats, packed = layout.formats, layout.packed
     weights = [
         weight
-        for module, tensors in modules.items()
-        for weight in _weights(module, tensors, found[module], formats.get(module), anatomy)
+        for module, tensors in layout.modules.items()
+        for weight in _weights(module, tensors, packed[module], formats.get(module), anatomy)
     ]
-    return Contents(decoder, layers, tuple(weights), quantization, method, formats, refused, has_reader)
+    return Contents(layout, tuple(weights))
 
 
 @dataclass(frozen=True)
@@ -130,27 +76,10 @@ class _Anatomy:
     singles: Mapping[str, tuple[int, ...]]
 
 
-def _singles(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    """Tensors of all of a layer's experts that can be taken apart -> the shape of one matrix in them."""
-    try:
-        weights = stacked_weights(checkpoint)
-    except UserError:  # broken: what is refused says so
-        return {}
-    shapes = {stack: weights.tensors[names[0]].shape for stack, names in weights.stacks.items()}
+def _single_shapes(layout: ModelLayout) -> dict[str, tuple[int, ...]]:
+    """Tensors of all experts of a layer that can be split -> the shape of one matrix in them."""
+    shapes = {stack: layout.weights.tensors[names[0]].shape for stack, names in layout.weights.stacked.items()}
     return {stack: shape for stack, shape in shapes.items() if len(shape) == 2}
-
-
-def _linears(
-    found: Mapping[str, list[Packed]], modules: Mapping[str, Mapping[str, StoredTensor]], decoder: str
-) -> Iterable[str]:
-    """Modules that are linears as far as names tell."""
-    for module, packed in found.items():
-        if len(packed) != 1 or packed[0].parameter != "weight" or len(packed[0].shape) != 2:
-            continue
-        parsed = parse_name(f"{module}.weight", packed[0].shape, decoder)
-        wide = modules[module][packed[0].tensor].dtype in WIDE
-        if not wide or (parsed.role not in ("router", "embed", "norm") and "conv" not in module.rpartition(".")[2]):
-            yield module
 
 
 def _weights(
@@ -161,11 +90,6 @@ def _weights(
     anatomy: _Anatomy,
 ) -> Iterable[Weight]:
     """The weights of one module, the tensors that serve them counted with the first whose name they continue."""
-    if fmt is not None and len(packed) == 1 and packed[0].tensor == "weight_packed" and fmt.name.startswith("int"):
-        # integers tell their width in the config alone
-        stored = tensors["weight_packed"].shape
-        shape = (*stored[:-1], stored[-1] * 32 // int(fmt.name.removeprefix("int")))
-        packed = [Packed("weight", shape, fmt.name, "weight_packed")]
     heads = {p.tensor for p in packed}
     plain = [s for s in tensors if s not in heads and not serves(s) and not CACHE_SCALE.fullmatch(s)]
     cache = [s for s in tensors if s not in heads and CACHE_SCALE.fullmatch(s)]
@@ -254,7 +178,7 @@ def describe_layer(weights: Iterable[Weight], kind: str) -> str:
 
 def names_without_tensors(contents: Contents) -> list[str]:
     """Modules that the quantization config leaves out by name, and that no tensor belongs to."""
-    lists = [contents.quantization.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules")]
+    lists = [contents.layout.quantization.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules")]
     names = [str(entry) for given in lists if isinstance(given, list) for entry in given]
     names = [name for name in names if not (name.startswith("re:") or any(mark in name for mark in "*?["))]
     if not names:

@@ -10,11 +10,10 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from snugfit.dialects.reading import kv_cache_format, read_quant_config
 from snugfit.engines.fused import FUSED_GROUPS
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, check_shape
@@ -26,13 +25,11 @@ from snugfit.inspection.contents import (
     names_without_tensors,
     read_contents,
 )
-from snugfit.model.language_config import language_config
+from snugfit.model.layout import NOT_CHECKED, read_layout
 from snugfit.model.names import role_order
-from snugfit.model.sources import single_weights
-from snugfit.model.support import obstacles
+from snugfit.model.support import unverified_formats
 from snugfit.records.base import as_json
 from snugfit.records.inspection import (
-    INSPECT_SCHEMA,
     Architecture,
     Calibrated,
     FusedGroup,
@@ -45,10 +42,6 @@ from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
 from snugfit.report.outliers import coverage_of, outliers_of
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.files import OTHER_WEIGHTS, read_file
-from snugfit.storage.open import open_headers
-from snugfit.vram.weights import collapse_experts
-
-__all__ = ["INSPECT_SCHEMA", "Inspection", "Part", "formats_for", "inspect_model"]
 
 RECORD_FILE = "snugfit-record.json"
 # parts whose weights are told apart by shape
@@ -66,15 +59,18 @@ _STAYS: Mapping[str, str] = {
 }
 _WIDE = frozenset({"bf16", "f16", "f32"})
 _REFUSED = "quantize refuses this model"
+# blockers that are contradictions between config.json and the tensors
+_CONTRADICTIONS = frozenset({"config-invalid", "config-mismatch", "weights-missing", "quantization-invalid"})
 
 
-def inspect_model(model: str | Path) -> Inspection:
-    """What is in a checkpoint: a directory, or a Hub id. Reads headers alone; UserError for a broken one."""
-    checkpoint = open_headers(model)
-    contents = read_contents(checkpoint)
-    architecture = _architecture(checkpoint, contents)
+def inspect(model: str | Path) -> Inspection:
+    """What is in a checkpoint: a directory, or a Hub id. Reads headers alone; UserError for damaged files."""
+    layout = read_layout(model)
+    checkpoint = layout.checkpoint
+    contents = read_contents(layout)
+    architecture = _architecture(contents)
     fused = _fused(contents)
-    limits = _limits(checkpoint, contents)
+    limits = _limits(contents)
     calibration, unread = _calibration(checkpoint)
     predicted = sum(w.elements for w in contents.weights if w.part == "multi-token prediction")
     total = sum(w.elements for w in contents.weights) - predicted
@@ -89,9 +85,9 @@ def inspect_model(model: str | Path) -> Inspection:
         tensors=len(checkpoint.tensors),
         files=len(checkpoint.shards),
         parts=_parts(contents, architecture, limits),
-        layers=_layer_runs(contents, language_config(checkpoint.config)),
+        layers=_layer_runs(contents),
         fused=fused,
-        quantization=_quantization(checkpoint, contents),
+        quantization=_quantization(contents),
         problems=tuple(_problems(contents, architecture, fused)),
         other_weights=tuple(name for name in checkpoint.other_files if name.endswith(OTHER_WEIGHTS)),
         made_by=_made_by(checkpoint),
@@ -102,34 +98,27 @@ def inspect_model(model: str | Path) -> Inspection:
 
 @dataclass(frozen=True)
 class _Limits:
-    """Why `quantize` would refuse a model, whatever the recipe, and why its stacked experts; "" where it would not."""
+    """Why `quantize` would refuse a model, whatever the recipe, and why its stacked experts; "" if it would not."""
 
     model: str
     experts: str
     remarks: tuple[str, ...]
 
 
-def _limits(checkpoint: Checkpoint, contents: Contents) -> _Limits:
-    """What plan_quantization says of these headers before it looks at a recipe."""
-    family = [error.what for error in obstacles(checkpoint)]
-    stacked = (
-        [e.what for e in obstacles(checkpoint, experts=["int4"])] if any(w.single for w in contents.weights) else []
-    )
-    few = {weight.info.name for weight in collapse_experts(checkpoint.tensors.values())}
-    refused = ""
-    try:
-        single_weights(replace(checkpoint, tensors={n: t for n, t in checkpoint.tensors.items() if n in few}))
-    except UserError as error:
-        refused = error.what
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # told as a problem
-        refused = contents.refused or "unreadable"
-    model = _REFUSED if family else ""
-    if refused and not family:
-        model = f"{contents.method} elsewhere" if contents.method and not contents.refused else _REFUSED
-    told = [refused] if refused and refused != contents.refused else []
-    remarks = [f"quantize refuses it: {what}" for what in dict.fromkeys([*family, *told])]
-    remarks += [what for what in stacked if what not in family]
-    return _Limits(model, "no engine loads them quantized" if stacked else "", tuple(remarks))
+def _limits(contents: Contents) -> _Limits:
+    """What a run says of the model before it looks at a recipe."""
+    layout = contents.layout
+    reasons = [blocker.error for blocker in layout.blockers if blocker.error.code not in _CONTRADICTIONS]
+    if layout.format_error is not None:  # reported with the quantization
+        reasons = [error for error in reasons if error.what != layout.format_error.what]
+    has_stacks = any(weight.single for weight in contents.weights)
+    unverified = [error.what for error in unverified_formats(layout.checkpoint, ["int4"])] if has_stacks else []
+    model = _REFUSED if layout.blockers else ""
+    if layout.blockers and all(blocker.runnable for blocker in layout.blockers) and layout.format_error is None:
+        model = f"{layout.method} elsewhere" if layout.method else _REFUSED
+    remarks = [f"quantize refuses it: {what}" for what in dict.fromkeys(error.what for error in reasons)]
+    remarks += unverified if layout.blockers else [*unverified, NOT_CHECKED]
+    return _Limits(model, "no tested engine loads them quantized" if unverified else "", tuple(remarks))
 
 
 def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, ...]]:
@@ -157,8 +146,9 @@ def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, 
     return told, ()
 
 
-def _architecture(checkpoint: Checkpoint, contents: Contents) -> Architecture:
-    config = language_config(checkpoint.config)
+def _architecture(contents: Contents) -> Architecture:
+    layout = contents.layout
+    checkpoint, config = layout.checkpoint, layout.config
 
     def number(*keys: str) -> int | None:
         given = (config.get(key) for key in keys)
@@ -177,7 +167,7 @@ def _architecture(checkpoint: Checkpoint, contents: Contents) -> Architecture:
         architectures=tuple(map(str, given)) if isinstance(given, list) else (),
         model_type=None if kind is None else str(kind),
         dtype=None if dtype is None else str(dtype),
-        layers=contents.layers,
+        layers=layout.num_layers,
         hidden_size=hidden,
         heads=heads,
         kv_heads=number("num_key_value_heads", "num_kv_heads", "n_head_kv") if rank is None else None,
@@ -272,13 +262,13 @@ def formats_for(shape: tuple[int, ...]) -> tuple[tuple[str, ...], dict[str, str]
     return tuple(can), cannot
 
 
-def _layer_runs(contents: Contents, config: Mapping[str, Any]) -> tuple[LayerRun, ...]:
-    layers: list[list[Weight]] = [[] for _ in range(contents.layers)]
+def _layer_runs(contents: Contents) -> tuple[LayerRun, ...]:
+    layers: list[list[Weight]] = [[] for _ in range(contents.layout.num_layers)]
     for weight in contents.weights:
-        if weight.layer is not None and weight.layer < contents.layers:
+        if weight.layer is not None and weight.layer < contents.layout.num_layers:
             layers[weight.layer].append(weight)
-    types = config.get("layer_types")
-    known = isinstance(types, list) and len(types) == contents.layers
+    types = contents.layout.config.get("layer_types")
+    known = isinstance(types, list) and len(types) == contents.layout.num_layers
     runs: dict[tuple[Any, ...], list[int]] = {}
     for number, weights in enumerate(layers):
         what = describe_layer(weights, str(types[number]) if known and types else "")
@@ -294,7 +284,7 @@ def _layer_runs(contents: Contents, config: Mapping[str, Any]) -> tuple[LayerRun
 def _fused(contents: Contents) -> tuple[FusedGroup, ...]:
     modules: dict[str, dict[str, Weight]] = {}
     for weight in contents.weights:
-        if weight.layer is not None and weight.layer < contents.layers:
+        if weight.layer is not None and weight.layer < contents.layout.num_layers:
             parent, _, leaf = weight.name.rpartition(".")
             modules.setdefault(parent, {})[leaf] = weight
     found = []
@@ -312,49 +302,55 @@ def _fused(contents: Contents) -> tuple[FusedGroup, ...]:
     return tuple(found)
 
 
-def _quantization(checkpoint: Checkpoint, contents: Contents) -> Quantization | None:
+def _quantization(contents: Contents) -> Quantization | None:
+    layout = contents.layout
     matrices = Counter(
         w.stored
         for w in contents.weights
         if _STAYS.get(w.part) not in ("no matrix", "scales") and (len(w.shape) > 1 or w.stored not in _WIDE)
     )
-    if not contents.quantization and all(label in _WIDE for label in matrices):
+    if not layout.quantization and all(label in _WIDE for label in matrices):
         return None
-    scalars = {
+    settings = {
         key: value
-        for key, value in contents.quantization.items()
+        for key, value in layout.quantization.items()
         if isinstance(value, (str, int, float, bool)) or key == "weight_block_size"
     }
-    cache: str | None = None
-    if not contents.refused:
-        try:
-            cache = kv_cache_format(checkpoint.config, read_quant_config(checkpoint.path))
-        except (UserError, AttributeError, TypeError) as error:
-            cache = error.what if isinstance(error, UserError) else "unreadable"
-    if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
-        cache = "scales in the files, nothing in the config"
+    error = layout.format_error
     return Quantization(
-        method=contents.method,
-        settings=scalars,
+        method=layout.method,
+        settings=settings,
         weights=dict(matrices.most_common()),
-        kv_cache=cache,
-        refused=contents.refused,
-        has_reader=contents.has_reader,
+        kv_cache=_kv_cache(contents),
+        refused="" if error is None else error.what,
+        has_reader=error is None or error.code != "quantization-unknown",
     )
+
+
+def _kv_cache(contents: Contents) -> str | None:
+    """The format of the KV cache that the config states, or what is wrong with it; None for the model's own."""
+    cache: str | None = None
+    if contents.layout.format_error is None:
+        try:
+            cache = contents.layout.dialect.kv_cache_format()
+        except UserError as error:
+            cache = error.what
+    if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
+        return "scales in the files, nothing in the config"
+    return cache
 
 
 def _problems(contents: Contents, architecture: Architecture, fused: Sequence[FusedGroup]) -> Iterable[str]:
     """Contradictions between config and tensors."""
-    if contents.refused and contents.has_reader:
-        yield contents.refused
-    present = {w.layer for w in contents.weights if w.layer is not None}
-    missing = [str(n) for n in range(contents.layers) if n not in present]
-    if missing:
-        yield f"config.json has {contents.layers} layers, the files have none of: {', '.join(missing[:5])}"
+    layout = contents.layout
+    errors = [blocker.error for blocker in layout.blockers if blocker.error.code in _CONTRADICTIONS]
+    if layout.format_error is not None and layout.format_error.code != "quantization-unknown":
+        errors.append(layout.format_error)
+    yield from dict.fromkeys(error.what for error in errors)
     for weight in contents.weights:
         rows = weight.shape[0] if weight.part == "embed" and len(weight.shape) == 2 else None
         if rows is not None and architecture.vocabulary and rows < architecture.vocabulary:
-            yield f"{weight.name} has {rows} rows, config.json a vocabulary of {architecture.vocabulary}"
+            yield f"{weight.name} has {rows} rows, but config.json states a vocabulary of {architecture.vocabulary}"
     for group in fused:
         if group.mixed:
             more = f" and {len(group.mixed) - 1} more" if len(group.mixed) > 1 else ""

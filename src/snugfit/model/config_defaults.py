@@ -1,6 +1,6 @@
-"""What config.json leaves out: older names of keys, and defaults of transformers' config classes.
+"""Keys that a config.json may omit: their older names, and the defaults of transformers' config classes.
 
-Most releases write every key, not all do (Gemma 3 4B leaves out its heads). A test compares this table with
+Most releases write every key, but not all (Gemma 3 4B omits its heads). A test compares these tables with
 transformers' classes.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-# keys under older names
+# key -> its older names
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
@@ -19,10 +19,7 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size"),
 }
 
-
 _QWEN2 = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
-
-
 _LLAMA = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
@@ -31,14 +28,8 @@ _LLAMA = {
     "vocab_size": 32000,
     "max_position_embeddings": 2048,
 }
-
-
 _MIXTRAL = _LLAMA | {"num_key_value_heads": 8, "intermediate_size": 14336, "max_position_embeddings": 131072}
-
-
 _GEMMA = {"head_dim": 256, "tie_word_embeddings": True}
-
-
 _DELTA = {
     "head_dim": 256,
     "full_attention_interval": 4,
@@ -48,8 +39,6 @@ _DELTA = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
-
-
 _MAMBA2 = {
     "mamba_expand": 2,
     "mamba_n_heads": 128,
@@ -58,13 +47,10 @@ _MAMBA2 = {
     "mamba_d_state": 256,
     "mamba_d_conv": 4,
 }
-
-
 _LATENT = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 
-
-# model_type -> keys with the value that transformers takes where config.json has none; None means that another key
-# decides. Only families whose releases leave keys out, or whose layers need them, are here
+# model_type -> key -> the value that transformers uses where config.json has none; None means that another key decides.
+# Only families whose releases omit keys, or whose layers need them, are listed
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _MIXTRAL | {"sliding_window": 4096},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 
-from snugfit.engines.mixtures import OUTSIDE, UNSERVED
+from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES, UNVERIFIED_FORMATS
 from snugfit.errors import UserError
 from snugfit.model.logical_weights import MXFP4_BLOCKS, language_configs
 from snugfit.model.names import TensorName
@@ -20,9 +20,9 @@ _MISMATCH_REMEDY = "Config and weights do not belong together."
 def unsupported_family(checkpoint: Checkpoint) -> Iterator[UserError]:
     """Why the experts of this family cannot be calibrated, if so."""
     for kind in _model_types(checkpoint):
-        if kind in OUTSIDE:
+        if kind in UNSUPPORTED_FAMILIES:
             yield UserError(
-                f"{kind} runs its experts outside transformers' experts interface: {OUTSIDE[kind]}.",
+                f"{kind} runs its experts outside transformers' experts interface: {UNSUPPORTED_FAMILIES[kind]}.",
                 code="experts-unsupported",
                 where=str(checkpoint.path / "config.json"),
                 remedy="It needs an adapter in model/experts.py that shows each expert's inputs.",
@@ -32,9 +32,9 @@ def unsupported_family(checkpoint: Checkpoint) -> Iterator[UserError]:
 def unverified_formats(checkpoint: Checkpoint, expert_formats: Collection[str]) -> Iterator[UserError]:
     """Why no tested engine loads routed experts of this family in one of `expert_formats`, if so."""
     for kind in _model_types(checkpoint):
-        unverified = [fmt for fmt in expert_formats if (kind, fmt) in UNSERVED or (kind, "") in UNSERVED]
+        unverified = [fmt for fmt in expert_formats if (kind, fmt) in UNVERIFIED_FORMATS or (kind, "") in UNVERIFIED_FORMATS]
         if unverified:
-            reason = UNSERVED.get((kind, unverified[0])) or UNSERVED[kind, ""]
+            reason = UNVERIFIED_FORMATS.get((kind, unverified[0])) or UNVERIFIED_FORMATS[kind, ""]
             stored_packed = any(name.endswith(MXFP4_BLOCKS) for name in checkpoint.tensors)
             other = "" if stored_packed else "Give them another format (`role: experts`, `format: keep`). "
             yield UserError(

@@ -10,6 +10,7 @@ from snugfit.engines.gpus import COMMON, GENERATIONS
 from snugfit.engines.kernels import attention_kernel
 from snugfit.engines.memory import ENGINE_NAMES, ENGINES, EngineMemory
 from snugfit.errors import UserError
+from snugfit.model.layout import read_layout
 from snugfit.planning.candidates import Candidate, candidates_of, read_source, shortest
 from snugfit.records.fit import (
     AttentionKernels,
@@ -21,7 +22,6 @@ from snugfit.records.fit import (
     FitRecord,
     FitRow,
 )
-from snugfit.storage.open import open_headers
 from snugfit.version import __version__
 from snugfit.vram.budget import make_budget, max_positions, read_widths
 from snugfit.vram.fit import (
@@ -78,13 +78,13 @@ def fit(
         max_num_seqs=max_num_seqs,
         recipes=tuple(recipes),
     )
-    checkpoint = open_headers(model)
-    served, notes = _read_model(checkpoint.config, settings)
-    source = read_source(checkpoint)
+    layout = read_layout(model)
+    served, notes = _read_model(layout.checkpoint.config, settings)
+    source = read_source(layout)
     candidates, more_notes = candidates_of(source, recipes)
     elements = source.elements()
     rows = sorted((_row(candidate, elements, served, settings) for candidate in candidates), key=_rank)
-    return _record(checkpoint.name, arguments, settings, served, rows, (*notes, *more_notes))
+    return _record(layout.checkpoint.name, arguments, settings, served, rows, (*notes, *more_notes))
 
 
 def _engine(name: str, gpu_memory_utilization: float | None, max_num_seqs: int) -> EngineMemory:
@@ -186,7 +186,7 @@ def _attention(cache: ModelCache, settings: ServeSettings) -> dict[str, Attentio
 
 
 def _row(candidate: Candidate, elements: Mapping[str, int], model: ServedModel, settings: ServeSettings) -> FitRow:
-    tensors, tp = candidate.stored, settings.tensor_parallel_size
+    tensors, tp = candidate.tensors, settings.tensor_parallel_size
     formats = tuple(dict.fromkeys(tensor.format.label() for tensor in tensors if tensor.format is not None))
     names = (*candidate.recipes, *candidate.with_fp8_cache)
     problem = candidate.problem or serving_error(model, tensors, settings, tp)

@@ -10,9 +10,7 @@ bytes are the same. `tp` is the number of GPUs.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
 from snugfit.model.anatomy import is_prediction_head, is_tower
@@ -29,37 +27,7 @@ _REPLICATED = frozenset(
     }
 )
 _VOCABULARY = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"})
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 _VOCABULARY_MULTIPLE = 64
-
-
-@dataclass(frozen=True)
-class CountedTensor:
-    """A tensor of the file that stands for `count` alike: the first of experts that are alike."""
-
-    info: TensorInfo
-    count: int = 1
-
-
-def collapse_experts(tensors: Iterable[TensorInfo]) -> list[CountedTensor]:
-    """The tensors in their order; of a layer's experts that are alike in all their tensors only the first's."""
-    given = [(tensor, _EXPERT.search(tensor.name)) for tensor in tensors]
-    headers: dict[tuple[str, str], list[tuple[str, str, tuple[int, ...]]]] = {}
-    for tensor, found in given:
-        if found:
-            rest = tensor.name[found.end() :], tensor.dtype, tensor.shape
-            headers.setdefault(_expert_of(tensor, found), []).append(rest)
-    alike: dict[object, list[tuple[str, str]]] = {}
-    for expert, rests in headers.items():
-        alike.setdefault((expert[0], tuple(sorted(rests))), []).append(expert)
-    counts = {experts[0]: len(experts) for experts in alike.values()}
-    counted = [(tensor, counts.get(_expert_of(tensor, found)) if found else 1) for tensor, found in given]
-    return [CountedTensor(tensor, count) for tensor, count in counted if count is not None]
-
-
-def _expert_of(tensor: TensorInfo, found: re.Match[str]) -> tuple[str, str]:
-    """The experts' module and the number of the expert that has this tensor."""
-    return tensor.name[: found.start()], found[1]
 
 
 def is_served(name: str, decoder: str, layers: int) -> bool:

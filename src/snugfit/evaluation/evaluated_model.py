@@ -1,0 +1,298 @@
+"""A checkpoint opened to be run: its last hidden states, one decoder layer in memory at a time, and its output head."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.dialects.dialect import Dialect
+from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
+from snugfit.errors import UserError
+from snugfit.formats.spec import TensorFormat
+from snugfit.model import emulate, experts, forward_pass, layers, transformers_api
+from snugfit.model.layout import read_layout
+from snugfit.records.evaluation import EvaluatedCheckpoint
+from snugfit.storage.checkpoint import Checkpoint, header_digest
+from snugfit.storage.open import is_hub_id, open_checkpoint
+
+TOKENS_PER_BATCH = 4096
+# codes in one element, by format and dtype; 1 in others
+PACKED: Mapping[tuple[str, str], int] = {
+    ("nvfp4", "U8"): 2,
+    ("nvfp4a16", "U8"): 2,
+    ("mxfp4", "U8"): 2,
+    ("int4", "I32"): 8,
+    ("int8", "I32"): 4,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedModel:
+    """A checkpoint under the activations of an engine profile, by its `name` in tables.
+
+    `formats` are those of the quantized modules, `kv_cache` is the declared format of keys and values, None for the
+    model's own.
+    """
+
+    name: str
+    checkpoint: Checkpoint
+    dialect: Dialect
+    skeleton: layers.Skeleton
+    formats: Mapping[str, TensorFormat]
+    kv_cache: str | None
+    activations: str
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        """The dtype that it computes in."""
+        dtype = self.skeleton.model.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def arithmetic_name(self) -> str:
+        """The short name of that dtype."""
+        return str(self.arithmetic).removeprefix("torch.")
+
+    @property
+    def description(self) -> EvaluatedCheckpoint:
+        """For a record: the name, a digest of the headers, and how many modules have each format."""
+        labels = Counter(fmt.label() for fmt in self.formats.values())
+        return EvaluatedCheckpoint(
+            name=self.name,
+            header_digest=header_digest(self.checkpoint),
+            bytes=sum(tensor.bytes for tensor in self.checkpoint.tensors.values()),
+            arithmetic=self.arithmetic_name,
+            formats=dict(labels),
+            kv_cache=self.kv_cache,
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of logits of a token."""
+        return int(self.skeleton.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def refuse_hub_id(model: str | Path) -> None:
+    """UserError for a model that is not a local directory but looks like an id on the Hub; nothing is downloaded."""
+    if is_hub_id(model):
+        raise UserError(
+            "not a local directory; a model on the Hub cannot be run before it is downloaded.",
+            code="option-invalid",
+            where=str(model),
+            remedy=f"Download it (`hf download {model} --local-dir DIR`), and give that directory.",
+        )
+
+
+def open_model(
+    path: str | Path,
+    *,
+    name: str | None = None,
+    activations: str = DEFAULT_PROFILE,
+    arithmetic: torch.dtype | None = None,
+) -> EvaluatedModel:
+    """Open a model directory, 16-bit or quantized; it computes in `arithmetic` (default: its config's dtype).
+
+    `name` is what tables call it, by default its directory's. Only headers are read. UserError for an unknown profile,
+    a Hub id, an unreadable format, or a broken checkpoint.
+    """
+    if activations not in PROFILES:
+        raise UserError(
+            f"unknown profile {activations!r}.",
+            code="option-invalid",
+            where="activations",
+            remedy=f"Known: {', '.join(PROFILES)}.",
+        )
+    refuse_hub_id(path)
+    opened = open_checkpoint(path)
+    layout = read_layout(opened)
+    layout.check_runnable()
+    if layout.unreadable is not None:
+        raise layout.unreadable
+    skeleton = layers.build_skeleton(layout, arithmetic)
+    dialect = layout.dialect
+    formats = _read_formats(opened, dialect, skeleton)
+    kv_cache = dialect.kv_cache_format()
+    codes = {f"{module}.weight": _codes(opened, dialect, module, fmt) for module, fmt in formats.items()}
+    layers.check_shapes(skeleton, opened, codes)
+    return EvaluatedModel(
+        name=Path(path).resolve().name if name is None else name,
+        checkpoint=opened,
+        dialect=dialect,
+        skeleton=skeleton,
+        formats=formats,
+        kv_cache=kv_cache,
+        activations=activations,
+    )
+
+
+def _read_formats(checkpoint: Checkpoint, dialect: Dialect, skeleton: layers.Skeleton) -> dict[str, TensorFormat]:
+    """Format of each quantized module that runs on text, by its name in the file.
+
+    A config may use the names of the file or those of transformers' modules: whichever agree with the headers count.
+    """
+    module_names = layers.linear_names(skeleton)
+    headers = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    try:
+        return dialect.read_formats(sorted(module_names), headers)
+    except UserError:
+        if all(name == module for name, module in module_names.items()):
+            raise
+        renamed = {
+            f"{module_names.get(name.rpartition('.')[0], name.rpartition('.')[0])}.{name.rpartition('.')[2]}": header
+            for name, header in headers.items()
+        }
+        with contextlib.suppress(UserError):
+            formats = dialect.read_formats(sorted(module_names.values()), renamed)
+            return {name: formats[module] for name, module in module_names.items() if module in formats}
+        raise
+
+
+def _codes(checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat) -> tuple[str, int]:
+    """The tensor with a quantized weight's codes, and how many codes one of its elements holds."""
+    names = dialect.part_names(module, fmt, checkpoint.tensors)
+    name = next(iter(names.values()))
+    return name, PACKED.get((fmt.name, checkpoint.tensors[name].dtype), 1)
+
+
+@torch.no_grad()
+def last_states(
+    model: EvaluatedModel,
+    rows: Sequence[Sequence[int]],
+    positions: Sequence[Tensor],
+    device: torch.device,
+    *,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    advance: Callable[[], None] = lambda: None,
+) -> list[Tensor]:
+    """The last layer's output for each row at its `positions` (int64 [n]): [n, H] each, on the CPU.
+
+    One decoder layer is in memory at a time; `advance` is called after each.
+    """
+    batches = pass_layers(model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance)
+    states: list[Tensor] = [torch.empty(0)] * len(rows)
+    for batch in batches:
+        for index, row in enumerate(batch.rows):
+            states[row] = batch.hidden[index].index_select(0, positions[row].to(device)).cpu()
+        batch.hidden = torch.empty(0)
+    return states
+
+
+@torch.no_grad()
+def pass_layers(
+    model: EvaluatedModel,
+    rows: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    tokens_per_batch: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[forward_pass.Batch]:
+    """Rows in batches, passed through all decoder layers."""
+    batches = forward_pass.make_batches(rows, tokens_per_batch, device)
+    weights = layers.outer_weights(model.skeleton, model.checkpoint, head=False)
+    forward_pass.embed(model.skeleton, weights, batches, device)
+    with _bounded_attention(model.arithmetic, device):
+        for index in range(len(model.skeleton.layers)):
+            layer, cache = resident_layer(model, index, device)
+            forward_pass.run_layer(layer, index, batches, cache=cache)
+            del layer  # before the next is read
+            advance()
+    for batch in batches:
+        batch.calls.clear()
+    return batches
+
+
+def _bounded_attention(arithmetic: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """On a GPU in fp32, attention that does not hold all T x T scores."""
+    bounded = device.type == "cuda" and arithmetic == torch.float32
+    return transformers_api.repeated_key_heads() if bounded else contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Weights outside the decoder layers by full name, and the quantizers of the inputs of quantized linears there."""
+
+    weights: Mapping[str, Tensor]
+    quantizers: Mapping[str, emulate.Quantizer]
+
+
+def open_head(model: EvaluatedModel, device: torch.device, outer: Outer | None = None) -> forward_pass.Head:
+    """Final norm and output head: hidden states [B, t, H] on `device` to logits [B, t, V]."""
+    given = outer or outer_weights(model, device)
+    head, module = forward_pass.output_head(model.skeleton, given.weights, device)
+    emulate.quantize_inputs(module, given.quantizers)
+    return head
+
+
+def outer_weights(model: EvaluatedModel, device: torch.device, pool: dict[str, list[Tensor]] | None = None) -> Outer:
+    """The output head's weights on `device`, dequantized; `pool` shares tensors that are equal in several models."""
+    decoded, quantizers = _decoded_head(model)
+    weights = layers.outer_weights(model.skeleton, model.checkpoint, head=True, decoded=decoded)
+    placed: dict[int, Tensor] = {}
+    for name, tensor in weights.items():
+        if id(tensor) not in placed:
+            placed[id(tensor)] = _shared(name, tensor.to(device), {} if pool is None else pool)
+    return Outer({name: placed[id(tensor)] for name, tensor in weights.items()}, quantizers)
+
+
+def _shared(name: str, tensor: Tensor, pool: dict[str, list[Tensor]]) -> Tensor:
+    for known in pool.setdefault(name, []):
+        if known.dtype == tensor.dtype and known.shape == tensor.shape and torch.equal(known, tensor):
+            return known
+    pool[name].append(tensor)
+    return tensor
+
+
+def _decoded_head(model: EvaluatedModel) -> tuple[dict[str, Tensor], dict[str, emulate.Quantizer]]:
+    """Quantized linears outside the decoder layers: their weights, and the quantizers of their inputs."""
+    decoded: dict[str, Tensor] = {}
+    quantizers: dict[str, emulate.Quantizer] = {}
+    module_names = layers.linear_names(model.skeleton)
+    for name, fmt in model.formats.items():
+        if name.startswith(model.skeleton.stored_layers_name + "."):
+            continue
+        weight = model.skeleton.model.get_parameter(f"{module_names[name]}.weight")
+        shape = tuple(weight.shape)
+        decoded[f"{name}.weight"], scale = emulate.read_module(model.checkpoint, model.dialect, name, fmt, shape)
+        quantizer = emulate.input_quantizer(fmt, model.activations, scale)
+        if quantizer is not None:
+            quantizers[module_names[name]] = quantizer
+    return decoded, quantizers
+
+
+def resident_layer(
+    model: EvaluatedModel, index: int, device: torch.device
+) -> tuple[nn.Module, emulate.FP8Cache | None]:
+    """Decoder layer `index` on `device`, its inputs rounded as the engine does, and the cache that rounds its keys."""
+    skeleton = model.skeleton
+    prefix = f"{skeleton.stored_layers_name}.{index}"
+    weights, quantizers = emulate.read_layer(
+        model.checkpoint,
+        model.dialect,
+        prefix,
+        skeleton.layers[index],
+        model.formats,
+        model.activations,
+        layers.layer_names(skeleton, index),
+    )
+    mixture, inputs = skeleton.experts.get(index), None
+    if mixture is not None:
+        buffers = layers.expert_buffers(skeleton, index, torch.device("cpu"))
+        inputs = emulate.read_experts(
+            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations
+        )
+        weights |= buffers.stacked
+    layer = layers.resident_layer(skeleton, index, weights, device)
+    if mixture is not None and inputs is not None:
+        experts.hook(layer.get_submodule(mixture.module), inputs)
+    modules = layers.module_names(skeleton, index)
+    emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
+    if model.kv_cache is None or model.activations == "none":
+        return layer, None
+    return layer, emulate.fp8_cache(*emulate.read_kv_scales(model.checkpoint, prefix))
