@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
     from snugfit.quantization.collect import collect_statistics
-    from snugfit.quantization.plan import QuantizationPlan, plan_quantization
-    from snugfit.quantization.quantize import quantize
+    from snugfit.quantization.prepare import PreparedRun
+    from snugfit.quantization.quantize import plan_quantization, quantize
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
     from snugfit.records.comparison import CompareRecord
     from snugfit.records.evaluation import EvalRecord, TasksRecord
@@ -41,8 +41,8 @@ __all__ = [
     "FitRecord",
     "Inspection",
     "LoadedRecipe",
+    "PreparedRun",
     "Progress",
-    "QuantizationPlan",
     "QuantizeRecord",
     "ServerOptions",
     "Statistics",
@@ -79,8 +79,8 @@ _MODULES = {
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
     "quantization.collect": ("collect_statistics",),
-    "quantization.plan": ("QuantizationPlan", "plan_quantization"),
-    "quantization.quantize": ("quantize",),
+    "quantization.prepare": ("PreparedRun",),
+    "quantization.quantize": ("plan_quantization", "quantize"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
     "records.comparison": ("CompareRecord",),
     "records.evaluation": ("EvalRecord", "TasksRecord"),

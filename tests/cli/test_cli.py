@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer.main
 import yaml
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from helpers.errors import failed_with
 from snugfit.cli.app import app
 from snugfit.engines.memory import ENGINE_NAMES
 from snugfit.engines.profiles import PROFILES
-from snugfit.quantization.plan import plan_quantization
-from snugfit.quantization.quantize import RECIPE_FILE, RECORD_FILE
+from snugfit.quantization.quantize import RECIPE_FILE, RECORD_FILE, plan_quantization
 from snugfit.recipes.recipe import builtin_names, load_recipe
 from snugfit.version import __version__
 
@@ -385,11 +386,11 @@ def test_dry_run_foretells_the_real_run(
         recipe = "int4-w4a16"  # a tied head takes no rule
     source = request.getfixturevalue(model)
     recipe = request.getfixturevalue("mixed") if recipe == "mixed" else recipe
-    options = ["-r", recipe, "--max-shard-size", "0.00006"]
+    options = ["-r", recipe, "--max-shard-size", "0.00006", "--dataset", token_rows]
     dry = json.loads(run("quantize", source, *options, "--dry-run", "--json").stdout)
-    plan = plan_quantization(source, recipe, max_shard_size=60_000)
+    plan = plan_quantization(source, recipe, max_shard_size=60_000, dataset=[token_rows]).plan
     target = tmp_path / "out"
-    real = json.loads(run("quantize", source, *options, "-o", target, "--dataset", token_rows, "--json").stdout)
+    real = json.loads(run("quantize", source, *options, "-o", target, "--json").stdout)
 
     found = written(target)
     assert found == {info.name: (info.dtype, info.shape) for infos in plan.outputs.values() for info in infos}
@@ -405,10 +406,10 @@ def test_dry_run_foretells_the_real_run(
         assert (target / shard.name).stat().st_size == shard.bytes
 
 
-def test_dry_run_prints_a_table(llama: Path, mixed: str) -> None:
+def test_dry_run_prints_a_table(llama: Path, mixed: str, token_rows: Path) -> None:
     """The dry run's table names every tensor with format, shape and bytes, and their exact total."""
-    result = run("quantize", llama, "-r", mixed, "--dry-run")
-    plan = plan_quantization(llama, mixed)
+    result = run("quantize", llama, "-r", mixed, "--dry-run", "--dataset", token_rows)
+    plan = plan_quantization(llama, mixed, dataset=[token_rows])
     lines = [line.split() for line in result.stdout.splitlines()]
     for record in plan.records():
         shape = "x".join(str(side) for side in record.shape)
@@ -437,7 +438,7 @@ def test_dry_run_writes_nothing(
         (["--statistics", "nowhere"], "file-missing", "nowhere"),
         (["--dataset", "missing.jsonl"], "file-missing", "missing.jsonl"),
         (["--num-samples", "-3"], "option-invalid", "--num-samples"),
-        (["--max-shard-size", "1e-9"], "option-invalid", "--max-shard-size"),
+        (["--max-shard-size", "1e-10"], "option-invalid", "--max-shard-size"),
     ],
 )
 def test_dry_run_checks_every_option(options: list[str], code: str, place: str, llama: Path, tmp_path: Path) -> None:
@@ -466,9 +467,9 @@ def test_dry_run_shows_the_plan_before_it_refuses_for_lack_of_memory(
 def test_dry_run_shows_odd_names_as_they_are(make_tiny: MakeTiny) -> None:
     """A tensor's name is printed letter by letter, whatever markup it resembles."""
     source = make_tiny("llama", num_hidden_layers=1)
-    file = source / "model.safetensors"
-    file.write_bytes(file.read_bytes().replace(b'"model.norm.weight"', b'"model.[/].[red].x"', 1))
-    assert "model.[/].[red].x" in run("quantize", source, "-r", "fp8-dynamic", "--dry-run").stdout
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"[/].[red].x": torch.zeros(2)}, source / "model.safetensors", metadata={"format": "pt"})
+    assert "[/].[red].x" in run("quantize", source, "-r", "fp8-dynamic", "--dry-run").stdout
 
 
 # --- snugfit quantize
@@ -482,9 +483,9 @@ def test_json_of_a_run_is_the_stored_record(llama: Path, token_rows: Path, tmp_p
     record = json.loads(result.stdout)
     assert record["recipe"] == "nvfp4-fp8-hybrid"
     assert record["bytes"] == sum(tensor["bytes"] for tensor in record["tensors"])
-    assert record["dataset"]["rows"] == 6
+    assert record["dataset"]["samples"] == 6
     assert record["dataset"]["tokens"] == 6 * 48
-    assert "quantizing layers" in result.stderr
+    assert "layers" in result.stderr
     assert "4/4" in result.stderr
 
 
@@ -492,8 +493,8 @@ def test_a_run_prints_totals_on_stdout(llama: Path, tmp_path: Path) -> None:
     """Without `--json`, stdout has the totals by format and the target; the progress bar stays on stderr."""
     target = tmp_path / "out"
     result = run("quantize", llama, "-r", "fp8-dynamic", "-o", target)
-    assert "quantizing layers" not in result.stdout
-    assert "quantizing layers" in result.stderr
+    assert "4/4" not in result.stdout
+    assert "4/4" in result.stderr
     record = json.loads((target / RECORD_FILE).read_text(encoding="utf-8"))
     lines = [line.split() for line in result.stdout.splitlines()]
     assert next(line for line in lines if line[:1] == ["all"])[-1] == f"{record['bytes']:,}"

@@ -10,17 +10,18 @@ import pytest
 from typer.testing import CliRunner
 
 from conftest import MakeTiny
+from helpers.errors import failed_with
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.cli.app import app
 from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
 
-ABOVE = ("walking layers", "quantizing layers", "this run will need", "going on after")
+PROGRESS = ("layers ", "this run will need", "resuming after")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two files of rows, and a place for what is collected."""
+    """Two files of samples, and the folder for what is collected."""
     found = tmp_path_factory.mktemp("statistics")
     for number in range(2):
         write_rows(found / f"rows-{number}.jsonl", random_rows([40, 40], seed=number))
@@ -41,7 +42,7 @@ def mixture(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def parts(model: Path, folder: Path) -> list[Path]:
-    """Directories of statistics over either file of rows."""
+    """Two directories of statistics, one over each file."""
     for number in range(2):
         result = invoke("collect", model, "-o", folder / f"part-{number}", *text(folder, number))
         assert result.exit_code == 0, result.stderr
@@ -62,7 +63,7 @@ def refused(*arguments: object) -> str:
     assert result.exit_code == 2, (result.exit_code, result.stderr, repr(result.exception))
     assert isinstance(result.exception, SystemExit)
     assert result.stdout == ""
-    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith(ABOVE)]
+    lines = [line for line in result.stderr.splitlines() if line.strip() and not line.startswith(PROGRESS)]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("snugfit: ")
     return str(lines[0])
@@ -91,34 +92,37 @@ def test_collect_prints_the_file_as_json(mixture: Path, folder: Path, tmp_path: 
     assert result.exit_code == 0, result.stderr
     assert result.stdout == (tmp_path / "out" / STATISTICS_FILE).read_text(encoding="utf-8")
     document = json.loads(result.stdout)
-    assert document["experts"] == "routed"
+    assert document["all_experts"] is False
     assert all(sum(e["forced"]) == 0 for layer in document["layers"].values() for e in layer["experts"].values())
 
 
-def test_collect_of_a_mixture_tells_what_experts_saw(mixture: Path, folder: Path, tmp_path: Path) -> None:
-    """A mixture has a table of its experts besides; options bound rows and forced tokens."""
+def test_collect_of_a_mixture_shows_what_experts_saw(mixture: Path, folder: Path, tmp_path: Path) -> None:
+    """A mixture has a table of its experts in addition; options bound samples and forced tokens."""
     options = "--num-samples", 1, "--max-seq-length", 20, "--max-forced-tokens", 5, "--tokens-per-batch", 16
     result = invoke("collect", mixture, "-o", tmp_path / "out", *text(folder, 0), *options)
     assert result.exit_code == 0, result.stderr
     assert "What experts saw" in result.stdout
     found = load_statistics(tmp_path / "out")
-    assert (found.tokens, found.forced_tokens) == (20, 5)
+    assert (found.tokens, found.max_forced_tokens) == (20, 5)
     assert max(max(e.forced) for layer in found.layers.values() for e in layer.experts.values()) <= 5
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("options", "code", "place"),
     [
-        (["--experts", "some"], "--experts"),
-        (["--forced-tokens", "-1"], "--forced-tokens"),
-        (["--tokens-per-batch", "0"], "--tokens-per-batch"),
-        (["--device", "tpu"], "tpu"),
-        (["--dataset", "no-such-rows.jsonl"], "no-such-rows.jsonl"),
+        (["--max-forced-tokens", "-1"], "option-invalid", "--max-forced-tokens"),
+        (["--tokens-per-batch", "0"], "option-invalid", "--tokens-per-batch"),
+        (["--device", "tpu"], "option-invalid", "--device"),
+        (["--dataset", "no-such-rows.jsonl"], "file-missing", "no-such-rows.jsonl"),
     ],
 )
-def test_collect_refuses_options(options: list[str], words: str, model: Path, folder: Path, tmp_path: Path) -> None:
+def test_collect_refuses_options(
+    options: list[str], code: str, place: str, model: Path, folder: Path, tmp_path: Path
+) -> None:
     """What no run can do is refused by the option's name, and leaves nothing."""
-    assert words in refused("collect", model, "-o", tmp_path / "out", *text(folder, 0), *options)
+    message = refused("collect", model, "-o", tmp_path / "out", *text(folder, 0), *options)
+    assert place in message
+    assert f"[{code}]" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -140,7 +144,7 @@ def test_show_prints_what_was_collected(parts: list[Path]) -> None:
 
 
 def test_show_writes_tables_where_asked(parts: list[Path], tmp_path: Path) -> None:
-    """With -o the tables and plots of `collect` are made anew; an output that exists is refused."""
+    """With -o the tables and plots of `collect` are written again; an output that exists is refused."""
     result = invoke("show", parts[0], "-o", tmp_path / "out")
     assert result.exit_code == 0, result.stderr
     for name in ("outliers.md", "outliers.csv"):
@@ -160,14 +164,14 @@ def test_show_refuses_what_is_no_statistics(model: Path, parts: list[Path], tmp_
 
 
 def test_merge_joins_files(parts: list[Path], model: Path, tmp_path: Path) -> None:
-    """Exit code 0, a line that tells what was joined; the file is shown, and taken by `quantize --statistics`."""
+    """Exit code 0, a line that counts what was joined; the file is shown, and taken by `quantize --statistics`."""
     target = tmp_path / "all.json"
     result = invoke("merge", *parts, "-o", target)
     assert result.exit_code == 0, result.stderr
-    assert "2 files, 4 rows, 160 tokens" in result.stdout
+    assert "2 files, 4 samples, 160 tokens" in result.stdout
     shown = invoke("show", target, "--json")
     assert shown.stdout == target.read_text(encoding="utf-8")
-    assert [one["rows"] for one in json.loads(shown.stdout)["rows"]] == [2, 2]
+    assert [one["num_samples"] for one in json.loads(shown.stdout)["datasets"]] == [2, 2]
     arguments = ["quantize", model, "-r", "nvfp4", "-o", tmp_path / "out", "--device", "cpu", "--statistics", target]
     quantized = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert quantized.exit_code == 0, quantized.stderr
@@ -177,12 +181,14 @@ def test_merge_joins_files(parts: list[Path], model: Path, tmp_path: Path) -> No
 def test_merge_refuses_what_does_not_go_together(
     parts: list[Path], mixture: Path, folder: Path, tmp_path: Path
 ) -> None:
-    """The same rows twice, another model, a missing file and an output that exists: exit code 2, nothing written."""
+    """The same samples twice, another model, a missing file and an output that exists: exit code 2, nothing written."""
     result = invoke("collect", mixture, "-o", tmp_path / "mixture", *text(folder, 1))
     assert result.exit_code == 0, result.stderr
     target = tmp_path / "all.json"
-    assert "same rows" in refused("merge", parts[0], parts[0] / STATISTICS_FILE, "-o", target)
-    assert "another model" in refused("merge", parts[0], tmp_path / "mixture", "-o", target)
+    for second in (parts[0] / STATISTICS_FILE, tmp_path / "mixture"):
+        message = refused("merge", parts[0], second, "-o", target)
+        assert "[statistics-mismatch]" in message
+        assert str(second) in message
     assert "none.json" in refused("merge", parts[0], tmp_path / "none.json", "-o", target)
     assert not target.exists()
     target.write_text("mine", encoding="utf-8")
@@ -197,9 +203,7 @@ def test_quantize_refuses_statistics_that_do_not_belong(
     """`quantize --statistics` of another model ends with exit code 2, the file's name, and no output."""
     arguments = ["quantize", mixture, "-r", "nvfp4-moe", "-o", tmp_path / "out", "--statistics", parts[0]]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == 2
-    assert "statistics of another model" in result.stderr
-    assert str(parts[0]) in result.stderr
+    assert failed_with(result, "statistics-mismatch", parts[0])
     assert not list(tmp_path.iterdir())
 
 

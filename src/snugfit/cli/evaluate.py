@@ -144,4 +144,4 @@ def _server_options(
     default = FULL if top_logprobs == "all" else DEFAULT_TOP_LOGPROBS
     top = default if number is None else int(number)
     journal = output_dir.with_name(output_dir.name + ".journal")
-    return ServerOptions(url, journal, model=model, top_logprobs=top, log=log)
+    return ServerOptions(url=url, journal=journal, model=model, top_logprobs=top, log=log)

@@ -76,10 +76,10 @@ def quantize(
         "min_tokens_per_expert": min_tokens_per_expert,
         "statistics": statistics,
         "allow_unverified": allow_unverified,
-        "progress": VerbProgress(ctx),
     }
+    progress = VerbProgress(ctx)
     if dry_run:
-        _print_plan(model, recipe, output_dir, settings, as_json=as_json)
+        _print_plan(model, recipe, output_dir, settings, progress, as_json=as_json)
         return
     if output_dir is None:
         remedy = "Name a new directory, or add `dry_run`."
@@ -87,7 +87,15 @@ def quantize(
     with keeping(kept_layers(output_dir)):
         from snugfit.quantization.quantize import quantize as run
 
-        record = run(model, recipe, output_dir=output_dir, restart=restart, force_resume=force_resume, **settings)
+        record = run(
+            model,
+            recipe,
+            output_dir=output_dir,
+            restart=restart,
+            force_resume=force_resume,
+            progress=progress,
+            **settings,
+        )
     with reporting(output_dir):
         from snugfit.report.terminal import print_totals
 
@@ -102,14 +110,28 @@ def quantize(
         typer.echo(f"{plain(str(output_dir))}: {record.seconds['total']:.1f} s, peak memory {peak:.2f} GB")
 
 
-def _print_plan(model: str, recipe: str, output_dir: Path | None, settings: dict[str, Any], *, as_json: bool) -> None:
+def _print_plan(
+    model: str,
+    recipe: str,
+    output_dir: Path | None,
+    settings: dict[str, Any],
+    progress: VerbProgress,
+    *,
+    as_json: bool,
+) -> None:
     """The plan and its estimate on stdout, then the refusal of a run for which the machine has too little."""
-    from snugfit.quantization.plan import plan_quantization
+    from snugfit.quantization.quantize import plan_quantization
     from snugfit.report.terminal import print_plan
+    from snugfit.storage.staging import check_stageable
 
     plan = plan_quantization(model, recipe, **settings)
-    print_plan(plan.records(), as_json)
-    typer.echo(plan.estimate.line(), err=as_json)
+    if output_dir is not None:
+        check_stageable(output_dir)
+    for note in plan.notes:
+        progress.message(note)
+    with reporting():
+        print_plan(plan.records(), as_json)
+        typer.echo(plan.estimate.line(), err=as_json)
     plan.check_resources(output_dir)
 
 
