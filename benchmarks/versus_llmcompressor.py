@@ -69,14 +69,14 @@ def work_once(model: Path, work: Path, recipe: str, threads: int) -> None:
     import snugfit.methods.rounding
     import snugfit.model.emulate  # noqa: F401
     from snugfit.machine import peak_rss_bytes
-    from snugfit.quantization.quantize import quantize_checkpoint
+    from snugfit.quantization.quantize import quantize
 
     torch.set_num_threads(threads)
     after_imports = peak_rss_bytes()
     target = work / "snugfit" if not recipe.endswith(".yaml") else work / "also"
     shutil.rmtree(target, ignore_errors=True)
     cpu = time.process_time()
-    record = quantize_checkpoint(model, target, recipe, text=[work / "rows.jsonl"], rows=ROWS, length=LENGTH)
+    record = quantize(model, recipe, output_dir=target, dataset=[work / "rows.jsonl"], num_samples=ROWS, max_seq_length=LENGTH)
     stages = dict(record.seconds)
     result = {
         "wall_seconds": stages.pop("total"),
@@ -134,7 +134,7 @@ def _write_rows(model: Path, work: Path) -> None:
 def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Figures of a compressed-tensors checkpoint (weight errors by format, perplexities), and its losses by row."""
     from snugfit.data.dataset import make_dataset
-    from snugfit.dialects.reading import read_formats
+    from snugfit.dialects.dialect import open_dialect
     from snugfit.evaluation.fidelity import perplexity
     from snugfit.model.emulate import read_module
     from snugfit.storage.checkpoint import read_tensor
@@ -144,9 +144,10 @@ def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float]
     modules = [name.removesuffix(".weight") for name in source.tensors if name.endswith("_proj.weight")]
     sums: dict[str, list[float]] = {}
     headers = {name: (tensor.dtype, tensor.shape) for name, tensor in result.tensors.items()}
-    for module, fmt in read_formats(result.config, modules, headers).items():
+    dialect = open_dialect(result.config, where=str(result.path / "config.json"))
+    for module, fmt in dialect.read_formats(modules, headers).items():
         weight = read_tensor(source, f"{module}.weight").float()
-        values, _ = read_module(result, module, fmt, tuple(weight.shape))
+        values, _ = read_module(result, dialect, module, fmt, tuple(weight.shape))
         entry = sums.setdefault(fmt.name, [0.0, 0.0])
         entry[0] += float((values - weight).square().sum())
         entry[1] += float(weight.square().sum())

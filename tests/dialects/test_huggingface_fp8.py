@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from conftest import MakeTiny
-from snugfit.dialects import reading
-from snugfit.errors import UserError
+from helpers.errors import raises
+from snugfit.dialects.dialect import open_dialect
 from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
 from snugfit.model import emulate, layers
-from snugfit.storage.open import open_checkpoint
+from snugfit.model.layout import read_layout
 from snugfit.storage.safetensors_header import TORCH_NAMES
 
 E4M3 = torch.float8_e4m3fn
@@ -34,10 +34,11 @@ def config_of(block: list[int] | None = None, **more: Any) -> dict[str, Any]:
 
 def read(config: dict[str, Any], parts: dict[str, Tensor]) -> tuple[TensorFormat, Tensor, Tensor | None]:
     headers = {f"{MODULE}.{name}": (NAME_OF[tensor.dtype], tuple(tensor.shape)) for name, tensor in parts.items()}
-    fmt = reading.read_formats(config, [MODULE], headers)[MODULE]
-    names = reading.part_names(config, MODULE, fmt, headers)
-    quantized, scale = reading.decode(config, MODULE, fmt, {part: parts[part] for part in names})
-    return fmt, dequantize(quantized), scale
+    dialect = open_dialect(config)
+    fmt = dialect.read_formats([MODULE], headers)[MODULE]
+    names = dialect.part_names(MODULE, fmt, headers)
+    weight, scale = dialect.decode(MODULE, fmt, {part: parts[part] for part in names})
+    return fmt, dequantize(weight), scale
 
 
 def quantized(weight: Tensor, block: tuple[int, int]) -> dict[str, Tensor]:
@@ -106,7 +107,7 @@ def test_one_scale_a_weight_under_either_name(weight_scale: str, input_scale: st
 
 @pytest.mark.parametrize("shape", [(64,), (64, 1)])
 def test_one_scale_a_row(shape: tuple[int, ...]) -> None:
-    """Scales of output channels are told by their number."""
+    """Scales of output channels are recognized by their number."""
     parts = {"weight": weight_of(64, 96).to(E4M3), "weight_scale": torch.rand(64).reshape(shape)}
     fmt, ours, _ = read(config_of(), parts)
     assert fmt == TensorFormat("fp8-dynamic")
@@ -123,30 +124,32 @@ def test_headers_decide_what_is_quantized() -> None:
         "b.weight": ("BF16", (128, 128)),
     }
     for more in ({}, {"modules_to_not_convert": ["b"]}, {"modules_to_not_convert": ["a"]}):
-        found = reading.read_formats(config_of([128, 128], **more), ["a", "b", "lm_head"], headers)
+        found = open_dialect(config_of([128, 128], **more)).read_formats(["a", "b", "lm_head"], headers)
         assert found == {"a": TensorFormat("fp8-block")}
 
 
 @pytest.mark.parametrize(
-    ("config", "change", "words"),
+    ("config", "change", "code", "named"),
     [
-        (config_of([128, 128]), {"weight_scale_inv": torch.ones(3, 3)}, "[3, 3]"),
-        (config_of(), {}, "weight_block_size None"),
-        (config_of([128]), {}, "weight_block_size is [128]"),
-        (config_of([128, 128], activation_scheme="sometimes"), {}, "'sometimes'"),
-        (config_of([128, 128]), {"weight_scale_inv": None}, "weight_scale_inv is not there"),
-        (config_of([128, 128], activation_scheme="static"), {}, "input_scale is not there"),
-        (config_of([128, 128]), {"weight": torch.zeros(256, 256, dtype=torch.int8)}, "stored quantized"),
-        (config_of([128, 128]), {"weight_scale_inv": torch.full((2, 2), torch.nan)}, "holds nan"),
-        (config_of([128, 128]), {"weight_scale_inv": torch.full((2, 2), torch.inf)}, "holds inf"),
+        (config_of([128, 128]), {"weight_scale_inv": torch.ones(3, 3)}, "quantization-invalid", "[3, 3]"),
+        (config_of(), {}, "quantization-invalid", "weight_block_size None"),
+        (config_of([128]), {}, "quantization-invalid", "weight_block_size"),
+        (config_of([128, 128], activation_scheme="sometimes"), {}, "quantization-unknown", "'sometimes'"),
+        (config_of([128, 128]), {"weight_scale_inv": None}, "quantization-invalid", f"{MODULE}.weight_scale_inv"),
+        (config_of([128, 128], activation_scheme="static"), {}, "quantization-invalid", f"{MODULE}.input_scale"),
+        (config_of([128, 128]), {"weight": torch.zeros(256, 256, dtype=torch.int8)}, "quantization-invalid", MODULE),
+        (config_of([128, 128]), {"weight_scale_inv": torch.full((2, 2), torch.nan)}, "scale-invalid", "nan"),
+        (config_of([128, 128]), {"weight_scale_inv": torch.full((2, 2), torch.inf)}, "scale-invalid", "inf"),
     ],
 )
-def test_what_does_not_fit_is_refused(config: dict[str, Any], change: dict[str, Tensor | None], words: str) -> None:
+def test_what_does_not_fit_is_refused(
+    config: dict[str, Any], change: dict[str, Tensor | None], code: str, named: str
+) -> None:
     """Scales of a wrong grid, without a block size, missing or not finite are errors that name the tensor."""
     parts = quantized(weight_of(256, 256), (128, 128)) | change
-    with pytest.raises(UserError) as caught:
+    with raises(code, "config.json: quantization_config") as caught:
         read(config, {name: part for name, part in parts.items() if part is not None})
-    assert words in caught.value.what
+    assert named in caught.value.what
 
 
 def test_a_whole_model_is_the_one_that_transformers_loads(make_tiny: MakeTiny, tmp_path: Path) -> None:
@@ -161,15 +164,15 @@ def test_a_whole_model_is_the_one_that_transformers_loads(make_tiny: MakeTiny, t
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | config_of([32, 32])))
-    opened = open_checkpoint(tmp_path)
-    skeleton = layers.build_skeleton(opened)
-    headers = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
-    formats = reading.read_formats(opened.config, sorted(layers.linear_names(skeleton)), headers)
+    layout = read_layout(tmp_path)
+    skeleton, formats = layers.build_skeleton(layout), layout.formats
     assert len(formats) == 21
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
     for index, layer in enumerate(skeleton.layers):
         prefix = f"model.layers.{index}"
-        weights, quantizers = emulate.read_layer(opened, prefix, layer, formats, "vllm-blackwell")
+        weights, quantizers = emulate.read_layer(
+            layout.checkpoint, layout.dialect, prefix, layer, formats, "vllm-blackwell"
+        )
         assert len(quantizers) == 7
         for name, weight in weights.items():
             assert torch.equal(weight, theirs[f"{prefix}.{name}"]), name

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import TINY, MakeTiny
-from snugfit.dialects import reading
+from helpers.errors import raises
 from snugfit.dialects.compressed_tensors import kv_encode, kv_layout, quantization_config
+from snugfit.dialects.dialect import open_dialect
 from snugfit.engines.kv_cache import attention_modules
-from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate
 from snugfit.storage.open import open_checkpoint
@@ -60,21 +60,22 @@ def test_projections_of_a_recurrent_state_are_no_keys(sibling: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "config", "said"),
+    ("names", "config", "named"),
     [
-        (["self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_b_proj.weight"], {}, "latent"),
+        (["self_attn.kv_a_proj_with_mqa.weight", "self_attn.kv_b_proj.weight"], {}, "latent (MLA)"),
         (["attention.query_key_value.weight"], {}, "not named self_attn"),
         (["self_attn.k_proj.weight", "cross_attn.self_attn.k_proj.weight"], {}, "in one layer"),
         (["self_attn.k_proj.weight"], {"num_kv_shared_layers": 1}, "share keys"),
     ],
 )
 def test_where_vllm_would_lose_scales_the_recipe_is_refused(
-    names: list[str], config: dict[str, Any], said: str
+    names: list[str], config: dict[str, Any], named: str
 ) -> None:
     """Caches whose scales vLLM looks for under other names are an error with a remedy, not scales of 1 at run time."""
-    with pytest.raises(UserError, match=f"here: no FP8 KV cache.*{said}.*Take `kv_cache` out") as caught:
+    with raises("format-unverified", "here") as caught:
         attention_modules([[f"model.layers.0.{name}" for name in names]], config, where="here")
-    assert caught.value.remedy
+    assert named in caught.value.what
+    assert "`kv_cache`" in caught.value.remedy
 
 
 # what is written
@@ -99,9 +100,9 @@ def test_scales_are_those_of_the_library(dtype: str, written: str) -> None:
 @pytest.mark.parametrize("dtype", ["BF16", "F32"])
 def test_no_scale_is_made_of_nothing(bad: float, dtype: str) -> None:
     """Zero, NaN, infinite and vanishing magnitudes of keys or values are errors that name the tensor."""
-    with pytest.raises(UserError, match=r"self_attn.k_scale: calibrated keys or values .* take `kv_cache` out"):
+    with raises("amax-invalid", f"{ATTENTION}.k_scale"):
         kv_encode(ATTENTION, (bad, 1.0), dtype)
-    with pytest.raises(UserError, match=r"self_attn.v_scale"):
+    with raises("amax-invalid", f"{ATTENTION}.v_scale"):
         kv_encode(ATTENTION, (1.0, bad), dtype)
 
 
@@ -112,7 +113,7 @@ def test_the_config_asks_for_it() -> None:
     assert config["kv_cache_scheme"] == expected
     read = QuantizationConfig.model_validate(config).kv_cache_scheme
     assert (read.num_bits, read.type, read.strategy, read.dynamic) == (8, "float", "tensor", False)
-    assert reading.kv_cache_format({"quantization_config": config}) == "fp8"
+    assert open_dialect({"quantization_config": config}).kv_cache_format() == "fp8"
     assert quantization_config(UP, ["lm_head"]) == config | {"kv_cache_scheme": None}
 
 

@@ -15,8 +15,8 @@ from compressed_tensors.quantization import preset_name_to_scheme
 from compressed_tensors.quantization.lifecycle.forward import dequantize as library_dequantize
 from torch import Tensor
 
-from snugfit.dialects import reading
-from snugfit.errors import UserError
+from helpers.errors import raises
+from snugfit.dialects.dialect import open_dialect, read_quant_config
 from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import TensorFormat
 from snugfit.storage.safetensors_header import TORCH_NAMES
@@ -66,9 +66,10 @@ def read(config: dict[str, Any], parts: dict[str, Tensor]) -> tuple[TensorFormat
     """Format, fp32 weight and static inputs of a file whose one module has `parts`."""
     extra = config if "quantization" in config else None
     whole = {} if extra else config
-    fmt = reading.read_formats(whole, [UP, HEAD], headers(parts) | {f"{HEAD}.weight": ("BF16", (8, 8))}, extra)[UP]
-    names = reading.part_names(whole, UP, fmt, headers(parts))
-    quantized, scale = reading.decode(whole, UP, fmt, {part: parts[part] for part in names})
+    dialect = open_dialect(whole, extra)
+    fmt = dialect.read_formats([UP, HEAD], headers(parts) | {f"{HEAD}.weight": ("BF16", (8, 8))})[UP]
+    names = dialect.part_names(UP, fmt, headers(parts))
+    quantized, scale = dialect.decode(UP, fmt, {part: parts[part] for part in names})
     return fmt, dequantize(quantized), scale
 
 
@@ -121,8 +122,9 @@ def test_weight_only_nvfp4(config: dict[str, Any], *, inputs: bool) -> None:
 def test_one_module_without_an_input_scale_is_refused() -> None:
     """Where others have 4-bit inputs, a module without input_scale would run on uninitialised memory: an error."""
     tensors = headers(nvfp4_parts()) | headers(nvfp4_parts(inputs=False), DOWN)
-    with pytest.raises(UserError, match=rf"{DOWN}\.input_scale is not there"):
-        reading.read_formats({}, [UP, DOWN], tensors, legacy("NVFP4"))
+    with raises("quantization-invalid", "hf_quant_config.json") as caught:
+        open_dialect({}, legacy("NVFP4")).read_formats([UP, DOWN], tensors)
+    assert f"{DOWN}.input_scale" in caught.value.what
 
 
 def test_fp8_has_one_scale_a_weight_and_one_for_inputs() -> None:
@@ -160,7 +162,7 @@ def test_a_mixture_gives_each_layer_its_own(prefix: str) -> None:
         recent("MIXED_PRECISION", quantized_layers=layers),
     ):
         extra = config if "quantization" in config else None
-        assert reading.read_formats({} if extra else config, modules, tensors, extra) == {
+        assert open_dialect({} if extra else config, extra).read_formats(modules, tensors) == {
             UP: TensorFormat("nvfp4"),
             DOWN: TensorFormat("fp8", inputs="fp8-tensor"),
         }
@@ -176,31 +178,56 @@ def test_excluded_modules_are_wildcards(excluded: list[str]) -> None:
         (legacy("NVFP4", exclude_modules=excluded), {}),
         (None, recent("NVFP4", ignore=excluded)),
     ):
-        assert set(reading.read_formats(config, [UP, DOWN], tensors, extra)) == {UP}
+        assert set(open_dialect(config, extra).read_formats([UP, DOWN], tensors)) == {UP}
 
 
 @pytest.mark.parametrize(
-    ("config", "parts", "words"),
+    ("config", "parts", "code", "named"),
     [
-        (legacy("W4A8_AWQ"), nvfp4_parts(), "'W4A8_AWQ'"),
-        (legacy("MXFP8"), nvfp4_parts(), "'MXFP8'"),
-        (legacy("NVFP4"), nvfp4_parts() | {"pre_quant_scale": torch.ones(96)}, "pre_quant_scale"),
-        (legacy("NVFP4"), fp8_parts(torch.tensor(1.0)), "weight_scale_2"),
-        (legacy("FP8"), nvfp4_parts(), "weight is U8"),
-        (legacy("FP8"), {"weight": torch.ones(8, 8)}, "weight is F32"),
-        (legacy("FP8", exclude_modules=["*mlp*", HEAD]), fp8_parts(torch.tensor(1.0)), "stored quantized"),
-        (legacy("NVFP4"), nvfp4_parts() | {"weight_scale_2": torch.tensor(0.0)}, "weight_scale_2 holds 0.0"),
-        (legacy("NVFP4"), nvfp4_parts() | {"input_scale": torch.tensor(float("nan"))}, "input_scale holds nan"),
-        (legacy("FP8"), fp8_parts(torch.tensor(1.0)) | {"input_scale": torch.tensor(0.0)}, "input_scale holds 0.0"),
+        (legacy("W4A8_AWQ"), nvfp4_parts(), "quantization-unknown", "'W4A8_AWQ'"),
+        (legacy("MXFP8"), nvfp4_parts(), "quantization-unknown", "'MXFP8'"),
+        (
+            legacy("NVFP4"),
+            nvfp4_parts() | {"pre_quant_scale": torch.ones(96)},
+            "quantization-unknown",
+            "pre_quant_scale",
+        ),
+        (legacy("NVFP4"), fp8_parts(torch.tensor(1.0)), "quantization-invalid", "weight_scale_2"),
+        (legacy("FP8"), nvfp4_parts(), "quantization-invalid", "weight is U8"),
+        (legacy("FP8"), {"weight": torch.ones(8, 8)}, "quantization-invalid", "weight is F32"),
+        (
+            legacy("FP8", exclude_modules=["*mlp*", HEAD]),
+            fp8_parts(torch.tensor(1.0)),
+            "quantization-invalid",
+            UP,
+        ),
+        (
+            legacy("NVFP4"),
+            nvfp4_parts() | {"weight_scale_2": torch.tensor(0.0)},
+            "scale-invalid",
+            f"{UP}.weight_scale_2",
+        ),
+        (
+            legacy("NVFP4"),
+            nvfp4_parts() | {"input_scale": torch.tensor(float("nan"))},
+            "scale-invalid",
+            f"{UP}.input_scale",
+        ),
+        (
+            legacy("FP8"),
+            fp8_parts(torch.tensor(1.0)) | {"input_scale": torch.tensor(0.0)},
+            "scale-invalid",
+            f"{UP}.input_scale",
+        ),
     ],
 )
 def test_what_has_no_reader_or_does_not_fit_is_refused(
-    config: dict[str, Any], parts: dict[str, Tensor], words: str
+    config: dict[str, Any], parts: dict[str, Tensor], code: str, named: str
 ) -> None:
-    """Other algorithms, tensors that the algorithm does not go with, and useless scales are errors that name them."""
-    with pytest.raises(UserError) as caught:
+    """Other algorithms, tensors that do not match the algorithm, and useless scales are errors that name them."""
+    with raises(code, "hf_quant_config.json") as caught:
         read(config, parts)
-    assert words in caught.value.what
+    assert named in caught.value.what
     assert caught.value.remedy
 
 
@@ -218,19 +245,20 @@ def test_what_has_no_reader_or_does_not_fit_is_refused(
 def test_the_kv_cache(extra: dict[str, Any] | None, config: dict[str, Any], expected: str | None) -> None:
     """FP8 is read from either file, config.json's word first; an NVFP4 cache is refused."""
     if expected == "error":
-        with pytest.raises(UserError, match="NVFP4"):
-            reading.kv_cache_format(config, extra)
+        with raises("quantization-unknown", "hf_quant_config.json" if extra else "quantization_config") as caught:
+            open_dialect(config, extra).kv_cache_format()
+        assert "NVFP4" in caught.value.what
     else:
-        assert reading.kv_cache_format(config, extra) == expected
+        assert open_dialect(config, extra).kv_cache_format() == expected
 
 
 def test_the_file_of_its_own(tmp_path: Path) -> None:
-    """hf_quant_config.json is read where there is one, and an error where it is none."""
-    assert reading.read_quant_config(tmp_path) is None
+    """hf_quant_config.json is read if it exists; a file that is not a JSON object is an error."""
+    assert read_quant_config(tmp_path) is None
     file = tmp_path / "hf_quant_config.json"
     file.write_text(json.dumps(legacy("FP8")))
-    assert reading.read_quant_config(tmp_path) == legacy("FP8")
+    assert read_quant_config(tmp_path) == legacy("FP8")
     for text in ("{", "[]"):
         file.write_text(text)
-        with pytest.raises(UserError, match="JSON"):
-            reading.read_quant_config(tmp_path)
+        with raises("json-invalid", file):
+            read_quant_config(tmp_path)

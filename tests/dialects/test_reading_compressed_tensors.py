@@ -23,7 +23,7 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
 from torch import Tensor
 
-from snugfit.dialects import reading
+from snugfit.dialects.dialect import open_dialect
 from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
 from snugfit.model.emulate import input_quantizer
@@ -180,9 +180,10 @@ def headers(parts: dict[str, Tensor], module: str = MODULE) -> Found:
 
 def read(config: dict[str, Any], parts: dict[str, Tensor]) -> tuple[TensorFormat, Tensor, Tensor | None]:
     """Format, fp32 weight and static inputs as we read them."""
-    fmt = reading.read_formats(config, [MODULE], headers(parts))[MODULE]
-    names = reading.part_names(config, MODULE, fmt, headers(parts))
-    quantized, scale = reading.decode(config, MODULE, fmt, {part: parts[part] for part in names})
+    dialect = open_dialect(config)
+    fmt = dialect.read_formats([MODULE], headers(parts))[MODULE]
+    names = dialect.part_names(MODULE, fmt, headers(parts))
+    quantized, scale = dialect.decode(MODULE, fmt, {part: parts[part] for part in names})
     return fmt, dequantize(quantized), scale
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from helpers.errors import raises
 from helpers.work import count_calls
 from snugfit.dialects.compressed_tensors import formats_of, quantization_config
 from snugfit.dialects.targets import write_targets
@@ -147,7 +148,7 @@ def test_one_format_for_all_spares_towers_too() -> None:
 
 
 def test_layers_of_towers_do_not_count() -> None:
-    """Formats by layer are told apart by the text model's layers alone: a tower's layer 0 is none of them."""
+    """Formats by layer count the layers of the text model alone, not those of a tower."""
     decoder, kept = ON_DISK["gemma3"]
     formats = {f"{decoder}.{layer}.{name}": (NV, FP8)[layer > 0] for layer in LAYERS for name in ATTENTION}
     config = quantization_config(formats, kept)
@@ -230,7 +231,7 @@ def test_engines_find_experts_under_the_names_they_ask_for(leaves: Sequence[str]
 
 
 def test_a_format_by_layer_has_patterns_by_layer() -> None:
-    """Experts of some layers in another format, and of some left alone, are told apart by the layers' numbers."""
+    """Experts of some layers in another format, and of some left alone, are separated by the layers' numbers."""
     names = mixture(12, 3, ("w1", "w2", "w3"))
     of_layer = {0: NV, 1: FP8, 11: None}
     found = {name: of_layer.get(int(name.split(".")[2]), NV) for name in names["experts"]}
@@ -246,13 +247,33 @@ def test_a_format_by_layer_has_patterns_by_layer() -> None:
 
 
 def test_experts_of_two_formats_in_one_layer_are_named() -> None:
-    """What no pattern can tell apart stands under its own name, and nothing is caught twice."""
+    """Modules that no pattern can separate have their own names as targets, and nothing matches twice."""
     names = mixture(2, 3, ("gate_proj", "up_proj", "down_proj"))
     formats = {name: INT4 if ".experts.1." in name else NV for name in names["experts"]}
     config = quantization_config(formats, names["router"])
     assert {name: groups_of(config, name) for name in formats} == {
         name: [f"group_{int(fmt == INT4)}"] for name, fmt in formats.items()
     }
+
+
+def test_a_state_space_beside_attention_has_one_format_in_all_layers() -> None:
+    """vLLM looks up Falcon-H1's mamba as 3.mixer.in_proj whatever the layer, so a format by layer is refused."""
+    names = [f"model.layers.{n}.{name}" for n in range(2) for name in ("self_attn.q_proj", "mamba.in_proj")]
+    (targets,) = write_targets(dict.fromkeys(names, FP8), []).values()
+    for name in (
+        "layers.1.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "3.mixer.in_proj",
+        "model.layers.1.mamba.in_proj",
+    ):
+        assert any(re.match(target[3:], name) for target in targets), name
+    by_layer = dict.fromkeys(names, FP8) | {"model.layers.1.mamba.in_proj": NV}
+    with raises("format-unverified", "model.layers.0.mamba.in_proj"):
+        write_targets(by_layer, [])
+    with raises("format-unverified", "model.layers.0.mamba.in_proj"):
+        write_targets(dict.fromkeys(names[:3], FP8), names[3:])
+    attention = dict.fromkeys(names, FP8) | {"model.layers.1.self_attn.q_proj": NV}
+    assert len(write_targets(attention, [])[NV]) == 1
 
 
 def write_and_read_targets(layers: int) -> None:

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from snugfit.dialects import reading
 from snugfit.dialects.compressed_tensors import encode, quantization_config
+from snugfit.dialects.dialect import Dialect, open_dialect
 from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
 from snugfit.formats import fp8, nvfp4
@@ -71,15 +71,19 @@ def checkpoint(
     return open_checkpoint(directory)
 
 
+def dialect_of(opened: Checkpoint) -> Dialect:
+    return open_dialect(opened.config, where=str(opened.path / "config.json"))
+
+
 def formats_of(opened: Checkpoint) -> dict[str, TensorFormat]:
     headers = {name: (tensor.dtype, tensor.shape) for name, tensor in opened.tensors.items()}
     linears = [f"{PREFIX}.self_attn.{name}" for name in (*NAMES, "o_proj")]
-    return reading.read_formats(opened.config, linears, headers)
+    return dialect_of(opened).read_formats(linears, headers)
 
 
 def read(opened: Checkpoint, profile: str) -> tuple[dict[str, Tensor], dict[str, emulate.Quantizer]]:
     """Weights and quantizers by the linear's short name."""
-    weights, quantizers = emulate.read_layer(opened, PREFIX, Layer(), formats_of(opened), profile)
+    weights, quantizers = emulate.read_layer(opened, dialect_of(opened), PREFIX, Layer(), formats_of(opened), profile)
     short = {name.removeprefix("self_attn.").removesuffix(".weight"): weight for name, weight in weights.items()}
     return short, {name.removeprefix("self_attn."): quantizer for name, quantizer in quantizers.items()}
 
@@ -87,7 +91,7 @@ def read(opened: Checkpoint, profile: str) -> tuple[dict[str, Tensor], dict[str,
 def alone(opened: Checkpoint, name: str) -> tuple[Tensor, Tensor | None]:
     """A linear's weight and static inputs as the file says."""
     module = f"{PREFIX}.self_attn.{name}"
-    return emulate.read_module(opened, module, formats_of(opened)[module], (32, 64))
+    return emulate.read_module(opened, dialect_of(opened), module, formats_of(opened)[module], (32, 64))
 
 
 def weight_of(seed: int) -> Tensor:
@@ -303,7 +307,7 @@ def test_four_bit_inputs_without_their_scale_are_refused(tmp_path: Path) -> None
     stored = round_group({"w": weight_of(0)}, W4A16, "absmax", "mse")["w"]
     module = f"{PREFIX}.self_attn.o_proj"
     opened = checkpoint(tmp_path, {"o_proj": encode(stored)}, quantization_config({module: W4A4}, []))
-    for reads in (lambda: formats_of(opened), lambda: emulate.read_module(opened, module, W4A4, (32, 64))):
+    for reads in (lambda: formats_of(opened), lambda: emulate.read_module(opened, dialect_of(opened), module, W4A4, (32, 64))):
         with pytest.raises(UserError, match=rf"{module}\.input_global_scale is not there"):
             reads()
 

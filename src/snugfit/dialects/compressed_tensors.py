@@ -1,7 +1,7 @@
 """The compressed-tensors layout: names, dtypes and shapes on disk, and the quantization_config that describes them.
 
-In memory a scale always multiplies codes. NVFP4 files store its global scales as divisors; they are inverted here and
-nowhere else. Facts follow compressed-tensors 0.20, the oracle of the tests, and what vLLM asks of a file.
+In memory a scale always multiplies codes. NVFP4 files store global scales as divisors; this module alone inverts them.
+Facts follow compressed-tensors 0.20, the oracle of the tests, and what vLLM needs in a file.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ VERSION = "0.14.0"
 
 _FLOATS = frozenset({"BF16", "F16", "F32"})
 
-# names of the tensors that stand for a module's weight, by what follows the module's name
 INPUT_SCALE = "input_global_scale"
 
 
 def layout(fmt: TensorFormat, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Suffix -> (safetensors dtype, shape) of all tensors that replace a weight [N, K] whose dtype is `dtype`."""
+    """Suffix -> (safetensors dtype, shape) of all tensors that replace a weight [N, K] of this shape and dtype."""
     rows, columns = shape
     if fmt.name in ("nvfp4", "nvfp4a16"):
         parts: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -61,9 +60,9 @@ def layout(fmt: TensorFormat, shape: tuple[int, ...], dtype: str) -> dict[str, t
 
 
 def copied_layout(fmt: TensorFormat, parts: Headers) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The same of an FP8 weight that stays as it is, from the headers of its parts, in any dialect (suffix -> header).
+    """As `layout`, for an FP8 weight whose codes are copied; `parts` are its headers by suffix, in any dialect.
 
-    Scales keep their dtype; E8M0 ones, which this layout has not, become F32.
+    Scales keep their dtype, except that E8M0 scales, which this layout does not have, become F32.
     """
     rows, columns = parts["weight"][1]
     scale = next(dtype for suffix, (dtype, _) in parts.items() if suffix.startswith("weight_scale"))
@@ -101,7 +100,7 @@ def encode(quantized: QuantizedWeight, input_scale: Tensor | None = None) -> dic
         return {"weight": quantized.codes, "weight_scale": quantized.scale} | inputs
     if isinstance(quantized, MXFP4Weight):
         return {"weight_packed": quantized.packed, "weight_scale": quantized.exponent}
-    assert isinstance(quantized, INT4Weight), "a format that is read, not written"
+    assert isinstance(quantized, INT4Weight), "this format cannot be written"
     parts = {
         "weight_packed": quantized.packed,
         "weight_scale": quantized.scale,
@@ -113,7 +112,7 @@ def encode(quantized: QuantizedWeight, input_scale: Tensor | None = None) -> dic
 
 
 def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
-    """What of a module to read: all that `fmt` needs, and those of its optional tensors that are in `parts`."""
+    """Suffixes of the tensors to read for a module in `fmt`, with the optional ones that are in `parts`."""
     if fmt.name in ("nvfp4", "nvfp4a16"):
         names = ["weight_packed", "weight_scale", "weight_global_scale"]
         return (*names, INPUT_SCALE) if fmt.input_kind == "nvfp4" else tuple(names)
@@ -133,9 +132,10 @@ def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
 
 
 def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWeight, Tensor | None]:
-    """The quantized weight and the static multiplier of its inputs (None where there is none) from a module's tensors.
+    """The quantized weight and the static multiplier of its inputs, from a module's tensors.
 
-    The multiplier is fp32 (); with a zero point, int8-tensor-asym, it is fp32 [2]: multiplier, zero point.
+    The multiplier is fp32 (), None for inputs without one; with a zero point, int8-tensor-asym, it is fp32 [2]:
+    multiplier, zero point.
     """
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.mxfp4 import MXFP4Weight
@@ -165,13 +165,13 @@ def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Quantize
     scale = parts["weight_scale"] if fmt.group_size > 0 else parts["weight_scale"].reshape(-1, 1)
     zeros, columns = parts.get("weight_zero_point"), parts.get("weight_g_idx")
     if columns is not None and bool((columns < 0).any()):
-        columns = None  # -1: in order after all
+        columns = None  # -1: not initialized, the columns are in order
     if "weight" in parts:
         return IntegerWeight(parts["weight"], scale, None if zeros is None else zeros.reshape(scale.shape), columns)
     shape = (int(parts["weight_shape"][0]), int(parts["weight_shape"][1]))
     zero_point = None
     if zeros is not None:
-        # the library leaves a whole weight's one zero point as it is
+        # the library does not pack a whole weight's single zero point
         packed = fmt.group_size != 0
         rows = (shape[0], scale.shape[1])
         zero_point = unpack_integers(zeros, rows, bits=bits, dim=0) if packed else zeros.reshape(scale.shape)
@@ -203,7 +203,8 @@ def kv_layout(attention: str, dtype: str) -> dict[str, tuple[str, tuple[int, ...
 def kv_encode(attention: str, amax: tuple[float, float], dtype: str) -> dict[str, Tensor]:
     """Name -> scale as written: the multiplier amax / 448 for the largest calibrated |key| and |value|.
 
-    UserError where no scale can be made of them: an engine would fill its cache with zeros, infinities or NaN.
+    UserError for magnitudes that give no positive finite scale: an engine would fill its cache with zeros, infinities
+    or NaN.
     """
     import torch
 
@@ -215,16 +216,17 @@ def kv_encode(attention: str, amax: tuple[float, float], dtype: str) -> dict[str
         scale = torch.tensor([largest / E4M3_MAX], dtype=as_torch)
         if not (scale.isfinite() & (scale > 0)).all():
             raise UserError(
-                f"calibrated keys or values have largest magnitude {largest}.",
+                f"calibrated keys or values have largest magnitude {largest}, which gives no scale.",
+                code="amax-invalid",
                 where=name,
-                remedy="No scale can be made of that: check the source's weights, or take `kv_cache` out.",
+                remedy="Check the source's weights, or remove `kv_cache` from the recipe.",
             )
         scales[name] = scale
     return scales
 
 
 def _kv_dtype(dtype: str) -> str:
-    """As llm-compressor, the model's dtype; but fp16 has too few small numbers for a scale."""
+    """The model's dtype, as in llm-compressor, except fp16, which has too few small numbers for a scale."""
     return "BF16" if dtype == "BF16" else "F32"
 
 
@@ -233,9 +235,9 @@ def quantization_config(
 ) -> dict[str, Any]:
     """The quantization_config of config.json.
 
-    `formats` maps module names (as in the checkpoint) to their format; `ignore` names every linear left alone;
-    `kv_cache` "fp8" asks for an FP8 cache under the scales of `kv_layout`. Targets of different groups are disjoint:
-    engines resolve overlapping patterns differently.
+    `formats` maps module names (as in the checkpoint) to their format; `ignore` names every unquantized linear;
+    `kv_cache` "fp8" asks for an FP8 cache under the scales of `kv_layout`. Targets of different groups are disjoint,
+    because engines resolve overlapping patterns differently. UserError for formats that no target can express.
     """
     groups = {
         f"group_{number}": _scheme(fmt) | {"targets": targets}
@@ -257,8 +259,8 @@ def quantization_config(
 def formats_of(
     quantization: Mapping[str, Any], modules: Iterable[str], _parts: Mapping[str, Headers], *, where: str
 ) -> dict[str, TensorFormat]:
-    """Format of each of `modules` that a quantization_config targets; the rest is unquantized."""
-    _check_whole(quantization, where)
+    """Format of each of `modules` that a quantization_config targets; the others are unquantized."""
+    _check_features(quantization, where)
     groups = list((quantization.get("config_groups") or {}).values())
     if not all(isinstance(group, dict) for group in groups):
         what = "config_groups that name presets have no reader."
@@ -273,7 +275,7 @@ def formats_of(
 
 
 def kv_cache(quantization: Mapping[str, Any]) -> str | None:
-    """What the file asks of the KV cache: "fp8", None, or the whole scheme where it is another."""
+    """The requested format of the KV cache: "fp8", None for the model's dtype, or the text of any other scheme."""
     scheme = quantization.get("kv_cache_scheme")
     if not scheme:
         return None
@@ -285,8 +287,8 @@ def kv_cache(quantization: Mapping[str, Any]) -> str | None:
     return "fp8" if known and scheme.get("strategy", "tensor") in ("tensor", "attn_head") else str(scheme)
 
 
-def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
-    """Refuse what changes a whole file: sparse layouts, rotations at run time."""
+def _check_features(quantization: Mapping[str, Any], where: str) -> None:
+    """UserError for features without a reader that concern a whole file: sparse layouts, rotations at run time."""
     sparse = (quantization.get("sparsity_config") or {}).get("format", "dense")
     groups = [group for group in (quantization.get("config_groups") or {}).values() if isinstance(group, dict)]
     kinds = {str(kind) for kind in (sparse, quantization.get("format"), *(group.get("format") for group in groups))}
@@ -297,7 +299,7 @@ def _check_whole(quantization: Mapping[str, Any], where: str) -> None:
     schemes = (quantization.get("transform_config") or {}).get("config_groups") or {}
     for name, scheme in schemes.items():
         places = {str(apply.get("location")) for apply in scheme.get("apply") or []}
-        # weight_input and weight_output are in the weights already
+        # transforms at weight_input and weight_output are already applied to the weights
         online = sorted(place for place in places if not place.startswith("weight_"))
         if online:
             raise UserError(
@@ -315,7 +317,7 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
         )
         inputs = weights | {"dynamic": "local"} if fmt.name == "nvfp4" else None
         return {"format": NVFP4, "weights": weights, "input_activations": inputs, "output_activations": None}
-    if fmt.name in ("fp8-dynamic", "fp8"):  # one scale an output channel, or of a source one a weight
+    if fmt.name in ("fp8-dynamic", "fp8"):  # one scale an output channel; of a copied weight also one for the whole
         inputs = _arguments(num_bits=8, type="float", strategy="token", dynamic=True)
         if fmt.input_kind == "fp8-tensor":
             inputs = _arguments(num_bits=8, type="float", strategy="tensor")

@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint say of each module, whatever its dialect."""
+"""Facts about a module that the headers of its tensors state in every dialect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _WIDE = frozenset({"BF16", "F16", "F32", "F64"})
 
 
 def by_module(tensors: Headers) -> dict[str, Headers]:
-    """Headers by module, under what follows the module's name ("weight", "weight_scale", ...)."""
+    """Module -> suffix ("weight", "weight_scale", ...) -> header."""
     modules: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, header in tensors.items():
         module, _, suffix = name.rpartition(".")
@@ -20,7 +20,7 @@ def by_module(tensors: Headers) -> dict[str, Headers]:
 
 
 def holds_weight(parts: Headers) -> bool:
-    """Whether the file has this module's weight, in any form."""
+    """Whether the module has a weight, in any form."""
     return any(suffix in parts for suffix in ("weight", "weight_packed", "qweight"))
 
 
@@ -32,10 +32,10 @@ def holds_codes(parts: Headers) -> bool:
 
 
 def dtype_of(parts: Headers, suffix: str) -> str:
-    """The safetensors dtype of one tensor, "" where there is none."""
+    """The safetensors dtype of one tensor, "" for a missing one."""
     return parts[suffix][0] if suffix in parts else ""
 
 
 def is_single(parts: Headers, suffix: str) -> bool:
-    """Whether a tensor is there and holds one number."""
+    """Whether a tensor exists and holds one number."""
     return suffix in parts and math.prod(parts[suffix][1]) == 1

@@ -1,8 +1,8 @@
 """Hugging Face's own FP8 (quant_method "fp8"): DeepSeek, Qwen, Mistral releases.
 
-A weight is E4M3 [N, K] beside `weight_scale_inv`, which multiplies in spite of its name, one a block of
-`weight_block_size`, or `weight_scale` for the whole weight. What is quantized is what the headers say is stored in
-E4M3: `modules_to_not_convert` lists are known to name modules that were never linears.
+A weight is E4M3 [N, K] with `weight_scale_inv`, which multiplies despite its name, one for each block of
+`weight_block_size`, or with `weight_scale` for the whole weight. The headers decide which modules are quantized:
+published `modules_to_not_convert` lists name modules that are not linears.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def formats_of(
 
 
 def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
-    """What of a module to read."""
+    """Suffixes of the tensors to read for a module in `fmt`, under the names that are in `parts`."""
     names = ("weight", _first(WEIGHT_SCALES, parts))
     return (*names, _first(INPUT_SCALES, parts)) if fmt.input_kind == "fp8-tensor" else names
 
 
 def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWeight, Tensor | None]:
-    """The quantized weight and the static multiplier of its inputs, fp32 (), None where there is none."""
+    """The quantized weight and the static multiplier of its inputs, fp32 () or None."""
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.grids import powers_of_two
 
@@ -60,12 +60,12 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWei
 
 
 def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:
-    """The largest: this dialect has no NVFP4, whose members could differ."""
+    """The largest; never called, because this dialect has no NVFP4."""
     return max(scales, key=float)
 
 
 def kv_cache(_quantization: Mapping[str, Any]) -> str | None:
-    """None: this dialect says nothing of the KV cache."""
+    """None: this dialect does not describe the KV cache."""
     return None
 
 

@@ -1,8 +1,8 @@
-"""NVIDIA ModelOpt's export: quant_method "modelopt" in config.json, or a file hf_quant_config.json of its own.
+"""NVIDIA ModelOpt's export: quant_method "modelopt" in config.json, or a separate file hf_quant_config.json.
 
 All its scales multiply. NVFP4 is `weight` (packed, uint8), `weight_scale` (E4M3), `weight_scale_2` and, with 4-bit
-activations, `input_scale` (fp32 scalars); FP8 is `weight` (E4M3), `weight_scale`, `input_scale`. Where config and
-headers leave a choice the headers decide.
+activations, `input_scale` (fp32 scalars); FP8 is `weight` (E4M3), `weight_scale`, `input_scale`. The headers decide
+what the config leaves open.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMATS: Mapping[str, TensorFormat] = {
     "W4A16_NVFP4": TensorFormat("nvfp4a16"),
     "FP8": TensorFormat("fp8", inputs="fp8-tensor"),
     "FP8_PER_CHANNEL_PER_TOKEN": TensorFormat("fp8-dynamic"),
-    # "weight only" by name; vLLM quantizes the inputs too
+    # "weight only" by its name, but vLLM quantizes the inputs too
     "FP8_PB_WO": TensorFormat("fp8-block"),
 }
 
@@ -34,7 +34,7 @@ FORMATS: Mapping[str, TensorFormat] = {
 def formats_of(
     quantization: Mapping[str, Any], modules: Iterable[str], parts: Mapping[str, Headers], *, where: str
 ) -> dict[str, TensorFormat]:
-    """Format of each of `modules` that is neither excluded nor left out of a mixture."""
+    """Format of each of `modules` that is neither excluded nor missing from `quantized_layers`."""
     details = _details(quantization)
     excluded = [str(name) for name in details.get("exclude_modules") or details.get("ignore") or []]
     layers = details.get("quantized_layers") or {}
@@ -53,7 +53,7 @@ def formats_of(
 
 
 def suffixes(fmt: TensorFormat, _parts: Container[str]) -> tuple[str, ...]:
-    """What of a module to read."""
+    """Suffixes of the tensors to read for a module in `fmt`."""
     names = ["weight", "weight_scale"]
     if fmt.name in ("nvfp4", "nvfp4a16"):
         names.append("weight_scale_2")
@@ -63,7 +63,7 @@ def suffixes(fmt: TensorFormat, _parts: Container[str]) -> tuple[str, ...]:
 
 
 def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWeight, Tensor | None]:
-    """The quantized weight and the static multiplier of its inputs, fp32 (), None where there is none."""
+    """The quantized weight and the static multiplier of its inputs, fp32 () or None."""
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.nvfp4 import NVFP4Weight
 
@@ -85,7 +85,7 @@ def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:
 
 
 def kv_cache(quantization: Mapping[str, Any]) -> str | None:
-    """What the file asks of the KV cache: "fp8", None, or the name where it is another."""
+    """The requested format of the KV cache: "fp8", None for the model's dtype, or the name of another."""
     details = _details(quantization)
     scheme = details.get("kv_cache_quant_algo") or details.get("kv_cache_scheme")
     if not scheme:
@@ -96,7 +96,7 @@ def kv_cache(quantization: Mapping[str, Any]) -> str | None:
 
 
 def _details(quantization: Mapping[str, Any]) -> Mapping[str, Any]:
-    """hf_quant_config.json has one level more."""
+    """The mapping with the algorithm: hf_quant_config.json has it one level deeper."""
     nested = quantization.get("quantization")
     return nested if isinstance(nested, dict) else quantization
 
@@ -115,7 +115,7 @@ def _format(algorithm: str, module: str, parts: Headers, where: str) -> TensorFo
 def _weight_only(
     details: Mapping[str, Any], found: dict[str, TensorFormat], parts: Mapping[str, Headers]
 ) -> dict[str, TensorFormat]:
-    """Formats where no NVFP4 module has an input_scale, or no config group has inputs: then none is W4A4."""
+    """The formats, NVFP4 without 4-bit inputs if no module has an input_scale or no config group quantizes inputs."""
     groups = details.get("config_groups")
     asked = [g.get("input_activations") for g in groups.values()] if isinstance(groups, dict) else [True]
     w4a4 = [m for m, fmt in found.items() if fmt.name == "nvfp4" and holds_codes(parts.get(m, {}))]
@@ -125,6 +125,6 @@ def _weight_only(
 
 
 def _spellings(module: str) -> tuple[str, ...]:
-    """Names under which a mixture may list a module of a model that once had towers."""
+    """Names under which `quantized_layers` may list a module, with and without the prefixes of multimodal models."""
     swapped = module.replace("model.language_model.", "language_model.model.", 1)
     return (module, swapped, f"language_model.{module}", module.replace("model.", "model.language_model.", 1))

@@ -1,7 +1,7 @@
-"""What a module's tensors stand for, in any dialect, told by suffixes, dtypes and shapes alone.
+"""Which weights a module's tensors represent, in any dialect, recognized by suffixes, dtypes and shapes alone.
 
-This names formats and counts weights, of formats without a reader too; it takes nothing apart. A weight is called by
-the parameter that a 16-bit model would have: `weight`, or `gate_up_proj` of experts that stand in one 3-D tensor.
+This names formats and counts weights, also of formats without a reader; it decodes nothing. A weight has the name of
+the parameter that a 16-bit model would have: `weight`, or `gate_up_proj` of experts in one 3-D tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from snugfit.dialects.headers import Headers
 
 WIDE = frozenset({"BF16", "F16", "F32", "F64"})
-# tensors that only serve a weight, its inputs or a cache: no parameters of the model
+# tensors that belong to a weight, its inputs or a cache and are no parameters of the model
 _SERVES = re.compile(
     r"weight\..+|.*_(scale|scales|scale_inv|scale_2|scale2|global_scale|zero_point|zero_points|qzeros|g_idx|shape)"
     r"|scales|qzeros|g_idx|SCB|weight_format|biases|zeros|perm|absmax|quant_map|quant_state|pre_quant_scale|scale|"
@@ -27,7 +27,7 @@ CACHE_SCALE = re.compile(r"[kvq]_scale|kv_scale|prob_scale|[kv]_zero_point")
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A weight: its parameter's name, its shape if it were not packed, what it is stored in ("" for plain numbers).
+    """A weight: its parameter's name, its unpacked shape, the label of its format ("" for plain numbers).
 
     `tensor` is the suffix of the tensor that holds it.
     """
@@ -39,7 +39,7 @@ class Packed:
 
 
 def quantization_of(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """What a checkpoint says of how it is quantized, {} where it says nothing."""
+    """The quantization config of a checkpoint, {} for one without."""
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config", "quantization"):
@@ -50,7 +50,7 @@ def quantization_of(config: Mapping[str, Any], hf_quant_config: Mapping[str, Any
 
 
 def method_of(quantization: Mapping[str, Any]) -> str:
-    """The method's name; "" where there is none."""
+    """The method's name; "" for an unquantized checkpoint."""
     implied = "compressed-tensors" if "config_groups" in quantization else "mlx" if "bits" in quantization else ""
     if quantization.get("load_in_4bit") or quantization.get("load_in_8bit"):
         implied = "bitsandbytes"
@@ -58,7 +58,7 @@ def method_of(quantization: Mapping[str, Any]) -> str:
 
 
 def bits_of(quantization: Mapping[str, Any]) -> int | None:
-    """Bits of a weight, where a config says them as one number."""
+    """Bits of a weight, if the config states them as one number."""
     for key in ("bits", "w_bit", "num_bits", "nbits", "weight_bits", "weights"):
         given = quantization.get(key)
         digits = re.fullmatch(r"q?(?:u?int|float)?(\d{1,2})", str(given)) if isinstance(given, (int, str)) else None
@@ -68,7 +68,7 @@ def bits_of(quantization: Mapping[str, Any]) -> int | None:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Module and suffix of a tensor: bitsandbytes and quanto hang theirs on `weight`, as in weight.absmax."""
+    """Module and suffix of a tensor; bitsandbytes and quanto have suffixes such as weight.absmax."""
     module, dot, suffix = name.partition(".weight.")
     if dot:
         return module, f"weight.{suffix}"
@@ -77,12 +77,12 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def serves(suffix: str) -> bool:
-    """Whether a tensor is no parameter of the model: a scale, a zero point, an order of columns."""
+    """Whether a tensor belongs to a weight and is no parameter of the model: a scale, a zero point, a column order."""
     return _SERVES.fullmatch(suffix) is not None
 
 
 def weights_of(parts: Headers, bits: int | None) -> list[Packed]:
-    """The weights that a module's tensors stand for; `bits` is what the config says of integer codes."""
+    """The weights that a module's tensors represent; `bits` is the config's width of integer codes."""
     if "weight_packed" in parts:
         return [_compressed(parts, bits or 4)]
     if "qweight" in parts:
@@ -161,7 +161,7 @@ def _weight(parts: Headers, bits: int) -> Packed:
 
 
 def _wider(shape: tuple[int, ...], factor: int, divisor: int = 1) -> tuple[int, ...]:
-    """A shape with its last side unpacked."""
+    """A shape with its last dimension unpacked."""
     return (*shape[:-1], shape[-1] * factor // divisor) if shape else shape
 
 
@@ -171,7 +171,7 @@ def _plain_codes(dtype: str, scaled: bool) -> str:
 
 
 def _foreign(parts: Headers, suffix: str, bits: int) -> Packed:
-    """Counted by the bits that the config says, its shape unknown."""
+    """Counted by the config's bits; the shape is unknown."""
     dtype, shape = parts[suffix]
     size = {"U8": 8, "I8": 8, "I16": 16, "I32": 32, "U32": 32}.get(dtype, 8)
     return Packed("weight", (math.prod(shape) * size // bits,), f"{_FOREIGN[suffix]}-{bits}bit", suffix)

@@ -1,4 +1,4 @@
-"""Config groups of compressed-tensors, read: what a group says of weights and inputs, as one of our formats.
+"""Reads config groups of compressed-tensors: which of our formats a group's weights and inputs describe.
 
 Defaults are the library's: integers of 8 bits, symmetric, static; without a strategy the group size decides.
 """
@@ -14,7 +14,7 @@ from snugfit.formats.spec import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, WHOLE_ROW,
 
 REMEDY = "Evaluate the 16-bit original, or dequantize this checkpoint to BF16 first."
 
-# (type, bits, strategy, made at run time, symmetric)
+# (type, bits, strategy, scale made at run time, symmetric)
 _INPUTS: Mapping[tuple[str, int, str, bool, bool], InputKind] = {
     ("float", 4, "tensor_group", True, True): "nvfp4",
     ("float", 4, "group", True, True): "mxfp4",
@@ -60,13 +60,13 @@ def parse_scheme(group: Mapping[str, Any], *, where: str) -> TensorFormat:
 
 
 def fp8_blocks(block: tuple[int, int]) -> TensorFormat:
-    """FP8 under one scale a block, inputs under one a token and so many columns."""
+    """FP8 with one scale a block; inputs with one scale for each token and as many columns as a block has."""
     whole = block == (FP8_BLOCK, FP8_BLOCK)
     return TensorFormat("fp8-block") if whole else TensorFormat("fp8", block=block, inputs="fp8-group")
 
 
 def _weights(arguments: Mapping[str, Any], where: str) -> TensorFormat | None:
-    """The format without its inputs, None where there is no reader."""
+    """The format without its inputs, None for one without a reader."""
     kind, bits, strategy = _key(arguments)
     size, symmetric = arguments.get("group_size"), arguments.get("symmetric", True)
     group = {"group": size, "channel": WHOLE_ROW, "tensor": 0}.get(strategy)
@@ -82,7 +82,7 @@ def _weights(arguments: Mapping[str, Any], where: str) -> TensorFormat | None:
 
 
 def _inputs(arguments: Mapping[str, Any], fmt: TensorFormat | None) -> InputKind | None:
-    """What a file asks for, None where there is no reader."""
+    """The kind of inputs that a file asks for, None for one without a reader."""
     kind, bits, strategy = _key(arguments)
     # the global scale of a tensor group is static, its blocks' scales never are
     dynamic = strategy == "tensor_group" or bool(arguments.get("dynamic"))

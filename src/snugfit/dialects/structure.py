@@ -1,6 +1,6 @@
-"""The structure of a quantization config, checked before anything is read out of it: which key holds what.
+"""Checks the structure of a quantization config before its values are used: which key holds which kind of value.
 
-Keys that no reader asks for may hold anything; null stands for a key that is not there.
+Keys that no reader uses may hold anything; null counts as a missing key.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _WORDS: Mapping[type, str] = {
     int: "a whole number",
     bool: "true or false",
 }
-# a type, several, a list of one kind, a mapping of known keys, or {"*": ...}, a mapping whose keys are names
+# a type, a tuple of types, a list of one kind, a mapping of known keys, or {"*": ...}, a mapping whose keys are names
 _ARGUMENTS: Mapping[str, Any] = {
     "num_bits": int,
     "type": str,
@@ -55,7 +55,7 @@ _QUANTIZATION: Mapping[str, Any] = {
 
 
 def check_structure(quantization: Mapping[str, Any], *, where: str) -> None:
-    """UserError, with the key, for what is not of the kind that its readers know."""
+    """UserError, with the key, for a value of another kind than the readers expect."""
     _check(quantization, _QUANTIZATION, "", where)
 
 

@@ -1,9 +1,9 @@
-"""Targets of config groups: patterns that name exactly the intended modules, and what a module's name matches.
+"""Targets of config groups: patterns that match exactly the intended modules, and what a module's name matches.
 
-A pattern is looked up under other names than the file's. transformers and vLLM spell the text model of a
-vision-language model `model.language_model.layers`, `language_model.model.layers` or `model.layers`, and their towers
-have layers with the same endings; vLLM fuses q, k and v, and looks a layer's experts up on expert 0. So patterns begin
-at `layers.N`, refuse the towers by name, and end in projections.
+Readers look a pattern up under other names than the file's. transformers and vLLM call the text model of a
+vision-language model `model.language_model.layers`, `language_model.model.layers` or `model.layers`; its towers have
+layers with the same endings. vLLM fuses q, k and v, and looks a layer's experts up on expert 0. So patterns begin at
+`layers.N`, refuse the towers by name, and end in projections.
 """
 
 from __future__ import annotations
@@ -21,104 +21,135 @@ from snugfit.patterns import Pattern
 
 _PLACE = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?P<ending>.+)")
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(?=\.|$)")
+_ANY_LAYER = r"\d+"
+_ATTENTION = "self_attn"
 # vLLM 0.24 looks up experts of every family under these names, and takes what it does not find for unquantized
 _EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj")
-# parts of a name that say nothing of what a stack of layers is for
+# parts of a name that do not say what a stack of layers is for
 _NEUTRAL = frozenset({"model", "language_model", "text_model", "base_model"})
-# towers go by several names that begin alike: vision_tower, vision_model, vision_encoder
+# towers have several names that begin alike: vision_tower, vision_model, vision_encoder
 _TOWERS = ("vision", "visual", "audio", "speech", "image", "video")
+
+_Ending = tuple[str, str]  # (parent, leaf) of a module inside a layer
 
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """A module in a stack of layers. `parent` stands behind the layer's number, any expert's number written as #."""
+    """A module in a stack of layers. `parent` follows the layer's number, any expert's number in it written as #."""
 
     prefix: str
     layer: str
     parent: str
     leaf: str
 
+    @property
+    def ending(self) -> _Ending:
+        return self.parent, self.leaf
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """Where all modules of a checkpoint are.
+
+    `layers` are the layers that have an ending in a format (None: unquantized), `leaves` all leaves below a parent,
+    both without the towers, which the pattern `towers` refuses. With `side_by_side` a layer has both attention and a
+    state space.
+    """
+
+    places: Mapping[str, _Place]
+    layers: Mapping[_Ending, Mapping[TensorFormat | None, set[str]]]
+    leaves: Mapping[str, Sequence[str]]
+    towers: str
+    side_by_side: bool
+
 
 def write_targets(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> dict[TensorFormat, list[str]]:
-    """The targets of each format of `formats` (module -> format): disjoint, and none catches a name of `ignore`.
+    """The targets of each format of `formats` (module -> format): disjoint, and none matches a name of `ignore`.
 
-    One pattern for all layers where no module of another format has the same ending, else one naming layers; where
-    that would still catch another, the modules' own names stand in its place.
+    One pattern for all layers where no module of another format has the same ending, else one that names layers; where
+    that would still match another module, the modules' own names. UserError where vLLM could match neither.
     """
-    places = {module: place for module in (*formats, *ignore) if (place := _place(module))}
-    towers = _towers(formats, ignore, places)
-    barred = re.compile(towers).match if towers else None
-    held: dict[tuple[str, str], dict[TensorFormat | None, set[str]]] = {}  # ending -> format -> layers
-    leaves: dict[str, list[str]] = {}
-    for module, place in places.items():
-        if barred is None or barred(module):
-            by_format = held.setdefault((place.parent, place.leaf), {})
-            by_format.setdefault(formats.get(module), set()).add(place.layer)
-            leaves.setdefault(place.parent, []).append(place.leaf)
-    every_leaf = {parent: list(dict.fromkeys(found)) for parent, found in leaves.items()}
+    survey = _survey(formats, ignore)
     modules_of: dict[TensorFormat, list[str]] = {}
     for module, fmt in formats.items():
         modules_of.setdefault(fmt, []).append(module)
-    return {fmt: _targets(fmt, modules, places, held, every_leaf, towers) for fmt, modules in modules_of.items()}
+    return {fmt: _targets(fmt, modules, survey) for fmt, modules in modules_of.items()}
 
 
-def _targets(
-    fmt: TensorFormat,
-    modules: Sequence[str],
-    places: Mapping[str, _Place],
-    held: Mapping[tuple[str, str], Mapping[TensorFormat | None, set[str]]],
-    every_leaf: Mapping[str, Sequence[str]],
-    towers: str,
-) -> list[str]:
-    layers_of: dict[tuple[str, str], dict[str, None]] = {}
-    members: dict[tuple[str, str], list[str]] = {}
-    targets: list[str] = []
+def _survey(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> _Survey:
+    places = {module: place for module in (*formats, *ignore) if (place := _place(module))}
+    towers = _towers(formats, ignore, places)
+    is_outside_towers = re.compile(towers).match
+    layers: dict[_Ending, dict[TensorFormat | None, set[str]]] = {}
+    leaves: dict[str, dict[str, None]] = {}
+    holders: dict[str, set[str]] = {}  # parent -> layers that have it
+    for module, place in places.items():
+        if is_outside_towers(module):
+            layers.setdefault(place.ending, {}).setdefault(formats.get(module), set()).add(place.layer)
+            leaves.setdefault(place.parent, {})[place.leaf] = None
+            holders.setdefault(place.parent, set()).add(place.prefix + place.layer)
+    attention = holders.get(_ATTENTION, set())
+    return _Survey(
+        places=places,
+        layers=layers,
+        leaves={parent: list(found) for parent, found in leaves.items()},
+        towers=towers,
+        side_by_side=any(not attention.isdisjoint(holders.get(parent, ())) for parent in LOOKED_UP_AS),
+    )
+
+
+def _targets(fmt: TensorFormat, modules: Sequence[str], survey: _Survey) -> list[str]:
+    targets = [module for module in modules if module not in survey.places]
+    members: dict[_Ending, list[str]] = {}
     for module in modules:
-        place = places.get(module)
-        if place is None:
-            targets.append(module)
-            continue
-        ending = place.parent, place.leaf
-        layers_of.setdefault(ending, {})[place.layer] = None
-        members.setdefault(ending, []).append(module)
-    # attention and a state space in one layer: vLLM looks both up under names of their own (engines.fused)
-    side_by_side = "self_attn" in every_leaf and any(parent in every_leaf for parent in LOOKED_UP_AS)
-    side_by_side = side_by_side and not _apart(places)
+        if module in survey.places:
+            members.setdefault(survey.places[module].ending, []).append(module)
     patterns: dict[tuple[str, str], list[str]] = {}  # (layers, parent) -> leaves
-    for (parent, leaf), layers in layers_of.items():
-        numbers = _choice(list(layers)) if len(held[parent, leaf]) > 1 else r"\d+"
-        patterns.setdefault((numbers, parent), []).append(leaf)
+    for ending, inside in members.items():
+        layers = list(dict.fromkeys(survey.places[module].layer for module in inside))
+        numbers = _choice(layers) if len(survey.layers[ending]) > 1 else _ANY_LAYER
+        patterns.setdefault((numbers, ending[0]), []).append(ending[1])
     for (numbers, parent), leaves in patterns.items():
-        endings = [(parent, leaf) for leaf in leaves]
-        if any(_clash(fmt, layers_of[ending], held[ending]) for ending in endings):
-            inside = {module for ending in endings for module in members[ending]}
-            targets += [module for module in modules if module in inside]
-            continue
-        named = leaves
-        if "#" in parent and set(leaves) == set(every_leaf[parent]):
-            named = list(dict.fromkeys([*leaves, *_EXPERT_LEAVES]))
-        where = rf"layers\.{numbers}\.{_escape(parent)}"
-        if side_by_side and parent == "self_attn":
-            where = rf"layers\.{numbers}\.(self_attn\.)?"
-        elif side_by_side and numbers == r"\d+" and parent in LOOKED_UP_AS:
-            where = rf"\d+\.{_escape(parent)}"
-        targets.append(rf"re:{towers}(.*\.)?{where}{_choice(named)}$")
+        inside_all = {module for leaf in leaves for module in members[parent, leaf]}
+        clash = any(_clashes(fmt, members[parent, leaf], survey.layers[parent, leaf], survey) for leaf in leaves)
+        if survey.side_by_side and parent in LOOKED_UP_AS and (clash or numbers != _ANY_LAYER):
+            raise _no_target(members[parent, leaves[0]][0])
+        if clash:
+            targets += [module for module in modules if module in inside_all]
+        else:
+            targets.append(_pattern(numbers, parent, leaves, survey))
     return targets
 
 
-def _apart(places: Mapping[str, _Place]) -> bool:
-    """Whether no layer has both attention and a state space."""
-    layers: dict[str, set[str]] = {}
-    for place in places.values():
-        layers.setdefault(place.parent, set()).add(place.prefix + place.layer)
-    attention = layers.get("self_attn", set())
-    return all(attention.isdisjoint(layers.get(parent, ())) for parent in LOOKED_UP_AS)
+def _pattern(numbers: str, parent: str, leaves: Sequence[str], survey: _Survey) -> str:
+    if "#" in parent and set(leaves) == set(survey.leaves[parent]):
+        leaves = list(dict.fromkeys([*leaves, *_EXPERT_LEAVES]))
+    place = rf"layers\.{numbers}\.{_escape(parent)}"
+    # with attention and a state space in one layer (falcon_h1) vLLM looks up self_attn without that name, as
+    # layers.0.q_proj, and mamba of layer i of n as i + n without `layers`, as 3.mixer.in_proj
+    if survey.side_by_side and parent == _ATTENTION:
+        place = rf"layers\.{numbers}\.({_ATTENTION}\.)?"
+    elif survey.side_by_side and parent in LOOKED_UP_AS:
+        place = rf"{_ANY_LAYER}\.{_escape(parent)}"
+    return rf"re:{survey.towers}(.*\.)?{place}{_choice(leaves)}$"
 
 
-def _clash(fmt: TensorFormat, layers: Iterable[str], held: Mapping[TensorFormat | None, set[str]]) -> bool:
-    """Whether a module of another format, or of none, has the same ending in one of these layers."""
-    others = [found for other, found in held.items() if other != fmt]
-    return any(layer in found for found in others for layer in layers)
+def _clashes(
+    fmt: TensorFormat, members: Sequence[str], layers: Mapping[TensorFormat | None, set[str]], survey: _Survey
+) -> bool:
+    """Whether a module of another format, or of none, has the same ending in a layer of these `members`."""
+    others = [found for other, found in layers.items() if other != fmt]
+    return any(survey.places[module].layer in found for found in others for module in members)
+
+
+def _no_target(module: str) -> UserError:
+    return UserError(
+        "vLLM looks up state spaces beside attention under numbers that do not say the layer, so no target can give "
+        "them a format in some layers alone.",
+        code="format-unverified",
+        where=module,
+        remedy="Give this linear one format in all layers.",
+    )
 
 
 def _place(module: str) -> _Place | None:
@@ -130,9 +161,9 @@ def _place(module: str) -> _Place | None:
 
 
 def _towers(formats: Iterable[str], ignore: Iterable[str], places: Mapping[str, _Place]) -> str:
-    """A pattern that refuses names below towers and other stacks that `formats` leave alone; "" where there are none.
+    """A pattern that refuses names below towers and other stacks without a module of `formats`; "" without such stacks.
 
-    A tower is known by the first part of its name that says something, or by how that begins.
+    A tower is known by the first part of its name that is not neutral, or by how that part begins.
     """
     own = {part for module in formats for part in module.split(".")}
     prefixes = {place.prefix for module in formats if (place := places.get(module))}

@@ -1,7 +1,7 @@
-"""Which linears an engine joins into one matrix product, and what it calls them.
+"""Which linears an engine joins into one matrix product, and under which names it looks them up.
 
-Members of a group must share one format and, in NVFP4, one weight_global_scale and one input_global_scale: vLLM takes
-the largest and only warns. Names are the last part of a module's name; members stand in the same parent module. Read
+Members of a fused group must share one format and, in NVFP4, one weight_global_scale and one input_global_scale: vLLM
+takes the largest and only warns. Names are the last part of a module's name; members have the same parent module. Read
 from vLLM 0.32 (`packed_modules_mapping` of its model classes); a test compares them with the release at hand.
 """
 
@@ -18,26 +18,23 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
     ("in_proj_b", "in_proj_a"),
 )
 
-# what a file calls a part of a decoder layer -> what vLLM calls it where it looks up the format of a linear inside: a
-# target that knows the file's name alone leaves it unquantized, and loading fails (seen: granitemoehybrid, KeyError
+# a file's name of a part of a decoder layer -> vLLM's name of it where it looks up the format of a linear inside: with
+# the file's name alone in the target the linear stays unquantized, and loading fails (seen: granitemoehybrid, KeyError
 # on mamba.in_proj.weight_scale; with (mamba|mixer) in the target it loads)
 LOOKED_UP_AS: Mapping[str, str] = {"mamba": "mixer"}
-# families whose layers vLLM looks up under other prefixes still: self_attn is left out (layers.0.q_proj), and mamba of
-# layer i of n stands under i + n without `layers` (3.mixer.in_proj), so that no target can choose among layers
-PREFIXES_DIFFER: frozenset[str] = frozenset({"falcon_h1"})
-# linears with a few outputs a head: vLLM quantizes them where a target says so, but they gain next to nothing, and
-# Marlin asks for 64 outputs a rank, which two or more ranks may not leave
+# linears with a few outputs a head: vLLM quantizes them if a target matches, but this saves next to nothing, and Marlin
+# needs 64 outputs on each rank, which two or more ranks may not have
 GATES: frozenset[str] = frozenset({"in_proj_ba", "in_proj_b", "in_proj_a"})
 
-# linears of latent attention whose weight vLLM makes anew by running it on unit vectors: 4-bit inputs would round that,
-# and a scale measured on other inputs would clip it (read in 0.24 and 0.32)
+# linears of latent attention (MLA) whose weight vLLM recomputes by running them on unit vectors: 4-bit inputs would
+# round these, and a scale measured on other inputs would clip them (read in 0.24 and 0.32)
 NO_FOUR_BIT_INPUTS: frozenset[str] = frozenset({"kv_b_proj"})
 
 _GROUP_OF = {leaf: group for group in FUSED_GROUPS for leaf in group}
 
 
 def group_modules(modules: Iterable[str]) -> list[tuple[str, ...]]:
-    """The given module names as fused groups, in order of first appearance; a module that fuses with none is alone."""
+    """The module names as fused groups, in order of first appearance; a module without partners is a group of one."""
     groups: dict[tuple[str, ...], list[str]] = {}
     for module in modules:
         parent, _, leaf = module.rpartition(".")

@@ -1,7 +1,7 @@
 """Which modules keep keys and values, where engines look for the scales of an FP8 cache.
 
 vLLM reads `ATTENTION.k_scale` and `ATTENTION.v_scale` of a compressed-tensors file, one multiplier a layer each, and
-takes 1.0 without a word where one is missing or under another name. Facts are vLLM 0.32's
+silently takes 1.0 where one is missing or under another name. Facts are vLLM 0.32's
 (model_executor/layers/quantization/base_config.py, model_loader/weight_utils.py, layers/attention).
 """
 
@@ -12,20 +12,20 @@ from typing import Any
 
 from snugfit.errors import UserError
 
-ATTENTION = "self_attn"  # the parent's name that vLLM's loader and our reader know
+ATTENTION = "self_attn"  # the only parent's name for which vLLM's loader and this package read scales
 _KEYS = frozenset({"k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv"})
-# DeepSeek's attention caches a latent: vLLM asks for one scale under a name of its own (mla_attn.mla_attn.k_scale), and
-# leaves the cache in 16 bits unless told on the command line
+# DeepSeek's attention caches a latent: vLLM reads one scale under another name (mla_attn.mla_attn.k_scale), and keeps
+# the cache in 16 bits unless the command line asks for FP8
 _LATENT = frozenset({"kv_a_proj_with_mqa", "kv_b_proj"})
-# siblings that make k_proj or qkv_proj a linear attention, which keeps a state of fixed size
+# siblings of k_proj or qkv_proj in a linear attention, which keeps a state of fixed size instead of keys and values
 _RECURRENT = frozenset({"A_log", "conv1d", "q_conv1d", "k_conv1d", "output_gate", "dt_bias"})
 
 
 def attention_modules(layers: Iterable[Iterable[str]], config: Mapping[str, Any], *, where: str) -> list[str | None]:
     """For each decoder layer the module that keeps keys and values, None for one without, by its tensors' names.
 
-    `layers` are the full names of each layer's tensors, `config` the language model's config, `where` is named in
-    errors. UserError where a layer's scales would be lost in vLLM.
+    `layers` are the full names of each layer's tensors, `config` is the language model's config, `where` the place of
+    errors. UserError where vLLM would not find a layer's scales.
     """
     if config.get("num_kv_shared_layers"):
         raise _refused("layers share keys and values, and vLLM reads them under each layer's own scale", where)
@@ -51,4 +51,9 @@ def _attention(names: Iterable[str], where: str) -> str | None:
 
 
 def _refused(what: str, where: str) -> UserError:
-    return UserError(f"no FP8 KV cache for this model: {what}.", where=where, remedy="Take `kv_cache` out.")
+    return UserError(
+        f"no FP8 KV cache for this model: {what}.",
+        code="format-unverified",
+        where=where,
+        remedy="Remove `kv_cache` from the recipe.",
+    )

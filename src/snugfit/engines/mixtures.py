@@ -1,4 +1,4 @@
-"""Mixtures of experts: how files stack them, under which names engines load them one by one, who cannot.
+"""Mixtures of experts: how files stack them, under which names engines load them, which families are unsupported.
 
 Read from vLLM 0.32 and 0.24 (`load_weights` of the model classes) and seen to load where docs/engines.md says so.
 """
@@ -13,9 +13,10 @@ from dataclasses import dataclass
 class Stacked:
     """A family whose files hold all experts of a layer in 3-D tensors, [experts, outputs, inputs].
 
-    `gate_up` and `down` are their names below the mixture's module; with `transposed` they are [experts, inputs,
-    outputs]; with `interleaved` gate and up alternate, else gate comes first. `expert` is the module of one expert as
-    engines call it, `leaves` its gate, up and down. `biased`: beside them stand NAME_bias, [experts, outputs].
+    `gate_up` and `down` are the tensors' names below the mixture's module; with `transposed` they are [experts, inputs,
+    outputs]; with `interleaved` gate and up alternate, else gate comes first. `expert` is the engines' name of one
+    expert's module, `leaves` of its gate, up and down. With `biased` there are also tensors NAME_bias, [experts,
+    outputs].
     """
 
     gate_up: str
@@ -27,7 +28,7 @@ class Stacked:
     biased: bool = False
 
     def suffixes(self) -> dict[tuple[str, str], tuple[tuple[str, ...], bool]]:
-        """(Tensor's name below the mixture, parameter of a single expert) -> its projections, whether it is a bias."""
+        """(tensor's name below the mixture, parameter of a single expert) -> its projections, whether it is a bias."""
         gate, up, down = self.leaves
         found: dict[tuple[str, str], tuple[tuple[str, ...], bool]] = {
             (self.gate_up, "weight"): ((gate, up), False),
@@ -40,14 +41,14 @@ class Stacked:
 
 
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# vLLM 0.32's names; 0.24 knows them of granitemoehybrid alone, and asks for w1, w2, w3 of the others (KeyError)
+# vLLM 0.32's names; 0.24 has them for granitemoehybrid alone, and needs w1, w2, w3 for the others (KeyError)
 _GRANITE = Stacked("input_linear.weight", "output_linear.weight", "experts.{}", _PROJECTIONS)
 
-# what a file calls the module that holds a layer's experts -> what vLLM calls it where it looks up their format: a
-# target that knows the file's name alone leaves MiniMax-M2's experts unquantized (read in 0.24 and 0.32)
+# a file's name of the module that holds a layer's experts -> vLLM's name of it where it looks up their format: with the
+# file's name alone in the target MiniMax-M2's experts stay unquantized (read in 0.24 and 0.32)
 EXPERTS_LOOKED_UP_AS: Mapping[str, str] = {"block_sparse_moe": "mlp"}
 
-# model_type -> how its files stack experts; families that are not here have them one by one
+# model_type -> how its files stack experts; files of other families have one tensor for each expert
 STACKED: Mapping[str, Stacked] = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,
@@ -64,22 +65,25 @@ STACKED: Mapping[str, Stacked] = {
     ),
 }
 
-# families whose experts no engine was seen to load from compressed-tensors, by format ("" for any), and what was seen
-UNSERVED: Mapping[tuple[str, str], str] = {
-    ("gpt_oss", ""): "vLLM 0.24 and 0.32 take its experts in 16 bits, or in MXFP4 under quant_method mxfp4 alone",
+# (family, format; "" for any) whose experts no tested engine loads from compressed-tensors -> what was seen
+UNVERIFIED_FORMATS: Mapping[tuple[str, str], str] = {
+    (
+        "gpt_oss",
+        "",
+    ): "vLLM 0.24 and 0.32 load its experts in 16 bits, or in MXFP4 under quant_method mxfp4, and in no other format",
     (
         "granitemoehybrid",
         "nvfp4",
-    ): "vLLM 0.32 stops at the scales of their inputs (KeyError); it loads nvfp4a16 and int4",
+    ): "vLLM 0.32 fails on the scales of the experts' inputs (KeyError); it loads nvfp4a16 and int4",
 }
 
-# families that run experts in a way of their own
+# families whose experts run in a way that this package does not support -> how they run
 _SCORED = "each expert's inputs are multiplied by the router's scores, and all experts run on all tokens"
-OUTSIDE: Mapping[str, str] = {
+UNSUPPORTED_FAMILIES: Mapping[str, str] = {
     "llama4": _SCORED,
     "llama4_text": _SCORED,
-    "jetmoe": "attention is a mixture too, and experts get their tokens sorted",
-    "longcat_flash": "a loop of its own, with experts that compute nothing",
-    "dbrx": "all experts stand in 2-D tensors without the name of a weight",
+    "jetmoe": "attention is a mixture too, and experts receive sorted tokens",
+    "longcat_flash": "some experts compute nothing, in a loop of its own",
+    "dbrx": "all experts are in 2-D tensors whose names do not end in weight",
     "doge": "experts are rows of embeddings",
 }

@@ -1,8 +1,8 @@
-"""Activation profiles: what an engine does to the inputs of a linear, for each format's request.
+"""Activation profiles: how an engine rounds the inputs of a linear, for each kind of input that a file asks for.
 
-A file asks for 4-bit or 8-bit activations; whether it gets them depends on the engine and the GPU. A request that a
-profile does not list is ignored: those linears run on 16-bit activations. Facts are vLLM 0.32's, from its kernel lists
-(model_executor/kernels/linear/__init__.py) and the schemes in layers/quantization.
+A file asks for 4-bit or 8-bit activations; the engine and the GPU decide whether linears run on them. An engine ignores
+a kind that its profile does not list: those linears run on 16-bit activations. Facts are vLLM 0.32's, from its kernel
+lists (model_executor/kernels/linear/__init__.py) and the schemes in layers/quantization.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CUDA: Mapping[InputKind, InputKind] = {
     "int8-tensor-asym": "int8-tensor-asym",
 }
 
-# profile -> what a file asks for -> what it gets
+# profile -> kind of input that a file asks for -> kind of input that the engine runs on
 PROFILES: Mapping[str, Mapping[InputKind, InputKind]] = {
     # Blackwell: W4A4 for NVFP4 and MXFP4, W8A8 for FP8. CUTLASS has no INT8 there; files that ask for it are shown
     # as other GPUs run them. Not imitated: MXFP4A16 runs W4A4, too, since 0.32 does not look at its inputs

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 
-from snugfit.dialects import reading
-from snugfit.errors import UserError
+from helpers.errors import raises
+from snugfit.dialects.dialect import open_dialect
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
 
 Found = dict[str, tuple[str, tuple[int, ...]]]
@@ -74,7 +74,7 @@ def test_a_name_wins_over_a_pattern_and_a_pattern_over_a_class(*, reverse: bool)
     config = config_of(*(groups[::-1] if reverse else groups), ignore=["lm_head"], format="mixed-precision")
     tensors = stored_as("W8A16", Q) | stored_as("W4A16", DOWN) | stored_as("FP8_DYNAMIC", UP)
     tensors["lm_head.weight"] = ("BF16", (32, 128))
-    assert reading.read_formats(config, [UP, DOWN, Q, HEAD], tensors) == {
+    assert open_dialect(config).read_formats([UP, DOWN, Q, HEAD], tensors) == {
         UP: TensorFormat("fp8-dynamic"),
         DOWN: TensorFormat("int4", 128),
         Q: TensorFormat("int8", 128),
@@ -85,38 +85,38 @@ def test_patterns_are_anchored_at_the_start_alone() -> None:
     """`re:` targets match from the start of a name and may end before it does; ignore has patterns too."""
     config = config_of(group_of("W8A16", r"re:model\.layers"), ignore=[r"re:.*layers\.1\."])
     tensors = stored_as("W8A16", UP, Q) | {f"{DOWN}.weight": ("BF16", (16, 128))}
-    assert set(reading.read_formats(config, [UP, DOWN, Q], tensors)) == {UP, Q}
+    assert set(open_dialect(config).read_formats([UP, DOWN, Q], tensors)) == {UP, Q}
 
 
 def test_a_quantized_head_is_read() -> None:
     """A module outside the decoder layers is returned like any other; one tied to the embeddings is not in the file."""
     config = config_of(group_of("W8A16", "Linear"), ignore=[])
-    assert reading.read_formats(config, [UP, HEAD], stored_as("W8A16", UP, HEAD)) == {
+    assert open_dialect(config).read_formats([UP, HEAD], stored_as("W8A16", UP, HEAD)) == {
         UP: TensorFormat("int8", 128),
         HEAD: TensorFormat("int8", 128),
     }
-    assert reading.read_formats(config, [UP, HEAD], stored_as("W8A16", UP)) == {UP: TensorFormat("int8", 128)}
+    assert open_dialect(config).read_formats([UP, HEAD], stored_as("W8A16", UP)) == {UP: TensorFormat("int8", 128)}
 
 
 def test_groups_that_target_attention_are_not_looked_at() -> None:
     """A group of attention modules, which goes with the KV cache, is no hindrance: no linear is in it."""
     attention = {"targets": ["LlamaAttention"], "weights": None, "input_activations": {"num_bits": 8, "type": "float"}}
     config = config_of(attention, group_of("W8A16", "Linear"))
-    assert reading.read_formats(config, [UP], stored_as("W8A16", UP)) == {UP: TensorFormat("int8", 128)}
+    assert open_dialect(config).read_formats([UP], stored_as("W8A16", UP)) == {UP: TensorFormat("int8", 128)}
 
 
 def test_what_is_left_out_of_arguments_is_what_the_library_assumes() -> None:
     """Integers of 8 bits, symmetric and static, with the strategy that the group size implies."""
     bare = {"targets": ["Linear"], "weights": {"group_size": 128}}
-    assert reading.read_formats(config_of(bare), [UP], stored_as("W8A16", UP)) == {UP: TensorFormat("int8", 128)}
+    assert open_dialect(config_of(bare)).read_formats([UP], stored_as("W8A16", UP)) == {UP: TensorFormat("int8", 128)}
     channel = {"targets": ["Linear"], "weights": {"group_size": -1}, "input_activations": {"group_size": None}}
     expected = TensorFormat("int8", WHOLE_ROW, inputs="int8-tensor")
     tensors = stored_as("W8A8 static", UP)
-    assert reading.read_formats(config_of(channel), [UP], tensors) == {UP: expected}
+    assert open_dialect(config_of(channel)).read_formats([UP], tensors) == {UP: expected}
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "named"),
     [
         ({"sparsity_config": {"format": "sparse-24-bitmask", "targets": ["Linear"]}}, "sparse-24-bitmask"),
         ({"format": "marlin-24"}, "marlin-24"),
@@ -126,24 +126,31 @@ def test_what_is_left_out_of_arguments_is_what_the_library_assumes() -> None:
                     "config_groups": {"R3": {"apply": [{"location": "q_attn"}, {"location": "k_cache"}]}}
                 }
             },
-            "R3 rotates activations at run time (k_cache, q_attn)",
+            "R3",
         ),
         ({"config_groups": {"W8A8": ["Linear"]}}, "presets"),
         ({"quant_method": "gptq"}, "'gptq'"),
         ({"quant_method": "awq"}, "'awq'"),
         ({"quant_method": "bitsandbytes"}, "'bitsandbytes'"),
-        ({"ignore": ["re:("]}, "no pattern"),
     ],
 )
-def test_whole_files_without_a_reader_are_refused(change: dict[str, Any], words: str) -> None:
+def test_whole_files_without_a_reader_are_refused(change: dict[str, Any], named: str) -> None:
     """Sparse layouts, rotations at run time and other methods end in an error with the name, the place and a remedy."""
     config = config_of(group_of("W8A16", "Linear"))
     config["quantization_config"] |= change
-    with pytest.raises(UserError) as caught:
-        reading.read_formats(config, [UP], stored_as("W8A16", UP))
-    assert words in caught.value.what
-    assert caught.value.where == "config.json: quantization_config"
+    with raises("quantization-unknown") as caught:
+        open_dialect(config, where="here/config.json").read_formats([UP], stored_as("W8A16", UP))
+    assert named in caught.value.what
+    assert caught.value.where == "here/config.json: quantization_config"
     assert caught.value.remedy
+
+
+def test_a_target_that_is_no_pattern_is_refused() -> None:
+    """A broken regular expression among the targets ends in an error with its text."""
+    config = config_of(group_of("W8A16", "Linear"), ignore=["re:("])
+    with raises("pattern-invalid", "config.json: quantization_config") as caught:
+        open_dialect(config).read_formats([UP], stored_as("W8A16", UP))
+    assert "re:(" in caught.value.what
 
 
 def test_rotations_that_are_in_the_weights_are_no_hindrance() -> None:
@@ -152,7 +159,7 @@ def test_rotations_that_are_in_the_weights_are_no_hindrance() -> None:
     cases: list[dict[str, Any]] = [{"transform_config": offline}, {"transform_config": {}, "sparsity_config": {}}]
     for more in cases:
         config = config_of(group_of("W8A16", "Linear"), **more)
-        assert reading.read_formats(config, [UP], stored_as("W8A16", UP))
+        assert open_dialect(config).read_formats([UP], stored_as("W8A16", UP))
 
 
 @pytest.mark.parametrize(
@@ -172,35 +179,35 @@ def test_rotations_that_are_in_the_weights_are_no_hindrance() -> None:
 def test_schemes_without_a_reader_are_refused(made: QuantizationScheme) -> None:
     """A scheme that is not emulated ends in an error that says so, where a module has it."""
     config = config_of(json.loads(made.model_dump_json()))
-    with pytest.raises(UserError, match="no reader"):
-        reading.read_formats(config, [UP], stored_as("W8A16", UP))
-    assert reading.read_formats(config, [], {}) == {}
+    with raises("quantization-unknown", "config.json: quantization_config"):
+        open_dialect(config).read_formats([UP], stored_as("W8A16", UP))
+    assert open_dialect(config).read_formats([], {}) == {}
 
 
 @pytest.mark.parametrize(
-    ("tensors", "words"),
+    ("tensors", "named"),
     [
-        ({f"{UP}.weight": ("BF16", (16, 128))}, f"makes {UP} int8-g128, but {UP}.weight is BF16"),
-        ({f"{UP}.weight_packed": ("U8", (16, 64)), f"{UP}.weight_scale": ("F8_E4M3", (16, 8))}, "weight_shape is not"),
-        (stored_as("W8A16", UP) | {f"{UP}.weight_packed": ("U8", (16, 32))}, "weight_packed is U8"),
-        (stored_as("W8A16", UP) | stored_as("W8A16", DOWN), f"{DOWN} is stored quantized, but the config leaves it"),
-        (stored_as("W8A16", UP) | stored_as("FP8_DYNAMIC", DOWN), f"{DOWN} is stored quantized"),
+        ({f"{UP}.weight": ("BF16", (16, 128))}, f"{UP}.weight is BF16"),
+        ({f"{UP}.weight_packed": ("U8", (16, 64)), f"{UP}.weight_scale": ("F8_E4M3", (16, 8))}, f"{UP}.weight_shape"),
+        (stored_as("W8A16", UP) | {f"{UP}.weight_packed": ("U8", (16, 32))}, f"{UP}.weight_packed is U8"),
+        (stored_as("W8A16", UP) | stored_as("W8A16", DOWN), DOWN),
+        (stored_as("W8A16", UP) | stored_as("FP8_DYNAMIC", DOWN), DOWN),
     ],
 )
-def test_config_and_headers_that_disagree_are_refused(tensors: Found, words: str) -> None:
+def test_config_and_headers_that_disagree_are_refused(tensors: Found, named: str) -> None:
     """A module quantized in the config alone, in the file alone, or otherwise than the config says, is an error."""
     config = config_of(group_of("W8A16", UP))
-    with pytest.raises(UserError) as caught:
-        reading.read_formats(config, [UP, DOWN], tensors)
-    assert words in caught.value.what
+    with raises("quantization-invalid", "config.json: quantization_config") as caught:
+        open_dialect(config).read_formats([UP, DOWN], tensors)
+    assert named in caught.value.what
 
 
 def test_a_quantized_file_without_a_config_is_refused() -> None:
     """Packed weights beside a config.json that says nothing are an error, 16-bit ones are no quantization."""
-    with pytest.raises(UserError, match="no quantization_config"):
-        reading.read_formats({}, [UP], stored_as("W8A16", UP))
-    assert reading.read_formats({}, [UP], {f"{UP}.weight": ("BF16", (16, 128))}) == {}
-    assert reading.read_formats({"quantization_config": None}, [], {}) == {}
+    with raises("quantization-invalid", "config.json"):
+        open_dialect({}).read_formats([UP], stored_as("W8A16", UP))
+    assert open_dialect({}).read_formats([UP], {f"{UP}.weight": ("BF16", (16, 128))}) == {}
+    assert open_dialect({"quantization_config": None}).read_formats([], {}) == {}
 
 
 @pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
@@ -211,7 +218,7 @@ def test_the_config_is_found_in_its_three_places(place: str) -> None:
         config = {place: config["quantization_config"]}
     elif place == "text_config":
         config = {place: config}
-    assert reading.read_formats(config, [UP], stored_as("W8A16", UP)) == {UP: TensorFormat("int8", 128)}
+    assert open_dialect(config).read_formats([UP], stored_as("W8A16", UP)) == {UP: TensorFormat("int8", 128)}
 
 
 @pytest.mark.parametrize(
@@ -229,8 +236,8 @@ def test_the_kv_cache_is_fp8_or_none(scheme_of_cache: dict[str, Any] | None, exp
     """kv_cache_scheme gives "fp8", one scale a layer or a head; what has no reader is refused."""
     config = config_of(group_of("W8A16", UP), kv_cache_scheme=scheme_of_cache)
     if expected == "error":
-        with pytest.raises(UserError, match="KV cache"):
-            reading.kv_cache_format(config)
+        with raises("quantization-unknown", "config.json"):
+            open_dialect(config).kv_cache_format()
     else:
-        assert reading.kv_cache_format(config) == expected
-    assert reading.kv_cache_format({}) is None
+        assert open_dialect(config).kv_cache_format() == expected
+    assert open_dialect({}).kv_cache_format() is None
