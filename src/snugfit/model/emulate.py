@@ -260,7 +260,8 @@ def _kv_scale(checkpoint: Checkpoint, attention: str, which: str) -> Tensor:
     scale = read_tensor(checkpoint, name).float()
     if not (scale.isfinite() & (scale > 0)).all():
         raise UserError(
-            f"{name} holds {scale.flatten().tolist()[:4]}, under which an engine gives garbage.",
+            f"{name} holds {scale.flatten().tolist()[:4]}, so an engine would compute garbage.",
+            code="scale-invalid",
             where=str(checkpoint.path),
             remedy="Quantize the model again: its calibration did not reach this layer.",
         )
@@ -291,7 +292,8 @@ def _values(checkpoint: Checkpoint, module: str, quantized: QuantizedWeight, sha
         fits = False
     if not fits:
         raise UserError(
-            f"the tensors of {module} give no weight {list(shape)}.",
+            f"the tensors of {module} do not make a weight {list(shape)}.",
+            code="quantization-invalid",
             where=str(checkpoint.path),
             remedy="Config and weights do not belong together.",
         )
