@@ -93,19 +93,19 @@ SHAPES = st.lists(st.integers(0, 5), max_size=3).map(tuple)
 def test_file_is_the_one_that_safetensors_writes(
     content: dict[str, tuple[str, tuple[int, ...]]], tmp_path: Path
 ) -> None:
-    """Whatever the names, dtypes and shapes, our file has the same bytes as safetensors' of the same tensors."""
+    """Whatever the names, dtypes and shapes, the file has the same bytes as safetensors' own of the same tensors."""
     tensors = {name: random_tensor(dtype, shape, seed) for seed, (name, (dtype, shape)) in enumerate(content.items())}
-    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
     assert write(tmp_path, tensors) == [SINGLE_NAME]
-    assert (tmp_path / SINGLE_NAME).read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert (tmp_path / SINGLE_NAME).read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 def test_file_of_every_dtype_is_the_one_that_safetensors_writes(tmp_path: Path) -> None:
     """With tensors of every dtype and many shapes in one file, bytes are safetensors' own, too."""
     tensors = every_dtype()
-    save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    save_file(tensors, tmp_path / "expected", metadata={"format": "pt"})
     write(tmp_path, tensors)
-    assert (tmp_path / SINGLE_NAME).read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert (tmp_path / SINGLE_NAME).read_bytes() == (tmp_path / "expected").read_bytes()
 
 
 def test_views_are_written_as_what_they_show(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_tensor_never_written_stops_the_run(tmp_path: Path) -> None:
             writer.finish()
 
 
-def test_a_write_that_nobody_waited_for_stops_the_run(tmp_path: Path) -> None:
+def test_a_pending_write_stops_the_run(tmp_path: Path) -> None:
     """Finishing while writes may still be running fails; their wait may be called in another thread."""
     shards = plan_shards(infos({"a": torch.ones(3), "b": torch.zeros(2)}), 10**9)
     with Transfer(torch.device("cpu")) as transfer, ShardWriter(tmp_path, shards, transfer) as writer:
@@ -167,7 +167,7 @@ def test_a_write_that_nobody_waited_for_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_shards_hold_what_fits_in_the_given_order() -> None:
-    """Tensors fill shards up to the limit, in order; one that is larger than the limit stands alone."""
+    """Tensors fill shards up to the limit, in order; a tensor larger than the limit has its own shard."""
     sizes = {"a": 40, "b": 60, "c": 1, "d": 500, "e": 30, "f": 30, "g": 50}
     shards = plan_shards([TensorInfo(name, "U8", (size,)) for name, size in sizes.items()], 100)
     assert [{tensor.name for tensor in shard.tensors} for shard in shards] == [
@@ -285,7 +285,7 @@ def test_other_files_are_all_but_weights_config_and_hidden_ones(tmp_path: Path) 
 
 
 def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
-    """Where there is an index, its shards are the weights, and a stray model.safetensors is just a file."""
+    """Where there is an index, its shards are the weights, and a stray model.safetensors is one of the other files."""
     model_directory(tmp_path, {"a": torch.ones(40), "b": torch.ones(4)}, 100)
     save_file({"z": torch.ones(1)}, tmp_path / SINGLE_NAME)
     checkpoint = open_checkpoint(tmp_path)

@@ -55,7 +55,7 @@ def point_at(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
 
 
-# --- what it is
+# --- the checkpoint
 
 
 def test_a_model_on_the_hub_is_the_same_checkpoint(hub: Hub, tiny: Path) -> None:
@@ -210,7 +210,7 @@ def cached(hub: Hub, tiny: Path, names: list[str]) -> Path:
 
 
 def test_a_shard_in_the_cache_is_read_there(hub: Hub, tiny: Path) -> None:
-    """A shard that lies whole in the cache is not asked for again; one of another size there is not trusted."""
+    """A whole shard in the cache is not requested again; a cached shard of another size is not trusted."""
     local = open_checkpoint(tiny)
     first, second = local.shards[:2]
     snapshot = cached(hub, tiny, [first, second])
@@ -407,8 +407,8 @@ def test_the_hub_says_another_size(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize("name", ["org/name/more", "name", "org--x/na--me", "./org/name", "org/..", "a b/c"])
-def test_what_is_no_id(name: str, hub: Hub) -> None:
-    """What is neither a directory nor an id of the Hub is refused."""
+def test_neither_directory_nor_id(name: str, hub: Hub) -> None:
+    """A text that is neither a directory nor an id of the Hub is refused."""
     with raises("model-not-found", Path(name)):
         open_headers(name)
 

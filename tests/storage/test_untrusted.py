@@ -78,7 +78,7 @@ def test_links_that_lead_nowhere_or_to_folders(model: Path, tmp_path: Path) -> N
 
 
 def test_links_within_the_directory(model: Path) -> None:
-    """Links that stay inside are followed, and a link to nothing inside is passed over."""
+    """Links that stay inside are followed, and a link to nothing inside is ignored."""
     (model / "sub").mkdir()
     (model / SINGLE_NAME).rename(model / "sub" / "weights")
     (model / SINGLE_NAME).symlink_to("sub/weights")
@@ -127,7 +127,7 @@ def test_a_snapshot_with_the_cache_s_shared_store(model: Path, tmp_path: Path) -
     assert set(open_checkpoint(snapshot).tensors) == {"a", "b"}
 
 
-# --- what is no regular file
+# --- files that are not regular
 
 
 @pytest.mark.parametrize("name", ["config.json", SINGLE_NAME, INDEX_NAME])
@@ -230,7 +230,7 @@ def test_headers_that_would_explode(filling: str, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_large_header_of_tensors_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A large header that describes tensors, short names and all, is no bomb."""
+    """A large header that describes tensors with short names is read."""
     monkeypatch.setattr(safetensors, "LARGE_HEADER_BYTES", 1_000_000)
     entry = '"%x":{"dtype":"U8","shape":[],"data_offsets":[%d,%d]}'
     text = "{" + ",".join(entry % (n, n, n + 1) for n in range(20_000)) + "}"
@@ -238,7 +238,7 @@ def test_a_large_header_of_tensors_is_read(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(parse_header(text.encode(), "x", 8 + len(text) + 20_000, where="x")) == 20_000
 
 
-def test_a_length_that_is_none(model: Path) -> None:
+def test_impossible_header_lengths(model: Path) -> None:
     """A length of 2^64 - 1, or one just beyond the file, allocates nothing and is refused."""
     for length in (2**64 - 1, 2**63, 100_000_001, 5000):
         (model / SINGLE_NAME).write_bytes(struct.pack("<Q", length) + b"{}" * 100)

@@ -240,10 +240,10 @@ def _log_rows(tokenizer: Tokenizer, name: str, text: str, vocabulary: int | None
         if not line.strip():
             continue
         where = f"{name}:{number}"
-        ids, places = _log_row(tokenizer, line, where, vocabulary)
-        if len(ids) > 1 and (places is None or places):
+        ids, positions = _log_row(tokenizer, line, where, vocabulary)
+        if len(ids) > 1 and (positions is None or positions):
             found = True
-            yield where, ids, places
+            yield where, ids, positions
     if not found:
         what, remedy = "no row with a token to score.", "Give `messages` with an assistant's answer."
         raise UserError(what, code="dataset-too-small", where=name, remedy=remedy)
