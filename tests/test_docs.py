@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from make_reference import errors, reference
 from snugfit.errors import CODES
+from snugfit.recipes.recipe import parse_recipe
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src/snugfit"
@@ -20,6 +22,35 @@ def test_a_page_is_what_the_code_says(page: str, made: object) -> None:
     """docs/reference.md is every `--help`, docs/errors.md every code; `make reference` writes both."""
     assert callable(made)
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made(), "run `make reference`"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_recipes_of_the_pages_are_valid(page: str) -> None:
+    """Each YAML block is a recipe."""
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    assert [parse_recipe(block, where=page).recipe.name for block in blocks] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/usage.md", "docs/support.md", "docs/mixtures.md", "docs/python.md"]
+)
+def test_pages_name_options_that_there_are(page: str) -> None:
+    """Every option of a page is one of a verb's, of pip's or of a script's."""
+    others = {"--no-deps", "--moe-backend", "--recipes"}
+    known = set(re.findall(r"--[a-z-]+", reference()))
+    assert set(re.findall(r"--[a-z][a-z-]+", (ROOT / page).read_text(encoding="utf-8"))) <= known | others
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    """Relative links of the README and of docs name files."""
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_readme_is_short() -> None:
+    """What does not fit goes to docs/."""
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_every_code_is_listed_and_used() -> None:
