@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +20,10 @@ import torch
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from evaluation.test_bad_input import PROSE, add_tokenizer
+from helpers.errors import failed_with, raises
 from helpers.hub_server import Hub, files_of, serve
+from helpers.tiny_tokenizer import PROSE, add_tokenizer
 from snugfit.cli.app import app
-from snugfit.data import rows as dataset
 from snugfit.dialects.targets import Targets
 from snugfit.errors import UserError, plain
 from snugfit.patterns import Pattern
@@ -37,9 +36,12 @@ Verb = Callable[["Place"], list[str]]
 TALK = {"messages": [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Loire."}]}
 
 
+HANG_SECONDS = 900
+
+
 @dataclass
 class Place:
-    """A folder with a model, a text, rows of a chat, a recipe and room for results; `root` is all that may change."""
+    """A folder with a model, a text, rows of a chat, a recipe and results; nothing but `root` may change."""
 
     root: Path
     model: Path
@@ -48,9 +50,9 @@ class Place:
     events: list[str] = field(default_factory=list)
 
     def run(self, verb: str, *options: object, rows: str = "text.txt") -> Any:
-        """The result of a verb on the model; SIGALRM ends a hang."""
+        """The result of a verb on the model; SIGALRM ends a hang, long after a busy machine would be done."""
         arguments = VERBS[verb](self, str(self.root / rows))
-        signal.alarm(60)
+        signal.alarm(HANG_SECONDS)
         try:
             result = CliRunner().invoke(app, [*arguments, *map(str, options)])
         finally:
@@ -66,11 +68,11 @@ VERBS: dict[str, Callable[[Place, str], list[str]]] = {
     "fit": lambda place, _: ["fit", str(place.model), "--gpu", "16GiB"],
     "dry run": lambda place, _: ["quantize", str(place.model), "-r", place.recipe, "--dry-run"],
     "quantize": lambda place, rows: [
-        *("quantize", str(place.model), "-r", place.recipe, "-o", str(place.root / "out"), "--text", rows),
-        *("--rows", "2", "--length", "32", "--device", "cpu"),
+        *("quantize", str(place.model), "-r", place.recipe, "-o", str(place.root / "out"), "--dataset", rows),
+        *("--num-samples", "2", "--max-seq-length", "32", "--device", "cpu"),
     ],
     "eval": lambda place, rows: [
-        *("eval", str(place.model), "--text", rows, "--context", "16", "--max-chunks", "2", "--device", "cpu"),
+        *("eval", str(place.model), "--dataset", rows, "--context", "16", "--max-chunks", "2", "--device", "cpu"),
         *("-o", str(place.root / "result")),
     ],
 }
@@ -105,7 +107,7 @@ def tree(folder: Path) -> dict[str, object]:
 
 
 def message_of(result: Any) -> str:
-    """The message of a verb that must refuse."""
+    """The message of a verb that must refuse, in one printable line."""
     assert result.exit_code == 2, result.stdout
     line = result.stderr.strip().splitlines()[-1]
     assert line.startswith("snugfit: ")
@@ -156,7 +158,7 @@ def test_pickles_alone_are_refused(verb: str, name: str, place: Place) -> None:
     """A model whose weights are pickles is refused by every verb, unread, and the message says what they could do."""
     (place.model / SINGLE_NAME).unlink()
     write_bomb(place.model / name, place.marker)
-    assert f"the weights are pickles ({name}), which can run code" in message_of(place.run(verb))
+    assert failed_with(place.run(verb), "weights-unsafe", place.model, name)
     assert not (place.root / "out").exists()
 
 
@@ -193,8 +195,8 @@ def test_a_pickle_under_another_name(verb: str, name: str, place: Place) -> None
 def test_a_stored_reference_that_is_a_pickle(place: Place) -> None:
     """A stored reference that is a pickle is refused unread."""
     write_bomb(place.root / "reference.safetensors", place.marker)
-    message = message_of(place.run("eval", "--reference", place.root / "reference.safetensors"))
-    assert "not a stored reference" in message
+    file = place.root / "reference.safetensors"
+    assert failed_with(place.run("eval", "--reference", file), "reference-invalid", file)
 
 
 # --- code that comes with a model
@@ -250,7 +252,7 @@ def test_code_of_an_unknown_architecture_is_not_run(verb: str, place: Place) -> 
     result = place.run(verb)
     if verb in ("quantize", "eval"):
         message = message_of(result)
-        assert "'evil'" in message or "it is code of the model's own, which is never run" in message
+        assert "[architecture-unknown]" in message or "[tokenizer-unusable]" in message
         assert "trust_remote_code" not in message
     assert not (place.root / "out").exists()
 
@@ -297,7 +299,7 @@ ESCAPES = {
     "map": "{{ ['id']|map('__import__')|list }}",
     "tojson": "{{ cycler|tojson }}",
 }
-# in reach of a template, but not of it alone: refused in words
+# errors inside the sandbox
 FAILURES = {
     "zero": "{{ 1 // 0 }}",
     "overflow": "{{ 'x' * 10**30 }}",
@@ -318,14 +320,14 @@ def set_template(place: Place, text: str) -> None:
 @pytest.mark.parametrize("verb", ["quantize", "eval"])
 @pytest.mark.parametrize("name", ESCAPES)
 def test_templates_stay_in_their_sandbox(name: str, verb: str, place: Place) -> None:
-    """What reaches for Python, files or modules from a chat template is refused, or comes to nothing."""
+    """A chat template that reaches for Python, files or modules is refused, or gets nothing."""
     set_template(place, "{% for m in messages %}{{ m['content'] }}{% endfor %}" + ESCAPES[name])
     result = place.run(verb, rows="chat.jsonl")
     if result.exit_code == 0:
         written = (place.root / ("out" if verb == "quantize" else "result")).rglob("*.json")
         assert not any("root:" in file.read_text(encoding="utf-8") for file in written)
     else:
-        assert f"{place.root / 'chat.jsonl'}:1: the chat template refuses these messages" in message_of(result)
+        assert failed_with(result, "chat-template-failed", f"{place.root / 'chat.jsonl'}:1")
 
 
 @pytest.mark.parametrize("verb", ["quantize", "eval"])
@@ -333,35 +335,9 @@ def test_templates_stay_in_their_sandbox(name: str, verb: str, place: Place) -> 
 def test_templates_that_fail(name: str, verb: str, place: Place) -> None:
     """Whatever a chat template raises is one message with the row that was put into it."""
     set_template(place, FAILURES[name])
-    assert f"{place.root / 'chat.jsonl'}:1: the chat template refuses these messages" in message_of(
-        place.run(verb, rows="chat.jsonl")
-    )
-
-
-@pytest.mark.parametrize("verb", ["quantize", "eval"])
-@pytest.mark.parametrize(
-    "loop",
-    [
-        "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3,
-        "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-    ],
-    ids=["loops", "macros"],
-)
-def test_templates_that_do_not_end(loop: str, verb: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A chat template that would run for years is given up after a while, and leaves nobody working."""
-    import threading
-
-    monkeypatch.setattr(dataset, "TEMPLATE_SECONDS", 1.0)
-    set_template(place, loop)
-    before = threading.active_count()
-    begin = time.monotonic()
-    assert "it takes more than 1 s" in message_of(place.run(verb, rows="chat.jsonl"))
-    assert time.monotonic() - begin < 50
-    for _ in range(100):
-        if threading.active_count() <= before:
-            break
-        time.sleep(0.1)
-    assert threading.active_count() <= before
+    result = place.run(verb, rows="chat.jsonl")
+    assert failed_with(result, "chat-template-failed", f"{place.root / 'chat.jsonl'}:1")
+    assert message_of(result)
 
 
 # --- paths
@@ -440,7 +416,7 @@ def test_nothing_outside_the_model_is_read(way: str, verb: str, place: Place) ->
     LEAVING[way](place)
     before = tree(place.root.parent)
     message = message_of(place.run(verb))
-    assert "outside the model's directory" in message or "its index points outside" in message
+    assert ("[index-invalid]" if way.startswith("index ") else "[file-outside-model]") in message
     assert tree(place.root.parent) == before
 
 
@@ -487,11 +463,9 @@ def test_what_is_no_file(verb: str, make: Callable[[Path], None], place: Place) 
         for name in names:
             (place.model / name).unlink(missing_ok=True)
             make(place.model / name)
-        begin = time.monotonic()
         result = place.run(verb)
-        assert time.monotonic() - begin < 50, names
         if names[0] in NEEDED:
-            assert "not a regular file" in message_of(result)
+            assert failed_with(result, "file-unreadable", place.model / names[0])
         for made in (place.model, place.root / "out", place.root / "result"):
             shutil.rmtree(made, ignore_errors=True)
         shutil.copytree(place.root.parent / "kept", place.model)
@@ -499,7 +473,7 @@ def test_what_is_no_file(verb: str, make: Callable[[Path], None], place: Place) 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_link_to_itself(verb: str, place: Place) -> None:
-    """A link that leads to itself is nothing, and passed over."""
+    """A link that leads to itself is ignored."""
     (place.model / "loop").symlink_to("loop")
     assert place.run(verb).exit_code == 0
     assert not os.path.lexists(place.root / "out" / "loop")
@@ -516,7 +490,7 @@ def test_folders_in_the_place_of_what_is_written(name: str, place: Place) -> Non
     else:
         (place.model / name).mkdir()
         (place.model / name / "x.txt").write_text("x", encoding="utf-8")
-    assert f"{place.model / name}: a file of this name is to be written" in message_of(place.run("quantize"))
+    assert message_of(place.run("quantize")).startswith(f"snugfit: {place.model / name}: ")
     assert not (place.root / "out.partial").exists()
 
 
@@ -526,7 +500,7 @@ def open_names(file: Path) -> list[str]:
 
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["table", "JSON"])
 def test_names_that_are_no_text(options: tuple[str, ...], place: Place) -> None:
-    """Files whose names are no UTF-8 are copied and told of, and so is a model of such a name."""
+    """Files whose names are not UTF-8 are copied and shown, and so is a model of such a name."""
     for name in ("a\udcff.txt", "b\udcff.bin"):
         (place.model / name).write_text("x", encoding="utf-8")
     results = [place.run(verb, *options) for verb in VERBS]
@@ -543,7 +517,7 @@ def test_a_link_to_a_device(place: Place) -> None:
     (place.model / SINGLE_NAME).unlink()
     (place.model / SINGLE_NAME).symlink_to("/dev/zero")
     for verb in VERBS:
-        assert "a link to /dev/zero" in message_of(place.run(verb))
+        assert failed_with(place.run(verb), "file-outside-model", place.model / SINGLE_NAME, "/dev/zero")
 
 
 def test_hidden_folders_stay_where_they_are(place: Place) -> None:
@@ -584,15 +558,13 @@ RECIPES = {
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_of_strangers(name: str, place: Place) -> None:
-    """A recipe that names Python objects, writes out to billions of words, or backtracks for years is refused soon."""
+    """A recipe that names Python objects, writes out to billions of words, or backtracks for years is refused."""
     file = place.root / "recipe.yaml"
     file.write_text(RECIPES[name].replace("MARKER", str(place.marker)), encoding="utf-8")
     place.recipe = str(file)
-    begin = time.monotonic()
     message = message_of(place.run("dry run"))
     assert str(file) in message
     assert len(message) < 3000
-    assert time.monotonic() - begin < 40
 
 
 def test_recipes_that_are_links_or_pipes(place: Place, tmp_path: Path) -> None:
@@ -603,25 +575,37 @@ def test_recipes_that_are_links_or_pipes(place: Place, tmp_path: Path) -> None:
     assert place.run("dry run").exit_code == 0
     os.mkfifo(place.root / "pipe.yaml")
     place.recipe = str(place.root / "pipe.yaml")
-    assert "neither built in nor a file" in message_of(place.run("dry run"))
+    assert failed_with(place.run("dry run"), "recipe-not-found", place.recipe)
+
+
+SLOW = r"(?:(\w)|(\w\w)|(\w\w\w)|\.)*[!?]"  # backtracks without end on a long name
+LONG_NAME = "model.layers.12.mlp.experts.100.gate_proj"
 
 
 def test_patterns_of_configs_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A target of a quantization config that backtracks without end is given up with a message that shows it."""
-    monkeypatch.setattr("snugfit.patterns.SECONDS", 0.2)
-    slow = r"re:(?:(\w)|(\w\w)|(\w\w\w)|\.)*[!?]"
-    targets = Targets([{"targets": [slow]}], [], where="config.json")
-    begin = time.monotonic()
-    with pytest.raises(UserError, match="takes too long"):
-        targets.group_of("model.layers.12.mlp.experts.100.gate_proj")
-    assert time.monotonic() - begin < 20
+    monkeypatch.setattr("snugfit.patterns.BUDGET_SECONDS", 0.2)
+    targets = Targets([{"targets": [f"re:{SLOW}"]}], [], where="config.json")
+    with raises("pattern-invalid", SLOW):
+        targets.group_of(LONG_NAME)
+
+
+def test_a_pattern_s_time_belongs_to_one_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pattern that has used up its time is refused from then on; another use of the same text has its own time."""
+    monkeypatch.setattr("snugfit.patterns.BUDGET_SECONDS", 0.2)
+    pattern = Pattern(SLOW)
+    assert not pattern.begins("a")
+    for name in (LONG_NAME, "a"):
+        with raises("pattern-invalid", SLOW):
+            pattern.begins(name)
+    assert not Pattern(SLOW).begins("a")
 
 
 @pytest.mark.parametrize(
     "text", ["a{1000}{1000}", "(a{1000}){1000}", "((a{99}){99}){99}", "x" * 30_000, "(", "(?P<a>x)(?P<a>y)"]
 )
-def test_patterns_that_are_none_or_too_large(text: str) -> None:
-    """What is no regular expression, or would fill the memory once compiled, is no pattern."""
+def test_invalid_and_too_large_patterns(text: str) -> None:
+    """An invalid regular expression, and one that would fill the memory once compiled, is not a pattern."""
     with pytest.raises(ValueError, match=r".+"):
         Pattern(text)
 
@@ -668,12 +652,17 @@ def plant(partial: Path, victim: Path, name: str) -> None:
 )
 @pytest.mark.parametrize("there", [True, False], ids=["file", "nothing"])
 def test_links_in_a_partial_output_are_not_followed(name: str, there: bool, place: Place, tmp_path: Path) -> None:
-    """A link that someone put into OUT.partial is not written through: the file behind it stays, or stays away."""
+    """A link that someone put into OUT.partial is refused; `--restart` removes it, and never the file behind it."""
     victim = tmp_path / "victim"
     if there:
         victim.write_text("mine", encoding="utf-8")
     plant(place.root / "out.partial", victim, name)
-    place.run("quantize")
+    message = message_of(place.run("quantize"))
+    assert name == LOCK_NAME or f"{place.root / 'out.partial' / name}: " in message
+    assert name == LOCK_NAME or "[run-damaged]" in message
+    assert (place.root / "out.partial" / name).is_symlink()
+    if name != LOCK_NAME:
+        assert place.run("quantize", "--restart").exit_code == 0
     assert victim.exists() is there
     assert not there or victim.read_text(encoding="utf-8") == "mine"
 
@@ -683,7 +672,7 @@ def test_a_partial_output_that_is_a_link(place: Place, tmp_path: Path) -> None:
     plant(tmp_path / "theirs", tmp_path / "victim", SINGLE_NAME)
     (place.root / "out.partial").symlink_to(tmp_path / "theirs")
     before = tree(tmp_path / "theirs")
-    assert "is in the way, and no run of ours made it" in message_of(place.run("quantize"))
+    assert failed_with(place.run("quantize"), "output-exists", place.root / "out.partial")
     assert tree(tmp_path / "theirs") == before
 
 
@@ -731,7 +720,7 @@ def test_a_hub_that_names_places_elsewhere(name: str, verb: str, hub: Hub, place
     hub.files = {**hub.files, name: b"evil"}
     place.model = Path("org/name")
     before = tree(tmp_path)
-    assert "which is no place in a directory" in message_of(place.run(verb))
+    assert failed_with(place.run(verb), "file-outside-model", "org/name")
     assert tree(tmp_path) == before
 
 
@@ -755,7 +744,8 @@ def test_an_endpoint_s_password_is_not_shown(place: Place, tmp_path: Path, monke
     place.model = Path("org/name")
     message = message_of(place.run("inspect"))
     assert "hunter2" not in message
-    assert "127.0.0.1:9 cannot be reached" in message
+    assert "127.0.0.1:9" in message
+    assert "[hub-unreachable]" in message
 
 
 # --- what is shown
@@ -777,7 +767,7 @@ def test_what_a_model_says_cannot_move_the_cursor(text: str, place: Place) -> No
 
 def test_messages_are_printable_and_no_book() -> None:
     """Parts of a message are escaped where they cannot be printed, and lose their middle where they are endless."""
-    error = UserError("a\x1b" + "b" * 10**6, where="c\n", remedy="d\u202e")
+    error = UserError("a\x1b" + "b" * 10**6, code="option-invalid", where="c\n", remedy="d\u202e")
     assert str(error).isprintable()
     assert len(str(error)) < 3000
     assert str(error).startswith("c\\n: a\\x1bbb")

@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 import snugfit.evaluation.evaluate
 from conftest import MakeTiny
 from evaluation.test_compare import context, evals, model, task, write_eval, write_tasks
+from helpers.tiny_tokenizer import PROSE, add_tokenizer
 from quantization.test_bad_input import (
     Spoil,
     edit_config,
@@ -38,32 +39,13 @@ from quantization.test_bad_input import (
 )
 from snugfit.cli.app import app
 from snugfit.evaluation import offline_tasks
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 from snugfit.report import plots
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
-    "{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
-)
 TALK = [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Loire."}]
-PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it. " * 12
 LONG = 10**12
 GIVE_A_RESULT = "Name a result of `snugfit eval`: its directory, eval.json or tasks.json."
-
-
-def add_tokenizer(directory: Path, letters: str = string.ascii_letters, template: str | None = TEMPLATE) -> Path:
-    """A tokenizer of single characters, 59 of them, with a chat template that knows no tools."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokens = {token: place for place, token in enumerate(["<unk>", "<s>", "</s>", *letters, " ", "\n", ".", ","])}
-    tokenizer = Tokenizer(models.WordLevel(tokens, names["unk_token"]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, chat_template=template).save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -497,7 +479,7 @@ def test_one_bad_shard(spoil: Spoil, says: str, *, llama: Path, sharded: Path, t
 
 def test_quantized_weights_that_the_config_hides(llama: Path, token_rows: Path, text: Path, out: Path) -> None:
     """A quantized checkpoint that lost its quantization_config is refused by a module's name."""
-    quantize_checkpoint(llama, out.parent / "model", "nvfp4", text=[token_rows], device="cpu")
+    quantize(llama, "nvfp4", output_dir=out.parent / "model", dataset=[token_rows], device="cpu")
     edit_config(quantization_config=None)(out.parent / "model")
     message = refuse(out, out.parent / "model", "--reference", llama, "--text", text, "--context", 64)
     assert "model.layers." in message
@@ -508,7 +490,7 @@ def test_quantized_weights_that_the_config_hides(llama: Path, token_rows: Path, 
 def test_quantized_with_a_broken_scale(llama: Path, token_rows: Path, text: Path, out: Path) -> None:
     """A scale that is not finite is refused with module, value and remedy, though late, and leaves nothing."""
     name = "model.layers.1.self_attn.q_proj.weight_global_scale"
-    quantize_checkpoint(llama, out.parent / "model", "nvfp4", text=[token_rows], device="cpu")
+    quantize(llama, "nvfp4", output_dir=out.parent / "model", dataset=[token_rows], device="cpu")
     put(name, {0: float("nan")})(out.parent / "model")
     arguments = [out.parent / "model", "--reference", llama, "--text", text, "--context", 64, "--max-chunks", 1]
     message = refuse(out, *arguments, worked=True)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from conftest import TINY
-from evaluation.test_bad_input import add_tokenizer
 from helpers.tiny_mixtures import make_mixture
+from helpers.tiny_tokenizer import add_tokenizer
 from quantization.test_resume import stop_in_layer
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.quantization.collect import collect_statistics
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 
 UNFINISHED = "nvfp4-fp8-hybrid-fp8kv"
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it. " * 12
@@ -36,11 +36,11 @@ def prepare_runs(shared: Path, *, unfinished: bool) -> None:
     rows = torch.randint(3, 59, (3, 32)).tolist()
     (shared / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
     asked: dict[str, Any] = {"text": [shared / "rows.jsonl"], "rows": 3, "length": 32, "device": "cpu"}
-    quantize_checkpoint(shared / "model", shared / "quantized", "nvfp4-fp8-hybrid", **asked)
+    quantize(shared / "model", "nvfp4-fp8-hybrid", output_dir=shared / "quantized", **asked)
     evaluate(
         [shared / "quantized"],
-        reference_model=shared / "model",
-        text=[shared / "text.txt"],
+        reference=shared / "model",
+        dataset=[shared / "text.txt"],
         contexts=[16],
         max_chunks=2,
         reference_cache=shared / "references",
@@ -49,12 +49,12 @@ def prepare_runs(shared: Path, *, unfinished: bool) -> None:
     next((shared / "references").iterdir()).rename(shared / "reference.safetensors")
     if not unfinished:
         return
-    record = quantize_checkpoint(shared / "model", shared / "whole", UNFINISHED, **asked)
+    record = quantize(shared / "model", UNFINISHED, output_dir=shared / "whole", **asked)
     (shared / "whole.json").write_text(record.to_json(), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         stop_in_layer(patch, 1, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(shared / "model", shared / "out", UNFINISHED, **asked)
+            quantize(shared / "model", UNFINISHED, output_dir=shared / "out", **asked)
     shutil.rmtree(shared / "whole")
 
 
@@ -67,6 +67,6 @@ def prepare_statistics(shared: Path) -> None:
     for model in ("model", "mixture"):
         for number, rows in enumerate(("rows", "other")):
             out = shared / "collected"
-            collect_statistics(shared / model, out, text=[shared / f"{rows}.jsonl"], device="cpu")
+            collect_statistics(shared / model, output_dir=out, dataset=[shared / f"{rows}.jsonl"], device="cpu")
             (out / "snugfit-statistics.json").rename(shared / f"{model}-{number}.json")
             shutil.rmtree(out)
