@@ -15,7 +15,6 @@ CODES: Mapping[str, str] = {
     "option-missing": "An option that this call needs is not given.",
     "output-exists": "The output exists already.",
     "output-busy": "Another run is writing this output.",
-    "system-error": "The operating system refused to read or write (disk full, permission, a lost device).",
     "output-not-writable": "The output cannot be created or written there.",
     "dependency-missing": "This needs an optional package that is not installed.",
     # what the machine has
@@ -24,11 +23,12 @@ CODES: Mapping[str, str] = {
     "gpu-memory-insufficient": "The run needs more GPU memory than is free.",
     "disk-insufficient": "The run needs more disk space than is free.",
     # files
-    "file-missing": "A file that is needed is not there.",
-    "file-unreadable": "A file cannot be read, or is not of the kind it should be.",
+    "system-error": "The operating system refused to read or write (disk full, permission, a lost device).",
+    "file-missing": "A required file does not exist.",
+    "file-unreadable": "A file cannot be read, or is of another kind.",
     "file-outside-model": "A link or a file's name leads out of the model's directory.",
     "file-damaged": "A file ended early or changed while it was read.",
-    "json-invalid": "A file is not valid JSON, or not the JSON document it should be.",
+    "json-invalid": "A file is not valid JSON, or is another document.",
     "yaml-invalid": "A file is not valid YAML.",
     # a checkpoint's files
     "model-not-found": "There is no such directory, and no such model on the Hub.",
@@ -48,15 +48,15 @@ CODES: Mapping[str, str] = {
     "experts-unsupported": "The experts of this family cannot be calibrated.",
     "format-unverified": "No tested engine loads this format for this family.",
     "already-quantized": "The weights are quantized in a way from which no recipe can start.",
-    "dtype-unsupported": "A tensor is stored in a dtype that cannot be read in its place.",
+    "dtype-unsupported": "A tensor is stored in a dtype that has no reader.",
     "quantization-unknown": "The quantization of this checkpoint has no reader.",
     "quantization-invalid": "The quantization config and the tensors do not agree.",
     "scale-invalid": "A scale is missing, has a wrong shape, or is not a positive finite number.",
     # the Hub
     "hub-unreachable": "The Hub, or a file on it, cannot be reached.",
     "hub-refused": "The Hub refuses access.",
-    "hub-changed": "A file on the Hub is not what it was, or not what its header promises.",
-    "hub-answer-unusable": "The Hub, or a proxy before it, gives an answer that cannot be used.",
+    "hub-changed": "A file on the Hub changed, or does not match its header.",
+    "hub-answer-unusable": "The answer of the Hub, or of a proxy, is unusable.",
     "cache-not-writable": "The cache of downloaded files cannot be written.",
     # recipes
     "recipe-not-found": "There is no built-in recipe and no file of this name.",
@@ -69,17 +69,17 @@ CODES: Mapping[str, str] = {
     "recipe-changes-nothing": "The recipe quantizes nothing in this model.",
     "pattern-invalid": "A regular expression is invalid, or takes too long.",
     # calibration and texts
-    "dataset-unreadable": "A file of texts or rows cannot be read.",
-    "dataset-invalid": "A row of a dataset is not what a row must be.",
+    "dataset-unreadable": "A file of a dataset cannot be read.",
+    "dataset-invalid": "A sample of a dataset has the wrong form.",
     "dataset-too-small": "The dataset holds too little text.",
     "token-out-of-range": "A token id is beyond the model's vocabulary.",
-    "sequence-too-long": "Rows are longer than the positions that the model has.",
+    "sequence-too-long": "Samples are longer than the positions of the model.",
     "tokenizer-unusable": "The model has no usable tokenizer.",
     "chat-template-failed": "The chat template refuses these messages.",
     "experts-uncovered": "Experts saw too few tokens to be calibrated.",
-    "amax-invalid": "A calibrated range is zero or not finite, so that no scale can be made of it.",
-    "statistics-invalid": "A file of statistics is damaged, or holds not all that is needed.",
-    "statistics-mismatch": "Statistics are of another model, other rows or other settings.",
+    "amax-invalid": "A calibrated range is zero or not finite, so no scale can be computed.",
+    "statistics-invalid": "A file of statistics is damaged or incomplete.",
+    "statistics-mismatch": "Statistics are of another model, other samples or other settings.",
     # evaluation and its results
     "models-mismatch": "The models, or their tokenizers, cannot be compared token by token.",
     "reference-invalid": "A stored reference is damaged, or is of another version.",
@@ -91,13 +91,13 @@ CODES: Mapping[str, str] = {
     # a server
     "server-unreachable": "The server does not answer, or stopped answering.",
     "server-refused": "The server refuses access or this request.",
-    "server-unsupported": "The server is of another kind, or cannot report what is needed.",
-    "server-answer-invalid": "The server's answer is not what vLLM answers, or is about something else.",
+    "server-unsupported": "The server is of another kind, or cannot report log probabilities of a prompt.",
+    "server-answer-invalid": "The server's answer is not of vLLM's form, or does not match the request.",
     "server-not-finite": "The served model computes NaN.",
     # resumption
     "run-differs": "The output holds an unfinished run with other inputs or settings.",
     "machine-differs": "The output holds an unfinished run of another machine, version or batch.",
-    "run-damaged": "What an unfinished run left is damaged.",
+    "run-damaged": "The files of an unfinished run are damaged.",
 }
 
 
