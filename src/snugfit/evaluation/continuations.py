@@ -1,90 +1,150 @@
-"""Where a candidate leaves its reference in a conversation, and what both would have said from there on.
+"""Where a candidate diverges most from its reference in conversations, and how both continue from there.
 
-Of all scored tokens those with the largest KL are taken; both models continue greedily from the words before them.
+The scored tokens with the largest KL are chosen; both models continue greedily from the text before them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from snugfit.evaluation.measure import Array
-from snugfit.evaluation.subject import Outer, Subject, outer_weights, resident_layer
+from snugfit.evaluation.chunks import Chunk, ChunkGroup
+from snugfit.evaluation.evaluated_model import EvaluatedModel, Outer, outer_weights, resident_layer
+from snugfit.evaluation.token_figures import Array
 from snugfit.machine import free_bytes
 from snugfit.model import emulate, forward_pass, layers
-from snugfit.model.standins import Receive, StandIn
+from snugfit.model.layer_stubs import LayerStub, Receive
+from snugfit.records.evaluation import Continuation
 
-APART = 16  # tokens between two places in one row
-TOKENS = 24
+MIN_TOKEN_GAP = 16  # between two divergences in one chunk
+CONTINUATION_TOKENS = 24
+TOKENS_BEFORE = 24  # shown before a continuation
 
 
-def worst_places(
-    kl: Array, places: Sequence[NDArray[np.int64]], count: int, *, apart: int = APART
-) -> list[tuple[int, int, float]]:
-    """(row, position of the token, KL) of the `count` largest divergences, none within `apart` tokens of a larger one.
+@dataclass(frozen=True)
+class Divergence:
+    """A scored token of a conversation, by its chunk and its position there, and KL at it."""
 
-    `kl` holds all scored tokens of the rows in order, `places` their positions by row.
+    chunk: Chunk
+    position: int
+    kl: float
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens before it."""
+        return self.chunk.ids[: self.position]
+
+
+def compare_continuations(
+    reference: EvaluatedModel,
+    candidates: Sequence[tuple[EvaluatedModel, Array]],
+    group: ChunkGroup,
+    count: int,
+    decode: Callable[[Sequence[int]], str],
+    device: torch.device,
+) -> tuple[Continuation, ...]:
+    """Both continuations from each candidate's `count` largest divergences in the conversations of the group.
+
+    `candidates` come with KL of all the group's scored tokens; `decode` turns token ids into text.
     """
-    rows = np.repeat(np.arange(len(places)), [len(p) for p in places])
-    positions = np.concatenate(list(places))
-    chosen: list[tuple[int, int, float]] = []
+    in_conversations = np.repeat([chunk.conversation for chunk in group.chunks], group.target_counts)
+    if count < 1 or not candidates or not in_conversations.any():
+        return ()
+    chosen = [
+        (model, largest_divergences(np.where(in_conversations, kl, np.nan), group.chunks, count))
+        for model, kl in candidates
+    ]
+    prompts = list(dict.fromkeys(one.prompt for _, divergences in chosen for one in divergences))
+    of_reference = dict(zip(prompts, continue_greedily(reference, prompts, device), strict=True))
+    result = []
+    for model, divergences in chosen:
+        of_model = continue_greedily(model, [one.prompt for one in divergences], device)
+        for one, ids in zip(divergences, of_model, strict=True):
+            result.append(
+                Continuation(
+                    model=model.name,
+                    source=one.chunk.source,
+                    position=one.position,
+                    kl=one.kl,
+                    before=decode(one.prompt[-TOKENS_BEFORE:]),
+                    text=decode([one.chunk.ids[one.position]]),
+                    reference_continuation=decode(of_reference[one.prompt]),
+                    model_continuation=decode(ids),
+                    same_tokens=_shared_beginning(of_reference[one.prompt], ids),
+                )
+            )
+    return tuple(result)
+
+
+def largest_divergences(
+    kl: Array, chunks: Sequence[Chunk], count: int, *, min_gap: int = MIN_TOKEN_GAP
+) -> list[Divergence]:
+    """The `count` largest divergences, none within `min_gap` tokens of a larger one; `kl` of all scored tokens."""
+    places = [(chunk, int(position)) for chunk in chunks for position in chunk.target_positions]
+    chosen: list[Divergence] = []
     for index in np.argsort(np.where(np.isfinite(kl), -kl, np.inf), kind="stable"):
-        row, position = int(rows[index]), int(positions[index])
+        chunk, position = places[index]
         if len(chosen) == count or not np.isfinite(kl[index]):
             break
-        if all(row != r or abs(position - p) > apart for r, p, _ in chosen):
-            chosen.append((row, position, float(kl[index])))
+        if all(one.chunk is not chunk or abs(position - one.position) > min_gap for one in chosen):
+            chosen.append(Divergence(chunk, position, float(kl[index])))
     return chosen
+
+
+def _shared_beginning(a: Sequence[int], b: Sequence[int]) -> int:
+    """The number of tokens that two continuations share from their beginning."""
+    return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 @torch.no_grad()
 def continue_greedily(
-    subject: Subject, prompts: Sequence[Sequence[int]], device: torch.device, *, tokens: int = TOKENS
+    model: EvaluatedModel, prompts: Sequence[Sequence[int]], device: torch.device, *, tokens: int = CONTINUATION_TOKENS
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, `tokens` long unless the model ends it, under its engine profile.
 
-    Layers stay in memory where all of them fit into half of what is free; else each is read anew for every token.
+    Layers stay in memory where all of them fit into half of the free memory; otherwise each is read again for every
+    token.
     """
     from transformers import GenerationConfig
 
-    model = _whole_model(subject, device)
-    config = subject.skeleton.config
+    module = _whole_model(model, device)
+    config = model.skeleton.config
     end = getattr(config, "eos_token_id", None)
     settings = GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=end, pad_token_id=0)
     results = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=device)
-        output = model.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
+        output = module.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
         results.append([int(token) for token in output[0, len(prompt) :]])
     return results
 
 
-def _whole_model(subject: Subject, device: torch.device) -> nn.Module:
-    """The model with layers that are read when they are called."""
-    skeleton = subject.skeleton
+def _whole_model(model: EvaluatedModel, device: torch.device) -> nn.Module:
+    """transformers' model with layers that are read when they are called."""
+    skeleton = model.skeleton
     size = sum(p.numel() * p.element_size() for p in skeleton.layers.parameters())
     keep = 2 * size <= free_bytes(device)
-    head: Outer = outer_weights(subject, device)
-    weights = {**layers.outer_weights(skeleton, subject.checkpoint, head=False), **head.weights}
+    head: Outer = outer_weights(model, device)
+    weights = {**layers.outer_weights(skeleton, model.checkpoint, head=False), **head.weights}
     called: list[nn.Module] = [
-        StandIn(layer, _read_when_called(subject, index, device, keep=keep), in_tuple=skeleton.in_tuple)
+        LayerStub(layer, _read_when_called(model, index, device, keep=keep), returns_tuple=skeleton.returns_tuple)
         for index, layer in enumerate(skeleton.layers)
     ]
-    model = forward_pass.on_device(layers.with_layers(skeleton, called, weights), device)
-    emulate.quantize_inputs(model, head.quantizers)
-    return model
+    module = forward_pass.on_device(layers.with_layers(skeleton, called, weights), device)
+    emulate.quantize_inputs(module, head.quantizers)
+    return module
 
 
-def _read_when_called(subject: Subject, index: int, device: torch.device, *, keep: bool) -> Receive:
+def _read_when_called(model: EvaluatedModel, index: int, device: torch.device, *, keep: bool) -> Receive:
     held: list[tuple[nn.Module, Any]] = []
 
     def receive(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        layer, rounding = held[0] if held else resident_layer(subject, index, device)
+        layer, rounding = held[0] if held else resident_layer(model, index, device)
         if keep and not held:
             held.append((layer, rounding))
         if rounding is not None:
@@ -97,7 +157,7 @@ def _read_when_called(subject: Subject, index: int, device: torch.device, *, kee
 
 
 class _RoundedCache:
-    """A cache of transformers whose keys and values are rounded before they are kept."""
+    """A cache of transformers whose keys and values are rounded before they are stored."""
 
     def __init__(self, inner: Any, rounded: Callable[..., tuple[Tensor, Tensor]]) -> None:
         self._inner, self._rounded = inner, rounded

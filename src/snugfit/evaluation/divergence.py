@@ -1,8 +1,8 @@
-"""How far two models' predictions of the next token are apart, for a piece of tokens at a time, in nats.
+"""How much two models' predictions of the next token differ, for some tokens at a time, in nats.
 
-A prediction is known in full (logits over the vocabulary), or from what was stored of a reference (its most likely
-tokens, and a sample of the others), or from what a server told (its most likely tokens). KL(P || Q) = sum p log(p/q).
-Logits are centred at their largest before anything else, so that fp32 holds differences of 1e-7.
+A prediction is complete (logits over the vocabulary), or was stored (a reference's most likely tokens, and a sample of
+the others), or was served (a server's most likely tokens). KL(P || Q) = sum p log(p/q). The largest logit is subtracted
+first, so that fp32 resolves differences of 1e-7.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Softmax:
-    """Predictions in full: `logits` fp32 [n, V], largest 0 in each row; `finite` [n] false where any was not."""
+    """Complete predictions: `logits` fp32 [n, V], largest 0 in each row; `finite` [n] false where any logit was not."""
 
     logits: Tensor
     top: Tensor
@@ -56,7 +56,7 @@ class _Top:
         return self.logprobs[:, 0].exp()
 
     def loss(self, _: Tensor) -> Tensor:
-        """Negative log-likelihood [n] of the true tokens, which were known when the others were."""
+        """Negative log-likelihood [n] of the true tokens, stored beside the others."""
         return self.losses
 
 
@@ -80,7 +80,7 @@ class StoredTop(_Top):
 
 @dataclass(frozen=True)
 class ServedTop(_Top):
-    """Predictions as a server tells them; places that it left empty have id -1 and log probability -inf."""
+    """Predictions of a server; entries that it left empty have id -1 and log probability -inf."""
 
     @property
     def finite(self) -> Tensor:
@@ -92,8 +92,8 @@ class ServedTop(_Top):
 class Divergence:
     """KL(P || Q) and KL(Q || P) [n] in nats, whether [n] Q's most likely token is (one of) P's.
 
-    Where KL is an unbiased estimate, `variance` [n] is that of its sampling and `bound` [n] a lower bound that no
-    sampling touches; both are None otherwise.
+    Where KL is an unbiased estimate, `variance` [n] is that of its sampling and `bound` [n] a lower bound without
+    sampling; both are None otherwise.
     """
 
     kl: Tensor
@@ -117,10 +117,10 @@ def softmax(logits: Tensor) -> Softmax:
 
 
 def diverge(of: Prediction, other: Prediction) -> Divergence:
-    """Divergence of `other` (Q) from `of` (P): exact where both are known in full.
+    """Divergence of `other` (Q) from `of` (P): exact where both are complete.
 
     Where P was stored, KL is an estimate and its reverse a lower bound; where Q is served, both are lower bounds, which
-    are exact if the server told all tokens. Rounding below zero is set to zero, but for the estimate.
+    are exact if the server gave all tokens. Values that rounding made negative become zero, except in the estimate.
     """
     if isinstance(of, Softmax) and isinstance(other, Softmax):
         return _exact(of, other)
@@ -162,7 +162,7 @@ def _estimated(of: StoredTop, other: Softmax) -> Divergence:
 
 
 def _bounded(of: Softmax, other: ServedTop) -> Divergence:
-    """The log-sum inequality: all tokens that the server did not name count as one."""
+    """By the log-sum inequality: all tokens that the server did not name count as one."""
     known = other.ids >= 0
     ids = other.ids.clamp(min=0)
     log_p = of.logits.gather(-1, ids) - of.total.log().unsqueeze(-1)
@@ -176,5 +176,5 @@ def _bounded(of: Softmax, other: ServedTop) -> Divergence:
 
 
 def _one_term(p: Tensor, q: Tensor) -> Tensor:
-    """p log(p / q), 0 where p is 0; where rounding left q nothing, the smallest remainder that fp32 sees stands in."""
+    """p log(p / q), 0 where p is 0; q is at least fp32's epsilon, where rounding made it smaller."""
     return torch.where(p > 0, p * (p / q.clamp(min=torch.finfo(torch.float32).eps)).log(), 0.0)

@@ -17,6 +17,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate, experts, forward_pass, layers, transformers_api
 from snugfit.model.layout import read_layout
+from snugfit.model.skeleton import Skeleton, build_skeleton, check_shapes
 from snugfit.records.evaluation import EvaluatedCheckpoint
 from snugfit.storage.checkpoint import Checkpoint, header_digest
 from snugfit.storage.open import is_hub_id, open_checkpoint
@@ -43,7 +44,7 @@ class EvaluatedModel:
     name: str
     checkpoint: Checkpoint
     dialect: Dialect
-    skeleton: layers.Skeleton
+    skeleton: Skeleton
     formats: Mapping[str, TensorFormat]
     kv_cache: str | None
     activations: str
@@ -115,12 +116,12 @@ def open_model(
     layout.check_runnable()
     if layout.unreadable is not None:
         raise layout.unreadable
-    skeleton = layers.build_skeleton(layout, arithmetic)
+    skeleton = build_skeleton(layout, arithmetic)
     dialect = layout.dialect
     formats = _read_formats(opened, dialect, skeleton)
     kv_cache = dialect.kv_cache_format()
     codes = {f"{module}.weight": _codes(opened, dialect, module, fmt) for module, fmt in formats.items()}
-    layers.check_shapes(skeleton, opened, codes)
+    check_shapes(skeleton, opened, codes)
     return EvaluatedModel(
         name=Path(path).resolve().name if name is None else name,
         checkpoint=opened,
@@ -132,12 +133,12 @@ def open_model(
     )
 
 
-def _read_formats(checkpoint: Checkpoint, dialect: Dialect, skeleton: layers.Skeleton) -> dict[str, TensorFormat]:
+def _read_formats(checkpoint: Checkpoint, dialect: Dialect, skeleton: Skeleton) -> dict[str, TensorFormat]:
     """Format of each quantized module that runs on text, by its name in the file.
 
     A config may use the names of the file or those of transformers' modules: whichever agree with the headers count.
     """
-    module_names = layers.linear_names(skeleton)
+    module_names = skeleton.linears()
     headers = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
     try:
         return dialect.read_formats(sorted(module_names), headers)
@@ -253,7 +254,7 @@ def _decoded_head(model: EvaluatedModel) -> tuple[dict[str, Tensor], dict[str, e
     """Quantized linears outside the decoder layers: their weights, and the quantizers of their inputs."""
     decoded: dict[str, Tensor] = {}
     quantizers: dict[str, emulate.Quantizer] = {}
-    module_names = layers.linear_names(model.skeleton)
+    module_names = model.skeleton.linears()
     for name, fmt in model.formats.items():
         if name.startswith(model.skeleton.stored_layers_name + "."):
             continue
@@ -279,7 +280,7 @@ def resident_layer(
         skeleton.layers[index],
         model.formats,
         model.activations,
-        layers.layer_names(skeleton, index),
+        skeleton.names_of_layer(index).parameters,
     )
     mixture, inputs = skeleton.experts.get(index), None
     if mixture is not None:
@@ -291,7 +292,7 @@ def resident_layer(
     layer = layers.resident_layer(skeleton, index, weights, device)
     if mixture is not None and inputs is not None:
         experts.hook(layer.get_submodule(mixture.module), inputs)
-    modules = layers.module_names(skeleton, index)
+    modules = skeleton.names_of_layer(index).modules
     emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
     if model.kv_cache is None or model.activations == "none":
         return layer, None

@@ -1,171 +1,182 @@
-"""Several models on the same rows of tokens: loss, KL and agreement for every scored token.
+"""Several models on the same chunks: loss, KL and agreement of every scored token.
 
-Each model's rows pass its layers, one decoder layer in memory; then all heads run side by side over a few tokens at a
-time, and whatever is as wide as the vocabulary is reduced at once.
+The chunks pass each model's layers, one decoder layer in memory; then the output heads of all models run side by side
+on a few tokens at a time, and whatever is as wide as the vocabulary is reduced at once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from snugfit.evaluation.chunks import Chunk, ChunkGroup
 from snugfit.evaluation.divergence import Prediction, diverge, softmax
-from snugfit.evaluation.subject import Subject, last_states, open_head, outer_weights
+from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, outer_weights
+from snugfit.evaluation.token_figures import Array, TokenFigures, blank_figures
 from snugfit.model import forward_pass
+from snugfit.progress import SILENT, Progress
+from snugfit.records.evaluation import KLKind
 
 STATE_BYTES = 2 << 30  # hidden states in memory at once
-PIECE = 1 << 24  # logits of one model in memory at once
+LOGITS = 1 << 24  # logits of one model in memory at once
 SLICE = {"cpu": 1 << 20, "cuda": 1 << 24}  # of them in fp32 at once: what a CPU's caches hold
 
-Array = NDArray[np.float32]
+Predictions = Callable[[Chunk, int, int], Prediction]  # of a chunk's scored tokens start..stop
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A model to measure: on which of the rows (None: all), and against which entry its divergence is taken.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Measurement:
+    """A model to measure: one of the tables, or one of them a second time in other arithmetic, for its noise floor.
 
-    Either a `subject` is walked, or `known` gives each row's predictions at its scored places.
+    Either `model` is run, or its `predictions` are known. Its divergence is from `compared_with`, which for a noise
+    floor is the measurement of the same model, and `kl_kind` says how that is computed. `chunks` are the numbers of
+    those that it is measured on, None for all.
     """
 
-    subject: Subject | None
-    against: int | None = None
-    rows: frozenset[int] | None = None
-    known: Callable[[int, int, int], Prediction] | None = None
+    name: str
+    kind: Literal["reference", "candidate", "server", "noise floor"]
+    model: EvaluatedModel | None = None
+    predictions: Predictions | None = None
+    compared_with: Measurement | None = None
+    kl_kind: KLKind = "exact"
+    chunks: frozenset[int] | None = None
 
-    def has(self, row: int) -> bool:
-        """Whether this row is measured."""
-        return self.rows is None or row in self.rows
+    @property
+    def floor_of(self) -> Measurement | None:
+        """The measurement whose noise floor this is."""
+        return self.compared_with if self.kind == "noise floor" else None
 
-
-@dataclass(frozen=True)
-class TokenFigures:
-    """Figures of every scored token of all rows, in order; NaN where a row was not measured.
-
-    `change`: of the true token's probability. Where KL is an estimate, `variance` is that of its sampling and `bound` a
-    lower bound without any. `finite` is false where logits of this model, or of the one it is compared with, or their
-    divergence, were NaN or infinite.
-    """
-
-    loss: Array
-    confidence: Array
-    finite: NDArray[np.bool_]
-    kl: Array
-    reverse: Array
-    same_top: Array
-    change: Array
-    variance: Array
-    bound: Array
+    def includes(self, chunk: Chunk) -> bool:
+        """Whether this chunk is measured."""
+        return self.chunks is None or chunk.number in self.chunks
 
 
-def scored_places(rows: Sequence[Sequence[int]], scored: Sequence[Sequence[int] | None]) -> list[NDArray[np.int64]]:
-    """Positions of the scored tokens of each row; None: all but the first, which nothing predicts."""
-    return [
-        np.arange(1, len(row)) if places is None else np.asarray(places, dtype=np.int64)
-        for row, places in zip(rows, scored, strict=True)
-    ]
+Found = Mapping[Measurement, Sequence[TokenFigures]]  # figures of each group
+Keep = Callable[[Chunk, int, Prediction], None]
 
 
 @torch.no_grad()
 def measure(
-    entries: Sequence[Entry],
-    rows: Sequence[Sequence[int]],
-    places: Sequence[NDArray[np.int64]],
+    measurements: Sequence[Measurement],
+    groups: Sequence[ChunkGroup],
     device: torch.device,
     *,
     tokens_per_batch: int,
-    tick: Callable[[], None] = lambda: None,
-    keep: Callable[[int, int, Prediction], None] | None = None,
-) -> list[TokenFigures]:
-    """Figures of every entry at the scored `places` of every row; entries come after those they are compared with.
+    keep: Keep | None = None,
+    progress: Progress = SILENT,
+) -> Found:
+    """Figures of every measurement on every group, in order.
 
-    `keep(row, first place, prediction)` sees the first entry's predictions as they pass. `tick` is called after every
-    layer and every row.
+    `keep(chunk, first, prediction)` is given the reference's predictions of scored tokens first.. as they pass.
     """
-    offsets = np.concatenate([[0], np.cumsum([len(p) for p in places])])
-    figures = [_blank(int(offsets[-1])) for _ in entries]
-    for wave in _waves(entries, rows, places):
-        states = [_states(entry, wave, rows, places, device, tokens_per_batch, tick) for entry in entries]
-        heads = _heads(entries, device)
-        for row in wave:
-            for start, stop in _pieces(len(places[row]), entries):
-                targets = torch.tensor(np.asarray(rows[row])[places[row][start:stop]], device=device)
-                logits = {
-                    index: heads[index](states[index][row][start:stop].to(device).unsqueeze(0))[0]
-                    for index, entry in enumerate(entries)
-                    if entry.subject is not None and entry.has(row)
-                }
-                for low, high in _slices(stop - start, logits, device):
-                    piece = _Piece(row, start + low, start + high, int(offsets[row]) + start + low, targets[low:high])
-                    part = {index: values[low:high] for index, values in logits.items()}
-                    _visit(entries, None, None, part, piece, figures, keep)
-            tick()
-    return figures
+    found = {one: [blank_figures(sum(group.target_counts)) for group in groups] for one in measurements}
+    chunks = [chunk for group in groups for chunk in group.chunks]
+    passes = list(_passes(measurements, chunks))
+    with progress.bar(_steps(measurements, passes), "evaluating") as advance:
+        for part in passes:
+            states = {one: _states(one, part, device, tokens_per_batch, advance) for one in measurements}
+            heads = _heads(measurements, device)
+            for chunk in part:
+                for piece, logits in _logits(measurements, chunk, states, heads, device):
+                    _record(measurements, None, None, logits, piece, found, keep)
+                advance()
+            del states, heads  # before the next pass needs the memory
+    return found
 
 
-def steps(entries: Sequence[Entry], rows: Sequence[Sequence[int]], places: Sequence[NDArray[np.int64]]) -> int:
-    """How often `measure` will tick."""
-    waves = list(_waves(entries, rows, places))
-    walked = [entry for entry in entries if entry.subject is not None]
+def _steps(measurements: Sequence[Measurement], passes: Sequence[Sequence[Chunk]]) -> int:
+    """How often `measure` advances: once a layer of each pass, and once a chunk."""
     layers = sum(
-        len(entry.subject.skeleton.layers)
-        for wave in waves
-        for entry in walked
-        if entry.subject is not None and any(entry.has(row) for row in wave)
+        len(one.model.skeleton.layers)
+        for part in passes
+        for one in measurements
+        if one.model is not None and any(one.includes(chunk) for chunk in part)
     )
-    return layers + len(rows)
+    return layers + sum(map(len, passes))
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Places start..stop of a row, where their figures go, and the true tokens there."""
+    """The scored tokens start..stop of a chunk, and their ids on the device."""
 
-    row: int
+    chunk: Chunk
     start: int
     stop: int
-    offset: int
     targets: Tensor
 
 
-def _visit(
-    entries: Sequence[Entry],
-    parent: int | None,
-    base: Prediction | None,
-    logits: Mapping[int, Tensor],
+def _logits(
+    measurements: Sequence[Measurement],
+    chunk: Chunk,
+    states: Mapping[Measurement, Mapping[int, Tensor]],
+    heads: Mapping[Measurement, forward_pass.Head],
+    device: torch.device,
+) -> Iterator[tuple[_Piece, Mapping[Measurement, Tensor]]]:
+    """A chunk's scored tokens piece by piece, with the logits of each model that is run on it."""
+    count = len(chunk.target_positions)
+    widest = max((one.model.vocabulary for one in measurements if one.model is not None), default=1)
+    for start, stop in _ranges(count, LOGITS // widest):
+        targets = torch.tensor(np.asarray(chunk.ids)[chunk.target_positions[start:stop]], device=device)
+        logits = {
+            one: heads[one](states[one][chunk.number][start:stop].to(device).unsqueeze(0))[0]
+            for one in measurements
+            if one.model is not None and one.includes(chunk)
+        }
+        width = max((values.shape[-1] for values in logits.values()), default=1)
+        for low, high in _ranges(stop - start, SLICE[device.type] // width):
+            part = {one: values[low:high] for one, values in logits.items()}
+            yield _Piece(chunk, start + low, start + high, targets[low:high]), part
+
+
+def _ranges(count: int, step: int) -> Iterator[tuple[int, int]]:
+    """0..count in ranges of `step`, at least 1."""
+    for start in range(0, count, max(1, step)):
+        yield start, min(start + max(1, step), count)
+
+
+def _record(
+    measurements: Sequence[Measurement],
+    compared_with: Measurement | None,
+    reference: Prediction | None,
+    logits: Mapping[Measurement, Tensor],
     piece: _Piece,
-    figures: Sequence[TokenFigures],
-    keep: Callable[[int, int, Prediction], None] | None,
+    found: Found,
+    keep: Keep | None,
 ) -> None:
-    """Every entry compared with `parent`, then those compared with it in turn: few predictions are held at once."""
-    for index, entry in enumerate(entries):
-        if entry.against != parent or not entry.has(piece.row):
+    """Every measurement compared with this one, then those compared with each: few predictions are held at once."""
+    for one in measurements:
+        if one.compared_with is not compared_with or not one.includes(piece.chunk):
             continue
-        prediction = softmax(logits[index]) if entry.known is None else entry.known(piece.row, piece.start, piece.stop)
-        if index == 0 and keep is not None:
-            keep(piece.row, piece.start, prediction)
-        _note(figures[index], prediction, base, piece)
-        _visit(entries, index, prediction, logits, piece, figures, keep)
+        if one.predictions is None:
+            prediction: Prediction = softmax(logits[one])
+        else:
+            prediction = one.predictions(piece.chunk, piece.start, piece.stop)
+        if one.kind == "reference" and keep is not None:
+            keep(piece.chunk, piece.start, prediction)
+        _write(found[one][piece.chunk.group], prediction, reference, piece)
+        _record(measurements, one, prediction, logits, piece, found, keep)
 
 
-def _note(figures: TokenFigures, prediction: Prediction, base: Prediction | None, piece: _Piece) -> None:
-    where = slice(piece.offset, piece.offset + piece.stop - piece.start)
+def _write(figures: TokenFigures, prediction: Prediction, reference: Prediction | None, piece: _Piece) -> None:
+    where = slice(piece.chunk.first + piece.start, piece.chunk.first + piece.stop)
     loss, finite = prediction.loss(piece.targets), prediction.finite
     figures.loss[where] = _numpy(loss)
     figures.confidence[where] = _numpy(prediction.confidence)
-    if base is not None:
-        found = diverge(base, prediction)
-        finite = finite & base.finite & found.kl.isfinite() & found.reverse.isfinite()
-        figures.kl[where] = _numpy(found.kl)
-        figures.reverse[where] = _numpy(found.reverse)
-        figures.same_top[where] = _numpy(found.same_top)
-        figures.change[where] = _numpy((-loss).exp() - (-base.loss(piece.targets)).exp())
-        if found.variance is not None and found.bound is not None:
-            figures.variance[where] = _numpy(found.variance)
-            figures.bound[where] = _numpy(found.bound)
+    if reference is not None:
+        divergence = diverge(reference, prediction)
+        finite = finite & reference.finite & divergence.kl.isfinite() & divergence.reverse.isfinite()
+        figures.kl[where] = _numpy(divergence.kl)
+        figures.reverse[where] = _numpy(divergence.reverse)
+        figures.same_top[where] = _numpy(divergence.same_top)
+        figures.change[where] = _numpy((-loss).exp() - (-reference.loss(piece.targets)).exp())
+        if divergence.variance is not None and divergence.bound is not None:
+            figures.variance[where] = _numpy(divergence.variance)
+            figures.bound[where] = _numpy(divergence.bound)
     figures.finite[where] = _numpy(finite & loss.isfinite()).astype(bool)
 
 
@@ -173,82 +184,54 @@ def _numpy(values: Tensor) -> Array:
     return values.float().cpu().numpy()
 
 
-def _blank(tokens: int) -> TokenFigures:
-    def nothing() -> Array:
-        return np.full(tokens, np.nan, dtype=np.float32)
-
-    finite = np.zeros(tokens, dtype=bool)
-    return TokenFigures(nothing(), nothing(), finite, *(nothing() for _ in range(6)))
-
-
 def _states(
-    entry: Entry,
-    wave: Sequence[int],
-    rows: Sequence[Sequence[int]],
-    places: Sequence[NDArray[np.int64]],
+    one: Measurement,
+    chunks: Sequence[Chunk],
     device: torch.device,
     tokens_per_batch: int,
-    tick: Callable[[], None],
+    advance: Callable[[], None],
 ) -> dict[int, Tensor]:
-    """Hidden states that predict the scored tokens, by row."""
-    chosen = [row for row in wave if entry.has(row)]
-    if entry.subject is None or not chosen:
+    """Hidden states that predict the scored tokens, by the chunk's number."""
+    chosen = [chunk for chunk in chunks if one.includes(chunk)]
+    if one.model is None or not chosen:
         return {}
-    before = [torch.from_numpy(places[row] - 1) for row in chosen]
     states = last_states(
-        entry.subject,
-        [rows[row] for row in chosen],
-        before,
+        one.model,
+        [chunk.ids for chunk in chosen],
+        [torch.from_numpy(chunk.target_positions - 1) for chunk in chosen],
         device,
         tokens_per_batch=tokens_per_batch,
-        tick=tick,
+        advance=advance,
     )
-    return dict(zip(chosen, states, strict=True))
+    return {chunk.number: values for chunk, values in zip(chosen, states, strict=True)}
 
 
-def _heads(entries: Sequence[Entry], device: torch.device) -> dict[int, forward_pass.Head]:
+def _heads(measurements: Sequence[Measurement], device: torch.device) -> dict[Measurement, forward_pass.Head]:
     """Every model's output head; weights that are equal are held once."""
     pool: dict[str, list[Tensor]] = {}
-    heads = {}
-    for index, entry in enumerate(entries):
-        if entry.subject is not None:
-            heads[index] = open_head(entry.subject, device, outer_weights(entry.subject, device, pool))
-    return heads
+    return {
+        one: open_head(one.model, device, outer_weights(one.model, device, pool))
+        for one in measurements
+        if one.model is not None
+    }
 
 
-def _waves(
-    entries: Sequence[Entry], rows: Sequence[Sequence[int]], places: Sequence[NDArray[np.int64]]
-) -> Iterator[list[int]]:
-    """Rows in order, as many at once as hidden states fit: those on their way through one model, and the last ones."""
-    walked = [entry.subject for entry in entries if entry.subject is not None]
-    bytes_each = [_state_bytes(subject) for subject in walked]
-    wave: list[int] = []
+def _passes(measurements: Sequence[Measurement], chunks: Sequence[Chunk]) -> Iterator[list[Chunk]]:
+    """Chunks in order, as many at once as memory holds states of: all tokens' in one model, the scored ones' in all."""
+    bytes_each = [_state_bytes(one.model) for one in measurements if one.model is not None]
+    part: list[Chunk] = []
     held = 0
-    for row, tokens in enumerate(rows):
-        needed = max(bytes_each, default=0) * len(tokens) + sum(bytes_each) * len(places[row])
-        if wave and held + needed > STATE_BYTES:
-            yield wave
-            wave, held = [], 0
-        wave.append(row)
+    for chunk in chunks:
+        needed = max(bytes_each, default=0) * len(chunk.ids) + sum(bytes_each) * len(chunk.target_positions)
+        if part and held + needed > STATE_BYTES:
+            yield part
+            part, held = [], 0
+        part.append(chunk)
         held += needed
-    if wave:
-        yield wave
+    if part:
+        yield part
 
 
-def _state_bytes(subject: Subject) -> int:
-    weight = subject.skeleton.model.get_input_embeddings().weight  # type: ignore[operator]
+def _state_bytes(model: EvaluatedModel) -> int:
+    weight = model.skeleton.model.get_input_embeddings().weight  # type: ignore[operator]
     return int(weight.shape[1] * weight.element_size())
-
-
-def _pieces(tokens: int, entries: Sequence[Entry]) -> Iterator[tuple[int, int]]:
-    widest = max((entry.subject.vocabulary for entry in entries if entry.subject is not None), default=1)
-    step = max(1, PIECE // widest)
-    for start in range(0, tokens, step):
-        yield start, min(start + step, tokens)
-
-
-def _slices(tokens: int, logits: Mapping[int, Tensor], device: torch.device) -> Iterator[tuple[int, int]]:
-    widest = max((values.shape[-1] for values in logits.values()), default=1)
-    step = max(1, SLICE[device.type] // widest)
-    for low in range(0, tokens, step):
-        yield low, min(low + step, tokens)

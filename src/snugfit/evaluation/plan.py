@@ -1,111 +1,128 @@
-"""What an evaluation will do, decided and checked before the long work: on headers, tokenizers and texts alone."""
+"""What an evaluation will do, decided and checked before the long work: from headers, tokenizers and texts alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from snugfit.data import texts
+from snugfit.data.dataset import check_ids
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.errors import UserError
-from snugfit.evaluation import reference
-from snugfit.evaluation.measure import scored_places
-from snugfit.evaluation.served import Served, ServerOptions
-from snugfit.evaluation.subject import Subject, open_subject
+from snugfit.evaluation.chunks import ChunkGroup, group_chunks
+from snugfit.evaluation.evaluated_model import EvaluatedModel, open_model, refuse_hub_id
+from snugfit.evaluation.measure import Measurement
+from snugfit.evaluation.reference import StoredReference, load_reference, reference_key, stored_path
+from snugfit.evaluation.served import ServedModel, ServerOptions
+from snugfit.progress import Progress
 from snugfit.records.evaluation import TextRecord
+from snugfit.serving.answers import FULL
 from snugfit.storage.staging import check_folder
 
 METRICS_VERSION = 1
-FLOORS = ("reference", "all", "none")
-FLOOR_SHARE = 8  # one chunk in so many is run again under other arithmetic
-OTHER_CACHE = "Choose another folder as --reference-cache."
+NOISE_FLOORS = ("reference", "all", "none")
+FLOOR_SHARE = 8  # one chunk in this many is run again under other arithmetic
+# the next wider arithmetic: as valid, rounded elsewhere
+OTHER_ARITHMETIC = {torch.bfloat16: torch.float32, torch.float16: torch.float32, torch.float32: torch.float64}
+OTHER_CACHE = "Choose another folder as `reference_cache`."
 
 
-@dataclass(frozen=True)
-class Model:
-    """A model of the evaluation: its name in tables, and where it is."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """Everything that is decided and checked before the long work.
 
-    name: str
-    subject: Subject
-
-
-@dataclass(frozen=True)
-class Job:
-    """Everything decided and checked before the long work.
-
-    `base` is the reference's model or stored predictions, None without either. `groups` are the chunks by context.
+    `reference` is a model or stored predictions, None without either. `groups` are the chunks by context length.
     """
 
-    base: Model | reference.Reference | None
-    candidates: tuple[Model, ...]
+    reference: EvaluatedModel | StoredReference | None
+    candidates: tuple[EvaluatedModel, ...]
     tokenizer: Tokenizer
-    groups: tuple[texts.Chunks, ...]
-    files: tuple[TextRecord, ...]
-    served: Served | None = None
+    groups: tuple[ChunkGroup, ...]
+    texts: tuple[TextRecord, ...]
+    served: ServedModel | None = None
 
     @property
-    def rows(self) -> list[tuple[int, ...]]:
-        """Token rows of all groups, one after the other."""
-        return [row for group in self.groups for row in group.rows]
-
-    @property
-    def places(self) -> list[NDArray[np.int64]]:
-        """Scored positions of each row."""
-        return scored_places(self.rows, [scored for group in self.groups for scored in group.scored])
+    def models(self) -> tuple[EvaluatedModel, ...]:
+        """Every model whose layers are run."""
+        return (*((self.reference,) if isinstance(self.reference, EvaluatedModel) else ()), *self.candidates)
 
 
-def prepare(
-    candidates: Sequence[str | Path],
-    base: str | Path | None,
-    text: Sequence[str | Path],
+@dataclass(frozen=True)
+class ReferenceFile:
+    """A file that the reference's predictions are to be stored in, and what they depend on."""
+
+    path: Path
+    key: Mapping[str, Any]
+
+
+def make_plan(
+    models: Sequence[str | Path],
+    reference: str | Path | None,
+    dataset: Sequence[str | Path],
     contexts: Sequence[int],
-    cut: Mapping[str, int | None],
-    activations: str,
     *,
-    force: bool,
-) -> Job:
+    max_chunks: int | None,
+    max_tokens: int | None,
+    activations: str,
+    allow_long_context: bool,
+) -> EvaluationPlan:
     """Open every model, cut the texts, and check that they belong together; reads headers and tokenizers alone."""
-    if not candidates and (base is None or not Path(base).is_dir()):
-        raise UserError("no checkpoint to evaluate.", remedy="Name one or more model directories.")
-    names = _names([Path(path) for path in candidates])
-    models = tuple(
-        Model(name, open_subject(path, activations=activations)) for name, path in zip(names, candidates, strict=True)
+    for path in (*models, *(() if reference is None else (reference,))):
+        refuse_hub_id(path)
+    if not models and (reference is None or not Path(reference).is_dir()):
+        raise UserError(
+            "no model to evaluate.", code="option-invalid", where="models", remedy="Name one or more model directories."
+        )
+    names = _names([Path(path) for path in models])
+    candidates = tuple(
+        open_model(path, name=name, activations=activations) for name, path in zip(names, models, strict=True)
     )
-    files = texts.find_files([Path(file) for file in text])
-    known: Model | reference.Reference | None = None
-    home = Path(candidates[0] if candidates else str(base))
-    if base is not None and Path(base).is_file():
-        known = reference.load_reference(Path(base))
-    elif base is not None:
-        known = Model(apart(Path(base).resolve().name, names), open_subject(base, activations=activations))
-        home = Path(base)
+    files = texts.find_files([Path(file) for file in dataset])
+    found: EvaluatedModel | StoredReference | None = None
+    home = Path(models[0] if models else str(reference))
+    if reference is not None and Path(reference).is_file():
+        found = load_reference(Path(reference))
+    elif reference is not None:
+        name = _distinct(Path(reference).resolve().name, names)
+        found = open_model(reference, name=name, activations=activations)
+        home = Path(reference)
     tokenizer = Tokenizer(home)
-    vocabulary = _one_vocabulary(known, models)
-    groups, records = texts.read_chunks(tokenizer, files, contexts, **cut, vocabulary=vocabulary)
-    job = Job(known, models, tokenizer, tuple(groups), tuple(records))
+    vocabulary = _one_vocabulary(found, candidates)
+    cut, records = texts.read_chunks(
+        tokenizer, files, contexts, max_chunks=max_chunks, max_tokens=max_tokens, vocabulary=vocabulary
+    )
+    plan = EvaluationPlan(
+        reference=found,
+        candidates=candidates,
+        tokenizer=tokenizer,
+        groups=group_chunks(cut),
+        texts=tuple(records),
+    )
     sample = texts.sample_text(files) if tokenizer.used else ""  # rows of token ids need no tokenizer
-    for path in candidates if tokenizer.used else ():
+    for path in models if tokenizer.used else ():
         texts.check_tokenizer(tokenizer, Path(path), sample)
-    for group in groups:
-        for row, source in zip(group.rows, group.sources, strict=True):
-            texts.check_ids(row, source, vocabulary)
-    _check_positions(job, force=force)
-    if isinstance(known, reference.Reference):
-        _check_stored(known, job, Path(str(base)))
-    return job
+    for group in plan.groups:
+        for chunk in group.chunks:
+            check_ids(chunk.ids, chunk.source, vocabulary)
+    if not allow_long_context:
+        _check_positions(plan)
+    if isinstance(found, StoredReference):
+        _check_texts(found, plan, Path(str(reference)))
+    return plan
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """A name for each path: its last part, or as many as tell them apart."""
+    """A name for each path: its last part, or as many parts as make all names distinct."""
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
-        raise UserError("one checkpoint is named twice.", where=", ".join(map(str, paths)), remedy="Name each once.")
+        where = ", ".join(map(str, paths))
+        raise UserError("one model is named twice.", code="option-invalid", where=where, remedy="Name each once.")
     for parts in range(1, max((len(path.parts) for path in resolved), default=1) + 1):
         names = ["/".join(path.parts[-parts:]) for path in resolved]
         if len(set(names)) == len(names):
@@ -113,134 +130,187 @@ def _names(paths: Sequence[Path]) -> list[str]:
     raise AssertionError("distinct paths have distinct names")
 
 
-def apart(name: str, others: Sequence[str]) -> str:
-    """The reference's name, told from the candidates'."""
+def _distinct(name: str, others: Sequence[str]) -> str:
+    """The reference's name, marked where a candidate has the same."""
     return f"{name} (reference)" if name in others else name
 
 
-def _one_vocabulary(known: Model | reference.Reference | None, candidates: Sequence[Model]) -> int:
+def _one_vocabulary(reference: EvaluatedModel | StoredReference | None, candidates: Sequence[EvaluatedModel]) -> int:
     """The size of all models' vocabularies; UserError where they differ."""
-    sizes = [(model.name, model.subject.vocabulary) for model in candidates]
-    if isinstance(known, Model):
-        sizes.insert(0, (known.name, known.subject.vocabulary))
-    elif known is not None:
-        sizes.insert(0, ("the stored reference", int(known.key["vocabulary"])))
+    sizes = [(model.name, model.vocabulary) for model in candidates]
+    if isinstance(reference, EvaluatedModel):
+        sizes.insert(0, (reference.name, reference.vocabulary))
+    elif reference is not None:
+        sizes.insert(0, ("the stored reference", int(reference.key["vocabulary"])))
     if len({size for _, size in sizes}) > 1:
         pairs = ", ".join(f"{name} {size}" for name, size in sizes)
         raise UserError(
-            f"vocabularies differ: {pairs}.", remedy="KL compares tokens: evaluate checkpoints of one model."
+            f"vocabularies differ: {pairs}.",
+            code="models-mismatch",
+            where="models",
+            remedy="KL compares tokens: evaluate checkpoints of one model.",
         )
     return sizes[0][1]
 
 
-def _check_positions(job: Job, *, force: bool) -> None:
-    lengths = [(len(row), n, group) for group in job.groups for n, row in enumerate(group.rows)]
-    longest, place, group = max(lengths, key=lambda found: found[0])
-    for model in walked(job):
-        positions = getattr(model.subject.skeleton.config, "max_position_embeddings", None)
-        if force or not isinstance(positions, int) or longest <= positions:
+def _check_positions(plan: EvaluationPlan) -> None:
+    """UserError for a chunk that is longer than the positions of a model."""
+    longest, group = max(
+        ((chunk, group) for group in plan.groups for chunk in group.chunks), key=lambda found: len(found[0].ids)
+    )
+    for model in plan.models:
+        positions = getattr(model.skeleton.config, "max_position_embeddings", None)
+        if not isinstance(positions, int) or len(longest.ids) <= positions:
             continue
-        what, config = f"{longest} tokens are beyond the model's {positions} positions", "config.json"
-        where = str(model.subject.checkpoint.path / config)
-        remedy = "Give shorter contexts, or --force to see what happens there."
+        what = f"{len(longest.ids)} tokens are beyond the model's {positions} positions"
+        config = str(model.checkpoint.path / "config.json")
+        where, shorter = config, "Lower `contexts`"
         if group.context == texts.CHAT:
-            what, where = f"{what} ({where})", group.sources[place]
-            remedy = "Shorten this row, or give --force to see what happens there."
-        raise UserError(f"{what}.", where=where, remedy=remedy)
-
-
-def _check_stored(known: reference.Reference, job: Job, where: Path) -> None:
-    if known.key.get("texts") != [group.digest for group in job.groups]:
+            what, where, shorter = f"{what} ({config})", longest.source, "Shorten this row"
         raise UserError(
-            "this reference was stored for other texts, contexts or a tokenizer that cuts them otherwise.",
-            where=str(where),
-            remedy="Give the same --text, --context and --max-chunks, or a model directory as --reference.",
+            f"{what}.",
+            code="sequence-too-long",
+            where=where,
+            remedy=f"{shorter}, or set `allow_long_context` to measure beyond them.",
         )
-    _check_rows(known, job, where, "Give a model directory as --reference.")
 
 
-def _check_rows(known: reference.Reference, job: Job, where: Path, remedy: str) -> None:
-    if np.diff(known.offsets).tolist() != [len(places) for places in job.places]:
-        raise UserError("not a stored reference (its rows have other lengths).", where=str(where), remedy=remedy)
+def _check_texts(stored: StoredReference, plan: EvaluationPlan, where: Path) -> None:
+    if stored.key.get("texts") != [group.digest for group in plan.groups]:
+        raise UserError(
+            "this reference was stored for other texts, contexts or a tokenizer that makes other tokens.",
+            code="reference-mismatch",
+            where=str(where),
+            remedy="Give the same `dataset`, `contexts` and `max_chunks`, or a model directory as `reference`.",
+        )
+    _check_counts(stored, plan, where, "Give a model directory as `reference`.")
 
 
-def walked(job: Job) -> Iterator[Model]:
-    """Every model whose layers are run."""
-    if isinstance(job.base, Model):
-        yield job.base
-    yield from job.candidates
+def _check_counts(stored: StoredReference, plan: EvaluationPlan, where: Path, remedy: str) -> None:
+    counts = [count for group in plan.groups for count in group.target_counts]
+    if np.diff(stored.offsets).tolist() != counts:
+        what = "not a stored reference (its chunks have other lengths)."
+        raise UserError(what, code="reference-invalid", where=str(where), remedy=remedy)
 
 
 def check_options(
-    floors: str,
+    noise_floor: str,
     tokens_per_batch: int | None,
     continuations: int,
-    cache: str | Path | None,
-    base: str | Path | None,
+    reference_cache: str | Path | None,
+    reference: str | Path | None,
 ) -> None:
-    """UserError for settings that mean nothing, or do not go together; nothing is read."""
-    if floors not in FLOORS:
-        raise UserError(f"unknown noise floor {floors!r}.", where="--floors", remedy=f"Known: {', '.join(FLOORS)}.")
-    if tokens_per_batch is not None and tokens_per_batch < 1:
-        raise UserError(f"{tokens_per_batch} tokens a batch are none.", remedy="Give --tokens-per-batch 1 at least.")
-    if continuations < 0:
-        raise UserError(f"{continuations} places are none.", where="--continuations", remedy="Give 0 for none.")
-    if cache is None:
+    """UserError for values that options cannot have, or that exclude each other; nothing is read."""
+    if noise_floor not in NOISE_FLOORS:
+        known = f"Known: {', '.join(NOISE_FLOORS)}."
+        raise UserError(f"unknown: {noise_floor!r}.", code="option-invalid", where="noise_floor", remedy=known)
+    limits = (("tokens_per_batch", tokens_per_batch, 1), ("continuations", continuations, 0))
+    for name, value, least in limits:
+        if value is not None and value < least:
+            raise UserError(f"must be >= {least}, got {value}.", code="option-invalid", where=name)
+    if reference_cache is None:
         return
-    if base is None:
-        remedy = "Name the original with --reference."
-        raise UserError("there is no reference to store.", where="--reference-cache", remedy=remedy)
-    if Path(base).is_file():
-        remedy = "Leave --reference-cache out, or give the original's directory as --reference."
-        raise UserError(f"{base} is stored already.", where="--reference-cache", remedy=remedy)
-    if not Path(cache).is_dir():
-        check_folder(Path(cache), remedy=OTHER_CACHE)
+    where = "reference_cache"
+    if reference is None:
+        what, remedy = "there is no reference to store.", "Give the original model as `reference`."
+        raise UserError(what, code="option-conflict", where=where, remedy=remedy)
+    if Path(reference).is_file():
+        remedy = "Leave `reference_cache` out, or give the original model's directory as `reference`."
+        raise UserError(f"{reference} is stored already.", code="option-conflict", where=where, remedy=remedy)
+    if not Path(reference_cache).is_dir():
+        check_folder(Path(reference_cache), remedy=OTHER_CACHE)
 
 
-def check_server(server: ServerOptions | None, base: str | Path | None) -> None:
-    """UserError where the server's answers have nothing to be compared with."""
-    if server is not None and (base is None or not Path(base).is_dir()):
+def check_server(server: ServerOptions | None, reference: str | Path | None) -> None:
+    """UserError for a server without a model to compare it with."""
+    if server is not None and (reference is None or not Path(reference).is_dir()):
         raise UserError(
             "a server is compared with the original model.",
-            where="--server",
-            remedy="Give its directory as --reference: its tokenizer cuts the texts, too.",
+            code="option-conflict",
+            where="server",
+            remedy="Give its directory as `reference`: its tokenizer is needed, too.",
         )
 
 
-def with_stored(
-    job: Job, folder: str | Path | None, floors: str, *, served: bool, tell: Callable[[str], None]
-) -> tuple[Job, tuple[Path, Mapping[str, Any]] | None]:
-    """The job with its reference taken from the cache where it is there; else the path and key to store it under."""
-    if folder is None or not isinstance(job.base, Model):
-        return job, None
-    subject = job.base.subject
-    key = reference.reference_key(
-        subject.checkpoint,
-        digests=[group.digest for group in job.groups],
-        activations=subject.activations if subject.formats or subject.kv else "any",
-        arithmetic=f"{arithmetic(subject)} {METRICS_VERSION}",
-        floor_chunks=[0 if floors == "none" else len(floor_chunks(group)) for group in job.groups],
-        vocabulary=subject.vocabulary,
+def use_reference_cache(
+    plan: EvaluationPlan, folder: str | Path | None, noise_floor: str, *, served: bool, progress: Progress
+) -> tuple[EvaluationPlan, ReferenceFile | None]:
+    """The plan with the reference's predictions from the cache; without them, the file to store them in."""
+    model = plan.reference
+    if folder is None or not isinstance(model, EvaluatedModel):
+        return plan, None
+    key = reference_key(
+        model.checkpoint,
+        digests=[group.digest for group in plan.groups],
+        activations=model.activations if model.formats or model.kv_cache else "any",
+        arithmetic=f"{model.arithmetic_name} {METRICS_VERSION}",
+        floor_chunks=[0 if noise_floor == "none" else len(floor_chunks(group)) for group in plan.groups],
+        vocabulary=model.vocabulary,
     )
-    path = reference.stored_path(Path(folder), key)
+    path = stored_path(Path(folder), key)
     if not path.exists():
         check_folder(Path(folder), remedy=OTHER_CACHE)
-        return job, (path, key)
-    if served:  # a server's few tokens have no divergence from a stored reference's
-        return job, None
-    known = reference.load_reference(path, remedy="Remove it: it is made again.")
-    _check_rows(known, job, path, "Remove it: it is made again.")
-    tell(f"{path}: the reference's predictions are taken from here")
-    return replace(job, base=known), None
+        return plan, ReferenceFile(path, key)
+    if served:  # there is no divergence between a server's few tokens and a stored reference's
+        return plan, None
+    again = "Remove this file: it will be made again."
+    stored = load_reference(path, remedy=again)
+    _check_counts(stored, plan, path, again)
+    progress.message(f"{path}: the reference's predictions are read from this file")
+    return replace(plan, reference=stored), None
 
 
-def arithmetic(subject: Subject) -> str:
-    """What a model computes in, by its short name."""
-    return str(subject.arithmetic).removeprefix("torch.")
-
-
-def floor_chunks(group: texts.Chunks) -> list[int]:
-    """One chunk in so many, two at least, evenly spread over the texts."""
-    total = len(group.rows)
+def floor_chunks(group: ChunkGroup) -> list[int]:
+    """The chunks of a group that are measured twice: one in FLOOR_SHARE, at least two, evenly spread over the texts."""
+    total = len(group.chunks)
     count = min(total, max(2, math.ceil(total / FLOOR_SHARE)))
     return [place * total // count for place in range(count)]
+
+
+def plan_measurements(plan: EvaluationPlan, noise_floor: str, device: torch.device) -> list[Measurement]:
+    """What to measure, in the order of the tables (reference, candidates, server), then the noise floors."""
+    reference = _reference_measurement(plan, device)
+    stored = isinstance(plan.reference, StoredReference)
+    candidates = [
+        Measurement(
+            name=model.name,
+            kind="candidate",
+            model=model,
+            compared_with=reference,
+            kl_kind="estimate" if stored else "exact",
+        )
+        for model in plan.candidates
+    ]
+    rows = [*([] if reference is None else [reference]), *candidates]
+    if plan.served is not None:
+        server = Measurement(
+            name=plan.served.description.name,
+            kind="server",
+            predictions=plan.served.predictions(device),
+            compared_with=reference,
+            kl_kind="exact" if plan.served.top == FULL else "lower bound",
+        )
+        rows.append(server)
+    chosen = {"none": (), "reference": ("reference",), "all": ("reference", "candidate")}[noise_floor]
+    return rows + [_floor_measurement(plan, one, one.model) for one in rows if one.kind in chosen and one.model]
+
+
+def _reference_measurement(plan: EvaluationPlan, device: torch.device) -> Measurement | None:
+    if isinstance(plan.reference, EvaluatedModel):
+        return Measurement(name=plan.reference.name, kind="reference", model=plan.reference)
+    if plan.reference is None:
+        return None
+    name = _distinct(plan.reference.description.name, [model.name for model in plan.candidates])
+    return Measurement(name=name, kind="reference", predictions=plan.reference.predictions(device))
+
+
+def _floor_measurement(plan: EvaluationPlan, one: Measurement, model: EvaluatedModel) -> Measurement:
+    """The same model in the next wider arithmetic, on some of the chunks."""
+    again = open_model(
+        model.checkpoint.path,
+        name=model.name,
+        activations=model.activations,
+        arithmetic=OTHER_ARITHMETIC[model.arithmetic],
+    )
+    numbers = (group.chunks[place].number for group in plan.groups for place in floor_chunks(group))
+    return Measurement(name=one.name, kind="noise floor", model=again, compared_with=one, chunks=frozenset(numbers))

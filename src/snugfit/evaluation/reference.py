@@ -1,9 +1,9 @@
-"""A reference's predictions, kept in one file and used again: by later runs, or by people who do not have the model.
+"""A reference's predictions in one file, used by later runs, or by people who do not have the model.
 
-Of each scored token are stored the TOP most likely tokens with their log probabilities, the probability of all others,
-a sample of SAMPLE of those others (with replacement, each by its probability), and the true token's loss: about 0.8 kB.
-KL against it is exact over the stored tokens; over the others it is the sample's mean, which is unbiased: the error of
-a mean over n tokens shrinks as 1/sqrt(n), is computed, and stands beside the figure.
+For each scored token the file has the TOP most likely tokens with their log probabilities, the probability of all other
+tokens, a sample of SAMPLE of those others (with replacement, each by its probability), and the true token's loss: about
+0.8 kB. KL against it is exact over the stored tokens; over the others it is the sample's mean, which is unbiased. Its
+sampling error shrinks as 1/sqrt(n) with n tokens, is computed, and is shown beside the figure.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,46 +25,52 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from snugfit.errors import UserError
+from snugfit.evaluation.chunks import Chunk, ChunkGroup
 from snugfit.evaluation.divergence import Prediction, Softmax, StoredTop
-from snugfit.records.evaluation import Floor
+from snugfit.evaluation.measure import Predictions
+from snugfit.records.evaluation import EvaluatedCheckpoint, Floor
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.shards import file_digests
 
 TOP = 64
 SAMPLE = 32
 SCHEMA = "snugfit.reference/1"
+TOKENS_AT_ONCE = 1 << 16  # whose ids are checked in one read
 PARTS = ("ids", "logprobs", "tail", "sample_ids", "sample_logprobs", "losses")
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A stored reference: what it was made of (`key`), its predictions by scored token, `floors` by context."""
+@dataclass(frozen=True, kw_only=True)
+class StoredReference:
+    """An open file of predictions: the inputs it was made from (`key`), the model, noise floors by context length.
+
+    Scored tokens of chunk n are at offsets[n]..offsets[n + 1] of all parts, which are read from the file when needed.
+    """
 
     key: Mapping[str, Any]
-    description: Mapping[str, Any]
+    description: EvaluatedCheckpoint
     offsets: NDArray[np.int64]
-    arrays: Mapping[str, NDArray[Any]]
     floors: Mapping[int, Floor]
-    bytes: int
+    parts: Mapping[str, Any] = field(repr=False)  # safetensors' slices
 
-    def predictions(self, device: torch.device) -> Any:
-        """A function (row, first place, last place + 1) -> StoredTop on `device`."""
+    def predictions(self, device: torch.device) -> Predictions:
+        """What is stored of a chunk's scored tokens, on `device`."""
 
-        def at(row: int, start: int, stop: int) -> StoredTop:
-            where = slice(int(self.offsets[row]) + start, int(self.offsets[row]) + stop)
-            parts = {name: torch.from_numpy(self.arrays[name][where]).to(device) for name in PARTS}
-            return StoredTop(**{name: part.long() if "ids" in name else part for name, part in parts.items()})
+        def stored(chunk: Chunk, start: int, stop: int) -> StoredTop:
+            first = int(self.offsets[chunk.number])
+            found = {name: torch.from_numpy(self.parts[name][first + start : first + stop]) for name in PARTS}
+            placed = {name: part.to(device) for name, part in found.items()}
+            return StoredTop(**{name: part.long() if "ids" in name else part for name, part in placed.items()})
 
-        return at
+        return stored
 
 
 class Collector:
-    """Gathers the predictions of `measure`'s first entry, to be stored."""
+    """Gathers the reference's predictions while they are measured, to store them."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], places: Sequence[NDArray[np.int64]], vocabulary: int) -> None:
-        """Room for every scored token."""
-        self._rows, self._places = rows, places
-        self.offsets = np.concatenate([[0], np.cumsum([len(p) for p in places])]).astype(np.int64)
+    def __init__(self, groups: Sequence[ChunkGroup], vocabulary: int) -> None:
+        """Allocate arrays for every scored token."""
+        counts = [count for group in groups for count in group.target_counts]
+        self.offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         tokens, top = int(self.offsets[-1]), min(TOP, vocabulary)
         self.arrays: dict[str, NDArray[Any]] = {
             "ids": np.zeros((tokens, top), np.int32),
@@ -75,25 +81,26 @@ class Collector:
             "losses": np.zeros(tokens, np.float32),
         }
 
-    def keep(self, row: int, start: int, prediction: Prediction) -> None:
-        """Condense the predictions of places start.. of a row."""
+    def keep(self, chunk: Chunk, start: int, prediction: Prediction) -> None:
+        """Condense the predictions of a chunk's scored tokens start.. ."""
         assert isinstance(prediction, Softmax)
         stop = start + prediction.logits.shape[0]
-        targets = torch.from_numpy(np.asarray(self._rows[row])[self._places[row][start:stop]])
-        seed = (row << 24) + start
+        targets = torch.from_numpy(np.asarray(chunk.ids)[chunk.target_positions[start:stop]])
+        seed = (chunk.number << 24) + start
         stored = condense(prediction, targets.to(prediction.logits.device), seed=seed)
-        where = slice(int(self.offsets[row]) + start, int(self.offsets[row]) + stop)
+        first = int(self.offsets[chunk.number])
+        where = slice(first + start, first + stop)
         for name in PARTS:
             self.arrays[name][where] = getattr(stored, name).cpu().numpy()
 
 
 def condense(prediction: Softmax, targets: Tensor, *, seed: int, top: int = TOP, sample: int = SAMPLE) -> StoredTop:
-    """What is stored of predictions [n, V] and their true tokens [n]; the sample follows from `seed`."""
+    """The part of predictions [n, V] and their true tokens [n] that is stored; `seed` determines the sample."""
     normal = prediction.total.log().unsqueeze(-1)
     best, ids = prediction.logits.topk(min(top, prediction.logits.shape[-1]), dim=-1)
     rest = prediction.weights.scatter(-1, ids, 0.0)
     mass = rest.sum(-1)
-    rest[~(mass > 0) | ~mass.isfinite()] = 1.0  # nothing left to draw from: whatever is drawn counts for nothing
+    rest[~(mass > 0) | ~mass.isfinite()] = 1.0  # nothing left to draw from: any sample has weight 0
     generator = torch.Generator(rest.device).manual_seed(seed)
     # fp32 sums would never reach the least likely tokens
     drawn = torch.multinomial(rest.double(), sample, replacement=True, generator=generator)
@@ -117,7 +124,7 @@ def reference_key(
     floor_chunks: Sequence[int],
     vocabulary: int,
 ) -> dict[str, Any]:
-    """What a stored reference depends on: texts, tokenizer, the model's bytes, arithmetic, version of these figures."""
+    """What a stored reference depends on: texts, tokenizer, the model's bytes, arithmetic, version of the figures."""
     weights = file_digests(checkpoint.path, list(checkpoint.shards))
     model = hashlib.sha256(json.dumps([dict(checkpoint.config), weights], sort_keys=True).encode()).hexdigest()
     return {
@@ -135,7 +142,7 @@ def reference_key(
 
 
 def tokenizer_digest(path: Path) -> str:
-    """SHA-256 of the first tokenizer file that is there; "" without one."""
+    """SHA-256 of the first tokenizer file that exists; "" without one."""
     for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):
         if (path / name).is_file():
             return hashlib.sha256((path / name).read_bytes()).hexdigest()
@@ -143,7 +150,7 @@ def tokenizer_digest(path: Path) -> str:
 
 
 def stored_path(folder: Path, key: Mapping[str, Any]) -> Path:
-    """Where a reference with this key is stored in `folder`."""
+    """The file in `folder` for a reference with this key."""
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     return folder / f"reference-{name}.safetensors"
 
@@ -151,20 +158,21 @@ def stored_path(folder: Path, key: Mapping[str, Any]) -> Path:
 def save_reference(
     path: Path,
     key: Mapping[str, Any],
-    description: Mapping[str, Any],
-    found: Collector,
+    description: EvaluatedCheckpoint,
+    collected: Collector,
     floors: Mapping[int, Floor],
 ) -> None:
     """Store a reference in a new file, whole or not at all."""
-    kept = {str(context): asdict(floor) for context, floor in floors.items()}
-    metadata = {name: json.dumps(value) for name, value in (("key", key), ("model", description), ("floors", kept))}
+    by_context = {str(context): asdict(floor) for context, floor in floors.items()}
+    entries = {"key": key, "model": asdict(description), "floors": by_context}
+    metadata = {name: json.dumps(value) for name, value in entries.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         partial.unlink(missing_ok=True)
         partial.touch()
-        mode = partial.stat().st_mode  # as the umask has it; safetensors lets nobody else read
-        save_file({**found.arrays, "offsets": found.offsets}, partial, metadata=metadata)
+        mode = partial.stat().st_mode  # from the umask; safetensors makes files that only their owner can read
+        save_file({**collected.arrays, "offsets": collected.offsets}, partial, metadata=metadata)
         partial.chmod(mode)
         partial.rename(path)
     except BaseException:
@@ -172,71 +180,62 @@ def save_reference(
         raise
 
 
-def try_to_save(
-    path: Path,
-    key: Mapping[str, Any],
-    description: Mapping[str, Any],
-    found: Collector,
-    floors: Mapping[int, Floor],
-) -> str:
-    """`save_reference`, and what came of it: what it holds is measured, so that a full disk need not cost the run."""
+def load_reference(path: Path, *, remedy: str = "Give a model directory as `reference`.") -> StoredReference:
+    """Open a stored reference; UserError for another file, a damaged one, or one of another version."""
     try:
-        save_reference(path, key, description, found, floors)
-    except (OSError, SafetensorError) as error:
-        return f"warning: {path}: the reference's predictions could not be stored ({error})"
-    return f"{path}: the reference's predictions are stored here"
-
-
-def load_reference(path: Path, *, remedy: str = "Give a model directory as --reference.") -> Reference:
-    """A stored reference; UserError for a file that is none, is damaged, or of another version."""
-    try:
-        with safe_open(path, framework="numpy") as stream:
-            metadata = stream.metadata() or {}
-            key, description = (_mapping(metadata, name) for name in ("key", "model"))
-            if key.get("schema") != SCHEMA:
-                raise UserError(
-                    f"a stored reference of version {key.get('schema')}, not {SCHEMA}.",
-                    where=str(path),
-                    remedy="Make it again with --reference-cache.",
-                )
-            _check_description(description)
-            floors = TypeAdapter(dict[int, Floor]).validate_python(_mapping(metadata, "floors"))
-            arrays = {name: stream.get_tensor(name) for name in (*PARTS, "offsets")}
-            _check_arrays(arrays, key)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+        # stays open: predictions are read when they are needed
+        stream: Any = safe_open(path, framework="numpy")
+        metadata = stream.metadata() or {}
+        key = _mapping(metadata, "key")
+        if key.get("schema") != SCHEMA:
+            raise UserError(
+                f"a stored reference of version {key.get('schema')}, not {SCHEMA}.",
+                code="reference-invalid",
+                where=str(path),
+                remedy="Make it again with `reference_cache`.",
+            )
+        description = TypeAdapter(EvaluatedCheckpoint).validate_python(_mapping(metadata, "model"))
+        floors = TypeAdapter(dict[int, Floor]).validate_python(_mapping(metadata, "floors"))
+        offsets = stream.get_tensor("offsets")
+        parts = {name: stream.get_slice(name) for name in PARTS}
+        _check_parts(parts, offsets, key)
+        size = path.stat().st_size
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         line = " ".join(str(error).split())
-        raise UserError(f"not a stored reference ({line}).", where=str(path), remedy=remedy) from None
-    return Reference(key, description, arrays.pop("offsets"), arrays, floors, path.stat().st_size)
+        raise UserError(
+            f"not a stored reference ({line}).", code="reference-invalid", where=str(path), remedy=remedy
+        ) from None
+    return StoredReference(
+        key=key,
+        description=replace(description, stored_bytes=size),
+        offsets=offsets,
+        floors=floors,
+        parts=parts,
+    )
 
 
 def _mapping(metadata: Mapping[str, str], name: str) -> dict[str, Any]:
-    value = json.loads(metadata[name])
+    """The JSON object under `name`; ValueError where there is none."""
+    value = json.loads(metadata.get(name, "null"))
     if not isinstance(value, dict):
-        raise TypeError(f"{name} is no mapping")
+        raise ValueError(f"{name} is not a mapping")  # noqa: TRY004  # in a file, not an argument
     return value
 
 
-def _check_description(description: Mapping[str, Any]) -> None:
-    """ValueError where it does not say what tables ask of it."""
-    for part in ("name", "arithmetic"):
-        if not isinstance(description.get(part), str):
-            raise ValueError(f"its model has no {part}")  # noqa: TRY004  # of a file, not of an argument
-
-
-def _check_arrays(arrays: Mapping[str, NDArray[Any]], key: Mapping[str, Any]) -> None:
-    """ValueError where dtypes, lengths, offsets, ids or the key's numbers do not hold together."""
+def _check_parts(parts: Mapping[str, Any], offsets: NDArray[Any], key: Mapping[str, Any]) -> None:
+    """ValueError where dtypes, shapes, offsets, ids and the key's numbers do not agree."""
     vocabulary = key.get("vocabulary")
     if type(vocabulary) is not int or vocabulary < 1:
-        raise ValueError("its vocabulary has no size")
-    offsets = arrays["offsets"]
+        raise ValueError("the key has no size of the vocabulary")
     if offsets.dtype != np.int64 or offsets.ndim != 1 or not len(offsets) or offsets[0] or (np.diff(offsets) < 0).any():
-        raise ValueError("its offsets are none")
+        raise ValueError("its offsets are not ascending numbers from 0 on")
     tokens, top = int(offsets[-1]), min(TOP, vocabulary)
     widths = {"ids": (top,), "logprobs": (top,), "sample_ids": (SAMPLE,), "sample_logprobs": (SAMPLE,)}
-    for name in PARTS:
-        wanted = (tokens, *widths.get(name, ()))
-        dtype = np.int32 if name.endswith("ids") else np.float32
-        if arrays[name].shape != wanted or arrays[name].dtype != dtype:
-            raise ValueError(f"{name} is {arrays[name].dtype} {list(arrays[name].shape)}, not of shape {list(wanted)}")
-        if dtype is np.int32 and tokens and not 0 <= arrays[name].min() <= arrays[name].max() < vocabulary:
-            raise ValueError(f"{name} has tokens beyond the vocabulary of {vocabulary}")
+    for name, part in parts.items():
+        shape, dtype = [tokens, *widths.get(name, ())], "I32" if name.endswith("ids") else "F32"
+        if part.get_shape() != shape or part.get_dtype() != dtype:
+            raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}, not {dtype} {shape}")
+        for start in range(0, tokens if dtype == "I32" else 0, TOKENS_AT_ONCE):
+            ids = part[start : start + TOKENS_AT_ONCE]
+            if ids.min() < 0 or ids.max() >= vocabulary:
+                raise ValueError(f"{name} has tokens beyond the vocabulary of {vocabulary}")

@@ -1,8 +1,8 @@
-"""Is a difference real? Tests for two models that saw the same chunks or items: the pairing takes the text's noise out.
+"""Is a difference real? Tests for two models that saw the same chunks or items: pairing removes the text's noise.
 
-A chunk is what is drawn anew by chance: a row of tokens, or a task's item. It has a sum (loss, KL, score) and a count
-(tokens; 1 for an item), and a figure is sum over count of all chunks together, a ratio. Its error comes from the spread
-between chunks, because tokens within a chunk depend on each other. Plain numpy, no torch.
+A chunk is the unit of resampling: a row of tokens, or a task's item. It has a sum (loss, KL, score) and a count
+(tokens; 1 for an item), and a figure is the sum over the count of all chunks together, a ratio. Its error comes from
+the spread between chunks, because tokens within a chunk depend on each other. Plain numpy, no torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FEWEST_CHUNKS = 5  # four chunks have 35 different resamples: no 5 % tail can be read off those
-ROUNDING = 1e-13  # of a sum: what is smaller than this is no difference but the order of additions
+from snugfit.records.evaluation import MIN_CHUNKS_FOR_P
+
+ROUNDING = 1e-13  # of a sum: smaller differences come from the order of additions
 BLOCK = 1 << 20  # chunk draws held at once, about 25 MB
 
 Floats = NDArray[np.float64]
@@ -24,7 +25,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Paired:
-    """A difference (nats a token, score an item), its confidence interval and two-sided p; None: cannot be told."""
+    """A difference (nats a token, score an item), its confidence interval and two-sided p; None where there is none."""
 
     difference: float
     low: float | None
@@ -35,7 +36,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class McNemar:
-    """Items that only `a` has right, that only `b` has right, and the exact two-sided p that this is chance."""
+    """Items that only `a` has right, items that only `b` has right, and the exact two-sided p that this is chance."""
 
     only_a: int
     only_b: int
@@ -81,13 +82,13 @@ def paired_bootstrap(
     second, _ = _arrays(b, counts)
     rank = math.ceil(round((1 - confidence) * (resamples + 1), 6)) - 1
     if not 1 <= rank <= resamples:
-        raise ValueError(f"{resamples} resamples cannot tell a confidence of {confidence}")
+        raise ValueError(f"{resamples} resamples are too few for a confidence of {confidence}")
     noise = ROUNDING * (np.abs(first) + np.abs(second))
     x = _without_noise(first - second, noise)
     difference = float(x.sum() / c.sum())
     errors = _without_noise(x - difference * c, noise)
     chunks = len(c)
-    if chunks < FEWEST_CHUNKS:
+    if chunks < MIN_CHUNKS_FOR_P:
         return Paired(difference, None, None, None, chunks)
     if not x.any():
         return Paired(0.0, 0.0, 0.0, 1.0, chunks)
@@ -111,7 +112,7 @@ def tokens_to_settle(
     power: float = 0.8,
     p: float | None = None,
 ) -> int | None:
-    """How many more tokens would make p < alpha with this power, were the difference what it seems; 0: it is settled.
+    """How many more tokens would make p < alpha with this power, were the difference what it seems; 0: p is below.
 
     n ((z(1 - alpha/2) + z(power)) / (|d| / se))^2 chunks are needed in all (normal approximation, chunks like those
     seen), at least one more and 5 in all while p is not below alpha. `p` is that of `paired_bootstrap`, computed here
@@ -131,19 +132,19 @@ def tokens_to_settle(
         return 0
     normal = NormalDist()
     wanted = (normal.inv_cdf(1 - alpha / 2) + normal.inv_cdf(power)) * error / abs(difference)
-    needed = max(n * wanted**2, n + 1, FEWEST_CHUNKS)
+    needed = max(n * wanted**2, n + 1, MIN_CHUNKS_FOR_P)
     return math.ceil((needed - n) * float(c.mean()))
 
 
 def mcnemar(a: Sequence[float], b: Sequence[float]) -> McNemar:
     """McNemar's exact test on paired scores of 0 and 1: under chance, each side has half of the items that differ.
 
-    p is twice the smaller binomial tail, 1 at most, which is the exact two-sided p at one half. ValueError for other
+    p is twice the smaller binomial tail, at most 1, which is the exact two-sided p at one half. ValueError for other
     scores or unequal lengths.
     """
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape or not np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
-        raise ValueError("McNemar's test wants equally many scores of 0 or 1")
+        raise ValueError("McNemar's test needs equally many scores of 0 or 1")
     only_a, only_b = int(np.sum(first > second)), int(np.sum(first < second))
     n, k = only_a + only_b, min(only_a, only_b)
     term = math.comb(n, k) / (1 << n)  # integers of any size, rounded once
@@ -158,7 +159,7 @@ def mcnemar(a: Sequence[float], b: Sequence[float]) -> McNemar:
 def holm(ps: Sequence[float | None]) -> list[float | None]:
     """p values adjusted for their number (Holm 1979): calling those below alpha real errs with chance alpha.
 
-    In the order given, 1 at most, never smaller than that of a smaller p. None stays None and does not count.
+    In the order given, at most 1, never smaller than that of a smaller p. None stays None and does not count.
     """
     tested = sorted((p, place) for place, p in enumerate(ps) if p is not None)
     adjusted: list[float | None] = [None] * len(ps)
@@ -174,7 +175,7 @@ def unpaired_z(
 ) -> tuple[float | None, float | None]:
     """z = (a - b) / sqrt(error_a^2 + error_b^2) and its two-sided p, as if the two had seen different items.
 
-    For reference beside published tables only: on the same items it overlooks most real differences. None, None where
+    Only for reference beside published tables: on the same items it misses most real differences. None, None where
     an error is missing or both are 0.
     """
     if error_a is None or error_b is None:
@@ -190,7 +191,7 @@ def _arrays(sums: ArrayLike, counts: ArrayLike) -> tuple[Floats, Floats]:
     """Sums and counts of the chunks that have tokens, checked."""
     x, c = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     if x.ndim != 1 or x.shape != c.shape:
-        raise ValueError(f"sums and counts do not belong together: shapes {x.shape} and {c.shape}")
+        raise ValueError(f"sums and counts have different shapes: {x.shape} and {c.shape}")
     if not np.isfinite(x).all() or not np.isfinite(c).all() or (c < 0).any() or not c.any():
         raise ValueError("sums must be finite, counts not negative and not all zero")
     return x[c > 0], c[c > 0]
@@ -201,7 +202,7 @@ def _without_noise(values: Floats, noise: Floats) -> Floats:
 
 
 def _standard_error(errors: Floats, counts: Floats) -> float:
-    """Of the ratio whose residuals (sum - mean * count) are given."""
+    """One standard error of the ratio with these residuals (sum - mean * count)."""
     n = len(counts)
     return math.sqrt(float(errors @ errors) * n / (n - 1)) / float(counts.sum())
 
@@ -226,7 +227,7 @@ def _draw(errors: Floats, counts: Floats, resamples: int, seed: int) -> Iterator
 def _weights(
     errors: Floats, counts: Floats, resamples: int, rng: np.random.Generator
 ) -> Iterator[tuple[Floats, NDArray[np.intp]]]:
-    """How often each chunk is drawn, [resamples of a block, kinds], and the chunks that stand for the kinds.
+    """How often each kind of chunk is drawn, [resamples of a block, kinds], and one chunk of each kind.
 
     Equal chunks (an accuracy's items are of three kinds) are drawn together by a multinomial, the same in law. Kinds
     are in the order of first appearance, so that exchanging a and b draws the same chunks.

@@ -1,22 +1,36 @@
-"""Result files as frozen dataclasses. Each names its schema, and what made it."""
+"""What all result files share: each is a frozen dataclass that states its schema and what made it, written as JSON."""
 
 from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
+
+
+class _NullIsNaN:
+    """How pydantic reads a number that `without_nan` may have written as null; needs pydantic only when it reads."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        number = handler(source)
+        return core_schema.no_info_before_validator_function(lambda value: math.nan if value is None else value, number)
+
+
+Number = Annotated[float, _NullIsNaN()]  # a float that may be NaN or infinite: null in the file, NaN when read again
 
 
 def as_json(document: Any, *, allow_nan: bool = True) -> str:
-    """A JSON document as it is stored; half a surrogate pair, as in names that are no UTF-8, stands there escaped."""
+    """The JSON text of a document; half a surrogate pair, as in file names that are not UTF-8, is written escaped."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _plain(value: Any) -> Any:
-    """`value` with None for numbers that JSON has no word for."""
+def without_nan(value: Any) -> Any:
+    """`value` with None in the place of NaN and infinities, which JSON cannot express."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: without_nan(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [without_nan(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

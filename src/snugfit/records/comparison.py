@@ -1,4 +1,4 @@
-"""A finished comparison."""
+"""What `compare` found."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from snugfit.records.base import as_json
 COMPARE_SCHEMA = "snugfit.compare/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskRow:
-    """One metric of one task: what both report, and their paired difference (`a` minus `b`, mean over the items).
+    """One metric of one task: both reported values, and the paired difference (`a` minus `b`, mean over the items).
 
-    `only_a` and `only_b` are the items that only one has right, None where scores are not 0 or 1. `p` is McNemar's for
-    those, else the paired bootstrap's, as the 95 % interval always is. `z` is the unpaired score, for reference.
+    `only_a` and `only_b` count the items that only one model has right, None where scores are not 0 or 1; then `p` is
+    the paired bootstrap's, otherwise McNemar's. `low` and `high` are the bootstrap's 95 % interval. `z` is the unpaired
+    score, for reference.
     """
 
     task: str
@@ -37,11 +38,11 @@ class TaskRow:
     note: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LossRow:
     """Loss or KL at one context length (0: chat rows), nats a token; `a` minus `b`, paired over chunks.
 
-    The perplexities and their ratio, a over b, belong to the loss; `more_tokens` is what `tokens_to_settle` says.
+    Rows of losses have the perplexities and their ratio, a over b. `more_tokens` is from `tokens_to_settle`.
     """
 
     context: int
@@ -64,7 +65,7 @@ class LossRow:
 
 @dataclass(frozen=True)
 class Unpaired:
-    """What only side "A" or "B" has."""
+    """A task or context that only `side`, "A" or "B", has."""
 
     family: str
     name: str
@@ -74,14 +75,14 @@ class Unpaired:
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: its file or directory, and the models in it whose tasks and losses were compared."""
+    """One of the two results: its file or directory, and the models in it whose tasks and losses were compared."""
 
     path: str
     tasks_model: str | None
     eval_model: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CompareRecord:
     """A finished comparison. Tasks are one family of Holm's correction, losses and KL together another."""
 

@@ -1,17 +1,19 @@
-"""What `eval` and `tasks` measure."""
+"""What `evaluate` and `run_tasks` measured."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
-from snugfit.records.base import _plain, as_json
+from snugfit.records.base import Number, as_json, without_nan
 
 EVAL_SCHEMA = "snugfit.eval/1"
-
-
 TASKS_SCHEMA = "snugfit.tasks/1"
+MIN_CHUNKS_FOR_P = 5  # with fewer, the paired bootstrap gives no p: four chunks have 35 different resamples
+
+# how a KL was computed: from full predictions, from a stored reference, from a server's most likely tokens
+KLKind = Literal["exact", "estimate", "lower bound"]
 
 
 @dataclass(frozen=True)
@@ -23,25 +25,79 @@ class TextRecord:
     kind: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedCheckpoint:
+    """A checkpoint that was run: name in tables, SHA-256 of its headers, bytes of its tensors, dtype of its arithmetic.
+
+    `formats` counts the quantized modules of each format; `kv_cache` is the format of keys and values, None for the
+    model's own. `stored_bytes` is the size of the file of its predictions, where these were read instead.
+    """
+
+    name: str
+    header_digest: str
+    bytes: int
+    arithmetic: str
+    formats: Mapping[str, int]
+    kv_cache: str | None
+    stored_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelReport:
+    """Which kernels an engine chose, in the words of its log and in order; None or empty where the log does not say.
+
+    `linear` has entries such as "MarlinNvFp4LinearKernel for NVFP4 GEMM". `kv_cache_dtype` may be "auto", which is
+    the model's own type or what the checkpoint asks for.
+    """
+
+    engine_version: str | None = None
+    quantization: str | None = None
+    kv_cache_dtype: str | None = None
+    attention: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
+    moe: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self != KernelReport()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluatedServer:
+    """A server that was asked: name in tables, what it reports of itself (None: it does not), its kernels.
+
+    `top_logprobs` is how many tokens it gave at each position, "all" for the full vocabulary.
+    """
+
+    name: str
+    url: str
+    engine: str | None
+    version: str | None
+    model: str
+    root: str | None
+    max_model_len: int | None
+    top_logprobs: int | Literal["all"]
+    kernels: KernelReport
+
+
+@dataclass(frozen=True, kw_only=True)
 class Spread:
-    """What a quantity did over all scored tokens: nats a token, quantiles over tokens, one standard error of the mean.
+    """A quantity over all scored tokens: nats a token, quantiles over tokens, one standard error of the mean.
 
     `by_chunk` are the chunks' sums, in the order of the context's `chunk_tokens`; the error is over chunks.
     """
 
-    mean: float
-    standard_error: float | None
-    median: float
-    p90: float
-    p95: float
-    p99: float
-    p999: float
-    max: float
-    by_chunk: tuple[float, ...]
+    mean: Number
+    standard_error: Number | None
+    median: Number
+    p90: Number
+    p95: Number
+    p99: Number
+    p999: Number
+    max: Number
+    by_chunk: tuple[Number, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bin:
     """Figures of the tokens with low <= position (or largest probability, the reference's if there is one) < high.
 
@@ -51,26 +107,26 @@ class Bin:
     low: float
     high: float
     tokens: int
-    perplexity: float
-    perplexity_error: float | None
-    kl: float | None = None
-    kl_error: float | None = None
-    same_top: float | None = None
+    perplexity: Number
+    perplexity_error: Number | None
+    kl: Number | None = None
+    kl_error: Number | None = None
+    same_top: Number | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Floor:
     """KL of a model against itself under another equally valid arithmetic, on `chunks` of the chunks, evenly spread."""
 
-    kl: float
-    standard_error: float | None
-    same_top: float
+    kl: Number
+    standard_error: Number | None
+    same_top: Number
     chunks: int
     tokens: int
     arithmetic: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFigures:
     """One model at one context length. Errors are one standard error over chunks, None where there is one chunk.
 
@@ -84,26 +140,26 @@ class ModelFigures:
     """
 
     name: str
-    perplexity: float
-    perplexity_error: float | None
-    nll_by_chunk: tuple[float, ...]
+    perplexity: Number
+    perplexity_error: Number | None
+    nll_by_chunk: tuple[Number, ...]
     tokens_by_chunk: tuple[int, ...]
     nonfinite: int
     by_position: tuple[Bin, ...]
     by_confidence: tuple[Bin, ...] = ()
     kl: Spread | None = None
-    kl_kind: str = "exact"
-    kl_sampling_error: float | None = None
+    kl_kind: KLKind = "exact"
+    kl_sampling_error: Number | None = None
     reverse_kl: Spread | None = None
-    same_top: float | None = None
-    same_top_error: float | None = None
-    rms_change: float | None = None
+    same_top: Number | None = None
+    same_top_error: Number | None = None
+    rms_change: Number | None = None
     floor: Floor | None = None
-    loss_change: float | None = None
-    loss_change_error: float | None = None
+    loss_change: Number | None = None
+    loss_change_error: Number | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairFigures:
     """Model `a` minus model `b` on the same chunks: loss or KL, nats a token, by a paired bootstrap over chunks.
 
@@ -113,21 +169,21 @@ class PairFigures:
 
     a: str
     b: str
-    figure: str
-    difference: float
-    low: float | None
-    high: float | None
+    figure: Literal["loss", "kl"]
+    difference: Number
+    low: Number | None
+    high: Number | None
     p: float | None
     chunks: int
     more_tokens: int | None
     p_holm: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContextFigures:
     """All models at one context length (0: chat rows, each as long as it is). The first is the reference, if any.
 
-    `chunk_tokens` are the tokens scored in each chunk; `digest` is that of the token rows and their scored places.
+    `chunk_tokens` are the tokens scored in each chunk; `digest` is that of the token rows and their scored positions.
     """
 
     context: int
@@ -139,18 +195,40 @@ class ContextFigures:
     pairs: tuple[PairFigures, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """A position in a conversation where `model` diverges from the reference, and how both continue from there.
+
+    `source` is the conversation's file and line, `position` that of the token `text`, `before` the text ahead of it;
+    `same_tokens` is how many tokens the two continuations share from their beginning.
+    """
+
+    model: str
+    source: str
+    position: int
+    kl: float
+    before: str
+    text: str
+    reference_continuation: str
+    model_continuation: str
+    same_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalRecord:
-    """A finished evaluation. Sizes in bytes, times in seconds, digests SHA-256."""
+    """A finished evaluation. Sizes in bytes, times in seconds, digests SHA-256.
+
+    `continuations` are of the conversations, each model's largest divergences first.
+    """
 
     snugfit: str
     arguments: Mapping[str, Any]
     metrics_version: int
-    reference: Mapping[str, Any] | None
-    candidates: tuple[Mapping[str, Any], ...]
+    reference: EvaluatedCheckpoint | None
+    candidates: tuple[EvaluatedCheckpoint | EvaluatedServer, ...]
     texts: tuple[TextRecord, ...]
     contexts: tuple[ContextFigures, ...]
-    chat: Mapping[str, Any] | None
+    continuations: tuple[Continuation, ...]
     seconds: Mapping[str, float]
     peak_rss_bytes: int
     peak_gpu_bytes: int | None
@@ -160,10 +238,10 @@ class EvalRecord:
 
     def to_json(self) -> str:
         """The record as it is stored, one JSON document; NaN and infinities become null."""
-        return as_json(_plain(asdict(self)), allow_nan=False)
+        return as_json(without_nan(asdict(self)), allow_nan=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TaskResult:
     """One metric of one task on one model, with every item's score.
 
@@ -173,14 +251,14 @@ class TaskResult:
 
     task: str
     metric: str
-    kind: str
+    kind: Literal["accuracy", "mean"]
     higher_is_better: bool
-    value: float
-    standard_error: float | None
-    items: Mapping[str, float]
+    value: Number
+    standard_error: Number | None
+    items: Mapping[str, Number]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TasksRecord:
     """Tasks run on one model by lm_eval."""
 
@@ -194,4 +272,4 @@ class TasksRecord:
 
     def to_json(self) -> str:
         """The record as it is stored, one JSON document; NaN and infinities become null."""
-        return as_json(_plain(asdict(self)), allow_nan=False)
+        return as_json(without_nan(asdict(self)), allow_nan=False)

@@ -1,16 +1,15 @@
-"""A finished comparison: its record, and the same as JSON, CSV and Markdown."""
+"""A comparison as CSV and as Markdown, from its record alone."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
-from snugfit.errors import plain
 from snugfit.records.comparison import CompareRecord, LossRow, TaskRow
-from snugfit.report.tables import more_tokens, p_value
+from snugfit.report.markdown import escape, markdown_table
+from snugfit.report.tables import context_name, more_tokens, p_value
 
 SIGNIFICANT = 0.05
 CSV_COLUMNS = (
@@ -20,7 +19,7 @@ CSV_COLUMNS = (
 
 
 def comparison_csv(record: CompareRecord) -> str:
-    """A heading and one line a comparison, numbers in full; what one side alone has is a line with only a note."""
+    """A heading and one line for each comparison, numbers in full; what only one side has is a line with a note."""
     out = io.StringIO()
     writer = csv.DictWriter(out, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -35,7 +34,7 @@ def comparison_csv(record: CompareRecord) -> str:
 
 
 def comparison_markdown(record: CompareRecord) -> str:
-    """A table of tasks, one of losses; under each a line that says what was tested, last what was not and why."""
+    """A table of tasks, one of losses; under each the test that was made, at the end what was not tested, and why."""
     parts = []
     if record.tasks:
         parts += [_tasks_table(record), _tasks_caption(record.tasks)]
@@ -44,12 +43,12 @@ def comparison_markdown(record: CompareRecord) -> str:
     remarks = [(task.task, task.metric, task.note) for task in record.tasks]
     remarks += [(context_name(loss.context), loss.figure, loss.note) for loss in record.losses]
     remarks += [(lone.name, lone.metric, f"only in {lone.side}, not compared.") for lone in record.unpaired]
-    lines = [f"- {', '.join(_escape(part) for part in at if part)}: {_escape(note)}" for *at, note in remarks if note]
+    lines = [f"- {', '.join(escape(part) for part in at if part)}: {escape(note)}" for *at, note in remarks if note]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])]) + "\n"
 
 
 def _tasks_table(record: CompareRecord) -> str:
-    names = [f"{side}: {_escape(at.tasks_model or '')}" for side, at in (("A", record.a), ("B", record.b))]
+    names = [f"{side}: {escape(at.tasks_model or '')}" for side, at in (("A", record.a), ("B", record.b))]
     headings = ["task", "metric", *names, "A - B", "95 % interval", "items", "only A / only B right"]
     rows, before = [], ""
     for row in record.tasks:
@@ -59,10 +58,10 @@ def _tasks_table(record: CompareRecord) -> str:
         found = [_number(row.difference, f"+{form}", scale, points), _interval(row.low, row.high, f"+{form}", scale)]
         counts = [f"{row.items:,}", "" if row.only_a is None else f"{row.only_a:,} / {row.only_b:,}"]
         tests = [_p(row.p), _p(row.p_holm), _number(row.z, "+.2f")]
-        task = "" if row.task == before else _escape(row.task)  # as in the first seed's table: once a task
-        rows.append([task, _escape(row.metric), *values, *found, *counts, *tests])
+        task = "" if row.task == before else escape(row.task)  # once for all its metrics
+        rows.append([task, escape(row.metric), *values, *found, *counts, *tests])
         before = row.task
-    return _table([*headings, "p", "p (Holm)", "z, unpaired"], rows)
+    return markdown_table([*headings, "p", "p (Holm)", "z, unpaired"], rows, left=2)
 
 
 def _tasks_caption(rows: Sequence[TaskRow]) -> str:
@@ -75,7 +74,7 @@ def _tasks_caption(rows: Sequence[TaskRow]) -> str:
 
 
 def _losses_table(record: CompareRecord) -> str:
-    names = [f"{side}: {_escape(at.eval_model or '')}" for side, at in (("A", record.a), ("B", record.b))]
+    names = [f"{side}: {escape(at.eval_model or '')}" for side, at in (("A", record.a), ("B", record.b))]
     headings = ["context", "figure", *names, "A - B", "95 % interval", "perplexity A", "perplexity B", "ratio A / B"]
     rows, before = [], ""
     for row in record.losses:
@@ -86,7 +85,7 @@ def _losses_table(record: CompareRecord) -> str:
         name = context_name(row.context)
         rows.append(["" if name == before else name, row.figure, *values, *found, *perplexities, *tests])
         before = name
-    return _table([*headings, "chunks", "p", "p (Holm)", "more tokens"], rows)
+    return markdown_table([*headings, "chunks", "p", "p (Holm)", "more tokens"], rows, left=2)
 
 
 def _losses_caption(rows: Sequence[LossRow]) -> str:
@@ -125,20 +124,3 @@ def _interval(low: float | None, high: float | None, form: str, scale: float = 1
 
 def _p(p: float | None) -> str:
     return "" if p is None else p_value(p)
-
-
-def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first two columns to the left, numbers to the right."""
-    marks = ["---", "---"] + ["---:"] * (len(headings) - 2)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, marks, *rows])
-
-
-def _escape(text: str) -> str:
-    """`text` as Markdown shows it unchanged, in one line; underscores within a word need no escape."""
-    line = plain(re.sub(r"\s+", " ", text))
-    return re.sub(r"[\\|*`<>\[\]~&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
-
-
-def context_name(context: int) -> str:
-    """How files and tables call a context length, in tokens; 0: chat and rows."""
-    return str(context) if context else "chat and rows"

@@ -15,29 +15,29 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# colours that stay apart for colour-blind readers (Okabe and Ito), the reference in black
+# colours that colour-blind readers can distinguish (Okabe and Ito); the reference is black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B5A2B")
 MARKERS = "osD^vPX*"
 LENGTHS = "context length, tokens"
 POSITIONS = "position in the context (bins of powers of two, from)"
 KL = "KL to the reference, nats a token"
-WIDE = 10.0  # largest over smallest value from which an axis is logarithmic
-FAR = 3.0  # lowest line over highest floor from which floors have a panel of their own
+LOG_RATIO = 10.0  # an axis is logarithmic where the largest value is this many times the smallest
+PANEL_RATIO = 3.0  # floors have their own panel where the lowest line is this many times the highest floor
 Point = tuple[float, float, float | None]
 
 
 @dataclass(frozen=True)
 class Line:
-    """What is drawn of one model: its points (x, y, error), the lower edge of its bins or context lengths as x."""
+    """One model's points (x, y, error); x is a context length, or the lower edge of a bin."""
 
     label: str
     style: dict[str, Any]
     points: tuple[Point, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plot:
-    """One plot, and the file it goes to. `by_layer`: x are numbers of layers, and y is logarithmic in any case."""
+    """One plot; `name` is its file's. `by_layer`: x are numbers of layers, and y is always logarithmic."""
 
     name: str
     x_label: str
@@ -50,9 +50,9 @@ class Plot:
 
 
 def write_plots(record: EvalRecord, directory: Path) -> list[str]:
-    """Write perplexity and KL by context length, and KL (else perplexity) by position; the names of the files.
+    """Write perplexity and KL by context length, and KL (else perplexity) by position; returns the files' names.
 
-    By position are the longest context and, in a file that ends in -chat, chat and rows.
+    By position: the longest context and, in a file that ends in -chat, chat and rows.
     """
     texts = [context for context in record.contexts if context.context]
     plots = _by_context(record, texts) if len(texts) > 1 else []
@@ -77,19 +77,29 @@ def _by_context(record: EvalRecord, texts: Sequence[ContextFigures]) -> list[Plo
     kl = lines(lambda m: None if m.kl is None else (m.kl.mean, m.kl.standard_error))
     floor = lines(lambda m: None if m.floor is None else (m.floor.kl, m.floor.standard_error))
     labels = model_labels(record, texts[0])
-    whose = [f"noise floor of {label}" for label in labels]
+    floor_labels = [f"noise floor of {label}" for label in labels]
     if record.reference is not None:
-        whose[0] = "noise floor of the reference"
-    plots = [Plot("perplexity-by-context", LENGTHS, "perplexity", title, _styled(record, labels, perplexity))]
+        floor_labels[0] = "noise floor of the reference"
+    plots = [
+        Plot(
+            name="perplexity-by-context",
+            x_label=LENGTHS,
+            y_label="perplexity",
+            title=title,
+            lines=_styled(record, labels, perplexity),
+        )
+    ]
     compared = _styled(record, labels, kl)
     if compared:
-        floors = _styled(record, whose, floor, linestyle=":")
-        plots.append(Plot("kl-by-context", LENGTHS, KL, title, compared, floors))
+        floors = _styled(record, floor_labels, floor, linestyle=":")
+        plots.append(
+            Plot(name="kl-by-context", x_label=LENGTHS, y_label=KL, title=title, lines=compared, floors=floors)
+        )
     return plots
 
 
 def _by_position(record: EvalRecord, context: ContextFigures) -> list[Plot]:
-    """KL by position, else perplexity, of one context; nothing where there is nothing."""
+    """KL by position, else perplexity, of one context; no plot without a finite value."""
     where = f"{context.context:,} tokens of context" if context.context else "chat and rows"
     title = f"{where}: {context.chunks:,} chunks, {context.tokens:,} tokens"
     ending = "" if context.context else "-chat"
@@ -103,9 +113,12 @@ def _by_position(record: EvalRecord, context: ContextFigures) -> list[Plot]:
 
     found = lines(lambda b: (b.kl, b.kl_error))
     if found:
-        return [Plot(f"kl-by-position{ending}", POSITIONS, KL, title, found)]
+        return [Plot(name=f"kl-by-position{ending}", x_label=POSITIONS, y_label=KL, title=title, lines=found)]
     found = lines(lambda b: (b.perplexity, b.perplexity_error))
-    return [Plot(f"perplexity-by-position{ending}", POSITIONS, "perplexity", title, found)] if found else []
+    if not found:
+        return []
+    name = f"perplexity-by-position{ending}"
+    return [Plot(name=name, x_label=POSITIONS, y_label="perplexity", title=title, lines=found)]
 
 
 def _styled(
@@ -119,7 +132,7 @@ def _styled(
         colour = "black" if place < first else COLOURS[(place - first) % len(COLOURS)]
         marker = "." if given else MARKERS[place % len(MARKERS)]
         if finite:
-            shown = f" {label}" if label.startswith("_") else label  # which matplotlib would keep out of a legend
+            shown = f" {label}" if label.startswith("_") else label  # matplotlib omits labels with _ from legends
             lines.append(Line(shown, {"color": colour, "marker": marker, **given}, finite))
     return tuple(lines)
 
@@ -130,29 +143,38 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def draw(plot: Plot, directory: Path) -> list[str]:
-    """Write a plot that has lines into a directory as PNG and SVG; the names of the files."""
+    """Write a plot that has lines into a directory as PNG and SVG; returns the files' names.
+
+    The same plot gives the same bytes, and the caller's matplotlib settings and back end stay as they are.
+    """
     import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    mpl.use("Agg")
-    # the same record gives the same bytes
-    mpl.rcParams["svg.hashsalt"] = "snugfit"
-    from matplotlib import pyplot as plt
+    with mpl.rc_context({"svg.hashsalt": "snugfit"}):
+        figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        _draw_lines(figure, plot)
+        for ending in ("png", "svg"):
+            metadata = {"Date": None} if ending == "svg" else None
+            figure.savefig(directory / f"{plot.name}.{ending}", dpi=150, metadata=metadata)
+    return [f"{plot.name}.png", f"{plot.name}.svg"]
 
-    lows = [y for line in plot.lines for _, y, _ in line.points]
+
+def _draw_lines(figure: Figure, plot: Plot) -> None:
+    """Lines and floors in one panel, or in two where floors are far below."""
+    values = [y for line in plot.lines for _, y, _ in line.points]
     floors = [y for line in plot.floors for _, y, _ in line.points]
-    apart = bool(floors) and min(floors) > 0 and min(lows) > FAR * max(floors)
-    rows, heights = (2, [4, 1]) if apart else (1, [1])
-    figure, grid = plt.subplots(
-        rows, 1, sharex=True, figsize=(9.5, 5.5), height_ratios=heights, layout="constrained", squeeze=False
-    )
-    panels = [row[0] for row in grid]
-    if apart:
-        _scale(panels[0], lows, logarithmic=True)
+    split = bool(floors) and min(floors) > 0 and min(values) > PANEL_RATIO * max(floors)
+    rows, heights = (2, [4, 1]) if split else (1, [1])
+    panels = [row[0] for row in figure.subplots(rows, 1, sharex=True, height_ratios=heights, squeeze=False)]
+    if split:
+        _scale(panels[0], values, logarithmic=True)
         _scale(panels[1], floors, logarithmic=True, margin=1.25)
-        _broken(panels)
+        _mark_break(panels)
     else:
-        both = [*lows, *floors]
-        wide = plot.y_label != KL and max(both) > WIDE * min(both)
+        both = [*values, *floors]
+        wide = plot.y_label != KL and max(both) > LOG_RATIO * min(both)
         _scale(panels[0], both, logarithmic=min(both) > 0 and (bool(floors) or wide or plot.by_layer))
         if plot.by_layer and min(both) <= 0:
             _scale_from_zero(panels[0], max(both))
@@ -160,18 +182,13 @@ def draw(plot: Plot, directory: Path) -> list[str]:
         _line(panels[0], line)
     for line in plot.floors:
         _line(panels[-1], line)
-    if plot.y_label == KL and min([*lows, *floors]) >= 0 and panels[0].get_yscale() == "linear":
+    if plot.y_label == KL and min([*values, *floors]) >= 0 and panels[0].get_yscale() == "linear":
         panels[0].set_ylim(bottom=0)
     _label(figure, panels, plot)
-    for ending in ("png", "svg"):
-        metadata = {"Date": None} if ending == "svg" else None
-        figure.savefig(directory / f"{plot.name}.{ending}", dpi=150, metadata=metadata)
-    plt.close(figure)
-    return [f"{plot.name}.png", f"{plot.name}.svg"]
 
 
 def _line(axes: Axes, line: Line) -> None:
-    """A line and its band, on a logarithmic axis that of the logarithm; none beside a point without an error."""
+    """A line and the band of its errors, multiplied on a logarithmic axis; no band at points without an error."""
     xs, ys = [x for x, _, _ in line.points], [y for _, y, _ in line.points]
     axes.plot(xs, ys, label=line.label, linewidth=1.6, markersize=5, **line.style)
     known = [error is not None for _, _, error in line.points]
@@ -186,7 +203,7 @@ def _line(axes: Axes, line: Line) -> None:
 
 
 def _scale(axes: Axes, values: Sequence[float], *, logarithmic: bool, margin: float = 1.04) -> None:
-    """The y axis, with plain numbers: a logarithm leaves room around the lines, not around their bands."""
+    """The y axis, with plain numbers; a logarithmic one leaves a margin around the lines, not around their bands."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -194,14 +211,14 @@ def _scale(axes: Axes, values: Sequence[float], *, logarithmic: bool, margin: fl
         axes.set_yscale("log")
         margin = max((high / low) ** 0.15, margin)
         axes.set_ylim(low / margin, high * margin)
-        wide = high > WIDE * low
+        wide = high > LOG_RATIO * low
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _plain(value)))
 
 
 def _scale_from_zero(axes: Axes, highest: float) -> None:
-    """A logarithmic y axis of counts that has a place for 0."""
+    """A logarithmic y axis of counts that includes 0."""
     from matplotlib.ticker import FuncFormatter
 
     axes.set_yscale("symlog", linthresh=1)
@@ -215,7 +232,7 @@ def _plain(value: float) -> str:
     return "0" if text == "-0" else text
 
 
-def _broken(panels: Sequence[Axes]) -> None:
+def _mark_break(panels: Sequence[Axes]) -> None:
     """Strokes at the break between two panels of one axis."""
     from matplotlib.ticker import MaxNLocator
 
@@ -228,7 +245,7 @@ def _broken(panels: Sequence[Axes]) -> None:
 
 
 def _label(figure: Figure, panels: Sequence[Axes], plot: Plot) -> None:
-    """Everything written: ticks of x, labels, title, a legend beside the lines in the order they end in."""
+    """Ticks of x, labels, title, and a legend beside the lines, in the order of their last points."""
     ticks = sorted({x for line in plot.lines for x, _, _ in line.points})
     if plot.by_layer:
         step = max(1, math.ceil((ticks[-1] - ticks[0]) / 16))

@@ -5,11 +5,21 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from snugfit.records.evaluation import Bin, ContextFigures, EvalRecord, ModelFigures, PairFigures, TasksRecord
+from snugfit.records.evaluation import (
+    MIN_CHUNKS_FOR_P,
+    Bin,
+    ContextFigures,
+    EvalRecord,
+    EvaluatedCheckpoint,
+    EvaluatedServer,
+    ModelFigures,
+    PairFigures,
+    TasksRecord,
+)
+from snugfit.report.markdown import escape_bars, markdown_table
 
 CSV_COLUMNS = (
     *("context", "model", "chunks", "tokens", "perplexity", "perplexity_error", "kl", "kl_error", "kl_kind"),
@@ -21,8 +31,7 @@ COMPARED = (  # columns that only a record with a reference has
 )
 TERMINAL = ("context", "model", "perplexity", "KL", "floor", "same top", "not finite")  # 80 columns
 TERMINAL_PAIRS = ("context", "A", "B", "figure", "A - B", "p (Holm)")
-FEWEST_FOR_P999 = 1000  # of fewer tokens, the quantile is only drawn towards the largest
-FEWEST_CHUNKS = 5  # with fewer, the paired bootstrap has no p
+MIN_TOKENS_FOR_P999 = 1000  # with fewer, the quantile lies close to the largest value
 
 
 @dataclass(frozen=True)
@@ -37,14 +46,13 @@ class Sheet:
 
     def to_markdown(self) -> str:
         """As a Markdown table under its title."""
-        marks = ["---"] * self.left + ["---:"] * (len(self.headings) - self.left)
-        lines = [f"## {self.title}", ""]
-        lines += [_line(self.headings), "|" + "|".join(marks) + "|", *(_line(row) for row in self.rows)]
-        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
+        headings, *rows = ([escape_bars(cell) for cell in cells] for cells in (self.headings, *self.rows))
+        table = markdown_table(headings, rows, left=self.left)
+        return "\n".join([f"## {self.title}", "", table, "", *([self.note, ""] if self.note else [])])
 
 
 def evaluation_sheets(record: EvalRecord) -> list[Sheet]:
-    """What a terminal shows, narrow: the main figures by context length, then pairs of candidates."""
+    """For a terminal, narrow: the main figures by context length, then pairs of candidates."""
     sheets = [_by_context(record, narrow=True)]
     if any(context.pairs for context in record.contexts):
         sheets.append(_pairs(record, narrow=True))
@@ -52,14 +60,14 @@ def evaluation_sheets(record: EvalRecord) -> list[Sheet]:
 
 
 def all_sheets(record: EvalRecord) -> list[Sheet]:
-    """All that a report holds: every figure, perplexities side by side, pairs, by position, by confidence."""
+    """For a report: every figure, perplexities side by side, pairs, by position, by confidence."""
     sheets = [_by_context(record)]
     if len(record.contexts) > 1:
         sheets.append(_side_by_side(record))
     if any(context.pairs for context in record.contexts):
         sheets.append(_pairs(record))
     for context in record.contexts:
-        name, labels = context_name(context), model_labels(record, context)
+        name, labels = context_name(context.context, tokens=True), model_labels(record, context)
         by_position = [m.by_position for m in context.models]
         sheets.append(_bins(f"By position, {name}", "position", context, labels, by_position))
         if any(model.kl is not None for model in context.models):
@@ -79,7 +87,7 @@ def task_sheet(record: TasksRecord) -> Sheet:
 
 
 def to_markdown(record: EvalRecord) -> str:
-    """The report: tables, and below them what was measured on what."""
+    """The report: tables, and below them the models and texts that were measured."""
     sheets = (sheet.to_markdown() for sheet in all_sheets(record))
     parts = ["# What was lost", "", *sheets, *_continuations(record), *_sources(record)]
     return "\n".join(parts).rstrip() + "\n"
@@ -93,7 +101,7 @@ def to_csv(record: EvalRecord) -> str:
     for context in record.contexts:
         for model in context.models:
             kl, floor = model.kl, model.floor
-            p999 = kl.p999 if kl and sum(model.tokens_by_chunk) >= FEWEST_FOR_P999 else ""
+            p999 = kl.p999 if kl and sum(model.tokens_by_chunk) >= MIN_TOKENS_FOR_P999 else ""
             quantiles = [kl.median, kl.p90, kl.p95, kl.p99, p999, kl.max] if kl else [""] * 6
             writer.writerow(
                 [
@@ -121,13 +129,15 @@ def to_csv(record: EvalRecord) -> str:
     return output.getvalue()
 
 
-def context_name(context: ContextFigures) -> str:
-    """How tables and plots call a context length."""
-    return f"{context.context:,} tokens" if context.context else "chat and rows"
+def context_name(context: int, *, tokens: bool = False) -> str:
+    """The name of a context length: "4096", or in `tokens`, "4,096 tokens"; 0 is "chat and rows"."""
+    if not context:
+        return "chat and rows"
+    return f"{context:,} tokens" if tokens else str(context)
 
 
 def model_labels(record: EvalRecord, context: ContextFigures) -> list[str]:
-    """How tables and plots call the models of a context: the reference is marked."""
+    """The names of a context's models in tables and plots: the reference is marked."""
     names = [model.name for model in context.models]
     return [f"{names[0]} (reference)", *names[1:]] if record.reference is not None else names
 
@@ -143,7 +153,7 @@ def _by_context(record: EvalRecord, *, narrow: bool = False) -> Sheet:
     for context in record.contexts:
         floor = context.models[0].floor
         shared = floor.kl if floor else None
-        name = context_name(context)
+        name = context_name(context.context, tokens=True)
         for label, model in zip(model_labels(record, context), context.models, strict=True):
             names = {"context": name.removesuffix(" tokens") if narrow else name, "model": label}
             rows.append(names | _figures(model, shared))
@@ -171,7 +181,7 @@ def _figures(model: ModelFigures, reference_floor: float | None) -> dict[str, st
         cells["floor"] = " / ".join(f"{value:.4f}" for value in (reference_floor, own) if value is not None)
         quantiles = {"median": model.kl.median, "p99": model.kl.p99, "p99.9": model.kl.p999, "max": model.kl.max}
         cells |= {name: f"{bound}{value:.4f}" for name, value in quantiles.items()}
-        if tokens < FEWEST_FOR_P999:
+        if tokens < MIN_TOKENS_FOR_P999:
             cells["p99.9"] = ""
         cells["reverse KL"] = f"{bound}{model.reverse_kl.mean:.4f}" if model.reverse_kl else ""
         cells["same top"] = "" if model.same_top is None else f"{model.same_top:.2%}"
@@ -183,48 +193,53 @@ def _by_context_note(record: EvalRecord, *, narrow: bool) -> str:
     models = [model for context in record.contexts for model in context.models]
     parts = ["Nats a token; errors are one standard error over chunks."]
     if record.reference is None:
-        parts = ["Errors are one standard error over chunks. Name the original with --reference to see KL."]
+        parts = ["Errors are one standard error over chunks. KL needs a reference, the original model."]
     elif not narrow:
         parts.append("Loss - reference: candidate minus reference, its error of the differences chunk by chunk.")
         parts.append("RMS dp: root mean square change of the true token's probability.")
     if other_text(record):
-        parts.append("Each length has other text: --max-tokens compares lengths on the same text.")
+        parts.append("Each length has other text: a limit of tokens instead of chunks gives all lengths the same text.")
     if any(model.floor for model in models):
         parts.append(
-            "Floor: KL between two equally valid arithmetics of one model (its own and the next wider one), the "
-            "reference's, and behind a stroke the candidate's: how much of a KL depends on rounding alone."
+            "Floor: KL of a model to itself in another equally valid arithmetic (the next wider one), of the reference "
+            "and, after a slash, of the candidate: the part of a KL that rounding alone can cause."
         )
     kinds = {model.kl_kind for model in models if model.kl}
     if "estimate" in kinds:
         errors = [model.kl_sampling_error for model in models if model.kl_sampling_error is not None]
-        parts.append(f"~: against a stored reference; of the error, sampling is {max(errors, default=0):.1e}.")
+        parts.append(f"~: against a stored reference; sampling makes {max(errors, default=0):.1e} of the error.")
         if not narrow:
-            parts.append("Quantiles and reverse KL there are lower bounds, hence their >=.")
+            parts.append("Its quantiles and reverse KL are lower bounds, marked >=.")
     if "lower bound" in kinds:
-        parts.append(">=: a lower bound, made of the tokens that the server names.")
+        parts.append(">=: a lower bound, from the tokens that the server names.")
     if any(model.nonfinite for model in models):
-        parts.append("Tokens whose logits were NaN or infinite are counted in the last column and nowhere else, and a")
-        parts.append("model with such tokens is not paired with others.")
+        parts.append("Tokens with NaN or infinite logits are only counted, in the last column, and a model with such")
+        parts.append("tokens is not paired with others.")
     return " ".join(parts)
 
 
 def _side_by_side(record: EvalRecord) -> Sheet:
     names = model_labels(record, record.contexts[0])
     rows = tuple(
-        (context_name(context), *(with_error(model.perplexity, None, 4) for model in context.models))
+        (
+            context_name(context.context, tokens=True),
+            *(with_error(model.perplexity, None, 4) for model in context.models),
+        )
         for context in record.contexts
     )
     return Sheet("Perplexity by context length", ("context", *names), rows)
 
 
 def _pairs(record: EvalRecord, *, narrow: bool = False) -> Sheet:
-    rows = [_pair(context_name(context), pair) for context in record.contexts for pair in context.pairs]
+    rows = [
+        _pair(context_name(context.context, tokens=True), pair) for context in record.contexts for pair in context.pairs
+    ]
     headings = tuple(rows[0])
     if narrow:
         headings = TERMINAL_PAIRS
         for row in rows:
             row["context"] = row["context"].removesuffix(" tokens")
-            row["p (Holm)"] = row["p (Holm)"] or row["p"]  # why there is none
+            row["p (Holm)"] = row["p (Holm)"] or row["p"]  # without one, the reason
     note = (
         "Paired bootstrap over chunks, nats a token; below zero A is better; bold where Holm's p over all pairs < 0.05."
     )
@@ -236,7 +251,7 @@ def _pair(context: str, pair: PairFigures) -> dict[str, str]:
     interval = "" if pair.low is None or pair.high is None else f"{pair.low:+.4f} .. {pair.high:+.4f}"
     if pair.low == pair.high == 0:
         interval = "no difference"
-    none = "too few chunks" if pair.chunks < FEWEST_CHUNKS else "no spread"
+    none = "too few chunks" if pair.chunks < MIN_CHUNKS_FOR_P else "no spread"
     difference = f"{pair.difference:+.4f}"
     return {
         "context": context,
@@ -280,18 +295,18 @@ def _range(what: str, low: float, high: float) -> str:
 
 
 def _continuations(record: EvalRecord) -> Iterator[str]:
-    """Side by side: what the reference and a candidate say from where they are farthest apart."""
-    entries = (record.chat or {}).get("continuations", [])
-    if not entries:
+    """How the reference and a candidate continue from where they diverge most."""
+    if not record.continuations:
         return
-    yield "## Where they part in the conversations"
+    yield "## Largest divergences in the conversations"
     yield ""
-    for entry in entries:
-        yield f"**{entry['model']}**, {entry['where']}, token {entry['position']}, KL {entry['kl']:.3f}; the"
-        yield f"continuations share their first {entry['same_tokens']} tokens. The log goes on with {entry['text']!r}."
+    for one in record.continuations:
+        yield f"**{one.model}**, {one.source}, token {one.position}, KL {one.kl:.3f}; the continuations share"
+        yield f"their first {one.same_tokens} tokens. The next token of the conversation is {one.text!r}."
         yield ""
-        for name in ("before", "reference_says", "model_says"):
-            yield f"    {name.replace('_', ' '):15} {entry[name]!r}"
+        yield f"    {'before':15} {one.before!r}"
+        yield f"    {'reference':15} {one.reference_continuation!r}"
+        yield f"    {'model':15} {one.model_continuation!r}"
         yield ""
 
 
@@ -299,45 +314,41 @@ def _sources(record: EvalRecord) -> Iterator[str]:
     yield "## What was measured"
     yield ""
     if record.reference:
-        yield f"- reference: {record.reference['name']}, {record.reference['arithmetic']}"
+        yield f"- reference: {record.reference.name}, {record.reference.arithmetic}"
     for entry in record.candidates:
-        yield f"- {entry['name']}: {_stored(entry)}"
+        yield f"- {entry.name}: {_stored(entry)}"
     yield f"- activations: profile {record.arguments['activations']}"
     for text in record.texts:
         yield f"- {text.name}: SHA-256 {text.sha256}"
     for context in record.contexts:
         size = f"{context.chunks} chunks, {context.tokens:,} tokens scored"
-        yield f"- {context_name(context)}: {size}, digest {context.digest[:16]}"
+        yield f"- {context_name(context.context, tokens=True)}: {size}, digest {context.digest[:16]}"
     yield f"- {record.hardware.get('gpu') or record.hardware['processor']}, torch {record.versions['torch']}, "
     yield f"  transformers {record.versions['transformers']}, snugfit {record.snugfit}; {record.seconds['total']:.0f} s"
 
 
-def _stored(entry: Mapping[str, Any]) -> str:
-    """What a candidate is: formats of its linears and its KV cache, or the server that runs it."""
-    if "url" in entry:
-        return f"{entry['model']} at {entry['url']}, {entry['engine']} {entry['version']}"
-    formats = ", ".join(f"{label} x {count}" for label, count in entry["formats"].items()) or "16-bit"
-    return formats + (f", KV cache {entry['kv_cache']}" if entry["kv_cache"] else "")
+def _stored(entry: EvaluatedCheckpoint | EvaluatedServer) -> str:
+    """A candidate's formats of linears and KV cache, or the server that runs it."""
+    if isinstance(entry, EvaluatedServer):
+        return f"{entry.model} at {entry.url}, {entry.engine} {entry.version}"
+    formats = ", ".join(f"{label} x {count}" for label, count in entry.formats.items()) or "16-bit"
+    return formats + (f", KV cache {entry.kv_cache}" if entry.kv_cache else "")
 
 
 def with_error(value: float, error: float | None, digits: int, sign: str = "") -> str:
-    """`value +- error`, the error left out where there is none; with `sign` "+" the value always has one."""
+    """`value +- error`, without an error just the value; `sign` "+" shows the sign of positive values too."""
     if not math.isfinite(value):
         return "-"
     return f"{value:{sign}.{digits}f}" + ("" if error is None else f" +- {error:.{digits}f}")
 
 
 def p_value(p: float) -> str:
-    """A p value as people write it."""
+    """A p value with three digits."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def more_tokens(count: int | None, p: float | None) -> str:
-    """How many more tokens settle a difference: nothing where it has no p."""
+    """How many more tokens settle a difference: "" where it has no p."""
     if count is None or p is None:
         return ""
     return f"{count:,}" if count else "settled"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
