@@ -17,11 +17,11 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams, compute_dynamic_scales_and_zp, generate_gparam
 from torch import Tensor
 
+from helpers.rounding import round_group
 from snugfit.dialects.compressed_tensors import encode, quantization_config
 from snugfit.formats import fp8, grids, int4, mxfp4, nvfp4
 from snugfit.formats.spec import INT4_GROUPS, TensorFormat
 from snugfit.methods.exponents import block_exponents
-from snugfit.methods.rounding import round_group
 from snugfit.methods.scales import global_scale
 
 E4M3 = torch.float8_e4m3fn

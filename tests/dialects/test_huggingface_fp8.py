@@ -18,8 +18,9 @@ from helpers.errors import raises
 from snugfit.dialects.dialect import open_dialect
 from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import WHOLE_ROW, TensorFormat
-from snugfit.model import emulate, layers
+from snugfit.model import emulate
 from snugfit.model.layout import read_layout
+from snugfit.model.skeleton import build_skeleton
 from snugfit.storage.safetensors_header import TORCH_NAMES
 
 E4M3 = torch.float8_e4m3fn
@@ -165,7 +166,7 @@ def test_a_whole_model_is_the_one_that_transformers_loads(make_tiny: MakeTiny, t
     config = json.loads((source / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | config_of([32, 32])))
     layout = read_layout(tmp_path)
-    skeleton, formats = layers.build_skeleton(layout), layout.formats
+    skeleton, formats = build_skeleton(layout), layout.formats
     assert len(formats) == 21
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
     for index, layer in enumerate(skeleton.layers):

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
 
+from helpers.rounding import bytes_for, round_group
 from snugfit.dialects.compressed_tensors import INPUT_SCALE, decode, encode, layout
 from snugfit.formats import nvfp4
 from snugfit.formats.quantized_weight import dequantize
-from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, bytes_for
-from snugfit.methods.rounding import round_group
+from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat
 
 INT4 = [TensorFormat("int4", group, symmetric) for group in INT4_GROUPS for symmetric in (True, False)]
 NAMES = ("nvfp4", "nvfp4a16", "fp8-dynamic", "fp8-block", "mxfp4")
@@ -50,7 +50,7 @@ def header(parts: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
 @settings(max_examples=50, deadline=None)
 @given(rows=st.integers(1, 20_000), blocks=st.integers(1, 500), dtype=st.sampled_from(sorted(DTYPES)))
 def test_bytes_are_those_of_the_layout(fmt: TensorFormat, rows: int, blocks: int, dtype: str) -> None:
-    """bytes_for counts every tensor of the layout but the activation scale, which is four bytes where there is one."""
+    """The layout has as many bytes as the format's formula, and four more for an activation scale."""
     shape = (rows, blocks * 128)
     parts = layout(fmt, shape, dtype)
     total = sum(BYTES[kind] * math.prod(sides) for kind, sides in parts.values())

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.errors import raises
+from helpers.rounding import bytes_for, round_group
 from snugfit.dialects.compressed_tensors import decode, encode, formats_of, layout, quantization_config
-from snugfit.errors import UserError
 from snugfit.formats import fp8, int4, mxfp4, nvfp4
 from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
-from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS, READ_ONLY, TensorFormat, bytes_for, check_shape
-from snugfit.methods.rounding import ROUNDERS, round_group
+from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS, READ_ONLY, TensorFormat, check_shape
+from snugfit.methods.rounding import ROUNDERS
 from snugfit.recipes.recipe import parse_recipe
 
 # every setting of a format, and the relative squared error that rounding fused_pair() to it stays below: a tenth more
@@ -105,19 +106,22 @@ def test_every_format_has_a_config_that_names_it(name: str) -> None:
 
 @every_name
 def test_every_format_refuses_shapes_that_it_cannot_hold(name: str) -> None:
-    """The columns that a format asks for pass, other columns and other ranks end in an error with a remedy."""
+    """In_features that a format allows pass; others, and other ranks, end in an error with a remedy."""
     for fmt, _ in cases(name):
-        multiple = fmt.group_size or fmt.spec.column_multiple
+        multiple = fmt.group_size or fmt.spec.in_features_multiple
         rows = FP8_BLOCK if name == "fp8-block" else 7
         check_shape(fmt, (rows, 3 * multiple), where="here")
-        with pytest.raises(UserError, match="2-D"):
+        with raises("recipe-shape", "here"):
             check_shape(fmt, (2, rows, 3 * multiple), where="here")
         if multiple > 1:
-            with pytest.raises(UserError, match=f"columns divisible by {multiple}.*fp8-dynamic"):
+            with raises("recipe-shape", "here") as caught:
                 check_shape(fmt, (rows, 3 * multiple + 1), where="here")
+            assert f"divisible by {multiple}" in caught.value.what
+            assert "fp8-dynamic" in caught.value.remedy
         if name == "fp8-block":
-            with pytest.raises(UserError, match=r"here: fp8-block needs rows divisible by 128, .* 7 x 384.*fp8-d"):
+            with raises("recipe-shape", "here") as caught:
                 check_shape(fmt, (7, 3 * multiple), where="here")
+            assert "7 x 384" in caught.value.what
 
 
 def test_the_table_and_the_rounders_name_the_same_formats() -> None:
@@ -138,6 +142,6 @@ def test_what_is_only_read_is_not_written(name: str) -> None:
     assert name not in FORMATS
     assert READ_ONLY[name].name == name
     assert not READ_ONLY[name].scale_rules
-    with pytest.raises(UserError, match=f"rules\\[0\\].format: {name} is read, not written.*nvfp4a16") as caught:
+    with raises("recipe-invalid", "rules[0].format") as caught:
         parse_recipe(f"name: mine\nrules: [{{role: linear, format: {name}}}]", where="mine.yaml")
     assert all(known in caught.value.remedy for known in FORMATS)

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.rounding import round_group
 from snugfit.dialects import compressed_tensors as dialect
 from snugfit.formats import grids, nvfp4
 from snugfit.formats.spec import TensorFormat
 from snugfit.methods import scales
-from snugfit.methods.rounding import round_group
 
 E4M3 = torch.float8_e4m3fn
 RULES = ("absmax", "four-over-six", "sweep")

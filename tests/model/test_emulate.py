@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from helpers.errors import raises
+from helpers.rounding import round_group
 from snugfit.dialects.compressed_tensors import encode, quantization_config
 from snugfit.dialects.dialect import Dialect, open_dialect
 from snugfit.engines.profiles import PROFILES
 from snugfit.formats import fp8, nvfp4
 from snugfit.formats.spec import WHOLE_ROW, InputKind, TensorFormat
-from snugfit.methods.rounding import round_group
 from snugfit.model import emulate
 from snugfit.storage.checkpoint import Checkpoint, read_tensor
 from snugfit.storage.open import open_checkpoint

@@ -1,1 +1,1 @@
-"""What a number is: each format both ways in plain fp32 torch. Knows no files and no model names."""
+"""How numbers are stored: each format in both directions in plain fp32 torch. No files, no model names."""

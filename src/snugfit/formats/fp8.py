@@ -1,7 +1,7 @@
-"""FP8 (E4M3): scales for a weight, its output channels or its blocks; activations under scales made at run time or not.
+"""FP8 (E4M3): one scale for a weight, an output channel or a block; activations under dynamic or static scales.
 
-Written is one scale an output channel, with activations under one scale a token (FP8_DYNAMIC), and one a block of
-128 x 128, with activations under one scale a token and 128 columns (FP8_BLOCK); the rest is read.
+This package writes one scale an output channel, with activations under one scale a token (FP8_DYNAMIC), and one a block
+of 128 x 128, with activations under one scale for each token and 128 features (FP8_BLOCK). It reads all others.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from snugfit.formats.grids import E4M3_MAX, round_e4m3_, to_e4m3
 
 # the smallest activation scale of a token that engines use (vLLM: 1 / (448 * 512))
 TOKEN_SCALE_MIN = 1.0 / (E4M3_MAX * 512.0)
-# the smallest magnitude that a group of activations counts as (vLLM's per_token_group_quant)
+# the lower bound of the largest magnitude of a group of activations (vLLM's per_token_group_quant)
 GROUP_AMAX_MIN = 1e-10
 
 
 @dataclass(frozen=True)
 class FP8Weight:
-    """A weight [N, K]: `codes` E4M3 [N, K], `scale` of any float dtype, which multiplies.
+    """A weight [N, K]: `codes` E4M3 [N, K], and `scale` of any float dtype, which multiplies.
 
-    `scale` is [N, 1], or [1, 1], or with `block` = (rows, columns) one a block, [ceil(N/rows), ceil(K/columns)].
+    `scale` is [N, 1] or [1, 1], or with `block` = (n, k) one for each block, [ceil(N/n), ceil(K/k)].
     """
 
     codes: Tensor
@@ -44,36 +44,34 @@ def quantize(weight: Tensor) -> FP8Weight:
 
 
 def quantize_blocks(weight: Tensor, block: tuple[int, int]) -> FP8Weight:
-    """The same under scales amax_block / 448; blocks at the edges may be smaller than the rest."""
-    rows, columns = weight.shape
-    padded = torch.nn.functional.pad(weight.float(), (0, -columns % block[1], 0, -rows % block[0]))
-    blocks = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))  # [N/rows, rows, K/columns, columns]
+    """As `quantize`, under scales amax_block / 448; blocks at the edges may be smaller than the others."""
+    out_features, in_features = weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -in_features % block[1], 0, -out_features % block[0]))
+    blocks = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))  # [N/n, n, K/k, k]
     scale = (torch.maximum(blocks.amax((1, 3)), -blocks.amin((1, 3))) / E4M3_MAX).to(weight.dtype)
     scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
     codes = to_e4m3(blocks / scale.float()[:, None, :, None])
-    return FP8Weight(codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(), scale, block)
+    return FP8Weight(codes.flatten(2).flatten(0, 1)[:out_features, :in_features].contiguous(), scale, block)
 
 
 def dequantize(quantized: FP8Weight) -> Tensor:
-    """fp32 [N, K] of a quantized weight; blocks at the edges may be smaller than the rest.
+    """fp32 [N, K] of a quantized weight; blocks at the edges may be smaller than the others.
 
-    ValueError where the scales are not one a block.
+    ValueError unless there is one scale for each block.
     """
     values, scale = quantized.codes.float(), quantized.scale.float()
     if quantized.block is not None:
-        rows, columns = values.shape
-        if scale.shape != (-(-rows // quantized.block[0]), -(-columns // quantized.block[1])):
-            raise ValueError(f"{list(scale.shape)} scales for blocks of {quantized.block} in {[rows, columns]}")
-        scale = scale.repeat_interleave(quantized.block[0], 0)[:rows].repeat_interleave(quantized.block[1], 1)[
-            :, :columns
-        ]
+        n, k = values.shape
+        if scale.shape != (-(-n // quantized.block[0]), -(-k // quantized.block[1])):
+            raise ValueError(f"{list(scale.shape)} scales for blocks of {quantized.block} in {[n, k]}")
+        scale = scale.repeat_interleave(quantized.block[0], 0)[:n].repeat_interleave(quantized.block[1], 1)[:, :k]
     return values.mul_(scale)
 
 
-def in_rows(quantized: FP8Weight, rows: int) -> Iterator[FP8Weight]:
-    """A weight as several of so many rows each, a multiple of its blocks'; views."""
+def split_outputs(quantized: FP8Weight, out_features: int) -> Iterator[FP8Weight]:
+    """A weight as views of about `out_features` output features each, a multiple of those of its blocks."""
     block = 1 if quantized.block is None else quantized.block[0]
-    step = max(1, rows // block) * block
+    step = max(1, out_features // block) * block
     for start in range(0, len(quantized.codes), step):
         scale = quantized.scale
         if len(scale) > 1:
@@ -82,9 +80,9 @@ def in_rows(quantized: FP8Weight, rows: int) -> Iterator[FP8Weight]:
 
 
 def requantize(quantized: FP8Weight, scale: Tensor) -> FP8Weight:
-    """The weight under one other scale (fp32 scalar), its values rounded to E4M3 once more.
+    """The weight under one new scale (fp32 scalar), its values rounded to E4M3 a second time.
 
-    What vLLM does to the members of a fused group, under the largest of their scales (w8a8_utils.py; by way of fp16).
+    vLLM does this to the members of a fused group, under the largest of their scales (w8a8_utils.py; by way of fp16).
     """
     return FP8Weight(to_e4m3(dequantize(quantized).div_(scale)), scale.reshape(1, 1))
 
@@ -101,15 +99,15 @@ def quantize_dequantize_input(activations: Tensor) -> Tensor:
 
 
 def quantize_dequantize_input_groups(activations: Tensor, group: int) -> Tensor:
-    """Activations [..., K] under one scale a group of columns: s = max(amax, 1e-10) / 448, E4M3(x / s) * s, in fp32.
+    """Activations [..., K] under one scale for each `group` features of a token, the last group possibly smaller.
 
-    A last group may be smaller than the rest.
+    s = max(amax, 1e-10) / 448, values E4M3(x / s) * s, in fp32.
     """
-    columns = activations.shape[-1]
-    padded = torch.nn.functional.pad(activations.float(), (0, -columns % group))
+    features = activations.shape[-1]
+    padded = torch.nn.functional.pad(activations.float(), (0, -features % group))
     groups = padded.unflatten(-1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True).clamp_(min=GROUP_AMAX_MIN).div_(E4M3_MAX)
-    return _round_under(groups, scale).flatten(-2)[..., :columns].to(activations.dtype)
+    return _round_under(groups, scale).flatten(-2)[..., :features].to(activations.dtype)
 
 
 def quantize_dequantize_input_static(activations: Tensor, scale: Tensor) -> Tensor:

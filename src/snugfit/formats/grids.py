@@ -1,4 +1,4 @@
-"""Rounding to the small grids and packing codes.
+"""Rounds to the small grids of numbers, and packs codes.
 
 E2M1 is a float of one sign, two exponent and one mantissa bit: magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6. E4M3 is torch's
 float8_e4m3fn: largest finite value 448, smallest positive 2**-9. All rounding is to nearest, ties to the even code.
@@ -12,6 +12,7 @@ from torch import Tensor
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-9
+FP32_TINY = 2.0**-126  # the smallest normal fp32 number
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 # Adding and subtracting 2**22 times a value's power of two leaves one mantissa bit of it, rounded by the hardware to
@@ -29,11 +30,6 @@ def round_e2m1_magnitude(magnitude: Tensor) -> Tensor:
     anchor.bitwise_and_(_EXPONENT).add_(_ONE_MANTISSA_BIT)
     offset = anchor.view(torch.float32)
     return magnitude.add_(offset).sub_(offset)
-
-
-def round_e2m1(values: Tensor) -> Tensor:
-    """E2M1 values nearest to fp32 numbers of either sign, saturating at +-6."""
-    return round_e2m1_magnitude(values.abs()).copysign_(values)
 
 
 def e2m1_codes(magnitude: Tensor, negative: Tensor) -> Tensor:
@@ -59,7 +55,7 @@ def e2m1_pairs(packed: Tensor) -> Tensor:
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
-    """uint8 [..., K/2] from nibbles uint8 [..., K]; the even column takes the low half."""
+    """uint8 [..., K/2] from nibbles uint8 [..., K]; the even index takes the low half."""
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
@@ -92,13 +88,13 @@ def pack_int4(values: Tensor, *, dim: int = 1) -> Tensor:
     """
     if dim == 0:
         return pack_int4(values.t()).t().contiguous()
-    rows, columns = values.shape
+    n, k = values.shape
     stored = values.to(torch.int32) + 8
-    if columns % 8:
-        stored = torch.nn.functional.pad(stored, (0, 8 - columns % 8))
+    if k % 8:
+        stored = torch.nn.functional.pad(stored, (0, 8 - k % 8))
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=values.device)
     # eight disjoint nibbles: a sum is their union, and int32 wraps the top one into the sign as it should
-    return (stored.view(rows, -1, 8) << shifts).sum(-1, dtype=torch.int64).to(torch.int32)
+    return (stored.view(n, -1, 8) << shifts).sum(-1, dtype=torch.int64).to(torch.int32)
 
 
 def unpack_int4(words: Tensor, shape: tuple[int, int], *, dim: int = 1) -> Tensor:

@@ -1,4 +1,4 @@
-"""INT4, weight only: integers -8..7 in groups of 32, 64 or 128 along the columns, with or without a zero point."""
+"""INT4, weight only: integers -8..7 in groups of 32, 64 or 128 input features, with or without a zero point."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from snugfit.formats.grids import pack_int4, unpack_int4
 
 @dataclass(frozen=True)
 class INT4Weight:
-    """A weight [N, K]: `packed` int32 [N, K/8], `scale` [N, K/group_size] in the model's dtype, `zero_point` int8 or None.
+    """A weight [N, K]: `packed` int32 [N, K/8], `scale` [N, K/group_size] in the model's dtype.
 
-    value = (code - zero_point) * scale.
+    value = (code - zero_point) * scale. `zero_point` is int8 of the scale's shape, or None.
     """
 
     packed: Tensor

@@ -1,6 +1,6 @@
 """Integers of 8 bits or fewer under a scale, with or without a zero point; activations of 8 bits.
 
-Everything here is read from checkpoints of other tools; what is written is in `snugfit.formats.int4`.
+Checkpoints of other tools have these weights, and this package only reads them; it writes `snugfit.formats.int4`.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from snugfit.formats.grids import FP32_TINY
+
 INT8_MIN, INT8_MAX = -128.0, 127.0
-FP32_TINY = 2.0**-126
 
 
 @dataclass(frozen=True)
 class IntegerWeight:
     """A weight [N, K]: `codes` int8 [N, K], `scale` [N, G], [N, 1] or [1, 1], which multiplies.
 
-    value = (code - zero_point) * scale. `zero_point` is int8 of the scale's shape, or None. `columns` int [K] names
-    each column's group where groups are not equal runs of neighbours (GPTQ's activation order), else None.
+    value = (code - zero_point) * scale. `zero_point` is int8 of the scale's shape, or None. `group_index` int [K] is
+    the group of each input feature if groups are not runs of neighbours (GPTQ's activation order), else None.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None = None
-    columns: Tensor | None = None
+    group_index: Tensor | None = None
 
 
 def dequantize(quantized: IntegerWeight) -> Tensor:
@@ -33,8 +34,8 @@ def dequantize(quantized: IntegerWeight) -> Tensor:
     scale = quantized.scale.float()
     zero_point = None if quantized.zero_point is None else quantized.zero_point.float()
     values = quantized.codes.float()
-    if quantized.columns is not None:
-        index = quantized.columns.to(torch.int64)
+    if quantized.group_index is not None:
+        index = quantized.group_index.to(torch.int64)
         if zero_point is not None:
             values -= zero_point[:, index]
         return values.mul_(scale[:, index])
@@ -48,7 +49,7 @@ def dequantize(quantized: IntegerWeight) -> Tensor:
 def quantize_dequantize_input(activations: Tensor) -> Tensor:
     """Activations [..., K] as an engine with 8-bit integers sees them, in their own dtype: one scale a token.
 
-    s = amax / 127, round(x / s) * s, in fp32: vLLM's rule, where compressed-tensors' own forward has amax / 127.5.
+    s = amax / 127, round(x / s) * s, in fp32: vLLM's rule; compressed-tensors' own forward divides by 127.5.
     """
     exact = activations.float()
     scale = exact.abs().amax(-1, keepdim=True).div_(INT8_MAX).clamp_(min=FP32_TINY)

@@ -1,7 +1,7 @@
-"""MXFP4 (OCP MX): E2M1 codes in blocks of 32 along the columns, a power of two (E8M0) a block, no scale a tensor.
+"""MXFP4 (OCP MX): E2M1 codes in blocks of 32 input features, each under a power of two (E8M0); no scale a tensor.
 
-How a block's exponent is chosen is a method (`snugfit.methods.exponents`); this file quantizes under exponents that are
-given, dequantizes, and imitates what an engine does to activations.
+`snugfit.methods.exponents` chooses the exponents. This file quantizes under given exponents, dequantizes, and rounds
+activations as an engine does.
 """
 
 from __future__ import annotations

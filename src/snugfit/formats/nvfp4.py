@@ -1,8 +1,7 @@
-"""NVFP4: E2M1 codes in blocks of 16 along the columns, an E4M3 scale a block, one fp32 scale a tensor.
+"""NVFP4: E2M1 codes in blocks of 16 input features, one E4M3 scale a block, one fp32 scale a tensor.
 
-value = code * block_scale * global_scale, all in fp32; both scales multiply. How block scales are chosen is a method
-(`snugfit.methods.scales`); this file quantizes under scales that are given, dequantizes, and imitates what an engine
-does to activations.
+value = code * block_scale * global_scale, all in fp32; both scales multiply. `snugfit.methods.scales` chooses the block
+scales. This file quantizes under given scales, dequantizes, and rounds activations as an engine does.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from torch import Tensor
 from snugfit.formats.grids import (
     E2M1_MAX,
     E4M3_MAX,
+    FP32_TINY,
     e2m1_codes,
     e2m1_pairs,
     pack_nibbles,
@@ -22,8 +22,6 @@ from snugfit.formats.grids import (
     to_e4m3,
 )
 from snugfit.formats.spec import NVFP4_BLOCK
-
-FP32_TINY = 2.0**-126
 
 
 @dataclass(frozen=True)

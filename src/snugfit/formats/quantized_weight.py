@@ -27,7 +27,7 @@ def dequantize(quantized: QuantizedWeight) -> Tensor:
 
 
 def stack(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """One weight of consecutive rows of it, which share whatever scale the whole weight has."""
+    """One weight made of parts with consecutive output features, which share the scales of the whole weight."""
     first = parts[0]
     if len(parts) == 1:
         return first
@@ -41,9 +41,9 @@ def stack(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
         return replace(first, codes=joined("codes"), scale=joined("scale"))
     if isinstance(first, int4.INT4Weight):
         zero_point = None if first.zero_point is None else joined("zero_point")
-        rows = sum(len(part.packed) for part in parts if isinstance(part, int4.INT4Weight))
-        shape = rows, first.shape[1]
+        out_features = sum(len(part.packed) for part in parts if isinstance(part, int4.INT4Weight))
+        shape = out_features, first.shape[1]
         return replace(first, packed=joined("packed"), scale=joined("scale"), zero_point=zero_point, shape=shape)
     if isinstance(first, mxfp4.MXFP4Weight):
         return replace(first, packed=joined("packed"), exponent=joined("exponent"))
-    raise TypeError(f"{type(first).__name__} is read, not written")
+    raise TypeError(f"{type(first).__name__} cannot be written")

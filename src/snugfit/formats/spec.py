@@ -1,4 +1,4 @@
-"""The table of formats: what each costs, what it demands of a shape, what it does to activations. Imports no torch."""
+"""The table of formats: which shapes each allows, how engines round its inputs, its scale rules. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ FP8_BLOCK = 128
 INT4_GROUPS = (128, 64, 32)
 WHOLE_ROW = -1  # `group_size` of integers and fp8 with one scale an output channel; 0: one for the whole weight
 
-# What happens to a linear's inputs. Static kinds ("tensor") need a multiplier from the file, the others make theirs at
-# run time; "asym" has a zero point besides.
+# How an engine rounds a linear's inputs. Static kinds ("tensor") need a multiplier from the file, the others compute it
+# at run time; "asym" has a zero point in addition.
 InputKind = Literal[
     "none",
     "nvfp4",  # E2M1 in blocks of 16: E4M3 scales made at run time under a static fp32 one
     "mxfp4",  # E2M1 in blocks of 32 under a power of two
     "fp8-token",
     "fp8-tensor",
-    "fp8-tensor-dynamic",  # what files may ask for; no profile does it
-    "fp8-group",  # along the columns, 128 unless the weight's blocks say otherwise
+    "fp8-tensor-dynamic",  # files may ask for it; no engine profile has it
+    "fp8-group",  # groups of input features: 128, or as many as the weight's blocks have
     "int8-token",
     "int8-token-asym",
     "int8-tensor",
@@ -35,13 +35,12 @@ InputKind = Literal[
 class FormatSpec:
     """One row of the table.
 
-    `column_multiple` must divide a weight's columns (0: the rule's group size must).
-    `inputs` is what the format asks an engine to do with activations; `calibrated` says that it needs a scale measured
-    on real activations.
+    `in_features_multiple` must divide a weight's input features (0: the group size must). `inputs` is how the format
+    asks an engine to round a linear's inputs; with `calibrated` that needs a scale measured on real activations.
     """
 
     name: str
-    column_multiple: int
+    in_features_multiple: int
     inputs: InputKind
     calibrated: bool
     scale_rules: tuple[str, ...]
@@ -74,7 +73,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             False,
             ("absmax",),
         ),
-        # 8-bit float, one scale a block of 128 x 128; activations 8-bit, one scale a token and 128 columns (W8A8)
+        # 8-bit float, one scale a block of 128 x 128; activations 8-bit, one scale a token and 128 features (W8A8)
         FormatSpec(
             "fp8-block",
             FP8_BLOCK,
@@ -90,7 +89,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             False,
             ("absmax", "sweep"),
         ),
-        # 4-bit integer in groups along the columns, 16-bit activations (W4A16)
+        # 4-bit integer in groups of input features, 16-bit activations (W4A16)
         FormatSpec(
             "int4",
             0,
@@ -101,14 +100,14 @@ FORMATS: Mapping[str, FormatSpec] = {
     )
 }
 
-# What checkpoints of other tools hold besides: read and dequantized, never written. Their inputs differ from file to
-# file, so the table says none.
+# Further formats in checkpoints of other tools: read and dequantized, never written. Their inputs differ from file to
+# file, so the table has none.
 READ_ONLY: Mapping[str, FormatSpec] = {
     spec.name: spec
     for spec in (
         # 8-bit float under one scale a weight, an output channel or a block
         FormatSpec("fp8", 1, "none", False, ()),
-        # 8-bit integer under one scale a weight, an output channel or a group of columns
+        # 8-bit integer under one scale a weight, an output channel or a group of input features
         FormatSpec("int8", 1, "none", False, ()),
     )
 }
@@ -118,11 +117,12 @@ KEEP = "keep"
 
 @dataclass(frozen=True)
 class TensorFormat:
-    """How one weight is stored: a format of the table with its options settled.
+    """How one weight is stored: a format of the table, and its options.
 
-    `group_size` is the columns under one scale (WHOLE_ROW: an output channel, 0: the whole weight, or what the format says),
-    `symmetric` False means zero points (integers), `block` is the rows and columns under one scale (fp8; fp8-block has
-    128 x 128). `inputs` is what the file asks an engine to do with activations, None for what the table says.
+    `group_size` is the number of input features under one scale (WHOLE_ROW: all of an output channel, 0: the whole
+    weight, or the format's own block). `symmetric` False means zero points (integers). `block` is the output and input
+    features under one scale (fp8; fp8-block has 128 x 128). `inputs` is how the file asks an engine to round inputs,
+    None for the table's.
     """
 
     name: str
@@ -138,16 +138,16 @@ class TensorFormat:
 
     @property
     def input_kind(self) -> InputKind:
-        """What the file asks an engine to do with this weight's inputs."""
+        """How the file asks an engine to round this weight's inputs."""
         return self.inputs or self.spec.inputs
 
     @property
     def weight_block(self) -> tuple[int, int] | None:
-        """Rows and columns under one scale, None where scales are not of blocks."""
+        """Output and input features under one scale, None for a format without blocks."""
         return (FP8_BLOCK, FP8_BLOCK) if self.name == "fp8-block" else self.block
 
     def label(self) -> str:
-        """A short name for tables, with the options that matter: weights, then "+" and inputs the name leaves open."""
+        """A short name for tables: the weights' format and options, then "+" and inputs other than the table's."""
         scope = ""
         if self.name in ("fp8", "int8", "int4"):
             scope = {WHOLE_ROW: "-channel", 0: "-tensor"}.get(self.group_size, f"-g{self.group_size}")
@@ -158,46 +158,21 @@ class TensorFormat:
         return self.name + scope + zero_points + inputs
 
 
-def bytes_for(fmt: TensorFormat, shape: tuple[int, int], scale_bytes: int) -> int:
-    """Bytes on disk of a weight [N, K] in `fmt`, scales included; `scale_bytes` is the model dtype's size.
-
-    For formats that are written. Not counted: a static activation scale (4 bytes for nvfp4), which belongs to the
-    input and not to the weight.
-    """
-    assert fmt.name in FORMATS, fmt.name
-    rows, columns = shape
-    if fmt.name in ("nvfp4", "nvfp4a16"):
-        return rows * columns // 2 + rows * (columns // NVFP4_BLOCK) + 4
-    if fmt.name == "fp8-dynamic":
-        return rows * columns + rows * scale_bytes
-    if fmt.name == "fp8-block":
-        return rows * columns + -(-rows // FP8_BLOCK) * -(-columns // FP8_BLOCK) * scale_bytes
-    if fmt.name == "mxfp4":
-        return rows * columns // 2 + rows * (columns // MXFP4_BLOCK)
-    groups = columns // fmt.group_size
-    zero_points = 0 if fmt.symmetric else -(-rows // 8) * 4 * groups
-    return rows * (-(-columns // 8) * 4) + rows * groups * scale_bytes + zero_points + 16
-
-
 def check_shape(fmt: TensorFormat, shape: tuple[int, ...], *, where: str) -> None:
-    """Raise UserError where a weight of this shape cannot take the format."""
+    """UserError, at the place `where`, for a weight whose shape the format does not allow."""
+
+    def refuse(what: str, remedy: str) -> UserError:
+        return UserError(what, code="recipe-shape", where=where, remedy=remedy)
+
     if len(shape) != 2 or 0 in shape:
-        raise UserError(
-            f"{fmt.name} needs a 2-D weight, this one has shape {list(shape)}.",
-            where=where,
-            remedy=f"Give it `format: {KEEP}` in the recipe.",
-        )
-    multiple = fmt.group_size if fmt.name == "int4" else fmt.spec.column_multiple
-    if fmt.name == "fp8-block" and shape[0] % FP8_BLOCK:
-        raise UserError(
-            f"fp8-block needs rows divisible by {FP8_BLOCK}, this weight is {shape[0]} x {shape[1]}.",
-            where=where,
-            remedy=f"Give it `format: fp8-dynamic` or `format: {KEEP}` in a rule before.",
-        )
-    if shape[1] % multiple:
-        raise UserError(
-            f"{fmt.label()} needs columns divisible by {multiple}, this weight is {shape[0]} x {shape[1]}.",
-            where=where,
-            remedy=f"Give it `format: fp8-dynamic` or `format: {KEEP}` in the recipe"
-            + (", or a smaller `group_size`." if fmt.name == "int4" else "."),
-        )
+        what = f"{fmt.name} needs a 2-D weight without empty dimensions, this weight has shape {list(shape)}."
+        raise refuse(what, f"Give it `format: {KEEP}` in the recipe.")
+    out_features, in_features = shape
+    multiple = fmt.group_size if fmt.name == "int4" else fmt.spec.in_features_multiple
+    if fmt.name == "fp8-block" and out_features % FP8_BLOCK:
+        what = f"fp8-block needs out_features divisible by {FP8_BLOCK}, the weight is {out_features} x {in_features}."
+        raise refuse(what, f"Give it `format: fp8-dynamic` or `format: {KEEP}` in an earlier rule.")
+    if in_features % multiple:
+        what = f"{fmt.label()} needs in_features divisible by {multiple}, the weight is {out_features} x {in_features}."
+        smaller = ", or a smaller `group_size`" if fmt.name == "int4" else ""
+        raise refuse(what, f"Give it `format: fp8-dynamic` or `format: {KEEP}` in the recipe{smaller}.")

@@ -1,1 +1,1 @@
-"""How codes are chosen for a format."""
+"""Choosing the codes and scales of weights."""

@@ -3,11 +3,11 @@
     absmax    k0, under which 3.5 <= a / 2**k0 < 7: the largest value becomes 4 or 6, and saturates from 6 on
     sweep     k0 or k0 - 1, whichever has the lower squared error; on a tie k0
 
-absmax is what compressed-tensors and llm-compressor do: a's mantissa rounded up to the next power of two from 1.75 on,
-two taken from its exponent. No other exponent can have a lower squared error than the sweep's two (a test compares by
-brute force): the grid of k0 holds all values of the grids above up to 6 steps, and no magnitude is beyond 7; below
-k0 - 1 the largest value alone loses more by saturating than 31 others can win. Members of a fused group need no
-exponent in common.
+absmax is the rule of compressed-tensors and llm-compressor: the largest magnitude, rounded up to the next power of two
+from a mantissa of 1.75 on, with its exponent lowered by two. No other exponent can have a lower squared error than the
+sweep's two (a test compares by brute force): the grid of k0 holds all values of the grids above up to 6 steps, and no
+magnitude is beyond 7; below k0 - 1 the largest value alone loses more by saturating than 31 others can win. Members of
+a fused group need no common exponent.
 
 A lower error of weights is not a lower loss of the model: measured KL went down 7-8 % on a model whose outlier channels
 were rotated away, up 12-16 % on one that has them, and stayed on a third, so absmax is the default.
@@ -24,7 +24,7 @@ from snugfit.formats.spec import MXFP4_BLOCK
 
 BIAS = 127
 LARGEST_EXPONENT = 125  # 4 * 2**126 is beyond fp32
-# blocks handled at once: small enough to stay in a core's cache, large enough to hide the cost of a torch call
+# blocks handled at once: few enough for a core's cache, many enough to hide the cost of a torch call
 CHUNK_BLOCKS = {"cpu": 4096, "cuda": 1 << 21}
 
 

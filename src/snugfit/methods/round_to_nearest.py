@@ -21,10 +21,9 @@ class RoundToNearest:
                     yield Choice(name=name, codes=None, weight_16bit=group.weights.pop(name))
                 continue
             settings = group.target.format, group.target.scale_rule, group.target.objective
-            rounded = round_and_compare(group.weights, *settings, values=purpose.runs, into=purpose.buffers)
-            for name, codes, weight, error in rounded:
-                kept = None if name in purpose.buffers else weight
-                yield Choice(name=name, codes=codes, weight_16bit=kept, relative_error=error)
+            for one in round_and_compare(group.weights, *settings, values=purpose.runs, into=purpose.buffers):
+                kept = None if one.name in purpose.buffers else one.values
+                yield Choice(name=one.name, codes=one.weight, weight_16bit=kept, relative_error=one.relative_error)
 
 
 ROUND_TO_NEAREST = RoundToNearest()

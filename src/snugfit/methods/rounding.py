@@ -1,8 +1,9 @@
-"""Round-to-nearest: codes for a fused group of weights, format by format, a slice of rows at a time."""
+"""Rounds a fused group of weights to the nearest codes of a format, a slice of output features at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,34 +18,48 @@ Group = Mapping[str, Tensor]
 Round = Callable[[Tensor], QuantizedWeight]
 Rounder = Callable[[Group, TensorFormat, str, str], Round]
 
-# values rounded at once: their temporaries are several times as large, in fp32
+# values rounded at once; the fp32 temporaries are several times as large
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 24}
-SLICE_ROWS = 128  # what a slice's rows are a multiple of: the rows of a block of scales
+_SLICE_MULTIPLE = 128  # output features of a slice are a multiple of those of a block of scales
 
 
-def _nvfp4(weights: Group, _: TensorFormat, scale: str, objective: str) -> Round:
+@dataclass(frozen=True)
+class Rounded:
+    """A quantized weight [N, K] by its name.
+
+    `values` are those of its codes in the 16-bit weight's dtype, None if not asked for. `relative_error` is
+    sum((w_hat - w)^2) / sum(w^2), fp64 (), 0 for a weight of zeros.
+    """
+
+    name: str
+    weight: QuantizedWeight
+    values: Tensor | None
+    relative_error: Tensor
+
+
+def _nvfp4(weights: Group, _: TensorFormat, scale_rule: str, objective: str) -> Round:
     amax = torch.stack([largest_magnitude(weight) for weight in weights.values()]).amax()
-    one = global_scale(amax, scale)  # for all members
-    return lambda weight: nvfp4.quantize(weight, block_scales(weight, one, scale, objective), one)
+    shared = global_scale(amax, scale_rule)  # of all members of the group
+    return lambda weight: nvfp4.quantize(weight, block_scales(weight, shared, scale_rule, objective), shared)
 
 
-def _fp8(_weights: Group, _fmt: TensorFormat, _scale: str, _objective: str) -> Round:
+def _fp8(_weights: Group, _fmt: TensorFormat, _scale_rule: str, _objective: str) -> Round:
     return fp8.quantize
 
 
-def _fp8_block(_weights: Group, _fmt: TensorFormat, _scale: str, _objective: str) -> Round:
+def _fp8_block(_weights: Group, _fmt: TensorFormat, _scale_rule: str, _objective: str) -> Round:
     return lambda weight: fp8.quantize_blocks(weight, (FP8_BLOCK, FP8_BLOCK))
 
 
-def _mxfp4(_weights: Group, _fmt: TensorFormat, scale: str, _objective: str) -> Round:
-    return lambda weight: mxfp4.quantize(weight, block_exponents(weight, scale))
+def _mxfp4(_weights: Group, _fmt: TensorFormat, scale_rule: str, _objective: str) -> Round:
+    return lambda weight: mxfp4.quantize(weight, block_exponents(weight, scale_rule))
 
 
-def _int4(_weights: Group, fmt: TensorFormat, _scale: str, _objective: str) -> Round:
+def _int4(_weights: Group, fmt: TensorFormat, _scale_rule: str, _objective: str) -> Round:
     return lambda weight: int4.quantize(weight, group_size=fmt.group_size, symmetric=fmt.symmetric)
 
 
-# how each format rounds some rows of a weight, given the whole group that it is fused with
+# format -> what makes, from a whole fused group, the function that rounds a slice of one of its weights
 ROUNDERS: Mapping[str, Rounder] = {
     "nvfp4": _nvfp4,
     "nvfp4a16": _nvfp4,
@@ -55,47 +70,42 @@ ROUNDERS: Mapping[str, Rounder] = {
 }
 
 
-def round_group(weights: Group, fmt: TensorFormat, scale: str, objective: str) -> Mapping[str, QuantizedWeight]:
-    """Stored weights of one fused group (tensor name -> weight [N, K]) in `fmt`, scales chosen by the named rule."""
-    rounding = ROUNDERS[fmt.name](weights, fmt, scale, objective)
-    return {name: stack([rounding(part) for part in weight.split(_rows(weight))]) for name, weight in weights.items()}
-
-
 def round_and_compare(
     weights: dict[str, Tensor],
     fmt: TensorFormat,
-    scale: str,
+    scale_rule: str,
     objective: str,
     *,
     values: bool,
     into: Mapping[str, Tensor] | None = None,
-) -> Iterator[tuple[str, QuantizedWeight, Tensor | None, Tensor]]:
-    """As `round_group`, which empties `weights` meanwhile: name, stored weight, its values, its relative error.
+) -> Iterator[Rounded]:
+    """Round the weights [N, K] of one fused group, one after another; removes them from `weights`, overwrites them.
 
-    The values [N, K] are in the weight's dtype, None where not asked for; those of names in `into` are written there,
-    in its dtype. The error is sum((w_hat - w)^2) / sum(w^2), fp64 (), 0 where all weights are.
+    With `values`, results have the codes' values; for names in `into` these are written to that tensor, in its dtype.
     """
-    rounding = ROUNDERS[fmt.name](weights, fmt, scale, objective)
+    rounding = ROUNDERS[fmt.name](weights, fmt, scale_rule, objective)
     for name in list(weights):
         weight = weights.pop(name)
         kept = None
         if values:
             kept = into[name] if into is not None and name in into else torch.empty_like(weight)
         parts: list[QuantizedWeight] = []
-        sums = torch.zeros(2, dtype=torch.float64, device=weight.device)
-        step = _rows(weight)
-        for number, part in enumerate(weight.split(step)):
+        error, square = torch.zeros(2, dtype=torch.float64, device=weight.device)
+        start = 0
+        for part in weight.split(_slice_outputs(weight)):
             parts.append(rounding(part))
             found = dequantize(parts[-1])
             if kept is not None:
-                kept[number * step : number * step + len(part)] = found
+                kept[start : start + len(part)] = found
+            start += len(part)
             exact = part.float()
-            sums[1] += exact.square().sum()
-            sums[0] += exact.sub_(found).square_().sum()
+            square += exact.square().sum()
+            error += exact.sub_(found).square_().sum()
         del weight
-        yield name, stack(parts), kept, torch.where(sums[1] == 0, 0.0, sums[0] / sums[1])
+        yield Rounded(name, stack(parts), kept, torch.where(square == 0, 0.0, error / square))
 
 
-def _rows(weight: Tensor) -> int:
-    rows = SLICE[weight.device.type] // max(1, weight.shape[1])
-    return max(1, rows // SLICE_ROWS) * SLICE_ROWS
+def _slice_outputs(weight: Tensor) -> int:
+    """Output features of a slice."""
+    outputs = SLICE[weight.device.type] // max(1, weight.shape[1])
+    return max(1, outputs // _SLICE_MULTIPLE) * _SLICE_MULTIPLE

@@ -36,12 +36,12 @@ OBJECTIVES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "absmax": lambda error: error.abs_().amax(-1),
 }
 
-# blocks handled at once: small enough to stay in a core's cache, large enough to hide the cost of a torch call
+# blocks handled at once: few enough for a core's cache, many enough to hide the cost of a torch call
 CHUNK_BLOCKS = {"cpu": 8192, "cuda": 1 << 20}
 
 
 def global_scale(amax: Tensor, rule: str) -> Tensor:
-    """fp32 scalar g for a fused group whose largest magnitude is `amax`; an all-zero group is treated as amax 1."""
+    """fp32 scalar g for a fused group whose largest magnitude is `amax`; an all-zero group counts as amax 1."""
     safe = torch.where(amax > 0, amax.float(), 1.0)
     return nvfp4.stable_reciprocal_scale(safe / (E2M1_MAX * TOP_SCALE[rule]))
 
@@ -55,7 +55,7 @@ def block_scales(weight: Tensor, scale: Tensor, rule: str, objective: str = "mse
 
 
 def largest_magnitude(weight: Tensor) -> Tensor:
-    """Its largest magnitude, fp32 ()."""
+    """The largest magnitude of a weight, fp32 ()."""
     low, high = weight.aminmax()
     return torch.maximum(high, -low).float()
 

@@ -25,7 +25,7 @@ Piece = tuple[str, int | None]  # a tensor of the file; of one that holds all ex
 
 @dataclass(frozen=True)
 class Loaded:
-    """A tensor in memory: `values`, or the codes that the source has (`quantized`) and the multiplier of their inputs."""
+    """A tensor in memory: `values`, or the source's codes (`quantized`) and the multiplier of their inputs."""
 
     values: Tensor | None
     quantized: QuantizedWeight | None = None
@@ -37,7 +37,7 @@ class Loaded:
             return self.values
         assert self.quantized is not None
         if isinstance(self.quantized, FP8Weight):  # some rows at a time: fp32 takes four times the room of the codes
-            return torch.cat([dequantize(part).to(dtype) for part in fp8.in_rows(self.quantized, ROWS)])
+            return torch.cat([dequantize(part).to(dtype) for part in fp8.split_outputs(self.quantized, ROWS)])
         return dequantize(self.quantized).to(dtype)
 
 

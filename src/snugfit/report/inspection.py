@@ -52,7 +52,7 @@ def _shape_rules(parts: tuple[Part, ...]) -> list[str]:
     rules = []
     for name in FORMATS:
         if name in missing:
-            multiple = FORMATS[name].column_multiple or min(INT4_GROUPS)
+            multiple = FORMATS[name].in_features_multiple or min(INT4_GROUPS)
             both = f"out_features divisible by {FP8_BLOCK} and " if name == "fp8-block" else ""
             rules.append(f"{name} needs {both}in_features divisible by {multiple}")
     return rules

@@ -99,7 +99,7 @@ def _block_side(fmt: TensorFormat | None, axis: int) -> int:
         return fmt.weight_block[axis]
     if axis == 0:
         return 1
-    return max(1, fmt.group_size) if fmt.name in ("int4", "int8") else fmt.spec.column_multiple
+    return max(1, fmt.group_size) if fmt.name in ("int4", "int8") else fmt.spec.in_features_multiple
 
 
 def kernel_format(fmt: TensorFormat | None) -> str:
