@@ -10,36 +10,24 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from conftest import MakeTiny
+from helpers.errors import raises
+from helpers.run_model import figures_of
+from helpers.tiny_families import all_tensors, same
 from snugfit.data.dataset import load_dataset
-from snugfit.errors import UserError
-from snugfit.evaluation.fidelity import perplexity
 from snugfit.formats import nvfp4
-from snugfit.quantization.plan import plan_quantization
-from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.quantization.quantize import RECORD_FILE, plan_quantization, quantize
 from snugfit.recipes.recipe import parse_recipe
 from snugfit.storage.checkpoint import read_tensor
 from snugfit.storage.open import open_checkpoint
 
 
-def all_tensors(path: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in sorted(path.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.flatten().tolist() == b.flatten().tolist()
-
-
 @pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid", "fp8-dynamic"])
-def test_everything_else_survives_bit_for_bit(
+def test_every_other_tensor_and_file_is_copied_unchanged(
     recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
 ) -> None:
-    """Biases, norms, embeddings, head, multi-token-prediction layers and other files come through unchanged."""
+    """Biases, norms, embeddings, head, multi-token-prediction layers and other files are the source's, bit for bit."""
     source = tmp_path / "source"
     shutil.copytree(make_tiny("llama", attention_bias=True, mlp_bias=True), source)
     tensors = load_file(source / "model.safetensors")
@@ -55,7 +43,7 @@ def test_everything_else_survives_bit_for_bit(
     (source / ".gitattributes").write_text("*.safetensors filter=lfs", encoding="utf-8")
     (source / "assets").mkdir()
     (source / "assets" / "note.bin.txt").write_bytes(b"\x00\x01")
-    quantize_checkpoint(source, tmp_path / "out", recipe, text=[token_rows])
+    quantize(source, recipe, output_dir=tmp_path / "out", dataset=[token_rows])
     written = all_tensors(tmp_path / "out")
     linears = {f"model.layers.{n}.{part}" for n in range(3) for part in LINEARS}
     kept = [name for name in tensors | extra if name.removesuffix(".weight") not in linears]
@@ -79,11 +67,11 @@ LINEARS = (
 def test_calibrated_scales_equal_an_independent_measurement(
     make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
 ) -> None:
-    """input_global_scale is 2688 / amax of the inputs in a model that holds the quantized weights, all rows seen."""
+    """input_global_scale is 2688 / amax of the inputs of all rows, in a model with the quantized weights."""
     from transformers import AutoModelForCausalLM
 
     source = make_tiny("llama")
-    quantize_checkpoint(source, tmp_path / "out", "nvfp4", text=[token_rows])
+    quantize(source, "nvfp4", output_dir=tmp_path / "out", dataset=[token_rows])
     written = all_tensors(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
     amax: dict[str, float] = {}
@@ -100,13 +88,13 @@ def test_calibrated_scales_equal_an_independent_measurement(
         model(input_ids=torch.tensor(rows), use_cache=False)
     assert len(amax) == 21
     for name, largest in amax.items():
-        # the batch differs from the walk's, and so may the last bits of a bf16 product
+        # the batch differs from that of calibration, and so may the last bits of a bf16 product
         assert float(written[f"{name}.input_global_scale"]) == pytest.approx(2688 / largest, rel=2.0**-6), name
 
 
 def test_fused_partners_share_their_scales(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
     """q, k, v and gate, up have one weight_global_scale and one input_global_scale each."""
-    quantize_checkpoint(make_tiny("llama"), tmp_path / "out", "nvfp4", text=[token_rows])
+    quantize(make_tiny("llama"), "nvfp4", output_dir=tmp_path / "out", dataset=[token_rows])
     written = all_tensors(tmp_path / "out")
     for layer in range(3):
         for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
@@ -118,11 +106,11 @@ def test_fused_partners_share_their_scales(make_tiny: MakeTiny, token_rows: Path
 def test_sharded_and_single_outputs_hold_the_same_tensors(
     make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
 ) -> None:
-    """Shard limits change files and index, never a tensor, also when the source itself is sharded."""
+    """`max_shard_size` changes files and index, but no tensor, also when the source itself is sharded."""
     source = make_tiny("qwen2", max_shard_size="100KB")
     assert len(open_checkpoint(source).shards) > 1
-    quantize_checkpoint(source, tmp_path / "one", "nvfp4-fp8-down", text=[token_rows])
-    quantize_checkpoint(source, tmp_path / "many", "nvfp4-fp8-down", text=[token_rows], max_shard_bytes=50_000)
+    quantize(source, "nvfp4-fp8-down", output_dir=tmp_path / "one", dataset=[token_rows])
+    quantize(source, "nvfp4-fp8-down", output_dir=tmp_path / "many", dataset=[token_rows], max_shard_size=50_000)
     one, many = all_tensors(tmp_path / "one"), all_tensors(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(same(one[name], many[name]) for name in one)
@@ -133,23 +121,25 @@ def test_sharded_and_single_outputs_hold_the_same_tensors(
 
 
 def test_runs_are_reproducible(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
-    """The same command gives byte-identical weight files and config."""
+    """The same call gives byte-identical weight files and config."""
     for name in ("a", "b"):
-        quantize_checkpoint(make_tiny("llama", seed=3), tmp_path / name, "nvfp4-fp8-hybrid", text=[token_rows])
+        quantize(make_tiny("llama", seed=3), "nvfp4-fp8-hybrid", output_dir=tmp_path / name, dataset=[token_rows])
     for file in ("model.safetensors", "config.json", "snugfit-recipe.yaml"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_record_tells_what_is_on_disk(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
-    """The stored record's bytes, errors, digests and dataset agree with the files."""
+def test_the_record_agrees_with_the_files(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
+    """The stored record has the bytes, errors, digests and dataset of the files."""
     import hashlib
 
     source = make_tiny("llama")
-    record = quantize_checkpoint(source, tmp_path / "out", "nvfp4-fp8-hybrid", text=[token_rows])
+    record = quantize(source, "nvfp4-fp8-hybrid", output_dir=tmp_path / "out", dataset=[token_rows])
     stored = json.loads((tmp_path / "out" / RECORD_FILE).read_text())
     assert stored == json.loads(record.to_json())
     written = all_tensors(tmp_path / "out")
-    assert record.bytes == sum(t.nbytes for t in written.values()) == plan_quantization(source, record.recipe).bytes
+    planned = plan_quantization(source, record.recipe, dataset=[token_rows])
+    assert record.bytes == sum(t.nbytes for t in written.values()) == planned.bytes
+    assert {t.name: t.bytes for t in planned.records()} == {t.name: t.bytes for t in record.tensors}
     assert record.source_bytes == sum(t.nbytes for t in all_tensors(source).values())
     digest = hashlib.sha256((tmp_path / "out" / "model.safetensors").read_bytes()).hexdigest()
     assert record.files == {"model.safetensors": digest}
@@ -166,7 +156,7 @@ def test_record_tells_what_is_on_disk(make_tiny: MakeTiny, token_rows: Path, tmp
 
 
 def test_data_free_recipes_run_no_model(make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recipe without activation scales reads no rows and runs no layer, whatever text it is given."""
+    """A recipe without activation scales reads no samples and runs no layer, whatever the dataset holds."""
     from snugfit.model import forward_pass
 
     def refuse(*_: object) -> None:
@@ -174,9 +164,20 @@ def test_data_free_recipes_run_no_model(make_tiny: MakeTiny, tmp_path: Path, mon
 
     monkeypatch.setattr(forward_pass, "embed", refuse)
     monkeypatch.setattr(forward_pass, "run_layer", refuse)
+    unreadable = tmp_path / "rows.jsonl"
+    unreadable.write_text("not JSON", encoding="utf-8")
     for recipe in ("fp8-dynamic", "int4-w4a16", "fp8-int4", "nvfp4a16"):
-        record = quantize_checkpoint(make_tiny("llama"), tmp_path / recipe, recipe, text=["no-such-file.txt"])
+        record = quantize(make_tiny("llama"), recipe, output_dir=tmp_path / recipe, dataset=[unreadable])
         assert record.dataset is None
+
+
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4"])
+def test_a_dataset_that_does_not_exist_is_refused(recipe: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """A missing file of samples is an error, also for a recipe that needs no samples: the caller meant another."""
+    missing = tmp_path / "no-such-file.txt"
+    with raises("file-missing", where=missing):
+        quantize(make_tiny("llama"), recipe, output_dir=tmp_path / "out", dataset=[missing])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("step", ["quantize", "evaluate"])
@@ -203,14 +204,14 @@ def test_one_layer_is_in_memory_at_a_time(
 
     monkeypatch.setattr(layers, "resident_layer", watched)
     if step == "quantize":
-        quantize_checkpoint(source, tmp_path / "out", "nvfp4", text=[token_rows])
+        quantize(source, "nvfp4", output_dir=tmp_path / "out", dataset=[token_rows])
     else:
-        perplexity(source, load_dataset(source, [token_rows]))
+        figures_of(source, load_dataset(source, [token_rows]))
     assert counts == [0, 0, 0]
 
 
 def test_mixed_layers_and_asymmetric_int4(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
-    """A recipe that mixes formats by layer writes a file that reads back as it was meant."""
+    """A recipe that mixes formats by layer writes a file that reads back in these formats."""
     recipe = parse_recipe(
         """
 name: mixed
@@ -223,24 +224,24 @@ rules:
         where="test",
     )
     source = make_tiny("llama")
-    record = quantize_checkpoint(source, tmp_path / "out", recipe, text=[token_rows])
+    record = quantize(source, recipe, output_dir=tmp_path / "out", dataset=[token_rows])
     formats = {t.name.removeprefix("model.layers.").removesuffix(".weight"): t.format for t in record.tensors}
     assert formats["0.mlp.up_proj"] == formats["2.mlp.down_proj"] == "nvfp4"
     assert formats["1.mlp.up_proj"] == "int4-g32-asym"
     assert formats["1.self_attn.q_proj"] == "as it was"
     assert formats["2.self_attn.o_proj"] == "fp8-dynamic"
     rows = load_dataset(source, [token_rows])
-    before, after = perplexity(source, rows), perplexity(tmp_path / "out", rows, activations="none")
-    assert before.value != after.value
-    assert after.value == pytest.approx(before.value, rel=0.2)
+    before, after = figures_of(source, rows), figures_of(tmp_path / "out", rows, activations="none")
+    assert before.perplexity != after.perplexity
+    assert after.perplexity == pytest.approx(before.perplexity, rel=0.2)
 
 
 def test_other_layouts_and_ragged_rows(make_tiny: MakeTiny, tmp_path: Path) -> None:
-    """OPT keeps its layers under another name, calls its output out_proj and flattens before fc1: all of it works."""
+    """OPT names its layers and its attention's output differently, and flattens before fc1; rows differ in length."""
     source = make_tiny("opt", ffn_dim=128, word_embed_proj_dim=64, pad_token_id=0)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"input_ids": [*range(3, 3 + n)]}) + "\n" for n in (40, 7, 23)))
-    record = quantize_checkpoint(source, tmp_path / "out", "nvfp4-fp8-attention", text=[rows])
+    record = quantize(source, "nvfp4-fp8-attention", output_dir=tmp_path / "out", dataset=[rows])
     formats = {t.name.removeprefix("model.decoder.layers."): t.format for t in record.tensors}
     assert formats["0.self_attn.out_proj.weight"] == formats["2.self_attn.q_proj.weight"] == "fp8-dynamic"
     assert formats["1.fc1.weight"] == formats["1.fc2.weight"] == "nvfp4"
@@ -249,26 +250,29 @@ def test_other_layouts_and_ragged_rows(make_tiny: MakeTiny, tmp_path: Path) -> N
     assert all(amax.values())
 
 
-def test_full_disk_is_seen_before_the_work(
+def test_a_disk_that_is_too_small_is_refused_before_the_run(
     make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the result would not fit on the disk the run stops before it writes anything."""
+    """If the result would not fit on the disk, the run stops before it writes anything."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    with pytest.raises(UserError, match=r"0\.00 GB are free"):
-        quantize_checkpoint(make_tiny("llama"), tmp_path / "out", "fp8-dynamic")
+    with raises("disk-insufficient", where=tmp_path):
+        quantize(make_tiny("llama"), "fp8-dynamic", output_dir=tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_rows_beyond_the_positions_are_refused(make_tiny: MakeTiny, tmp_path: Path) -> None:
-    """A row longer than the model's positions is refused with the length to ask for."""
+def test_samples_longer_than_the_positions_are_refused(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """A sample longer than the model's positions is refused; the error names the longest that it has."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"input_ids": [5] * 600}) + "\n")
-    with pytest.raises(UserError, match=r"600 tokens are beyond the model's 512 positions.*--length 512"):
-        quantize_checkpoint(make_tiny("llama"), tmp_path / "out", "nvfp4", text=[rows])
+    with raises("sequence-too-long", where="config.json") as caught:
+        quantize(make_tiny("llama"), "nvfp4", output_dir=tmp_path / "out", dataset=[rows])
+    assert "600" in caught.value.what
+    assert "`max_seq_length`" in caught.value.remedy
+    assert "512" in caught.value.remedy
 
 
 def test_unknown_activation_profile_is_refused(make_tiny: MakeTiny, token_rows: Path) -> None:
     """Perplexity under a profile that does not exist is an error, also for a model without quantized layers."""
     source = make_tiny("llama")
-    with pytest.raises(UserError, match="unknown activation profile 'blackwel'"):
-        perplexity(source, load_dataset(source, [token_rows]), activations="blackwel")
+    with raises("option-invalid", where="activations"):
+        figures_of(source, load_dataset(source, [token_rows]), activations="blackwel")
