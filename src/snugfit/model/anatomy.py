@@ -1,7 +1,7 @@
-"""Where a model's parts are, told from config and tensor names alone: the decoder layers, towers, heads of prediction.
+"""Finds a model's parts by tensor names: the decoder layers, towers, heads of multi-token prediction.
 
-Families differ in prefixes (`model.layers`, `transformer.h`, `language_model.model.layers`) and agree in this: the
-layers are a numbered list that is at least as long as the config says.
+Families differ in prefixes (`model.layers`, `transformer.h`, `language_model.model.layers`), but in all of them the
+layers are a numbered list that is at least as long as config.json states.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def find_decoder(names: Iterable[str], layers: int, *, where: str = "") -> str:
             counts[number] = counts.get(number, 0) + 1
     if not lists:
         raise UserError(
-            "no tensor's name has a layer's number.",
+            "no tensor's name has a layer number.",
+            code="config-mismatch",
             where=where,
             remedy="Is this a language model's checkpoint, in the layout of transformers?",
         )

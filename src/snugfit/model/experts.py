@@ -2,10 +2,10 @@
 
 transformers keeps a layer's experts as 3-D parameters of one module, which has no linears to hook. It lets a function
 take the place of that module's forward (`ALL_EXPERTS_FUNCTIONS`): it gets the module, the hidden states of all tokens,
-and for each token the indices and weights of its experts. Ours does the same arithmetic as the module's own eager code,
-bit for bit (each layer is checked on its first tokens before it is used), and shows `ExpertHooks` what comes by: they
-may round inputs as an engine would, and send tokens through experts that the router did not choose, whose output nobody
-uses.
+and for each token the indices and weights of its experts. The function here does the arithmetic of the module's own
+eager code, bit for bit (each layer is checked on its first tokens before it is used), and passes all inputs to
+`ExpertHooks`: they may round inputs as an engine would, and send tokens through experts that the router did not
+choose, whose output is dropped.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ExpertHooks(Protocol):
         """A pass of hidden states [tokens, K] through `count` experts begins."""
 
     def forced(self, expert: int, routed: Tensor) -> Tensor | None:
-        """Tokens [n] to send through an expert beside those `routed` [m] to it, if any."""
+        """Tokens [n] to send through an expert in addition to those `routed` [m] to it, if any."""
 
 
 class NoHooks:
@@ -77,11 +77,13 @@ def is_experts(module: nn.Module) -> bool:
 def find_experts(layer: nn.Module, *, where: str) -> str | None:
     """The name of the experts' module in a decoder layer, None where there is none.
 
-    UserError where experts are held in another way than the interface's.
+    UserError if experts are held in another way than the interface's.
     """
     found = [name for name, module in layer.named_modules() if is_experts(module)]
     if len(found) > 1:
-        raise UserError(f"a layer has several mixtures of experts: {', '.join(found)}.", where=where)
+        what = f"a layer has several mixtures of experts: {', '.join(found)}."
+        remedy = "This family needs an adapter in model/experts.py."
+        raise UserError(what, code="experts-unsupported", where=where, remedy=remedy)
     for name, module in layer.named_modules():
         stacked = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
         if (
@@ -91,12 +93,14 @@ def find_experts(layer: nn.Module, *, where: str) -> str | None:
         ):
             raise UserError(
                 f"{type(module).__name__} holds its experts in {stacked[0]} outside transformers' experts interface.",
+                code="experts-unsupported",
                 where=where,
                 remedy="Its forward needs an adapter in model/experts.py that shows each expert's inputs.",
             )
         if isinstance(module, nn.ModuleList | nn.ModuleDict) and name.rpartition(".")[2] == "experts" and len(module):
             raise UserError(
-                f"experts stand in a {type(module).__name__}, as no causal language model of transformers 5 has them.",
+                f"its experts are in a {type(module).__name__}; transformers 5 holds them in 3-D parameters.",
+                code="experts-unsupported",
                 where=where,
                 remedy="They need an adapter in model/experts.py that shows each expert's inputs.",
             )
@@ -112,7 +116,7 @@ def use(model: nn.Module) -> None:
 
 
 def hook(module: nn.Module, hooks: ExpertHooks) -> None:
-    """Have `hooks` see what passes through the experts `module`."""
+    """Let `hooks` receive what passes through the experts `module`."""
     module.__dict__[_HOOKS] = hooks
 
 
@@ -249,7 +253,9 @@ def _checked(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) ->
         if torch.equal(_run(self, *few, None, dtype), eager):
             return dtype
     raise UserError(
-        f"{type(self).__name__} does not compute what the experts interface of transformers describes.",
+        f"{type(self).__name__} does not compute what transformers' experts interface describes.",
+        code="experts-unsupported",
+        where=type(self).__name__,
         remedy="Its forward needs an adapter in model/experts.py.",
     )
 

@@ -1,7 +1,7 @@
-"""Rows of tokens through a model, layer by layer: all rows pass one layer before the next is loaded.
+"""The forward pass of a model layer by layer: all samples pass one layer before the next one is loaded.
 
-transformers' own forward prepares everything a layer receives (masks, rotary embeddings, scaled embeddings). It is run
-with layer stubs in the place of the layers; what they were called with is kept, and given to the real layers later.
+transformers' own forward prepares everything that a layer receives (masks, rotary embeddings, scaled embeddings). It
+runs with stubs in place of the layers; the arguments of their calls are kept, and passed to the real layers later.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from torch import Tensor, nn
 
 from snugfit.errors import UserError
 from snugfit.model.layer_stubs import LayerStub, without_embeddings
-from snugfit.model.layers import Skeleton, with_layers
+from snugfit.model.layers import with_layers
+from snugfit.model.skeleton import Skeleton
 
 ROW_MULTIPLE = 64  # ragged rows are padded to a multiple of this or of an eighth of their length: few shapes occur
 
 
 @dataclass
 class Batch:
-    """Rows in flight: token ids [B, T] padded on the right, the rows' true lengths, hidden states [B, T, H]."""
+    """Samples under way: token ids [B, T] padded on the right, their true lengths, hidden states [B, T, H].
+
+    `rows` are the samples' places in the dataset, `calls` what each layer is called with.
+    """
 
     rows: tuple[int, ...]
     tokens: Tensor
@@ -33,7 +37,7 @@ class Batch:
 
     @property
     def valid(self) -> Tensor | None:
-        """Mask [B, T] of real tokens, None where all are."""
+        """Mask [B, T] of real tokens, None if all are real."""
         width = self.tokens.shape[1]
         if all(length == width for length in self.lengths):
             return None
@@ -42,11 +46,11 @@ class Batch:
 
 
 class _Reached(Exception):  # noqa: N818  # not an error
-    """Ends a forward pass once the last layer stub has what it came for."""
+    """Ends a forward pass at the last layer's stub."""
 
 
 def make_batches(rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device) -> list[Batch]:
-    """Rows grouped by length, padded on the right; causal layers never see the pads from a real token."""
+    """Samples grouped by length, padded on the right: a causal layer never sees a pad from a real token."""
     order = sorted(range(len(rows)), key=lambda r: (-_width(rows[r]), r))
     batches: list[Batch] = []
     start = 0
@@ -64,7 +68,7 @@ def make_batches(rows: Sequence[Sequence[int]], tokens_per_batch: int, device: t
 
 
 def _width(row: Sequence[int]) -> int:
-    """The length a row is padded to: each width costs masks of its own, and there are eight between doublings."""
+    """The length that a sample is padded to: each width costs masks of its own, eight lie between doublings."""
     multiple = max(ROW_MULTIPLE, 1 << max(0, len(row).bit_length() - 4))
     return -(-len(row) // multiple) * multiple
 
@@ -79,19 +83,19 @@ def embed(
 ) -> None:
     """Fill every batch with the first layer's hidden states and with what each layer is called with.
 
-    `weights` are the embeddings and whatever else stands outside the layers, by full name; the head is not needed.
-    With `keep` the hidden states are given to it, batch by batch, and not left in the batch.
+    `weights` are the embeddings and everything else outside the layers, by full name; the head is not needed. `keep`
+    receives the hidden states batch by batch; without it they stay in the batch.
     """
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
-    def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         calls.append((hidden, args, kwargs))
         if len(calls) == len(skeleton.layers):
             raise _Reached
         return hidden
 
     layer_stubs: list[nn.Module] = [
-        LayerStub(layer, note, returns_tuple=skeleton.returns_tuple) for layer in skeleton.layers
+        LayerStub(layer, record, returns_tuple=skeleton.returns_tuple) for layer in skeleton.layers
     ]
     model = on_device(with_layers(skeleton, layer_stubs, weights), device)
     previous: Batch | None = None
@@ -112,15 +116,15 @@ def embed(
 
 
 def on_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """`model` with everything that has data moved to `device`; meta parameters stay."""
+    """`model` with everything that has data on `device`; meta parameters stay on meta."""
     model._apply(lambda tensor: tensor if tensor.device.type == "meta" else tensor.to(device))  # noqa: SLF001
     return model
 
 
 def _shared(old: Any, new: Any, known: dict[tuple[int, int], Tensor]) -> Any:
-    """`new`, with every tensor that equals its counterpart in `old` replaced by it: rows of one length share masks.
+    """`new`, with every tensor that equals its counterpart in `old` replaced by it: samples of one length share masks.
 
-    `known`: what was compared before. Mappings are changed in place: layers leave things for each other in some.
+    `known` are the pairs compared before. Mappings are changed in place: some carry state from layer to layer.
     """
     if isinstance(new, Tensor):
         if (id(old), id(new)) not in known:
@@ -135,7 +139,7 @@ def _shared(old: Any, new: Any, known: dict[tuple[int, int], Tensor]) -> Any:
 
 
 def _held_once(old: Any, new: Tensor) -> Tensor:
-    """`old` if it equals `new`; of a mask [B, heads, T, T] whose rows are equal, one row, seen B times."""
+    """`old` if it equals `new`; of a mask [B, heads, T, T] that is the same for all B, one mask expanded B times."""
     known = isinstance(old, Tensor) and old.dtype == new.dtype and old.shape[1:] == new.shape[1:]
     if new.dim() != 4:
         return old if known and old.shape == new.shape and torch.equal(old, new) else new
@@ -149,13 +153,13 @@ def _held_once(old: Any, new: Tensor) -> Tensor:
 
 
 class States(Protocol):
-    """Where hidden states [B, T, H] of batches are kept between layers."""
+    """Storage of the batches' hidden states [B, T, H] between layers."""
 
     def read(self, batch: Batch) -> Tensor:
-        """A batch's states."""
+        """The states of a batch."""
 
     def write(self, batch: Batch, hidden: Tensor) -> None:
-        """Keep a batch's states."""
+        """Store the states of a batch."""
 
 
 @torch.no_grad()
@@ -170,7 +174,7 @@ def run_layer(
 ) -> None:
     """Pass every batch through a resident layer, in place; `before` is called ahead of each batch.
 
-    A `cache` sees keys and values in the place of transformers' own; UserError where this family's layers take none.
+    A `cache` receives keys and values in place of transformers' own; UserError if this family's layers take none.
     With `states` = (from, to) the batches' hidden states are read from one place and written to the other, or dropped
     if `to` is None.
     """
@@ -182,7 +186,12 @@ def run_layer(
         args, kwargs = batch.calls[index]
         if cache is not None:
             if "past_key_values" not in kwargs:
-                raise UserError(f"the KV cache of {type(layer).__name__} cannot be imitated.", where=f"layer {index}")
+                raise UserError(
+                    f"{type(layer).__name__} takes no cache, so its keys and values cannot be observed.",
+                    code="architecture-unsupported",
+                    where=f"layer {index}",
+                    remedy="Remove `kv_cache` from the recipe.",
+                )
             kwargs = kwargs | {"past_key_values": cache}
         output = layer(batch.hidden, *args, **kwargs)
         batch.hidden = output[0] if isinstance(output, tuple) else output

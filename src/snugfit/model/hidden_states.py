@@ -1,8 +1,8 @@
-"""Hidden states of all rows on the disk: what one decoder layer gives is in one file, what the next makes in another.
+"""Hidden states of all samples on the disk: one file holds what a decoder layer reads, another what it writes.
 
-The page cache holds them where there is room, so that a small model loses nothing; peak memory does not follow the
-number of rows. A row's values stand without pads, rows in the order of the batches, so that any batch size can read
-what another wrote.
+The page cache holds them if it has space, so that a small model loses nothing; peak memory does not grow with the
+number of samples. The values of a sample are stored without pads, samples in the order of the batches, so that any
+batch size can read what another one wrote.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class StateFile:
             waiting[0].result()
         if hidden.shape[-1] != self._width or hidden.dtype != self._dtype:
             raise UserError(
-                f"a layer gives {list(hidden.shape)} of {hidden.dtype}, {self._width} of {self._dtype} were expected.",
+                f"a layer returns {list(hidden.shape)} in {hidden.dtype}, not {self._width} values in {self._dtype}.",
+                code="architecture-unsupported",
                 where=str(self.path),
                 remedy="This family needs a reader of its own: please report it.",
             )

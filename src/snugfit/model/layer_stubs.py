@@ -1,7 +1,7 @@
-"""Modules that take the place of others, so that transformers' own forward runs where weights are missing.
+"""Stubs that replace modules, so that transformers' own forward pass runs without weights.
 
-Stand-ins for decoder layers note what layers are called with, or answer with states that are given; one for embeddings
-answers zeros; one for the inner part of a vision-language model runs its text decoder alone.
+A stub of a decoder layer records what the layer is called with, or returns given states; one of embeddings returns
+zeros; one of the inner part of a vision-language model runs its text decoder alone.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from torch import Tensor, nn
 
 from snugfit.errors import UserError
 
+_REPORT = "This family needs a reader of its own: please report it."
 Receive = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 # what a decoder takes of the arguments that its wrapper passes on
 _DECODER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
 class LayerStub(nn.Module):
-    """Takes a decoder layer's place: answers `receive(hidden states, args, kwargs)`, and has the layer's attributes.
+    """Replaces a decoder layer: returns `receive(hidden states, args, kwargs)`, and has the layer's attributes.
 
-    With `returns_tuple` the answer is the first of two in a tuple, as the real layer's.
+    With `returns_tuple` the result is the first of two in a tuple, as the real layer's.
     """
 
     def __init__(self, layer: nn.Module, receive: Receive, *, returns_tuple: bool = False) -> None:
         super().__init__()
-        self.__dict__["_layer"] = layer  # not a submodule: its parameters are none of ours
+        self.__dict__["_layer"] = layer  # not a submodule: its parameters do not belong to the stub
         self._receive = receive
         self._returns_tuple = returns_tuple
 
@@ -41,13 +42,13 @@ class LayerStub(nn.Module):
             return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
-        """Whatever `receive` answers."""
+        """What `receive` returns."""
         answer = self._receive(hidden_states, args, kwargs)
         return (answer, None) if self._returns_tuple else answer
 
 
 class ZeroEmbedding(nn.Module):
-    """Zeros [..., H] for ids [...]: shape and dtype of embeddings whose weights are not needed."""
+    """Returns zeros [..., H] for ids [...]: shape and dtype of embeddings whose weights are not needed."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class ZeroEmbedding(nn.Module):
 
 
 def token_embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
-    """The embeddings of tokens in `model` by name: those at its begin, and any of the same class, as each layer's."""
+    """The token embeddings of `model` by name: the input embeddings, and any of the same class, such as a layer's."""
     first = model.get_input_embeddings()  # type: ignore[operator]
     if not isinstance(first, nn.Embedding):
         return {}
@@ -73,7 +74,7 @@ def token_embeddings(model: nn.Module) -> dict[str, nn.Embedding]:
 
 
 def without_embeddings(model: nn.Module) -> None:
-    """Replace the embeddings of tokens in `model` by layer stubs."""
+    """Replace the token embeddings of `model` by stubs."""
     for name, module in token_embeddings(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, ZeroEmbedding(module))
@@ -88,7 +89,7 @@ class TextOnly(nn.Module):
         self._name = name
 
     def forward(self, input_ids: Tensor | None = None, **given: Any) -> _Outputs:
-        """What the decoder makes of text; whatever belongs to pictures is passed over."""
+        """What the decoder makes of text; arguments about pictures are ignored."""
         taken = {key: given[key] for key in _DECODER_ARGUMENTS if given.get(key) is not None}
         return _Outputs(self.get_decoder()(input_ids=input_ids, **taken))
 
@@ -120,9 +121,9 @@ Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """How a decoder runs its layers: `returns_tuple` if it takes the first part of what each returns.
+    """How a decoder calls its layers: `returns_tuple` if it takes the first part of what each returns.
 
-    `calls` are what each layer was called with for a few tokens, embeddings and weights being zero.
+    `calls` are the arguments of each layer for a few tokens, with embeddings and weights of zero.
     """
 
     returns_tuple: bool
@@ -131,9 +132,9 @@ class LayerCalls:
 
 @torch.no_grad()
 def trace_layer_calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, where: str) -> LayerCalls:
-    """How `model` runs `layers`, found by a run on `tokens` [1, T] without weights that ends in the last layer.
+    """How `model` calls `layers`, found by a forward pass on `tokens` [1, T] without weights up to the last layer.
 
-    UserError where hidden states are no single tensor [1, T, H], or change on their way from one layer to the next.
+    UserError if hidden states are not one tensor [1, T, H], or change between one layer and the next.
     """
     failure = ""
     for returns_tuple in (False, True):
@@ -144,11 +145,12 @@ def trace_layer_calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *
             continue
         first = calls[0][0]
         if first.shape[:-1] != tokens.shape:
-            what = f"its layers pass hidden states {list(first.shape)} for {len(tokens[0])} tokens: not handled yet."
-            raise UserError(what, where=where)
+            what = f"its layers pass hidden states {list(first.shape)} for {len(tokens[0])} tokens."
+            raise UserError(what, code="architecture-unsupported", where=where, remedy=_REPORT)
         if all(_one(hidden, first) for hidden, _, _ in calls):
             return LayerCalls(returns_tuple, tuple(calls))
-    raise UserError(f"its layers are run in a way that is not handled yet{failure}.", where=where)
+    what = f"its decoder calls the layers in an unknown way{failure}."
+    raise UserError(what, code="architecture-unsupported", where=where, remedy=_REPORT)
 
 
 def _one(a: Any, b: Tensor) -> bool:
@@ -160,16 +162,16 @@ class _Reached(Exception):  # noqa: N818  # not an error
 
 
 def _calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, returns_tuple: bool) -> list[Call]:
-    """What each layer is called with where all answer what the first one gets."""
+    """What each layer is called with if all of them return what the first one gets."""
     calls: list[Call] = []
 
-    def note(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         calls.append((hidden, args, kwargs))
         if len(calls) == len(layers):
             raise _Reached
         return calls[0][0]
 
-    layer_stubs = nn.ModuleList(LayerStub(layer, note, returns_tuple=returns_tuple) for layer in layers)
+    layer_stubs = nn.ModuleList(LayerStub(layer, record, returns_tuple=returns_tuple) for layer in layers)
     stage = copy.deepcopy(model, {id(layers): layer_stubs})
     without_embeddings(stage)
     for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
@@ -181,7 +183,7 @@ def _calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, returns_t
 
 
 def alike(a: Any, b: Any) -> bool:
-    """Whether two calls of a layer give it the same tensors, by position and by name."""
+    """Whether two calls pass a layer the same tensors, by position and by name."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, tuple) and isinstance(b, tuple):
@@ -192,7 +194,7 @@ def alike(a: Any, b: Any) -> bool:
 
 
 def put(model: nn.Module, name: str, value: Tensor) -> None:
-    """Let `value` be the parameter or buffer `name` of `model`."""
+    """Make `value` the parameter or buffer `name` of `model`."""
     owner = model.get_submodule(name.rpartition(".")[0])
     leaf = name.rpartition(".")[2]
     is_parameter = isinstance(getattr(owner, leaf), nn.Parameter)

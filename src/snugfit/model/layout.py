@@ -28,7 +28,9 @@ from snugfit.storage.open import open_headers
 from snugfit.storage.safetensors_header import StoredTensor
 
 # what the verbs that import no transformers say of their answers
-NOT_CHECKED = "not checked here: whether transformers builds this model with these names and shapes; a dry run checks it"
+NOT_CHECKED = (
+    "not checked here: whether transformers builds this model with these names and shapes; a dry run checks it"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

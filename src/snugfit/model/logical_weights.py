@@ -92,7 +92,7 @@ class LogicalWeights:
         return total * len(range(origin.part.start, origin.part.stop, origin.part.step)) // origin.part.total
 
     def restack_unquantized(self, quantized: Callable[[str], bool]) -> LogicalWeights:
-        """The same, but a tensor of all experts stays one where none of its weights, or of its layer, is `quantized`."""
+        """The same, but a tensor of all experts stays whole if none of its layer's expert weights is `quantized`."""
         split = {parent(name) for names in self.stacked.values() for name in names if quantized(name)}
         stacked = {s: names for s, names in self.stacked.items() if any(parent(name) in split for name in names)}
         if len(stacked) == len(self.stacked):

@@ -32,7 +32,9 @@ def unsupported_family(checkpoint: Checkpoint) -> Iterator[UserError]:
 def unverified_formats(checkpoint: Checkpoint, expert_formats: Collection[str]) -> Iterator[UserError]:
     """Why no tested engine loads routed experts of this family in one of `expert_formats`, if so."""
     for kind in _model_types(checkpoint):
-        unverified = [fmt for fmt in expert_formats if (kind, fmt) in UNVERIFIED_FORMATS or (kind, "") in UNVERIFIED_FORMATS]
+        unverified = [
+            fmt for fmt in expert_formats if (kind, fmt) in UNVERIFIED_FORMATS or (kind, "") in UNVERIFIED_FORMATS
+        ]
         if unverified:
             reason = UNVERIFIED_FORMATS.get((kind, unverified[0])) or UNVERIFIED_FORMATS[kind, ""]
             stored_packed = any(name.endswith(MXFP4_BLOCKS) for name in checkpoint.tensors)

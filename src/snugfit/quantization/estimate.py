@@ -15,7 +15,7 @@ from snugfit.errors import UserError
 from snugfit.machine import free_bytes, rss_bytes
 from snugfit.methods.rounding import SLICE
 from snugfit.model.hidden_states import IN_FLIGHT
-from snugfit.model.layers import Skeleton, hidden_size
+from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.plan import Plan, groups_of
 from snugfit.storage.files import PIECE_BYTES
 from snugfit.storage.staging import occupied_bytes
@@ -53,7 +53,7 @@ def estimate_run(
     """Peaks of a run from shapes alone, on top of what this process holds now."""
     tensors = plan.weights.tensors
     itemsize = max((tensors[name].bytes // max(1, tensors[name].elements) for name in plan.assignments), default=2)
-    hidden = hidden_size(skeleton) * itemsize
+    hidden = skeleton.hidden_size * itemsize
     tokens = dataset.tokens if dataset else 0
     longest = max(map(len, dataset.samples)) if dataset else 0
     batch = min(tokens, max(tokens_per_batch, longest))

@@ -23,7 +23,8 @@ from snugfit.machine import give_back_memory
 from snugfit.methods.method import Method, Purpose, Target, WeightGroup
 from snugfit.model import emulate, experts, forward_pass, layers
 from snugfit.model.assemble import Loaded
-from snugfit.model.layers import ExpertBuffers, Skeleton
+from snugfit.model.layers import ExpertBuffers
+from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.measured import Measured, experts_module, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
@@ -69,12 +70,11 @@ class LayerRun:
 
     def resident(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """The layer on the device with `weights` (by the file's full names) and what its expert buffers hold."""
-        # files may hold tensors that transformers computes itself, such as rotary_emb.inv_freq
-        used = layers.used_names(self.skeleton, self.index)
+        names = self.skeleton.names_of_layer(self.index)
         given: dict[str, Tensor] = dict(self.buffers.stacked)
         for name, weight in weights.items():
-            relative = name.removeprefix(self.prefix)
-            if relative in used and name not in self.buffers.per_expert:
+            relative = name.removeprefix(names.file_prefix)
+            if relative in names.used and name not in self.buffers.per_expert:
                 given[relative] = weight
         return layers.resident_layer(self.skeleton, self.index, given, self.device)
 
@@ -196,7 +196,7 @@ def _linears_of(run: LayerRun, layer: nn.Module) -> dict[str, str]:
     """The layer's linears, names relative to it: the file's -> the model's."""
     return {
         file_name: module_name
-        for file_name, module_name in layers.module_names(run.skeleton, run.index).items()
+        for file_name, module_name in run.skeleton.names_of_layer(run.index).modules.items()
         if isinstance(layer.get_submodule(module_name), nn.Linear)
     }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from snugfit.engines.fused import group_modules
 from snugfit.errors import Unfinished, UserError
 from snugfit.model.experts import DOWN, ExpertNames
-from snugfit.model.layers import Skeleton
+from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.plan import Plan
 from snugfit.records.statistics import LayerStatistics
 from snugfit.records.statistics_file import ExpertCalibration, Statistics
@@ -37,7 +37,7 @@ def ranges_of(
 ) -> Measured:
     """The ranges that decoder layer `index` needs out of its statistics.
 
-    Raises UserError for a range that is missing, zero or not finite, and Unfinished for experts that saw too few tokens.
+    UserError for a range that is missing, zero or not finite; Unfinished for experts that saw too few tokens.
     """
     mixture = skeleton.experts.get(index)
     inputs = input_amax(plan, index, found, mixture)

@@ -16,8 +16,7 @@ from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.errors import UserError
 from snugfit.machine import hardware, pick_device, versions
-from snugfit.model import layers
-from snugfit.model.layers import Skeleton
+from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
 from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.plan import Plan
@@ -229,8 +228,8 @@ def check_statistics(
 
 def check_with_transformers(plan: Plan) -> Skeleton:
     """transformers' model of a plan, on the meta device; UserError if it does not agree with the headers."""
-    skeleton = layers.open_skeleton(plan.layout)
-    _check_linears(plan, layers.linear_names(skeleton))
+    skeleton = open_skeleton(plan.layout)
+    _check_linears(plan, skeleton.linears())
     return skeleton
 
 

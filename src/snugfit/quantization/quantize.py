@@ -206,7 +206,7 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     for name in plan.checkpoint.other_files:
         if name in (RECORD_FILE, STATISTICS_FILE):  # the source's own
             continue
-        if name.endswith(OTHER_WEIGHTS) or name.endswith(".index.json"):
+        if name.endswith((*OTHER_WEIGHTS, ".index.json")):
             not_copied.append(name)
             continue
         (directory / name).parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,6 @@ from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model import forward_pass, layers
 from snugfit.model.hidden_states import StateFile
-from snugfit.model.layers import hidden_size
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import read_ahead_bytes
 from snugfit.quantization.layer import LayerRun, choose, load, observe, propagate
@@ -168,9 +167,8 @@ def _state_files(
     if not run.runs_layers:
         return []
     skeleton = run.prepared.skeleton
-    dtype = skeleton.model.dtype
-    assert isinstance(dtype, torch.dtype)
-    files = (StateFile(run.work / f"states-{n}", batches, hidden_size(skeleton), dtype, transfer) for n in range(2))
+    shape = skeleton.hidden_size, skeleton.dtype
+    files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer) for n in range(2))
     return [stack.enter_context(file) for file in files]
 
 

@@ -1,0 +1,367 @@
+"""transformers' model code without its weights: parameters on the meta device, checked against a checkpoint.
+
+Of a vision-language model only what runs on text is kept. Names outside this module are those of the file;
+`Skeleton.stored` maps transformers' names to them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from snugfit.errors import UserError
+from snugfit.model import experts, transformers_api
+from snugfit.model.conversion import StoredNames, list_name, stored_names
+from snugfit.model.layer_stubs import TextOnly, alike, put, trace_layer_calls
+from snugfit.model.layout import ModelLayout
+from snugfit.model.logical_weights import LogicalWeights, stacked_weights
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.safetensors_header import TensorInfo
+
+MISMATCH_REMEDY = "Config and weights do not belong together."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNames:
+    """The names of one decoder layer's tensors and modules, in the file and in transformers' layer.
+
+    `file_prefix` is what the names begin with in the file; all others are relative to the layer. `parameters` maps the
+    file's names of parameters and persistent buffers to the module's, without experts in 3-D parameters. `used` are the
+    file's names of everything that the layer needs; a file may hold more, such as rotary_emb.inv_freq, which
+    transformers computes itself.
+    """
+
+    file_prefix: str
+    parameters: Mapping[str, str]
+    used: frozenset[str]
+
+    @cached_property
+    def modules(self) -> Mapping[str, str]:
+        """The file's names of modules with a weight -> the layer's."""
+        suffix = ".weight"
+        return {
+            file_name.removesuffix(suffix): name.removesuffix(suffix)
+            for file_name, name in self.parameters.items()
+            if file_name.endswith(suffix) and name.endswith(suffix)
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skeleton:
+    """A causal language model whose parameters have shapes but no data; its buffers are real.
+
+    `layers_name` is the name of the decoder layers in the model, `stored_layers_name` in the file. `stored` maps names
+    of the model's parameters and persistent buffers to those in the file (of a quantized weight: to its name in 16
+    bits). Experts in 3-D parameters are in `experts` by layer instead; `stacks` has the logical weights of files that
+    hold all experts of a layer in one tensor. With `returns_tuple` layers return tuples. With `carries_state` layers
+    pass more on than hidden states, such as Gemma 4's shared keys and values, which are lost if a run starts at a later
+    layer.
+    """
+
+    model: nn.Module
+    layers: nn.ModuleList
+    layers_name: str
+    stored_layers_name: str
+    stored: Mapping[str, str]
+    returns_tuple: bool
+    carries_state: bool
+    experts: Mapping[int, experts.ExpertNames]
+    stacks: LogicalWeights
+
+    @property
+    def config(self) -> Any:
+        """transformers' config of the language model."""
+        return self.model.config.get_text_config()  # type: ignore[union-attr,operator]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model computes."""
+        found = self.model.dtype
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def hidden_size(self) -> int:
+        """Values of a hidden state, H."""
+        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+
+    def file_name(self, name: str) -> str:
+        """The name in the file of a parameter of the model; if the file lacks it, the name that it would have."""
+        if name in self.stored:
+            return self.stored[name]
+        prefix = f"{self.layers_name}."
+        return f"{self.stored_layers_name}.{name.removeprefix(prefix)}" if name.startswith(prefix) else name
+
+    def expert_parameters(self, index: int) -> frozenset[str]:
+        """Parameters that hold all experts of decoder layer `index`, by the model's names relative to the layer."""
+        mixture = self.experts.get(index)
+        return frozenset() if mixture is None else _stacked_parameters(self.layers[index], mixture.module)
+
+    def names_of_layer(self, index: int) -> LayerNames:
+        """The names of decoder layer `index`."""
+        prefix, file_prefix = f"{self.layers_name}.{index}.", f"{self.stored_layers_name}.{index}."
+        stacked = self.expert_parameters(index)
+        names = [name for name in self.layers[index].state_dict() if name not in stacked]
+        parameters = {self.file_name(prefix + name).removeprefix(file_prefix): name for name in names}
+        stacks = {name.removeprefix(file_prefix) for name in self.stacks.stacked if name.startswith(file_prefix)}
+        mixture = self.experts.get(index)
+        singles = frozenset(mixture.names.values() if mixture else ())
+        return LayerNames(file_prefix=file_prefix, parameters=parameters, used=frozenset(parameters) | stacks | singles)
+
+    def linears(self) -> dict[str, str]:
+        """Every linear that runs on text: its module's name in the file -> in the model.
+
+        Experts in 3-D parameters, which are no modules in the model, get names of the same kind.
+        """
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        found = {self.file_name(f"{name}.weight").removesuffix(".weight"): name for name in linears}
+        for number, mixture in self.experts.items():
+            file_prefix = f"{self.stored_layers_name}.{number}"
+            module = f"{self.layers_name}.{number}.{mixture.module}"
+            for (expert, role, parameter), name in mixture.names.items():
+                if parameter == "weight":
+                    found[f"{file_prefix}.{name.removesuffix('.weight')}"] = f"{module}.{expert}.{role}_proj"
+        return found
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """Sends torch.empty to the meta device: it makes parameters, whose data is of no use here."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **({**kwargs, "device": "meta"} if func is torch.empty else kwargs))
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside keep real buffers, computed by their own code, while every parameter lands on meta."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and parameter.device.type != "meta":
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment,method-assign]
+    try:
+        with _EmptyOnMeta():
+            yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def open_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skeleton:
+    """The model that a layout describes, in agreement with its headers; UserError if transformers and they disagree."""
+    skeleton = build_skeleton(layout, dtype)
+    if skeleton.stored_layers_name != layout.decoder:
+        raise UserError(
+            f"its decoder layers seem to be {layout.decoder}, but transformers takes {skeleton.stored_layers_name}.",
+            code="config-mismatch",
+            where=str(layout.checkpoint.path),
+            remedy="Config and weights do not belong together, or this family needs a reader of its own.",
+        )
+    origins = layout.weights.origins.items()
+    codes = {name: (next(iter(origin.parts.values())), 1) for name, origin in origins if origin.part is None}
+    check_shapes(skeleton, layout.checkpoint, codes)
+    return skeleton
+
+
+def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skeleton:
+    """The model that config.json describes; UserError if transformers does not know it.
+
+    It computes in `dtype`, by default the config's own. Code that comes with a checkpoint is never run.
+    """
+    checkpoint, where = layout.checkpoint, layout.config_file
+    kind = checkpoint.config.get("model_type")
+    if not transformers_api.is_known_architecture(kind):
+        raise UserError(
+            f"unknown architecture {kind!r}: transformers has no model_type of that name.",
+            code="architecture-unknown",
+            where=where,
+            remedy="Check the config, or update transformers.",
+        )
+    model = _build_model(checkpoint, dtype, where)
+    stored = stored_names(model, checkpoint.tensors)
+    decoder = model.get_decoder()  # type: ignore[operator]
+    name, layers = _decoder_layers(model, decoder, where)
+    tokens = _plain_tokens(model.config)
+    calls = trace_layer_calls(model, layers, tokens, where=where)
+    if model.config.get_text_config() is not model.config:  # type: ignore[union-attr,operator]
+        _keep_text_decoder(model, decoder, where)
+        alone = trace_layer_calls(model, layers, tokens, where=where)
+        if not all(map(alike, calls.calls, alone.calls)):
+            raise _unsupported(f"{type(model).__name__} does not run text as its language model alone would.", where)
+    mixtures = {n: module for n, layer in enumerate(layers) if (module := experts.find_experts(layer, where=where))}
+    experts.use(model)
+    stacked = {
+        f"{name}.{n}.{inside}" for n, module in mixtures.items() for inside in _stacked_parameters(layers[n], module)
+    }
+    state = {key: tensor for key, tensor in model.state_dict().items() if key not in stacked}
+    _check_names(stored, state, checkpoint)
+    names = {parameter: file_name for parameter, file_name in stored.names.items() if parameter in state}
+    empty = [key for key, buffer in model.named_buffers() if buffer.device.type == "meta" and key not in state]
+    if empty:
+        raise _unsupported(f"this model never computes its buffers {', '.join(empty[:5])}.", where)
+    passes_mapping = any(isinstance(value, MutableMapping) for _, _, given in calls.calls for value in given.values())
+    file_layers = list_name(names, name, len(layers))
+    stacks = stacked_weights(checkpoint, layout.dialect)
+    singles = experts.single_experts(checkpoint, stacks, file_layers)
+    return Skeleton(
+        model=model,
+        layers=layers,
+        layers_name=name,
+        stored_layers_name=file_layers,
+        stored=names,
+        returns_tuple=calls.returns_tuple,
+        carries_state=passes_mapping and getattr(decoder.config, "num_kv_shared_layers", None) != 0,
+        experts={n: experts.expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()},
+        stacks=stacks,
+    )
+
+
+def _unsupported(what: str, where: str) -> UserError:
+    remedy = "This family needs a reader of its own: please report it."
+    return UserError(what, code="architecture-unsupported", where=where, remedy=remedy)
+
+
+def _plain_tokens(config: Any) -> Tensor:
+    """Four times a token [1, 4] that stands for nothing but text."""
+    special = {value for key, value in config.to_dict().items() if "token" in key and isinstance(value, int)}
+    return torch.full((1, 4), next(token for token in range(len(special) + 1) if token not in special))
+
+
+def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) -> nn.Module:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        for part in (config, config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
+        named = (dtype, config.dtype, config.get_text_config().dtype)
+        arithmetic = next((given for given in named if isinstance(given, torch.dtype)), torch.bfloat16)
+        with _parameters_on_meta(), torch.no_grad():
+            model = transformers_api.auto_class(config).from_config(config, dtype=arithmetic, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 (transformers' config classes raise many kinds of their own)
+        kind, reason = checkpoint.config.get("model_type"), _first_line(error)
+        if "trust_remote_code" in reason:
+            reason = "it is code of the model's own, which is never run."
+        raise UserError(
+            f"transformers cannot build model_type {kind!r}: {reason}",
+            code="architecture-unsupported",
+            where=where,
+            remedy="Check the config, or update transformers.",
+        ) from None
+    model.eval().requires_grad_(False)
+    for pattern, kept in transformers_api.dtype_plan(model, arithmetic).items():
+        for name, parameter in [*model.named_parameters()]:
+            if re.search(pattern.replace("*", ".*"), name):
+                put(model, name, parameter.to(kept))
+    found: nn.Module = model
+    return found
+
+
+def _decoder_layers(model: nn.Module, decoder: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
+    """The list of decoder layers, called so in most families; else the only list of as many modules as layers."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[union-attr,operator]
+    lists = {name: child for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)}
+    fitting = [child for child in lists.values() if len(child) == count]
+    layers = lists.get("layers", fitting[0] if len(fitting) == 1 else None)
+    if layers is None or not len(layers):
+        raise _unsupported(f"{type(model).__name__} has no list of decoder layers.", where)
+    return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def _keep_text_decoder(model: nn.Module, decoder: nn.Module, where: str) -> None:
+    """Remove everything but the text decoder from the inner model of a vision-language one, under its own name."""
+    name = next(name for name, module in model.named_modules() if module is decoder)
+    inner, _, leaf = name.rpartition(".")
+    if not inner:  # config classes of language models may nest, too
+        return
+    if "." in inner:
+        raise _unsupported(f"{type(model).__name__} keeps its language model too deep inside ({name}).", where)
+    setattr(model, inner, TextOnly(leaf, decoder))
+
+
+def _check_names(stored: StoredNames, state: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """UserError for parameters that transformers merges out of several tensors, or finds twice in the file."""
+    made = next((pair for pair in stored.made.items() if pair[0] in state), None)
+    if made:
+        what = f"transformers makes {made[0]} out of several tensors such as {made[1]}."
+        raise _unsupported(what, str(checkpoint.path))
+    twice = next((pair for pair in stored.twice.items() if pair[0] in state), None)
+    if twice:
+        raise UserError(
+            f"{stored.names[twice[0]]} and {twice[1]} are one tensor to transformers.",
+            code="tensor-duplicate",
+            where=str(checkpoint.path),
+            remedy="Remove one of them.",
+        )
+
+
+def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> None:
+    """UserError if a parameter is missing from the headers, or has another shape there than config.json gives it.
+
+    `codes` maps weights that are stored as codes, by their names in 16 bits, to the name of the codes and the number of
+    values in one element of them.
+    """
+    problems = list(_expert_problems(skeleton, checkpoint, codes))
+    aliases: dict[int, list[str]] = {}
+    stacked = {
+        f"{skeleton.layers_name}.{number}.{name}"
+        for number in skeleton.experts
+        for name in skeleton.expert_parameters(number)
+    }
+    for parameter, tensor in skeleton.model.state_dict(keep_vars=True).items():
+        if parameter in stacked:
+            continue
+        name = skeleton.file_name(parameter)
+        aliases.setdefault(id(tensor), []).append(name)
+        stored, packed = codes.get(name, (name, 1))
+        problems += _other_shape(stored, checkpoint.tensors.get(stored), tuple(tensor.shape), packed)
+    problems += [
+        f"{names[0]} is missing"
+        for names in aliases.values()  # a tied tensor is in the file once
+        if not any(codes.get(name, (name, 1))[0] in checkpoint.tensors for name in names)
+    ]
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise UserError(
+            f"{problems[0]}{more}.", code="config-mismatch", where=str(checkpoint.path), remedy=MISMATCH_REMEDY
+        )
+
+
+def _expert_problems(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> Iterator[str]:
+    for number, mixture in skeleton.experts.items():
+        shapes = experts.shapes(skeleton.layers[number].get_submodule(mixture.module))
+        for (_, role, parameter), relative in mixture.names.items():
+            name = f"{skeleton.stored_layers_name}.{number}.{relative}"
+            kept, packed = codes.get(name, (name, 1))
+            found = checkpoint.tensors.get(kept) or skeleton.stacks.tensors.get(name)
+            if found is None:
+                yield f"{name} is missing"
+            yield from _other_shape(kept, found, shapes[role, parameter], packed)
+
+
+def _other_shape(name: str, found: TensorInfo | None, shape: tuple[int, ...], packed: int) -> Iterator[str]:
+    """What is wrong with a tensor whose elements hold `packed` values of a weight of this shape each, if anything."""
+    wanted = (*shape[:-1], -(-shape[-1] // packed)) if shape else ()
+    if found is not None and found.shape != wanted:
+        yield f"{name} has shape {list(found.shape)}, but config.json gives it {list(wanted)}"
+
+
+def _stacked_parameters(layer: nn.Module, module: str) -> frozenset[str]:
+    """Names, relative to a layer, of the parameters of its experts' `module`, each of which holds all experts."""
+    return frozenset(f"{module}.{parameter}" for parameter in experts.parameters(layer.get_submodule(module)))
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
