@@ -10,7 +10,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -134,23 +134,3 @@ class Clock:
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage, and `total` since the clock was made."""
         return self.stages | {"total": time.perf_counter() - self.start}
-
-
-@contextmanager
-def progress_bar(show: bool, total: int, what: str) -> Iterator[Callable[[], None]]:
-    """A progress bar on stderr; yields the function that moves it by one."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(file=sys.stderr)
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not show) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)

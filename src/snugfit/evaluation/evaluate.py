@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError
 
 from snugfit.data import texts
+from snugfit.data.python_docs import no_dataset_message
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.evaluation.continuations import compare_continuations
 from snugfit.evaluation.evaluated_model import EvaluatedModel
@@ -71,6 +72,8 @@ def evaluate(
     reset_peak_gpu_bytes(place)
     check_options(noise_floor, tokens_per_batch, continuations, reference_cache, reference)
     check_server(server, reference)
+    if not dataset:
+        progress.message(no_dataset_message("evaluation"))
     with clock("prepare"):
         plan = make_plan(
             models,
