@@ -23,8 +23,9 @@ from snugfit.errors import Unfinished
 from snugfit.model import experts
 from snugfit.model.experts import NoHooks
 from snugfit.model.forward_pass import Batch
-from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 from snugfit.recipes.recipe import parse_recipe
+from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics import ExpertStatistics, LayerStatistics
 from snugfit.records.statistics_file import STATISTICS_FILE, ExpertCalibration, load_statistics
 
@@ -78,8 +79,8 @@ def run(source: Source, rows: Path, tmp_path_factory: pytest.TempPathFactory) ->
         key = (kind, batch, *sorted(calibration.items()))
         if key not in made:
             out = tmp_path_factory.mktemp(kind) / "out"
-            settings: dict[str, Any] = {"text": [rows], "device": "cpu", "tokens_per_batch": batch, "no_engine": True}
-            quantize_checkpoint(source(kind), out, ALONE, calibration=ExpertCalibration(**calibration), **settings)
+            settings: dict[str, Any] = {"text": [rows], "device": "cpu", "tokens_per_batch": batch, "allow_unverified": True}
+            quantize(source(kind), ALONE, output_dir=out, **calibration, **settings)
             made[key] = out
         return made[key]
 
@@ -330,22 +331,14 @@ def test_starved_experts_are_an_error(source: Source, rows: Path, tmp_path: Path
     out = tmp_path / "out"
     options: dict[str, Any] = {"text": [rows], "device": "cpu"}
     with pytest.raises(Unfinished, match="6 of 8 experts saw fewer than 32 tokens") as caught:
-        quantize_checkpoint(
-            source("starved"), out, "nvfp4-moe", calibration=ExpertCalibration(all_experts=False), **options
-        )
+        quantize(source("starved"), "nvfp4-moe", output_dir=out, moe_calibrate_all_experts=False, **options)
     assert caught.value.where == "model.layers.0.block_sparse_moe.experts"
     assert "2 (0), 3 (0), 4 (0), 5 (0), 6 (0), 7 (0)" in caught.value.what
     assert "--experts all" in caught.value.remedy
     assert "--least-tokens 0" in caught.value.remedy
     assert not out.exists()
     # the same run goes on: which bytes are written does not depend on how many tokens are enough
-    quantize_checkpoint(
-        source("starved"),
-        out,
-        "nvfp4-moe",
-        calibration=ExpertCalibration(all_experts=False, min_tokens_per_expert=0),
-        **options,
-    )
+    quantize(source("starved"), "nvfp4-moe", output_dir=out, moe_calibrate_all_experts=False, min_tokens_per_expert=0, **options)
     for seen in experts_in(out):
         assert seen.routed == (TOKENS, TOKENS, 0, 0, 0, 0, 0, 0)
         assert set(seen.forced) == {0}
@@ -360,11 +353,11 @@ def test_all_calibrates_starved_experts(least: int, named: bool, source: Source,
     options: dict[str, Any] = {"text": [rows], "device": "cpu", "calibration": settings}
     if named:
         with pytest.raises(Unfinished, match="8 of 8 experts saw fewer") as caught:
-            quantize_checkpoint(source("starved"), out, "nvfp4-moe", **options)
+            quantize(source("starved"), "nvfp4-moe", output_dir=out, **options)
         assert "--experts all" not in caught.value.remedy  # it is what was done
         assert not out.exists()
         return
-    quantize_checkpoint(source("starved"), out, "nvfp4-moe", **options)
+    quantize(source("starved"), "nvfp4-moe", output_dir=out, **options)
     for seen in experts_in(out):
         assert seen.routed == (TOKENS, TOKENS, 0, 0, 0, 0, 0, 0)
         assert seen.forced == (0, 0, *[TOKENS] * 6)
@@ -374,7 +367,7 @@ def test_all_calibrates_starved_experts(least: int, named: bool, source: Source,
 
 def test_experts_that_need_no_data(source: Source, rows: Path, tmp_path: Path) -> None:
     """A recipe without input scales walks no rows, whatever routers do."""
-    record = quantize_checkpoint(source("starved"), tmp_path / "out", "fp8-int4-moe", text=[rows], device="cpu")
+    record = quantize(source("starved"), "fp8-int4-moe", output_dir=tmp_path / "out", dataset=[rows], device="cpu")
     assert record.dataset is None
     assert not (tmp_path / "out" / STATISTICS_FILE).exists()
 
@@ -384,7 +377,7 @@ def test_experts_without_input_scales_may_starve(fmt: str, source: Source, rows:
     """Where attention alone is calibrated, experts in a format without input scales may see nothing at all."""
     text = f"name: a\nrules:\n- {{role: experts, format: {fmt}}}\n- {{role: attention, format: nvfp4}}\n"
     settings: dict[str, Any] = {"text": [rows], "device": "cpu", "calibration": ExpertCalibration(all_experts=False)}
-    quantize_checkpoint(source("starved"), tmp_path / "out", parse_recipe(text, where="a.yaml"), **settings)
+    quantize(source("starved"), parse_recipe(text, where="a.yaml"), output_dir=tmp_path / "out", **settings)
 
 
 def command(model: Path, out: Path, rows: Path, *options: object) -> Any:

@@ -22,8 +22,9 @@ from helpers.errors import failed_with
 from snugfit.cli.app import app
 from snugfit.engines.memory import ENGINE_NAMES
 from snugfit.engines.profiles import PROFILES
-from snugfit.quantization.quantize import RECIPE_FILE, RECORD_FILE, plan_quantization
+from snugfit.quantization.quantize import plan_quantization
 from snugfit.recipes.recipe import builtin_names, load_recipe
+from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE
 from snugfit.version import __version__
 
 MakeTiny = Callable[..., Path]

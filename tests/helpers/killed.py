@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from snugfit.quantization.quantize import RECORD_FILE
+from snugfit.records.quantize import RECORD_FILE
 
 KILLED = 9
 

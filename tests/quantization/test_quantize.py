@@ -17,8 +17,9 @@ from helpers.run_model import figures_of
 from helpers.tiny_families import all_tensors, same
 from snugfit.data.dataset import load_dataset
 from snugfit.formats import nvfp4
-from snugfit.quantization.quantize import RECORD_FILE, plan_quantization, quantize
+from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.recipes.recipe import parse_recipe
+from snugfit.records.quantize import RECORD_FILE
 from snugfit.storage.checkpoint import read_tensor
 from snugfit.storage.open import open_checkpoint
 

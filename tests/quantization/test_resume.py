@@ -21,8 +21,8 @@ from helpers.killed import KILLED, contents, in_child
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished, UserError
 from snugfit.quantization.layer import LayerRun, choose, propagate
-from snugfit.quantization.quantize import RECORD_FILE, quantize
-from snugfit.records.quantize import QuantizeRecord
+from snugfit.quantization.quantize import quantize
+from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.storage.staging import WORK_NAME, units_done
 
 RECIPE = "nvfp4-fp8-hybrid-fp8kv"

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from conftest import MakeTiny
 from helpers.hub_server import COMMIT, Hub, files_of, serve
 from snugfit.cli.app import app
-from snugfit.quantization.quantize import RECORD_FILE, quantize_checkpoint
+from snugfit.quantization.quantize import quantize
+from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE
 from snugfit.storage import http_ranges as ranges
 from snugfit.storage.staging import units_done
@@ -50,7 +51,7 @@ def hub(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 def local(model: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     """What comes of the directory."""
     out = tmp_path_factory.mktemp("local") / "out"
-    quantize_checkpoint(model, out, RECIPE, text=[token_rows], device="cpu")
+    quantize(model, RECIPE, output_dir=out, dataset=[token_rows], device="cpu")
     return contents(out)
 
 
@@ -71,7 +72,7 @@ def test_the_same_files_as_from_a_directory(
     hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path
 ) -> None:
     """A Hub id gives the files that its directory gives; no weight file is ever stored, none is read as a whole."""
-    record = quantize_checkpoint("org/name", tmp_path / "out", RECIPE, text=[token_rows], device="cpu")
+    record = quantize("org/name", RECIPE, output_dir=tmp_path / "out", dataset=[token_rows], device="cpu")
     assert contents(tmp_path / "out") == local
     assert record.source == "org/name"
     stored = {name for name in files_of(tmp_path / "cache") if name.endswith((".safetensors", ".bin"))}
@@ -82,7 +83,7 @@ def test_the_same_files_as_from_a_directory(
 def test_faults_that_pass_change_nothing(hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path) -> None:
     """Cut lines, refusals for a while and expired addresses are gone over, and the files are the same."""
     hub.faults.extend(["", "", "", "", *["drop", "503", "none", "", "429", "403", "drop", ""] * 4])
-    quantize_checkpoint("org/name", tmp_path / "out", RECIPE, text=[token_rows], device="cpu")
+    quantize("org/name", RECIPE, output_dir=tmp_path / "out", dataset=[token_rows], device="cpu")
     assert not hub.faults
     assert contents(tmp_path / "out") == local
 
@@ -90,7 +91,7 @@ def test_faults_that_pass_change_nothing(hub: Hub, token_rows: Path, local: dict
 def test_a_lost_network_loses_nothing(hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path) -> None:
     """A network that stays away ends the run with what is kept; the same command goes on, reading only what is left."""
     out = tmp_path / "out"
-    quantize_checkpoint("org/name", tmp_path / "first", RECIPE, text=[token_rows], device="cpu")
+    quantize("org/name", RECIPE, output_dir=tmp_path / "first", dataset=[token_rows], device="cpu")
     needed = len(hub.ranges())
     hub.requests.clear()
     hub.faults.extend([""] * (needed * 2 // 3) + ["none"] * 10_000)

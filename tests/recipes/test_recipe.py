@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.names import parse_name
-from snugfit.quantization.quantize import RECIPE_FILE, quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 from snugfit.recipes.assignment import Assignment
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe, parse_recipe
 from snugfit.recipes.resolve import layer_numbers, resolve
+from snugfit.records.quantize import RECIPE_FILE
 from snugfit.storage.open import open_checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 
@@ -167,7 +168,9 @@ def test_fused_groups_are_not_split_by_new_formats(fmt: str, make_tiny: MakeTiny
 def test_mxfp4_chooses_exponents_by_a_rule(tensors: list[TensorInfo]) -> None:
     """absmax is the default, the sweep may be asked for, what is not a rule of MXFP4 is refused."""
     assert {a.scale_rule for a in settle(["role: linear, format: mxfp4"], tensors).values()} == {"absmax"}
-    assert {a.scale_rule for a in settle(["role: linear, format: mxfp4, scale_rule: sweep"], tensors).values()} == {"sweep"}
+    assert {a.scale_rule for a in settle(["role: linear, format: mxfp4, scale_rule: sweep"], tensors).values()} == {
+        "sweep"
+    }
     message = refusal("name: a\nrules: [{role: linear, format: mxfp4, scale_rule: four-over-six}]")
     assert "mxfp4 has no scale rule four-over-six. It knows absmax, sweep." in message
 
@@ -638,7 +641,7 @@ def test_embeddings_take_no_format(llama: Path, tmp_path: Path) -> None:
     """A rule that gives the embeddings a format is refused by every recipe: no engine multiplies by them."""
     loaded = recipe_of("role: embed, format: fp8-dynamic", "role: linear, format: fp8-dynamic")
     with pytest.raises(UserError, match="embed_tokens"):
-        quantize_checkpoint(llama, tmp_path / "out", loaded)
+        quantize(llama, loaded, output_dir=tmp_path / "out")
 
 
 # --- where recipes come from
@@ -681,7 +684,7 @@ def test_stored_recipe_runs_again(llama: Path, token_rows: Path, tmp_path: Path)
     records = []
     for recipe, target in ((file, first), (first / RECIPE_FILE, second)):
         records.append(
-            quantize_checkpoint(llama, target, str(recipe), text=[token_rows], max_shard_bytes=40_000, device="cpu")
+            quantize(llama, str(recipe), output_dir=target, dataset=[token_rows], max_shard_size=40_000, device="cpu")
         )
     assert (first / RECIPE_FILE).read_bytes() == file.read_bytes() == (second / RECIPE_FILE).read_bytes()
     weights = sorted(path.name for path in first.glob("*.safetensors*"))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from snugfit.quantization.quantize import RECORD_FILE
+from snugfit.records.quantize import RECORD_FILE
 from snugfit.storage.staging import units_done
 
 pytestmark = pytest.mark.slow

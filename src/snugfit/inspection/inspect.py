@@ -38,12 +38,12 @@ from snugfit.records.inspection import (
     Part,
     Quantization,
 )
+from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
 from snugfit.report.outliers import coverage_of, outliers_of
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.files import OTHER_WEIGHTS, read_file
 
-RECORD_FILE = "snugfit-record.json"
 # parts whose weights are told apart by shape
 _DETAILED = frozenset(PARTS[: PARTS.index("norms")])
 _STAYS: Mapping[str, str] = {

@@ -20,7 +20,7 @@ from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Outcome, Run, run_layers
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
 from snugfit.records.base import as_json
-from snugfit.records.quantize import QuantizeRecord, TensorRecord
+from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE, QuantizeRecord, TensorRecord
 from snugfit.records.statistics import layer_from_json
 from snugfit.records.statistics_file import (
     MAX_FORCED_TOKENS,
@@ -35,9 +35,6 @@ from snugfit.storage.files import OTHER_WEIGHTS, check_inside
 from snugfit.storage.shards import index_of
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
-
-RECIPE_FILE = "snugfit-recipe.yaml"
-RECORD_FILE = "snugfit-record.json"
 
 
 def quantize(

@@ -10,6 +10,9 @@ from typing import Any
 from snugfit.records.base import as_json
 
 QUANTIZE_SCHEMA = "snugfit.quantize/1"
+# files of a quantized checkpoint that say how it was made
+RECORD_FILE = "snugfit-record.json"
+RECIPE_FILE = "snugfit-recipe.yaml"
 
 
 @dataclass(frozen=True)

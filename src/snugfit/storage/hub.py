@@ -36,6 +36,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 )
 
 from snugfit.errors import UserError
+from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE
 from snugfit.storage import http_ranges as ranges
 from snugfit.storage.checkpoint import (
     CONFIG_NAME,
@@ -54,7 +55,7 @@ from snugfit.storage.safetensors_header import StoredTensor, header_length, pars
 
 # files that describe a model's quantization, and how it was made
 CONFIGS = (CONFIG_NAME, INDEX_NAME, "hf_quant_config.json", "quantize_config.json", "quant_config.json")
-RECORDS = ("snugfit-recipe.yaml", "snugfit-record.json")
+RECORDS = (RECIPE_FILE, RECORD_FILE)
 MAX_RECORD_BYTES = 100_000_000
 HEADER_WORKERS = 16
 FILE_WORKERS = 8
