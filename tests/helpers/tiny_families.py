@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.nvfp4 import base
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -220,5 +219,7 @@ def perplexity_of(logits: Tensor, rows: Sequence[Sequence[int]]) -> float:
 
 def unpack_nvfp4_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let compressed-tensors unpack NVFP4 to fp32, not to bf16 whatever the model's dtype is."""
+    from compressed_tensors.compressors.nvfp4 import base
+
     unpack = base.unpack_fp4_from_uint8
     monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))

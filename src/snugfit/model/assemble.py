@@ -18,7 +18,7 @@ from snugfit.storage.checkpoint import read_tensor
 from snugfit.storage.safetensors_header import dtype_of
 
 E8M0_NAN = 255
-ROWS = 1024  # outputs dequantized at once
+OUTPUTS = 1024  # out_features dequantized at once
 
 Piece = tuple[str, int | None]  # a tensor of the file; of one that holds all experts, which expert
 
@@ -36,8 +36,8 @@ class Loaded:
         if self.values is not None:
             return self.values
         assert self.quantized is not None
-        if isinstance(self.quantized, FP8Weight):  # some rows at a time: fp32 takes four times the room of the codes
-            return torch.cat([dequantize(part).to(dtype) for part in fp8.split_outputs(self.quantized, ROWS)])
+        if isinstance(self.quantized, FP8Weight):  # in slices: fp32 takes four times the memory of the codes
+            return torch.cat([dequantize(part).to(dtype) for part in fp8.split_outputs(self.quantized, OUTPUTS)])
         return dequantize(self.quantized).to(dtype)
 
 
