@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from conftest import MakeTiny
+from helpers.errors import failed_with
 from helpers.hub_server import COMMIT, Hub, files_of, serve
 from snugfit.cli.app import app
 from snugfit.quantization.quantize import quantize
@@ -64,7 +65,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 
 def run(out: Path, token_rows: Path) -> Any:
-    arguments = ["quantize", "org/name", "-r", RECIPE, "-o", out, "--text", token_rows, "--device", "cpu"]
+    arguments = ["quantize", "org/name", "-r", RECIPE, "-o", out, "--dataset", token_rows, "--device", "cpu"]
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -89,22 +90,20 @@ def test_faults_that_pass_change_nothing(hub: Hub, token_rows: Path, local: dict
 
 
 def test_a_lost_network_loses_nothing(hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path) -> None:
-    """A network that stays away ends the run with what is kept; the same command goes on, reading only what is left."""
+    """A network that stays away ends the run with what is kept; the same command resumes and reads only the rest."""
     out = tmp_path / "out"
     quantize("org/name", RECIPE, output_dir=tmp_path / "first", dataset=[token_rows], device="cpu")
     needed = len(hub.ranges())
     hub.requests.clear()
     hub.faults.extend([""] * (needed * 2 // 3) + ["none"] * 10_000)
     stopped = run(out, token_rows)
-    assert stopped.exit_code == 2
-    assert "lost the network" in stopped.stderr
-    assert "Run the same command to go on." in stopped.stderr
+    assert failed_with(stopped, "hub-unreachable", "org/name/")
     assert units_done(tmp_path / "out.partial") >= 2
     hub.faults.clear()
     hub.requests.clear()
     again = run(out, token_rows)
     assert again.exit_code == 0, again.stderr
-    assert "going on after" in again.stderr
+    assert "resuming after" in again.stderr
     assert len(hub.ranges()) < needed
     assert contents(out) == local
 
@@ -112,12 +111,10 @@ def test_a_lost_network_loses_nothing(hub: Hub, token_rows: Path, local: dict[st
 def test_another_commit_is_not_mixed_in(
     hub: Hub, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run does not go on where the model got a new commit meanwhile; the commit by name still does."""
+    """A run does not resume after the model got a new commit."""
     hub.faults.extend([""] * 24 + ["none"] * 10_000)
-    assert run(tmp_path / "out", token_rows).exit_code == 2
+    assert failed_with(run(tmp_path / "out", token_rows), "hub-unreachable", "org/name/")
     hub.faults.clear()
     assert units_done(tmp_path / "out.partial") >= 1
-    monkeypatch.setattr("hub_server.COMMIT", COMMIT[::-1])
-    refused = run(tmp_path / "out", token_rows)
-    assert refused.exit_code == 2
-    assert "source files" in refused.stderr
+    monkeypatch.setattr("helpers.hub_server.COMMIT", COMMIT[::-1])
+    assert failed_with(run(tmp_path / "out", token_rows), "run-differs", tmp_path / "out.partial", "source files")
