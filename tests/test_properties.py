@@ -91,9 +91,9 @@ def rules(draw: st.DrawFn) -> dict[str, Any]:
         rule["layers"] = draw(st.one_of(ends.map(str), st.tuples(ends, ends).map(lambda pair: f"{pair[0]}..{pair[1]}")))
     scales = FORMATS[rule["format"]].scale_rules if rule["format"] != KEEP else ()
     if draw(st.booleans()) and scales:
-        rule["scale"] = draw(st.sampled_from(scales))
+        rule["scale_rule"] = draw(st.sampled_from(scales))
     if rule["format"] == "int4" and draw(st.booleans()):
-        rule["group"] = draw(st.lists(st.sampled_from(INT4_GROUPS), min_size=1, max_size=3))
+        rule["group_size"] = draw(st.lists(st.sampled_from(INT4_GROUPS), min_size=1, max_size=3))
         rule["symmetric"] = draw(st.booleans())
     return rule
 
@@ -133,7 +133,7 @@ def wanted_rule(document: Mapping[str, Any], tensor: TensorInfo, layers: int) ->
 
 def resolved(loaded: LoadedRecipe, tensors: Sequence[TensorInfo], layers: int) -> dict[str, Assignment] | None:
     """What a recipe does, None where it is refused with a place."""
-    found, error = attempt(lambda: resolve(loaded, tensors, layers=layers))
+    found, error = attempt(lambda: resolve(loaded, tensors, num_layers=layers))
     if error is not None:
         assert error.where.startswith(loaded.where)
         assert error.remedy

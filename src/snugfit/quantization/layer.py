@@ -102,7 +102,7 @@ def load(plan: Plan, groups: Sequence[tuple[str, ...]], ahead: ReadAhead) -> Ite
             yield LoadedGroup(tensors=tensors, target=None, has_codes=False)
         else:
             target = Target(format=assignment.format, scale_rule=assignment.scale_rule, objective=assignment.objective)
-            yield LoadedGroup(tensors=tensors, target=target, has_codes=assignment.copied)
+            yield LoadedGroup(tensors=tensors, target=target, has_codes=assignment.keeps_codes)
 
 
 def choose(

@@ -131,12 +131,12 @@ def decide(layout: ModelLayout, recipe: LoadedRecipe) -> Decisions:
     assignments = resolve(
         recipe,
         list(layout.weights.tensors.values()),
-        layers=layout.num_layers,
+        num_layers=layout.num_layers,
         decoder=layout.decoder,
-        frozen=layout.not_quantizable,
-        stored=layout.weights.formats,
+        not_quantizable=layout.not_quantizable,
+        source_formats=layout.weights.formats,
     )
-    if recipe.recipe.kv_cache is None and all(a.format is None or a.copied for a in assignments.values()):
+    if recipe.recipe.kv_cache is None and all(a.format is None or a.keeps_codes for a in assignments.values()):
         raise _changes_nothing(layout, recipe, assignments)
     weights = layout.weights.restack_unquantized(
         lambda name: name in assignments and assignments[name].format is not None
@@ -238,7 +238,7 @@ def _outputs_of(weights: LogicalWeights, name: str, assignment: Assignment | Non
     if assignment is None or assignment.format is None:
         return (info,)
     module = name.removesuffix(".weight")
-    if assignment.copied and assignment.format.name.startswith("fp8"):
+    if assignment.keeps_codes and assignment.format.name.startswith("fp8"):
         headers = {s: weights.checkpoint.tensors[part] for s, part in weights.origins[name].parts.items()}
         parts = compressed_tensors.copied_layout(assignment.format, {s: (t.dtype, t.shape) for s, t in headers.items()})
     else:

@@ -242,10 +242,10 @@ def _check_linears(plan: Plan, linears: Mapping[str, str]) -> None:
             raise UserError(
                 f"{module} is not a linear in transformers.",
                 code="recipe-not-quantizable",
-                where=f"{plan.recipe.where}: rules[{assignment.rule}]",
+                where=plan.recipe.place_of(assignment.rule),
                 remedy="Give it `format: keep` in a rule before this one.",
             )
 
 
 def _is_quantized(assignment: Assignment) -> bool:
-    return assignment.format is not None and not assignment.copied
+    return assignment.format is not None and not assignment.keeps_codes

@@ -1,1 +1,1 @@
-"""Built-in recipes, one YAML file each."""
+"""Recipes, one YAML file each, and the resolution of their rules for a model."""

@@ -9,46 +9,40 @@
       - role: linear
         format: fp8-dynamic
 
-A rule matches by `role` (one or a list), by `name` (a glob on the tensor's module, or `re:` and a pattern), by `layers`
-("0..3, 26, -2..-1"; negative numbers count from the end); all that are given must hold. `format: keep` leaves a tensor
-as it is. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
+A rule matches by `role` (one or a list), by `name` (a glob on the module's name, or `re:` and a regular expression),
+and by `layers` ("0..3, 26, -2..-1"; negative numbers count from the end); all given conditions must hold. `format:
+keep` leaves a tensor unquantized. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
 
-Weights that the source has in FP8 stay as they are, bit for bit, wherever a rule says `keep` or asks for an FP8 format
-(unless it adds `requantize: true`); so do MXFP4 ones where it asks for MXFP4.
+FP8 weights of the source keep their codes, bit for bit, if the rule says `keep` or an FP8 format (and not `requantize:
+true`); MXFP4 weights do if it says mxfp4.
 
-`kv_cache: fp8` beside the rules asks engines for an FP8 KV cache, and has its scales calibrated; `keep` is the default.
+`kv_cache: fp8` beside the rules asks engines for an FP8 KV cache, whose scales are calibrated; `keep` is the default.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, READ_ONLY
-from snugfit.model.names import (
-    EXPERTS,
-    LINEAR,
-    ROLE_SETS,
-    ROLES,
-    SHARED_EXPERTS,
-)
+from snugfit.model.names import EXPERTS, LINEAR, ROLE_SETS, ROLES, SHARED_EXPERTS
 from snugfit.patterns import Pattern
-from snugfit.strict_yaml import MAX_BYTES, _UniqueKeys
+from snugfit.strict_yaml import YamlDocument, load_yaml, read_yaml_text
 
-_LAYERS = re.compile(r"\s*-?\d{1,9}(\.\.-?\d{1,9})?\s*")
 ROLE_NAMES = sorted({*ROLES.values(), *ROLE_SETS, EXPERTS, SHARED_EXPERTS, LINEAR, "router"})
 ScaleRule = Literal["absmax", "four-over-six", "sweep"]
 Objective = Literal["mse", "mae", "absmax"]
+_LAYERS = re.compile(r"\s*-?\d{1,9}(\.\.-?\d{1,9})?\s*")
+_SEE_EXAMPLES = "`list_recipes` shows examples."
 
 
 class Rule(BaseModel):
@@ -80,7 +74,7 @@ class Rule(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole recipe as written."""
+    """A whole recipe as written. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -91,129 +85,143 @@ class Recipe(BaseModel):
 
     @field_validator("kv_cache", mode="before")
     @classmethod
-    def _kept_cache(cls, value: Any) -> Any:
+    def _without_keep(cls, value: Any) -> Any:
         return None if value == KEEP else value
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with the text it was read from, where that was, and the text's SHA-256."""
+    """A recipe, its text, the name of its file (`where`), and the line of each rule."""
 
     recipe: Recipe
     text: str
     where: str
+    rule_lines: tuple[int, ...] = field(compare=False)
 
     @property
     def digest(self) -> str:
         """SHA-256 of the text, hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
+    def place_of(self, rule: int) -> str:
+        """The place of a rule for errors, such as mine.yaml:4: rules[0]."""
+        return f"{self.where}:{self.rule_lines[rule]}: rules[{rule}]"
+
 
 def builtin_names() -> list[str]:
-    """Names of the recipes that come with snugfit."""
+    """Names of the recipes in this package."""
     files = resources.files("snugfit.recipes").iterdir()
     return sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml"))
 
 
-def load_recipe(name_or_path: str) -> LoadedRecipe:
-    """A built-in recipe by name, or one from a YAML file."""
-    if name_or_path in builtin_names():
-        text = (resources.files("snugfit.recipes") / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-        return parse_recipe(text, where=f"recipe {name_or_path}")
+def list_recipes() -> list[LoadedRecipe]:
+    """The recipes in this package, by name."""
+    return [load_recipe(name) for name in builtin_names()]
+
+
+def load_recipe(name_or_path: str | Path) -> LoadedRecipe:
+    """A recipe of this package by name, or one from a YAML file; UserError for a file that is not a valid recipe."""
+    name = str(name_or_path)
+    names = builtin_names()
+    if name in names:
+        text = (resources.files("snugfit.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+        return parse_recipe(text, where=f"recipe {name}")
     path = Path(name_or_path)
     if path.is_file():
-        if path.stat().st_size > MAX_BYTES:
-            what = f"{path.stat().st_size:,} bytes, which no recipe has."
-            raise UserError(what, where=str(path), remedy="Name roles instead of tensors.")
-        try:
-            return parse_recipe(path.read_text(encoding="utf-8"), where=str(path))
-        except UnicodeDecodeError:
-            raise UserError("not a text file.", where=str(path), remedy="A recipe is YAML in UTF-8.") from None
-    near = get_close_matches(name_or_path, builtin_names(), n=1)
+        return parse_recipe(read_yaml_text(path), where=name)
+    near = get_close_matches(name, names, n=1)
     hint = f"Did you mean {near[0]}? " if near else ""
     raise UserError(
-        f"no recipe {name_or_path!r}: neither built in nor a file.", remedy=f"{hint}`snugfit recipes` lists them."
+        f"no recipe {name!r}: neither a built-in recipe nor a file.",
+        code="recipe-not-found",
+        where="recipe",
+        remedy=f"{hint}`list_recipes` shows the built-in recipes.",
     )
 
 
 def parse_recipe(text: str, *, where: str) -> LoadedRecipe:
-    """A recipe from YAML text; UserError with the key's path for anything that is not one."""
+    """A recipe from YAML text; UserError, with the line and the key's path, for a text that is not a valid recipe."""
+    document = load_yaml(text, where=where)
+    if not isinstance(document.value, dict):
+        what = "a recipe must be a mapping with `name` and `rules`."
+        raise UserError(what, code="recipe-invalid", where=where, remedy=_SEE_EXAMPLES)
     try:
-        document = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506  # a SafeLoader
-    except Exception as error:  # noqa: BLE001 (PyYAML's constructors let through whatever they stumble on)
-        mark = getattr(error, "problem_mark", None)
-        place = f"{where}:{mark.line + 1}" if mark else where
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"not valid YAML ({problem}).", where=place, remedy="Mend this line.") from None
-    if not isinstance(document, dict):
-        raise UserError("a recipe is a mapping with `name` and `rules`.", where=where, remedy="See `snugfit recipes`.")
-    try:
-        recipe = Recipe.model_validate(document)
+        recipe = Recipe.model_validate(document.value)
     except ValidationError as error:
-        raise _explain(error, where) from None
+        raise _explain(error, document) from None
     for number, rule in enumerate(recipe.rules):
-        _check_rule(rule, f"{where}: rules[{number}]")
-    return LoadedRecipe(recipe, text, where)
+        for problem in _problems(rule):
+            key = (problem.where,) if problem.where else ()
+            raise problem.at(document.place_of("rules", number, *key))
+    lines = tuple(document.line_of("rules", number) for number in range(len(recipe.rules)))
+    return LoadedRecipe(recipe, text, where, lines)
 
 
-def _check_rule(rule: Rule, place: str) -> None:
+def _problems(rule: Rule) -> Iterator[UserError]:
+    """What is wrong with a rule by itself, each at its key; "" for the rule as a whole."""
+    yield from _unknown("role", rule.role, ROLE_NAMES)
     if rule.format in READ_ONLY:
-        remedy = f"Written are: {', '.join(FORMATS)}."
-        raise UserError(f"{rule.format} is read, not written.", where=f"{place}.format", remedy=remedy)
-    _known("format", rule.format, [*FORMATS, KEEP], place)
-    for role in rule.role:
-        _known("role", role, ROLE_NAMES, place)
+        written = ", ".join((*FORMATS, KEEP))
+        yield _invalid(f"{rule.format} can be read but not written.", "format", f"Formats that can be: {written}.")
+    else:
+        yield from _unknown("format", [rule.format], [*FORMATS, KEEP])
     if not rule.role and rule.name is None and rule.layers is None:
-        raise UserError("a rule needs `role`, `name` or `layers`.", where=place, remedy="`role: linear` means all.")
+        yield _invalid("a rule needs `role`, `name` or `layers`.", "", "`role: linear` matches every linear.")
     if rule.name is not None and rule.name.startswith("re:"):
         try:
             Pattern(rule.name.removeprefix("re:"))
         except ValueError as error:
-            raise UserError(f"not a pattern ({error}).", where=f"{place}.name", remedy="Mend it.") from None
+            what = f"not a valid regular expression ({error})."
+            yield UserError(what, code="pattern-invalid", where="name", remedy="Correct it.")
     if rule.layers is not None and not all(map(_LAYERS.fullmatch, rule.layers.split(","))):
-        raise UserError(f"{rule.layers!r} names no layers.", where=f"{place}.layers", remedy='Write "0..3, 26, -1".')
-    _check_options(rule, place)
+        what = f"layers must be numbers and ranges, got {rule.layers!r}."
+        yield _invalid(what, "layers", 'Write them as in "0..3, 26, -1".')
+    yield from _option_problems(rule)
 
 
-def _check_options(rule: Rule, place: str) -> None:
-    rules = FORMATS[rule.format].scale_rules if rule.format != KEEP else ()
-    if rule.scale_rule is not None and rule.scale_rule not in rules:
-        allowed = f"It knows {', '.join(rules)}." if rules else "Remove it."
-        raise UserError(f"{rule.format} has no scale rule {rule.scale_rule}.", where=f"{place}.scale_rule", remedy=allowed)
-    scale = rule.scale_rule or (rules or ("",))[0]
-    if rule.objective is not None and scale != "four-over-six" and (scale, rule.objective) != ("sweep", "mse"):
-        raise UserError(
-            f"objective {rule.objective} goes with `scale_rule: four-over-six`.",
-            where=f"{place}.objective",
-            remedy="Remove it: sweep minimises mse, absmax chooses nothing.",
-        )
+def _option_problems(rule: Rule) -> Iterator[UserError]:
+    known = FORMATS[rule.format].scale_rules if rule.format in FORMATS else ()
+    if rule.scale_rule is not None and rule.scale_rule not in known:
+        remedy = f"Known: {', '.join(known)}." if known else "Remove it."
+        yield _invalid(f"{rule.format} has no scale rule {rule.scale_rule}.", "scale_rule", remedy)
+    scale_rule = rule.scale_rule or (known or ("",))[0]
+    objective = rule.objective
+    if objective is not None and scale_rule != "four-over-six" and (scale_rule, objective) != ("sweep", "mse"):
+        what = f"objective {objective} needs `scale_rule: four-over-six`."
+        yield _invalid(what, "objective", "Remove it: sweep minimises mse, absmax compares nothing.")
     for key in ("group_size", "symmetric"):
         if getattr(rule, key) is not None and rule.format != "int4":
-            raise UserError(f"{rule.format} has no option {key}.", where=f"{place}.{key}", remedy="Remove it.")
+            yield _invalid(f"{rule.format} has no option {key}.", key, "Remove it.")
     for size in rule.group_size or ():
         if size not in INT4_GROUPS:
-            raise UserError(f"group_size {size} is not run by engines.", where=f"{place}.group_size", remedy="Use 32, 64 or 128.")
+            sizes = ", ".join(map(str, sorted(INT4_GROUPS)))
+            yield _invalid(f"engines do not run group_size {size}.", "group_size", f"Use one of {sizes}.")
 
 
-def _known(key: str, value: str, valid: Sequence[str], place: str) -> None:
-    if value not in valid:
-        near = get_close_matches(value, valid, n=1)
-        remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(valid)}."
-        raise UserError(f"unknown {key} {value!r}.", where=f"{place}.{key}", remedy=remedy)
+def _unknown(key: str, values: Sequence[str], valid: Sequence[str]) -> Iterator[UserError]:
+    for value in values:
+        if value not in valid:
+            near = get_close_matches(value, valid, n=1)
+            remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(valid)}."
+            yield _invalid(f"unknown {key} {value!r}.", key, remedy)
 
 
-def _explain(error: ValidationError, where: str) -> UserError:
+def _invalid(what: str, where: str, remedy: str) -> UserError:
+    return UserError(what, code="recipe-invalid", where=where, remedy=remedy)
+
+
+def _explain(error: ValidationError, document: YamlDocument) -> UserError:
+    """The most helpful of pydantic's errors, at its line."""
     errors = error.errors()
-    # a misspelt key that is needed gives two errors: the missing one first, the unknown one is what helps
+    # a misspelt required key gives two errors, the missing key and the unknown one; the unknown one helps more
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    place = document.place_of(*first["loc"])
     if first["loc"] == ("kv_cache",):
-        remedy = f"Known: fp8, {KEEP}."
         given = repr(first["input"]) if isinstance(first["input"], str) else "of this type"
-        return UserError(f"unknown kv_cache {given}.", where=f"{where}: kv_cache", remedy=remedy)
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        return _invalid(f"unknown kv_cache {given}.", place, f"Known: fp8, {KEEP}.")
     if first["type"] == "extra_forbidden":
         fields = Rule.model_fields if len(first["loc"]) > 1 else Recipe.model_fields
         near = get_close_matches(str(first["loc"][-1]), list(fields), n=1)
         remedy = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(fields)}."
-        return UserError("unknown key.", where=f"{where}: {path}", remedy=remedy)
-    return UserError(f"{first['msg']}.", where=f"{where}: {path}", remedy="See `snugfit recipes` for examples.")
+        return _invalid("unknown key.", place, remedy)
+    return _invalid(f"{first['msg']}.", place, _SEE_EXAMPLES)

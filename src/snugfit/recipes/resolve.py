@@ -1,4 +1,4 @@
-"""Rules to the format of each tensor: the first rule that matches decides."""
+"""Resolves the rules of a recipe for a model: every weight gets the format of the first rule that matches it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ from snugfit.model.names import (
     parse_name,
 )
 from snugfit.patterns import Pattern
-from snugfit.recipes.assignment import Assignment, check_experts, check_groups, check_inputs, copied, staying
+from snugfit.recipes.assignment import (
+    NO_RULE,
+    Assignment,
+    check_experts,
+    check_groups,
+    check_inputs,
+    keep_codes,
+    kept_format,
+)
 from snugfit.recipes.recipe import LoadedRecipe, Rule
 from snugfit.storage.safetensors_header import TensorInfo
 
@@ -28,103 +36,117 @@ def resolve(
     loaded: LoadedRecipe,
     tensors: Sequence[TensorInfo],
     *,
-    layers: int,
+    num_layers: int,
     decoder: str = DECODER,
-    frozen: Mapping[str, str] | None = None,
-    stored: Mapping[str, TensorFormat] | None = None,
+    not_quantizable: Mapping[str, str] | None = None,
+    source_formats: Mapping[str, TensorFormat] | None = None,
 ) -> dict[str, Assignment]:
-    """Tensor name -> assignment, for each weight that a rule names, and each that the source has quantized.
+    """Tensor name -> assignment, for each weight that a rule matches, and each that the source stores quantized.
 
-    `layers` is the model's number of decoder layers, `decoder` their list's name; `frozen` maps names of tensors that
-    must stay to why, `stored` those that the source has quantized to their format. Raises UserError for a layer weight
-    without a rule, a rule that matches nothing, a fused group or a layer's experts that are split, a shape that does
-    not fit, a format for a tensor outside the layers.
+    `num_layers` is the model's number of decoder layers, `decoder` the name of their list. `not_quantizable` maps
+    tensors that no rule may quantize to the reason, `source_formats` tensors that the source stores quantized to their
+    format. UserError for a layer's weight without a rule, a rule that matches nothing, a fused group or a layer's
+    experts in several formats, a shape that the format does not allow, a format for a tensor outside the layers.
     """
-    frozen, stored = frozen or {}, stored or {}
-    found: dict[str, Assignment] = {}
+    fixed, stored = not_quantizable or {}, source_formats or {}
     infos = {tensor.name: tensor for tensor in tensors}
     names = [parse_name(tensor.name, tensor.shape, decoder) for tensor in tensors]
+    matcher = _Matcher(loaded, num_layers)
     matched: dict[int, list[TensorName]] = {number: [] for number in range(len(loaded.recipe.rules))}
-    patterns = _patterns(loaded.recipe.rules)
     for name in names:
-        if name.parameter != "weight" or name.full in frozen:
+        if name.parameter != "weight" or name.full in fixed:
             continue
-        try:
-            number = _first_match(loaded.recipe.rules, name, layers, patterns)
-        except UserError as error:  # a pattern that takes too long
-            where = f"{loaded.where}: {error.where}"
-            raise UserError(error.what, code=error.code, where=where, remedy=error.remedy) from None
+        number = matcher.first(name)
         if number is not None:
             matched[number].append(name)
         elif name.role not in KEPT_ROLES:
-            raise UserError(
-                f"no rule names {name.full} (role {name.role}, {list(infos[name.full].shape)}).",
-                where=loaded.where,
-                remedy=f"Add a rule for it, `format: {KEEP}` to leave it as it is.",
-            )
-    for number, rule in enumerate(loaded.recipe.rules):
-        place = f"{loaded.where}: rules[{number}]"
-        if not matched[number]:
-            raise _matches_nothing(
-                rule, [name for name in names if name.full in frozen], layers, frozen, place, patterns
-            )
-        asked = "" if rule.requantize else rule.format
-        as_it_is = {n.full: fmt for n in matched[number] if (fmt := staying(asked, stored.get(n.full)))}
-        found |= {name: copied(name, fmt, number, place) for name, fmt in as_it_is.items()}
-        outside = [name.module for name in matched[number] if name.layer is None and name.full not in as_it_is]
-        if outside and rule.format != KEEP:
-            raise UserError(
-                f"{outside[0]} stands outside the decoder layers, where nothing is quantized so far.",
-                where=place,
-                remedy="Leave it out, or give it `format: keep`.",
-            )
-        new = [name.full for name in matched[number] if name.full not in as_it_is]
-        if new:
-            assignment = _settle(rule, number, [infos[name] for name in new], place)
-            check_inputs(assignment, new, place)
-            found |= dict.fromkeys(new, assignment)
-    found |= {name: copied(name, fmt, -1, loaded.where) for name, fmt in stored.items() if name not in found}
+            raise _no_rule(name, infos[name.full], loaded.where)
+    found: dict[str, Assignment] = {}
+    for number, members in matched.items():
+        if not members:
+            raise _unmatched(loaded, number, matcher, [name for name in names if name.full in fixed], fixed)
+        found |= _assign(loaded, number, members, infos, stored)
+    unnamed = {name: fmt for name, fmt in stored.items() if name not in found}
+    found |= {name: keep_codes(name, fmt, NO_RULE, loaded.where) for name, fmt in unnamed.items()}
     check_groups(found, loaded.where)
     check_experts(found, names, loaded.where)
     return found
 
 
-def _matches_nothing(
-    rule: Rule,
-    frozen_names: Sequence[TensorName],
-    layers: int,
-    frozen: Mapping[str, str],
-    place: str,
-    patterns: Mapping[str, Pattern],
-) -> UserError:
-    barred = next((name.full for name in frozen_names if _rule_matches(rule, name, layers, patterns)), None)
-    if barred is not None:
-        return UserError(f"{barred} must stay: {frozen[barred]}.", where=place, remedy="Remove this rule.")
-    return UserError(
-        "this rule matches no tensor of the model that an earlier rule left.",
-        where=place,
-        remedy="Remove it, or move it before the rule that takes its tensors.",
-    )
+def _assign(
+    loaded: LoadedRecipe,
+    number: int,
+    members: Sequence[TensorName],
+    infos: Mapping[str, TensorInfo],
+    stored: Mapping[str, TensorFormat],
+) -> dict[str, Assignment]:
+    """The assignments of the tensors that rule `number` matches."""
+    rule, place = loaded.recipe.rules[number], loaded.place_of(number)
+    asked = "" if rule.requantize else rule.format
+    kept = {name.full: fmt for name in members if (fmt := kept_format(asked, stored.get(name.full)))}
+    found = {name: keep_codes(name, fmt, number, place) for name, fmt in kept.items()}
+    others = [name for name in members if name.full not in kept]
+    outside = [name.module for name in others if name.layer is None]
+    if outside and rule.format != KEEP:
+        raise UserError(
+            f"{outside[0]} is outside the decoder layers, where nothing can be quantized.",
+            code="recipe-not-quantizable",
+            where=place,
+            remedy="Remove it from the rule, or give it `format: keep`.",
+        )
+    if others:
+        assignment = _settle(rule, number, [infos[name.full] for name in others], place)
+        check_inputs(assignment, [name.full for name in others], place)
+        found |= dict.fromkeys((name.full for name in others), assignment)
+    return found
 
 
-def _patterns(rules: Sequence[Rule]) -> dict[str, Pattern]:
-    """The regular expressions of rules by their text; each has one time budget for all names."""
-    names = (rule.name for rule in rules if rule.name is not None and rule.name.startswith("re:"))
-    return {name: Pattern(name.removeprefix("re:")) for name in names}
+def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) -> Assignment:
+    """The one assignment of all tensors that a rule quantizes; its options settled by their shapes."""
+    if rule.format == KEEP:
+        return Assignment(None, "", "", number)
+    fmt = TensorFormat(rule.format)
+    if rule.format == "int4":
+        sizes = rule.group_size or INT4_GROUPS
+        fitting = (size for size in sizes if all(t.shape and t.shape[-1] % size == 0 for t in tensors))
+        fmt = TensorFormat("int4", group_size=next(fitting, sizes[-1]), symmetric=rule.symmetric is not False)
+    for tensor in tensors:
+        check_shape(fmt, tensor.shape, where=f"{place}: {tensor.name}")
+    scale_rule = rule.scale_rule or FORMATS[rule.format].scale_rules[0]
+    return Assignment(fmt, scale_rule, rule.objective or "mse", number)
 
 
-def _first_match(rules: Sequence[Rule], name: TensorName, layers: int, patterns: Mapping[str, Pattern]) -> int | None:
-    return next((number for number, rule in enumerate(rules) if _rule_matches(rule, name, layers, patterns)), None)
+class _Matcher:
+    """Matches the rules of a recipe against names; each regular expression has one time budget for all names."""
 
+    def __init__(self, loaded: LoadedRecipe, num_layers: int) -> None:
+        self._loaded = loaded
+        self._num_layers = num_layers
+        texts = {rule.name for rule in loaded.recipe.rules if rule.name is not None and rule.name.startswith("re:")}
+        self._patterns = {text: Pattern(text.removeprefix("re:")) for text in texts}
 
-def _rule_matches(rule: Rule, name: TensorName, layers: int, patterns: Mapping[str, Pattern]) -> bool:
-    if rule.role and not any(_role_matches(role, name) for role in rule.role):
-        return False
-    if rule.name is not None and not _name_matches(rule.name, name.module, patterns):
-        return False
-    if not rule.role and name.role in KEPT_ROLES and rule.name != name.module:
-        return False  # a broad pattern must not sweep up an lm_head
-    return rule.layers is None or name.layer in layer_numbers(rule.layers, layers)
+    def first(self, name: TensorName) -> int | None:
+        """The first rule that matches a tensor."""
+        return next((number for number in range(len(self._loaded.recipe.rules)) if self.matches(number, name)), None)
+
+    def matches(self, number: int, name: TensorName) -> bool:
+        """Whether all conditions of rule `number` hold for a tensor; UserError for a pattern that takes too long."""
+        rule = self._loaded.recipe.rules[number]
+        if rule.role and not any(_role_matches(role, name) for role in rule.role):
+            return False
+        if rule.name is not None and not self._name_matches(rule.name, name.module, number):
+            return False
+        if not rule.role and name.role in KEPT_ROLES and rule.name != name.module:
+            return False  # a broad pattern must not match an lm_head
+        return rule.layers is None or name.layer in layer_numbers(rule.layers, self._num_layers)
+
+    def _name_matches(self, pattern: str, module: str, number: int) -> bool:
+        if pattern not in self._patterns:
+            return fnmatch.fnmatchcase(module, pattern)
+        try:
+            return self._patterns[pattern].is_all_of(module)
+        except UserError as error:
+            raise error.at(f"{self._loaded.place_of(number)}.name") from None
 
 
 def _role_matches(wanted: str, name: TensorName) -> bool:
@@ -133,33 +155,42 @@ def _role_matches(wanted: str, name: TensorName) -> bool:
     return name.role == wanted or name.role in ROLE_SETS.get(wanted, ())
 
 
-def _name_matches(pattern: str, module: str, patterns: Mapping[str, Pattern]) -> bool:
-    if pattern in patterns:
-        return patterns[pattern].is_all_of(module)
-    return fnmatch.fnmatchcase(module, pattern)
-
-
 @lru_cache(maxsize=1024)
-def layer_numbers(text: str, layers: int) -> frozenset[int]:
-    """The layers that `layers:` names, e.g. "0..3, 26, -2..-1" of a model with `layers` layers."""
+def layer_numbers(text: str, num_layers: int) -> frozenset[int]:
+    """The layers that `layers:` names, e.g. "0..3, 26, -2..-1", of a model with `num_layers` layers."""
     numbers: set[int] = set()
     for part in text.split(","):
         ends = [int(end) for end in part.split("..")]
-        first, last = (end + layers if end < 0 else end for end in (ends[0], ends[-1]))
-        numbers.update(range(max(first, 0), min(last, layers - 1) + 1))
+        first, last = (end + num_layers if end < 0 else end for end in (ends[0], ends[-1]))
+        numbers.update(range(max(first, 0), min(last, num_layers - 1) + 1))
     return frozenset(numbers)
 
 
-def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) -> Assignment:
-    if rule.format == KEEP:
-        return Assignment(None, "", "", number)
-    spec = FORMATS[rule.format]
-    scale = rule.scale_rule or spec.scale_rules[0]
-    fmt = TensorFormat(rule.format)
-    if rule.format == "int4":
-        sizes = rule.group_size or INT4_GROUPS
-        group_size = next((g for g in sizes if all(t.shape and t.shape[-1] % g == 0 for t in tensors)), sizes[-1])
-        fmt = TensorFormat("int4", group_size=group_size, symmetric=rule.symmetric is not False)
-    for tensor in tensors:
-        check_shape(fmt, tensor.shape, where=f"{place}: {tensor.name}")
-    return Assignment(fmt, scale, rule.objective or "mse", number)
+def _no_rule(name: TensorName, info: TensorInfo, where: str) -> UserError:
+    return UserError(
+        f"no rule matches {name.full} (role {name.role}, {list(info.shape)}).",
+        code="recipe-rule-missing",
+        where=where,
+        remedy=f"Add a rule for it, `format: {KEEP}` to leave it unquantized.",
+    )
+
+
+def _unmatched(
+    loaded: LoadedRecipe,
+    number: int,
+    matcher: _Matcher,
+    fixed_names: Sequence[TensorName],
+    fixed: Mapping[str, str],
+) -> UserError:
+    """Why rule `number` matches no tensor."""
+    place = loaded.place_of(number)
+    name = next((name.full for name in fixed_names if matcher.matches(number, name)), None)
+    if name is not None:
+        what = f"{name} cannot be quantized: {fixed[name]}."
+        return UserError(what, code="recipe-not-quantizable", where=place, remedy="Remove this rule.")
+    return UserError(
+        "this rule matches no tensor of the model that an earlier rule leaves.",
+        code="recipe-rule-unmatched",
+        where=place,
+        remedy="Remove it, or move it before the rule that matches its tensors.",
+    )
