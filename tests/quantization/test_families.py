@@ -1,4 +1,4 @@
-"""Text families on tiny random models: the walk, quantize and eval against transformers' own forward."""
+"""Text families on tiny random models: forward passes, quantize and evaluate against transformers' own forward."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from snugfit.evaluation.subject import open_head, open_subject, resident_layer
 from torch import Tensor, nn
 
 from conftest import MakeTiny
+from helpers.errors import raises
+from helpers.run_model import stream_logits
 from helpers.tiny_families import (
     FAMILIES,
     all_tensors,
@@ -25,13 +26,13 @@ from helpers.tiny_families import (
     write_rows,
 )
 from snugfit.data.dataset import make_dataset
-from snugfit.errors import UserError
 from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
-from snugfit.evaluation.fidelity import stream_logits
+from snugfit.evaluation.evaluated_model import open_head, open_model, resident_layer
 from snugfit.model import forward_pass, layer_stubs, layers
-from snugfit.quantization.quantize import quantize_checkpoint
-from snugfit.storage.open import open_checkpoint
+from snugfit.model.layout import read_layout
+from snugfit.model.skeleton import build_skeleton
+from snugfit.quantization.quantize import quantize
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -55,28 +56,28 @@ def layer_outputs(model: Any, decoder_layers: Sequence[nn.Module], tokens: Tenso
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_walk_is_transformers_forward(family: str, dtype: torch.dtype, make_tiny: MakeTiny) -> None:
-    """Hidden states after every layer, and logits, are transformers' bit for bit, rows padded to one length included.
+def test_forward_pass_is_transformers_own(family: str, dtype: torch.dtype, make_tiny: MakeTiny) -> None:
+    """Hidden states after every layer, and logits, are transformers' bit for bit, also for padded rows.
 
-    Logits of a padded row are those that the row has alone, but for the order in which products of its shape sum.
+    Logits of a padded row are those of the row alone, except for the order in which products of its shape sum.
     """
     path = make_tiny(family, dtype=dtype, **FAMILIES[family])
     model = load(path)
-    subject = open_subject(path, activations="none")
-    assert subject.arithmetic == dtype
+    evaluated = open_model(path, activations="none")
+    assert evaluated.arithmetic == dtype
     rows = random_rows([40, 40, 40, 70, 100, 100, 17, 64], stop=64)
     batches = forward_pass.make_batches(rows, 160, CPU)
     assert any(batch.valid is not None for batch in batches)
-    skeleton = subject.skeleton
-    forward_pass.embed(skeleton, layers.outer_weights(skeleton, subject.checkpoint, head=False), batches, CPU)
+    skeleton = evaluated.skeleton
+    forward_pass.embed(skeleton, layers.outer_weights(skeleton, evaluated.checkpoint, head=False), batches, CPU)
     real = dict(model.named_modules())[skeleton.layers_name]
     expected = [layer_outputs(model, list(real), batch.tokens) for batch in batches]
     for index in range(len(skeleton.layers)):
-        layer, _ = resident_layer(subject, index, CPU)
+        layer, _ = resident_layer(evaluated, index, CPU)
         forward_pass.run_layer(layer, index, batches)
         for batch, (states, _) in zip(batches, expected, strict=True):
             assert torch.equal(batch.hidden, states[index])
-    head = open_head(subject, CPU)
+    head = open_head(evaluated, CPU)
     for batch, (_, logits) in zip(batches, expected, strict=True):
         found = head(batch.hidden)
         assert torch.equal(found, logits)
@@ -90,9 +91,9 @@ def test_walk_is_transformers_forward(family: str, dtype: torch.dtype, make_tiny
 def test_quantized_files_run_in_transformers(
     family: str, make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers loads the hybrid of every family and gives our logits; the rest of the file is the source's.
+    """transformers loads the hybrid of every family and gives our logits; all other tensors are the source's.
 
-    `eval` finds the reference's perplexity as transformers' forward has it, and a small KL.
+    `evaluate` finds the perplexities of transformers' forward, and a small KL.
     """
     check_quantized(family, "nvfp4-fp8-hybrid", make_tiny, tmp_path, monkeypatch)
 
@@ -102,7 +103,7 @@ def test_quantized_files_run_in_transformers(
 def test_other_recipes(
     family: str, recipe: str, make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Fused projections, linear attention and per-layer inputs go through one format for all as well."""
+    """One format for all linears also works for fused projections, linear attention and per-layer inputs."""
     check_quantized(family, recipe, make_tiny, tmp_path, monkeypatch)
 
 
@@ -113,7 +114,7 @@ def check_quantized(
     source, target = make_tiny(family, dtype=torch.float32, **FAMILIES[family]), tmp_path / "out"
     rows = random_rows([48] * 6, seed=1, stop=64)
     text = write_rows(tmp_path / "rows.jsonl", rows)
-    record = quantize_checkpoint(source, target, recipe, text=[text])
+    record = quantize(source, recipe, output_dir=target, dataset=[text])
     kept = [tensor.name for tensor in record.tensors if tensor.format == "as it was"]
     before, after = all_tensors(source), all_tensors(target)
     assert len(kept) < len(before)
@@ -123,9 +124,9 @@ def check_quantized(
         expected = load(target)(input_ids=tokens, use_cache=False).logits.float()
         original = load(source)(input_ids=tokens, use_cache=False).logits.float()
     found = torch.cat([part.float() for _, _, part in stream_logits(target, make_dataset(rows, "random"))], dim=1)
-    # a code that sits on a tie may fall the other way; a linear that is left alone makes 0.05
+    # a value halfway between two codes may become the other one; a linear in 16 bits makes 0.05
     assert float((expected - found).abs().mean() / expected.abs().mean()) < 0.01
-    reference, candidate = evaluate([target], reference_model=source, text=[text]).contexts[0].models[:2]
+    reference, candidate = evaluate([target], reference=source, dataset=[text]).contexts[0].models[:2]
     assert reference.perplexity == pytest.approx(perplexity_of(original, rows), rel=1e-5)
     assert candidate.perplexity == pytest.approx(perplexity_of(found, rows), rel=1e-5)
     assert candidate.kl is not None
@@ -136,23 +137,23 @@ def check_quantized(
     "family", ["falcon_h1", "gemma4_text", "qwen3_5_text", "granitemoehybrid", "bamba", "gpt_neox"]
 )
 def test_continuations_are_transformers_own(family: str, make_tiny: MakeTiny) -> None:
-    """Greedy continuations with a cache, recurrent states and shared keys are those of transformers' generate."""
+    """Greedy continuations with a cache, recurrent states and shared keys equal those of transformers' generate."""
     path = make_tiny(family, dtype=torch.float32, **FAMILIES[family])
     prompt = [5, 6, 7, 8, 9]
-    found = continue_greedily(open_subject(path), [prompt], CPU, tokens=8)[0]
+    found = continue_greedily(open_model(path), [prompt], CPU, tokens=8)[0]
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
     expected = load(path).generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
     assert found == expected
 
 
 def test_a_head_of_another_name_is_kept(make_tiny: MakeTiny, tmp_path: Path) -> None:
-    """GPT-NeoX's files say embed_out where transformers' module is lm_head; it is copied, ignored and found again."""
+    """GPT-NeoX's files say embed_out for transformers' lm_head: the head is copied, ignored and found again."""
     source = make_tiny("gpt_neox")
-    skeleton = layers.build_skeleton(open_checkpoint(source))
+    skeleton = build_skeleton(read_layout(source))
     assert skeleton.stored["lm_head.weight"] == "embed_out.weight"
-    assert layers.linear_names(skeleton)["embed_out"] == "lm_head"
+    assert skeleton.linears()["embed_out"] == "lm_head"
     text = write_rows(tmp_path / "rows.jsonl", random_rows([32] * 2))
-    quantize_checkpoint(source, tmp_path / "out", "fp8-dynamic", text=[text])
+    quantize(source, "fp8-dynamic", output_dir=tmp_path / "out", dataset=[text])
     assert same(all_tensors(tmp_path / "out")["embed_out.weight"], all_tensors(source)["embed_out.weight"])
     config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
     assert "embed_out" in config["quantization_config"]["ignore"]
@@ -162,10 +163,10 @@ def test_a_head_of_another_name_is_kept(make_tiny: MakeTiny, tmp_path: Path) -> 
     ("family", "masks"), [("mistral", 1), ("gemma2", 2), ("gemma3_text", 1), ("gpt_oss", 2), ("llama", 0)]
 )
 def test_one_mask_of_each_kind(family: str, masks: int, make_tiny: MakeTiny) -> None:
-    """Many rows of one length share one mask [T, T] of each kind, whatever the batches; causal ones may need none."""
+    """Many rows of one length share one mask [T, T] of each kind, in all batches; causal attention may need none."""
     more = {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16, "sliding_window": 16}
-    checkpoint = open_checkpoint(make_tiny(family, **(FAMILIES.get(family) or {} if family != "gpt_oss" else more)))
-    skeleton = layers.build_skeleton(checkpoint)
+    layout = read_layout(make_tiny(family, **(FAMILIES.get(family) or {} if family != "gpt_oss" else more)))
+    skeleton, checkpoint = build_skeleton(layout), layout.checkpoint
     batches = forward_pass.make_batches(random_rows([40] * 10), 200, CPU)
     assert [len(batch.rows) for batch in batches] == [3, 3, 3, 1]
     forward_pass.embed(skeleton, layers.outer_weights(skeleton, checkpoint, head=False), batches, CPU)
@@ -182,9 +183,9 @@ def test_one_mask_of_each_kind(family: str, masks: int, make_tiny: MakeTiny) -> 
 
 
 def test_tokens_own_inputs_are_not_shared(make_tiny: MakeTiny) -> None:
-    """What layers get of the tokens beside hidden states, Gemma 4's per-layer embeddings, stays each batch's own."""
-    checkpoint = open_checkpoint(make_tiny("gemma4_text", **FAMILIES["gemma4_text"]))
-    skeleton = layers.build_skeleton(checkpoint)
+    """Inputs of layers that depend on the tokens, such as Gemma 4's per-layer embeddings, are each batch's own."""
+    layout = read_layout(make_tiny("gemma4_text", **FAMILIES["gemma4_text"]))
+    skeleton, checkpoint = build_skeleton(layout), layout.checkpoint
     rows = random_rows([40, 40])
     batches = forward_pass.make_batches([rows[0], rows[1], rows[0]], 40, CPU)
     forward_pass.embed(skeleton, layers.outer_weights(skeleton, checkpoint, head=False), batches, CPU)
@@ -196,40 +197,43 @@ def test_tokens_own_inputs_are_not_shared(make_tiny: MakeTiny) -> None:
     assert len({id(state) for state in states}) == len(batches)
     assert all(batch.calls[2][1]["shared_kv_states"] is batch.calls[0][1]["shared_kv_states"] for batch in batches)
     assert skeleton.carries_state
-    assert not layers.build_skeleton(open_checkpoint(make_tiny("llama"))).carries_state
+    assert not build_skeleton(read_layout(make_tiny("llama"))).carries_state
 
 
 def test_names_within_a_layer(make_tiny: MakeTiny) -> None:
-    """A layer's needs and linears go by the file's names; what transformers computes itself is not among them."""
-    skeleton = layers.build_skeleton(open_checkpoint(make_tiny("qwen3_5_text", **FAMILIES["qwen3_5_text"])))
+    """A layer's tensors and linears have the file's names; buffers that transformers computes are not listed."""
+    skeleton = build_skeleton(read_layout(make_tiny("qwen3_5_text", **FAMILIES["qwen3_5_text"])))
     assert skeleton.stored_layers_name == skeleton.layers_name == "model.layers"
-    assert "linear_attn.A_log" in layers.used_names(skeleton, 0)
-    assert "linear_attn.conv1d.weight" in layers.used_names(skeleton, 0)
-    assert "self_attn.rotary_emb.inv_freq" not in layers.used_names(skeleton, 1)
-    assert layers.module_names(skeleton, 0)["linear_attn.in_proj_qkv"] == "linear_attn.in_proj_qkv"
+    assert "linear_attn.A_log" in skeleton.names_of_layer(0).used
+    assert "linear_attn.conv1d.weight" in skeleton.names_of_layer(0).used
+    assert "self_attn.rotary_emb.inv_freq" not in skeleton.names_of_layer(1).used
+    assert skeleton.names_of_layer(0).modules["linear_attn.in_proj_qkv"] == "linear_attn.in_proj_qkv"
 
 
 @pytest.mark.parametrize(
-    ("family", "more", "says"),
+    ("family", "more", "shape"),
     [
         (
             "gemma3n_text",
             {"head_dim": 16, "sliding_window": 16, "vocab_size_per_layer_input": 64, "num_kv_shared_layers": 0}
             | {"hidden_size_per_layer_input": 16, "laurel_rank": 8, "activation_sparsity_pattern": None}
             | {"pad_token_id": 0, "layer_types": ["sliding_attention", "full_attention", "full_attention"]},
-            r"its layers pass hidden states \[4, 1, 4, 64\] for 4 tokens",
+            "[4, 1, 4, 64]",
         ),
     ],
     ids=["parallel-states"],
 )
-def test_what_the_walk_cannot_run_is_refused(family: str, more: dict[str, Any], says: str, make_tiny: MakeTiny) -> None:
-    """Hidden states of another kind are refused before any weight is read."""
-    with pytest.raises(UserError, match=says):
-        open_subject(make_tiny(family, **more))
+def test_hidden_states_of_another_kind_are_refused(
+    family: str, more: dict[str, Any], shape: str, make_tiny: MakeTiny
+) -> None:
+    """A family whose layers pass more than one hidden state a token is refused before any weight is read."""
+    with raises("architecture-unsupported", where="config.json") as caught:
+        open_model(make_tiny(family, **more))
+    assert shape in caught.value.what
 
 
 class Decoder(nn.Module):
-    """Layers in a loop that scales what it hands on, and takes the first part of what layers return, or not."""
+    """Layers in a loop that scales hidden states, and takes the first part of what layers return if `first`."""
 
     def __init__(self, scale: float, *, first: bool) -> None:
         super().__init__()
@@ -238,7 +242,7 @@ class Decoder(nn.Module):
         self.scale, self.first = scale, first
 
     def get_input_embeddings(self) -> nn.Module:
-        """What a layer stub replaces."""
+        """The module that a stub replaces."""
         return self.embed
 
     def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
@@ -253,18 +257,18 @@ class Decoder(nn.Module):
 
 
 @pytest.mark.parametrize("first", [False, True])
-def test_loops_over_layers_are_told_apart(first: bool) -> None:
-    """A loop that takes the first part of a layer's answer is known; one that changes states between is refused."""
+def test_how_a_decoder_runs_its_layers(first: bool) -> None:
+    """A loop that takes the first part of what a layer returns is recognised; one that scales states is refused."""
     tokens = torch.zeros((1, 4), dtype=torch.int64)
     plain, scaled = Decoder(1.0, first=first), Decoder(0.5, first=first)
     assert layer_stubs.trace_layer_calls(plain, plain.layers, tokens, where="here").returns_tuple == first
-    with pytest.raises(UserError, match="here: its layers are run in a way that is not handled yet"):
+    with raises("architecture-unsupported", where="here"):
         layer_stubs.trace_layer_calls(scaled, scaled.layers, tokens, where="here")
 
 
 @pytest.mark.parametrize("kind", ["llama", "house_model"])
 def test_code_in_a_checkpoint_never_runs(kind: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
-    """Python files that a config's auto_map names are not run: a known family goes on, another is refused."""
+    """Python files that a config's auto_map names are not run: a known family works, an unknown one is refused."""
     path = tmp_path / "model"
     shutil.copytree(make_tiny("llama"), path)
     marker = tmp_path / "ran"
@@ -275,11 +279,11 @@ def test_code_in_a_checkpoint_never_runs(kind: str, make_tiny: MakeTiny, tmp_pat
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if kind == "llama":
         text = write_rows(tmp_path / "rows.jsonl", random_rows([32] * 2))
-        quantize_checkpoint(path, tmp_path / "out", "nvfp4", text=[text])
-        assert evaluate([tmp_path / "out"], text=[text]).contexts[0].models[0].perplexity > 1
+        quantize(path, "nvfp4", output_dir=tmp_path / "out", dataset=[text])
+        assert evaluate([tmp_path / "out"], dataset=[text]).contexts[0].models[0].perplexity > 1
     else:
-        with pytest.raises(UserError, match="transformers cannot build model_type 'house_model'"):
-            open_subject(path)
-        with pytest.raises(UserError, match="house_model"):
-            quantize_checkpoint(path, tmp_path / "out", "fp8-dynamic")
+        for run in (lambda: open_model(path), lambda: quantize(path, "fp8-dynamic", output_dir=tmp_path / "out")):
+            with raises("architecture-unknown", where=path / "config.json") as caught:
+                run()
+            assert "house_model" in caught.value.what
     assert not marker.exists()
