@@ -20,12 +20,15 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from conftest import MakeTiny
+from helpers.errors import failed_with, raises
 from snugfit.cli.app import app
 from snugfit.data.python_docs import python_topics
-from snugfit.errors import UserError
+from snugfit.evaluation import gpu_memory
 from snugfit.evaluation.evaluate import evaluate, write_results
-from snugfit.quantization.quantize import quantize_checkpoint
-from snugfit.records.evaluation import EvalRecord, ModelFigures
+from snugfit.evaluation.evaluated_model import open_model
+from snugfit.model import forward_pass
+from snugfit.quantization.quantize import quantize
+from snugfit.records.evaluation import EvalRecord, EvaluatedCheckpoint, ModelFigures
 
 Altered = Callable[..., Path]
 
@@ -98,7 +101,7 @@ def random_rows() -> list[list[int]]:
 def test_a_model_with_itself(llama: Path, tmp_path: Path, random_rows: list[list[int]]) -> None:
     """A model compared with itself has KL 0, the same top token everywhere, and nothing left to settle."""
     copy = shutil.copytree(llama, tmp_path / "copy")
-    record = evaluate([copy], reference_model=llama, text=[rows_file(tmp_path, random_rows)])
+    record = evaluate([copy], reference=llama, dataset=[rows_file(tmp_path, random_rows)])
     found = models(record)["copy"]
     assert found.kl is not None
     assert found.reverse_kl is not None
@@ -113,7 +116,7 @@ def test_a_model_with_itself(llama: Path, tmp_path: Path, random_rows: list[list
 def test_uniform_logits(llama: Path, tmp_path: Path, random_rows: list[list[int]]) -> None:
     """A model that knows nothing has the vocabulary's size as its perplexity, at every position."""
     blank = constant(llama, tmp_path / "blank", [0.0] * 64)
-    found = models(evaluate([blank], text=[rows_file(tmp_path, random_rows)]))["blank"]
+    found = models(evaluate([blank], dataset=[rows_file(tmp_path, random_rows)]))["blank"]
     assert found.perplexity == pytest.approx(64, rel=1e-6)
     assert found.perplexity_error == pytest.approx(0, abs=1e-6)
     assert [b.perplexity for b in found.by_position] == pytest.approx([64] * len(found.by_position), rel=1e-6)
@@ -126,7 +129,7 @@ def test_two_tokens_by_hand(make_tiny: MakeTiny, tmp_path: Path) -> None:
     q = constant(source, tmp_path / "q", [0.0, 0.0])
     r = constant(source, tmp_path / "r", [0.0, math.log(2)])
     rows = [[0, 0, 0, 1, 0], [1, 1, 0, 0, 0]]  # scored: 0 0 1 0 and 1 0 0 0: six zeros, two ones
-    record = evaluate([q, r], reference_model=p, text=[rows_file(tmp_path, rows)])
+    record = evaluate([q, r], reference=p, dataset=[rows_file(tmp_path, rows)])
     found = models(record)
     assert record.contexts[0].tokens == 8
     loss = -(6 * math.log(0.8) + 2 * math.log(0.2)) / 8
@@ -195,14 +198,14 @@ def agree(found: ModelFigures, expected: dict[str, Any], rel: float) -> None:
 def test_against_full_logits(llama: Path, tmp_path: Path, random_rows: list[list[int]]) -> None:
     """Every figure is that of transformers' full logits, to 1e-4, on a random fp32 model and a disturbed copy."""
     other = noisy(llama, tmp_path / "noisy", 0.02)
-    record = evaluate([other], reference_model=llama, text=[rows_file(tmp_path, random_rows)], tokens_per_batch=512)
+    record = evaluate([other], reference=llama, dataset=[rows_file(tmp_path, random_rows)], tokens_per_batch=512)
     agree(models(record)["noisy"], by_hand(plain(llama, random_rows), plain(other, random_rows), random_rows), 1e-4)
 
 
 def test_against_full_logits_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     """On the real model and a disturbed copy the figures are those of transformers' full bf16 logits, to 1e-4."""
     other = noisy(smollm2, tmp_path / "noisy", 0.002)
-    record = evaluate([other], reference_model=smollm2, contexts=[256], max_chunks=2, floors="none")
+    record = evaluate([other], reference=smollm2, contexts=[256], max_chunks=2, noise_floor="none")
     from snugfit.data.texts import read_chunks
     from snugfit.data.tokenizer import Tokenizer
 
@@ -213,9 +216,9 @@ def test_against_full_logits_of_a_real_model(smollm2: Path, tmp_path: Path) -> N
 def test_engine_profile_and_floor(make_tiny: MakeTiny, tmp_path: Path, token_rows: Path) -> None:
     """4-bit activations cost more than 16-bit ones, and floors stand beside: small, on fewer chunks, in fp32."""
     source = make_tiny("llama")
-    quantize_checkpoint(source, tmp_path / "q", "nvfp4", text=[token_rows])
-    full = evaluate([tmp_path / "q"], reference_model=source, text=[token_rows], floors="all")
-    weights = evaluate([tmp_path / "q"], reference_model=source, text=[token_rows], activations="none")
+    quantize(source, "nvfp4", output_dir=tmp_path / "q", dataset=[token_rows])
+    full = evaluate([tmp_path / "q"], reference=source, dataset=[token_rows], noise_floor="all")
+    weights = evaluate([tmp_path / "q"], reference=source, dataset=[token_rows], activations="none")
     a, b = models(full)["q"], models(weights)["q"]
     assert a.kl is not None
     assert b.kl is not None
@@ -227,7 +230,9 @@ def test_engine_profile_and_floor(make_tiny: MakeTiny, tmp_path: Path, token_row
     assert 0 < floor.kl < b.kl.mean / 10
     assert a.floor is not None
     assert b.floor is None
-    assert full.candidates[0]["formats"] == {"nvfp4": 21}
+    description = full.candidates[0]
+    assert isinstance(description, EvaluatedCheckpoint)
+    assert description.formats == {"nvfp4": 21}
 
 
 def test_non_finite_logits_are_counted(llama: Path, tmp_path: Path, random_rows: list[list[int]]) -> None:
@@ -240,7 +245,7 @@ def test_non_finite_logits_are_counted(llama: Path, tmp_path: Path, random_rows:
 
     broken = change(llama, tmp_path / "broken", alter)
     whole = noisy(llama, tmp_path / "whole", 0.01)
-    record = evaluate([broken, whole], reference_model=llama, text=[rows_file(tmp_path, random_rows)])
+    record = evaluate([broken, whole], reference=llama, dataset=[rows_file(tmp_path, random_rows)])
     found = models(record)
     assert found["broken"].nonfinite == record.contexts[0].tokens == 8 * 63
     assert found["whole"].nonfinite == 0
@@ -257,7 +262,19 @@ def test_contexts_are_cut_and_compared(smollm2: Path, tmp_path: Path) -> None:
     rough = noisy(smollm2, tmp_path / "rough", 0.004)
     text = tmp_path / "text.txt"
     text.write_text(python_topics("evaluation")[5000:9000], encoding="utf-8")
-    command = ["eval", small, rough, "--reference", smollm2, "--text", text, "--context", "64,128", "--max-chunks", 6]
+    command = [
+        "eval",
+        small,
+        rough,
+        "--reference",
+        smollm2,
+        "--dataset",
+        text,
+        "--context",
+        "64,128",
+        "--max-chunks",
+        6,
+    ]
     result = CliRunner().invoke(app, [*map(str, command), "-o", str(tmp_path / "out")])
     assert result.exit_code == 0, result.stderr
     assert "rough" in result.stdout
@@ -274,12 +291,11 @@ def test_contexts_are_cut_and_compared(smollm2: Path, tmp_path: Path) -> None:
     assert pair["difference"] < 0
     assert pair["p"] < 0.05
     again = CliRunner().invoke(app, [*map(str, command), "-o", str(tmp_path / "out")])
-    assert again.exit_code == 2
-    assert "exists already" in again.stderr
+    assert failed_with(again, "output-exists", tmp_path / "out")
 
 
 def test_chat_logs_are_continued(smollm2: Path, tmp_path: Path) -> None:
-    """Of a chat log only answers are scored, and both models go on from where they are farthest apart."""
+    """Of a chat log only answers are scored, and both models continue from where they diverge most."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rough = noisy(smollm2, tmp_path / "rough", 0.01)
@@ -289,18 +305,17 @@ def test_chat_logs_are_continued(smollm2: Path, tmp_path: Path) -> None:
     ]
     log = tmp_path / "log.jsonl"
     log.write_text(json.dumps({"messages": talk}) + "\n", encoding="utf-8")
-    record = evaluate([rough], reference_model=smollm2, text=[log], continuations=2, floors="none")
+    record = evaluate([rough], reference=smollm2, dataset=[log], continuations=2, noise_floor="none")
     assert record.contexts[0].context == 0
-    assert record.chat is not None
-    first, second = record.chat["continuations"]
-    assert first["kl"] >= second["kl"] > 0
+    first, second = record.continuations
+    assert first.kl >= second.kl > 0
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     ids = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype="auto").eval()
-    prompt = torch.tensor([ids[: first["position"]]])
-    told = model.generate(prompt, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(prompt))
-    assert first["reference_says"] == tokenizer.decode(told[0, prompt.shape[1] :])
-    assert first["where"].endswith("log.jsonl:1")
+    prompt = torch.tensor([ids[: first.position]])
+    continued = model.generate(prompt, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(prompt))
+    assert first.reference_continuation == tokenizer.decode(continued[0, prompt.shape[1] :])
+    assert first.source.endswith("log.jsonl:1")
 
 
 def test_stored_reference(llama: Path, tmp_path: Path, random_rows: list[list[int]]) -> None:
@@ -308,10 +323,10 @@ def test_stored_reference(llama: Path, tmp_path: Path, random_rows: list[list[in
     text = [rows_file(tmp_path, random_rows)]
     other = noisy(llama, tmp_path / "noisy", 0.02)
     cache = tmp_path / "cache"
-    first = evaluate([other], reference_model=llama, text=text, reference_cache=cache)
+    first = evaluate([other], reference=llama, dataset=text, reference_cache=cache)
     (file,) = cache.iterdir()
-    second = evaluate([other], reference_model=llama, text=text, reference_cache=cache)
-    shared = evaluate([other], reference_model=file, text=text)
+    second = evaluate([other], reference=llama, dataset=text, reference_cache=cache)
+    shared = evaluate([other], reference=file, dataset=text)
     a = models(first)["noisy"]
     assert a.kl is not None
     for record in (second, shared):
@@ -323,9 +338,9 @@ def test_stored_reference(llama: Path, tmp_path: Path, random_rows: list[list[in
         assert base.perplexity == first.contexts[0].models[0].perplexity
         assert base.floor == first.contexts[0].models[0].floor
         assert record.reference is not None
-        assert record.reference["stored_bytes"] == file.stat().st_size
-    with pytest.raises(UserError, match="other texts"):
-        evaluate([other], reference_model=file, text=[rows_file(tmp_path, random_rows[:4])])
+        assert record.reference.stored_bytes == file.stat().st_size
+    with raises("reference-mismatch", where=file):
+        evaluate([other], reference=file, dataset=[rows_file(tmp_path, random_rows[:4])])
 
 
 def test_stored_reference_of_another_model_is_not_taken(
@@ -335,54 +350,78 @@ def test_stored_reference_of_another_model_is_not_taken(
     text = [rows_file(tmp_path, random_rows)]
     other = noisy(llama, tmp_path / "noisy", 0.02)
     cache = tmp_path / "cache"
-    evaluate([other], reference_model=llama, text=text, reference_cache=cache, floors="none")
-    evaluate([llama], reference_model=other, text=text, reference_cache=cache, floors="none")
+    evaluate([other], reference=llama, dataset=text, reference_cache=cache, noise_floor="none")
+    evaluate([llama], reference=other, dataset=text, reference_cache=cache, noise_floor="none")
     assert len(list(cache.iterdir())) == 2
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "code", "place"),
     [
-        ({"contexts": [4096]}, "less than one chunk"),
-        ({"activations": "hopper"}, "unknown activation profile"),
-        ({"floors": "some"}, "unknown noise floor"),
-        ({"tokens_per_batch": 0}, "are none"),
-        ({"reference_cache": "here", "reference_model": None}, "no reference to store"),
-        ({"device": "tpu"}, "unknown device"),
+        ({"contexts": [4096]}, "dataset-too-small", "a.txt"),
+        ({"activations": "hopper"}, "option-invalid", "activations"),
+        ({"noise_floor": "some"}, "option-invalid", "noise_floor"),
+        ({"tokens_per_batch": 0}, "option-invalid", "tokens_per_batch"),
+        ({"continuations": -1}, "option-invalid", "continuations"),
+        ({"reference_cache": "here", "reference": None}, "option-missing", "reference_cache"),
+        ({"device": "tpu"}, "option-invalid", "device"),
     ],
 )
-def test_bad_options(smollm2: Path, tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    """What cannot be done is refused before anything is walked."""
+def test_bad_options(smollm2: Path, tmp_path: Path, options: dict[str, Any], code: str, place: str) -> None:
+    """What cannot be done is refused before any model is run."""
     text = tmp_path / "a.txt"
     text.write_text("words " * 100, encoding="utf-8")
-    settings: dict[str, Any] = {"reference_model": smollm2, "text": [text], "contexts": [32], **options}
+    settings: dict[str, Any] = {"reference": smollm2, "dataset": [text], "contexts": [32], **options}
     copy = change(smollm2, tmp_path / "copy", lambda _, tensor: tensor)
-    with pytest.raises(UserError, match=message):
+    with raises(code, where=place):
         evaluate([copy], **settings)
 
 
 def test_models_that_do_not_belong_together(make_tiny: MakeTiny, llama: Path, tmp_path: Path, token_rows: Path) -> None:
-    """Another vocabulary, rows beyond the positions and one checkpoint twice are refused; --force lets rows be long."""
+    """Another vocabulary, rows beyond the positions and one checkpoint twice are refused."""
     wide = make_tiny("llama", vocab_size=80)
-    with pytest.raises(UserError, match="vocabularies differ"):
-        evaluate([wide], reference_model=llama, text=[token_rows])
+    with raises("models-mismatch"):
+        evaluate([wide], reference=llama, dataset=[token_rows])
     short = make_tiny("llama", max_position_embeddings=32)
-    with pytest.raises(UserError, match="beyond the model's 32 positions"):
-        evaluate([short], text=[token_rows])
-    assert evaluate([short], text=[token_rows], force=True).contexts[0].chunks == 6
-    with pytest.raises(UserError, match="named twice"):
-        evaluate([llama, llama], text=[token_rows])
-    with pytest.raises(UserError, match="no checkpoint"):
-        evaluate([], text=[token_rows])
-    with pytest.raises(UserError, match="beyond the model's vocabulary"):
-        evaluate([llama], text=[rows_file(tmp_path, [[1, 2, 64]])])
+    with raises("sequence-too-long", where=f"{token_rows}:1") as caught:
+        evaluate([short], dataset=[token_rows])
+    assert "32 positions" in caught.value.what
+    assert evaluate([short], dataset=[token_rows], allow_long_context=True).contexts[0].chunks == 6
+    with raises("option-invalid", where=llama):
+        evaluate([llama, llama], dataset=[token_rows])
+    with raises("option-missing", where="models"):
+        evaluate([], dataset=[token_rows])
+    with raises("token-out-of-range", where=tmp_path / "rows.jsonl"):
+        evaluate([llama], dataset=[rows_file(tmp_path, [[1, 2, 64]])])
+
+
+def test_a_full_gpu_is_an_error_of_the_user(
+    llama: Path, tmp_path: Path, random_rows: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's out-of-memory error names the device and what to lower."""
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand so on")
+
+    monkeypatch.setattr(forward_pass, "run_layer", fail)
+    with raises("gpu-memory-insufficient", where="cpu") as caught:
+        evaluate([llama], dataset=[rows_file(tmp_path, random_rows)])
+    assert "2 GiB" in caught.value.what
+    assert "`tokens_per_batch`" in caught.value.remedy
+
+
+@pytest.mark.parametrize(("free", "expected"), [(0, 1), (24 * 4 * 128 * 100, 100), (1 << 50, 16384)])
+def test_tokens_follow_the_free_memory(llama: Path, monkeypatch: pytest.MonkeyPatch, free: int, expected: int) -> None:
+    """A batch takes a quarter of a GPU's free memory, however little that is, and 16,384 tokens at most."""
+    monkeypatch.setattr(gpu_memory, "free_bytes", lambda _: free)
+    assert gpu_memory.tokens_that_fit([open_model(llama)], torch.device("cuda")) == expected
 
 
 def test_a_broken_stored_reference_is_refused(llama: Path, tmp_path: Path, token_rows: Path) -> None:
-    """A file that is no stored reference is refused by name."""
+    """A file that is not a stored reference is refused by name."""
     (tmp_path / "ref.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="not a stored reference"):
-        evaluate([llama], reference_model=tmp_path / "ref.safetensors", text=[token_rows])
+    with raises("reference-invalid", where=tmp_path / "ref.safetensors"):
+        evaluate([llama], reference=tmp_path / "ref.safetensors", dataset=[token_rows])
 
 
 def test_memory_follows_the_layer(make_tiny: MakeTiny, tmp_path: Path) -> None:
@@ -408,9 +447,9 @@ def test_memory_follows_the_layer(make_tiny: MakeTiny, tmp_path: Path) -> None:
         "from snugfit.evaluation.evaluate import evaluate\n"
         "from snugfit.machine import peak_rss_bytes\n"
         "small, source, other, text = sys.argv[1:]\n"
-        "evaluate([small], text=[text], floors='none')\n"  # whatever is imported late
+        "evaluate([small], dataset=[text], noise_floor='none')\n"  # whatever is imported late
         "before = peak_rss_bytes()\n"
-        "evaluate([other], reference_model=source, text=[text], floors='none')\n"
+        "evaluate([other], reference=source, dataset=[text], noise_floor='none')\n"
         "print(peak_rss_bytes() - before)\n"
     )
     small = make_tiny("llama", vocab_size=512)

@@ -20,8 +20,8 @@ from evaluation.test_evaluate import agree, by_hand, models, rows_file
 from snugfit.evaluation import continuations
 from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
-from snugfit.evaluation.subject import last_states, open_head, open_subject
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.evaluation.evaluated_model import last_states, open_head, open_model
+from snugfit.quantization.quantize import quantize
 from snugfit.records.evaluation import EvalRecord, ModelFigures
 
 CPU = torch.device("cpu")
@@ -152,12 +152,12 @@ def llama(make_tiny: MakeTiny) -> Path:
 def fp8(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its FP8 as we write it."""
     target = tmp_path_factory.mktemp("fp8") / "fp8"
-    quantize_checkpoint(llama, target, "fp8-dynamic")
+    quantize(llama, "fp8-dynamic", output_dir=target)
     return target
 
 
 def against(reference: Path, candidates: list[Path], text: Path, **more: Any) -> EvalRecord:
-    return evaluate(candidates, reference_model=reference, text=[text], floors="none", **more)
+    return evaluate(candidates, reference=reference, dataset=[text], noise_floor="none", **more)
 
 
 def anonymous(found: ModelFigures) -> dict[str, Any]:
@@ -219,13 +219,13 @@ def test_continuations_read_the_rounded_cache(
         monkeypatch.setattr(continuations, "free_bytes", lambda _: free)
     asks = with_kv(fp8, tmp_path / "asks", TENSOR_SCALES)
     prompts = [row[: 20 + n] for n, row in enumerate(rows[:3])]
-    found = continue_greedily(open_subject(asks), prompts, CPU, tokens=10)
+    found = continue_greedily(open_model(asks), prompts, CPU, tokens=10)
     model = by_transformers(llama, dequantized(fp8), token_rounding)
     assert found == [generated(model, prompt, TENSOR_SCALES, 10) for prompt in prompts]
-    plainly = continue_greedily(open_subject(fp8), prompts, CPU, tokens=10)
+    plainly = continue_greedily(open_model(fp8), prompts, CPU, tokens=10)
     assert plainly == [generated(model, prompt, None, 10) for prompt in prompts]
     assert found != plainly
-    assert continue_greedily(open_subject(asks, activations="none"), prompts, CPU, tokens=10) == [
+    assert continue_greedily(open_model(asks, activations="none"), prompts, CPU, tokens=10) == [
         generated(by_transformers(llama, dequantized(fp8), None), prompt, None, 10) for prompt in prompts
     ]
 
@@ -271,7 +271,7 @@ def test_a_quantized_head_is_read(llama: Path, text: Path, rows: list[list[int]]
     head = with_fp8_head(llama, tmp_path / "head")
     model = by_transformers(llama, dequantized(head), None if profile == "none" else token_rounding)
     expected = logits_of(model, rows)
-    subject = open_subject(head, activations=profile)
+    subject = open_model(head, activations=profile)
     states = last_states(subject, rows, [torch.arange(40)] * len(rows), CPU)
     assert torch.allclose(open_head(subject, CPU)(torch.stack(states)), expected, rtol=1e-5, atol=1e-5)
     record = against(llama, [head], text, activations=profile)
@@ -284,7 +284,7 @@ def test_continuations_round_what_a_quantized_head_sees(llama: Path, rows: list[
     """Of 80 greedy tokens under an engine's profile all are transformers' with rounded inputs of the head."""
     head = with_fp8_head(llama, tmp_path / "head")
     model, without = (by_transformers(llama, dequantized(head), rounding) for rounding in (token_rounding, None))
-    found = continue_greedily(open_subject(head), rows, CPU, tokens=10)
+    found = continue_greedily(open_model(head), rows, CPU, tokens=10)
     assert found == [generated(model, row, None, 10) for row in rows]
     assert found != [generated(without, row, None, 10) for row in rows]
 
@@ -354,7 +354,7 @@ def to_modelopt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_modelopt_nvfp4_is_evaluated(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, *, apart: bool) -> None:
     """The same codes, scales and FP8 cache in ModelOpt's layout, its config inside or apart, give the same figures."""
     source = make_tiny("llama")
-    quantize_checkpoint(source, tmp_path / "plain", "nvfp4", text=[token_rows])
+    quantize(source, "nvfp4", output_dir=tmp_path / "plain", dataset=[token_rows])
     ours = with_kv(tmp_path / "plain", tmp_path / "ours", TENSOR_SCALES)
     details: dict[str, Any] = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}
     if apart:

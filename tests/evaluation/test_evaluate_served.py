@@ -119,7 +119,7 @@ def text(rows: list[list[int]], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def exact(llama: Path, other: Path, text: Path) -> EvalRecord:
     """The disturbed copy evaluated as a checkpoint."""
-    return evaluate([other], reference_model=llama, text=[text], floors="none")
+    return evaluate([other], reference=llama, dataset=[text], noise_floor="none")
 
 
 @pytest.fixture
@@ -303,7 +303,7 @@ def test_rows_on_which_the_server_computes_nan(
     assert found.tokens_by_chunk == (47, 47, 0, 47, 47, 47)
     assert models(record)[llama.name].nonfinite == 0
     rest = rows_file(tmp_path, rows[:2] + rows[3:])
-    expected = models(evaluate([other], reference_model=llama, text=[rest], floors="none"))["noisy"]
+    expected = models(evaluate([other], reference=llama, dataset=[rest], noise_floor="none"))["noisy"]
     assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
     assert kl(found) == pytest.approx(kl(expected), rel=1e-4)
     server.asked.clear()
@@ -432,7 +432,7 @@ def test_a_server_needs_an_output_and_the_original(
     server: Serving, llama: Path, other: Path, text: Path, tmp_path: Path
 ) -> None:
     """Without -o, without --reference, and with a stored reference a server is refused before it is asked anything."""
-    evaluate([other], reference_model=llama, text=[text], floors="none", reference_cache=tmp_path / "cache")
+    evaluate([other], reference=llama, dataset=[text], noise_floor="none", reference_cache=tmp_path / "cache")
     (stored,) = (tmp_path / "cache").iterdir()
     out = ("-o", tmp_path / "out")
     for options, message in (
@@ -535,7 +535,7 @@ def test_of_conversations_answers_alone_are_scored(serve: Serve, chat: tuple[Pat
     record = ask(server, tmp_path / "journal", reference, log, continuations=0)
     assert server.scored == chat_rows()
     assert record.contexts[0].chunk_tokens == (4 + 7, 4)
-    plainly = evaluate([candidate], reference_model=reference, text=[log], floors="none", continuations=0)
+    plainly = evaluate([candidate], reference=reference, dataset=[log], noise_floor="none", continuations=0)
     same(models(record)[SERVED], models(plainly)["copy"])
 
 

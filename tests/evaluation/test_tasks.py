@@ -21,7 +21,7 @@ import yaml
 from snugfit.errors import UserError
 from snugfit.evaluation import offline_tasks, tasks
 from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 
 MakeTiny = Callable[..., Path]
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "to", "its", "red", "hat", "by", "old", "sea"]
@@ -207,9 +207,9 @@ def test_an_empty_context_begins_with_bos(tiny: Path) -> None:
     """A request without context is conditioned on BOS, as in lm_eval's HFLM; one that repeats BOS gets no second."""
     from lm_eval.api.instance import Instance
 
-    from snugfit.evaluation.subject import open_subject
+    from snugfit.evaluation.evaluated_model import open_model
 
-    ours = tasks._walk_model(open_subject(tiny), torch.device("cpu"), 4096, progress=False)
+    ours = tasks._walk_model(open_model(tiny), torch.device("cpu"), 4096, progress=False)
     theirs = hflm(tiny)
     pairs = [("", "the cat"), ("<s>the", " cat"), ("the cat  ", "sat"), ("the", " cat sat on"), ("the", " cat")]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
@@ -291,7 +291,7 @@ def test_nothing_is_printed(tiny: Path, folder: Path, capfd: pytest.CaptureFixtu
 def test_activations_of_the_profile(make_tiny: MakeTiny, folder: Path, tmp_path: Path) -> None:
     """A quantized checkpoint is tested with the activations of the named engine profile."""
     source = add_tokenizer(make_tiny(vocab_size=VOCABULARY))
-    quantize_checkpoint(source, tmp_path / "out", "fp8-dynamic")
+    quantize(source, "fp8-dynamic", output_dir=tmp_path / "out")
     runs = [
         run_tasks(tmp_path / "out", ["tiny_word"], task_folder=folder, device="cpu", activations=profile)
         for profile in ("vllm-blackwell", "none")

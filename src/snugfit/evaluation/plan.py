@@ -77,7 +77,7 @@ def make_plan(
         refuse_hub_id(path)
     if not models and (reference is None or not Path(reference).is_dir()):
         raise UserError(
-            "no model to evaluate.", code="option-invalid", where="models", remedy="Name one or more model directories."
+            "no model to evaluate.", code="option-missing", where="models", remedy="Name one or more model directories."
         )
     names = _names([Path(path) for path in models])
     candidates = tuple(
@@ -213,7 +213,7 @@ def check_options(
     where = "reference_cache"
     if reference is None:
         what, remedy = "there is no reference to store.", "Give the original model as `reference`."
-        raise UserError(what, code="option-conflict", where=where, remedy=remedy)
+        raise UserError(what, code="option-missing", where=where, remedy=remedy)
     if Path(reference).is_file():
         remedy = "Leave `reference_cache` out, or give the original model's directory as `reference`."
         raise UserError(f"{reference} is stored already.", code="option-conflict", where=where, remedy=remedy)
@@ -226,7 +226,7 @@ def check_server(server: ServerOptions | None, reference: str | Path | None) -> 
     if server is not None and (reference is None or not Path(reference).is_dir()):
         raise UserError(
             "a server is compared with the original model.",
-            code="option-conflict",
+            code="option-missing",
             where="server",
             remedy="Give its directory as `reference`: its tokenizer is needed, too.",
         )

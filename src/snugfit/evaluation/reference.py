@@ -236,6 +236,6 @@ def _check_parts(parts: Mapping[str, Any], offsets: NDArray[Any], key: Mapping[s
         if part.get_shape() != shape or part.get_dtype() != dtype:
             raise ValueError(f"{name} is {part.get_dtype()} {part.get_shape()}, not {dtype} {shape}")
         for start in range(0, tokens if dtype == "I32" else 0, TOKENS_AT_ONCE):
-            ids = part[start : start + TOKENS_AT_ONCE]
+            ids = part[start : min(start + TOKENS_AT_ONCE, tokens)]
             if ids.min() < 0 or ids.max() >= vocabulary:
                 raise ValueError(f"{name} has tokens beyond the vocabulary of {vocabulary}")
