@@ -342,7 +342,7 @@ def make_recipe(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
 
 def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     """A result of `eval` that is damaged, compared with a sound one; and a damaged record beside a model."""
-    import evaluation.test_compare as made
+    import helpers.results as made
 
     scores = [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
     if rng.random() < 0.5:
