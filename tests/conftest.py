@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from snugfit import machine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # small tensors: threads would cost more than they bring, most of all on a busy machine
@@ -27,6 +29,25 @@ TINY: dict[str, Any] = {
     "eos_token_id": 2,
 }
 MakeTiny = Callable[..., Path]
+FREE_MEMORY = 64 << 30
+USERS_OF_FREE_BYTES = (
+    "snugfit.quantization.estimate",
+    "snugfit.evaluation.continuations",
+    "snugfit.evaluation.gpu_memory",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fixed_free_memory() -> Iterator[None]:
+    """Main memory counts as free whatever else this machine runs; a test may patch a figure of its own over it."""
+
+    def free(device: torch.device) -> int:
+        return FREE_MEMORY if device.type == "cpu" else machine.free_bytes(device)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for user in USERS_OF_FREE_BYTES:
+            patch.setattr(f"{user}.free_bytes", free)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What transformers with compressed-tensors makes of our files, against our own emulated forward."""
+"""Logits of transformers with compressed-tensors on written files, against those of the emulated forward."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from compressed_tensors.compressors.nvfp4 import base
 from torch import Tensor
 
 from conftest import MakeTiny
+from helpers.run_model import figures_of, stream_logits
 from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import python_topics
-from snugfit.evaluation.fidelity import perplexity, stream_logits
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 
 
 def load(path: Path) -> Any:
@@ -44,11 +44,11 @@ def perplexity_of(logits: Tensor, rows: Dataset) -> float:
 def test_fp32_logits_agree(
     recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32 arithmetic, W4A4 included, transformers' logits equal ours but for codes that sit on a tie."""
+    """In fp32 arithmetic, W4A4 included, transformers' logits equal ours except for ties between codes."""
     unpack = base.unpack_fp4_from_uint8  # to bf16 by default, whatever the model's dtype is
     monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))
     source = make_tiny("llama", dtype=torch.float32)
-    quantize_checkpoint(source, tmp_path / "out", recipe, text=[token_rows])
+    quantize(source, recipe, output_dir=tmp_path / "out", dataset=[token_rows])
     rows = load_dataset(source, [token_rows])
     expected, found = plain_logits(tmp_path / "out", rows), our_logits(tmp_path / "out", rows)
     difference = float((expected - found).abs().mean() / expected.abs().mean())
@@ -60,31 +60,31 @@ def test_fp32_logits_agree(
 def hybrid(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model as the hybrid, calibrated on 8 x 256 tokens."""
     target = tmp_path_factory.mktemp("smollm2") / "hybrid"
-    quantize_checkpoint(smollm2, target, "nvfp4-fp8-hybrid", rows=8, length=256)
+    quantize(smollm2, "nvfp4-fp8-hybrid", output_dir=target, num_samples=8, max_seq_length=256)
     return target
 
 
 @pytest.fixture(scope="module")
 def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """4 x 256 tokens that calibration has not seen."""
+    """4 x 256 tokens that are not in the calibration samples."""
     text = tmp_path_factory.mktemp("text") / "evaluation.txt"
     text.write_text(python_topics("evaluation"), encoding="utf-8")
     return load_dataset(smollm2, [text], num_samples=4, max_seq_length=256)
 
 
 def test_real_model_before(smollm2: Path, rows: Dataset) -> None:
-    """The unquantized walk gives plain transformers' perplexity on the real model within 1e-3."""
+    """On the real model in 16 bits, `evaluate` gives transformers' perplexity within 1e-3."""
     expected = perplexity_of(plain_logits(smollm2, rows), rows)
-    assert perplexity(smollm2, rows).value == pytest.approx(expected, rel=1e-3)
+    assert figures_of(smollm2, rows).perplexity == pytest.approx(expected, rel=1e-3)
 
 
 def test_real_hybrid_in_transformers(hybrid: Path, rows: Dataset) -> None:
-    """transformers loads the real hybrid; in bf16 its perplexity is near ours, no nearer than its bf16 scales allow."""
+    """transformers loads the real hybrid; in bf16 its perplexity is as near to ours as its bf16 scales allow."""
     config = json.loads((hybrid / "config.json").read_text())
     assert config["quantization_config"]["format"] == "mixed-precision"
     expected, found = plain_logits(hybrid, rows), our_logits(hybrid, rows)
     difference = float((expected - found).abs().mean() / expected.abs().mean())
-    # measured 0.145 and 0.77: 4-bit activations turn bf16's last bits into whole codes, layer after layer
+    # measured 0.145 and 0.77: 4-bit activations turn last bits of bf16 into whole codes, layer after layer
     assert difference < 0.2
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() > 0.7
     assert perplexity_of(found, rows) == pytest.approx(perplexity_of(expected, rows), rel=0.1)

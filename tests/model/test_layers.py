@@ -1,4 +1,4 @@
-"""The skeleton and the walk against transformers' own loading and forward."""
+"""The skeleton and the forward pass against transformers' own loading and forward."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from conftest import MakeTiny
+from helpers.errors import raises
+from helpers.run_model import stream_logits
 from helpers.tiny_families import FAMILIES, all_tensors, load, random_rows
 from snugfit.data.dataset import Dataset, make_dataset
-from snugfit.errors import UserError
-from snugfit.evaluation.fidelity import stream_logits
 from snugfit.model import layers
-from snugfit.storage.open import open_checkpoint
+from snugfit.model.layout import read_layout
+from snugfit.model.skeleton import build_skeleton
 
 
-def walked_logits(path: Path, rows: Dataset) -> list[Tensor]:
+def logits_of(path: Path, rows: Dataset) -> list[Tensor]:
     parts: dict[int, list[Tensor]] = {}
     lengths: dict[int, int] = {}
     for batch, _, logits in stream_logits(path, rows, activations="none"):
@@ -33,7 +34,7 @@ def walked_logits(path: Path, rows: Dataset) -> list[Tensor]:
 def test_buffers_equal_a_full_load(family: str, make_tiny: MakeTiny) -> None:
     """Every buffer of the skeleton, persistent or not, has the value that transformers' own loading gives it."""
     path = make_tiny(family, **FAMILIES[family])
-    skeleton = layers.build_skeleton(open_checkpoint(path))
+    skeleton = build_skeleton(read_layout(path))
     expected = dict(load(path).named_buffers())
     found = dict(skeleton.model.named_buffers())
     assert found.keys() == expected.keys()
@@ -45,47 +46,50 @@ def test_buffers_equal_a_full_load(family: str, make_tiny: MakeTiny) -> None:
     assert all(parameter.device.type == "meta" for parameter in skeleton.model.parameters())
 
 
-def test_walk_is_exact_for_equal_shapes(make_tiny: MakeTiny) -> None:
-    """With rows of one length in one batch the walk gives the plain forward's logits bit for bit."""
+def test_forward_pass_is_exact_for_equal_shapes(make_tiny: MakeTiny) -> None:
+    """With rows of one length in one batch, logits are those of transformers' forward bit for bit."""
     path = make_tiny("llama")
     rows = make_dataset(random_rows([64, 64, 64]), "random")
     with torch.no_grad():
         expected = load(path)(input_ids=torch.tensor(rows.samples), use_cache=False).logits.float()
-    assert torch.equal(expected, torch.stack(walked_logits(path, rows)))
+    assert torch.equal(expected, torch.stack(logits_of(path, rows)))
 
 
 def test_missing_layer_tensor_is_named(make_tiny: MakeTiny) -> None:
-    """A decoder layer that lacks a tensor is refused with that tensor's name."""
-    skeleton = layers.build_skeleton(open_checkpoint(make_tiny("llama")))
+    """A decoder layer that lacks a tensor is refused with the name of the tensor."""
+    skeleton = build_skeleton(read_layout(make_tiny("llama")))
     state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in skeleton.layers[1].state_dict().items()}
     state.pop("mlp.up_proj.weight")
-    with pytest.raises(UserError, match=r"model\.layers\.1.*missing.*mlp\.up_proj\.weight"):
+    with raises("config-mismatch", where="model.layers.1") as caught:
         layers.resident_layer(skeleton, 1, state, torch.device("cpu"))
+    assert "mlp.up_proj.weight" in caught.value.what
 
 
 def test_tensor_left_without_data_is_an_error() -> None:
-    """A module with a buffer still on the meta device is refused, not used with garbage in it."""
+    """A module with a buffer still on the meta device is refused, and not run with undefined values."""
     module = nn.Linear(4, 4, bias=False)
     module.register_buffer("table", torch.empty(3, device="meta"), persistent=False)
-    with pytest.raises(UserError, match="table"):
+    with raises("config-mismatch", where="here") as caught:
         layers.fill(module, {"weight": torch.zeros(4, 4)}, where="here")
+    assert "table" in caught.value.what
 
 
 def test_tied_head_is_found_under_either_name(make_tiny: MakeTiny) -> None:
     """A tied checkpoint stores one matrix; both the embeddings and the head get it."""
-    checkpoint = open_checkpoint(make_tiny("llama", tie_word_embeddings=True))
+    layout = read_layout(make_tiny("llama", tie_word_embeddings=True))
+    checkpoint = layout.checkpoint
     assert "lm_head.weight" not in checkpoint.tensors
-    skeleton = layers.build_skeleton(checkpoint)
+    skeleton = build_skeleton(layout)
     for head in (False, True):
         weights = layers.outer_weights(skeleton, checkpoint, head=head)
         assert weights["lm_head.weight"] is weights["model.embed_tokens.weight"]
 
 
-@pytest.mark.parametrize("renamed", [{}, {".mlp.": ".feed.", "q_proj": "query"}], ids=["as-they-are", "renamed"])
+@pytest.mark.parametrize("renamed", [{}, {".mlp.": ".feed.", "q_proj": "query"}], ids=["same", "renamed"])
 def test_names_inside_layers_may_differ(
     renamed: dict[str, str], make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where transformers renames what is inside a layer, needs and linears go by the file's names, hooks by its own."""
+    """If transformers renames tensors inside a layer, weights have the file's names, and hooks the module's."""
     from transformers import conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
@@ -93,19 +97,19 @@ def test_names_inside_layers_may_differ(
     rows = make_dataset(random_rows([32, 32]), "random")
     with torch.no_grad():
         expected = load(source)(input_ids=torch.tensor(rows.samples), use_cache=False).logits
-    rules = [WeightRenaming(theirs.replace(".", r"\."), ours) for ours, theirs in renamed.items()]
+    rules = [WeightRenaming(file_name.replace(".", r"\."), module) for module, file_name in renamed.items()]
     monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda _: rules)
     tensors = all_tensors(source)
-    for ours, theirs in renamed.items():
-        tensors = {name.replace(ours, theirs): tensor for name, tensor in tensors.items()}
+    for module, file_name in renamed.items():
+        tensors = {name.replace(module, file_name): tensor for name, tensor in tensors.items()}
     shutil.copytree(source, tmp_path / "renamed")
     save_file(tensors, tmp_path / "renamed" / "model.safetensors", {"format": "pt"})
-    skeleton = layers.build_skeleton(open_checkpoint(tmp_path / "renamed"))
-    file_name = "feed.up_proj" if renamed else "mlp.up_proj"
-    assert f"{file_name}.weight" in layers.used_names(skeleton, 1)
-    assert layers.module_names(skeleton, 1)[file_name] == "mlp.up_proj"
-    assert layers.linear_names(skeleton)[f"model.layers.2.{file_name}"] == "model.layers.2.mlp.up_proj"
-    assert torch.equal(expected, torch.stack(walked_logits(tmp_path / "renamed", rows)))
+    skeleton = build_skeleton(read_layout(tmp_path / "renamed"))
+    up_proj = "feed.up_proj" if renamed else "mlp.up_proj"
+    assert f"{up_proj}.weight" in skeleton.names_of_layer(1).used
+    assert skeleton.names_of_layer(1).modules[up_proj] == "mlp.up_proj"
+    assert skeleton.linears()[f"model.layers.2.{up_proj}"] == "model.layers.2.mlp.up_proj"
+    assert torch.equal(expected, torch.stack(logits_of(tmp_path / "renamed", rows)))
 
 
 def test_two_names_of_one_tensor_are_refused(
@@ -125,5 +129,6 @@ def test_two_names_of_one_tensor_are_refused(
         tmp_path / "twice" / "model.safetensors",
         {"format": "pt"},
     )
-    with pytest.raises(UserError, match=r"head\.weight and lm_head\.weight are one tensor to transformers"):
-        layers.build_skeleton(open_checkpoint(tmp_path / "twice"))
+    with raises("tensor-duplicate", where=tmp_path / "twice") as caught:
+        build_skeleton(read_layout(tmp_path / "twice"))
+    assert {"head.weight", "lm_head.weight"} <= set(caught.value.what.split())

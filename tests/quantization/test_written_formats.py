@@ -1,4 +1,4 @@
-"""Blocks of FP8, MXFP4 and an FP8 KV cache from end to end: planned, written, read by us and by transformers."""
+"""Blocks of FP8, MXFP4 and an FP8 KV cache from end to end: planned, written, read by snugfit and by transformers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from compressed_tensors.compressors.nvfp4 import base
 from safetensors import safe_open
 from safetensors.torch import load_file
-from snugfit.evaluation.subject import open_subject
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import MakeTiny
+from helpers.plans import plan_of
+from helpers.run_model import stream_logits
 from snugfit.data.dataset import Dataset, load_dataset
-from snugfit.evaluation.fidelity import stream_logits
-from snugfit.quantization.plan import plan_quantization
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.evaluation.evaluated_model import open_model
+from snugfit.quantization.quantize import quantize
 
 RECIPES = ("fp8-block", "mxfp4", "fp8-dynamic-fp8kv", "nvfp4-fp8-hybrid-fp8kv")
-# sides that 128 divides, one of them more than once, and a key of one block
+# dimensions that 128 divides, one of them more than once, and a key of one block
 WIDE = {"hidden_size": 256, "intermediate_size": 384}
 
 
@@ -34,20 +34,20 @@ def llama(make_tiny: MakeTiny) -> Path:
 
 @pytest.fixture(scope="module")
 def written(llama: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """It, in each recipe."""
+    """What each recipe makes of it."""
     work = tmp_path_factory.mktemp("written")
     for recipe in RECIPES:
-        quantize_checkpoint(llama, work / recipe, recipe, text=[token_rows])
+        quantize(llama, recipe, output_dir=work / recipe, dataset=[token_rows])
     return {recipe: work / recipe for recipe in RECIPES}
 
 
 @pytest.fixture(scope="module")
 def rows(llama: Path, token_rows: Path) -> Dataset:
-    """What it was calibrated on."""
+    """The samples that it was calibrated on."""
     return load_dataset(llama, [token_rows])
 
 
-def theirs(path: Path, rows: Dataset) -> Tensor:
+def transformers_logits(path: Path, rows: Dataset) -> Tensor:
     """Logits of transformers with compressed-tensors."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     with torch.no_grad():
@@ -55,19 +55,19 @@ def theirs(path: Path, rows: Dataset) -> Tensor:
     return result
 
 
-def ours(path: Path, rows: Dataset, activations: str = "vllm-blackwell") -> Tensor:
+def snugfit_logits(path: Path, rows: Dataset, activations: str = "vllm-blackwell") -> Tensor:
     found = stream_logits(path, rows, activations=activations)
     return torch.cat([logits.float() for _, _, logits in found], dim=1)
 
 
-def apart(one: Tensor, other: Tensor) -> float:
+def difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().mean() / one.abs().mean())
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_planned_is_written(recipe: str, llama: Path, written: dict[str, Path]) -> None:
-    """Every tensor that the plan names is in the file with its dtype and shape, no other, and the bytes add up."""
-    plan = plan_quantization(llama, recipe)
+    """The file has exactly the tensors of the plan, with their dtypes and shapes, and the bytes add up."""
+    plan = plan_of(llama, recipe)
     planned = {info.name: (info.dtype, info.shape) for infos in plan.outputs.values() for info in infos}
     with safe_open(written[recipe] / "model.safetensors", "pt") as file:
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
@@ -89,23 +89,23 @@ def test_evaluation_reads_what_was_written(
     recipe: str, labels: set[str], cache: str | None, written: dict[str, Path]
 ) -> None:
     """A checkpoint opened for evaluation has the recipe's formats in all 21 linears, and its cache."""
-    subject = open_subject(written[recipe])
-    assert {fmt.label() for fmt in subject.formats.values()} == labels
-    assert (len(subject.formats), subject.kv) == (21, cache)
+    evaluated = open_model(written[recipe])
+    assert {fmt.label() for fmt in evaluated.formats.values()} == labels
+    assert (len(evaluated.formats), evaluated.kv_cache) == (21, cache)
 
 
 @pytest.mark.parametrize("recipe", ["fp8-block", "fp8-dynamic-fp8kv"])
-def test_transformers_sees_what_we_emulate(recipe: str, written: dict[str, Path], rows: Dataset) -> None:
-    """In fp32, inputs of linears and the cache rounded, transformers' logits are ours but for codes on a tie."""
-    assert apart(theirs(written[recipe], rows), ours(written[recipe], rows)) < 1e-5
-    # and that is no small thing
-    assert apart(theirs(written[recipe], rows), ours(written[recipe], rows, "none")) > 1e-3
+def test_emulated_inputs_agree_with_transformers(recipe: str, written: dict[str, Path], rows: Dataset) -> None:
+    """In fp32, inputs of linears and the cache rounded, transformers' logits are ours except for ties."""
+    assert difference(transformers_logits(written[recipe], rows), snugfit_logits(written[recipe], rows)) < 1e-5
+    # the roundings are much larger than that
+    assert difference(transformers_logits(written[recipe], rows), snugfit_logits(written[recipe], rows, "none")) > 1e-3
 
 
-def test_transformers_sees_our_mxfp4_weights(
+def test_mxfp4_weights_agree_with_transformers(
     written: dict[str, Path], rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With inputs in 16 bits, where engines' roundings do not differ, transformers' logits of MXFP4 are ours."""
+    """With inputs in 16 bits, which all engines treat alike, transformers' logits of MXFP4 weights are ours."""
     unpack = base.unpack_fp4_from_uint8  # to bf16 by default, whatever the model's dtype is
     monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))
     for file in written["mxfp4"].iterdir():
@@ -115,13 +115,13 @@ def test_transformers_sees_our_mxfp4_weights(
         assert group["input_activations"]["dynamic"] is True
         group["input_activations"] = None
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert {fmt.label() for fmt in open_subject(tmp_path).formats.values()} == {"mxfp4a16"}
-    assert apart(theirs(tmp_path, rows), ours(tmp_path, rows)) < 1e-5
-    assert apart(theirs(tmp_path, rows), ours(written["mxfp4"], rows)) > 1e-3
+    assert {fmt.label() for fmt in open_model(tmp_path).formats.values()} == {"mxfp4a16"}
+    assert difference(transformers_logits(tmp_path, rows), snugfit_logits(tmp_path, rows)) < 1e-5
+    assert difference(transformers_logits(tmp_path, rows), snugfit_logits(written["mxfp4"], rows)) > 1e-3
 
 
-def test_scales_of_the_cache_are_those_of_its_rows(written: dict[str, Path], llama: Path, rows: Dataset) -> None:
-    """Scales are the largest keys and values that the FP8 weights give on the calibration rows, by 448."""
+def test_scales_of_the_cache_are_those_of_the_samples(written: dict[str, Path], llama: Path, rows: Dataset) -> None:
+    """Scales are the largest keys and values that the FP8 weights give on the calibration samples, divided by 448."""
     tensors = load_file(written["fp8-dynamic-fp8kv"] / "model.safetensors")
     config = json.loads((written["fp8-dynamic-fp8kv"] / "config.json").read_text())["quantization_config"]
     assert config["kv_cache_scheme"]["num_bits"] == 8
@@ -132,5 +132,5 @@ def test_scales_of_the_cache_are_those_of_its_rows(written: dict[str, Path], lla
         for which, states in (("k", kept.keys), ("v", kept.values)):
             scale = tensors[f"model.layers.{layer}.self_attn.{which}_scale"]
             assert scale.shape == (1,)
-            # FP8 weights and inputs move the largest of some thousand values by a few per cent
+            # FP8 weights and inputs change the largest of some thousand values by a few per cent
             assert float(scale) * 448 == pytest.approx(float(states.abs().max()), rel=0.1)
