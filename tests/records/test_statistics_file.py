@@ -1,4 +1,4 @@
-"""Statistics as a file: written, taken instead of a walk, refused where they do not belong, merged, collected alone."""
+"""Statistics as a file: written, used instead of a run, refused where they do not belong, merged, collected alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from snugfit.calibration.observers import InputObserver
 from snugfit.errors import UserError
 from snugfit.model import forward_pass
 from snugfit.quantization.collect import collect_statistics
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 from snugfit.records.statistics import (
     SAMPLED,
     ExpertStatistics,
@@ -35,7 +35,6 @@ from snugfit.records.statistics import (
 from snugfit.records.statistics_file import (
     STATISTICS_FILE,
     DatasetUsed,
-    ExpertCalibration,
     Statistics,
     load_statistics,
     merge_statistics,
@@ -43,7 +42,6 @@ from snugfit.records.statistics_file import (
 )
 
 ROWS, LENGTH = 4, 48
-WHOLE = ExpertCalibration(min_tokens_per_expert=0)
 # what a bin's upper end is above its lower one at most
 BIN = 1 / 16
 Edit = Callable[[dict[str, Any]], object]
@@ -90,7 +88,7 @@ def quantized(
 
     def get(name: str) -> Path:
         if name not in made:
-            made[name] = quantize(*sources[name], tmp_path_factory.mktemp("out") / "out", text=[rows["all"]])
+            made[name] = quantize_into(*sources[name], tmp_path_factory.mktemp("out") / "out", dataset=[rows["all"]])
         return made[name]
 
     return get
@@ -106,21 +104,23 @@ def collected(
     def get(name: str, part: str = "all") -> Path:
         if (name, part) not in made:
             out = tmp_path_factory.mktemp("statistics") / "out"
-            # a row a batch: what is computed of a row then does not hang on the others
-            collect_statistics(sources[name][0], out, text=[rows[part]], device="cpu", tokens_per_batch=LENGTH)
+            # one sample a batch: the results of a sample then do not depend on the others
+            collect_statistics(
+                sources[name][0], output_dir=out, dataset=[rows[part]], device="cpu", tokens_per_batch=LENGTH
+            )
             made[name, part] = out
         return made[name, part]
 
     return get
 
 
-def quantize(source: Path, recipe: str, out: Path, **more: Any) -> Path:
-    quantize_checkpoint(source, out, recipe, device="cpu", **({"calibration": WHOLE} | more))
+def quantize_into(source: Path, recipe: str, out: Path, **more: Any) -> Path:
+    quantize(source, recipe, output_dir=out, device="cpu", **{"min_tokens_per_expert": 0} | more)
     return out
 
 
 @pytest.fixture
-def no_walk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+def no_forward(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Once called, any forward fails."""
 
     def refuse(*_: object, **__: object) -> None:
@@ -137,7 +137,7 @@ def refused(source: Path, recipe: str, statistics: Path, tmp_path: Path, **more:
     """The error of a run that must be refused and leave nothing behind."""
     out = tmp_path / "refused"
     with pytest.raises(UserError) as caught:
-        quantize(source, recipe, out, statistics=statistics, **more)
+        quantize_into(source, recipe, out, statistics=statistics, **more)
     assert not out.exists()
     assert not out.with_name("refused.partial").exists()
     assert caught.value.where
@@ -154,7 +154,7 @@ def edited(file: Path, folder: Path, edit: Edit) -> Path:
     return target
 
 
-# --- written by quantize, and taken instead of a walk
+# --- written by quantize, and used instead of a run
 
 
 @pytest.mark.parametrize("name", ["dense", "mixture", "fp8"])
@@ -164,14 +164,14 @@ def test_statistics_take_the_place_of_rows(
     as_directory: bool,
     sources: dict[str, tuple[Path, str]],
     quantized: Callable[[str], Path],
-    no_walk: Callable[[], None],
+    no_forward: Callable[[], None],
     tmp_path: Path,
 ) -> None:
     """With what the first run wrote beside the weights, a second one runs no layer and writes the same bytes."""
     first = quantized(name)
-    no_walk()
+    no_forward()
     given = first if as_directory else first / STATISTICS_FILE
-    second = quantize(*sources[name], tmp_path / "again", statistics=given)
+    second = quantize_into(*sources[name], tmp_path / "again", statistics=given)
     files = sorted(file.name for file in first.glob("*.safetensors"))
     assert files == sorted(file.name for file in second.glob("*.safetensors"))
     for file in [*files, "config.json"]:
@@ -181,16 +181,16 @@ def test_statistics_take_the_place_of_rows(
 
 
 def test_a_row_given_beside_its_statistics_is_no_contradiction(
-    llama: Path, rows: dict[str, Path], quantized: Callable[[str], Path], no_walk: Callable[[], None], tmp_path: Path
+    llama: Path, rows: dict[str, Path], quantized: Callable[[str], Path], no_forward: Callable[[], None], tmp_path: Path
 ) -> None:
-    """Rows that are those of the statistics may be named again; they are not walked."""
+    """Rows that are those of the statistics may be named again; no layer runs."""
     given = quantized("dense")
-    no_walk()
-    again = quantize(llama, "nvfp4-fp8-hybrid-fp8kv", tmp_path / "out", statistics=given, text=[rows["all"]])
+    no_forward()
+    again = quantize_into(llama, "nvfp4-fp8-hybrid-fp8kv", tmp_path / "out", statistics=given, dataset=[rows["all"]])
     assert (again / "model.safetensors").read_bytes() == (given / "model.safetensors").read_bytes()
 
 
-def test_the_file_tells_what_was_measured(
+def test_the_file_says_what_was_measured(
     quantized: Callable[[str], Path], sources: dict[str, tuple[Path, str]], rows: dict[str, Path]
 ) -> None:
     """The file has model, rows and recipe, each layer's inputs and experts, and figures that agree with the record."""
@@ -228,16 +228,16 @@ def test_a_file_is_read_as_it_was_written(quantized: Callable[[str], Path]) -> N
 
 def test_a_recipe_without_data_asks_for_no_statistics(llama: Path, tmp_path: Path) -> None:
     """Where no scale is measured no statistics are written; a file that is named must be one all the same."""
-    assert not (quantize(llama, "fp8-int4", tmp_path / "out") / STATISTICS_FILE).exists()
+    assert not (quantize_into(llama, "fp8-int4", tmp_path / "out") / STATISTICS_FILE).exists()
     with raises("file-missing", tmp_path / "nothing.json"):
-        quantize(llama, "fp8-int4", tmp_path / "other", statistics=tmp_path / "nothing.json")
+        quantize_into(llama, "fp8-int4", tmp_path / "other", statistics=tmp_path / "nothing.json")
 
 
 def test_statistics_of_the_source_do_not_become_the_results(llama: Path, rows: dict[str, Path], tmp_path: Path) -> None:
     """A source that has statistics beside its weights leaves none of them in a result that measured nothing."""
-    quantize(llama, "fp8-dynamic-fp8kv", tmp_path / "fp8", text=[rows["all"]])
+    quantize_into(llama, "fp8-dynamic-fp8kv", tmp_path / "fp8", dataset=[rows["all"]])
     assert (tmp_path / "fp8" / STATISTICS_FILE).exists()
-    out = quantize(tmp_path / "fp8", "fp8-int4", tmp_path / "out")
+    out = quantize_into(tmp_path / "fp8", "fp8-int4", tmp_path / "out")
     assert not (out / STATISTICS_FILE).exists()
 
 
@@ -258,36 +258,35 @@ def test_other_rows_are_refused(
     llama: Path, rows: dict[str, Path], quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Rows that are named beside statistics of other rows are a contradiction."""
-    error = refused(llama, "nvfp4", quantized("dense"), tmp_path, text=[rows["other"]])
+    error = refused(llama, "nvfp4", quantized("dense"), tmp_path, dataset=[rows["other"]])
     assert error.code == "statistics-mismatch"
     assert rows["all"].name in error.what
 
 
 def test_experts_fed_otherwise_are_refused(mixtral: Path, quantized: Callable[[str], Path], tmp_path: Path) -> None:
     """Statistics of experts that saw all tokens are not those of experts that saw what was routed to them."""
-    routed = ExpertCalibration(all_experts=False, min_tokens_per_expert=0)
-    error = refused(mixtral, "nvfp4-moe", quantized("mixture"), tmp_path, calibration=routed)
+    error = refused(mixtral, "nvfp4-moe", quantized("mixture"), tmp_path, moe_calibrate_all_experts=False)
     assert error.code == "statistics-mismatch"
     assert "`moe_calibrate_all_experts`" in error.remedy
 
 
 def test_a_dense_model_has_no_experts_to_differ(llama: Path, quantized: Callable[[str], Path], tmp_path: Path) -> None:
-    """How experts are fed says nothing about a model that has none."""
-    quantize(
+    """The setting for experts does not concern a model without experts."""
+    quantize_into(
         llama,
         "nvfp4",
         tmp_path / "out",
         statistics=quantized("dense"),
-        calibration=ExpertCalibration(all_experts=False),
+        moe_calibrate_all_experts=False,
     )
 
 
 def test_experts_that_saw_little_are_refused(
     mixtral: Path, rows: dict[str, Path], collected: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Coverage is asked of statistics as of a walk."""
-    few = ExpertCalibration(min_tokens_per_expert=ROWS * LENGTH + 1)
-    error = refused(mixtral, "nvfp4-moe", collected("mixture"), tmp_path, calibration=few)
+    """Statistics must cover the experts as a run must."""
+    few = ROWS * LENGTH + 1
+    error = refused(mixtral, "nvfp4-moe", collected("mixture"), tmp_path, min_tokens_per_expert=few)
     assert error.code == "experts-uncovered"
     assert str(ROWS * LENGTH + 1) in error.what
 
@@ -383,7 +382,7 @@ EDITS: dict[str, tuple[str, str, Edit]] = {
         lambda d: d["layers"]["1"]["experts"][EXPERTS].__setitem__("down_routed", [float("nan")] * 4),
     ),
     "negative amax": ("statistics-invalid", "", lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("amax", -1.0)),
-    "a bin that is none": (
+    "a bin beyond the last": (
         "statistics-invalid",
         "",
         lambda d: d["layers"]["1"]["inputs"][INPUT].__setitem__("histogram", {"4096": 1}),
@@ -398,12 +397,12 @@ EDITS: dict[str, tuple[str, str, Edit]] = {
 
 @pytest.mark.parametrize("kind", EDITS)
 def test_what_lacks_something_is_refused(
-    kind: str, mixtral: Path, collected: Callable[..., Path], no_walk: Callable[[], None], tmp_path: Path
+    kind: str, mixtral: Path, collected: Callable[..., Path], no_forward: Callable[[], None], tmp_path: Path
 ) -> None:
     """Statistics that lack a layer, a projection or a sound figure are refused with its name; nothing is written."""
     code, named, edit = EDITS[kind]
     file = edited(collected("mixture"), tmp_path, edit)
-    no_walk()
+    no_forward()
     error = refused(mixtral, "nvfp4-moe", file, tmp_path)
     assert error.code == code
     assert named in str(error)
@@ -414,24 +413,23 @@ def test_a_missing_projection_is_refused(llama: Path, collected: Callable[..., P
     down = "model.layers.1.mlp.down_proj"
     file = edited(collected("dense"), tmp_path, lambda d: d["layers"]["1"]["inputs"].pop(down))
     error = refused(llama, "nvfp4-fp8-hybrid", file, tmp_path)
-    assert error.code == "statistics-invalid"
-    assert down in str(error)
+    assert (error.code, error.where) == ("amax-invalid", down)
     rules = "- {role: down, format: fp8-dynamic}\n- {role: linear, format: nvfp4}\n"
     (tmp_path / "recipe.yaml").write_text(f"name: mine\nrules:\n{rules}", encoding="utf-8")
-    quantize(llama, str(tmp_path / "recipe.yaml"), tmp_path / "out", statistics=file)
+    quantize_into(llama, str(tmp_path / "recipe.yaml"), tmp_path / "out", statistics=file)
 
 
 def test_missing_keys_and_values_are_refused(
     llama: Path, collected: Callable[..., Path], rows: dict[str, Path], tmp_path: Path
 ) -> None:
     """A recipe with an FP8 cache needs statistics that looked at keys and values, which one without did not."""
-    quantize(llama, "nvfp4", tmp_path / "without", text=[rows["all"]])
+    quantize_into(llama, "nvfp4", tmp_path / "without", dataset=[rows["all"]])
     no_cache = edited(collected("dense"), tmp_path, lambda d: d["layers"]["1"].__setitem__("cache", None))
     for given, layer in ((tmp_path / "without", 0), (no_cache, 1)):
         error = refused(llama, "nvfp4-fp8-hybrid-fp8kv", given, tmp_path)
         assert error.code == "statistics-invalid"
         assert f"layer {layer}" in str(error)
-        quantize(llama, "nvfp4-fp8-hybrid", tmp_path / f"out-{layer}", statistics=given)
+        quantize_into(llama, "nvfp4-fp8-hybrid", tmp_path / f"out-{layer}", statistics=given)
 
 
 def test_what_is_lacking_is_found_before_any_layer_is_made(
@@ -443,7 +441,7 @@ def test_what_is_lacking_is_found_before_any_layer_is_made(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("began the long work")
 
-    monkeypatch.setattr(snugfit.quantization.quantize, "run_units", refuse)
+    monkeypatch.setattr(snugfit.quantization.quantize, "run_layers", refuse)
     file = edited(collected("dense"), tmp_path, lambda d: d["layers"].pop("1"))
     error = refused(llama, "nvfp4", file, tmp_path)
     assert error.code == "statistics-invalid"
@@ -486,15 +484,15 @@ def test_halves_merge_into_the_whole(name: str, collected: Callable[..., Path]) 
 
 
 def test_merged_statistics_quantize_as_the_whole(
-    mixtral: Path, collected: Callable[..., Path], no_walk: Callable[[], None], tmp_path: Path
+    mixtral: Path, collected: Callable[..., Path], no_forward: Callable[[], None], tmp_path: Path
 ) -> None:
     """A checkpoint made of merged halves has the bytes of one made of the whole."""
     merged = merge_statistics([(part, load_statistics(collected("mixture", part))) for part in ("first", "second")])
     save_statistics(merged, tmp_path / "merged.json")
     whole = collected("mixture")
-    no_walk()
+    no_forward()
     made = [
-        quantize(mixtral, "nvfp4-moe", tmp_path / str(number), statistics=given)
+        quantize_into(mixtral, "nvfp4-moe", tmp_path / str(number), statistics=given)
         for number, given in enumerate((tmp_path / "merged.json", whole))
     ]
     assert (made[0] / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
@@ -566,14 +564,14 @@ def test_collected_statistics_are_taken(
     sources: dict[str, tuple[Path, str]],
     collected: Callable[..., Path],
     quantized: Callable[[str], Path],
-    no_walk: Callable[[], None],
+    no_forward: Callable[[], None],
     tmp_path: Path,
 ) -> None:
     """Statistics of the model as it is serve recipes; where rows have passed no quantized weight they are the same."""
     source, recipe = sources[name]
     folder = collected(name)
     found, own = load_statistics(folder), load_statistics(quantized(name))
-    no_walk()
+    no_forward()
     assert (found.recipe, found.recipe_digest) == (None, None)
     assert (found.header_digest, found.fingerprint, found.datasets) == (
         own.header_digest,
@@ -585,7 +583,7 @@ def test_collected_statistics_are_taken(
     assert found.layers[0].inputs[query] == own.layers[0].inputs[query]
     assert found.layers[0].inputs.keys() == own.layers[0].inputs.keys()
     for other in ("nvfp4", recipe):
-        out = quantize(source, other, tmp_path / other, statistics=folder)
+        out = quantize_into(source, other, tmp_path / other, statistics=folder)
         written = all_tensors(out)
         scales = {n: t for n, t in written.items() if n.endswith("input_global_scale")}
         assert scales
@@ -597,12 +595,12 @@ def test_collected_statistics_are_taken(
 
 
 def test_scales_of_the_cache_come_from_statistics(
-    llama: Path, collected: Callable[..., Path], no_walk: Callable[[], None], tmp_path: Path
+    llama: Path, collected: Callable[..., Path], no_forward: Callable[[], None], tmp_path: Path
 ) -> None:
     """An FP8 cache's scales are the collected largest keys and values over 448."""
     statistics = collected("dense")
-    no_walk()
-    out = quantize(llama, "nvfp4-fp8-hybrid-fp8kv", tmp_path / "out", statistics=statistics)
+    no_forward()
+    out = quantize_into(llama, "nvfp4-fp8-hybrid-fp8kv", tmp_path / "out", statistics=statistics)
     written = all_tensors(out)
     for number, layer in load_statistics(collected("dense")).layers.items():
         assert layer.cache is not None
@@ -636,9 +634,9 @@ def test_a_model_without_its_own_statistics_is_measured_by_hand(
 
 def test_experts_that_only_see_what_is_routed(mixtral: Path, rows: dict[str, Path], tmp_path: Path) -> None:
     """With routed tokens alone nothing is forced on an expert; a cap bounds what is forced on all."""
-    asked: dict[str, Any] = {"text": [rows["all"]], "device": "cpu"}
-    routed = collect_statistics(mixtral, tmp_path / "r", calibration=ExpertCalibration(all_experts=False), **asked)
-    capped = collect_statistics(mixtral, tmp_path / "c", calibration=ExpertCalibration(max_forced_tokens=20), **asked)
+    asked: dict[str, Any] = {"dataset": [rows["all"]], "device": "cpu"}
+    routed = collect_statistics(mixtral, output_dir=tmp_path / "r", moe_calibrate_all_experts=False, **asked)
+    capped = collect_statistics(mixtral, output_dir=tmp_path / "c", max_forced_tokens=20, **asked)
     for layer in routed.layers.values():
         (seen,) = layer.experts.values()
         assert seen.forced == (0,) * 4
@@ -660,7 +658,7 @@ def test_collecting_is_refused_before_it_begins(
     ]
     for source, target, text in cases:
         with pytest.raises(UserError):
-            collect_statistics(source, target, text=[text], device="cpu")
+            collect_statistics(source, output_dir=target, dataset=[text], device="cpu")
     assert not list(tmp_path.iterdir())
 
 
@@ -678,11 +676,11 @@ def test_a_stopped_collection_goes_on(
         run_layer(layer, index, *args, **kwargs)
 
     monkeypatch.setattr(forward_pass, "run_layer", stop)
-    asked: dict[str, Any] = {"text": [rows["all"]], "device": "cpu", "tokens_per_batch": LENGTH}
+    asked: dict[str, Any] = {"dataset": [rows["all"]], "device": "cpu", "tokens_per_batch": LENGTH}
     with pytest.raises(KeyboardInterrupt):
-        collect_statistics(llama, tmp_path / "out", **asked)
+        collect_statistics(llama, output_dir=tmp_path / "out", **asked)
     assert (tmp_path / "out.partial").is_dir()
-    collect_statistics(llama, tmp_path / "out", **asked)
+    collect_statistics(llama, output_dir=tmp_path / "out", **asked)
     assert seen == [0, 1, 1]
     assert load_statistics(tmp_path / "out") == load_statistics(collected("dense"))
     assert not (tmp_path / "out.partial").exists()
@@ -730,7 +728,7 @@ def test_quantiles_are_within_a_bin(shape: str, dtype: torch.dtype) -> None:
 
 
 def test_parts_are_sampled_as_the_whole() -> None:
-    """Which tokens a histogram takes does not hang on how they come in batches."""
+    """Which tokens a histogram takes does not depend on the batches."""
     values = torch.randn(101, 8, generator=torch.Generator().manual_seed(1))
     whole = measured(values)
     for sizes in ([101], [1] * 101, [7, 9, 85], [3, 0, 98]):
@@ -754,7 +752,7 @@ def test_an_outlier_is_seen_wherever_it_is() -> None:
 
 
 def test_nothing_gives_no_figure() -> None:
-    """Inputs that are all zero, or that never came, have no outlier and no percentile."""
+    """Inputs that are all zero, or that never came, have no outlier ratio and no percentile."""
     zero = measured(torch.zeros(16, 4))
     assert (zero.amax, zero.quantile(0.999), zero.outlier_ratio) == (0.0, 0.0, 0.0)
     none = InputStatistics(0, 0.0, {})
@@ -804,10 +802,10 @@ def test_datasets_add_up() -> None:
 
 
 def test_a_moved_model_keeps_its_statistics(
-    llama: Path, collected: Callable[..., Path], no_walk: Callable[[], None], tmp_path: Path
+    llama: Path, collected: Callable[..., Path], no_forward: Callable[[], None], tmp_path: Path
 ) -> None:
     """A copy of the model under another name is the same model."""
     shutil.copytree(llama, tmp_path / "copy")
     statistics = collected("dense")
-    no_walk()
-    quantize(tmp_path / "copy", "nvfp4", tmp_path / "out", statistics=statistics)
+    no_forward()
+    quantize_into(tmp_path / "copy", "nvfp4", tmp_path / "out", statistics=statistics)
