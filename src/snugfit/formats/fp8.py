@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snugfit.formats.grids import E4M3_MAX, round_e4m3_, to_e4m3
+from snugfit.formats.grids import E4M3_MAX, divide, round_e4m3_, to_e4m3
 
 # the smallest activation scale of a token that engines use (vLLM: 1 / (448 * 512))
 TOKEN_SCALE_MIN = 1.0 / (E4M3_MAX * 512.0)
@@ -38,7 +38,7 @@ def quantize(weight: Tensor) -> FP8Weight:
     Computed in fp32. An all-zero row takes the dtype's epsilon as its scale, as compressed-tensors does.
     """
     exact = weight.float()
-    scale = (exact.abs().amax(1, keepdim=True) / E4M3_MAX).to(weight.dtype)
+    scale = divide(exact.abs().amax(1, keepdim=True), E4M3_MAX).to(weight.dtype)
     scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
     return FP8Weight(to_e4m3(exact / scale.float()), scale)
 
@@ -48,7 +48,7 @@ def quantize_blocks(weight: Tensor, block: tuple[int, int]) -> FP8Weight:
     out_features, in_features = weight.shape
     padded = torch.nn.functional.pad(weight.float(), (0, -in_features % block[1], 0, -out_features % block[0]))
     blocks = padded.unflatten(1, (-1, block[1])).unflatten(0, (-1, block[0]))  # [N/n, n, K/k, k]
-    scale = (torch.maximum(blocks.amax((1, 3)), -blocks.amin((1, 3))) / E4M3_MAX).to(weight.dtype)
+    scale = divide(torch.maximum(blocks.amax((1, 3)), -blocks.amin((1, 3))), E4M3_MAX).to(weight.dtype)
     scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
     codes = to_e4m3(blocks / scale.float()[:, None, :, None])
     return FP8Weight(codes.flatten(2).flatten(0, 1)[:out_features, :in_features].contiguous(), scale, block)
@@ -94,7 +94,7 @@ def quantize_dequantize_input(activations: Tensor) -> Tensor:
     """
     exact = activations.float()
     low, high = exact.aminmax(dim=-1, keepdim=True)
-    scale = torch.maximum(high, low.neg_()).div_(E4M3_MAX).clamp_(min=TOKEN_SCALE_MIN)
+    scale = divide(torch.maximum(high, low.neg_()), E4M3_MAX).clamp_(min=TOKEN_SCALE_MIN)
     return _round_under(exact, scale).to(activations.dtype)
 
 
@@ -106,7 +106,7 @@ def quantize_dequantize_input_groups(activations: Tensor, group: int) -> Tensor:
     features = activations.shape[-1]
     padded = torch.nn.functional.pad(activations.float(), (0, -features % group))
     groups = padded.unflatten(-1, (-1, group))
-    scale = groups.abs().amax(-1, keepdim=True).clamp_(min=GROUP_AMAX_MIN).div_(E4M3_MAX)
+    scale = divide(groups.abs().amax(-1, keepdim=True).clamp_(min=GROUP_AMAX_MIN), E4M3_MAX)
     return _round_under(groups, scale).flatten(-2)[..., :features].to(activations.dtype)
 
 

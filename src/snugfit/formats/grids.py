@@ -22,6 +22,15 @@ _THREE_MANTISSA_BITS = 20 << 23
 _EXPONENT = 0x7F800000
 
 
+def divide(values: Tensor, number: float) -> Tensor:
+    """values / number, rounded once on every device.
+
+    On CUDA torch multiplies by the reciprocal of a Python number, which gives another last bit than the CPU does. A
+    divisor that is a tensor of the same device is divided by.
+    """
+    return values / torch.full((), number, dtype=values.dtype, device=values.device)
+
+
 def round_e2m1_magnitude(magnitude: Tensor) -> Tensor:
     """E2M1 values nearest to non-negative fp32 numbers, saturating at 6; overwrites and returns its argument."""
     magnitude.clamp_(max=E2M1_MAX)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snugfit.formats.grids import pack_int4, unpack_int4
+from snugfit.formats.grids import divide, pack_int4, unpack_int4
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def quantize(weight: Tensor, *, group_size: int, symmetric: bool) -> INT4Weight:
     zero = torch.zeros((), device=weight.device)
     low = torch.minimum(groups.amin(-1), zero)
     high = torch.maximum(groups.amax(-1), zero)
-    span = torch.maximum(high, -low) / 7.5 if symmetric else (high - low) / 15
+    span = divide(torch.maximum(high, -low), 7.5) if symmetric else divide(high - low, 15)
     scale = span.to(weight.dtype)
     scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
     codes = groups / scale.float().unsqueeze(-1)

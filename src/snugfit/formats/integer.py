@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snugfit.formats.grids import FP32_TINY
+from snugfit.formats.grids import FP32_TINY, divide
 
 INT8_MIN, INT8_MAX = -128.0, 127.0
 
@@ -52,7 +52,7 @@ def quantize_dequantize_input(activations: Tensor) -> Tensor:
     s = amax / 127, round(x / s) * s, in fp32: vLLM's rule; compressed-tensors' own forward divides by 127.5.
     """
     exact = activations.float()
-    scale = exact.abs().amax(-1, keepdim=True).div_(INT8_MAX).clamp_(min=FP32_TINY)
+    scale = divide(exact.abs().amax(-1, keepdim=True), INT8_MAX).clamp_(min=FP32_TINY)
     return (exact / scale).round_().clamp_(INT8_MIN, INT8_MAX).mul_(scale).to(activations.dtype)
 
 
@@ -63,7 +63,7 @@ def quantize_dequantize_input_asymmetric(activations: Tensor) -> Tensor:
     """
     exact = activations.float()
     low, high = exact.aminmax(dim=-1, keepdim=True)
-    scale = ((high - low) / (INT8_MAX - INT8_MIN)).clamp_(min=FP32_TINY)
+    scale = divide(high - low, INT8_MAX - INT8_MIN).clamp_(min=FP32_TINY)
     return _round_between(exact, scale, (INT8_MIN - low / scale).round_()).to(activations.dtype)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from snugfit.formats.grids import (
     E2M1_MAX,
+    divide,
     e2m1_codes,
     e2m1_pairs,
     pack_nibbles,
@@ -56,7 +57,7 @@ def quantize_dequantize_input(activations: Tensor) -> Tensor:
     """
     blocks = activations.float().unflatten(-1, (-1, MXFP4_BLOCK))
     magnitude = blocks.abs()
-    fraction, exponent = torch.frexp(magnitude.amax(-1, keepdim=True) / E2M1_MAX)
+    fraction, exponent = torch.frexp(divide(magnitude.amax(-1, keepdim=True), E2M1_MAX))
     # v = fraction * 2**exponent with fraction in [0.5, 1): only 0.5 is a power of two itself
     exponent = torch.where(fraction > 0.5, exponent, exponent - 1).clamp_(SMALLEST_EXPONENT, LARGEST_EXPONENT)
     step = torch.ldexp(torch.ones_like(fraction), exponent)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from snugfit.formats import nvfp4
-from snugfit.formats.grids import E2M1_MAX, E4M3_MAX, E4M3_TINY, round_e2m1_magnitude
+from snugfit.formats.grids import E2M1_MAX, E4M3_MAX, E4M3_TINY, divide, round_e2m1_magnitude
 from snugfit.formats.spec import NVFP4_BLOCK
 
 SWEEP_OFFSETS = (0, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7)
@@ -43,7 +43,7 @@ CHUNK_BLOCKS = {"cpu": 8192, "cuda": 1 << 20}
 def global_scale(amax: Tensor, rule: str) -> Tensor:
     """fp32 scalar g for a fused group whose largest magnitude is `amax`; an all-zero group counts as amax 1."""
     safe = torch.where(amax > 0, amax.float(), 1.0)
-    return nvfp4.stable_reciprocal_scale(safe / (E2M1_MAX * TOP_SCALE[rule]))
+    return nvfp4.stable_reciprocal_scale(divide(safe, E2M1_MAX * TOP_SCALE[rule]))
 
 
 def block_scales(weight: Tensor, scale: Tensor, rule: str, objective: str = "mse") -> Tensor:
