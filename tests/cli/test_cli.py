@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from helpers.errors import failed_with
+from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.engines.memory import ENGINE_NAMES
 from snugfit.engines.profiles import PROFILES
@@ -537,13 +538,18 @@ def test_an_output_is_needed(llama: Path) -> None:
     assert result.stdout == ""
 
 
-def test_a_run_without_a_dataset_says_what_it_calibrates_on(smollm2: Path, tmp_path: Path) -> None:
-    """Without `--dataset` a calibrated run says aloud that Python's documentation stands in for one."""
-    options = ["--num-samples", "1", "--max-seq-length", "8", "--dry-run"]
-    for recipe, expected in (("nvfp4", True), ("fp8-dynamic", False)):
-        result = run("quantize", smollm2, "-r", recipe, *options)
-        assert ("Python's documentation" in result.stderr) == expected, recipe
-    assert list(tmp_path.iterdir()) == []
+def test_a_run_without_a_dataset_says_what_it_uses(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Without `--dataset` every run that needs text says aloud that Python's documentation stands in for it."""
+    source = add_tokenizer(make_tiny("llama", num_hidden_layers=1))
+    rows = ["--num-samples", 1, "--max-seq-length", 8]
+    for arguments, expected in (
+        (["quantize", source, "-r", "nvfp4", *rows, "--dry-run"], True),
+        (["quantize", source, "-r", "nvfp4", *rows, "-o", tmp_path / "out"], True),
+        (["statistics", "collect", source, *rows, "-o", tmp_path / "statistics"], True),
+        (["eval", source, "--context", 64, "--max-chunks", 1], True),
+        (["quantize", source, "-r", "fp8-dynamic", "--dry-run"], False),
+    ):
+        assert ("Python's documentation" in run(*arguments).stderr) == expected, arguments
 
 
 def test_the_installed_command_runs() -> None:
