@@ -1,7 +1,7 @@
-"""FP8 and MXFP4 checkpoints as sources: what stays stays bit for bit, what is made anew is made of what they stand for.
+"""FP8 and MXFP4 checkpoints as sources: kept codes are copied bit for bit, new codes are made of dequantized values.
 
-The sources, and what they stand for, are made with plain torch (`fp8_sources.py`); what is written is read with
-safetensors, and config groups are compressed-tensors' own.
+The sources and their dequantized values are made with plain torch (`fp8_sources.py`); the results are read with
+safetensors, and config groups with compressed-tensors' own classes.
 """
 
 from __future__ import annotations
@@ -22,17 +22,15 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationStra
 from torch import Tensor
 
 from conftest import MakeTiny
+from helpers.errors import raises
 from helpers.fp8_sources import KINDS, Kind, as_fp8, as_mxfp4, dequantized
+from helpers.plans import plan_of
 from helpers.tiny_families import all_tensors, random_rows, same, write_rows
 from helpers.tiny_mixtures import make_mixture, rewrite
-from snugfit.errors import UserError
-from snugfit.evaluation.subject import open_head, open_subject, resident_layer
+from snugfit.evaluation.evaluated_model import open_head, open_model, resident_layer
 from snugfit.model import forward_pass, layers
-from snugfit.model.support import NoEngine
-from snugfit.quantization.plan import plan_quantization
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import QuantizeRecord
-from snugfit.records.statistics_file import ExpertCalibration
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "mixtral", "deepseek_v3")
@@ -113,7 +111,7 @@ def fp8(tmp_path_factory: pytest.TempPathFactory, wide: Callable[[str], Path]) -
 def quantized(
     tmp_path_factory: pytest.TempPathFactory, fp8: Callable[[str, Kind], Path], rows: Path
 ) -> Callable[[str, Kind], Made]:
-    """What the family's recipe makes of it, once for all tests."""
+    """The family's quantized model, made once for all tests."""
     made: dict[tuple[str, Kind], Made] = {}
 
     def get(family: str, kind: Kind) -> Made:
@@ -127,19 +125,19 @@ def quantized(
 
 
 def run(source: Path, out: Path, recipe: str | Path, rows: Path, **more: Any) -> QuantizeRecord:
-    """Quantize with experts that may see few of the rows."""
-    settings = ExpertCalibration(min_tokens_per_expert=0)
-    return quantize_checkpoint(source, out, str(recipe), text=[rows], device="cpu", calibration=settings, **more)
+    """Quantize with experts that may see few of the samples."""
+    options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "min_tokens_per_expert": 0}
+    return quantize(source, str(recipe), output_dir=out, **options, **more)
 
 
 def recipe_file(folder: Path, *rules: str) -> Path:
-    """A recipe of these rules."""
+    """A recipe with these rules."""
     file = folder / "recipe.yaml"
     file.write_text("name: mine\nrules:\n" + "".join(f"- {{{rule}}}\n" for rule in rules), encoding="utf-8")
     return file
 
 
-def made_anew(family: str, name: str) -> bool:
+def is_requantized(family: str, name: str) -> bool:
     """Whether the family's recipe makes this weight of the source NVFP4."""
     if name.startswith("model.layers.2."):  # transformers does not run it
         return False
@@ -169,29 +167,29 @@ def groups_of(quantization: Mapping[str, Any], module: str) -> list[Any]:
 
 
 def dequantized_copy(wide: Path, source: Path, target: Path) -> Path:
-    """A 16-bit checkpoint of what an FP8 or MXFP4 one stands for."""
+    """A 16-bit checkpoint with the dequantized values of an FP8 or MXFP4 one."""
     shutil.copytree(wide, target)
     meant, own = dequantized(source), all_tensors(wide)
     rewrite(target, {name: tensor.to(own[name].dtype) for name, tensor in meant.items()})
     return target
 
 
-# --- what stays
+# --- codes that are kept
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_fp8_is_the_sources_bit_for_bit(family: str, kind: Kind, quantized: Callable[[str, Kind], Made]) -> None:
-    """Codes and scales of FP8 weights that the recipe leaves alone, and all 16-bit tensors, are the source's."""
+    """Codes and scales of FP8 weights that the recipe keeps, and all 16-bit tensors, are the source's."""
     made = quantized(family, kind)
     given, written = made.given, made.written
-    kept = [module for module in fp8_modules(given) if not made_anew(family, module)]
+    kept = [module for module in fp8_modules(given) if not is_requantized(family, module)]
     assert any(module.endswith(("o_proj",)) for module in kept)
     assert any(module.startswith("model.layers.2.mlp.experts.") for module in kept) == (family == "deepseek_v3")
     for module in kept:
         assert same_bytes(written[f"{module}.weight"], given[f"{module}.weight"]), module
         stored, scale = written[f"{module}.weight_scale"], scale_of(given, module)
-        if kind == "hf-tensor":  # one a row, all the same: experts of engines have no other beside inputs by token
+        if kind == "hf-tensor":  # written as equal scales of all out_features: engines' experts need these
             scale = scale.expand(len(stored), 1).contiguous()
         assert same_bytes(stored.reshape(scale.shape), scale), module
         given_input = given.get(f"{module}.input_scale", given.get(f"{module}.activation_scale"))
@@ -205,7 +203,7 @@ def test_kept_fp8_is_the_sources_bit_for_bit(family: str, kind: Kind, quantized:
 
 
 def same_bytes(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same bytes, whatever their dtype can be compared as."""
+    """Whether two tensors are the same bytes, also in dtypes that torch cannot compare."""
     return same_shape(a, b) and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
@@ -218,7 +216,7 @@ def same_shape(a: Tensor, b: Tensor) -> bool:
 def test_config_groups_describe_what_is_written(
     family: str, kind: Kind, quantized: Callable[[str, Kind], Made]
 ) -> None:
-    """compressed-tensors takes the config, and the one group of each module says of scales and inputs what is there."""
+    """compressed-tensors accepts the config, and each module's only group describes its scales and inputs."""
     made = quantized(family, kind)
     written, quantization = made.written, made.quantization
     config = QuantizationConfig.model_validate(quantization)
@@ -229,10 +227,10 @@ def test_config_groups_describe_what_is_written(
         weights, inputs = group.weights, group.input_activations
         kind_of_number = weights.num_bits, str(weights.type), weights.symmetric, weights.dynamic
         assert kind_of_number == (8, "float", True, False)
-        rows, columns = written[f"{module}.weight"].shape
+        out_features, in_features = written[f"{module}.weight"].shape
         shapes: dict[object, tuple[int, ...]] = {
-            QuantizationStrategy.BLOCK: (-(-rows // 128), -(-columns // 128)),
-            QuantizationStrategy.CHANNEL: (rows, 1),
+            QuantizationStrategy.BLOCK: (-(-out_features // 128), -(-in_features // 128)),
+            QuantizationStrategy.CHANNEL: (out_features, 1),
             QuantizationStrategy.TENSOR: (1,),
         }
         assert written[f"{module}.weight_scale"].shape == shapes[weights.strategy]
@@ -256,12 +254,12 @@ def test_config_groups_describe_what_is_written(
 def test_nothing_of_the_sources_dialect_remains(
     family: str, kind: Kind, quantized: Callable[[str, Kind], Made]
 ) -> None:
-    """No tensor has a name of the source's dialect; names, shapes and bytes are those of the plan and the record."""
+    """No tensor has a name of the source's dialect; names, shapes and bytes agree with the plan and the record."""
     made = quantized(family, kind)
     written = made.written
     assert not [name for name in written if name.endswith(SOURCE_SUFFIXES)]
     assert made.quantization["quant_method"] == "compressed-tensors"
-    plan = plan_quantization(made.source, RECIPES[family])
+    plan = plan_of(made.source, RECIPES[family])
     planned = {info.name: tuple(info.shape) for infos in plan.outputs.values() for info in infos}
     assert {name: tuple(tensor.shape) for name, tensor in written.items()} == planned
     total = sum(tensor.nbytes for tensor in written.values())
@@ -274,37 +272,37 @@ def test_nothing_of_the_sources_dialect_remains(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_are_made_of_the_dequantized_weights(
+def test_experts_are_quantized_from_dequantized_weights(
     family: str, kind: Kind, quantized: Callable[[str, Kind], Made], wide: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """NVFP4 and INT4 weights are to the byte those of a BF16 checkpoint that holds what the FP8 stands for."""
+    """NVFP4 and INT4 weights are byte for byte those of a BF16 checkpoint with the dequantized values."""
     made = quantized(family, kind)
     plain = dequantized_copy(wide(family), made.source, tmp_path / "plain")
     role = "mlp" if family == "llama" else "experts"
-    # weights alone: what inputs an engine sees depends on the format of attention, which differs
+    # weights alone: inputs depend on the format of attention, which differs
     nvfp4 = recipe_file(
         tmp_path, f"role: {role}, format: nvfp4a16, scale_rule: four-over-six", "role: linear, format: keep"
     )
-    quantize_checkpoint(plain, tmp_path / "nvfp4", str(nvfp4), device="cpu")
+    quantize(plain, str(nvfp4), output_dir=tmp_path / "nvfp4", device="cpu")
     written, expected = made.written, all_tensors(tmp_path / "nvfp4")
     parts = [n for n in expected if n.endswith((".weight_packed", ".weight_scale", ".weight_global_scale"))]
     assert len(parts) == 3 * len([n for n in written if n.endswith(".weight_packed")]) >= 3 * 6
     assert all(same_bytes(written[name], expected[name]) for name in parts)
     int4 = "fp8-int4" if family == "llama" else "fp8-int4-moe"
     for path in (made.source, plain):
-        quantize_checkpoint(path, tmp_path / f"int4-{path.name}", int4, device="cpu")
-    ours, theirs = (all_tensors(tmp_path / f"int4-{path.name}") for path in (made.source, plain))
-    modules = [name.removesuffix("_packed") for name in theirs if name.endswith(".weight_packed")]
+        quantize(path, int4, output_dir=tmp_path / f"int4-{path.name}", device="cpu")
+    from_fp8, from_bf16 = (all_tensors(tmp_path / f"int4-{path.name}") for path in (made.source, plain))
+    modules = [name.removesuffix("_packed") for name in from_bf16 if name.endswith(".weight_packed")]
     assert modules
     for name in (f"{module}{part}" for module in modules for part in ("_packed", "_scale", "_shape")):
-        assert same_bytes(ours[name], theirs[name]), name
+        assert same_bytes(from_fp8[name], from_bf16[name]), name
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_whole_recipe_on_a_dequantized_copy(
     family: str, quantized: Callable[[str, Kind], Made], wide: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """The same recipe on the dequantized checkpoint gives the same experts, under input scales that differ little."""
+    """The same recipe on the dequantized checkpoint gives the same experts, with nearly the same input scales."""
     made = quantized(family, "hf-block")
     run(dequantized_copy(wide(family), made.source, tmp_path / "plain"), tmp_path / "out", RECIPES[family], rows)
     written, expected = made.written, all_tensors(tmp_path / "out")
@@ -320,18 +318,18 @@ def test_whole_recipe_on_a_dequantized_copy(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_kept_layers_compute_what_the_source_computes(
+def test_kept_layers_compute_the_same(
     family: str, kind: Kind, fp8: Callable[[str, Kind], Path], tmp_path: Path
 ) -> None:
-    """Logits from behind a layer that is kept are those of the source to the bit, read as evaluation reads both."""
+    """Hidden states behind a kept layer are those of the source bit for bit, as evaluation reads both."""
     source = fp8(family, kind)
     recipe = recipe_file(tmp_path, "role: mlp, layers: -1, format: nvfp4a16", "role: linear, format: keep")
-    quantize_checkpoint(source, tmp_path / "out", str(recipe), device="cpu")
+    quantize(source, str(recipe), output_dir=tmp_path / "out", device="cpu")
     given, written = all_tensors(source), all_tensors(tmp_path / "out")
     for module in fp8_modules(given):
         if module.startswith("model.layers.0."):
             assert same_bytes(written[f"{module}.weight"], given[f"{module}.weight"])
-    logits = [logits_behind(path, 0) for path in (source, tmp_path / "out")]
+    logits = [logits_after(path, 0) for path in (source, tmp_path / "out")]
     spread = float(logits[0].float().std())
     assert spread > 0.01
     if kind == "hf-tensor":  # engines give fused members of the source one scale, and round their codes once more
@@ -340,37 +338,37 @@ def test_kept_layers_compute_what_the_source_computes(
         assert torch.equal(*logits)
 
 
-def logits_behind(path: Path, last: int) -> Tensor:
-    """Logits [2, 24, V] of two rows, as if layer `last` were the model's last one."""
-    subject = open_subject(path)
+def logits_after(path: Path, last: int) -> Tensor:
+    """Logits [2, 24, V] of two samples, as if layer `last` were the model's last one."""
+    evaluated = open_model(path)
     batches = forward_pass.make_batches(random_rows([24, 24], seed=5), 4096, CPU)
     forward_pass.embed(
-        subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU
+        evaluated.skeleton, layers.outer_weights(evaluated.skeleton, evaluated.checkpoint, head=False), batches, CPU
     )
     for index in range(last + 1):
-        layer, cache = resident_layer(subject, index, CPU)
+        layer, cache = resident_layer(evaluated, index, CPU)
         forward_pass.run_layer(layer, index, batches, cache=cache)
-    return open_head(subject, CPU)(torch.cat([batch.hidden for batch in batches]))
+    return open_head(evaluated, CPU)(torch.cat([batch.hidden for batch in batches]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compressed_tensors_reads_kept_weights(family: str, kind: Kind, quantized: Callable[[str, Kind], Made]) -> None:
-    """Under the config's own scheme the library's compressor gives each kept weight the values of the source."""
+    """With the config's scheme the library's compressor gives each kept weight the values of the source."""
     made = quantized(family, kind)
     written, meant, quantization = made.written, dequantized(made.source), made.quantization
     for module in fp8_modules(written):
         (group,) = groups_of(quantization, module)
         parts = {part: written[f"{module}.{part}"] for part in ("weight", "weight_scale")}
-        theirs = BaseCompressor.get_value_from_registry(group.format).decompress(parts, group)["weight"]
-        assert torch.equal(theirs, meant[f"{module}.weight"].to(theirs.dtype)), module
+        read = BaseCompressor.get_value_from_registry(group.format).decompress(parts, group)["weight"]
+        assert torch.equal(read, meant[f"{module}.weight"].to(read.dtype)), module
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["e8m0", "bytes"])
 def test_e8m0_scales_become_floats_of_the_same_value(
     plain: bool, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """Scales that are powers of two in one byte are written in F32, which compressed-tensors has, with equal values."""
+    """Scales that are powers of two in one byte are written in F32, as compressed-tensors has them, unchanged."""
     source = copied(fp8("deepseek_v3", "hf-block"), tmp_path, to_e8m0(plain=plain))
     run(source, tmp_path / "out", "nvfp4-moe", rows)
     given, written = all_tensors(source), all_tensors(tmp_path / "out")
@@ -381,7 +379,7 @@ def test_e8m0_scales_become_floats_of_the_same_value(
         assert torch.equal(scale, torch.ldexp(torch.ones(exponents.shape), exponents))
         assert same_bytes(written[f"{module}.weight"], given[f"{module}.weight"])
     assert QuantizationConfig.model_validate(quantization_of(tmp_path / "out"))
-    assert sum(t.nbytes for t in written.values()) == plan_quantization(source, "nvfp4-moe").bytes
+    assert sum(t.nbytes for t in written.values()) == plan_of(source, "nvfp4-moe").bytes
 
 
 def to_e8m0(*, plain: bool = False) -> Change:
@@ -408,9 +406,9 @@ def copied(source: Path, folder: Path, change: Change | None = None, **quantizat
     return target
 
 
-def test_our_own_fp8_can_be_gone_on_from(wide: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
-    """FP8 that snugfit wrote is a source like any other: its codes and scales stay."""
-    quantize_checkpoint(wide("mixtral"), tmp_path / "fp8", "fp8-dynamic", device="cpu")
+def test_fp8_of_snugfit_is_a_source(wide: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
+    """FP8 that snugfit wrote can be quantized like any other: its codes and scales stay."""
+    quantize(wide("mixtral"), "fp8-dynamic", output_dir=tmp_path / "fp8", device="cpu")
     run(tmp_path / "fp8", tmp_path / "out", "nvfp4-moe", rows)
     given, written = all_tensors(tmp_path / "fp8"), all_tensors(tmp_path / "out")
     for part in ("weight", "weight_scale"):
@@ -418,32 +416,32 @@ def test_our_own_fp8_can_be_gone_on_from(wide: Callable[[str], Path], rows: Path
     assert any(name.endswith("experts.3.w2.weight_packed") for name in written)
 
 
-# --- what is asked for
+# --- requantize, keep
 
 
 @pytest.mark.parametrize("kind", ["hf-block", "hf-tensor-static", "ct-tensor-static"])
 def test_requantize_makes_new_codes(
     kind: Kind, fp8: Callable[[str, Kind], Path], wide: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """`requantize: true` gives what the dequantized weights give in that format, without the source's input scales."""
+    """`requantize: true` gives the same as the dequantized weights, without the source's input scales."""
     rules = "role: mlp, format: int4", "role: linear, format: fp8-dynamic, requantize: true"
     recipe, source = recipe_file(tmp_path, *rules), fp8("llama", kind)
     plain = dequantized_copy(wide("llama"), source, tmp_path / "plain")
-    for name, path in (("ours", source), ("theirs", plain)):
-        quantize_checkpoint(path, tmp_path / name, str(recipe), device="cpu")
-    ours, theirs = all_tensors(tmp_path / "ours"), all_tensors(tmp_path / "theirs")
-    assert ours.keys() == theirs.keys()
-    assert all(same_bytes(ours[name], theirs[name]) for name in ours)
-    assert not same_bytes(ours[f"{LAYER0}.q_proj.weight"], all_tensors(source)[f"{LAYER0}.q_proj.weight"])
-    assert quantization_of(tmp_path / "ours") == quantization_of(tmp_path / "theirs")
+    for name, path in (("from_fp8", source), ("from_bf16", plain)):
+        quantize(path, str(recipe), output_dir=tmp_path / name, device="cpu")
+    from_fp8, from_bf16 = all_tensors(tmp_path / "from_fp8"), all_tensors(tmp_path / "from_bf16")
+    assert from_fp8.keys() == from_bf16.keys()
+    assert all(same_bytes(from_fp8[name], from_bf16[name]) for name in from_fp8)
+    assert not same_bytes(from_fp8[f"{LAYER0}.q_proj.weight"], all_tensors(source)[f"{LAYER0}.q_proj.weight"])
+    assert quantization_of(tmp_path / "from_fp8") == quantization_of(tmp_path / "from_bf16")
 
 
 def test_keep_copies_fp8(fp8: Callable[[str, Kind], Path], tmp_path: Path) -> None:
-    """`format: keep` leaves FP8 weights in FP8, in a config group of their own; with `requantize` they become BF16."""
+    """`format: keep` keeps FP8 weights in FP8, with a config group; with `requantize` they become BF16."""
     source = fp8("llama", "hf-tensor-static")
     for name, more in (("kept", ""), ("wide", ", requantize: true")):
         recipe = recipe_file(tmp_path, "role: mlp, format: int4", f"role: linear, format: keep{more}")
-        quantize_checkpoint(source, tmp_path / name, str(recipe), device="cpu")
+        quantize(source, str(recipe), output_dir=tmp_path / name, device="cpu")
     given, kept, wide = (all_tensors(path) for path in (source, tmp_path / "kept", tmp_path / "wide"))
     module = f"{LAYER0}.v_proj"
     assert same_bytes(kept[f"{module}.weight"], given[f"{module}.weight"])
@@ -454,18 +452,20 @@ def test_keep_copies_fp8(fp8: Callable[[str, Kind], Path], tmp_path: Path) -> No
     assert module in quantization_of(tmp_path / "wide")["ignore"]
 
 
-# --- what is refused
+# --- refusals
 
 
-def refused(source: Path, recipe: str | Path, tmp_path: Path, rows: Path, **more: Any) -> str:
-    """The message of a run that must be refused and leave nothing behind."""
+def refuse(code: str, *named: object, source: Path, recipe: str | Path, tmp_path: Path, rows: Path, **more: Any) -> str:
+    """The message of a run that must be refused with this code, name all of `named`, and leave nothing behind."""
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError) as caught:
+    with raises(code) as caught:
         run(source, tmp_path / "refused", recipe, rows, **more)
     assert sorted(tmp_path.iterdir()) == before
     assert caught.value.where
     assert caught.value.remedy
-    return str(caught.value)
+    message = str(caught.value)
+    assert not [word for word in named if str(word) not in message], message
+    return message
 
 
 def drop(*names: str) -> Change:
@@ -498,7 +498,7 @@ def wide_partner(tensors: dict[str, Tensor]) -> None:
 
 
 def test_partners_of_different_fp8_are_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path) -> None:
-    """Blocks of q beside one scale of k cannot run as one product: the message says what both are in."""
+    """Blocks of q beside one scale of k cannot run as one product: the message names both formats."""
     change = put(f"{LAYER0}.k_proj.weight_scale_inv", torch.full((1,), 0.001))
     # k has two blocks, else one scale would be one block
     sizes = put(f"{LAYER0}.k_proj.weight", torch.ones(128, 128).to(torch.float8_e4m3fn))
@@ -508,9 +508,9 @@ def test_partners_of_different_fp8_are_refused(fp8: Callable[[str, Kind], Path],
         sizes(tensors)
 
     source = copied(fp8("llama", "hf-block"), tmp_path, both)
-    message = refused(source, "nvfp4-fp8-hybrid", tmp_path, rows)
-    for words in (f"{LAYER0}.k_proj", "q_proj stays fp8-block", "k_proj stays fp8-dynamic", "requantize: true"):
-        assert words in message
+    named = f"{LAYER0}.k_proj", "q_proj", "fp8-block", "fp8-dynamic", "requantize: true"
+    recipe = "nvfp4-fp8-hybrid"
+    refuse("recipe-splits-group", *named, source=source, recipe=recipe, tmp_path=tmp_path, rows=rows)
 
 
 @pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid", "keep"])
@@ -518,7 +518,7 @@ def test_partners_of_different_fp8_are_refused(fp8: Callable[[str, Kind], Path],
 def test_a_partner_in_16_bits_is_refused(
     kind: Kind, recipe: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """q and v in FP8 beside a k in BF16 need one format: the message says what each is in, `requantize` heals it."""
+    """q and v in FP8 beside k in BF16 need one format: the message names both, and `requantize` gives them one."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         wide_partner(tensors)
@@ -528,18 +528,18 @@ def test_a_partner_in_16_bits_is_refused(
     more = {"ignore": ignore} if kind.startswith("ct") else {}
     source = copied(fp8("llama", kind), tmp_path, change, **more)
     keep = "role: mlp, format: nvfp4", "role: linear, format: keep"
-    message = refused(source, recipe_file(tmp_path, *keep) if recipe == "keep" else recipe, tmp_path, rows)
-    assert re.search(rf"{re.escape(LAYER0)}\.\w_proj and its partners", message)
-    assert re.search(r"q_proj stays fp8.*k_proj would be (fp8-dynamic|keep)", message)
-    healed = recipe_file(tmp_path, "role: mlp, format: nvfp4", "role: linear, format: fp8-dynamic, requantize: true")
-    run(source, tmp_path / "healed", healed, rows)
+    asked = recipe_file(tmp_path, *keep) if recipe == "keep" else recipe
+    named = f"{LAYER0}.", "q_proj", "k_proj", "fp8", "requantize: true"
+    refuse("recipe-splits-group", *named, source=source, recipe=asked, tmp_path=tmp_path, rows=rows)
+    remedy = recipe_file(tmp_path, "role: mlp, format: nvfp4", "role: linear, format: fp8-dynamic, requantize: true")
+    run(source, tmp_path / "remedied", remedy, rows)
 
 
 @pytest.mark.parametrize("block", [[64, 64], [1, 128]])
 def test_other_blocks_are_refused(
     block: list[int], fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """Blocks that no engine runs cannot stay; what the message tells to do makes them anew."""
+    """Blocks that no engine runs cannot stay; with the remedy of the message they are quantized again."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
@@ -547,17 +547,15 @@ def test_other_blocks_are_refused(
             tensors[name] = torch.full([-(-side // size) for side, size in zip(shape, block, strict=True)], 0.002)
 
     source = copied(fp8("llama", "hf-block"), tmp_path, change, weight_block_size=block)
-    message = refused(source, "nvfp4-fp8-hybrid", tmp_path, rows)
-    assert f"blocks of {block[0]} x {block[1]}" in message
-    assert "128 x 128" in message
-    assert "requantize: true" in message
+    named = f"{block[0]} x {block[1]}", "128 x 128", "requantize: true"
+    refuse("format-unverified", *named, source=source, recipe="nvfp4-fp8-hybrid", tmp_path=tmp_path, rows=rows)
     rules = "role: mlp, format: nvfp4", "role: linear, format: fp8-dynamic, requantize: true"
     run(source, tmp_path / "out", recipe_file(tmp_path, *rules), rows)
     assert all_tensors(tmp_path / "out")[f"{LAYER0}.q_proj.weight_scale"].shape[1] == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("module", [f"{LAYER0}.o_proj", EXPERT], ids=["kept", "made anew"])
+@pytest.mark.parametrize("module", [f"{LAYER0}.o_proj", EXPERT], ids=["kept", "requantized"])
 def test_codes_and_scales_need_each_other(
     module: str, kind: Kind, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
@@ -565,20 +563,22 @@ def test_codes_and_scales_need_each_other(
     source = fp8("deepseek_v3", kind)
     tensors = all_tensors(source)
     scale = next(n for n in (f"{module}.weight_scale", f"{module}.weight_scale_inv") if n in tensors)
-    cases: dict[str, Change] = {
-        f"{module}.weight": drop(f"{module}.weight"),
-        scale: drop(scale),
-        f"{module}.": put(scale, torch.full((3, 5), 0.01)),
-        f"{module}": put(scale, torch.full((7,), 0.01)),
-    }
-    for number, (words, change) in enumerate(cases.items()):
+    other_shape = "quantization-invalid" if kind.startswith("hf") else "scale-invalid"
+    cases: list[tuple[str, str, Change]] = [
+        ("weights-missing", f"{module}.weight", drop(f"{module}.weight")),
+        ("quantization-invalid", scale, drop(scale)),
+        (other_shape, f"{module}.", put(scale, torch.full((3, 5), 0.01))),
+        (other_shape, f"{module}", put(scale, torch.full((7,), 0.01))),
+    ]
+    for number, (code, named, change) in enumerate(cases):
         folder = tmp_path / str(number)
         folder.mkdir()
-        assert words in refused(copied(source, folder, change), "nvfp4-moe", folder, rows)
+        damaged = copied(source, folder, change)
+        refuse(code, named, source=damaged, recipe="nvfp4-moe", tmp_path=folder, rows=rows)
 
 
-# name of the module -> how its weight is used
-PLACES = {f"{LAYER0}.o_proj": "kept", f"{PREDICTED}.o_proj": "kept, not run", EXPERT: "made anew"}
+# name of the module -> what becomes of its weight
+PLACES = {f"{LAYER0}.o_proj": "kept", f"{PREDICTED}.o_proj": "kept, not run", EXPERT: "requantized"}
 
 
 @pytest.mark.parametrize("module", PLACES, ids=list(PLACES.values()))
@@ -587,15 +587,15 @@ PLACES = {f"{LAYER0}.o_proj": "kept", f"{PREDICTED}.o_proj": "kept, not run", EX
 def test_scales_that_are_not_finite_are_refused(
     value: float, kind: Kind, module: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """NaN or infinity among the scales of an FP8 weight is refused by name, whatever becomes of the weight."""
+    """NaN or infinity among the scales of an FP8 weight is refused with the name, whatever becomes of the weight."""
     tensors = all_tensors(fp8("deepseek_v3", kind))
     scale = next(n for n in (f"{module}.weight_scale", f"{module}.weight_scale_inv") if n in tensors)
-    message = refused(copied(fp8("deepseek_v3", kind), tmp_path, spoil(scale, value)), "nvfp4-moe", tmp_path, rows)
-    assert scale in message
+    source = copied(fp8("deepseek_v3", kind), tmp_path, spoil(scale, value))
+    refuse("tensor-not-finite", scale, source=source, recipe="nvfp4-moe", tmp_path=tmp_path, rows=rows)
 
 
 def test_e8m0_nan_is_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path) -> None:
-    """The one E8M0 code that is no number is refused by name."""
+    """The E8M0 code for NaN is refused with the tensor's name."""
     name = f"{PREDICTED}.o_proj.weight_scale_inv"
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -603,7 +603,7 @@ def test_e8m0_nan_is_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_p
         spoil(name, 0xFF)(tensors)
 
     source = copied(fp8("deepseek_v3", "hf-block"), tmp_path, change)
-    assert name in refused(source, "nvfp4-moe", tmp_path, rows)
+    refuse("scale-invalid", name, source=source, recipe="nvfp4-moe", tmp_path=tmp_path, rows=rows)
 
 
 @pytest.mark.parametrize("module", PLACES, ids=list(PLACES.values()))
@@ -612,34 +612,31 @@ def test_e8m0_nan_is_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_p
 def test_codes_that_are_nan_are_refused(
     recipe: str, code: int, module: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """An E4M3 code that is NaN is refused by name, in weights that stay and in those made anew, walked or not."""
+    """An E4M3 code for NaN is refused with the tensor's name, in kept and requantized weights, run or not."""
     source = copied(fp8("deepseek_v3", "ct-channel"), tmp_path, spoil(f"{module}.weight", code))
-    assert f"{module}.weight" in refused(source, recipe, tmp_path, rows)
+    refuse("tensor-not-finite", f"{module}.weight", source=source, recipe=recipe, tmp_path=tmp_path, rows=rows)
 
 
 @pytest.mark.parametrize("method", ["gptq", "fbgemm_fp8", "quark", "mxfp4", None, 7])
 def test_unknown_methods_are_refused(
     method: object, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """Codes under a quant_method that is no source's are refused with the model and what was found."""
+    """Codes of a quant_method from which no recipe can start are refused with the model and the evidence."""
     source = copied(fp8("llama", "hf-block"), tmp_path, quant_method=method)
-    message = refused(source, "nvfp4-fp8-hybrid", tmp_path, rows)
-    assert str(source) in message
-    assert "already quantized" in message
-    assert (repr(method) if method else "tensor model.layers.0.") in message
-    assert "FP8" in message
+    named = source, repr(method) if method else "quantization_config", "FP8"
+    recipe = "nvfp4-fp8-hybrid"
+    refuse("already-quantized", *named, source=source, recipe=recipe, tmp_path=tmp_path, rows=rows)
 
 
 @pytest.mark.parametrize("made_by", ["nvfp4", "nvfp4-fp8-hybrid", "int4-w4a16", "mxfp4"])
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid", "fp8-dynamic"])
-def test_four_bits_are_no_source(
+def test_four_bits_are_refused_as_a_source(
     made_by: str, recipe: str, wide: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """A compressed-tensors checkpoint with weights in 4 bits has lost too much: refused, whatever the recipe."""
+    """A compressed-tensors checkpoint with weights in 4 bits has lost too much for any recipe."""
     run(wide("llama"), tmp_path / "source", made_by, rows)
-    message = refused(tmp_path / "source", recipe, tmp_path, rows)
-    assert str(tmp_path / "source") in message
-    assert "already quantized" in message
+    named = tmp_path / "source", "compressed-tensors"
+    message = refuse("already-quantized", *named, source=named[0], recipe=recipe, tmp_path=tmp_path, rows=rows)
     assert re.search("nvfp4|int4|mxfp4", message)
 
 
@@ -654,18 +651,18 @@ def gpt_oss(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return plain, as_mxfp4(plain, folder / "mxfp4")
 
 
-def rows_of_expert(tensor: Tensor, expert: int, leaf: str) -> Tensor:
-    """What a tensor of all experts' outputs has of one expert's projection: gate and up alternate."""
+def outputs_of_expert(tensor: Tensor, expert: int, leaf: str) -> Tensor:
+    """One expert's projection out of a tensor of all experts: gate and up alternate."""
     mine = tensor[expert]
     return mine if leaf == "down_proj" else mine[{"gate_proj": 0, "up_proj": 1}[leaf] :: 2]
 
 
 @pytest.mark.parametrize("rule", ["mxfp4", "keep"])
 def test_mxfp4_experts_stay_bit_for_bit(rule: str, gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
-    """Codes and exponents of single experts are the source's rows, de-interleaved; their biases come along."""
+    """Codes, exponents and biases of single experts are the source's, with gate and up separated."""
     rules = f"role: experts, format: {rule}", "role: linear, format: fp8-dynamic"
     recipe = "mxfp4" if rule == "mxfp4" else recipe_file(tmp_path, *rules)
-    run(gpt_oss[1], tmp_path / "out", recipe, rows, no_engine=True)
+    run(gpt_oss[1], tmp_path / "out", recipe, rows, allow_unverified=True)
     given, written = all_tensors(gpt_oss[1]), all_tensors(tmp_path / "out")
     for layer in range(2):
         experts = f"model.layers.{layer}.mlp.experts"
@@ -673,10 +670,12 @@ def test_mxfp4_experts_stay_bit_for_bit(rule: str, gpt_oss: tuple[Path, Path], r
             for leaf in ("gate_proj", "up_proj", "down_proj"):
                 stack = f"{experts}.{'down_proj' if leaf == 'down_proj' else 'gate_up_proj'}"
                 module = f"{experts}.{expert}.{leaf}"
-                codes = rows_of_expert(given[f"{stack}_blocks"], expert, leaf).flatten(1)
+                codes = outputs_of_expert(given[f"{stack}_blocks"], expert, leaf).flatten(1)
                 assert same(written[f"{module}.weight_packed"], codes)
-                assert same(written[f"{module}.weight_scale"], rows_of_expert(given[f"{stack}_scales"], expert, leaf))
-                assert same(written[f"{module}.bias"], rows_of_expert(given[f"{stack}_bias"], expert, leaf))
+                assert same(
+                    written[f"{module}.weight_scale"], outputs_of_expert(given[f"{stack}_scales"], expert, leaf)
+                )
+                assert same(written[f"{module}.bias"], outputs_of_expert(given[f"{stack}_bias"], expert, leaf))
     assert not [name for name in written if name.endswith((*SOURCE_SUFFIXES, "_proj_bias"))]
     quantization = quantization_of(tmp_path / "out")
     (group,) = groups_of(quantization, "model.layers.1.mlp.experts.3.up_proj")
@@ -685,39 +684,40 @@ def test_mxfp4_experts_stay_bit_for_bit(rule: str, gpt_oss: tuple[Path, Path], r
     assert group.format == ("mxfp4-pack-quantized" if rule == "mxfp4" else "float-quantized")
     suffix = "weight_packed" if rule == "mxfp4" else "weight"
     assert written[f"{LAYER0}.q_proj.{suffix}"].itemsize == 1
-    planned = plan_quantization(gpt_oss[1], str(recipe))
+    planned = plan_of(gpt_oss[1], str(recipe))
     assert planned.bytes == sum(tensor.nbytes for tensor in written.values())
 
 
-def test_mxfp4_experts_made_anew(gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
-    """NVFP4 of MXFP4 experts is to the byte that of the BF16 values they stand for, and so is attention in FP8."""
+def test_requantized_mxfp4_experts(gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
+    """NVFP4 from MXFP4 experts is byte for byte that from their dequantized BF16 values; so is attention in FP8."""
     plain = dequantized_copy(*gpt_oss, tmp_path / "plain")
-    for name, path in (("ours", gpt_oss[1]), ("theirs", plain)):
-        run(path, tmp_path / name, "nvfp4-moe", rows, no_engine=True)
-    ours, theirs = all_tensors(tmp_path / "ours"), all_tensors(tmp_path / "theirs")
-    assert ours.keys() == theirs.keys()
-    assert len([name for name in ours if name.endswith(".weight_packed")]) == 2 * 4 * 3
-    assert all(same_bytes(ours[name], theirs[name]) for name in ours)
-    assert ours[f"{LAYER0}.q_proj.weight"].dtype == torch.float8_e4m3fn
-    assert quantization_of(tmp_path / "ours") == quantization_of(tmp_path / "theirs")
+    for name, path in (("from_mxfp4", gpt_oss[1]), ("from_bf16", plain)):
+        run(path, tmp_path / name, "nvfp4-moe", rows, allow_unverified=True)
+    from_mxfp4, from_bf16 = all_tensors(tmp_path / "from_mxfp4"), all_tensors(tmp_path / "from_bf16")
+    assert from_mxfp4.keys() == from_bf16.keys()
+    assert len([name for name in from_mxfp4 if name.endswith(".weight_packed")]) == 2 * 4 * 3
+    assert all(same_bytes(from_mxfp4[name], from_bf16[name]) for name in from_mxfp4)
+    assert from_mxfp4[f"{LAYER0}.q_proj.weight"].dtype == torch.float8_e4m3fn
+    assert quantization_of(tmp_path / "from_mxfp4") == quantization_of(tmp_path / "from_bf16")
 
 
 @pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4-moe"])
-def test_mxfp4_experts_need_no_engine(recipe: str, gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
-    """Single experts of gpt-oss, which no engine was seen to load, are written only where that is asked for."""
-    message = refused(gpt_oss[1], recipe, tmp_path, rows)
-    assert "no engine was seen to load experts of gpt_oss" in message
-    assert "--no-engine" in message
-    assert isinstance(plan_quantization(gpt_oss[1], recipe).obstacles[0], NoEngine)
+def test_mxfp4_experts_need_allow_unverified(
+    recipe: str, gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path
+) -> None:
+    """Single experts of gpt-oss, which no tested engine loads, are written only with `allow_unverified`."""
+    named = "gpt_oss", "`allow_unverified`"
+    refuse("format-unverified", *named, source=gpt_oss[1], recipe=recipe, tmp_path=tmp_path, rows=rows)
+    assert [error.code for error in plan_of(gpt_oss[1], recipe).unverified] == ["format-unverified"]
 
 
 def test_mxfp4_scales_of_another_shape_are_refused(gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
-    """Blocks whose scales are missing or of another shape are refused by name."""
+    """Blocks whose scales are missing or have another shape are refused with the name."""
     name = "model.layers.1.mlp.experts.down_proj"
     for number, change in enumerate(
         (drop(f"{name}_scales"), put(f"{name}_scales", torch.zeros(4, 64, 3, dtype=torch.uint8)))
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        message = refused(copied(gpt_oss[1], folder, change), "nvfp4-moe", folder, rows, no_engine=True)
-        assert f"{name}_blocks" in message
+        damaged, recipe = copied(gpt_oss[1], folder, change), "nvfp4-moe"
+        refuse("weights-missing", f"{name}_blocks", source=damaged, recipe=recipe, tmp_path=folder, rows=rows)

@@ -19,7 +19,7 @@ from snugfit.dialects.packed import WIDE, Packed, bits_of, method_of, quantizati
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder
-from snugfit.model.language_config import language_config, positive, with_defaults
+from snugfit.model.language_config import language_config, layer_count, positive, with_defaults
 from snugfit.model.logical_weights import LogicalWeights, already_quantized, logical_weights, plain_weights
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import check_experts, check_layers, unsupported_family
@@ -168,9 +168,10 @@ def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
     config = _language_config(checkpoint, blockers, config_file)
     stated = _stated_layers(config, blockers, config_file)
     hf_quant_config = None if checkpoint.remote else read_quant_config(checkpoint.path)
-    dialect, unreadable = _dialect(checkpoint, hf_quant_config, config_file)
     quantization = quantization_of(checkpoint.config, hf_quant_config)
-    weights = _weights(checkpoint, dialect, unreadable, method_of(quantization), blockers)
+    method = method_of(quantization)
+    dialect, unreadable = _dialect(checkpoint, hf_quant_config, method, config_file)
+    weights = _weights(checkpoint, dialect, unreadable, method, blockers)
     try:
         decoder = find_decoder(weights.tensors, stated or 1, where=str(checkpoint.path))
     except UserError as error:
@@ -184,7 +185,7 @@ def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
         checkpoint=checkpoint,
         config=config,
         quantization=quantization,
-        method=method_of(quantization),
+        method=method,
         dialect=dialect,
         num_layers=stated or 1 + max((name.layer for name in names.values() if name.layer is not None), default=-1),
         decoder=decoder,
@@ -204,19 +205,26 @@ def _language_config(checkpoint: Checkpoint, blockers: list[Blocker], config_fil
 
 
 def _stated_layers(config: Mapping[str, Any], blockers: list[Blocker], config_file: str) -> int | None:
-    try:
-        return positive(config, "num_hidden_layers")
-    except UserError as error:
-        if not blockers:
+    """The layer count that the config states; None, and a blocker, where it states no possible count."""
+    stated = layer_count(config)
+    if stated is None and not blockers:
+        try:
+            positive(config, "num_hidden_layers")
+        except UserError as error:
             blockers.append(Blocker(error=error.at(config_file)))
-        return None
+    return stated
 
 
 def _dialect(
-    checkpoint: Checkpoint, hf_quant_config: Mapping[str, Any] | None, config_file: str
+    checkpoint: Checkpoint, hf_quant_config: Mapping[str, Any] | None, method: str, config_file: str
 ) -> tuple[Dialect, UserError | None]:
-    """The dialect that the checkpoint is stored in, that of 16-bit files beside the error if it cannot be read."""
+    """The dialect that the checkpoint is stored in; if it cannot be read, that of 16-bit files, and the error."""
     try:
+        if method == "mlx":  # declared under a key of its own, `quantization`
+            remedy = "Start from the original checkpoint."
+            raise UserError(
+                "MLX's own format has no reader.", code="quantization-unknown", where=config_file, remedy=remedy
+            )
         return open_dialect(checkpoint.config, hf_quant_config, where=config_file), None
     except UserError as error:
         return open_dialect({}), error
@@ -228,7 +236,8 @@ def _weights(
     try:
         if unreadable is not None:
             unknown = unreadable.code == "quantization-unknown"
-            evidence = f"quant_method {method!r} in config.json"
+            evidence = f"quant_method {method!r}" if method else "quantization_config without quant_method"
+            evidence += " in config.json"
             raise already_quantized(evidence, where=str(checkpoint.path)) if unknown else unreadable
         return logical_weights(checkpoint, dialect, method)
     except UserError as error:
