@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
+from helpers.evaluations import checkpoints
 from snugfit.cli.app import app
 from snugfit.data.python_docs import python_topics
 from snugfit.evaluation import gpu_memory
@@ -28,7 +29,7 @@ from snugfit.evaluation.evaluate import evaluate, write_results
 from snugfit.evaluation.evaluated_model import open_model
 from snugfit.model import forward_pass
 from snugfit.quantization.quantize import quantize
-from snugfit.records.evaluation import EvalRecord, EvaluatedCheckpoint, ModelFigures
+from snugfit.records.evaluation import EvalRecord, ModelFigures
 
 Altered = Callable[..., Path]
 
@@ -230,9 +231,7 @@ def test_engine_profile_and_floor(make_tiny: MakeTiny, tmp_path: Path, token_row
     assert 0 < floor.kl < b.kl.mean / 10
     assert a.floor is not None
     assert b.floor is None
-    description = full.candidates[0]
-    assert isinstance(description, EvaluatedCheckpoint)
-    assert description.formats == {"nvfp4": 21}
+    assert checkpoints(full)[0].formats == {"nvfp4": 21}
 
 
 def test_non_finite_logits_are_counted(llama: Path, tmp_path: Path, random_rows: list[list[int]]) -> None:

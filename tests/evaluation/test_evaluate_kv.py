@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from conftest import MakeTiny
 from evaluation.test_evaluate import agree, by_hand, models, rows_file
+from helpers.evaluations import checkpoints
 from snugfit.evaluation import continuations
 from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
@@ -179,8 +180,8 @@ def test_a_declared_kv_cache_is_emulated(
     """Figures are those of transformers with keys and values rounded by hand, and not those of the file without."""
     asks = with_kv(fp8, tmp_path / "asks", scales, strategy)
     record = against(llama, [asks, fp8], text)
-    assert [entry["kv_cache"] for entry in record.candidates] == ["fp8", None]
-    assert [entry["formats"] for entry in record.candidates] == [{"fp8-dynamic": 21}] * 2
+    assert [entry.kv_cache for entry in checkpoints(record)] == ["fp8", None]
+    assert [entry.formats for entry in checkpoints(record)] == [{"fp8-dynamic": 21}] * 2
     model = by_transformers(llama, dequantized(fp8), token_rounding)
     base = logits_of(AutoModelForCausalLM.from_pretrained(llama).eval(), rows).double()
     found = models(record)
@@ -239,7 +240,7 @@ def test_a_stored_reference_knows_its_cache(llama: Path, text: Path, tmp_path: P
         plainly = against(asks, [llama], text, activations=profile)
         stored = against(asks, [llama], text, activations=profile, reference_cache=tmp_path / "cache")
         assert plainly.reference is not None
-        assert (plainly.reference["kv_cache"], plainly.reference["formats"]) == ("fp8", {})
+        assert (plainly.reference.kv_cache, plainly.reference.formats) == ("fp8", {})
         assert stored.contexts[0].models[0].perplexity == plainly.contexts[0].models[0].perplexity
 
 
@@ -275,7 +276,7 @@ def test_a_quantized_head_is_read(llama: Path, text: Path, rows: list[list[int]]
     states = last_states(subject, rows, [torch.arange(40)] * len(rows), CPU)
     assert torch.allclose(open_head(subject, CPU)(torch.stack(states)), expected, rtol=1e-5, atol=1e-5)
     record = against(llama, [head], text, activations=profile)
-    assert record.candidates[0]["formats"] == {"fp8-dynamic": 1}
+    assert checkpoints(record)[0].formats == {"fp8-dynamic": 1}
     base = logits_of(AutoModelForCausalLM.from_pretrained(llama).eval(), rows).double()
     agree(models(record)["head"], by_hand(base, expected.double(), rows), 1e-4)
 
@@ -326,8 +327,8 @@ def test_hugging_face_fp8_is_evaluated(make_tiny: MakeTiny, rows: list[list[int]
     weights = {name: from_blocks(*pair) for name, pair in made.items()}
     for profile, rounding in (("vllm-blackwell", group_rounding), ("vllm-cpu", None)):
         record = against(source, [blocks], text, activations=profile)
-        assert sum(record.candidates[0]["formats"].values()) == 21
-        assert record.candidates[0]["kv_cache"] is None
+        assert sum(checkpoints(record)[0].formats.values()) == 21
+        assert checkpoints(record)[0].kv_cache is None
         expected = logits_of(by_transformers(source, weights, rounding), rows).double()
         agree(models(record)["blocks"], by_hand(base, expected, rows), 1e-4)
 
@@ -366,8 +367,8 @@ def test_modelopt_nvfp4_is_evaluated(make_tiny: MakeTiny, token_rows: Path, tmp_
         theirs = rewritten(ours, tmp_path / "theirs", to_modelopt, quantization_config=given)
     for profile in ("vllm-blackwell", "marlin", "none"):
         record = against(source, [ours, theirs, tmp_path / "plain"], token_rows, activations=profile)
-        assert [entry["formats"] for entry in record.candidates] == [{"nvfp4": 21}] * 3
-        assert [entry["kv_cache"] for entry in record.candidates] == ["fp8", "fp8", None]
+        assert [entry.formats for entry in checkpoints(record)] == [{"nvfp4": 21}] * 3
+        assert [entry.kv_cache for entry in checkpoints(record)] == ["fp8", "fp8", None]
         found = models(record)
         assert anonymous(found["theirs"]) == anonymous(found["ours"])
         assert (mean_kl(found["ours"]) == mean_kl(found["plain"])) == (profile == "none")

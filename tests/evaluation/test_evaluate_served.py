@@ -17,13 +17,13 @@ from typer.testing import CliRunner, Result
 
 from conftest import MakeTiny
 from evaluation.test_evaluate import change, models, noisy, rows_file
+from helpers.errors import failed_with, raises
 from helpers.mock_vllm import DROP, MODEL, VARIABLES, Handler, Mock
 from snugfit.cli.app import app
-from snugfit.errors import UserError
 from snugfit.evaluation import served
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.served import ServerOptions
-from snugfit.records.evaluation import EvalRecord, ModelFigures
+from snugfit.records.evaluation import EvalRecord, EvaluatedServer, KernelReport, ModelFigures
 from snugfit.serving.answers import FULL
 from snugfit.serving.client import connect
 
@@ -52,7 +52,7 @@ def predictions(path: Path, rows: tuple[tuple[int, ...], ...]) -> dict[tuple[int
 
 
 class Serving(Mock):
-    """A stand-in for `vllm serve PATH` that knows the rows it will be asked about, and NaN of those in `broken`."""
+    """A stand-in for `vllm serve PATH` that knows the rows it will be asked for, and NaN for those in `broken`."""
 
     def __init__(self, path: Path, rows: Sequence[Sequence[int]]) -> None:
         self.tables = predictions(path, (tuple(PROBE), *map(tuple, rows)))
@@ -62,7 +62,7 @@ class Serving(Mock):
         self.max_logprobs = -1
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
-        """What vLLM would say with this model."""
+        """What vLLM would answer with this model."""
         row, wanted = body["prompt"], body["prompt_logprobs"]
         self.table = self.tables[tuple(row)]
         vocabulary = self.table.shape[1]
@@ -83,7 +83,7 @@ class Serving(Mock):
 
     @property
     def scored(self) -> list[list[int]]:
-        """The rows that it was asked about, without the client's first question."""
+        """The rows that it was asked to score, without the client's first request."""
         return [row for row in self.asked if row != PROBE]
 
 
@@ -141,16 +141,17 @@ def serve(monkeypatch: pytest.MonkeyPatch, other: Path, rows: list[list[int]]) -
 
 @pytest.fixture
 def server(serve: Serve) -> Serving:
-    """A server of the disturbed copy, which tells its full vocabulary."""
+    """A server of the disturbed copy, which gives its full vocabulary."""
     return serve()
 
 
 def ask(server: Serving, journal: Path, llama: Path, text: Path, **more: Any) -> EvalRecord:
     """A server alone against the reference."""
-    options = {"top": FULL} | {name: more.pop(name) for name in ("top", "model", "log") if name in more}
-    settings: dict[str, Any] = {"reference_model": llama, "text": [text], "floors": "none"} | more
+    names = ("top_logprobs", "model", "log")
+    options = {"top_logprobs": FULL} | {name: more.pop(name) for name in names if name in more}
+    settings: dict[str, Any] = {"reference": llama, "dataset": [text], "noise_floor": "none"} | more
     candidates = settings.pop("candidates", [])
-    return evaluate(candidates, server=ServerOptions(server.url, journal, **options), **settings)
+    return evaluate(candidates, server=ServerOptions(url=server.url, journal=journal, **options), **settings)
 
 
 def snugfit(*arguments: object) -> Result:
@@ -180,22 +181,32 @@ def same(found: ModelFigures, expected: ModelFigures) -> None:
     assert found.nonfinite == 0
 
 
-# What a server says.
+# What a server answers.
 
 
 def test_a_full_vocabulary_is_the_checkpoint(
     server: Serving, exact: EvalRecord, llama: Path, text: Path, rows: list[list[int]], tmp_path: Path
 ) -> None:
-    """A server that tells every token gives the figures of its checkpoint, each row being asked about once."""
+    """A server that gives every token has the figures of its checkpoint; each row is asked for once."""
     record = ask(server, tmp_path / "journal", llama, text)
     found = models(record)[SERVED]
     assert found.kl_kind == "exact"
     same(found, models(exact)["noisy"])
     assert models(record)[llama.name] == models(exact)[llama.name]
     assert server.scored == rows
-    (told,) = record.candidates
-    expected = {"url": server.url, "engine": "vllm", "version": "0.32.0", "model": MODEL, "top": "all"}
-    assert {name: told[name] for name in expected} == expected
+    assert record.candidates == (
+        EvaluatedServer(
+            name=SERVED,
+            url=server.url,
+            engine="vllm",
+            version="0.32.0",
+            model=MODEL,
+            root="/models/mock",
+            max_model_len=512,
+            top_logprobs="all",
+            kernels=KernelReport(),
+        ),
+    )
 
 
 def test_a_few_tokens_are_a_lower_bound(
@@ -205,7 +216,7 @@ def test_a_few_tokens_are_a_lower_bound(
     expected = models(exact)["noisy"]
     before = None
     for top in (2, 20, 60):
-        found = models(ask(server, tmp_path / str(top), llama, text, top=top))[SERVED]
+        found = models(ask(server, tmp_path / str(top), llama, text, top_logprobs=top))[SERVED]
         assert found.kl_kind == "lower bound"
         assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
         assert found.rms_change == pytest.approx(expected.rms_change, rel=1e-4)
@@ -224,16 +235,18 @@ def test_a_few_tokens_are_a_lower_bound(
     assert kl(before) > 0.98 * kl(expected)
 
 
-@pytest.mark.parametrize(("allowed", "wanted", "told"), [(20, 256, 20), (20, 5, 5), (-1, 7, 7)])
+@pytest.mark.parametrize(("allowed", "wanted", "given"), [(20, 256, 20), (20, 5, 5), (-1, 7, 7)])
 def test_a_server_is_asked_for_what_it_allows(
-    server: Serving, llama: Path, text: Path, tmp_path: Path, allowed: int, wanted: int, told: int
+    server: Serving, llama: Path, text: Path, tmp_path: Path, allowed: int, wanted: int, given: int
 ) -> None:
-    """Fewer tokens than wanted are taken where it allows no more, and the record says how many they were."""
+    """Fewer tokens than wanted are asked for where it allows no more, and the record says how many."""
     server.max_logprobs = allowed
-    record = ask(server, tmp_path / "journal", llama, text, top=wanted)
-    assert record.candidates[0]["top"] == told
+    record = ask(server, tmp_path / "journal", llama, text, top_logprobs=wanted)
+    (description,) = record.candidates
+    assert isinstance(description, EvaluatedServer)
+    assert description.top_logprobs == given
     assert models(record)[SERVED].kl_kind == "lower bound"
-    assert {body["prompt_logprobs"] for body in server.bodies if body["prompt"] != PROBE} == {told}
+    assert {body["prompt_logprobs"] for body in server.bodies if body["prompt"] != PROBE} == {given}
 
 
 def test_a_checkpoint_and_its_server_side_by_side(
@@ -243,8 +256,8 @@ def test_a_checkpoint_and_its_server_side_by_side(
     out, log = tmp_path / "out", tmp_path / "vllm.log"
     log.write_text(LOG, encoding="utf-8")
     result = snugfit(
-        *(other, "--server", server.url, "--server-top", "all", "--server-log", log),
-        *("--reference", llama, "--text", text, "--floors", "none", "-o", out),
+        *(other, "--server", server.url, "--top-logprobs", "all", "--server-log", log),
+        *("--reference", llama, "--dataset", text, "--noise-floor", "none", "-o", out),
     )
     assert result.exit_code == 0, result.stderr
     assert {"noisy", SERVED} <= {cell.strip() for line in result.stdout.splitlines() for cell in line.split("  ")}
@@ -277,14 +290,14 @@ def test_a_lower_bound_is_not_paired_with_an_exact_figure(
     server: Serving, llama: Path, other: Path, text: Path, tmp_path: Path
 ) -> None:
     """A checkpoint and its server's few tokens are paired by loss alone: a bound is smaller whoever is better."""
-    record = ask(server, tmp_path / "journal", llama, text, top=5, candidates=[other])
+    record = ask(server, tmp_path / "journal", llama, text, top_logprobs=5, candidates=[other])
     assert [pair.figure for pair in record.contexts[0].pairs] == ["loss"]
 
 
 def test_a_cache_of_the_reference_changes_nothing(
     server: Serving, exact: EvalRecord, llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    """With --reference-cache a server is compared with the whole reference, also where it is stored already."""
+    """With a cache a server is compared with the whole reference, also where that is stored already."""
     for journal in ("first", "second"):
         record = ask(server, tmp_path / journal, llama, text, reference_cache=tmp_path / "cache")
         assert models(record)[SERVED].kl_kind == "exact"
@@ -295,7 +308,7 @@ def test_a_cache_of_the_reference_changes_nothing(
 def test_rows_on_which_the_server_computes_nan(
     server: Serving, llama: Path, other: Path, text: Path, rows: list[list[int]], tmp_path: Path
 ) -> None:
-    """Such a row's tokens are counted as not finite, in it alone, and it is not asked about again."""
+    """Only such a row's tokens are counted as not finite, and it is not asked for again."""
     server.broken = [rows[2]]
     record = ask(server, tmp_path / "journal", llama, text)
     found = models(record)[SERVED]
@@ -312,25 +325,24 @@ def test_rows_on_which_the_server_computes_nan(
     assert models(again)[SERVED] == found
 
 
-# A server that goes away.
+# A server that stops answering.
 
 
-def test_a_run_goes_on_where_the_server_died(
+def test_a_run_resumes_where_the_server_died(
     server: Serving, llama: Path, text: Path, rows: list[list[int]], tmp_path: Path
 ) -> None:
     """A dying server: exit code 2, no output, a journal; the same command asks for the rest and ends as in one go."""
     out, journal = tmp_path / "out", tmp_path / "out.journal"
-    command = ("--server", server.url, "--server-top", "all", "--reference", llama, "--text", text, "-o", out)
-    server.faults = [*[None] * 4, *[DROP] * 99]  # its first question, and three rows
-    result = snugfit(*command, "--floors", "none")
-    assert result.exit_code == 2
-    assert "start it again and repeat the command" in result.stderr
+    command = ("--server", server.url, "--top-logprobs", "all", "--reference", llama, "--dataset", text, "-o", out)
+    server.faults = [*[None] * 4, *[DROP] * 99]  # the first request, and three rows
+    result = snugfit(*command, "--noise-floor", "none")
+    assert failed_with(result, "server-unreachable", server.url)
     assert not out.exists()
     assert journal.exists()
     assert [row for row in server.scored if row in rows[:3]] == rows[:3]
     server.faults.clear()
     server.asked.clear()
-    result = snugfit(*command, "--floors", "none")
+    result = snugfit(*command, "--noise-floor", "none")
     assert result.exit_code == 0, result.stderr
     assert server.scored == rows[3:]
     assert not journal.exists()
@@ -342,13 +354,13 @@ def test_a_run_goes_on_where_the_server_died(
     assert len(server.scored) == 3 + 6
 
 
-def test_a_journal_goes_on_with_the_server_at_another_address(
+def test_a_journal_resumes_with_the_server_at_another_address(
     serve: Serve, llama: Path, text: Path, rows: list[list[int]], tmp_path: Path
 ) -> None:
-    """What counts is model and version, not the port: a server that is started again elsewhere has the rest to say."""
+    """The journal belongs to model and version, not to the port: a server started elsewhere answers for the rest."""
     first = serve()
     first.faults = [*[None] * 3, *[DROP] * 99]
-    with pytest.raises(UserError, match="failed 6 times"):
+    with raises("server-unreachable", where=first.url):
         ask(first, tmp_path / "journal", llama, text)
     second = serve()
     record = ask(second, tmp_path / "journal", llama, text)
@@ -375,11 +387,12 @@ def test_the_journal_of_another_run_is_refused(
     elif differs == "rows":
         text = rows_file(tmp_path, rows[:5])
     else:
-        options["top"] = 5
+        options["top_logprobs"] = 5
     server.asked.clear()
     key = "engine" if differs == "version" else differs
-    with pytest.raises(UserError, match=f"belongs to another run: {key} "):
+    with raises("run-differs", where=journal) as caught:
         ask(server, journal, llama, text, **options)
+    assert f" {key} " in caught.value.what
     assert server.scored == []
     assert journal.read_bytes() == before
 
@@ -394,36 +407,41 @@ def without_logprobs(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_servers_without_prompt_logprobs_are_refused(server: Serving, llama: Path, text: Path, tmp_path: Path) -> None:
-    """A server that knows no prompt_logprobs: exit code 2 at the first question, and nothing is left behind."""
+    """A server without prompt_logprobs: exit code 2 at the first request, and nothing is left behind."""
     server.change = without_logprobs
     out = tmp_path / "out"
-    result = snugfit("--server", server.url, "--reference", llama, "--text", text, "-o", out)
-    assert result.exit_code == 2
-    assert "does not return prompt_logprobs" in result.stderr
+    result = snugfit("--server", server.url, "--reference", llama, "--dataset", text, "-o", out)
+    assert failed_with(result, "server-unsupported", server.url, "prompt_logprobs")
     assert server.asked == [PROBE]
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("allowed", "options", "message"),
+    ("allowed", "options", "code", "place"),
     [
-        (0, (), "own tokens only"),
-        (20, ("--server-top", "all"), "20 tokens at most"),
-        (-1, ("--server-top", "none"), "'none' is no number of tokens"),
-        (-1, ("--server-top", "0"), "'0' is no number of tokens"),
-        (-1, ("--server-model", "mock/another"), "has no model 'mock/another'"),
-        (-1, ("--server-log", "missing.log"), "missing.log: cannot be read"),
+        (0, (), "server-unsupported", "http://"),
+        (20, ("--top-logprobs", "all"), "server-unsupported", " 20 tokens"),
+        (-1, ("--top-logprobs", "none"), "option-invalid", "--top-logprobs: "),
+        (-1, ("--top-logprobs", "0"), "option-invalid", "--top-logprobs: "),
+        (-1, ("--server-model", "mock/another"), "option-invalid", "'mock/another'"),
+        (-1, ("--server-log", "missing.log"), "file-unreadable", "missing.log: "),
     ],
 )
 def test_what_the_server_cannot_give_is_refused(
-    server: Serving, llama: Path, text: Path, tmp_path: Path, allowed: int, options: tuple[str, ...], message: str
+    server: Serving,
+    llama: Path,
+    text: Path,
+    tmp_path: Path,
+    allowed: int,
+    options: tuple[str, ...],
+    code: str,
+    place: str,
 ) -> None:
-    """Too few tokens, a model or a log that is not there: exit code 2 before a row is asked about."""
+    """Too few tokens, a missing model or log: exit code 2 before a row is asked for."""
     server.max_logprobs = allowed
     out = tmp_path / "out"
-    result = snugfit("--server", server.url, "--reference", llama, "--text", text, "-o", out, *options)
-    assert result.exit_code == 2
-    assert message in result.stderr
+    result = snugfit("--server", server.url, "--reference", llama, "--dataset", text, "-o", out, *options)
+    assert failed_with(result, code, place)
     assert server.scored == []
     assert list(tmp_path.iterdir()) == []
 
@@ -431,20 +449,19 @@ def test_what_the_server_cannot_give_is_refused(
 def test_a_server_needs_an_output_and_the_original(
     server: Serving, llama: Path, other: Path, text: Path, tmp_path: Path
 ) -> None:
-    """Without -o, without --reference, and with a stored reference a server is refused before it is asked anything."""
+    """Without an output, and without the original model, a server is refused before it is asked anything."""
     evaluate([other], reference=llama, dataset=[text], noise_floor="none", reference_cache=tmp_path / "cache")
     (stored,) = (tmp_path / "cache").iterdir()
     out = ("-o", tmp_path / "out")
-    for options, message in (
-        (("--reference", llama), "a server's answers need a place"),
-        (out, "compared with the original model"),
-        ((other, *out), "compared with the original model"),
-        (("--reference", stored, *out), "compared with the original model"),
-        (("--reference", tmp_path / "nowhere", *out), "compared with the original model"),
+    for options, place in (
+        (("--reference", llama), "--output-dir: "),
+        (out, "--server: "),
+        ((other, *out), "--server: "),
+        (("--reference", stored, *out), "--server: "),
+        (("--reference", tmp_path / "nowhere", *out), "--server: "),
     ):
-        result = snugfit("--server", server.url, "--text", text, *options)
-        assert result.exit_code == 2
-        assert message in result.stderr
+        result = snugfit("--server", server.url, "--dataset", text, *options)
+        assert failed_with(result, "option-missing", place)
     assert server.asked == []
     assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
@@ -452,32 +469,32 @@ def test_a_server_needs_an_output_and_the_original(
 def test_a_server_of_a_larger_vocabulary_is_refused(
     serve: Serve, make_tiny: MakeTiny, llama: Path, text: Path, tmp_path: Path
 ) -> None:
-    """A server that names tokens which the reference has not is of another model: an error that says so."""
+    """A server that names tokens which the reference does not have serves another model, and is refused."""
     server = serve(make_tiny("llama", vocab_size=80, dtype=torch.float32))
     for top in (FULL, 20):
-        with pytest.raises(UserError, match="vocabular"):
-            ask(server, tmp_path / str(top), llama, text, top=top)
+        with raises("models-mismatch", where=server.url):
+            ask(server, tmp_path / str(top), llama, text, top_logprobs=top)
 
 
 def test_rows_beyond_the_servers_length_are_refused_first(
     serve: Serve, llama: Path, other: Path, tmp_path: Path
 ) -> None:
-    """A row that does not fit the server is an error before the other rows are asked about, which may take hours."""
+    """A row that is too long for the server is an error before the other rows are asked for, which may take hours."""
     rows = [[3] * 16, [4] * 100]
     server = serve(other, rows)
     server.max_model_len = 64
-    with pytest.raises(UserError, match="row of 100 tokens"):
+    with raises("sequence-too-long", where=server.url):
         ask(server, tmp_path / "journal", llama, rows_file(tmp_path, rows))
     assert server.scored == []
 
 
-def test_an_output_below_folders_that_are_not_there_yet(
+def test_an_output_below_folders_that_do_not_exist_yet(
     server: Serving, llama: Path, text: Path, tmp_path: Path
 ) -> None:
     """Folders above the output are made, as they are without a server."""
     out = tmp_path / "new" / "out"
-    command = ("--server", server.url, "--server-top", "all", "--reference", llama, "--text", text, "-o", out)
-    result = snugfit(*command, "--floors", "none")
+    command = ("--server", server.url, "--top-logprobs", "all", "--reference", llama, "--dataset", text, "-o", out)
+    result = snugfit(*command, "--noise-floor", "none")
     assert result.exit_code == 0, result.stderr
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
@@ -539,14 +556,16 @@ def test_of_conversations_answers_alone_are_scored(serve: Serve, chat: tuple[Pat
     same(models(record)[SERVED], models(plainly)["copy"])
 
 
-def test_conversations_go_on_with_a_server_beside(serve: Serve, chat: tuple[Path, Path, Path], tmp_path: Path) -> None:
-    """Where a checkpoint leaves its reference is continued as ever; of a server, which was not asked to, nothing is."""
+def test_conversations_are_continued_beside_a_server(
+    serve: Serve, chat: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """A checkpoint's divergences are continued as without a server, for which nothing is continued."""
     reference, candidate, log = chat
     server = serve(candidate, chat_rows())
-    settings: dict[str, Any] = {"reference_model": reference, "text": [log], "floors": "none", "continuations": 1}
+    settings: dict[str, Any] = {"reference": reference, "dataset": [log], "noise_floor": "none", "continuations": 1}
     expected = evaluate([candidate], **settings)
-    assert expected.chat is not None
+    assert len(expected.continuations) == 1
     both = ask(server, tmp_path / "both", reference, log, candidates=[candidate], continuations=1)
-    assert both.chat == expected.chat
+    assert both.continuations == expected.continuations
     alone = ask(server, tmp_path / "alone", reference, log, continuations=1)
-    assert not (alone.chat or {}).get("continuations")
+    assert alone.continuations == ()

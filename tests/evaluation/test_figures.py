@@ -1,16 +1,12 @@
-"""From figures of tokens to those that people read, by hand; tables and plots of a record whose numbers are known."""
+"""From figures of every token to those of a record, by hand."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
@@ -18,27 +14,16 @@ from numpy.typing import NDArray
 
 from snugfit.evaluation.figures import (
     CONFIDENCE_EDGES,
-    Group,
+    GroupTokens,
     context_figures,
     floor_figures,
     model_figures,
     position_edges,
     with_holm,
 )
-from snugfit.evaluation.measure import TokenFigures
 from snugfit.evaluation.significance import paired_bootstrap, tokens_to_settle
-from snugfit.records.evaluation import (
-    Bin,
-    ContextFigures,
-    EvalRecord,
-    Floor,
-    ModelFigures,
-    PairFigures,
-    Spread,
-    TextRecord,
-)
-from snugfit.report.plots import write_plots
-from snugfit.report.tables import Sheet, all_sheets, evaluation_sheets, to_csv, to_markdown
+from snugfit.evaluation.token_figures import TokenFigures
+from snugfit.records.evaluation import ContextFigures, KLKind, ModelFigures, Spread
 
 Values = Sequence[float] | NDArray[np.float64]
 FIELDS = [field.name for field in fields(TokenFigures) if field.name != "finite"]
@@ -66,9 +51,13 @@ def random_tokens(count: int, seed: int = 0) -> TokenFigures:
     )
 
 
-def group_of(*counts: int, first: int = 0) -> Group:
-    """Chunks of so many scored tokens, from position 1 on."""
-    return Group(counts, np.concatenate([np.arange(1, count + 1) for count in counts]), first)
+def part_of(whole: TokenFigures, tokens: slice) -> TokenFigures:
+    return TokenFigures(**{name: getattr(whole, name)[tokens] for name in (*FIELDS, "finite")})
+
+
+def group_of(*counts: int) -> GroupTokens:
+    """Chunks with these numbers of scored tokens, from position 1 on."""
+    return GroupTokens(counts, np.concatenate([np.arange(1, count + 1) for count in counts]))
 
 
 def ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float:
@@ -158,14 +147,16 @@ def test_the_change_of_loss_is_paired() -> None:
 
 @pytest.mark.parametrize("side", ["candidate", "reference", "neither"])
 def test_a_change_of_loss_is_of_the_same_tokens(side: str) -> None:
-    """The reference has none; where a token was left out on either side, in this group, there is none either."""
+    """The reference has no change; where a token was left out on either side of a group, it has none either."""
     base, found = random_tokens(20), random_tokens(20, 1)
     if side != "neither":
         (base if side == "reference" else found).finite[12] = False
-    there, elsewhere = group_of(10, first=10), group_of(5, 5)
-    assert (model_figures("q", found, there, reference=base).loss_change is None) == (side != "neither")
-    assert model_figures("q", found, elsewhere, reference=base).loss_change is not None
-    alone = model_figures("p", base, elsewhere, reference=None)
+    first, second = slice(10), slice(10, 20)
+    changed = model_figures("q", part_of(found, second), group_of(10), reference=part_of(base, second))
+    assert (changed.loss_change is None) == (side != "neither")
+    whole = model_figures("q", part_of(found, first), group_of(5, 5), reference=part_of(base, first))
+    assert whole.loss_change is not None
+    alone = model_figures("p", part_of(base, first), group_of(5, 5), reference=None)
     assert (alone.loss_change, alone.loss_change_error) == (None, None)
 
 
@@ -178,7 +169,7 @@ def test_the_reference_has_no_divergence() -> None:
 
 
 @pytest.mark.parametrize(("kind", "expected"), [("exact", None), ("lower bound", None), ("estimate", math.sqrt(7) / 4)])
-def test_an_estimate_tells_its_sampling_error(kind: str, expected: float | None) -> None:
+def test_an_estimate_has_a_sampling_error(kind: KLKind, expected: float | None) -> None:
     """Variances of tokens add up to one error of the mean where KL is an estimate, and only there."""
     found = tokens([1] * 4, kl=[1] * 4, reverse=[1] * 4, same_top=[1] * 4, change=[0] * 4, variance=[1, 2, 4, 0])
     result = model_figures("q", found, group_of(2, 2), reference=found, kl_kind=kind)
@@ -204,14 +195,6 @@ def test_a_loss_beyond_all_bounds() -> None:
     assert found.by_position[0].perplexity == math.inf
 
 
-def test_groups_take_their_own_tokens() -> None:
-    """A group that does not come first has the same figures as its tokens alone."""
-    whole = random_tokens(50)
-    alone = TokenFigures(**{name: getattr(whole, name)[20:] for name in (*FIELDS, "finite")})
-    expected = model_figures("q", alone, group_of(10, 20), reference=alone)
-    assert model_figures("q", whole, group_of(10, 20, first=20), reference=whole) == expected
-
-
 # Bins.
 
 
@@ -229,7 +212,7 @@ def test_bins_by_position() -> None:
     positions = np.array([1, 2, 3, 9, 1, 3, 8])
     loss, kl = [1, 2, 3, 4, 5, 6, 7], [0.5, 1, 0, 0.25, 1.5, 2, 0.75]
     found = tokens(loss, kl=kl, reverse=kl, same_top=[1, 1, 0, 1, 0, 1, 1], change=[0] * 7)
-    result = model_figures("q", found, Group([4, 3], positions, 0), reference=tokens(loss, confidence=[1] * 7))
+    result = model_figures("q", found, GroupTokens([4, 3], positions), reference=tokens(loss, confidence=[1] * 7))
     assert [(b.low, b.high, b.tokens) for b in result.by_position] == [(1, 2, 2), (2, 4, 3), (8, 16, 2)]
     middle = result.by_position[1]  # losses 2 and 3 of the first chunk, 6 of the second
     assert middle.perplexity == pytest.approx(math.exp(11 / 3))
@@ -269,7 +252,7 @@ def test_bins_by_confidence() -> None:
 
 
 def test_tokens_that_are_not_finite_are_left_out() -> None:
-    """Figures are those of the other tokens alone, chunk by chunk, and the number of those left out is told."""
+    """Figures are those of the other tokens alone, chunk by chunk, and the omitted tokens are counted."""
     whole = random_tokens(60)
     finite = np.random.default_rng(1).uniform(size=60) > 0.3
     arrays = {name: np.where(finite, getattr(whole, name), np.nan).astype(np.float32) for name in FIELDS}
@@ -278,7 +261,9 @@ def test_tokens_that_are_not_finite_are_left_out() -> None:
     result = model_figures("q", found, group, reference=whole, kl_kind="estimate")
     rest = TokenFigures(finite=np.ones(finite.sum(), bool), **{name: getattr(whole, name)[finite] for name in FIELDS})
     counts = [int(part.sum()) for part in np.split(finite, 3)]
-    expected = model_figures("q", rest, Group(counts, group.positions[finite], 0), reference=rest, kl_kind="estimate")
+    expected = model_figures(
+        "q", rest, GroupTokens(counts, group.positions[finite]), reference=rest, kl_kind="estimate"
+    )
     assert result == replace(expected, nonfinite=int((~finite).sum()), loss_change=None, loss_change_error=None)
     assert result.tokens_by_chunk == tuple(counts)
 
@@ -325,7 +310,7 @@ def test_a_floor_is_of_some_chunks() -> None:
 # Pairs.
 
 
-def several(count: int, *, reference: bool) -> tuple[Group, list[ModelFigures]]:
+def several(count: int, *, reference: bool) -> tuple[GroupTokens, list[ModelFigures]]:
     """Models of 12 chunks of 10 tokens, the first of them the reference if there is one."""
     group = group_of(*[10] * 12)
     base = random_tokens(120)
@@ -350,16 +335,16 @@ def test_candidates_are_paired_by_loss_and_kl() -> None:
         (context.pairs[0], a.nll_by_chunk, b.nll_by_chunk),
         (context.pairs[1], spread(a).by_chunk, spread(b).by_chunk),
     ):
-        told = paired_bootstrap(left, right, [10] * 12)
+        expected = paired_bootstrap(left, right, [10] * 12)
         assert pair.difference == pytest.approx((sum(left) - sum(right)) / 120)
-        assert (pair.low, pair.high, pair.p, pair.chunks) == (told.low, told.high, told.p, 12)
-        assert pair.more_tokens == tokens_to_settle(left, right, [10] * 12, p=told.p)
+        assert (pair.low, pair.high, pair.p, pair.chunks) == (expected.low, expected.high, expected.p, 12)
+        assert pair.more_tokens == tokens_to_settle(left, right, [10] * 12, p=expected.p)
         assert pair.more_tokens is not None
-        assert (pair.more_tokens == 0) == (told.p is not None and told.p < 0.05)
+        assert (pair.more_tokens == 0) == (expected.p is not None and expected.p < 0.05)
 
 
 @pytest.mark.parametrize("kinds", [("exact", "lower bound"), ("estimate", "lower bound"), ("exact", "estimate")])
-def test_kl_of_two_kinds_is_not_paired(kinds: tuple[str, str]) -> None:
+def test_kl_of_two_kinds_is_not_paired(kinds: tuple[KLKind, KLKind]) -> None:
     """A lower bound is smaller whoever is better: it is paired with its like alone, and losses are paired always."""
     group, found = several(3, reference=True)
     found[1:] = [replace(one, kl_kind=kind) for one, kind in zip(found[1:], kinds, strict=True)]
@@ -372,27 +357,27 @@ def test_p_values_know_how_many_pairs_there_are() -> None:
     """Holm's p is over the pairs of all contexts together; without a p there is none, and it does not count."""
     (few,) = context_figures(64, "", *several(2, reference=False)).pairs
     pairs = [replace(few, p=p) for p in (0.01, 0.02, None, 0.5)]
-    empty = ContextFigures(64, 0, 0, "", (), (), ())
+    empty = ContextFigures(context=64, chunks=0, tokens=0, digest="", chunk_tokens=(), models=(), pairs=())
     found = with_holm([replace(empty, pairs=tuple(pairs[:1])), replace(empty, pairs=tuple(pairs[1:]))])
     assert [[pair.p_holm for pair in context.pairs] for context in found] == [[0.03], [0.04, None, 0.5]]
     assert [pair.p for context in found for pair in context.pairs] == [0.01, 0.02, None, 0.5]
 
 
 def test_without_a_reference_losses_are_paired() -> None:
-    """All models are candidates then, and KL there is none."""
+    """All models are candidates then, and there is no KL."""
     context = context_figures(64, "", *several(3, reference=False))
     assert [(pair.a, pair.b, pair.figure) for pair in context.pairs] == [(a, b, "loss") for a, b in ("ab", "ac", "bc")]
 
 
 @pytest.mark.parametrize("reference", [True, False])
 def test_one_candidate_has_no_pair(*, reference: bool) -> None:
-    """One candidate is not paired, least of all with its reference."""
+    """One candidate is not paired, not even with its reference."""
     assert context_figures(64, "", *several(2 if reference else 1, reference=reference)).pairs == ()
 
 
 @pytest.mark.parametrize("reference", [True, False])
 def test_models_with_tokens_left_out_are_not_paired(*, reference: bool) -> None:
-    """What is left of them is not the same tokens: pairs are of the other models alone."""
+    """Their remaining tokens differ from the others': only the other models are paired."""
     group, found = several(3 + reference, reference=reference)
     broken = random_tokens(120, 9)
     broken.finite[17] = False
@@ -416,400 +401,3 @@ def test_few_chunks_settle_nothing() -> None:
     assert (pair.low, pair.high, pair.p, pair.chunks) == (None, None, None, 4)
     assert pair.more_tokens is not None
     assert pair.more_tokens > 0
-
-
-# A record whose numbers are known.
-
-
-def model(name: str, **given: Any) -> ModelFigures:
-    bins = (Bin(1, 2, 3, 8.0, 0.5), Bin(2, 4, 5, 7.0, None))
-    settings: dict[str, Any] = {
-        "perplexity": 7.25,
-        "perplexity_error": 0.5,
-        "nll_by_chunk": (800.0, 1200.0),
-        "tokens_by_chunk": (600, 634),
-        "nonfinite": 0,
-        "by_position": bins,
-        "by_confidence": (Bin(0.0, 0.1, 3, 9.0, None), Bin(0.99, 1.0, 5, 6.0, None)),
-    }
-    return ModelFigures(name=name, **(settings | given))
-
-
-def candidate(name: str, **given: Any) -> ModelFigures:
-    bins = (Bin(1, 2, 3, 8.5, 0.5, 0.5, 0.25, 0.5), Bin(2, 4, 5, 7.5, None, 0.125, None, 1.0))
-    settings: dict[str, Any] = {
-        "kl": Spread(0.125, 0.0625, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, (60.0, 94.0)),
-        "reverse_kl": Spread(0.25, None, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, (60.0, 94.0)),
-        "same_top": 0.875,
-        "same_top_error": 0.01,
-        "rms_change": 0.0123,
-        "loss_change": 0.03125,
-        "loss_change_error": 0.0025,
-        "by_position": bins,
-        "by_confidence": (Bin(0.0, 0.1, 3, 9.0, None, 0.75, 0.5), Bin(0.99, 1.0, 5, 6.0, None, 0.25, None)),
-    }
-    return model(name, **(settings | given))
-
-
-FLOOR = Floor(0.0012, 0.0001, 0.99, 2, 300, "float32")
-
-
-def record_of(*contexts: tuple[int, Sequence[ModelFigures], Sequence[PairFigures]], **given: Any) -> EvalRecord:
-    figures = tuple(
-        ContextFigures(length, 2, 1234, "0123456789abcdef" * 4, (600, 634), tuple(models), tuple(pairs))
-        for length, models, pairs in contexts
-    )
-    settings: dict[str, Any] = {
-        "snugfit": "9.9",
-        "arguments": {"activations": "vllm-blackwell"},
-        "metrics_version": 1,
-        "reference": {"name": "base", "arithmetic": "bfloat16"},
-        "candidates": (
-            {"name": "plain", "formats": {}, "kv_cache": None},
-            {"name": "small", "formats": {"nvfp4": 14, "fp8-dynamic": 7}, "kv_cache": None},
-        ),
-        "texts": (TextRecord("a.txt", "f" * 64, "text"),),
-        "contexts": figures,
-        "chat": None,
-        "seconds": {"total": 12.3},
-        "peak_rss_bytes": 1,
-        "peak_gpu_bytes": None,
-        "hardware": {"processor": "abacus", "gpu": None},
-        "versions": {"torch": "2", "transformers": "5"},
-    }
-    return EvalRecord(**(settings | given))
-
-
-PAIRS = (
-    PairFigures("plain", "small", "loss", -0.25, -0.5, -0.125, 0.0002, 12, 0, 0.0004),
-    PairFigures("plain", "small", "kl", 0.03125, -0.25, 0.5, 0.04, 12, 123456, 0.08),
-    PairFigures("plain", "c", "kl", 0.5, None, None, None, 4, None),
-)
-
-
-@pytest.fixture
-def record() -> EvalRecord:
-    """Two contexts of a reference and two candidates, and pairs of them at the first."""
-    base = model("base", floor=FLOOR)
-    small = candidate("small", kl_kind="estimate", kl_sampling_error=0.00045, floor=replace(FLOOR, kl=0.0034))
-    served = candidate("m|n (served)", kl_kind="lower bound", perplexity_error=None)
-    return record_of(
-        (1024, [base, candidate("plain"), small], PAIRS),
-        (4096, [base, served, candidate("bad", perplexity=math.nan, nonfinite=17, kl=None, reverse_kl=None)], ()),
-    )
-
-
-def rows_of(sheet: Sheet) -> list[dict[str, str]]:
-    return [dict(zip(sheet.headings, row, strict=True)) for row in sheet.rows]
-
-
-def test_the_table_of_figures(record: EvalRecord) -> None:
-    """Estimates have a ~, bounds a >=, floors are the reference's and the candidate's own, NaN is a dash."""
-    sheet = all_sheets(record)[0]
-    base, plain, small, again, served, bad = rows_of(sheet)
-    assert base == dict.fromkeys(sheet.headings, "") | {
-        "context": "1,024 tokens",
-        "model": "base (reference)",
-        "tokens": "1,234",
-        "perplexity": "7.250 +- 0.500",
-    }
-    assert plain == base | {
-        "model": "plain",
-        "KL": "0.1250 +- 0.0625",
-        "floor": "0.0012",
-        "loss - reference": "+0.0312 +- 0.0025",
-        "median": "0.0300",
-        "p99": "0.3000",
-        "p99.9": "0.4000",
-        "max": "0.5000",
-        "reverse KL": "0.2500",
-        "same top": "87.50%",
-        "RMS dp": "0.0123",
-    }
-    marked = {name: f">= {plain[name]}" for name in ("median", "p99", "p99.9", "max", "reverse KL")}
-    assert small == plain | marked | {"model": "small", "KL": "~0.1250 +- 0.0625", "floor": "0.0012 / 0.0034"}
-    assert again == base | {"context": "4,096 tokens"}
-    assert (served["model"], served["KL"], served["perplexity"]) == ("m|n (served)", ">= 0.1250 +- 0.0625", "7.250")
-    assert (bad["perplexity"], bad["KL"], bad["floor"], bad["not finite"]) == ("-", "", "", "17")
-
-
-def test_a_terminal_shows_the_main_figures(record: EvalRecord) -> None:
-    """Few columns, with the cells of the report; no column that is empty throughout."""
-    sheet, pairs = evaluation_sheets(record)
-    assert sheet.headings == ("context", "model", "perplexity", "KL", "floor", "same top", "not finite")
-    wide = rows_of(all_sheets(record)[0])
-    for narrow, full in zip(rows_of(sheet), wide, strict=True):
-        assert narrow == {name: full[name] for name in sheet.headings} | {"context": full["context"].split()[0]}
-    assert pairs.headings == ("context", "A", "B", "figure", "A - B", "p (Holm)")
-    assert [row["p (Holm)"] for row in rows_of(pairs)] == ["< 0.001", "0.080", "too few chunks"]
-    (bare,) = evaluation_sheets(record_of((0, [model("base"), candidate("plain")], ())))
-    assert bare.headings == ("context", "model", "perplexity", "KL", "same top")
-    assert bare.rows[0][0] == "chat and rows"
-    assert "RMS dp" not in bare.note
-
-
-def test_without_a_reference_there_is_perplexity() -> None:
-    """No empty columns, nobody is marked, and the note says what is missing."""
-    alone = record_of((1024, [model("a"), model("b")], ()), reference=None)
-    for sheet in (evaluation_sheets(alone)[0], all_sheets(alone)[0]):
-        assert sheet.title == "Perplexity"
-        assert set(sheet.headings) <= {"context", "model", "tokens", "perplexity", "not finite"}
-        assert [row["model"] for row in rows_of(sheet)] == ["a", "b"]
-        assert "Name the original with --reference to see KL." in sheet.note
-        assert "RMS dp" not in sheet.note
-
-
-def test_one_in_a_thousand_wants_a_thousand() -> None:
-    """Of fewer tokens p99.9 is drawn towards the largest: no table shows it."""
-    small = record_of((64, [model("base"), candidate("few", tokens_by_chunk=(600, 399)), candidate("many")], ()))
-    _, few, many = rows_of(all_sheets(small)[0])
-    assert (few["p99.9"], few["p99"], many["p99.9"]) == ("", "0.3000", "0.4000")
-    _, in_csv, _ = csv.DictReader(io.StringIO(to_csv(small)))
-    assert (in_csv["kl_p999"], in_csv["kl_p99"]) == ("", "0.3")
-
-
-@pytest.mark.parametrize(
-    ("limit", "lengths", "told"), [(6, (64, 128), True), (6, (64, 0), False), (None, (64, 128), False)]
-)
-def test_lengths_of_other_text_say_so(limit: int | None, lengths: tuple[int, ...], *, told: bool) -> None:
-    """--max-chunks gives each length its own text, which matters from two lengths on."""
-    cut = record_of(
-        *((length, [model("base"), candidate("a")], ()) for length in lengths),
-        arguments={"activations": "none", "max_chunks": limit},
-    )
-    for sheets in (evaluation_sheets(cut), all_sheets(cut)):
-        assert ("Each length has other text: --max-tokens compares" in sheets[0].note) == told
-
-
-def test_notes_explain_what_is_there_and_nothing_else(record: EvalRecord) -> None:
-    """Floors, ~, >= and tokens left out are each explained where they occur, and only there."""
-    marks = ("Floor:", "~:", ">=:", "NaN or infinite")
-    note = all_sheets(record)[0].note
-    assert "root mean square change of the true token's probability" in note
-    assert all(mark in note for mark in marks)
-    assert "4.5e-04" in note
-    plainly = evaluation_sheets(record_of((1024, [model("base"), candidate("plain")], ())))[0].note
-    assert not any(mark in plainly for mark in marks)
-    assert "one standard error over chunks" in plainly
-
-
-def test_the_table_of_pairs(record: EvalRecord) -> None:
-    """Bold is what is significant after Holm, what is settled says so, and too few chunks have no interval and p."""
-    figures, _, pairs, *_ = all_sheets(record)
-    assert figures.title == "Loss against the reference"
-    loss, kl, few = rows_of(pairs)
-    assert loss == {
-        "context": "1,024 tokens",
-        "A": "plain",
-        "B": "small",
-        "figure": "loss",
-        "A - B": "**-0.2500**",
-        "95 % interval": "-0.5000 .. -0.1250",
-        "p": "< 0.001",
-        "p (Holm)": "< 0.001",
-        "chunks": "12",
-        "more tokens to settle": "settled",
-    }
-    assert (kl["A - B"], kl["p"], kl["p (Holm)"], kl["more tokens to settle"]) == (
-        "+0.0312",
-        "0.040",
-        "0.080",
-        "123,456",
-    )
-    assert kl["figure"] == "KL"
-    assert (few["95 % interval"], few["p"], few["p (Holm)"], few["more tokens to settle"]) == (
-        "",
-        "too few chunks",
-        "",
-        "",
-    )
-    assert len(evaluation_sheets(record_of((1024, [model("base"), candidate("plain")], ())))) == 1
-
-
-def test_pairs_that_cannot_be_told_apart() -> None:
-    """Without a p no tokens are asked for; where nothing differs that is said instead of an interval of no width."""
-    pairs = (
-        PairFigures("a", "b", "loss", 0.0, 0.0, 0.0, 1.0, 12, None, 1.0),
-        PairFigures("a", "b", "kl", 0.5, None, None, None, 4, 777),
-        PairFigures("a", "c", "kl", 0.5, None, None, None, 12, None),
-    )
-    found = record_of((64, [model("base"), candidate("a"), candidate("b")], pairs))
-    same, few, equal = rows_of(all_sheets(found)[1])
-    assert (same["A - B"], same["95 % interval"], same["more tokens to settle"]) == ("+0.0000", "no difference", "")
-    assert (few["p"], few["more tokens to settle"]) == ("too few chunks", "")
-    assert equal["p"] == "no spread"
-
-
-def markdown_tables(text: str) -> dict[str, list[list[str]]]:
-    """Tables by title, a list of cells a line, the headings first."""
-    found: dict[str, list[list[str]]] = {}
-    title = ""
-    for line in text.splitlines():
-        if line.startswith("## "):
-            title = line.removeprefix("## ")
-        elif line.startswith("| "):
-            cells = line.replace("\\|", "\0").strip("| ").split(" | ")
-            found.setdefault(title, []).append([cell.strip("| ").replace("\0", "|") for cell in cells])
-    return found
-
-
-def test_the_report(record: EvalRecord) -> None:
-    """Markdown has every sheet, each line as wide as its headings, and what was measured on what."""
-    text = to_markdown(record)
-    tables = markdown_tables(text)
-    assert (
-        list(tables)
-        == [sheet.title for sheet in all_sheets(record)]
-        == [
-            "Loss against the reference",
-            "Perplexity by context length",
-            "Candidates against each other",
-            "By position, 1,024 tokens",
-            "By the reference's largest probability, 1,024 tokens",
-            "By position, 4,096 tokens",
-            "By the reference's largest probability, 4,096 tokens",
-        ]
-    )
-    assert "m\\|n (served)" in text
-    assert "m|n" not in text
-    assert tables["By position, 1,024 tokens"][1:] == [
-        ["1 .. 1", "3", "8.000", "8.500", "0.5000 +- 0.2500", "8.500", "0.5000 +- 0.2500"],
-        ["2 .. 3", "5", "7.000", "7.500", "0.1250", "7.500", "0.1250"],
-    ]
-    assert tables["By the reference's largest probability, 1,024 tokens"][2][:2] == ["0.99 .. 1", "5"]
-    for line in (
-        "- reference: base, bfloat16",
-        "- plain: 16-bit",
-        "- small: nvfp4 x 14, fp8-dynamic x 7",
-        f"- a.txt: SHA-256 {'f' * 64}",
-        "- 1,024 tokens: 2 chunks, 1,234 tokens scored, digest 0123456789abcdef",
-        "- abacus, torch 2",
-    ):
-        assert line in text
-
-
-def test_no_figure_is_a_dash_in_every_table(record: EvalRecord) -> None:
-    """A model without a finite token has no perplexity: no table writes nan or inf."""
-    for sheet in all_sheets(record):
-        words = {word for row in sheet.rows for cell in row for word in cell.split()}
-        assert not words & {"nan", "inf"}, sheet.title
-
-
-def test_a_model_without_figures_does_not_hide_the_others() -> None:
-    """Where the first candidate has no finite token, tables by the reference's confidence still show the second."""
-    bad = candidate(
-        "bad", perplexity=math.nan, nonfinite=1234, kl=None, reverse_kl=None, by_position=(), by_confidence=()
-    )
-    titles = [sheet.title for sheet in all_sheets(record_of((1024, [model("base"), bad, candidate("plain")], ())))]
-    assert "By the reference's largest probability, 1,024 tokens" in titles
-
-
-def test_a_served_model_is_not_called_16_bit() -> None:
-    """What a server's weights are stored in is not known here, so the report does not say that they are in 16 bits."""
-    server = {"url": "http://localhost:8000", "engine": "vllm", "version": "0.32.0", "model": "org/m", "root": "org/m"}
-    served = {"name": "m (served)", "max_model_len": 4096, "top": 20, "kernels": {"linear": ()}} | server
-    found = [model("base"), candidate("m (served)", kl_kind="lower bound")]
-    lines = to_markdown(record_of((1024, found, ()), candidates=(served,))).splitlines()
-    (line,) = (line for line in lines if line.startswith("- m (served)"))
-    assert "16-bit" not in line
-
-
-def test_the_csv(record: EvalRecord) -> None:
-    """One line for each context and model, numbers in full, nothing where there is nothing."""
-    base, plain, small, _, served, bad = csv.DictReader(io.StringIO(to_csv(record)))
-    assert {key for key, value in base.items() if not value} == {
-        *("kl", "kl_error", "kl_kind", "kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_p999", "kl_max"),
-        *("reverse_kl", "same_top", "rms_change", "loss_change", "loss_change_error"),
-    }
-    assert (base["context"], base["model"], base["tokens"], base["floor_kl"]) == ("1024", "base", "1234", "0.0012")
-    assert (plain["kl"], plain["kl_error"], plain["kl_p999"], plain["kl_max"]) == ("0.125", "0.0625", "0.4", "0.5")
-    assert (plain["loss_change"], plain["loss_change_error"]) == ("0.03125", "0.0025")
-    assert (plain["reverse_kl"], plain["same_top"], plain["floor_kl"]) == ("0.25", "0.875", "")
-    assert (small["kl_kind"], small["floor_kl"], small["floor_tokens"]) == ("estimate", "0.0034", "300")
-    assert (served["model"], served["kl_kind"], served["perplexity_error"]) == ("m|n (served)", "lower bound", "")
-    assert (bad["kl"], bad["kl_kind"], bad["nonfinite"]) == ("", "", "17")
-
-
-# Plots.
-
-
-def test_plots_are_images_and_always_the_same(record: EvalRecord, tmp_path: Path) -> None:
-    """Each plot is a PNG and an SVG that readers open, with every model's name, and comes out the same twice."""
-    names = ["perplexity-by-context", "kl-by-context", "kl-by-position"]
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    for folder in (once, twice):
-        folder.mkdir()
-        assert write_plots(record, folder) == [f"{name}.{ending}" for name in names for ending in ("png", "svg")]
-    for file in once.iterdir():
-        content = file.read_bytes()
-        assert content == (twice / file.name).read_bytes(), file.name
-        if file.suffix == ".png":
-            assert content.startswith(b"\x89PNG\r\n\x1a\n")
-            assert content.endswith(b"IEND\xaeB`\x82")
-        else:
-            assert ET.fromstring(content).tag == "{http://www.w3.org/2000/svg}svg"  # noqa: S314 - our own file
-    comments = (once / "kl-by-context.svg").read_text()
-    assert "<!-- plain -->" in comments
-    assert "<!-- noise floor of the reference -->" in comments
-    assert "<!-- noise floor of small -->" in comments
-    losses = (once / "perplexity-by-context.svg").read_text()
-    assert "<!-- base (reference) -->" in losses
-    assert "<!-- 2 chunks, 1,234 tokens a length" in losses
-    assert "bands: one standard error over chunks" in losses
-
-
-@pytest.mark.parametrize(
-    ("contexts", "expected"),
-    [
-        ([(1024, [model("a"), model("b")], ())], ["perplexity-by-position"]),
-        (
-            [(1024, [model("a")], ()), (2048, [model("a")], ())],
-            ["perplexity-by-context", "perplexity-by-position"],
-        ),
-        ([(0, [model("a")], ())], ["perplexity-by-position-chat"]),
-        ([(1024, [model("a", by_position=())], ())], []),
-        ([(1024, [model("base"), candidate("a")], ())], ["kl-by-position"]),
-        (
-            [(1024, [model("base"), candidate("a")], ()), (0, [model("base"), candidate("a")], ())],
-            ["kl-by-position", "kl-by-position-chat"],
-        ),
-    ],
-)
-def test_what_there_is_to_plot(
-    tmp_path: Path, contexts: list[tuple[int, list[ModelFigures], tuple[PairFigures, ...]]], expected: list[str]
-) -> None:
-    """By context from two lengths of text on, KL only with a reference; by position the longest text, and chat."""
-    written = write_plots(record_of(*contexts), tmp_path)
-    assert written == [f"{name}.{ending}" for name in expected for ending in ("png", "svg")]
-    assert {file.name for file in tmp_path.iterdir()} == set(written)
-
-
-def test_without_a_reference_nobody_is_black(tmp_path: Path) -> None:
-    """Black is the reference's colour; without one the first candidate has a candidate's."""
-    models = [model("a"), model("b")]
-    drawn = {}
-    for name, reference in (("with", {"name": "a", "arithmetic": "float32"}), ("without", None)):
-        (tmp_path / name).mkdir()
-        write_plots(record_of((1024, models, ()), (2048, models, ()), reference=reference), tmp_path / name)
-        drawn[name] = (tmp_path / name / "perplexity-by-context.svg").read_text()
-    assert "#0072b2" in drawn["without"]
-    assert "#d55e00" in drawn["without"]
-    assert "#d55e00" not in drawn["with"]
-    assert "<!-- a (reference) -->" in drawn["with"]
-    assert "(reference)" not in drawn["without"]
-
-
-@pytest.mark.parametrize("height", [0.0005, 0.1, -0.1])
-def test_floors_are_drawn_wherever_they_are(tmp_path: Path, height: float) -> None:
-    """Far below the lines, among them, or (of an estimate) below zero, where there is no logarithm."""
-    base = model("base", floor=replace(FLOOR, kl=height))
-    write_plots(record_of((1024, [base, candidate("a")], ()), (2048, [base, candidate("a")], ())), tmp_path)
-    assert "<!-- noise floor of the reference -->" in (tmp_path / "kl-by-context.svg").read_text()
-
-
-def test_figures_of_any_size_are_drawn(tmp_path: Path) -> None:
-    """Infinite, enormous and negative values, and names that matplotlib would read otherwise, stop no plot."""
-    estimate = candidate("$x_1$ {", kl=replace(spread(candidate("")), mean=-0.01), kl_kind="estimate")
-    models = [model("_base"), estimate, candidate("b", perplexity=math.inf), candidate("c", perplexity=1e12)]
-    written = write_plots(record_of((1024, models, ()), (2048, models, ())), tmp_path)
-    assert len(written) == 6

