@@ -80,7 +80,7 @@ def sheet_of_outliers(outliers: Sequence[Outlier], *, narrow: bool = False) -> S
         f"Percentiles are over 1 token in {SAMPLED}."
     )
     if any(outlier.projection.endswith("experts.down") for outlier in shown):
-        note += " Inputs of the experts' down are those of routed tokens."
+        note += " Inputs of the experts' down are of routed tokens alone."
     if len(shown) < len(outliers):
         note += f" The {len(shown)} largest ratios of {len(outliers):,}."
     headings = ("layer", "projection", "largest", "99.9th percentile", "largest / 99.9th")
@@ -205,7 +205,7 @@ def _outlier_plot(statistics: Statistics, outliers: Sequence[Outlier]) -> Plot:
             points.setdefault(outlier.projection, []).append((float(outlier.layer), outlier.ratio, None))
     lines = tuple(_line(label, number, found) for number, (label, found) in enumerate(points.items()))
     label = "largest input over the 99.9th percentile"
-    return Plot("outliers-by-layer", _LAYERS, label, _title(statistics), lines, caption="", by_layer=True)
+    return _plot("outliers-by-layer", label, statistics, lines)
 
 
 def _coverage_plot(statistics: Statistics, coverage: Sequence[Coverage]) -> Plot:
@@ -216,7 +216,7 @@ def _coverage_plot(statistics: Statistics, coverage: Sequence[Coverage]) -> Plot
     }
     lines = tuple(_line(label, number, found) for number, (label, found) in enumerate(rows.items()) if found)
     label = "tokens routed to an expert"
-    return Plot("tokens-by-layer", _LAYERS, label, _title(statistics), lines, caption="", by_layer=True)
+    return _plot("tokens-by-layer", label, statistics, lines)
 
 
 def _line(label: str, number: int, points: Sequence[Point]) -> Line:
@@ -233,3 +233,15 @@ def _line(label: str, number: int, points: Sequence[Point]) -> Line:
 def _title(statistics: Statistics) -> str:
     samples, tokens = statistics.num_samples, statistics.tokens
     return f"{Path(statistics.model).name}: {samples:,} samples, {tokens:,} tokens"
+
+
+def _plot(name: str, y_label: str, statistics: Statistics, lines: tuple[Line, ...]) -> Plot:
+    return Plot(
+        name=name,
+        x_label=_LAYERS,
+        y_label=y_label,
+        title=_title(statistics),
+        lines=lines,
+        caption="",
+        by_layer=True,
+    )
