@@ -42,10 +42,10 @@ def seconds(options: argparse.Namespace, checkpoints: list[Path]) -> float:
     """Of the walk, the heads and the reduction; tokenizing and reading headers are left out."""
     record = evaluate(
         checkpoints,
-        reference_model=options.model,
+        reference=options.model,
         contexts=[options.context],
         max_chunks=options.chunks,
-        floors="none",
+        noise_floor="none",
         device=options.device,
     )
     return record.seconds["measure"]

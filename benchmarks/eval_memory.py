@@ -23,10 +23,11 @@ HIDDEN, MLP, HEADS, KEY_HEADS, VOCABULARY = 8192, 28672, 64, 8, 128256
 CHILD = """
 import json, sys, torch
 from snugfit.evaluation.evaluate import evaluate
+from snugfit.progress import TerminalProgress
 model, candidate, rows, device, share = sys.argv[1:]
 if device == "cuda":
     torch.cuda.set_per_process_memory_fraction(float(share))
-record = evaluate([candidate], reference_model=model, text=[rows], device=device, progress=True)
+record = evaluate([candidate], reference=model, dataset=[rows], device=device, progress=TerminalProgress())
 context = record.contexts[0]
 print(json.dumps({"peak_rss_bytes": record.peak_rss_bytes, "peak_gpu_bytes": record.peak_gpu_bytes,
     "seconds": record.seconds, "tokens": context.tokens, "kl": context.models[1].kl.mean,
@@ -50,10 +51,16 @@ def main() -> None:
     ids = torch.randint(0, VOCABULARY, (options.chunks, options.context), generator=generator).tolist()
     rows.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in ids), encoding="utf-8")
     if not candidate.exists():
-        from snugfit.quantization.quantize import quantize_checkpoint
+        from snugfit.quantization.quantize import quantize
 
-        quantize_checkpoint(
-            model, candidate, "nvfp4-fp8-hybrid", text=[rows], rows=1, length=512, device=options.device
+        quantize(
+            model,
+            "nvfp4-fp8-hybrid",
+            output_dir=candidate,
+            dataset=[rows],
+            num_samples=1,
+            max_seq_length=512,
+            device=options.device,
         )
         if options.device == "cuda":
             torch.cuda.empty_cache()

@@ -6,7 +6,7 @@ The variants are those that a model card measured by hand on a 12B model: NVFP4 
 or Four Over Six, FP8 attention with either (the latter is the hybrid), FP8 down_proj with either. OUT gets
 a checkpoint a variant, and OUT/eval-PROFILE what `snugfit eval` writes. The evaluation is this one command:
 
-    snugfit eval OUT/nvfp4-absmax OUT/nvfp4 ... --reference MODEL --text EVALUATION.txt --context 1k,2k,4k,8k
+    snugfit eval OUT/nvfp4-absmax OUT/nvfp4 ... --reference MODEL --dataset EVALUATION.txt --context 1k,2k,4k,8k
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import json
 from pathlib import Path
 
 from snugfit.evaluation.evaluate import evaluate, write_results
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.progress import TerminalProgress
+from snugfit.quantization.quantize import quantize
 from snugfit.report.tables import to_markdown
 
 VARIANTS = (
@@ -43,25 +44,25 @@ def main() -> None:
     for recipe in VARIANTS:
         target = arguments.out / recipe
         if not target.exists():
-            quantize_checkpoint(
+            quantize(
                 arguments.model,
-                target,
                 recipe,
-                text=[arguments.calibration],
-                rows=32,
-                length=1024,
+                output_dir=target,
+                dataset=[arguments.calibration],
+                num_samples=32,
+                max_seq_length=1024,
                 device=arguments.device,
             )
     for profile in arguments.profiles.split(","):
         record = evaluate(
             [arguments.out / recipe for recipe in VARIANTS],
-            reference_model=arguments.model,
-            text=[arguments.evaluation],
+            reference=arguments.model,
+            dataset=[arguments.evaluation],
             contexts=[int(length) for length in arguments.contexts.split(",")],
             max_tokens=arguments.max_tokens,
             activations=profile,
             device=arguments.device,
-            progress=True,
+            progress=TerminalProgress(),
         )
         write_results(record, arguments.out / f"eval-{profile}")
         print(to_markdown(record))

@@ -69,9 +69,9 @@ def evaluate(checkpoint: Path, url: str, options: argparse.Namespace) -> dict[st
     # the model with itself: the original is the reference, and the server is compared with it
     candidates = [] if checkpoint == options.model else [str(checkpoint)]
     command = [sys.executable, "-c", "from snugfit.cli.app import app; app()", "eval", *candidates]
-    command += ["--reference", str(options.model), "--server", url, "--server-top", str(options.top)]
+    command += ["--reference", str(options.model), "--server", url, "--top-logprobs", str(options.top)]
     command += ["--server-log", str(options.out / "server.log"), "--context", str(options.length)]
-    command += ["--max-chunks", str(options.rows), "--activations", options.activations, "--floors", "none"]
+    command += ["--max-chunks", str(options.rows), "--activations", options.activations, "--noise-floor", "none"]
     command += ["-o", str(target), *(["--device", options.device] if options.device else [])]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     record: dict[str, Any] = json.loads((target / "eval.json").read_text(encoding="utf-8"))

@@ -25,8 +25,9 @@ from typing import Any
 
 from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import python_topics
-from snugfit.evaluation.fidelity import Perplexity, perplexity
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.evaluation.evaluate import evaluate
+from snugfit.quantization.quantize import quantize
+from snugfit.records.evaluation import ModelFigures
 
 RECIPES = ("fp8-dynamic", "fp8-int4", "nvfp4", "nvfp4-fp8-hybrid")
 SERVE = Path(__file__).with_name("serve_vllm.py")
@@ -50,15 +51,17 @@ def main() -> None:
     text.write_text(python_topics("evaluation"), encoding="utf-8")
     rows = load_dataset(arguments.model, [text], num_samples=arguments.rows, max_seq_length=arguments.length)
     (work / "rows.json").write_text(json.dumps({"rows": rows.samples}), encoding="utf-8")
+    lines = "".join(json.dumps({"input_ids": row}) + "\n" for row in rows.samples)
+    (work / "rows.jsonl").write_text(lines, encoding="utf-8")
     checkpoints = [arguments.model]
     seconds = {}
     for recipe in arguments.recipes:
         target = work / Path(recipe).stem
         shutil.rmtree(target, ignore_errors=True)
-        record = quantize_checkpoint(arguments.model, target, recipe, length=512, device=arguments.device)
+        record = quantize(arguments.model, recipe, output_dir=target, max_seq_length=512, device=arguments.device)
         seconds[target.name] = record.seconds["total"]
         checkpoints.append(target)
-    ours = {path.name: _emulate(path, rows, arguments.device) for path in checkpoints}
+    ours = {path.name: _emulate(path, work / "rows.jsonl", arguments.device) for path in checkpoints}
     served = {"served": _serve(arguments.vllm_python, work, checkpoints, "served")}
     if arguments.device != "cpu":
         fp4 = [path for path in checkpoints if path.name.startswith("nvfp4")]
@@ -69,9 +72,12 @@ def main() -> None:
     _print(ours, served, rows, seconds)
 
 
-def _emulate(path: Path, rows: Dataset, device: str) -> dict[str, Perplexity]:
-    profiles = ("none", "marlin", "vllm-blackwell")
-    return {profile: perplexity(path, rows, activations=profile, device=device) for profile in profiles}
+def _emulate(path: Path, rows: Path, device: str) -> dict[str, ModelFigures]:
+    figures = {}
+    for profile in ("none", "marlin", "vllm-blackwell"):
+        record = evaluate([path], dataset=[rows], activations=profile, noise_floor="none", device=device)
+        figures[profile] = record.contexts[0].models[0]
+    return figures
 
 
 def _serve(python: str, work: Path, checkpoints: list[Path], name: str, *options: str) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def _serve(python: str, work: Path, checkpoints: list[Path], name: str, *options
 
 
 def _print(
-    ours: dict[str, dict[str, Perplexity]],
+    ours: dict[str, dict[str, ModelFigures]],
     served: dict[str, dict[str, Any]],
     rows: Dataset,
     seconds: dict[str, float],
@@ -96,7 +102,7 @@ def _print(
     print("|---|" + "---|" * (4 + len(served)))
     for name, values in ours.items():
         entries = [run.get(name) or {} for run in served.values()]
-        figures = [f"{result.value:.3f}" for result in values.values()]
+        figures = [f"{result.perplexity:.3f}" for result in values.values()]
         figures += [f"{entry['perplexity']:.3f}" if "perplexity" in entry else "-" for entry in entries]
         kernels = sorted({kernel for entry in entries for kernel in entry.get("kernels", [])})
         kernels += sorted({f"{entry['kv_cache_dtype']} cache" for entry in entries if "kv_cache_dtype" in entry})
@@ -111,7 +117,7 @@ def _print(
 
 
 def _print_differences(
-    ours: dict[str, dict[str, Perplexity]], served: dict[str, dict[str, Any]], rows: Dataset
+    ours: dict[str, dict[str, ModelFigures]], served: dict[str, dict[str, Any]], rows: Dataset
 ) -> None:
     print(
         "\n| checkpoint, run | against profile | loss a token, engine minus ours | in perplexity |\n|---|---|---|---|"
@@ -123,7 +129,7 @@ def _print_differences(
                 continue
             w4a4 = any(kernel.startswith("Emulation") for kernel in entry["kernels"])
             profile = "vllm-blackwell" if w4a4 else "marlin"
-            pairs = zip(entry["nll_by_row"], ours[name][profile].nll_by_row, counts, strict=True)
+            pairs = zip(entry["nll_by_row"], ours[name][profile].nll_by_chunk, counts, strict=True)
             differences = [(theirs - mine) / count for theirs, mine, count in pairs]
             mean = statistics.mean(differences)
             error = statistics.stdev(differences) / len(differences) ** 0.5

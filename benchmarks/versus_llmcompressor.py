@@ -53,7 +53,7 @@ def main() -> None:
     if arguments.llmcompressor_python:
         outputs["llm-compressor"] = work / "llm-compressor"
     _print_times(runs)
-    measured = {name: _quality(arguments.model, path, work / "evaluation.json") for name, path in outputs.items()}
+    measured = {name: _quality(arguments.model, path, work / "evaluation.jsonl") for name, path in outputs.items()}
     _print_quality({name: figures for name, (figures, _) in measured.items()})
     _print_paired({name: losses for name, (_, losses) in measured.items()})
     print(json.dumps({"runs": runs, "quality": measured}))
@@ -76,7 +76,9 @@ def work_once(model: Path, work: Path, recipe: str, threads: int) -> None:
     target = work / "snugfit" if not recipe.endswith(".yaml") else work / "also"
     shutil.rmtree(target, ignore_errors=True)
     cpu = time.process_time()
-    record = quantize(model, recipe, output_dir=target, dataset=[work / "rows.jsonl"], num_samples=ROWS, max_seq_length=LENGTH)
+    record = quantize(
+        model, recipe, output_dir=target, dataset=[work / "rows.jsonl"], num_samples=ROWS, max_seq_length=LENGTH
+    )
     stages = dict(record.seconds)
     result = {
         "wall_seconds": stages.pop("total"),
@@ -128,14 +130,14 @@ def _write_rows(model: Path, work: Path) -> None:
     (work / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
     (work / "evaluation.txt").write_text(python_topics("evaluation"), encoding="utf-8")
     held_out = load_dataset(model, [work / "evaluation.txt"], num_samples=16, max_seq_length=LENGTH).samples
-    (work / "evaluation.json").write_text(json.dumps(held_out), encoding="utf-8")
+    lines = "".join(json.dumps({"input_ids": row}) + "\n" for row in held_out)
+    (work / "evaluation.jsonl").write_text(lines, encoding="utf-8")
 
 
 def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float], dict[str, list[float]]]:
     """Figures of a compressed-tensors checkpoint (weight errors by format, perplexities), and its losses by row."""
-    from snugfit.data.dataset import make_dataset
     from snugfit.dialects.dialect import open_dialect
-    from snugfit.evaluation.fidelity import perplexity
+    from snugfit.evaluation.evaluate import evaluate
     from snugfit.model.emulate import read_module
     from snugfit.storage.checkpoint import read_tensor
     from snugfit.storage.open import open_checkpoint
@@ -152,12 +154,12 @@ def _quality(model: Path, path: Path, rows_file: Path) -> tuple[dict[str, float]
         entry[0] += float((values - weight).square().sum())
         entry[1] += float(weight.square().sum())
     quality = {f"relative error, {name}": error / square for name, (error, square) in sums.items()}
-    rows = make_dataset(json.loads(rows_file.read_text(encoding="utf-8")), "held out")
     losses: dict[str, list[float]] = {}
     for profile in ("vllm-blackwell", "marlin"):
-        scored = perplexity(path, rows, activations=profile)
-        quality[f"perplexity, {profile}"] = scored.value
-        losses[profile] = [loss / (len(row) - 1) for loss, row in zip(scored.nll_by_row, rows.samples, strict=True)]
+        scored = evaluate([path], dataset=[rows_file], activations=profile).contexts[0].models[0]
+        quality[f"perplexity, {profile}"] = scored.perplexity
+        pairs = zip(scored.nll_by_chunk, scored.tokens_by_chunk, strict=True)
+        losses[profile] = [loss / tokens for loss, tokens in pairs]
     return quality, losses
 
 
