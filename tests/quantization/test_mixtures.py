@@ -1,4 +1,4 @@
-"""Mixtures of experts through a whole run: what is written, what it says of itself, and what reads it."""
+"""Mixtures of experts through a whole run: the tensors and the config that are written, and their readers."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from typer.testing import CliRunner
 
 import snugfit.quantization.run
 from conftest import MakeTiny
+from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, contents, in_child
+from helpers.plans import plan_of
 from helpers.tiny_families import all_tensors, load, random_rows, same, write_rows
 from helpers.tiny_mixtures import MIXTURES, make_mixture, rewrite
 from snugfit.calibration.observers import ExpertObserver
 from snugfit.cli.app import app
 from snugfit.dialects.schemes import parse_scheme
 from snugfit.dialects.targets import Targets
-from snugfit.engines.mixtures import OUTSIDE
-from snugfit.errors import UserError
-from snugfit.evaluation.subject import open_head, open_subject, pass_layers
+from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES
+from snugfit.evaluation.evaluated_model import open_head, open_model, pass_layers
 from snugfit.model import forward_pass
-from snugfit.model.support import NoEngine
-from snugfit.quantization.layer import calibrate as calibrate_layer
-from snugfit.quantization.plan import plan_quantization
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.layer import LayerRun, propagate
+from snugfit.quantization.quantize import quantize
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.statistics_file import STATISTICS_FILE
 from snugfit.storage.staging import units_done
 
 CPU = torch.device("cpu")
-INSIDE = [family for family in MIXTURES if family not in OUTSIDE]
+INSIDE = [family for family in MIXTURES if family not in UNSUPPORTED_FAMILIES]
 RECIPES = ["nvfp4-moe", "fp8-int4-moe"]
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 every_family = pytest.mark.parametrize("family", INSIDE)
@@ -50,13 +49,13 @@ EXPERT = re.compile(r"(?P<layer>.+\.layers\.\d+)\.(?P<parent>.+)\.experts\.(?P<e
 # what engines call gate, up and down of every family
 LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
-# what no engine was seen to load in one of the recipes
-NO_ENGINE = ("gpt_oss", "granitemoehybrid")
+# families that no tested engine loads in one of the recipes
+UNVERIFIED = ("gpt_oss", "granitemoehybrid")
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of token ids, enough that every expert of a tiny mixture sees some."""
+    """Samples of token ids, enough for every expert of a tiny mixture to see some."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", random_rows([64] * 3 + [40, 33]))
 
 
@@ -72,7 +71,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     def make(family: str) -> Path:
         if family not in made:
             made[family] = make_mixture(family, tmp_path_factory.mktemp(family) / "model")
-            if family == "nemotron_h":  # as its releases have it; transformers writes layers_block_type alone
+            if family == "nemotron_h":  # as in its releases; transformers writes only layers_block_type
                 edit_config(made[family], num_hidden_layers=4)
         return made[family]
 
@@ -87,7 +86,14 @@ def quantized(source: Source, rows: Path, tmp_path_factory: pytest.TempPathFacto
     def make(family: str, recipe: str) -> Path:
         if (family, recipe) not in made:
             out = tmp_path_factory.mktemp(family) / recipe
-            quantize_checkpoint(source(family), out, recipe, text=[rows], device="cpu", no_engine=family in NO_ENGINE)
+            quantize(
+                source(family),
+                recipe,
+                output_dir=out,
+                dataset=[rows],
+                device="cpu",
+                allow_unverified=family in UNVERIFIED,
+            )
             made[family, recipe] = out
         return made[family, recipe]
 
@@ -104,7 +110,7 @@ def edit_config(path: Path, **values: Any) -> None:
 
 
 def in_pieces(family: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The source's tensors, experts of a stack one by one, each a view of it (MTP layers stay as they are)."""
+    """The source's tensors, with stacked experts split into views of single ones (MTP layers are not changed)."""
     found: dict[str, Tensor] = {}
     for name, whole in tensors.items():
         split = dict(split_stack(family, name, whole))
@@ -134,7 +140,7 @@ def split_stack(family: str, name: str, whole: Tensor) -> Iterator[tuple[str, Te
 
 
 def experts_of(tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Weights of routed experts by module, those of layers that run."""
+    """Weights of routed experts by module, in layers that run."""
     found = {}
     for name, tensor in tensors.items():
         match = EXPERT.fullmatch(name.removesuffix(".weight"))
@@ -200,7 +206,7 @@ def from_fp8(parts: Mapping[str, Tensor], module: str) -> Tensor:
 
 @every_family
 def test_experts_are_nvfp4_by_definition(family: str, source: Source, quantized: Quantized) -> None:
-    """Each expert's codes, block scales and global scale are those of its definition, one for its gate and up."""
+    """Each expert's codes, block scales and global scale (one for gate and up) are those of the definition."""
     path = source(family)
     weights = experts_of(in_pieces(family, all_tensors(path)), layers_of(path))
     written = all_tensors(quantized(family, "nvfp4-moe"))
@@ -220,7 +226,7 @@ def test_experts_are_nvfp4_by_definition(family: str, source: Source, quantized:
 
 @every_family
 def test_experts_are_int4_by_definition(family: str, source: Source, quantized: Quantized) -> None:
-    """Each expert's INT4 codes are the nearest under its scales, which are its groups' largest magnitudes over 7.5."""
+    """Each expert's INT4 codes are the nearest under its scales, the largest magnitudes of groups divided by 7.5."""
     path = source(family)
     weights = experts_of(in_pieces(family, all_tensors(path)), layers_of(path))
     written = all_tensors(quantized(family, "fp8-int4-moe"))
@@ -237,7 +243,7 @@ def test_experts_are_int4_by_definition(family: str, source: Source, quantized: 
 
 @every_family
 def test_a_layer_has_two_scales_of_inputs(family: str, source: Source, quantized: Quantized) -> None:
-    """Gate and up of all experts of a layer share one input scale, down another, from the largest that was measured."""
+    """All experts of a layer share one input scale for gate and up, and one for down, from the largest input."""
     out, path = quantized(family, "nvfp4-moe"), source(family)
     written = all_tensors(out)
     statistics = json.loads((out / STATISTICS_FILE).read_text(encoding="utf-8"))["layers"]
@@ -258,7 +264,7 @@ def test_a_layer_has_two_scales_of_inputs(family: str, source: Source, quantized
 @every_recipe
 @every_family
 def test_what_is_kept_and_what_is_fp8(family: str, recipe: str, source: Source, quantized: Quantized) -> None:
-    """Routers, their corrections, norms, MTP layers and all that is no linear are the source's, bit for bit."""
+    """Routers, their corrections, norms, MTP layers and everything but linears are the source's, bit for bit."""
     path, out = source(family), quantized(family, recipe)
     given, written = in_pieces(family, all_tensors(path)), all_tensors(out)
     experts, layers = experts_of(given, layers_of(path)), layers_of(path)
@@ -299,12 +305,12 @@ def written_format(written: Mapping[str, Tensor], module: str) -> str | None:
 @every_recipe
 @every_family
 def test_targets_are_what_is_quantized(family: str, recipe: str, source: Source, quantized: Quantized) -> None:
-    """The config gives every linear the format it has, also under the names by which engines look experts up."""
+    """The config states the format of every linear, also under the names that engines give experts."""
     out = quantized(family, recipe)
     quantization, written = config_of(out)["quantization_config"], all_tensors(out)
     targets = Targets(list(quantization["config_groups"].values()), quantization["ignore"], where="config.json")
 
-    def told(module: str) -> str | None:
+    def stated(module: str) -> str | None:
         group = targets.group_of(module)
         return None if group is None else parse_scheme(group, where="config.json").name
 
@@ -314,15 +320,15 @@ def test_targets_are_what_is_quantized(family: str, recipe: str, source: Source,
     assert len(linears) > 20
     for module in linears:
         fmt = written_format(written, module)
-        assert told(module) == fmt, module
+        assert stated(module) == fmt, module
         names = {module.replace(".block_sparse_moe.", ".mlp.")}
         match = EXPERT.fullmatch(module)
         if match and fmt is not None:
             parent = module.rpartition(".")[0]
             names |= {f"{name}.{leaf}" for leaf in LEAVES.values() for name in (parent, parent.replace(BLOCK, ".mlp."))}
         for name in names:
-            assert told(name) == fmt, name
-    assert {told(module) for module in linears} == {None, "fp8-dynamic", recipe.split("-")[-2]}
+            assert stated(name) == fmt, name
+    assert {stated(module) for module in linears} == {None, "fp8-dynamic", recipe.split("-")[-2]}
 
 
 BLOCK = ".block_sparse_moe."
@@ -355,9 +361,9 @@ def reference_logits(family: str, path: Path, out: Path, folder: Path, ids: Tens
 
 @torch.no_grad()
 def logits_of(out: Path, rows: list[list[int]]) -> Tensor:
-    subject = open_subject(out, activations="none", arithmetic=torch.float32)
-    batches = pass_layers(subject, rows, CPU, tokens_per_batch=4096)
-    found = [part for _, _, part in forward_pass.logits(open_head(subject, CPU), batches)]
+    evaluated = open_model(out, activations="none", arithmetic=torch.float32)
+    batches = pass_layers(evaluated, rows, CPU, tokens_per_batch=4096)
+    found = [part for _, _, part in forward_pass.logits(open_head(evaluated, CPU), batches)]
     return torch.cat(found, 1)
 
 
@@ -366,7 +372,7 @@ def logits_of(out: Path, rows: list[list[int]]) -> Tensor:
 def test_what_is_written_is_read_back(
     family: str, recipe: str, source: Source, quantized: Quantized, tmp_path: Path
 ) -> None:
-    """The file, walked as it says, gives the logits of transformers' model of what its codes stand for."""
+    """Logits of the written file are those of transformers' model with the dequantized weights."""
     given = random_rows([24, 24], seed=7)
     out = quantized(family, recipe)
     expected = reference_logits(family, source(family), out, tmp_path / "reference", torch.tensor(given))
@@ -377,18 +383,18 @@ def test_what_is_written_is_read_back(
 
 @pytest.mark.parametrize(("family", "step"), [("qwen3_moe", 0), ("qwen3_moe", 7), ("granitemoe", 5)])
 def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source, rows: Path, tmp_path: Path) -> None:
-    """A run that dies while experts of its second layer are calibrated goes on there and ends in the same bytes."""
-    options: dict[str, Any] = {"text": [rows], "device": "cpu", "tokens_per_batch": 128, "max_shard_bytes": 60_000}
-    quantize_checkpoint(source(family), tmp_path / "one", "nvfp4-moe", **options)
+    """A run killed while experts of its second layer are calibrated resumes there and ends in the same bytes."""
+    options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "tokens_per_batch": 128, "max_shard_size": 60_000}
+    quantize(source(family), "nvfp4-moe", output_dir=tmp_path / "one", **options)
 
     def die() -> None:
         calls, inside = 0, False
         second = ExpertObserver.second
 
-        def calibrate(*arguments: Any) -> Any:
+        def watched(run: LayerRun, tensors: Any) -> Any:
             nonlocal inside
-            inside = arguments[2] == 1
-            return calibrate_layer(*arguments)
+            inside = run.index == 1
+            return propagate(run, tensors)
 
         def counted(*arguments: Any, **named: Any) -> Any:
             nonlocal calls
@@ -398,24 +404,24 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
             return second(*arguments, **named)
 
         ExpertObserver.second = counted  # type: ignore[method-assign]
-        snugfit.quantization.run.calibrate = calibrate  # type: ignore[assignment,attr-defined]
-        quantize_checkpoint(source(family), tmp_path / "two", "nvfp4-moe", **options)
+        snugfit.quantization.run.propagate = watched  # type: ignore[attr-defined]
+        quantize(source(family), "nvfp4-moe", output_dir=tmp_path / "two", **options)
 
     assert in_child(die) == KILLED
     assert not (tmp_path / "two").exists()
     assert units_done(tmp_path / "two.partial") in (1, 2)  # the first layer may not have been noted yet
-    record = quantize_checkpoint(source(family), tmp_path / "two", "nvfp4-moe", **options)
+    record = quantize(source(family), "nvfp4-moe", output_dir=tmp_path / "two", **options)
     assert record.resumed is not None
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 def test_layers_counted_by_their_kinds(source: Source, tmp_path: Path) -> None:
-    """Nemotron-H as transformers writes it says how many layers it has by the list of their kinds alone."""
-    model = spoiled(source("nemotron_h"), tmp_path / "model")
+    """The number of layers of Nemotron-H, as transformers writes it, is the length of layers_block_type."""
+    model = damaged(source("nemotron_h"), tmp_path / "model")
     config = config_of(model)
     del config["num_hidden_layers"]
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert plan_quantization(model, "nvfp4-moe").layers == 4
+    assert plan_of(model, "nvfp4-moe").num_layers == 4
 
 
 def recipe_of(*rules: str) -> LoadedRecipe:
@@ -423,12 +429,12 @@ def recipe_of(*rules: str) -> LoadedRecipe:
 
 
 def test_roles_of_experts(source: Source) -> None:
-    """`experts` are the routed ones, `shared_experts` those that every token passes, and nothing else is either."""
+    """`experts` matches exactly the routed experts, `shared_experts` those that every token passes."""
     path = source("deepseek_v3")
     asked = recipe_of(
         "role: experts, format: nvfp4", "role: shared_experts, format: mxfp4", "role: linear, format: fp8-dynamic"
     )
-    plan = plan_quantization(path, asked)
+    plan = plan_of(path, asked)
     for name, assignment in plan.assignments.items():
         shared, routed = ".shared_experts." in name, ".experts." in name
         assert assignment.rule == (0 if routed else 1 if shared else 2), name
@@ -440,16 +446,16 @@ def test_roles_of_experts(source: Source) -> None:
     "family", ["granitemoe", "granitemoehybrid", "gpt_oss", "qwen3_vl_moe", "mixtral", "nemotron_h"]
 )
 def test_roles_of_stacked_experts(family: str, source: Source) -> None:
-    """A role names experts however the file holds them, every one of them."""
+    """The role matches every expert, however the file stores them."""
     path = source(family)
-    plan = plan_quantization(path, recipe_of("role: experts, format: nvfp4", "role: linear, format: keep"))
+    plan = plan_of(path, recipe_of("role: experts, format: nvfp4", "role: linear, format: keep"))
     named = {name for name, assignment in plan.assignments.items() if assignment.format is not None}
     pieces = experts_of(in_pieces(family, all_tensors(path)), layers_of(path))
     assert named == {f"{module}.weight" for module in pieces}
 
 
 @pytest.mark.parametrize(
-    ("family", "rules", "says"),
+    ("family", "rules", "named"),
     [
         (
             "qwen3_moe",
@@ -458,17 +464,17 @@ def test_roles_of_stacked_experts(family: str, source: Source) -> None:
                 "role: experts, format: nvfp4",
                 "role: linear, format: keep",
             ),
-            r"of layer 0: model.layers.0.mlp.experts.0.down_proj.weight is nvfp4, .*experts.3.* fp8",
+            ("layer 0", "model.layers.0.mlp.experts.0.down_proj.weight", "nvfp4", ".experts.3.", "fp8"),
         ),
         (
             "granitemoe",
             ("name: '*.experts.3.*', format: keep", "role: experts, format: nvfp4", "role: linear, format: keep"),
-            "splits the routed experts of layer 0",
+            ("experts of layer 0",),
         ),
         (
             "mixtral",
             ("name: '*.experts.*.w2', format: nvfp4", "role: linear, format: keep"),
-            "splits the routed experts of layer 0",
+            ("experts of layer 0",),
         ),
         (
             "glm4_moe",
@@ -478,38 +484,38 @@ def test_roles_of_stacked_experts(family: str, source: Source) -> None:
                 "role: down, format: nvfp4",
                 "role: linear, format: keep",
             ),
-            "splits the routed experts of layer 1",
+            ("experts of layer 1",),
         ),
         (
             "nemotron_h",
             ("name: '*.experts.*.up_proj', format: keep", "role: experts, format: nvfp4", "role: linear, format: keep"),
-            "splits the routed experts of layer 1",
+            ("experts of layer 1",),
         ),
         (
             "qwen3_moe",
             ("name: '*.experts.*.gate_proj', format: keep", "role: linear, format: nvfp4"),
-            "splits",
+            ("gate_proj", "up_proj"),
         ),
     ],
     ids=["one expert", "one of a stack", "down alone", "gate and up kept", "without a gate", "gate alone"],
 )
-def test_rules_that_split_experts(family: str, rules: tuple[str, ...], says: str, source: Source) -> None:
-    """Experts of one layer in two formats, or a projection of theirs kept, are refused before anything is read."""
-    with pytest.raises(UserError, match=says) as caught:
-        plan_quantization(source(family), recipe_of(*rules))
-    assert caught.value.where.startswith("a.yaml")
+def test_rules_that_split_experts(family: str, rules: tuple[str, ...], named: tuple[str, ...], source: Source) -> None:
+    """Experts of one layer in two formats, or with one projection kept, are refused before any weight is read."""
+    with raises("recipe-splits-group", where="a.yaml") as caught:
+        plan_of(source(family), recipe_of(*rules))
+    assert all(word in caught.value.what for word in named), caught.value.what
     assert caught.value.remedy
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "minimax_m2"])
 def test_layers_may_differ_in_format(family: str, source: Source, tmp_path: Path) -> None:
-    """Experts of one layer in one format, those of another in another: written so, and targets tell them apart."""
+    """Experts of different layers may have different formats, and targets distinguish them."""
     rules = (
         *("role: experts, layers: 0, format: int4", "role: experts, layers: 1, format: fp8-dynamic"),
         "role: linear, format: keep",
     )
     out = tmp_path / "out"
-    quantize_checkpoint(source(family), out, recipe_of(*rules), device="cpu")
+    quantize(source(family), recipe_of(*rules), output_dir=out, device="cpu")
     quantization, written = config_of(out)["quantization_config"], all_tensors(out)
     targets = Targets(list(quantization["config_groups"].values()), quantization["ignore"], where="config.json")
     modules = experts_of(in_pieces(family, all_tensors(source(family))), 2)
@@ -526,17 +532,17 @@ def test_layers_may_differ_in_format(family: str, source: Source, tmp_path: Path
 
 @every_recipe
 def test_a_dense_model_has_no_experts(recipe: str, make_tiny: MakeTiny) -> None:
-    """A recipe for mixtures says on a dense model which of its rules has nothing to do."""
-    with pytest.raises(UserError, match="this rule matches no tensor") as caught:
-        plan_quantization(make_tiny("llama"), recipe)
-    assert caught.value.where == f"recipe {recipe}: rules[0]"
+    """A recipe for mixtures is refused on a dense model with the rule that matches no tensor."""
+    with raises("recipe-rule-unmatched", where=f"recipe {recipe}") as caught:
+        plan_of(make_tiny("llama"), recipe)
+    assert "rules[0]" in caught.value.where
 
 
 Change = Callable[[dict[str, Tensor]], None]
 
 
-def spoiled(path: Path, folder: Path, change: Change | None = None, **config: Any) -> Path:
-    """A copy whose tensors, and keys of whose config, are changed."""
+def damaged(path: Path, folder: Path, change: Change | None = None, **config: Any) -> Path:
+    """A copy with changed tensors and keys of config.json."""
     shutil.copytree(path, folder)
     if change is not None:
         tensors = all_tensors(path)
@@ -547,7 +553,7 @@ def spoiled(path: Path, folder: Path, change: Change | None = None, **config: An
 
 
 def without(pattern: str) -> Change:
-    """Loses all tensors that the pattern finds."""
+    """Removes all tensors that match the pattern."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         gone = [name for name in tensors if re.search(pattern, name)]
@@ -559,66 +565,72 @@ def without(pattern: str) -> Change:
 
 
 def with_another_expert(tensors: dict[str, Tensor]) -> None:
-    """A ninth expert in layer 1."""
+    """Adds a ninth expert to layer 1."""
     for name in [name for name in tensors if ".layers.1.mlp.experts.7." in name]:
         tensors[name.replace(".experts.7.", ".experts.8.")] = tensors[name].clone()
 
 
-BROKEN: dict[str, tuple[str, Change | None, dict[str, Any], str]] = {
+# family, change of the tensors, changed keys of config.json, code, what the message names
+BROKEN: dict[str, tuple[str, Change | None, dict[str, Any], str, tuple[str, ...]]] = {
     "more than the config says": (
         *("qwen3_moe", None, {"num_local_experts": 6}),
-        "layer 0 has an expert 6, though the config has 6 experts",
+        *("config-mismatch", ("layer 0", "expert 6", "6 experts")),
     ),
     "fewer than the config says": (
         *("qwen3_moe", None, {"num_local_experts": 12}),
-        r"expert 8 of layer 0 has no down_proj \(the config has 12 experts, 8 are there\)",
+        *("weights-missing", ("expert 8 of layer 0", "down_proj", "12 experts", "8")),
     ),
-    "one more in one layer": ("qwen3_moe", with_another_expert, {}, "layer 1 has an expert 8"),
+    "one more in one layer": (
+        *("qwen3_moe", with_another_expert, {}),
+        *("config-mismatch", ("layer 1", "expert 8")),
+    ),
     "a weight of one": (
         *("qwen3_moe", without(r"layers\.1\.mlp\.experts\.5\.up_proj"), {}),
-        "expert 5 of layer 1 has no up_proj",
+        *("weights-missing", ("expert 5 of layer 1", "up_proj")),
     ),
     "Mixtral's names": (
         *("mixtral", without(r"layers\.0\.block_sparse_moe\.experts\.2\.w2"), {}),
-        "expert 2 of layer 0 has no w2",
+        *("weights-missing", ("expert 2 of layer 0", "w2")),
     ),
     "an expert of one layer": (
         *("minimax_m2", without(r"layers\.1\..*\.experts\.7\."), {}),
-        "expert 7 of layer 1 has no w1",
+        *("weights-missing", ("expert 7 of layer 1", "w1")),
     ),
     "of a prediction layer": (
         *("deepseek_v3", without(r"layers\.2\..*\.experts\.3\.gate_proj"), {}),
-        "expert 3 of multi-token prediction layer 2 has no gate_proj",
+        *("weights-missing", ("expert 3 of multi-token prediction layer 2", "gate_proj")),
     ),
     "a projection of all": (
         *("qwen3_moe", without(r"layers\.1\.mlp\.experts\.\d\.gate_proj"), {}),
-        r"layers\.1\.mlp\.experts\.0\.gate_proj\.weight is missing",
+        *("config-mismatch", ("layers.1.mlp.experts.0.gate_proj.weight",)),
     ),
     "experts of a layer": (
-        "qwen3_moe",
-        without(r"layers\.1\.mlp\.experts"),
-        {},
-        r"layers\.1\.mlp\.experts.* is missing",
+        *("qwen3_moe", without(r"layers\.1\.mlp\.experts"), {}),
+        *("config-mismatch", ("layers.1.mlp.experts",)),
     ),
     "a stack": (
-        "granitemoe",
-        without(r"layers\.1\..*\.output_linear"),
-        {},
-        r"expert 0 of layer 1 has no down_proj|missing",
+        *("granitemoe", without(r"layers\.1\..*\.output_linear"), {}),
+        *("config-mismatch", ("layers.1.block_sparse_moe", "down_proj")),
     ),
-    "a router": ("qwen3_moe", without(r"layers\.1\.mlp\.gate\."), {}, r"layers\.1\.mlp\.gate\.weight is missing"),
-    "another width": ("qwen3_moe", None, {"moe_intermediate_size": 64}, "has shape .*, the config asks for"),
+    "a router": (
+        *("qwen3_moe", without(r"layers\.1\.mlp\.gate\."), {}),
+        *("config-mismatch", ("layers.1.mlp.gate.weight",)),
+    ),
+    "another width": (
+        *("qwen3_moe", None, {"moe_intermediate_size": 64}),
+        *("config-mismatch", ("layers.0.mlp.experts.0", "64")),
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_experts_that_are_not_all_there(case: str, source: Source, rows: Path, tmp_path: Path) -> None:
-    """More or fewer experts than the config has, and weights that are missing, are named, and nothing is written."""
-    family, change, config, says = BROKEN[case]
-    model, out = spoiled(source(family), tmp_path / "model", change, **config), tmp_path / "out"
-    with pytest.raises(UserError, match=says) as caught:
-        quantize_checkpoint(model, out, "nvfp4-moe", text=[rows], device="cpu")
-    assert str(model) in caught.value.where
+def test_incomplete_experts(case: str, source: Source, rows: Path, tmp_path: Path) -> None:
+    """More or fewer experts than the config states, and missing weights, are refused by name; nothing is written."""
+    family, change, config, code, named = BROKEN[case]
+    model, out = damaged(source(family), tmp_path / "model", change, **config), tmp_path / "out"
+    with raises(code, where=model) as caught:
+        quantize(model, "nvfp4-moe", output_dir=out, dataset=[rows], device="cpu")
+    assert all(word in caught.value.what for word in named), caught.value.what
     assert caught.value.remedy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
@@ -626,46 +638,47 @@ def test_experts_that_are_not_all_there(case: str, source: Source, rows: Path, t
 @pytest.mark.parametrize("family", ["llama4_text", "dbrx", "jetmoe", "longcat_flash"])
 @every_recipe
 def test_families_outside_the_interface(family: str, recipe: str, source: Source, rows: Path, tmp_path: Path) -> None:
-    """Families that run their experts in a way of their own are refused, with what they do and what it would take."""
+    """Families that run their experts in a way of their own are refused; the error says what support would take."""
     out = tmp_path / "out"
-    with pytest.raises(UserError, match=f"{family} runs its experts outside transformers' experts interface") as caught:
-        quantize_checkpoint(source(family), out, recipe, text=[rows], device="cpu", no_engine=True)
-    assert OUTSIDE[family] in caught.value.what
-    assert "adapter in model/experts.py" in caught.value.remedy
+    with raises("experts-unsupported", where=source(family) / "config.json") as caught:
+        quantize(source(family), recipe, output_dir=out, dataset=[rows], device="cpu", allow_unverified=True)
+    assert family in caught.value.what
+    assert UNSUPPORTED_FAMILIES[family] in caught.value.what
+    assert "model/experts.py" in caught.value.remedy
     assert not out.exists()
 
 
 def command(model: Path, out: Path, rows: Path, *options: str) -> Any:
-    given = ["quantize", model, "-r", "nvfp4-moe", "-o", out, "--text", rows, "--device", "cpu", *options]
+    given = ["quantize", model, "-r", "nvfp4-moe", "-o", out, "--dataset", rows, "--device", "cpu", *options]
     return CliRunner().invoke(app, [str(argument) for argument in given])
 
 
 @pytest.mark.parametrize(
-    ("family", "change", "says"),
+    ("family", "change", "code", "named"),
     [
-        ("llama4_text", None, "It needs an adapter in model/experts.py"),
-        ("gpt_oss", None, "add --no-engine to write them"),
-        ("qwen3_moe", without(r"layers\.1\.mlp\.experts\.5\.up_proj"), "expert 5 of layer 1 has no up_proj"),
+        ("llama4_text", None, "experts-unsupported", "model/experts.py"),
+        ("gpt_oss", None, "format-unverified", "`--allow-unverified`"),
+        ("qwen3_moe", without(r"layers\.1\.mlp\.experts\.5\.up_proj"), "weights-missing", "expert 5 of layer 1"),
     ],
 )
 def test_the_command_refuses(
-    family: str, change: Change | None, says: str, source: Source, rows: Path, tmp_path: Path
+    family: str, change: Change | None, code: str, named: str, *, source: Source, rows: Path, tmp_path: Path
 ) -> None:
-    """The command ends with code 2 and one message, and neither OUT nor anything of it is there."""
-    model, out = spoiled(source(family), tmp_path / "model", change), tmp_path / "out"
+    """The command ends with exit code 2 and one message, and writes nothing."""
+    model, out = damaged(source(family), tmp_path / "model", change), tmp_path / "out"
     refused = command(model, out, rows)
-    assert refused.exit_code == 2, refused.stderr
+    assert failed_with(refused, code, model, named)
     lines = [line for line in refused.stderr.splitlines() if line.strip()]
     assert len(lines) == 1
     assert lines[0].startswith("snugfit: ")
-    assert says in lines[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_no_engine_is_asked_for(source: Source, rows: Path, tmp_path: Path) -> None:
-    """--no-engine writes what no engine was seen to load, and nothing else is passed over by it."""
-    written = command(source("gpt_oss"), tmp_path / "out", rows, "--no-engine")
+def test_unverified_formats_can_be_written(source: Source, rows: Path, tmp_path: Path) -> None:
+    """--allow-unverified writes formats that no tested engine loads; the plan has no other objection."""
+    written = command(source("gpt_oss"), tmp_path / "out", rows, "--allow-unverified")
     assert written.exit_code == 0, written.stderr
     assert (tmp_path / "out" / "config.json").is_file()
-    (obstacle,) = plan_quantization(source("gpt_oss"), "nvfp4-moe").obstacles
-    assert isinstance(obstacle, NoEngine)
+    plan = plan_of(source("gpt_oss"), "nvfp4-moe")
+    assert [error.code for error in plan.unverified] == ["format-unverified"]
+    assert not plan.layout.blockers
