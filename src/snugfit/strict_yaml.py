@@ -113,7 +113,7 @@ def _parts(node: yaml.Node) -> list[yaml.Node]:
 
 
 def _inside(node: yaml.Node | None, step: str | int) -> tuple[int, yaml.Node] | None:
-    """Line and node of one key of a mapping or one entry of a list; None if there is no such."""
+    """Line and node of one key of a mapping or one entry of a list; None if it does not exist."""
     if isinstance(node, yaml.MappingNode):
         for key, value in reversed(node.value):  # merged keys come first, a mapping's own keys win
             if key.value == step:

@@ -35,28 +35,31 @@ INPUT_SCALE = "input_global_scale"
 
 def layout(fmt: TensorFormat, shape: tuple[int, ...], dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Suffix -> (safetensors dtype, shape) of all tensors that replace a weight [N, K] of this shape and dtype."""
-    rows, columns = shape
+    out_features, in_features = shape
     if fmt.name in ("nvfp4", "nvfp4a16"):
         parts: dict[str, tuple[str, tuple[int, ...]]] = {
-            "weight_packed": ("U8", (rows, columns // 2)),
-            "weight_scale": ("F8_E4M3", (rows, columns // NVFP4_BLOCK)),
+            "weight_packed": ("U8", (out_features, in_features // 2)),
+            "weight_scale": ("F8_E4M3", (out_features, in_features // NVFP4_BLOCK)),
             "weight_global_scale": ("F32", (1,)),
         }
         return parts | ({INPUT_SCALE: ("F32", (1,))} if fmt.name == "nvfp4" else {})
     if fmt.name == "fp8-dynamic":
-        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": (dtype, (rows, 1))}
+        return {"weight": ("F8_E4M3", (out_features, in_features)), "weight_scale": (dtype, (out_features, 1))}
     if fmt.name == "fp8-block":
-        blocks = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
-        return {"weight": ("F8_E4M3", (rows, columns)), "weight_scale": (dtype, blocks)}
+        blocks = -(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK)
+        return {"weight": ("F8_E4M3", (out_features, in_features)), "weight_scale": (dtype, blocks)}
     if fmt.name == "mxfp4":
-        return {"weight_packed": ("U8", (rows, columns // 2)), "weight_scale": ("U8", (rows, columns // MXFP4_BLOCK))}
-    groups = columns // fmt.group_size
+        return {
+            "weight_packed": ("U8", (out_features, in_features // 2)),
+            "weight_scale": ("U8", (out_features, in_features // MXFP4_BLOCK)),
+        }
+    groups = in_features // fmt.group_size
     parts = {
-        "weight_packed": ("I32", (rows, -(-columns // 8))),
-        "weight_scale": (dtype, (rows, groups)),
+        "weight_packed": ("I32", (out_features, -(-in_features // 8))),
+        "weight_scale": (dtype, (out_features, groups)),
         "weight_shape": ("I64", (2,)),
     }
-    return parts | ({} if fmt.symmetric else {"weight_zero_point": ("I32", (-(-rows // 8), groups))})
+    return parts | ({} if fmt.symmetric else {"weight_zero_point": ("I32", (-(-out_features // 8), groups))})
 
 
 def copied_layout(fmt: TensorFormat, parts: Headers) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -64,15 +67,15 @@ def copied_layout(fmt: TensorFormat, parts: Headers) -> dict[str, tuple[str, tup
 
     Scales keep their dtype, except that E8M0 scales, which this layout does not have, become F32.
     """
-    rows, columns = parts["weight"][1]
+    out_features, in_features = parts["weight"][1]
     scale = next(dtype for suffix, (dtype, _) in parts.items() if suffix.startswith("weight_scale"))
     if fmt.weight_block is not None:
-        shape: tuple[int, ...] = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+        shape: tuple[int, ...] = -(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK)
     else:
-        shape = (1,) if fmt.name == "fp8" and fmt.group_size == 0 else (rows, 1)
+        shape = (1,) if fmt.name == "fp8" and fmt.group_size == 0 else (out_features, 1)
     dtype = scale if scale in _FLOATS else "F32"
     found: dict[str, tuple[str, tuple[int, ...]]] = {
-        "weight": ("F8_E4M3", (rows, columns)),
+        "weight": ("F8_E4M3", (out_features, in_features)),
         "weight_scale": (dtype, shape),
     }
     return found | ({"input_scale": ("F32", (1,))} if fmt.input_kind == "fp8-tensor" else {})
@@ -163,21 +166,21 @@ def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Quantize
 
     bits = int(fmt.name.removeprefix("int"))
     scale = parts["weight_scale"] if fmt.group_size > 0 else parts["weight_scale"].reshape(-1, 1)
-    zeros, columns = parts.get("weight_zero_point"), parts.get("weight_g_idx")
-    if columns is not None and bool((columns < 0).any()):
-        columns = None  # -1: not initialized, the columns are in order
+    zeros, group_index = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+    if group_index is not None and bool((group_index < 0).any()):
+        group_index = None  # -1: not initialized, the input features are in order
     if "weight" in parts:
-        return IntegerWeight(parts["weight"], scale, None if zeros is None else zeros.reshape(scale.shape), columns)
+        return IntegerWeight(parts["weight"], scale, None if zeros is None else zeros.reshape(scale.shape), group_index)
     shape = (int(parts["weight_shape"][0]), int(parts["weight_shape"][1]))
     zero_point = None
     if zeros is not None:
         # the library does not pack a whole weight's single zero point
         packed = fmt.group_size != 0
-        rows = (shape[0], scale.shape[1])
-        zero_point = unpack_integers(zeros, rows, bits=bits, dim=0) if packed else zeros.reshape(scale.shape)
-    if bits == 4 and columns is None:
+        groups = (shape[0], scale.shape[1])
+        zero_point = unpack_integers(zeros, groups, bits=bits, dim=0) if packed else zeros.reshape(scale.shape)
+    if bits == 4 and group_index is None:
         return INT4Weight(parts["weight_packed"], scale, zero_point, shape)
-    return IntegerWeight(unpack_integers(parts["weight_packed"], shape, bits=bits), scale, zero_point, columns)
+    return IntegerWeight(unpack_integers(parts["weight_packed"], shape, bits=bits), scale, zero_point, group_index)
 
 
 def _static_input(parts: Mapping[str, Tensor]) -> Tensor | None:

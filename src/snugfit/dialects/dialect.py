@@ -1,7 +1,7 @@
-"""The dialect of one checkpoint: which file format its quantized weights are in, opened once and then asked.
+"""The dialect of one checkpoint: the file format of its quantized weights, chosen once when the checkpoint is opened.
 
-`open_dialect` reads the quantization config. The result says what each linear is stored in, which tensors stand for
-it, and decodes them. Config and headers are compared: a module of which the two say different things is an error.
+`open_dialect` reads the quantization config. The Dialect gives the format of each linear and the tensors that hold it,
+and decodes them. It compares config and headers: a module on which they disagree is an error.
 """
 
 from __future__ import annotations
@@ -115,14 +115,14 @@ class Dialect:
         return "fp8" if asked else None
 
     def part_names(self, module: str, fmt: TensorFormat, tensors: Container[str]) -> dict[str, str]:
-        """Suffix -> name of the tensors that stand for a module's weight and inputs; UserError where one is missing."""
+        """Suffix -> name of the tensors that hold a module's weight and input scale; UserError for a missing one."""
         suffixes = self._needed(module, fmt, _SuffixesOf(module, tensors))
         return {suffix: f"{module}.{suffix}" for suffix in suffixes}
 
     def decode(
         self, module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]
     ) -> tuple[QuantizedWeight, Tensor | None]:
-        """A module's weight, and the static multiplier of its inputs (fp32; None where there is none).
+        """A module's weight, and the static multiplier of its inputs (fp32, None for inputs without one).
 
         With a zero point, int8-tensor-asym, the multiplier is fp32 [2]: multiplier, zero point. UserError for a scale
         that is not finite, and for one of a whole NVFP4 weight or of inputs that is not positive either.
@@ -205,7 +205,7 @@ def open_dialect(
 
 
 def read_quant_config(directory: Path) -> Mapping[str, Any] | None:
-    """ModelOpt's hf_quant_config.json of a model directory, None where there is none."""
+    """ModelOpt's hf_quant_config.json of a model directory, None without that file."""
     file = directory / MODELOPT_FILE
     if file.exists() and not file.is_file():  # a pipe would block the reader
         raise UserError(
@@ -227,7 +227,7 @@ def read_quant_config(directory: Path) -> Mapping[str, Any] | None:
 
 
 def _declared(config: Mapping[str, Any], where: str) -> Mapping[str, Any] | None:
-    """The quantization config in config.json, at its top or with the text model; None where there is none."""
+    """The quantization config in config.json, at its top or with the text model; None without one."""
     text = config.get("text_config")
     for level in (config, text if isinstance(text, dict) else {}):
         given = level.get("quantization_config") or level.get("compression_config")

@@ -135,11 +135,11 @@ def _qweight(parts: Headers, bits: int | None) -> Packed:
     if len(shape) != 2 or len(scales) != 2 or not math.prod((*shape, *scales)):
         return Packed("weight", shape, "qweight", "qweight")
     if scales[1] == shape[1]:
-        columns = math.prod(parts["g_idx"][1]) if "g_idx" in parts else shape[0] * 32 // (bits or 4)
-        rows, name, found = shape[1], "gptq", 32 * shape[0] // max(columns, 1)
+        in_features = math.prod(parts["g_idx"][1]) if "g_idx" in parts else shape[0] * 32 // (bits or 4)
+        out_features, name, found = shape[1], "gptq", 32 * shape[0] // max(in_features, 1)
     else:
-        rows, columns, name, found = scales[1], shape[0], "awq", 32 * shape[1] // scales[1]
-    return Packed("weight", (rows, columns), f"{name}-int{found}-g{columns // scales[0]}", "qweight")
+        out_features, in_features, name, found = scales[1], shape[0], "awq", 32 * shape[1] // scales[1]
+    return Packed("weight", (out_features, in_features), f"{name}-int{found}-g{in_features // scales[0]}", "qweight")
 
 
 def _weight(parts: Headers, bits: int) -> Packed:

@@ -25,7 +25,7 @@ _ANY_LAYER = r"\d+"
 _ATTENTION = "self_attn"
 # vLLM 0.24 looks up experts of every family under these names, and takes what it does not find for unquantized
 _EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj")
-# parts of a name that do not say what a stack of layers is for
+# parts of a name that do not identify a stack of layers
 _NEUTRAL = frozenset({"model", "language_model", "text_model", "base_model"})
 # towers have several names that begin alike: vision_tower, vision_model, vision_encoder
 _TOWERS = ("vision", "visual", "audio", "speech", "image", "video")
@@ -144,8 +144,8 @@ def _clashes(
 
 def _no_target(module: str) -> UserError:
     return UserError(
-        "vLLM looks up state spaces beside attention under numbers that do not say the layer, so no target can give "
-        "them a format in some layers alone.",
+        "vLLM looks up a state space beside attention under a number that does not identify its layer, so no target "
+        "can give it a format in some layers alone.",
         code="format-unverified",
         where=module,
         remedy="Give this linear one format in all layers.",
