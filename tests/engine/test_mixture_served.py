@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from helpers.run_model import figures_of
 from snugfit.data.dataset import Dataset, load_dataset
-from snugfit.evaluation.fidelity import perplexity
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 
 pytestmark = pytest.mark.engine
 
@@ -47,7 +47,7 @@ def served(rows: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     paths = {"bf16": MIXTURE}
     for recipe in RECIPES:
         paths[recipe] = work / recipe
-        quantize_checkpoint(MIXTURE, work / recipe, recipe, text=texts, rows=16, length=256)
+        quantize(MIXTURE, recipe, output_dir=work / recipe, dataset=texts, num_samples=16, max_seq_length=256)
     entries: dict[str, Any] = {}
     for names, options in ((["bf16"], []), (list(RECIPES), ["--moe-backend", "emulation"])):
         command = [python, str(SERVE), str(work / "rows.json"), str(work / "out.json")]
@@ -63,11 +63,13 @@ def test_engine_runs_experts_as_we_emulate_them(recipe: str, served: dict[str, A
     entry, (experts, profile, bound) = served[recipe], RECIPES[recipe]
     assert "error" not in entry, entry.get("error")
     assert {experts, "ChannelWiseTorchFP8ScaledMMLinearKernel"} <= set(entry["kernels"])
-    ours = perplexity(entry["path"], rows, activations=profile).value
+    ours = figures_of(entry["path"], rows, activations=profile).perplexity
     assert entry["perplexity"] == pytest.approx(ours, rel=bound)
     assert entry["perplexity"] > served["bf16"]["perplexity"]
 
 
 def test_bf16_baseline(served: dict[str, Any], rows: Dataset) -> None:
     """The engine and our walk agree on the mixture as it is within 0.5 %."""
-    assert served["bf16"]["perplexity"] == pytest.approx(perplexity(MIXTURE, rows, activations="none").value, rel=0.005)
+    assert served["bf16"]["perplexity"] == pytest.approx(
+        figures_of(MIXTURE, rows, activations="none").perplexity, rel=0.005
+    )

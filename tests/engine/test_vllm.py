@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.run_model import figures_of
 from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import python_topics
-from snugfit.evaluation.fidelity import perplexity
 from snugfit.formats import fp8
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 
 pytestmark = pytest.mark.engine
 
@@ -40,7 +40,7 @@ CACHE = "fp8-dynamic-fp8kv"
 def test_server_evaluated_over_http(smollm2: Path, tmp_path: Path) -> None:
     """`snugfit eval --server` finds our emulation's loss in a stock server, a KL that ours bounds, and its kernel."""
     python = os.environ["SNUGFIT_VLLM_PYTHON"]
-    quantize_checkpoint(smollm2, tmp_path / "fp8", "fp8-dynamic")
+    quantize(smollm2, "fp8-dynamic", output_dir=tmp_path / "fp8")
     command = [sys.executable, str(SERVE.with_name("served_engine.py")), str(smollm2), str(tmp_path / "out")]
     command += [str(tmp_path / "fp8"), "--vllm-python", python, "--activations", PROFILE, "--device", "cpu"]
     subprocess.run([*command, "--rows", "6", "--length", "128", "--top", "20"], check=True)
@@ -71,7 +71,7 @@ def served(smollm2: Path, rows: Dataset, tmp_path_factory: pytest.TempPathFactor
     paths = {"bf16": smollm2}
     for recipe in (*RECIPES, CACHE):
         paths[recipe] = work / recipe
-        quantize_checkpoint(smollm2, work / recipe, recipe, rows=16, length=512)
+        quantize(smollm2, recipe, output_dir=work / recipe, num_samples=16, max_seq_length=512)
     command = [python, str(SERVE), str(work / "rows.json"), str(work / "out.json"), *map(str, paths.values())]
     subprocess.run([*command, "--greedy-tokens", "8"], check=False)
     entries = {entry["path"]: entry for entry in json.loads((work / "out.json").read_text())["checkpoints"]}
@@ -81,7 +81,7 @@ def served(smollm2: Path, rows: Dataset, tmp_path_factory: pytest.TempPathFactor
 def test_bf16_baseline(served: dict[str, Any], smollm2: Path, rows: Dataset) -> None:
     """The engine and our walk agree on the unquantized model within 0.5 %."""
     assert served["bf16"]["perplexity"] == pytest.approx(
-        perplexity(smollm2, rows, activations=PROFILE).value, rel=0.005
+        figures_of(smollm2, rows, activations=PROFILE).perplexity, rel=0.005
     )
 
 
@@ -93,8 +93,8 @@ def test_engine_serves_what_we_emulate(recipe: str, served: dict[str, Any], rows
     kernels, bound = RECIPES[recipe]
     assert set(entry["kernels"]) == kernels
     assert not [warning for warning in entry["warnings"] if "global scale" in warning]
-    ours = perplexity(entry["path"], rows, activations=PROFILE)
-    assert entry["perplexity"] == pytest.approx(ours.value, rel=bound)
+    ours = figures_of(entry["path"], rows, activations=PROFILE)
+    assert entry["perplexity"] == pytest.approx(ours.perplexity, rel=bound)
 
 
 def cut_off(states: Tensor, scale: Tensor) -> Tensor:
@@ -118,7 +118,9 @@ def test_engine_caches_in_fp8(served: dict[str, Any], rows: Dataset, monkeypatch
     names = [[f"model.layers.{k}.self_attn.{which}_scale" for which in "kv"] for k in range(30)]
     assert entry["kv_scales"] == [[float(tensors[name]) for name in pair] for pair in names]
     assert served["fp8-dynamic"]["kv_scales"] == [[1.0, 1.0]] * 30
-    rounded = perplexity(entry["path"], rows, activations=PROFILE).value
+    rounded = figures_of(entry["path"], rows, activations=PROFILE).perplexity
     assert served["fp8-dynamic"]["perplexity"] < rounded < entry["perplexity"]
     monkeypatch.setattr(fp8, "quantize_dequantize_input_static", cut_off)
-    assert entry["perplexity"] == pytest.approx(perplexity(entry["path"], rows, activations=PROFILE).value, rel=0.01)
+    assert entry["perplexity"] == pytest.approx(
+        figures_of(entry["path"], rows, activations=PROFILE).perplexity, rel=0.01
+    )

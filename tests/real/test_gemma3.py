@@ -32,7 +32,7 @@ def test_against_full_logits(gemma3: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(python_topics("evaluation")[:12_000], encoding="utf-8")
     other = noisy(gemma3, tmp_path / "noisy", 0.002)
-    record = evaluate([other], reference_model=gemma3, text=[text], contexts=[CONTEXT], max_chunks=1, floors="none")
+    record = evaluate([other], reference=gemma3, dataset=[text], contexts=[CONTEXT], max_chunks=1, noise_floor="none")
     rows = [list(row) for row in read_chunks(Tokenizer(gemma3), [text], [CONTEXT], max_chunks=1)[0][0].rows]
     assert all(row[0] == 2 for row in rows)  # BOS
     agree(models(record)["noisy"], by_hand(plain(gemma3, rows), plain(other, rows), rows), 1e-4)
