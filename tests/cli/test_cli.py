@@ -124,7 +124,7 @@ OFFERED: dict[str, set[str]] = {
     },
     "statistics show": {"file", "--output-dir", "-o", "--json"},
     "statistics merge": {"files", "--output", "-o"},
-    "recipes": {"name", "--json"},
+    "recipes": {"recipe", "--json"},
 }
 
 MIXED = """\

@@ -75,7 +75,7 @@ def option_names(command: Any) -> dict[str, tuple[str, str]]:
     names = {}
     for parameter in command.params:
         if parameter.param_type_name == "argument":
-            names[parameter.name] = parameter.name.upper(), ""
+            names[parameter.name] = parameter.metavar or parameter.name.upper(), ""
         else:
             long = next((option for option in parameter.opts if option.startswith("--")), parameter.opts[0])
             names[parameter.name] = long, next(iter(parameter.secondary_opts), "")
