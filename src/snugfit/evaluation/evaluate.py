@@ -94,22 +94,15 @@ def evaluate(
             plan = replace(plan, served=ask_server(server, plan.groups, plan.models[0].vocabulary, progress))
     measurements = plan_measurements(plan, noise_floor, place)
     collector = None if file is None else Collector(plan.groups, plan.models[0].vocabulary)
+    keep = None if collector is None else collector.keep
     with clock("measure"), gpu_memory_errors(place, "Lower `tokens_per_batch`, or free memory of the GPU."):
-        found = measure(
-            measurements,
-            plan.groups,
-            place,
-            tokens_per_batch=batch,
-            keep=None if collector is None else collector.keep,
-            progress=progress,
-        )
+        found = measure(measurements, plan.groups, place, tokens_per_batch=batch, keep=keep, progress=progress)
     with clock("summarize"):
         results = summarize(plan, measurements, found)
         if file is not None and collector is not None and not file.path.exists():
             progress.message(_store(file, plan, collector, results))
     with clock("continue"), gpu_memory_errors(place, "Set `continuations` to 0, or free memory of the GPU."):
         continued = _continue(plan, measurements, found, continuations, place)
-    served = () if plan.served is None else (plan.served.description,)
     return EvalRecord(
         snugfit=__version__,
         arguments={
@@ -129,7 +122,7 @@ def evaluate(
         },
         metrics_version=METRICS_VERSION,
         reference=None if plan.reference is None else plan.reference.description,
-        candidates=(*(model.description for model in plan.candidates), *served),
+        candidates=plan.descriptions,
         texts=plan.texts,
         contexts=results,
         continuations=continued,

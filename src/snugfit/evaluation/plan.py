@@ -21,7 +21,7 @@ from snugfit.evaluation.measure import Measurement
 from snugfit.evaluation.reference import StoredReference, load_reference, reference_key, stored_path
 from snugfit.evaluation.served import ServedModel, ServerOptions
 from snugfit.progress import Progress
-from snugfit.records.evaluation import TextRecord
+from snugfit.records.evaluation import EvaluatedCheckpoint, EvaluatedServer, TextRecord
 from snugfit.serving.answers import FULL
 from snugfit.storage.staging import check_folder
 
@@ -51,6 +51,12 @@ class EvaluationPlan:
     def models(self) -> tuple[EvaluatedModel, ...]:
         """Every model whose layers are run."""
         return (*((self.reference,) if isinstance(self.reference, EvaluatedModel) else ()), *self.candidates)
+
+    @property
+    def descriptions(self) -> tuple[EvaluatedCheckpoint | EvaluatedServer, ...]:
+        """What a record says of the candidates, the server last."""
+        checkpoints = tuple(model.description for model in self.candidates)
+        return checkpoints if self.served is None else (*checkpoints, self.served.description)
 
 
 @dataclass(frozen=True)
