@@ -1,4 +1,4 @@
-"""What experts are calibrated on: who saw how many tokens, how large their inputs were, and who saw too few."""
+"""Calibration of experts: how many tokens each saw, how large its inputs were, and which saw too few."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+from helpers.errors import failed_with, raises
 from helpers.tiny_families import all_tensors, load, random_rows, same, write_rows
 from helpers.tiny_mixtures import make_mixture, rewrite
 from quantization.test_mixtures import experts_of, from_nvfp4, in_pieces, role
@@ -27,7 +28,7 @@ from snugfit.quantization.quantize import quantize
 from snugfit.recipes.recipe import parse_recipe
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics import ExpertStatistics, LayerStatistics
-from snugfit.records.statistics_file import STATISTICS_FILE, ExpertCalibration, load_statistics
+from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
 
 # of several lengths: batches are padded
 LENGTHS = (70, 41, 3, 64, 30)
@@ -43,13 +44,13 @@ Source = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The rows as a file."""
+    """The samples as a file."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Gives a tiny mixture of a family in fp32, made once; "starved": experts from the third on are never chosen."""
+    """Gives a tiny mixture of a family in fp32, made once; "starved": the router chooses only the first two experts."""
     made: dict[str, Path] = {}
 
     def make(kind: str) -> Path:
@@ -72,14 +73,19 @@ Run = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def run(source: Source, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Quantizes a mixture's experts, each way once, and gives the output."""
+    """Quantizes a mixture's experts, once for each set of options, and gives the output."""
     made: dict[tuple[Any, ...], Path] = {}
 
     def make(kind: str, *, batch: int = 4096, **calibration: Any) -> Path:
         key = (kind, batch, *sorted(calibration.items()))
         if key not in made:
             out = tmp_path_factory.mktemp(kind) / "out"
-            settings: dict[str, Any] = {"text": [rows], "device": "cpu", "tokens_per_batch": batch, "allow_unverified": True}
+            settings: dict[str, Any] = {
+                "dataset": [rows],
+                "device": "cpu",
+                "tokens_per_batch": batch,
+                "allow_unverified": True,
+            }
             quantize(source(kind), ALONE, output_dir=out, **calibration, **settings)
             made[key] = out
         return made[key]
@@ -103,7 +109,7 @@ def experts_in(out: Path) -> list[ExpertStatistics]:
 
 @dataclass
 class Seen:
-    """Of a layer's experts in transformers' own model: tokens and largest inputs, routed and not."""
+    """Tokens and largest inputs of a layer's experts in transformers' own model, routed and not."""
 
     tokens: Tensor
     gate_up: Tensor
@@ -133,7 +139,7 @@ def singles_of(pieces: Mapping[str, Tensor], layer: int, count: int) -> list[dic
 
 @torch.no_grad()
 def reference(family: str, path: Path, out: Path, folder: Path) -> list[Seen]:
-    """What comes to experts in transformers' model of the quantized weights, row by row, without padding."""
+    """Inputs of experts in transformers' model with the quantized weights, sample by sample, without padding."""
     whole, written = all_tensors(path), all_tensors(out)
     pieces = in_pieces(family, whole)
     for module, tensor in experts_of(pieces, 2).items():
@@ -171,25 +177,25 @@ def reference(family: str, path: Path, out: Path, folder: Path) -> list[Seen]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_experts_see_what_transformers_shows_them(family: str, source: Source, run: Run, tmp_path: Path) -> None:
-    """Tokens and largest inputs of each expert, routed and forced apart, are those that hooks on transformers find."""
+    """Tokens and largest inputs of each expert, separately routed and forced, are those of hooks on transformers."""
     out = run(family)
     expected, found = reference(family, source(family), out, tmp_path / "reference"), experts_in(out)
     assert len(found) == len(expected) == 2
-    for ours, theirs in zip(found, expected, strict=True):
-        assert [*ours.routed] == theirs.tokens[0].tolist()
-        assert [*ours.forced] == theirs.tokens[1].tolist()
+    for measured, hooked in zip(found, expected, strict=True):
+        assert [*measured.routed] == hooked.tokens[0].tolist()
+        assert [*measured.forced] == hooked.tokens[1].tolist()
         for got, meant in (
-            ((ours.gate_up_routed, ours.gate_up_forced), theirs.gate_up),
-            ((ours.down_routed, ours.down_forced), theirs.down),
+            ((measured.gate_up_routed, measured.gate_up_forced), hooked.gate_up),
+            ((measured.down_routed, measured.down_forced), hooked.down),
         ):
             assert torch.allclose(torch.tensor(got), meant, rtol=1e-4, atol=0)
-        assert ours.gate_up == pytest.approx(float(theirs.gate_up.max()), rel=1e-4)
-        assert ours.down == pytest.approx(float(theirs.down.max()), rel=1e-4)
+        assert measured.gate_up == pytest.approx(float(hooked.gate_up.max()), rel=1e-4)
+        assert measured.down == pytest.approx(float(hooked.down.max()), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_expert_sees_every_token_once(family: str, run: Run) -> None:
-    """Under `all` each expert sees all real tokens, routed or forced, and padding is nobody's."""
+    """With `moe_calibrate_all_experts` each expert sees all real tokens, routed or forced, and no padding."""
     for layer, seen in zip(layers_of(run(family)), experts_in(run(family)), strict=True):
         assert set(seen.tokens) == {TOKENS}
         assert sum(seen.routed) == CHOSEN * TOKENS
@@ -201,9 +207,9 @@ def test_every_expert_sees_every_token_once(family: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_modes_differ_in_what_is_forced_alone(family: str, run: Run) -> None:
-    """Nothing forced changes what is routed, what comes to the next layer, or a byte but experts' input scales."""
-    everyone, routed = run(family), run(family, all_experts=False, min_tokens_per_expert=0)
+def test_modes_differ_only_in_forced_tokens(family: str, run: Run) -> None:
+    """Forced tokens change neither routed ones, nor inputs of later layers, nor any byte but experts' input scales."""
+    everyone, routed = run(family), run(family, moe_calibrate_all_experts=False, min_tokens_per_expert=0)
     for one, other in zip(experts_in(everyone), experts_in(routed), strict=True):
         assert other.routed == one.routed
         assert other.gate_up_routed == one.gate_up_routed
@@ -219,8 +225,8 @@ def test_modes_differ_in_what_is_forced_alone(family: str, run: Run) -> None:
 
 
 @pytest.mark.parametrize("cap", [0, 1, 20, 50, TOKENS - 1])
-def test_forced_tokens_are_no_more_than_asked(cap: int, run: Run) -> None:
-    """No expert is forced more tokens than --forced-tokens, whatever the router sends it, and those are spread."""
+def test_max_forced_tokens(cap: int, run: Run) -> None:
+    """No expert sees more than `max_forced_tokens` forced tokens, whatever the router sends it; they are spread."""
     for capped, seen in zip(
         experts_in(run("mixtral", max_forced_tokens=cap, min_tokens_per_expert=0)),
         experts_in(run("mixtral")),
@@ -229,12 +235,12 @@ def test_forced_tokens_are_no_more_than_asked(cap: int, run: Run) -> None:
         assert capped.routed == seen.routed
         assert max(capped.forced) <= cap
         assert all(a <= b for a, b in zip(capped.down_forced, seen.down_forced, strict=True))
-        if cap >= 20:  # of each stretch one: an expert that is sent half of them is forced about half of the rest
+        if cap >= 20:  # one of every few tokens: an expert that gets half of the tokens is forced half of these
             assert min(capped.forced) > 0
 
 
-def test_how_rows_are_batched_does_not_show(run: Run) -> None:
-    """Which tokens are forced is counted over all rows: the same for large batches and for a row at a time."""
+def test_batches_do_not_change_the_forced_tokens(run: Run) -> None:
+    """Forced tokens are counted over all samples: the same for large batches and for one sample at a time."""
     for one, other in zip(
         experts_in(run("mixtral", max_forced_tokens=20)),
         experts_in(run("mixtral", batch=1, max_forced_tokens=20)),
@@ -246,7 +252,7 @@ def test_how_rows_are_batched_does_not_show(run: Run) -> None:
 
 @dataclass
 class Watch:
-    """Passes through ExpertObserver by hand: tokens' numbers are their values."""
+    """Calls ExpertObserver directly: the hidden state of a token is its number."""
 
     cap: int | None
     tokens: int
@@ -255,7 +261,7 @@ class Watch:
     def run(
         self, lengths: Sequence[Sequence[int]], routed: Callable[[int, int], bool], count: int = 4
     ) -> ExpertStatistics:
-        """Batches of rows of these lengths; pads have values that nobody may see. `routed`: (token, expert)."""
+        """Batches of rows of these lengths; no statistic may see the pads' values. `routed`: (token, expert)."""
         found = ExpertObserver(NoHooks(), cap=self.cap, tokens=self.tokens)
         number = 0
         for batch in lengths:
@@ -288,7 +294,7 @@ BATCHES = [(40, 7, 23), (30, 30), (1,), (5, 4, 3, 2, 1), (54,)]
 
 @pytest.mark.parametrize("cap", [1, 3, 7, 20, 199, 200, 10_000])
 def test_forced_tokens_are_spread_evenly(cap: int) -> None:
-    """Each expert is forced every n-th real token of all batches, others for each, n as small as the cap allows."""
+    """Each expert is forced every n-th real token, different ones for each, n as small as the cap allows."""
     watch = Watch(cap, 200)
     seen = watch.run(BATCHES, lambda *_: False)
     stride = -(-200 // cap) if cap < 200 else 1
@@ -302,8 +308,8 @@ def test_forced_tokens_are_spread_evenly(cap: int) -> None:
     assert seen.routed == (0, 0, 0, 0)
 
 
-def test_routed_tokens_are_not_forced_too() -> None:
-    """A token that the router sends to an expert is counted there once, as routed; the largest are kept apart."""
+def test_routed_tokens_are_not_forced() -> None:
+    """A token that the router sends to an expert is counted once, as routed; the largest inputs are separate."""
     watch = Watch(10_000, 200)
     seen = watch.run(BATCHES, lambda token, expert: token % 4 == expert)
     assert seen.routed == (50,) * 4
@@ -317,8 +323,8 @@ def test_routed_tokens_are_not_forced_too() -> None:
 
 
 @pytest.mark.parametrize("cap", [None, 0])
-def test_nothing_is_forced_unasked(cap: int | None) -> None:
-    """Without a cap, or with one of none, experts see what the router sends them, and no padding."""
+def test_no_forced_tokens(cap: int | None) -> None:
+    """Without a cap, or with a cap of 0, experts see only what the router sends them, and no padding."""
     seen = Watch(cap, 200).run(BATCHES, lambda _, expert: expert == 1)
     assert seen.routed == (0, 200, 0, 0)
     assert seen.forced == (0, 0, 0, 0)
@@ -327,18 +333,19 @@ def test_nothing_is_forced_unasked(cap: int | None) -> None:
 
 
 def test_starved_experts_are_an_error(source: Source, rows: Path, tmp_path: Path) -> None:
-    """Experts that the router never chose are named with their layer, and no output is there; asked for, it passes."""
+    """Experts that the router never chose are an error; the run resumes with a lower `min_tokens_per_expert`."""
     out = tmp_path / "out"
-    options: dict[str, Any] = {"text": [rows], "device": "cpu"}
-    with pytest.raises(Unfinished, match="6 of 8 experts saw fewer than 32 tokens") as caught:
-        quantize(source("starved"), "nvfp4-moe", output_dir=out, moe_calibrate_all_experts=False, **options)
-    assert caught.value.where == "model.layers.0.block_sparse_moe.experts"
-    assert "2 (0), 3 (0), 4 (0), 5 (0), 6 (0), 7 (0)" in caught.value.what
-    assert "--experts all" in caught.value.remedy
-    assert "--least-tokens 0" in caught.value.remedy
+    options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "moe_calibrate_all_experts": False}
+    with raises("experts-uncovered", where="model.layers.0.block_sparse_moe.experts") as caught:
+        quantize(source("starved"), "nvfp4-moe", output_dir=out, **options)
+    assert isinstance(caught.value, Unfinished)
+    assert all(word in caught.value.what for word in ("6 of 8", "32", "2 (0), 3 (0), 4 (0), 5 (0), 6 (0), 7 (0)"))
+    assert "`moe_calibrate_all_experts`" in caught.value.remedy
+    assert "`min_tokens_per_expert`" in caught.value.remedy
     assert not out.exists()
-    # the same run goes on: which bytes are written does not depend on how many tokens are enough
-    quantize(source("starved"), "nvfp4-moe", output_dir=out, moe_calibrate_all_experts=False, min_tokens_per_expert=0, **options)
+    # the same run resumes: the bytes do not depend on how many tokens are enough
+    record = quantize(source("starved"), "nvfp4-moe", output_dir=out, min_tokens_per_expert=0, **options)
+    assert record.resumed is not None
     for seen in experts_in(out):
         assert seen.routed == (TOKENS, TOKENS, 0, 0, 0, 0, 0, 0)
         assert set(seen.forced) == {0}
@@ -346,15 +353,18 @@ def test_starved_experts_are_an_error(source: Source, rows: Path, tmp_path: Path
     assert len(scales) == 2
 
 
-@pytest.mark.parametrize(("least", "named"), [(TOKENS, False), (TOKENS + 1, True)])
-def test_all_calibrates_starved_experts(least: int, named: bool, source: Source, rows: Path, tmp_path: Path) -> None:
-    """Under `all` an expert that no token is routed to is calibrated on all, which is enough up to their number."""
-    out, settings = tmp_path / "out", ExpertCalibration(min_tokens_per_expert=least)
-    options: dict[str, Any] = {"text": [rows], "device": "cpu", "calibration": settings}
-    if named:
-        with pytest.raises(Unfinished, match="8 of 8 experts saw fewer") as caught:
+@pytest.mark.parametrize(("least", "refused"), [(TOKENS, False), (TOKENS + 1, True)])
+def test_forced_tokens_calibrate_starved_experts(
+    least: int, refused: bool, source: Source, rows: Path, tmp_path: Path
+) -> None:
+    """With `moe_calibrate_all_experts` an expert to which no token is routed sees all tokens, and no more."""
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "min_tokens_per_expert": least}
+    if refused:
+        with raises("experts-uncovered", where="model.layers.0.block_sparse_moe.experts") as caught:
             quantize(source("starved"), "nvfp4-moe", output_dir=out, **options)
-        assert "--experts all" not in caught.value.remedy  # it is what was done
+        assert "8 of 8" in caught.value.what
+        assert "`moe_calibrate_all_experts`" not in caught.value.remedy  # it is on already
         assert not out.exists()
         return
     quantize(source("starved"), "nvfp4-moe", output_dir=out, **options)
@@ -365,8 +375,8 @@ def test_all_calibrates_starved_experts(least: int, named: bool, source: Source,
         assert set(seen.gate_up_routed[2:] + seen.down_routed[2:]) == {0.0}
 
 
-def test_experts_that_need_no_data(source: Source, rows: Path, tmp_path: Path) -> None:
-    """A recipe without input scales walks no rows, whatever routers do."""
+def test_experts_that_need_no_samples(source: Source, rows: Path, tmp_path: Path) -> None:
+    """A recipe without input scales runs no samples, whatever routers choose."""
     record = quantize(source("starved"), "fp8-int4-moe", output_dir=tmp_path / "out", dataset=[rows], device="cpu")
     assert record.dataset is None
     assert not (tmp_path / "out" / STATISTICS_FILE).exists()
@@ -374,39 +384,36 @@ def test_experts_that_need_no_data(source: Source, rows: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("fmt", ["keep", "int4"])
 def test_experts_without_input_scales_may_starve(fmt: str, source: Source, rows: Path, tmp_path: Path) -> None:
-    """Where attention alone is calibrated, experts in a format without input scales may see nothing at all."""
+    """If only attention is calibrated, experts in a format without input scales may see no token."""
     text = f"name: a\nrules:\n- {{role: experts, format: {fmt}}}\n- {{role: attention, format: nvfp4}}\n"
-    settings: dict[str, Any] = {"text": [rows], "device": "cpu", "calibration": ExpertCalibration(all_experts=False)}
+    settings: dict[str, Any] = {"dataset": [rows], "device": "cpu", "moe_calibrate_all_experts": False}
     quantize(source("starved"), parse_recipe(text, where="a.yaml"), output_dir=tmp_path / "out", **settings)
 
 
 def command(model: Path, out: Path, rows: Path, *options: object) -> Any:
-    given = ["quantize", model, "-r", "nvfp4-moe", "-o", out, "--text", rows, "--device", "cpu", *options]
+    given = ["quantize", model, "-r", "nvfp4-moe", "-o", out, "--dataset", rows, "--device", "cpu", *options]
     return CliRunner().invoke(app, [str(argument) for argument in given])
 
 
 def test_the_command_names_starved_experts(source: Source, rows: Path, tmp_path: Path) -> None:
-    """--experts routed ends with code 2 where experts saw too little; --least-tokens 0 lets them pass, recorded so."""
-    out = tmp_path / "out"
-    refused = command(source("starved"), out, rows, "--experts", "routed")
-    assert refused.exit_code == 2, refused.stderr
-    assert "model.layers.0.block_sparse_moe.experts: 6 of 8 experts saw fewer than 32 tokens" in refused.stderr
+    """--no-moe-calibrate-all-experts refuses starved experts; --min-tokens-per-expert 0 accepts and records them."""
+    out, routed = tmp_path / "out", "--no-moe-calibrate-all-experts"
+    refused = command(source("starved"), out, rows, routed)
+    named = "model.layers.0.block_sparse_moe.experts: ", "6 of 8", "32", "`--min-tokens-per-expert` 0"
+    assert failed_with(refused, "experts-uncovered", *named)
     assert not out.exists()
-    passed = command(source("starved"), out, rows, "--experts", "routed", "--least-tokens", 0)
-    assert passed.exit_code == 0, passed.stderr
+    accepted = command(source("starved"), out, rows, routed, "--min-tokens-per-expert", 0)
+    assert accepted.exit_code == 0, accepted.stderr
     arguments = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))["arguments"]
-    assert (arguments["experts"], arguments["least_tokens"]) == ("routed", 0)
+    assert (arguments["moe_calibrate_all_experts"], arguments["min_tokens_per_expert"]) == (False, 0)
     assert not load_statistics(out).all_experts
 
 
 @pytest.mark.parametrize(
-    "options", [("--experts", "some"), ("--forced-tokens", -1), ("--least-tokens", -1)], ids=lambda o: str(o[0])
+    ("option", "value"), [("--max-forced-tokens", -1), ("--min-tokens-per-expert", -1), ("--max-forced-tokens", "many")]
 )
-def test_what_the_command_does_not_take(
-    options: tuple[str, object], source: Source, rows: Path, tmp_path: Path
-) -> None:
-    """A mode that is none, and numbers of tokens below none, are refused by the option's name."""
-    refused = command(source("mixtral"), tmp_path / "out", rows, *options)
-    assert refused.exit_code == 2
-    assert options[0] in refused.stderr
+def test_impossible_numbers_of_tokens(option: str, value: object, source: Source, rows: Path, tmp_path: Path) -> None:
+    """Negative numbers of tokens, and values that are not numbers, are refused with the option's name."""
+    refused = command(source("mixtral"), tmp_path / "out", rows, option, value)
+    assert failed_with(refused, "option-invalid", option)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What is measured while rows pass: keys and values as they would be cached, of real tokens alone."""
+"""Measurements while samples pass a layer: keys and values of real tokens as they would be cached."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from conftest import MakeTiny
 from snugfit.calibration.observers import KVAmax
-from snugfit.evaluation.subject import open_subject, resident_layer
+from snugfit.evaluation.evaluated_model import open_model, resident_layer
 from snugfit.model import forward_pass, layers
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def batch_of(lengths: tuple[int, ...], width: int) -> forward_pass.Batch:
 
 
 def test_pads_are_left_out() -> None:
-    """The largest key and value of every real token of every head count, whatever the pads hold, in all calls."""
+    """The largest key and value of all real tokens, heads and calls count, and those of pads do not."""
     found = KVAmax()
     keys, values = torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, 4, 5)
     keys[0, 2, 1, 4], values[1, 0, 0, 0] = -7.0, 2.0
@@ -40,7 +40,7 @@ def test_pads_are_left_out() -> None:
 
 
 def test_nan_is_not_lost() -> None:
-    """A NaN among real keys or values stays in the figure, from which no scale can be made."""
+    """A NaN among real keys or values stays in the result, so that no scale is made of it."""
     found = KVAmax()
     found.before(batch_of((4,), 4))
     values = torch.ones(1, 2, 4, 5)
@@ -52,8 +52,8 @@ def test_nan_is_not_lost() -> None:
     assert found.amax[1] != found.amax[1]
 
 
-def test_a_layer_that_caches_nothing_has_no_figure() -> None:
-    """States of convolutions and of linear attention pass, and leave no magnitude behind."""
+def test_a_layer_without_a_cache_has_no_result() -> None:
+    """States of convolutions and of linear attention are not measured."""
     found = KVAmax()
     states = torch.randn(2, 3)
     assert found.update_conv_state(states, 0) is states
@@ -64,7 +64,7 @@ def test_a_layer_that_caches_nothing_has_no_figure() -> None:
 
 
 class NotingCache(DynamicCache):  # type: ignore[misc]
-    """transformers' own cache, which notes what it is given."""
+    """transformers' own cache, which records the keys and values that it gets."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
@@ -77,16 +77,16 @@ class NotingCache(DynamicCache):  # type: ignore[misc]
         return kept
 
 
-def walked(source: Path, *, watched: bool) -> tuple[list[tuple[float, float] | None], list[forward_pass.Batch]]:
-    """Each layer's figures and the batches behind the last layer, walked with a KVAmax or without."""
-    subject = open_subject(source, activations="none")
+def run_layers(source: Path, *, watched: bool) -> tuple[list[tuple[float, float] | None], list[forward_pass.Batch]]:
+    """Each layer's largest key and value, and the batches behind the last layer, with a KVAmax or without."""
+    evaluated = open_model(source, activations="none")
     batches = forward_pass.make_batches(ROWS, 4096, CPU)
     forward_pass.embed(
-        subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU
+        evaluated.skeleton, layers.outer_weights(evaluated.skeleton, evaluated.checkpoint, head=False), batches, CPU
     )
     found = []
-    for index in range(len(subject.skeleton.layers)):
-        layer, _ = resident_layer(subject, index, CPU)
+    for index in range(len(evaluated.skeleton.layers)):
+        layer, _ = resident_layer(evaluated, index, CPU)
         kv = KVAmax()
         forward_pass.run_layer(layer, index, batches, kv.before if watched else None, cache=kv if watched else None)
         found.append(kv.amax)
@@ -94,11 +94,11 @@ def walked(source: Path, *, watched: bool) -> tuple[list[tuple[float, float] | N
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text", "phi3"])
-def test_what_transformers_caches(make_tiny: MakeTiny, kind: str) -> None:
-    """On padded batches the figures are the largest keys and values that transformers caches row by row."""
+def test_largest_keys_and_values_of_transformers_cache(make_tiny: MakeTiny, kind: str) -> None:
+    """On padded batches the results are the largest keys and values that transformers caches sample by sample."""
     more = {"head_dim": 16} if kind in ("qwen3", "gemma3_text") else {}
     source = make_tiny(kind, dtype=torch.float32, pad_token_id=0, **more)
-    found, _ = walked(source, watched=True)
+    found, _ = run_layers(source, watched=True)
     model = AutoModelForCausalLM.from_pretrained(source).eval()
     expected = torch.zeros(len(found), 2)
     for row in ROWS:
@@ -111,9 +111,9 @@ def test_what_transformers_caches(make_tiny: MakeTiny, kind: str) -> None:
 
 
 def test_keys_and_values_pass_unchanged(make_tiny: MakeTiny) -> None:
-    """Layers behind a watched one get what they get without: to the last bit."""
+    """Measuring keys and values changes no hidden state, bit for bit."""
     source = make_tiny("llama")
-    (_, watched), (_, plain) = walked(source, watched=True), walked(source, watched=False)
+    (_, watched), (_, plain) = run_layers(source, watched=True), run_layers(source, watched=False)
     for one, other in zip(watched, plain, strict=True):
         valid = torch.ones(one.tokens.shape, dtype=torch.bool) if one.valid is None else copy.copy(one.valid)
         assert torch.equal(one.hidden[valid], other.hidden[valid])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +104,12 @@ def quantize(
             "max_seq_length": max_seq_length,
             "device": str(prepared.device),
             "tokens_per_batch": prepared.tokens_per_batch,
+            "moe_calibrate_all_experts": moe_calibrate_all_experts,
+            "max_forced_tokens": max_forced_tokens,
+            "min_tokens_per_expert": min_tokens_per_expert,
             "statistics": prepared.statistics_digest(),
         }
-        record = _record(run, destination, outcome, not_copied, arguments | asdict(prepared.experts))
+        record = _record(run, destination, outcome, not_copied, arguments)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     return record
 
