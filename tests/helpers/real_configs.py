@@ -1,4 +1,4 @@
-"""Config values of real releases, as much of each config.json as decides on caches and widths."""
+"""Configs of real releases: the keys that decide on caches and activation widths."""
 
 from __future__ import annotations
 

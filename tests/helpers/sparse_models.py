@@ -1,4 +1,4 @@
-"""Checkpoints of true size that need no disk: real configs and headers, weights that are holes of the file system.
+"""Checkpoints of true size that take no disk space: real configs and headers, with sparse files for the weights.
 
 Names, dtypes and shapes follow the releases of MiniMax-M2.1 (230B) and DeepSeek-V3 (671B).
 """
@@ -111,7 +111,7 @@ def deepseek_v3(directory: Path, storage: Storage = "fp8") -> Path:
 def write_sparse_model(
     directory: Path, config: dict[str, Any], tensors: Iterable[Tensor], shard_bytes: int = 4_300_000_000
 ) -> Path:
-    """Write config.json, shards with whole headers and holes for weights, and an index; gives `directory`."""
+    """Write config.json, an index, and shards with whole headers and holes in place of weights; returns `directory`."""
     directory.mkdir(parents=True, exist_ok=True)
     shards: list[list[Tensor]] = [[]]
     filled = 0
@@ -149,12 +149,12 @@ def _bytes(tensor: Tensor) -> int:
     return SIZES[tensor[1]] * math.prod(tensor[2])
 
 
-def _linear(module: str, rows: int, columns: int, storage: Storage) -> Iterator[Tensor]:
+def _linear(module: str, out_features: int, in_features: int, storage: Storage) -> Iterator[Tensor]:
     if storage == "bf16":
-        yield f"{module}.weight", "BF16", (rows, columns)
+        yield f"{module}.weight", "BF16", (out_features, in_features)
         return
-    yield f"{module}.weight", "F8_E4M3", (rows, columns)
-    yield f"{module}.weight_scale_inv", "F32", (-(-rows // BLOCK), -(-columns // BLOCK))
+    yield f"{module}.weight", "F8_E4M3", (out_features, in_features)
+    yield f"{module}.weight_scale_inv", "F32", (-(-out_features // BLOCK), -(-in_features // BLOCK))
 
 
 def _minimax_tensors(storage: Storage) -> Iterator[Tensor]:
@@ -165,21 +165,27 @@ def _minimax_tensors(storage: Storage) -> Iterator[Tensor]:
     for layer in range(c["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         yield f"{prefix}.input_layernorm.weight", "BF16", (hidden,)
-        for leaf, rows, columns in (
+        for leaf, out_features, in_features in (
             ("q_proj", queries, hidden),
             ("k_proj", keys, hidden),
             ("v_proj", keys, hidden),
             ("o_proj", hidden, queries),
         ):
-            yield from _linear(f"{prefix}.self_attn.{leaf}", rows, columns, storage)
+            yield from _linear(f"{prefix}.self_attn.{leaf}", out_features, in_features, storage)
         yield f"{prefix}.self_attn.q_norm.weight", "BF16", (queries,)
         yield f"{prefix}.self_attn.k_norm.weight", "BF16", (keys,)
         yield f"{prefix}.post_attention_layernorm.weight", "BF16", (hidden,)
         yield f"{prefix}.block_sparse_moe.gate.weight", "F32", (c["num_local_experts"], hidden)
         yield f"{prefix}.block_sparse_moe.e_score_correction_bias", "F32", (c["num_local_experts"],)
         for expert in range(c["num_local_experts"]):
-            for leaf, rows, columns in (("w1", inner, hidden), ("w2", hidden, inner), ("w3", inner, hidden)):
-                yield from _linear(f"{prefix}.block_sparse_moe.experts.{expert}.{leaf}", rows, columns, storage)
+            for leaf, out_features, in_features in (
+                ("w1", inner, hidden),
+                ("w2", hidden, inner),
+                ("w3", inner, hidden),
+            ):
+                yield from _linear(
+                    f"{prefix}.block_sparse_moe.experts.{expert}.{leaf}", out_features, in_features, storage
+                )
     yield "model.norm.weight", "BF16", (hidden,)
     yield "lm_head.weight", "BF16", (c["vocab_size"], hidden)
 
@@ -210,14 +216,14 @@ def _deepseek_layer(prefix: str, storage: Storage, *, dense: bool) -> Iterator[T
     yield f"{prefix}.post_attention_layernorm.weight", "BF16", (hidden,)
     yield f"{prefix}.self_attn.q_a_layernorm.weight", "BF16", (c["q_lora_rank"],)
     yield f"{prefix}.self_attn.kv_a_layernorm.weight", "BF16", (c["kv_lora_rank"],)
-    for leaf, rows, columns in (
+    for leaf, out_features, in_features in (
         ("q_a_proj", c["q_lora_rank"], hidden),
         ("q_b_proj", heads * wide, c["q_lora_rank"]),
         ("kv_a_proj_with_mqa", c["kv_lora_rank"] + c["qk_rope_head_dim"], hidden),
         ("kv_b_proj", heads * (c["qk_nope_head_dim"] + c["v_head_dim"]), c["kv_lora_rank"]),
         ("o_proj", hidden, heads * c["v_head_dim"]),
     ):
-        yield from _linear(f"{prefix}.self_attn.{leaf}", rows, columns, storage)
+        yield from _linear(f"{prefix}.self_attn.{leaf}", out_features, in_features, storage)
     if dense:
         yield from _mlp(f"{prefix}.mlp", c["intermediate_size"], storage)
         return

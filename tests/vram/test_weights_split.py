@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from snugfit.formats.spec import TensorFormat
+from snugfit.model.representatives import collapse_experts
 from snugfit.storage.safetensors_header import TensorInfo
-from snugfit.vram.weights import bytes_on_gpu, collapse_experts, is_served, kernel_format, split_error
+from snugfit.vram.weights import bytes_on_gpu, is_served, kernel_format, split_error
 
 LAYER = "model.layers.0"
 

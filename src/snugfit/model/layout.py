@@ -219,12 +219,10 @@ def _dialect(
     checkpoint: Checkpoint, hf_quant_config: Mapping[str, Any] | None, method: str, config_file: str
 ) -> tuple[Dialect, UserError | None]:
     """The dialect that the checkpoint is stored in; if it cannot be read, that of 16-bit files, and the error."""
+    if method == "mlx":  # declared under a key of its own, `quantization`
+        what, remedy = "MLX's own format has no reader.", "Start from the original checkpoint."
+        return open_dialect({}), UserError(what, code="quantization-unknown", where=config_file, remedy=remedy)
     try:
-        if method == "mlx":  # declared under a key of its own, `quantization`
-            remedy = "Start from the original checkpoint."
-            raise UserError(
-                "MLX's own format has no reader.", code="quantization-unknown", where=config_file, remedy=remedy
-            )
         return open_dialect(checkpoint.config, hf_quant_config, where=config_file), None
     except UserError as error:
         return open_dialect({}), error
