@@ -1,4 +1,4 @@
-"""Experts one by one: what our function gives is what transformers' own eager code gives, whoever watches meanwhile."""
+"""Experts one by one: snugfit's function gives what transformers' eager code gives, with any hooks."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import use_experts_implementation
 
+from helpers.errors import raises
 from helpers.tiny_families import load, random_rows
 from helpers.tiny_mixtures import MIXTURES, make_mixture
 from snugfit.calibration.observers import ExpertObserver
-from snugfit.engines.mixtures import OUTSIDE
-from snugfit.errors import UserError
-from snugfit.evaluation.subject import open_head, open_subject, resident_layer
+from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES
+from snugfit.evaluation.evaluated_model import open_head, open_model, resident_layer
 from snugfit.model import experts, forward_pass, layers
 from snugfit.model.experts import NoHooks
 
 CPU = torch.device("cpu")
-INSIDE = [family for family in MIXTURES if family not in OUTSIDE]
+INSIDE = [family for family in MIXTURES if family not in UNSUPPORTED_FAMILIES]
 DTYPES = [torch.float32, torch.bfloat16]
 every_family = pytest.mark.parametrize("family", INSIDE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -46,7 +46,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Mixture:
 
 @dataclass
 class Forcing(NoHooks):
-    """Sends all tokens through every expert, and notes how many came by."""
+    """Sends all tokens through every expert, and counts them."""
 
     tokens: int = 0
     routed: int = 0
@@ -54,12 +54,12 @@ class Forcing(NoHooks):
     passes: list[int] = field(default_factory=list)
 
     def begin(self, hidden: Tensor, count: int) -> None:
-        """A pass begins."""
+        """Note the pass."""
         self.tokens = len(hidden)
         self.passes.append(count)
 
     def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:  # noqa: ARG002
-        """Counts."""
+        """Count the tokens."""
         assert len(hidden) == len(tokens)
         if forced:
             self.forced_tokens += len(tokens)
@@ -68,7 +68,7 @@ class Forcing(NoHooks):
         return hidden
 
     def forced(self, expert: int, routed: Tensor) -> Tensor | None:  # noqa: ARG002
-        """All that were not routed here."""
+        """All tokens that are not routed to this expert."""
         rest = torch.ones(self.tokens, dtype=torch.bool)
         rest[routed] = False
         return rest.nonzero().squeeze(1)
@@ -80,7 +80,7 @@ def mixtures_of(model: nn.Module) -> list[nn.Module]:
 
 @torch.no_grad()
 def passed(model: Any, rows: list[list[int]]) -> list[Tensor]:
-    """What each mixture of the model gives for these rows, and the logits behind them."""
+    """Outputs of each mixture of the model for these rows, and the logits."""
     given: list[Tensor] = []
     handles = [m.register_forward_hook(lambda _m, _i, out: given.append(out.clone())) for m in mixtures_of(model)]
     given.append(model(input_ids=torch.tensor(rows), use_cache=False).logits)
@@ -92,8 +92,8 @@ def passed(model: Any, rows: list[list[int]]) -> list[Tensor]:
 @every_dtype
 @every_family
 def test_experts_give_what_eager_code_gives(family: str, dtype: torch.dtype, mixture: Mixture) -> None:
-    """Every mixture's output and the logits are transformers' own to the last bit, also with all tokens forced."""
-    model, chosen = load(mixture(family, dtype)), 3  # of three the order in which they are added shows
+    """Every mixture's output and the logits are transformers' bit for bit, also with all tokens forced."""
+    model, chosen = load(mixture(family, dtype)), 3  # with three experts the order of additions matters
     modules = mixtures_of(model)
     assert modules
     for module in model.modules():
@@ -118,23 +118,23 @@ def test_experts_give_what_eager_code_gives(family: str, dtype: torch.dtype, mix
 
 
 @torch.no_grad()
-def walked(path: Path, hooks: Callable[[], Any]) -> list[list[Tensor]]:
-    """Hidden states behind each layer, walked layer by layer with these hooks on mixtures; the logits behind them."""
-    subject = open_subject(path, activations="none")
+def run_layers(path: Path, hooks: Callable[[], Any]) -> list[list[Tensor]]:
+    """Hidden states behind each layer, run one by one with these hooks on mixtures, and the logits."""
+    evaluated = open_model(path, activations="none")
     batches = forward_pass.make_batches(ROWS, 4096, CPU)
     forward_pass.embed(
-        subject.skeleton, layers.outer_weights(subject.skeleton, subject.checkpoint, head=False), batches, CPU
+        evaluated.skeleton, layers.outer_weights(evaluated.skeleton, evaluated.checkpoint, head=False), batches, CPU
     )
     found = []
-    for index in range(len(subject.skeleton.layers)):
-        layer, _ = resident_layer(subject, index, CPU)
+    for index in range(len(evaluated.skeleton.layers)):
+        layer, _ = resident_layer(evaluated, index, CPU)
         inside, before = mixtures_of(layer), None
         if inside and (one := hooks()) is not None:
             experts.hook(inside[0], one)
             before = one.before
         forward_pass.run_layer(layer, index, batches, before)
         found.append([batch.hidden.clone() for batch in batches])
-    head = open_head(subject, CPU)
+    head = open_head(evaluated, CPU)
     found.append([logits for _, _, logits in forward_pass.logits(head, batches)])
     return found
 
@@ -145,23 +145,25 @@ def flat(states: list[list[Tensor]]) -> list[Tensor]:
 
 @every_dtype
 @every_family
-def test_walk_is_exact_in_either_mode(family: str, dtype: torch.dtype, mixture: Mixture) -> None:
-    """A walk gives transformers' logits to the last bit, and the same states whether experts see all tokens or not."""
+def test_forward_pass_is_exact_with_and_without_forced_tokens(
+    family: str, dtype: torch.dtype, mixture: Mixture
+) -> None:
+    """Logits are transformers' bit for bit, and hidden states do not depend on forced tokens."""
     path = mixture(family, dtype)
     model = load(path)
     for module in mixtures_of(model):
         module.config._experts_implementation = "eager"  # type: ignore[union-attr]
     eager = passed(model, ROWS)[-1]
-    plain = walked(path, lambda: None)
+    plain = run_layers(path, lambda: None)
     assert torch.equal(plain[-1][0], eager)
     tokens = sum(map(len, ROWS))
     for cap in (None, 32_768):
-        states = walked(path, lambda cap=cap: ExpertObserver(NoHooks(), cap=cap, tokens=tokens))  # type: ignore[misc]
+        states = run_layers(path, lambda cap=cap: ExpertObserver(NoHooks(), cap=cap, tokens=tokens))  # type: ignore[misc]
         assert all(map(torch.equal, flat(states), flat(plain)))
 
 
 class Toy(nn.Module):
-    """Experts under the interface, in any of its layouts: four of width 24 on hidden states of 16."""
+    """Four experts of width 24 on hidden states of 16, in any layout of the interface."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -178,7 +180,7 @@ class Toy(nn.Module):
             self.post_expert_norm = nn.RMSNorm(16)
 
     def _apply_gate(self, both: Tensor) -> Tensor:
-        """Of what gate and up give."""
+        """Activation of the outputs of gate and up."""
         gate, up = both.chunk(2, -1) if self.layout.get("is_concatenated", True) else (both[..., ::2], both[..., 1::2])
         return self.act_fn(gate) * up
 
@@ -189,7 +191,7 @@ class Toy(nn.Module):
         return out + getattr(self, f"{name}_bias")[expert] if self.layout.get("has_bias") else out
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """As transformers writes it in the models it has."""
+        """As in transformers' models."""
         result = torch.zeros_like(hidden_states)
         for expert in range(4):
             places, tokens = torch.where((top_k_index == expert).t())
@@ -205,36 +207,36 @@ class Toy(nn.Module):
         return result
 
     def last(self, out: Tensor) -> Tensor:
-        """What is added up."""
+        """What is added to the result."""
         return out
 
 
 class Scaled(Toy):
-    """Twice what the interface says, for one of the outputs."""
+    """Scales one of the outputs, which the interface does not describe."""
 
     def last(self, out: Tensor) -> Tensor:
-        """As the first output were another's."""
+        """The output with its first value scaled."""
         return torch.cat((out[:, :1] * 1.001, out[:, 1:]), 1)
 
 
 class Clamped(Toy):
-    """Bounds what its projections give."""
+    """Clamps the outputs of its projections."""
 
     def linear(self, name: str, expert: int, inputs: Tensor) -> Tensor:
-        """As some families bound what goes into the gate."""
+        """The clamped output of a projection."""
         return super().linear(name, expert, inputs).clamp(-0.5, 0.5)
 
 
 class Averaged(Toy):
-    """Mixes in what no expert gave, as a family with an expert of its own kind would."""
+    """Adds the hidden states, which come from no expert."""
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """And the hidden states besides."""
+        """The experts' output plus the hidden states."""
         return super().forward(hidden_states, top_k_index, top_k_weights) + hidden_states
 
 
 def toy(kind: type[Toy] = Toy, layout: Mapping[str, bool] = MappingProxyType({})) -> Any:
-    """A mixture of this kind under our function."""
+    """A mixture of this class and layout."""
     torch.manual_seed(0)
     given = type(kind.__name__, (kind,), {"forward": kind.forward, "_apply_gate": kind._apply_gate})
     module: Any = use_experts_implementation(**layout)(given)(
@@ -243,7 +245,7 @@ def toy(kind: type[Toy] = Toy, layout: Mapping[str, bool] = MappingProxyType({})
     return module
 
 
-def asked(tokens: int = 40) -> tuple[Tensor, Tensor, Tensor]:
+def routing(tokens: int = 40) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states, the experts chosen for each token, their weights."""
     generator = torch.Generator().manual_seed(1)
     index = torch.stack([torch.randperm(4, generator=generator)[:3] for _ in range(tokens)])
@@ -266,8 +268,8 @@ every_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: ","
 @every_layout
 @pytest.mark.parametrize("tokens", [1, 15, 16, 40, 5000])
 def test_every_layout_of_the_interface(layout: dict[str, bool], tokens: int) -> None:
-    """Whatever a family declares to the interface, the output is its own code's, for few tokens and for many."""
-    module, given = toy(layout=layout), asked(tokens)
+    """For every layout that a family may declare, the output is that of its own code, for few tokens and many."""
+    module, given = toy(layout=layout), routing(tokens)
     expected = module(*given)
     experts.use(module)
     assert torch.equal(module(*given), expected)
@@ -276,8 +278,8 @@ def test_every_layout_of_the_interface(layout: dict[str, bool], tokens: int) -> 
 
 
 @every_layout
-def test_experts_are_put_together_again(layout: dict[str, bool]) -> None:
-    """Single experts' tensors, taken out by what the interface declares, give back the stacks, and compute the same."""
+def test_single_experts_fill_the_buffers(layout: dict[str, bool]) -> None:
+    """Single experts' tensors, copied into the buffers, give the stacked parameters and compute the same."""
     module = toy(layout=layout)
     shapes = experts.shapes(module)
     roles = {"gate", "up", "down"} if layout.get("has_gate", True) else {"up", "down"}
@@ -312,21 +314,21 @@ def test_experts_are_put_together_again(layout: dict[str, bool]) -> None:
         )
         meant = module.act_fn(gate) * up if "gate" in roles else module.act_fn(up)
         assert torch.allclose(experts._middle(module, expert, inputs), meant, atol=1e-6)
-    made, room = experts.storage(module, torch.device("cpu"))
-    assert room.keys() == parts.keys()
-    for key, part in room.items():
+    stacked, per_expert = experts.buffers(module, torch.device("cpu"))
+    assert per_expert.keys() == parts.keys()
+    for key, part in per_expert.items():
         part.copy_(parts[key])
     assert (
-        made.keys()
+        stacked.keys()
         == experts.parameters(module)
         == dict(module.named_parameters()).keys() - {"post_expert_norm.weight"}
     )
-    assert all(torch.equal(tensor, getattr(module, name)) for name, tensor in made.items())
+    assert all(torch.equal(tensor, getattr(module, name)) for name, tensor in stacked.items())
 
 
 def test_an_expert_without_tokens() -> None:
-    """Experts that nobody chose change nothing, and are asked what to force all the same."""
-    module, (hidden, _, weights) = toy(), asked()
+    """Experts that no token is routed to change nothing, and tokens can be forced through them."""
+    module, (hidden, _, weights) = toy(), routing()
     given = hidden, torch.tensor([[1, 2, 1]]).expand(len(hidden), 3).contiguous(), weights
     expected = module(*given)
     experts.use(module)
@@ -337,37 +339,40 @@ def test_an_expert_without_tokens() -> None:
 
 
 @pytest.mark.parametrize("kind", [Scaled, Clamped, Averaged])
-def test_what_computes_something_else_is_refused(kind: type[Toy]) -> None:
-    """A module that declares the interface and does not what it describes is refused by name, before any output."""
+def test_experts_that_compute_something_else_are_refused(kind: type[Toy]) -> None:
+    """A module that declares the interface but computes something else is refused before it gives any output."""
     module = toy(kind)
-    module(*asked())
+    module(*routing())
     experts.use(module)
-    with pytest.raises(UserError, match=f"{kind.__name__} does not compute what the experts interface") as caught:
-        module(*asked())
-    assert "adapter in model/experts.py" in caught.value.remedy
+    with raises("experts-unsupported") as caught:
+        module(*routing())
+    assert kind.__name__ in caught.value.what
+    assert "model/experts.py" in caught.value.remedy
 
 
 def test_experts_are_found_or_refused() -> None:
-    """One mixture is found by name, none is none; two of them, and stacks outside the interface, are refused."""
+    """One mixture is found by name; two of them, and stacked experts outside the interface, are refused."""
     alone = nn.ModuleDict({"mlp": nn.ModuleDict({"experts": toy()}), "attn": nn.Linear(4, 4)})
     assert experts.find_experts(alone, where="here") == "mlp.experts"
     assert experts.find_experts(nn.ModuleDict({"mlp": nn.Linear(4, 4)}), where="here") is None
-    with pytest.raises(UserError, match="several mixtures of experts: a, b"):
+    with raises("experts-unsupported", where="here") as caught:
         experts.find_experts(nn.ModuleDict({"a": toy(), "b": toy()}), where="here")
+    assert "a, b" in caught.value.what
     outside = nn.Module()
     outside.weight = nn.Parameter(torch.zeros(4, 8, 8))
-    with pytest.raises(UserError, match="holds its experts in weight outside") as caught:
+    with raises("experts-unsupported", where="model x") as caught:
         experts.find_experts(nn.ModuleDict({"experts": outside}), where="model x")
-    assert caught.value.where == "model x"
+    assert "weight" in caught.value.what
 
 
 def test_a_list_of_expert_modules_is_refused() -> None:
-    """Experts that are modules in a list, which no family has any more, are refused and not calibrated by halves."""
+    """Experts that are modules in a list, as in no family of transformers 5, are refused."""
 
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
 
-    with pytest.raises(UserError, match="experts stand in a ModuleList"):
+    with raises("experts-unsupported", where="config.json") as caught:
         experts.find_experts(Block(), where="config.json")
+    assert "ModuleList" in caught.value.what
