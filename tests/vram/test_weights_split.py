@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from snugfit.formats.spec import TensorFormat
-from snugfit.model.representatives import collapse_experts
 from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.vram.weights import bytes_on_gpu, is_served, kernel_format, split_error
 
@@ -78,22 +77,6 @@ def test_what_no_longer_divides(
     else:
         assert found is not None
         assert [word for word in named if str(word) not in found] == []
-
-
-def test_experts_are_one() -> None:
-    """Experts alike in all their tensors are counted, not listed; one that differs in any stays apart, whole."""
-    names = [f"{LAYER}.mlp.experts.{k}.{leaf}.weight" for k in range(256) for leaf in ("w1", "w2")]
-    tensors = [TensorInfo(name, "BF16", (8, 4)) for name in names]
-    tensors[257] = TensorInfo(tensors[257].name, "F8_E4M3", (8, 4))  # w2 of expert 128
-    found = [(w.info.name, w.info.dtype, w.count) for w in collapse_experts([*tensors, TensorInfo("a", "BF16", (2,))])]
-    experts = f"{LAYER}.mlp.experts"
-    assert found == [
-        (f"{experts}.0.w1.weight", "BF16", 255),
-        (f"{experts}.0.w2.weight", "BF16", 255),
-        (f"{experts}.128.w1.weight", "BF16", 1),
-        (f"{experts}.128.w2.weight", "F8_E4M3", 1),
-        ("a", "BF16", 1),
-    ]
 
 
 @pytest.mark.parametrize(

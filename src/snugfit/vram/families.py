@@ -17,7 +17,7 @@ SWITCHABLE_WINDOWS = frozenset(
 ALTERNATING_WINDOWS = frozenset({"qwen2_moe"})
 # from layer `max_window_layers` on, always
 LATE_WINDOWS = frozenset({"dots1"})
-# the last of each so many layers keeps all tokens; `sliding_window_pattern` in config.json overrides the number
+# the last of every N layers keeps all tokens; `sliding_window_pattern` in config.json overrides the number
 FULL_ATTENTION_PERIODS: Mapping[str, int] = {
     "gemma2": 2,
     "vaultgemma": 2,
