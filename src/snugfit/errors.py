@@ -65,7 +65,7 @@ CODES: Mapping[str, str] = {
     "recipe-rule-unmatched": "A rule of the recipe matches no tensor.",
     "recipe-splits-group": "The recipe splits weights that engines run as one.",
     "recipe-shape": "A weight's shape does not allow the format that the recipe gives it.",
-    "recipe-not-quantizable": "The recipe gives a format to a tensor that must stay as it is.",
+    "recipe-not-quantizable": "The recipe gives a tensor a format that this tensor cannot have.",
     "recipe-changes-nothing": "The recipe quantizes nothing in this model.",
     "pattern-invalid": "A regular expression is invalid, or takes too long.",
     # calibration and texts
