@@ -60,7 +60,7 @@ def test_codes_are_the_same(
     """Every format and rule gives the same codes, scales and 16-bit values on both devices.
 
     Rules that compare summed errors of candidates may choose otherwise in a tie of a few blocks: the sums of 16 numbers
-    round differently. Their total squared error is then the same to 1e-6, or 1e-4 if another error is what they compare.
+    round differently. The total squared error is then the same to 1e-6, or 1e-4 if they compare another error.
     """
     ties = 0 if rule not in SUMS_ERRORS else 1e-3
     weights = weights_of(dtype)
