@@ -1,4 +1,4 @@
-"""What holds of every recipe, header, set of names and plan, on examples that Hypothesis makes."""
+"""Properties of every recipe, header, set of names and plan, on examples that Hypothesis makes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ GLOBS = (
 
 
 def tensors_of(layers: int, experts: int) -> list[TensorInfo]:
-    """A llama's tensors, its MLPs split into experts where there are some; every format fits every linear."""
+    """A llama's tensors, its MLPs split into `experts` if > 0; every format fits every linear."""
     names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
@@ -110,7 +110,7 @@ MODELS = st.builds(tensors_of, st.integers(1, 4), st.sampled_from([0, 0, 2]))
 
 
 def wanted_rule(document: Mapping[str, Any], tensor: TensorInfo, layers: int) -> int | None:
-    """The first rule that matches a tensor, worked out the slow way."""
+    """The first rule that matches a tensor, by trying one after another."""
     name = parse_name(tensor.name, tensor.shape)
     for number, rule in enumerate(document["rules"]):
         roles = {role for wanted in rule.get("role", ()) for role in ROLE_SETS.get(wanted, {wanted})}
@@ -132,7 +132,7 @@ def wanted_rule(document: Mapping[str, Any], tensor: TensorInfo, layers: int) ->
 
 
 def resolved(loaded: LoadedRecipe, tensors: Sequence[TensorInfo], layers: int) -> dict[str, Assignment] | None:
-    """What a recipe does, None where it is refused with a place."""
+    """The assignments of a recipe, None if it is refused with a place."""
     found, error = attempt(lambda: resolve(loaded, tensors, num_layers=layers))
     if error is not None:
         assert error.where.startswith(loaded.where)
@@ -167,8 +167,8 @@ def test_every_weight_gets_the_first_rule_that_matches(document: dict[str, Any],
         split = any(len({wanted[f"{member}.weight"] for member in group}) > 1 for group in groups)
         outside = any(document["rules"][wanted[name]]["format"] != KEEP for name in wanted.keys() - linears)
         routed = [{n for n in wanted if f"layers.{k}." in n and ".experts." in n} for k in range(layers)]
-        apart = any(len({wanted[name] for name in names}) > 1 for names in routed)
-        assert split or apart or outside or not used or linears - wanted.keys()
+        split_experts = any(len({wanted[name] for name in names}) > 1 for names in routed)
+        assert split or split_experts or outside or not used or linears - wanted.keys()
         return
     assert used
     assert {name: assignment.rule for name, assignment in found.items()} == wanted
@@ -180,15 +180,17 @@ def test_every_weight_gets_the_first_rule_that_matches(document: dict[str, Any],
         assert len({(found[f"{m}.weight"].format, found[f"{m}.weight"].scale_rule) for m in group}) == 1
 
 
-def test_drawn_recipes_go_both_ways() -> None:
-    """Of the recipes that were drawn above, many are carried out and many refused."""
+def test_drawn_recipes_are_accepted_and_refused() -> None:
+    """Many of the recipes that were drawn above are accepted, and many are refused."""
     assert min(ANSWERED.values()) > 20
 
 
 @quick
 @given(document=RECIPES, tensors=MODELS, style=st.sampled_from([None, True, False]))
-def test_a_stored_recipe_says_the_same(document: dict[str, Any], tensors: list[TensorInfo], style: bool | None) -> None:
-    """A recipe's text, as it is stored beside a result, and what YAML or JSON make of it, give the same assignments."""
+def test_a_stored_recipe_gives_the_same_assignments(
+    document: dict[str, Any], tensors: list[TensorInfo], style: bool | None
+) -> None:
+    """A recipe's text as stored in a result, and the same written by YAML or JSON, give the same assignments."""
     layers = 1 + max(parse_name(t.name, t.shape).layer or 0 for t in tensors)
     first = parse_recipe(yaml.safe_dump(document, default_flow_style=style), where="a")
     again = parse_recipe(first.text, where="a")
@@ -205,7 +207,7 @@ def test_a_stored_recipe_says_the_same(document: dict[str, Any], tensors: list[T
     ends=st.lists(st.tuples(st.integers(-9, 9), st.integers(-9, 9)), min_size=1, max_size=4), layers=st.integers(1, 7)
 )
 def test_layer_numbers(ends: list[tuple[int, int]], layers: int) -> None:
-    """Ranges of layers name layers of the model alone, each pair all between its ends."""
+    """Each range gives the model's layers between its ends, both included."""
     found = layer_numbers(", ".join(f"{low}..{high}" for low, high in ends), layers)
     counted = [(low + layers * (low < 0), high + layers * (high < 0)) for low, high in ends]
     assert found == {n for n in range(layers) if any(low <= n <= high for low, high in counted)}
@@ -224,16 +226,16 @@ TENSORS = st.lists(
 ).filter(lambda tensors: all(tensor.name != "__metadata__" for tensor in tensors))
 
 
-def theirs(raw: bytes) -> dict[str, tuple[str, list[int]]] | None:
-    """What safetensors' own library reads in a file, None where it refuses."""
+def read_by_safetensors(raw: bytes) -> dict[str, tuple[str, list[int]]] | None:
+    """Tensors that the safetensors library reads in a file, None if it refuses."""
     try:
         return {name: (part["dtype"], list(part["shape"])) for name, part in safetensors.deserialize(raw)}  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError:
         return None
 
 
-def ours(raw: bytes) -> dict[str, tuple[str, list[int]]] | None:
-    """What we read in it, None for a UserError."""
+def read_by_snugfit(raw: bytes) -> dict[str, tuple[str, list[int]]] | None:
+    """Tensors that snugfit reads in a file, None for a UserError."""
     length = struct.unpack("<Q", raw[:8])[0]
     found, error = attempt(lambda: parse_header(raw[8 : 8 + length], "x", len(raw), where="x"))
     if found is None:
@@ -248,7 +250,7 @@ def ours(raw: bytes) -> dict[str, tuple[str, list[int]]] | None:
 def test_planned_shards_are_what_safetensors_reads(
     tensors: list[TensorInfo], most: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Any set of tensors is laid out in files that both libraries read back, none too large, each tensor once."""
+    """Any set of tensors is written to files that both libraries read, within the size limit, each tensor once."""
     shards = plan_shards(tensors, most)
     seen: dict[str, tuple[str, list[int]]] = {}
     folder = tmp_path_factory.mktemp("shards")
@@ -257,9 +259,9 @@ def test_planned_shards_are_what_safetensors_reads(
         (folder / shard.name).write_bytes(raw)
         stored = read_header(folder / shard.name)
         assert {t.name: t.offset for t in stored} == dict(shard.offsets)
-        assert ours(raw) == theirs(raw)
+        assert read_by_snugfit(raw) == read_by_safetensors(raw)
         assert sum(t.bytes for t in shard.tensors) <= most or len([t for t in shard.tensors if t.bytes]) == 1
-        seen |= ours(raw) or {}
+        seen |= read_by_snugfit(raw) or {}
     assert seen == {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in tensors}
     assert sum(len(shard.tensors) for shard in shards) == len(tensors)
 
@@ -267,15 +269,15 @@ def test_planned_shards_are_what_safetensors_reads(
 @settings(quick, max_examples=500)
 @given(tensors=TENSORS, seed=st.integers(0, 10**9), deep=st.booleans())
 def test_no_header_is_read_that_safetensors_refuses(tensors: list[TensorInfo], seed: int, deep: bool) -> None:
-    """Of a damaged header we never read more than safetensors' own library does; what both read is the same."""
+    """snugfit reads no damaged header that the safetensors library refuses; if both read one, they agree."""
     (shard,) = plan_shards(tensors, 10**9)
     rng = random.Random(seed)  # noqa: S311
     text = shard.header[8:]
     words = ("__metadata__", "dtype", "shape", "data_offsets", "F32", "BF16")
     damaged = spoil_json(rng, json.loads(text), words) if deep else spoil_bytes(rng, text)
     raw = struct.pack("<Q", len(damaged)) + damaged + bytes(shard.bytes - len(shard.header))
-    mine = ours(raw)
-    assert mine is None or mine == theirs(raw)
+    mine = read_by_snugfit(raw)
+    assert mine is None or mine == read_by_safetensors(raw)
 
 
 # --- names
@@ -300,7 +302,7 @@ BESIDE = ("vision_tower.encoder.layers", "visual.blocks", "mtp.layers", "model.a
 def test_the_decoder_is_found_in_any_order(
     family: tuple[str, tuple[str, ...]], layers: int, more: int, towers: dict[str, int], order: random.Random
 ) -> None:
-    """The list of decoder layers is the same in whatever order names come, beside towers and heads of prediction."""
+    """The list of decoder layers does not depend on the order of names, also with towers and prediction heads."""
     head, leaves = family
     names = [f"{head}.{n}.{leaf}" for n in range(layers + more) for leaf in leaves]
     names += [f"{tower}.{n}.attn.qkv.weight" for tower, count in towers.items() for n in range(count)]
@@ -407,7 +409,7 @@ def test_longer_contexts_never_leave_more_memory(
 @quick
 @given(config=configs(), available=st.lists(st.integers(0, 2**40), min_size=2, max_size=4), fp8=st.booleans())
 def test_more_memory_never_holds_less(config: dict[str, Any], available: list[int], fp8: bool) -> None:
-    """A larger pool holds contexts at least as long, and what it is said to hold fits into it."""
+    """A larger pool holds contexts at least as long, and the stated context fits into it."""
     pool = make_pool(read_cache(config), max_num_batched_tokens=2048, fp8=fp8)
     lengths = [pool.max_context(size, 2**21) for size in sorted(available)]
     assert lengths == sorted(lengths)

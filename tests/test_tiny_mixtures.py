@@ -1,4 +1,4 @@
-"""The helpers themselves: tiny mixtures load and decide, and FP8 and MXFP4 made of them are what transformers reads."""
+"""Tests of the helpers: tiny mixtures load and route, and transformers reads the FP8 and MXFP4 made of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXPERT_STACKS = re.compile(r"\.(input_linear\.weight|output_linear\.weight|gate_
 
 
 def loaded(path: Path) -> tuple[Any, dict[str, Any]]:
-    """A model directory as transformers loads it, and what it says of keys."""
+    """A model directory as transformers loads it, and its report on keys."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     config = AutoConfig.from_pretrained(path)
@@ -59,8 +59,8 @@ def test_experts_differ(family: str, tmp_path: Path) -> None:
     assert len({tuple(expert.flatten()[:64].tolist()) for expert in experts}) == len(experts)
 
 
-def test_mixture_takes_sizes(tmp_path: Path) -> None:
-    """A width of experts that leaves partial blocks, small shards, a seed and settings of the config are obeyed."""
+def test_options_of_make_mixture(tmp_path: Path) -> None:
+    """Width of experts, shard size, seed and settings of the config have the effect that they should."""
     path = make_mixture("qwen3_moe", tmp_path / "a", inner=192, max_shard_size="200KB", seed=1, num_experts=5)
     assert len(list(path.glob("*.safetensors"))) > 1
     tensors = all_tensors(path)
@@ -73,7 +73,7 @@ def test_mixture_takes_sizes(tmp_path: Path) -> None:
 
 
 def test_prediction_layer(tmp_path: Path) -> None:
-    """DeepSeek's layer of multi-token prediction is one more layer of experts with what joins it to the others."""
+    """DeepSeek's layer of multi-token prediction is a layer of experts with norms, projection, embeddings and head."""
     path = make_mixture("deepseek_v3", tmp_path)
     assert json.loads((path / "config.json").read_text())["num_nextn_predict_layers"] == 1
     tensors = all_tensors(path)
@@ -115,8 +115,8 @@ def test_fp8_is_near_its_source(family: str, kind: Kind, tmp_path: Path, make_ti
     assert not [name for name in quantized if re.search(r"\.gate\.|lm_head|embed|eh_proj", name)]
 
 
-def test_fp8_keeps_what_it_is_told(tmp_path: Path) -> None:
-    """A weight that `keep` names stays, and the config says so."""
+def test_fp8_with_kept_weights(tmp_path: Path) -> None:
+    """A weight for which `keep` is true stays in 16 bits, and the config lists it."""
     source = make_mixture("qwen3_moe", tmp_path / "source")
     kept = "model.layers.0.self_attn.q_proj"
     target = as_fp8(source, tmp_path / "target", "hf-block", lambda name: name == f"{kept}.weight")
@@ -174,8 +174,8 @@ def test_mxfp4_is_as_transformers_reads_it(tmp_path: Path) -> None:
         name = f"{experts}.{leaf}"
         blocks, scales = stored[f"{name}_blocks"], stored[f"{name}_scales"]
         assert blocks.dtype == scales.dtype == torch.uint8
-        theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
-        assert torch.equal(theirs, meant[name])
+        unpacked = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32)
+        assert torch.equal(unpacked, meant[name])
         assert same(stored[f"{name}_bias"], given[f"{name}_bias"])
         error = (meant[name] - given[name].float()).norm() / given[name].float().norm()
         assert 0.05 < float(error) < 0.15

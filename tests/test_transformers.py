@@ -44,7 +44,7 @@ def perplexity_of(logits: Tensor, rows: Dataset) -> float:
 def test_fp32_logits_agree(
     recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32 arithmetic, W4A4 included, transformers' logits equal ours except for ties between codes."""
+    """In fp32 arithmetic, W4A4 included, transformers' logits equal snugfit's except for ties."""
     unpack = base.unpack_fp4_from_uint8  # to bf16 by default, whatever the model's dtype is
     monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))
     source = make_tiny("llama", dtype=torch.float32)
@@ -79,7 +79,7 @@ def test_real_model_before(smollm2: Path, rows: Dataset) -> None:
 
 
 def test_real_hybrid_in_transformers(hybrid: Path, rows: Dataset) -> None:
-    """transformers loads the real hybrid; in bf16 its perplexity is as near to ours as its bf16 scales allow."""
+    """transformers loads the real hybrid; in bf16 its perplexity differs as little as bf16 scales allow."""
     config = json.loads((hybrid / "config.json").read_text())
     assert config["quantization_config"]["format"] == "mixed-precision"
     expected, found = plain_logits(hybrid, rows), our_logits(hybrid, rows)

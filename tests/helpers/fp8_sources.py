@@ -1,6 +1,6 @@
-"""FP8 and MXFP4 checkpoints as releases ship them, made of tiny 16-bit ones with plain torch, and what they stand for.
+"""FP8 and MXFP4 checkpoints as released, made of tiny 16-bit ones with plain torch, and their dequantized values.
 
-Nothing here is of snugfit: it is the oracle of what snugfit reads.
+Nothing here uses snugfit: it is the oracle for what snugfit reads.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def as_fp8(
 ) -> Path:
     """Write the 16-bit checkpoint of `source` to `target` with its linears in FP8, and give `target`.
 
-    Quantized are all 2-D weights of decoder layers, experts and layers of multi-token prediction included, but for
-    routers, convolutions and embeddings, and those whose tensor's name `keep` is true for. Experts that a file keeps in
-    stacks of three axes stay in 16 bits, as no dialect here has a place for them.
+    All 2-D weights of decoder layers are quantized, experts and layers of multi-token prediction included, except for
+    routers, convolutions, embeddings, and tensors for whose name `keep` is true. Experts in 3-D tensors stay in 16
+    bits, as no dialect here has codes for them.
     """
     tensors = all_tensors(source)
     chosen = [name for name, tensor in tensors.items() if _is_linear(name, tensor) and not (keep and keep(name))]
@@ -88,7 +88,7 @@ def as_fp8(
 
 
 def dequantized(target: Path) -> dict[str, Tensor]:
-    """The weights that an FP8, MXFP4 or 16-bit checkpoint stands for, fp32, by the names of its 16-bit source."""
+    """The dequantized weights of an FP8, MXFP4 or 16-bit checkpoint, fp32, by the names of its 16-bit source."""
     tensors = all_tensors(target)
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -141,7 +141,7 @@ def _is_linear(name: str, tensor: Tensor) -> bool:
 
 
 def _quantize(name: str, weight: Tensor, kind: Kind) -> dict[str, Tensor]:
-    """The tensors that stand for a weight [N, K], by name."""
+    """The codes and scales of a weight [N, K], by name."""
     rows, columns = weight.shape
     block = {"hf-block": _BLOCK, "hf-block-bf16": _BLOCK, "ct-block": _BLOCK}.get(kind)
     dtype = torch.float32 if kind in {"hf-block", "hf-tensor", "hf-tensor-static"} else torch.bfloat16
@@ -169,7 +169,7 @@ def _quantize(name: str, weight: Tensor, kind: Kind) -> dict[str, Tensor]:
 
 
 def _spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A scale of a tensor, a row or a block of 128 x 128 for each element of `shape`, or what broadcasts to it."""
+    """Scales of a tensor, of out_features or of blocks of 128 x 128, spread so that they broadcast to `shape`."""
     rows, columns = shape
     if scale.numel() == 1:
         return scale.reshape(1, 1)
@@ -181,7 +181,7 @@ def _spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _input_scale(module: str) -> Tensor:
-    """A static scale of a module's inputs, which modules with one input share."""
+    """A static scale of a module's inputs; modules with the same input share it."""
     parent, _, leaf = module.rpartition(".")
     chance = zlib.crc32(f"{parent}.{_FUSED.get(leaf, leaf)}".encode()) % 1000 / 1000
     return torch.tensor((6.0 + 2.0 * chance) / _LARGEST)

@@ -1,4 +1,4 @@
-"""Runs that die in a process of their own, and what directories hold afterwards."""
+"""Runs that are killed in a process of their own, and the contents of directories afterwards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KILLED = 9
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """All files but the record, which tells of times."""
+    """All files except the record, which has times."""
     files = (path for path in directory.rglob("*") if path.is_file())
     return {str(path.relative_to(directory)): path.read_bytes() for path in files if path.name != RECORD_FILE}
 

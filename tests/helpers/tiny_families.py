@@ -1,4 +1,4 @@
-"""Tiny random models of many families, by transformers' own config classes, and what transformers makes of them."""
+"""Tiny random models of many families, made with transformers' own config classes, and loaded by transformers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _rope(sections: Sequence[int], part: float = 1.0) -> dict[str, Any]:
     return {"rope_parameters": given | ({"partial_rotary_factor": part} if part < 1 else {})}
 
 
-# vision-language family -> its tiny config; token ids from 60 on stand for pictures
+# vision-language family -> its tiny config; token ids from 60 on are placeholders of images
 VISION_LANGUAGE: Mapping[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": _TEXT | {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]},

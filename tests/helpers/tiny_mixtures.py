@@ -48,7 +48,7 @@ _GROUPED: dict[str, Any] = {
 
 # family -> its tiny config; token ids are those of conftest's TINY
 MIXTURES: Mapping[str, dict[str, Any]] = {
-    # experts that transformers keeps as stacks and calls by its interface (use_experts_implementation)
+    # experts that transformers stacks and runs through its interface (use_experts_implementation)
     "mixtral": _HEADS | {"num_local_experts": 4},
     "qwen3_moe": _HEADS | {"moe_intermediate_size": 128, "num_experts": 8, "norm_topk_prob": True},
     "olmoe": {"num_experts": 6},
@@ -72,7 +72,7 @@ MIXTURES: Mapping[str, dict[str, Any]] = {
         "text_config": VISION_LANGUAGE["qwen3_vl"]["text_config"]
         | {"moe_intermediate_size": 128, "num_experts": 4, "num_experts_per_tok": 2},
     },
-    # experts outside of that interface: one stack of all weights each, walked by the family's own code
+    # experts outside this interface: stacks of all weights, run by the family's own code
     "llama4_text": _HEADS | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 192},
     "longcat_flash": _LATENT
     | {"num_layers": 2, "ffn_hidden_size": 192, "expert_ffn_hidden_size": 128, "routed_scaling_factor": 2.5}
@@ -125,7 +125,7 @@ def mixture_settings(family: str, *, wide: bool = False, inner: int | None = Non
 
 
 def _widen(family: str, given: dict[str, Any], text: dict[str, Any]) -> None:
-    """Each dimension of a linear of the decoder layers a multiple of 128, but for those that no release has so."""
+    """Make each dimension of the decoder's linears a multiple of 128, except for those that no release has so."""
     text["d_model" if family == "dbrx" else "hidden_size"] = 128
     if family == "dbrx":
         text["attn_config"]["kv_n_heads"] = 4
@@ -186,7 +186,7 @@ def make_mixture(
 
 
 def rewrite(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str = "5GB") -> None:
-    """Put these tensors in place of all that a model directory has."""
+    """Replace all tensors of a model directory by these."""
     for file in [*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")]:
         file.unlink()
     held = {name: tensor.clone().contiguous() for name, tensor in tensors.items()}
@@ -195,7 +195,7 @@ def rewrite(folder: Path, tensors: Mapping[str, Tensor], max_shard_size: str = "
 
 @torch.no_grad()
 def _randomize(model: Any) -> None:
-    """Weights that keep activations near one, routers that decide, and norms and biases that are not all alike."""
+    """Weights that keep activations near one, routers with a clear choice, and varied norms and biases."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         leaf = name.rpartition(".")[2]
         if leaf.endswith("e_score_correction_bias"):
@@ -214,9 +214,9 @@ def _randomize(model: Any) -> None:
 
 
 def _as_released(family: str, name: str, tensor: Tensor) -> Tensor:
-    """A tensor in the dtype and the order of axes that the family's releases have, where transformers writes another.
+    """A tensor in the dtype and the order of axes of the family's releases, if transformers writes another.
 
-    What is stored in fp32 has digits that 16 bits have not.
+    Values in fp32 have digits that 16 bits do not have.
     """
     if name.endswith("e_score_correction_bias") or (family == "minimax_m2" and name.endswith("gate.weight")):
         return tensor.float() * (1.0 + 1e-3 * torch.rand(tensor.shape))
@@ -228,7 +228,7 @@ def _as_released(family: str, name: str, tensor: Tensor) -> Tensor:
 
 
 def _with_prediction(tensors: dict[str, Tensor], layers: int, predicted: int) -> dict[str, Tensor]:
-    """Layers from `layers` on made into those of multi-token prediction, which repeat the embedding and the head."""
+    """Turns layers from `layers` on into those of multi-token prediction, which repeat the embedding and the head."""
     embedding, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     hidden = embedding.shape[1]
     made = dict(tensors)

@@ -1,4 +1,4 @@
-"""Where the decoder layers are, told from names alone."""
+"""The list of decoder layers, found by names alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from snugfit.errors import UserError
+from helpers.errors import raises
 from snugfit.model.anatomy import find_decoder, is_prediction_head, is_tower
 from snugfit.model.language_config import language_config, layer_count
 
@@ -75,7 +75,7 @@ FAMILIES: dict[str, tuple[str, int, dict[str, int]]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_decoder_layers_are_found_by_names(family: str) -> None:
-    """In every family the list of decoder layers is found, whatever towers and heads stand beside it."""
+    """In every family the list of decoder layers is found, in the presence of towers and prediction heads."""
     decoder, layers, others = FAMILIES[family]
     names = [name for prefix, count in others.items() for name in listed(prefix, count)]
     names = ["embed.weight", "lm_head.weight", *names, *listed(decoder, layers)]
@@ -83,13 +83,13 @@ def test_decoder_layers_are_found_by_names(family: str) -> None:
     assert find_decoder(reversed(names), layers) == decoder
 
 
-def test_experts_are_no_layers() -> None:
-    """Numbers of experts within a layer are never taken for layers, even where there are more experts."""
+def test_experts_are_not_layers() -> None:
+    """Numbers of experts within a layer are not taken for layers, even if there are more experts."""
     assert find_decoder([*experts("model.layers", 4), *experts("vision.layers", 8)], 4) == "model.layers"
 
 
 def test_decoder_of_a_broken_file() -> None:
-    """A file that lacks layers still has a decoder: its longest list that is no tower's."""
+    """A file that lacks layers still has a decoder: the longest list outside towers."""
     assert find_decoder([*listed("model.layers", 3), *listed("visual.blocks", 5)], 5) == "model.layers"
 
 
@@ -100,7 +100,7 @@ def test_layers_that_cannot_be_counted() -> None:
 
 def test_no_layers_at_all() -> None:
     """Names without numbers are refused."""
-    with pytest.raises(UserError, match="no tensor's name has a layer's number"):
+    with raises("config-mismatch"):
         find_decoder(["a.weight", "b.weight"], 4)
 
 
@@ -122,7 +122,7 @@ def test_no_layers_at_all() -> None:
     ids=str,
 )
 def test_number_of_layers_of_a_config(config: dict[str, Any], layers: int | None) -> None:
-    """The number of layers is the language model's, wherever the config describes it."""
+    """The number of layers is the language model's, at whatever place the config has it."""
     assert layer_count(language_config(config)) == layers
 
 
@@ -137,6 +137,6 @@ def test_number_of_layers_of_a_config(config: dict[str, Any], layers: int | None
         ("model.norm", False, False),
     ],
 )
-def test_what_stands_outside_the_layers(name: str, tower: bool, head: bool) -> None:
-    """Towers with what joins them to the model, and heads of multi-token prediction, are known by name."""
+def test_tensors_outside_the_layers(name: str, tower: bool, head: bool) -> None:
+    """Towers with their projectors, and heads of multi-token prediction, are recognised by name."""
     assert (is_tower(name), is_prediction_head(name)) == (tower, head)

@@ -1,8 +1,9 @@
-"""Whole modules and layers read from disk as an engine would run them: fused groups, broken scales, an FP8 KV cache."""
+"""Modules and layers read from disk as an engine runs them: fused groups, damaged scales, an FP8 KV cache."""
 
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A decoder layer of that."""
+    """A decoder layer with this attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ def checkpoint(
     config: dict[str, Any],
     more: Mapping[str, Tensor] | None = None,
 ) -> Checkpoint:
-    """A file with the given parts of some linears of Layer, 16-bit tensors for the rest of it, and a config."""
+    """A file with the given parts of some linears of Layer, its other tensors in 16 bits, and a config."""
     torch.manual_seed(0)
     tensors = {f"{PREFIX}.{name}": tensor for name, tensor in Layer().state_dict().items()}
     for name, parts in quantized.items():
@@ -89,7 +90,7 @@ def read(opened: Checkpoint, profile: str) -> tuple[dict[str, Tensor], dict[str,
 
 
 def alone(opened: Checkpoint, name: str) -> tuple[Tensor, Tensor | None]:
-    """A linear's weight and static inputs as the file says."""
+    """A linear's weight and its static scale of inputs, as in the file."""
     module = f"{PREFIX}.self_attn.{name}"
     return emulate.read_module(opened, dialect_of(opened), module, formats_of(opened)[module], (32, 64))
 
@@ -103,7 +104,7 @@ def activations() -> Tensor:
 
 
 def nvfp4_file(directory: Path, fmt: TensorFormat = W4A4, *, like: str = "compressed-tensors") -> Checkpoint:
-    """q, k, v and o in NVFP4, each made alone: four weight scales and four input scales."""
+    """q, k, v and o in NVFP4, each quantized separately: four weight scales and four input scales."""
     parts: dict[str, dict[str, Tensor]] = {}
     for number, name in enumerate((*NAMES, "o_proj")):
         stored = round_group({"w": weight_of(number)}, fmt, "absmax", "mse")["w"]
@@ -121,8 +122,8 @@ def nvfp4_file(directory: Path, fmt: TensorFormat = W4A4, *, like: str = "compre
     return checkpoint(directory, parts, quantization_config(formats, []))
 
 
-def test_without_an_engine_every_module_is_what_the_file_says(tmp_path: Path) -> None:
-    """Under `none` weights are dequantized with their own scales, other tensors and all inputs are left alone."""
+def test_without_an_engine_every_module_is_that_of_the_file(tmp_path: Path) -> None:
+    """Under "none" weights are dequantized with their own scales; other tensors and all inputs are not changed."""
     opened = nvfp4_file(tmp_path)
     weights, quantizers = read(opened, "none")
     assert quantizers == {}
@@ -136,7 +137,7 @@ def test_without_an_engine_every_module_is_what_the_file_says(tmp_path: Path) ->
 @pytest.mark.parametrize("fmt", [W4A4, W4A16], ids=TensorFormat.label)
 @pytest.mark.parametrize("like", ["compressed-tensors", "modelopt"])
 def test_fused_nvfp4_runs_under_one_global_scale(profile: str, fmt: TensorFormat, like: str, tmp_path: Path) -> None:
-    """As in vLLM, q, k and v keep their codes and run under the largest stored number, divisor or multiplier."""
+    """As in vLLM, q, k and v keep their codes and run under the largest stored scale, divisor or multiplier."""
     opened = nvfp4_file(tmp_path, fmt, like=like)
     weights, quantizers = read(opened, profile)
     pick = min if like == "compressed-tensors" else max
@@ -185,7 +186,7 @@ def fp8_file(directory: Path, inputs: str | None, *, strategy: str = "tensor") -
 @pytest.mark.parametrize("profile", ENGINES)
 @pytest.mark.parametrize("inputs", ["static", "dynamic"])
 def test_fused_fp8_is_rounded_again_under_the_largest_scale(profile: str, inputs: str, tmp_path: Path) -> None:
-    """Of q, k and v the one with the largest scale keeps its codes; the others are rounded to E4M3 under that scale."""
+    """The one of q, k and v with the largest scale keeps its codes; the others are rounded to E4M3 under this scale."""
     opened = fp8_file(tmp_path, inputs)
     weights, quantizers = read(opened, profile)
     exact = {name: alone(opened, name)[0] for name in NAMES}
@@ -202,7 +203,7 @@ def test_fused_fp8_is_rounded_again_under_the_largest_scale(profile: str, inputs
 
 @pytest.mark.parametrize(("inputs", "strategy"), [(None, "tensor"), ("dynamic", "channel"), ("static", "channel")])
 def test_other_fp8_keeps_its_codes(inputs: str | None, strategy: str, tmp_path: Path) -> None:
-    """Weight-only FP8 and scales a channel are run as stored; only a static scale of inputs is shared."""
+    """Weight-only FP8, and FP8 with a scale a channel, run as stored; only a static scale of inputs is shared."""
     opened = fp8_file(tmp_path, inputs, strategy=strategy)
     weights, quantizers = read(opened, "vllm-blackwell")
     assert all(torch.equal(weights[name], alone(opened, name)[0]) for name in NAMES)
@@ -212,7 +213,7 @@ def test_other_fp8_keeps_its_codes(inputs: str | None, strategy: str, tmp_path: 
 
 
 def test_equal_scales_change_nothing(tmp_path: Path) -> None:
-    """Where a file gives its fused groups one scale, as it should, every profile has the file's own values."""
+    """If the members of fused groups have one scale in the file, every profile has the file's values."""
     parts = {}
     group = round_group({name: weight_of(number) for number, name in enumerate(NAMES)}, W4A4, "sweep", "mse")
     for name, stored in group.items():
@@ -267,7 +268,7 @@ KINDS: dict[InputKind, set[str]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_each_profile_does_what_its_engine_does(profile: str, kind: InputKind) -> None:
-    """Inputs are rounded where the engine rounds them and left alone elsewhere, in their own dtype and shape."""
+    """Inputs are rounded in exactly the profiles whose engine rounds them, and keep dtype and shape."""
     fmt = TensorFormat("int8", WHOLE_ROW, inputs=kind)
     scale = torch.tensor([0.05, 3.0]) if kind == "int8-tensor-asym" else torch.tensor(0.05)
     quantizer = emulate.input_quantizer(fmt, profile, scale)
@@ -283,15 +284,15 @@ def test_each_profile_does_what_its_engine_does(profile: str, kind: InputKind) -
             assert not quantizer(torch.zeros(3, 64, dtype=dtype)).any()
 
 
-def test_the_cases_name_every_kind() -> None:
-    """Every kind of inputs that a profile lists has its row above."""
+def test_the_cases_cover_every_kind() -> None:
+    """Every kind of inputs in a profile is a case above."""
     listed = {kind for profile in PROFILES.values() for pair in profile.items() for kind in pair}
     assert listed | {"none"} == set(KINDS)
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), float("inf"), -1.0])
 @pytest.mark.parametrize("suffix", ["weight_global_scale", "input_global_scale"])
-def test_a_useless_global_scale_is_refused(value: float, suffix: str, tmp_path: Path) -> None:
+def test_an_invalid_global_scale_is_refused(value: float, suffix: str, tmp_path: Path) -> None:
     """A zero, negative, infinite or NaN scale of a weight or its inputs is an error that names the tensor."""
     stored = round_group({"w": weight_of(0)}, W4A4, "absmax", "mse")["w"]
     parts = encode(stored, nvfp4.input_global_scale(2.0)) | {suffix: torch.tensor([value])}
@@ -304,7 +305,7 @@ def test_a_useless_global_scale_is_refused(value: float, suffix: str, tmp_path: 
 
 
 def test_four_bit_inputs_without_their_scale_are_refused(tmp_path: Path) -> None:
-    """A W4A4 module without input_global_scale, which engines run on memory as it was, is an error that names it."""
+    """A W4A4 module without input_global_scale, which engines run on undefined memory, is refused by name."""
     stored = round_group({"w": weight_of(0)}, W4A16, "absmax", "mse")["w"]
     module = f"{PREFIX}.self_attn.o_proj"
     opened = checkpoint(tmp_path, {"o_proj": encode(stored)}, quantization_config({module: W4A4}, []))
@@ -317,7 +318,7 @@ def test_four_bit_inputs_without_their_scale_are_refused(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("shape", [(32, 32), (64, 64), (16, 64)])
 def test_a_weight_of_another_shape_is_refused(shape: tuple[int, int], tmp_path: Path) -> None:
-    """Tensors that dequantize to another shape than the model's, or do not go together, are an error."""
+    """Tensors that dequantize to another shape than the model's, or contradict each other, are refused."""
     stored = round_group({"w": torch.ones(shape)}, W4A16, "absmax", "mse")["w"]
     module = f"{PREFIX}.self_attn.o_proj"
     opened = checkpoint(tmp_path, {"o_proj": encode(stored)}, quantization_config({module: W4A16}, []))
@@ -329,6 +330,65 @@ def test_a_weight_of_another_shape_is_refused(shape: tuple[int, int], tmp_path: 
     opened = checkpoint(tmp_path / "broken", {"o_proj": broken}, quantization_config({module: W4A16}, []))
     with raises("quantization-invalid", tmp_path / "broken"):
         read(opened, "none")
+
+
+# --- rounding of inputs
+
+
+class CountedQuantizer:
+    """Rounds to integers, and counts its calls."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The rounded inputs."""
+        self.calls += 1
+        return inputs.round()
+
+
+def test_fused_partners_share_one_rounding() -> None:
+    """q, k and v round their input once, o its own; every linear sees rounded inputs."""
+    attention, quantizers = Attention(), {name: CountedQuantizer() for name in (*NAMES, "o_proj")}
+    emulate.quantize_inputs(attention, quantizers)
+    seen: dict[str, Tensor] = {}
+    for name in quantizers:
+        attention.get_submodule(name).register_forward_hook(
+            lambda _module, args, _output, name=name: seen.update({name: args[0]})
+        )
+    hidden = activations()
+    for name in quantizers:
+        attention.get_submodule(name)(hidden)
+    assert [quantizer.calls for quantizer in quantizers.values()] == [1, 0, 0, 1]
+    assert all(torch.equal(inputs, hidden.round()) for inputs in seen.values())
+    assert seen["q_proj"] is seen["k_proj"] is seen["v_proj"]
+
+
+def test_the_shared_rounding_is_freed_after_the_last_partner() -> None:
+    """A layer holds the input and its rounding only until the last partner has run, in every batch."""
+    linears = [nn.Linear(64, 32) for _ in range(3)]
+    hook = emulate._SharedRounding(torch.round, partners=3)
+    for _ in range(2):
+        hidden = activations()
+        given = weakref.ref(hidden)
+        rounded = weakref.ref(hook(linears[0], (hidden,))[0])
+        assert rounded() is not None
+        hook(linears[1], (hidden,))
+        assert rounded() is not None
+        hook(linears[2], (hidden,))
+        assert rounded() is None
+        del hidden
+        assert given() is None
+
+
+def test_a_shared_rounding_belongs_to_one_input() -> None:
+    """If a partner does not run, the next input is rounded anew, and not taken for the one before."""
+    linears = [nn.Linear(64, 32) for _ in range(2)]
+    hook = emulate._SharedRounding(torch.round, partners=3)
+    first, second = activations(), activations() + 1
+    hook(linears[0], (first,))
+    hook(linears[1], (first,))
+    assert torch.equal(hook(linears[0], (second,))[0], second.round())
 
 
 # --- the KV cache
@@ -349,14 +409,14 @@ def tiny(family: str, **config: Any) -> Any:
 
 
 class Rounding(DynamicCache):  # type: ignore[misc]
-    """transformers' own cache, with keys and values rounded by hand before it gets them."""
+    """transformers' own cache, which gets keys and values rounded independently of snugfit."""
 
     def __init__(self, config: Any, scales: tuple[Tensor, Tensor]) -> None:
         super().__init__(config=config)
         self.scales = scales
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As transformers' own, of rounded states."""
+        """As transformers' own, with rounded states."""
         rounded = []
         for states, scale in zip((key_states, value_states), self.scales, strict=True):
             codes = (states / scale).clamp(-448, 448).numpy().astype(ml_dtypes.float8_e4m3fn).astype("float32")
@@ -378,29 +438,29 @@ class Rounding(DynamicCache):  # type: ignore[misc]
 @pytest.mark.parametrize("heads", [1, 2])
 @torch.no_grad()
 def test_attention_reads_rounded_keys_and_values(family: str, more: dict[str, Any], heads: int) -> None:
-    """With our cache a model's logits are those with keys and values rounded by hand, bit for bit, call after call."""
+    """Logits with FP8Cache are those with independently rounded keys and values, bit for bit, in every call."""
     model = tiny(family, **more)
     k_scale, v_scale = (torch.full((heads, 1, 1), s) if heads > 1 else torch.tensor(s) for s in (0.004, 0.03))
     tokens = torch.randint(1, 64, (2, 12), generator=torch.Generator().manual_seed(3))
     hand = Rounding(model.config, (k_scale, v_scale))
     expected = model(input_ids=tokens, past_key_values=hand, use_cache=True).logits
-    ours = emulate.fp8_cache(k_scale, v_scale)
+    cache = emulate.fp8_cache(k_scale, v_scale)
     plain = model(input_ids=tokens, use_cache=False).logits
     kept: list[dict[str, Any]] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(
-            lambda _, args, kwargs: (args, kwargs | {"past_key_values": ours}), with_kwargs=True
+            lambda _, args, kwargs: (args, kwargs | {"past_key_values": cache}), with_kwargs=True
         )
     for _ in range(2):
         found = model(input_ids=tokens, use_cache=False).logits
         assert torch.equal(found, expected)
-        kept.append(dict(vars(ours)))
+        kept.append(dict(vars(cache)))
     assert kept[0].keys() == kept[1].keys() == {"k_scale", "v_scale"}
     assert not torch.equal(found, plain)
 
 
-def test_a_cache_is_the_librarys_and_saturates() -> None:
-    """Keys and values come back as compressed-tensors' fake quantization has them, in their own dtype."""
+def test_a_cache_rounds_as_the_library_does_and_saturates() -> None:
+    """Keys and values are those of compressed-tensors' fake quantization, in their own dtype."""
     generator = torch.Generator().manual_seed(0)
     keys, values = (torch.randn(1, 2, 5, 16, generator=generator).bfloat16() * 100 for _ in range(2))
     given = QuantizationArgs(num_bits=8, type="float", strategy="tensor")
@@ -409,9 +469,9 @@ def test_a_cache_is_the_librarys_and_saturates() -> None:
     found = cache.update(keys, values, 0, {"cache_position": None})
     for exact, seen, scale in zip((keys, values), found, scales, strict=True):
         assert seen.dtype == torch.bfloat16
-        theirs = fake_quantize(exact.float(), scale.reshape(1), None, given)
-        assert isinstance(theirs, Tensor)
-        assert torch.equal(seen, theirs.bfloat16())
+        expected = fake_quantize(exact.float(), scale.reshape(1), None, given)
+        assert isinstance(expected, Tensor)
+        assert torch.equal(seen, expected.bfloat16())
     assert float(found[0].abs().max()) == 448 * 0.125
     assert cache.get_seq_length() == 0
 
@@ -426,7 +486,7 @@ def test_a_cache_is_the_librarys_and_saturates() -> None:
 )
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1, 1)])
 def test_scales_of_the_cache_are_found(names: tuple[str, str], shape: tuple[int, ...], tmp_path: Path) -> None:
-    """Both dialects' names are known, and scales are one a layer or one a head, in fp32."""
+    """Scales are read under the names of both dialects, one a layer or one a head, in fp32."""
     scales = {
         f"{PREFIX}.{name}": torch.full(shape, 0.25 * (n + 1), dtype=torch.bfloat16) for n, name in enumerate(names)
     }
@@ -440,7 +500,7 @@ def test_scales_of_the_cache_are_found(names: tuple[str, str], shape: tuple[int,
 
 
 @pytest.mark.parametrize("value", [0.0, float("nan"), -1.0])
-def test_a_useless_scale_of_the_cache_is_refused(value: float, tmp_path: Path) -> None:
+def test_an_invalid_scale_of_the_cache_is_refused(value: float, tmp_path: Path) -> None:
     """A zero, negative or NaN k_scale is an error that names it."""
     opened = checkpoint(tmp_path, {}, {}, {f"{PREFIX}.self_attn.k_scale": torch.tensor([value])})
     with raises("scale-invalid", tmp_path) as caught:

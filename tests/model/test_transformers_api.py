@@ -1,4 +1,4 @@
-"""The private names of transformers that snugfit uses are there, and mean what snugfit takes them for."""
+"""The private names of transformers that snugfit uses exist, and do what snugfit expects."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ def build(kind: str, **settings: object) -> torch.nn.Module:
     return model
 
 
-def test_the_release_is_one_that_was_looked_at() -> None:
-    """The installed transformers lies within the bounds of pyproject.toml, between the releases named as seen."""
+def test_the_installed_release_is_supported() -> None:
+    """The installed transformers is within the bounds of pyproject.toml, between the releases in SEEN_IN."""
     installed = tuple(map(int, importlib.metadata.version("transformers").split(".")[:2]))
     seen = [tuple(map(int, release.split("."))) for release in api.SEEN_IN]
-    assert seen[0] <= installed <= seen[-1], f"transformers {installed} was not looked at: run the tests, then name it"
+    assert seen[0] <= installed <= seen[-1], f"transformers {installed} is new: run the tests, then add it to SEEN_IN"
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))
     bound = next(entry for entry in project["project"]["dependencies"] if entry.startswith("transformers"))
     assert bound == "transformers>=5.17,<5.24"

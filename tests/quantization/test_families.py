@@ -91,7 +91,7 @@ def test_forward_pass_is_transformers_own(family: str, dtype: torch.dtype, make_
 def test_quantized_files_run_in_transformers(
     family: str, make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers loads the hybrid of every family and gives our logits; all other tensors are the source's.
+    """transformers loads the hybrid of every family and gives snugfit's logits; all other tensors are the source's.
 
     `evaluate` finds the perplexities of transformers' forward, and a small KL.
     """

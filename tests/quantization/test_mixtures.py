@@ -336,7 +336,7 @@ BLOCK = ".block_sparse_moe."
 
 @torch.no_grad()
 def reference_logits(family: str, path: Path, out: Path, folder: Path, ids: Tensor) -> Tensor:
-    """transformers' logits in fp32 of the source with every quantized weight replaced by what its codes stand for."""
+    """transformers' logits in fp32 for the source with every quantized weight replaced by its dequantized values."""
     written = all_tensors(out)
     whole = {name: tensor.float().clone() for name, tensor in all_tensors(path).items()}
     replaced = 0

@@ -78,7 +78,7 @@ def test_forward_pass_is_the_whole_models_on_text(family: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("family", VISION_LANGUAGE)
 def test_towers_are_copied(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors outside the decoder layers are copied, their linears are ignored; transformers' logits are ours."""
+    """Tensors outside the decoder layers are copied, their linears are ignored; transformers' logits are snugfit's."""
     check_quantized(family, "nvfp4-fp8-hybrid", tmp_path, monkeypatch)
 
 
@@ -152,11 +152,11 @@ def test_names_of_older_and_newer_files(
     with torch.no_grad():
         logits = load(tmp_path / "other.out")(input_ids=torch.tensor(rows), use_cache=False).logits
     assert perplexity_of(logits, rows) == pytest.approx(
-        perplexity_of(ours(tmp_path / "other.out", rows), rows), rel=0.01
+        perplexity_of(logits_of(tmp_path / "other.out", rows), rows), rel=0.01
     )
 
 
-def ours(path: Path, rows: list[list[int]]) -> Tensor:
+def logits_of(path: Path, rows: list[list[int]]) -> Tensor:
     return torch.cat([part.float() for _, _, part in stream_logits(path, make_dataset(rows, "random"))], dim=1)
 
 
@@ -197,7 +197,7 @@ def test_a_tied_head_is_found(family: str, tmp_path: Path) -> None:
     rows = random_rows([40, 40])
     with torch.no_grad():
         expected = load(path)(input_ids=torch.tensor(rows), use_cache=False).logits
-    assert torch.equal(ours(path, rows), expected)
+    assert torch.equal(logits_of(path, rows), expected)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "qwen3_5"])

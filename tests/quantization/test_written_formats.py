@@ -96,7 +96,7 @@ def test_evaluation_reads_what_was_written(
 
 @pytest.mark.parametrize("recipe", ["fp8-block", "fp8-dynamic-fp8kv"])
 def test_emulated_inputs_agree_with_transformers(recipe: str, written: dict[str, Path], rows: Dataset) -> None:
-    """In fp32, inputs of linears and the cache rounded, transformers' logits are ours except for ties."""
+    """In fp32, inputs of linears and the cache rounded, transformers' logits are snugfit's except for ties."""
     assert difference(transformers_logits(written[recipe], rows), snugfit_logits(written[recipe], rows)) < 1e-5
     # the roundings are much larger than that
     assert difference(transformers_logits(written[recipe], rows), snugfit_logits(written[recipe], rows, "none")) > 1e-3
@@ -105,7 +105,7 @@ def test_emulated_inputs_agree_with_transformers(recipe: str, written: dict[str,
 def test_mxfp4_weights_agree_with_transformers(
     written: dict[str, Path], rows: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With inputs in 16 bits, which all engines treat alike, transformers' logits of MXFP4 weights are ours."""
+    """With inputs in 16 bits, which all engines treat alike, transformers' logits of MXFP4 are snugfit's."""
     unpack = base.unpack_fp4_from_uint8  # to bf16 by default, whatever the model's dtype is
     monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))
     for file in written["mxfp4"].iterdir():
