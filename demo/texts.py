@@ -67,7 +67,7 @@ def make_text(name: str) -> bytes:
 
 
 def unwrap(lines: Iterable[str]) -> str:
-    """A paragraph on one line, its words one space apart; a blank line between paragraphs."""
+    """A paragraph on one line, its words separated by one space; a blank line between paragraphs."""
     groups = itertools.groupby((" ".join(line.split()) for line in lines), key=bool)
     return "\n\n".join(" ".join(group) for full, group in groups if full)
 

@@ -294,7 +294,7 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     ],
 )
 def test_a_value_that_cannot_be_is_refused_by_its_option(verb: str, option: str, value: str) -> None:
-    """Numbers out of range, words that are none of the choices: one line, exit code 2, before the model is opened."""
+    """Numbers out of range, words outside the choices: one line, exit code 2, before the model is opened."""
     result = CliRunner().invoke(app, [*verb.split(), option, value])
     assert failed_with(result, "option-invalid", f"{option}: ")
     assert len(result.stderr.splitlines()) == 1
