@@ -23,9 +23,8 @@ def parse_gpu(text: str) -> Gpu:
     match = _SIZE.fullmatch(text.lower())
     if match is None or match[2] not in _UNITS:
         near = similar_cards(text)
-        remedy = (
-            f"Did you mean {' or '.join(near)}?" if near else "Give a size such as 16GiB, or a name such as RTX 4090."
-        )
+        other = "Give a size such as 16GiB, or a name such as RTX 4090."
+        remedy = f"Did you mean {', '.join(near)}?" if near else other
         raise UserError(f"unknown GPU {text!r}.", code="option-invalid", where="gpu", remedy=remedy)
     size = float(match[1]) * _UNITS[match[2]]
     if not MIN_GIB * GIB <= size <= MAX_GIB * GIB:
