@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(fault, {"error": {"message": "EngineCore encountered an issue."}})
         elif fault in (DROP, HANG):
             if fault == HANG:
-                self.mock.stopped.wait(5.0)
+                self.mock.stopped.wait(60.0)  # until the mock is closed
             self.close_connection = True
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         else:

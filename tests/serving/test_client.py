@@ -298,7 +298,7 @@ def test_a_passing_failure_is_tried_again(mock: Mock, server: Server, pauses: li
 def test_a_silent_server_is_given_up(mock: Mock) -> None:
     """After `timeout` seconds of silence a request counts as failed."""
     mock.faults = [HANG, HANG]
-    with connect(mock.url, timeout=0.1, attempts=2, sleep=lambda _: None) as server:
+    with connect(mock.url, timeout=1.0, attempts=2, sleep=lambda _: None) as server:
         with raises("server-unreachable", where=mock.url) as caught:
             server.score(ROW, top=3)
         assert isinstance(caught.value, ServerLostError)
