@@ -71,7 +71,7 @@ def test_output_without_permission(good: Path, text: Path, out: Path) -> None:
 
 
 def test_interrupted(good: Path, llama: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C during the work leaves nothing, says so, and is exit code 130."""
+    """Ctrl-C during the work leaves nothing, reports it, and is exit code 130."""
 
     def stop(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
@@ -96,7 +96,7 @@ def test_full_disk(good: Path, text: Path, out: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("verb", ["eval", "compare"])
-def test_nobody_reads_stdout(verb: str, good: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_stdout(verb: str, good: Path, text: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader of stdout that goes away does not make the message deny what was written."""
     if verb == "eval":
         options: list[object] = ["--context", 64, "--max-chunks", 1, "--device", "cpu"]

@@ -157,7 +157,7 @@ def cache_dangles(cache: Path) -> None:
 def test_cache_that_cannot_be_written(
     make: Callable[[Path], None], llama: Path, good: Path, text: Path, out: Path
 ) -> None:
-    """A cache that is no folder and cannot become one is refused by its path before any model is run."""
+    """A cache that is not a folder and cannot become one is refused by its path before any model is run."""
     cache = out.parent / "cache" if make is cache_is_a_file else out.parent / "home" / "cache"
     make(cache)
     arguments = [good, "--reference", llama, "--dataset", text, "--context", 64, "--reference-cache", cache]

@@ -118,7 +118,7 @@ def test_other_items_are_refused(tmp_path: Path) -> None:
 
 
 def test_tasks_of_one_side_are_listed(tmp_path: Path) -> None:
-    """A task in one file alone is no row, but stands in all three outputs."""
+    """A task of only one file has no row, but all three outputs list it."""
     shared = task("both", [1.0, 0.0] * 3)
     left = write_tasks(tmp_path / "a.json", shared, task("left", [1.0]))
     right = write_tasks(tmp_path / "b.json", task("right", [0.5], metric="f1"), shared)
@@ -145,7 +145,7 @@ def test_contrary_directions_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("higher", "bold"), [(True, "| 0.1000 | **0.9000** |"), (False, "| **0.1000** | 0.9000 |")])
 def test_bold_is_the_better_side(tmp_path: Path, higher: bool, bold: str) -> None:
-    """The better value honours what the metric says is better."""
+    """Which value is better depends on the metric."""
     rng = np.random.default_rng(1)
     noise = rng.normal(0, 0.05, 30)
     pair = []
@@ -156,7 +156,7 @@ def test_bold_is_the_better_side(tmp_path: Path, higher: bool, bold: str) -> Non
 
 
 def test_a_value_that_is_not_a_mean_is_remarked(tmp_path: Path) -> None:
-    """Where lm_eval's figure is another function of the items, the row says of what the difference is."""
+    """Where lm_eval's figure is another function of the items, the row's note states what was compared."""
     scores = [0.5, 0.25, 0.75, 0.5, 0.5, 1.0]
     left = write_tasks(tmp_path / "a.json", task("t", scores, value=1.8))
     right = write_tasks(tmp_path / "b.json", task("t", list(reversed(scores)), value=1.7))
@@ -173,7 +173,7 @@ def test_few_items_say_why_there_is_no_interval(tmp_path: Path) -> None:
 
 
 def test_missing_scores_are_not_paired(tmp_path: Path) -> None:
-    """A null among the items (lm_eval's NaN) leaves the row without a test, and says so."""
+    """A null among the items (lm_eval's NaN) leaves the row without a test, and with a note."""
     entry = task("t", [1.0] * 6)
     hole = entry | {"items": entry["items"] | {"0-ab": None}, "value": None}
     row = compare(write_tasks(tmp_path / "a.json", entry), write_tasks(tmp_path / "b.json", hole)).tasks[0]
@@ -227,7 +227,7 @@ def test_other_tokens_are_refused(tmp_path: Path) -> None:
 
 
 def test_tokens_left_out_are_not_paired(tmp_path: Path) -> None:
-    """A model with NaN logits keeps its own means, has no test, and the row says why; Holm does not count it."""
+    """A model with NaN logits keeps its own means and has no test; the row's note has the reason."""
     broken = model("y", SHARED, nonfinite=2, tokens_by_chunk=[4, 4, 4, 4, 2, 2], kl=[0.1] * 6)
     record = compare(*evals(tmp_path, [model("x", shifted(0.1, 0.3), kl=[0.2] * 6)], [broken]))
     for row in record.losses:

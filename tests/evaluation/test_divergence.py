@@ -59,7 +59,7 @@ def test_ties_agree() -> None:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_logits_are_told(bad: float) -> None:
+def test_non_finite_logits_are_marked(bad: float) -> None:
     """One NaN or infinite logit among thousands marks its token, and only that."""
     logits = torch.zeros(4, 3000)
     logits[2, 1234] = bad
@@ -75,7 +75,7 @@ def test_softmax_leaves_its_argument_alone() -> None:
 
 
 def test_stored_reference_is_unbiased() -> None:
-    """Estimates from 64 stored tokens and a sample of 32 scatter around the exact KL as their own variance says."""
+    """Estimates from 64 stored tokens and a sample of 32 scatter around the exact KL as their own variance predicts."""
     p, q = pair(tokens=30, vocabulary=5000, gap=0.5)
     reference, other, targets = softmax(p), softmax(q), torch.arange(30)
     exact = diverge(reference, other)
@@ -145,7 +145,7 @@ def test_served_blanks_are_left_out() -> None:
 
 
 def test_a_pair_without_a_formula_is_a_defect() -> None:
-    """Two served predictions cannot be compared: asking for it is a mistake of ours."""
+    """Two served predictions cannot be compared: asking for it is a defect."""
     top = served(pair()[0], 3)
     with pytest.raises(AssertionError, match="ServedTop"):
         diverge(top, top)

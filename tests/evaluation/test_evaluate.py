@@ -1,4 +1,4 @@
-"""`snugfit eval` end to end: what it says of models whose every figure is known by other means."""
+"""`snugfit eval` end to end, on models whose every figure is known by other means."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_against_full_logits_of_a_real_model(smollm2: Path, tmp_path: Path) -> N
 
 
 def test_engine_profile_and_floor(make_tiny: MakeTiny, tmp_path: Path, token_rows: Path) -> None:
-    """4-bit activations cost more than 16-bit ones, and floors stand beside: small, on fewer chunks, in fp32."""
+    """4-bit activations cost more than 16-bit ones, and noise floors are measured: small, on fewer chunks, in fp32."""
     source = make_tiny("llama")
     quantize(source, "nvfp4", output_dir=tmp_path / "q", dataset=[token_rows])
     full = evaluate([tmp_path / "q"], reference=source, dataset=[token_rows], noise_floor="all")
@@ -345,7 +345,7 @@ def test_stored_reference(llama: Path, tmp_path: Path, random_rows: list[list[in
 def test_stored_reference_of_another_model_is_not_taken(
     llama: Path, tmp_path: Path, random_rows: list[list[int]]
 ) -> None:
-    """One changed weight makes another reference: the cache keeps both apart."""
+    """One changed weight makes another reference: the cache keeps both."""
     text = [rows_file(tmp_path, random_rows)]
     other = noisy(llama, tmp_path / "noisy", 0.02)
     cache = tmp_path / "cache"

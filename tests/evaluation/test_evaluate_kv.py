@@ -126,8 +126,10 @@ def generated(model: Any, prompt: list[int], scales: Scales | None, tokens: int)
     cache = None if scales is None else RoundedCache(model.config, scales)
     ids = torch.tensor([prompt])
     more = {} if cache is None else {"past_key_values": cache}
-    told = model.generate(ids, max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(ids), **more)
-    return [int(token) for token in told[0, len(prompt) :]]
+    generated_ids = model.generate(
+        ids, max_new_tokens=tokens, do_sample=False, attention_mask=torch.ones_like(ids), **more
+    )
+    return [int(token) for token in generated_ids[0, len(prompt) :]]
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +202,7 @@ def test_a_cache_without_scales_has_scale_1(llama: Path, fp8: Path, text: Path, 
 
 
 def test_profile_none_leaves_the_cache_alone(llama: Path, fp8: Path, text: Path, tmp_path: Path) -> None:
-    """Without an engine there is no cache to round: the figures are those of the file without, to the last bit."""
+    """Without an engine no cache is rounded: the figures are exactly those of the file without a cache scheme."""
     asks = with_kv(fp8, tmp_path / "asks", TENSOR_SCALES)
     found = models(against(llama, [asks, fp8], text, activations="none"))
     assert anonymous(found["asks"]) == anonymous(found["fp8"])
@@ -351,25 +353,25 @@ def to_modelopt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_modelopt_nvfp4_is_evaluated(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, *, apart: bool) -> None:
-    """The same codes, scales and FP8 cache in ModelOpt's layout, its config inside or apart, give the same figures."""
+@pytest.mark.parametrize("separate", [False, True])
+def test_modelopt_nvfp4_is_evaluated(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, *, separate: bool) -> None:
+    """The same codes, scales and FP8 cache in ModelOpt's layout, its config in either file, give the same figures."""
     source = make_tiny("llama")
     quantize(source, "nvfp4", output_dir=tmp_path / "plain", dataset=[token_rows])
-    ours = with_kv(tmp_path / "plain", tmp_path / "ours", TENSOR_SCALES)
+    snugfit = with_kv(tmp_path / "plain", tmp_path / "snugfit", TENSOR_SCALES)
     details: dict[str, Any] = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}
-    if apart:
-        theirs = rewritten(ours, tmp_path / "theirs", to_modelopt, quantization_config=None)
+    if separate:
+        modelopt = rewritten(snugfit, tmp_path / "modelopt", to_modelopt, quantization_config=None)
         whole = {"producer": {"name": "modelopt"}, "quantization": details | {"exclude_modules": ["lm_head"]}}
-        (theirs / "hf_quant_config.json").write_text(json.dumps(whole))
+        (modelopt / "hf_quant_config.json").write_text(json.dumps(whole))
     else:
         given = {"quant_method": "modelopt", "ignore": ["lm_head"]} | details
-        theirs = rewritten(ours, tmp_path / "theirs", to_modelopt, quantization_config=given)
+        modelopt = rewritten(snugfit, tmp_path / "modelopt", to_modelopt, quantization_config=given)
     for profile in ("vllm-blackwell", "marlin", "none"):
-        record = against(source, [ours, theirs, tmp_path / "plain"], token_rows, activations=profile)
+        record = against(source, [snugfit, modelopt, tmp_path / "plain"], token_rows, activations=profile)
         assert [entry.formats for entry in checkpoints(record)] == [{"nvfp4": 21}] * 3
         assert [entry.kv_cache for entry in checkpoints(record)] == ["fp8", "fp8", None]
         found = models(record)
-        assert anonymous(found["theirs"]) == anonymous(found["ours"])
-        assert (mean_kl(found["ours"]) == mean_kl(found["plain"])) == (profile == "none")
-        assert mean_kl(found["ours"]) > 0
+        assert anonymous(found["modelopt"]) == anonymous(found["snugfit"])
+        assert (mean_kl(found["snugfit"]) == mean_kl(found["plain"])) == (profile == "none")
+        assert mean_kl(found["snugfit"]) > 0

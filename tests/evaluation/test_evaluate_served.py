@@ -1,4 +1,4 @@
-"""`snugfit eval --server`: what a server says of its model is what the checkpoint gives, and outlives the server."""
+"""`snugfit eval --server`: a server's answers give the figures of its checkpoint, and outlive the server."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Serving(Mock):
 
     def _handler(self) -> type[Handler]:
         handler = super()._handler()
-        handler.disable_nagle_algorithm = True  # header and content are sent apart: 40 ms an answer otherwise
+        handler.disable_nagle_algorithm = True  # header and content are sent separately: 40 ms an answer otherwise
         return handler
 
     @property
@@ -350,7 +350,7 @@ def test_a_run_resumes_where_the_server_died(
     record = json.loads((out / "eval.json").read_text())
     assert record["contexts"] == whole["contexts"]
     assert record["candidates"] == whole["candidates"]
-    assert snugfit(*command).exit_code == 2  # the result is there: nothing is asked again
+    assert snugfit(*command).exit_code == 2  # the result exists: nothing is asked again
     assert len(server.scored) == 3 + 6
 
 

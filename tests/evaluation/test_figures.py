@@ -178,7 +178,7 @@ def test_an_estimate_has_a_sampling_error(kind: KLKind, expected: float | None) 
 
 
 def test_one_chunk_has_no_errors() -> None:
-    """Nothing tells how much another chunk would differ: every error is None."""
+    """How much another chunk would differ is unknown: every error is None."""
     found = random_tokens(30)
     result = model_figures("q", found, group_of(30), reference=found)
     assert result.perplexity_error is None
@@ -354,7 +354,7 @@ def test_kl_of_two_kinds_is_not_paired(kinds: tuple[KLKind, KLKind]) -> None:
 
 
 def test_p_values_know_how_many_pairs_there_are() -> None:
-    """Holm's p is over the pairs of all contexts together; without a p there is none, and it does not count."""
+    """Holm's p is over the pairs of all contexts together; a pair without a p has no adjusted p and does not count."""
     (few,) = context_figures(64, "", *several(2, reference=False)).pairs
     pairs = [replace(few, p=p) for p in (0.01, 0.02, None, 0.5)]
     empty = ContextFigures(context=64, chunks=0, tokens=0, digest="", chunk_tokens=(), models=(), pairs=())

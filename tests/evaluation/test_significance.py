@@ -103,14 +103,14 @@ def test_the_interval_is_scipys() -> None:
         return np.asarray((x.sum(axis) - y.sum(axis)) / c.sum(axis))
 
     rng = np.random.default_rng(0)
-    theirs = stats.bootstrap((a, b, counts), ratio, paired=True, n_resamples=4999, method="BCa", rng=rng, batch=500)
-    ours = paired_bootstrap(a, b, counts.tolist())
-    assert ours.difference == pytest.approx((sum(a) - sum(b)) / counts.sum())
-    assert ours.low is not None
-    assert ours.high is not None
-    low, high = theirs.confidence_interval
-    assert abs(ours.low - low) < 0.03 * (high - low)
-    assert abs(ours.high - high) < 0.03 * (high - low)
+    of_scipy = stats.bootstrap((a, b, counts), ratio, paired=True, n_resamples=4999, method="BCa", rng=rng, batch=500)
+    found = paired_bootstrap(a, b, counts.tolist())
+    assert found.difference == pytest.approx((sum(a) - sum(b)) / counts.sum())
+    assert found.low is not None
+    assert found.high is not None
+    low, high = of_scipy.confidence_interval
+    assert abs(found.low - low) < 0.03 * (high - low)
+    assert abs(found.high - high) < 0.03 * (high - low)
 
 
 @pytest.mark.parametrize("shift", [0.02, 0.04, 0.05])
@@ -146,7 +146,7 @@ def test_pairing_finds_what_the_spread_of_the_texts_hides() -> None:
         (unequal, 8, 0.93, 0.98),
         (unequal, 20, 0.93, 0.97),
         (unequal, 100, 0.925, 0.97),
-        # what nobody mends with so few draws from so long a tail: Student's t is at 0.83 and 0.88
+        # no interval corrects that with so few draws from so long a tail: Student's t is at 0.83 and 0.88
         (very_skewed, 8, 0.85, 0.91),
         (very_skewed, 20, 0.88, 0.93),
     ],
@@ -333,7 +333,7 @@ def test_tokens_to_settle_follow_the_normal_approximation() -> None:
 
 
 def test_that_many_tokens_settle_it_four_times_in_five() -> None:
-    """Drawing the advised number of chunks anew gives p < 0.05 in 80 % of 400 trials, within five points."""
+    """Drawing the advised number of new chunks gives p < 0.05 in 80 % of 400 trials, within five points."""
     rng = np.random.default_rng(1)
     seen = rng.normal(0.0, 1.0, 60)
     seen = (seen - seen.mean()) / seen.std(ddof=1) + 0.2

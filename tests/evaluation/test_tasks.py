@@ -155,7 +155,7 @@ def hflm(model: Path, dtype: str = "float32") -> Any:
 
 
 def peer(monkeypatch: pytest.MonkeyPatch, model: Path, folder: Path, names: list[str], dtype: str = "float32") -> Any:
-    """What lm_eval says by itself."""
+    """lm_eval's own results."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -180,29 +180,32 @@ def test_a_checkpoint_answers_as_lm_eval_does(
     sizes = {"vocab_size": VOCABULARY, "max_position_embeddings": 40}
     model = add_tokenizer(make_tiny("gemma2" if bos else "llama", head_dim=16, dtype=torch.float32, **sizes), bos=bos)
     names = ["tiny_choice", "tiny_word", "tiny_text"]
-    ours, theirs = run_tasks(model, names, task_folder=folder, device="cpu"), peer(monkeypatch, model, folder, names)
+    found, expected_run = (
+        run_tasks(model, names, task_folder=folder, device="cpu"),
+        peer(monkeypatch, model, folder, names),
+    )
     for name in names:
-        expected = [line["filtered_resps"] for line in theirs["samples"][name]]
-        got = responses(ours, name)
+        expected = [line["filtered_resps"] for line in expected_run["samples"][name]]
+        got = responses(found, name)
         assert len(got) == len(expected) > 0
         for mine, other in zip(flat(got), flat(expected), strict=True):
             assert mine == (pytest.approx(other, abs=1e-4) if isinstance(other, float) else other)
-    for row in ours.record.tasks:
+    for row in found.record.tasks:
         if row.metric != "loss":
-            assert row.value == pytest.approx(theirs["results"][row.task][f"{row.metric},none"])
-            assert row.standard_error == pytest.approx(theirs["results"][row.task][f"{row.metric}_stderr,none"])
-    for name, figures in ours.reported.items():
+            assert row.value == pytest.approx(expected_run["results"][row.task][f"{row.metric},none"])
+            assert row.standard_error == pytest.approx(expected_run["results"][row.task][f"{row.metric}_stderr,none"])
+    for name, figures in found.reported.items():
         for metric, value in figures.items():
-            assert value == pytest.approx(theirs["results"][name][metric], rel=1e-4)
+            assert value == pytest.approx(expected_run["results"][name][metric], rel=1e-4)
 
 
 def test_sixteen_bits_score_alike(monkeypatch: pytest.MonkeyPatch, make_tiny: MakeTiny, folder: Path) -> None:
     """In bf16 the items come out as lm_eval's HFLM has them, log-likelihoods within bf16's rounding."""
     model = add_tokenizer(make_tiny(vocab_size=VOCABULARY))
-    ours = run_tasks(model, ["tiny_choice"], task_folder=folder, device="cpu")
-    theirs = peer(monkeypatch, model, folder, ["tiny_choice"], "bfloat16")["samples"]["tiny_choice"]
-    assert [sample["metrics"]["acc"] for sample in ours.samples] == [line["acc"] for line in theirs]
-    for mine, line in zip(responses(ours, "tiny_choice"), theirs, strict=True):
+    found = run_tasks(model, ["tiny_choice"], task_folder=folder, device="cpu")
+    expected_run = peer(monkeypatch, model, folder, ["tiny_choice"], "bfloat16")["samples"]["tiny_choice"]
+    assert [sample["metrics"]["acc"] for sample in found.samples] == [line["acc"] for line in expected_run]
+    for mine, line in zip(responses(found, "tiny_choice"), expected_run, strict=True):
         assert [a for a, _ in mine] == pytest.approx([b for b, _ in line["filtered_resps"]], abs=0.05)
 
 
@@ -210,11 +213,11 @@ def test_an_empty_context_begins_with_bos(tiny: Path) -> None:
     """A request without context is conditioned on BOS, as in lm_eval's HFLM; a text with BOS gets no second one."""
     from lm_eval.api.instance import Instance
 
-    ours = task_models.local_model(open_model(tiny), torch.device("cpu"), 4096, SILENT)
-    theirs = hflm(tiny)
+    found = task_models.local_model(open_model(tiny), torch.device("cpu"), 4096, SILENT)
+    expected_run = hflm(tiny)
     pairs = [("", "the cat"), ("<s>the", " cat"), ("the cat  ", "sat"), ("the", " cat sat on"), ("the", " cat")]
     requests = [Instance("loglikelihood", {}, pair, 0) for pair in pairs]
-    for mine, other in zip(ours.loglikelihood(requests), theirs.loglikelihood(requests), strict=True):
+    for mine, other in zip(found.loglikelihood(requests), expected_run.loglikelihood(requests), strict=True):
         assert mine == (pytest.approx(other[0], abs=1e-4), other[1])
 
 
@@ -351,7 +354,7 @@ def test_writing_needs_a_server(tiny: Path, folder: Path) -> None:
 
 
 def test_the_extra_is_missing(monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
-    """Without lm_eval the message says what to install."""
+    """Without lm_eval the remedy is the command that installs it."""
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with raises("dependency-missing", where="lm_eval") as caught:
         run_tasks(tiny, ["tiny_word"])

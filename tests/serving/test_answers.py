@@ -48,7 +48,7 @@ def test_the_top_and_the_own_tokens_come_back_exactly(server: Server) -> None:
 
 
 def test_an_own_token_beyond_the_top_is_kept_separately(server: Server) -> None:
-    """With the least likely token next, its value is there and the top arrays hold the k best only."""
+    """With the least likely token next, its value is given, and the top arrays only hold the k best."""
     row = [0, int(TABLE[0].argmin())]
     result = server.score(row, top=3)
     assert result.true_logprob.tolist() == expected_true(row)

@@ -67,7 +67,7 @@ def test_the_most_is_found_without_a_message(mock: Mock, server: Server, monkeyp
     assert find_top(server, 64) == 8
 
 
-def test_a_server_that_refuses_everything_says_why(mock: Mock, server: Server) -> None:
+def test_a_server_that_refuses_everything(mock: Mock, server: Server) -> None:
     """Looking for the most ends in the server's own words."""
     mock.refusal = 400, {"error": {"message": "This model does not support generation"}}
     with raises("server-refused", where=mock.url) as caught:
@@ -95,7 +95,7 @@ def test_a_server_behind_a_path_is_found(mock: Mock) -> None:
 
 
 @pytest.mark.parametrize("url", ["", "http://", "ftp://host", "http://host:port", "http://host/?a=1"])
-def test_what_is_no_address_is_refused(url: str) -> None:
+def test_what_is_not_an_address_is_refused(url: str) -> None:
     """An address that cannot be one is named, with an example of one."""
     with raises("option-invalid", where=url) as caught:
         connect(url)
@@ -103,7 +103,7 @@ def test_what_is_no_address_is_refused(url: str) -> None:
 
 
 def test_the_server_is_described(server: Server, mock: Mock) -> None:
-    """A record gets engine, version, model, root and length, as the server tells them."""
+    """A record gets engine, version, model, root and length, as the server reports them."""
     assert server.describe() == {
         "url": mock.url,
         "engine": "vllm",
@@ -114,8 +114,8 @@ def test_the_server_is_described(server: Server, mock: Mock) -> None:
     }
 
 
-def test_a_server_that_tells_little_is_described(mock: Mock) -> None:
-    """What is not told is None, and the server is used all the same."""
+def test_a_server_that_reports_little_is_described(mock: Mock) -> None:
+    """What is not reported is None, and the server is used all the same."""
     mock.pages["/version"] = 404, b"none"
     mock.models = [{"id": "a"}]
     with connect(mock.url) as server:
@@ -124,7 +124,7 @@ def test_a_server_that_tells_little_is_described(mock: Mock) -> None:
 
 
 def test_the_configuration_reads_like_the_log(mock: Mock, server: Server) -> None:
-    """Where /server_info tells the configuration, it goes through the same reader as a log."""
+    """The configuration of /server_info goes through the same reader as a log."""
     text = "model='m', quantization=compressed-tensors, quantization_config=None, kv_cache_dtype=fp8_e4m3, seed=0"
     mock.pages["/server_info"] = 200, {"vllm_config": text, "vllm_env": {}}
     report = kernels_from_log(server.config_text() or "")
@@ -147,8 +147,8 @@ def test_one_of_several_models_has_to_be_named(mock: Mock) -> None:
     assert "a, b" in caught.value.remedy
 
 
-def test_nobody_there_is_said(mock: Mock) -> None:
-    """A closed port names the address and says to start the server."""
+def test_a_closed_port_is_refused(mock: Mock) -> None:
+    """A closed port is refused by its address."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}"
@@ -236,8 +236,8 @@ def test_a_row_that_does_not_fit_is_not_sent(mock: Mock, server: Server) -> None
         "The decoder prompt (length 513) is longer than the maximum model length of 512.",
     ],
 )
-def test_a_row_that_the_server_finds_too_long_is_told(mock: Mock, said: str) -> None:
-    """Where the length was not told, the server's refusal is understood in all its wordings."""
+def test_a_row_that_the_server_finds_too_long_is_refused(mock: Mock, said: str) -> None:
+    """Where the server does not report its length, its refusal is understood in all its wordings."""
     mock.max_model_len = None
     mock.refusal = 400, {"error": {"message": said}}
     with connect(mock.url) as server, raises("sequence-too-long", where=mock.url) as caught:
@@ -323,7 +323,7 @@ def score_all(server: Server, journal: Journal, rows: list[list[int]]) -> list[P
     return [result for result in results if result is not None]
 
 
-def test_a_run_goes_on_where_its_server_died(tmp_path: Path, mock: Mock, pauses: list[float]) -> None:
+def test_a_run_resumes_where_its_server_died(tmp_path: Path, mock: Mock, pauses: list[float]) -> None:
     """A server dies half-way; with another one the run ends without a row being asked for twice, results the same."""
     rows = np.random.default_rng(1).integers(0, V, (6, 9)).tolist()
     key = {"model": MODEL, "top": 3}
