@@ -36,9 +36,9 @@ from snugfit.evaluation.evaluate import evaluate
 from snugfit.formats.nvfp4 import input_global_scale, quantize_dequantize_input
 from snugfit.model import emulate, experts
 from snugfit.model.experts import NoHooks
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 from snugfit.records.evaluation import ModelFigures
-from snugfit.records.statistics_file import ExpertCalibration, load_statistics
+from snugfit.records.statistics_file import load_statistics
 from snugfit.storage.checkpoint import read_tensor
 
 LENGTH = 512
@@ -82,13 +82,16 @@ def main() -> None:
             files[-1].write_text(text, encoding="utf-8")
         for mode in (ROUTED, ALL):
             target = work / f"{sample}-{mode}".replace(" ", "-").replace(",", "")
-            quantize_checkpoint(
-                *(options.model, target, options.recipe),
-                text=files,
-                rows=math.ceil(rows) * len(chosen),
-                length=LENGTH,
+            quantize(
+                options.model,
+                options.recipe,
+                output_dir=target,
+                dataset=files,
+                num_samples=math.ceil(rows) * len(chosen),
+                max_seq_length=LENGTH,
                 device=options.device,
-                calibration=ExpertCalibration(all_experts=mode == ALL, min_tokens_per_expert=0),
+                moe_calibrate_all_experts=mode == ALL,
+                min_tokens_per_expert=0,
             )
             found[sample, mode] = {"path": target} | bare(target)
         for mode, source, suffix in ((OWN, ROUTED, ""), (APART, ROUTED, APART_SUFFIX), (ALL_APART, ALL, APART_SUFFIX)):
@@ -98,8 +101,8 @@ def main() -> None:
     experts._middle = middle  # type: ignore[assignment]
     record = evaluate(
         [entry["path"] for entry in found.values()],
-        reference_model=options.model,
-        text=[work / "evaluation"],
+        reference=options.model,
+        dataset=[work / "evaluation"],
         contexts=(LENGTH,),
         activations=options.activations,
         continuations=0,
@@ -139,7 +142,7 @@ def apart(model: ModelFigures, other: ModelFigures, tokens: Sequence[int]) -> tu
 def bare(target: Path) -> dict[str, Any]:
     """How many experts of all layers no token reached."""
     seen = [one for layer in load_statistics(target).layers.values() for one in layer.experts.values()]
-    return {"bare": sum(len(one.under(1)) for one in seen), "experts": sum(len(one.routed) for one in seen)}
+    return {"bare": sum(len(one.experts_below(1)) for one in seen), "experts": sum(len(one.routed) for one in seen)}
 
 
 def own_scales(source: Path, suffix: str) -> Path:
@@ -171,9 +174,9 @@ class OwnInputs(NoHooks):
         return quantize_dequantize_input(hidden, self.down[expert])
 
 
-def read_experts(checkpoint: Any, prefix: str, mixture: Any, *rest: Any) -> Any:
+def read_experts(checkpoint: Any, dialect: Any, prefix: str, mixture: Any, *rest: Any) -> Any:
     """emulate's, with every expert's own scale where the directory's name asks for that."""
-    inputs = plain_read_experts(checkpoint, prefix, mixture, *rest)
+    inputs = plain_read_experts(checkpoint, dialect, prefix, mixture, *rest)
     if not checkpoint.path.name.endswith(APART_SUFFIX):
         return inputs
     scales: dict[str, list[Tensor]] = {"up": [], "down": []}

@@ -229,7 +229,8 @@ def run_snugfit(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     import snugfit.methods.rounding
     import snugfit.model.emulate  # noqa: F401
     from snugfit.machine import peak_rss_bytes
-    from snugfit.quantization.quantize import quantize_checkpoint
+    from snugfit.progress import TerminalProgress
+    from snugfit.quantization.quantize import quantize
 
     torch.set_num_threads(options.threads)
     on_gpu = options.device == "cuda"
@@ -238,15 +239,15 @@ def run_snugfit(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
         torch.cuda.synchronize()
     after_imports = peak_rss_bytes()
     begin, cpu = time.perf_counter(), time.process_time()
-    record = quantize_checkpoint(
+    record = quantize(
         model_path(options),
-        options.work / "out" / "snugfit",
         RECIPE,
-        text=[options.work / "rows.jsonl"],
-        rows=shape.rows,
-        length=shape.length,
+        output_dir=options.work / "out" / "snugfit",
+        dataset=[options.work / "rows.jsonl"],
+        num_samples=shape.rows,
+        max_seq_length=shape.length,
         device=options.device,
-        tell=lambda line: print(line, file=sys.stderr),
+        progress=TerminalProgress(),
     )
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     return {

@@ -108,7 +108,7 @@ class UserError(Exception):
     with code 2.
     """
 
-    def __init__(self, what: str, *, code: str = "unclassified", where: str = "", remedy: str = "") -> None:
+    def __init__(self, what: str, *, code: str, where: str = "", remedy: str = "") -> None:
         self.code = code
         self.what = plain(what)
         self.where = plain(where)

@@ -14,7 +14,7 @@ import pytest
 from conftest import MakeTiny
 from helpers.tiny_families import FAMILIES, make_vision_language, random_rows, write_rows
 from snugfit.engines.fused import group_modules
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 
 pytestmark = pytest.mark.engine
 
@@ -40,7 +40,7 @@ def loaded(make_tiny: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -> Map
         source = make_vision_language(work / family, family) if pictures else make_tiny(family, **FAMILIES[family])
         for recipe in RECIPES:
             case = f"{family}-{recipe}"
-            record = quantize_checkpoint(source, work / case, recipe, text=[text])
+            record = quantize(source, recipe, output_dir=work / case, dataset=[text])
             tensors = [tensor.name for tensor in record.tensors if tensor.format != "as it was"]
             quantized[case] = [name.removesuffix(".weight") for name in tensors]
     script = Path(__file__).with_name("load_in_vllm.py")

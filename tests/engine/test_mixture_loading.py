@@ -14,7 +14,7 @@ import torch
 
 from helpers.tiny_families import all_tensors, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
-from snugfit.quantization.quantize import quantize_checkpoint
+from snugfit.quantization.quantize import quantize
 
 pytestmark = pytest.mark.engine
 
@@ -42,7 +42,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Any]:
     text = write_rows(work / "rows.jsonl", random_rows([32] * 2))
     for family in FAMILIES:
         source = make_mixture(family, work / f"{family}-source", wide=True, **SETTINGS.get(family, {}))
-        quantize_checkpoint(source, work / family, RECIPE, text=[text])
+        quantize(source, RECIPE, output_dir=work / family, dataset=[text])
     script = Path(__file__).with_name("load_in_vllm.py")
     command = [python, str(script), str(work / "out.json"), *(str(work / family) for family in FAMILIES)]
     subprocess.run(command, check=False)
