@@ -83,11 +83,12 @@ class EvaluatedModel:
 def refuse_hub_id(model: str | Path) -> None:
     """UserError for a model that is not a local directory but looks like an id on the Hub; nothing is downloaded."""
     if is_hub_id(model):
+        name = str(model).partition("@")[0]
         raise UserError(
             "not a local directory; a model on the Hub cannot be run before it is downloaded.",
             code="option-invalid",
             where=str(model),
-            remedy=f"Download it (`hf download {model} --local-dir DIR`), and give that directory.",
+            remedy=f"Download it (`hf download {name} --local-dir DIR`), and give that directory.",
         )
 
 
