@@ -96,17 +96,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RUN = """
 import json, sys
-import snugfit.quantization.quantize as quantize
-from snugfit.records.statistics_file import ExpertCalibration
+import snugfit
 from snugfit.machine import peak_rss_bytes, rss_bytes
-estimate, found = quantize.estimate_run, {}
-def note(plan, *arguments):
+from snugfit.quantization import prepare
+estimate, found = prepare.estimate_run, {}
+def observed(plan, *arguments):
     found["baseline"], found["planned"] = rss_bytes(), plan.bytes
     return estimate(plan, *arguments)
-quantize.estimate_run = note
+prepare.estimate_run = observed
 model, out, rows, recipe = sys.argv[1:]
-settings = ExpertCalibration(min_tokens_per_expert=0)
-record = quantize.quantize_checkpoint(model, out, recipe, text=[rows], device="cpu", calibration=settings)
+record = snugfit.quantize(model, recipe, output_dir=out, dataset=[rows], device="cpu", min_tokens_per_expert=0)
 print(json.dumps(found | {"peak": peak_rss_bytes(), "estimates": record.estimates, "bytes": record.bytes,
                           "seconds": record.seconds["total"]}))
 """

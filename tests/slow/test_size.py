@@ -72,15 +72,16 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RUN = """
 import json, sys
-import snugfit.quantization.quantize as quantize
+import snugfit
 from snugfit.machine import peak_rss_bytes, rss_bytes
-estimate, found = quantize.estimate_run, {}
-def note(*arguments):
+from snugfit.quantization import prepare
+estimate, found = prepare.estimate_run, {}
+def observed(*arguments):
     found["baseline"] = rss_bytes()
     return estimate(*arguments)
-quantize.estimate_run = note
+prepare.estimate_run = observed
 model, out, recipe = sys.argv[1:]
-record = quantize.quantize_checkpoint(model, out, recipe, text=[model + "/rows.jsonl"], device="cpu")
+record = snugfit.quantize(model, recipe, output_dir=out, dataset=[model + "/rows.jsonl"], device="cpu")
 print(json.dumps(found | {"peak": peak_rss_bytes(), "estimates": record.estimates}))
 """
 
