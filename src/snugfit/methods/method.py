@@ -88,7 +88,8 @@ class Method(Protocol):
     def observer(self) -> Callable[[nn.Module, Mapping[str, str]], Observer] | None:
         """Makes what measures the exact layer before codes are chosen; None if the method needs no such pass.
 
-        It gets the layer, and the names of its linears: those in the file -> those in the layer.
+        It gets the layer, and the names of its linears: those in the file, as in `WeightGroup` but without ".weight",
+        -> those in the layer.
         """
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:

@@ -29,6 +29,10 @@ class ExpertBuffers:
     per_expert: Mapping[str, Tensor]
     skeleton: Skeleton
 
+    def has(self, name: str) -> bool:
+        """Whether the buffers hold a tensor of the file, of one expert or of all."""
+        return name in self.per_expert or name in self.skeleton.stacks.stacked
+
     def copy_in(self, name: str, tensor: Tensor) -> bool:
         """Copy a tensor of the file, of one expert or of all, into the buffers; False if it belongs to no expert."""
         if name in self.per_expert:

@@ -74,7 +74,7 @@ class LayerRun:
         given: dict[str, Tensor] = dict(self.buffers.stacked)
         for name, weight in weights.items():
             relative = name.removeprefix(names.file_prefix)
-            if relative in names.used and name not in self.buffers.per_expert:
+            if relative in names.used and not self.buffers.has(name):
                 given[relative] = weight
         return layers.resident_layer(self.skeleton, self.index, given, self.device)
 
@@ -161,7 +161,8 @@ def observe(run: LayerRun | None, groups: Iterable[LoadedGroup], method: Method)
             if not run.buffers.copy_in(name, weight):
                 weights[name] = weight
     layer = run.resident(weights)
-    observer = method.observer(layer, _linears_of(run, layer))
+    linears = {f"{run.prefix}{file_name}": module for file_name, module in _linears_of(run, layer).items()}
+    observer = method.observer(layer, linears)
     forward_pass.run_layer(layer, run.index, run.batches, observer.before, states=(run.states[0], None))
     return held, observer.result()
 
