@@ -126,7 +126,7 @@ class ExpertObserver(NoHooks):
         return self._inputs.second(expert, hidden, tokens, forced=forced)
 
     def forced(self, expert: int, routed: Tensor) -> Tensor | None:
-        """Tokens [n] to send through an expert beside those `routed` to it."""
+        """Tokens [n] to send through an expert in addition to those `routed` to it."""
         if not self._stride:
             return None
         wanted = self._real & ((self._numbers + expert) % self._stride == 0)

@@ -29,7 +29,7 @@ class Weight:
     """A weight (or a vector) of the model: `name` is its module's, `shape` that of the weight were it not packed.
 
     `bytes` and `tensors` count its scales too; `stored` is a format's label, or a dtype such as bf16. `single` is the
-    shape of one expert's matrix in a tensor of all experts that can be taken apart, () for other weights.
+    shape of one expert's matrix in a tensor of all experts that can be split, () for other weights.
     """
 
     name: str

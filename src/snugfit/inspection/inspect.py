@@ -1,7 +1,7 @@
 """What is in a checkpoint, from config and headers alone: no weights are read, no torch and no transformers imported.
 
 How large which part is, what it is stored in, what it could become and why not, which weights engines fuse, and whether
-config and tensors tell the same story.
+config and tensors agree.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from snugfit.report.outliers import coverage_of, outliers_of
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.files import OTHER_WEIGHTS, read_file
 
-# parts whose weights are told apart by shape
+# parts whose weights are listed by shape
 _DETAILED = frozenset(PARTS[: PARTS.index("norms")])
 _STAYS: Mapping[str, str] = {
     "router": "router",
@@ -122,12 +122,12 @@ def _limits(contents: Contents) -> _Limits:
 
 
 def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, ...]]:
-    """What was calibrated, of statistics beside a local checkpoint; else why there is nothing to tell, if so."""
+    """What the statistics of a local checkpoint say of its calibration; if they cannot be read, the reason."""
     try:
         if checkpoint.remote or not (checkpoint.path / STATISTICS_FILE).exists():
             return None, ()
         found = load_statistics(checkpoint.path / STATISTICS_FILE)
-        told = Calibrated(
+        calibrated = Calibrated(
             model=found.model,
             sources=tuple(one.source for one in found.datasets),
             num_samples=found.num_samples,
@@ -138,12 +138,12 @@ def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, 
             coverage=coverage_of(found),
             outliers=outliers_of(found),
         )
-        as_json(asdict(told), allow_nan=False)
+        as_json(asdict(calibrated), allow_nan=False)
     except UserError as error:
         return None, (f"{STATISTICS_FILE}: {error.what}",)
     except (ArithmeticError, OSError, TypeError, ValueError, struct.error) as error:
         return None, (f"{STATISTICS_FILE}: broken statistics ({error}).",)
-    return told, ()
+    return calibrated, ()
 
 
 def _architecture(contents: Contents) -> Architecture:

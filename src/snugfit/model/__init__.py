@@ -1,1 +1,1 @@
-"""What a model is: names, files, layers, and the walk through it."""
+"""What a model is and how it runs: layout, logical weights, layers, the forward pass."""

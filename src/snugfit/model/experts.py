@@ -75,7 +75,7 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def find_experts(layer: nn.Module, *, where: str) -> str | None:
-    """The name of the experts' module in a decoder layer, None where there is none.
+    """The name of the experts' module in a decoder layer, None for a layer without experts.
 
     UserError if experts are held in another way than the interface's.
     """

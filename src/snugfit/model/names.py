@@ -26,7 +26,7 @@ ROLES: Mapping[str, str] = {
     "lm_head": "lm_head",
     "embed_tokens": "embed",
 }
-# the same outside the decoder layers, where other roles are none
+# the same outside the decoder layers; other names have no role there
 _OUTSIDE: Mapping[str, str] = {
     "lm_head": "lm_head",
     "embed_out": "lm_head",
@@ -91,7 +91,7 @@ class TensorName:
 def parse_name(name: str, shape: tuple[int, ...], decoder: str = DECODER) -> TensorName:
     """The parts of a checkpoint name; `decoder` is the name of the list of decoder layers.
 
-    Layers of other stacks (towers, multi-token-prediction heads) are none, their weights `other`. A 2-D weight of a
+    Tensors of other stacks (towers, multi-token-prediction heads) have no layer and the role `other`. A 2-D weight of a
     decoder layer whose name says nothing is `attention` or `mlp` by its parent, else `linear`. Experts that stand in
     one 3-D tensor have the role of one of them and no number.
     """
