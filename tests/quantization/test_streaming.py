@@ -57,7 +57,7 @@ def local(model: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """All files but the record, which tells of times; statistics without the model's name, which is another."""
+    """All files except the record, which has times; statistics without the model's name, which differs."""
     found = {name: content for name, content in files_of(directory).items() if name != RECORD_FILE}
     statistics = json.loads(found[STATISTICS_FILE])
     found[STATISTICS_FILE] = json.dumps({k: v for k, v in statistics.items() if k != "model"}).encode()
@@ -82,7 +82,7 @@ def test_the_same_files_as_from_a_directory(
 
 
 def test_faults_that_pass_change_nothing(hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path) -> None:
-    """Cut lines, refusals for a while and expired addresses are gone over, and the files are the same."""
+    """Interrupted connections, temporary refusals and expired addresses are retried, and the files are the same."""
     hub.faults.extend(["", "", "", "", *["drop", "503", "none", "", "429", "403", "drop", ""] * 4])
     quantize("org/name", RECIPE, output_dir=tmp_path / "out", dataset=[token_rows], device="cpu")
     assert not hub.faults
