@@ -548,7 +548,7 @@ def test_other_blocks_are_refused(
 
     source = copied(fp8("llama", "hf-block"), tmp_path, change, weight_block_size=block)
     named = f"{block[0]} x {block[1]}", "128 x 128", "requantize: true"
-    refuse("format-unverified", *named, source=source, recipe="nvfp4-fp8-hybrid", tmp_path=tmp_path, rows=rows)
+    refuse("recipe-not-quantizable", *named, source=source, recipe="nvfp4-fp8-hybrid", tmp_path=tmp_path, rows=rows)
     rules = "role: mlp, format: nvfp4", "role: linear, format: fp8-dynamic, requantize: true"
     run(source, tmp_path / "out", recipe_file(tmp_path, *rules), rows)
     assert all_tensors(tmp_path / "out")[f"{LAYER0}.q_proj.weight_scale"].shape[1] == 1

@@ -12,21 +12,27 @@ import torch
 from torch import Tensor, nn
 
 from conftest import MakeTiny
+from helpers.errors import raises
 from helpers.fp8_sources import as_fp8
 from helpers.tiny_families import FAMILIES, all_tensors, load, random_rows, same, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.formats import nvfp4
 from snugfit.machine import Clock
-from snugfit.methods.method import Choice, Method, Purpose, WeightGroup
+from snugfit.methods.method import Choice, Method, ObservedLayer, Purpose, WeightGroup
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.methods.rounding import round_and_compare
-from snugfit.model import forward_pass
+from snugfit.model import experts, forward_pass
+from snugfit.model.experts import NoHooks
 from snugfit.model.forward_pass import Batch
+from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
-from snugfit.quantization.quantize import plan_quantization, quantize
+from snugfit.quantization.plan import lay_out
+from snugfit.quantization.prepare import Calibration, prepare
+from snugfit.quantization.quantize import quantize
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run, run_layers
-from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
+from snugfit.recipes.recipe import LoadedRecipe, load_recipe, parse_recipe
+from snugfit.records.statistics_file import STATISTICS_FILE, ExpertCalibration
 from snugfit.storage.staging import resumable
 
 LENGTHS = (70, 41, 3, 64, 30)  # several batches, with pads
@@ -36,10 +42,13 @@ NORM, FACTOR = "input_layernorm.weight", 1.5
 
 def run_method(model: Path, recipe: str | LoadedRecipe, out: Path, rows: Path, method: Method) -> dict[str, Tensor]:
     """The tensors that a run with this method writes."""
-    prepared = plan_quantization(model, recipe, dataset=[rows], allow_unverified=True, **OPTIONS)
+    loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    experts = ExpertCalibration(min_tokens_per_expert=0)
+    calibration = Calibration(dataset=[rows], num_samples=32, max_seq_length=1024, experts=experts, **OPTIONS)
+    prepared = prepare(lay_out(read_layout(model), loaded), calibration, method)
     with resumable(out) as (directory, work):
         finished = FinishedUnits(work, prepared.identity())
-        settings: dict[str, Any] = {"clock": Clock(), "progress": SILENT, "method": method}
+        settings: dict[str, Any] = {"clock": Clock(), "progress": SILENT}
         run_layers(Run(prepared=prepared, directory=directory, work=work, finished=finished, **settings))
     return all_tensors(out)
 
@@ -65,11 +74,11 @@ class Moments:
 class MeanSquareObserver:
     """Measures the mean square of each input feature of every linear, of real tokens only."""
 
-    def __init__(self, layer: nn.Module, linears: Mapping[str, str]) -> None:
+    def __init__(self, observed: ObservedLayer) -> None:
         self.found: dict[str, Moments] = {}
         self.valid: Tensor | None = None
-        for file_name, module_name in linears.items():
-            linear = layer.get_submodule(module_name)
+        for file_name, module_name in observed.linears.items():
+            linear = observed.module.get_submodule(module_name)
             assert isinstance(linear, nn.Linear)
             moments = self.found[file_name] = Moments(torch.zeros(linear.in_features, dtype=torch.float64))
             linear.register_forward_pre_hook(lambda _, args, moments=moments: moments.add(self.real(args[0])))
@@ -91,7 +100,7 @@ class MeanSquareObserver:
 class DropLoudest:
     """A toy method: sets the weights of the loudest input feature to zero before rounding, and scales a norm."""
 
-    observer: Callable[[nn.Module, Mapping[str, str]], MeanSquareObserver] = MeanSquareObserver
+    observer: Callable[[ObservedLayer], MeanSquareObserver] = MeanSquareObserver
     purposes: list[Purpose] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
@@ -123,7 +132,7 @@ class DropLoudest:
 class ObservedRounding:
     """Observes every layer, and then rounds to nearest."""
 
-    observer: Callable[[nn.Module, Mapping[str, str]], MeanSquareObserver] = MeanSquareObserver
+    observer: Callable[[ObservedLayer], MeanSquareObserver] = MeanSquareObserver
     observed: list[dict[str, Moments] | None] = field(default_factory=list)
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
@@ -158,7 +167,9 @@ def expected_moments(model: Path, written: Mapping[str, Tensor]) -> list[dict[st
     for number, layer in enumerate(reference.model.layers):
         prefix = f"model.layers.{number}"
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
-        measured = MeanSquareObserver(layer, {name: name for name in linears})
+        measured = MeanSquareObserver(
+            ObservedLayer(module=layer, linears={name: name for name in linears}, experts=None)
+        )
         for row in random_rows(LENGTHS, stop=64):  # one by one, so that nothing is padded
             reference(input_ids=torch.tensor([row]), use_cache=False)
         found.append({f"{prefix}.{name}": moments for name, moments in measured.result().items()})
@@ -280,9 +291,9 @@ def test_kept_experts_can_be_changed(family: str, rows: Path, tmp_path: Path) ->
     written = run_method(source, KEPT_EXPERTS, tmp_path / "changed", rows, HalvedExperts())
     plain = run_method(source, KEPT_EXPERTS, tmp_path / "plain", rows, ROUND_TO_NEAREST)
     given = all_tensors(source)
-    experts = [name for name in given if is_expert(name)]
-    assert len(experts) >= 4
-    for name in experts:
+    changed = [name for name in given if is_expert(name)]
+    assert len(changed) >= 4
+    for name in changed:
         assert same(written[name], given[name] / 2)
         assert same(plain[name], given[name])
     for name, ran in (("model.layers.0.self_attn.q_proj", False), ("model.layers.1.self_attn.q_proj", True)):
@@ -313,12 +324,60 @@ def test_layers_run_only_as_often_as_needed(
     assert tokens == 3 * passes * sum(LENGTHS)
 
 
-def test_a_recipe_without_samples_observes_nothing(model: Path, rows: Path, tmp_path: Path) -> None:
-    """If no samples are read, a method with an observer gets no observation, and writes what it chooses."""
+def test_a_method_that_observes_always_gets_samples(model: Path, rows: Path, tmp_path: Path) -> None:
+    """A recipe without activation scales reads samples all the same if the method observes; the bytes stay the same."""
     method = ObservedRounding()
     written = run_method(model, "nvfp4a16", tmp_path / "out", rows, method)
-    assert method.observed == [None] * 4
+    assert method.observed[0] is None  # outside the layers
+    assert all(method.observed[1:])
     quantize(model, "nvfp4a16", output_dir=tmp_path / "plain", **OPTIONS)
     expected = all_tensors(tmp_path / "plain")
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[n].view(torch.uint8), t.view(torch.uint8)) for n, t in expected.items())
+
+
+def test_statistics_do_not_replace_an_observation(model: Path, rows: Path, tmp_path: Path) -> None:
+    """Statistics of an earlier run are refused for a method that measures the layers itself."""
+    quantize(model, "nvfp4", output_dir=tmp_path / "first", dataset=[rows], **OPTIONS)
+    calibration = Calibration(
+        num_samples=32,
+        max_seq_length=1024,
+        experts=ExpertCalibration(),
+        statistics=tmp_path / "first" / STATISTICS_FILE,
+        **OPTIONS,
+    )
+    with raises("option-conflict", "statistics"):
+        prepare(lay_out(read_layout(model), load_recipe("nvfp4")), calibration, ObservedRounding())
+
+
+def test_an_observer_can_watch_routed_experts(rows: Path, tmp_path: Path) -> None:
+    """The observed layer describes its routed experts, so that an observer sees their inputs, too."""
+    source = make_mixture("qwen3_moe", tmp_path / "model")
+    seen: list[int] = []
+
+    class Experts(NoHooks):
+        def begin(self, hidden: Tensor, count: int) -> None:
+            assert hidden.dim() == 2
+            seen.append(count)
+
+    class WatchExperts:
+        def __init__(self, observed: ObservedLayer) -> None:
+            assert observed.experts is not None
+            experts.hook(observed.module.get_submodule(observed.experts.module), Experts())
+
+        def before(self, batch: Batch) -> None:
+            del batch
+
+        def result(self) -> None:
+            return None
+
+    @dataclass(frozen=True)
+    class Watching:
+        observer: Callable[[ObservedLayer], WatchExperts] = WatchExperts
+
+        def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
+            return ROUND_TO_NEAREST.choose(groups, purpose)
+
+    run_method(source, "nvfp4-moe", tmp_path / "out", rows, Watching())
+    assert seen
+    assert len(set(seen)) == 1

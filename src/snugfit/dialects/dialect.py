@@ -52,17 +52,6 @@ class FileFormat(Protocol):
         """The format of the KV cache that the config asks for."""
 
 
-# dtypes that codes come in, by the name of the format
-_CODES: Mapping[str, tuple[str, ...]] = {
-    "nvfp4": ("U8",),
-    "nvfp4a16": ("U8",),
-    "mxfp4": ("U8",),
-    "fp8": ("F8_E4M3",),
-    "fp8-dynamic": ("F8_E4M3",),
-    "fp8-block": ("F8_E4M3",),
-    "int4": ("I32", "I8"),
-    "int8": ("I32", "I8"),
-}
 _FILE_FORMATS: Mapping[str, FileFormat] = {
     "compressed-tensors": compressed_tensors,
     "fp8": huggingface_fp8,
@@ -164,7 +153,7 @@ class Dialect:
     def _check_codes(self, module: str, fmt: TensorFormat, parts: Headers) -> None:
         codes = "weight" if not holds_codes(parts) else self._needed(module, fmt, parts)[0]
         dtype = parts[codes][0]
-        if dtype not in _CODES[fmt.name]:
+        if dtype not in fmt.spec.codes:
             what = f"the config makes {module} {fmt.label()}, but {module}.{codes} is {dtype}."
             raise UserError(what, code="quantization-invalid", where=self.where, remedy=_MISMATCH_REMEDY)
 
@@ -192,7 +181,7 @@ def open_dialect(
     if quantization is None and hf_quant_config is not None:
         place = str(PurePath(where).with_name(MODELOPT_FILE))
         quantization = {"quant_method": "modelopt"} | dict(hf_quant_config)
-    # gpt-oss's "mxfp4": codes of 3-D tensors of experts alone, which model/sources.py splits
+    # gpt-oss's "mxfp4": codes of 3-D tensors of experts alone, which model/logical_weights.py splits
     if quantization is None or quantization.get("quant_method") == "mxfp4":
         return Dialect(None, {}, place)
     method = str(quantization.get("quant_method") or ("compressed-tensors" if "config_groups" in quantization else ""))

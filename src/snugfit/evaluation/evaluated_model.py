@@ -23,14 +23,6 @@ from snugfit.storage.checkpoint import Checkpoint, header_digest
 from snugfit.storage.open import is_hub_id, open_checkpoint
 
 TOKENS_PER_BATCH = 4096
-# codes in one element, by format and dtype; 1 in others
-PACKED: Mapping[tuple[str, str], int] = {
-    ("nvfp4", "U8"): 2,
-    ("nvfp4a16", "U8"): 2,
-    ("mxfp4", "U8"): 2,
-    ("int4", "I32"): 8,
-    ("int8", "I32"): 4,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +152,7 @@ def _codes(checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFor
     """The tensor with a quantized weight's codes, and how many codes one of its elements holds."""
     names = dialect.part_names(module, fmt, checkpoint.tensors)
     name = next(iter(names.values()))
-    return name, PACKED.get((fmt.name, checkpoint.tensors[name].dtype), 1)
+    return name, fmt.spec.codes.get(checkpoint.tensors[name].dtype, 1)
 
 
 @torch.no_grad()

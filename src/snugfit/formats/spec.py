@@ -37,6 +37,7 @@ class FormatSpec:
 
     `in_features_multiple` must divide a weight's input features (0: the group size must). `inputs` is how the format
     asks an engine to round a linear's inputs; with `calibrated` that needs a scale measured on real activations.
+    `codes` are the safetensors dtypes in which files store its codes -> the number of codes in one element.
     """
 
     name: str
@@ -44,6 +45,7 @@ class FormatSpec:
     inputs: InputKind
     calibrated: bool
     scale_rules: tuple[str, ...]
+    codes: Mapping[str, int]
 
 
 FORMATS: Mapping[str, FormatSpec] = {
@@ -56,6 +58,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             "nvfp4",
             True,
             ("four-over-six", "absmax", "sweep"),
+            {"U8": 2},
         ),
         # NVFP4 weights, 16-bit activations (W4A16)
         FormatSpec(
@@ -64,6 +67,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             "none",
             False,
             ("four-over-six", "absmax", "sweep"),
+            {"U8": 2},
         ),
         # 8-bit float, one scale an output channel; activations 8-bit, one scale a token (W8A8)
         FormatSpec(
@@ -72,6 +76,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             "fp8-token",
             False,
             ("absmax",),
+            {"F8_E4M3": 1},
         ),
         # 8-bit float, one scale a block of 128 x 128; activations 8-bit, one scale a token and 128 features (W8A8)
         FormatSpec(
@@ -80,6 +85,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             "fp8-group",
             False,
             ("absmax",),
+            {"F8_E4M3": 1},
         ),
         # 4-bit float in blocks of 32 under a power of two (OCP MX); activations 4-bit too (W4A4)
         FormatSpec(
@@ -88,6 +94,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             "mxfp4",
             False,
             ("absmax", "sweep"),
+            {"U8": 2},
         ),
         # 4-bit integer in groups of input features, 16-bit activations (W4A16)
         FormatSpec(
@@ -96,6 +103,7 @@ FORMATS: Mapping[str, FormatSpec] = {
             "none",
             False,
             ("absmax",),
+            {"I32": 8, "I8": 1},
         ),
     )
 }
@@ -106,9 +114,9 @@ READ_ONLY: Mapping[str, FormatSpec] = {
     spec.name: spec
     for spec in (
         # 8-bit float under one scale a weight, an output channel or a block
-        FormatSpec("fp8", 1, "none", False, ()),
+        FormatSpec("fp8", 1, "none", False, (), {"F8_E4M3": 1}),
         # 8-bit integer under one scale a weight, an output channel or a group of input features
-        FormatSpec("int8", 1, "none", False, ()),
+        FormatSpec("int8", 1, "none", False, (), {"I32": 4, "I8": 1}),
     )
 }
 

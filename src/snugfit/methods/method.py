@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import TensorFormat
+from snugfit.model.experts import ExpertNames
 from snugfit.model.forward_pass import Batch
 
 
@@ -71,6 +72,19 @@ class Purpose:
     observed: Any = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class ObservedLayer:
+    """A layer with its exact weights, for an observer to set hooks in.
+
+    `linears` maps the file's full names of its linears to their names in `module`. `experts` describes its routed
+    experts, which are no linears: `snugfit.model.experts.hook` shows their inputs; None if it has none.
+    """
+
+    module: nn.Module
+    linears: Mapping[str, str]
+    experts: ExpertNames | None
+
+
 class Observer(Protocol):
     """Measures a layer while samples pass it, through hooks that it sets when it is made."""
 
@@ -85,11 +99,10 @@ class Method(Protocol):
     """Chooses the codes of a layer's weights."""
 
     @property
-    def observer(self) -> Callable[[nn.Module, Mapping[str, str]], Observer] | None:
+    def observer(self) -> Callable[[ObservedLayer], Observer] | None:
         """Makes what measures the exact layer before codes are chosen; None if the method needs no such pass.
 
-        It gets the layer, and the names of its linears: those in the file, as in `WeightGroup` but without ".weight",
-        -> those in the layer.
+        A run with an observer needs samples, whatever the recipe's formats are.
         """
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:

@@ -19,6 +19,9 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size"),
 }
 
+# keys under which configs state the number of routed experts of a layer
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+
 _QWEN2 = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _LLAMA = {
     "hidden_size": 4096,

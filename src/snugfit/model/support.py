@@ -9,11 +9,11 @@ from collections.abc import Collection, Iterator, Mapping
 
 from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES, UNVERIFIED_FORMATS
 from snugfit.errors import UserError
+from snugfit.model.config_defaults import EXPERT_COUNTS
 from snugfit.model.logical_weights import MXFP4_BLOCKS, language_configs
 from snugfit.model.names import TensorName
 from snugfit.storage.checkpoint import Checkpoint
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _MISMATCH_REMEDY = "Config and weights do not belong together."
 
 

@@ -20,7 +20,7 @@ from snugfit.engines.fused import group_modules
 from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import TensorFormat
 from snugfit.machine import give_back_memory
-from snugfit.methods.method import Method, Purpose, Target, WeightGroup
+from snugfit.methods.method import Method, ObservedLayer, Purpose, Target, WeightGroup
 from snugfit.model import emulate, experts, forward_pass, layers
 from snugfit.model.assemble import Loaded
 from snugfit.model.layers import ExpertBuffers
@@ -162,7 +162,8 @@ def observe(run: LayerRun | None, groups: Iterable[LoadedGroup], method: Method)
                 weights[name] = weight
     layer = run.resident(weights)
     linears = {f"{run.prefix}{file_name}": module for file_name, module in _linears_of(run, layer).items()}
-    observer = method.observer(layer, linears)
+    mixture = run.skeleton.experts.get(run.index)
+    observer = method.observer(ObservedLayer(module=layer, linears=linears, experts=mixture))
     forward_pass.run_layer(layer, run.index, run.batches, observer.before, states=(run.states[0], None))
     return held, observer.result()
 

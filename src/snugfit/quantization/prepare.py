@@ -16,6 +16,8 @@ from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.errors import UserError
 from snugfit.machine import hardware, pick_device, versions
+from snugfit.methods.method import Method
+from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
 from snugfit.quantization.measured import Measured, recall
@@ -55,6 +57,7 @@ class PreparedRun:
     """
 
     plan: Plan
+    method: Method
     skeleton: Skeleton
     device: torch.device
     tokens_per_batch: int
@@ -127,13 +130,17 @@ def check_options(calibration: Calibration) -> None:
         )
 
 
-def prepare(plan: Plan, calibration: Calibration) -> PreparedRun:
+def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAREST) -> PreparedRun:
     """Check a plan against transformers, read the samples or statistics that it needs, and estimate the run."""
     check_options(calibration)
     device = pick_device(calibration.device)
     plan = _with_other_files(plan)
     known = None if calibration.statistics is None else load_statistics(Path(calibration.statistics))
-    needed = plan.recipe is None or plan.needs_activations
+    observes = method.observer is not None
+    if observes and known is not None:
+        what = "this method measures the layers itself, so statistics cannot take the place of samples."
+        raise UserError(what, code="option-conflict", where="statistics", remedy="Leave `statistics` out.")
+    needed = plan.recipe is None or plan.needs_activations or observes
     dataset = None
     if (needed and known is None) or (known is not None and calibration.dataset):
         dataset = load_samples(plan, calibration)
@@ -148,6 +155,7 @@ def prepare(plan: Plan, calibration: Calibration) -> PreparedRun:
     tokens_per_batch = calibration.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     return PreparedRun(
         plan=plan,
+        method=method,
         skeleton=skeleton,
         device=device,
         tokens_per_batch=tokens_per_batch,

@@ -14,8 +14,6 @@ import torch
 
 from snugfit.errors import Unfinished
 from snugfit.machine import Clock
-from snugfit.methods.method import Method
-from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model import forward_pass, layers
 from snugfit.model.hidden_states import StateFile
 from snugfit.progress import Progress
@@ -43,7 +41,6 @@ class Run:
     finished: FinishedUnits
     clock: Clock
     progress: Progress
-    method: Method = ROUND_TO_NEAREST
 
     @property
     def runs_layers(self) -> bool:
@@ -87,8 +84,8 @@ def run_layers(run: Run) -> Outcome:
                 started = time.perf_counter()
                 layer = _layer_run(run, number, batches, states)
                 with clock("weights"):
-                    loaded, observed = observe(layer, load(plan, groups[number], ahead), run.method)
-                    tensors = choose(plan, loaded, run.method, None if layer is None else layer.buffers, observed)
+                    loaded, observed = observe(layer, load(plan, groups[number], ahead), prepared.method)
+                    tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
                 if number > 1:
                     commits.wait()  # this layer's states overwrite those of the layer before the last
                 with clock("forward"):

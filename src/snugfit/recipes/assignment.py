@@ -51,7 +51,7 @@ def keep_codes(name: str, fmt: TensorFormat, rule: int, place: str) -> Assignmen
     if fmt.block is not None:
         raise UserError(
             f"{name} is FP8 in blocks of {fmt.block[0]} x {fmt.block[1]}, but engines only run blocks of 128 x 128.",
-            code="format-unverified",
+            code="recipe-not-quantizable",
             where=place,
             remedy="Add `requantize: true` to the rule that names it.",
         )

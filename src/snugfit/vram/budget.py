@@ -20,10 +20,10 @@ from snugfit.engines.memory import (
     graph_count,
     sglang_reserve,
 )
+from snugfit.model.config_defaults import EXPERT_COUNTS
 from snugfit.model.language_config import positive, with_defaults
 from snugfit.vram.kv_cache import ModelCache
 
-_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 _MAX_UNPACKED_TOKENS = 65_536
 
@@ -130,7 +130,7 @@ def read_widths(config: Mapping[str, Any], cache: ModelCache) -> ActivationWidth
 def _feed_forward(text: Mapping[str, Any], hidden: int) -> tuple[int, int, int]:
     """Numbers a token of a dense or shared MLP (gate, up, their product), experts a token visits, and their width."""
     inner = _largest(text, "intermediate_size") or 4 * hidden
-    counts = [text.get(key) for key in _EXPERT_COUNTS]
+    counts = [text.get(key) for key in EXPERT_COUNTS]
     if not any(isinstance(count, int) and count > 1 for count in counts):
         return 3 * inner, 0, 0
     expert = _largest(text, "moe_intermediate_size") or inner
