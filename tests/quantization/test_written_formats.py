@@ -19,7 +19,11 @@ from helpers.plans import plan_of
 from helpers.run_model import stream_logits
 from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.evaluation.evaluated_model import open_model
+from snugfit.formats.spec import FORMATS
+from snugfit.inspection.inspect import inspect
+from snugfit.planning.fit import fit
 from snugfit.quantization.quantize import quantize
+from snugfit.recipes.recipe import parse_recipe
 
 RECIPES = ("fp8-block", "mxfp4", "fp8-dynamic-fp8kv", "nvfp4-fp8-hybrid-fp8kv")
 # dimensions that 128 divides, one of them more than once, and a key of one block
@@ -134,3 +138,23 @@ def test_scales_of_the_cache_are_those_of_the_samples(written: dict[str, Path], 
             assert scale.shape == (1,)
             # FP8 weights and inputs change the largest of some thousand values by a few per cent
             assert float(scale) * 448 == pytest.approx(float(states.abs().max()), rel=0.1)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_written_inspected_fitted_and_opened(
+    name: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
+) -> None:
+    """A row of the format table works in every verb: same parameters, fewer bytes, a fit, a model that opens."""
+    source = make_tiny("llama", **WIDE)
+    recipe = parse_recipe(f"name: one\nrules:\n- {{role: linear, format: {name}}}\n", where="one.yaml")
+    quantize(source, recipe, output_dir=tmp_path / "out", dataset=[token_rows], device="cpu")
+    before, after = inspect(source), inspect(tmp_path / "out")
+    assert after.parameters == before.parameters
+    assert after.bytes < before.bytes
+    assert not after.problems
+    assert any(label.startswith(name) for part in after.parts for label in part.stored)
+    row = next(row for row in fit(tmp_path / "out", "16GiB").rows if row.name.endswith("as it is"))
+    assert row.bytes == after.bytes
+    assert row.problem is None
+    opened = open_model(tmp_path / "out")
+    assert {fmt.name for fmt in opened.formats.values()} <= {name, "fp8"}
