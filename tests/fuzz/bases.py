@@ -186,17 +186,16 @@ BASES = DIALECTS | FAMILIES
 
 # modules that read configs
 _READERS = (
-    *("planning", "dialects", "engines", "model/anatomy.py", "model/contents.py", "inspection.py", "quantize_plan.py"),
-    *("fit.py", "fit_source.py"),
+    *("dialects", "engines", "inspection", "planning", "vram", "quantization/plan.py", "recipes/resolve.py"),
+    *("model/anatomy.py", "model/config_defaults.py", "model/config_values.py", "model/language_config.py"),
+    *("model/layout.py", "model/logical_weights.py", "model/support.py"),
 )
 
 
 def _words() -> tuple[str, ...]:
-    """Whatever looks like a key where configs are read: what a verb reads of one is among them."""
-    root = Path(snugfit.__file__).parent
-    files = [
-        file for name in _READERS for file in sorted([root / name, *(root / name).rglob("*.py")]) if file.is_file()
-    ]
+    """Every string that looks like a key in the modules that read configs: the keys that verbs read are among them."""
+    places = [Path(snugfit.__file__).parent / name for name in _READERS]
+    files = [file for place in places for file in ([place] if place.suffix else sorted(place.rglob("*.py")))]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
     return tuple(sorted(text for text in texts if re.fullmatch(r"[a-z][a-zA-Z0-9_]{2,40}", text)))

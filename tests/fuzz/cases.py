@@ -382,7 +382,7 @@ def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
 
 
 def make_rows(rng: random.Random, root: Path, shared: Path) -> list[Command]:
-    """Rows of JSONL that are damaged, to calibrate and to evaluate on."""
+    """Samples in JSONL that are damaged, to calibrate and to evaluate on."""
     rows: list[Any] = [
         {"input_ids": [3, 4, 5, 6, 7, 8]},
         {"text": "the quick brown fox jumps over the lazy dog " * 3},
@@ -406,14 +406,14 @@ def _quantize(root: Path, model: Path, recipe: str, rows: Path) -> Command:
         recipe,
         "-o",
         str(root / "out"),
-        "--text",
+        "--dataset",
         str(rows),
         "--device",
         "cpu",
         "--json",
-        "--rows",
+        "--num-samples",
         "3",
-        "--length",
+        "--max-seq-length",
         "32",
     ]
 
@@ -422,7 +422,7 @@ def _eval(root: Path, model: Path, text: Path) -> Command:
     return [
         "eval",
         str(model),
-        "--text",
+        "--dataset",
         str(text),
         "--context",
         "16",
@@ -471,7 +471,7 @@ def make_run(rng: random.Random, root: Path, shared: Path) -> list[Command]:
 
 
 def make_unfinished(rng: random.Random, root: Path, shared: Path) -> list[Command]:
-    """What an unfinished run left, damaged; the same command goes on, begins anew, or says why not."""
+    """What an unfinished run left, damaged; the same command resumes, starts again, or says why not."""
     partial = root / "out.partial"
     shutil.copytree(shared / "out.partial", partial)
     files = [file for file in sorted(partial.rglob("*")) if file.is_file()]
@@ -489,11 +489,11 @@ def make_unfinished(rng: random.Random, root: Path, shared: Path) -> list[Comman
             file.unlink()
             file.mkdir()
         elif file.suffix == ".json" and kind < 5:
-            words = ("tensors", "written", "states", "name", "bytes", "shape", "source", "rows")
+            words = ("tensors", "written", "states", "name", "bytes", "shape", "source", "samples", "entry", "digest")
             file.write_bytes(spoil_json(rng, json.loads(content), words))
         else:
             file.write_bytes(spoil_bytes(rng, content))
-    more = rng.choice(([], [], [], ["--resume-anyway"], ["--restart"]))
+    more = rng.choice(([], [], [], ["--force-resume"], ["--restart"]))
     return [[*_quantize(root, shared / "model", "nvfp4-fp8-hybrid-fp8kv", shared / "rows.jsonl"), *more]]
 
 
@@ -513,8 +513,9 @@ def make_statistics(rng: random.Random, root: Path, shared: Path) -> list[Comman
         _spoil_figures(rng, document["layers"])
         file.write_bytes(dump(document).encode("utf-8", "surrogatepass"))
     else:
-        words = ("schema", "rows", "layers", "inputs", "experts", "cache", "histogram", "routed", "amax", "tokens")
-        file.write_bytes(spoil_json(rng, document, (*words, "snugfit.statistics/1", "0", "1", "7", "-1")))
+        words = ("schema", "datasets", "num_samples", "layers", "inputs", "experts", "cache", "histogram", "routed")
+        more = ("amax", "tokens", "snugfit.statistics/1", "0", "1", "7", "-1")
+        file.write_bytes(spoil_json(rng, document, (*words, *more)))
     given = str(root if file.name.startswith("snugfit") else file)
     show = ["statistics", "show", given, *rng.choice(([], ["--json"]))]
     if rng.random() < 0.2:
@@ -522,10 +523,12 @@ def make_statistics(rng: random.Random, root: Path, shared: Path) -> list[Comman
     files = [given, str(shared / f"{model}-1.json")]
     rng.shuffle(files)
     merge = ["statistics", "merge", *files, "-o", str(root / "merged.json")]
-    text = rng.choice(([], [], ["--text", str(shared / "rows.jsonl")]))
-    more = rng.choice((["--least-tokens", "0"], ["--least-tokens", "0"], [], ["--experts", "routed"]))
+    text = rng.choice(([], [], ["--dataset", str(shared / "rows.jsonl")]))
+    options = rng.choice(
+        (["--min-tokens-per-expert", "0"], ["--min-tokens-per-expert", "0"], [], ["--no-moe-calibrate-all-experts"])
+    )
     quantize = ["quantize", str(shared / model), "-r", recipe, "-o", str(root / "out"), "--device", "cpu", "--json"]
-    return [show, merge, [*quantize, "--statistics", given, *text, *more]]
+    return [show, merge, [*quantize, "--statistics", given, *text, *options]]
 
 
 def _spoil_figures(rng: random.Random, layers: dict[str, Any]) -> None:

@@ -188,7 +188,7 @@ _BOMBED = (
     "name: x\nkv_cache: *i\nrules:\n  - {role: linear, format: fp8-dynamic}\n",
     *(
         f"name: x\nrules:\n  - {{format: keep, {key}: *i}}\n"
-        for key in ("role", "layers", "name", "group", "scale", "x")
+        for key in ("role", "layers", "name", "group_size", "scale_rule", "x")
     ),
     "name: x\nrules:\n  - {<<: [*i, *i], format: keep}\n",
     "m: &m {k: v}\nn: &n {<<: [*m, *m, *m]}\no: &o {<<: [*n, *n, *n]}\nname: x\nrules: []\n",
@@ -199,7 +199,7 @@ _YAML = (
     *(f"{_BOMB}{rest}" for rest in _BOMBED),
     *(
         f"name: x\nrules:\n  - {{format: keep, {key}: {_HUGE}}}\n"
-        for key in ("role", "layers", "name", "group", "scale")
+        for key in ("role", "layers", "name", "group_size", "scale_rule")
     ),
     f"name: {_HUGE}\nkv_cache: {_HUGE}\nrules:\n  - {{role: linear, format: fp8-dynamic}}\n",
     "name: x\nrules: &r\n  - *r\n",
@@ -312,10 +312,11 @@ WORDS_OF_RECIPES = (
         "role",
         "layers",
         "format",
-        "scale",
+        "scale_rule",
         "objective",
-        "group",
+        "group_size",
         "symmetric",
+        "requantize",
     ),
     *("linear", "mlp", "attention", "q", "k", "v", "o", "gate", "up", "down", "router", "embed", "norm", "lm_head"),
     *("nvfp4", "nvfp4a16", "fp8-dynamic", "fp8-block", "fp8", "int4", "int8", "mxfp4", "keep", "absmax", "sweep"),

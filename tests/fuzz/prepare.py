@@ -35,7 +35,12 @@ def prepare_runs(shared: Path, *, unfinished: bool) -> None:
     (shared / "text.txt").write_text(PROSE, encoding="utf-8")
     rows = torch.randint(3, 59, (3, 32)).tolist()
     (shared / "rows.jsonl").write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
-    asked: dict[str, Any] = {"text": [shared / "rows.jsonl"], "rows": 3, "length": 32, "device": "cpu"}
+    asked: dict[str, Any] = {
+        "dataset": [shared / "rows.jsonl"],
+        "num_samples": 3,
+        "max_seq_length": 32,
+        "device": "cpu",
+    }
     quantize(shared / "model", "nvfp4-fp8-hybrid", output_dir=shared / "quantized", **asked)
     evaluate(
         [shared / "quantized"],

@@ -27,14 +27,17 @@ from typing import Any
 
 from typer.main import get_command
 
+from fuzz.bases import BASES
 from fuzz.cases import TARGETS, Command, rng_of
 from snugfit.cli.app import app
+from snugfit.errors import CODES as ERROR_CODES
 
 SECONDS = {False: 5, True: 30}  # of CPU time, in all threads; heavy ones run a model
 LONGEST = 120  # seconds on the clock, then the process is killed
 MEMORY = {False: 400 << 20, True: 1500 << 20}  # more than before the case
 MORE_ADDRESSES = 8 << 30
-ABOVE = ("quantizing layers", "this run will need", "going on after", "evaluating", "about ")
+# errors after which an unfinished run stays, so that it can resume
+KEEPING = frozenset({"run-differs", "machine-differs", "run-damaged"})
 FORBIDDEN = frozenset(
     {
         *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "pty.spawn"),
@@ -167,31 +170,38 @@ def check(command: Command, outcome: Outcome, before: dict[str, Any], root: Path
     changed = [name for name, entry in before.items() if after.get(name) != entry and not name.startswith(partial)]
     if changed:
         yield f"changed or removed {changed[:3]}"
-    goes_on = False
+    resumable = False
     allowed = "" if out is None or "--dry-run" in command else Path(out).name
     if outcome.code == 0:
         yield from _check_answer(command, outcome, shared)
     else:
         yield from _check_message(outcome, root)
-        goes_on = any(
-            words in outcome.stderr for words in ("unfinished run", "a run that was begun", ".partial keeps ")
-        )
-        allowed = partial if goes_on else ""
+        code = error_code(outcome)
+        resumable = code in KEEPING or (code == "system-error" and partial in outcome.stderr)
+        allowed = partial if resumable else ""
     odd = [name for name in after.keys() - before.keys() if not allowed or name.partition("/")[0] != allowed]
     if odd:
         yield f"left {odd[:3]}"
-    if out and not goes_on and os.path.lexists(f"{out}.partial"):
+    if out and not resumable and os.path.lexists(f"{out}.partial"):
         yield f"left {out}.partial"
 
 
+def error_code(outcome: Outcome) -> str:
+    """The code at the end of a verb's message, "" without one."""
+    found = re.search(r" \[([a-z-]+)\]$", outcome.stderr.rstrip())
+    return found[1] if found else ""
+
+
 def _check_message(outcome: Outcome, root: Path) -> Iterator[str]:
-    """Whether what a verb refused with is one message with a place, which can be read."""
-    lines = [line for line in outcome.stderr.splitlines() if line.strip() and not line.startswith(ABOVE)]
+    """Whether a verb refused with one readable message at the end of stderr, with a place and a code."""
+    lines = [line for line in outcome.stderr.splitlines() if line.strip()]
     messages = [line for line in lines if line.startswith("snugfit: ")]
     if len(messages) != 1 or lines[-1] != messages[0]:
         yield f"{len(messages)} messages in {lines[-3:]!r:.600}"
         return
     message = messages[0].removeprefix("snugfit: ")
+    if error_code(outcome) not in ERROR_CODES:
+        yield f"no code in {message[-300:]}"
     if not message.isprintable() or len(message) > 5000:
         yield f"a message of {len(message)} characters: {ascii(message)[:200]}"
     if ": " not in message and str(root) not in message:
@@ -225,12 +235,18 @@ def _check_answer(command: Command, outcome: Outcome, shared: Path) -> Iterator[
         yield "other bytes were written than planned"
     whole = shared / "whole.json"
     if whole.exists() and document["files"] != json.loads(whole.read_text(encoding="utf-8"))["files"]:
-        yield "a run that went on wrote other files"
+        yield "a run that resumed wrote other files"
 
 
 def option(command: Sequence[str], name: str) -> str | None:
     """The value of an option."""
     return command[command.index(name) + 1] if name in command else None
+
+
+def import_libraries(folder: Path) -> None:
+    """One dry run of an undamaged model: torch creates a cache of its own when it is imported for the first time."""
+    outcome = run(["quantize", str(BASES["16-bit"].write(folder)), "-r", "fp8-block", "--dry-run"])
+    assert outcome.code == 0, outcome.stderr
 
 
 def prepare(target: str, shared: Path) -> None:
@@ -316,6 +332,7 @@ def main() -> None:
         os.environ |= {"MPLCONFIGDIR": str(place), "HF_HOME": str(place / "hf"), "HF_HUB_OFFLINE": "1"}
         shared = place / "shared"
         shared.mkdir()
+        import_libraries(place / "undamaged")
         if heavy:
             prepare(asked.target, shared)
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
