@@ -48,6 +48,7 @@ def collect_statistics(
     """
     clock, destination = Clock(), Path(output_dir)
     with clock("prepare"):
+        check_stageable(destination)
         calibration = Calibration(
             dataset=dataset,
             num_samples=num_samples,
@@ -57,7 +58,6 @@ def collect_statistics(
             experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, MIN_TOKENS_PER_EXPERT),
         )
         prepared = prepare(measure_only(read_layout(model)), calibration)
-        check_stageable(destination)
         prepared.check_resources(destination)
     report(prepared, progress)
     with resumable(destination, restart=restart) as (directory, work):

@@ -71,6 +71,7 @@ def quantize(
     """
     clock, destination = Clock(), Path(output_dir)
     with clock("prepare"):
+        check_stageable(destination)
         prepared = plan_quantization(
             model,
             recipe,
@@ -86,7 +87,6 @@ def quantize(
             statistics=statistics,
             allow_unverified=allow_unverified,
         )
-        check_stageable(destination)
         prepared.check_resources(destination)
     report(prepared, progress)
     reset_peak_gpu_bytes(prepared.device)
