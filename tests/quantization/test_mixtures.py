@@ -31,7 +31,7 @@ from snugfit.dialects.targets import Targets
 from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES
 from snugfit.evaluation.evaluated_model import open_head, open_model, pass_layers
 from snugfit.model import forward_pass
-from snugfit.quantization.layer import LayerRun, propagate
+from snugfit.quantization.layer import LayerPass, propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.statistics_file import STATISTICS_FILE
@@ -391,7 +391,7 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
         calls, inside = 0, False
         second = ExpertObserver.second
 
-        def watched(run: LayerRun, tensors: Any) -> Any:
+        def watched(run: LayerPass, tensors: Any) -> Any:
             nonlocal inside
             inside = run.index == 1
             return propagate(run, tensors)

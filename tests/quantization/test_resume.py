@@ -20,7 +20,7 @@ from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, contents, in_child
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished, UserError
-from snugfit.quantization.layer import LayerRun, choose, propagate
+from snugfit.quantization.layer import LayerPass, choose, propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.storage.staging import WORK_NAME, units_done
@@ -138,7 +138,7 @@ def test_killed_again_and_again(model: Path, token_rows: Path, uninterrupted: di
 def stop_in_layer(monkeypatch: pytest.MonkeyPatch, layer: int, error: BaseException) -> None:
     """Raise `error` when decoder layer `layer` is to be run."""
 
-    def stopping(run: LayerRun, tensors: Any) -> Any:
+    def stopping(run: LayerPass, tensors: Any) -> Any:
         if run.index == layer:
             raise error
         return propagate(run, tensors)

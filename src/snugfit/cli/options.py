@@ -35,7 +35,6 @@ Model = Annotated[
         metavar="MODEL", help="A directory with config.json and safetensors weights, or a Hugging Face id (org/name)."
     ),
 ]
-OutputDir = Annotated[Path, typer.Option("--output-dir", "-o", metavar="PATH", help="New directory for the result.")]
 OptionalOutputDir = Annotated[
     Path | None, typer.Option("--output-dir", "-o", metavar="PATH", help="New directory for the result.")
 ]

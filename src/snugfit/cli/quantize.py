@@ -79,7 +79,8 @@ def quantize(
     }
     progress = VerbProgress(ctx)
     if dry_run:
-        _print_plan(model, recipe, output_dir, settings, progress, as_json=as_json)
+        again = {"restart": restart, "force_resume": force_resume}
+        _print_plan(model, recipe, output_dir, settings, again, progress, as_json=as_json)
         return
     if output_dir is None:
         remedy = "Name a new directory, or add `dry_run`."
@@ -115,6 +116,7 @@ def _print_plan(
     recipe: str,
     output_dir: Path | None,
     settings: dict[str, Any],
+    again: dict[str, bool],
     progress: VerbProgress,
     *,
     as_json: bool,
@@ -124,15 +126,15 @@ def _print_plan(
     from snugfit.report.terminal import print_plan
     from snugfit.storage.staging import check_stageable
 
-    plan = plan_quantization(model, recipe, **settings)
     if output_dir is not None:
         check_stageable(output_dir)
+    plan = plan_quantization(model, recipe, **settings)
     for note in plan.notes:
         progress.message(note)
     with reporting():
         print_plan(plan.records(), as_json)
         typer.echo(plan.estimate.line(), err=as_json)
-    plan.check_resources(output_dir)
+    plan.check_resources(output_dir, **again)
 
 
 def _shard_bytes(gigabytes: float) -> int:

@@ -22,7 +22,10 @@ def tasks(
         Path | None, typer.Option(metavar="PATH", help="Folder of further YAML tasks (as `lm_eval --include_path`).")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, metavar="NUMBER", help="Items of each task at most.")] = None,
-    activations: options.Activations = "vllm-blackwell",
+    activations: Annotated[
+        options.Profile | None,
+        typer.Option(help="What the engine does to the inputs of linear layers. Default: vllm-blackwell."),
+    ] = None,
     server: Annotated[str | None, typer.Option(metavar="URL", help="URL of a vLLM server that runs the tasks.")] = None,
     server_model: Annotated[str | None, typer.Option(metavar="NAME", help="Which of the server's models.")] = None,
     output_dir: options.OptionalOutputDir = None,

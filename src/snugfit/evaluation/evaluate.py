@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from snugfit.arguments import as_sequence
 from snugfit.data import texts
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.engines.profiles import DEFAULT_PROFILE
@@ -41,10 +42,10 @@ DEFAULT_CONTINUATIONS = 5
 
 
 def evaluate(
-    models: Sequence[str | Path],
+    models: str | Path | Sequence[str | Path],
     *,
     reference: str | Path | None = None,
-    dataset: Sequence[str | Path] = (),
+    dataset: str | Path | Sequence[str | Path] = (),
     contexts: Sequence[int] = DEFAULT_CONTEXTS,
     max_chunks: int | None = None,
     max_tokens: int | None = None,
@@ -68,6 +69,7 @@ def evaluate(
     contexts beyond the models' positions. Raises UserError for bad input, before the long work where possible.
     """
     clock = Clock()
+    models, dataset = as_sequence(models), as_sequence(dataset)
     place = pick_device(device)
     reset_peak_gpu_bytes(place)
     check_options(noise_floor, tokens_per_batch, continuations, reference_cache, reference)

@@ -17,7 +17,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate, experts, forward_pass, layers, transformers_api
 from snugfit.model.layout import read_layout
-from snugfit.model.skeleton import Skeleton, build_skeleton, check_shapes
+from snugfit.model.skeleton import Skeleton, build_skeleton, check_decoder, check_shapes
 from snugfit.records.evaluation import EvaluatedCheckpoint
 from snugfit.storage.checkpoint import Checkpoint, header_digest
 from snugfit.storage.open import is_hub_id, open_checkpoint
@@ -107,9 +107,8 @@ def open_model(
     opened = open_checkpoint(path)
     layout = read_layout(opened)
     layout.check_runnable()
-    if layout.unreadable is not None:
-        raise layout.unreadable
     skeleton = build_skeleton(layout, arithmetic)
+    check_decoder(skeleton, layout)
     dialect = layout.dialect
     formats = _read_formats(opened, dialect, skeleton)
     kv_cache = dialect.kv_cache_format()

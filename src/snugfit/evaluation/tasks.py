@@ -55,7 +55,7 @@ def run_tasks(
     model: str | Path,
     tasks: Sequence[str],
     *,
-    activations: str = DEFAULT_PROFILE,
+    activations: str | None = None,
     limit: int | None = None,
     device: str | None = None,
     server: str | None = None,
@@ -65,7 +65,9 @@ def run_tasks(
 ) -> TasksRun:
     """Run lm_eval tasks on the model directory `model`, or on the `server` at a URL with that directory's tokenizer.
 
-    `limit` is the number of items of each task; `task_folder` has further YAML tasks, as `lm_eval --include_path`.
+    `activations` is the engine profile of the model, by default vllm-blackwell. `limit` is the number of items of each
+    task; `task_folder` has further YAML tasks, as `lm_eval --include_path`.
+
     UserError, before the model is run, for a missing extra, unknown tasks, data out of reach, a server that does not
     answer, and on a checkpoint for tasks that generate text.
     """
@@ -73,6 +75,10 @@ def run_tasks(
     refuse_hub_id(model)
     if limit is not None and limit < 1:
         raise UserError(f"must be >= 1, got {limit}.", code="option-invalid", where="limit")
+    for name, value in (("activations", activations), ("device", device)):
+        if server is not None and value is not None:
+            what = "has no effect on what a server runs."
+            raise UserError(what, code="option-conflict", where=name, remedy="Leave it out, or leave `server` out.")
     clock = machine.Clock()
     place = machine.pick_device("cpu" if server else device)
     arguments: dict[str, Any] = {"tasks": list(tasks), "limit": limit, "seed": SEED}
@@ -80,9 +86,10 @@ def run_tasks(
     with _quiet(progress) as warnings:
         with clock("load"):
             if server is None:
-                opened = open_model(model, activations=activations)
+                profile = DEFAULT_PROFILE if activations is None else activations
+                opened = open_model(model, activations=profile)
                 batch = min(TOKENS_PER_BATCH, tokens_that_fit([opened], place))
-                arguments |= {"activations": activations, "device": str(place), "tokens_per_batch": batch}
+                arguments |= {"activations": profile, "device": str(place), "tokens_per_batch": batch}
                 lm = local_model(opened, place, batch, progress)
             else:
                 lm = served_model(Path(model), server, server_model, SEED)

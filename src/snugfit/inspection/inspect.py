@@ -98,9 +98,13 @@ def inspect(model: str | Path) -> Inspection:
 
 @dataclass(frozen=True)
 class _Limits:
-    """Why `quantize` would refuse a model, whatever the recipe, and why its stacked experts; "" if it would not."""
+    """Why `quantize` would refuse a model, whatever the recipe, and why its stacked experts; "" if it would not.
+
+    With `refused` nothing of the model can be quantized; without, only weights that are stored quantized already.
+    """
 
     model: str
+    refused: bool
     experts: str
     remarks: tuple[str, ...]
 
@@ -110,15 +114,15 @@ def _limits(contents: Contents) -> _Limits:
     layout = contents.layout
     reasons = [blocker.error for blocker in layout.blockers if blocker.error.code not in _CONTRADICTIONS]
     if layout.format_error is not None:  # reported with the quantization
-        reasons = [error for error in reasons if error.what != layout.format_error.what]
+        reasons = [error for error in reasons if error.code != layout.format_error.code]
     has_stacks = any(weight.single for weight in contents.weights)
     unverified = [error.what for error in unverified_formats(layout.checkpoint, ["int4"])] if has_stacks else []
-    model = _REFUSED if layout.blockers else ""
-    if layout.blockers and all(blocker.runnable for blocker in layout.blockers) and layout.format_error is None:
-        model = f"{layout.method} elsewhere" if layout.method else _REFUSED
+    elsewhere = all(blocker.runnable for blocker in layout.blockers) and layout.format_error is None and layout.method
+    refused = bool(layout.blockers) and not elsewhere
+    model = _REFUSED if refused else f"{layout.method} elsewhere" if layout.blockers else ""
     remarks = [f"quantize refuses it: {what}" for what in dict.fromkeys(error.what for error in reasons)]
     remarks += unverified if layout.blockers else [*unverified, NOT_CHECKED]
-    return _Limits(model, "no tested engine loads them quantized" if unverified else "", tuple(remarks))
+    return _Limits(model, refused, "no tested engine loads them quantized" if unverified else "", tuple(remarks))
 
 
 def _calibration(checkpoint: Checkpoint) -> tuple[Calibrated | None, tuple[str, ...]]:
@@ -233,7 +237,7 @@ def _part(
 def _stays(part: str, stored: str, shape: tuple[int, ...], single: tuple[int, ...], limits: _Limits) -> str:
     """Why `quantize` cannot give a weight of this part another format; "" where it can."""
     source = stored in _WIDE or stored.startswith("fp8") or (stored == "mxfp4" and bool(single))
-    if stored not in _WIDE and (not source or (limits.model and limits.model != _REFUSED)):
+    if stored not in _WIDE and (not source or (limits.model and not limits.refused)):
         return f"{stored} already"
     if limits.model:
         return limits.model

@@ -47,9 +47,10 @@ class WeightGroup:
 class Choice:
     """What is written and run for one tensor.
 
-    `codes` are written, None for a tensor that stays in 16 bits: then `weight_16bit` is written if `changed`, else the
-    source's tensor. `weight_16bit` is what the layer runs with, None if no forward pass is needed or if it was written
-    into the caller's buffer. `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device.
+    `codes` are written, None for a tensor that stays in 16 bits: then `weight_16bit` is written. `weight_16bit` is what
+    the layer runs with, None if no forward pass is needed or if it was written into the caller's buffer. `changed` says
+    that a tensor that stays is not the source's any more; large ones are otherwise copied from file to file.
+    `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device.
     """
 
     name: str

@@ -79,7 +79,8 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> Non
     for names, problem in ((missing, "missing"), (unknown, "unknown to transformers"), (wrong, "of another shape")):
         if names:
             what = f"tensors {problem}: {', '.join(names[:5])}."
-            raise UserError(what, code="config-mismatch", where=where, remedy=MISMATCH_REMEDY)
+            code = "weights-missing" if names is missing else "config-mismatch"
+            raise UserError(what, code=code, where=where, remedy=MISMATCH_REMEDY)
     cast = {name: weights[name].to(wanted[name].dtype) for name in wanted}
     module.load_state_dict(cast, strict=True, assign=True)
     module.requires_grad_(False)

@@ -20,7 +20,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder
 from snugfit.model.language_config import language_config, layer_count, positive, with_defaults
-from snugfit.model.logical_weights import LogicalWeights, already_quantized, logical_weights, plain_weights
+from snugfit.model.logical_weights import LogicalWeights, logical_weights, plain_weights
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import check_experts, check_layers, unsupported_family
 from snugfit.storage.checkpoint import Checkpoint
@@ -68,11 +68,6 @@ class ModelLayout:
     def config_file(self) -> str:
         """The path of config.json, for errors."""
         return str(self.checkpoint.path / "config.json")
-
-    @property
-    def is_startable(self) -> bool:
-        """Whether a recipe can start from the way in which the weights are stored."""
-        return not any(blocker.runnable for blocker in self.blockers)
 
     @property
     def tied_embeddings(self) -> bool:
@@ -231,12 +226,10 @@ def _dialect(
 def _weights(
     checkpoint: Checkpoint, dialect: Dialect, unreadable: UserError | None, method: str, blockers: list[Blocker]
 ) -> LogicalWeights:
+    if unreadable is not None:
+        blockers.append(Blocker(error=unreadable))
+        return plain_weights(checkpoint, dialect)
     try:
-        if unreadable is not None:
-            unknown = unreadable.code == "quantization-unknown"
-            evidence = f"quant_method {method!r}" if method else "quantization_config without quant_method"
-            evidence += " in config.json"
-            raise already_quantized(evidence, where=str(checkpoint.path)) if unknown else unreadable
         return logical_weights(checkpoint, dialect, method)
     except UserError as error:
         blockers.append(Blocker(error=error, runnable=True))

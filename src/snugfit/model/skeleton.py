@@ -161,6 +161,15 @@ def _parameters_on_meta() -> Iterator[None]:
 def open_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skeleton:
     """The model that a layout describes, in agreement with its headers; UserError if transformers and they disagree."""
     skeleton = build_skeleton(layout, dtype)
+    check_decoder(skeleton, layout)
+    origins = layout.weights.origins.items()
+    codes = {name: (next(iter(origin.parts.values())), 1) for name, origin in origins if origin.part is None}
+    check_shapes(skeleton, layout.checkpoint, codes)
+    return skeleton
+
+
+def check_decoder(skeleton: Skeleton, layout: ModelLayout) -> None:
+    """UserError if transformers takes other layers of the file than the headers suggest."""
     if skeleton.stored_layers_name != layout.decoder:
         raise UserError(
             f"its decoder layers seem to be {layout.decoder}, but transformers takes {skeleton.stored_layers_name}.",
@@ -168,10 +177,6 @@ def open_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skel
             where=str(layout.checkpoint.path),
             remedy="Config and weights do not belong together, or this family needs a reader of its own.",
         )
-    origins = layout.weights.origins.items()
-    codes = {name: (next(iter(origin.parts.values())), 1) for name, origin in origins if origin.part is None}
-    check_shapes(skeleton, layout.checkpoint, codes)
-    return skeleton
 
 
 def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skeleton:
@@ -313,7 +318,7 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str,
     `codes` maps weights that are stored as codes, by their names in 16 bits, to the name of the codes and the number of
     values in one element of them.
     """
-    problems = list(_expert_problems(skeleton, checkpoint, codes))
+    problems = list(_expert_problems(skeleton, checkpoint, codes))  # (code, what is wrong)
     aliases: dict[int, list[str]] = {}
     stacked = {
         f"{skeleton.layers_name}.{number}.{name}"
@@ -328,18 +333,19 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str,
         stored, packed = codes.get(name, (name, 1))
         problems += _other_shape(stored, checkpoint.tensors.get(stored), tuple(tensor.shape), packed)
     problems += [
-        f"{names[0]} is missing"
+        ("weights-missing", f"{names[0]} is missing")
         for names in aliases.values()  # a tied tensor is in the file once
         if not any(codes.get(name, (name, 1))[0] in checkpoint.tensors for name in names)
     ]
     if problems:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        raise UserError(
-            f"{problems[0]}{more}.", code="config-mismatch", where=str(checkpoint.path), remedy=MISMATCH_REMEDY
-        )
+        code, what = problems[0]
+        raise UserError(f"{what}{more}.", code=code, where=str(checkpoint.path), remedy=MISMATCH_REMEDY)
 
 
-def _expert_problems(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> Iterator[str]:
+def _expert_problems(
+    skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]
+) -> Iterator[tuple[str, str]]:
     for number, mixture in skeleton.experts.items():
         shapes = experts.shapes(skeleton.layers[number].get_submodule(mixture.module))
         for (_, role, parameter), relative in mixture.names.items():
@@ -347,15 +353,15 @@ def _expert_problems(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[
             kept, packed = codes.get(name, (name, 1))
             found = checkpoint.tensors.get(kept) or skeleton.stacks.tensors.get(name)
             if found is None:
-                yield f"{name} is missing"
+                yield "weights-missing", f"{name} is missing"
             yield from _other_shape(kept, found, shapes[role, parameter], packed)
 
 
-def _other_shape(name: str, found: TensorInfo | None, shape: tuple[int, ...], packed: int) -> Iterator[str]:
+def _other_shape(name: str, found: TensorInfo | None, shape: tuple[int, ...], packed: int) -> Iterator[tuple[str, str]]:
     """What is wrong with a tensor whose elements hold `packed` values of a weight of this shape each, if anything."""
     wanted = (*shape[:-1], -(-shape[-1] // packed)) if shape else ()
     if found is not None and found.shape != wanted:
-        yield f"{name} has shape {list(found.shape)}, but config.json gives it {list(wanted)}"
+        yield "config-mismatch", f"{name} has shape {list(found.shape)}, but config.json gives it {list(wanted)}"
 
 
 def _stacked_parameters(layer: nn.Module, module: str) -> frozenset[str]:

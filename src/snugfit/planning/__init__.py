@@ -1,1 +1,1 @@
-"""What a model needs of a GPU: caches, weights under tensor parallelism, an engine's other memory. Imports no torch."""
+"""What fits a GPU, and with which recipe. Imports no torch."""

@@ -25,18 +25,20 @@ _NAMES: Mapping[str, str] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F64"
 class Source:
     """A model's layout with one of the experts that are alike, and the tensors of the file that engines load.
 
-    `counts` is the number of tensors that each stands for. `shapes` are those of the file's weights unpacked, () for
-    tensors that only serve a weight.
+    `whole` is the layout with all of them. `counts` is the number of tensors that each one stands for. `shapes` are
+    those of the file's weights unpacked, () for tensors that only serve a weight.
     """
 
     layout: ModelLayout
+    whole: ModelLayout
     counts: Mapping[str, int]
     served: tuple[str, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
     def elements(self) -> dict[str, int]:
         """Parameters of the model behind each tensor of the file, and behind each logical weight."""
-        logical = {name: info.elements for name, info in self.layout.weights.tensors.items()}
+        logical = {name: info.elements for name, info in self.whole.weights.tensors.items()}
+        logical |= {name: info.elements for name, info in self.layout.weights.tensors.items()}
         return logical | {name: math.prod(shape) if shape else 0 for name, shape in self.shapes.items()}
 
 
@@ -65,7 +67,7 @@ def read_source(layout: ModelLayout) -> Source:
         for name in alone.checkpoint.tensors
         if is_served(name, layout.decoder, layout.num_layers) and not (tied and name.endswith("lm_head.weight"))
     )
-    return Source(layout=alone, counts=counts, served=served, shapes=_shapes(alone))
+    return Source(layout=alone, whole=layout, counts=counts, served=served, shapes=_shapes(alone))
 
 
 def _shapes(layout: ModelLayout) -> dict[str, tuple[int, ...]]:
@@ -152,7 +154,10 @@ def _is_weight(name: str) -> bool:
 
 def _planned_tensors(recipe: LoadedRecipe, source: Source) -> tuple[PlannedTensor, ...]:
     """What a recipe stores of all that engines load; UserError if a run would be refused."""
-    layout = source.layout
+    # a rule with a name may distinguish experts that are alike
+    by_name = any(rule.name is not None for rule in recipe.recipe.rules)
+    layout = source.whole if by_name else source.layout
+    counts = {} if by_name else source.counts
     decisions = decide(layout, recipe)
     for error in decisions.unverified:
         raise error
@@ -163,7 +168,7 @@ def _planned_tensors(recipe: LoadedRecipe, source: Source) -> tuple[PlannedTenso
             decisions.weights.tensors[name].shape,
             infos,
             assignment.format if (assignment := decisions.assignments.get(name)) else None,
-            source.counts.get(name, 1),
+            counts.get(name, 1),
         )
         for name, infos in decisions.outputs.items()
         if name in decisions.weights.tensors

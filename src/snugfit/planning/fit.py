@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from snugfit.arguments import as_sequence
 from snugfit.engines.gpus import COMMON, GENERATIONS
 from snugfit.engines.kernels import attention_kernel
 from snugfit.engines.memory import ENGINE_NAMES, ENGINES, EngineMemory
 from snugfit.errors import UserError
-from snugfit.model.layout import read_layout
+from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.candidates import Candidate, candidates_of, read_source, shortest
 from snugfit.records.fit import (
     AttentionKernels,
@@ -52,7 +52,7 @@ def fit(
     engine: str = "vllm",
     gpu_memory_utilization: float | None = None,
     max_num_seqs: int = 1,
-    recipes: Sequence[str] = (),
+    recipes: str | Path | Sequence[str | Path] = (),
 ) -> FitRecord:
     """Which recipes, and the model as it is, fit `tensor_parallel_size` GPUs of a size ("16GiB") or name ("RTX 4090").
 
@@ -76,12 +76,12 @@ def fit(
         engine=engine,
         gpu_memory_utilization=gpu_memory_utilization,
         max_num_seqs=max_num_seqs,
-        recipes=tuple(recipes),
+        recipes=tuple(map(str, as_sequence(recipes))),
     )
     layout = read_layout(model)
-    served, notes = _read_model(layout.checkpoint.config, settings)
+    served, notes = _read_model(layout, settings)
     source = read_source(layout)
-    candidates, more_notes = candidates_of(source, recipes)
+    candidates, more_notes = candidates_of(source, list(map(str, as_sequence(recipes))))
     elements = source.elements()
     rows = sorted((_row(candidate, elements, served, settings) for candidate in candidates), key=_rank)
     return _record(layout.checkpoint.name, arguments, settings, served, rows, (*notes, *more_notes))
@@ -118,9 +118,16 @@ def _at_least_one(name: str, value: int) -> int:
     return value
 
 
-def _read_model(config: Mapping[str, Any], settings: ServeSettings) -> tuple[ServedModel, list[str]]:
+def _read_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
     """Shapes from config.json, and remarks on them; UserError where the model cannot be served as asked."""
-    cache = read_cache(config)
+    for blocker in layout.blockers:
+        if blocker.error.code == "config-invalid":
+            raise blocker.error
+    config = layout.config
+    try:
+        cache = read_cache(config)
+    except UserError as error:
+        raise error.at(layout.config_file) from None
     check_split(cache, settings.tensor_parallel_size)
     notes = [*cache.notes, *([] if settings.gpu.note is None else [settings.gpu.note])]
     positions = max_positions(config)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from snugfit.arguments import as_sequence
 from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from snugfit.machine import Clock
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.plan import measure_only
-from snugfit.quantization.prepare import Calibration, prepare
-from snugfit.quantization.quantize import report, statistics_of
+from snugfit.quantization.prepare import Calibration, check_options, prepare
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, run_layers
+from snugfit.quantization.run import Run, run_layers, statistics_of
 from snugfit.records.statistics_file import (
     MAX_FORCED_TOKENS,
     MIN_TOKENS_PER_EXPERT,
@@ -29,7 +29,7 @@ def collect_statistics(
     model: str | Path,
     *,
     output_dir: str | Path,
-    dataset: Sequence[str | Path] = (),
+    dataset: str | Path | Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
     device: str | None = None,
@@ -50,16 +50,17 @@ def collect_statistics(
     with clock("prepare"):
         check_stageable(destination)
         calibration = Calibration(
-            dataset=dataset,
+            dataset=as_sequence(dataset),
             num_samples=num_samples,
             max_seq_length=max_seq_length,
             device=device,
             tokens_per_batch=tokens_per_batch,
             experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, MIN_TOKENS_PER_EXPERT),
         )
+        check_options(calibration)
         prepared = prepare(measure_only(read_layout(model)), calibration)
-        prepared.check_resources(destination)
-    report(prepared, progress)
+        prepared.check_resources(destination, restart=restart, force_resume=force_resume)
+    prepared.report(progress)
     with resumable(destination, restart=restart) as (directory, work):
         finished = FinishedUnits(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)

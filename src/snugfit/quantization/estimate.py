@@ -48,9 +48,18 @@ class Estimate:
 
 
 def estimate_run(
-    plan: Plan, skeleton: Skeleton, dataset: Dataset | None, device: torch.device, tokens_per_batch: int
+    plan: Plan,
+    skeleton: Skeleton,
+    dataset: Dataset | None,
+    device: torch.device,
+    tokens_per_batch: int,
+    *,
+    observes: bool = False,
 ) -> Estimate:
-    """Peaks of a run from shapes alone, on top of what this process holds now."""
+    """Peaks of a run from shapes alone, on top of what this process holds now.
+
+    With `observes` a method holds the exact weights of a layer; what its observer measures is not counted.
+    """
     tensors = plan.weights.tensors
     itemsize = max((tensors[name].bytes // max(1, tensors[name].elements) for name in plan.assignments), default=2)
     hidden = skeleton.hidden_size * itemsize
@@ -71,7 +80,8 @@ def estimate_run(
                 width = max((max(tensors[name].shape) for name in unit if name in plan.assignments), default=0)
                 activations = batch * (_STATES * hidden + (_WIDTHS * width + layer.rounded_inputs) * itemsize)
                 activations += in_flight
-            work = max(work, ahead + max(rounding, layer.values + 2 * layer.codes + group + activations))
+            exact = layer.values if observes else 0
+            work = max(work, ahead + exact + max(rounding, layer.values + 2 * layer.codes + group + activations))
         elif dataset is not None:
             embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
     disk = sum(shard.bytes for shard in plan.shards) + 2 * tokens * hidden
@@ -106,7 +116,7 @@ def _layer_bytes(plan: Plan, unit: tuple[str, ...], *, runs: bool) -> _Layer:
     tensors = plan.weights.tensors
     values = sum(tensors[name].bytes for name in unit) if runs else 0
     codes = sum(info.bytes for name in unit if name in plan.assignments for info in plan.outputs[name])
-    groups = [sum(tensors[name].bytes for name in group) for group in groups_of(plan, unit, runs=False)]
+    groups = [sum(tensors[name].bytes for name in group) for group in groups_of(plan, unit, runs=runs)]
     modules = [name.removesuffix(".weight") for name in unit if name in plan.assignments]
     shared = [group[0] for group in group_modules(modules) if len(group) > 1]
     rounded = max((tensors[f"{module}.weight"].shape[-1] for module in shared), default=0)

@@ -51,7 +51,7 @@ class UnitTensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerRun:
+class LayerPass:
     """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device."""
 
     plan: Plan
@@ -115,11 +115,11 @@ def choose(
     )
     for choice in method.choose(_for_method(plan, groups, buffers, done), purpose):
         weight = choice.weight_16bit
-        if choice.codes is None:
-            held = buffers is not None and weight is not None and buffers.copy_in(choice.name, weight)
-            # experts that stay are large: a tensor of the file is copied from file to file
-            if held and choice.name not in plan.weights.origins and not choice.changed:
-                weight = None
+        held = buffers is not None and weight is not None and buffers.copy_in(choice.name, weight)
+        # experts that stay are large: a tensor of the file is copied from file to file
+        from_file = choice.codes is None and choice.name not in plan.weights.origins and not choice.changed
+        if held and (choice.codes is not None or from_file):
+            weight = None
         done[choice.name] = UnitTensor(codes=choice.codes, weight_16bit=weight, relative_error=choice.relative_error)
     return done
 
@@ -145,7 +145,7 @@ def _for_method(
             )
 
 
-def observe(run: LayerRun | None, groups: Iterable[LoadedGroup], method: Method) -> tuple[Iterable[LoadedGroup], Any]:
+def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method) -> tuple[Iterable[LoadedGroup], Any]:
     """The layer's groups, and what the method's observer measures on the layer with its exact weights.
 
     The layer runs over all samples and its hidden states are dropped: `propagate` makes those that count. All groups
@@ -168,7 +168,7 @@ def observe(run: LayerRun | None, groups: Iterable[LoadedGroup], method: Method)
     return held, observer.result()
 
 
-def propagate(run: LayerRun, tensors: MutableMapping[str, UnitTensor]) -> Measured:
+def propagate(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> Measured:
     """Run the layer with its chosen 16-bit weights over all samples, and measure the ranges of its inputs.
 
     FP8 inputs are quantized as an engine does, NVFP4 inputs are not: their scale is what this pass measures. The 16-bit
@@ -194,7 +194,7 @@ def propagate(run: LayerRun, tensors: MutableMapping[str, UnitTensor]) -> Measur
     return ranges_of(run.plan, run.skeleton, run.index, found, run.experts)
 
 
-def _linears_of(run: LayerRun, layer: nn.Module) -> dict[str, str]:
+def _linears_of(run: LayerPass, layer: nn.Module) -> dict[str, str]:
     """The layer's linears, names relative to it: the file's -> the model's."""
     return {
         file_name: module_name
@@ -206,7 +206,7 @@ def _linears_of(run: LayerRun, layer: nn.Module) -> dict[str, str]:
 class _WatchedLayer:
     """A resident layer whose linears are watched, and whose inputs are rounded where an engine would round them."""
 
-    def __init__(self, run: LayerRun, layer: nn.Module, scales: Mapping[str, Tensor | None]) -> None:
+    def __init__(self, run: LayerPass, layer: nn.Module, scales: Mapping[str, Tensor | None]) -> None:
         self._prefix = run.prefix
         module = self._relative_module
         formats = {
@@ -232,7 +232,7 @@ class _WatchedLayer:
 
     def _watch_experts(
         self,
-        run: LayerRun,
+        run: LayerPass,
         layer: nn.Module,
         formats: Mapping[str, TensorFormat],
         scales: Mapping[str, Tensor | None],

@@ -218,7 +218,7 @@ def units_of(layout: ModelLayout, names: Mapping[str, TensorName]) -> tuple[tupl
 
 
 def groups_of(plan: Plan, unit: Sequence[str], *, runs: bool) -> list[tuple[str, ...]]:
-    """The tensors of a unit in the order in which they are read: fused groups of quantized weights, then the rest.
+    """The tensors of a unit in the order in which they are read: fused groups of quantized weights, then each other.
 
     Without `runs` (the layer's forward pass is not needed) the rest is only what cannot be copied from file to file.
     """
@@ -228,8 +228,18 @@ def groups_of(plan: Plan, unit: Sequence[str], *, runs: bool) -> list[tuple[str,
     quantized = set(assigned)
     # biases of single experts are parts of a tensor, and cannot be copied from file to file
     assembled = [name for name in unit if name in plan.weights.origins and name in plan.outputs]
-    rest = tuple(name for name in (unit if runs else assembled) if name not in quantized)
-    return [*found, rest] if rest else found
+    rest = [name for name in (unit if runs else assembled) if name not in quantized]
+    return [*found, *_by_file_tensors(plan.weights, rest)]
+
+
+def _by_file_tensors(weights: LogicalWeights, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """`names` one by one, so that little is in memory at once, but together if they are parts of the same tensor."""
+    found: dict[object, list[str]] = {}
+    for name in names:
+        origin = weights.origins.get(name)
+        key = name if origin is None or origin.part is None else (weights.parts(name), origin.part.expert)
+        found.setdefault(key, []).append(name)
+    return [tuple(group) for group in found.values()]
 
 
 def _outputs_of(weights: LogicalWeights, name: str, assignment: Assignment | None) -> tuple[TensorInfo, ...]:

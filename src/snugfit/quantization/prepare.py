@@ -19,14 +19,16 @@ from snugfit.machine import hardware, pick_device, versions
 from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model.skeleton import Skeleton, open_skeleton
+from snugfit.progress import Progress
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
 from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.resume import stamps
+from snugfit.quantization.resume import check_resumable, stamps
 from snugfit.recipes.assignment import Assignment
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
 from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest
+from snugfit.storage.staging import check_stageable
 from snugfit.version import __version__
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
@@ -77,11 +79,25 @@ class PreparedRun:
         """Bytes of all tensors to be written, without headers."""
         return self.plan.bytes
 
-    def check_resources(self, output_dir: str | Path | None = None) -> None:
-        """UserError if memory, GPU memory or (with `output_dir`) disk space would not be enough."""
+    def check_resources(
+        self, output_dir: str | Path | None = None, *, restart: bool = False, force_resume: bool = False
+    ) -> None:
+        """UserError if memory or GPU memory would not be enough, or the run could not write to `output_dir`.
+
+        That is so if its disk has too little space, or if it holds an unfinished run that this one cannot resume.
+        """
         check_memory(self.estimate, self.device)
         if output_dir is not None:
+            check_stageable(Path(output_dir))
             check_disk(self.estimate, Path(output_dir))
+            if not restart:
+                check_resumable(Path(output_dir), self.identity(), force=force_resume)
+
+    def report(self, progress: Progress) -> None:
+        """Say what the run will need, and what a person should know of it."""
+        progress.message(self.estimate.line())
+        for note in self.notes:
+            progress.message(note)
 
     def statistics_digest(self) -> str | None:
         """SHA-256 of the statistics that take the place of samples, None without."""
@@ -117,10 +133,14 @@ def check_options(calibration: Calibration) -> None:
         if value < least:
             what = f"must be >= {least}, got {value}."
             raise UserError(what, code="option-invalid", where=name, remedy=f"Give {least} or more.")
+    pick_device(calibration.device)
     for file in calibration.dataset:
-        if not Path(file).is_file():
+        if not Path(file).exists():
             what = "no such file."
             raise UserError(what, code="file-missing", where=str(file), remedy="Name a text or JSONL file.")
+        if Path(file).is_dir():
+            what = "a directory, not a file."
+            raise UserError(what, code="dataset-unreadable", where=str(file), remedy="Name the files in it.")
     if calibration.statistics is not None and not Path(calibration.statistics).exists():
         raise UserError(
             "no such file or directory.",
@@ -163,7 +183,7 @@ def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAR
         dataset=dataset,
         known=known,
         recalled=recalled,
-        estimate=estimate_run(plan, skeleton, dataset, device, tokens_per_batch),
+        estimate=estimate_run(plan, skeleton, dataset, device, tokens_per_batch, observes=observes),
         notes=tuple(_notes(plan, calibration, dataset, known)),
     )
 

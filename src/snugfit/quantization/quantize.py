@@ -8,28 +8,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from snugfit.arguments import as_sequence
 from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from snugfit.errors import UserError
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.plan import Plan, lay_out
-from snugfit.quantization.prepare import Calibration, PreparedRun, prepare
+from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, prepare
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Outcome, Run, run_layers
+from snugfit.quantization.run import Outcome, Run, run_layers, statistics_of
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
 from snugfit.records.base import as_json
 from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE, QuantizeRecord, TensorRecord
-from snugfit.records.statistics import layer_from_json
 from snugfit.records.statistics_file import (
     MAX_FORCED_TOKENS,
     MIN_TOKENS_PER_EXPERT,
     STATISTICS_FILE,
-    DatasetUsed,
     ExpertCalibration,
-    Statistics,
 )
-from snugfit.storage.checkpoint import INDEX_NAME, fingerprint, header_digest
+from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import OTHER_WEIGHTS, check_inside
 from snugfit.storage.shards import index_of
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
@@ -38,10 +36,10 @@ from snugfit.version import __version__
 
 def quantize(
     model: str | Path,
-    recipe: str | LoadedRecipe,
+    recipe: str | Path | LoadedRecipe,
     *,
     output_dir: str | Path,
-    dataset: Sequence[str | Path] = (),
+    dataset: str | Path | Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
     device: str | None = None,
@@ -87,8 +85,8 @@ def quantize(
             statistics=statistics,
             allow_unverified=allow_unverified,
         )
-        prepared.check_resources(destination)
-    report(prepared, progress)
+        prepared.check_resources(destination, restart=restart, force_resume=force_resume)
+    prepared.report(progress)
     reset_peak_gpu_bytes(prepared.device)
     with resumable(destination, restart=restart) as (directory, work):
         finished = FinishedUnits(work, prepared.identity(), force=force_resume)
@@ -116,9 +114,9 @@ def quantize(
 
 def plan_quantization(
     model: str | Path,
-    recipe: str | LoadedRecipe,
+    recipe: str | Path | LoadedRecipe,
     *,
-    dataset: Sequence[str | Path] = (),
+    dataset: str | Path | Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
     device: str | None = None,
@@ -139,7 +137,7 @@ def plan_quantization(
         what = f"must be >= 1 byte, got {max_shard_size}."
         raise UserError(what, code="option-invalid", where="max_shard_size", remedy="Give a larger size.")
     calibration = Calibration(
-        dataset=dataset,
+        dataset=as_sequence(dataset),
         num_samples=num_samples,
         max_seq_length=max_seq_length,
         device=device,
@@ -147,41 +145,14 @@ def plan_quantization(
         experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, min_tokens_per_expert),
         statistics=statistics,
     )
-    loaded = load_recipe(recipe) if isinstance(recipe, str) else recipe
+    check_options(calibration)
+    loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)
     plan = lay_out(read_layout(model), loaded, max_shard_size=max_shard_size)
     for error in plan.unverified:
         if not allow_unverified:
             raise error
     _check_file_names(plan)
     return prepare(plan, calibration)
-
-
-def report(prepared: PreparedRun, progress: Progress) -> None:
-    """Say what the run will need, and what a person should know of it."""
-    progress.message(prepared.estimate.line())
-    for note in prepared.notes:
-        progress.message(note)
-
-
-def statistics_of(run: Run) -> Statistics:
-    """What a run measured, for its file."""
-    prepared = run.prepared
-    assert prepared.dataset is not None
-    checkpoint, recipe = prepared.plan.checkpoint, prepared.plan.recipe
-    dataset = prepared.dataset
-    layers_found = [entry["statistics"] for entry in run.finished.entries[1:]]
-    return Statistics(
-        snugfit=__version__,
-        model=checkpoint.name,
-        header_digest=header_digest(checkpoint),
-        fingerprint=fingerprint(checkpoint),
-        datasets=(DatasetUsed(dataset.source, len(dataset.samples), dataset.tokens, dataset.digest),),
-        all_experts=prepared.experts.all_experts,
-        max_forced_tokens=prepared.experts.max_forced_tokens,
-        recipe=None if recipe is None else recipe.recipe.name,
-        recipe_digest=None if recipe is None else recipe.digest,
-        layers={number: layer_from_json(found) for number, found in enumerate(layers_found)},
-    )
 
 
 def _check_file_names(plan: Plan) -> None:

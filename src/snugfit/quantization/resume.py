@@ -15,7 +15,7 @@ from typing import Any
 
 from snugfit.errors import Unfinished
 from snugfit.storage.checkpoint import Checkpoint
-from snugfit.storage.staging import unit_name
+from snugfit.storage.staging import WORK_NAME, unit_name
 
 IDENTITY = "run.json"
 # what may differ only if the caller forces it: the result would differ in last bits
@@ -98,6 +98,13 @@ class FinishedUnits:
         for number in reversed(range(done, len(self.entries))):  # a kill leaves no gap
             (self._folder / unit_name(number)).unlink()
         del self.entries[done:]
+
+
+def check_resumable(output_dir: Path, identity: Mapping[str, Any], *, force: bool = False) -> None:
+    """Raise what FinishedUnits would raise for the unfinished run of `output_dir`, if there is one; write nothing."""
+    folder = output_dir.with_name(output_dir.name + ".partial") / WORK_NAME
+    if (folder / IDENTITY).exists() or any(folder.glob(unit_name("*"))):
+        FinishedUnits(folder, identity, force=force)
 
 
 def stamps(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from snugfit.model import forward_pass, layers
 from snugfit.model.hidden_states import StateFile
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import read_ahead_bytes
-from snugfit.quantization.layer import LayerRun, choose, load, observe, propagate
+from snugfit.quantization.layer import LayerPass, choose, load, observe, propagate
 from snugfit.quantization.measured import NOTHING_MEASURED, Measured
 from snugfit.quantization.plan import groups_of
 from snugfit.quantization.prepare import PreparedRun
@@ -26,9 +26,12 @@ from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.write import write_unit
 from snugfit.records.quantize import TensorRecord
-from snugfit.records.statistics import layer_to_json
+from snugfit.records.statistics import layer_from_json, layer_to_json
+from snugfit.records.statistics_file import DatasetUsed, Statistics
+from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.storage.shards import ShardWriter
 from snugfit.storage.transfer import Transfer
+from snugfit.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,7 @@ def run_layers(run: Run) -> Outcome:
                 with clock("weights"):
                     loaded, observed = observe(layer, load(plan, groups[number], ahead), prepared.method)
                     tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
+                    del loaded, observed  # before the next layer is observed
                 if number > 1:
                     commits.wait()  # this layer's states overwrite those of the layer before the last
                 with clock("forward"):
@@ -121,13 +125,13 @@ def _batches(run: Run) -> list[forward_pass.Batch]:
 
 def _layer_run(
     run: Run, number: int, batches: Sequence[forward_pass.Batch], states: Sequence[StateFile]
-) -> LayerRun | None:
+) -> LayerPass | None:
     """What running the layer of unit `number` takes; None if no samples pass it."""
     if not number or not run.runs_layers:
         return None
     states[(number - 1) % 2].prefetch()
     prepared = run.prepared
-    return LayerRun(
+    return LayerPass(
         plan=prepared.plan,
         skeleton=prepared.skeleton,
         index=number - 1,
@@ -139,7 +143,7 @@ def _layer_run(
     )
 
 
-def _measure(run: Run, number: int, layer: LayerRun | None, states: Sequence[StateFile], tensors: Any) -> Measured:
+def _measure(run: Run, number: int, layer: LayerPass | None, states: Sequence[StateFile], tensors: Any) -> Measured:
     """What the samples or an earlier run found in a unit's layer; nothing if no format needs it."""
     if number and run.prepared.recalled is not None:
         return run.prepared.recalled[number - 1]
@@ -237,3 +241,24 @@ class _Commits:
         """Until the last unit is recorded; raises what went wrong."""
         if self._last is not None:
             self._last.result()
+
+
+def statistics_of(run: Run) -> Statistics:
+    """What a run measured, for its file."""
+    prepared = run.prepared
+    assert prepared.dataset is not None
+    checkpoint, recipe = prepared.plan.checkpoint, prepared.plan.recipe
+    dataset = prepared.dataset
+    layers_found = [entry["statistics"] for entry in run.finished.entries[1:]]
+    return Statistics(
+        snugfit=__version__,
+        model=checkpoint.name,
+        header_digest=header_digest(checkpoint),
+        fingerprint=fingerprint(checkpoint),
+        datasets=(DatasetUsed(dataset.source, len(dataset.samples), dataset.tokens, dataset.digest),),
+        all_experts=prepared.experts.all_experts,
+        max_forced_tokens=prepared.experts.max_forced_tokens,
+        recipe=None if recipe is None else recipe.recipe.name,
+        recipe_digest=None if recipe is None else recipe.digest,
+        layers={number: layer_from_json(found) for number, found in enumerate(layers_found)},
+    )

@@ -38,9 +38,6 @@ class ExpertCalibration:
     min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT
 
 
-DEFAULT_CALIBRATION = ExpertCalibration()
-
-
 @dataclass(frozen=True)
 class DatasetUsed:
     """A dataset that was measured: its files' names, its number of samples and tokens, and the samples' digest."""

@@ -76,9 +76,11 @@ def _locked(target: Path) -> Iterator[Path]:
 def _lock(file: int, partial: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         what = "another run is writing this."
         raise UserError(what, code="output-busy", where=str(partial), remedy="Wait for it to end.") from None
+    except OSError as error:
+        raise _not_writable(partial, f"cannot be locked ({error.strerror}).") from None
 
 
 def _not_writable(folder: Path, what: str, remedy: str = "Choose another `output_dir`.") -> UserError:
@@ -114,7 +116,10 @@ def check_stageable(target: Path) -> None:
     check_folder(partial)
     if not (partial / LOCK_NAME).is_file():
         return
-    lock = os.open(partial / LOCK_NAME, os.O_RDWR)
+    try:
+        lock = os.open(partial / LOCK_NAME, os.O_RDWR)
+    except OSError as error:
+        raise _not_writable(partial, f"cannot be written ({error.strerror}).") from None
     try:
         _lock(lock, partial)
     finally:
