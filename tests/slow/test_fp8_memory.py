@@ -100,9 +100,9 @@ import snugfit
 from snugfit.machine import peak_rss_bytes, rss_bytes
 from snugfit.quantization import prepare
 estimate, found = prepare.estimate_run, {}
-def observed(plan, *arguments):
+def observed(plan, *arguments, **options):
     found["baseline"], found["planned"] = rss_bytes(), plan.bytes
-    return estimate(plan, *arguments)
+    return estimate(plan, *arguments, **options)
 prepare.estimate_run = observed
 model, out, rows, recipe = sys.argv[1:]
 record = snugfit.quantize(model, recipe, output_dir=out, dataset=[rows], device="cpu", min_tokens_per_expert=0)
@@ -152,7 +152,7 @@ def test_an_fp8_mixture_is_never_expanded(recipe: str, large: Path, tmp_path: Pa
     watch.start()
     try:
         command = [sys.executable, "-c", RUN, str(large), str(tmp_path / "out"), str(large / "rows.jsonl"), recipe]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     finally:
         watch.stop()
     found = json.loads(done.stdout.splitlines()[-1])

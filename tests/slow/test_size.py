@@ -76,9 +76,9 @@ import snugfit
 from snugfit.machine import peak_rss_bytes, rss_bytes
 from snugfit.quantization import prepare
 estimate, found = prepare.estimate_run, {}
-def observed(*arguments):
+def observed(*arguments, **options):
     found["baseline"] = rss_bytes()
-    return estimate(*arguments)
+    return estimate(*arguments, **options)
 prepare.estimate_run = observed
 model, out, recipe = sys.argv[1:]
 record = snugfit.quantize(model, recipe, output_dir=out, dataset=[model + "/rows.jsonl"], device="cpu")
@@ -90,8 +90,9 @@ print(json.dumps(found | {"peak": peak_rss_bytes(), "estimates": record.estimate
 def test_peak_memory_follows_the_largest_layer(recipe: str, large: Path, tmp_path: Path) -> None:
     """Peak memory stays below what there was before, three times the largest layer and its activations."""
     command = [sys.executable, "-c", RUN, str(large), str(tmp_path / "out"), recipe]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
+    print(recipe, found)  # noqa: T201  # shown by -rP
     layer = 2 * (2 * HIDDEN * HIDDEN + 2 * 640 * HIDDEN + 3 * MLP * HIDDEN)
     activations = 0 if recipe == "fp8-int4" else 2 * TOKENS * (3 * MLP + 6 * HIDDEN)
     assert found["peak"] < found["baseline"] + 3 * layer + activations
