@@ -282,12 +282,13 @@ def resident_layer(
         model.formats,
         model.activations,
         skeleton.names_of_layer(index).parameters,
+        device,
     )
     mixture, inputs = skeleton.experts.get(index), None
     if mixture is not None:
-        buffers = layers.expert_buffers(skeleton, index, torch.device("cpu"))
+        buffers = layers.expert_buffers(skeleton, index, device)
         inputs = emulate.read_experts(
-            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations
+            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations, device
         )
         weights |= buffers.stacked
     layer = layers.resident_layer(skeleton, index, weights, device)
