@@ -27,6 +27,7 @@ def quantize(
     dataset: options.Dataset = None,
     num_samples: options.NumSamples = DEFAULT_NUM_SAMPLES,
     max_seq_length: options.MaxSeqLength = DEFAULT_MAX_SEQ_LENGTH,
+    shuffle_seed: options.ShuffleSeed = None,
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,
     max_shard_size: Annotated[
@@ -68,6 +69,7 @@ def quantize(
         "dataset": dataset or (),
         "num_samples": num_samples,
         "max_seq_length": max_seq_length,
+        "shuffle_seed": shuffle_seed,
         "device": device,
         "tokens_per_batch": tokens_per_batch,
         "max_shard_size": None if max_shard_size is None else _shard_bytes(max_shard_size),
@@ -105,7 +107,7 @@ def quantize(
         print_totals(record.tensors)
         if record.left_out:
             names = plain(", ".join(record.left_out))
-            typer.echo(f"weights in other containers, not copied: {names}", err=True)
+            typer.echo(f"not copied (weights in other containers, other quantizations): {names}", err=True)
         peak = record.peak_rss_bytes / GB
         typer.echo(f"{plain(str(output_dir))}: {record.seconds['total']:.1f} s, peak memory {peak:.2f} GB")
 

@@ -52,6 +52,7 @@ _STAYS: Mapping[str, str] = {
     "lm_head": "outside the decoder layers",
     "norms": "no matrix",
     "vectors": "no matrix",
+    "layers without text": "not run on text",
     "multi-token prediction": "not run by transformers",
     "towers": "tower",
     "other": "outside the decoder layers",
@@ -159,7 +160,7 @@ def _architecture(contents: Contents) -> Architecture:
     given = checkpoint.config.get("architectures")
     kind = config.get("model_type") or checkpoint.config.get("model_type")
     dtype = next((c[k] for c in (config, checkpoint.config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
-    tied = any(bool(c.get("tie_word_embeddings")) for c in (config, checkpoint.config))
+    tied = layout.tied_embeddings
     inside = [w for w in contents.weights if w.part == "experts"]
     numbered = max((w.expert for w in inside if w.expert is not None), default=-1) + 1
     experts = numbered or next((w.shape[0] for w in inside if len(w.shape) == 3), None)
@@ -347,6 +348,7 @@ def _problems(contents: Contents, architecture: Architecture, fused: Sequence[Fu
     if layout.format_error is not None and layout.format_error.code != "quantization-unknown":
         errors.append(layout.format_error)
     yield from dict.fromkeys(error.what for error in errors)
+    yield from layout.contradictions
     for weight in contents.weights:
         rows = weight.shape[0] if weight.part == "embed" and len(weight.shape) == 2 else None
         if rows is not None and architecture.vocabulary and rows < architecture.vocabulary:

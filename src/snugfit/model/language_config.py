@@ -27,6 +27,11 @@ def language_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def nested_language_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys of a config under which a part of it describes the language model."""
+    return [key for key in _NESTED if isinstance(config.get(key), dict)]
+
+
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """Number of decoder layers that a (language) config states; None where it states no possible number."""
     given = (config.get(key) for key in _LAYER_COUNTS)
@@ -50,6 +55,14 @@ def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
         if listed is not None:
             text["num_hidden_layers"] = len(listed)
     return {**config_defaults.DEFAULTS.get(str(text.get("model_type")), {}), **text}
+
+
+def layers_without_text(text: Mapping[str, Any]) -> frozenset[int]:
+    """Decoder layers that a language model passes over while it reads text alone: the cross attention of Mllama."""
+    listed = text.get("cross_attention_layers")
+    if text.get("model_type") != "mllama_text_model" or not isinstance(listed, list):
+        return frozenset()
+    return frozenset(number for number in listed if isinstance(number, int))
 
 
 def positive(text: Mapping[str, Any], key: str) -> int:

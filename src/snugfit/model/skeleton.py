@@ -63,7 +63,7 @@ class Skeleton:
     bits). Experts in 3-D parameters are in `experts` by layer instead; `stacks` has the logical weights of files that
     hold all experts of a layer in one tensor. With `returns_tuple` layers return tuples. With `carries_state` layers
     pass more on than hidden states, such as Gemma 4's shared keys and values, which are lost if a run starts at a later
-    layer.
+    layer. Text does not run the layers `skipped`.
     """
 
     model: nn.Module
@@ -73,6 +73,7 @@ class Skeleton:
     stored: Mapping[str, str]
     returns_tuple: bool
     carries_state: bool
+    skipped: frozenset[int]
     experts: Mapping[int, experts.ExpertNames]
     stacks: LogicalWeights
 
@@ -188,16 +189,17 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
             where=where,
             remedy="Check the config, or update transformers.",
         )
-    model = _build_model(checkpoint, dtype, where)
+    model = _build_model(checkpoint, dtype, where, own_head=layout.tied.own_head)
     stored = stored_names(model, checkpoint.tensors)
     decoder = model.get_decoder()  # type: ignore[operator]
     name, layers = _decoder_layers(model, decoder, where)
     tokens = _plain_tokens(model.config)
-    calls = trace_layer_calls(model, layers, tokens, where=where)
+    skipped = layout.skipped_layers
+    calls = trace_layer_calls(model, layers, tokens, where=where, skipped=skipped)
     if model.config.get_text_config() is not model.config:  # type: ignore[union-attr,operator]
         _keep_text_decoder(model, decoder, where)
-        alone = trace_layer_calls(model, layers, tokens, where=where)
-        if not all(map(alike, calls.calls, alone.calls)):
+        alone = trace_layer_calls(model, layers, tokens, where=where, skipped=skipped)
+        if not all(alike(call, alone.calls[number]) for number, call in calls.calls.items()):
             raise _unsupported(f"{type(model).__name__} does not run text as its language model alone would.", where)
     mixtures = {n: module for n, layer in enumerate(layers) if (module := experts.find_experts(layer, where=where))}
     experts.use(model)
@@ -210,7 +212,7 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
     empty = [key for key, buffer in model.named_buffers() if buffer.device.type == "meta" and key not in state]
     if empty:
         raise _unsupported(f"this model never computes its buffers {', '.join(empty[:5])}.", where)
-    passes_mapping = any(isinstance(value, MutableMapping) for _, _, given in calls.calls for value in given.values())
+    passes_mapping = any(isinstance(value, MutableMapping) for _, _, given in calls.calls.values() for value in given.values())
     file_layers = list_name(names, name, len(layers))
     stacks = stacked_weights(checkpoint, layout.dialect)
     singles = experts.single_experts(checkpoint, stacks, file_layers)
@@ -222,6 +224,7 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
         stored=names,
         returns_tuple=calls.returns_tuple,
         carries_state=passes_mapping and getattr(decoder.config, "num_kv_shared_layers", None) != 0,
+        skipped=skipped,
         experts={n: experts.expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()},
         stacks=stacks,
     )
@@ -238,7 +241,8 @@ def _plain_tokens(config: Any) -> Tensor:
     return torch.full((1, 4), next(token for token in range(len(special) + 1) if token not in special))
 
 
-def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) -> nn.Module:
+def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, *, own_head: str) -> nn.Module:
+    """transformers' model of config.json; with the file's `own_head`, which differs from the embeddings, untied."""
     from transformers import AutoConfig
 
     try:
@@ -246,6 +250,8 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) 
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
+            if own_head:
+                part.tie_word_embeddings = False
         named = (dtype, config.dtype, config.get_text_config().dtype)
         arithmetic = next((given for given in named if isinstance(given, torch.dtype)), torch.bfloat16)
         with _parameters_on_meta(), torch.no_grad():
@@ -260,6 +266,10 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) 
             where=where,
             remedy="Check the config, or update transformers.",
         ) from None
+    if own_head and _is_tied(model):
+        what = f"{own_head} differs from the embeddings, but {type(model).__name__} has no output head of its own."
+        remedy = "Remove that tensor, if the embeddings are the head."
+        raise UserError(what, code="config-mismatch", where=str(checkpoint.path), remedy=remedy)
     model.eval().requires_grad_(False)
     for pattern, kept in transformers_api.dtype_plan(model, arithmetic).items():
         for name, parameter in [*model.named_parameters()]:
@@ -267,6 +277,11 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) 
                 put(model, name, parameter.to(kept))
     found: nn.Module = model
     return found
+
+
+def _is_tied(model: nn.Module) -> bool:
+    head, tokens = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    return head is not None and head.weight is tokens.weight
 
 
 def _decoder_layers(model: nn.Module, decoder: nn.Module, where: str) -> tuple[str, nn.ModuleList]:

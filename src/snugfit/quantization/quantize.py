@@ -35,6 +35,9 @@ from snugfit.storage.shards import index_of
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
 
+# how the source was quantized by another tool; engines may read them in place of config.json
+OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+
 
 def quantize(
     model: str | Path,
@@ -44,6 +47,7 @@ def quantize(
     dataset: Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
     max_shard_size: int | None = None,
@@ -58,9 +62,10 @@ def quantize(
 ) -> QuantizeRecord:
     """Quantize `model` (a directory or a Hugging Face id) by `recipe` into the new directory `output_dir`.
 
-    `recipe` is a built-in name, a YAML file, or a loaded recipe. `dataset` names text or JSONL files to calibrate on
-    (default: Python's documentation), at most `num_samples` samples of `max_seq_length` tokens; a recipe without
-    activation scales reads none. `device`: "cpu" or "cuda" (default: cuda if there is one). `max_shard_size` is in
+    `recipe` is a built-in name, a YAML file, or a loaded recipe. `dataset` names files to calibrate on, text,
+    JSONL or Parquet (default: Python's documentation): at most `num_samples` samples of `max_seq_length` tokens, from
+    the beginning of each file, or drawn from all of it with `shuffle_seed`; a recipe without activation scales reads
+    none. `device`: "cpu" or "cuda" (default: cuda if there is one). `max_shard_size` is in
     bytes. Of a mixture, every expert sees every token up to `max_forced_tokens`, or with `moe_calibrate_all_experts`
     False only what the router sends it; fewer than `min_tokens_per_expert` is an error. `statistics`, measured earlier
     on this model, take the place of samples. `allow_unverified` writes formats that no tested engine loads.
@@ -77,6 +82,7 @@ def quantize(
             dataset=dataset,
             num_samples=num_samples,
             max_seq_length=max_seq_length,
+            shuffle_seed=shuffle_seed,
             device=device,
             tokens_per_batch=tokens_per_batch,
             max_shard_size=max_shard_size,
@@ -102,6 +108,7 @@ def quantize(
         arguments = {
             "num_samples": num_samples,
             "max_seq_length": max_seq_length,
+            "shuffle_seed": shuffle_seed,
             "device": str(prepared.device),
             "tokens_per_batch": prepared.tokens_per_batch,
             "moe_calibrate_all_experts": moe_calibrate_all_experts,
@@ -121,6 +128,7 @@ def plan_quantization(
     dataset: Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
     max_shard_size: int | None = None,
@@ -142,6 +150,7 @@ def plan_quantization(
         dataset=dataset,
         num_samples=num_samples,
         max_seq_length=max_seq_length,
+        shuffle_seed=shuffle_seed,
         device=device,
         tokens_per_batch=tokens_per_batch,
         experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, min_tokens_per_expert),
@@ -205,7 +214,7 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     for name in plan.checkpoint.other_files:
         if name in (RECORD_FILE, STATISTICS_FILE):  # the source's own
             continue
-        if name.endswith((*OTHER_WEIGHTS, ".index.json")):
+        if name.endswith((*OTHER_WEIGHTS, ".index.json")) or name in OTHER_QUANTIZATION_FILES:
             not_copied.append(name)
             continue
         (directory / name).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from snugfit.errors import Unfinished, UserError
-from snugfit.storage.files import DOWNLOAD_AGAIN, list_files, open_regular, parse_json_object, read_file, read_part
+from snugfit.storage.files import (
+    DOWNLOAD_AGAIN,
+    PIECE_BYTES,
+    list_files,
+    open_regular,
+    parse_json_object,
+    read_file,
+    read_part,
+)
 from snugfit.storage.safetensors_header import (
     TORCH_NAMES,
     StoredTensor,
@@ -34,6 +42,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 FINGERPRINT_TENSORS, FINGERPRINT_BYTES = 64, 1024
+_SAMPLE_BYTES = 1 << 16  # of each of four places, where two tensors on the Hub are compared
 
 
 class Remote(Protocol):
@@ -192,6 +201,28 @@ def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: m
         read_part(fd, tensor.offset + start, view, where=where, what=f"tensor {tensor.name}")
     finally:
         os.close(fd)
+
+
+def have_same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same bytes; of a model on the Hub a few pieces are compared."""
+    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
+    if one.bytes != other.bytes:
+        return False
+    piece, starts = PIECE_BYTES, range(0, one.bytes, PIECE_BYTES)
+    if checkpoint.remote is not None:
+        piece = min(_SAMPLE_BYTES, one.bytes)
+        last = one.bytes - piece
+        starts = range(0, last + 1, max(1, last // 3))
+    for start in starts:
+        size = min(piece, one.bytes - start)
+        found = []
+        for tensor in (one, other):
+            buffer = bytearray(size)
+            read_range(checkpoint, tensor, start, memoryview(buffer))
+            found.append(buffer)
+        if found[0] != found[1]:
+            return False
+    return True
 
 
 def read_config(root: Path) -> dict[str, Any]:
