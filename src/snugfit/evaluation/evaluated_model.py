@@ -201,9 +201,10 @@ def pass_layers(
     forward_pass.embed(model.skeleton, weights, batches, device)
     with _bounded_attention(model.arithmetic, device):
         for index in range(len(model.skeleton.layers)):
-            layer, cache = resident_layer(model, index, device)
-            forward_pass.run_layer(layer, index, batches, cache=cache)
-            del layer  # before the next is read
+            if index not in model.skeleton.skipped:
+                layer, cache = resident_layer(model, index, device)
+                forward_pass.run_layer(layer, index, batches, cache=cache)
+                del layer  # before the next is read
             advance()
     for batch in batches:
         batch.calls.clear()

@@ -27,7 +27,7 @@ _COUNT_LISTS = frozenset(
         *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
         *("n_shared_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         *("num_routed_experts", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"),
-        *("attn_layer_indices", "full_attn_idxs", "no_rope_layers"),
+        *("attn_layer_indices", "full_attn_idxs", "no_rope_layers", "cross_attention_layers"),
     }
 )
 _POSITIVE_COUNTS = frozenset(

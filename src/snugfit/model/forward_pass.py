@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.errors import UserError
-from snugfit.model.layer_stubs import LayerStub, without_embeddings
+from snugfit.model.layer_stubs import LayerStub, order_problem, without_embeddings
 from snugfit.model.layers import with_layers
 from snugfit.model.skeleton import Skeleton
 
@@ -86,30 +86,44 @@ def embed(
     `weights` are the embeddings and everything else outside the layers, by full name; the head is not needed. `keep`
     receives the hidden states batch by batch; without it they stay in the batch.
     """
+    wanted = [number for number in range(len(skeleton.layers)) if number not in skeleton.skipped]
+    numbers: list[int] = []
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
-    def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def record(number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        numbers.append(number)
         calls.append((hidden, args, kwargs))
-        if len(calls) == len(skeleton.layers):
+        if len(calls) == len(wanted):
             raise _Reached
         return hidden
 
     layer_stubs: list[nn.Module] = [
-        LayerStub(layer, record, returns_tuple=skeleton.returns_tuple) for layer in skeleton.layers
+        LayerStub(number, layer, record, returns_tuple=skeleton.returns_tuple)
+        for number, layer in enumerate(skeleton.layers)
     ]
     model = on_device(with_layers(skeleton, layer_stubs, weights), device)
     previous: Batch | None = None
     for batch in batches:
+        numbers.clear()
         calls.clear()
         with contextlib.suppress(_Reached):
             model(input_ids=batch.tokens, use_cache=False)
+        problem = order_problem(numbers, wanted)
+        if problem:
+            raise UserError(
+                f"{problem}.",
+                code="architecture-unsupported",
+                where=skeleton.stored_layers_name,
+                remedy="This family needs a reader of its own: please report it.",
+            )
         if keep is None:
             batch.hidden = calls[0][0]
         else:
             keep(batch, calls[0][0])
-        batch.calls = [(args, kwargs) for _, args, kwargs in calls]
+        given = dict(zip(numbers, calls, strict=True))
+        batch.calls = [given[number][1:] if number in given else ((), {}) for number in range(len(skeleton.layers))]
         alike = previous is not None and previous.tokens.shape[1] == batch.tokens.shape[1]
-        before = previous.calls if alike and previous is not None else [None] * len(calls)
+        before = previous.calls if alike and previous is not None else [None] * len(batch.calls)
         known: dict[tuple[int, int], Tensor] = {}
         batch.calls = [_shared(old, new, known) for old, new in zip(before, batch.calls, strict=True)]
         previous = batch
@@ -211,8 +225,8 @@ def output_head(skeleton: Skeleton, weights: Mapping[str, Tensor], device: torch
     """
     part = torch.empty(0)
     layer_stubs: list[nn.Module] = [
-        LayerStub(layer, lambda _hidden, _args, _kwargs: part, returns_tuple=skeleton.returns_tuple)
-        for layer in skeleton.layers
+        LayerStub(number, layer, lambda _number, _hidden, _args, _kwargs: part, returns_tuple=skeleton.returns_tuple)
+        for number, layer in enumerate(skeleton.layers)
     ]
     model = on_device(with_layers(skeleton, layer_stubs, weights), device)
     without_embeddings(model)

@@ -212,7 +212,9 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
     empty = [key for key, buffer in model.named_buffers() if buffer.device.type == "meta" and key not in state]
     if empty:
         raise _unsupported(f"this model never computes its buffers {', '.join(empty[:5])}.", where)
-    passes_mapping = any(isinstance(value, MutableMapping) for _, _, given in calls.calls.values() for value in given.values())
+    passes_mapping = any(
+        isinstance(value, MutableMapping) for _, _, given in calls.calls.values() for value in given.values()
+    )
     file_layers = list_name(names, name, len(layers))
     stacks = stacked_weights(checkpoint, layout.dialect)
     singles = experts.single_experts(checkpoint, stacks, file_layers)

@@ -14,7 +14,7 @@ from typing import Any
 from snugfit.errors import UserError
 from snugfit.model import config_defaults
 from snugfit.model.config_values import WHERE
-from snugfit.model.language_config import positive, with_defaults
+from snugfit.model.language_config import layers_without_text, positive, with_defaults
 from snugfit.vram import families
 from snugfit.vram.kv_cache import AttentionCache, ModelCache, StateCache
 
@@ -56,6 +56,10 @@ def read_cache(config: TextConfig) -> ModelCache:
         if odd:
             raise _unknown_cache(f"{kind!r} has {', '.join(odd[:3])}")
         notes.append(f"the family {kind} is unknown: its KV cache is an upper bound, as if every layer kept all tokens")
+    if layers_without_text(text):
+        notes.append(
+            "keys and values of pictures (cross attention) are not counted; vLLM served this family until 0.10.2"
+        )
     kinds = _layer_kinds(text, kind, layers)
     shared = text.get("num_kv_shared_layers") or 0
     found = [_layer(text, kind, kinds[number], number) for number in range(layers - shared)]
@@ -151,6 +155,7 @@ _RULES: Mapping[str, Callable[[TextConfig, int], str]] = {
     "qwen3_5_moe_text": _each("full_attention_interval"),
     "olmo_hybrid": _each("full_attention_interval"),
     "llama4_text": _llama4,
+    "mllama_text_model": lambda text, number: "none" if number in text["cross_attention_layers"] else "full",
 }
 
 
