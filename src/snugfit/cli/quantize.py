@@ -30,6 +30,7 @@ def quantize(
     shuffle_seed: options.ShuffleSeed = None,
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,
+    dtype: options.Dtype = None,
     max_shard_size: Annotated[
         float | None, typer.Option(metavar="GB", help="Largest weight file in GB (10^9). Default: 0.5 to 5, by size.")
     ] = None,
@@ -72,6 +73,7 @@ def quantize(
         "shuffle_seed": shuffle_seed,
         "device": device,
         "tokens_per_batch": tokens_per_batch,
+        "dtype": dtype,
         "max_shard_size": None if max_shard_size is None else _shard_bytes(max_shard_size),
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "max_forced_tokens": max_forced_tokens,

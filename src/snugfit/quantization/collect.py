@@ -32,8 +32,10 @@ def collect_statistics(
     dataset: Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    dtype: str | None = None,
     moe_calibrate_all_experts: bool = True,
     max_forced_tokens: int = MAX_FORCED_TOKENS,
     restart: bool = False,
@@ -52,8 +54,10 @@ def collect_statistics(
             dataset=dataset,
             num_samples=num_samples,
             max_seq_length=max_seq_length,
+            shuffle_seed=shuffle_seed,
             device=device,
             tokens_per_batch=tokens_per_batch,
+            dtype=dtype,
             experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, MIN_TOKENS_PER_EXPERT),
         )
         prepared = prepare(measure_only(read_layout(model)), calibration)

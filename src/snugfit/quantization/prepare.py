@@ -15,7 +15,7 @@ import torch
 from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.errors import UserError
-from snugfit.machine import hardware, pick_device, versions
+from snugfit.machine import hardware, pick_device, pick_dtype, versions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
 from snugfit.quantization.measured import Measured, recall
@@ -34,14 +34,16 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
 class Calibration:
     """What a caller asks of the calibration: which samples, on which device, how experts see them.
 
-    `dataset` names text or JSONL files, none for Python's documentation. Nothing here is checked yet.
+    `dataset` names files of text or rows, none for Python's documentation. Nothing here is checked yet.
     """
 
     dataset: Sequence[str | Path] = ()
     num_samples: int
     max_seq_length: int
+    shuffle_seed: int | None = None
     device: str | None = None
     tokens_per_batch: int | None = None
+    dtype: str | None = None
     experts: ExpertCalibration
     statistics: str | Path | None = None
 
@@ -97,6 +99,7 @@ class PreparedRun:
             "experts": [self.experts.all_experts, self.experts.max_forced_tokens],
             "device": self.device.type,
             "tokens_per_batch": self.tokens_per_batch,
+            "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             "hardware": hardware(self.device),
             "versions": versions() | {"snugfit": __version__},
         }
@@ -117,7 +120,7 @@ def check_options(calibration: Calibration) -> None:
     for file in calibration.dataset:
         if not Path(file).is_file():
             what = "no such file."
-            raise UserError(what, code="file-missing", where=str(file), remedy="Name a text or JSONL file.")
+            raise UserError(what, code="file-missing", where=str(file), remedy="Name a file of text, JSONL or Parquet.")
     if calibration.statistics is not None and not Path(calibration.statistics).exists():
         raise UserError(
             "no such file or directory.",
@@ -130,6 +133,7 @@ def check_options(calibration: Calibration) -> None:
 def prepare(plan: Plan, calibration: Calibration) -> PreparedRun:
     """Check a plan against transformers, read the samples or statistics that it needs, and estimate the run."""
     check_options(calibration)
+    dtype = pick_dtype(calibration.dtype)
     device = pick_device(calibration.device)
     plan = _with_other_files(plan)
     known = None if calibration.statistics is None else load_statistics(Path(calibration.statistics))
@@ -141,7 +145,7 @@ def prepare(plan: Plan, calibration: Calibration) -> PreparedRun:
         where = str(calibration.statistics)
         check_statistics(known, plan.checkpoint, dataset, calibration.experts, where=where)
         dataset = None
-    skeleton = check_with_transformers(plan)
+    skeleton = check_with_transformers(plan, dtype)
     recalled = None
     if known is not None:
         recalled = [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
@@ -188,6 +192,7 @@ def load_samples(plan: Plan, calibration: Calibration) -> Dataset:
         [Path(file) for file in calibration.dataset],
         num_samples=calibration.num_samples,
         max_seq_length=calibration.max_seq_length,
+        shuffle_seed=calibration.shuffle_seed,
         vocabulary=vocabulary,
     )
     longest = max(map(len, dataset.samples))
@@ -226,9 +231,12 @@ def check_statistics(
         raise UserError(what, code="statistics-mismatch", where=where, remedy=remedy)
 
 
-def check_with_transformers(plan: Plan) -> Skeleton:
-    """transformers' model of a plan, on the meta device; UserError if it does not agree with the headers."""
-    skeleton = open_skeleton(plan.layout)
+def check_with_transformers(plan: Plan, dtype: torch.dtype | None = None) -> Skeleton:
+    """transformers' model of a plan, on the meta device; UserError if it does not agree with the headers.
+
+    It computes in `dtype`, by default the config's own.
+    """
+    skeleton = open_skeleton(plan.layout, dtype)
     _check_linears(plan, skeleton.linears())
     return skeleton
 

@@ -50,6 +50,7 @@ def quantize(
     shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    dtype: str | None = None,
     max_shard_size: int | None = None,
     moe_calibrate_all_experts: bool = True,
     max_forced_tokens: int = MAX_FORCED_TOKENS,
@@ -65,8 +66,8 @@ def quantize(
     `recipe` is a built-in name, a YAML file, or a loaded recipe. `dataset` names files to calibrate on, text,
     JSONL or Parquet (default: Python's documentation): at most `num_samples` samples of `max_seq_length` tokens, from
     the beginning of each file, or drawn from all of it with `shuffle_seed`; a recipe without activation scales reads
-    none. `device`: "cpu" or "cuda" (default: cuda if there is one). `max_shard_size` is in
-    bytes. Of a mixture, every expert sees every token up to `max_forced_tokens`, or with `moe_calibrate_all_experts`
+    none. `device`: "cpu" or "cuda" (default: cuda if there is one). The samples
+    run in `dtype` ("bfloat16", "float16", "float32"; default: the config's). `max_shard_size` is in bytes. Of a mixture, every expert sees every token up to `max_forced_tokens`, or with `moe_calibrate_all_experts`
     False only what the router sends it; fewer than `min_tokens_per_expert` is an error. `statistics`, measured earlier
     on this model, take the place of samples. `allow_unverified` writes formats that no tested engine loads.
 
@@ -85,6 +86,7 @@ def quantize(
             shuffle_seed=shuffle_seed,
             device=device,
             tokens_per_batch=tokens_per_batch,
+            dtype=dtype,
             max_shard_size=max_shard_size,
             moe_calibrate_all_experts=moe_calibrate_all_experts,
             max_forced_tokens=max_forced_tokens,
@@ -111,6 +113,7 @@ def quantize(
             "shuffle_seed": shuffle_seed,
             "device": str(prepared.device),
             "tokens_per_batch": prepared.tokens_per_batch,
+            "dtype": dtype,
             "moe_calibrate_all_experts": moe_calibrate_all_experts,
             "max_forced_tokens": max_forced_tokens,
             "min_tokens_per_expert": min_tokens_per_expert,
@@ -131,6 +134,7 @@ def plan_quantization(
     shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    dtype: str | None = None,
     max_shard_size: int | None = None,
     moe_calibrate_all_experts: bool = True,
     max_forced_tokens: int = MAX_FORCED_TOKENS,
@@ -153,6 +157,7 @@ def plan_quantization(
         shuffle_seed=shuffle_seed,
         device=device,
         tokens_per_batch=tokens_per_batch,
+        dtype=dtype,
         experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, min_tokens_per_expert),
         statistics=statistics,
     )
