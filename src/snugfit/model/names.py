@@ -127,9 +127,10 @@ def _role(module: str, parameter: str, layer: int | None, dimensions: int) -> st
 
 
 def _role_in_layer(parent: str, leaf: str, dimensions: int) -> str:
-    if leaf in _ROUTERS or leaf in GATES or parent.rpartition(".")[2] == "router":
+    above = parent.rpartition(".")[2]
+    if leaf in _ROUTERS or leaf in GATES or above == "gate" or any("router" in part for part in (leaf, above)):
         return "router"
     if leaf in ROLES:
         return ROLES[leaf]
     linear = dimensions == 2 and "conv" not in leaf
-    return _PARENT_ROLES.get(parent.rpartition(".")[2], LINEAR) if linear else "other"
+    return _PARENT_ROLES.get(above, LINEAR) if linear else "other"
