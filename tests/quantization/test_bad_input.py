@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import snugfit.quantization.quantize
 import snugfit.quantization.write
 from helpers.errors import failed_with
+from helpers.refusals import add_codes
 from snugfit.cli.app import app
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from snugfit.storage.staging import LOCK_NAME, units_done
@@ -650,8 +651,10 @@ def test_quantizing_twice(recipe: str, marked: bool, single: Path, out: Path) ->
     ids=["plain", "text_config"],
 )
 def test_config_says_quantized(values: dict[str, Any], single: Path, out: Path) -> None:
-    """A quantization_config alone is enough to refuse, wherever the config has it."""
-    refuse(copy(single, out, edit_config(**values)), out, "already-quantized", "gptq", "config.json")
+    """A quantization_config without a reader is enough to refuse what holds any codes, wherever the config has it."""
+    model = copy(single, out, edit_config(**values))
+    add_codes(model)
+    refuse(model, out, "already-quantized", "gptq", "config.json")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import torch
 
 from helpers.fp8_sources import KINDS, as_fp8, as_mxfp4
 from helpers.plans import plan_of
+from helpers.refusals import add_codes
 from helpers.tiny_families import FAMILIES, VISION_LANGUAGE, all_tensors, make_vision_language, random_rows, write_rows
 from helpers.tiny_mixtures import MIXTURES, make_mixture, rewrite
 from snugfit.errors import UserError
@@ -95,6 +96,8 @@ def damaged(source: Path, folder: Path, damage: str) -> Path:
         tensors = all_tensors(folder)
         del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
         rewrite(folder, tensors)
+    if damage == "gptq":
+        add_codes(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | _DAMAGES[damage]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
