@@ -1,4 +1,4 @@
-"""Files whose tensors refute config.json: an own head under a tied config, a stale quantization. The tensors decide."""
+"""What a file says wins: its own head under a tied config, plain weights under a stale quantization, infinities."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from conftest import MakeTiny
 from helpers.errors import raises
 from helpers.tiny_families import all_tensors, load, make_vision_language
+from helpers.tiny_mixtures import make_mixture, rewrite
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.inspection.inspect import inspect
 from snugfit.planning.fit import fit
@@ -169,3 +170,63 @@ def test_codes_and_scales_are_not_stale(tied: Path, tmp_path: Path) -> None:
     codes = {f"{name}.weight": all_tensors(tied)[f"{name}.weight"].to(torch.float8_e4m3fn)}
     with raises("quantization-invalid"):
         evaluate([rewritten(tied, tmp_path / "codes", codes, **quantized)], noise_floor="none", device="cpu")
+
+
+INFINITE = {
+    "model.layers.0.self_attn.masked_bias": torch.tensor(-math.inf),
+    "model.layers.1.self_attn.mask": torch.full((4, 4), -math.inf).triu(1),
+    "model.vision_tower.layers.0.mlp.input_max": torch.tensor(math.inf),
+    "model.vision_tower.layers.0.mlp.output_min": torch.tensor([-math.inf], dtype=torch.bfloat16),
+    "model.vision_tower.bounds": torch.tensor([math.inf, -math.inf], dtype=torch.float16),
+}
+
+
+def test_infinite_values_that_belong_there_are_copied(make_tiny: MakeTiny, tmp_path: Path, token_rows: Path) -> None:
+    """Masks, clipping bounds and biases may be infinite, also if the layer runs: they arrive bit for bit."""
+    source = make_tiny("llama", attention_bias=True, dtype=torch.bfloat16)
+    bias = all_tensors(source)["model.layers.1.self_attn.q_proj.bias"].clone()
+    bias[3] = -math.inf
+    for name, recipe, more in (
+        ("copied", "fp8-dynamic", {"model.layers.1.self_attn.q_proj.bias": bias}),
+        ("run", "nvfp4", {}),
+    ):
+        path = rewritten(source, tmp_path / name, INFINITE | more)
+        quantize(path, recipe, output_dir=tmp_path / f"{name}-out", dataset=[token_rows], device="cpu")
+        written = all_tensors(tmp_path / f"{name}-out")
+        for one, tensor in (INFINITE | more).items():
+            assert torch.equal(written[one], tensor), one
+
+
+@pytest.mark.parametrize("name", list(INFINITE))
+def test_nan_is_damage_everywhere(name: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """NaN is refused in tensors that may be infinite, too."""
+    path = rewritten(make_tiny("llama"), tmp_path / "nan", {name: torch.full_like(INFINITE[name], math.nan)})
+    with raises("tensor-not-finite", where=name):
+        quantize(path, "fp8-dynamic", output_dir=tmp_path / "out", device="cpu")
+
+
+def test_a_router_bias_that_masks_an_expert(tmp_path: Path, token_rows: Path) -> None:
+    """A correction bias of -inf, by which a pruned expert is never chosen, is copied and runs."""
+    source = make_mixture("deepseek_v3", tmp_path / "source", wide=True)
+    name = next(n for n in all_tensors(source) if n.endswith("e_score_correction_bias"))
+    tensors = all_tensors(source)
+    tensors[name][1] = -math.inf
+    rewrite(source, tensors)
+    quantize(source, "fp8-dynamic", output_dir=tmp_path / "out", dataset=[token_rows], device="cpu")
+    assert torch.equal(all_tensors(tmp_path / "out")[name], tensors[name])
+    assert math.isfinite(perplexity(tmp_path / "out", token_rows))
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", EMBEDDINGS, "model.layers.0.mlp.up_proj.weight"])
+def test_infinite_weights_are_refused(name: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """What is quantized or run as a weight must be finite."""
+    source = make_tiny("llama")
+    tensor = all_tensors(source)[name].clone()
+    tensor.view(-1)[5] = math.inf
+    with raises("tensor-not-finite", where=name):
+        quantize(
+            rewritten(source, tmp_path / "inf", {name: tensor}),
+            "fp8-dynamic",
+            output_dir=tmp_path / "out",
+            device="cpu",
+        )
