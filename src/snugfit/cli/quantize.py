@@ -109,7 +109,7 @@ def quantize(
         print_totals(record.tensors)
         if record.left_out:
             names = plain(", ".join(record.left_out))
-            typer.echo(f"not copied (weights in other containers, other quantizations): {names}", err=True)
+            typer.echo(f"not copied (other weights, other quantizations, states of a training): {names}", err=True)
         peak = record.peak_rss_bytes / GB
         typer.echo(f"{plain(str(output_dir))}: {record.seconds['total']:.1f} s, peak memory {peak:.2f} GB")
 
@@ -130,7 +130,7 @@ def _print_plan(
 
     plan = plan_quantization(model, recipe, **settings)
     if output_dir is not None:
-        check_stageable(output_dir)
+        check_stageable(output_dir, model=plan.plan.checkpoint.path)
     for note in plan.notes:
         progress.message(note)
     with reporting():

@@ -42,7 +42,8 @@ from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
 from snugfit.report.outliers import coverage_of, outliers_of
 from snugfit.storage.checkpoint import Checkpoint
-from snugfit.storage.files import OTHER_WEIGHTS, read_file
+from snugfit.storage.files import read_file
+from snugfit.storage.other_files import is_extra_model, is_weights, notes_on_loss
 
 # parts whose weights are listed by shape
 _DETAILED = frozenset(PARTS[: PARTS.index("norms")])
@@ -90,11 +91,19 @@ def inspect(model: str | Path) -> Inspection:
         fused=fused,
         quantization=_quantization(contents),
         problems=tuple(_problems(contents, architecture, fused)),
-        other_weights=tuple(name for name in checkpoint.other_files if name.endswith(OTHER_WEIGHTS)),
+        other_weights=_other_weights(checkpoint.other_files),
         made_by=_made_by(checkpoint),
         calibration=calibration,
-        remarks=(*limits.remarks, *unread),
+        remarks=(*limits.remarks, *unread, *notes_on_loss(checkpoint.other_files)),
     )
+
+
+def _other_weights(names: Sequence[str]) -> tuple[str, ...]:
+    """Files of weights that no quantized model keeps."""
+    known = frozenset(names)
+    indexes = ".index.json"
+    weights = (name for name in names if is_weights(name) and not name.endswith(indexes))
+    return tuple(name for name in weights if not is_extra_model(name, known))
 
 
 @dataclass(frozen=True)
@@ -197,23 +206,29 @@ def _active(contents: Contents, architecture: Architecture, total: int) -> int |
 
 
 def _parts(contents: Contents, architecture: Architecture, limits: _Limits) -> tuple[Part, ...]:
-    groups: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], list[Weight]] = {}
+    groups: dict[tuple[str, tuple[int, ...], str, tuple[int, ...], str], list[Weight]] = {}
+    unquantized = contents.layout.unquantized
     for weight in contents.weights:
-        detailed = (weight.shape, weight.stored, weight.single) if weight.part in _DETAILED else ((), "", ())
+        kept = unquantized.get(f"{weight.name}.weight", "")
+        detailed = (weight.shape, weight.stored, weight.single, kept) if weight.part in _DETAILED else ((), "", (), "")
         groups.setdefault((weight.part, *detailed), []).append(weight)
     ordered = sorted(
         groups.items(), key=lambda item: (PARTS.index(item[0][0]), min(role_order(w.leaf) for w in item[1]))
     )
-    return tuple(_part(key[0], key[1], members, architecture, limits) for key, members in ordered)
+    return tuple(_part(key, members, architecture, limits) for key, members in ordered)
 
 
 def _part(
-    part: str, shape: tuple[int, ...], members: Sequence[Weight], architecture: Architecture, limits: _Limits
+    key: tuple[str, tuple[int, ...], str, tuple[int, ...], str],
+    members: Sequence[Weight],
+    architecture: Architecture,
+    limits: _Limits,
 ) -> Part:
+    part, shape, _, _, kept = key
     stored = tuple(label for label, _ in Counter(w.stored for w in members).most_common())
     single = members[0].single if part in _DETAILED else ()
     stays = "tied to the embeddings" if part == "lm_head" and architecture.tied_embeddings else _STAYS.get(part, "")
-    stays = stays or _stays(part, stored[0], shape, single, limits)
+    stays = stays or kept or _stays(part, stored[0], shape, single, limits)
     can, cannot = ((), {}) if stays else formats_for(single or shape)
     names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=role_order)) if part in _DETAILED else ()
     return Part(
@@ -336,6 +351,8 @@ def _kv_cache(contents: Contents) -> str | None:
             cache = contents.layout.dialect.kv_cache_format()
         except UserError as error:
             cache = error.what
+    if cache is not None and contents.layout.cache_without_scales:
+        return f"{cache}, {contents.layout.cache_without_scales}"
     if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
         return "scales in the files, nothing in the config"
     return cache

@@ -61,7 +61,7 @@ def collect_statistics(
             experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, MIN_TOKENS_PER_EXPERT),
         )
         prepared = prepare(measure_only(read_layout(model)), calibration)
-        check_stageable(destination)
+        check_stageable(destination, model=prepared.plan.checkpoint.path)
         prepared.check_resources(destination)
     report(prepared, progress)
     with resumable(destination, restart=restart) as (directory, work):

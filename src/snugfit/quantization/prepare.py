@@ -25,6 +25,7 @@ from snugfit.recipes.assignment import Assignment
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
 from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest
+from snugfit.storage.other_files import notes_on_loss
 from snugfit.version import __version__
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
@@ -167,6 +168,8 @@ def prepare(plan: Plan, calibration: Calibration) -> PreparedRun:
 def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known: Statistics | None) -> list[str]:
     """What a person should know before the run starts."""
     notes = list(plan.notes)
+    if plan.recipe is not None:
+        notes += notes_on_loss(plan.checkpoint.other_files)
     if dataset is not None and not calibration.dataset:
         notes.append(no_dataset_message("calibration"))
     if known is not None and plan.recipe is not None and known.recipe_digest not in (None, plan.recipe.digest):
@@ -180,7 +183,10 @@ def _with_other_files(plan: Plan) -> Plan:
         return plan
     from snugfit.storage.hub import fetch_other_files
 
-    return replace(plan, layout=replace(plan.layout, checkpoint=fetch_other_files(plan.checkpoint)))
+    return replace(
+        plan,
+        layout=replace(plan.layout, checkpoint=fetch_other_files(plan.checkpoint, to_copy=plan.recipe is not None)),
+    )
 
 
 def load_samples(plan: Plan, calibration: Calibration) -> Dataset:

@@ -30,7 +30,8 @@ from snugfit.records.statistics_file import (
     Statistics,
 )
 from snugfit.storage.checkpoint import INDEX_NAME, fingerprint, header_digest
-from snugfit.storage.files import OTHER_WEIGHTS, check_inside
+from snugfit.storage.files import check_inside
+from snugfit.storage.other_files import is_copied, not_copied
 from snugfit.storage.shards import index_of
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
@@ -66,10 +67,11 @@ def quantize(
     `recipe` is a built-in name, a YAML file, or a loaded recipe. `dataset` names files to calibrate on, text,
     JSONL or Parquet (default: Python's documentation): at most `num_samples` samples of `max_seq_length` tokens, from
     the beginning of each file, or drawn from all of it with `shuffle_seed`; a recipe without activation scales reads
-    none. `device`: "cpu" or "cuda" (default: cuda if there is one). The samples
-    run in `dtype` ("bfloat16", "float16", "float32"; default: the config's). `max_shard_size` is in bytes. Of a mixture, every expert sees every token up to `max_forced_tokens`, or with `moe_calibrate_all_experts`
-    False only what the router sends it; fewer than `min_tokens_per_expert` is an error. `statistics`, measured earlier
-    on this model, take the place of samples. `allow_unverified` writes formats that no tested engine loads.
+    none. `device`: "cpu" or "cuda" (default: cuda if there is one). The samples run in `dtype` ("bfloat16", "float16",
+    "float32"; default: the config's). `max_shard_size` is in bytes. Of a mixture, every expert sees every token up to
+    `max_forced_tokens`, or with `moe_calibrate_all_experts` False only what the router sends it; fewer than
+    `min_tokens_per_expert` is an error. `statistics`, measured earlier on this model, take the place of samples.
+    `allow_unverified` writes formats that no tested engine loads.
 
     `output_dir` appears whole or not at all. A run that was stopped resumes after its last whole layer with the same
     call and ends in the same bytes; on another machine, library version or batch only with `force_resume`; `restart`
@@ -94,7 +96,7 @@ def quantize(
             statistics=statistics,
             allow_unverified=allow_unverified,
         )
-        check_stageable(destination)
+        check_stageable(destination, model=prepared.plan.checkpoint.path)
         prepared.check_resources(destination)
     report(prepared, progress)
     reset_peak_gpu_bytes(prepared.device)
@@ -103,7 +105,7 @@ def quantize(
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
         outcome = run_layers(run)
         with clock("finish"):
-            not_copied = _write_other_files(prepared.plan, directory)
+            left_out = _write_other_files(prepared.plan, directory)
             found = prepared.known if prepared.dataset is None else statistics_of(run)
             if found is not None and prepared.plan.needs_activations:
                 (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
@@ -119,7 +121,7 @@ def quantize(
             "min_tokens_per_expert": min_tokens_per_expert,
             "statistics": prepared.statistics_digest(),
         }
-        record = _record(run, destination, outcome, not_copied, arguments)
+        record = _record(run, destination, outcome, left_out, arguments)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     return record
 
@@ -215,12 +217,10 @@ def _check_file_names(plan: Plan) -> None:
 def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     """Write config, index, recipe and every file of the source without weights; names of those not copied."""
     assert plan.recipe is not None
-    not_copied = []
-    for name in plan.checkpoint.other_files:
-        if name in (RECORD_FILE, STATISTICS_FILE):  # the source's own
-            continue
-        if name.endswith((*OTHER_WEIGHTS, ".index.json")) or name in OTHER_QUANTIZATION_FILES:
-            not_copied.append(name)
+    source = [name for name in plan.checkpoint.other_files if name not in (RECORD_FILE, STATISTICS_FILE)]  # its own
+    known = frozenset(source)
+    for name in source:
+        if not is_copied(name, known) or name in OTHER_QUANTIZATION_FILES:
             continue
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         check_inside(plan.checkpoint.path, name)
@@ -230,11 +230,11 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
         text = json.dumps(index_of(plan.shards), indent=2) + "\n"
         (directory / INDEX_NAME).write_text(text, encoding="utf-8")
     (directory / RECIPE_FILE).write_text(plan.recipe.text, encoding="utf-8")
-    return tuple(not_copied)
+    return tuple(sorted({*not_copied(source), *(known & set(OTHER_QUANTIZATION_FILES))}))
 
 
 def _record(
-    run: Run, output_dir: Path, outcome: Outcome, not_copied: tuple[str, ...], arguments: Mapping[str, Any]
+    run: Run, output_dir: Path, outcome: Outcome, left_out: tuple[str, ...], arguments: Mapping[str, Any]
 ) -> QuantizeRecord:
     prepared, plan = run.prepared, run.prepared.plan
     assert plan.recipe is not None
@@ -269,7 +269,7 @@ def _record(
         source_bytes=sum(t.bytes for t in plan.checkpoint.tensors.values()),
         bytes=plan.bytes,
         files=outcome.files,
-        left_out=not_copied,
+        left_out=left_out,
         seconds=seconds,
         peak_rss_bytes=peak,
         peak_gpu_bytes=peak_gpu,

@@ -26,6 +26,7 @@ from snugfit.storage.files import (
     read_file,
     read_part,
 )
+from snugfit.storage.other_files import ADAPTER_CONFIG, MERGE
 from snugfit.storage.safetensors_header import (
     TORCH_NAMES,
     StoredTensor,
@@ -232,6 +233,8 @@ def read_config(root: Path) -> dict[str, Any]:
         config = json.loads(read_file(root, CONFIG_NAME).decode("utf-8"))
     except FileNotFoundError:
         what, remedy = "config.json is missing.", "Is this a model directory?"
+        if (root / ADAPTER_CONFIG).is_file():
+            what, remedy = "an adapter without its model.", f"To quantize the model with it, {MERGE}."
         raise UserError(what, code="config-missing", where=str(root), remedy=remedy) from None
     except (ValueError, RecursionError) as error:
         what = f"not valid JSON ({error})."
@@ -302,6 +305,10 @@ def _shard_names(root: Path, weight_map: Mapping[str, str] | None) -> list[str]:
 
 def no_weights(names: Iterable[str], *, where: str) -> UserError:
     """The error for a model without safetensors weights: its weights are pickles, or missing."""
+    names = tuple(names)
+    if ADAPTER_CONFIG in names:
+        remedy = f"To quantize the model with it, {MERGE}."
+        return UserError("an adapter without its model.", code="weights-missing", where=where, remedy=remedy)
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickles:
         return UserError(
