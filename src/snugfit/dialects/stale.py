@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from snugfit.dialects.headers import Headers
-from snugfit.dialects.packed import CACHE_SCALE, WIDE, bits_of, split_name, weights_of
+from snugfit.dialects.packed import WIDE, bits_of, is_cache_scale, split_name, weights_of
 
 # tensors that only quantized weights, their inputs or an FP8 cache have
 _SERVING = re.compile(
@@ -29,7 +29,7 @@ def is_stale(quantization: Mapping[str, Any], tensors: Headers) -> bool:
     for name, header in tensors.items():
         module, suffix = split_name(name)
         modules.setdefault(module, {})[suffix] = header
-        if _SERVING.fullmatch(suffix) or CACHE_SCALE.fullmatch(suffix):
+        if _SERVING.fullmatch(suffix) or is_cache_scale(module, suffix):
             return False
         if header[0] not in WIDE and (header[0] not in _COUNTERS or suffix == "weight"):
             return False

@@ -29,7 +29,16 @@ from snugfit.evaluation.plan import (
 from snugfit.evaluation.reference import Collector, save_reference
 from snugfit.evaluation.served import ServerOptions, ask_server
 from snugfit.evaluation.summarize import summarize
-from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pick_device, pick_dtype, reset_peak_gpu_bytes, versions
+from snugfit.machine import (
+    Clock,
+    hardware,
+    peak_gpu_bytes,
+    peak_rss_bytes,
+    pick_device,
+    pick_dtype,
+    reset_peak_gpu_bytes,
+    versions,
+)
 from snugfit.progress import SILENT, Progress
 from snugfit.records.evaluation import ContextFigures, Continuation, EvalRecord
 from snugfit.report import plots, tables
@@ -66,7 +75,8 @@ def evaluate(
     all models. `noise_floor`: "reference", "all" or "none", the models that are run a second time in wider arithmetic,
     on one chunk in eight. In conversations both models continue from the `continuations` positions where a model
     diverges most from the reference. A `server` is one more model, after the others. `dtype` ("bfloat16", "float16",
-    "float32") is what models are run in, by default each config's own. `allow_long_context` permits contexts beyond the models' positions. Raises UserError for bad input, before the long work where possible.
+    "float32") is what models are run in, by default each config's own. `allow_long_context` permits contexts beyond the
+    models' positions. Raises UserError for bad input, before the long work where possible.
     """
     clock = Clock()
     place = pick_device(device)
@@ -87,6 +97,9 @@ def evaluate(
             arithmetic=pick_dtype(dtype),
             allow_long_context=allow_long_context,
         )
+        for model in plan.models:
+            for note in model.notes:
+                progress.message(f"{model.name}: {note}")
         plan, file = use_reference_cache(
             plan, reference_cache, noise_floor, served=server is not None, progress=progress
         )

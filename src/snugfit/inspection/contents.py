@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from snugfit.dialects.packed import CACHE_SCALE, Packed, serves
+from snugfit.dialects.packed import Packed, is_cache_scale, serves
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import is_prediction_head, is_tower
 from snugfit.model.layout import ModelLayout
@@ -102,8 +102,8 @@ def _weights(
 ) -> Iterable[Weight]:
     """The weights of one module, the tensors that serve them counted with the first whose name they continue."""
     heads = {p.tensor for p in packed}
-    plain = [s for s in tensors if s not in heads and not serves(s) and not CACHE_SCALE.fullmatch(s)]
-    cache = [s for s in tensors if s not in heads and CACHE_SCALE.fullmatch(s)]
+    cache = [s for s in tensors if s not in heads and is_cache_scale(module, s)]
+    plain = [s for s in tensors if s not in heads and not serves(s) and s not in cache]
     serving = [s for s in tensors if s not in heads and s not in plain and s not in cache]
     for p in packed:
         mine = [s for s in serving if len(packed) == 1 or s.startswith(f"{p.parameter}_")]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from snugfit.dialects.dialect import Dialect
 from snugfit.engines.fused import group_modules
+from snugfit.engines.kv_cache import scale_names
 from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
 from snugfit.formats import fp8, integer, mxfp4, nvfp4
@@ -259,17 +260,26 @@ def fp8_cache(k_scale: Tensor, v_scale: Tensor) -> FP8Cache:
 def read_kv_scales(checkpoint: Checkpoint, prefix: str) -> tuple[Tensor, Tensor]:
     """Multipliers (fp32, () or [H, 1, 1]) of keys and values of the decoder layer `prefix`; 1 where the file has none.
 
-    Under the names of compressed-tensors (of the attention), of ModelOpt (of the projections), or of older files.
+    Under any of the names that vLLM reads (engines/kv_cache.py). UserError for a scale that is not positive and finite,
+    and for two names with different scales.
     """
-    return _kv_scale(checkpoint, f"{prefix}.self_attn", "k"), _kv_scale(checkpoint, f"{prefix}.self_attn", "v")
+    return _kv_scale(checkpoint, prefix, "k"), _kv_scale(checkpoint, prefix, "v")
 
 
-def _kv_scale(checkpoint: Checkpoint, attention: str, which: str) -> Tensor:
-    places = (f"{which}_scale", f"{which}_proj.{which}_scale", f"{which}_proj.output_scale", "kv_scale")
-    name = next((f"{attention}.{place}" for place in places if f"{attention}.{place}" in checkpoint.tensors), None)
-    if name is None:
+def _kv_scale(checkpoint: Checkpoint, layer: str, which: str) -> Tensor:
+    names = [name for name in scale_names(layer, which) if name in checkpoint.tensors]
+    if not names:
         return torch.ones(())
+    name, *others = names
     scale = read_tensor(checkpoint, name).float()
+    for other in others:
+        if not torch.equal(read_tensor(checkpoint, other).float().reshape(-1), scale.reshape(-1)):
+            raise UserError(
+                f"{name} and {other} scale the same cache and differ.",
+                code="scale-invalid",
+                where=str(checkpoint.path),
+                remedy="Remove the one that engines should not use.",
+            )
     if not (scale.isfinite() & (scale > 0)).all():
         raise UserError(
             f"{name} holds {scale.flatten().tolist()[:4]}, so an engine would compute garbage.",

@@ -17,6 +17,7 @@ from snugfit.dialects.dialect import Dialect, open_dialect, read_quant_config
 from snugfit.dialects.headers import Headers
 from snugfit.dialects.packed import WIDE, Packed, bits_of, method_of, quantization_of, split_name, weights_of
 from snugfit.dialects.stale import is_stale
+from snugfit.engines.kv_cache import attention_modules, has_scales, unknown_scales
 from snugfit.engines.unquantized import unquantized
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
@@ -36,7 +37,7 @@ from snugfit.model.logical_weights import (
     stacked_weights,
 )
 from snugfit.model.names import TensorName, parse_name
-from snugfit.model.support import check_experts, check_layers, check_stacks, unsupported_family
+from snugfit.model.support import check_experts, check_layers, check_stacks, encoder_decoder, unsupported_family
 from snugfit.model.tied import TiedEmbeddings, read_tied
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.open import open_headers
@@ -112,6 +113,27 @@ class ModelLayout:
                 "file's own head counts"
             )
         return tuple(found)
+
+    @cached_property
+    def cache_without_scales(self) -> str:
+        """What is wrong with a declared FP8 KV cache whose scales are missing in some layers; "" if nothing."""
+        try:
+            if self.unreadable is not None or self.dialect.kv_cache_format() is None or not self.decoder:
+                return ""
+        except UserError:
+            return ""
+        prefixes = [f"{self.decoder}.{number}" for number in range(self.num_layers)]
+        inside: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+        for name, parsed in self.names.items():
+            if parsed.layer is not None and parsed.layer < self.num_layers:
+                inside[prefixes[parsed.layer]].append(name)
+        try:
+            caching = attention_modules(inside.values(), self.config, where="")
+        except UserError:  # a cache of another kind: every layer counts
+            caching = [*prefixes]
+        layers = [prefix for prefix, module in zip(prefixes, caching, strict=True) if module is not None]
+        bare = sum(not has_scales(self.checkpoint.tensors, prefix) for prefix in layers)
+        return f"no scales in {bare} of {len(layers)} layers, where engines take 1.0" if bare else ""
 
     def check_quantizable(self) -> None:
         """Raise the first blocker."""
@@ -218,7 +240,8 @@ def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_headers(model)
     config_file = str(checkpoint.path / "config.json")
-    blockers = [Blocker(error=error) for error in unsupported_family(checkpoint)]
+    refused = [Blocker(error=error) for error in encoder_decoder(checkpoint)]
+    blockers = [*refused, *(Blocker(error=error) for error in unsupported_family(checkpoint))]
     config = _language_config(checkpoint, blockers, config_file)
     stated = _stated_layers(config, blockers, config_file)
     hf_quant_config = None if checkpoint.remote else read_quant_config(checkpoint.path)
@@ -236,12 +259,13 @@ def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
         blockers.append(Blocker(error=error))
         decoder = ""
     names = {info.name: parse_name(info.name, info.shape, decoder) for info in weights.tensors.values()}
-    if stated and decoder:
+    if stated and decoder and not refused:
         blockers += [Blocker(error=error) for error in check_layers(checkpoint, names, stated, decoder)]
         blockers += [Blocker(error=error) for error in check_experts(checkpoint, names.values(), stated)]
         if not any(not blocker.runnable for blocker in blockers):
             stacks = _stacks(checkpoint, dialect, weights)
             blockers += [Blocker(error=e) for e in check_stacks(checkpoint, names.values(), stacks, stated)]
+    blockers += [Blocker(error=error) for error in _unknown_scales(checkpoint, decoder)]
     return ModelLayout(
         checkpoint=checkpoint,
         config=config,
@@ -312,6 +336,17 @@ def _stacks(checkpoint: Checkpoint, dialect: Dialect, weights: LogicalWeights) -
         return weights.stacked or stacked_weights(checkpoint, dialect).stacked
     except UserError:  # a blocker already
         return checkpoint.tensors
+
+
+def _unknown_scales(checkpoint: Checkpoint, decoder: str) -> Iterator[UserError]:
+    """The first scale inside attention that no engine is known to read: 1.0 in its place would be silently wrong."""
+    for name in unknown_scales(checkpoint.tensors, decoder)[:1] if decoder else []:
+        yield UserError(
+            f"{name} seems to scale keys or values, under a name that is not known.",
+            code="quantization-unknown",
+            where=str(checkpoint.path),
+            remedy="Give it the name self_attn.k_scale or self_attn.v_scale, or remove it.",
+        )
 
 
 def _headers(tensors: Mapping[str, StoredTensor]) -> Headers:
