@@ -247,10 +247,10 @@ def test_index_and_shards_disagree(sharded: Path, out: Path) -> None:
 
 
 def test_index_names_a_tensor_that_no_shard_has(sharded: Path, out: Path) -> None:
-    """An index with a tensor that no shard holds is refused with the tensor's name."""
-    shard = first_shard(sharded).name
-    model = copy(sharded, out, edit_index(lambda index: index["weight_map"].update({"model.ghost": shard})))
-    refuse(model, out, "index-invalid", f"{model / INDEX_NAME}: ", "model.ghost", shard)
+    """An index with a tensor of a layer that no shard holds is refused with the tensor's name."""
+    shard, name = first_shard(sharded).name, "model.layers.0.mlp.up_proj.bias"
+    model = copy(sharded, out, edit_index(lambda index: index["weight_map"].update({name: shard})))
+    refuse(model, out, "index-invalid", f"{model / INDEX_NAME}: ", name, shard)
 
 
 def test_two_shards_with_one_tensor(sharded: Path, out: Path) -> None:

@@ -62,7 +62,9 @@ _STAYS: Mapping[str, str] = {
 _WIDE = frozenset({"bf16", "f16", "f32"})
 _REFUSED = "quantize refuses this model"
 # blockers that are contradictions between config.json and the tensors
-_CONTRADICTIONS = frozenset({"config-invalid", "config-mismatch", "weights-missing", "quantization-invalid"})
+_CONTRADICTIONS = frozenset(
+    {"config-invalid", "config-mismatch", "weights-missing", "quantization-invalid", "index-invalid"}
+)
 
 
 def inspect(model: str | Path) -> Inspection:

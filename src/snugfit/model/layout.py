@@ -36,6 +36,7 @@ from snugfit.model.logical_weights import (
     plain_weights,
     stacked_weights,
 )
+from snugfit.model.missing import check_missing, missing_note, unneeded
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import check_experts, check_layers, check_stacks, encoder_decoder, unsupported_family
 from snugfit.model.tied import TiedEmbeddings, read_tied
@@ -66,7 +67,8 @@ class ModelLayout:
     number); `num_layers` is what the config states, else what the file has. `weights` are the logical weights, the
     file's own tensors if no recipe can start from them; `names` parses the name of each. `quantization` is what the
     checkpoint says of how it is quantized, {} if nothing, and `method` its name; `stale_method` is the name of a method
-    that config.json states although every weight is plain, which all verbs ignore ("" for none).
+    that config.json states although every weight is plain, which all verbs ignore ("" for none). `not_needed` are
+    tensors that the index names, no shard holds and nothing needs.
     """
 
     checkpoint: Checkpoint
@@ -82,6 +84,7 @@ class ModelLayout:
     unreadable: UserError | None
     tied: TiedEmbeddings
     stale_method: str = ""
+    not_needed: tuple[str, ...] = ()
 
     @property
     def config_file(self) -> str:
@@ -100,7 +103,7 @@ class ModelLayout:
 
     @property
     def contradictions(self) -> tuple[str, ...]:
-        """What config.json states and the tensors refute, where the tensors decide."""
+        """What config.json or the index states and the tensors refute, where the tensors decide."""
         found = []
         if self.stale_method:
             found.append(
@@ -112,6 +115,8 @@ class ModelLayout:
                 f"config.json ties the output head to the embeddings, but {self.tied.own_head} differs from them: the "
                 "file's own head counts"
             )
+        if self.not_needed:
+            found.append(missing_note(self.not_needed))
         return tuple(found)
 
     @cached_property
@@ -266,19 +271,24 @@ def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
             stacks = _stacks(checkpoint, dialect, weights)
             blockers += [Blocker(error=e) for e in check_stacks(checkpoint, names.values(), stacks, stated)]
     blockers += [Blocker(error=error) for error in _unknown_scales(checkpoint, decoder)]
+    num_layers = stated or 1 + max((name.layer for name in names.values() if name.layer is not None), default=-1)
+    tied = read_tied(checkpoint, config, decoder)
+    not_needed = unneeded(checkpoint, decoder, num_layers, tied=tied.tied)
+    blockers = [*(Blocker(error=error) for error in check_missing(checkpoint, not_needed)), *blockers]
     return ModelLayout(
         checkpoint=checkpoint,
         config=config,
         quantization=quantization,
         method=method,
         dialect=dialect,
-        num_layers=stated or 1 + max((name.layer for name in names.values() if name.layer is not None), default=-1),
+        num_layers=num_layers,
         decoder=decoder,
         weights=weights,
         names=names,
         blockers=tuple(blockers),
         unreadable=unreadable,
-        tied=read_tied(checkpoint, config, decoder),
+        tied=tied,
+        not_needed=not_needed,
         stale_method=stale_method,
     )
 

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -65,6 +65,8 @@ class Remote(Protocol):
 class Checkpoint:
     """A model directory: its config, its tensors by name in file order, and its other files.
 
+    `missing` are tensors that the index names and no shard holds, with the shards that should.
+
     The weights of a `remote` checkpoint are not below `path`; its other files are there once `fetch_other_files`
     has downloaded them.
     """
@@ -74,6 +76,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     shards: tuple[str, ...]
     other_files: tuple[str, ...]
+    missing: Mapping[str, str] = field(default_factory=dict)
     remote: Remote | None = None
 
     @property
@@ -98,10 +101,12 @@ def open_directory(root: Path) -> Checkpoint:
     weight_map = _read_index(root)
     shards = _shard_names(root, weight_map)
     tensors = merge_headers({shard: read_header(root / shard) for shard in shards}, where=str(root))
-    check_index(weight_map, tensors, where=str(root / INDEX_NAME))
+    missing = check_index(weight_map, tensors, where=str(root / INDEX_NAME))
     weight_files = {*shards, INDEX_NAME, CONFIG_NAME}
     others = tuple(name for name in list_files(root) if name not in weight_files)
-    return Checkpoint(path=root, config=config, tensors=tensors, shards=tuple(shards), other_files=others)
+    return Checkpoint(
+        path=root, config=config, tensors=tensors, shards=tuple(shards), other_files=others, missing=missing
+    )
 
 
 def merge_headers(headers: Mapping[str, list[StoredTensor]], *, where: str) -> dict[str, StoredTensor]:
@@ -266,16 +271,22 @@ def parse_index(raw: bytes, *, where: str) -> dict[str, str]:
     return pairs
 
 
-def check_index(weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], *, where: str) -> None:
-    """UserError for a tensor that the shard named in the index does not hold."""
+def check_index(
+    weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], *, where: str
+) -> dict[str, str]:
+    """Tensors that the index names and no shard holds, with their files; UserError for one that another shard holds."""
+    missing = {}
     for name, file in (weight_map or {}).items():
-        if name not in tensors or tensors[name].file != file:
+        if name not in tensors and name.isprintable():
+            missing[name] = file
+        elif name not in tensors or tensors[name].file != file:
             raise UserError(
                 f"weight_map sends {shown(name)} to {file}, which does not hold it.",
                 code="index-invalid",
                 where=where,
                 remedy="Download the checkpoint again: index and shards do not belong together.",
             )
+    return missing
 
 
 def _read_index(root: Path) -> dict[str, str] | None:

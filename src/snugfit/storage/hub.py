@@ -124,10 +124,16 @@ def open_hub(name: str, revision: str | None) -> Checkpoint:
     files = HubFiles(name=name, revision=commit, sizes=sizes, snapshot=snapshot, cached=cached)
     headers = _read_headers(files, shards, weight_map or {})
     tensors = merge_headers(headers, where=model)
-    check_index(weight_map, tensors, where=f"{model}/{INDEX_NAME}")
+    missing = check_index(weight_map, tensors, where=f"{model}/{INDEX_NAME}")
     others = tuple(sorted(file for file in sizes if file not in {*shards, INDEX_NAME, CONFIG_NAME}))
     return Checkpoint(
-        path=snapshot, config=config, tensors=tensors, shards=tuple(shards), other_files=others, remote=files
+        path=snapshot,
+        config=config,
+        tensors=tensors,
+        shards=tuple(shards),
+        other_files=others,
+        missing=missing,
+        remote=files,
     )
 
 
