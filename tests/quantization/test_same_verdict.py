@@ -35,6 +35,9 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": _OLD_NAMES,  # its layers have Conv1D modules, which are not linears
     "gptj": _OLD_NAMES | {"rotary_dim": 16},
     "gpt_bigcode": _OLD_NAMES,
+    "codegen": _OLD_NAMES | {"rotary_dim": 16},
+    "bloom": {"n_layer": 2, "n_head": 4, "num_hidden_layers": 2},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "num_hidden_layers": 2, "num_attention_heads": 4},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 0},
     "gemma3n_text": {  # its layers pass four hidden states a token
         "head_dim": 16,

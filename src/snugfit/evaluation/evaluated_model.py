@@ -119,6 +119,14 @@ def open_model(
     if layout.unreadable is not None:
         raise layout.unreadable
     skeleton = build_skeleton(layout, arithmetic)
+    if not skeleton.has_head:
+        kind = ", ".join(map(str, opened.config.get("architectures") or ()))
+        raise UserError(
+            f"{kind} has no output head: it predicts no tokens, of which figures could be made.",
+            code="architecture-unsupported",
+            where=str(path),
+            remedy="It can be quantized; compare what it returns with the original's in the program that uses it.",
+        )
     dialect = layout.dialect
     formats = _read_formats(opened, dialect, skeleton)
     kv_cache = dialect.kv_cache_format()
@@ -201,7 +209,7 @@ def pass_layers(
     warn: Callable[[str], None] = lambda _: None,
 ) -> list[forward_pass.Batch]:
     """Rows in batches, passed through all decoder layers; `warn` as in `last_states`."""
-    batches = forward_pass.make_batches(rows, tokens_per_batch, device)
+    batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
     weights = layers.outer_weights(model.skeleton, model.checkpoint, head=False)
     forward_pass.embed(model.skeleton, weights, batches, device)
     finite = not forward_pass.nonfinite_tokens(batches)

@@ -58,6 +58,7 @@ def run_tasks(
     activations: str = DEFAULT_PROFILE,
     limit: int | None = None,
     device: str | None = None,
+    dtype: str | None = None,
     server: str | None = None,
     server_model: str | None = None,
     task_folder: str | Path | None = None,
@@ -65,7 +66,8 @@ def run_tasks(
 ) -> TasksRun:
     """Run lm_eval tasks on the model directory `model`, or on the `server` at a URL with that directory's tokenizer.
 
-    `limit` is the number of items of each task; `task_folder` has further YAML tasks, as `lm_eval --include_path`.
+    `limit` is the number of items of each task; `dtype` as in `evaluate`; `task_folder` has further YAML tasks, as
+    `lm_eval --include_path`.
     UserError, before the model is run, for a missing extra, unknown tasks, data out of reach, a server that does not
     answer, and on a checkpoint for tasks that generate text.
     """
@@ -80,9 +82,14 @@ def run_tasks(
     with _quiet(progress) as warnings:
         with clock("load"):
             if server is None:
-                opened = open_model(model, activations=activations)
+                opened = open_model(model, activations=activations, arithmetic=machine.pick_dtype(dtype))
                 batch = min(TOKENS_PER_BATCH, tokens_that_fit([opened], place))
-                arguments |= {"activations": activations, "device": str(place), "tokens_per_batch": batch}
+                arguments |= {
+                    "activations": activations,
+                    "device": str(place),
+                    "tokens_per_batch": batch,
+                    "dtype": dtype,
+                }
                 lm = local_model(opened, place, batch, progress)
             else:
                 lm = served_model(Path(model), server, server_model, SEED)

@@ -26,6 +26,8 @@ from snugfit.model.logical_weights import LogicalWeights, stacked_weights
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 
+# classes with an output head; others are classifiers, reward models and embedding models
+_PREDICTS_TOKENS = re.compile(r"CausalLM|LMHead|ConditionalGeneration|ImageTextToText|Multimodal")
 MISMATCH_REMEDY = "Config and weights do not belong together."
 
 
@@ -63,7 +65,8 @@ class Skeleton:
     bits). Experts in 3-D parameters are in `experts` by layer instead; `stacks` has the logical weights of files that
     hold all experts of a layer in one tensor. With `returns_tuple` layers return tuples. With `carries_state` layers
     pass more on than hidden states, such as Gemma 4's shared keys and values, which are lost if a run starts at a later
-    layer. Text does not run the layers `skipped`.
+    layer. Text does not run the layers `skipped`. A classifier, a reward model or an embedding model has no head that
+    predicts tokens.
     """
 
     model: nn.Module
@@ -74,6 +77,7 @@ class Skeleton:
     returns_tuple: bool
     carries_state: bool
     skipped: frozenset[int]
+    has_head: bool
     experts: Mapping[int, experts.ExpertNames]
     stacks: LogicalWeights
 
@@ -88,6 +92,12 @@ class Skeleton:
         found = self.model.dtype
         assert isinstance(found, torch.dtype)
         return found
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token sees a later one; embedding models may let tokens see all others."""
+        sees_all = getattr(self.config, "use_bidirectional_attention", None) in (True, "all")
+        return not sees_all and getattr(self.config, "is_causal", True) is not False
 
     @property
     def hidden_size(self) -> int:
@@ -191,6 +201,9 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
         )
     model = _build_model(checkpoint, dtype, where, own_head=layout.tied.own_head)
     stored = stored_names(model, checkpoint.tensors)
+    has_head = not _is_headless(model, stored)
+    if not has_head:
+        _remove_head(model)
     decoder = model.get_decoder()  # type: ignore[operator]
     name, layers = _decoder_layers(model, decoder, where)
     tokens = _plain_tokens(model.config)
@@ -227,6 +240,7 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
         returns_tuple=calls.returns_tuple,
         carries_state=passes_mapping and getattr(decoder.config, "num_kv_shared_layers", None) != 0,
         skipped=skipped,
+        has_head=has_head,
         experts={n: experts.expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()},
         stacks=stacks,
     )
@@ -284,6 +298,25 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, 
 def _is_tied(model: nn.Module) -> bool:
     head, tokens = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     return head is not None and head.weight is tokens.weight
+
+
+def _is_headless(model: nn.Module, stored: StoredNames) -> bool:
+    """Whether the file has no output head, as its class, one that predicts no tokens, explains."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    named = [str(name) for name in model.config.architectures or ()]  # type: ignore[union-attr]
+    if not isinstance(head, nn.Module) or not named or any(_PREDICTS_TOKENS.search(name) for name in named):
+        return False
+    held = {id(tensor) for tensor in head.parameters()}
+    state = model.state_dict(keep_vars=True)
+    return not any(id(tensor) in held and name in stored.names for name, tensor in state.items())
+
+
+def _remove_head(model: nn.Module) -> None:
+    """Put nothing in the place of the output head: the model then gives hidden states."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is head)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Identity())
 
 
 def _decoder_layers(model: nn.Module, decoder: nn.Module, where: str) -> tuple[str, nn.ModuleList]:

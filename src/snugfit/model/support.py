@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from snugfit.dialects.packed import WIDE
 from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES, UNVERIFIED_FORMATS
 from snugfit.errors import UserError
+from snugfit.model.family_defaults import ENCODER_DECODERS
+from snugfit.model.language_config import shares_keys_and_values
 from snugfit.model.logical_weights import EXPERT_COUNTS, MXFP4_BLOCKS, ExpertSizes, language_configs, model_types
 from snugfit.model.names import TensorName
 from snugfit.storage.checkpoint import Checkpoint
@@ -20,7 +22,8 @@ _STACKS = frozenset({"input_linear", "output_linear"})
 
 
 def unsupported_family(checkpoint: Checkpoint) -> Iterator[UserError]:
-    """Why the experts of this family cannot be calibrated, if so."""
+    """Why this family's experts cannot be calibrated, or its attention not be run, if so."""
+    yield from _shared_attention(checkpoint)
     for kind in model_types(checkpoint.config):
         if kind in UNSUPPORTED_FAMILIES:
             yield UserError(
@@ -29,6 +32,30 @@ def unsupported_family(checkpoint: Checkpoint) -> Iterator[UserError]:
                 where=str(checkpoint.path / "config.json"),
                 remedy="It needs an adapter in model/experts.py that shows each expert's inputs.",
             )
+
+
+def encoder_decoder(checkpoint: Checkpoint) -> Iterator[UserError]:
+    """The refusal of a model in which a decoder reads an encoder."""
+    config = checkpoint.config
+    kind = config.get("model_type")
+    if config.get("is_encoder_decoder") is True or kind in ENCODER_DECODERS:
+        yield UserError(
+            f"{kind} is an encoder-decoder: such models are not supported.",
+            code="architecture-unsupported",
+            where=str(checkpoint.path / "config.json"),
+            remedy="Only models of one stack of decoder layers can be quantized.",
+        )
+
+
+def _shared_attention(checkpoint: Checkpoint) -> Iterator[UserError]:
+    """Why transformers would not run this model's attention as it was trained, if so."""
+    if any(shares_keys_and_values(config) for config in language_configs(checkpoint.config)):
+        yield UserError(
+            "some layers use the keys and values of others (use_cla), which transformers' model does not do.",
+            code="architecture-unsupported",
+            where=str(checkpoint.path / "config.json"),
+            remedy="This family needs a reader of its own: please report it.",
+        )
 
 
 def unverified_formats(checkpoint: Checkpoint, expert_formats: Collection[str]) -> Iterator[UserError]:

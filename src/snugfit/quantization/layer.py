@@ -25,7 +25,7 @@ from snugfit.model import emulate, experts, forward_pass, layers
 from snugfit.model.assemble import Loaded
 from snugfit.model.layers import ExpertBuffers
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.measured import Measured, experts_module, ranges_of
+from snugfit.quantization.measured import Measured, experts_module, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.records.statistics import LayerStatistics
@@ -200,7 +200,10 @@ def propagate(run: LayerRun, tensors: MutableMapping[str, UnitTensor]) -> Measur
         if cache is not None:
             cache.before(batch)
 
-    forward_pass.run_layer(layer, run.index, run.batches, before, cache=cache, states=run.states)
+    bad = forward_pass.run_layer(layer, run.index, run.batches, before, cache=cache, states=run.states)
+    if bad:
+        total = sum(sum(batch.lengths) for batch in run.batches)
+        raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])
     found = watched.result(cache.amax if cache else None)
     return ranges_of(run.plan, run.skeleton, run.index, found, run.experts)
 

@@ -16,6 +16,7 @@ from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.errors import UserError
 from snugfit.machine import hardware, pick_device, pick_dtype, versions
+from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
 from snugfit.quantization.measured import Measured, recall
@@ -192,7 +193,7 @@ def _with_other_files(plan: Plan) -> Plan:
 def load_samples(plan: Plan, calibration: Calibration) -> Dataset:
     """The samples for a plan's model; UserError if they exceed the model's positions or vocabulary."""
     config = plan.layout.config
-    vocabulary, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    vocabulary, positions = config.get("vocab_size"), max_positions(plan.checkpoint.config)
     dataset = load_dataset(
         plan.checkpoint.path,
         [Path(file) for file in calibration.dataset],
