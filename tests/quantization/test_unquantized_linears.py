@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from helpers.plans import plan_of
 from helpers.tiny_families import all_tensors, random_rows, same, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.engines.unquantized import unquantized
+from snugfit.evaluation.evaluate import evaluate
 from snugfit.inspection.inspect import inspect
 from snugfit.model.layout import read_layout
 from snugfit.model.names import parse_name
@@ -143,6 +145,21 @@ def test_inspect_and_fit_agree(models: Models) -> None:
     assert any("Mamba 1" in stays for stays in parts)
     row = next(row for row in fit(models("jamba"), "24GiB", recipes=["fp8-dynamic"]).rows if row.recipes)
     assert row.bytes == plan_of(models("jamba"), "fp8-dynamic").bytes
+
+
+def test_keys_and_values_of_other_layers(models: Models, rows: Path, tmp_path: Path) -> None:
+    """Every verb refuses Hunyuan's use_cla: transformers' model would give each layer keys and values of its own."""
+    shutil.copytree(models("hunyuan_v1_moe"), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    shared = {"use_cla": True, "cla_share_factor": 2}
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | shared), encoding="utf-8")
+    with raises("architecture-unsupported", "config.json"):
+        quantize(tmp_path / "model", "fp8-dynamic", output_dir=tmp_path / "out", dataset=[rows])
+    with raises("architecture-unsupported", "config.json"):
+        evaluate([tmp_path / "model"], dataset=[rows], contexts=(32,))
+    with raises("architecture-unsupported", "config.json"):
+        fit(tmp_path / "model", "24GiB")
+    assert any("use_cla" in remark for remark in inspect(tmp_path / "model").remarks)
 
 
 # --- routers

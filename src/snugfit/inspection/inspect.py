@@ -25,8 +25,9 @@ from snugfit.inspection.contents import (
     names_without_tensors,
     read_contents,
 )
-from snugfit.model.layout import NOT_CHECKED, read_layout
+from snugfit.model.layout import NOT_CHECKED, ModelLayout, read_layout
 from snugfit.model.names import role_order
+from snugfit.model.positions import max_positions
 from snugfit.model.support import unverified_formats
 from snugfit.records.base import as_json
 from snugfit.records.inspection import (
@@ -189,11 +190,18 @@ def _architecture(contents: Contents) -> Architecture:
         active_experts=number("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts") if experts else None,
         shared_experts=number("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
         vocabulary=number("vocab_size"),
-        context=number("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"),
+        context=_context(layout),
         sliding_window=number("sliding_window") if config.get("use_sliding_window", True) else None,
         prediction_layers=number("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"),
         tied_embeddings=tied or not any(w.part == "lm_head" for w in contents.weights),
     )
+
+
+def _context(layout: ModelLayout) -> int | None:
+    try:
+        return max_positions(layout.checkpoint.config)
+    except UserError:  # a blocker of its own
+        return None
 
 
 def _active(contents: Contents, architecture: Architecture, total: int) -> int | None:
