@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from snugfit.dialects.packed import WIDE
 from snugfit.errors import UserError
 from snugfit.model import experts, transformers_api
 from snugfit.model.conversion import StoredNames, list_name, stored_names
@@ -28,6 +29,8 @@ from snugfit.storage.safetensors_header import TensorInfo
 
 # classes with an output head; others are classifiers, reward models and embedding models
 _PREDICTS_TOKENS = re.compile(r"CausalLM|LMHead|ConditionalGeneration|ImageTextToText|Multimodal")
+# what the names of scales of a tensor end in, behind the tensor's own name
+_SCALES = ("_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_scales")
 MISMATCH_REMEDY = "Config and weights do not belong together."
 
 
@@ -126,6 +129,12 @@ class Skeleton:
         mixture = self.experts.get(index)
         singles = frozenset(mixture.names.values() if mixture else ())
         return LayerNames(file_prefix=file_prefix, parameters=parameters, used=frozenset(parameters) | stacks | singles)
+
+    def with_weight(self) -> dict[str, str]:
+        """Every module that runs on text and is no linear, but has a weight: embeddings, routers, norms; as `linears`."""
+        suffix, linears = ".weight", set(self.linears().values())
+        names = {key.removesuffix(suffix) for key in self.model.state_dict() if key.endswith(suffix)}
+        return {self.file_name(name + suffix).removesuffix(suffix): name for name in names - linears}
 
     def linears(self) -> dict[str, str]:
         """Every linear that runs on text: its module's name in the file -> in the model.
@@ -263,6 +272,7 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, 
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        transformers_api.ignore_implementations(config)
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
@@ -360,9 +370,12 @@ def _check_names(stored: StoredNames, state: Mapping[str, Tensor], checkpoint: C
 def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> None:
     """UserError if a parameter is missing from the headers, or has another shape there than config.json gives it.
 
+    So is one that is stored narrower than 16 bits or beside a scale, and that nothing decodes.
+
     `codes` maps weights that are stored as codes, by their names in 16 bits, to the name of the codes and the number of
     values in one element of them.
     """
+    _check_decoded(skeleton, checkpoint, codes)
     problems = list(_expert_problems(skeleton, checkpoint, codes))
     aliases: dict[int, list[str]] = {}
     stacked = {
@@ -387,6 +400,29 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str,
         raise UserError(
             f"{problems[0]}{more}.", code="config-mismatch", where=str(checkpoint.path), remedy=MISMATCH_REMEDY
         )
+
+
+def _check_decoded(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> None:
+    """UserError for a parameter that would be taken at the face value of its codes, or without a scale that it has."""
+    state = skeleton.model.state_dict(keep_vars=True)
+    names = {skeleton.file_name(key) for key, tensor in state.items() if tensor.is_floating_point()}
+    for number, mixture in skeleton.experts.items():
+        names |= {f"{skeleton.stored_layers_name}.{number}.{relative}" for relative in mixture.names.values()}
+    whole = {name for name in skeleton.stacks.stacked if checkpoint.tensors[name].dtype in WIDE}
+    for name in sorted((names | whole) - codes.keys()):
+        found = checkpoint.tensors.get(name)
+        if found is None:
+            continue
+        if found.dtype not in WIDE:
+            what = f"{name} is {found.dtype}, but nothing says how its codes are decoded."
+            code = "dtype-unsupported"
+        elif (scale := next((name + s for s in _SCALES if name + s in checkpoint.tensors), "")) != "":
+            what = f"{scale} is a scale, but {name} is {found.dtype} and needs none."
+            code = "scale-invalid"
+        else:
+            continue
+        remedy = "Start from the original BF16, FP16 or FP32 checkpoint."
+        raise UserError(what, code=code, where=str(checkpoint.path), remedy=remedy)
 
 
 def _expert_problems(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> Iterator[str]:
