@@ -617,7 +617,7 @@ def test_fused_members_stored_differently(tmp_path: Path) -> None:
         (
             {"quantization_config": COMPRESSED | {"config_groups": {"g": group(**INT4)}}},
             bf16,
-            ("q_proj.weight", "BF16"),
+            ("compressed-tensors", "every weight is plain"),
         ),
         ({"num_hidden_layers": 5}, bf16, ("5 layers", "model.layers.3")),
         ({"vocab_size": 2000}, bf16, ("1000", "2000")),

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snugfit.engines.fused import LOOKED_UP_AS
+from snugfit.engines.fused import BARE_ATTENTION_BESIDE, LOOKED_UP_AS
 from snugfit.engines.mixtures import EXPERTS_LOOKED_UP_AS
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
@@ -22,7 +22,7 @@ from snugfit.patterns import Pattern
 _PLACE = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?P<ending>.+)")
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(?=\.|$)")
 _ANY_LAYER = r"\d+"
-_ATTENTION = "self_attn"
+_ATTENTION, _STATE_SPACE = "self_attn", "mamba"
 # vLLM 0.24 looks up experts of every family under these names, and takes what it does not find for unquantized
 _EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj")
 # parts of a name that do not identify a stack of layers
@@ -53,7 +53,7 @@ class _Survey:
 
     `layers` are the layers that have an ending in a format (None: unquantized), `leaves` all leaves below a parent,
     both without the towers, which the pattern `towers` refuses. With `side_by_side` a layer has both attention and a
-    state space.
+    state space; with `bare_attention` vLLM looks up attention without its name.
     """
 
     places: Mapping[str, _Place]
@@ -61,6 +61,7 @@ class _Survey:
     leaves: Mapping[str, Sequence[str]]
     towers: str
     side_by_side: bool
+    bare_attention: bool
 
 
 def write_targets(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> dict[TensorFormat, list[str]]:
@@ -88,13 +89,14 @@ def _survey(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> _Surv
             layers.setdefault(place.ending, {}).setdefault(formats.get(module), set()).add(place.layer)
             leaves.setdefault(place.parent, {})[place.leaf] = None
             holders.setdefault(place.parent, set()).add(place.prefix + place.layer)
-    attention = holders.get(_ATTENTION, set())
+    side_by_side = not holders.get(_ATTENTION, set()).isdisjoint(holders.get(_STATE_SPACE, ()))
     return _Survey(
         places=places,
         layers=layers,
         leaves={parent: list(found) for parent, found in leaves.items()},
         towers=towers,
-        side_by_side=any(not attention.isdisjoint(holders.get(parent, ())) for parent in LOOKED_UP_AS),
+        side_by_side=side_by_side,
+        bare_attention=side_by_side or BARE_ATTENTION_BESIDE in layers,
     )
 
 
@@ -112,7 +114,7 @@ def _targets(fmt: TensorFormat, modules: Sequence[str], survey: _Survey) -> list
     for (numbers, parent), leaves in patterns.items():
         inside_all = {module for leaf in leaves for module in members[parent, leaf]}
         clash = any(_clashes(fmt, members[parent, leaf], survey.layers[parent, leaf], survey) for leaf in leaves)
-        if survey.side_by_side and parent in LOOKED_UP_AS and (clash or numbers != _ANY_LAYER):
+        if survey.side_by_side and parent == _STATE_SPACE and (clash or numbers != _ANY_LAYER):
             raise _no_target(members[parent, leaves[0]][0])
         if clash:
             targets += [module for module in modules if module in inside_all]
@@ -127,9 +129,9 @@ def _pattern(numbers: str, parent: str, leaves: Sequence[str], survey: _Survey) 
     place = rf"layers\.{numbers}\.{_escape(parent)}"
     # with attention and a state space in one layer (falcon_h1) vLLM looks up self_attn without that name, as
     # layers.0.q_proj, and mamba of layer i of n as i + n without `layers`, as 3.mixer.in_proj
-    if survey.side_by_side and parent == _ATTENTION:
+    if survey.bare_attention and parent == _ATTENTION:
         place = rf"layers\.{numbers}\.({_ATTENTION}\.)?"
-    elif survey.side_by_side and parent in LOOKED_UP_AS:
+    elif survey.side_by_side and parent == _STATE_SPACE:
         place = rf"{_ANY_LAYER}\.{_escape(parent)}"
     return rf"re:{survey.towers}(.*\.)?{place}{_choice(leaves)}$"
 

@@ -30,7 +30,7 @@ class EvaluatedModel:
     """A checkpoint under the activations of an engine profile, by its `name` in tables.
 
     `formats` are those of the quantized modules, `kv_cache` is the declared format of keys and values, None for the
-    model's own.
+    model's own. `notes` say where config.json and tensors disagree, and what engines take in place of missing scales.
     """
 
     name: str
@@ -40,6 +40,7 @@ class EvaluatedModel:
     formats: Mapping[str, TensorFormat]
     kv_cache: str | None
     activations: str
+    notes: tuple[str, ...] = ()
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -109,6 +110,14 @@ def open_model(
     layout.check_runnable()
     skeleton = build_skeleton(layout, arithmetic)
     check_decoder(skeleton, layout)
+    if not skeleton.has_head:
+        kind = ", ".join(map(str, opened.config.get("architectures") or ()))
+        raise UserError(
+            f"{kind} has no output head: it predicts no tokens, of which figures could be made.",
+            code="architecture-unsupported",
+            where=str(path),
+            remedy="It can be quantized; compare what it returns with the original's in the program that uses it.",
+        )
     dialect = layout.dialect
     formats = _read_formats(opened, dialect, skeleton)
     kv_cache = dialect.kv_cache_format()
@@ -122,6 +131,7 @@ def open_model(
         formats=formats,
         kv_cache=kv_cache,
         activations=activations,
+        notes=(*layout.contradictions, *([f"FP8 KV cache: {bare}"] if (bare := layout.cache_without_scales) else [])),
     )
 
 
@@ -163,12 +173,14 @@ def last_states(
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     advance: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> list[Tensor]:
     """The last layer's output for each row at its `positions` (int64 [n]): [n, H] each, on the CPU.
 
-    One decoder layer is in memory at a time; `advance` is called after each.
+    One decoder layer is in memory at a time; `advance` is called after each. `warn` receives a message that names
+    the first layer whose hidden states are not finite.
     """
-    batches = pass_layers(model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance)
+    batches = pass_layers(model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn)
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     for batch in batches:
         for index, row in enumerate(batch.rows):
@@ -185,20 +197,35 @@ def pass_layers(
     *,
     tokens_per_batch: int,
     advance: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> list[forward_pass.Batch]:
-    """Rows in batches, passed through all decoder layers."""
-    batches = forward_pass.make_batches(rows, tokens_per_batch, device)
+    """Rows in batches, passed through all decoder layers; `warn` as in `last_states`."""
+    batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
     weights = layers.outer_weights(model.skeleton, model.checkpoint, head=False)
     forward_pass.embed(model.skeleton, weights, batches, device)
+    finite = not forward_pass.nonfinite_tokens(batches)
+    if not finite:
+        warn(_not_finite(model, "the embeddings"))
     with _bounded_attention(model.arithmetic, device):
         for index in range(len(model.skeleton.layers)):
-            layer, cache = resident_layer(model, index, device)
-            forward_pass.run_layer(layer, index, batches, cache=cache)
-            del layer  # before the next is read
+            if index not in model.skeleton.skipped:
+                layer, cache = resident_layer(model, index, device)
+                bad = forward_pass.run_layer(layer, index, batches, cache=cache)
+                del layer  # before the next is read
+                if bad and finite:
+                    finite = False
+                    warn(_not_finite(model, f"{model.skeleton.stored_layers_name}.{index}"))
             advance()
     for batch in batches:
         batch.calls.clear()
     return batches
+
+
+def _not_finite(model: EvaluatedModel, first: str) -> str:
+    """What a person should know of a model that computes NaN or infinite hidden states, from layer `first` on."""
+    name = model.arithmetic_name
+    remedy = ' float16 may have overflowed: `dtype="bfloat16"` has a wider range.' if name == "float16" else ""
+    return f"warning: {model.name}: hidden states are NaN or infinite from {first} on, computed in {name}.{remedy}"
 
 
 def _bounded_attention(arithmetic: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -273,12 +300,13 @@ def resident_layer(
         model.formats,
         model.activations,
         skeleton.names_of_layer(index).parameters,
+        device,
     )
     mixture, inputs = skeleton.experts.get(index), None
     if mixture is not None:
-        buffers = layers.expert_buffers(skeleton, index, torch.device("cpu"))
+        buffers = layers.expert_buffers(skeleton, index, device)
         inputs = emulate.read_experts(
-            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations
+            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations, device
         )
         weights |= buffers.stacked
     layer = layers.resident_layer(skeleton, index, weights, device)

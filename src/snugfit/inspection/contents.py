@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from snugfit.dialects.packed import CACHE_SCALE, Packed, serves
+from snugfit.dialects.packed import Packed, is_cache_scale, serves
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import is_prediction_head, is_tower
 from snugfit.model.layout import ModelLayout
@@ -16,7 +16,17 @@ from snugfit.storage.safetensors_header import StoredTensor
 # parts of a model, in the order of tables
 PARTS = (
     *("attention", "linear attention", "mlp", "experts", "shared experts", "router", "layers' other"),
-    *("embed", "lm_head", "norms", "vectors", "multi-token prediction", "towers", "other", "KV cache scales"),
+    *(
+        "embed",
+        "lm_head",
+        "norms",
+        "vectors",
+        "layers without text",
+        "multi-token prediction",
+        "towers",
+        "other",
+        "KV cache scales",
+    ),
 )
 _MIXERS = frozenset(
     {"linear_attn", "mamba", "mixer", "ssm", "mamba2", "recurrent", "temporal_block", "conv", "short_conv", "rglru"}
@@ -59,7 +69,7 @@ class Contents:
 
 def read_contents(layout: ModelLayout) -> Contents:
     """Every tensor of a checkpoint as a weight, or counted with the weight that it serves."""
-    anatomy = _Anatomy(layout.decoder, layout.num_layers, _single_shapes(layout))
+    anatomy = _Anatomy(layout.decoder, layout.num_layers, layout.skipped_layers, _single_shapes(layout))
     formats, packed = layout.formats, layout.packed
     weights = [
         weight
@@ -73,6 +83,7 @@ def read_contents(layout: ModelLayout) -> Contents:
 class _Anatomy:
     decoder: str
     layers: int
+    skipped: frozenset[int]
     singles: Mapping[str, tuple[int, ...]]
 
 
@@ -91,8 +102,8 @@ def _weights(
 ) -> Iterable[Weight]:
     """The weights of one module, the tensors that serve them counted with the first whose name they continue."""
     heads = {p.tensor for p in packed}
-    plain = [s for s in tensors if s not in heads and not serves(s) and not CACHE_SCALE.fullmatch(s)]
-    cache = [s for s in tensors if s not in heads and CACHE_SCALE.fullmatch(s)]
+    cache = [s for s in tensors if s not in heads and is_cache_scale(module, s)]
+    plain = [s for s in tensors if s not in heads and not serves(s) and s not in cache]
     serving = [s for s in tensors if s not in heads and s not in plain and s not in cache]
     for p in packed:
         mine = [s for s in serving if len(packed) == 1 or s.startswith(f"{p.parameter}_")]
@@ -128,6 +139,8 @@ def _part(parsed: TensorName, shape: tuple[int, ...], anatomy: _Anatomy) -> str:
         return _part_outside(parsed, shape)
     if parsed.layer >= anatomy.layers:
         return "multi-token prediction"
+    if parsed.layer in anatomy.skipped:
+        return "layers without text"
     path = parsed.module.split(".")
     flat = len(shape) < 2 or (len(shape) == 2 and 1 in shape) or parsed.parameter.endswith("bias")
     mixes = parsed.role in ("q", "k", "v", "o", "qkv")
@@ -172,6 +185,7 @@ def describe_layer(weights: Iterable[Weight], kind: str) -> str:
         numbers = {w.expert for w in members["experts"]}
         count = len(numbers) if None not in numbers else max(w.shape[0] for w in members["experts"])
         words.append(f"{count} experts")
+    words += ["not run on text"] if "layers without text" in members else []
     words += ["shared experts"] if "shared experts" in members else []
     return " + ".join(words) or ("nothing" if not members else "other weights")
 
