@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import operator
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -272,7 +274,7 @@ def test_two_scales_that_differ_are_refused(fp8: Path, tmp_path: Path) -> None:
     asks = with_kv(fp8, tmp_path / "asks", TENSOR_SCALES)
     for factor in (1, 2):
         more = {"model.layers.0.self_attn.attn.k_scale": TENSOR_SCALES[0][0] * factor}
-        model = open_model(rewritten(asks, tmp_path / f"{factor}", lambda t, more=more: t | more))
+        model = open_model(rewritten(asks, tmp_path / f"{factor}", functools.partial(operator.or_, more)))
         if factor == 1:
             found = emulate.read_kv_scales(model.checkpoint, "model.layers.0")
             assert [float(scale) for scale in found] == pytest.approx([0.001, 0.02])

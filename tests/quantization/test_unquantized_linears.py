@@ -53,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         if kind not in made:
             family, _, fp8 = kind.partition(" ")
             folder = tmp_path_factory.mktemp(family)
-            wide = {"index_head_dim": 128, "index_n_heads": 4} if fp8 else {}
+            wide: Any = {"index_head_dim": 128, "index_n_heads": 4} if fp8 else {}
             made[kind] = make_mixture(family, folder / "model", wide=bool(fp8), **wide)
             if fp8:
                 made[kind] = as_fp8(made[kind], folder / "fp8", "hf-block", keep=lambda name: "weights_proj" in name)

@@ -186,7 +186,7 @@ def _check_finite(checkpoint: Checkpoint, info: StoredTensor, raw: memoryview, *
         return
     bad, words = exponents == exponent, "NaN or infinite values"
     if infinite:  # infinities have no bit of the mantissa
-        bad, words = (numbers & (np.iinfo(kind).max >> 1)) > exponent, "NaN values"
+        bad, words = (numbers & (int(np.iinfo(numbers.dtype).max) >> 1)) > exponent, "NaN values"
     if bad.any():
         raise _damaged(checkpoint, info, f"{int(bad.sum())} {words}")
 
