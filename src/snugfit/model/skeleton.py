@@ -131,7 +131,7 @@ class Skeleton:
         return LayerNames(file_prefix=file_prefix, parameters=parameters, used=frozenset(parameters) | stacks | singles)
 
     def with_weight(self) -> dict[str, str]:
-        """Every module that runs on text and is no linear, but has a weight: embeddings, routers, norms; as `linears`."""
+        """Modules with a weight that are no linears (embeddings, routers, norms): name in the file -> in the model."""
         suffix, linears = ".weight", set(self.linears().values())
         names = {key.removesuffix(suffix) for key in self.model.state_dict() if key.endswith(suffix)}
         return {self.file_name(name + suffix).removesuffix(suffix): name for name in names - linears}
