@@ -416,7 +416,9 @@ def _check_decoded(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[st
         if found.dtype not in WIDE:
             what = f"{name} is {found.dtype}, but nothing says how its codes are decoded."
             code = "dtype-unsupported"
-        elif (scale := next((name + s for s in _SCALES if name + s in checkpoint.tensors), "")) != "":
+        elif (
+            scale := next((name + s for s in _SCALES if name + s in checkpoint.tensors and name + s not in names), "")
+        ) != "":
             what = f"{scale} is a scale, but {name} is {found.dtype} and needs none."
             code = "scale-invalid"
         else:

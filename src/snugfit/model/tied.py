@@ -71,7 +71,7 @@ def read_tied(checkpoint: Checkpoint, config: Mapping[str, Any], decoder: str) -
 
 def _ties(config: Mapping[str, Any]) -> bool:
     stated = config.get(_TIED)
-    return config.get("model_type") in TIED_BY_DEFAULT if stated is None else bool(stated)
+    return str(config.get("model_type")) in TIED_BY_DEFAULT if stated is None else bool(stated)
 
 
 def untied(config: Mapping[str, Any]) -> dict[str, Any]:
