@@ -18,12 +18,13 @@ from helpers.tiny_mixtures import make_mixture, rewrite
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished
 from snugfit.evaluation.evaluate import evaluate
+from snugfit.progress import Progress
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.quantize import quantize
 from snugfit.storage.staging import units_done
 
 
-class Messages:
+class Messages(Progress):
     """A progress that keeps its messages."""
 
     def __init__(self) -> None:
@@ -32,12 +33,6 @@ class Messages:
     def message(self, text: str) -> None:
         """Keep a message."""
         self.texts.append(text)
-
-    def bar(self, _total: int, _description: str) -> Any:
-        """No bar."""
-        from contextlib import nullcontext
-
-        return nullcontext(lambda: None)
 
 
 @pytest.fixture(scope="module")

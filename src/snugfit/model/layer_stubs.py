@@ -213,7 +213,8 @@ def _calls(
     )
     stage = copy.deepcopy(model, {id(layers): layer_stubs})
     without_embeddings(stage)
-    head = stage.get_output_embeddings() if hasattr(stage, "get_output_embeddings") else None
+    find_head = getattr(stage, "get_output_embeddings", None)
+    head = None if find_head is None else find_head()
     if isinstance(head, nn.Module):
         head.register_forward_pre_hook(stop)
     for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
