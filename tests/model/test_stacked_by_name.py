@@ -104,7 +104,7 @@ def test_widths_that_do_not_fit_are_refused_by_every_verb(sources: Sources, tmp_
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     (model / "config.json").write_text(json.dumps(config | {"moe_intermediate_size": 80}), encoding="utf-8")
     rows, tensor = write_rows(tmp_path / "rows.jsonl", random_rows([64] * 3, stop=59)), "experts.down_proj"
-    calls = [
+    calls: list[Callable[[], object]] = [
         lambda: plan_quantization(model, "fp8-dynamic"),
         lambda: quantize(model, "fp8-dynamic", output_dir=tmp_path / "out", dataset=[rows]),
         lambda: collect_statistics(model, output_dir=tmp_path / "seen", dataset=[rows]),
