@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import operator
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,7 @@ from helpers.evaluations import checkpoints
 from snugfit.evaluation import continuations
 from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
-from snugfit.evaluation.evaluated_model import last_states, open_head, open_model
+from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.inspection.inspect import inspect
 from snugfit.model import emulate
 from snugfit.progress import Progress
@@ -272,15 +270,15 @@ def test_an_unknown_scale_inside_attention_is_refused(name: str, fp8: Path, text
 def test_two_scales_that_differ_are_refused(fp8: Path, tmp_path: Path) -> None:
     """Two names for the scale of one cache may both be there if they hold one value."""
     asks = with_kv(fp8, tmp_path / "asks", TENSOR_SCALES)
-    for factor in (1, 2):
+
+    def opened(factor: int) -> EvaluatedModel:
         more = {"model.layers.0.self_attn.attn.k_scale": TENSOR_SCALES[0][0] * factor}
-        model = open_model(rewritten(asks, tmp_path / f"{factor}", functools.partial(operator.or_, more)))
-        if factor == 1:
-            found = emulate.read_kv_scales(model.checkpoint, "model.layers.0")
-            assert [float(scale) for scale in found] == pytest.approx([0.001, 0.02])
-            continue
-        with raises("scale-invalid"):
-            emulate.read_kv_scales(model.checkpoint, "model.layers.0")
+        return open_model(rewritten(asks, tmp_path / f"{factor}", lambda tensors: tensors | more))
+
+    found = emulate.read_kv_scales(opened(1).checkpoint, "model.layers.0")
+    assert [float(scale) for scale in found] == pytest.approx([0.001, 0.02])
+    with raises("scale-invalid"):
+        emulate.read_kv_scales(opened(2).checkpoint, "model.layers.0")
 
 
 def test_a_cache_without_scales_is_reported(fp8: Path, text: Path, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ _INNER: Mapping[str, str] = {
     "granitemoe": "intermediate_size",
     "granitemoehybrid": "intermediate_size",
     "minimax_m2": "intermediate_size",
+    **dict.fromkeys(("jamba", "hunyuan_v1_moe", "granitemoe_swa"), "intermediate_size"),
     "gpt_oss": "intermediate_size",
     "llama4_text": "intermediate_size",
     "jetmoe": "intermediate_size",

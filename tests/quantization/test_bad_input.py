@@ -449,15 +449,15 @@ def test_nan_in_tensors_that_stay(recipe: str, name: str, single: Path, token_ro
 
 
 @pytest.mark.parametrize(
-    ("value", "code"), [(float("nan"), "tensor-not-finite"), (3e38, "amax-invalid")], ids=["nan", "overflow"]
+    ("value", "code"), [(float("nan"), "tensor-not-finite"), (3e38, "activations-not-finite")], ids=["nan", "overflow"]
 )
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid"])
 def test_activations_that_are_not_finite(
     recipe: str, value: float, code: str, *, single: Path, token_rows: Path, out: Path
 ) -> None:
     """A norm whose NaN, or whose overflow, reaches calibrated inputs is refused; it never becomes a scale."""
-    model = copy(single, out, put("model.layers.1.post_attention_layernorm.weight", {3: value}))
-    refuse(model, out, code, "model.layers.1.", recipe=recipe, options=("--dataset", token_rows))
+    model = copy(single, out, put("model.layers.0.post_attention_layernorm.weight", {3: value}))
+    refuse(model, out, code, "model.layers.0", recipe=recipe, options=("--dataset", token_rows))
 
 
 @pytest.mark.parametrize(
@@ -471,8 +471,8 @@ def test_inputs_that_are_all_zero(
     recipe: str, norm: str, module: str, *, single: Path, token_rows: Path, out: Path
 ) -> None:
     """Calibrated inputs that are all zero give no scale and are refused with the module's name."""
-    model = copy(single, out, fill(f"model.layers.1.{norm}.weight", 0.0))
-    refuse(model, out, "amax-invalid", f"model.layers.1.{module}", recipe=recipe, options=("--dataset", token_rows))
+    model = copy(single, out, fill(f"model.layers.0.{norm}.weight", 0.0))
+    refuse(model, out, "amax-invalid", f"model.layers.0.{module}", recipe=recipe, options=("--dataset", token_rows))
 
 
 def test_inputs_that_are_all_zero_without_activation_scales(single: Path, out: Path) -> None:

@@ -12,6 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from conftest import MakeTiny
 from helpers.errors import raises
@@ -19,6 +24,7 @@ from helpers.tiny_families import all_tensors, load, make_vision_language
 from helpers.tiny_mixtures import make_mixture, rewrite
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.inspection.inspect import inspect
+from snugfit.model.tied import TIED_BY_DEFAULT
 from snugfit.planning.fit import fit
 from snugfit.quantization.quantize import plan_quantization, quantize
 
@@ -113,7 +119,31 @@ def test_one_changed_value_is_another_head(tied: Path, tmp_path: Path) -> None:
     assert not inspect(rewritten(tied, tmp_path / "wide", {HEAD: wide})).architecture.tied_embeddings
 
 
-@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl"])
+def test_families_that_tie_without_saying_so() -> None:
+    """The list of model types that tie by default is that of transformers' config classes."""
+    names = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, *TIED_BY_DEFAULT}
+    fields = {name: CONFIG_MAPPING[name].__dataclass_fields__ for name in names if name in CONFIG_MAPPING}
+    ties = {
+        name for name, found in fields.items() if getattr(found.get("tie_word_embeddings"), "default", None) is True
+    }
+    assert ties == TIED_BY_DEFAULT
+
+
+@pytest.mark.parametrize("kind", ["starcoder2", "lfm2"])
+def test_an_own_head_under_a_tie_by_default(kind: str, make_tiny: MakeTiny, tmp_path: Path, token_rows: Path) -> None:
+    """A family that ties where config.json says nothing gets the file's head, too, and the result says so."""
+    more = {"layer_types": ["conv", "full_attention", "conv"]} if kind == "lfm2" else {}
+    source = make_tiny(kind, tie_word_embeddings=True, dtype=torch.float32, **more)
+    path = rewritten(source, tmp_path / "own", {HEAD: own_head(source)})
+    config = json.loads((path / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (path / "config.json").write_text(json.dumps(config))
+    assert perplexity(path, token_rows) == pytest.approx(perplexity_by_transformers(path, token_rows), rel=1e-4)
+    quantize(path, "fp8-dynamic", output_dir=tmp_path / "out", device="cpu")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "qwen3_vl", "mistral3"])
 def test_an_own_head_of_a_vision_language_model(kind: str, tmp_path: Path, token_rows: Path) -> None:
     """With a nested text config every level of config.json is untied."""
     source = make_vision_language(tmp_path / "source", kind, tied=True)

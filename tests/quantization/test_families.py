@@ -304,15 +304,15 @@ def test_an_order_that_depends_on_the_text_is_refused(make_tiny: MakeTiny, monke
     layout = read_layout(make_tiny("llama"))
     skeleton = build_skeleton(layout)
     weights = layers.outer_weights(skeleton, layout.checkpoint, head=False)
-    kind: Any = type(skeleton.model.model)
-    forward = kind.forward
+    decoder: Any = type(skeleton.model.model)
+    forward = decoder.forward
 
     def without_a_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.layers = nn.ModuleList([self.layers[0], self.layers[2]])
         self.config.num_hidden_layers = 2
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(type(skeleton.model.model), "forward", without_a_layer)
+    monkeypatch.setattr(decoder, "forward", without_a_layer)
     batches = forward_pass.make_batches(random_rows([40]), 200, CPU)
     with raises("architecture-unsupported", where="model.layers"):
         forward_pass.embed(skeleton, weights, batches, CPU)

@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from snugfit.data.rows import RESERVED, Conversation
@@ -55,17 +56,25 @@ def chat(tokenizer: Tokenizer, conversation: Conversation, where: str) -> list[i
 
 def _variables(tokenizer: Tokenizer, tools: Any) -> frozenset[str]:
     """Names that the template looks up and that a row may give: none that transformers itself sets."""
+    try:
+        template = tokenizer.raw.get_chat_template(None, tools)
+    except ValueError:  # no template, which rendering reports
+        return frozenset()
+    return _looked_up(str(template)) - frozenset(tokenizer.raw.special_tokens_map) - RESERVED
+
+
+@lru_cache(maxsize=8)
+def _looked_up(template: str) -> frozenset[str]:
+    """Names that a template looks up outside of it, without jinja's and transformers' functions."""
     import jinja2
     import jinja2.meta
 
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701  # parsed only
     try:
-        template = tokenizer.raw.get_chat_template(None, tools)
-        environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"], autoescape=False)  # noqa: S701  # parsed only
         found = jinja2.meta.find_undeclared_variables(environment.parse(_GENERATION.sub("", template)))
-    except (jinja2.TemplateError, ValueError, RecursionError):
+    except (jinja2.TemplateError, ValueError, RecursionError):  # rendering reports it
         return frozenset()
-    builtin = {"raise_exception", "strftime_now", *environment.globals, *tokenizer.raw.special_tokens_map}
-    return frozenset(found - builtin - RESERVED)
+    return frozenset(found - {"raise_exception", "strftime_now", *environment.globals})
 
 
 def _forms(messages: Sequence[Any]) -> Iterator[list[Any]]:
@@ -92,7 +101,8 @@ def _loses(text: str, messages: Sequence[Any]) -> bool:
         if isinstance(content, list):
             if content and str(content) in text:
                 return True
-            texts += [part["text"].strip() for part in content if isinstance(part, dict) and "text" in part]
+            inside = (part.get("text") for part in content if isinstance(part, dict))
+            texts += [part.strip() for part in inside if isinstance(part, str)]
         elif isinstance(content, str):
             texts.append(content.strip())
         if any(isinstance(a, dict) and a and str(a) in text for a in map(_arguments, _calls(message))):

@@ -19,7 +19,7 @@ _KEYS = ("input_ids", "text", "messages", "conversations", "conversation", "prom
 # what a chat template gets from us alone
 RESERVED = frozenset(
     (
-        *("messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
+        *("self", "where", "messages", "conversation", "conversations", "chat_template", "add_generation_prompt"),
         *("continue_final_message", "tokenize", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
         *("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens", "tools", "documents"),
     )

@@ -255,9 +255,12 @@ def _log_row(
 ) -> tuple[list[int], tuple[int, ...] | None]:
     row = read_row(line, where)
     if isinstance(row, Conversation):
-        return _conversation(tokenizer, settle(tokenizer, row, where), where)
+        ids, scored = _conversation(tokenizer, settle(tokenizer, row, where), where)
+        check_ids(ids, where, vocabulary)
+        return ids, scored
     if isinstance(row, Completion):
         ids = tokenizer.encode(row.prompt + row.completion, where=where)
+        check_ids(ids, where, vocabulary)
         first = common_prefix(tokenizer.encode(row.prompt, where=where), ids)
         return ids, tuple(range(max(1, first), len(ids)))
     if isinstance(row, str):

@@ -30,6 +30,12 @@ _NEUTRAL = frozenset({"model", "language_model", "text_model", "base_model"})
 # towers have several names that begin alike: vision_tower, vision_model, vision_encoder
 _TOWERS = ("vision", "visual", "audio", "speech", "image", "video")
 
+# last parts of the names of token embeddings, which the class Linear does not target
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+
+# parts of a module's name that files of vision-language models have or leave out
+_NEUTRAL_NAMES = _NEUTRAL | {"vision_model"}
+
 _Ending = tuple[str, str]  # (parent, leaf) of a module inside a layer
 
 
@@ -206,16 +212,38 @@ class Targets:
             self._by_name.setdefault(target, group)
         self._by_pattern = [(_compiled(target, where), group) for target, group in pairs if target.startswith("re:")]
         self._ignored = frozenset(target for target in ignored if not target.startswith("re:"))
+        self._ignored_common = frozenset(map(common_name, self._ignored)) - {""}
         self._ignored_patterns = [_compiled(target, where) for target in ignored if target.startswith("re:")]
 
     def group_of(self, module: str) -> Mapping[str, Any] | None:
-        """The config group of a linear, None where it is ignored or not targeted."""
-        if not self._ignored.isdisjoint((module, "Linear")):
+        """The config group of a linear or an embedding, None where it is ignored or not targeted."""
+        kind = "Embedding" if module.endswith(_EMBEDDINGS) else "Linear"
+        if not self._ignored.isdisjoint((module, kind)):
             return None
         if any(pattern.begins(module) for pattern in self._ignored_patterns):
             return None
         found = (group for pattern, group in self._by_pattern if pattern.begins(module))
-        return self._by_name.get(module) or next(found, None) or self._by_name.get("Linear")
+        return self._by_name.get(module) or next(found, None) or self._by_name.get(kind)
+
+    def leaves_plain(self, module: str) -> bool:
+        """Whether a module with a plain weight stays so although `group_of` has a group for it.
+
+        llm-compressor writes the names of modules into `ignore`, and transformers writes tensors under others; and its
+        target Linear means a class, which a table of embeddings is not of.
+        """
+        named = module in self._by_name or any(pattern.begins(module) for pattern, _ in self._by_pattern)
+        return common_name(module) in self._ignored_common or (not named and _is_table(module))
+
+
+def common_name(module: str) -> str:
+    """A module's name without the parts by which files, transformers and vLLM differ."""
+    return ".".join(part for part in module.split(".") if part not in _NEUTRAL_NAMES)
+
+
+def _is_table(module: str) -> bool:
+    """Whether a module outside the layers is called as tables of positions and the like are, and not as a linear."""
+    leaf = module.rpartition(".")[2]
+    return ("embed" in leaf or leaf == "wpe") and "proj" not in leaf and leaf != "embed_out"
 
 
 def _compiled(target: str, where: str) -> Pattern:

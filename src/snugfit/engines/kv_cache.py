@@ -57,6 +57,8 @@ def unknown_scales(names: Iterable[str], decoder: str) -> list[str]:
     """Tensors inside the attention of decoder layers that seem to scale keys or values, under no name that is read."""
     found = []
     for name in names:
+        if "scale" not in name:
+            continue
         layer, _, rest = name.removeprefix(f"{decoder}.").partition(".")
         parent, _, below = rest.partition(".")
         if not name.startswith(f"{decoder}.") or not layer.isdecimal() or parent not in _PARENTS or "norm" in below:

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.dialects.dialect import Dialect
+from snugfit.dialects.headers import by_module, holds_codes
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate, experts, forward_pass, layers, transformers_api
+from snugfit.model.layer_stubs import token_embeddings
 from snugfit.model.layout import read_layout
 from snugfit.model.skeleton import Skeleton, build_skeleton, check_decoder, check_shapes
 from snugfit.records.evaluation import EvaluatedCheckpoint
@@ -136,12 +138,14 @@ def open_model(
 
 
 def _read_formats(checkpoint: Checkpoint, dialect: Dialect, skeleton: Skeleton) -> dict[str, TensorFormat]:
-    """Format of each quantized module that runs on text, by its name in the file.
+    """Format of each quantized module that runs on text, by its name in the file: linears, embeddings, routers.
 
     A config may use the names of the file or those of transformers' modules: whichever agree with the headers count.
     """
-    module_names = skeleton.linears()
     headers = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    parts = by_module(headers)
+    others = {name: module for name, module in skeleton.with_weight().items() if holds_codes(parts.get(name, {}))}
+    module_names = skeleton.linears() | others
     try:
         return dialect.read_formats(sorted(module_names), headers)
     except UserError:
@@ -201,7 +205,7 @@ def pass_layers(
 ) -> list[forward_pass.Batch]:
     """Rows in batches, passed through all decoder layers; `warn` as in `last_states`."""
     batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
-    weights = layers.outer_weights(model.skeleton, model.checkpoint, head=False)
+    weights = embedding_weights(model)
     forward_pass.embed(model.skeleton, weights, batches, device)
     finite = not forward_pass.nonfinite_tokens(batches)
     if not finite:
@@ -252,7 +256,7 @@ def open_head(model: EvaluatedModel, device: torch.device, outer: Outer | None =
 
 def outer_weights(model: EvaluatedModel, device: torch.device, pool: dict[str, list[Tensor]] | None = None) -> Outer:
     """The output head's weights on `device`, dequantized; `pool` shares tensors that are equal in several models."""
-    decoded, quantizers = _decoded_head(model)
+    decoded, quantizers = _decoded_outside(model, head=True)
     weights = layers.outer_weights(model.skeleton, model.checkpoint, head=True, decoded=decoded)
     placed: dict[int, Tensor] = {}
     for name, tensor in weights.items():
@@ -269,19 +273,34 @@ def _shared(name: str, tensor: Tensor, pool: dict[str, list[Tensor]]) -> Tensor:
     return tensor
 
 
-def _decoded_head(model: EvaluatedModel) -> tuple[dict[str, Tensor], dict[str, emulate.Quantizer]]:
-    """Quantized linears outside the decoder layers: their weights, and the quantizers of their inputs."""
+def embedding_weights(model: EvaluatedModel) -> dict[str, Tensor]:
+    """The weights outside the decoder layers but for the output head, by the model's names, dequantized."""
+    decoded, _ = _decoded_outside(model, head=False)
+    return layers.outer_weights(model.skeleton, model.checkpoint, head=False, decoded=decoded)
+
+
+def _decoded_outside(model: EvaluatedModel, *, head: bool) -> tuple[dict[str, Tensor], dict[str, emulate.Quantizer]]:
+    """Quantized modules outside the decoder layers: their weights by the file's names, and quantizers of inputs.
+
+    Those that the output head needs, or (head=False) those that the embeddings need.
+    """
     decoded: dict[str, Tensor] = {}
     quantizers: dict[str, emulate.Quantizer] = {}
-    module_names = model.skeleton.linears()
+    linears = model.skeleton.linears()
+    module_names = model.skeleton.with_weight() | linears
+    output = model.skeleton.model.get_output_embeddings().weight  # type: ignore[operator]
+    tokens = [module.weight for module in token_embeddings(model.skeleton.model).values()]
     for name, fmt in model.formats.items():
         if name.startswith(model.skeleton.stored_layers_name + "."):
             continue
         weight = model.skeleton.model.get_parameter(f"{module_names[name]}.weight")
+        is_head, embeds = weight is output, any(weight is one for one in tokens)
+        if (embeds and not is_head) if head else (is_head and not embeds):
+            continue
         shape = tuple(weight.shape)
         decoded[f"{name}.weight"], scale = emulate.read_module(model.checkpoint, model.dialect, name, fmt, shape)
         quantizer = emulate.input_quantizer(fmt, model.activations, scale)
-        if quantizer is not None:
+        if quantizer is not None and name in linears:
             quantizers[module_names[name]] = quantizer
     return decoded, quantizers
 

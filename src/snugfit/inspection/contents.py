@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from snugfit.dialects.packed import Packed, is_cache_scale, serves
+from snugfit.dialects.targets import common_name
 from snugfit.formats.spec import TensorFormat
-from snugfit.model.anatomy import is_prediction_head, is_tower
+from snugfit.model.anatomy import is_prediction_head, is_tower, split_at_number
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import TensorName, parse_name
 from snugfit.storage.safetensors_header import StoredTensor
@@ -198,8 +199,18 @@ def names_without_tensors(contents: Contents) -> list[str]:
     if not names:
         return []
     known: set[str] = {"lm_head"}  # a tied one has no tensor
+    tails: set[str] = set()  # of modules in towers, whose prefixes differ between files and transformers' modules
     for weight in contents.weights:
-        parts = weight.name.split(".")
-        known.update(parts)
-        known.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return [name for name in names if name not in known and not any(name in w.name for w in contents.weights)]
+        for name in dict.fromkeys((weight.name, common_name(weight.name))):
+            parts = name.split(".")
+            known.update(parts)
+            known.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        tails.update(_tail(weight.name))
+    unknown = [name for name in names if name not in known and common_name(name) not in known]
+    return [n for n in unknown if tails.isdisjoint(_tail(n)) and not any(n in w.name for w in contents.weights)]
+
+
+def _tail(name: str) -> tuple[str, ...]:
+    """What follows the first number in the name of a tower's module; nothing for other modules."""
+    _, number, rest = split_at_number(name)
+    return (f"{number}.{rest}",) if number is not None and is_tower(name) else ()

@@ -217,6 +217,7 @@ def read_layer(
         if name not in held and f"{prefix}.{name}" in checkpoint.tensors
     }
     quantizers: dict[str, Quantizer] = {}
+    modules = {name: name if names is None else names[f"{name}.weight"].removesuffix(".weight") for name in quantized}
     for group in group_modules(quantized):
         full = {name: f"{prefix}.{name}" for name in group}
         members = {
@@ -227,8 +228,8 @@ def read_layer(
             values = _values(checkpoint, full[name], member.quantized, tuple(empty.shape))
             weights[f"{name}.weight"] = values.to(empty.dtype)
             quantizer = input_quantizer(member.format, profile, member.input_scale)
-            if quantizer is not None:
-                quantizers[name] = quantizer
+            if quantizer is not None and isinstance(layer.get_submodule(modules[name]), nn.Linear):
+                quantizers[name] = quantizer  # a router that is no linear is decoded alone
     return weights, quantizers
 
 

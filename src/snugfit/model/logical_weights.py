@@ -25,11 +25,13 @@ SOURCE_FORMATS = frozenset({"fp8", "fp8-dynamic", "fp8-block"})
 # quantization methods of files that may hold 16-bit weights alone, or FP8, or experts in MXFP4
 START_METHODS = frozenset({"", "fp8", "mxfp4", "compressed-tensors"})
 MAX_EXPERTS = 100_000
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
 _FLOATS = frozenset({"BF16", "F16", "F32"})
-_EIGHT_BIT_FLOATS = frozenset({"F8_E4M3", "F8_E5M2"})
+_EIGHT_BIT_FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
-_SCALES_OF_WEIGHTS = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
+_SCALES_OF_WEIGHTS = (
+    *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
+    *("input_scale", "input_global_scale", "activation_scale"),
+)
 _AGAIN = "Config and weights do not belong together: download the checkpoint again."
 
 
@@ -128,7 +130,7 @@ def logical_weights(checkpoint: Checkpoint, dialect: Dialect, method: str) -> Lo
             continue
         module, _, parameter = name.rpartition(".")
         fmt = formats.get(module) if parameter == "weight" else None
-        if fmt is not None and len(tensor.shape) == 2 and not module.endswith(_EMBEDDINGS):
+        if fmt is not None and len(tensor.shape) == 2:
             tensors[name] = TensorInfo(name, wide, tensor.shape)
             parts = dialect.part_names(module, fmt, checkpoint.tensors)
             _check_scale(checkpoint, fmt, parts)
@@ -175,7 +177,7 @@ def stacked_weights(checkpoint: Checkpoint, dialect: Dialect) -> LogicalWeights:
 
 def _misplaced(checkpoint: Checkpoint, tensor: TensorInfo) -> UserError:
     return UserError(
-        f"{tensor.name} is {tensor.dtype}, but only 2-D weights of linears may be stored in FP8.",
+        f"{tensor.name} is {tensor.dtype}, but only 2-D weights may be stored in FP8.",
         code="dtype-unsupported",
         where=str(checkpoint.path),
         remedy="Start from the original BF16, FP16 or FP32 checkpoint.",

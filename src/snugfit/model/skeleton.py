@@ -131,7 +131,7 @@ class Skeleton:
         return LayerNames(file_prefix=file_prefix, parameters=parameters, used=frozenset(parameters) | stacks | singles)
 
     def with_weight(self) -> dict[str, str]:
-        """Every module that runs on text, is no linear and has a weight: embeddings, routers, norms; as `linears`."""
+        """Modules with a weight that are no linears (embeddings, routers, norms): name in the file -> in the model."""
         suffix, linears = ".weight", set(self.linears().values())
         names = {key.removesuffix(suffix) for key in self.model.state_dict() if key.endswith(suffix)}
         return {self.file_name(name + suffix).removesuffix(suffix): name for name in names - linears}
@@ -420,7 +420,9 @@ def _check_decoded(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[st
         if found.dtype not in WIDE:
             what = f"{name} is {found.dtype}, but nothing says how its codes are decoded."
             code = "dtype-unsupported"
-        elif (scale := next((name + s for s in _SCALES if name + s in checkpoint.tensors), "")) != "":
+        elif (
+            scale := next((name + s for s in _SCALES if name + s in checkpoint.tensors and name + s not in names), "")
+        ) != "":
             what = f"{scale} is a scale, but {name} is {found.dtype} and needs none."
             code = "scale-invalid"
         else:

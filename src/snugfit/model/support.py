@@ -38,7 +38,7 @@ def unsupported_family(checkpoint: Checkpoint) -> Iterator[UserError]:
 def encoder_decoder(checkpoint: Checkpoint) -> Iterator[UserError]:
     """The refusal of a model in which a decoder reads an encoder."""
     config = checkpoint.config
-    kind = config.get("model_type")
+    kind = str(config.get("model_type"))
     if config.get("is_encoder_decoder") is True or kind in ENCODER_DECODERS:
         yield UserError(
             f"{kind} is an encoder-decoder: such models are not supported.",

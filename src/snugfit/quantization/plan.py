@@ -6,6 +6,8 @@ where the bytes go: units that are in memory together, shards, and the config to
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -119,6 +121,20 @@ class Plan:
     def unit_of_layer(self, number: int) -> tuple[str, ...]:
         """Names of the tensors of decoder layer `number`."""
         return self.units[number + 1]
+
+    def unit_digest(self, number: int) -> str:
+        """A digest of what becomes of the tensors of unit `number`, whatever recipe says so."""
+        attention = self.observed_caches.get(number - 1)
+        scales = () if attention is None else (f"{attention}.k_scale", f"{attention}.v_scale")
+        parts: list[Any] = [attention]
+        for name in (*self.units[number], *scales):
+            assignment = self.assignments.get(name)
+            rule = None if assignment is None else (assignment.label(), assignment.scale_rule, assignment.objective)
+            codes = assignment is not None and assignment.keeps_codes
+            parts.append(
+                (name, rule, codes, [(info.name, info.dtype, info.shape) for info in self.outputs.get(name, ())])
+            )
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def writes_kv_scales(self, layer: int) -> bool:
         """Whether scales of an FP8 KV cache are written for this layer."""

@@ -117,6 +117,7 @@ class PreparedRun:
             "samples": None if self.dataset is None else self.dataset.digest,
             "statistics": self.statistics_digest(),
             "weight_files": {shard.name: shard.bytes for shard in plan.shards},
+            "units": [plan.unit_digest(number) for number in range(len(plan.units))],
             "experts": [self.experts.all_experts, self.experts.max_forced_tokens],
             "device": self.device.type,
             "tokens_per_batch": self.tokens_per_batch,

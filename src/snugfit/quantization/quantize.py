@@ -14,6 +14,7 @@ from snugfit.errors import UserError
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
+from snugfit.quantization.other_recipe import adopt_recipe
 from snugfit.quantization.plan import Plan, lay_out
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, prepare
 from snugfit.quantization.resume import FinishedUnits
@@ -99,6 +100,8 @@ def quantize(
     prepared.report(progress)
     reset_peak_gpu_bytes(prepared.device)
     with resumable(destination, restart=restart) as (directory, work):
+        if adopt_recipe(directory, work, prepared):
+            progress.message("the finished layers stay: this recipe differs in later ones alone")
         finished = FinishedUnits(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
         outcome = run_layers(run)

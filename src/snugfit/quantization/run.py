@@ -15,6 +15,7 @@ import torch
 from snugfit.errors import Unfinished, UserError
 from snugfit.machine import Clock
 from snugfit.model import forward_pass, layers
+from snugfit.model.assemble import read_single
 from snugfit.model.hidden_states import StateFile
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import read_ahead_bytes
@@ -223,6 +224,8 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
             states[0].write(batch, hidden)
 
     def read(name: str) -> torch.Tensor:
+        if name in prepared.plan.weights.origins:  # FP8
+            return read_single(prepared.plan.weights, name).to(prepared.device)
         return transfer.read(prepared.plan.checkpoint, name).result()
 
     weights = layers.outer_weights(prepared.skeleton, prepared.plan.checkpoint, head=False, read=read)

@@ -52,10 +52,13 @@ def resolve(
     UserError for a layer's weight without a rule, a rule that matches nothing, a fused group or a layer's
     experts in several formats, a shape that the format does not allow, a format for a tensor outside the layers.
     """
-    wide, stored = unquantized or {}, source_formats or {}
+    wide = unquantized or {}
     fixed = {**wide, **(not_quantizable or {})}
     infos = {tensor.name: tensor for tensor in tensors}
     names = [parse_name(tensor.name, tensor.shape, decoder) for tensor in tensors]
+    # engines build routers and embeddings in 16 bits, whatever the source stores
+    in_16_bits = {name.full for name in names if name.role in ("router", "embed")}
+    stored = {name: fmt for name, fmt in (source_formats or {}).items() if name not in in_16_bits}
     matcher = _Matcher(loaded, num_layers)
     matched: dict[int, list[TensorName]] = {number: [] for number in range(len(loaded.recipe.rules))}
     kept: set[int | None] = set()  # rules that ask for what happens anyway

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
 COPIERS = {"cpu": 1, "cuda": 3}  # for copies from file to file
 # the bits of the exponent, which are all set in numbers that are not finite
-_EXPONENTS = {
+_EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
     "F32": (np.uint32, 0x7F800000),
