@@ -654,7 +654,7 @@ def test_config_says_quantized(values: dict[str, Any], single: Path, out: Path) 
     """A quantization_config without a reader is enough to refuse what holds any codes, wherever the config has it."""
     model = copy(single, out, edit_config(**values))
     add_codes(model)
-    refuse(model, out, "already-quantized", "gptq", "config.json")
+    refuse(model, out, "quantization-unknown", "gptq", "config.json")
 
 
 @pytest.mark.parametrize(

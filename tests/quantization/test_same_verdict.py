@@ -78,7 +78,7 @@ REFUSED = {
     ("odd width", "nvfp4"): "recipe-shape",
     ("layer missing", "fp8-dynamic"): "config-mismatch",
     ("expert missing", "nvfp4"): "weights-missing",
-    ("gptq", "fp8-dynamic"): "already-quantized",
+    ("gptq", "fp8-dynamic"): "quantization-unknown",
     ("mixture deepseek_v3", "nvfp4"): "recipe-not-quantizable",
     ("mixture gpt_oss", "nvfp4"): "format-unverified",
     ("mixture jetmoe", "fp8-dynamic"): "experts-unsupported",

@@ -30,7 +30,7 @@ from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
 from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest
 from snugfit.storage.other_files import notes_on_loss
-from snugfit.storage.staging import check_stageable
+from snugfit.storage.staging import check_no_links, check_stageable
 from snugfit.version import __version__
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
@@ -95,6 +95,7 @@ class PreparedRun:
             check_stageable(Path(output_dir), model=self.plan.checkpoint.path)
             check_disk(self.estimate, Path(output_dir))
             if not restart:
+                check_no_links(Path(output_dir))
                 check_resumable(Path(output_dir), self.identity(), force=force_resume)
 
     def report(self, progress: Progress) -> None:

@@ -181,6 +181,13 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def check_no_links(target: Path) -> None:
+    """UserError where the unfinished run of TARGET, if there is one, holds a link, as `resumable` raises it."""
+    work = _partial_of(target) / WORK_NAME
+    if work.is_dir() and any(work.iterdir()):
+        _check_no_links(_partial_of(target))
+
+
 def _check_no_links(partial: Path) -> None:
     """UserError where an unfinished run holds a link: no run creates one, and it would be written through."""
     for path in partial.rglob("*"):
