@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from snugfit.errors import UserError
-from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import IDENTITY, FinishedUnits, read_json, replace_json
 from snugfit.storage.checkpoint import read_header
 from snugfit.storage.files import PIECE_BYTES, write_fully
@@ -26,37 +25,62 @@ MOVED = "moved"
 _DIFFERS = frozenset({"recipe", "units", "weight_files"})  # what a recipe changes of a run's identity
 
 
-def adopt_recipe(directory: Path, work: Path, prepared: PreparedRun) -> bool:
-    """Give the unfinished run in `directory` the recipe of `prepared`, if nothing else differs and all units fit.
+def can_adopt(work: Path, identity: Mapping[str, Any]) -> bool:
+    """Whether the unfinished run of `work` differs from `identity` in its recipe alone, and keeps its finished units.
 
-    True if it was given; False leaves the run as it is, for the caller to compare.
+    That is so, too, where the move to that recipe was killed. Nothing is written; shards are not looked at.
+    """
+    ready, before = _moved(work), read_json(work / IDENTITY)
+    identity = json.loads(json.dumps(identity))
+    if not isinstance(before, dict):
+        return False
+    return ready == identity or _keeps_units(FinishedUnits(work, before), before if ready is None else ready, identity)
+
+
+def adopt_recipe(directory: Path, work: Path, identity: Mapping[str, Any], shards: Sequence[Shard]) -> bool:
+    """Give the unfinished run in `directory` the recipe of `identity`, if nothing else differs and all units fit.
+
+    `shards` are those of the new recipe. True if it was given, False if the run stays as it is.
     """
     folder = work / MOVED
-    ready = read_json(folder / IDENTITY)
-    if isinstance(ready, dict) and isinstance(ready.get("weight_files"), dict):
+    ready = _moved(work)
+    if ready is not None:
         _put_in_place(directory, work, ready)
     shutil.rmtree(folder, ignore_errors=True)
     before = read_json(work / IDENTITY)
-    identity = json.loads(json.dumps(prepared.identity()))
+    identity = json.loads(json.dumps(identity))
     if not isinstance(before, dict):
         return False
-    differences = {key for key in identity if before.get(key) != identity[key]}
-    if "recipe" not in differences or not differences <= _DIFFERS:
-        return False
     finished = FinishedUnits(work, before)
-    units = before.get("units")
-    if not finished.done or not isinstance(units, list) or units[: finished.done] != identity["units"][: finished.done]:
+    if not _keeps_units(finished, before, identity):
         return False
     places = _places(directory, before.get("weight_files"))
     names = [name for entry in finished.entries for name in entry["written"]]
     if any(name not in places for name in names):
         return False
     folder.mkdir()
-    for shard in prepared.plan.shards:
+    for shard in shards:
         _copy(directory, folder / shard.name, shard, places, set(names))
     replace_json(folder / IDENTITY, identity)
     _put_in_place(directory, work, identity)
     return True
+
+
+def _moved(work: Path) -> dict[str, Any] | None:
+    """The identity to which all tensors were moved by a start that was then killed, None without."""
+    ready = read_json(work / MOVED / IDENTITY)
+    return ready if isinstance(ready, dict) and isinstance(ready.get("weight_files"), dict) else None
+
+
+def _keeps_units(finished: FinishedUnits, before: Mapping[str, Any], identity: Mapping[str, Any]) -> bool:
+    """Whether the recipe alone differs, and has the same formats for what is finished, which is something."""
+    differences = {key for key in identity if before.get(key) != identity[key]}
+    if "recipe" not in differences or not differences <= _DIFFERS:
+        return False
+    units = before.get("units")
+    return (
+        finished.done > 0 and isinstance(units, list) and units[: finished.done] == identity["units"][: finished.done]
+    )
 
 
 def _places(directory: Path, files: Any) -> dict[str, StoredTensor]:

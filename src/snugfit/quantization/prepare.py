@@ -23,8 +23,9 @@ from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
 from snugfit.quantization.measured import Measured, recall
+from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.resume import check_resumable, stamps
+from snugfit.quantization.resume import check_resumable, stamps, work_folder
 from snugfit.recipes.assignment import Assignment
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
@@ -96,7 +97,8 @@ class PreparedRun:
             check_disk(self.estimate, Path(output_dir))
             if not restart:
                 check_no_links(Path(output_dir))
-                check_resumable(Path(output_dir), self.identity(), force=force_resume)
+                if not can_adopt(work_folder(Path(output_dir)), self.identity()):
+                    check_resumable(Path(output_dir), self.identity(), force=force_resume)
 
     def report(self, progress: Progress) -> None:
         """Say what the run will need, and what a person should know of it."""

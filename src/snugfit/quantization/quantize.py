@@ -100,7 +100,7 @@ def quantize(
     prepared.report(progress)
     reset_peak_gpu_bytes(prepared.device)
     with resumable(destination, restart=restart) as (directory, work):
-        if adopt_recipe(directory, work, prepared):
+        if adopt_recipe(directory, work, prepared.identity(), prepared.plan.shards):
             progress.message("the finished layers stay: this recipe differs in later ones alone")
         finished = FinishedUnits(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)

@@ -100,9 +100,14 @@ class FinishedUnits:
         del self.entries[done:]
 
 
+def work_folder(output_dir: Path) -> Path:
+    """Where an unfinished run of `output_dir` keeps what it needs to resume; it need not exist."""
+    return output_dir.with_name(output_dir.name + ".partial") / WORK_NAME
+
+
 def check_resumable(output_dir: Path, identity: Mapping[str, Any], *, force: bool = False) -> None:
     """Raise what FinishedUnits would raise for the unfinished run of `output_dir`, if there is one; write nothing."""
-    folder = output_dir.with_name(output_dir.name + ".partial") / WORK_NAME
+    folder = work_folder(output_dir)
     if (folder / IDENTITY).exists() or any(folder.glob(unit_name("*"))):
         FinishedUnits(folder, identity, force=force)
 
