@@ -24,6 +24,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP
 from snugfit.model.anatomy import find_decoder
 from snugfit.model.names import LINEAR, ROLE_SETS, parse_name
+from snugfit.model.positions import max_positions
 from snugfit.recipes.assignment import Assignment
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.recipes.resolve import layer_numbers, resolve
@@ -31,7 +32,7 @@ from snugfit.storage.checkpoint import read_header
 from snugfit.storage.safetensors_header import DTYPE_BYTES, TensorInfo, parse_header
 from snugfit.storage.shards import plan_shards
 from snugfit.vram.blocks import make_pool
-from snugfit.vram.budget import Gpu, max_num_batched_tokens, max_positions, read_widths
+from snugfit.vram.budget import Gpu, max_num_batched_tokens, read_widths
 from snugfit.vram.fit import PlannedTensor, ServedModel, ServeSettings, fit_weights
 from snugfit.vram.kv_cache import check_split
 from snugfit.vram.kv_cache_config import read_cache

@@ -77,6 +77,7 @@ CODES: Mapping[str, str] = {
     "tokenizer-unusable": "The model has no usable tokenizer.",
     "chat-template-failed": "The chat template refuses these messages.",
     "experts-uncovered": "Experts saw too few tokens to be calibrated.",
+    "activations-not-finite": "Hidden states overflow or become NaN in a layer.",
     "amax-invalid": "A calibrated range is zero or not finite, so no scale can be computed.",
     "statistics-invalid": "A file of statistics is damaged or incomplete.",
     "statistics-mismatch": "Statistics are of another model, other samples or other settings.",

@@ -41,6 +41,22 @@ def pick_device(wanted: str | None) -> torch.device:
     return device
 
 
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def pick_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype of this name, None for None; UserError for a name that is not in DTYPES."""
+    import torch
+
+    if name is None:
+        return None
+    if name not in DTYPES:
+        remedy = f"Known: {', '.join(DTYPES)}."
+        raise UserError(f"unknown dtype {name!r}.", code="option-invalid", where="dtype", remedy=remedy)
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of the device; for the CPU the memory that Linux calls available, on other systems half of all."""
     import torch

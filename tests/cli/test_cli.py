@@ -56,6 +56,8 @@ OFFERED: dict[str, set[str]] = {
         "--dataset",
         "--num-samples",
         "--max-seq-length",
+        "--shuffle-seed",
+        "--dtype",
         "--device",
         "--tokens-per-batch",
         "--max-shard-size",
@@ -88,6 +90,7 @@ OFFERED: dict[str, set[str]] = {
         "--output-dir",
         "-o",
         "--device",
+        "--dtype",
         "--tokens-per-batch",
         "--allow-long-context",
         "--json",
@@ -103,6 +106,7 @@ OFFERED: dict[str, set[str]] = {
         "--output-dir",
         "-o",
         "--device",
+        "--dtype",
         "--json",
     },
     "compare": {"a", "b", "--model-a", "--model-b", "--output-dir", "-o", "--json"},
@@ -113,7 +117,9 @@ OFFERED: dict[str, set[str]] = {
         "--dataset",
         "--num-samples",
         "--max-seq-length",
+        "--shuffle-seed",
         "--device",
+        "--dtype",
         "--tokens-per-batch",
         "--moe-calibrate-all-experts",
         "--no-moe-calibrate-all-experts",
@@ -529,6 +535,46 @@ def test_weights_in_other_containers_are_left_out(make_tiny: MakeTiny, tmp_path:
     assert not (target / "pytorch_model.bin").exists()
     assert not (target / ".cache").exists()
     assert (target / "original" / "params.json").read_text(encoding="utf-8") == "{}"
+
+
+def test_adapters_and_loose_weights_of_a_source(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """An adapter below stays whole, one at the top goes with its config, prediction layers are lost; all is said."""
+    source = make_tiny("llama", num_hidden_layers=1)
+    (source / "vision-lora").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (source / name).write_bytes(b"x")
+        (source / "vision-lora" / name).write_bytes(b"y")
+    (source / "mtp.safetensors").write_bytes(b"x")
+    (source / "checkpoint-5").mkdir()
+    (source / "checkpoint-5" / "trainer_state.json").write_text("{}", encoding="utf-8")
+    target = tmp_path / "out"
+    result = run("quantize", source, "-r", "fp8-dynamic", "-o", target)
+    left_out = ["adapter_config.json", "adapter_model.safetensors", "checkpoint-5/", "mtp.safetensors"]
+    assert json.loads((target / RECORD_FILE).read_text(encoding="utf-8"))["left_out"] == left_out
+    assert not any((target / name).exists() for name in left_out)
+    assert (target / "vision-lora" / "adapter_model.safetensors").read_bytes() == b"y"
+    assert (target / "vision-lora" / "adapter_config.json").read_bytes() == b"y"
+    plan = run("quantize", source, "-r", "fp8-dynamic", "--dry-run")
+    shown = run("inspect", source)
+    for output in (result.stderr, plan.stderr, shown.stdout):
+        assert "an adapter beside the weights" in output
+        assert "mtp.safetensors" in output
+
+
+@pytest.mark.parametrize("place", ["out", "deep/out", "../MODEL/out", "link"])
+def test_an_output_inside_the_model_is_refused(place: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """An output in the model's own directory, through a link too, is refused by each verb that runs the model."""
+    source = make_tiny("llama", num_hidden_layers=1)
+    (tmp_path / "link").symlink_to(source)
+    target = tmp_path / "link" / "out" if place == "link" else source / place.replace("MODEL", source.name)
+    before = sorted(source.rglob("*"))
+    quantize = ("quantize", source, "-r", "fp8-dynamic", "-o", target)
+    for arguments in (quantize, (*quantize, "--dry-run"), ("statistics", "collect", source, "-o", target)):
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text('{"input_ids": [3, 4, 5]}\n', encoding="utf-8")
+        result = CliRunner().invoke(app, [*map(str, arguments), "--dataset", str(rows)])
+        assert failed_with(result, "output-not-writable", target)
+    assert sorted(source.rglob("*")) == before
 
 
 def test_an_output_is_needed(llama: Path) -> None:

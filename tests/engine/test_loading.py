@@ -20,7 +20,7 @@ pytestmark = pytest.mark.engine
 
 # left out: what this vLLM refuses unquantized (qwen3_next without experts), and what it needs torchvision for (qwen3_5,
 # most vision-language models; with torchvision beside it, all of tiny_families' load, seen with vLLM 0.32)
-TEXT = ("phi3", "glm4", "smollm3", "granitemoehybrid", "gemma4_text", "gpt_neox")
+TEXT = ("phi3", "glm4", "smollm3", "granitemoehybrid", "falcon_h1", "gemma4_text", "gpt_neox")
 PICTURES = ("smolvlm",)
 RECIPES = ("fp8-dynamic", "nvfp4")
 CASES = [f"{family}-{recipe}" for family in (*TEXT, *PICTURES) for recipe in RECIPES]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import snugfit.storage.hub
-from helpers.refusals import copy, evaluate, refuse, run
+from helpers.refusals import add_codes, copy, evaluate, refuse, run
 from helpers.tiny_tokenizer import add_tokenizer
 from quantization.test_bad_input import (
     Spoil,
@@ -37,7 +37,11 @@ def make_empty(path: Path) -> None:
 
 
 def quantized_by(method: str) -> Spoil:
-    return edit_config(quantization_config={"quant_method": method, "bits": 4})
+    def spoil(model: Path) -> None:
+        edit_config(quantization_config={"quant_method": method, "bits": 4})(model)
+        add_codes(model)
+
+    return spoil
 
 
 # what is done to a model -> the code, and what the message names besides the model

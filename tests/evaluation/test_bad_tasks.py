@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.refusals import copy, refuse_verb
+from helpers.refusals import add_codes, copy, refuse_verb
 from quantization.test_bad_input import Spoil, edit_config, tail_cut, write
 from snugfit.evaluation import task_loading
 from snugfit.storage.checkpoint import SINGLE_NAME
@@ -80,6 +80,11 @@ def test_tasks_without_lm_eval(good: Path, out: Path, monkeypatch: pytest.Monkey
     assert "pip install 'snugfit[eval]'" in message
 
 
+def make_gptq(model: Path) -> None:
+    edit_config(quantization_config={"quant_method": "gptq", "bits": 4})(model)
+    add_codes(model)
+
+
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("spoil", "code"),
@@ -87,7 +92,7 @@ def test_tasks_without_lm_eval(good: Path, out: Path, monkeypatch: pytest.Monkey
         (shutil.rmtree, "model-not-found"),
         (make_file, "model-not-found"),
         (lambda model: tail_cut(model / SINGLE_NAME), "file-damaged"),
-        (edit_config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization-unknown"),
+        (make_gptq, "quantization-unknown"),
         (lambda model: (model / "tokenizer.json").unlink(), "tokenizer-unusable"),
         (write("tokenizer.json", b"{"), "tokenizer-unusable"),
     ],

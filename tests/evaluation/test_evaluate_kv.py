@@ -17,12 +17,17 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from conftest import MakeTiny
 from evaluation.test_evaluate import agree, by_hand, models, rows_file
+from helpers.errors import raises
 from helpers.evaluations import checkpoints
 from snugfit.evaluation import continuations
 from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
-from snugfit.evaluation.evaluated_model import last_states, open_head, open_model
-from snugfit.quantization.quantize import quantize
+from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
+from snugfit.inspection.inspect import inspect
+from snugfit.model import emulate
+from snugfit.progress import Progress
+from snugfit.quantization.quantize import plan_quantization, quantize
+from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.evaluation import EvalRecord, ModelFigures
 
 CPU = torch.device("cpu")
@@ -199,6 +204,95 @@ def test_a_cache_without_scales_has_scale_1(llama: Path, fp8: Path, text: Path, 
     found = models(against(llama, [bare, given, fp8], text))
     assert anonymous(found["bare"]) == anonymous(found["given"])
     assert mean_kl(found["bare"]) > mean_kl(found["fp8"])
+
+
+class Told(Progress):
+    """Keeps the messages of a run."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        """Keep the line."""
+        self.messages.append(text)
+
+
+def keeping(cache: str = "keep") -> LoadedRecipe:
+    """A recipe that keeps the source's FP8 in attention."""
+    rules = "rules:\n  - {role: mlp, format: int4}\n  - {role: linear, format: keep}\n"
+    return parse_recipe(f"name: mine\nkv_cache: {cache}\n{rules}", where="mine.yaml")
+
+
+VLLM_NAMES = (
+    *("attn.{w}_scale", "{w}_proj.{w}_scale", "qkv_proj.{w}_scale", "qkqkv_proj.{w}_scale", "{w}_proj.output_scale"),
+    "{w}_cache.scale",
+)
+
+
+@pytest.mark.parametrize("name", VLLM_NAMES)
+def test_scales_under_all_names_that_vllm_reads(name: str, llama: Path, fp8: Path, text: Path, tmp_path: Path) -> None:
+    """The figures are those of the scales under self_attn.k_scale; `inspect` and a run that keeps them agree."""
+    asks = with_kv(fp8, tmp_path / "asks", TENSOR_SCALES)
+
+    def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for key, tensor in tensors.items():
+            parent, _, leaf = key.rpartition(".")
+            found[f"{parent}.{name.format(w=leaf[0])}" if leaf in ("k_scale", "v_scale") else key] = tensor
+        return found
+
+    renamed = rewritten(asks, tmp_path / "renamed", rename)
+    found = models(against(llama, [asks, renamed], text))
+    assert anonymous(found["renamed"]) == anonymous(found["asks"])
+    seen = inspect(renamed)
+    assert seen.quantization is not None
+    assert seen.quantization.kv_cache == "fp8"
+    assert sum(part.weights for part in seen.parts if part.part == "KV cache scales") == 6
+    assert not seen.problems
+    quantize(renamed, keeping(), output_dir=tmp_path / "out")
+    assert quantization_of(tmp_path / "out")["kv_cache_scheme"]["num_bits"] == 8
+    with raises("already-quantized"):
+        plan_quantization(renamed, keeping("fp8"))
+
+
+@pytest.mark.parametrize("name", ["k_quant.scale", "key_scale", "cache.k_scale_inv", "attn.impl.v_scale"])
+def test_an_unknown_scale_inside_attention_is_refused(name: str, fp8: Path, text: Path, tmp_path: Path) -> None:
+    """A scale of keys or values under an unknown name is refused by all verbs, and not taken for 1.0."""
+    full = f"model.layers.1.self_attn.{name}"
+    asks = rewritten(with_kv(fp8, tmp_path / "asks", []), tmp_path / "odd", lambda t: t | {full: torch.ones(1)})
+    for verb in (lambda: evaluate([asks], dataset=[text]), lambda: plan_quantization(asks, "int4-w4a16")):
+        with raises("quantization-unknown", where=asks) as caught:
+            verb()
+        assert full in caught.value.what
+    assert any(full in remark for remark in inspect(asks).remarks)
+
+
+def test_two_scales_that_differ_are_refused(fp8: Path, tmp_path: Path) -> None:
+    """Two names for the scale of one cache may both be there if they hold one value."""
+    asks = with_kv(fp8, tmp_path / "asks", TENSOR_SCALES)
+
+    def opened(factor: int) -> EvaluatedModel:
+        more = {"model.layers.0.self_attn.attn.k_scale": TENSOR_SCALES[0][0] * factor}
+        return open_model(rewritten(asks, tmp_path / f"{factor}", lambda tensors: tensors | more))
+
+    found = emulate.read_kv_scales(opened(1).checkpoint, "model.layers.0")
+    assert [float(scale) for scale in found] == pytest.approx([0.001, 0.02])
+    with raises("scale-invalid"):
+        emulate.read_kv_scales(opened(2).checkpoint, "model.layers.0")
+
+
+def test_a_cache_without_scales_is_reported(fp8: Path, text: Path, tmp_path: Path) -> None:
+    """Where a declared FP8 cache has no scales, `eval`, `inspect` and `quantize` say in how many layers."""
+    for name, scales, count in (("bare", [], "3 of 3"), ("partly", TENSOR_SCALES[:1], "2 of 3")):
+        asks = with_kv(fp8, tmp_path / name, scales)
+        seen = inspect(asks).quantization
+        assert seen is not None
+        assert count in str(seen.kv_cache)
+        assert any(count in note for note in open_model(asks).notes)
+        assert any(count in note for note in plan_quantization(asks, keeping()).notes)
+        told = Told()
+        evaluate([asks], dataset=[text], noise_floor="none", progress=told)
+        assert any(count in message for message in told.messages)
 
 
 def test_profile_none_leaves_the_cache_alone(llama: Path, fp8: Path, text: Path, tmp_path: Path) -> None:

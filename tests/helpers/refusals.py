@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from snugfit.cli.app import app
@@ -36,6 +38,13 @@ def message_of(result: Any, code: str = "", *, exit_code: int = 2, worked: bool 
     assert lines[0].startswith("snugfit: ")
     assert not code or lines[0].endswith(f" [{code}]"), lines[0]
     return str(lines[0])
+
+
+def add_codes(model: Path) -> None:
+    """Give a one-file model a tensor that only quantized weights have: plain ones make a quantization config stale."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.qzeros"] = torch.zeros(1, 8, dtype=torch.int32)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
 def snapshot(folder: Path) -> dict[Path, bytes | str | None]:

@@ -155,6 +155,15 @@ VISION_LANGUAGE: Mapping[str, dict[str, Any]] = {
         "audio_config": None,
         "image_token_id": 60,
     },
+    "mllama": {  # text does not run layer 1, cross attention to pictures
+        "text_config": {key: value for key, value in _TEXT.items() if key != "head_dim"}
+        | {"num_hidden_layers": 3, "cross_attention_layers": [1]}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        "vision_config": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "attention_heads": 2}
+        | {"num_global_layers": 1, "image_size": 32, "patch_size": 16, "max_num_tiles": 1, "vision_output_dim": 64}
+        | {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]},
+        "image_token_index": 60,
+    },
 }
 
 

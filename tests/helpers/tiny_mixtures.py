@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,27 @@ MIXTURES: Mapping[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
 }
+# families of single tests: the sweeps above would take too long with all of them
+_INDEXED: dict[str, Any] = _GROUPED | _LATENT | {"index_head_dim": 32, "index_n_heads": 2, "index_topk": 64}
+OTHER_MIXTURES: Mapping[str, dict[str, Any]] = {
+    "deepseek_v32": _INDEXED,
+    "glm_moe_dsa": _INDEXED,
+    "jamba": {"num_experts": 4, "mamba_d_state": 16, "attn_layer_period": 2, "attn_layer_offset": 1}
+    | {"expert_layer_period": 2, "expert_layer_offset": 1, "use_mamba_kernels": False, "num_hidden_layers": 4},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1, "num_hidden_layers": 3}
+    | {"moe_intermediate_size": 128, "num_experts": 4},
+    "hunyuan_v1_moe": _HEADS | {"num_experts": 4, "moe_topk": 2, "intermediate_size": 128},
+    # files that hold all experts of a layer in two tensors, by names that no family's row lists
+    "qwen3_5_moe_text": _HEADS
+    | {"layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4}
+    | {"linear_key_head_dim": 16, "linear_value_head_dim": 16, "moe_intermediate_size": 96, "num_experts": 4}
+    | {"shared_expert_intermediate_size": 96},
+    "gemma4_text": _HEADS
+    | {"global_head_dim": 32, "sliding_window": 16, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 16}
+    | {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"], "enable_moe_block": True}
+    | {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 96},
+    "granitemoe_swa": _GRANITE | {"intermediate_size": 96, "sliding_window": 16},
+}
 # where a config keeps the width of one expert
 _INNER: Mapping[str, str] = {
     "mixtral": "intermediate_size",
@@ -90,6 +112,7 @@ _INNER: Mapping[str, str] = {
     "granitemoe": "intermediate_size",
     "granitemoehybrid": "intermediate_size",
     "minimax_m2": "intermediate_size",
+    **dict.fromkeys(("jamba", "hunyuan_v1_moe", "granitemoe_swa"), "intermediate_size"),
     "gpt_oss": "intermediate_size",
     "llama4_text": "intermediate_size",
     "jetmoe": "intermediate_size",
@@ -100,7 +123,7 @@ _PREDICTED = "num_nextn_predict_layers"
 
 def mixture_settings(family: str, *, wide: bool = False, inner: int | None = None, **settings: Any) -> dict[str, Any]:
     """The config of a tiny mixture: `wide` as for make_mixture, `inner` for the width of one expert."""
-    given: dict[str, Any] = json.loads(json.dumps(MIXTURES[family]))
+    given: dict[str, Any] = json.loads(json.dumps({**MIXTURES, **OTHER_MIXTURES}[family]))
     if "text_config" in given:
         text = given["text_config"]
     elif family == "dbrx":
@@ -181,6 +204,8 @@ def make_mixture(
         config.architectures, config.dtype = model.config.architectures, dtype
         config.save_pretrained(folder)
         tensors = _with_prediction(tensors, layers, predicted)
+    if family == "qwen3_5_moe_text":
+        tensors = _stacked(tensors)
     rewrite(folder, {name: _as_released(family, name, tensor) for name, tensor in tensors.items()}, max_shard_size)
     return folder
 
@@ -225,6 +250,21 @@ def _as_released(family: str, name: str, tensor: Tensor) -> Tensor:
         assert tensor.shape[1] != tensor.shape[2], "choose another width"
         return tensor.transpose(1, 2)
     return tensor
+
+
+def _stacked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Single experts as two tensors a layer, [E, 2 I, H] and [E, H, I], as Qwen3.5's releases hold them."""
+    single = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+    made = {name: tensor for name, tensor in tensors.items() if not single.fullmatch(name)}
+    parts: dict[str, dict[tuple[int, str], Tensor]] = {}
+    for name, tensor in tensors.items():
+        if found := single.fullmatch(name):
+            parts.setdefault(found[1], {})[int(found[2]), found[3]] = tensor
+    for module, of in parts.items():
+        numbers = range(1 + max(number for number, _ in of))
+        made[f"{module}.gate_up_proj"] = torch.stack([torch.cat([of[n, "gate"], of[n, "up"]]) for n in numbers])
+        made[f"{module}.down_proj"] = torch.stack([of[n, "down"] for n in numbers])
+    return made
 
 
 def _with_prediction(tensors: dict[str, Tensor], layers: int, predicted: int) -> dict[str, Tensor]:

@@ -60,7 +60,7 @@ def test_missing_layer_tensor_is_named(make_tiny: MakeTiny) -> None:
     skeleton = build_skeleton(read_layout(make_tiny("llama")))
     state = {name: torch.zeros(t.shape, dtype=t.dtype) for name, t in skeleton.layers[1].state_dict().items()}
     state.pop("mlp.up_proj.weight")
-    with raises("config-mismatch", where="model.layers.1") as caught:
+    with raises("weights-missing", where="model.layers.1") as caught:
         layers.resident_layer(skeleton, 1, state, torch.device("cpu"))
     assert "mlp.up_proj.weight" in caught.value.what
 

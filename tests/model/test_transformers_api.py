@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import tomllib
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -62,6 +64,20 @@ def test_the_experts_interface() -> None:
     assert not any(api.has_experts_interface(module) for module in build("llama", **TINY).modules())
     api.use_experts(found[0], "eager")
     assert found[0].config._experts_implementation == "eager"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
+def test_a_config_chooses_no_implementation(key: str, tmp_path: Path) -> None:
+    """What config.json asks for at any level (flash_attention_2 without the package) is ignored."""
+    text = {"model_type": "qwen3_vl_moe_text", key: "flash_attention_2"}
+    given = {"model_type": "qwen3_vl_moe", key: "flash_attention_2", "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(given), encoding="utf-8")
+    config = AutoConfig.from_pretrained(tmp_path)
+    asked = [getattr(part, f"{name}_internal") for part in (config, config.text_config) for name in api.IMPLEMENTATIONS]
+    assert "flash_attention_2" in asked
+    api.ignore_implementations(config)
+    for part in (config, config.text_config):
+        assert [getattr(part, f"{name}_internal") for name in api.IMPLEMENTATIONS] == [None, None]
 
 
 def test_the_dtype_plan_is_a_mapping() -> None:

@@ -213,7 +213,8 @@ def test_quantized_model_as_it_is(nemo: Path, hybrid: Path) -> None:
 def test_unreadable_quantization_still_has_bytes(nemo: Path, tmp_path: Path) -> None:
     """A method without a reader (GPTQ) is named, and its bytes are what the file has."""
     config = {**NEMO, "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    model = write_sparse_model(tmp_path / "gptq", config, dense_tensors(NEMO))
+    codes = ("model.layers.0.self_attn.q_proj.qzeros", "I32", (0,))  # plain weights alone would make it stale
+    model = write_sparse_model(tmp_path / "gptq", config, [*dense_tensors(NEMO), codes])
     (row,) = fit(model, "24GiB").rows
     assert row.name == "gptq, as it is"
     assert row.bytes == row_of(fit(nemo, "24GiB").rows, "bf16, as it is").bytes

@@ -23,6 +23,7 @@ from typer.testing import CliRunner
 import snugfit.quantization.quantize
 import snugfit.quantization.write
 from helpers.errors import failed_with
+from helpers.refusals import add_codes
 from snugfit.cli.app import app
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from snugfit.storage.staging import LOCK_NAME, units_done
@@ -246,10 +247,10 @@ def test_index_and_shards_disagree(sharded: Path, out: Path) -> None:
 
 
 def test_index_names_a_tensor_that_no_shard_has(sharded: Path, out: Path) -> None:
-    """An index with a tensor that no shard holds is refused with the tensor's name."""
-    shard = first_shard(sharded).name
-    model = copy(sharded, out, edit_index(lambda index: index["weight_map"].update({"model.ghost": shard})))
-    refuse(model, out, "index-invalid", f"{model / INDEX_NAME}: ", "model.ghost", shard)
+    """An index with a tensor of a layer that no shard holds is refused with the tensor's name."""
+    shard, name = first_shard(sharded).name, "model.layers.0.mlp.up_proj.bias"
+    model = copy(sharded, out, edit_index(lambda index: index["weight_map"].update({name: shard})))
+    refuse(model, out, "index-invalid", f"{model / INDEX_NAME}: ", name, shard)
 
 
 def test_two_shards_with_one_tensor(sharded: Path, out: Path) -> None:
@@ -448,15 +449,15 @@ def test_nan_in_tensors_that_stay(recipe: str, name: str, single: Path, token_ro
 
 
 @pytest.mark.parametrize(
-    ("value", "code"), [(float("nan"), "tensor-not-finite"), (3e38, "amax-invalid")], ids=["nan", "overflow"]
+    ("value", "code"), [(float("nan"), "tensor-not-finite"), (3e38, "activations-not-finite")], ids=["nan", "overflow"]
 )
 @pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid"])
 def test_activations_that_are_not_finite(
     recipe: str, value: float, code: str, *, single: Path, token_rows: Path, out: Path
 ) -> None:
     """A norm whose NaN, or whose overflow, reaches calibrated inputs is refused; it never becomes a scale."""
-    model = copy(single, out, put("model.layers.1.post_attention_layernorm.weight", {3: value}))
-    refuse(model, out, code, "model.layers.1.", recipe=recipe, options=("--dataset", token_rows))
+    model = copy(single, out, put("model.layers.0.post_attention_layernorm.weight", {3: value}))
+    refuse(model, out, code, "model.layers.0", recipe=recipe, options=("--dataset", token_rows))
 
 
 @pytest.mark.parametrize(
@@ -470,8 +471,8 @@ def test_inputs_that_are_all_zero(
     recipe: str, norm: str, module: str, *, single: Path, token_rows: Path, out: Path
 ) -> None:
     """Calibrated inputs that are all zero give no scale and are refused with the module's name."""
-    model = copy(single, out, fill(f"model.layers.1.{norm}.weight", 0.0))
-    refuse(model, out, "amax-invalid", f"model.layers.1.{module}", recipe=recipe, options=("--dataset", token_rows))
+    model = copy(single, out, fill(f"model.layers.0.{norm}.weight", 0.0))
+    refuse(model, out, "amax-invalid", f"model.layers.0.{module}", recipe=recipe, options=("--dataset", token_rows))
 
 
 def test_inputs_that_are_all_zero_without_activation_scales(single: Path, out: Path) -> None:
@@ -650,8 +651,10 @@ def test_quantizing_twice(recipe: str, marked: bool, single: Path, out: Path) ->
     ids=["plain", "text_config"],
 )
 def test_config_says_quantized(values: dict[str, Any], single: Path, out: Path) -> None:
-    """A quantization_config alone is enough to refuse, wherever the config has it."""
-    refuse(copy(single, out, edit_config(**values)), out, "already-quantized", "gptq", "config.json")
+    """A quantization_config without a reader is enough to refuse what holds any codes, wherever the config has it."""
+    model = copy(single, out, edit_config(**values))
+    add_codes(model)
+    refuse(model, out, "quantization-unknown", "gptq", "config.json")
 
 
 @pytest.mark.parametrize(

@@ -235,8 +235,9 @@ def test_hidden_states_of_another_kind_are_refused(
 class Decoder(nn.Module):
     """Layers in a loop that scales hidden states, and takes the first part of what layers return if `first`."""
 
-    def __init__(self, scale: float, *, first: bool) -> None:
+    def __init__(self, scale: float, *, first: bool, order: Sequence[int] = (0, 1, 2)) -> None:
         super().__init__()
+        self.order = order
         self.embed = nn.Embedding(8, 4, device="meta")
         self.layers = nn.ModuleList(nn.Linear(4, 4, device="meta") for _ in range(3))
         self.scale, self.first = scale, first
@@ -248,8 +249,8 @@ class Decoder(nn.Module):
     def forward(self, input_ids: Tensor, **_: Any) -> Tensor:
         """Hidden states after the last layer."""
         hidden = self.embed(input_ids)
-        for layer in self.layers:
-            output = layer(hidden)
+        for number in self.order:
+            output = self.layers[number](hidden)
             hidden = output[0] if self.first else output
             hidden = hidden * self.scale if self.scale != 1 else hidden
         result: Tensor = hidden
@@ -264,6 +265,57 @@ def test_how_a_decoder_runs_its_layers(first: bool) -> None:
     assert layer_stubs.trace_layer_calls(plain, plain.layers, tokens, where="here").returns_tuple == first
     with raises("architecture-unsupported", where="here"):
         layer_stubs.trace_layer_calls(scaled, scaled.layers, tokens, where="here")
+
+
+@pytest.mark.parametrize(
+    ("order", "words"),
+    [
+        ((0, 1, 2, 0, 1, 2), "layer 0 more than once"),
+        ((0, 1, 1, 2), "layer 1 more than once"),
+        ((0, 2), "not run layer 1"),
+        ((1, 2), "not run layer 0"),
+        ((0, 1), "not run layer 2"),
+        ((0, 2, 1), "layer 1 after layer 2"),
+        ((), "not run layer 0"),
+    ],
+)
+def test_layers_out_of_order_are_refused(order: tuple[int, ...], words: str) -> None:
+    """A decoder that skips, repeats or swaps layers is refused with the reason; no layer gets another one's call."""
+    decoder = Decoder(1.0, first=False, order=order)
+    with raises("architecture-unsupported", where="here") as caught:
+        layer_stubs.trace_layer_calls(decoder, decoder.layers, torch.zeros((1, 4), dtype=torch.int64), where="here")
+    assert words in caught.value.what
+
+
+def test_layers_that_config_says_text_does_not_run() -> None:
+    """A decoder may skip exactly the layers that its config names; a call of one of these is refused."""
+    tokens = torch.zeros((1, 4), dtype=torch.int64)
+    decoder = Decoder(1.0, first=False, order=(0, 2))
+    found = layer_stubs.trace_layer_calls(decoder, decoder.layers, tokens, where="here", skipped={1})
+    assert list(found.calls) == [0, 2]
+    every = Decoder(1.0, first=False)
+    with raises("architecture-unsupported", where="here") as caught:
+        layer_stubs.trace_layer_calls(every, every.layers, tokens, where="here", skipped={1})
+    assert "layer 1" in caught.value.what
+
+
+def test_an_order_that_depends_on_the_text_is_refused(make_tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass over samples that calls other layers than the trace did is refused before any layer is run."""
+    layout = read_layout(make_tiny("llama"))
+    skeleton = build_skeleton(layout)
+    weights = layers.outer_weights(skeleton, layout.checkpoint, head=False)
+    decoder: Any = type(skeleton.model.model)
+    forward = decoder.forward
+
+    def without_a_layer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.layers = nn.ModuleList([self.layers[0], self.layers[2]])
+        self.config.num_hidden_layers = 2
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", without_a_layer)
+    batches = forward_pass.make_batches(random_rows([40]), 200, CPU)
+    with raises("architecture-unsupported", where="model.layers"):
+        forward_pass.embed(skeleton, weights, batches, CPU)
 
 
 @pytest.mark.parametrize("kind", ["llama", "house_model"])

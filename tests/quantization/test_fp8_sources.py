@@ -623,9 +623,9 @@ def test_unknown_methods_are_refused(
 ) -> None:
     """Codes of a quant_method from which no recipe can start are refused with the model and the evidence."""
     source = copied(fp8("llama", "hf-block"), tmp_path, quant_method=method)
-    named = source, repr(method) if method else "quantization_config", "FP8"
-    recipe = "nvfp4-fp8-hybrid"
-    refuse("already-quantized", *named, source=source, recipe=recipe, tmp_path=tmp_path, rows=rows)
+    named = [source, repr(method) if method else "quantization_config"]
+    code = "already-quantized" if method == "mxfp4" else "quantization-unknown"
+    refuse(code, *named, source=source, recipe="nvfp4-fp8-hybrid", tmp_path=tmp_path, rows=rows)
 
 
 @pytest.mark.parametrize("made_by", ["nvfp4", "nvfp4-fp8-hybrid", "int4-w4a16", "mxfp4"])

@@ -17,6 +17,7 @@ import torch
 
 from helpers.fp8_sources import KINDS, as_fp8, as_mxfp4
 from helpers.plans import plan_of
+from helpers.refusals import add_codes
 from helpers.tiny_families import FAMILIES, VISION_LANGUAGE, all_tensors, make_vision_language, random_rows, write_rows
 from helpers.tiny_mixtures import MIXTURES, make_mixture, rewrite
 from snugfit.errors import UserError
@@ -34,6 +35,9 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "gpt2": _OLD_NAMES,  # its layers have Conv1D modules, which are not linears
     "gptj": _OLD_NAMES | {"rotary_dim": 16},
     "gpt_bigcode": _OLD_NAMES,
+    "codegen": _OLD_NAMES | {"rotary_dim": 16},
+    "bloom": {"n_layer": 2, "n_head": 4, "num_hidden_layers": 2},
+    "mpt": {"d_model": 64, "n_layers": 2, "n_heads": 4, "num_hidden_layers": 2, "num_attention_heads": 4},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "pad_token_id": 0},
     "gemma3n_text": {  # its layers pass four hidden states a token
         "head_dim": 16,
@@ -74,7 +78,7 @@ REFUSED = {
     ("odd width", "nvfp4"): "recipe-shape",
     ("layer missing", "fp8-dynamic"): "config-mismatch",
     ("expert missing", "nvfp4"): "weights-missing",
-    ("gptq", "fp8-dynamic"): "already-quantized",
+    ("gptq", "fp8-dynamic"): "quantization-unknown",
     ("mixture deepseek_v3", "nvfp4"): "recipe-not-quantizable",
     ("mixture gpt_oss", "nvfp4"): "format-unverified",
     ("mixture jetmoe", "fp8-dynamic"): "experts-unsupported",
@@ -95,6 +99,8 @@ def damaged(source: Path, folder: Path, damage: str) -> Path:
         tensors = all_tensors(folder)
         del tensors["model.layers.1.mlp.experts.5.up_proj.weight"]
         rewrite(folder, tensors)
+    if damage == "gptq":
+        add_codes(folder)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | _DAMAGES[damage]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder

@@ -29,9 +29,13 @@ from snugfit.data.dataset import make_dataset
 from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.evaluated_model import open_head, open_model, pass_layers
+from snugfit.inspection.inspect import inspect
 from snugfit.model.layout import read_layout
 from snugfit.model.skeleton import build_skeleton
-from snugfit.quantization.quantize import quantize
+from snugfit.planning.fit import fit
+from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.quantize import plan_quantization, quantize
+from snugfit.records.statistics_file import load_statistics
 
 CPU = torch.device("cpu")
 DECODERS = {
@@ -200,7 +204,7 @@ def test_a_tied_head_is_found(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits_of(path, rows), expected)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "qwen3_5"])
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl", "qwen3_5", "mllama"])
 def test_continuations_are_transformers_own(family: str, tmp_path: Path) -> None:
     """Greedy continuations of text equal those of the whole model's generate."""
     path = make_vision_language(tmp_path / "model", family)
@@ -209,6 +213,39 @@ def test_continuations_are_transformers_own(family: str, tmp_path: Path) -> None
     settings = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
     expected = load(path).generate(torch.tensor([prompt]), **settings)[0, len(prompt) :].tolist()
     assert found == expected
+
+
+def test_layers_that_text_does_not_run_stay(tmp_path: Path) -> None:
+    """Mllama's cross-attention layers stay as they are, have no statistics, and inspect names them; all verbs agree."""
+    source, target = make_vision_language(tmp_path / "model", "mllama"), tmp_path / "out"
+    text = write_rows(tmp_path / "rows.jsonl", random_rows([32, 32]))
+    record = quantize(source, "nvfp4-fp8-hybrid-fp8kv", output_dir=target, dataset=[text])
+    crossed = [tensor for tensor in record.tensors if ".model.layers.1." in tensor.name]
+    assert len(crossed) == 13
+    assert all(tensor.format == "as it was" for tensor in crossed)
+    before, after = all_tensors(source), all_tensors(target)
+    assert all(same(before[tensor.name], after[tensor.name]) for tensor in crossed)
+    assert {name.split(".")[3] for name in after if name.endswith(".k_scale")} == {"0", "2"}
+    found = load_statistics(target)
+    assert [bool(found.layers[number].inputs) for number in range(3)] == [True, False, True]
+    quantize(source, "nvfp4-fp8-hybrid-fp8kv", output_dir=tmp_path / "again", statistics=target)
+    assert all(same(tensor, after[name]) for name, tensor in all_tensors(tmp_path / "again").items())
+    parts = {part.part: part for part in inspect(source).parts}
+    assert parts["layers without text"].parameters == sum(before[tensor.name].numel() for tensor in crossed)
+    rows = fit(source, "16GiB", recipes=["nvfp4-fp8-hybrid-fp8kv"]).rows
+    assert all(row.problem is None for row in rows)
+    collect_statistics(source, output_dir=tmp_path / "statistics", dataset=[text])
+
+
+def test_layers_that_a_recipe_names_in_vain(tmp_path: Path) -> None:
+    """A rule whose only layers are run on pictures alone is refused, with the reason."""
+    source = make_vision_language(tmp_path / "model", "mllama")
+    recipe = tmp_path / "recipe.yaml"
+    rules = "  - {role: attention, layers: '1', format: nvfp4}\n  - {role: linear, format: fp8-dynamic}\n"
+    recipe.write_text(f"name: mine\nrules:\n{rules}", encoding="utf-8")
+    with raises("recipe-not-quantizable") as caught:
+        plan_quantization(source, str(recipe))
+    assert "text does not run" in caught.value.what
 
 
 def test_contexts_beyond_the_text_models_positions_are_refused(tmp_path: Path) -> None:

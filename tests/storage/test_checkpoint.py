@@ -273,6 +273,17 @@ def test_headers_are_read_in_file_order(tmp_path: Path) -> None:
     assert raw[found["b"].offset :] == struct.pack("<3f", 0.0, 1.0, 2.0)
 
 
+@pytest.mark.parametrize(("names", "code"), [((), "config-missing"), (("config.json",), "weights-missing")])
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_alone_is_to_be_merged(weights: str, names: tuple[str, ...], code: str, tmp_path: Path) -> None:
+    """A directory with an adapter and no model is refused with merging as the remedy."""
+    for name in ("adapter_config.json", weights, *names):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    with raises(code, tmp_path) as caught:
+        open_checkpoint(tmp_path)
+    assert "merge" in caught.value.remedy
+
+
 def test_other_files_are_all_but_weights_config_and_hidden_ones(tmp_path: Path) -> None:
     """A checkpoint lists its other files, those of subdirectories too, and passes over hidden ones."""
     for name in ("tokenizer.json", "original/params.json", ".git/config", "sub/.cache/x", "pytorch_model.bin"):

@@ -21,6 +21,7 @@ from snugfit.errors import Unfinished
 from snugfit.storage import http_ranges as ranges
 from snugfit.storage import transfer
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, read_range, read_tensor
+from snugfit.storage.hub import fetch_other_files
 from snugfit.storage.open import open_checkpoint, open_headers
 
 MakeTiny = Callable[..., Path]
@@ -146,6 +147,18 @@ def test_only_config_files_are_fetched_for_headers(hub: Hub) -> None:
     assert "pytorch_model.bin" in opened.other_files
     assert not {"pytorch_model.bin", *opened.shards} & fetched()
     assert (opened.path / "sub" / "notes.txt").read_text(encoding="utf-8") == "hello"
+
+
+def test_adapters_are_fetched_to_be_copied(hub: Hub, tiny: Path) -> None:
+    """An adapter in a folder of a Hub model is fetched by what copies it, and by nothing else; a trainer's never is."""
+    names = [
+        f"{folder}/adapter_{file}" for folder in ("a", "checkpoint-5") for file in ("config.json", "model.safetensors")
+    ]
+    hub.files = files_of(tiny) | dict.fromkeys(names, b"{}")
+    opened = open_checkpoint("org/name")
+    assert [name for name in names if (opened.path / name).is_file()] == ["a/adapter_config.json"]
+    fetch_other_files(opened, to_copy=True)
+    assert [name for name in names if (opened.path / name).is_file()] == names[:2]
 
 
 def test_the_token_stays_with_the_hub(hub: Hub) -> None:
@@ -388,14 +401,20 @@ def test_models_that_are_no_good(hub: Hub, tiny: Path) -> None:
 
 
 def test_index_and_shards_of_the_hub_disagree(hub: Hub, tiny: Path) -> None:
-    """An index that sends a tensor to the wrong shard is refused, as on disk."""
+    """An index that sends a tensor to the wrong shard is refused, as on disk; one that no shard holds is remembered."""
     files = files_of(tiny)
     index = json.loads(files[INDEX_NAME])
-    index["weight_map"]["model.ghost"] = min(index["weight_map"].values())
+    first, last = min(index["weight_map"].values()), max(index["weight_map"].values())
+    index["weight_map"]["model.ghost"] = first
     hub.files = files | {INDEX_NAME: json.dumps(index).encode()}
-    with raises("index-invalid", f"org/name/{INDEX_NAME}") as caught:
+    assert open_headers("org/name").missing == {"model.ghost": first}
+    moved = next(name for name, file in index["weight_map"].items() if file == last)
+    index["weight_map"][moved] = first
+    hub.files = files | {INDEX_NAME: json.dumps(index).encode()}
+    for cached_file in Path(constants.HF_HUB_CACHE).rglob("*.index.json"):
+        cached_file.unlink()
+    with raises("index-invalid", f"org/name/{INDEX_NAME}"):
         open_headers("org/name")
-    assert "model.ghost" in str(caught.value)
 
 
 def test_the_hub_says_another_size(hub: Hub) -> None:

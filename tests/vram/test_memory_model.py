@@ -21,6 +21,7 @@ from snugfit.engines.memory import (
     graph_count,
     sglang_reserve,
 )
+from snugfit.model.positions import max_positions
 from snugfit.vram.blocks import make_pool
 from snugfit.vram.budget import (
     Budget,
@@ -28,7 +29,6 @@ from snugfit.vram.budget import (
     activation_bytes,
     make_budget,
     max_num_batched_tokens,
-    max_positions,
     read_widths,
     rotary_bytes,
 )
@@ -172,6 +172,8 @@ def test_graphs_are_counted_as_in_logs(sequences: int, graphs: int) -> None:
     assert graph_count(sequences, 2048) == graphs
 
 
+YARN: dict[str, Any] = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LINEAR: dict[str, Any] = {"rope_type": "linear", "factor": 8.0}
 POSITIONS: list[tuple[dict[str, Any], int | None]] = [
     ({"max_position_embeddings": 4096}, 4096),
     ({"max_position_embeddings": None}, None),
@@ -183,10 +185,17 @@ POSITIONS: list[tuple[dict[str, Any], int | None]] = [
         131072,
     ),
     ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 131072),
+    ({"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "longrope", "factor": 32.0}}, 131072),
+    ({"max_position_embeddings": 4096, "rope_scaling": LINEAR}, 32768),
+    ({"max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 8192),
+    ({"max_position_embeddings": 4096, "rope_parameters": {"full_attention": LINEAR}}, 32768),
+    ({"max_position_embeddings": 40960, "rope_parameters": {"full_attention": YARN}}, 131072),
+    ({"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "linear", "factor": None}}, 4096),
+    ({"max_position_embeddings": 131072, "model_type": "gemma3_text", "rope_scaling": LINEAR}, 131072),
 ]
 
 
 @pytest.mark.parametrize(("change", "positions"), POSITIONS)
 def test_positions(change: dict[str, Any], positions: int | None) -> None:
-    """The longest context is the config's, or what YaRN makes of the original one."""
+    """The longest context is the config's, or what YaRN, linear or dynamic scaling make of it, as in vLLM."""
     assert max_positions({**real.QWEN3_32B, **change}) == positions

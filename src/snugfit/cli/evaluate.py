@@ -29,7 +29,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             metavar="PATH",
-            help="Text, JSONL (`text`, `messages`) or a folder of them; repeatable. Default: Python's documentation.",
+            help="Text, JSONL, Parquet or a folder of them; repeatable. Default: Python's documentation.",
         ),
     ] = None,
     contexts: Annotated[
@@ -70,6 +70,7 @@ def evaluate(
     ] = None,
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,
+    dtype: options.Dtype = None,
     allow_long_context: Annotated[
         bool, typer.Option("--allow-long-context", help="Allow contexts beyond the positions of the model.")
     ] = False,
@@ -103,6 +104,7 @@ def evaluate(
             server=served,
             device=device,
             tokens_per_batch=tokens_per_batch,
+            dtype=dtype,
             allow_long_context=allow_long_context,
             progress=VerbProgress(ctx),
         )

@@ -43,12 +43,20 @@ Dataset = Annotated[
     typer.Option(
         "--dataset",
         metavar="PATH",
-        help="Text or JSONL (`text`, `messages`, `input_ids`); repeatable. Default: Python's documentation.",
+        help="Text, JSONL or Parquet (`text`, `messages`, ...); repeatable. Default: Python's documentation.",
     ),
 ]
 NumSamples = Annotated[int, typer.Option("--num-samples", min=1, metavar="NUMBER", help="Number of samples at most.")]
 MaxSeqLength = Annotated[
     int, typer.Option("--max-seq-length", parser=tokens(), metavar="TOKENS", help="Tokens of a sample at most.")
+]
+ShuffleSeed = Annotated[
+    int | None,
+    typer.Option(
+        "--shuffle-seed",
+        metavar="NUMBER",
+        help="Draw the samples at random from all of each file. Default: from its beginning.",
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N. Default: cuda if available.")
@@ -56,6 +64,10 @@ Device = Annotated[
 TokensPerBatch = Annotated[
     int | None,
     typer.Option("--tokens-per-batch", parser=tokens(), metavar="TOKENS", help="Tokens of one forward pass."),
+]
+Dtype = Annotated[
+    Literal["bfloat16", "float16", "float32"] | None,
+    typer.Option("--dtype", help="The dtype in which the model is run. Default: the config's."),
 ]
 CalibrateAllExperts = Annotated[
     bool,

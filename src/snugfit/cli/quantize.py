@@ -27,8 +27,10 @@ def quantize(
     dataset: options.Dataset = None,
     num_samples: options.NumSamples = DEFAULT_NUM_SAMPLES,
     max_seq_length: options.MaxSeqLength = DEFAULT_MAX_SEQ_LENGTH,
+    shuffle_seed: options.ShuffleSeed = None,
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,
+    dtype: options.Dtype = None,
     max_shard_size: Annotated[
         float | None, typer.Option(metavar="GB", help="Largest weight file in GB (10^9). Default: 0.5 to 5, by size.")
     ] = None,
@@ -68,8 +70,10 @@ def quantize(
         "dataset": dataset or (),
         "num_samples": num_samples,
         "max_seq_length": max_seq_length,
+        "shuffle_seed": shuffle_seed,
         "device": device,
         "tokens_per_batch": tokens_per_batch,
+        "dtype": dtype,
         "max_shard_size": None if max_shard_size is None else _shard_bytes(max_shard_size),
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "max_forced_tokens": max_forced_tokens,
@@ -106,7 +110,7 @@ def quantize(
         print_totals(record.tensors)
         if record.left_out:
             names = plain(", ".join(record.left_out))
-            typer.echo(f"weights in other containers, not copied: {names}", err=True)
+            typer.echo(f"not copied (other weights, other quantizations, states of a training): {names}", err=True)
         peak = record.peak_rss_bytes / GB
         typer.echo(f"{plain(str(output_dir))}: {record.seconds['total']:.1f} s, peak memory {peak:.2f} GB")
 

@@ -30,6 +30,7 @@ def tasks(
     server_model: Annotated[str | None, typer.Option(metavar="NAME", help="Which of the server's models.")] = None,
     output_dir: options.OptionalOutputDir = None,
     device: options.Device = None,
+    dtype: options.Dtype = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Run lm_eval tasks on MODEL.
@@ -49,6 +50,7 @@ def tasks(
         activations=activations,
         limit=limit,
         device=device,
+        dtype=dtype,
         server=server,
         server_model=server_model,
         task_folder=task_folder,

@@ -1,26 +1,27 @@
 """Samples (rows of token ids) to calibrate or evaluate on, with a digest that identifies them.
 
-Sources: text files, cut into samples of equal length; JSONL files, where each line has one of `text`, `messages` or
-`input_ids` and is a sample, cut at the maximum length; or nothing at all, then Python's own documentation topics.
+Sources: text files, cut into samples of equal length; files of rows (JSONL, Parquet), where each row is a sample, cut
+at the maximum length (`data/rows.py` says in which forms); or nothing at all, then Python's own documentation topics.
+They are taken from the beginning of each file, or with a seed at random from all of it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from snugfit.data import python_docs
+from snugfit.data import conversations, python_docs
+from snugfit.data.files import holds_rows, open_text, row_lines
+from snugfit.data.rows import Completion, Conversation, read_row
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.errors import UserError
 
 DEFAULT_NUM_SAMPLES = 32
 DEFAULT_MAX_SEQ_LENGTH = 1024
 MIN_TOKENS = 2  # of a sample
-JSONL_ENDINGS = (".jsonl", ".ndjson")
 _MAX_CHARACTERS_PER_TOKEN = 64  # hardly any token is longer
 
 
@@ -36,13 +37,6 @@ class Dataset:
     def tokens(self) -> int:
         """Tokens in all samples."""
         return sum(len(sample) for sample in self.samples)
-
-
-@dataclass(frozen=True)
-class Messages:
-    """A conversation of a JSONL file, not yet put into a model's chat template."""
-
-    messages: list[Any]
 
 
 def make_dataset(samples: Sequence[Sequence[int]], source: str) -> Dataset:
@@ -67,11 +61,13 @@ def load_dataset(
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
     vocabulary: int | None = None,
+    shuffle_seed: int | None = None,
 ) -> Dataset:
     """At most `num_samples` samples of at most `max_seq_length` tokens for the model in directory `model_dir`.
 
-    Every file gives an equal share; no files: Python's documentation topics. `vocabulary` (None: unknown) bounds token
-    ids. UserError where a file holds no text, or too little for one sample.
+    Every file gives an equal share, from its beginning, or with `shuffle_seed` drawn from all of it, in random order;
+    no files: Python's documentation topics. `vocabulary` (None: unknown) bounds token ids. UserError where a file holds
+    no text, or too little for one sample.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("max_seq_length", max_seq_length, MIN_TOKENS)):
         if value < least:
@@ -81,7 +77,7 @@ def load_dataset(
                 where=name,
                 remedy=f"Set `{name}` to {least} or more.",
             )
-    reader = _Reader(Tokenizer(model_dir), max_seq_length, vocabulary)
+    reader = _Reader(Tokenizer(model_dir), max_seq_length, vocabulary, shuffle_seed)
     if not files:
         text = python_docs.python_topics("calibration")
         source = python_docs.SOURCES["calibration"]
@@ -96,44 +92,58 @@ def load_dataset(
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads samples of at most `max_seq_length` tokens with ids below `vocabulary` (None: unknown)."""
+    """Reads samples of at most `max_seq_length` tokens with ids below `vocabulary` (None: unknown).
+
+    In the order of the files, or with a `shuffle_seed` in random order.
+    """
 
     tokenizer: Tokenizer
     max_seq_length: int
     vocabulary: int | None
+    shuffle_seed: int | None
 
     def read_file(self, file: Path, count: int) -> Iterator[list[int]]:
-        """At most `count` samples of a file of text or JSONL."""
-        ending = file.suffix.lower()
-        check_ending(file)
-        try:
-            with file.open(encoding="utf-8-sig", newline="\n") as stream:
-                if ending in JSONL_ENDINGS:
-                    yield from self.read_jsonl(stream, count, str(file))
-                else:
-                    text = stream.read(_MAX_CHARACTERS_PER_TOKEN * count * self.max_seq_length)
-                    yield from self.cut(text, count, str(file))
-        except (OSError, UnicodeDecodeError) as error:
-            raise not_text(file, error) from None
+        """At most `count` samples of a file of text or rows."""
+        if holds_rows(file):
+            lines = self._in_random_order(file, count) if self.shuffle_seed is not None else _numbered(file)
+            yield from self.read_rows(lines, count, str(file))
+            return
+        with open_text(file) as stream:
+            whole = self.shuffle_seed is not None
+            text = stream.read(-1 if whole else _MAX_CHARACTERS_PER_TOKEN * count * self.max_seq_length)
+        yield from self.cut(text, count, str(file))
 
-    def read_jsonl(self, lines: Iterable[str], count: int, where: str) -> Iterator[list[int]]:
-        """At most `count` samples of two tokens or more, one a line."""
+    def read_rows(self, lines: Iterable[tuple[int, str]], count: int, where: str) -> Iterator[list[int]]:
+        """At most `count` samples of two tokens or more, one a numbered line."""
         found = 0
-        for number, line in enumerate(lines, 1):
-            if found == count:
-                return
-            if not line.strip():
-                continue
+        for number, line in lines:
             place = f"{where}:{number}"
-            read = read_line(line, place, self.tokenizer)
-            ids = self.tokenizer.chat(read.messages, where=place) if isinstance(read, Messages) else read
-            sample = ids[: self.max_seq_length]
+            sample = self._tokens(line, place)[: self.max_seq_length]
             if len(sample) >= MIN_TOKENS:
                 found += 1
                 yield self._checked(sample, place)
+            if found == count:
+                return
         if not found:
             what = f"no row of {MIN_TOKENS} tokens or more."
             raise UserError(what, code="dataset-too-small", where=where, remedy="Give longer texts.")
+
+    def _tokens(self, line: str, where: str) -> list[int]:
+        row = read_row(line, where)
+        if isinstance(row, Conversation):
+            return conversations.chat(self.tokenizer, row, where)
+        if isinstance(row, Completion):
+            row = row.prompt + row.completion
+        return self.tokenizer.encode(row, where=where) if isinstance(row, str) else row
+
+    def _in_random_order(self, file: Path, count: int) -> Iterator[tuple[int, str]]:
+        """All rows in random order; the file is read again for every `count` rows, which are in memory at once."""
+        numbers = _shuffled([number for number, _ in _numbered(file)], self.shuffle_seed)
+        for first in range(0, len(numbers), count):
+            asked = numbers[first : first + count]
+            wanted = set(asked)
+            lines = {number: line for number, line in _numbered(file) if number in wanted}
+            yield from ((number, lines[number]) for number in asked if number in lines)
 
     def cut(self, text: str, count: int, where: str) -> Iterator[list[int]]:
         """At most `count` samples of `max_seq_length` tokens, start tokens included; a short text gives a short one."""
@@ -146,14 +156,16 @@ class _Reader:
                 where="max_seq_length",
                 remedy="Raise `max_seq_length`.",
             )
-        ids = self.tokenizer.first_tokens(text, max(MIN_TOKENS, count * body), where=where)
+        whole = self.shuffle_seed is not None
+        ids = self.tokenizer.first_tokens(text, max(MIN_TOKENS, len(text) if whole else count * body), where=where)
         if len(ids) < MIN_TOKENS:
             what = f"empty or too short: fewer than {MIN_TOKENS} tokens."
             raise UserError(what, code="dataset-too-small", where=where, remedy="Give longer texts.")
         if len(ids) < body:
             yield self._checked([*start, *ids], where)
             return
-        for n in range(min(count, len(ids) // body)):
+        places = range(len(ids) // body)
+        for n in (_shuffled(places, self.shuffle_seed) if whole else places)[:count]:
             yield self._checked([*start, *ids[n * body : (n + 1) * body]], where)
 
     def _checked(self, sample: list[int], where: str) -> list[int]:
@@ -161,24 +173,15 @@ class _Reader:
         return sample
 
 
-def read_line(line: str, where: str, tokenizer: Tokenizer) -> list[int] | Messages:
-    """Token ids of a JSONL line with `input_ids` or `text`, or its messages; UserError at `where` for another."""
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        what = f"not JSON ({error})."
-        remedy = "JSONL has one JSON object a line."
-        raise UserError(what, code="dataset-invalid", where=where, remedy=remedy) from None
-    if isinstance(entry, dict):
-        ids = entry.get("input_ids")
-        if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids):
-            return ids
-        if isinstance(entry.get("text"), str):
-            return tokenizer.encode(entry["text"], where=where)
-        if isinstance(entry.get("messages"), list):
-            return Messages(entry["messages"])
-    what = "no `text`, `messages` or `input_ids`."
-    raise UserError(what, code="dataset-invalid", where=where, remedy="Each line needs one of them.")
+def _numbered(file: Path) -> Iterator[tuple[int, str]]:
+    """The rows of a file that are not blank, with their numbers from 1."""
+    return ((number, line) for number, line in enumerate(row_lines(file), 1) if line.strip())
+
+
+def _shuffled(places: Sequence[int], seed: int | None) -> list[int]:
+    """The places in an order that the seed alone decides, on every version of Python."""
+    generator = random.Random(seed)  # noqa: S311  # no secret
+    return [place for _, place in sorted((generator.random(), place) for place in places)]
 
 
 def check_ids(ids: Sequence[int], where: str, vocabulary: int | None) -> None:
@@ -191,24 +194,3 @@ def check_ids(ids: Sequence[int], where: str, vocabulary: int | None) -> None:
             where=where,
             remedy="Tokenize with this model's tokenizer.",
         )
-
-
-def check_ending(file: Path) -> None:
-    """UserError for a .json file, which would be read as raw text."""
-    if file.suffix.lower() == ".json":
-        raise UserError(
-            "a .json file is neither text nor rows.",
-            code="dataset-unreadable",
-            where=str(file),
-            remedy="Give text, or JSONL with a row a line.",
-        )
-
-
-def not_text(file: Path, error: Exception) -> UserError:
-    """The error for a file that cannot be read as UTF-8 text."""
-    return UserError(
-        f"cannot be read as text ({error}).",
-        code="dataset-unreadable",
-        where=str(file),
-        remedy="Give UTF-8 text or JSONL.",
-    )

@@ -1,8 +1,9 @@
 """The rows of an evaluation: plain texts in chunks of each context length, and JSONL rows of their own lengths.
 
 A text is tokenized once without special tokens and cut into chunks of n tokens. Each begins with the tokens that the
-tokenizer puts before a text (BOS where the model wants it); the incomplete chunk at the end is dropped. A JSONL file
-gives a row a line: of `messages` only the assistant's tokens are scored, of `text` and `input_ids` all.
+tokenizer puts before a text (BOS where the model wants it); the incomplete chunk at the end is dropped. A file of rows
+(JSONL, Parquet) gives a row a line: of conversations only the assistant's tokens are scored, of `prompt` and
+`completion` the completion's, of `text` and `input_ids` all.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from snugfit.data import python_docs
-from snugfit.data.dataset import (
-    JSONL_ENDINGS,
-    Messages,
+from snugfit.data.conversations import settle
+from snugfit.data.dataset import check_ids, samples_digest
+from snugfit.data.files import (
+    ROW_ENDINGS,
     check_ending,
-    check_ids,
-    not_text,
-    read_line,
-    samples_digest,
+    ending_of,
+    holds_rows,
+    parquet_lines,
+    read_text,
+    readable,
 )
-from snugfit.data.tokenizer import Tokenizer
+from snugfit.data.rows import Completion, Conversation, read_row
+from snugfit.data.tokenizer import Tokenizer, common_prefix
 from snugfit.errors import UserError
 from snugfit.records.evaluation import TextRecord
 
@@ -102,9 +105,9 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
         if not path.is_dir():
             files.append(path)
             continue
-        found = sorted(file for file in path.iterdir() if file.suffix.lower() in (".txt", ".md", *JSONL_ENDINGS))
+        found = sorted(file for file in path.iterdir() if ending_of(file) in (".txt", ".md", *ROW_ENDINGS))
         if not found:
-            what = "no .txt, .md or .jsonl file in this folder."
+            what = "no .txt, .md, .jsonl or .parquet file in this folder."
             raise UserError(what, code="dataset-unreadable", where=str(path), remedy="Name the files.")
         files += found
     return files
@@ -146,13 +149,11 @@ def _read_files(files: Sequence[Path]) -> tuple[list[tuple[str, str]], list[tupl
     logs: list[tuple[str, str]] = []
     records = []
     for file in files:
-        rows = file.suffix.lower() in JSONL_ENDINGS
+        rows = holds_rows(file)
         check_ending(file)
-        try:
+        with readable(file):
             data = file.read_bytes()
-            text = data.decode("utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise not_text(file, error) from None
+        text = "\n".join(parquet_lines(file, data)) if ending_of(file) == ".parquet" else read_text(file, data)
         (logs if rows else plain).append((str(file), text))
         records.append(TextRecord(file.name, hashlib.sha256(data).hexdigest(), "rows" if rows else "text"))
     return plain, logs, records
@@ -252,29 +253,41 @@ def _log_rows(tokenizer: Tokenizer, name: str, text: str, vocabulary: int | None
 def _log_row(
     tokenizer: Tokenizer, line: str, where: str, vocabulary: int | None
 ) -> tuple[list[int], tuple[int, ...] | None]:
-    found = read_line(line, where, tokenizer)
-    if isinstance(found, Messages):
-        return _conversation(tokenizer, found.messages, where)
-    check_ids(found, where, vocabulary)
-    return found, None
+    row = read_row(line, where)
+    if isinstance(row, Conversation):
+        ids, scored = _conversation(tokenizer, settle(tokenizer, row, where), where)
+        check_ids(ids, where, vocabulary)
+        return ids, scored
+    if isinstance(row, Completion):
+        ids = tokenizer.encode(row.prompt + row.completion, where=where)
+        check_ids(ids, where, vocabulary)
+        first = common_prefix(tokenizer.encode(row.prompt, where=where), ids)
+        return ids, tuple(range(max(1, first), len(ids)))
+    if isinstance(row, str):
+        row = tokenizer.encode(row, where=where)
+    check_ids(row, where, vocabulary)
+    return row, None
 
 
-def _conversation(tokenizer: Tokenizer, messages: list[Any], where: str) -> tuple[list[int], tuple[int, ...]]:
+def _conversation(tokenizer: Tokenizer, row: Conversation, where: str) -> tuple[list[int], tuple[int, ...]]:
     """A conversation's tokens, and the positions of those that the assistant wrote.
 
     The template is applied up to each answer, with and without it; the answer is the difference. Templates that
     rewrite earlier turns (leaving out reasoning) keep this only for the last ones, whose answers are then scored.
     """
+    messages = row.messages
     answers = [
-        n for n, message in enumerate(messages) if isinstance(message, dict) and message.get("role") == "assistant"
+        n
+        for n, message in enumerate(messages)
+        if n >= row.first_scored and isinstance(message, dict) and message.get("role") == "assistant"
     ]
-    whole = tokenizer.chat(messages, where=where)
+    whole = tokenizer.chat(messages, where=where, **row.options)
     positions: list[int] = []
     for n in answers:
-        before = tokenizer.chat(messages[:n], where=where, add_generation_prompt=True) if n else []
-        upto = tokenizer.chat(messages[: n + 1], where=where) if n + 1 < len(messages) else whole
-        if whole[: len(upto)] == upto and upto[: len(before)] == before:
-            positions += range(max(1, len(before)), len(upto))
+        upto = tokenizer.chat(messages[: n + 1], where=where, **row.options) if n + 1 < len(messages) else whole
+        start = _start_of_answer(tokenizer, row, n, upto, where)
+        if start is not None and whole[: len(upto)] == upto:
+            positions += range(max(1, start), len(upto))
     if answers and not positions:
         raise UserError(
             "the chat template rewrites every turn, so that the assistant's tokens cannot be identified.",
@@ -283,3 +296,19 @@ def _conversation(tokenizer: Tokenizer, messages: list[Any], where: str) -> tupl
             remedy="End the conversation with the answer to be scored, or give `text`.",
         )
     return whole, tuple(positions)
+
+
+def _start_of_answer(tokenizer: Tokenizer, row: Conversation, n: int, upto: list[int], where: str) -> int | None:
+    """The position at which answer n begins in the conversation `upto` it; None if it cannot be identified.
+
+    A generation prompt may open what this answer does not have, such as <think>: the answer then begins where the two
+    part, if that is behind the messages before it.
+    """
+    if not n:
+        return 0
+    before = tokenizer.chat(row.messages[:n], where=where, **row.options, add_generation_prompt=True)
+    start = common_prefix(before, upto)
+    if start == len(before):
+        return start
+    earlier = tokenizer.chat(row.messages[:n], where=where, **row.options)
+    return start if start >= common_prefix(earlier, before) else None

@@ -52,7 +52,17 @@ class Tokenizer:
         return self._loaded
 
     def encode(self, text: str, *, where: str = "", special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the tokens that the tokenizer adds to it unless `special_tokens` is False."""
+        """Token ids of a text, with the tokens that the tokenizer adds to it unless `special_tokens` is False.
+
+        A text that begins with the tokenizer's own start tokens, such as BOS, gets no other.
+        """
+        ids = self._encode(text, where=where, special_tokens=special_tokens)
+        if not special_tokens:
+            return ids
+        start = self.start_tokens
+        return start + self.without_start(ids[len(start) :]) if start and ids[: len(start)] == start else ids
+
+    def _encode(self, text: str, *, where: str = "", special_tokens: bool = True) -> list[int]:
         raw = self.raw
         try:
             return list(raw(text, add_special_tokens=special_tokens).input_ids)
@@ -63,6 +73,14 @@ class Tokenizer:
                 where=where,
                 remedy="Correct the text: is it valid Unicode?",
             ) from None
+
+    def render(self, messages: Sequence[Any], *, where: str, **options: Any) -> str:
+        """A conversation in the model's chat template, as text; UserError at `where` if the template fails."""
+        raw = self.raw
+        try:
+            return str(raw.apply_chat_template(messages, tokenize=False, **options))
+        except Exception as error:  # noqa: BLE001  # templates are programs
+            raise _template_failed(error, where) from None
 
     def chat(self, messages: Sequence[Any], *, where: str, **options: Any) -> list[int]:
         """Token ids of a conversation in the model's chat template; UserError at `where` if the template fails.
@@ -75,28 +93,42 @@ class Tokenizer:
             found = raw.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
             return list(found["input_ids"])
         except Exception as error:  # noqa: BLE001  # templates are programs
-            raise UserError(
-                f"the chat template refuses these messages ({error}).",
-                code="chat-template-failed",
-                where=where,
-                remedy="Give `text` instead of `messages`.",
-            ) from None
+            raise _template_failed(error, where) from None
 
     @cached_property
     def start_tokens(self) -> list[int]:
         """The tokens that the tokenizer puts before a text, such as BOS."""
-        plain = self.encode("a", special_tokens=False)
-        full = self.encode("a")
+        plain = self._encode("a", special_tokens=False)
+        full = self._encode("a")
         place = next((n for n in range(len(full)) if full[n : n + len(plain)] == plain), 0)
         return full[:place]
 
+    def without_start(self, ids: list[int]) -> list[int]:
+        """Token ids of a text without the start tokens that the text itself begins with."""
+        return ids[common_prefix(self.start_tokens, ids) :]
+
     def first_tokens(self, text: str, count: int, *, where: str = "") -> list[int]:
-        """The text's tokens without special ones: at least the first `count`, or all of a shorter text."""
+        """The text's tokens without start tokens: at least the first `count`, or all of a shorter text."""
         ids: list[int] = []
         characters = CHARACTERS_PER_TOKEN * count  # doubled until they hold enough tokens
         while len(ids) < count:
-            ids = self.encode(text[:characters], where=where, special_tokens=False)
+            ids = self.without_start(self.encode(text[:characters], where=where, special_tokens=False))
             if characters >= len(text):
                 break
             characters *= 2
         return ids
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two rows share from their beginning."""
+    differing = (n for n, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differing, min(len(first), len(second)))
+
+
+def _template_failed(error: Exception, where: str) -> UserError:
+    return UserError(
+        f"the chat template refuses these messages ({error}).",
+        code="chat-template-failed",
+        where=where,
+        remedy="Give `text` instead of `messages`.",
+    )

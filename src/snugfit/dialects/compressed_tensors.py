@@ -29,6 +29,7 @@ MIXED = "mixed-precision"
 VERSION = "0.14.0"
 
 _FLOATS = frozenset({"BF16", "F16", "F32"})
+_PLAIN = _FLOATS | {"F64"}
 
 INPUT_SCALE = "input_global_scale"
 
@@ -260,7 +261,7 @@ def quantization_config(
 
 
 def formats_of(
-    quantization: Mapping[str, Any], modules: Iterable[str], _parts: Mapping[str, Headers], *, where: str
+    quantization: Mapping[str, Any], modules: Iterable[str], parts: Mapping[str, Headers], *, where: str
 ) -> dict[str, TensorFormat]:
     """Format of each of `modules` that a quantization_config targets; the others are unquantized."""
     _check_features(quantization, where)
@@ -272,7 +273,8 @@ def formats_of(
     found: dict[str, TensorFormat] = {}
     for module in modules:
         group = targets.group_of(module)
-        if group is not None:
+        plain = parts.get(module, {}).get("weight", ("",))[0] in _PLAIN
+        if group is not None and not (plain and targets.leaves_plain(module)):
             found[module] = parse_scheme(group, where=where)
     return found
 

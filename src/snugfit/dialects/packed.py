@@ -25,6 +25,15 @@ _SERVES = re.compile(
 CACHE_SCALE = re.compile(r"[kvq]_scale|kv_scale|prob_scale|[kv]_zero_point")
 
 
+def is_cache_scale(module: str, suffix: str) -> bool:
+    """Whether a tensor scales the keys, values or queries of an FP8 cache, under any name that vLLM reads."""
+    leaf = module.rpartition(".")[2]
+    of_cache = suffix == "scale" and leaf in ("k_cache", "v_cache")
+    return (
+        of_cache or (suffix == "output_scale" and leaf in ("k_proj", "v_proj")) or bool(CACHE_SCALE.fullmatch(suffix))
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """A weight: its parameter's name, its unpacked shape, the label of its format ("" for plain numbers).

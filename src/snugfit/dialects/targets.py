@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snugfit.engines.fused import LOOKED_UP_AS
+from snugfit.engines.fused import BARE_ATTENTION_BESIDE, LOOKED_UP_AS
 from snugfit.engines.mixtures import EXPERTS_LOOKED_UP_AS
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
@@ -22,13 +22,19 @@ from snugfit.patterns import Pattern
 _PLACE = re.compile(r"(?P<prefix>(?:.*\.)?)layers\.(?P<layer>\d+)\.(?P<ending>.+)")
 _EXPERT = re.compile(r"(^|\.)experts\.\d+(?=\.|$)")
 _ANY_LAYER = r"\d+"
-_ATTENTION = "self_attn"
+_ATTENTION, _STATE_SPACE = "self_attn", "mamba"
 # vLLM 0.24 looks up experts of every family under these names, and takes what it does not find for unquantized
 _EXPERT_LEAVES = ("gate_proj", "up_proj", "down_proj")
 # parts of a name that do not identify a stack of layers
 _NEUTRAL = frozenset({"model", "language_model", "text_model", "base_model"})
 # towers have several names that begin alike: vision_tower, vision_model, vision_encoder
 _TOWERS = ("vision", "visual", "audio", "speech", "image", "video")
+
+# last parts of the names of token embeddings, which the class Linear does not target
+_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
+
+# parts of a module's name that files of vision-language models have or leave out
+_NEUTRAL_NAMES = _NEUTRAL | {"vision_model"}
 
 _Ending = tuple[str, str]  # (parent, leaf) of a module inside a layer
 
@@ -53,7 +59,7 @@ class _Survey:
 
     `layers` are the layers that have an ending in a format (None: unquantized), `leaves` all leaves below a parent,
     both without the towers, which the pattern `towers` refuses. With `side_by_side` a layer has both attention and a
-    state space.
+    state space; with `bare_attention` vLLM looks up attention without its name.
     """
 
     places: Mapping[str, _Place]
@@ -61,6 +67,7 @@ class _Survey:
     leaves: Mapping[str, Sequence[str]]
     towers: str
     side_by_side: bool
+    bare_attention: bool
 
 
 def write_targets(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> dict[TensorFormat, list[str]]:
@@ -88,13 +95,14 @@ def _survey(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> _Surv
             layers.setdefault(place.ending, {}).setdefault(formats.get(module), set()).add(place.layer)
             leaves.setdefault(place.parent, {})[place.leaf] = None
             holders.setdefault(place.parent, set()).add(place.prefix + place.layer)
-    attention = holders.get(_ATTENTION, set())
+    side_by_side = not holders.get(_ATTENTION, set()).isdisjoint(holders.get(_STATE_SPACE, ()))
     return _Survey(
         places=places,
         layers=layers,
         leaves={parent: list(found) for parent, found in leaves.items()},
         towers=towers,
-        side_by_side=any(not attention.isdisjoint(holders.get(parent, ())) for parent in LOOKED_UP_AS),
+        side_by_side=side_by_side,
+        bare_attention=side_by_side or BARE_ATTENTION_BESIDE in layers,
     )
 
 
@@ -112,7 +120,7 @@ def _targets(fmt: TensorFormat, modules: Sequence[str], survey: _Survey) -> list
     for (numbers, parent), leaves in patterns.items():
         inside_all = {module for leaf in leaves for module in members[parent, leaf]}
         clash = any(_clashes(fmt, members[parent, leaf], survey.layers[parent, leaf], survey) for leaf in leaves)
-        if survey.side_by_side and parent in LOOKED_UP_AS and (clash or numbers != _ANY_LAYER):
+        if survey.side_by_side and parent == _STATE_SPACE and (clash or numbers != _ANY_LAYER):
             raise _no_target(members[parent, leaves[0]][0])
         if clash:
             targets += [module for module in modules if module in inside_all]
@@ -127,9 +135,9 @@ def _pattern(numbers: str, parent: str, leaves: Sequence[str], survey: _Survey) 
     place = rf"layers\.{numbers}\.{_escape(parent)}"
     # with attention and a state space in one layer (falcon_h1) vLLM looks up self_attn without that name, as
     # layers.0.q_proj, and mamba of layer i of n as i + n without `layers`, as 3.mixer.in_proj
-    if survey.side_by_side and parent == _ATTENTION:
+    if survey.bare_attention and parent == _ATTENTION:
         place = rf"layers\.{numbers}\.({_ATTENTION}\.)?"
-    elif survey.side_by_side and parent in LOOKED_UP_AS:
+    elif survey.side_by_side and parent == _STATE_SPACE:
         place = rf"{_ANY_LAYER}\.{_escape(parent)}"
     return rf"re:{survey.towers}(.*\.)?{place}{_choice(leaves)}$"
 
@@ -204,16 +212,38 @@ class Targets:
             self._by_name.setdefault(target, group)
         self._by_pattern = [(_compiled(target, where), group) for target, group in pairs if target.startswith("re:")]
         self._ignored = frozenset(target for target in ignored if not target.startswith("re:"))
+        self._ignored_common = frozenset(map(common_name, self._ignored)) - {""}
         self._ignored_patterns = [_compiled(target, where) for target in ignored if target.startswith("re:")]
 
     def group_of(self, module: str) -> Mapping[str, Any] | None:
-        """The config group of a linear, None where it is ignored or not targeted."""
-        if not self._ignored.isdisjoint((module, "Linear")):
+        """The config group of a linear or an embedding, None where it is ignored or not targeted."""
+        kind = "Embedding" if module.endswith(_EMBEDDINGS) else "Linear"
+        if not self._ignored.isdisjoint((module, kind)):
             return None
         if any(pattern.begins(module) for pattern in self._ignored_patterns):
             return None
         found = (group for pattern, group in self._by_pattern if pattern.begins(module))
-        return self._by_name.get(module) or next(found, None) or self._by_name.get("Linear")
+        return self._by_name.get(module) or next(found, None) or self._by_name.get(kind)
+
+    def leaves_plain(self, module: str) -> bool:
+        """Whether a module with a plain weight stays so although `group_of` has a group for it.
+
+        llm-compressor writes the names of modules into `ignore`, and transformers writes tensors under others; and its
+        target Linear means a class, which a table of embeddings is not of.
+        """
+        named = module in self._by_name or any(pattern.begins(module) for pattern, _ in self._by_pattern)
+        return common_name(module) in self._ignored_common or (not named and _is_table(module))
+
+
+def common_name(module: str) -> str:
+    """A module's name without the parts by which files, transformers and vLLM differ."""
+    return ".".join(part for part in module.split(".") if part not in _NEUTRAL_NAMES)
+
+
+def _is_table(module: str) -> bool:
+    """Whether a module outside the layers is called as tables of positions and the like are, and not as a linear."""
+    leaf = module.rpartition(".")[2]
+    return ("embed" in leaf or leaf == "wpe") and "proj" not in leaf and leaf != "embed_out"
 
 
 def _compiled(target: str, where: str) -> Pattern:

@@ -20,8 +20,11 @@ FUSED_GROUPS: tuple[tuple[str, ...], ...] = (
 
 # a file's name of a part of a decoder layer -> vLLM's name of it where it looks up the format of a linear inside: with
 # the file's name alone in the target the linear stays unquantized, and loading fails (seen: granitemoehybrid, KeyError
-# on mamba.in_proj.weight_scale; with (mamba|mixer) in the target it loads)
-LOOKED_UP_AS: Mapping[str, str] = {"mamba": "mixer"}
+# on mamba.in_proj.weight_scale; with (mamba|mixer) in the target it loads; lfm2: read in 0.32)
+LOOKED_UP_AS: Mapping[str, str] = {"mamba": "mixer", "conv": "short_conv"}
+# (part of a layer, linear in it) of models whose attention, in other layers, vLLM looks up without the name self_attn
+# (jamba: read in vLLM 0.32)
+BARE_ATTENTION_BESIDE: tuple[str, str] = ("mamba", "x_proj")
 # linears with a few outputs a head: vLLM quantizes them if a target matches, but this saves next to nothing, and Marlin
 # needs 64 outputs on each rank, which two or more ranks may not have
 GATES: frozenset[str] = frozenset({"in_proj_ba", "in_proj_b", "in_proj_a"})

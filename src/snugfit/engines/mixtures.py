@@ -48,7 +48,19 @@ _GRANITE = Stacked("input_linear.weight", "output_linear.weight", "experts.{}", 
 # file's name alone in the target MiniMax-M2's experts stay unquantized (read in 0.24 and 0.32)
 EXPERTS_LOOKED_UP_AS: Mapping[str, str] = {"block_sparse_moe": "mlp"}
 
-# model_type -> how its files stack experts; files of other families have one tensor for each expert
+# how files of other families stack experts: names of transformers 5's own modules, and Granite's. Only taken where the
+# shapes of both tensors fit config.json in exactly one order of the axes
+STACKED_BY_NAME: tuple[Stacked, ...] = (
+    Stacked("experts.gate_up_proj", "experts.down_proj", "experts.{}", _PROJECTIONS),
+    _GRANITE,
+)
+# keys of config.json for the width of one expert
+EXPERT_WIDTHS: tuple[str, ...] = (
+    *("moe_intermediate_size", "expert_intermediate_size", "expert_ffn_hidden_size", "moe_ffn_hidden_size"),
+    *("intermediate_size", "ffn_hidden_size"),
+)
+
+# model_type -> how its files stack experts; the order of the axes follows the shapes where they fit config.json
 STACKED: Mapping[str, Stacked] = {
     "granitemoe": _GRANITE,
     "granitemoeshared": _GRANITE,

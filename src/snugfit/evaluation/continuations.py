@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.evaluation.chunks import Chunk, ChunkGroup
-from snugfit.evaluation.evaluated_model import EvaluatedModel, Outer, outer_weights, resident_layer
+from snugfit.evaluation.evaluated_model import EvaluatedModel, Outer, embedding_weights, outer_weights, resident_layer
 from snugfit.evaluation.token_figures import Array
 from snugfit.machine import free_bytes
 from snugfit.model import emulate, forward_pass, layers
@@ -130,9 +130,9 @@ def _whole_model(model: EvaluatedModel, device: torch.device) -> nn.Module:
     size = sum(p.numel() * p.element_size() for p in skeleton.layers.parameters())
     keep = 2 * size <= free_bytes(device)
     head: Outer = outer_weights(model, device)
-    weights = {**layers.outer_weights(skeleton, model.checkpoint, head=False), **head.weights}
+    weights = {**embedding_weights(model), **head.weights}
     called: list[nn.Module] = [
-        LayerStub(layer, _read_when_called(model, index, device, keep=keep), returns_tuple=skeleton.returns_tuple)
+        LayerStub(index, layer, _read_when_called(model, device, keep=keep), returns_tuple=skeleton.returns_tuple)
         for index, layer in enumerate(skeleton.layers)
     ]
     module = forward_pass.on_device(layers.with_layers(skeleton, called, weights), device)
@@ -140,10 +140,10 @@ def _whole_model(model: EvaluatedModel, device: torch.device) -> nn.Module:
     return module
 
 
-def _read_when_called(model: EvaluatedModel, index: int, device: torch.device, *, keep: bool) -> Receive:
+def _read_when_called(model: EvaluatedModel, device: torch.device, *, keep: bool) -> Receive:
     held: list[tuple[nn.Module, Any]] = []
 
-    def receive(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def receive(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         layer, rounding = held[0] if held else resident_layer(model, index, device)
         if keep and not held:
             held.append((layer, rounding))

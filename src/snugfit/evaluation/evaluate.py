@@ -30,7 +30,16 @@ from snugfit.evaluation.plan import (
 from snugfit.evaluation.reference import Collector, save_reference
 from snugfit.evaluation.served import ServerOptions, ask_server
 from snugfit.evaluation.summarize import summarize
-from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, pick_device, reset_peak_gpu_bytes, versions
+from snugfit.machine import (
+    Clock,
+    hardware,
+    peak_gpu_bytes,
+    peak_rss_bytes,
+    pick_device,
+    pick_dtype,
+    reset_peak_gpu_bytes,
+    versions,
+)
 from snugfit.progress import SILENT, Progress
 from snugfit.records.evaluation import ContextFigures, Continuation, EvalRecord
 from snugfit.report import plots, tables
@@ -56,17 +65,19 @@ def evaluate(
     server: ServerOptions | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    dtype: str | None = None,
     allow_long_context: bool = False,
     progress: Progress = SILENT,
 ) -> EvalRecord:
     """Perplexity of every model at every context length and, with a reference, KL and agreement with it.
 
     `models` and `reference` are model directories (the reference may be a file that `reference_cache`, a folder, keeps
-    its predictions in). `dataset`: plain texts, JSONL files, or folders of them. `activations`: the engine profile of
+    its predictions in). `dataset`: texts, JSONL or Parquet files, or folders. `activations`: the engine profile of
     all models. `noise_floor`: "reference", "all" or "none", the models that are run a second time in wider arithmetic,
     on one chunk in eight. In conversations both models continue from the `continuations` positions where a model
-    diverges most from the reference. A `server` is one more model, after the others. `allow_long_context` permits
-    contexts beyond the models' positions. Raises UserError for bad input, before the long work where possible.
+    diverges most from the reference. A `server` is one more model, after the others. `dtype` ("bfloat16", "float16",
+    "float32") is what models are run in, by default each config's own. `allow_long_context` permits contexts beyond the
+    models' positions. Raises UserError for bad input, before the long work where possible.
     """
     clock = Clock()
     models, dataset = as_sequence(models), as_sequence(dataset)
@@ -85,8 +96,12 @@ def evaluate(
             max_chunks=max_chunks,
             max_tokens=max_tokens,
             activations=activations,
+            arithmetic=pick_dtype(dtype),
             allow_long_context=allow_long_context,
         )
+        for model in plan.models:
+            for note in model.notes:
+                progress.message(f"{model.name}: {note}")
         plan, file = use_reference_cache(
             plan, reference_cache, noise_floor, served=server is not None, progress=progress
         )
@@ -121,6 +136,7 @@ def evaluate(
             "allow_long_context": allow_long_context,
             "device": str(place),
             "tokens_per_batch": batch,
+            "dtype": dtype,
         },
         metrics_version=METRICS_VERSION,
         reference=None if plan.reference is None else plan.reference.description,

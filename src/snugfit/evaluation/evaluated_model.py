@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.dialects.dialect import Dialect
+from snugfit.dialects.headers import by_module, holds_codes
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate, experts, forward_pass, layers, transformers_api
+from snugfit.model.layer_stubs import token_embeddings
 from snugfit.model.layout import read_layout
 from snugfit.model.skeleton import Skeleton, build_skeleton, check_decoder, check_shapes
 from snugfit.records.evaluation import EvaluatedCheckpoint
@@ -30,7 +32,7 @@ class EvaluatedModel:
     """A checkpoint under the activations of an engine profile, by its `name` in tables.
 
     `formats` are those of the quantized modules, `kv_cache` is the declared format of keys and values, None for the
-    model's own.
+    model's own. `notes` say where config.json and tensors disagree, and what engines take in place of missing scales.
     """
 
     name: str
@@ -40,6 +42,7 @@ class EvaluatedModel:
     formats: Mapping[str, TensorFormat]
     kv_cache: str | None
     activations: str
+    notes: tuple[str, ...] = ()
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -109,6 +112,14 @@ def open_model(
     layout.check_runnable()
     skeleton = build_skeleton(layout, arithmetic)
     check_decoder(skeleton, layout)
+    if not skeleton.has_head:
+        kind = ", ".join(map(str, opened.config.get("architectures") or ()))
+        raise UserError(
+            f"{kind} has no output head: it predicts no tokens, of which figures could be made.",
+            code="architecture-unsupported",
+            where=str(path),
+            remedy="It can be quantized; compare what it returns with the original's in the program that uses it.",
+        )
     dialect = layout.dialect
     formats = _read_formats(opened, dialect, skeleton)
     kv_cache = dialect.kv_cache_format()
@@ -122,16 +133,19 @@ def open_model(
         formats=formats,
         kv_cache=kv_cache,
         activations=activations,
+        notes=(*layout.contradictions, *([f"FP8 KV cache: {bare}"] if (bare := layout.cache_without_scales) else [])),
     )
 
 
 def _read_formats(checkpoint: Checkpoint, dialect: Dialect, skeleton: Skeleton) -> dict[str, TensorFormat]:
-    """Format of each quantized module that runs on text, by its name in the file.
+    """Format of each quantized module that runs on text, by its name in the file: linears, embeddings, routers.
 
     A config may use the names of the file or those of transformers' modules: whichever agree with the headers count.
     """
-    module_names = skeleton.linears()
     headers = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    parts = by_module(headers)
+    others = {name: module for name, module in skeleton.with_weight().items() if holds_codes(parts.get(name, {}))}
+    module_names = skeleton.linears() | others
     try:
         return dialect.read_formats(sorted(module_names), headers)
     except UserError:
@@ -163,12 +177,14 @@ def last_states(
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     advance: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> list[Tensor]:
     """The last layer's output for each row at its `positions` (int64 [n]): [n, H] each, on the CPU.
 
-    One decoder layer is in memory at a time; `advance` is called after each.
+    One decoder layer is in memory at a time; `advance` is called after each. `warn` receives a message that names
+    the first layer whose hidden states are not finite.
     """
-    batches = pass_layers(model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance)
+    batches = pass_layers(model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn)
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     for batch in batches:
         for index, row in enumerate(batch.rows):
@@ -185,20 +201,35 @@ def pass_layers(
     *,
     tokens_per_batch: int,
     advance: Callable[[], None] = lambda: None,
+    warn: Callable[[str], None] = lambda _: None,
 ) -> list[forward_pass.Batch]:
-    """Rows in batches, passed through all decoder layers."""
-    batches = forward_pass.make_batches(rows, tokens_per_batch, device)
-    weights = layers.outer_weights(model.skeleton, model.checkpoint, head=False)
+    """Rows in batches, passed through all decoder layers; `warn` as in `last_states`."""
+    batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
+    weights = embedding_weights(model)
     forward_pass.embed(model.skeleton, weights, batches, device)
+    finite = not forward_pass.nonfinite_tokens(batches)
+    if not finite:
+        warn(_not_finite(model, "the embeddings"))
     with _bounded_attention(model.arithmetic, device):
         for index in range(len(model.skeleton.layers)):
-            layer, cache = resident_layer(model, index, device)
-            forward_pass.run_layer(layer, index, batches, cache=cache)
-            del layer  # before the next is read
+            if index not in model.skeleton.skipped:
+                layer, cache = resident_layer(model, index, device)
+                bad = forward_pass.run_layer(layer, index, batches, cache=cache)
+                del layer  # before the next is read
+                if bad and finite:
+                    finite = False
+                    warn(_not_finite(model, f"{model.skeleton.stored_layers_name}.{index}"))
             advance()
     for batch in batches:
         batch.calls.clear()
     return batches
+
+
+def _not_finite(model: EvaluatedModel, first: str) -> str:
+    """What a person should know of a model that computes NaN or infinite hidden states, from layer `first` on."""
+    name = model.arithmetic_name
+    remedy = ' float16 may have overflowed: `dtype="bfloat16"` has a wider range.' if name == "float16" else ""
+    return f"warning: {model.name}: hidden states are NaN or infinite from {first} on, computed in {name}.{remedy}"
 
 
 def _bounded_attention(arithmetic: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -225,7 +256,7 @@ def open_head(model: EvaluatedModel, device: torch.device, outer: Outer | None =
 
 def outer_weights(model: EvaluatedModel, device: torch.device, pool: dict[str, list[Tensor]] | None = None) -> Outer:
     """The output head's weights on `device`, dequantized; `pool` shares tensors that are equal in several models."""
-    decoded, quantizers = _decoded_head(model)
+    decoded, quantizers = _decoded_outside(model, head=True)
     weights = layers.outer_weights(model.skeleton, model.checkpoint, head=True, decoded=decoded)
     placed: dict[int, Tensor] = {}
     for name, tensor in weights.items():
@@ -242,19 +273,34 @@ def _shared(name: str, tensor: Tensor, pool: dict[str, list[Tensor]]) -> Tensor:
     return tensor
 
 
-def _decoded_head(model: EvaluatedModel) -> tuple[dict[str, Tensor], dict[str, emulate.Quantizer]]:
-    """Quantized linears outside the decoder layers: their weights, and the quantizers of their inputs."""
+def embedding_weights(model: EvaluatedModel) -> dict[str, Tensor]:
+    """The weights outside the decoder layers but for the output head, by the model's names, dequantized."""
+    decoded, _ = _decoded_outside(model, head=False)
+    return layers.outer_weights(model.skeleton, model.checkpoint, head=False, decoded=decoded)
+
+
+def _decoded_outside(model: EvaluatedModel, *, head: bool) -> tuple[dict[str, Tensor], dict[str, emulate.Quantizer]]:
+    """Quantized modules outside the decoder layers: their weights by the file's names, and quantizers of inputs.
+
+    Those that the output head needs, or (head=False) those that the embeddings need.
+    """
     decoded: dict[str, Tensor] = {}
     quantizers: dict[str, emulate.Quantizer] = {}
-    module_names = model.skeleton.linears()
+    linears = model.skeleton.linears()
+    module_names = model.skeleton.with_weight() | linears
+    output = model.skeleton.model.get_output_embeddings().weight  # type: ignore[operator]
+    tokens = [module.weight for module in token_embeddings(model.skeleton.model).values()]
     for name, fmt in model.formats.items():
         if name.startswith(model.skeleton.stored_layers_name + "."):
             continue
         weight = model.skeleton.model.get_parameter(f"{module_names[name]}.weight")
+        is_head, embeds = weight is output, any(weight is one for one in tokens)
+        if (embeds and not is_head) if head else (is_head and not embeds):
+            continue
         shape = tuple(weight.shape)
         decoded[f"{name}.weight"], scale = emulate.read_module(model.checkpoint, model.dialect, name, fmt, shape)
         quantizer = emulate.input_quantizer(fmt, model.activations, scale)
-        if quantizer is not None:
+        if quantizer is not None and name in linears:
             quantizers[module_names[name]] = quantizer
     return decoded, quantizers
 
@@ -273,12 +319,13 @@ def resident_layer(
         model.formats,
         model.activations,
         skeleton.names_of_layer(index).parameters,
+        device,
     )
     mixture, inputs = skeleton.experts.get(index), None
     if mixture is not None:
-        buffers = layers.expert_buffers(skeleton, index, torch.device("cpu"))
+        buffers = layers.expert_buffers(skeleton, index, device)
         inputs = emulate.read_experts(
-            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations
+            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations, device
         )
         weights |= buffers.stacked
     layer = layers.resident_layer(skeleton, index, weights, device)

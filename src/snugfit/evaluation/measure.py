@@ -77,9 +77,16 @@ def measure(
     found = {one: [blank_figures(sum(group.target_counts)) for group in groups] for one in measurements}
     chunks = [chunk for group in groups for chunk in group.chunks]
     passes = list(_passes(measurements, chunks))
+    warned: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in warned:
+            warned.add(text)
+            progress.message(text)
+
     with progress.bar(_steps(measurements, passes), "evaluating") as advance:
         for part in passes:
-            states = {one: _states(one, part, device, tokens_per_batch, advance) for one in measurements}
+            states = {one: _states(one, part, device, tokens_per_batch, advance, warn) for one in measurements}
             heads = _heads(measurements, device)
             for chunk in part:
                 for piece, logits in _logits(measurements, chunk, states, heads, device):
@@ -190,6 +197,7 @@ def _states(
     device: torch.device,
     tokens_per_batch: int,
     advance: Callable[[], None],
+    warn: Callable[[str], None],
 ) -> dict[int, Tensor]:
     """Hidden states that predict the scored tokens, by the chunk's number."""
     chosen = [chunk for chunk in chunks if one.includes(chunk)]
@@ -202,6 +210,7 @@ def _states(
         device,
         tokens_per_batch=tokens_per_batch,
         advance=advance,
+        warn=warn,
     )
     return {chunk.number: values for chunk, values in zip(chosen, states, strict=True)}
 

@@ -20,6 +20,7 @@ from snugfit.evaluation.evaluated_model import EvaluatedModel, open_model, refus
 from snugfit.evaluation.measure import Measurement
 from snugfit.evaluation.reference import StoredReference, load_reference, reference_key, stored_path
 from snugfit.evaluation.served import ServedModel, ServerOptions
+from snugfit.model.positions import max_positions
 from snugfit.progress import Progress
 from snugfit.records.evaluation import EvaluatedCheckpoint, EvaluatedServer, TextRecord
 from snugfit.serving.answers import FULL
@@ -76,6 +77,7 @@ def make_plan(
     max_chunks: int | None,
     max_tokens: int | None,
     activations: str,
+    arithmetic: torch.dtype | None,
     allow_long_context: bool,
 ) -> EvaluationPlan:
     """Open every model, cut the texts, and check that they belong together; reads headers and tokenizers alone."""
@@ -87,7 +89,8 @@ def make_plan(
         )
     names = _names([Path(path) for path in models])
     candidates = tuple(
-        open_model(path, name=name, activations=activations) for name, path in zip(names, models, strict=True)
+        open_model(path, name=name, activations=activations, arithmetic=arithmetic)
+        for name, path in zip(names, models, strict=True)
     )
     files = texts.find_files([Path(file) for file in dataset])
     found: EvaluatedModel | StoredReference | None = None
@@ -96,7 +99,7 @@ def make_plan(
         found = load_reference(Path(reference))
     elif reference is not None:
         name = _distinct(Path(reference).resolve().name, names)
-        found = open_model(reference, name=name, activations=activations)
+        found = open_model(reference, name=name, activations=activations, arithmetic=arithmetic)
         home = Path(reference)
     tokenizer = Tokenizer(home)
     vocabulary = _one_vocabulary(found, candidates)
@@ -165,7 +168,9 @@ def _check_positions(plan: EvaluationPlan) -> None:
         ((chunk, group) for group in plan.groups for chunk in group.chunks), key=lambda found: len(found[0].ids)
     )
     for model in plan.models:
-        positions = getattr(model.skeleton.config, "max_position_embeddings", None)
+        positions = max_positions(model.checkpoint.config)
+        if positions is None:
+            positions = getattr(model.skeleton.config, "max_position_embeddings", None)
         if not isinstance(positions, int) or len(longest.ids) <= positions:
             continue
         what = f"{len(longest.ids)} tokens are beyond the model's {positions} positions"

@@ -153,7 +153,15 @@ def _answer(
         for part in parts:
             positions, asks = _lay_out(part, asked, questions)
             chosen = [rows[row] for row in part]
-            states = last_states(model, chosen, positions, device, tokens_per_batch=tokens_per_batch, advance=advance)
+            states = last_states(
+                model,
+                chosen,
+                positions,
+                device,
+                tokens_per_batch=tokens_per_batch,
+                advance=advance,
+                warn=progress.message,
+            )
             _score(torch.cat(states), asks, open_head(model, device), device, totals, hits)
     finite = np.isfinite(totals)
     return [

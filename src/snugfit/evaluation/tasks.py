@@ -58,6 +58,7 @@ def run_tasks(
     activations: str | None = None,
     limit: int | None = None,
     device: str | None = None,
+    dtype: str | None = None,
     server: str | None = None,
     server_model: str | None = None,
     task_folder: str | Path | None = None,
@@ -66,7 +67,7 @@ def run_tasks(
     """Run lm_eval tasks on the model directory `model`, or on the `server` at a URL with that directory's tokenizer.
 
     `activations` is the engine profile of the model, by default vllm-blackwell. `limit` is the number of items of each
-    task; `task_folder` has further YAML tasks, as `lm_eval --include_path`.
+    task; `dtype` as in `evaluate`; `task_folder` has further YAML tasks, as `lm_eval --include_path`.
 
     UserError, before the model is run, for a missing extra, unknown tasks, data out of reach, a server that does not
     answer, and on a checkpoint for tasks that generate text.
@@ -87,9 +88,9 @@ def run_tasks(
         with clock("load"):
             if server is None:
                 profile = DEFAULT_PROFILE if activations is None else activations
-                opened = open_model(model, activations=profile)
+                opened = open_model(model, activations=profile, arithmetic=machine.pick_dtype(dtype))
                 batch = min(TOKENS_PER_BATCH, tokens_that_fit([opened], place))
-                arguments |= {"activations": profile, "device": str(place), "tokens_per_batch": batch}
+                arguments |= {"activations": profile, "device": str(place), "tokens_per_batch": batch, "dtype": dtype}
                 lm = local_model(opened, place, batch, progress)
             else:
                 lm = served_model(Path(model), server, server_model, SEED)

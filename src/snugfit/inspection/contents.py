@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from snugfit.dialects.packed import CACHE_SCALE, Packed, serves
+from snugfit.dialects.packed import Packed, is_cache_scale, serves
+from snugfit.dialects.targets import common_name
 from snugfit.formats.spec import TensorFormat
-from snugfit.model.anatomy import is_prediction_head, is_tower
+from snugfit.model.anatomy import is_prediction_head, is_tower, split_at_number
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import TensorName, parse_name
 from snugfit.storage.safetensors_header import StoredTensor
@@ -16,7 +17,17 @@ from snugfit.storage.safetensors_header import StoredTensor
 # parts of a model, in the order of tables
 PARTS = (
     *("attention", "linear attention", "mlp", "experts", "shared experts", "router", "layers' other"),
-    *("embed", "lm_head", "norms", "vectors", "multi-token prediction", "towers", "other", "KV cache scales"),
+    *(
+        "embed",
+        "lm_head",
+        "norms",
+        "vectors",
+        "layers without text",
+        "multi-token prediction",
+        "towers",
+        "other",
+        "KV cache scales",
+    ),
 )
 _MIXERS = frozenset(
     {"linear_attn", "mamba", "mixer", "ssm", "mamba2", "recurrent", "temporal_block", "conv", "short_conv", "rglru"}
@@ -59,7 +70,7 @@ class Contents:
 
 def read_contents(layout: ModelLayout) -> Contents:
     """Every tensor of a checkpoint as a weight, or counted with the weight that it serves."""
-    anatomy = _Anatomy(layout.decoder, layout.num_layers, _single_shapes(layout))
+    anatomy = _Anatomy(layout.decoder, layout.num_layers, layout.skipped_layers, _single_shapes(layout))
     formats, packed = layout.formats, layout.packed
     weights = [
         weight
@@ -73,6 +84,7 @@ def read_contents(layout: ModelLayout) -> Contents:
 class _Anatomy:
     decoder: str
     layers: int
+    skipped: frozenset[int]
     singles: Mapping[str, tuple[int, ...]]
 
 
@@ -91,8 +103,8 @@ def _weights(
 ) -> Iterable[Weight]:
     """The weights of one module, the tensors that serve them counted with the first whose name they continue."""
     heads = {p.tensor for p in packed}
-    plain = [s for s in tensors if s not in heads and not serves(s) and not CACHE_SCALE.fullmatch(s)]
-    cache = [s for s in tensors if s not in heads and CACHE_SCALE.fullmatch(s)]
+    cache = [s for s in tensors if s not in heads and is_cache_scale(module, s)]
+    plain = [s for s in tensors if s not in heads and not serves(s) and s not in cache]
     serving = [s for s in tensors if s not in heads and s not in plain and s not in cache]
     for p in packed:
         mine = [s for s in serving if len(packed) == 1 or s.startswith(f"{p.parameter}_")]
@@ -128,6 +140,8 @@ def _part(parsed: TensorName, shape: tuple[int, ...], anatomy: _Anatomy) -> str:
         return _part_outside(parsed, shape)
     if parsed.layer >= anatomy.layers:
         return "multi-token prediction"
+    if parsed.layer in anatomy.skipped:
+        return "layers without text"
     path = parsed.module.split(".")
     flat = len(shape) < 2 or (len(shape) == 2 and 1 in shape) or parsed.parameter.endswith("bias")
     mixes = parsed.role in ("q", "k", "v", "o", "qkv")
@@ -172,6 +186,7 @@ def describe_layer(weights: Iterable[Weight], kind: str) -> str:
         numbers = {w.expert for w in members["experts"]}
         count = len(numbers) if None not in numbers else max(w.shape[0] for w in members["experts"])
         words.append(f"{count} experts")
+    words += ["not run on text"] if "layers without text" in members else []
     words += ["shared experts"] if "shared experts" in members else []
     return " + ".join(words) or ("nothing" if not members else "other weights")
 
@@ -184,8 +199,18 @@ def names_without_tensors(contents: Contents) -> list[str]:
     if not names:
         return []
     known: set[str] = {"lm_head"}  # a tied one has no tensor
+    tails: set[str] = set()  # of modules in towers, whose prefixes differ between files and transformers' modules
     for weight in contents.weights:
-        parts = weight.name.split(".")
-        known.update(parts)
-        known.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return [name for name in names if name not in known and not any(name in w.name for w in contents.weights)]
+        for name in dict.fromkeys((weight.name, common_name(weight.name))):
+            parts = name.split(".")
+            known.update(parts)
+            known.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        tails.update(_tail(weight.name))
+    unknown = [name for name in names if name not in known and common_name(name) not in known]
+    return [n for n in unknown if tails.isdisjoint(_tail(n)) and not any(n in w.name for w in contents.weights)]
+
+
+def _tail(name: str) -> tuple[str, ...]:
+    """What follows the first number in the name of a tower's module; nothing for other modules."""
+    _, number, rest = split_at_number(name)
+    return (f"{number}.{rest}",) if number is not None and is_tower(name) else ()

@@ -25,8 +25,9 @@ from snugfit.inspection.contents import (
     names_without_tensors,
     read_contents,
 )
-from snugfit.model.layout import NOT_CHECKED, read_layout
+from snugfit.model.layout import NOT_CHECKED, ModelLayout, read_layout
 from snugfit.model.names import role_order
+from snugfit.model.positions import max_positions
 from snugfit.model.support import unverified_formats
 from snugfit.records.base import as_json
 from snugfit.records.inspection import (
@@ -42,7 +43,8 @@ from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE, load_statistics
 from snugfit.report.outliers import coverage_of, outliers_of
 from snugfit.storage.checkpoint import Checkpoint
-from snugfit.storage.files import OTHER_WEIGHTS, read_file
+from snugfit.storage.files import read_file
+from snugfit.storage.other_files import is_extra_model, is_weights, notes_on_loss
 
 # parts whose weights are listed by shape
 _DETAILED = frozenset(PARTS[: PARTS.index("norms")])
@@ -52,6 +54,7 @@ _STAYS: Mapping[str, str] = {
     "lm_head": "outside the decoder layers",
     "norms": "no matrix",
     "vectors": "no matrix",
+    "layers without text": "not run on text",
     "multi-token prediction": "not run by transformers",
     "towers": "tower",
     "other": "outside the decoder layers",
@@ -60,7 +63,9 @@ _STAYS: Mapping[str, str] = {
 _WIDE = frozenset({"bf16", "f16", "f32"})
 _REFUSED = "quantize refuses this model"
 # blockers that are contradictions between config.json and the tensors
-_CONTRADICTIONS = frozenset({"config-invalid", "config-mismatch", "weights-missing", "quantization-invalid"})
+_CONTRADICTIONS = frozenset(
+    {"config-invalid", "config-mismatch", "weights-missing", "quantization-invalid", "index-invalid"}
+)
 
 
 def inspect(model: str | Path) -> Inspection:
@@ -89,11 +94,19 @@ def inspect(model: str | Path) -> Inspection:
         fused=fused,
         quantization=_quantization(contents),
         problems=tuple(_problems(contents, architecture, fused)),
-        other_weights=tuple(name for name in checkpoint.other_files if name.endswith(OTHER_WEIGHTS)),
+        other_weights=_other_weights(checkpoint.other_files),
         made_by=_made_by(checkpoint),
         calibration=calibration,
-        remarks=(*limits.remarks, *unread),
+        remarks=(*limits.remarks, *unread, *notes_on_loss(checkpoint.other_files)),
     )
+
+
+def _other_weights(names: Sequence[str]) -> tuple[str, ...]:
+    """Files of weights that no quantized model keeps."""
+    known = frozenset(names)
+    indexes = ".index.json"
+    weights = (name for name in names if is_weights(name) and not name.endswith(indexes))
+    return tuple(name for name in weights if not is_extra_model(name, known))
 
 
 @dataclass(frozen=True)
@@ -163,7 +176,7 @@ def _architecture(contents: Contents) -> Architecture:
     given = checkpoint.config.get("architectures")
     kind = config.get("model_type") or checkpoint.config.get("model_type")
     dtype = next((c[k] for c in (config, checkpoint.config) for k in ("dtype", "torch_dtype") if c.get(k)), None)
-    tied = any(bool(c.get("tie_word_embeddings")) for c in (config, checkpoint.config))
+    tied = layout.tied_embeddings
     inside = [w for w in contents.weights if w.part == "experts"]
     numbered = max((w.expert for w in inside if w.expert is not None), default=-1) + 1
     experts = numbered or next((w.shape[0] for w in inside if len(w.shape) == 3), None)
@@ -181,11 +194,18 @@ def _architecture(contents: Contents) -> Architecture:
         active_experts=number("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts") if experts else None,
         shared_experts=number("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
         vocabulary=number("vocab_size"),
-        context=number("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"),
+        context=_context(layout),
         sliding_window=number("sliding_window") if config.get("use_sliding_window", True) else None,
         prediction_layers=number("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"),
         tied_embeddings=tied or not any(w.part == "lm_head" for w in contents.weights),
     )
+
+
+def _context(layout: ModelLayout) -> int | None:
+    try:
+        return max_positions(layout.checkpoint.config)
+    except UserError:  # a blocker of its own
+        return None
 
 
 def _active(contents: Contents, architecture: Architecture, total: int) -> int | None:
@@ -200,23 +220,29 @@ def _active(contents: Contents, architecture: Architecture, total: int) -> int |
 
 
 def _parts(contents: Contents, architecture: Architecture, limits: _Limits) -> tuple[Part, ...]:
-    groups: dict[tuple[str, tuple[int, ...], str, tuple[int, ...]], list[Weight]] = {}
+    groups: dict[tuple[str, tuple[int, ...], str, tuple[int, ...], str], list[Weight]] = {}
+    unquantized = contents.layout.unquantized
     for weight in contents.weights:
-        detailed = (weight.shape, weight.stored, weight.single) if weight.part in _DETAILED else ((), "", ())
+        kept = unquantized.get(f"{weight.name}.weight", "")
+        detailed = (weight.shape, weight.stored, weight.single, kept) if weight.part in _DETAILED else ((), "", (), "")
         groups.setdefault((weight.part, *detailed), []).append(weight)
     ordered = sorted(
         groups.items(), key=lambda item: (PARTS.index(item[0][0]), min(role_order(w.leaf) for w in item[1]))
     )
-    return tuple(_part(key[0], key[1], members, architecture, limits) for key, members in ordered)
+    return tuple(_part(key, members, architecture, limits) for key, members in ordered)
 
 
 def _part(
-    part: str, shape: tuple[int, ...], members: Sequence[Weight], architecture: Architecture, limits: _Limits
+    key: tuple[str, tuple[int, ...], str, tuple[int, ...], str],
+    members: Sequence[Weight],
+    architecture: Architecture,
+    limits: _Limits,
 ) -> Part:
+    part, shape, _, _, kept = key
     stored = tuple(label for label, _ in Counter(w.stored for w in members).most_common())
     single = members[0].single if part in _DETAILED else ()
     stays = "tied to the embeddings" if part == "lm_head" and architecture.tied_embeddings else _STAYS.get(part, "")
-    stays = stays or _stays(part, stored[0], shape, single, limits)
+    stays = stays or kept or _stays(part, stored[0], shape, single, limits)
     can, cannot = ((), {}) if stays else formats_for(single or shape)
     names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=role_order)) if part in _DETAILED else ()
     return Part(
@@ -339,6 +365,8 @@ def _kv_cache(contents: Contents) -> str | None:
             cache = contents.layout.dialect.kv_cache_format()
         except UserError as error:
             cache = error.what
+    if cache is not None and contents.layout.cache_without_scales:
+        return f"{cache}, {contents.layout.cache_without_scales}"
     if cache is None and any(w.part == "KV cache scales" for w in contents.weights):
         return "scales in the files, nothing in the config"
     return cache
@@ -351,6 +379,7 @@ def _problems(contents: Contents, architecture: Architecture, fused: Sequence[Fu
     if layout.format_error is not None and layout.format_error.code != "quantization-unknown":
         errors.append(layout.format_error)
     yield from dict.fromkeys(error.what for error in errors)
+    yield from layout.contradictions
     for weight in contents.weights:
         rows = weight.shape[0] if weight.part == "embed" and len(weight.shape) == 2 else None
         if rows is not None and architecture.vocabulary and rows < architecture.vocabulary:

@@ -12,9 +12,9 @@ from typing import Any
 # key -> its older names
 ALIASES: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
-    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
-    "num_key_value_heads": ("num_kv_heads", "n_head_kv", "multi_query_group_num"),
-    "hidden_size": ("n_embd", "d_model", "dim"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
+    "num_key_value_heads": ("num_kv_heads", "n_head_kv", "multi_query_group_num", "num_attention_groups"),
+    "hidden_size": ("n_embd", "n_embed", "d_model", "dim"),
     "max_position_embeddings": ("n_positions", "max_sequence_length", "seq_length", "max_seq_len", "n_ctx"),
     "intermediate_size": ("ffn_dim", "n_inner", "ffn_hidden_size"),
 }
@@ -130,7 +130,18 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "attention_chunk_size": 8192,
         "no_rope_layer_interval": 4,
     },
+    "mllama_text_model": {
+        "hidden_size": 4096,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+    },
     "minimax_m2": {"head_dim": 128, "num_key_value_heads": 8},
+    "step3p5": {"num_key_value_heads": 8},
     "qwen3_next": _DELTA | {"num_attention_heads": 16, "num_key_value_heads": 2},
     "qwen3_5_text": _DELTA | {"num_attention_heads": 16, "num_key_value_heads": 4},
     "qwen3_5_moe_text": _DELTA | {"num_attention_heads": 16, "num_key_value_heads": 2},

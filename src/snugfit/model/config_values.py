@@ -18,6 +18,7 @@ _COUNTS = frozenset(
         *("v_head_dim", "index_head_dim", "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim"),
         *("linear_value_head_dim", "linear_conv_kernel_dim", "mamba_d_ssm", "mamba_d_state", "mamba_d_conv"),
         *("mamba_n_heads", "mamba_n_groups", "mamba_num_heads", "mamba_head_dim", "expand", "state_size"),
+        *("index_skip_topk_offset", "num_attention_groups"),
         *("conv_kernel", "conv_dim", "conv_L_cache", "n_groups", "ssm_state_size", "num_heads", "attn_layer_offset"),
     }
 )
@@ -27,11 +28,12 @@ _COUNT_LISTS = frozenset(
         *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"),
         *("n_shared_experts", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
         *("num_routed_experts", "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k"),
-        *("attn_layer_indices", "full_attn_idxs", "no_rope_layers"),
+        *("attn_layer_indices", "full_attn_idxs", "no_rope_layers", "cross_attention_layers"),
     }
 )
 _POSITIVE_COUNTS = frozenset(
     {"full_attention_interval", "no_rope_layer_interval", "attn_layer_period", "original_max_position_embeddings"}
+    | {"index_topk_freq"}
 )
 _LAYER_COUNTS = frozenset({"num_hidden_layers", "num_kv_shared_layers"})
 _FACTORS = frozenset({"mamba_expand", "partial_rotary_factor", "factor"})
@@ -42,6 +44,9 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
     "sliding_window_pattern": (int, str),
     "_sliding_window_pattern": (int, str),
     "per_layer_config": (dict,),
+    "indexer_types": (list,),
+    "index_topk_pattern": (str, list),
+    "attention_other_setting": (dict,),
 }
 # keys with a default, which null would replace
 _NEVER_NULL = frozenset(
@@ -61,7 +66,10 @@ def check_values(text: Mapping[str, Any]) -> None:
         scaling = text.get(name)
         numbers = ("factor", "original_max_position_embeddings")
         if isinstance(scaling, dict):
-            check_values({key: scaling[key] for key in numbers if key in scaling})
+            for part in (scaling, *(value for value in scaling.values() if isinstance(value, dict))):
+                check_values({key: part[key] for key in numbers if key in part})
+    if other := text.get("attention_other_setting"):
+        check_values({key: other[key] for key in ("num_attention_groups", "head_dim") if key in other})
     for overrides in (text.get("per_layer_config") or {}).values():
         if not isinstance(overrides, dict):
             raise _invalid("per_layer_config has an entry that is not an object.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from snugfit.dialects.dialect import Dialect
 from snugfit.engines.fused import group_modules
+from snugfit.engines.kv_cache import scale_names
 from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
 from snugfit.formats import fp8, integer, mxfp4, nvfp4
@@ -31,6 +32,7 @@ from snugfit.storage.checkpoint import Checkpoint, read_tensor
 SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}
 Quantizer = Callable[[Tensor], Tensor]
 NO_EMULATION = "none"
+CPU = torch.device("cpu")
 
 # inputs under scales made at run time, and those under numbers from the file: a multiplier, and a zero point if any
 _DYNAMIC: Mapping[InputKind, Quantizer] = {
@@ -106,13 +108,18 @@ def _in_slices(quantizer: Quantizer, activations: Tensor) -> Tensor:
 
 
 def read_module(
-    checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat, shape: tuple[int, ...]
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    module: str,
+    fmt: TensorFormat,
+    shape: tuple[int, ...],
+    device: torch.device = CPU,
 ) -> tuple[Tensor, Tensor | None]:
     """A quantized module's weight, fp32 of `shape` [N, K], and the static multiplier of its inputs, as the file says.
 
-    The multiplier is fp32 () (with a zero point [2]), None where the format has none.
+    Both are decoded on `device`. The multiplier is fp32 () (with a zero point [2]), None where the format has none.
     """
-    member = _read_member(checkpoint, dialect, module, fmt)
+    member = _read_member(checkpoint, dialect, module, fmt, device)
     return _values(checkpoint, module, member.quantized, shape), member.input_scale
 
 
@@ -140,6 +147,7 @@ def read_experts(
     buffers: ExpertBuffers,
     formats: Mapping[str, TensorFormat],
     profile: str,
+    device: torch.device = CPU,
 ) -> ExpertInputs:
     """Fill `buffers` with a layer's routed experts, dequantized; the result rounds their inputs.
 
@@ -165,7 +173,9 @@ def read_experts(
     scales: dict[bool, list[Tensor]] = {True: [], False: []}
     for (_, down), names in quantized.items():
         modules = {name: name.removesuffix(".weight") for name in names}
-        members = {name: _read_member(checkpoint, dialect, module, formats[module]) for name, module in modules.items()}
+        members = {
+            name: _read_member(checkpoint, dialect, module, formats[module], device) for name, module in modules.items()
+        }
         for name, member in (members if profile == NO_EMULATION else _as_one(dialect, members)).items():
             shape = tuple(buffers.per_expert[name].shape)
             buffers.copy_in(name, _values(checkpoint, modules[name], member.quantized, shape))
@@ -188,12 +198,13 @@ def read_layer(
     formats: Mapping[str, TensorFormat],
     profile: str,
     names: Mapping[str, str] | None = None,
+    device: torch.device = CPU,
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
     """Weights of a decoder layer (names relative to it), dequantized, and the quantizers of its linears' inputs.
 
     `prefix` is the layer's name in the checkpoint, `layer` its skeleton, `formats` the quantized modules by full name.
     `names` (the file's -> the model's, relative to the layer) are given where they differ; results have the file's.
-    Experts in 3-D parameters are `read_experts`'.
+    Quantized weights are decoded on `device`. Experts in 3-D parameters are `read_experts`'.
     """
     held_by = layer.state_dict()
     state = held_by if names is None else {name: held_by[ours] for name, ours in names.items()}
@@ -206,16 +217,19 @@ def read_layer(
         if name not in held and f"{prefix}.{name}" in checkpoint.tensors
     }
     quantizers: dict[str, Quantizer] = {}
+    modules = {name: name if names is None else names[f"{name}.weight"].removesuffix(".weight") for name in quantized}
     for group in group_modules(quantized):
         full = {name: f"{prefix}.{name}" for name in group}
-        members = {name: _read_member(checkpoint, dialect, module, formats[module]) for name, module in full.items()}
+        members = {
+            name: _read_member(checkpoint, dialect, module, formats[module], device) for name, module in full.items()
+        }
         for name, member in (members if profile == NO_EMULATION else _as_one(dialect, members)).items():
             empty = state[f"{name}.weight"]
             values = _values(checkpoint, full[name], member.quantized, tuple(empty.shape))
             weights[f"{name}.weight"] = values.to(empty.dtype)
             quantizer = input_quantizer(member.format, profile, member.input_scale)
-            if quantizer is not None:
-                quantizers[name] = quantizer
+            if quantizer is not None and isinstance(layer.get_submodule(modules[name]), nn.Linear):
+                quantizers[name] = quantizer  # a router that is no linear is decoded alone
     return weights, quantizers
 
 
@@ -247,17 +261,26 @@ def fp8_cache(k_scale: Tensor, v_scale: Tensor) -> FP8Cache:
 def read_kv_scales(checkpoint: Checkpoint, prefix: str) -> tuple[Tensor, Tensor]:
     """Multipliers (fp32, () or [H, 1, 1]) of keys and values of the decoder layer `prefix`; 1 where the file has none.
 
-    Under the names of compressed-tensors (of the attention), of ModelOpt (of the projections), or of older files.
+    Under any of the names that vLLM reads (engines/kv_cache.py). UserError for a scale that is not positive and finite,
+    and for two names with different scales.
     """
-    return _kv_scale(checkpoint, f"{prefix}.self_attn", "k"), _kv_scale(checkpoint, f"{prefix}.self_attn", "v")
+    return _kv_scale(checkpoint, prefix, "k"), _kv_scale(checkpoint, prefix, "v")
 
 
-def _kv_scale(checkpoint: Checkpoint, attention: str, which: str) -> Tensor:
-    places = (f"{which}_scale", f"{which}_proj.{which}_scale", f"{which}_proj.output_scale", "kv_scale")
-    name = next((f"{attention}.{place}" for place in places if f"{attention}.{place}" in checkpoint.tensors), None)
-    if name is None:
+def _kv_scale(checkpoint: Checkpoint, layer: str, which: str) -> Tensor:
+    names = [name for name in scale_names(layer, which) if name in checkpoint.tensors]
+    if not names:
         return torch.ones(())
+    name, *others = names
     scale = read_tensor(checkpoint, name).float()
+    for other in others:
+        if not torch.equal(read_tensor(checkpoint, other).float().reshape(-1), scale.reshape(-1)):
+            raise UserError(
+                f"{name} and {other} scale the same cache and differ.",
+                code="scale-invalid",
+                where=str(checkpoint.path),
+                remedy="Remove the one that engines should not use.",
+            )
     if not (scale.isfinite() & (scale > 0)).all():
         raise UserError(
             f"{name} holds {scale.flatten().tolist()[:4]}, so an engine would compute garbage.",
@@ -277,9 +300,12 @@ class _Member:
     input_scale: Tensor | None
 
 
-def _read_member(checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat) -> _Member:
+def _read_member(
+    checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat, device: torch.device
+) -> _Member:
     names = dialect.part_names(module, fmt, checkpoint.tensors)
-    tensors = {suffix: read_tensor(checkpoint, name) for suffix, name in names.items()}
+    # decoded on the device: codes are a fraction of the values, and a CPU is slow at this
+    tensors = {suffix: read_tensor(checkpoint, name).to(device) for suffix, name in names.items()}
     return _Member(fmt, *dialect.decode(module, fmt, tensors))
 
 

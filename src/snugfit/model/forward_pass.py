@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.errors import UserError
-from snugfit.model.layer_stubs import LayerStub, without_embeddings
+from snugfit.model.layer_stubs import LayerStub, order_problem, without_embeddings
 from snugfit.model.layers import with_layers
 from snugfit.model.skeleton import Skeleton
 
@@ -49,15 +49,21 @@ class _Reached(Exception):  # noqa: N818  # not an error
     """Ends a forward pass at the last layer's stub."""
 
 
-def make_batches(rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device) -> list[Batch]:
-    """Samples grouped by length, padded on the right: a causal layer never sees a pad from a real token."""
-    order = sorted(range(len(rows)), key=lambda r: (-_width(rows[r]), r))
+def make_batches(
+    rows: Sequence[Sequence[int]], tokens_per_batch: int, device: torch.device, *, pads: bool = True
+) -> list[Batch]:
+    """Samples grouped by length, padded on the right: a causal layer never sees a pad from a real token.
+
+    Without `pads` only samples of one length are in a batch, for layers that are not causal.
+    """
+    width_of = _width if pads else len
+    order = sorted(range(len(rows)), key=lambda r: (-width_of(rows[r]), r))
     batches: list[Batch] = []
     start = 0
     while start < len(order):
-        width = _width(rows[order[start]])
+        width = width_of(rows[order[start]])
         size = max(1, tokens_per_batch // width)
-        members = [r for r in order[start : start + size] if _width(rows[r]) == width]
+        members = [r for r in order[start : start + size] if width_of(rows[r]) == width]
         lengths = tuple(len(rows[r]) for r in members)
         if len(set(lengths)) == 1:
             width = lengths[0]  # nothing to pad
@@ -86,30 +92,44 @@ def embed(
     `weights` are the embeddings and everything else outside the layers, by full name; the head is not needed. `keep`
     receives the hidden states batch by batch; without it they stay in the batch.
     """
+    wanted = [number for number in range(len(skeleton.layers)) if number not in skeleton.skipped]
+    numbers: list[int] = []
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 
-    def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def record(number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        numbers.append(number)
         calls.append((hidden, args, kwargs))
-        if len(calls) == len(skeleton.layers):
+        if len(calls) == len(wanted):
             raise _Reached
         return hidden
 
     layer_stubs: list[nn.Module] = [
-        LayerStub(layer, record, returns_tuple=skeleton.returns_tuple) for layer in skeleton.layers
+        LayerStub(number, layer, record, returns_tuple=skeleton.returns_tuple)
+        for number, layer in enumerate(skeleton.layers)
     ]
     model = on_device(with_layers(skeleton, layer_stubs, weights), device)
     previous: Batch | None = None
     for batch in batches:
+        numbers.clear()
         calls.clear()
         with contextlib.suppress(_Reached):
             model(input_ids=batch.tokens, use_cache=False)
+        problem = order_problem(numbers, wanted)
+        if problem:
+            raise UserError(
+                f"{problem}.",
+                code="architecture-unsupported",
+                where=skeleton.stored_layers_name,
+                remedy="This family needs a reader of its own: please report it.",
+            )
         if keep is None:
             batch.hidden = calls[0][0]
         else:
             keep(batch, calls[0][0])
-        batch.calls = [(args, kwargs) for _, args, kwargs in calls]
+        given = dict(zip(numbers, calls, strict=True))
+        batch.calls = [given[number][1:] if number in given else ((), {}) for number in range(len(skeleton.layers))]
         alike = previous is not None and previous.tokens.shape[1] == batch.tokens.shape[1]
-        before = previous.calls if alike and previous is not None else [None] * len(calls)
+        before = previous.calls if alike and previous is not None else [None] * len(batch.calls)
         known: dict[tuple[int, int], Tensor] = {}
         batch.calls = [_shared(old, new, known) for old, new in zip(before, batch.calls, strict=True)]
         previous = batch
@@ -171,13 +191,15 @@ def run_layer(
     *,
     cache: object = None,
     states: tuple[States, States | None] | None = None,
-) -> None:
+) -> int:
     """Pass every batch through a resident layer, in place; `before` is called ahead of each batch.
 
+    Returns the number of tokens whose hidden states are NaN or infinite behind the layer.
     A `cache` receives keys and values in place of transformers' own; UserError if this family's layers take none.
     With `states` = (from, to) the batches' hidden states are read from one place and written to the other, or dropped
     if `to` is None.
     """
+    bad: list[Tensor] = []
     for batch in batches:
         if states is not None:
             batch.hidden = states[0].read(batch)
@@ -195,10 +217,25 @@ def run_layer(
             kwargs = kwargs | {"past_key_values": cache}
         output = layer(batch.hidden, *args, **kwargs)
         batch.hidden = output[0] if isinstance(output, tuple) else output
+        bad.append(_nonfinite_tokens(batch))
         if states is not None:
             if states[1] is not None:
                 states[1].write(batch, batch.hidden)
             batch.hidden = torch.empty(0)
+    return int(torch.stack(bad).sum()) if bad else 0
+
+
+def nonfinite_tokens(batches: Sequence[Batch]) -> int:
+    """The number of tokens of batches whose hidden states are NaN or infinite."""
+    return sum(int(_nonfinite_tokens(batch)) for batch in batches)
+
+
+def _nonfinite_tokens(batch: Batch) -> Tensor:
+    """The number of real tokens with hidden states that are not finite, a scalar on the device."""
+    low, high = batch.hidden.aminmax(dim=-1)  # NaN carries through
+    finite = low.isfinite() & high.isfinite()
+    valid = batch.valid
+    return (~finite if valid is None else ~finite & valid).sum()
 
 
 Head = Callable[[Tensor], Tensor]
@@ -211,8 +248,8 @@ def output_head(skeleton: Skeleton, weights: Mapping[str, Tensor], device: torch
     """
     part = torch.empty(0)
     layer_stubs: list[nn.Module] = [
-        LayerStub(layer, lambda _hidden, _args, _kwargs: part, returns_tuple=skeleton.returns_tuple)
-        for layer in skeleton.layers
+        LayerStub(number, layer, lambda _number, _hidden, _args, _kwargs: part, returns_tuple=skeleton.returns_tuple)
+        for number, layer in enumerate(skeleton.layers)
     ]
     model = on_device(with_layers(skeleton, layer_stubs, weights), device)
     without_embeddings(model)

@@ -6,10 +6,10 @@ zeros; one of the inner part of a vision-language model runs its text decoder al
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,20 +18,22 @@ from torch import Tensor, nn
 from snugfit.errors import UserError
 
 _REPORT = "This family needs a reader of its own: please report it."
-Receive = Callable[[Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
+# what a stub gives the number of its layer and the arguments of a call
+Receive = Callable[[int, Tensor, tuple[Any, ...], dict[str, Any]], Tensor]
 # what a decoder takes of the arguments that its wrapper passes on
 _DECODER_ARGUMENTS = ("attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 
 
 class LayerStub(nn.Module):
-    """Replaces a decoder layer: returns `receive(hidden states, args, kwargs)`, and has the layer's attributes.
+    """Replaces decoder layer `number`: returns `receive(number, hidden states, args, kwargs)`, has its attributes.
 
     With `returns_tuple` the result is the first of two in a tuple, as the real layer's.
     """
 
-    def __init__(self, layer: nn.Module, receive: Receive, *, returns_tuple: bool = False) -> None:
+    def __init__(self, number: int, layer: nn.Module, receive: Receive, *, returns_tuple: bool = False) -> None:
         super().__init__()
         self.__dict__["_layer"] = layer  # not a submodule: its parameters do not belong to the stub
+        self._number = number
         self._receive = receive
         self._returns_tuple = returns_tuple
 
@@ -43,7 +45,7 @@ class LayerStub(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, None]:
         """What `receive` returns."""
-        answer = self._receive(hidden_states, args, kwargs)
+        answer = self._receive(self._number, hidden_states, args, kwargs)
         return (answer, None) if self._returns_tuple else answer
 
 
@@ -123,34 +125,59 @@ Call = tuple[Tensor, tuple[Any, ...], dict[str, Any]]
 class LayerCalls:
     """How a decoder calls its layers: `returns_tuple` if it takes the first part of what each returns.
 
-    `calls` are the arguments of each layer for a few tokens, with embeddings and weights of zero.
+    `calls` are the arguments of each layer that text runs, by its number, for a few tokens, with embeddings and weights
+    of zero.
     """
 
     returns_tuple: bool
-    calls: tuple[Call, ...]
+    calls: Mapping[int, Call]
 
 
 @torch.no_grad()
-def trace_layer_calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, where: str) -> LayerCalls:
-    """How `model` calls `layers`, found by a forward pass on `tokens` [1, T] without weights up to the last layer.
+def trace_layer_calls(
+    model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, where: str, skipped: Collection[int] = ()
+) -> LayerCalls:
+    """How `model` calls `layers`, found by a forward pass on `tokens` [1, T] without weights up to the output head.
 
-    UserError if hidden states are not one tensor [1, T, H], or change between one layer and the next.
+    UserError if hidden states are not one tensor [1, T, H], or change between one layer and the next, and if the pass
+    does not call every layer but the `skipped` ones once, in order.
     """
+    wanted = [number for number in range(len(layers)) if number not in skipped]
     failure = ""
     for returns_tuple in (False, True):
         try:
-            calls = _calls(model, layers, tokens, returns_tuple=returns_tuple)
+            numbers, calls = _calls(model, layers, tokens, wanted, returns_tuple=returns_tuple)
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             failure = failure or f" ({type(error).__name__}: {error})"
             continue
+        problem = order_problem(numbers, wanted)
+        if problem:
+            raise UserError(f"{problem}.", code="architecture-unsupported", where=where, remedy=_REPORT)
         first = calls[0][0]
         if first.shape[:-1] != tokens.shape:
             what = f"its layers pass hidden states {list(first.shape)} for {len(tokens[0])} tokens."
             raise UserError(what, code="architecture-unsupported", where=where, remedy=_REPORT)
         if all(_one(hidden, first) for hidden, _, _ in calls):
-            return LayerCalls(returns_tuple, tuple(calls))
+            return LayerCalls(returns_tuple, dict(zip(numbers, calls, strict=True)))
     what = f"its decoder calls the layers in an unknown way{failure}."
     raise UserError(what, code="architecture-unsupported", where=where, remedy=_REPORT)
+
+
+def order_problem(numbers: Sequence[int], wanted: Sequence[int]) -> str:
+    """Why calls of the layers `numbers` are not one call of each of `wanted`, in order; "" if they are."""
+    if list(numbers) == list(wanted):
+        return ""
+    twice = next((number for place, number in enumerate(numbers) if number in numbers[:place]), None)
+    if twice is not None:
+        return f"its decoder runs layer {twice} more than once"
+    extra = next((number for number in numbers if number not in wanted), None)
+    if extra is not None:
+        return f"its decoder runs layer {extra} on text, which config.json says it does not"
+    missing = next((number for number in wanted if number not in numbers), None)
+    if missing is not None:
+        return f"its decoder does not run layer {missing} on text"
+    before, after = next(pair for pair in pairwise(numbers) if pair[0] > pair[1])
+    return f"its decoder runs layer {after} after layer {before}"
 
 
 def _one(a: Any, b: Tensor) -> bool:
@@ -158,28 +185,49 @@ def _one(a: Any, b: Tensor) -> bool:
 
 
 class _Reached(Exception):  # noqa: N818  # not an error
-    """Ends a forward pass in the last layer."""
+    """Ends a forward pass at the output head, or where a decoder calls more layers than it has."""
 
 
-def _calls(model: nn.Module, layers: nn.ModuleList, tokens: Tensor, *, returns_tuple: bool) -> list[Call]:
-    """What each layer is called with if all of them return what the first one gets."""
+def _calls(
+    model: nn.Module, layers: nn.ModuleList, tokens: Tensor, wanted: Sequence[int], *, returns_tuple: bool
+) -> tuple[list[int], list[Call]]:
+    """The layers that are called, and with what, if all of them return what the first one gets.
+
+    What follows the layers is run for nothing but to see that it calls none of them again.
+    """
+    numbers: list[int] = []
     calls: list[Call] = []
 
-    def record(hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def record(number: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        numbers.append(number)
         calls.append((hidden, args, kwargs))
-        if len(calls) == len(layers):
+        if len(calls) > len(layers):
             raise _Reached
         return calls[0][0]
 
-    layer_stubs = nn.ModuleList(LayerStub(layer, record, returns_tuple=returns_tuple) for layer in layers)
+    def stop(*_: Any) -> None:
+        raise _Reached
+
+    layer_stubs = nn.ModuleList(
+        LayerStub(number, layer, record, returns_tuple=returns_tuple) for number, layer in enumerate(layers)
+    )
     stage = copy.deepcopy(model, {id(layers): layer_stubs})
     without_embeddings(stage)
+    find_head: Any = getattr(stage, "get_output_embeddings", None)
+    head = None if find_head is None else find_head()
+    if isinstance(head, nn.Module):
+        head.register_forward_pre_hook(stop)
     for name, tensor in [*stage.named_parameters(), *stage.named_buffers()]:
         if tensor.device.type == "meta":
             put(stage, name, torch.zeros((), dtype=tensor.dtype).expand(tensor.shape))
-    with contextlib.suppress(_Reached):
+    try:
         stage(input_ids=tokens, use_cache=False)
-    return calls
+    except _Reached:
+        pass
+    except Exception:
+        if numbers != wanted:
+            raise
+    return numbers, calls
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -36,11 +36,12 @@ class ExpertBuffers:
     def copy_in(self, name: str, tensor: Tensor) -> bool:
         """Copy a tensor of the file, of one expert or of all, into the buffers; False if it belongs to no expert."""
         if name in self.per_expert:
-            self.per_expert[name].copy_(tensor)
+            self.per_expert[name].copy_(_as_values(tensor, self.per_expert[name].dtype, name))
             return True
         singles = self.skeleton.stacks.stacked.get(name, ())
         for single in singles:
-            self.per_expert[single].copy_(part_of(self.skeleton.stacks.origins[single], tensor))
+            part = part_of(self.skeleton.stacks.origins[single], tensor)
+            self.per_expert[single].copy_(_as_values(part, self.per_expert[single].dtype, name))
         return bool(singles)
 
 
@@ -81,13 +82,25 @@ def fill(module: nn.Module, weights: Mapping[str, Tensor], *, where: str) -> Non
             what = f"tensors {problem}: {', '.join(names[:5])}."
             code = "weights-missing" if names is missing else "config-mismatch"
             raise UserError(what, code=code, where=where, remedy=MISMATCH_REMEDY)
-    cast = {name: weights[name].to(wanted[name].dtype) for name in wanted}
+    cast = {name: _as_values(weights[name], wanted[name].dtype, f"{where}.{name}") for name in wanted}
     module.load_state_dict(cast, strict=True, assign=True)
     module.requires_grad_(False)
     left = [name for name, t in (*module.named_parameters(), *module.named_buffers()) if t.device.type == "meta"]
     if left:
         what = f"tensors without data: {', '.join(left[:5])}."
         raise UserError(what, code="config-mismatch", where=where, remedy=MISMATCH_REMEDY)
+
+
+def _as_values(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in `dtype`; UserError for codes, which are no values: the last of several checks."""
+    if dtype.is_floating_point and not (tensor.is_floating_point() and tensor.itemsize > 1):
+        raise UserError(
+            f"is {str(tensor.dtype).removeprefix('torch.')}, but nothing says how its codes are decoded.",
+            code="dtype-unsupported",
+            where=name,
+            remedy="Start from the original BF16, FP16 or FP32 checkpoint.",
+        )
+    return tensor.to(dtype)
 
 
 def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[str, Tensor]) -> nn.Module:
@@ -105,7 +118,7 @@ def with_layers(skeleton: Skeleton, layers: list[nn.Module], weights: Mapping[st
                 where=skeleton.file_name(name),
                 remedy=MISMATCH_REMEDY,
             )
-        put(model, name, tensor.to(old.dtype))
+        put(model, name, _as_values(tensor, old.dtype, skeleton.file_name(name)))
     return model
 
 

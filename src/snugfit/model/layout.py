@@ -7,7 +7,7 @@ models with the same words. A defect does not raise here: it is a blocker, which
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,13 +16,24 @@ from typing import Any
 from snugfit.dialects.dialect import Dialect, open_dialect, read_quant_config
 from snugfit.dialects.headers import Headers
 from snugfit.dialects.packed import WIDE, Packed, bits_of, method_of, quantization_of, split_name, weights_of
+from snugfit.dialects.stale import is_stale
+from snugfit.engines.kv_cache import attention_modules, has_scales, unknown_scales
+from snugfit.engines.unquantized import unquantized
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.anatomy import find_decoder
-from snugfit.model.language_config import language_config, layer_count, positive, with_defaults
-from snugfit.model.logical_weights import LogicalWeights, logical_weights, plain_weights
+from snugfit.model.language_config import (
+    language_config,
+    layer_count,
+    layers_without_text,
+    positive,
+    with_defaults,
+)
+from snugfit.model.logical_weights import LogicalWeights, logical_weights, plain_weights, stacked_weights
+from snugfit.model.missing import check_missing, missing_note, unneeded
 from snugfit.model.names import TensorName, parse_name
-from snugfit.model.support import check_experts, check_layers, unsupported_family
+from snugfit.model.support import check_experts, check_layers, check_stacks, encoder_decoder, unsupported_family
+from snugfit.model.tied import TiedEmbeddings, read_tied
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.open import open_headers
 from snugfit.storage.safetensors_header import StoredTensor
@@ -49,7 +60,9 @@ class ModelLayout:
     `decoder` is the name of the list of decoder layers in the file, such as model.layers ("" if no tensor's name has a
     number); `num_layers` is what the config states, else what the file has. `weights` are the logical weights, the
     file's own tensors if no recipe can start from them; `names` parses the name of each. `quantization` is what the
-    checkpoint says of how it is quantized, {} if nothing, and `method` its name.
+    checkpoint says of how it is quantized, {} if nothing, and `method` its name; `stale_method` is the name of a method
+    that config.json states although every weight is plain, which all verbs ignore ("" for none). `not_needed` are
+    tensors that the index names, no shard holds and nothing needs.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +76,9 @@ class ModelLayout:
     names: Mapping[str, TensorName]
     blockers: tuple[Blocker, ...]
     unreadable: UserError | None
+    tied: TiedEmbeddings
+    stale_method: str = ""
+    not_needed: tuple[str, ...] = ()
 
     @property
     def config_file(self) -> str:
@@ -71,8 +87,47 @@ class ModelLayout:
 
     @property
     def tied_embeddings(self) -> bool:
-        """Whether config.json makes the output head the embeddings."""
-        return any(bool(config.get("tie_word_embeddings")) for config in (self.checkpoint.config, self.config))
+        """Whether the output head is the embeddings: config.json ties it, and the file has no other head."""
+        return self.tied.tied
+
+    @property
+    def contradictions(self) -> tuple[str, ...]:
+        """What config.json or the index states and the tensors refute, where the tensors decide."""
+        found = []
+        if self.stale_method:
+            found.append(
+                f"config.json states a quantization ({self.stale_method}), but every weight is plain: the tensors "
+                "decide; remove quantization_config before you serve this model"
+            )
+        if self.tied.own_head:
+            found.append(
+                f"config.json ties the output head to the embeddings, but {self.tied.own_head} differs from them: the "
+                "file's own head counts"
+            )
+        if self.not_needed:
+            found.append(missing_note(self.not_needed))
+        return tuple(found)
+
+    @cached_property
+    def cache_without_scales(self) -> str:
+        """What is wrong with a declared FP8 KV cache whose scales are missing in some layers; "" if nothing."""
+        try:
+            if self.unreadable is not None or self.dialect.kv_cache_format() is None or not self.decoder:
+                return ""
+        except UserError:
+            return ""
+        prefixes = [f"{self.decoder}.{number}" for number in range(self.num_layers)]
+        inside: dict[str, list[str]] = {prefix: [] for prefix in prefixes}
+        for name, parsed in self.names.items():
+            if parsed.layer is not None and parsed.layer < self.num_layers:
+                inside[prefixes[parsed.layer]].append(name)
+        try:
+            caching = attention_modules(inside.values(), self.config, where="")
+        except UserError:  # a cache of another kind: every layer counts
+            caching = [*prefixes]
+        layers = [prefix for prefix, module in zip(prefixes, caching, strict=True) if module is not None]
+        bare = sum(not has_scales(self.checkpoint.tensors, prefix) for prefix in layers)
+        return f"no scales in {bare} of {len(layers)} layers, where engines take 1.0" if bare else ""
 
     def check_quantizable(self) -> None:
         """Raise the first blocker."""
@@ -86,6 +141,11 @@ class ModelLayout:
                 raise blocker.error
 
     @cached_property
+    def skipped_layers(self) -> frozenset[int]:
+        """Decoder layers that text does not run, such as cross attention to pictures."""
+        return frozenset(number for number in layers_without_text(self.config) if number < self.num_layers)
+
+    @cached_property
     def not_quantizable(self) -> Mapping[str, str]:
         """Logical weights that no rule may quantize -> the reason."""
         reasons = {
@@ -93,9 +153,24 @@ class ModelLayout:
             for name, parsed in self.names.items()
             if parsed.layer is not None and parsed.layer >= self.num_layers
         }
+        reasons |= {
+            name: "text does not run this layer, so nothing can be calibrated in it"
+            for name, parsed in self.names.items()
+            if parsed.layer in self.skipped_layers
+        }
         if self.tied_embeddings:
             reasons |= {name: "it is tied to the embeddings" for name, p in self.names.items() if p.role == "lm_head"}
         return reasons
+
+    @cached_property
+    def unquantized(self) -> Mapping[str, str]:
+        """Weights of linears that engines only load in 16 bits -> the reason."""
+        linears = {
+            parsed.module: name
+            for name, parsed in self.names.items()
+            if parsed.layer is not None and parsed.layer < self.num_layers and name.endswith(".weight")
+        }
+        return {linears[module]: reason for module, reason in unquantized(linears).items()}
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, StoredTensor]]:
@@ -159,13 +234,18 @@ def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_headers(model)
     config_file = str(checkpoint.path / "config.json")
-    blockers = [Blocker(error=error) for error in unsupported_family(checkpoint)]
+    refused = [Blocker(error=error) for error in encoder_decoder(checkpoint)]
+    blockers = [*refused, *(Blocker(error=error) for error in unsupported_family(checkpoint))]
     config = _language_config(checkpoint, blockers, config_file)
     stated = _stated_layers(config, blockers, config_file)
     hf_quant_config = None if checkpoint.remote else read_quant_config(checkpoint.path)
     quantization = quantization_of(checkpoint.config, hf_quant_config)
-    method = method_of(quantization)
-    dialect, unreadable = _dialect(checkpoint, hf_quant_config, method, config_file)
+    method, stale_method = method_of(quantization), ""
+    if is_stale(quantization, {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}):
+        stale_method, method, quantization = method or "without quant_method", "", {}
+        dialect, unreadable = open_dialect({}), None
+    else:
+        dialect, unreadable = _dialect(checkpoint, hf_quant_config, method, config_file)
     weights = _weights(checkpoint, dialect, unreadable, method, blockers)
     try:
         decoder = find_decoder(weights.tensors, stated or 1, where=str(checkpoint.path))
@@ -173,21 +253,32 @@ def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
         blockers.append(Blocker(error=error))
         decoder = ""
     names = {info.name: parse_name(info.name, info.shape, decoder) for info in weights.tensors.values()}
-    if stated and decoder:
+    if stated and decoder and not refused:
         blockers += [Blocker(error=error) for error in check_layers(checkpoint, names, stated, decoder)]
         blockers += [Blocker(error=error) for error in check_experts(checkpoint, names.values(), stated)]
+        if not any(not blocker.runnable for blocker in blockers):
+            stacks = _stacks(checkpoint, dialect, weights)
+            blockers += [Blocker(error=e) for e in check_stacks(checkpoint, names.values(), stacks, stated)]
+    blockers += [Blocker(error=error) for error in _unknown_scales(checkpoint, decoder)]
+    num_layers = stated or 1 + max((name.layer for name in names.values() if name.layer is not None), default=-1)
+    tied = read_tied(checkpoint, config, decoder)
+    not_needed = unneeded(checkpoint, decoder, num_layers, tied=tied.tied)
+    blockers = [*(Blocker(error=error) for error in check_missing(checkpoint, not_needed)), *blockers]
     return ModelLayout(
         checkpoint=checkpoint,
         config=config,
         quantization=quantization,
         method=method,
         dialect=dialect,
-        num_layers=stated or 1 + max((name.layer for name in names.values() if name.layer is not None), default=-1),
+        num_layers=num_layers,
         decoder=decoder,
         weights=weights,
         names=names,
         blockers=tuple(blockers),
         unreadable=unreadable,
+        tied=tied,
+        not_needed=not_needed,
+        stale_method=stale_method,
     )
 
 
@@ -234,6 +325,25 @@ def _weights(
     except UserError as error:
         blockers.append(Blocker(error=error, runnable=True))
         return plain_weights(checkpoint, dialect)
+
+
+def _stacks(checkpoint: Checkpoint, dialect: Dialect, weights: LogicalWeights) -> Collection[str]:
+    """The tensors of all experts of a layer that can be split, also in a checkpoint that no recipe can start from."""
+    try:
+        return weights.stacked or stacked_weights(checkpoint, dialect).stacked
+    except UserError:  # a blocker already
+        return checkpoint.tensors
+
+
+def _unknown_scales(checkpoint: Checkpoint, decoder: str) -> Iterator[UserError]:
+    """The first scale inside attention that no engine is known to read: 1.0 in its place would be silently wrong."""
+    for name in unknown_scales(checkpoint.tensors, decoder)[:1] if decoder else []:
+        yield UserError(
+            f"{name} seems to scale keys or values, under a name that is not known.",
+            code="quantization-unknown",
+            where=str(checkpoint.path),
+            remedy="Give it the name self_attn.k_scale or self_attn.v_scale, or remove it.",
+        )
 
 
 def _headers(tensors: Mapping[str, StoredTensor]) -> Headers:

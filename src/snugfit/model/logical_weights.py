@@ -12,10 +12,11 @@ from typing import Any
 
 from snugfit.dialects.dialect import Dialect
 from snugfit.dialects.headers import by_module, holds_codes
-from snugfit.engines.mixtures import STACKED, Stacked
+from snugfit.engines.mixtures import EXPERT_WIDTHS, STACKED, STACKED_BY_NAME, UNSUPPORTED_FAMILIES, Stacked
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.model.language_config import language_config
+from snugfit.model.config_defaults import EXPERT_COUNTS
+from snugfit.model.language_config import language_config, with_defaults
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 
@@ -24,10 +25,13 @@ SOURCE_FORMATS = frozenset({"fp8", "fp8-dynamic", "fp8-block"})
 # quantization methods of files that may hold 16-bit weights alone, or FP8, or experts in MXFP4
 START_METHODS = frozenset({"", "fp8", "mxfp4", "compressed-tensors"})
 MAX_EXPERTS = 100_000
-_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings")
-_EIGHT_BIT_FLOATS = frozenset({"F8_E4M3", "F8_E5M2"})
+_FLOATS = frozenset({"BF16", "F16", "F32"})
+_EIGHT_BIT_FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
-_SCALES_OF_WEIGHTS = ("weight_scale_inv", "weight_scale", "input_scale", "activation_scale")
+_SCALES_OF_WEIGHTS = (
+    *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
+    *("input_scale", "input_global_scale", "activation_scale"),
+)
 _AGAIN = "Config and weights do not belong together: download the checkpoint again."
 
 
@@ -126,7 +130,7 @@ def logical_weights(checkpoint: Checkpoint, dialect: Dialect, method: str) -> Lo
             continue
         module, _, parameter = name.rpartition(".")
         fmt = formats.get(module) if parameter == "weight" else None
-        if fmt is not None and len(tensor.shape) == 2 and not module.endswith(_EMBEDDINGS):
+        if fmt is not None and len(tensor.shape) == 2:
             tensors[name] = TensorInfo(name, wide, tensor.shape)
             parts = dialect.part_names(module, fmt, checkpoint.tensors)
             _check_scale(checkpoint, fmt, parts)
@@ -150,13 +154,13 @@ def plain_weights(checkpoint: Checkpoint, dialect: Dialect) -> LogicalWeights:
 
 def stacked_weights(checkpoint: Checkpoint, dialect: Dialect) -> LogicalWeights:
     """The experts' weights in the tensors that hold all experts of a layer, and nothing else."""
-    layout, wide = _stacked(checkpoint.config), _wide_dtype(checkpoint.config)
-    if layout is None:
-        return LogicalWeights(checkpoint=checkpoint, dialect=dialect, tensors={})
+    row, wide = _stacked(checkpoint.config), _wide_dtype(checkpoint.config)
+    sizes = ExpertSizes.read(checkpoint.config)
     found = {
         name: single
         for name, tensor in checkpoint.tensors.items()
-        if (single := _experts_of(checkpoint, tensor, layout, wide))
+        if (layout := _layout_of(checkpoint, tensor, row, sizes)) is not None
+        and (single := _experts_of(checkpoint, tensor, layout, wide))
     }
     pairs = [pair for single in found.values() for pair in single]
     return LogicalWeights(
@@ -173,7 +177,7 @@ def stacked_weights(checkpoint: Checkpoint, dialect: Dialect) -> LogicalWeights:
 
 def _misplaced(checkpoint: Checkpoint, tensor: TensorInfo) -> UserError:
     return UserError(
-        f"{tensor.name} is {tensor.dtype}, but only 2-D weights of linears may be stored in FP8.",
+        f"{tensor.name} is {tensor.dtype}, but only 2-D weights may be stored in FP8.",
         code="dtype-unsupported",
         where=str(checkpoint.path),
         remedy="Start from the original BF16, FP16 or FP32 checkpoint.",
@@ -191,6 +195,11 @@ def language_configs(config: Mapping[str, Any]) -> Iterable[Mapping[str, Any]]:
     language = language_config(config)
     if language is not config:
         yield language
+
+
+def model_types(config: Mapping[str, Any]) -> list[str]:
+    """The model_type of a config, and that of its language model."""
+    return list(dict.fromkeys(str(given.get("model_type")) for given in language_configs(config)))
 
 
 def _wide_dtype(config: Mapping[str, Any]) -> str:
@@ -273,8 +282,70 @@ def _check_scale(checkpoint: Checkpoint, fmt: TensorFormat, parts: Mapping[str, 
 
 
 def _stacked(config: Mapping[str, Any]) -> Stacked | None:
-    kinds = [given.get("model_type") for given in language_configs(config)]
-    return next((STACKED[kind] for kind in reversed(kinds) if isinstance(kind, str) and kind in STACKED), None)
+    return next((STACKED[kind] for kind in reversed(model_types(config)) if kind in STACKED), None)
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """What config.json states of experts: the hidden size (0 if unknown), widths of one expert, and their number."""
+
+    hidden: int
+    widths: frozenset[int]
+    counts: frozenset[int]
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> ExpertSizes:
+        """The sizes that a config states; a key without a possible value counts as absent."""
+        try:
+            text: Mapping[str, Any] = with_defaults(config)
+        except UserError:  # a blocker of its own
+            text = {}
+        hidden = _numbers(text.get("hidden_size"))
+        widths = frozenset(number for key in EXPERT_WIDTHS for number in _numbers(text.get(key)))
+        counts = frozenset(number for key in EXPERT_COUNTS for number in _numbers(text.get(key)))
+        return cls(next(iter(hidden), 0), widths, counts)
+
+    def is_transposed(self, gate_up: tuple[int, ...], down: tuple[int, ...]) -> bool | None:
+        """Whether stacks of these shapes are [experts, inputs, outputs]; None where they do not fit the sizes.
+
+        At most one order fits: with both, an expert would be as wide as the hidden size and half as wide.
+        """
+        if len(gate_up) != 3 or len(down) != 3 or gate_up[0] != down[0] or gate_up[0] not in self.counts:
+            return None
+        for width in self.widths:
+            if gate_up[1:] == (2 * width, self.hidden) and down[1:] == (self.hidden, width):
+                return False
+            if gate_up[1:] == (self.hidden, 2 * width) and down[1:] == (width, self.hidden):
+                return True
+        return None
+
+
+def _numbers(value: object) -> tuple[int, ...]:
+    """The whole numbers above 0 that a key of a config holds, alone or in a list."""
+    given = value if isinstance(value, list) else [value]
+    return tuple(number for number in given if isinstance(number, int) and not isinstance(number, bool) and number > 0)
+
+
+def _layout_of(checkpoint: Checkpoint, tensor: TensorInfo, row: Stacked | None, sizes: ExpertSizes) -> Stacked | None:
+    """How a tensor of all experts is laid out: by its family's `row`, or by names and shapes; None for other tensors.
+
+    Where the shapes fit config.json they decide on the order of the axes: transformers 5 saves some families in another
+    order than their releases have.
+    """
+    if row is None and any(kind in UNSUPPORTED_FAMILIES for kind in model_types(checkpoint.config)):
+        return None
+    for layout in STACKED_BY_NAME if row is None else (row,):
+        ending = next((e for e in (layout.gate_up, layout.down) if tensor.name.endswith(f".{e}")), None)
+        if ending is None or layout.biased:
+            continue
+        stem = tensor.name.removesuffix(ending)
+        pair = [checkpoint.tensors.get(f"{stem}{name}") for name in (layout.gate_up, layout.down)]
+        biased = any(f"{stem}{name}_bias" in checkpoint.tensors for name in (layout.gate_up, layout.down))
+        whole = [info.shape for info in pair if info is not None and info.dtype in _FLOATS]
+        transposed = sizes.is_transposed(*whole) if len(whole) == 2 and not biased else None
+        if transposed is not None:
+            return replace(layout, transposed=transposed)
+    return row
 
 
 def _experts_of(

@@ -102,6 +102,15 @@ def parse_name(name: str, shape: tuple[int, ...], decoder: str = DECODER) -> Ten
     return TensorName(name, module, parameter, layer, _role(module, parameter, layer, len(shape)), expert)
 
 
+def may_be_infinite(name: str) -> bool:
+    """Whether a tensor may hold infinite values: masks, clipping bounds and biases may, weights and scales may not."""
+    leaf = name.rpartition(".")[2]
+    if "bias" in leaf or "mask" in leaf:
+        return True
+    weight = leaf.startswith("weight") or leaf in ROLES or "proj" in leaf or leaf.endswith(("_blocks", "embedding"))
+    return not weight and "scale" not in leaf
+
+
 def role_order(leaf: str) -> int:
     """The place of a weight in tables, by the last part of its name: q, k, v, what has no role, o; gate, up, down."""
     places = {"q": 0, "qkv": 0, "gate": 0, "gate_up": 0, "k": 1, "up": 1, "v": 2, "o": 4, "down": 4}
@@ -127,9 +136,10 @@ def _role(module: str, parameter: str, layer: int | None, dimensions: int) -> st
 
 
 def _role_in_layer(parent: str, leaf: str, dimensions: int) -> str:
-    if leaf in _ROUTERS or leaf in GATES or parent.rpartition(".")[2] == "router":
+    above = parent.rpartition(".")[2]
+    if leaf in _ROUTERS or leaf in GATES or above == "gate" or any("router" in part for part in (leaf, above)):
         return "router"
     if leaf in ROLES:
         return ROLES[leaf]
     linear = dimensions == 2 and "conv" not in leaf
-    return _PARENT_ROLES.get(parent.rpartition(".")[2], LINEAR) if linear else "other"
+    return _PARENT_ROLES.get(above, LINEAR) if linear else "other"

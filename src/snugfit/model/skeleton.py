@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from snugfit.dialects.packed import WIDE
 from snugfit.errors import UserError
 from snugfit.model import experts, transformers_api
 from snugfit.model.conversion import StoredNames, list_name, stored_names
@@ -26,6 +27,10 @@ from snugfit.model.logical_weights import LogicalWeights, stacked_weights
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 
+# classes with an output head; others are classifiers, reward models and embedding models
+_PREDICTS_TOKENS = re.compile(r"CausalLM|LMHead|ConditionalGeneration|ImageTextToText|Multimodal")
+# what the names of scales of a tensor end in, behind the tensor's own name
+_SCALES = ("_scale", "_scale_inv", "_scale_2", "_global_scale", "_zero_point", "_scales")
 MISMATCH_REMEDY = "Config and weights do not belong together."
 
 
@@ -63,7 +68,8 @@ class Skeleton:
     bits). Experts in 3-D parameters are in `experts` by layer instead; `stacks` has the logical weights of files that
     hold all experts of a layer in one tensor. With `returns_tuple` layers return tuples. With `carries_state` layers
     pass more on than hidden states, such as Gemma 4's shared keys and values, which are lost if a run starts at a later
-    layer.
+    layer. Text does not run the layers `skipped`. A classifier, a reward model or an embedding model has no head that
+    predicts tokens.
     """
 
     model: nn.Module
@@ -73,6 +79,8 @@ class Skeleton:
     stored: Mapping[str, str]
     returns_tuple: bool
     carries_state: bool
+    skipped: frozenset[int]
+    has_head: bool
     experts: Mapping[int, experts.ExpertNames]
     stacks: LogicalWeights
 
@@ -87,6 +95,12 @@ class Skeleton:
         found = self.model.dtype
         assert isinstance(found, torch.dtype)
         return found
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no token sees a later one; embedding models may let tokens see all others."""
+        sees_all = getattr(self.config, "use_bidirectional_attention", None) in (True, "all")
+        return not sees_all and getattr(self.config, "is_causal", True) is not False
 
     @property
     def hidden_size(self) -> int:
@@ -115,6 +129,12 @@ class Skeleton:
         mixture = self.experts.get(index)
         singles = frozenset(mixture.names.values() if mixture else ())
         return LayerNames(file_prefix=file_prefix, parameters=parameters, used=frozenset(parameters) | stacks | singles)
+
+    def with_weight(self) -> dict[str, str]:
+        """Modules with a weight that are no linears (embeddings, routers, norms): name in the file -> in the model."""
+        suffix, linears = ".weight", set(self.linears().values())
+        names = {key.removesuffix(suffix) for key in self.model.state_dict() if key.endswith(suffix)}
+        return {self.file_name(name + suffix).removesuffix(suffix): name for name in names - linears}
 
     def linears(self) -> dict[str, str]:
         """Every linear that runs on text: its module's name in the file -> in the model.
@@ -193,16 +213,20 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
             where=where,
             remedy="Check the config, or update transformers.",
         )
-    model = _build_model(checkpoint, dtype, where)
+    model = _build_model(checkpoint, dtype, where, own_head=layout.tied.own_head)
     stored = stored_names(model, checkpoint.tensors)
+    has_head = not _is_headless(model, stored)
+    if not has_head:
+        _remove_head(model)
     decoder = model.get_decoder()  # type: ignore[operator]
     name, layers = _decoder_layers(model, decoder, where)
     tokens = _plain_tokens(model.config)
-    calls = trace_layer_calls(model, layers, tokens, where=where)
+    skipped = layout.skipped_layers
+    calls = trace_layer_calls(model, layers, tokens, where=where, skipped=skipped)
     if model.config.get_text_config() is not model.config:  # type: ignore[union-attr,operator]
         _keep_text_decoder(model, decoder, where)
-        alone = trace_layer_calls(model, layers, tokens, where=where)
-        if not all(map(alike, calls.calls, alone.calls)):
+        alone = trace_layer_calls(model, layers, tokens, where=where, skipped=skipped)
+        if not all(alike(call, alone.calls[number]) for number, call in calls.calls.items()):
             raise _unsupported(f"{type(model).__name__} does not run text as its language model alone would.", where)
     mixtures = {n: module for n, layer in enumerate(layers) if (module := experts.find_experts(layer, where=where))}
     experts.use(model)
@@ -215,7 +239,9 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
     empty = [key for key, buffer in model.named_buffers() if buffer.device.type == "meta" and key not in state]
     if empty:
         raise _unsupported(f"this model never computes its buffers {', '.join(empty[:5])}.", where)
-    passes_mapping = any(isinstance(value, MutableMapping) for _, _, given in calls.calls for value in given.values())
+    passes_mapping = any(
+        isinstance(value, MutableMapping) for _, _, given in calls.calls.values() for value in given.values()
+    )
     file_layers = list_name(names, name, len(layers))
     stacks = stacked_weights(checkpoint, layout.dialect)
     singles = experts.single_experts(checkpoint, stacks, file_layers)
@@ -227,6 +253,8 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
         stored=names,
         returns_tuple=calls.returns_tuple,
         carries_state=passes_mapping and getattr(decoder.config, "num_kv_shared_layers", None) != 0,
+        skipped=skipped,
+        has_head=has_head,
         experts={n: experts.expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()},
         stacks=stacks,
     )
@@ -243,14 +271,18 @@ def _plain_tokens(config: Any) -> Tensor:
     return torch.full((1, 4), next(token for token in range(len(special) + 1) if token not in special))
 
 
-def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) -> nn.Module:
+def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str, *, own_head: str) -> nn.Module:
+    """transformers' model of config.json; with the file's `own_head`, which differs from the embeddings, untied."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        transformers_api.ignore_implementations(config)
         for part in (config, config.get_text_config()):
             if hasattr(part, "quantization_config"):
                 del part.quantization_config
+            if own_head:
+                part.tie_word_embeddings = False
         named = (dtype, config.dtype, config.get_text_config().dtype)
         arithmetic = next((given for given in named if isinstance(given, torch.dtype)), torch.bfloat16)
         with _parameters_on_meta(), torch.no_grad():
@@ -265,6 +297,10 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) 
             where=where,
             remedy="Check the config, or update transformers.",
         ) from None
+    if own_head and _is_tied(model):
+        what = f"{own_head} differs from the embeddings, but {type(model).__name__} has no output head of its own."
+        remedy = "Remove that tensor, if the embeddings are the head."
+        raise UserError(what, code="config-mismatch", where=str(checkpoint.path), remedy=remedy)
     model.eval().requires_grad_(False)
     for pattern, kept in transformers_api.dtype_plan(model, arithmetic).items():
         for name, parameter in [*model.named_parameters()]:
@@ -272,6 +308,30 @@ def _build_model(checkpoint: Checkpoint, dtype: torch.dtype | None, where: str) 
                 put(model, name, parameter.to(kept))
     found: nn.Module = model
     return found
+
+
+def _is_tied(model: nn.Module) -> bool:
+    head, tokens = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    return head is not None and head.weight is tokens.weight
+
+
+def _is_headless(model: nn.Module, stored: StoredNames) -> bool:
+    """Whether the file has no output head, as its class, one that predicts no tokens, explains."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    named = [str(name) for name in model.config.architectures or ()]  # type: ignore[union-attr]
+    if not isinstance(head, nn.Module) or not named or any(_PREDICTS_TOKENS.search(name) for name in named):
+        return False
+    held = {id(tensor) for tensor in head.parameters()}
+    state = model.state_dict(keep_vars=True)
+    return not any(id(tensor) in held and name in stored.names for name, tensor in state.items())
+
+
+def _remove_head(model: nn.Module) -> None:
+    """Put nothing in the place of the output head: the model then gives hidden states."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    name = next(name for name, module in model.named_modules() if module is head)
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Identity())
 
 
 def _decoder_layers(model: nn.Module, decoder: nn.Module, where: str) -> tuple[str, nn.ModuleList]:
@@ -315,9 +375,12 @@ def _check_names(stored: StoredNames, state: Mapping[str, Tensor], checkpoint: C
 def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> None:
     """UserError if a parameter is missing from the headers, or has another shape there than config.json gives it.
 
+    So is one that is stored narrower than 16 bits or beside a scale, and that nothing decodes.
+
     `codes` maps weights that are stored as codes, by their names in 16 bits, to the name of the codes and the number of
     values in one element of them.
     """
+    _check_decoded(skeleton, checkpoint, codes)
     problems = list(_expert_problems(skeleton, checkpoint, codes))  # (code, what is wrong)
     aliases: dict[int, list[str]] = {}
     stacked = {
@@ -341,6 +404,31 @@ def check_shapes(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str,
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         code, what = problems[0]
         raise UserError(f"{what}{more}.", code=code, where=str(checkpoint.path), remedy=MISMATCH_REMEDY)
+
+
+def _check_decoded(skeleton: Skeleton, checkpoint: Checkpoint, codes: Mapping[str, tuple[str, int]]) -> None:
+    """UserError for a parameter that would be taken at the face value of its codes, or without a scale that it has."""
+    state = skeleton.model.state_dict(keep_vars=True)
+    names = {skeleton.file_name(key) for key, tensor in state.items() if tensor.is_floating_point()}
+    for number, mixture in skeleton.experts.items():
+        names |= {f"{skeleton.stored_layers_name}.{number}.{relative}" for relative in mixture.names.values()}
+    whole = {name for name in skeleton.stacks.stacked if checkpoint.tensors[name].dtype in WIDE}
+    for name in sorted((names | whole) - codes.keys()):
+        found = checkpoint.tensors.get(name)
+        if found is None:
+            continue
+        if found.dtype not in WIDE:
+            what = f"{name} is {found.dtype}, but nothing says how its codes are decoded."
+            code = "dtype-unsupported"
+        elif (
+            scale := next((name + s for s in _SCALES if name + s in checkpoint.tensors and name + s not in names), "")
+        ) != "":
+            what = f"{scale} is a scale, but {name} is {found.dtype} and needs none."
+            code = "scale-invalid"
+        else:
+            continue
+        remedy = "Start from the original BF16, FP16 or FP32 checkpoint."
+        raise UserError(what, code=code, where=str(checkpoint.path), remedy=remedy)
 
 
 def _expert_problems(

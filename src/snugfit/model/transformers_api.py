@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 SEEN_IN = ("5.17", "5.23")
+IMPLEMENTATIONS = ("_attn_implementation", "_experts_implementation")
 
 
 def is_known_architecture(model_type: object) -> bool:
@@ -33,6 +34,20 @@ def auto_class(config: Any) -> Any:
     several = [getattr(transformers, name) for name in names if hasattr(transformers, name)]
     known = [] if text_alone or asked else [auto for auto in several if type(config) in auto._model_mapping]  # noqa: SLF001
     return known[0] if known else transformers.AutoModelForCausalLM
+
+
+def ignore_implementations(config: Any) -> None:
+    """Let transformers choose how attention and experts are computed, whatever config.json asks for.
+
+    A file may ask for kernels that are not installed, or that would be fetched; which ones run is no part of a model.
+    """
+    for name in IMPLEMENTATIONS:
+        if getattr(config, f"{name}_internal", None) is not None:
+            setattr(config, f"{name}_internal", None)
+    for key in getattr(config, "sub_configs", {}):
+        part = getattr(config, key, None)
+        if part is not None and part is not config:
+            ignore_implementations(part)
 
 
 def dtype_plan(model: Any, dtype: torch.dtype) -> Mapping[str, torch.dtype]:

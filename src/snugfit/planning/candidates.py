@@ -61,11 +61,10 @@ def read_source(layout: ModelLayout) -> Source:
     if not layout.decoder:
         layout.check_quantizable()
     alone, counts = representatives(layout)
-    tied = layout.tied_embeddings
     served = tuple(
         name
         for name in alone.checkpoint.tensors
-        if is_served(name, layout.decoder, layout.num_layers) and not (tied and name.endswith("lm_head.weight"))
+        if is_served(name, layout.decoder, layout.num_layers) and name not in layout.tied.copies
     )
     return Source(layout=alone, whole=layout, counts=counts, served=served, shapes=_shapes(alone))
 
@@ -85,8 +84,8 @@ def candidates_of(source: Source, asked: Sequence[str]) -> tuple[list[Candidate]
 
     `asked` are the recipes to try; none: all built-in ones, those for mixtures of experts only if the model is one.
     """
-    candidates = [_as_it_is(source)]
     layout = source.layout
+    candidates = [_as_it_is(source)]
     if layout.blockers:
         error = layout.blockers[0].error
         if asked:
@@ -145,7 +144,13 @@ def _as_it_is(source: Source) -> Candidate:
     else:
         largest = max((layout.checkpoint.tensors[name] for name in source.served), key=lambda info: info.elements)
         name = _NAMES.get(largest.dtype, largest.dtype.lower())
-    return Candidate(name=f"{name}, {AS_IT_IS}", tensors=tensors)
+    problem = None
+    if layout.stale_method:
+        problem = (
+            f"config.json states a quantization ({layout.stale_method}) that the weights do not have: remove "
+            "quantization_config first"
+        )
+    return Candidate(name=f"{name}, {AS_IT_IS}", tensors=tensors, problem=problem)
 
 
 def _is_weight(name: str) -> bool:
@@ -161,7 +166,6 @@ def _planned_tensors(recipe: LoadedRecipe, source: Source) -> tuple[PlannedTenso
     decisions = decide(layout, recipe)
     for error in decisions.unverified:
         raise error
-    tied = layout.tied_embeddings
     return tuple(
         PlannedTensor(
             name,
@@ -173,5 +177,5 @@ def _planned_tensors(recipe: LoadedRecipe, source: Source) -> tuple[PlannedTenso
         for name, infos in decisions.outputs.items()
         if name in decisions.weights.tensors
         and is_served(name, layout.decoder, layout.num_layers)
-        and not (tied and name.endswith("lm_head.weight"))
+        and name not in layout.tied.copies
     )

@@ -11,6 +11,8 @@ from snugfit.engines.kernels import attention_kernel
 from snugfit.engines.memory import ENGINE_NAMES, ENGINES, EngineMemory
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
+from snugfit.model.positions import max_positions
+from snugfit.model.support import encoder_decoder
 from snugfit.planning.candidates import Candidate, candidates_of, read_source, shortest
 from snugfit.records.fit import (
     AttentionKernels,
@@ -23,7 +25,7 @@ from snugfit.records.fit import (
     FitRow,
 )
 from snugfit.version import __version__
-from snugfit.vram.budget import make_budget, max_positions, read_widths
+from snugfit.vram.budget import make_budget, read_widths
 from snugfit.vram.fit import (
     FitResult,
     ServedModel,
@@ -79,6 +81,8 @@ def fit(
         recipes=tuple(map(str, as_sequence(recipes))),
     )
     layout = read_layout(model)
+    for error in encoder_decoder(layout.checkpoint):
+        raise error
     served, notes = _read_model(layout, settings)
     source = read_source(layout)
     candidates, more_notes = candidates_of(source, list(map(str, as_sequence(recipes))))

@@ -32,8 +32,10 @@ def collect_statistics(
     dataset: str | Path | Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    dtype: str | None = None,
     moe_calibrate_all_experts: bool = True,
     max_forced_tokens: int = MAX_FORCED_TOKENS,
     restart: bool = False,
@@ -53,8 +55,10 @@ def collect_statistics(
             dataset=as_sequence(dataset),
             num_samples=num_samples,
             max_seq_length=max_seq_length,
+            shuffle_seed=shuffle_seed,
             device=device,
             tokens_per_batch=tokens_per_batch,
+            dtype=dtype,
             experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, MIN_TOKENS_PER_EXPERT),
         )
         check_options(calibration)

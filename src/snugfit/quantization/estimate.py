@@ -62,6 +62,7 @@ def estimate_run(
     """
     tensors = plan.weights.tensors
     itemsize = max((tensors[name].bytes // max(1, tensors[name].elements) for name in plan.assignments), default=2)
+    itemsize = max(itemsize, skeleton.dtype.itemsize)
     hidden = skeleton.hidden_size * itemsize
     tokens = dataset.tokens if dataset else 0
     longest = max(map(len, dataset.samples)) if dataset else 0

@@ -25,7 +25,7 @@ from snugfit.model import emulate, experts, forward_pass, layers
 from snugfit.model.assemble import Loaded
 from snugfit.model.layers import ExpertBuffers
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.measured import Measured, experts_module, ranges_of
+from snugfit.quantization.measured import Measured, experts_module, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.records.statistics import LayerStatistics
@@ -67,6 +67,11 @@ class LayerPass:
     def prefix(self) -> str:
         """What the layer's tensors begin with in the file."""
         return f"{self.plan.decoder}.{self.index}."
+
+    @property
+    def is_skipped(self) -> bool:
+        """Whether text does not run this layer."""
+        return self.index in self.skeleton.skipped
 
     def resident(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """The layer on the device with `weights` (by the file's full names) and what its expert buffers hold."""
@@ -149,9 +154,10 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
     """The layer's groups, and what the method's observer measures on the layer with its exact weights.
 
     The layer runs over all samples and its hidden states are dropped: `propagate` makes those that count. All groups
-    are in memory then. For a method without an observer (or without samples) nothing runs, and the groups stay unread.
+    are in memory then. For a method without an observer (or without samples) nothing runs, and the groups stay unread;
+    the same for a layer that text does not run.
     """
-    if method.observer is None or run is None:
+    if method.observer is None or run is None or run.is_skipped:
         return groups, None
     held = list(groups)
     weights: dict[str, Tensor] = {}
@@ -172,8 +178,14 @@ def propagate(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> Measu
     """Run the layer with its chosen 16-bit weights over all samples, and measure the ranges of its inputs.
 
     FP8 inputs are quantized as an engine does, NVFP4 inputs are not: their scale is what this pass measures. The 16-bit
-    weights are taken out of `tensors` if codes are written for them.
+    weights are taken out of `tensors` if codes are written for them. A layer that text does not run only hands the
+    hidden states on.
     """
+    if run.is_skipped:
+        for batch in run.batches:
+            run.states[1].write(batch, run.states[0].read(batch))
+        nothing = LayerStatistics({}, {}, None)
+        return ranges_of(run.plan, run.skeleton, run.index, nothing, run.experts)
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.weight_16bit is not None:
@@ -189,7 +201,10 @@ def propagate(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> Measu
         if cache is not None:
             cache.before(batch)
 
-    forward_pass.run_layer(layer, run.index, run.batches, before, cache=cache, states=run.states)
+    bad = forward_pass.run_layer(layer, run.index, run.batches, before, cache=cache, states=run.states)
+    if bad:
+        total = sum(sum(batch.lengths) for batch in run.batches)
+        raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])
     found = watched.result(cache.amax if cache else None)
     return ranges_of(run.plan, run.skeleton, run.index, found, run.experts)
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from snugfit.engines.fused import group_modules
 from snugfit.errors import Unfinished, UserError
 from snugfit.model.experts import DOWN, ExpertNames
@@ -39,6 +41,7 @@ def ranges_of(
 
     UserError for a range that is missing, zero or not finite; Unfinished for experts that saw too few tokens.
     """
+    _check_finite(found, skeleton.dtype, f"{plan.decoder}.{index}")
     mixture = skeleton.experts.get(index)
     inputs = input_amax(plan, index, found, mixture)
     if _experts_need_scales(plan, index, mixture):
@@ -128,6 +131,37 @@ def check_coverage(found: LayerStatistics, experts: ExpertCalibration) -> None:
             remedy=f"{'' if experts.all_experts else how}a larger `num_samples` helps too; "
             "`min_tokens_per_expert` 0 gives them the scales of the other experts of their layer.",
         )
+
+
+def not_finite(what: str, dtype: torch.dtype, *, where: str) -> UserError:
+    """The error that `what`, computed in `dtype`, is NaN or infinite; in float16 with the dtype that has the range."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16:
+        return UserError(
+            f"{name} overflowed: {what} are NaN or infinite.",
+            code="activations-not-finite",
+            where=where,
+            remedy='Run the samples in a dtype of wider range: set `dtype="bfloat16"`.',
+        )
+    return UserError(
+        f"{what} are NaN or infinite (computed in {name}).",
+        code="activations-not-finite",
+        where=where,
+        remedy="Weights of this layer, or of those before it, are too large: check the source, or download it again.",
+    )
+
+
+def _check_finite(found: LayerStatistics, dtype: torch.dtype, layer: str) -> None:
+    """UserError for inputs, keys or values of the layer that are NaN or infinite, needed or not."""
+    for module, inputs in found.inputs.items():
+        if not math.isfinite(inputs.amax):
+            raise not_finite("its inputs", dtype, where=module)
+    for module, seen in found.experts.items():
+        ranges = (*seen.gate_up_routed, *seen.gate_up_forced, *seen.down_routed, *seen.down_forced)
+        if not all(map(math.isfinite, ranges)):
+            raise not_finite("inputs of its experts", dtype, where=module)
+    if not all(map(math.isfinite, found.cache or ())):
+        raise not_finite("keys or values", dtype, where=layer)
 
 
 def _check_amax(amax: float, what: str, where: str) -> None:

@@ -6,19 +6,23 @@ where the bytes go: units that are in memory together, shards, and the config to
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from snugfit.dialects import compressed_tensors
 from snugfit.engines.fused import group_modules
-from snugfit.engines.kv_cache import attention_modules
+from snugfit.engines.kv_cache import attention_modules, has_scales, scale_names
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
+from snugfit.model.language_config import nested_language_keys
 from snugfit.model.layout import ModelLayout
 from snugfit.model.logical_weights import LogicalWeights
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import unverified_formats
+from snugfit.model.tied import untied
 from snugfit.recipes.assignment import Assignment
 from snugfit.recipes.recipe import LoadedRecipe
 from snugfit.recipes.resolve import resolve
@@ -55,7 +59,8 @@ class Plan:
     """Everything that a run over a model's layers works on.
 
     `units` are names of tensors that are in memory together: first all outside the decoder layers, then one unit a
-    layer; tensors of layers that transformers does not run (multi-token prediction) count as outside. `observed_caches`
+    layer; tensors of layers that transformers does not run on text (multi-token prediction, cross attention to
+    pictures) count as outside. `observed_caches`
     maps a layer to the module whose keys and values are measured. `recipe` is None for a run that only measures; such
     a run has no assignments, outputs, shards or config. `notes` are for the person who waits.
     """
@@ -117,6 +122,20 @@ class Plan:
         """Names of the tensors of decoder layer `number`."""
         return self.units[number + 1]
 
+    def unit_digest(self, number: int) -> str:
+        """A digest of what becomes of the tensors of unit `number`, whatever recipe says so."""
+        attention = self.observed_caches.get(number - 1)
+        scales = () if attention is None else (f"{attention}.k_scale", f"{attention}.v_scale")
+        parts: list[Any] = [attention]
+        for name in (*self.units[number], *scales):
+            assignment = self.assignments.get(name)
+            rule = None if assignment is None else (assignment.label(), assignment.scale_rule, assignment.objective)
+            codes = assignment is not None and assignment.keeps_codes
+            parts.append(
+                (name, rule, codes, [(info.name, info.dtype, info.shape) for info in self.outputs.get(name, ())])
+            )
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
     def writes_kv_scales(self, layer: int) -> bool:
         """Whether scales of an FP8 KV cache are written for this layer."""
         return f"{self.observed_caches.get(layer)}.k_scale" in self.outputs
@@ -134,6 +153,7 @@ def decide(layout: ModelLayout, recipe: LoadedRecipe) -> Decisions:
         num_layers=layout.num_layers,
         decoder=layout.decoder,
         not_quantizable=layout.not_quantizable,
+        unquantized=layout.unquantized,
         source_formats=layout.weights.formats,
     )
     if recipe.recipe.kv_cache is None and all(a.format is None or a.keeps_codes for a in assignments.values()):
@@ -146,7 +166,7 @@ def decide(layout: ModelLayout, recipe: LoadedRecipe) -> Decisions:
     units = units_of(layout, names)
     outputs = {name: _outputs_of(weights, name, assignments.get(name)) for unit in units for name in unit}
     attention = _kv_cache_modules(layout, recipe, units)
-    outputs |= _kv_scale_outputs(weights, attention, outputs)
+    outputs |= _kv_scale_outputs(weights, attention)
     expert_formats = {a.format.name for n, a in assignments.items() if a.format is not None and names[n].routed}
     return Decisions(
         weights=weights,
@@ -175,6 +195,7 @@ def lay_out(layout: ModelLayout, recipe: LoadedRecipe, *, max_shard_size: int | 
         shards=tuple(plan_shards(written, max_shard_size or default)),
         config=_config_to_write(layout, recipe, decisions),
         unverified=decisions.unverified,
+        notes=(*layout.contradictions, *_cache_notes(layout, recipe)),
     )
 
 
@@ -183,7 +204,7 @@ def measure_only(layout: ModelLayout) -> Plan:
     layout.check_quantizable()
     weights = layout.weights.restack_unquantized(layout.weights.formats.__contains__)
     units = units_of(layout, names_of(layout, weights))
-    attention, notes = {}, []
+    attention, notes = {}, [*layout.contradictions]
     try:
         attention = _attention_of(layout, units, where="")
     except UserError as error:  # a family whose cache is of another kind
@@ -275,15 +296,14 @@ def _attention_of(layout: ModelLayout, units: Sequence[Sequence[str]], *, where:
     return {layer: module for layer, module in enumerate(found) if module is not None}
 
 
-def _kv_scale_outputs(
-    weights: LogicalWeights, attention: Mapping[int, str], outputs: Mapping[str, object]
-) -> dict[str, tuple[TensorInfo, ...]]:
+def _kv_scale_outputs(weights: LogicalWeights, attention: Mapping[int, str]) -> dict[str, tuple[TensorInfo, ...]]:
     """Scales of an FP8 cache of these attention modules; UserError where the source has such scales already."""
     found: dict[str, tuple[TensorInfo, ...]] = {}
     for module in attention.values():
         dtype = next(t.dtype for t in weights.tensors.values() if t.name.startswith(f"{module}."))
         parts = compressed_tensors.kv_layout(module, dtype)
-        if not outputs.keys().isdisjoint(parts):
+        layer = module.rpartition(".")[0]
+        if any(name in weights.checkpoint.tensors for which in "kv" for name in scale_names(layer, which)):
             raise UserError(
                 f"{module} has scales of an FP8 cache already, which the source's engine uses.",
                 code="already-quantized",
@@ -300,17 +320,33 @@ def _config_to_write(layout: ModelLayout, recipe: LoadedRecipe, decisions: Decis
     formats = {names[name].module: a.format for name, a in decisions.assignments.items() if a.format is not None}
     cache = recipe.recipe.kv_cache or _kept_cache(layout)
     ignore = _ignored_modules(decisions, formats)
-    removed = ("quantization_config", "compression_config")
-    config = {key: value for key, value in layout.checkpoint.config.items() if key not in removed}
-    nested = config.get("text_config")
-    if isinstance(nested, dict) and any(key in nested for key in removed):
-        config["text_config"] = {key: value for key, value in nested.items() if key not in removed}
+    config = _without_quantization(layout.checkpoint.config)
+    if layout.tied.own_head:
+        config = untied(config)
     return config | {"quantization_config": compressed_tensors.quantization_config(formats, ignore, cache)}
+
+
+def _cache_notes(layout: ModelLayout, recipe: LoadedRecipe) -> list[str]:
+    """What becomes of an FP8 cache that the source declares without scales."""
+    if not layout.cache_without_scales or recipe.recipe.kv_cache is not None:
+        return []
+    kept = "stays declared" if _kept_cache(layout) else "is not declared in the result"
+    return [f"the source's FP8 KV cache {kept}: {layout.cache_without_scales}"]
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without the quantization that it states, at any level that describes the language model."""
+    removed = {"quantization_config", "compression_config"}
+    if isinstance(config.get("quantization"), dict):  # MLX's
+        removed.add("quantization")
+    kept = {key: value for key, value in config.items() if key not in removed}
+    return kept | {key: _without_quantization(kept[key]) for key in nested_language_keys(kept)}
 
 
 def _kept_cache(layout: ModelLayout) -> Literal["fp8"] | None:
     """The FP8 cache that the source asks for, under scales that it has."""
-    if not any(name.endswith((".k_scale", ".v_scale")) for name in layout.checkpoint.tensors):
+    tensors = layout.checkpoint.tensors
+    if not any(has_scales(tensors, f"{layout.decoder}.{number}") for number in range(layout.num_layers)):
         return None
     return layout.dialect.kv_cache_format()
 

@@ -15,20 +15,23 @@ import torch
 from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.errors import UserError
-from snugfit.machine import hardware, pick_device, versions
+from snugfit.machine import hardware, pick_device, pick_dtype, versions
 from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
+from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
 from snugfit.quantization.measured import Measured, recall
+from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.resume import check_resumable, stamps
+from snugfit.quantization.resume import check_resumable, stamps, work_folder
 from snugfit.recipes.assignment import Assignment
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
 from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest
-from snugfit.storage.staging import check_stageable
+from snugfit.storage.other_files import notes_on_loss
+from snugfit.storage.staging import check_no_links, check_stageable
 from snugfit.version import __version__
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
@@ -38,14 +41,16 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
 class Calibration:
     """What a caller asks of the calibration: which samples, on which device, how experts see them.
 
-    `dataset` names text or JSONL files, none for Python's documentation. Nothing here is checked yet.
+    `dataset` names files of text or rows, none for Python's documentation. Nothing here is checked yet.
     """
 
     dataset: Sequence[str | Path] = ()
     num_samples: int
     max_seq_length: int
+    shuffle_seed: int | None = None
     device: str | None = None
     tokens_per_batch: int | None = None
+    dtype: str | None = None
     experts: ExpertCalibration
     statistics: str | Path | None = None
 
@@ -88,10 +93,12 @@ class PreparedRun:
         """
         check_memory(self.estimate, self.device)
         if output_dir is not None:
-            check_stageable(Path(output_dir))
+            check_stageable(Path(output_dir), model=self.plan.checkpoint.path)
             check_disk(self.estimate, Path(output_dir))
             if not restart:
-                check_resumable(Path(output_dir), self.identity(), force=force_resume)
+                check_no_links(Path(output_dir))
+                if not can_adopt(work_folder(Path(output_dir)), self.identity()):
+                    check_resumable(Path(output_dir), self.identity(), force=force_resume)
 
     def report(self, progress: Progress) -> None:
         """Say what the run will need, and what a person should know of it."""
@@ -113,9 +120,11 @@ class PreparedRun:
             "samples": None if self.dataset is None else self.dataset.digest,
             "statistics": self.statistics_digest(),
             "weight_files": {shard.name: shard.bytes for shard in plan.shards},
+            "units": [plan.unit_digest(number) for number in range(len(plan.units))],
             "experts": [self.experts.all_experts, self.experts.max_forced_tokens],
             "device": self.device.type,
             "tokens_per_batch": self.tokens_per_batch,
+            "dtype": str(self.skeleton.dtype).removeprefix("torch."),
             "hardware": hardware(self.device),
             "versions": versions() | {"snugfit": __version__},
         }
@@ -137,7 +146,8 @@ def check_options(calibration: Calibration) -> None:
     for file in calibration.dataset:
         if not Path(file).exists():
             what = "no such file."
-            raise UserError(what, code="file-missing", where=str(file), remedy="Name a text or JSONL file.")
+            remedy = "Name a file of text, JSONL or Parquet."
+            raise UserError(what, code="file-missing", where=str(file), remedy=remedy)
         if Path(file).is_dir():
             what = "a directory, not a file."
             raise UserError(what, code="dataset-unreadable", where=str(file), remedy="Name the files in it.")
@@ -153,6 +163,7 @@ def check_options(calibration: Calibration) -> None:
 def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAREST) -> PreparedRun:
     """Check a plan against transformers, read the samples or statistics that it needs, and estimate the run."""
     check_options(calibration)
+    dtype = pick_dtype(calibration.dtype)
     device = pick_device(calibration.device)
     plan = _with_other_files(plan)
     known = None if calibration.statistics is None else load_statistics(Path(calibration.statistics))
@@ -168,7 +179,7 @@ def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAR
         where = str(calibration.statistics)
         check_statistics(known, plan.checkpoint, dataset, calibration.experts, where=where)
         dataset = None
-    skeleton = check_with_transformers(plan)
+    skeleton = check_with_transformers(plan, dtype)
     recalled = None
     if known is not None:
         recalled = [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
@@ -191,6 +202,8 @@ def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAR
 def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known: Statistics | None) -> list[str]:
     """What a person should know before the run starts."""
     notes = list(plan.notes)
+    if plan.recipe is not None:
+        notes += notes_on_loss(plan.checkpoint.other_files)
     if dataset is not None and not calibration.dataset:
         notes.append(no_dataset_message("calibration"))
     if known is not None and plan.recipe is not None and known.recipe_digest not in (None, plan.recipe.digest):
@@ -204,18 +217,22 @@ def _with_other_files(plan: Plan) -> Plan:
         return plan
     from snugfit.storage.hub import fetch_other_files
 
-    return replace(plan, layout=replace(plan.layout, checkpoint=fetch_other_files(plan.checkpoint)))
+    return replace(
+        plan,
+        layout=replace(plan.layout, checkpoint=fetch_other_files(plan.checkpoint, to_copy=plan.recipe is not None)),
+    )
 
 
 def load_samples(plan: Plan, calibration: Calibration) -> Dataset:
     """The samples for a plan's model; UserError if they exceed the model's positions or vocabulary."""
     config = plan.layout.config
-    vocabulary, positions = config.get("vocab_size"), config.get("max_position_embeddings")
+    vocabulary, positions = config.get("vocab_size"), max_positions(plan.checkpoint.config)
     dataset = load_dataset(
         plan.checkpoint.path,
         [Path(file) for file in calibration.dataset],
         num_samples=calibration.num_samples,
         max_seq_length=calibration.max_seq_length,
+        shuffle_seed=calibration.shuffle_seed,
         vocabulary=vocabulary,
     )
     longest = max(map(len, dataset.samples))
@@ -254,9 +271,12 @@ def check_statistics(
         raise UserError(what, code="statistics-mismatch", where=where, remedy=remedy)
 
 
-def check_with_transformers(plan: Plan) -> Skeleton:
-    """transformers' model of a plan, on the meta device; UserError if it does not agree with the headers."""
-    skeleton = open_skeleton(plan.layout)
+def check_with_transformers(plan: Plan, dtype: torch.dtype | None = None) -> Skeleton:
+    """transformers' model of a plan, on the meta device; UserError if it does not agree with the headers.
+
+    It computes in `dtype`, by default the config's own.
+    """
+    skeleton = open_skeleton(plan.layout, dtype)
     _check_linears(plan, skeleton.linears())
     return skeleton
 

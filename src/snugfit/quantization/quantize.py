@@ -14,6 +14,7 @@ from snugfit.errors import UserError
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
+from snugfit.quantization.other_recipe import adopt_recipe
 from snugfit.quantization.plan import Plan, lay_out
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, prepare
 from snugfit.quantization.resume import FinishedUnits
@@ -28,10 +29,14 @@ from snugfit.records.statistics_file import (
     ExpertCalibration,
 )
 from snugfit.storage.checkpoint import INDEX_NAME, header_digest
-from snugfit.storage.files import OTHER_WEIGHTS, check_inside
+from snugfit.storage.files import check_inside
+from snugfit.storage.other_files import is_copied, not_copied
 from snugfit.storage.shards import index_of
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
+
+# how the source was quantized by another tool; engines may read them in place of config.json
+OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
 def quantize(
@@ -42,8 +47,10 @@ def quantize(
     dataset: str | Path | Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    dtype: str | None = None,
     max_shard_size: int | None = None,
     moe_calibrate_all_experts: bool = True,
     max_forced_tokens: int = MAX_FORCED_TOKENS,
@@ -56,12 +63,14 @@ def quantize(
 ) -> QuantizeRecord:
     """Quantize `model` (a directory or a Hugging Face id) by `recipe` into the new directory `output_dir`.
 
-    `recipe` is a built-in name, a YAML file, or a loaded recipe. `dataset` names text or JSONL files to calibrate on
-    (default: Python's documentation), at most `num_samples` samples of `max_seq_length` tokens; a recipe without
-    activation scales reads none. `device`: "cpu" or "cuda" (default: cuda if there is one). `max_shard_size` is in
-    bytes. Of a mixture, every expert sees every token up to `max_forced_tokens`, or with `moe_calibrate_all_experts`
-    False only what the router sends it; fewer than `min_tokens_per_expert` is an error. `statistics`, measured earlier
-    on this model, take the place of samples. `allow_unverified` writes formats that no tested engine loads.
+    `recipe` is a built-in name, a YAML file, or a loaded recipe. `dataset` names files to calibrate on, text,
+    JSONL or Parquet (default: Python's documentation): at most `num_samples` samples of `max_seq_length` tokens, from
+    the beginning of each file, or drawn from all of it with `shuffle_seed`; a recipe without activation scales reads
+    none. `device`: "cpu" or "cuda" (default: cuda if there is one). The samples run in `dtype` ("bfloat16", "float16",
+    "float32"; default: the config's). `max_shard_size` is in bytes. Of a mixture, every expert sees every token up to
+    `max_forced_tokens`, or with `moe_calibrate_all_experts` False only what the router sends it; fewer than
+    `min_tokens_per_expert` is an error. `statistics`, measured earlier on this model, take the place of samples.
+    `allow_unverified` writes formats that no tested engine loads.
 
     `output_dir` appears whole or not at all. A run that was stopped resumes after its last whole layer with the same
     call and ends in the same bytes; on another machine, library version or batch only with `force_resume`; `restart`
@@ -76,8 +85,10 @@ def quantize(
             dataset=dataset,
             num_samples=num_samples,
             max_seq_length=max_seq_length,
+            shuffle_seed=shuffle_seed,
             device=device,
             tokens_per_batch=tokens_per_batch,
+            dtype=dtype,
             max_shard_size=max_shard_size,
             moe_calibrate_all_experts=moe_calibrate_all_experts,
             max_forced_tokens=max_forced_tokens,
@@ -89,25 +100,29 @@ def quantize(
     prepared.report(progress)
     reset_peak_gpu_bytes(prepared.device)
     with resumable(destination, restart=restart) as (directory, work):
+        if adopt_recipe(directory, work, prepared.identity(), prepared.plan.shards):
+            progress.message("the finished layers stay: this recipe differs in later ones alone")
         finished = FinishedUnits(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
         outcome = run_layers(run)
         with clock("finish"):
-            not_copied = _write_other_files(prepared.plan, directory)
+            left_out = _write_other_files(prepared.plan, directory)
             found = prepared.known if prepared.dataset is None else statistics_of(run)
             if found is not None and prepared.plan.needs_activations:
                 (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
         arguments = {
             "num_samples": num_samples,
             "max_seq_length": max_seq_length,
+            "shuffle_seed": shuffle_seed,
             "device": str(prepared.device),
             "tokens_per_batch": prepared.tokens_per_batch,
+            "dtype": dtype,
             "moe_calibrate_all_experts": moe_calibrate_all_experts,
             "max_forced_tokens": max_forced_tokens,
             "min_tokens_per_expert": min_tokens_per_expert,
             "statistics": prepared.statistics_digest(),
         }
-        record = _record(run, destination, outcome, not_copied, arguments)
+        record = _record(run, destination, outcome, left_out, arguments)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     return record
 
@@ -119,8 +134,10 @@ def plan_quantization(
     dataset: str | Path | Sequence[str | Path] = (),
     num_samples: int = DEFAULT_NUM_SAMPLES,
     max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    dtype: str | None = None,
     max_shard_size: int | None = None,
     moe_calibrate_all_experts: bool = True,
     max_forced_tokens: int = MAX_FORCED_TOKENS,
@@ -140,8 +157,10 @@ def plan_quantization(
         dataset=as_sequence(dataset),
         num_samples=num_samples,
         max_seq_length=max_seq_length,
+        shuffle_seed=shuffle_seed,
         device=device,
         tokens_per_batch=tokens_per_batch,
+        dtype=dtype,
         experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, min_tokens_per_expert),
         statistics=statistics,
     )
@@ -172,12 +191,10 @@ def _check_file_names(plan: Plan) -> None:
 def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     """Write config, index, recipe and every file of the source without weights; names of those not copied."""
     assert plan.recipe is not None
-    not_copied = []
-    for name in plan.checkpoint.other_files:
-        if name in (RECORD_FILE, STATISTICS_FILE):  # the source's own
-            continue
-        if name.endswith((*OTHER_WEIGHTS, ".index.json")):
-            not_copied.append(name)
+    source = [name for name in plan.checkpoint.other_files if name not in (RECORD_FILE, STATISTICS_FILE)]  # its own
+    known = frozenset(source)
+    for name in source:
+        if not is_copied(name, known) or name in OTHER_QUANTIZATION_FILES:
             continue
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         check_inside(plan.checkpoint.path, name)
@@ -187,11 +204,11 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
         text = json.dumps(index_of(plan.shards), indent=2) + "\n"
         (directory / INDEX_NAME).write_text(text, encoding="utf-8")
     (directory / RECIPE_FILE).write_text(plan.recipe.text, encoding="utf-8")
-    return tuple(not_copied)
+    return tuple(sorted({*not_copied(source), *(known & set(OTHER_QUANTIZATION_FILES))}))
 
 
 def _record(
-    run: Run, output_dir: Path, outcome: Outcome, not_copied: tuple[str, ...], arguments: Mapping[str, Any]
+    run: Run, output_dir: Path, outcome: Outcome, left_out: tuple[str, ...], arguments: Mapping[str, Any]
 ) -> QuantizeRecord:
     prepared, plan = run.prepared, run.prepared.plan
     assert plan.recipe is not None
@@ -226,7 +243,7 @@ def _record(
         source_bytes=sum(t.bytes for t in plan.checkpoint.tensors.values()),
         bytes=plan.bytes,
         files=outcome.files,
-        left_out=not_copied,
+        left_out=left_out,
         seconds=seconds,
         peak_rss_bytes=peak,
         peak_gpu_bytes=peak_gpu,

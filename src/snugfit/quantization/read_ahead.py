@@ -9,6 +9,7 @@ from torch import Tensor
 
 from snugfit.model.assemble import Loaded, Piece, assemble, pieces_of
 from snugfit.model.logical_weights import LogicalWeights
+from snugfit.model.names import may_be_infinite
 from snugfit.storage.transfer import PendingTransfer, Transfer, check_finite
 
 
@@ -35,11 +36,14 @@ class ReadAhead:
             self._coming.append((size, {piece: self._transfer.read(checkpoint, *piece) for piece in pieces}))
 
     def take(self, group: Sequence[str]) -> dict[str, Loaded]:
-        """The next group's tensors on the device; UserError if they hold NaN or infinite values."""
+        """The next group's tensors on the device; UserError for NaN, and for infinite values of weights and scales."""
         _, coming = self._coming.popleft()
         found = {piece: pending.result() for piece, pending in coming.items()}
         self._start()
         checkpoint = self._weights.checkpoint
-        sound = {piece: check_finite(checkpoint, piece[0], tensor) for piece, tensor in found.items()}
+        sound = {
+            piece: check_finite(checkpoint, piece[0], tensor, infinite=may_be_infinite(piece[0]))
+            for piece, tensor in found.items()
+        }
         del found
         return {name: assemble(self._weights, name, sound) for name in group}

@@ -37,9 +37,9 @@ class FinishedUnits:
         file = folder / IDENTITY
         if not file.exists():
             self._check_no_entries(file)
-            _replace(file, identity)
+            replace_json(file, identity)
             return
-        before = _read(file)
+        before = read_json(file)
         if not isinstance(before, dict):
             raise Unfinished(
                 "the identity of this unfinished run is damaged, so it cannot resume.",
@@ -90,7 +90,7 @@ class FinishedUnits:
 
     def commit(self, entry: Mapping[str, Any]) -> None:
         """Record that the next unit is finished; what `entry` describes must be in its files."""
-        _replace(self._folder / unit_name(len(self.entries)), {"entry": entry, "digest": _digest(entry)})
+        replace_json(self._folder / unit_name(len(self.entries)), {"entry": entry, "digest": _digest(entry)})
         self.entries.append(dict(entry))
 
     def go_back(self, done: int) -> None:
@@ -100,9 +100,14 @@ class FinishedUnits:
         del self.entries[done:]
 
 
+def work_folder(output_dir: Path) -> Path:
+    """Where an unfinished run of `output_dir` keeps what it needs to resume; it need not exist."""
+    return output_dir.with_name(output_dir.name + ".partial") / WORK_NAME
+
+
 def check_resumable(output_dir: Path, identity: Mapping[str, Any], *, force: bool = False) -> None:
     """Raise what FinishedUnits would raise for the unfinished run of `output_dir`, if there is one; write nothing."""
-    folder = output_dir.with_name(output_dir.name + ".partial") / WORK_NAME
+    folder = work_folder(output_dir)
     if (folder / IDENTITY).exists() or any(folder.glob(unit_name("*"))):
         FinishedUnits(folder, identity, force=force)
 
@@ -115,13 +120,14 @@ def stamps(checkpoint: Checkpoint) -> dict[str, Any]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
-def _replace(file: Path, content: Mapping[str, Any]) -> None:
+def replace_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Write a file whole or not at all."""
     beside = file.with_suffix(".new")
     beside.write_text(json.dumps(content), encoding="utf-8")
     beside.replace(file)
 
 
-def _read(file: Path) -> Any:
+def read_json(file: Path) -> Any:
     """What a file holds, None if it is missing or no JSON (as after a power cut)."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -131,7 +137,7 @@ def _read(file: Path) -> Any:
 
 def _read_entry(file: Path) -> dict[str, Any] | None:
     """A unit's entry as it was written, None if it is missing or damaged: the run then resumes from there."""
-    found = _read(file)
+    found = read_json(file)
     if not isinstance(found, dict) or found.get("digest") != _digest(found.get("entry")):
         return None
     entry: dict[str, Any] = found["entry"]

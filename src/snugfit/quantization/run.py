@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from snugfit.errors import Unfinished
+from snugfit.errors import Unfinished, UserError
 from snugfit.machine import Clock
 from snugfit.model import forward_pass, layers
+from snugfit.model.assemble import read_single
 from snugfit.model.hidden_states import StateFile
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import read_ahead_bytes
@@ -32,6 +33,9 @@ from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.storage.shards import ShardWriter
 from snugfit.storage.transfer import Transfer
 from snugfit.version import __version__
+
+# errors that only the work on a layer can show
+_LATE = frozenset({"activations-not-finite", "amax-invalid"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +118,28 @@ def run_layers(run: Run) -> Outcome:
             where=str(prepared.device),
             remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
         ) from None
+    except UserError as error:
+        if isinstance(error, Unfinished) or error.code not in _LATE or run.finished.done < 2:
+            raise
+        raise _kept(run, error) from None
+
+
+def _kept(run: Run, error: UserError) -> Unfinished:
+    """The error of a layer behind finished ones, which stay."""
+    done = run.finished.done - 1
+    kept = f"{run.directory} keeps the {done} finished {'layer' if done == 1 else 'layers'}"
+    how = "a recipe that differs in later layers alone resumes behind them"
+    if error.code == "activations-not-finite":
+        how = "another `dtype` needs `restart`, which removes them"
+    return Unfinished(error.what, code=error.code, where=error.where, remedy=f"{error.remedy} {kept}; {how}.")
 
 
 def _batches(run: Run) -> list[forward_pass.Batch]:
     prepared = run.prepared
     if prepared.dataset is None:
         return []
-    return forward_pass.make_batches(prepared.dataset.samples, prepared.tokens_per_batch, prepared.device)
+    causal = prepared.skeleton.is_causal
+    return forward_pass.make_batches(prepared.dataset.samples, prepared.tokens_per_batch, prepared.device, pads=causal)
 
 
 def _layer_run(
@@ -205,6 +224,8 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
             states[0].write(batch, hidden)
 
     def read(name: str) -> torch.Tensor:
+        if name in prepared.plan.weights.origins:  # FP8
+            return read_single(prepared.plan.weights, name).to(prepared.device)
         return transfer.read(prepared.plan.checkpoint, name).result()
 
     weights = layers.outer_weights(prepared.skeleton, prepared.plan.checkpoint, head=False, read=read)

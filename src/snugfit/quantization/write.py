@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from snugfit.dialects import compressed_tensors
 from snugfit.formats.nvfp4 import input_global_scale
+from snugfit.model.names import may_be_infinite
 from snugfit.quantization.layer import UnitTensor
 from snugfit.quantization.measured import Measured
 from snugfit.quantization.plan import Plan
@@ -28,7 +29,7 @@ def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured,
     planned = plan.record(name)
     if tensor is None or tensor.codes is None:
         if tensor is None or tensor.weight_16bit is None:
-            writer.copy(plan.checkpoint, name)
+            writer.copy(plan.checkpoint, name, infinite=may_be_infinite(name))
         else:
             writer.write(name, tensor.weight_16bit)
         return planned

@@ -39,21 +39,32 @@ def resolve(
     num_layers: int,
     decoder: str = DECODER,
     not_quantizable: Mapping[str, str] | None = None,
+    unquantized: Mapping[str, str] | None = None,
     source_formats: Mapping[str, TensorFormat] | None = None,
 ) -> dict[str, Assignment]:
     """Tensor name -> assignment, for each weight that a rule matches, and each that the source stores quantized.
 
     `num_layers` is the model's number of decoder layers, `decoder` the name of their list. `not_quantizable` maps
-    tensors that no rule may quantize to the reason, `source_formats` tensors that the source stores quantized to their
-    format. UserError for a layer's weight without a rule, a rule that matches nothing, a fused group or a layer's
+    tensors that no rule may quantize to the reason; `unquantized` those that engines only load in 16 bits: they get an
+    assignment without a format where the source stores them quantized. `source_formats` maps tensors that the source
+    stores quantized to their format.
+
+    UserError for a layer's weight without a rule, a rule that matches nothing, a fused group or a layer's
     experts in several formats, a shape that the format does not allow, a format for a tensor outside the layers.
     """
-    fixed, stored = not_quantizable or {}, source_formats or {}
+    wide = unquantized or {}
+    fixed = {**wide, **(not_quantizable or {})}
     infos = {tensor.name: tensor for tensor in tensors}
     names = [parse_name(tensor.name, tensor.shape, decoder) for tensor in tensors]
+    # engines build routers and embeddings in 16 bits, whatever the source stores
+    in_16_bits = {name.full for name in names if name.role in ("router", "embed")}
+    stored = {name: fmt for name, fmt in (source_formats or {}).items() if name not in in_16_bits}
     matcher = _Matcher(loaded, num_layers)
     matched: dict[int, list[TensorName]] = {number: [] for number in range(len(loaded.recipe.rules))}
+    kept: set[int | None] = set()  # rules that ask for what happens anyway
     for name in names:
+        if name.parameter == "weight" and name.full in wide:
+            kept.add(matcher.first(name))
         if name.parameter != "weight" or name.full in fixed:
             continue
         number = matcher.first(name)
@@ -63,9 +74,10 @@ def resolve(
             raise _no_rule(name, infos[name.full], loaded.where)
     found: dict[str, Assignment] = {}
     for number, members in matched.items():
-        if not members:
+        if not members and not (number in kept and loaded.recipe.rules[number].format == KEEP):
             raise _unmatched(loaded, number, matcher, [name for name in names if name.full in fixed], fixed)
         found |= _assign(loaded, number, members, infos, stored)
+    found |= {name: Assignment(None, "", "", NO_RULE) for name in stored if name in wide}
     unnamed = {name: fmt for name, fmt in stored.items() if name not in found}
     found |= {name: keep_codes(name, fmt, NO_RULE, loaded.where) for name, fmt in unnamed.items()}
     check_groups(found, loaded.where)

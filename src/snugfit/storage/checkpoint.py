@@ -12,12 +12,21 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from snugfit.errors import Unfinished, UserError
-from snugfit.storage.files import DOWNLOAD_AGAIN, list_files, open_regular, parse_json_object, read_file, read_part
+from snugfit.storage.files import (
+    DOWNLOAD_AGAIN,
+    PIECE_BYTES,
+    list_files,
+    open_regular,
+    parse_json_object,
+    read_file,
+    read_part,
+)
+from snugfit.storage.other_files import ADAPTER_CONFIG, MERGE
 from snugfit.storage.safetensors_header import (
     TORCH_NAMES,
     StoredTensor,
@@ -34,6 +43,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 FINGERPRINT_TENSORS, FINGERPRINT_BYTES = 64, 1024
+_SAMPLE_BYTES = 1 << 16  # of each of four places, where two tensors on the Hub are compared
 
 
 class Remote(Protocol):
@@ -55,6 +65,8 @@ class Remote(Protocol):
 class Checkpoint:
     """A model directory: its config, its tensors by name in file order, and its other files.
 
+    `missing` are tensors that the index names and no shard holds, with the shards that should.
+
     The weights of a `remote` checkpoint are not below `path`; its other files are there once `fetch_other_files`
     has downloaded them.
     """
@@ -64,6 +76,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     shards: tuple[str, ...]
     other_files: tuple[str, ...]
+    missing: Mapping[str, str] = field(default_factory=dict)
     remote: Remote | None = None
 
     @property
@@ -88,10 +101,12 @@ def open_directory(root: Path) -> Checkpoint:
     weight_map = _read_index(root)
     shards = _shard_names(root, weight_map)
     tensors = merge_headers({shard: read_header(root / shard) for shard in shards}, where=str(root))
-    check_index(weight_map, tensors, where=str(root / INDEX_NAME))
+    missing = check_index(weight_map, tensors, where=str(root / INDEX_NAME))
     weight_files = {*shards, INDEX_NAME, CONFIG_NAME}
     others = tuple(name for name in list_files(root) if name not in weight_files)
-    return Checkpoint(path=root, config=config, tensors=tensors, shards=tuple(shards), other_files=others)
+    return Checkpoint(
+        path=root, config=config, tensors=tensors, shards=tuple(shards), other_files=others, missing=missing
+    )
 
 
 def merge_headers(headers: Mapping[str, list[StoredTensor]], *, where: str) -> dict[str, StoredTensor]:
@@ -194,6 +209,28 @@ def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: m
         os.close(fd)
 
 
+def have_same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    """Whether two tensors of a checkpoint hold the same bytes; of a model on the Hub a few pieces are compared."""
+    one, other = checkpoint.tensors[first], checkpoint.tensors[second]
+    if one.bytes != other.bytes:
+        return False
+    piece, starts = PIECE_BYTES, range(0, one.bytes, PIECE_BYTES)
+    if checkpoint.remote is not None:
+        piece = min(_SAMPLE_BYTES, one.bytes)
+        last = one.bytes - piece
+        starts = range(0, last + 1, max(1, last // 3))
+    for start in starts:
+        size = min(piece, one.bytes - start)
+        found = []
+        for tensor in (one, other):
+            buffer = bytearray(size)
+            read_range(checkpoint, tensor, start, memoryview(buffer))
+            found.append(buffer)
+        if found[0] != found[1]:
+            return False
+    return True
+
+
 def read_config(root: Path) -> dict[str, Any]:
     """config.json of a model directory; UserError where it is missing or not a JSON object."""
     file = root / CONFIG_NAME
@@ -201,6 +238,8 @@ def read_config(root: Path) -> dict[str, Any]:
         config = json.loads(read_file(root, CONFIG_NAME).decode("utf-8"))
     except FileNotFoundError:
         what, remedy = "config.json is missing.", "Is this a model directory?"
+        if (root / ADAPTER_CONFIG).is_file():
+            what, remedy = "an adapter without its model.", f"To quantize the model with it, {MERGE}."
         raise UserError(what, code="config-missing", where=str(root), remedy=remedy) from None
     except (ValueError, RecursionError) as error:
         what = f"not valid JSON ({error})."
@@ -232,16 +271,22 @@ def parse_index(raw: bytes, *, where: str) -> dict[str, str]:
     return pairs
 
 
-def check_index(weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], *, where: str) -> None:
-    """UserError for a tensor that the shard named in the index does not hold."""
+def check_index(
+    weight_map: Mapping[str, str] | None, tensors: Mapping[str, StoredTensor], *, where: str
+) -> dict[str, str]:
+    """Tensors that the index names and no shard holds, with their files; UserError for one that another shard holds."""
+    missing = {}
     for name, file in (weight_map or {}).items():
-        if name not in tensors or tensors[name].file != file:
+        if name not in tensors and name.isprintable():
+            missing[name] = file
+        elif name not in tensors or tensors[name].file != file:
             raise UserError(
                 f"weight_map sends {shown(name)} to {file}, which does not hold it.",
                 code="index-invalid",
                 where=where,
                 remedy="Download the checkpoint again: index and shards do not belong together.",
             )
+    return missing
 
 
 def _read_index(root: Path) -> dict[str, str] | None:
@@ -271,6 +316,10 @@ def _shard_names(root: Path, weight_map: Mapping[str, str] | None) -> list[str]:
 
 def no_weights(names: Iterable[str], *, where: str) -> UserError:
     """The error for a model without safetensors weights: its weights are pickles, or missing."""
+    names = tuple(names)
+    if ADAPTER_CONFIG in names:
+        remedy = f"To quantize the model with it, {MERGE}."
+        return UserError("an adapter without its model.", code="weights-missing", where=where, remedy=remedy)
     pickles = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt")))
     if pickles:
         return UserError(

@@ -16,7 +16,11 @@ PIECE_BYTES = 16 << 20  # of a tensor that are read or written at once
 MAX_JSON_BYTES = 256_000_000
 DOWNLOAD_AGAIN = "Download this file again."
 # weights in other containers; engines would load them beside the safetensors files
-OTHER_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+OTHER_WEIGHTS = (
+    *(".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt", ".pkl", ".pickle", ".joblib", ".distcp", ".nemo", ".npz"),
+    *(".gguf", ".ggml", ".h5", ".hdf5", ".keras", ".msgpack", ".ot", ".onnx", ".onnx_data", ".pdparams", ".tflite"),
+    *(".mlmodel", ".mlpackage", ".pte", ".litertlm", ".llamafile", ".engine"),
+)
 _SHARED_STORE = ".huggingface-shared-blobs"  # marks the store that all repos of a Hugging Face cache share
 
 

@@ -50,7 +50,8 @@ from snugfit.storage.checkpoint import (
     parse_index,
     read_config,
 )
-from snugfit.storage.files import OTHER_WEIGHTS, open_regular, read_file, read_part
+from snugfit.storage.files import open_regular, read_file, read_part
+from snugfit.storage.other_files import ADAPTER_CONFIG, MERGE, is_copied, is_weights
 from snugfit.storage.safetensors_header import StoredTensor, header_length, parse_header
 
 # files that describe a model's quantization, and how it was made
@@ -110,6 +111,8 @@ def open_hub(name: str, revision: str | None) -> Checkpoint:
         small += [file for file in RECORDS if (sizes.get(file) or MAX_RECORD_BYTES) < MAX_RECORD_BYTES]
         if CONFIG_NAME not in sizes:
             what, remedy = "config.json is missing.", "Is this a language model?"
+            if ADAPTER_CONFIG in sizes:
+                what, remedy = "an adapter without its model.", f"To quantize the model with it, {MERGE}."
             raise UserError(what, code="config-missing", where=model, remedy=remedy)
         snapshot = _download(name, commit, small, model).parent
     config = read_config(snapshot)
@@ -121,19 +124,29 @@ def open_hub(name: str, revision: str | None) -> Checkpoint:
     files = HubFiles(name=name, revision=commit, sizes=sizes, snapshot=snapshot, cached=cached)
     headers = _read_headers(files, shards, weight_map or {})
     tensors = merge_headers(headers, where=model)
-    check_index(weight_map, tensors, where=f"{model}/{INDEX_NAME}")
+    missing = check_index(weight_map, tensors, where=f"{model}/{INDEX_NAME}")
     others = tuple(sorted(file for file in sizes if file not in {*shards, INDEX_NAME, CONFIG_NAME}))
     return Checkpoint(
-        path=snapshot, config=config, tensors=tensors, shards=tuple(shards), other_files=others, remote=files
+        path=snapshot,
+        config=config,
+        tensors=tensors,
+        shards=tuple(shards),
+        other_files=others,
+        missing=missing,
+        remote=files,
     )
 
 
-def fetch_other_files(checkpoint: Checkpoint) -> Checkpoint:
-    """The same checkpoint, all its files without weights downloaded to its path; a local one is returned as it is."""
+def fetch_other_files(checkpoint: Checkpoint, *, to_copy: bool = False) -> Checkpoint:
+    """The same checkpoint, all its files without weights downloaded to its path; a local one is returned as it is.
+
+    With `to_copy` also adapters in folders of their own, which a quantized model keeps.
+    """
     remote = checkpoint.remote
     if remote is None:
         return checkpoint
-    names = [n for n in checkpoint.other_files if not n.endswith(OTHER_WEIGHTS) and not n.endswith(".index.json")]
+    known = frozenset(checkpoint.other_files)
+    names = [name for name in checkpoint.other_files if is_copied(name, known) and (to_copy or not is_weights(name))]
     with _no_bars():
         _download(remote.name, remote.revision, [CONFIG_NAME, *names], remote.name)
     return checkpoint

@@ -127,13 +127,17 @@ class ShardWriter:
         shard = self._shard_of[name]
         self._started[name] = self._transfer.write(self._files[shard.name], shard.offsets[name], tensor)
 
-    def copy(self, checkpoint: Checkpoint, name: str) -> None:
-        """Begin to copy a tensor from the source as it is; AssertionError where it is not as planned."""
+    def copy(self, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
+        """Begin to copy a tensor from the source as it is, `infinite` values too if it may have some.
+
+        AssertionError where it is not as planned.
+        """
         planned, found = self._missing.pop(name), checkpoint.tensors[name]
         if (planned.dtype, planned.shape) != (found.dtype, found.shape):
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {found.dtype} {found.shape}")
         shard = self._shard_of[name]
-        self._started[name] = self._transfer.copy(checkpoint, name, self._files[shard.name], shard.offsets[name])
+        place = self._files[shard.name], shard.offsets[name]
+        self._started[name] = self._transfer.copy(checkpoint, name, *place, infinite=infinite)
 
     def pending_writes(self) -> Callable[[], dict[str, list[int]]]:
         """The writes started since the last call, as a function that waits until the files hold them.

@@ -110,9 +110,15 @@ def _tidy(target: Path) -> None:
     (target / LOCK_NAME).unlink(missing_ok=True)
 
 
-def check_stageable(target: Path) -> None:
-    """UserError where `staged` would refuse TARGET or could not write it; nothing is created."""
+def check_stageable(target: Path, *, model: Path | None = None) -> None:
+    """UserError where `staged` would refuse TARGET or could not write it, and inside `model`; nothing is created.
+
+    What lies in a model's directory is one of its files: the next run would copy it.
+    """
     partial = _partial_of(target)
+    if model is not None and target.resolve().is_relative_to(model.resolve()):
+        what, remedy = f"inside the model's own directory, {model}.", "Choose another `output_dir`, outside of it."
+        raise UserError(what, code="output-not-writable", where=str(target), remedy=remedy)
     check_folder(partial)
     if not (partial / LOCK_NAME).is_file():
         return
@@ -173,6 +179,13 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def check_no_links(target: Path) -> None:
+    """UserError where the unfinished run of TARGET, if there is one, holds a link, as `resumable` raises it."""
+    work = _partial_of(target) / WORK_NAME
+    if work.is_dir() and any(work.iterdir()):
+        _check_no_links(_partial_of(target))
 
 
 def _check_no_links(partial: Path) -> None:

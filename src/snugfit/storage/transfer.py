@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
 COPIERS = {"cpu": 1, "cuda": 3}  # for copies from file to file
 # the bits of the exponent, which are all set in numbers that are not finite
-_EXPONENTS = {
+_EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "BF16": (np.uint16, 0x7F80),
     "F16": (np.uint16, 0x7C00),
     "F32": (np.uint32, 0x7F800000),
@@ -119,15 +119,17 @@ class Transfer:
 
         return PendingTransfer(_pieces(self._writers, flat.numel(), piece), list)
 
-    def copy(self, checkpoint: Checkpoint, name: str, handle: int, offset: int) -> PendingTransfer[list[int]]:
-        """Begin to copy a tensor from file to file; UserError where it holds NaN or infinite values."""
+    def copy(
+        self, checkpoint: Checkpoint, name: str, handle: int, offset: int, *, infinite: bool = False
+    ) -> PendingTransfer[list[int]]:
+        """Begin to copy a tensor from file to file; UserError for NaN, and unless `infinite` for infinite values."""
         info = checkpoint.tensors[name]
 
         def piece(start: int, size: int) -> int:
             buffer, _ = self._thread_buffers()
             raw = _raw(buffer[:size])
             read_range(checkpoint, info, start, raw)
-            _check_finite(checkpoint, info, raw)
+            _check_finite(checkpoint, info, raw, infinite=infinite)
             return _write_run_file(handle, offset + start, raw)
 
         return PendingTransfer(_pieces(self._copiers, info.bytes, piece), list)
@@ -157,8 +159,8 @@ def _pieces(pool: ThreadPoolExecutor, size: int, work: Callable[[int, int], int]
     return [pool.submit(work, start, min(PIECE_BYTES, size - start)) for start in starts]
 
 
-def check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
-    """`tensor`, read under `name`; UserError where it holds NaN or infinite values."""
+def check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor, *, infinite: bool = False) -> Tensor:
+    """`tensor`, read under `name`; UserError where it holds NaN or, unless `infinite`, infinite values."""
     if tensor.dtype == torch.float8_e4m3fn and tensor.numel():
         size = (tensor.view(torch.uint8) & 0x7F).amax()
         if int(size) == E4M3_NAN:
@@ -167,19 +169,26 @@ def check_finite(checkpoint: Checkpoint, name: str, tensor: Tensor) -> Tensor:
     if not tensor.numel() or not tensor.is_floating_point() or tensor.itemsize == 1:
         return tensor
     low, high = tensor.aminmax()  # NaN carries through
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+    sound = ~(torch.isnan(low) | torch.isnan(high)) if infinite else torch.isfinite(low) & torch.isfinite(high)
+    if not bool(sound):
         nan, inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
         raise _damaged(checkpoint, checkpoint.tensors[name], f"{nan} NaN and {inf} infinite values")
     return tensor
 
 
-def _check_finite(checkpoint: Checkpoint, info: StoredTensor, raw: memoryview) -> None:
+def _check_finite(checkpoint: Checkpoint, info: StoredTensor, raw: memoryview, *, infinite: bool) -> None:
     if info.dtype not in _EXPONENTS:
         return
     kind, exponent = _EXPONENTS[info.dtype]
-    exponents = np.frombuffer(raw, dtype=kind) & exponent
-    if exponents.max(initial=0) == exponent:
-        raise _damaged(checkpoint, info, f"{int((exponents == exponent).sum())} NaN or infinite values")
+    numbers = np.frombuffer(raw, dtype=kind)
+    exponents = numbers & exponent
+    if exponents.max(initial=0) != exponent:
+        return
+    bad, words = exponents == exponent, "NaN or infinite values"
+    if infinite:  # infinities have no bit of the mantissa
+        bad, words = (numbers & (int(np.iinfo(numbers.dtype).max) >> 1)) > exponent, "NaN values"
+    if bad.any():
+        raise _damaged(checkpoint, info, f"{int(bad.sum())} {words}")
 
 
 def _damaged(checkpoint: Checkpoint, info: StoredTensor, what: str) -> UserError:

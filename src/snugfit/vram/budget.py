@@ -22,6 +22,7 @@ from snugfit.engines.memory import (
 )
 from snugfit.model.config_defaults import EXPERT_COUNTS
 from snugfit.model.language_config import positive, with_defaults
+from snugfit.model.positions import max_positions
 from snugfit.vram.kv_cache import ModelCache
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
@@ -116,7 +117,7 @@ def read_widths(config: Mapping[str, Any], cache: ModelCache) -> ActivationWidth
     return ActivationWidths(
         hidden=hidden,
         vocabulary=positive(text, "vocab_size"),
-        positions=int(text.get("max_position_embeddings") or 0),
+        positions=max_positions(config) or 0,
         rotary=int(rotary * factor) if isinstance(factor, float) and not unpacked_latent else rotary,
         # queries, rotated queries and attention's output, keys and values; of a state its projections and their mix
         attention=max(3 * queries + keys_and_values, 3 * state_channels),
@@ -214,19 +215,3 @@ def make_budget(
 def max_num_batched_tokens(engine: EngineMemory, gpu: Gpu) -> int:
     """Tokens of a batch, which layers with a window hold in addition to it."""
     return engine.max_num_batched_tokens or batch_defaults(gpu.reported_bytes, gpu.name)[0]
-
-
-def max_positions(config: Mapping[str, Any]) -> int | None:
-    """Tokens of the longest context that the model was made for; None where its config does not say.
-
-    Under YaRN the original positions times the factor, where both are given (vLLM: _get_and_verify_max_len).
-    """
-    text = with_defaults(config)
-    given = text.get("max_position_embeddings") or text.get("model_max_length")
-    found = text.get("rope_scaling") or text.get("rope_parameters")
-    scaling = found if isinstance(found, dict) else {}
-    kind = scaling.get("rope_type") or scaling.get("type")
-    original, factor = scaling.get("original_max_position_embeddings"), scaling.get("factor")
-    if kind == "yarn" and original and factor:
-        return int(original * factor)
-    return int(given) if isinstance(given, int) and given > 0 else None

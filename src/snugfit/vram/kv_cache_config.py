@@ -14,7 +14,7 @@ from typing import Any
 from snugfit.errors import UserError
 from snugfit.model import config_defaults
 from snugfit.model.config_values import WHERE
-from snugfit.model.language_config import positive, with_defaults
+from snugfit.model.language_config import layers_without_text, positive, shares_keys_and_values, with_defaults
 from snugfit.vram import families
 from snugfit.vram.kv_cache import AttentionCache, ModelCache, StateCache
 
@@ -49,6 +49,8 @@ def read_cache(config: TextConfig) -> ModelCache:
     kind = str(text.get("model_type"))
     layers = positive(text, "num_hidden_layers")
     notes: list[str] = []
+    if shares_keys_and_values(text):
+        raise _unknown_cache(f"layers of {kind!r} use the keys and values of others (use_cla)")
     if kind not in families.FULL_ATTENTION and kind not in config_defaults.DEFAULTS:
         odd = sorted(
             key for key, value in text.items() if _OTHER_CACHE.search(key) and value not in (None, False, 0, [], {})
@@ -56,6 +58,10 @@ def read_cache(config: TextConfig) -> ModelCache:
         if odd:
             raise _unknown_cache(f"{kind!r} has {', '.join(odd[:3])}")
         notes.append(f"the family {kind} is unknown: its KV cache is an upper bound, as if every layer kept all tokens")
+    if layers_without_text(text):
+        notes.append(
+            "keys and values of pictures (cross attention) are not counted; vLLM served this family until 0.10.2"
+        )
     kinds = _layer_kinds(text, kind, layers)
     shared = text.get("num_kv_shared_layers") or 0
     found = [_layer(text, kind, kinds[number], number) for number in range(layers - shared)]
@@ -151,6 +157,7 @@ _RULES: Mapping[str, Callable[[TextConfig, int], str]] = {
     "qwen3_5_moe_text": _each("full_attention_interval"),
     "olmo_hybrid": _each("full_attention_interval"),
     "llama4_text": _llama4,
+    "mllama_text_model": lambda text, number: "none" if number in text["cross_attention_layers"] else "full",
 }
 
 
@@ -185,13 +192,16 @@ def _layer(text: TextConfig, kind: str, what: str, number: int) -> tuple[Attenti
 
 def _attention(text: TextConfig, kind: str, what: str, number: int) -> AttentionCache:
     if kind in families.LATENT_TYPES:
-        return _latent(text, kind)
+        return _latent(text, kind, number)
     if text.get("kv_lora_rank"):
         raise _unknown_cache(f"{kind!r} has a latent (kv_lora_rank)")
     heads, width = _heads(text, kind), head_dim(text)
     if kind == "gemma4_text" and what == "full":
         width = text["global_head_dim"]
         heads = text.get("num_global_key_value_heads") or heads if text.get("attention_k_eq_v") else heads
+    other = text.get("attention_other_setting")  # Step-3.5: heads of the layers of one type
+    if isinstance(other, dict) and other.get("attention_type") == _stated_type(text, number):
+        heads, width = other.get("num_attention_groups") or heads, other.get("head_dim") or width
     overrides = text.get("per_layer_config") or {}
     own = overrides.get(str(number), {})
     heads, width = own.get("num_key_value_heads") or heads, own.get("head_dim") or width
@@ -199,7 +209,25 @@ def _attention(text: TextConfig, kind: str, what: str, number: int) -> Attention
     return AttentionCache(kv_heads=heads, key_dim=width, value_dim=width, window=window, chunked=what == "chunk")
 
 
-def _latent(text: TextConfig, kind: str) -> AttentionCache:
+def _stated_type(text: TextConfig, number: int) -> str | None:
+    """What `layer_types` calls a layer."""
+    types = text.get("layer_types")
+    return types[number] if isinstance(types, list) and number < len(types) else None
+
+
+def _has_index(text: TextConfig, number: int) -> bool:
+    """Whether a layer of sparse attention has an index of its own, or uses that of a layer before it.
+
+    transformers: GlmMoeDsaConfig.__post_init__; vLLM: DeepseekV2MLAAttention.
+    """
+    listed = text.get("indexer_types") or text.get("index_topk_pattern")
+    if listed:
+        return number >= len(listed) or listed[number] not in ("shared", "S")
+    period, offset = text.get("index_topk_freq") or 1, text.get("index_skip_topk_offset")
+    return max(number - (2 if offset is None else offset) + 1, 0) % period == 0
+
+
+def _latent(text: TextConfig, kind: str, number: int) -> AttentionCache:
     numbers = positive(text, "kv_lora_rank") + positive(text, "qk_rope_head_dim")
     width = text.get("index_head_dim") if "index_head_dim" in config_defaults.DEFAULTS[kind] else None
     latent = AttentionCache(kv_heads=1, key_dim=numbers, value_dim=0, latent=True)
@@ -207,7 +235,8 @@ def _latent(text: TextConfig, kind: str) -> AttentionCache:
         return latent
     # the index of DeepSeek-V3.2: an FP8 key a token with an fp32 scale for 128 of its numbers; its FP8 cache has 512
     # codes, four scales and a rotary part of 128 bytes (vLLM: models/deepseek_v2.py, MLAAttentionSpec's fp8_ds_mla)
-    return replace(latent, index_bytes=width + 4 * math.ceil(width / 128), fp8_bytes=656)
+    index_bytes = width + 4 * math.ceil(width / 128) if _has_index(text, number) else 0
+    return replace(latent, index_bytes=index_bytes, fp8_bytes=656)
 
 
 def _heads(text: TextConfig, kind: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from snugfit.engines.fused import FUSED_GROUPS
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
 from snugfit.model.anatomy import is_prediction_head, is_tower
 from snugfit.model.names import parse_name
@@ -28,6 +29,9 @@ _REPLICATED = frozenset(
 )
 _VOCABULARY = frozenset({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"})
 _VOCABULARY_MULTIPLE = 64
+# linears that engines join with one that follows: blocks of the next one begin where these end
+_JOINED = frozenset(leaf for group in FUSED_GROUPS for leaf in group[:-1])
+_GATE_UP = frozenset({"gate_proj", "up_proj", "w1", "w3"})
 
 
 def is_served(name: str, decoder: str, layers: int) -> bool:
@@ -76,9 +80,16 @@ def _leaf(name: str) -> str:
 
 
 def split_error(name: str, shape: Sequence[int], fmt: TensorFormat | None, tp: int) -> str | None:
-    """Why a 2-D weight, or the blocks of its format, cannot be split over `tp` GPUs; None where they can."""
+    """Why a 2-D weight, or the blocks of its format, cannot be split over `tp` GPUs; None where they can.
+
+    On one GPU, too, whole blocks must hold linears that are joined with others (vLLM: fp8_utils.py,
+    validate_fp8_block_shape and validate_fp8_block_shape_moe).
+    """
     axis = _split_axis(name, len(shape))
     leaf = _leaf(name)
+    uneven = _block_error(name, shape, fmt)
+    if uneven is not None:
+        return uneven
     if tp == 1 or axis is None or len(shape) != 2 or leaf in _VOCABULARY or leaf in ("k_proj", "v_proj"):
         return None
     side = shape[axis]
@@ -89,6 +100,17 @@ def split_error(name: str, shape: Sequence[int], fmt: TensorFormat | None, tp: i
     if side // tp % multiple:
         return f"{side // tp} {features} of {leaf} on each GPU are not divisible by {multiple}"
     return None
+
+
+def _block_error(name: str, shape: Sequence[int], fmt: TensorFormat | None) -> str | None:
+    """Why blocks of a weight cannot be joined with those of its partners; None where they can."""
+    leaf = _leaf(name)
+    joined = leaf in _GATE_UP if is_expert(name) else leaf in _JOINED
+    if fmt is None or fmt.weight_block is None or not joined or len(shape) != 2 or is_tower(name):
+        return None
+    if shape[0] % fmt.weight_block[0] == 0:
+        return None
+    return f"{shape[0]} out_features of {leaf} are not divisible by blocks of {fmt.weight_block[0]}, which engines join"
 
 
 def _block_side(fmt: TensorFormat | None, axis: int) -> int:
