@@ -91,7 +91,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     import torch
 
     return {
-        "processor": platform.processor() or platform.machine(),
+        "processor": platform.machine(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
     }

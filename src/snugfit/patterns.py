@@ -16,7 +16,7 @@ import regex
 
 from snugfit.errors import UserError
 
-BUDGET_SECONDS = 3.0  # of one Pattern, for all names together
+BUDGET_SECONDS = 1.0  # of one Pattern, for all names together
 _SLOW_SECONDS = 0.01  # a sound pattern never takes this long for one name; shorter matches are not counted
 _MAX_LENGTH = 20_000  # characters
 _MAX_REPETITIONS = 10_000  # a{100}b{100} is written out when it is compiled

@@ -95,10 +95,11 @@ class PreparedRun:
         if output_dir is not None:
             check_stageable(Path(output_dir), model=self.plan.checkpoint.path)
             check_disk(self.estimate, Path(output_dir))
-            if not restart:
+            if not restart and (work := work_folder(Path(output_dir))).is_dir():
                 check_no_links(Path(output_dir))
-                if not can_adopt(work_folder(Path(output_dir)), self.identity()):
-                    check_resumable(Path(output_dir), self.identity(), force=force_resume)
+                identity = self.identity()
+                if not can_adopt(work, identity):
+                    check_resumable(Path(output_dir), identity, force=force_resume)
 
     def report(self, progress: Progress) -> None:
         """Say what the run will need, and what a person should know of it."""
