@@ -32,6 +32,7 @@ from inspection.test_inspect import LLAMA, STORED, llama
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(frozen=True)
@@ -96,27 +97,29 @@ def tensors_of(config: Mapping[str, Any], prefix: str = "model") -> list[Tensor]
     heads = config.get("num_attention_heads", 4)
     width = config.get("head_dim", max(1, hidden // heads))
     keys = config.get("num_key_value_heads", heads) * width
+    experts = max(config.get(key, 0) for key in EXPERT_COUNTS)
     found: list[Tensor] = [(f"{prefix}.embed_tokens.weight", "BF16", (config.get("vocab_size", 100), hidden))]
     for layer in range(config["num_hidden_layers"]):
         base = f"{prefix}.layers.{layer}"
         attention = {"q_proj": (heads * width, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden)}
         found += [(f"{base}.self_attn.{leaf}.weight", "BF16", shape) for leaf, shape in attention.items()]
         found.append((f"{base}.self_attn.o_proj.weight", "BF16", (hidden, heads * width)))
-        for expert in ("", *(f"experts.{n}." for n in range(min(2, config.get("num_experts", 0))))):
+        for expert in ("", *(f"experts.{n}." for n in range(experts))):
             for leaf, shape in {
                 "gate_proj": (inner, hidden),
                 "up_proj": (inner, hidden),
                 "down_proj": (hidden, inner),
             }.items():
                 found.append((f"{base}.mlp.{expert}{leaf}.weight", "BF16", shape))
-        found.append((f"{base}.input_layernorm.weight", "BF16", (hidden,)))
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            found.append((f"{base}.{norm}.weight", "BF16", (hidden,)))
     return [*found, (f"{prefix}.norm.weight", "BF16", (hidden,))]
 
 
 def _family(config: Mapping[str, Any], prefix: str = "model") -> Base:
-    """Two layers under the config of a real release."""
+    """Two layers, of two experts in a mixture, under the config of a real release."""
     text = config.get("text_config", config)
-    cut = dict(text) | {"num_hidden_layers": 2}
+    cut = dict(text) | {"num_hidden_layers": 2} | {key: 2 for key in EXPERT_COUNTS if key in text}
     for key in ("layer_types", "no_rope_layers"):
         if key in cut:
             cut[key] = cut[key][:2]
@@ -167,8 +170,8 @@ FAMILIES: dict[str, Base] = {
     "jamba": _family(JAMBA_MINI),
     "falcon": _family(FALCON_7B, "transformer"),
     "gpt2": _family(GPT2 | {"num_hidden_layers": 12}, "transformer"),
-    "deepseek": _family({**DEEPSEEK_V3, "num_experts": 2}),
-    "minimax": _family({**MINIMAX_M2, "num_experts": 2, "quantization_config": dict(FP8)}),
+    "deepseek": _family(DEEPSEEK_V3),
+    "minimax": _family({**MINIMAX_M2, "quantization_config": dict(FP8)}),
     "nemotron_h": _family(
         {
             "model_type": "nemotron_h",

@@ -329,9 +329,11 @@ def make_recipe(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     file.write_bytes(spoil_yaml(rng, text, lambda: yaml.safe_load(text)))
     base = rng.choice((BASES["16-bit"], BASES["16-bit"], BASES["fp8"], BASES["deepseek"], BASES["gemma3"], SHARDED))
     model = base.write(root / "model")
+    samples = root / "samples.jsonl"  # token ids, since these models have no tokenizer
+    samples.write_text('{"input_ids": [3, 4, 5, 6, 7, 8]}\n', encoding="utf-8")
     json_ = rng.choice(([], ["--json"]))
     return [
-        ["quantize", str(model), "-r", str(file), "--dry-run", *json_],
+        ["quantize", str(model), "-r", str(file), "--dry-run", "--dataset", str(samples), *json_],
         ["fit", str(model), "--gpu", "16GiB", "-r", str(file), *json_],
         ["recipes", str(file), *json_],
     ]

@@ -93,7 +93,7 @@ def test_cases_reach_what_is_behind_the_door(target: str, found: dict[str, Found
     codes = found[target][1]
     refused = sum(count for name, count in codes.items() if name.endswith(" 2"))
     assert refused > 0
-    assert codes.total() - refused > codes.total() // 25
+    assert codes.total() - refused > codes.total() // 20
 
 
 def test_ten_thousand() -> None:
