@@ -38,6 +38,8 @@ MEMORY = {False: 400 << 20, True: 1500 << 20}  # more than before the case
 MORE_ADDRESSES = 8 << 30
 # errors after which an unfinished run stays, so that it can resume
 KEEPING = frozenset({"run-differs", "machine-differs", "run-damaged"})
+# errors after which it stays if a layer was finished; their message then names it
+KEEPING_LAYERS = frozenset({"system-error", "activations-not-finite"})
 FORBIDDEN = frozenset(
     {
         *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "pty.spawn"),
@@ -177,7 +179,7 @@ def check(command: Command, outcome: Outcome, before: dict[str, Any], root: Path
     else:
         yield from _check_message(outcome, root)
         code = error_code(outcome)
-        resumable = code in KEEPING or (code == "system-error" and partial in outcome.stderr)
+        resumable = code in KEEPING or (code in KEEPING_LAYERS and partial in outcome.stderr)
         allowed = partial if resumable else ""
     odd = [name for name in after.keys() - before.keys() if not allowed or name.partition("/")[0] != allowed]
     if odd:
