@@ -39,7 +39,7 @@ MORE_ADDRESSES = 8 << 30
 # errors after which an unfinished run stays, so that it can resume
 KEEPING = frozenset({"run-differs", "machine-differs", "run-damaged"})
 # errors after which it stays if a layer was finished; their message then names it
-KEEPING_LAYERS = frozenset({"system-error", "activations-not-finite"})
+KEEPING_LAYERS = frozenset({"system-error", "activations-not-finite", "amax-invalid"})
 FORBIDDEN = frozenset(
     {
         *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.startfile", "pty.spawn"),
