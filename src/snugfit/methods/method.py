@@ -25,7 +25,10 @@ from snugfit.model.forward_pass import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """How weights are to be quantized: their format, and the rule and objective by which scales are chosen."""
+    """How weights are to be quantized: their format, and the rule and objective by which scales are chosen.
+
+    The rule is EFFORT where the recipe leaves it to the method.
+    """
 
     format: TensorFormat
     scale_rule: str
@@ -50,13 +53,15 @@ class Choice:
     `codes` are written, None for a tensor that stays in 16 bits: then `weight_16bit` is written. `weight_16bit` is what
     the layer runs with, None if no forward pass is needed or if it was written into the caller's buffer. `changed` says
     that a tensor that stays is not the source's any more; large ones are otherwise copied from file to file.
-    `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device.
+    `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the device. `scale_rule` says how the scales of the
+    codes were chosen: the target's rule, or what took its place where the target is EFFORT; "" without codes.
     """
 
     name: str
     codes: QuantizedWeight | None
     weight_16bit: Tensor | None
     relative_error: Tensor | None = None
+    scale_rule: str = ""
     changed: bool = False
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from snugfit.formats.spec import EFFORT, PLAIN_RULES
 from snugfit.methods.method import Choice, Purpose, WeightGroup
 from snugfit.methods.rounding import round_and_compare
 
@@ -20,10 +21,17 @@ class RoundToNearest:
                 for name in list(group.weights):
                     yield Choice(name=name, codes=None, weight_16bit=group.weights.pop(name))
                 continue
-            settings = group.target.format, group.target.scale_rule, group.target.objective
+            fmt, rule = group.target.format, group.target.scale_rule
+            rule = PLAIN_RULES[fmt.name] if rule == EFFORT else rule
+            settings = fmt, rule, group.target.objective
             for one in round_and_compare(group.weights, *settings, values=purpose.runs, into=purpose.buffers):
-                kept = None if one.name in purpose.buffers else one.values
-                yield Choice(name=one.name, codes=one.weight, weight_16bit=kept, relative_error=one.relative_error)
+                yield Choice(
+                    name=one.name,
+                    codes=one.weight,
+                    weight_16bit=None if one.name in purpose.buffers else one.values,
+                    relative_error=one.relative_error,
+                    scale_rule=rule,
+                )
 
 
 ROUND_TO_NEAREST = RoundToNearest()

@@ -1,0 +1,56 @@
+"""Rounding a block of columns one after another: plain torch, and where it is the fast kernels go in.
+
+Both functions work on each row by itself. Their plain form is the definition; kernels have to agree with it but for
+last bits of sums.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from snugfit.formats.grids import round_e2m1_magnitude
+
+Grid = Literal["e2m1", "int4"]
+
+
+def round_block(
+    target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, grid: Grid
+) -> Tensor:
+    """Values [N, B]: column i rounds `target`_i, and its error from `exact`_i goes to the targets behind it.
+
+    All are fp32 [N, B] but `feedback` [B, B]: in row i, columns j > i, how much of the error of column i is added to
+    the target of column j. `target` is overwritten.
+    """
+    values = torch.empty_like(target)
+    for i in range(target.shape[1]):
+        value = nearest(target[:, i], step[:, i], None if zero is None else zero[:, i], grid)
+        values[:, i] = value
+        if i + 1 < target.shape[1]:
+            target[:, i + 1 :] += torch.outer(exact[:, i] - value, feedback[i, i + 1 :])
+    return values
+
+
+def descend_block(
+    values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, grid: Grid
+) -> None:
+    """Move each column of `values` [N, B] in turn to its best value, with all others fixed; overwrites its arguments.
+
+    `gradient` [N, B] is (values - exact) @ H in these columns, `hessian` [B, B] the part of H between them.
+    """
+    for i in range(values.shape[1]):
+        before = values[:, i].clone()
+        target = before - gradient[:, i] / hessian[i, i]
+        values[:, i] = nearest(target, step[:, i], None if zero is None else zero[:, i], grid)
+        gradient += torch.outer(values[:, i] - before, hessian[i])
+
+
+def nearest(target: Tensor, step: Tensor, zero: Tensor | None, grid: Grid) -> Tensor:
+    """The value of the grid nearest to each of `target`, under its own step and zero."""
+    if grid == "e2m1":
+        scaled = target / step
+        return round_e2m1_magnitude(scaled.abs()).copysign_(scaled).mul_(step)
+    offset = torch.zeros_like(step) if zero is None else zero
+    return ((target / step + offset).round_().clamp_(-8, 7) - offset).mul_(step)

@@ -1,0 +1,136 @@
+"""GPTQ: rounding column by column, where each column makes up for the errors of those before it.
+
+For inputs x of a linear with weight W, the expected squared error of its outputs is tr((W - V) H (W - V)^T), H = E[x
+x^T]. With the factors H = R R^T, R upper triangular, that is the sum over columns i of R_ii^2 times the square of
+
+    W_i + sum over j < i of (W_j - V_j) R_ji / R_ii  -  V_i
+
+so that rounding columns in order, each to the value nearest to its weight plus the errors of those before it, makes
+every term as small as its grid allows (Frantar et al. 2022, arXiv 2210.17323; in this form without an inverse: Chee et
+al. 2023, arXiv 2307.13304, LDLQ). Columns are taken in descending order of H_ii, each under the scale of its own block,
+which was chosen before ("static order": files need no permutation). Rows are independent of one another.
+
+Coordinate descent goes over the columns again: with all others fixed, the best value of column i is the one nearest to
+V_i - ((V - W) H)_i / H_ii; each step lowers the same sum, or leaves it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from snugfit.methods.columns import Grid, descend_block, round_block
+
+DAMPING = 0.05  # of the mean of H's diagonal, added to it
+BLOCK = 128  # columns between two matrix products
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How errors pass from column to column, for inputs with Gram matrix H [K, K].
+
+    `order` int64 [K]: columns as they are rounded. `factor` fp32 [K, K] in that order: R_ji / R_ii above the diagonal,
+    0 elsewhere. `damping` is the part of H's mean diagonal that was added for the factors to exist.
+    """
+
+    order: Tensor
+    factor: Tensor
+    damping: float
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The scales of a weight, chosen before: value = (code - zero) * step, both for each value [N, K], fp32.
+
+    `zero` is None for a grid that is symmetric about 0.
+    """
+
+    grid: Grid
+    step: Tensor
+    zero: Tensor | None = None
+
+    def rows(self, start: int, stop: int) -> Steps:
+        """The same of output features start..stop."""
+        zero = None if self.zero is None else self.zero[start:stop]
+        return Steps(self.grid, self.step[start:stop], zero)
+
+
+def feedback_of(gram: Tensor, damping: float = DAMPING) -> Feedback | None:
+    """The feedback for inputs of Gram matrix `gram`, fp32 [K, K]; None where there are no inputs but zeros.
+
+    Where the matrix is not positive definite in spite of the damping, ten times as much is tried, up to the diagonal
+    itself; then None: the inputs say nothing that could be used.
+    """
+    diagonal = gram.diagonal()
+    mean = float(diagonal.mean())
+    if not 0 < mean < float("inf"):
+        return None
+    order = torch.argsort(diagonal, descending=True, stable=True)
+    permuted = gram[order][:, order]
+    while damping <= 1:
+        damped = permuted.clone()
+        damped.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        del damped
+        if not int(failed):
+            upper = lower.flip(0, 1)
+            factor = upper.div_(upper.diagonal().clone()).triu_(1)
+            if bool(factor.isfinite().all()):
+                return Feedback(order, factor.contiguous(), damping)
+        damping *= 10
+    return None
+
+
+def round_with_feedback(weight: Tensor, steps: Steps, feedback: Feedback) -> Tensor:
+    """Values fp32 [N, K] on the grid of `steps` for `weight` fp32 [N, K], each column making up for those before it."""
+    order, factor = feedback.order, feedback.factor
+    exact, step = weight[:, order], steps.step[:, order]
+    zero = None if steps.zero is None else steps.zero[:, order]
+    values, errors = torch.empty_like(exact), torch.empty_like(exact)
+    columns = exact.shape[1]
+    for start in range(0, columns, BLOCK):
+        stop = min(start + BLOCK, columns)
+        target = exact[:, start:stop].contiguous()
+        if start:
+            target = torch.addmm(target, errors[:, :start], factor[:start, start:stop])
+        found = round_block(
+            target,
+            exact[:, start:stop].contiguous(),
+            step[:, start:stop].contiguous(),
+            None if zero is None else zero[:, start:stop].contiguous(),
+            factor[start:stop, start:stop].contiguous(),
+            steps.grid,
+        )
+        values[:, start:stop] = found
+        errors[:, start:stop] = exact[:, start:stop] - found
+    result = torch.empty_like(values)
+    result[:, order] = values
+    return result
+
+
+def descend(weight: Tensor, values: Tensor, steps: Steps, gram: Tensor, sweeps: int) -> Tensor:
+    """`values` [N, K] after `sweeps` of coordinate descent on tr((V - W) H (V - W)^T), columns in their own order."""
+    hessian = gram.clone()
+    mean = hessian.diagonal().mean()
+    hessian.diagonal().add_(DAMPING * mean)
+    gradient = (values - weight) @ hessian
+    values = values.clone()
+    for _ in range(sweeps):
+        for start in range(0, values.shape[1], BLOCK):
+            stop = min(start + BLOCK, values.shape[1])
+            before = values[:, start:stop].clone()
+            inside = values[:, start:stop].contiguous()
+            zero = None if steps.zero is None else steps.zero[:, start:stop].contiguous()
+            descend_block(
+                inside,
+                gradient[:, start:stop].contiguous(),
+                steps.step[:, start:stop].contiguous(),
+                zero,
+                hessian[start:stop, start:stop].contiguous(),
+                steps.grid,
+            )
+            values[:, start:stop] = inside
+            gradient.addmm_(inside - before, hessian[start:stop])
+    return values
