@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -51,6 +51,13 @@ def quantize(
             help="Statistics of this model from an earlier run (file or directory) instead of a dataset.",
         ),
     ] = None,
+    effort: Annotated[
+        Literal["fast", "good", "best"] | None,
+        typer.Option(
+            help="How much to spend on a lower loss, for rules that name no scale rule. "
+            "Default: good; fast with `statistics`."
+        ),
+    ] = None,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Write formats that no tested engine loads.")
     ] = False,
@@ -79,6 +86,7 @@ def quantize(
         "max_forced_tokens": max_forced_tokens,
         "min_tokens_per_expert": min_tokens_per_expert,
         "statistics": statistics,
+        "effort": effort,
         "allow_unverified": allow_unverified,
     }
     progress = VerbProgress(ctx)

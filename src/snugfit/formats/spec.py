@@ -122,6 +122,11 @@ READ_ONLY: Mapping[str, FormatSpec] = {
 
 KEEP = "keep"
 
+# The scale rule of a recipe's rule that names none, in a format of PLAIN_RULES: the effort of the run decides.
+EFFORT = "effort"
+# format -> the rule that chooses its scales from the weights alone, if nothing better is known
+PLAIN_RULES: Mapping[str, str] = {"nvfp4": "sweep", "nvfp4a16": "sweep", "mxfp4": "absmax", "int4": "absmax"}
+
 
 @dataclass(frozen=True)
 class TensorFormat:

@@ -41,13 +41,15 @@ class UnitTensor:
 
     `codes` are None for a tensor that stays in 16 bits; `weight_16bit` is what the layer runs with, None if it is not
     needed or is in the layer's expert buffers. `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the
-    device; `input_scale` the multiplier of inputs that came with the source's codes.
+    device; `input_scale` the multiplier of inputs that came with the source's codes; `scale_rule` how the scales of
+    codes were chosen, "" for the source's codes.
     """
 
     codes: QuantizedWeight | None = None
     weight_16bit: Tensor | None = None
     relative_error: Tensor | None = None
     input_scale: Tensor | None = None
+    scale_rule: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +127,12 @@ def choose(
         from_file = choice.codes is None and choice.name not in plan.weights.origins and not choice.changed
         if held and (choice.codes is not None or from_file):
             weight = None
-        done[choice.name] = UnitTensor(codes=choice.codes, weight_16bit=weight, relative_error=choice.relative_error)
+        done[choice.name] = UnitTensor(
+            codes=choice.codes,
+            weight_16bit=weight,
+            relative_error=choice.relative_error,
+            scale_rule=choice.scale_rule,
+        )
     return done
 
 

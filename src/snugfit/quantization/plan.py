@@ -98,6 +98,11 @@ class Plan:
         return bool(self.observed_caches) or any(a.calibrated for a in self.assignments.values())
 
     @property
+    def follows_effort(self) -> bool:
+        """Whether the effort of the run decides how any weight is quantized."""
+        return any(assignment.follows_effort for assignment in self.assignments.values())
+
+    @property
     def bytes(self) -> int:
         """Bytes of all tensors to be written, without headers."""
         return sum(info.bytes for infos in self.outputs.values() for info in infos)

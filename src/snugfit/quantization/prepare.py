@@ -35,13 +35,15 @@ from snugfit.storage.staging import check_no_links, check_stageable
 from snugfit.version import __version__
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
+FAST, GOOD, BEST = EFFORTS = ("fast", "good", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What a caller asks of the calibration: which samples, on which device, how experts see them.
 
-    `dataset` names files of text or rows, none for Python's documentation. Nothing here is checked yet.
+    `dataset` names files of text or rows, none for Python's documentation. `effort` is one of EFFORTS, None for the
+    default. Nothing here is checked yet.
     """
 
     dataset: Sequence[str | Path] = ()
@@ -53,6 +55,7 @@ class Calibration:
     dtype: str | None = None
     experts: ExpertCalibration
     statistics: str | Path | None = None
+    effort: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,11 +63,12 @@ class PreparedRun:
     """A run that is decided and checked: what becomes of each tensor, on which samples and device, at what cost.
 
     `dataset` is None if no samples are needed; `known` are statistics that take their place, `recalled` what they say
-    of each layer.
+    of each layer. `effort` is None if no rule of the recipe follows it.
     """
 
     plan: Plan
     method: Method
+    effort: str | None
     skeleton: Skeleton
     device: torch.device
     tokens_per_batch: int
@@ -118,6 +122,7 @@ class PreparedRun:
             "source": header_digest(plan.checkpoint),
             "source_files": stamps(plan.checkpoint),
             "recipe": None if plan.recipe is None else plan.recipe.digest,
+            "effort": self.effort,
             "samples": None if self.dataset is None else self.dataset.digest,
             "statistics": self.statistics_digest(),
             "weight_files": {shard.name: shard.bytes for shard in plan.shards},
@@ -143,6 +148,7 @@ def check_options(calibration: Calibration) -> None:
         if value < least:
             what = f"must be >= {least}, got {value}."
             raise UserError(what, code="option-invalid", where=name, remedy=f"Give {least} or more.")
+    _check_effort(calibration)
     pick_device(calibration.device)
     for file in calibration.dataset:
         if not Path(file).exists():
@@ -159,6 +165,29 @@ def check_options(calibration: Calibration) -> None:
             where=str(calibration.statistics),
             remedy="Name a file of statistics, or the directory of a quantized model.",
         )
+
+
+def _check_effort(calibration: Calibration) -> None:
+    effort = calibration.effort
+    if effort is None:
+        return
+    if effort not in EFFORTS:
+        remedy = f"Choose one of {', '.join(EFFORTS)}."
+        raise UserError(f"no effort {effort!r}.", code="option-invalid", where="effort", remedy=remedy)
+    if effort != FAST and calibration.statistics is not None:
+        raise UserError(
+            f"effort {effort} needs samples, and `statistics` take their place.",
+            code="option-conflict",
+            where="effort",
+            remedy=f"Leave `statistics` out, or set `effort` to {FAST}.",
+        )
+
+
+def _effort_of(plan: Plan, calibration: Calibration) -> str | None:
+    """The effort of a run: `good` if nothing is asked for, `fast` without samples; None if nothing follows it."""
+    if not plan.follows_effort:
+        return None
+    return calibration.effort or (GOOD if calibration.statistics is None else FAST)
 
 
 def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAREST) -> PreparedRun:
@@ -188,6 +217,7 @@ def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAR
     return PreparedRun(
         plan=plan,
         method=method,
+        effort=_effort_of(plan, calibration),
         skeleton=skeleton,
         device=device,
         tokens_per_batch=tokens_per_batch,
@@ -205,6 +235,8 @@ def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known:
     notes = list(plan.notes)
     if plan.recipe is not None:
         notes += notes_on_loss(plan.checkpoint.other_files)
+    if calibration.effort is not None and not plan.follows_effort:
+        notes.append("effort changes nothing: every rule of this recipe names its scale rule, or has no choice of one")
     if dataset is not None and not calibration.dataset:
         notes.append(no_dataset_message("calibration"))
     if known is not None and plan.recipe is not None and known.recipe_digest not in (None, plan.recipe.digest):

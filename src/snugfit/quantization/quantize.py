@@ -56,6 +56,7 @@ def quantize(
     max_forced_tokens: int = MAX_FORCED_TOKENS,
     min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT,
     statistics: str | Path | None = None,
+    effort: str | None = None,
     allow_unverified: bool = False,
     restart: bool = False,
     force_resume: bool = False,
@@ -70,6 +71,8 @@ def quantize(
     "float32"; default: the config's). `max_shard_size` is in bytes. Of a mixture, every expert sees every token up to
     `max_forced_tokens`, or with `moe_calibrate_all_experts` False only what the router sends it; fewer than
     `min_tokens_per_expert` is an error. `statistics`, measured earlier on this model, take the place of samples.
+    `effort`, "fast", "good" or "best", decides for weights whose rule names no scale rule (default: "good", with
+    `statistics` "fast").
     `allow_unverified` writes formats that no tested engine loads.
 
     `output_dir` appears whole or not at all. A run that was stopped resumes after its last whole layer with the same
@@ -94,6 +97,7 @@ def quantize(
             max_forced_tokens=max_forced_tokens,
             min_tokens_per_expert=min_tokens_per_expert,
             statistics=statistics,
+            effort=effort,
             allow_unverified=allow_unverified,
         )
         prepared.check_resources(destination, restart=restart, force_resume=force_resume)
@@ -121,6 +125,7 @@ def quantize(
             "max_forced_tokens": max_forced_tokens,
             "min_tokens_per_expert": min_tokens_per_expert,
             "statistics": prepared.statistics_digest(),
+            "effort": prepared.effort,
         }
         record = _record(run, destination, outcome, left_out, arguments)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
@@ -143,6 +148,7 @@ def plan_quantization(
     max_forced_tokens: int = MAX_FORCED_TOKENS,
     min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT,
     statistics: str | Path | None = None,
+    effort: str | None = None,
     allow_unverified: bool = False,
 ) -> PreparedRun:
     """Decide and check everything that `quantize` would do with these arguments, and write nothing: a dry run.
@@ -163,6 +169,7 @@ def plan_quantization(
         dtype=dtype,
         experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, min_tokens_per_expert),
         statistics=statistics,
+        effort=effort,
     )
     check_options(calibration)
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)

@@ -42,7 +42,12 @@ def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured,
         shape = shapes[full]
         writer.write(full, part.reshape(shape) if part.numel() == math.prod(shape) else part.expand(shape).contiguous())
     assert tensor.relative_error is not None
-    return replace(planned, relative_error=float(tensor.relative_error), input_amax=amax)
+    return replace(
+        planned,
+        scale_rule=tensor.scale_rule or planned.scale_rule,
+        relative_error=float(tensor.relative_error),
+        input_amax=amax,
+    )
 
 
 def _write_kv_scales(plan: Plan, layer: int, measured: Measured, writer: ShardWriter) -> list[TensorRecord]:

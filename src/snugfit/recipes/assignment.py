@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from snugfit.engines.fused import NO_FOUR_BIT_INPUTS, group_modules
 from snugfit.errors import UserError
-from snugfit.formats.spec import KEEP, TensorFormat
+from snugfit.formats.spec import EFFORT, KEEP, TensorFormat
 from snugfit.model.names import TensorName
 
 NO_RULE = -1
@@ -17,6 +17,7 @@ NO_RULE = -1
 class Assignment:
     """The format of one weight (None: unquantized), how its scales are chosen, and the rule that decided.
 
+    `scale_rule` is EFFORT where the recipe names none and the format has a choice: the effort of the run decides.
     `keeps_codes`: the source stores the weight in this format, and its codes are copied. `rule` is NO_RULE for codes of
     the source that no rule names.
     """
@@ -31,6 +32,11 @@ class Assignment:
     def calibrated(self) -> bool:
         """Whether its inputs need a measured scale."""
         return self.format is not None and self.format.spec.calibrated
+
+    @property
+    def follows_effort(self) -> bool:
+        """Whether the effort of the run decides how its codes and scales are chosen."""
+        return self.scale_rule == EFFORT
 
     def label(self) -> str:
         """The format's label, "keep" for an unquantized weight."""

@@ -1,17 +1,19 @@
 """Recipes: ordered YAML rules that give every weight a format. The first rule that matches decides.
 
     name: nvfp4-fp8-hybrid
-    description: NVFP4 (Four Over Six) MLP, FP8 for every other linear
+    description: NVFP4 MLP, FP8 for every other linear
     rules:
       - role: mlp
         format: nvfp4
-        scale_rule: four-over-six
       - role: linear
         format: fp8-dynamic
 
 A rule matches by `role` (one or a list), by `name` (a glob on the module's name, or `re:` and a regular expression),
 and by `layers` ("0..3, 26, -2..-1"; negative numbers count from the end); all given conditions must hold. `format:
 keep` leaves a tensor unquantized. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
+
+A rule may name its `scale_rule`, and then gets exactly that. One that names none follows the `effort` of the run, if
+its format has several ways to choose scales (nvfp4, nvfp4a16, mxfp4, int4); `effort` is no name of a scale rule.
 
 FP8 weights of the source keep their codes, bit for bit, if the rule says `keep` or an FP8 format (and not `requantize:
 true`); MXFP4 weights do if it says mxfp4.
@@ -184,11 +186,15 @@ def _option_problems(rule: Rule) -> Iterator[UserError]:
     if rule.scale_rule is not None and rule.scale_rule not in known:
         remedy = f"Known: {', '.join(known)}." if known else "Remove it."
         yield _invalid(f"{rule.format} has no scale rule {rule.scale_rule}.", "scale_rule", remedy)
-    scale_rule = rule.scale_rule or (known or ("",))[0]
     objective = rule.objective
-    if objective is not None and scale_rule != "four-over-six" and (scale_rule, objective) != ("sweep", "mse"):
+    if (
+        objective is not None
+        and rule.scale_rule != "four-over-six"
+        and (rule.scale_rule, objective) != ("sweep", "mse")
+    ):
         what = f"objective {objective} needs `scale_rule: four-over-six`."
-        yield _invalid(what, "objective", "Remove it: sweep minimises mse, absmax compares nothing.")
+        remedy = "Add the scale rule, or remove it: sweep minimises mse, absmax compares nothing, `effort` has its own."
+        yield _invalid(what, "objective", remedy)
     for key in ("group_size", "symmetric"):
         if getattr(rule, key) is not None and rule.format != "int4":
             yield _invalid(f"{rule.format} has no option {key}.", key, "Remove it.")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from snugfit.errors import UserError
-from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, TensorFormat, check_shape
+from snugfit.formats.spec import EFFORT, FORMATS, INT4_GROUPS, KEEP, PLAIN_RULES, TensorFormat, check_shape
 from snugfit.model.names import (
     DECODER,
     EXPERTS,
@@ -124,8 +124,8 @@ def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) 
         fmt = TensorFormat("int4", group_size=next(fitting, sizes[-1]), symmetric=rule.symmetric is not False)
     for tensor in tensors:
         check_shape(fmt, tensor.shape, where=f"{place}: {tensor.name}")
-    scale_rule = rule.scale_rule or FORMATS[rule.format].scale_rules[0]
-    return Assignment(fmt, scale_rule, rule.objective or "mse", number)
+    default = EFFORT if rule.format in PLAIN_RULES else FORMATS[rule.format].scale_rules[0]
+    return Assignment(fmt, rule.scale_rule or default, rule.objective or "mse", number)
 
 
 class _Matcher:

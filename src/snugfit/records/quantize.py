@@ -20,7 +20,8 @@ class TensorRecord:
     """One source tensor: where it went, what that cost.
 
     `relative_error` is sum((w_hat - w)^2) / sum(w^2), None for a tensor kept as it is; `input_amax` the largest
-    calibrated input magnitude of its fused group, None where none was needed.
+    calibrated input magnitude of its fused group, None where none was needed. `scale_rule` says how its scales were
+    chosen; in a plan it is "effort" where the effort of the run decides.
     """
 
     name: str
