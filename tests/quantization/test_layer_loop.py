@@ -96,11 +96,18 @@ class MeanSquareObserver:
         return self.found
 
 
+def mean_squares(layer: ObservedLayer) -> dict[str, Moments]:
+    """What an observer measures over all samples."""
+    observer = MeanSquareObserver(layer)
+    layer.run(observer.before)
+    return observer.result()
+
+
 @dataclass
 class DropLoudest:
     """A toy method: sets the weights of the loudest input feature to zero before rounding, and scales a norm."""
 
-    observer: Callable[[ObservedLayer], MeanSquareObserver] = MeanSquareObserver
+    observe: Callable[[ObservedLayer], dict[str, Moments]] = mean_squares
     purposes: list[Purpose] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
@@ -132,7 +139,7 @@ class DropLoudest:
 class ObservedRounding:
     """Observes every layer, and then rounds to nearest."""
 
-    observer: Callable[[ObservedLayer], MeanSquareObserver] = MeanSquareObserver
+    observe: Callable[[ObservedLayer], dict[str, Moments]] = mean_squares
     observed: list[dict[str, Moments] | None] = field(default_factory=list)
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
@@ -168,7 +175,15 @@ def expected_moments(model: Path, written: Mapping[str, Tensor]) -> list[dict[st
         prefix = f"model.layers.{number}"
         linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear)}
         measured = MeanSquareObserver(
-            ObservedLayer(module=layer, linears={name: name for name in linears}, experts=None)
+            ObservedLayer(
+                module=layer,
+                prefix=f"{prefix}.",
+                linears={name: name for name in linears},
+                parameters={},
+                targets={},
+                experts=None,
+                run=lambda *_args, **_options: None,
+            )
         )
         for row in random_rows(LENGTHS, stop=64):  # one by one, so that nothing is padded
             reference(input_ids=torch.tensor([row]), use_cache=False)
@@ -187,7 +202,7 @@ def test_a_method_observes_the_exact_layer_behind_the_quantized_ones(model: Path
     Its result reaches `choose`.
     """
     method = DropLoudest()
-    written = run_method(model, "nvfp4", tmp_path / "out", rows, method)
+    written = run_method(model, "nvfp4-four-over-six", tmp_path / "out", rows, method)
     outside, *inside = method.purposes
     assert (outside.runs, outside.observed) == (False, None)
     assert all(purpose.runs for purpose in inside)
@@ -203,7 +218,7 @@ def test_a_method_observes_the_exact_layer_behind_the_quantized_ones(model: Path
 def test_a_methods_choices_are_written_and_run(model: Path, rows: Path, tmp_path: Path) -> None:
     """Codes and a changed kept tensor of the method are in the files; every other tensor is the source's."""
     method = DropLoudest()
-    written, given = run_method(model, "nvfp4", tmp_path / "out", rows, method), all_tensors(model)
+    written, given = run_method(model, "nvfp4-four-over-six", tmp_path / "out", rows, method), all_tensors(model)
     for number, purpose in enumerate(method.purposes[1:]):
         prefix = f"model.layers.{number}"
         assert len(purpose.observed) == 7
@@ -225,19 +240,19 @@ def test_a_methods_choices_are_written_and_run(model: Path, rows: Path, tmp_path
 
 
 KEPT_EXPERTS = parse_recipe(
-    "name: a\nrules: [{role: experts, format: keep}, {role: linear, format: nvfp4}]", where="a.yaml"
+    "name: a\nrules: [{role: experts, format: keep}, {role: linear, format: nvfp4, scale_rule: absmax}]", where="a.yaml"
 )
 
 
 @pytest.mark.parametrize(
     ("kind", "recipe"),
     [
-        ("llama", "nvfp4"),
-        ("gemma4_text", "nvfp4-fp8-hybrid"),  # layers leave keys and values for later ones
-        ("mixtral", "nvfp4-moe"),  # experts that the file has one by one
-        ("granitemoe", "nvfp4-moe"),  # in one tensor
+        ("llama", "nvfp4-four-over-six"),
+        ("gemma4_text", "nvfp4-fp8-hybrid-four-over-six"),  # layers leave keys and values for later ones
+        ("mixtral", "nvfp4-moe-four-over-six"),  # experts that the file has one by one
+        ("granitemoe", "nvfp4-moe-four-over-six"),  # in one tensor
         ("granitemoe", KEPT_EXPERTS),
-        ("fp8", "nvfp4-fp8-hybrid"),  # codes that stay, and codes that are dequantized
+        ("fp8", "nvfp4-fp8-hybrid-four-over-six"),  # codes that stay, and codes that are dequantized
     ],
     ids=["dense", "shared keys", "single experts", "stacked experts", "kept experts", "FP8 source"],
 )
@@ -268,7 +283,7 @@ def test_an_observation_changes_nothing(
 class HalvedExperts:
     """Halves the weights of kept experts, and rounds the others to nearest."""
 
-    observer: None = None
+    observe: None = None
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """The halved experts, and the choices of round-to-nearest."""
@@ -307,7 +322,7 @@ def test_kept_experts_can_be_changed(family: str, rows: Path, tmp_path: Path) ->
 def test_layers_run_only_as_often_as_needed(
     method: Method, passes: int, model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Round-to-nearest runs each layer once over all samples; only a method with an observer runs it twice."""
+    """Round-to-nearest runs each layer once over all samples; only a method that observes runs it again."""
     runs: list[int] = []
     tokens = 0
     real = forward_pass.run_layer
@@ -319,7 +334,7 @@ def test_layers_run_only_as_often_as_needed(
         real(layer, index, batches, *arguments, **options)
 
     monkeypatch.setattr(forward_pass, "run_layer", counted)
-    run_method(model, "nvfp4", tmp_path / "out", rows, method)
+    run_method(model, "nvfp4-four-over-six", tmp_path / "out", rows, method)
     assert runs == [index for index in range(3) for _ in range(passes)]
     assert tokens == 3 * passes * sum(LENGTHS)
 
@@ -327,10 +342,10 @@ def test_layers_run_only_as_often_as_needed(
 def test_a_method_that_observes_always_gets_samples(model: Path, rows: Path, tmp_path: Path) -> None:
     """A recipe without activation scales reads samples all the same if the method observes; the bytes stay the same."""
     method = ObservedRounding()
-    written = run_method(model, "nvfp4a16", tmp_path / "out", rows, method)
+    written = run_method(model, "nvfp4a16-four-over-six", tmp_path / "out", rows, method)
     assert method.observed[0] is None  # outside the layers
     assert all(method.observed[1:])
-    quantize(model, "nvfp4a16", output_dir=tmp_path / "plain", **OPTIONS)
+    quantize(model, "nvfp4a16-four-over-six", output_dir=tmp_path / "plain", **OPTIONS)
     expected = all_tensors(tmp_path / "plain")
     assert written.keys() == expected.keys()
     assert all(torch.equal(written[n].view(torch.uint8), t.view(torch.uint8)) for n, t in expected.items())
@@ -338,7 +353,7 @@ def test_a_method_that_observes_always_gets_samples(model: Path, rows: Path, tmp
 
 def test_statistics_do_not_replace_an_observation(model: Path, rows: Path, tmp_path: Path) -> None:
     """Statistics of an earlier run are refused for a method that measures the layers itself."""
-    quantize(model, "nvfp4", output_dir=tmp_path / "first", dataset=[rows], **OPTIONS)
+    quantize(model, "nvfp4-four-over-six", output_dir=tmp_path / "first", dataset=[rows], **OPTIONS)
     calibration = Calibration(
         num_samples=32,
         max_seq_length=1024,
@@ -347,7 +362,7 @@ def test_statistics_do_not_replace_an_observation(model: Path, rows: Path, tmp_p
         **OPTIONS,
     )
     with raises("option-conflict", "statistics"):
-        prepare(lay_out(read_layout(model), load_recipe("nvfp4")), calibration, ObservedRounding())
+        prepare(lay_out(read_layout(model), load_recipe("nvfp4-four-over-six")), calibration, ObservedRounding())
 
 
 def test_an_observer_can_watch_routed_experts(rows: Path, tmp_path: Path) -> None:
@@ -360,24 +375,18 @@ def test_an_observer_can_watch_routed_experts(rows: Path, tmp_path: Path) -> Non
             assert hidden.dim() == 2
             seen.append(count)
 
-    class WatchExperts:
-        def __init__(self, observed: ObservedLayer) -> None:
-            assert observed.experts is not None
-            experts.hook(observed.module.get_submodule(observed.experts.module), Experts())
-
-        def before(self, batch: Batch) -> None:
-            del batch
-
-        def result(self) -> None:
-            return None
+    def watch(observed: ObservedLayer) -> None:
+        assert observed.experts is not None
+        experts.hook(observed.module.get_submodule(observed.experts.module), Experts())
+        observed.run(lambda _: None)
 
     @dataclass(frozen=True)
     class Watching:
-        observer: Callable[[ObservedLayer], WatchExperts] = WatchExperts
+        observe: Callable[[ObservedLayer], None] = watch
 
         def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
             return ROUND_TO_NEAREST.choose(groups, purpose)
 
-    run_method(source, "nvfp4-moe", tmp_path / "out", rows, Watching())
+    run_method(source, "nvfp4-moe-four-over-six", tmp_path / "out", rows, Watching())
     assert seen
     assert len(set(seen)) == 1

@@ -1,8 +1,8 @@
 """The contract between the loop over layers and a method that chooses codes.
 
 The loop loads the weights of a decoder layer in fused groups. A method may ask for an observation: the layer then runs
-once with its exact weights, on the hidden states that the quantized layers before it give, while the method's observer
-measures what it needs. The method turns the groups into choices: codes to write, and 16-bit weights to run. The loop
+once or several times with its exact weights, on the hidden states that the quantized layers before it give, while the
+method measures what it needs. The method turns the groups into choices: codes to write, and 16-bit weights to run. The loop
 runs the layer with these (`propagate`), which gives the hidden states of the next layer and the ranges of inputs.
 
 A method sees the tensors that stay as they are, too (norms, routers, biases): it may give them other values, as
@@ -70,7 +70,7 @@ class Purpose:
     """What the choices of a layer are for.
 
     `runs`: the layer runs afterwards, so 16-bit weights are needed. `buffers`: memory of the layer (experts' stacked
-    parameters) into which the 16-bit weights of these names go. `observed`: what the method's observer measured.
+    parameters) into which the 16-bit weights of these names go. `observed`: what the method's `observe` returned.
     """
 
     runs: bool
@@ -78,37 +78,44 @@ class Purpose:
     observed: Any = None
 
 
+class RunLayer(Protocol):
+    """Passes samples through an observed layer; what comes out of it is dropped."""
+
+    def __call__(self, before: Callable[[Batch], None], *, max_tokens: int | None = None) -> None:
+        """Call `before` ahead of each batch (`batch.valid` says which tokens are real), then run the layer on it.
+
+        With `max_tokens` it ends behind the first batches that hold so many tokens.
+        """
+
+
 @dataclass(frozen=True, kw_only=True)
 class ObservedLayer:
-    """A layer with its exact weights, for an observer to set hooks in.
+    """A layer with its exact weights, for a method to set hooks in and run; a method may change it.
 
-    `linears` maps the file's full names of its linears to their names in `module`. `experts` describes its routed
-    experts, which are no linears: `snugfit.model.experts.hook` shows their inputs; None if it has none.
+    `linears` maps the file's full names of its linears to their names in `module`, `parameters` the file's full names
+    of all its tensors but experts' to the module's. `targets` says of each weight that is to be quantized how, by the
+    file's full name. `experts` describes its routed experts, which are no linears: `snugfit.model.experts.hook` shows
+    their inputs; None if it has none; `prefix` is what the file's names begin with.
     """
 
     module: nn.Module
+    prefix: str
     linears: Mapping[str, str]
+    parameters: Mapping[str, str]
+    targets: Mapping[str, Target]
     experts: ExpertNames | None
-
-
-class Observer(Protocol):
-    """Measures a layer while samples pass it, through hooks that it sets when it is made."""
-
-    def before(self, batch: Batch) -> None:
-        """A batch is about to pass; `batch.valid` says which of its tokens are real."""
-
-    def result(self) -> Any:
-        """What was measured, for the method that asked for it."""
+    run: RunLayer
 
 
 class Method(Protocol):
     """Chooses the codes of a layer's weights."""
 
     @property
-    def observer(self) -> Callable[[ObservedLayer], Observer] | None:
-        """Makes what measures the exact layer before codes are chosen; None if the method needs no such pass.
+    def observe(self) -> Callable[[ObservedLayer], Any] | None:
+        """Measures the exact layer before codes are chosen; None if the method needs no such passes.
 
-        A run with an observer needs samples, whatever the recipe's formats are.
+        What it returns is `Purpose.observed`. A run with such a method needs samples, whatever the recipe's formats
+        are.
         """
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:

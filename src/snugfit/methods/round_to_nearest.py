@@ -12,7 +12,7 @@ from snugfit.methods.rounding import round_and_compare
 class RoundToNearest:
     """Chooses codes from the weights alone, one fused group at a time; it needs no observation."""
 
-    observer: None = None  # the codes do not depend on the layer's inputs
+    observe: None = None  # the codes do not depend on the layer's inputs
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """The nearest codes of each group with a target; every other tensor as it is."""

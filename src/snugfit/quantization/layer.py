@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from snugfit.engines.fused import group_modules
 from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import TensorFormat
 from snugfit.machine import give_back_memory
-from snugfit.methods.method import Method, ObservedLayer, Purpose, Target, WeightGroup
+from snugfit.methods.method import Method, ObservedLayer, Purpose, RunLayer, Target, WeightGroup
 from snugfit.model import emulate, experts, forward_pass, layers
 from snugfit.model.assemble import Loaded
 from snugfit.model.layers import ExpertBuffers
@@ -158,27 +159,49 @@ def _for_method(
 
 
 def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method) -> tuple[Iterable[LoadedGroup], Any]:
-    """The layer's groups, and what the method's observer measures on the layer with its exact weights.
+    """The layer's groups, and what the method measures on the layer with its exact weights.
 
-    The layer runs over all samples and its hidden states are dropped: `propagate` makes those that count. All groups
-    are in memory then. For a method without an observer (or without samples) nothing runs, and the groups stay unread;
-    the same for a layer that text does not run.
+    The layer's output is dropped: `propagate` makes the hidden states that count. All groups are in memory then. For a
+    method that observes nothing (or without samples) nothing runs, and the groups stay unread; the same for a layer
+    that text does not run.
     """
-    if method.observer is None or run is None or run.is_skipped:
+    if method.observe is None or run is None or run.is_skipped:
         return groups, None
     held = list(groups)
     weights: dict[str, Tensor] = {}
+    targets: dict[str, Target] = {}
     for group in held:
         for name, loaded in group.tensors.items():
             weight = loaded.in_dtype(dtype_of(run.plan.weights.tensors[name]))
             if not run.buffers.copy_in(name, weight):
                 weights[name] = weight
+            if group.target is not None and not group.has_codes:
+                targets[name] = group.target
     layer = run.resident(weights)
-    linears = {f"{run.prefix}{file_name}": module for file_name, module in _linears_of(run, layer).items()}
-    mixture = run.skeleton.experts.get(run.index)
-    observer = method.observer(ObservedLayer(module=layer, linears=linears, experts=mixture))
-    forward_pass.run_layer(layer, run.index, run.batches, observer.before, states=(run.states[0], None))
-    return held, observer.result()
+    names = run.skeleton.names_of_layer(run.index)
+    observed = ObservedLayer(
+        module=layer,
+        prefix=run.prefix,
+        linears={f"{run.prefix}{file_name}": module for file_name, module in _linears_of(run, layer).items()},
+        parameters={f"{run.prefix}{file_name}": name for file_name, name in names.parameters.items()},
+        targets=targets,
+        experts=run.skeleton.experts.get(run.index),
+        run=_runner(run, layer),
+    )
+    return held, method.observe(observed)
+
+
+def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
+    """What passes the samples through a resident layer."""
+
+    def pass_samples(before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None) -> None:
+        count = len(run.batches)
+        if max_tokens is not None:
+            ends = accumulate(sum(batch.lengths) for batch in run.batches)
+            count = next((n for n, end in enumerate(ends, 1) if end >= max_tokens), count)
+        forward_pass.run_layer(layer, run.index, run.batches[:count], before, states=(run.states[0], None))
+
+    return pass_samples
 
 
 def propagate(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> Measured:

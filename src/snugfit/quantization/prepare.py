@@ -197,7 +197,7 @@ def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAR
     device = pick_device(calibration.device)
     plan = _with_other_files(plan)
     known = None if calibration.statistics is None else load_statistics(Path(calibration.statistics))
-    observes = method.observer is not None
+    observes = method.observe is not None
     if observes and known is not None:
         what = "this method measures the layers itself, so statistics cannot take the place of samples."
         raise UserError(what, code="option-conflict", where="statistics", remedy="Leave `statistics` out.")

@@ -1,0 +1,169 @@
+"""Second moments of the inputs of linears and of routed experts, added up while samples pass a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.model.experts import NoHooks
+from snugfit.model.forward_pass import Batch
+
+_COLUMNS = 512  # of a Gram matrix made at once: it is symmetric, so half of them are enough
+SAMPLED_TOKENS = 512  # inputs that are kept as they are
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of inputs x [K] of a linear: E[x^2], fp32 [K]; E[x x^T], fp32 [K, K], None if not asked for; their number.
+
+    `sample` are some of the inputs, [n, K], evenly spread over the first ones; `amax` is their largest magnitude.
+    """
+
+    squares: Tensor
+    gram: Tensor | None
+    tokens: int
+    sample: Tensor | None
+    amax: float
+
+
+class MomentsObserver:
+    """Adds up moments of the inputs of watched linears over all real tokens."""
+
+    def __init__(self, layer: nn.Module, modules: Mapping[str, bool], *, sampled: bool = False) -> None:
+        """Watch `modules` (names relative to `layer`) from now on; a Gram matrix is made where the value is True."""
+        self._valid: Tensor | None = None
+        self._sums = {name: _Sums(gram=gram, sampled=sampled) for name, gram in modules.items()}
+        self._handles = [
+            layer.get_submodule(name).register_forward_pre_hook(self._hook(sums)) for name, sums in self._sums.items()
+        ]
+
+    def _hook(self, sums: _Sums):  # type: ignore[no-untyped-def]  # noqa: ANN202
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs = args[0] if self._valid is None else args[0].reshape(*self._valid.shape, -1)[self._valid]
+            sums.add(inputs.reshape(-1, inputs.shape[-1]))
+
+        return hook
+
+    def before(self, batch: Batch) -> None:
+        """Note which tokens of the coming batch are real."""
+        self._valid = batch.valid
+
+    def result(self) -> dict[str, Moments]:
+        """What was added up, by module; those that no token reached are missing. The hooks are removed."""
+        for handle in self._handles:
+            handle.remove()
+        return {name: sums.result() for name, sums in self._sums.items() if sums.tokens}
+
+
+class _Sums:
+    """Moments under way."""
+
+    def __init__(self, *, gram: bool, sampled: bool) -> None:
+        self._with_gram, self._sampled = gram, sampled
+        self._gram: Tensor | None = None
+        self._squares: Tensor | None = None
+        self._amax: Tensor | None = None
+        self._samples: list[Tensor] = []
+        self.tokens = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in inputs [n, K]."""
+        if not len(inputs):
+            return
+        if self._sampled:
+            self._samples.append(inputs[:: max(1, len(inputs) // SAMPLED_TOKENS)].clone())
+        low, high = inputs.aminmax()
+        amax = torch.maximum(high, -low).float()
+        self._amax = amax if self._amax is None else torch.maximum(self._amax, amax)
+        if self._with_gram:
+            if self._gram is None:
+                self._gram = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
+            add_gram(self._gram, inputs)
+        else:
+            squares = inputs.float().square().sum(0)
+            self._squares = squares if self._squares is None else self._squares + squares
+        self.tokens += len(inputs)
+
+    def result(self) -> Moments:
+        """Means over all tokens."""
+        assert self._amax is not None
+        gram = None
+        if self._gram is not None:
+            gram = self._gram.tril_().div_(self.tokens)
+            gram += gram.tril(-1).t()
+            squares = gram.diagonal().clone()
+        else:
+            assert self._squares is not None
+            squares = self._squares / self.tokens
+        sample = None
+        if self._samples:
+            sample = torch.cat(self._samples)
+            sample = sample[:: max(1, len(sample) // SAMPLED_TOKENS)]
+        return Moments(squares, gram, self.tokens, sample, float(self._amax))
+
+
+def add_gram(gram: Tensor, inputs: Tensor) -> None:
+    """Add X^T X of inputs X [n, K] to the lower triangle of `gram`, fp32 [K, K]; in fp32."""
+    exact = inputs.float()
+    for start in range(0, gram.shape[0], _COLUMNS):
+        stop = min(start + _COLUMNS, gram.shape[0])
+        gram[start:stop, :stop].addmm_(exact[:, start:stop].t(), exact[:, :stop])
+
+
+class ExpertMoments(NoHooks):
+    """Adds up E[x^2] of what comes to each routed expert of a layer: of gate and up, and of down."""
+
+    def __init__(self) -> None:
+        self._valid: Tensor | None = None
+        self._hidden = torch.empty(0)
+        self._real: Tensor | None = None
+        self._gate_up: Tensor | None = None
+        self._down: Tensor | None = None
+        self._counts: Tensor | None = None
+
+    def before(self, batch: Batch) -> None:
+        """Note which tokens of the coming batch are real."""
+        self._valid = batch.valid
+
+    def begin(self, hidden: Tensor, count: int) -> None:
+        """A pass of hidden states [tokens, K] through `count` experts begins."""
+        self._hidden = hidden
+        self._real = None if self._valid is None else self._valid.reshape(-1)
+        if self._gate_up is None:
+            self._gate_up = torch.zeros(count, hidden.shape[1], device=hidden.device)
+            self._counts = torch.zeros(count, device=hidden.device)
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+        """Inputs of an expert's down projection [n, K], of `tokens` [n]."""
+        assert self._gate_up is not None
+        assert self._counts is not None
+        if not forced:
+            if self._down is None:
+                self._down = torch.zeros(len(self._counts), hidden.shape[1], device=hidden.device)
+            real = slice(None) if self._real is None else self._real[tokens]
+            self._gate_up[expert] += self._hidden[tokens][real].float().square().sum(0)
+            self._down[expert] += hidden[real].float().square().sum(0)
+            self._counts[expert] += len(tokens) if self._real is None else self._real[tokens].sum()
+        return hidden
+
+    def result(self) -> tuple[Tensor, Tensor] | None:
+        """E[x^2] of each expert's gate and up, fp32 [E, K], and of its down; None if no token came.
+
+        Every expert's mean is drawn to that of all experts as if it had seen `PRIOR_TOKENS` more of them: one that few
+        tokens reach takes theirs.
+        """
+        if self._gate_up is None or self._down is None or self._counts is None or not float(self._counts.sum()):
+            return None
+        counts = self._counts[:, None]
+        return _drawn_together(self._gate_up, counts), _drawn_together(self._down, counts)
+
+
+PRIOR_TOKENS = 64
+
+
+def _drawn_together(sums: Tensor, counts: Tensor) -> Tensor:
+    overall = sums.sum(0) / counts.sum()
+    return (sums + PRIOR_TOKENS * overall) / (counts + PRIOR_TOKENS)
