@@ -74,7 +74,7 @@ def block_errors(weight: Tensor, block_scale: Tensor, scale: Tensor, objective: 
 
 
 def chosen_at(weight: Tensor, scale: Tensor, rule: str, objective: str = "mse") -> Tensor:
-    return scales._choose(weight.reshape(-1, 16).abs(), scale, rule, objective)
+    return scales._choose(weight.reshape(-1, 16), scale, rule, scales.OBJECTIVES[objective])
 
 
 def relative_loss(weight: Tensor, rule: str) -> float:

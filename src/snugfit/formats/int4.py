@@ -24,24 +24,41 @@ class INT4Weight:
 
 
 def quantize(weight: Tensor, *, group_size: int, symmetric: bool) -> INT4Weight:
-    """Round-to-nearest codes of `weight` [N, K]; K must divide by `group_size`.
+    """Round-to-nearest codes of `weight` [N, K] under the scales of `plain_scales`; K must divide by `group_size`."""
+    return quantize_under(weight, *plain_scales(weight, group_size=group_size, symmetric=symmetric))
+
+
+def plain_scales(weight: Tensor, *, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales [N, K/group_size] in the weight's dtype, and int8 zero points, under which each group's range just fits.
 
     Symmetric: scale = amax / 7.5, so that both ends of -8..7 are used. Asymmetric: scale = (max - min) / 15 over the
     group with zero included, zero point = round(-8 - min / scale). Scales are rounded to the weight's dtype first.
     """
-    groups = weight.float().unflatten(1, (-1, group_size))
-    zero = torch.zeros((), device=weight.device)
-    low = torch.minimum(groups.amin(-1), zero)
-    high = torch.maximum(groups.amax(-1), zero)
+    low, high = ranges(weight.float().unflatten(1, (-1, group_size)))
+    return scales_of_ranges(low, high, symmetric=symmetric, dtype=weight.dtype)
+
+
+def ranges(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and the highest value [...] of fp32 groups [..., group_size], zero included."""
+    zero = torch.zeros((), device=groups.device)
+    return torch.minimum(groups.amin(-1), zero), torch.maximum(groups.amax(-1), zero)
+
+
+def scales_of_ranges(low: Tensor, high: Tensor, *, symmetric: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Scales in `dtype`, and int8 zero points, of fp32 ranges from `low` <= 0 to `high` >= 0: see `plain_scales`."""
     span = divide(torch.maximum(high, -low), 7.5) if symmetric else divide(high - low, 15)
-    scale = span.to(weight.dtype)
-    scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
-    codes = groups / scale.float().unsqueeze(-1)
-    zero_point = None
-    if not symmetric:
-        offset = (-8 - low / scale.float()).clamp_(-8, 7).round_()
-        zero_point = offset.to(torch.int8)
-        codes += offset.unsqueeze(-1)
+    scale = span.to(dtype)
+    scale = torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+    if symmetric:
+        return scale, None
+    return scale, (-8 - low / scale.float()).clamp_(-8, 7).round_().to(torch.int8)
+
+
+def quantize_under(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> INT4Weight:
+    """Nearest codes of `weight` [N, K] under scales [N, K/group_size] in its dtype and int8 zero points or None."""
+    codes = weight.float().unflatten(1, (scale.shape[1], -1)) / scale.float().unsqueeze(-1)
+    if zero_point is not None:
+        codes += zero_point.float().unsqueeze(-1)
     codes = codes.round_().clamp_(-8, 7).flatten(1)
     return INT4Weight(pack_int4(codes), scale, zero_point, (weight.shape[0], weight.shape[1]))
 
