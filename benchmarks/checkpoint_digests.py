@@ -34,16 +34,19 @@ def main() -> None:
     torch.set_num_threads(2)
     inputs = make_inputs(work / "inputs")
     cases = [
-        *(("dense", arguments.smollm2, recipe) for recipe in ("nvfp4-fp8-hybrid", "nvfp4", "fp8-int4", "mxfp4")),
-        ("trained mixture", TRAINED_MIXTURE, "nvfp4-moe"),
-        ("mixture", inputs / "moe", "fp8-int4-moe"),
-        ("mixture", inputs / "mixtral", "nvfp4"),
-        ("mixture", inputs / "moe", "nvfp4-fp8-hybrid-fp8kv"),
-        ("FP8 mixture", inputs / "fp8-moe", "nvfp4-moe"),
-        ("FP8 mixture", inputs / "fp8-moe", "fp8-int4"),
-        ("vision-language", inputs / "gemma3", "nvfp4-fp8-hybrid"),
-        ("vision-language", inputs / "qwen2-vl", "nvfp4-fp8-hybrid-fp8kv"),
-        ("vision-language", inputs / "qwen2-vl", "int4-w4a16"),
+        *(
+            ("dense", arguments.smollm2, recipe)
+            for recipe in ("nvfp4-fp8-hybrid-four-over-six", "nvfp4-four-over-six", "fp8-int4-absmax", "mxfp4-absmax")
+        ),
+        ("trained mixture", TRAINED_MIXTURE, "nvfp4-moe-four-over-six"),
+        ("mixture", inputs / "moe", "fp8-int4-moe-absmax"),
+        ("mixture", inputs / "mixtral", "nvfp4-four-over-six"),
+        ("mixture", inputs / "moe", "nvfp4-fp8-hybrid-fp8kv-four-over-six"),
+        ("FP8 mixture", inputs / "fp8-moe", "nvfp4-moe-four-over-six"),
+        ("FP8 mixture", inputs / "fp8-moe", "fp8-int4-absmax"),
+        ("vision-language", inputs / "gemma3", "nvfp4-fp8-hybrid-four-over-six"),
+        ("vision-language", inputs / "qwen2-vl", "nvfp4-fp8-hybrid-fp8kv-four-over-six"),
+        ("vision-language", inputs / "qwen2-vl", "int4-w4a16-absmax"),
     ]
     for number, (name, model, recipe) in enumerate(cases):
         has_tokenizer = (model / "tokenizer.json").is_file()

@@ -25,7 +25,7 @@ from typing import Any
 import snugfit
 
 PROFILES = ("vllm-blackwell", "marlin", "none")
-RECIPES = {"dense": "nvfp4-fp8-hybrid", "mixture": "nvfp4-moe"}
+RECIPES = {"dense": "nvfp4-fp8-hybrid-four-over-six", "mixture": "nvfp4-moe-four-over-six"}
 
 
 def write_model(kind: str, target: Path, tokenizer: Path) -> None:

@@ -55,7 +55,7 @@ def main() -> None:
 
         quantize(
             model,
-            "nvfp4-fp8-hybrid",
+            "nvfp4-fp8-hybrid-four-over-six",
             output_dir=candidate,
             dataset=[rows],
             num_samples=1,

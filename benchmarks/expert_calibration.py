@@ -1,6 +1,6 @@
 """What few samples cost a mixture of experts: calibration of routed tokens alone against every expert, in KL.
 
-    python benchmarks/expert_calibration.py WORK [--model tests/fixtures/tiny-mixture] [--recipe nvfp4-moe]
+    python benchmarks/expert_calibration.py WORK [--model tests/fixtures/tiny-mixture] [--recipe NAME]
 
 A mixture is quantized (experts W4A4 in NVFP4) on samples of one kind of text and of all kinds, few and many, once with
 experts measured on the tokens that the router sends them, once on all. KL to the original is measured on other text of
@@ -63,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--model", type=Path, default=Path("tests/fixtures/tiny-mixture"))
-    parser.add_argument("--recipe", default="nvfp4-moe")
+    parser.add_argument("--recipe", default="nvfp4-moe-four-over-six")
     parser.add_argument("--activations", default="vllm-blackwell")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, Self
 
 HERE = Path(__file__).parent
-RECIPE = "nvfp4-fp8-hybrid"
+RECIPE = "nvfp4-fp8-hybrid-four-over-six"
 SHARD_BYTES = 5_000_000_000
 SNUGFIT_TOKENS = 8192  # of a batch, on a GPU
 INTERVAL = 0.05

@@ -3,25 +3,26 @@
 The rival's side of the benchmarks. It runs in llm-compressor's own virtual environment and never imports snugfit:
 
     python -m venv llmc && llmc/bin/pip install llmcompressor==0.14.0
-    llmc/bin/python llmcompressor_worker.py MODEL ROWS.json OUT --recipe nvfp4-fp8-hybrid --threads 2
+    llmc/bin/python llmcompressor_worker.py MODEL ROWS.json OUT --recipe nvfp4-fp8-hybrid-four-over-six --threads 2
 
 ROWS.json holds {"rows": [[token ids], ...]}: exactly these rows are the calibration set. The data-free recipes
-(fp8-dynamic, int4-w4a16) take "-" in its place. The compressed checkpoint goes to OUT; progress goes to stderr; the
-last line of stdout is one JSON document. Its seconds and cpu_seconds count from after the imports and from after the
-GPU's context exists, so nothing is charged to llm-compressor that a long-lived process would pay once. --pipeline
-independent is llm-compressor's default (two passes over each layer, its memory bounded by a layer on an accelerator);
-"basic" makes one pass over the whole model, is its fastest where the model fits, and writes the same bytes for these
-recipes. On a machine with a GPU the model is loaded to main memory and llm-compressor brings a layer at a time to the
-GPU, unless --device-map cuda loads all of it there.
+(fp8-dynamic, int4-w4a16-absmax) take "-" in its place. The compressed checkpoint goes to OUT; progress goes to
+stderr; the last line of stdout is one JSON document. Its seconds and cpu_seconds count from after the imports and
+from after the GPU's context exists, so nothing is charged to llm-compressor that a long-lived process would pay once.
+--pipeline independent is llm-compressor's default (two passes over each layer, its memory bounded by a layer on an
+accelerator); "basic" makes one pass over the whole model, is its fastest where the model fits, and writes the same
+bytes for these recipes. On a machine with a GPU the model is loaded to main memory and llm-compressor brings a layer
+at a time to the GPU, unless --device-map cuda loads all of it there.
 
 Recipes ("four over six": the memoryless_mse observer told to try each block's scale at 6 and at 4, lower MSE wins):
 
-    nvfp4-fp8-hybrid            FP8_DYNAMIC attention, NVFP4 MLP with four over six
-    nvfp4-fp8-attention-absmax  FP8_DYNAMIC attention, NVFP4 MLP with plain absmax scales
-    nvfp4, nvfp4-absmax         NVFP4 in every linear layer, with four over six, with absmax scales
-    nvfp4-expanded              the same with llm-compressor's own 112-step search (alias "fouroversix" there); slow
-    fp8-dynamic                 FP8_DYNAMIC in every linear layer
-    int4-w4a16                  symmetric INT4 weights in groups of --group-size
+    nvfp4-fp8-hybrid-four-over-six  FP8_DYNAMIC attention, NVFP4 MLP with four over six
+    nvfp4-fp8-attention-absmax      FP8_DYNAMIC attention, NVFP4 MLP with plain absmax scales
+    nvfp4-four-over-six             NVFP4 in every linear layer, with four over six
+    nvfp4-absmax                    the same with absmax scales
+    nvfp4-expanded                  the same with llm-compressor's own 112-step search (alias "fouroversix" there); slow
+    fp8-dynamic                     FP8_DYNAMIC in every linear layer
+    int4-w4a16-absmax               symmetric INT4 weights in groups of --group-size
 
 The output head stays as it is in all of them.
 """
@@ -59,15 +60,15 @@ EXPANDED: dict[str, Any] = {"observer": "nvfp4_expanded_mse"}
 
 Group = tuple[str, list[str], dict[str, Any]]  # preset scheme, targets, changes to its weight arguments
 RECIPES: dict[str, list[Group]] = {
-    "nvfp4-fp8-hybrid": [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, FOUR_OVER_SIX)],
+    "nvfp4-fp8-hybrid-four-over-six": [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, FOUR_OVER_SIX)],
     "nvfp4-fp8-attention-absmax": [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, {})],
-    "nvfp4": [("NVFP4", LINEAR, FOUR_OVER_SIX)],
+    "nvfp4-four-over-six": [("NVFP4", LINEAR, FOUR_OVER_SIX)],
     "nvfp4-absmax": [("NVFP4", LINEAR, {})],
     "nvfp4-expanded": [("NVFP4", LINEAR, EXPANDED)],
     "fp8-dynamic": [("FP8_DYNAMIC", LINEAR, {})],
-    "int4-w4a16": [("W4A16", LINEAR, {})],
+    "int4-w4a16-absmax": [("W4A16", LINEAR, {})],
 }
-DATA_FREE = {"fp8-dynamic", "int4-w4a16"}
+DATA_FREE = {"fp8-dynamic", "int4-w4a16-absmax"}
 
 
 @dataclass(slots=True)
@@ -112,12 +113,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="Hugging Face checkpoint directory")
     parser.add_argument("rows", help='{"rows": [[ids], ...]} as JSON, or - for a data-free recipe')
     parser.add_argument("out", type=Path, help="directory for the compressed checkpoint")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default="nvfp4-fp8-hybrid")
+    parser.add_argument("--recipe", choices=sorted(RECIPES), default="nvfp4-fp8-hybrid-four-over-six")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=1, help="rows of one length per forward")
     parser.add_argument("--pipeline", choices=["independent", "sequential", "basic"], default="independent")
     parser.add_argument("--device-map", help="where transformers loads the model to (default: main memory)")
-    parser.add_argument("--group-size", type=int, default=64, help="of int4-w4a16")
+    parser.add_argument("--group-size", type=int, default=64, help="of int4-w4a16-absmax")
     arguments = parser.parse_args()
     if arguments.rows == "-" and arguments.recipe not in DATA_FREE:
         parser.error(f"--recipe {arguments.recipe} calibrates activations: give ROWS.json")

@@ -6,7 +6,7 @@ The variants are those that a model card measured by hand on a 12B model: NVFP4 
 or Four Over Six, FP8 attention with either (the latter is the hybrid), FP8 down_proj with either. OUT gets
 a checkpoint a variant, and OUT/eval-PROFILE what `snugfit eval` writes. The evaluation is this one command:
 
-    snugfit eval OUT/nvfp4-absmax OUT/nvfp4 ... --reference MODEL --dataset EVALUATION.txt --context 1k,2k,4k,8k
+    snugfit eval OUT/nvfp4-absmax ... --reference MODEL --dataset EVALUATION.txt --context 1k,2k,4k,8k
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from snugfit.report.tables import to_markdown
 
 VARIANTS = (
     "nvfp4-absmax",
-    "nvfp4",
+    "nvfp4-four-over-six",
     "nvfp4-fp8-attention-absmax",
-    "nvfp4-fp8-hybrid",
+    "nvfp4-fp8-hybrid-four-over-six",
     "nvfp4-fp8-down-absmax",
-    "nvfp4-fp8-down",
+    "nvfp4-fp8-down-four-over-six",
 )
 
 

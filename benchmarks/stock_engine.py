@@ -29,7 +29,7 @@ from snugfit.evaluation.evaluate import evaluate
 from snugfit.quantization.quantize import quantize
 from snugfit.records.evaluation import ModelFigures
 
-RECIPES = ("fp8-dynamic", "fp8-int4", "nvfp4", "nvfp4-fp8-hybrid")
+RECIPES = ("fp8-dynamic", "fp8-int4-absmax", "nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six")
 SERVE = Path(__file__).with_name("serve_vllm.py")
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument(
         "--llmcompressor-python", help="Python of an environment with llm-compressor; none: leave it out"
     )
-    parser.add_argument("--recipe", default="nvfp4-fp8-hybrid", help="one that both tools know")
+    parser.add_argument("--recipe", default="nvfp4-fp8-hybrid-four-over-six", help="one that both tools know")
     parser.add_argument("--also", nargs="*", default=["nvfp4-sweep"], help="more snugfit recipes to time")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -109,7 +109,7 @@ def _commands(arguments: argparse.Namespace, work: Path, recipes: list[str]) -> 
 def _recipe_file(work: Path, name: str) -> str:
     """A hybrid recipe whose NVFP4 part uses another scale rule, as a file: NAME is nvfp4-RULE."""
     scale = name.removeprefix("nvfp4-")
-    rules = [{"role": "mlp", "format": "nvfp4", "scale": scale}, {"role": "linear", "format": "fp8-dynamic"}]
+    rules = [{"role": "mlp", "format": "nvfp4", "scale_rule": scale}, {"role": "linear", "format": "fp8-dynamic"}]
     file = work / f"{scale}.yaml"
     file.write_text(json.dumps({"name": f"hybrid-{scale}", "rules": rules}), encoding="utf-8")  # JSON is YAML
     return str(file)

@@ -17,7 +17,7 @@ import snugfit
 from snugfit.records.evaluation import ModelFigures
 from snugfit.records.quantize import totals_by_format
 
-RECIPE = "nvfp4-fp8-hybrid"
+RECIPE = "nvfp4-fp8-hybrid-four-over-six"
 NUM_SAMPLES, MAX_SEQ_LENGTH = 32, 512
 EVALUATION_CHUNKS = 16
 WIDTH = 110

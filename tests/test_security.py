@@ -46,7 +46,7 @@ class Place:
     root: Path
     model: Path
     marker: Path
-    recipe: str = "nvfp4"
+    recipe: str = "nvfp4-four-over-six"
     events: list[str] = field(default_factory=list)
 
     def run(self, verb: str, *options: object, rows: str = "text.txt") -> Any:

@@ -40,7 +40,17 @@ def perplexity_of(logits: Tensor, rows: Dataset) -> float:
     return math.exp(float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())))
 
 
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "fp8-int4", "int4-w4a16", "nvfp4a16", "nvfp4", "nvfp4-fp8-hybrid"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "fp8-dynamic",
+        "fp8-int4-absmax",
+        "int4-w4a16-absmax",
+        "nvfp4a16-four-over-six",
+        "nvfp4-four-over-six",
+        "nvfp4-fp8-hybrid-four-over-six",
+    ],
+)
 def test_fp32_logits_agree(
     recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,7 +70,7 @@ def test_fp32_logits_agree(
 def hybrid(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real model as the hybrid, calibrated on 8 x 256 tokens."""
     target = tmp_path_factory.mktemp("smollm2") / "hybrid"
-    quantize(smollm2, "nvfp4-fp8-hybrid", output_dir=target, num_samples=8, max_seq_length=256)
+    quantize(smollm2, "nvfp4-fp8-hybrid-four-over-six", output_dir=target, num_samples=8, max_seq_length=256)
     return target
 
 

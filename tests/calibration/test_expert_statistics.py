@@ -36,7 +36,8 @@ TOKENS = sum(LENGTHS)
 ROWS = random_rows(LENGTHS, seed=2)
 CHOSEN = 2
 ALONE = parse_recipe(
-    "name: a\nrules: [{role: experts, format: nvfp4}, {role: linear, format: keep}]", where="a.yaml"
+    "name: a\nrules: [{role: experts, format: nvfp4, scale_rule: four-over-six}, {role: linear, format: keep}]",
+    where="a.yaml",
 )  # inputs of NVFP4 are not rounded while they are measured: what experts see is exact
 FAMILIES = ["mixtral", "granitemoe", "minimax_m2", "gpt_oss"]
 Source = Callable[[str], Path]
@@ -337,14 +338,14 @@ def test_starved_experts_are_an_error(source: Source, rows: Path, tmp_path: Path
     out = tmp_path / "out"
     options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "moe_calibrate_all_experts": False}
     with raises("experts-uncovered", where="model.layers.0.block_sparse_moe.experts") as caught:
-        quantize(source("starved"), "nvfp4-moe", output_dir=out, **options)
+        quantize(source("starved"), "nvfp4-moe-four-over-six", output_dir=out, **options)
     assert isinstance(caught.value, Unfinished)
     assert all(word in caught.value.what for word in ("6 of 8", "32", "2 (0), 3 (0), 4 (0), 5 (0), 6 (0), 7 (0)"))
     assert "`moe_calibrate_all_experts`" in caught.value.remedy
     assert "`min_tokens_per_expert`" in caught.value.remedy
     assert not out.exists()
     # the same run resumes: the bytes do not depend on how many tokens are enough
-    record = quantize(source("starved"), "nvfp4-moe", output_dir=out, min_tokens_per_expert=0, **options)
+    record = quantize(source("starved"), "nvfp4-moe-four-over-six", output_dir=out, min_tokens_per_expert=0, **options)
     assert record.resumed is not None
     for seen in experts_in(out):
         assert seen.routed == (TOKENS, TOKENS, 0, 0, 0, 0, 0, 0)
@@ -362,12 +363,12 @@ def test_forced_tokens_calibrate_starved_experts(
     options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "min_tokens_per_expert": least}
     if refused:
         with raises("experts-uncovered", where="model.layers.0.block_sparse_moe.experts") as caught:
-            quantize(source("starved"), "nvfp4-moe", output_dir=out, **options)
+            quantize(source("starved"), "nvfp4-moe-four-over-six", output_dir=out, **options)
         assert "8 of 8" in caught.value.what
         assert "`moe_calibrate_all_experts`" not in caught.value.remedy  # it is on already
         assert not out.exists()
         return
-    quantize(source("starved"), "nvfp4-moe", output_dir=out, **options)
+    quantize(source("starved"), "nvfp4-moe-four-over-six", output_dir=out, **options)
     for seen in experts_in(out):
         assert seen.routed == (TOKENS, TOKENS, 0, 0, 0, 0, 0, 0)
         assert seen.forced == (0, 0, *[TOKENS] * 6)
@@ -377,21 +378,36 @@ def test_forced_tokens_calibrate_starved_experts(
 
 def test_experts_that_need_no_samples(source: Source, rows: Path, tmp_path: Path) -> None:
     """A recipe without input scales runs no samples, whatever routers choose."""
-    record = quantize(source("starved"), "fp8-int4-moe", output_dir=tmp_path / "out", dataset=[rows], device="cpu")
+    record = quantize(
+        source("starved"), "fp8-int4-moe-absmax", output_dir=tmp_path / "out", dataset=[rows], device="cpu"
+    )
     assert record.dataset is None
     assert not (tmp_path / "out" / STATISTICS_FILE).exists()
 
 
-@pytest.mark.parametrize("fmt", ["keep", "int4"])
+@pytest.mark.parametrize("fmt", ["keep", "int4, scale_rule: absmax"])
 def test_experts_without_input_scales_may_starve(fmt: str, source: Source, rows: Path, tmp_path: Path) -> None:
     """If only attention is calibrated, experts in a format without input scales may see no token."""
-    text = f"name: a\nrules:\n- {{role: experts, format: {fmt}}}\n- {{role: attention, format: nvfp4}}\n"
+    attention = "role: attention, format: nvfp4, scale_rule: four-over-six"
+    text = f"name: a\nrules:\n- {{role: experts, format: {fmt}}}\n- {{{attention}}}\n"
     settings: dict[str, Any] = {"dataset": [rows], "device": "cpu", "moe_calibrate_all_experts": False}
     quantize(source("starved"), parse_recipe(text, where="a.yaml"), output_dir=tmp_path / "out", **settings)
 
 
 def command(model: Path, out: Path, rows: Path, *options: object) -> Any:
-    given = ["quantize", model, "-r", "nvfp4-moe", "-o", out, "--dataset", rows, "--device", "cpu", *options]
+    given = [
+        "quantize",
+        model,
+        "-r",
+        "nvfp4-moe-four-over-six",
+        "-o",
+        out,
+        "--dataset",
+        rows,
+        "--device",
+        "cpu",
+        *options,
+    ]
     return CliRunner().invoke(app, [str(argument) for argument in given])
 
 

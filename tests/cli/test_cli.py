@@ -138,9 +138,9 @@ name: mixed
 rules:
   - {role: lm_head, format: keep}
   - {role: down, layers: 0, format: keep}
-  - {role: down, format: int4, symmetric: false, group_size: 32}
+  - {role: down, format: int4, scale_rule: absmax, symmetric: false, group_size: 32}
   - {role: mlp, format: nvfp4a16, scale_rule: sweep}
-  - {role: attention, layers: -1, format: nvfp4}
+  - {role: attention, layers: -1, format: nvfp4, scale_rule: four-over-six}
   - {role: linear, format: fp8-dynamic}
 """
 
@@ -364,7 +364,11 @@ def test_recipes_as_json() -> None:
     assert all(entry["rules"] and entry["description"] for entry in every)
     one = json.loads(run("recipes", "nvfp4-fp8-hybrid", "--json").stdout)
     assert one == [entry for entry in every if entry["name"] == "nvfp4-fp8-hybrid"]
-    assert one[0]["rules"][0] == {"role": ["mlp"], "format": "nvfp4", "scale_rule": "four-over-six"}
+    assert one[0]["rules"][0] == {"role": ["mlp"], "format": "nvfp4"}
+    assert {r.get("scale_rule") for e in every if "four-over-six" in e["name"] for r in e["rules"]} == {
+        "four-over-six",
+        None,  # FP8
+    }
 
 
 @pytest.mark.parametrize(("name", "says"), [("nvfp5", "nvfp4"), ("zzz", "`snugfit recipes`")])
@@ -386,13 +390,15 @@ def test_recipes_refuses_a_file(mixed: str) -> None:
 
 
 @pytest.mark.parametrize("model", ["llama", "tied"])
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid", "fp8-dynamic", "fp8-int4", "mixed"])
+@pytest.mark.parametrize(
+    "recipe", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "fp8-dynamic", "fp8-int4-absmax", "mixed"]
+)
 def test_dry_run_foretells_the_real_run(
     model: str, recipe: str, token_rows: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """What a dry run plans, every name, dtype, shape and byte, is what safetensors reads back after the real run."""
     if (model, recipe) == ("tied", "mixed"):
-        recipe = "int4-w4a16"  # a tied head takes no rule
+        recipe = "int4-w4a16-absmax"  # a tied head takes no rule
     source = request.getfixturevalue(model)
     recipe = request.getfixturevalue("mixed") if recipe == "mixed" else recipe
     options = ["-r", recipe, "--max-shard-size", "0.00006", "--dataset", token_rows]
@@ -435,7 +441,7 @@ def test_dry_run_writes_nothing(
     """A dry run changes no file and needs no output, though the recipe is a calibrated one."""
     monkeypatch.chdir(tmp_path)
     before = listing(llama)
-    run("quantize", llama, "-r", "nvfp4", "--dry-run", "--dataset", token_rows, *options)
+    run("quantize", llama, "-r", "nvfp4-four-over-six", "--dry-run", "--dataset", token_rows, *options)
     assert listing(llama) == before
     assert list(tmp_path.iterdir()) == []
 
@@ -452,7 +458,7 @@ def test_dry_run_writes_nothing(
 )
 def test_dry_run_checks_every_option(options: list[str], code: str, place: str, llama: Path, tmp_path: Path) -> None:
     """What the run would refuse, the dry run refuses in the same words, and both print nothing on stdout."""
-    arguments = ["quantize", str(llama), "-r", "nvfp4", *options]
+    arguments = ["quantize", str(llama), "-r", "nvfp4-four-over-six", *options]
     dry = CliRunner().invoke(app, [*arguments, "--dry-run"])
     real = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")])
     assert failed_with(dry, code, place)
@@ -467,7 +473,9 @@ def test_dry_run_shows_the_plan_before_it_refuses_for_lack_of_memory(
 ) -> None:
     """A machine with too little: the table, the estimate, then the refusal with exit code 2."""
     monkeypatch.setattr("snugfit.quantization.estimate.free_bytes", lambda _: 0)
-    result = CliRunner().invoke(app, ["quantize", str(llama), "-r", "nvfp4", "--dry-run", "--dataset", str(token_rows)])
+    result = CliRunner().invoke(
+        app, ["quantize", str(llama), "-r", "nvfp4-four-over-six", "--dry-run", "--dataset", str(token_rows)]
+    )
     assert failed_with(result, "memory-insufficient")
     assert "model.layers.0.mlp.down_proj.weight" in result.stdout
     assert "GB of memory" in result.stdout
@@ -487,10 +495,12 @@ def test_dry_run_shows_odd_names_as_they_are(make_tiny: MakeTiny) -> None:
 def test_json_of_a_run_is_the_stored_record(llama: Path, token_rows: Path, tmp_path: Path) -> None:
     """`--json` prints one JSON document on stdout, the very record that is stored; progress goes to stderr."""
     target = tmp_path / "out"
-    result = run("quantize", llama, "-r", "nvfp4-fp8-hybrid", "-o", target, "--dataset", token_rows, "--json")
+    result = run(
+        "quantize", llama, "-r", "nvfp4-fp8-hybrid-four-over-six", "-o", target, "--dataset", token_rows, "--json"
+    )
     assert result.stdout == (target / RECORD_FILE).read_text(encoding="utf-8")
     record = json.loads(result.stdout)
-    assert record["recipe"] == "nvfp4-fp8-hybrid"
+    assert record["recipe"] == "nvfp4-fp8-hybrid-four-over-six"
     assert record["bytes"] == sum(tensor["bytes"] for tensor in record["tensors"])
     assert record["dataset"]["samples"] == 6
     assert record["dataset"]["tokens"] == 6 * 48
@@ -589,8 +599,8 @@ def test_a_run_without_a_dataset_says_what_it_uses(make_tiny: MakeTiny, tmp_path
     source = add_tokenizer(make_tiny("llama", num_hidden_layers=1))
     rows = ["--num-samples", 1, "--max-seq-length", 8]
     for arguments, expected in (
-        (["quantize", source, "-r", "nvfp4", *rows, "--dry-run"], True),
-        (["quantize", source, "-r", "nvfp4", *rows, "-o", tmp_path / "out"], True),
+        (["quantize", source, "-r", "nvfp4-four-over-six", *rows, "--dry-run"], True),
+        (["quantize", source, "-r", "nvfp4-four-over-six", *rows, "-o", tmp_path / "out"], True),
         (["statistics", "collect", source, *rows, "-o", tmp_path / "statistics"], True),
         (["eval", source, "--context", 64, "--max-chunks", 1], True),
         (["quantize", source, "-r", "fp8-dynamic", "--dry-run"], False),

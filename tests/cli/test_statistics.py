@@ -172,7 +172,18 @@ def test_merge_joins_files(parts: list[Path], model: Path, tmp_path: Path) -> No
     shown = invoke("show", target, "--json")
     assert shown.stdout == target.read_text(encoding="utf-8")
     assert [one["num_samples"] for one in json.loads(shown.stdout)["datasets"]] == [2, 2]
-    arguments = ["quantize", model, "-r", "nvfp4", "-o", tmp_path / "out", "--device", "cpu", "--statistics", target]
+    arguments = [
+        "quantize",
+        model,
+        "-r",
+        "nvfp4-four-over-six",
+        "-o",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+        "--statistics",
+        target,
+    ]
     quantized = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert quantized.exit_code == 0, quantized.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["all.json", "out"]
@@ -201,7 +212,7 @@ def test_quantize_refuses_statistics_that_do_not_belong(
     parts: list[Path], mixture: Path, folder: Path, tmp_path: Path
 ) -> None:
     """`quantize --statistics` of another model ends with exit code 2, the file's name, and no output."""
-    arguments = ["quantize", mixture, "-r", "nvfp4-moe", "-o", tmp_path / "out", "--statistics", parts[0]]
+    arguments = ["quantize", mixture, "-r", "nvfp4-moe-four-over-six", "-o", tmp_path / "out", "--statistics", parts[0]]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
     assert failed_with(result, "statistics-mismatch", parts[0])
     assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 # most vision-language models; with torchvision beside it, all of tiny_families' load, seen with vLLM 0.32)
 TEXT = ("phi3", "glm4", "smollm3", "granitemoehybrid", "falcon_h1", "gemma4_text", "gpt_neox")
 PICTURES = ("smolvlm",)
-RECIPES = ("fp8-dynamic", "nvfp4")
+RECIPES = ("fp8-dynamic", "nvfp4-four-over-six")
 CASES = [f"{family}-{recipe}" for family in (*TEXT, *PICTURES) for recipe in RECIPES]
 
 
@@ -57,4 +57,6 @@ def test_vllm_loads_it(case: str, loaded: Mapping[str, Any]) -> None:
     assert "error" not in entry, entry.get("error")
     schemes = [scheme for scheme in entry["linears"].values() if scheme is not None]
     assert len(schemes) == len(group_modules(entry["quantized"]))
-    assert set(schemes) == {"CompressedTensorsW4A4Fp4" if case.endswith("nvfp4") else "CompressedTensorsW8A8Fp8"}
+    assert set(schemes) == {
+        "CompressedTensorsW4A4Fp4" if case.endswith("nvfp4-four-over-six") else "CompressedTensorsW8A8Fp8"
+    }

@@ -22,7 +22,7 @@ FAMILIES = (
     *("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "granitemoe", "granitemoehybrid"),
     *("glm4_moe", "minimax_m2", "deepseek_v3", "jamba", "lfm2_moe", "hunyuan_v1_moe", "gemma4_text", "granitemoe_swa"),
 )
-RECIPE = "fp8-int4-moe"  # experts in NVFP4 have no kernel in vLLM's CPU build
+RECIPE = "fp8-int4-moe-absmax"  # experts in NVFP4 have no kernel in vLLM's CPU build
 FP8_EXPERTS = ("gemma4_text", "granitemoe_swa")  # families without a kernel for INT4 experts there
 # what releases say and transformers' own configs do not
 SETTINGS: Mapping[str, Mapping[str, Any]] = {

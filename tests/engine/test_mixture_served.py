@@ -20,8 +20,8 @@ MIXTURE = Path(__file__).parents[1] / "fixtures" / "tiny-mixture"
 SERVE = Path(__file__).parents[2] / "benchmarks" / "serve_vllm.py"
 # recipe -> what must run its experts, the profile that says the same, relative bound on perplexity
 RECIPES = {
-    "nvfp4-moe": ("Nvfp4QuantizationEmulationTritonExperts", "vllm-blackwell", 0.01),
-    "fp8-int4-moe": ("Int4EmulationTritonExperts", "marlin", 0.005),
+    "nvfp4-moe-four-over-six": ("Nvfp4QuantizationEmulationTritonExperts", "vllm-blackwell", 0.01),
+    "fp8-int4-moe-absmax": ("Int4EmulationTritonExperts", "marlin", 0.005),
 }
 
 

@@ -30,9 +30,9 @@ NVFP4 = "EmulationNvFp4LinearKernel"
 # recipe -> kernels that must have run, relative bound on perplexity against our emulation
 RECIPES: dict[str, tuple[set[str], float]] = {
     "fp8-dynamic": ({FP8}, 0.005),
-    "fp8-int4": ({FP8, INT4}, 0.005),
-    "nvfp4": ({NVFP4}, 0.02),
-    "nvfp4-fp8-hybrid": ({FP8, NVFP4}, 0.02),
+    "fp8-int4-absmax": ({FP8, INT4}, 0.005),
+    "nvfp4-four-over-six": ({NVFP4}, 0.02),
+    "nvfp4-fp8-hybrid-four-over-six": ({FP8, NVFP4}, 0.02),
 }
 CACHE = "fp8-dynamic-fp8kv"
 

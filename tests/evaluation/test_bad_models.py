@@ -127,7 +127,7 @@ def test_one_bad_shard(
 
 def test_quantized_weights_that_the_config_hides(llama: Path, token_rows: Path, text: Path, out: Path) -> None:
     """A quantized checkpoint that lost its quantization_config is refused by a module's name."""
-    quantize(llama, "nvfp4", output_dir=out.parent / "model", dataset=[token_rows], device="cpu")
+    quantize(llama, "nvfp4-four-over-six", output_dir=out.parent / "model", dataset=[token_rows], device="cpu")
     edit_config(quantization_config=None)(out.parent / "model")
     arguments = [out.parent / "model", "--reference", llama, "--dataset", text, "--context", 64]
     message = refuse(out, "quantization-invalid", *arguments)
@@ -138,7 +138,7 @@ def test_quantized_weights_that_the_config_hides(llama: Path, token_rows: Path, 
 def test_quantized_with_a_broken_scale(llama: Path, token_rows: Path, text: Path, out: Path) -> None:
     """A scale that is not finite is refused with its name and value, though late, and leaves nothing."""
     name = "model.layers.1.self_attn.q_proj.weight_global_scale"
-    quantize(llama, "nvfp4", output_dir=out.parent / "model", dataset=[token_rows], device="cpu")
+    quantize(llama, "nvfp4-four-over-six", output_dir=out.parent / "model", dataset=[token_rows], device="cpu")
     put(name, {0: float("nan")})(out.parent / "model")
     arguments = [out.parent / "model", "--reference", llama, "--dataset", text, "--context", 64, "--max-chunks", 1]
     message = refuse(out, "scale-invalid", *arguments, worked=True)

@@ -217,7 +217,7 @@ def test_against_full_logits_of_a_real_model(smollm2: Path, tmp_path: Path) -> N
 def test_engine_profile_and_floor(make_tiny: MakeTiny, tmp_path: Path, token_rows: Path) -> None:
     """4-bit activations cost more than 16-bit ones, and noise floors are measured: small, on fewer chunks, in fp32."""
     source = make_tiny("llama")
-    quantize(source, "nvfp4", output_dir=tmp_path / "q", dataset=[token_rows])
+    quantize(source, "nvfp4-four-over-six", output_dir=tmp_path / "q", dataset=[token_rows])
     full = evaluate([tmp_path / "q"], reference=source, dataset=[token_rows], noise_floor="all")
     weights = evaluate([tmp_path / "q"], reference=source, dataset=[token_rows], activations="none")
     a, b = models(full)["q"], models(weights)["q"]

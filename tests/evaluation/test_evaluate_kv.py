@@ -219,7 +219,7 @@ class Told(Progress):
 
 def keeping(cache: str = "keep") -> LoadedRecipe:
     """A recipe that keeps the source's FP8 in attention."""
-    rules = "rules:\n  - {role: mlp, format: int4}\n  - {role: linear, format: keep}\n"
+    rules = "rules:\n  - {role: mlp, format: int4, scale_rule: absmax}\n  - {role: linear, format: keep}\n"
     return parse_recipe(f"name: mine\nkv_cache: {cache}\n{rules}", where="mine.yaml")
 
 
@@ -260,7 +260,7 @@ def test_an_unknown_scale_inside_attention_is_refused(name: str, fp8: Path, text
     """A scale of keys or values under an unknown name is refused by all verbs, and not taken for 1.0."""
     full = f"model.layers.1.self_attn.{name}"
     asks = rewritten(with_kv(fp8, tmp_path / "asks", []), tmp_path / "odd", lambda t: t | {full: torch.ones(1)})
-    for verb in (lambda: evaluate([asks], dataset=[text]), lambda: plan_quantization(asks, "int4-w4a16")):
+    for verb in (lambda: evaluate([asks], dataset=[text]), lambda: plan_quantization(asks, "int4-w4a16-absmax")):
         with raises("quantization-unknown", where=asks) as caught:
             verb()
         assert full in caught.value.what
@@ -451,7 +451,7 @@ def to_modelopt(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_modelopt_nvfp4_is_evaluated(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, *, separate: bool) -> None:
     """The same codes, scales and FP8 cache in ModelOpt's layout, its config in either file, give the same figures."""
     source = make_tiny("llama")
-    quantize(source, "nvfp4", output_dir=tmp_path / "plain", dataset=[token_rows])
+    quantize(source, "nvfp4-four-over-six", output_dir=tmp_path / "plain", dataset=[token_rows])
     snugfit = with_kv(tmp_path / "plain", tmp_path / "snugfit", TENSOR_SCALES)
     details: dict[str, Any] = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16}
     if separate:

@@ -87,7 +87,13 @@ def test_fp8_embeddings_are_decoded(
     assert perplexity(path, token_rows) == pytest.approx(perplexity(plain, token_rows), rel=1e-6)
     assert not inspect(path).problems
     for one in (path, plain):
-        quantize(one, "nvfp4-fp8-hybrid", output_dir=tmp_path / f"{one.name}-out", dataset=[token_rows], device="cpu")
+        quantize(
+            one,
+            "nvfp4-fp8-hybrid-four-over-six",
+            output_dir=tmp_path / f"{one.name}-out",
+            dataset=[token_rows],
+            device="cpu",
+        )
     first, second = (all_tensors(tmp_path / f"{one.name}-out") for one in (path, plain))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)
@@ -109,7 +115,7 @@ def test_undescribed_embeddings_are_refused(
             perplexity(path, token_rows)
         assert EMBEDDINGS in str(caught.value)
         with raises("quantization-invalid"):
-            plan_quantization(path, "nvfp4-fp8-hybrid", dataset=[token_rows])
+            plan_quantization(path, "nvfp4-fp8-hybrid-four-over-six", dataset=[token_rows])
         assert any(EMBEDDINGS in problem for problem in inspect(path).problems)
         assert any(EMBEDDINGS in note for note in fit(path, "8GiB").notes)
 
@@ -121,7 +127,10 @@ def test_a_scale_beside_plain_values_is_refused(
 ) -> None:
     """A scale next to a tensor that needs none is no part of the model: the two do not belong together."""
     path = changed(fp8, tmp_path / "scale", {f"{module}.{suffix}": torch.ones(1)})
-    for verb in (lambda: open_model(path), lambda: plan_quantization(path, "nvfp4-fp8-hybrid", dataset=[token_rows])):
+    for verb in (
+        lambda: open_model(path),
+        lambda: plan_quantization(path, "nvfp4-fp8-hybrid-four-over-six", dataset=[token_rows]),
+    ):
         with raises("scale-invalid", where=path) as caught:
             verb()
         assert f"{module}.{suffix}" in caught.value.what
@@ -176,7 +185,12 @@ def test_an_fp8_router_is_decoded(family: str, kind: Any, tmp_path: Path, token_
     plain = changed(source, tmp_path / "values", values)
     assert perplexity(path, token_rows) == pytest.approx(perplexity(plain, token_rows), rel=1e-6)
     quantize(
-        path, "fp8-int4-moe", output_dir=tmp_path / "out", dataset=[token_rows], device="cpu", allow_unverified=True
+        path,
+        "fp8-int4-moe-absmax",
+        output_dir=tmp_path / "out",
+        dataset=[token_rows],
+        device="cpu",
+        allow_unverified=True,
     )
     written = all_tensors(tmp_path / "out")
     for name, tensor in values.items():

@@ -53,11 +53,16 @@ def _verbs(rng: random.Random, model: Path) -> list[Command]:
     """Everything that reads headers alone."""
     inspect = ["inspect", str(model)]
     fit = ["fit", str(model), "--gpu", rng.choice(("16GiB", "RTX 5090", "H100", "4GiB"))]
-    recipes = "nvfp4", "fp8-dynamic", "int4-w4a16", "nvfp4-fp8-hybrid-fp8kv"
+    recipes = "nvfp4-four-over-six", "fp8-dynamic", "int4-w4a16-absmax", "nvfp4-fp8-hybrid-fp8kv-four-over-six"
     for recipe in rng.sample(recipes, rng.choice((0, 1, 1, 1, 2))):
         fit += ["-r", recipe]
     fit += rng.choice(([], [], ["--tp", "2"], ["--context", "8k"], ["--engine", "sglang"], ["--engine", "aphrodite"]))
-    plan = ["quantize", str(model), "-r", rng.choice(("nvfp4", "fp8-block", "nvfp4-fp8-hybrid-fp8kv", "int4-w4a16"))]
+    plan = [
+        "quantize",
+        str(model),
+        "-r",
+        rng.choice(("nvfp4-four-over-six", "fp8-block", "nvfp4-fp8-hybrid-fp8kv-four-over-six", "int4-w4a16-absmax")),
+    ]
     plan += ["--dry-run", *rng.choice(([], ["-o", str(model.parent / "out")]))]
     commands = [inspect, fit, plan]
     # tables take their time
@@ -373,7 +378,7 @@ def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     out = rng.choice(([], ["-o", str(root / "out")]))
     commands = [["compare", str(pair[0]), str(pair[1]), *rng.choice(([], ["--json"])), *out]]
     if rng.random() < 0.2:
-        record = {"snugfit": "0.1", "recipe": "nvfp4", "tensors": [], "files": {}}
+        record = {"snugfit": "0.1", "recipe": "nvfp4-four-over-six", "tensors": [], "files": {}}
         model = BASES["16-bit"].write(root / "model")
         (model / "snugfit-record.json").write_bytes(spoil_json(rng, record, ("snugfit", "recipe")))
         commands.append(["inspect", str(model), *rng.choice(([], ["--json"]))])
@@ -397,7 +402,7 @@ def make_rows(rng: random.Random, root: Path, shared: Path) -> list[Command]:
     content = b"\n".join(lines) + b"\n"
     file = root / f"rows{rng.choice(('.jsonl', '.jsonl', '.jsonl', '.txt'))}"
     file.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.2 else content)
-    return [_quantize(root, shared / "model", "nvfp4", file), _eval(root, shared / "model", file)]
+    return [_quantize(root, shared / "model", "nvfp4-four-over-six", file), _eval(root, shared / "model", file)]
 
 
 def _quantize(root: Path, model: Path, recipe: str, rows: Path) -> Command:
@@ -468,7 +473,7 @@ def make_run(rng: random.Random, root: Path, shared: Path) -> list[Command]:
     if written == "quantized":
         return [["inspect", str(model)], _eval(root, model, shared / "text.txt")]
     rows = rng.choice((shared / "text.txt", shared / "rows.jsonl"))
-    recipe = rng.choice(("nvfp4", "fp8-dynamic", "nvfp4-fp8-hybrid-fp8kv"))
+    recipe = rng.choice(("nvfp4-four-over-six", "fp8-dynamic", "nvfp4-fp8-hybrid-fp8kv-four-over-six"))
     return [_quantize(root, model, recipe, rows), *([_eval(root, model, rows)] if rng.random() < 0.5 else [])]
 
 
@@ -496,7 +501,7 @@ def make_unfinished(rng: random.Random, root: Path, shared: Path) -> list[Comman
         else:
             file.write_bytes(spoil_bytes(rng, content))
     more = rng.choice(([], [], [], ["--force-resume"], ["--restart"]))
-    return [[*_quantize(root, shared / "model", "nvfp4-fp8-hybrid-fp8kv", shared / "rows.jsonl"), *more]]
+    return [[*_quantize(root, shared / "model", "nvfp4-fp8-hybrid-fp8kv-four-over-six", shared / "rows.jsonl"), *more]]
 
 
 # --- statistics
@@ -504,7 +509,9 @@ def make_unfinished(rng: random.Random, root: Path, shared: Path) -> list[Comman
 
 def make_statistics(rng: random.Random, root: Path, shared: Path) -> list[Command]:
     """Statistics that are damaged, of a dense model or a mixture: shown, merged with sound ones, quantized with."""
-    model, recipe = rng.choice((("model", "nvfp4-fp8-hybrid-fp8kv"), ("mixture", "nvfp4-moe")))
+    model, recipe = rng.choice(
+        (("model", "nvfp4-fp8-hybrid-fp8kv-four-over-six"), ("mixture", "nvfp4-moe-four-over-six"))
+    )
     content = (shared / f"{model}-0.json").read_bytes()
     file = root / rng.choice(("statistics.json", "statistics.json", "snugfit-statistics.json"))
     document = json.loads(content)

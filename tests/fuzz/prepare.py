@@ -18,7 +18,7 @@ from snugfit.evaluation.evaluate import evaluate
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.quantize import quantize
 
-UNFINISHED = "nvfp4-fp8-hybrid-fp8kv"
+UNFINISHED = "nvfp4-fp8-hybrid-fp8kv-four-over-six"
 PROSE = "The quick brown fox jumps over the lazy dog, and nobody minds it. " * 12
 
 
@@ -41,7 +41,7 @@ def prepare_runs(shared: Path, *, unfinished: bool) -> None:
         "max_seq_length": 32,
         "device": "cpu",
     }
-    quantize(shared / "model", "nvfp4-fp8-hybrid", output_dir=shared / "quantized", **asked)
+    quantize(shared / "model", "nvfp4-fp8-hybrid-four-over-six", output_dir=shared / "quantized", **asked)
     evaluate(
         [shared / "quantized"],
         reference=shared / "model",

@@ -19,8 +19,8 @@ from snugfit.records.quantize import QuantizeRecord
 
 pytestmark = pytest.mark.gpu
 
-DATA_FREE = ("fp8-dynamic", "fp8-block", "mxfp4", "int4-w4a16")
-CALIBRATED = ("nvfp4", "nvfp4-absmax", "nvfp4-fp8-hybrid-fp8kv")
+DATA_FREE = ("fp8-dynamic", "fp8-block", "mxfp4-absmax", "int4-w4a16-absmax")
+CALIBRATED = ("nvfp4-four-over-six", "nvfp4-absmax", "nvfp4-fp8-hybrid-fp8kv-four-over-six")
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
@@ -88,7 +88,7 @@ def test_a_mixture_on_the_gpu(cuda: torch.device, mixture: Path, token_rows: Pat
         found[device] = snugfit.collect_statistics(
             mixture, output_dir=tmp_path / f"statistics-{device}", dataset=[token_rows], device=device
         )
-        quantize_on(device, mixture, "nvfp4-moe", tmp_path / device, token_rows)
+        quantize_on(device, mixture, "nvfp4-moe-four-over-six", tmp_path / device, token_rows)
     here, there = tensors_of(tmp_path / "cpu"), tensors_of(tmp_path / "cuda")
     for name, tensor in here.items():
         if name.endswith("input_global_scale"):
@@ -106,7 +106,7 @@ def test_a_mixture_on_the_gpu(cuda: torch.device, mixture: Path, token_rows: Pat
             assert sum(experts.tokens) == sum(other.experts[name].tokens)
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid-fp8kv", "fp8-dynamic"])
+@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid-fp8kv-four-over-six", "fp8-dynamic"])
 def test_a_stopped_run_resumes_with_the_same_bytes(
     cuda: torch.device, llama: Path, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str
 ) -> None:
@@ -149,9 +149,9 @@ def test_out_of_gpu_memory_keeps_what_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "propagate", full)
         with pytest.raises(snugfit.UserError) as caught:
-            quantize_on(cuda.type, llama, "nvfp4", tmp_path / "out", token_rows)
+            quantize_on(cuda.type, llama, "nvfp4-four-over-six", tmp_path / "out", token_rows)
     assert caught.value.code == "gpu-memory-insufficient"
-    record = quantize_on(cuda.type, llama, "nvfp4", tmp_path / "out", token_rows)
+    record = quantize_on(cuda.type, llama, "nvfp4-four-over-six", tmp_path / "out", token_rows)
     assert record.resumed is not None
     assert record.peak_gpu_bytes is not None
     assert record.peak_gpu_bytes > 0
@@ -162,7 +162,7 @@ def test_evaluation_agrees_with_the_cpu(
     cuda: torch.device, llama: Path, token_rows: Path, tmp_path: Path, activations: str
 ) -> None:
     """Perplexity and KL of a quantized model in bf16 on the GPU are those of the CPU within its noise floor."""
-    quantize_on("cpu", llama, "nvfp4-fp8-hybrid-fp8kv", tmp_path / "out", token_rows)
+    quantize_on("cpu", llama, "nvfp4-fp8-hybrid-fp8kv-four-over-six", tmp_path / "out", token_rows)
     figures = {}
     for device in ("cpu", cuda.type):
         record = snugfit.evaluate(

@@ -28,7 +28,7 @@ def test_what_a_config_asks_for_changes_nothing(key: str, value: str, make_tiny:
     found = []
     for model in (plain, asking):
         out = tmp_path / f"{model.name}-out"
-        quantize(model, "nvfp4", output_dir=out, dataset=[rows])
+        quantize(model, "nvfp4-four-over-six", output_dir=out, dataset=[rows])
         record = evaluate([model], dataset=[rows], contexts=(32,), continuations=0)
         found.append((all_tensors(out), record.contexts[0].models[0].perplexity))
     (before, perplexity), (after, again) = found

@@ -209,7 +209,7 @@ def test_kept_stacks_run_in_calibration(kind: str, sources: Sources, tmp_path: P
     """Kept experts run behind calibrated attention, and are copied."""
     path, out = sources(kind), tmp_path / "out"
     rows = write_rows(tmp_path / "rows.jsonl", random_rows([40] * 6))
-    asked = recipe("role: experts, format: keep", "role: attention, format: nvfp4")
+    asked = recipe("role: experts, format: keep", "role: attention, format: nvfp4, scale_rule: four-over-six")
     quantize(path, asked, output_dir=out, dataset=[rows], device="cpu", allow_unverified=True)
     given, written = all_tensors(path), all_tensors(out)
     kept = [name for name in given if name in written]
@@ -279,7 +279,7 @@ def make_copy(path: Path, folder: Path) -> Path:
 @pytest.mark.parametrize("kind", ["gpt_oss", "gpt_oss mxfp4"])
 def test_experts_that_no_tested_engine_loads(kind: str, sources: Sources, tmp_path: Path) -> None:
     """Experts of gpt-oss in NVFP4 need `allow_unverified`; the remedy also names `format: keep` if that helps."""
-    asked = recipe("role: experts, format: nvfp4", "role: linear, format: keep")
+    asked = recipe("role: experts, format: nvfp4, scale_rule: four-over-six", "role: linear, format: keep")
     with raises("format-unverified", where=sources(kind) / "config.json") as caught:
         quantize(sources(kind), asked, output_dir=tmp_path / "out", device="cpu")
     assert {"gpt_oss", "nvfp4"} <= set(re.split(r"[\s:]+", caught.value.what))
@@ -341,7 +341,7 @@ def test_a_nan_in_one_expert_is_refused(sources: Sources, tmp_path: Path) -> Non
 
     model = edited(sources("granitemoe"), tmp_path / "model", spoil)
     with raises("tensor-not-finite", where=model) as caught:
-        quantize(model, "fp8-int4-moe", output_dir=tmp_path / "out", device="cpu")
+        quantize(model, "fp8-int4-moe-absmax", output_dir=tmp_path / "out", device="cpu")
     assert UP1 in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -354,7 +354,7 @@ def test_odd_out_features_of_gate_and_up_are_refused(sources: Sources, tmp_path:
 
     model = edited(sources("granitemoe"), tmp_path / "model", lengthen)
     with raises("config-mismatch", where=model) as caught:
-        quantize(model, "fp8-int4-moe", output_dir=tmp_path / "out", device="cpu")
+        quantize(model, "fp8-int4-moe-absmax", output_dir=tmp_path / "out", device="cpu")
     assert UP1 in caught.value.what
 
 
@@ -367,7 +367,7 @@ def test_an_expert_that_is_stored_twice_is_refused(sources: Sources, tmp_path: P
 
     model = edited(sources("granitemoe"), tmp_path / "model", double)
     with raises("tensor-duplicate", where=model) as caught:
-        quantize(model, "fp8-int4-moe", output_dir=tmp_path / "out", device="cpu")
+        quantize(model, "fp8-int4-moe-absmax", output_dir=tmp_path / "out", device="cpu")
     assert name in caught.value.what
 
 

@@ -30,7 +30,7 @@ from snugfit.vram.weights import is_served
 TESTS = Path(__file__).parents[1]
 CARD = "RTX 5060 Ti 16GB"
 MakeTiny = Callable[..., Path]
-DENSE = [name for name in builtin_names() if not name.endswith("-moe")]
+DENSE = [name for name in builtin_names() if "-moe" not in name]
 
 
 def dense_tensors(config: dict[str, Any], dtype: str = "BF16") -> list[Tensor]:
@@ -120,7 +120,8 @@ def test_recipes_that_store_the_same_are_one_row(nemo: Path) -> None:
     """Recipes that differ in scale rules or in the cache's scales share a row; an FP8 cache is then calibrated."""
     record = fit(nemo, CARD)
     row = row_of(record.rows, "nvfp4-fp8-hybrid")
-    assert {"nvfp4-fp8-hybrid", "nvfp4-fp8-hybrid-absmax", "nvfp4-fp8-hybrid-fp8kv"} <= set(row.recipes)
+    exact = {"nvfp4-fp8-hybrid-absmax", "nvfp4-fp8-hybrid-four-over-six"}
+    assert {"nvfp4-fp8-hybrid", "nvfp4-fp8-hybrid-fp8kv", *exact} <= set(row.recipes)
     assert row.name == "nvfp4-fp8-hybrid"
     assert [cache.recipe for cache in row.caches] == ["nvfp4-fp8-hybrid", "nvfp4-fp8-hybrid-fp8kv"]
     assert [cache.recipe for cache in row_of(record.rows, "nvfp4").caches] == ["nvfp4", "nvfp4"]
@@ -264,8 +265,10 @@ def refusal(model: Path, recipe: str) -> str | None:
     return unverified[0].what.rstrip(".") if unverified else None
 
 
-SPLITS = {"nvfp4-fp8-down", "nvfp4-fp8-down-absmax"}  # experts of one layer in two formats
-LATENT = {"nvfp4", "nvfp4-absmax", "mxfp4"}  # 4-bit inputs of latent attention's kv_b_proj
+# experts of one layer in two formats
+SPLITS = {"nvfp4-fp8-down", "nvfp4-fp8-down-absmax", "nvfp4-fp8-down-four-over-six"}
+# 4-bit inputs of latent attention's kv_b_proj
+LATENT = {"nvfp4", "nvfp4-absmax", "nvfp4-four-over-six", "mxfp4", "mxfp4-absmax"}
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe", "granitemoehybrid", "deepseek_v3", "qwen3_vl_moe"])

@@ -408,7 +408,7 @@ def test_unknown_architecture(kind: object, single: Path, out: Path) -> None:
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8-dynamic"])
+@pytest.mark.parametrize("recipe", ["nvfp4-four-over-six", "fp8-dynamic"])
 def test_config_of_another_model(
     recipe: str, values: dict[str, Any], code: str, named: str, *, single: Path, token_rows: Path, out: Path
 ) -> None:
@@ -420,7 +420,9 @@ def test_config_of_another_model(
 # --- the weights' values
 
 
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "int4-w4a16", "nvfp4a16", "nvfp4"])
+@pytest.mark.parametrize(
+    "recipe", ["fp8-dynamic", "int4-w4a16-absmax", "nvfp4a16-four-over-six", "nvfp4-four-over-six"]
+)
 @pytest.mark.parametrize(
     ("values", "counts"),
     [
@@ -437,7 +439,7 @@ def test_nan_and_inf_weights(
     refuse(model, out, "tensor-not-finite", f"{model / SINGLE_NAME}: ", Q1, *counts, recipe=recipe, options=data)
 
 
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-four-over-six"])
 @pytest.mark.parametrize(
     "name",
     ["lm_head.weight", "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.input_layernorm.weight"],
@@ -451,7 +453,7 @@ def test_nan_in_tensors_that_stay(recipe: str, name: str, single: Path, token_ro
 @pytest.mark.parametrize(
     ("value", "code"), [(float("nan"), "tensor-not-finite"), (3e38, "activations-not-finite")], ids=["nan", "overflow"]
 )
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid"])
+@pytest.mark.parametrize("recipe", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six"])
 def test_activations_that_are_not_finite(
     recipe: str, value: float, code: str, *, single: Path, token_rows: Path, out: Path
 ) -> None:
@@ -463,8 +465,8 @@ def test_activations_that_are_not_finite(
 @pytest.mark.parametrize(
     ("recipe", "norm", "module"),
     [
-        ("nvfp4", "input_layernorm", "self_attn."),
-        ("nvfp4-fp8-hybrid", "post_attention_layernorm", "mlp."),
+        ("nvfp4-four-over-six", "input_layernorm", "self_attn."),
+        ("nvfp4-fp8-hybrid-four-over-six", "post_attention_layernorm", "mlp."),
     ],
 )
 def test_inputs_that_are_all_zero(
@@ -478,7 +480,7 @@ def test_inputs_that_are_all_zero(
 def test_inputs_that_are_all_zero_without_activation_scales(single: Path, out: Path) -> None:
     """The same model is quantized by a recipe that measures no activations."""
     model = copy(single, out, fill("model.layers.1.input_layernorm.weight", 0.0))
-    assert invoke(model, out, "nvfp4a16").exit_code == 0
+    assert invoke(model, out, "nvfp4a16-four-over-six").exit_code == 0
     assert (out / SINGLE_NAME).is_file()
 
 
@@ -494,18 +496,21 @@ def test_unknown_recipe(single: Path, out: Path) -> None:
 RULES = "name: x\nrules:\n"
 BAD_RECIPES = {
     "split group": (
-        RULES + "  - {role: q, format: nvfp4}\n  - {role: linear, format: fp8-dynamic}\n",
+        RULES + "  - {role: q, format: nvfp4, scale_rule: four-over-six}\n  - {role: linear, format: fp8-dynamic}\n",
         ("recipe-splits-group", "model.layers.0.self_attn."),
     ),
     "a weight without a rule": (
-        RULES + "  - {role: mlp, format: nvfp4}\n",
+        RULES + "  - {role: mlp, format: nvfp4, scale_rule: four-over-six}\n",
         ("recipe-rule-missing", "model.layers.0.self_attn."),
     ),
     "unknown key": (
         RULES + "  - {role: linear, formatt: nvfp4, format: keep}\n",
         ("recipe-invalid", "rules[0].formatt"),
     ),
-    "output head": (RULES + "  - {role: [linear, lm_head], format: nvfp4}\n", ("recipe-not-quantizable", "lm_head")),
+    "output head": (
+        RULES + "  - {role: [linear, lm_head], format: nvfp4, scale_rule: four-over-six}\n",
+        ("recipe-not-quantizable", "lm_head"),
+    ),
     "no YAML": ("name: [\n", ("yaml-invalid",)),
     "empty": ("", ("recipe-invalid",)),
     "control character": ("a\0b", ("yaml-invalid",)),
@@ -525,7 +530,7 @@ def test_in_features_that_blocks_do_not_divide(make_tiny: MakeTiny, token_rows: 
     """A weight whose in_features 16 does not divide is refused by NVFP4 with recipe, rule, tensor and shape."""
     model = make_tiny("llama", intermediate_size=72, num_hidden_layers=1)
     named = "recipe nvfp4", "rules[0]", "model.layers.0.mlp.down_proj.weight", "64", "72", "16"
-    refuse(model, out, "recipe-shape", *named, recipe="nvfp4", options=("--dataset", token_rows))
+    refuse(model, out, "recipe-shape", *named, recipe="nvfp4-four-over-six", options=("--dataset", token_rows))
 
 
 # --- the dataset to calibrate on
@@ -535,7 +540,7 @@ def refuse_dataset(single: Path, out: Path, name: str, content: bytes, code: str
     """A run with a file of this content must be refused with this code and the file's name."""
     file = out.parent / name
     file.write_bytes(content)
-    refuse(single, out, code, file, *named, recipe="nvfp4", options=("--dataset", file))
+    refuse(single, out, code, file, *named, recipe="nvfp4-four-over-six", options=("--dataset", file))
 
 
 @pytest.mark.parametrize("content", [b"", b"a"], ids=["empty", "one token"])
@@ -555,7 +560,7 @@ def test_binary_text(name: str, single: Path, out: Path) -> None:
     refuse_dataset(single, out, name, bytes(range(256)), "dataset-unreadable")
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8-dynamic"])
+@pytest.mark.parametrize("recipe", ["nvfp4-four-over-six", "fp8-dynamic"])
 def test_missing_dataset(recipe: str, single: Path, out: Path) -> None:
     """A file of samples that does not exist is refused with its name, also if the recipe needs no samples."""
     missing = out.parent / "nowhere.txt"
@@ -613,10 +618,12 @@ def test_text_without_a_tokenizer(single: Path, out: Path) -> None:
     file = out.parent / "a.txt"
     file.write_text("some text " * 50, encoding="utf-8")
     options = ("--dataset", file)
-    refuse(single, out, "tokenizer-unusable", f"{single}: ", "`input_ids`", recipe="nvfp4", options=options)
+    refuse(
+        single, out, "tokenizer-unusable", f"{single}: ", "`input_ids`", recipe="nvfp4-four-over-six", options=options
+    )
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8-dynamic"])
+@pytest.mark.parametrize("recipe", ["nvfp4-four-over-six", "fp8-dynamic"])
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--num-samples", 0), ("--num-samples", -1), ("--max-seq-length", 1), ("--max-seq-length", 0)],
@@ -630,7 +637,7 @@ def test_too_few_samples(option: str, value: int, recipe: str, *, single: Path, 
 # --- already quantized
 
 
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4a16", "int4-w4a16"])
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4a16-four-over-six", "int4-w4a16-absmax"])
 @pytest.mark.parametrize("marked", [True, False], ids=["with config", "config stripped"])
 def test_quantizing_twice(recipe: str, marked: bool, single: Path, out: Path) -> None:
     """The result of a run cannot be quantized again, even if someone removes its quantization_config."""
@@ -698,7 +705,7 @@ def test_shard_size_that_is_not_positive(size: str, single: Path, out: Path) -> 
     refuse(single, out, "option-invalid", "snugfit: --max-shard-size: ", options=("--max-shard-size", size))
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "fp8-dynamic"])
+@pytest.mark.parametrize("recipe", ["nvfp4-four-over-six", "fp8-dynamic"])
 @pytest.mark.parametrize("count", [0, -1])
 def test_batch_of_no_tokens(count: int, recipe: str, single: Path, token_rows: Path, out: Path) -> None:
     """Batches of no tokens are refused with the option's name, whether or not the recipe runs samples."""
@@ -800,7 +807,7 @@ def test_two_runs_at_once(held: Path, single: Path, out: Path) -> None:
     assert (held / "model.safetensors").read_bytes() == b"half"
 
 
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-four-over-six"])
 def test_interrupted(recipe: str, single: Path, token_rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C before the first layer is done leaves nothing, says so, and is exit code 130."""
     real, seen = snugfit.quantization.write._write, []

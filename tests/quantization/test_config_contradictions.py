@@ -218,7 +218,7 @@ def test_infinite_values_that_belong_there_are_copied(make_tiny: MakeTiny, tmp_p
     bias[3] = -math.inf
     for name, recipe, more in (
         ("copied", "fp8-dynamic", {"model.layers.1.self_attn.q_proj.bias": bias}),
-        ("run", "nvfp4", {}),
+        ("run", "nvfp4-four-over-six", {}),
     ):
         path = rewritten(source, tmp_path / name, INFINITE | more)
         quantize(path, recipe, output_dir=tmp_path / f"{name}-out", dataset=[token_rows], device="cpu")

@@ -95,10 +95,10 @@ def test_quantized_files_run_in_transformers(
 
     `evaluate` finds the perplexities of transformers' forward, and a small KL.
     """
-    check_quantized(family, "nvfp4-fp8-hybrid", make_tiny, tmp_path, monkeypatch)
+    check_quantized(family, "nvfp4-fp8-hybrid-four-over-six", make_tiny, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-four-over-six"])
 @pytest.mark.parametrize("family", ["phi3", "qwen3_5_text", "granitemoehybrid", "falcon_h1", "gemma4_text"])
 def test_other_recipes(
     family: str, recipe: str, make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -331,7 +331,7 @@ def test_code_in_a_checkpoint_never_runs(kind: str, make_tiny: MakeTiny, tmp_pat
     (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if kind == "llama":
         text = write_rows(tmp_path / "rows.jsonl", random_rows([32] * 2))
-        quantize(path, "nvfp4", output_dir=tmp_path / "out", dataset=[text])
+        quantize(path, "nvfp4-four-over-six", output_dir=tmp_path / "out", dataset=[text])
         assert evaluate([tmp_path / "out"], dataset=[text]).contexts[0].models[0].perplexity > 1
     else:
         for run in (lambda: open_model(path), lambda: quantize(path, "fp8-dynamic", output_dir=tmp_path / "out")):

@@ -35,7 +35,11 @@ from snugfit.records.quantize import QuantizeRecord
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "mixtral", "deepseek_v3")
 # family -> a recipe that makes its MLP or its experts NVFP4, and leaves all else in FP8
-RECIPES = {"llama": "nvfp4-fp8-hybrid", "mixtral": "nvfp4-moe", "deepseek_v3": "nvfp4-moe"}
+RECIPES = {
+    "llama": "nvfp4-fp8-hybrid-four-over-six",
+    "mixtral": "nvfp4-moe-four-over-six",
+    "deepseek_v3": "nvfp4-moe-four-over-six",
+}
 SOURCE_SUFFIXES = ("weight_scale_inv", "activation_scale", "_blocks", "_scales")
 LAYER0 = "model.layers.0.self_attn"
 EXPERT = "model.layers.1.mlp.experts.3.down_proj"
@@ -288,7 +292,7 @@ def test_experts_are_quantized_from_dequantized_weights(
     parts = [n for n in expected if n.endswith((".weight_packed", ".weight_scale", ".weight_global_scale"))]
     assert len(parts) == 3 * len([n for n in written if n.endswith(".weight_packed")]) >= 3 * 6
     assert all(same_bytes(written[name], expected[name]) for name in parts)
-    int4 = "fp8-int4" if family == "llama" else "fp8-int4-moe"
+    int4 = "fp8-int4-absmax" if family == "llama" else "fp8-int4-moe-absmax"
     for path in (made.source, plain):
         quantize(path, int4, output_dir=tmp_path / f"int4-{path.name}", device="cpu")
     from_fp8, from_bf16 = (all_tensors(tmp_path / f"int4-{path.name}") for path in (made.source, plain))
@@ -323,7 +327,9 @@ def test_kept_layers_compute_the_same(
 ) -> None:
     """Hidden states behind a kept layer are those of the source bit for bit, as evaluation reads both."""
     source = fp8(family, kind)
-    recipe = recipe_file(tmp_path, "role: mlp, layers: -1, format: nvfp4a16", "role: linear, format: keep")
+    recipe = recipe_file(
+        tmp_path, "role: mlp, layers: -1, format: nvfp4a16, scale_rule: four-over-six", "role: linear, format: keep"
+    )
     quantize(source, str(recipe), output_dir=tmp_path / "out", device="cpu")
     given, written = all_tensors(source), all_tensors(tmp_path / "out")
     for module in fp8_modules(given):
@@ -370,7 +376,7 @@ def test_e8m0_scales_become_floats_of_the_same_value(
 ) -> None:
     """Scales that are powers of two in one byte are written in F32, as compressed-tensors has them, unchanged."""
     source = copied(fp8("deepseek_v3", "hf-block"), tmp_path, to_e8m0(plain=plain))
-    run(source, tmp_path / "out", "nvfp4-moe", rows)
+    run(source, tmp_path / "out", "nvfp4-moe-four-over-six", rows)
     given, written = all_tensors(source), all_tensors(tmp_path / "out")
     for module in (f"{LAYER0}.o_proj", f"{PREDICTED}.kv_b_proj", "model.layers.2.mlp.experts.5.up_proj"):
         exponents = given[f"{module}.weight_scale_inv"].view(torch.uint8).int() - 127
@@ -379,7 +385,7 @@ def test_e8m0_scales_become_floats_of_the_same_value(
         assert torch.equal(scale, torch.ldexp(torch.ones(exponents.shape), exponents))
         assert same_bytes(written[f"{module}.weight"], given[f"{module}.weight"])
     assert QuantizationConfig.model_validate(quantization_of(tmp_path / "out"))
-    assert sum(t.nbytes for t in written.values()) == plan_of(source, "nvfp4-moe").bytes
+    assert sum(t.nbytes for t in written.values()) == plan_of(source, "nvfp4-moe-four-over-six").bytes
 
 
 def to_e8m0(*, plain: bool = False) -> Change:
@@ -409,7 +415,7 @@ def copied(source: Path, folder: Path, change: Change | None = None, **quantizat
 def test_fp8_of_snugfit_is_a_source(wide: Callable[[str], Path], rows: Path, tmp_path: Path) -> None:
     """FP8 that snugfit wrote can be quantized like any other: its codes and scales stay."""
     quantize(wide("mixtral"), "fp8-dynamic", output_dir=tmp_path / "fp8", device="cpu")
-    run(tmp_path / "fp8", tmp_path / "out", "nvfp4-moe", rows)
+    run(tmp_path / "fp8", tmp_path / "out", "nvfp4-moe-four-over-six", rows)
     given, written = all_tensors(tmp_path / "fp8"), all_tensors(tmp_path / "out")
     for part in ("weight", "weight_scale"):
         assert same_bytes(written[f"{LAYER0}.q_proj.{part}"], given[f"{LAYER0}.q_proj.{part}"])
@@ -424,7 +430,7 @@ def test_requantize_makes_new_codes(
     kind: Kind, fp8: Callable[[str, Kind], Path], wide: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """`requantize: true` gives the same as the dequantized weights, without the source's input scales."""
-    rules = "role: mlp, format: int4", "role: linear, format: fp8-dynamic, requantize: true"
+    rules = "role: mlp, format: int4, scale_rule: absmax", "role: linear, format: fp8-dynamic, requantize: true"
     recipe, source = recipe_file(tmp_path, *rules), fp8("llama", kind)
     plain = dequantized_copy(wide("llama"), source, tmp_path / "plain")
     for name, path in (("from_fp8", source), ("from_bf16", plain)):
@@ -440,7 +446,9 @@ def test_keep_copies_fp8(fp8: Callable[[str, Kind], Path], tmp_path: Path) -> No
     """`format: keep` keeps FP8 weights in FP8, with a config group; with `requantize` they become BF16."""
     source = fp8("llama", "hf-tensor-static")
     for name, more in (("kept", ""), ("wide", ", requantize: true")):
-        recipe = recipe_file(tmp_path, "role: mlp, format: int4", f"role: linear, format: keep{more}")
+        recipe = recipe_file(
+            tmp_path, "role: mlp, format: int4, scale_rule: absmax", f"role: linear, format: keep{more}"
+        )
         quantize(source, str(recipe), output_dir=tmp_path / name, device="cpu")
     given, kept, wide = (all_tensors(path) for path in (source, tmp_path / "kept", tmp_path / "wide"))
     module = f"{LAYER0}.v_proj"
@@ -509,11 +517,11 @@ def test_partners_of_different_fp8_are_refused(fp8: Callable[[str, Kind], Path],
 
     source = copied(fp8("llama", "hf-block"), tmp_path, both)
     named = f"{LAYER0}.k_proj", "q_proj", "fp8-block", "fp8-dynamic", "requantize: true"
-    recipe = "nvfp4-fp8-hybrid"
+    recipe = "nvfp4-fp8-hybrid-four-over-six"
     refuse("recipe-splits-group", *named, source=source, recipe=recipe, tmp_path=tmp_path, rows=rows)
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid", "keep"])
+@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid-four-over-six", "keep"])
 @pytest.mark.parametrize("kind", ["hf-block", "ct-tensor-static"])
 def test_a_partner_in_16_bits_is_refused(
     kind: Kind, recipe: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
@@ -527,11 +535,15 @@ def test_a_partner_in_16_bits_is_refused(
     ignore = [*quantization_of(fp8("llama", kind)).get("ignore", []), f"{LAYER0}.k_proj"]
     more = {"ignore": ignore} if kind.startswith("ct") else {}
     source = copied(fp8("llama", kind), tmp_path, change, **more)
-    keep = "role: mlp, format: nvfp4", "role: linear, format: keep"
+    keep = "role: mlp, format: nvfp4, scale_rule: four-over-six", "role: linear, format: keep"
     asked = recipe_file(tmp_path, *keep) if recipe == "keep" else recipe
     named = f"{LAYER0}.", "q_proj", "k_proj", "fp8", "requantize: true"
     refuse("recipe-splits-group", *named, source=source, recipe=asked, tmp_path=tmp_path, rows=rows)
-    remedy = recipe_file(tmp_path, "role: mlp, format: nvfp4", "role: linear, format: fp8-dynamic, requantize: true")
+    remedy = recipe_file(
+        tmp_path,
+        "role: mlp, format: nvfp4, scale_rule: four-over-six",
+        "role: linear, format: fp8-dynamic, requantize: true",
+    )
     run(source, tmp_path / "remedied", remedy, rows)
 
 
@@ -548,8 +560,15 @@ def test_other_blocks_are_refused(
 
     source = copied(fp8("llama", "hf-block"), tmp_path, change, weight_block_size=block)
     named = f"{block[0]} x {block[1]}", "128 x 128", "requantize: true"
-    refuse("recipe-not-quantizable", *named, source=source, recipe="nvfp4-fp8-hybrid", tmp_path=tmp_path, rows=rows)
-    rules = "role: mlp, format: nvfp4", "role: linear, format: fp8-dynamic, requantize: true"
+    refuse(
+        "recipe-not-quantizable",
+        *named,
+        source=source,
+        recipe="nvfp4-fp8-hybrid-four-over-six",
+        tmp_path=tmp_path,
+        rows=rows,
+    )
+    rules = "role: mlp, format: nvfp4, scale_rule: four-over-six", "role: linear, format: fp8-dynamic, requantize: true"
     run(source, tmp_path / "out", recipe_file(tmp_path, *rules), rows)
     assert all_tensors(tmp_path / "out")[f"{LAYER0}.q_proj.weight_scale"].shape[1] == 1
 
@@ -574,7 +593,7 @@ def test_codes_and_scales_need_each_other(
         folder = tmp_path / str(number)
         folder.mkdir()
         damaged = copied(source, folder, change)
-        refuse(code, named, source=damaged, recipe="nvfp4-moe", tmp_path=folder, rows=rows)
+        refuse(code, named, source=damaged, recipe="nvfp4-moe-four-over-six", tmp_path=folder, rows=rows)
 
 
 # name of the module -> what becomes of its weight
@@ -591,7 +610,7 @@ def test_scales_that_are_not_finite_are_refused(
     tensors = all_tensors(fp8("deepseek_v3", kind))
     scale = next(n for n in (f"{module}.weight_scale", f"{module}.weight_scale_inv") if n in tensors)
     source = copied(fp8("deepseek_v3", kind), tmp_path, spoil(scale, value))
-    refuse("tensor-not-finite", scale, source=source, recipe="nvfp4-moe", tmp_path=tmp_path, rows=rows)
+    refuse("tensor-not-finite", scale, source=source, recipe="nvfp4-moe-four-over-six", tmp_path=tmp_path, rows=rows)
 
 
 def test_e8m0_nan_is_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path) -> None:
@@ -603,12 +622,12 @@ def test_e8m0_nan_is_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_p
         spoil(name, 0xFF)(tensors)
 
     source = copied(fp8("deepseek_v3", "hf-block"), tmp_path, change)
-    refuse("scale-invalid", name, source=source, recipe="nvfp4-moe", tmp_path=tmp_path, rows=rows)
+    refuse("scale-invalid", name, source=source, recipe="nvfp4-moe-four-over-six", tmp_path=tmp_path, rows=rows)
 
 
 @pytest.mark.parametrize("module", PLACES, ids=list(PLACES.values()))
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
-@pytest.mark.parametrize("recipe", ["nvfp4-moe", "fp8-int4-moe"])
+@pytest.mark.parametrize("recipe", ["nvfp4-moe-four-over-six", "fp8-int4-moe-absmax"])
 def test_codes_that_are_nan_are_refused(
     recipe: str, code: int, module: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
@@ -625,11 +644,13 @@ def test_unknown_methods_are_refused(
     source = copied(fp8("llama", "hf-block"), tmp_path, quant_method=method)
     named = [source, repr(method) if method else "quantization_config"]
     code = "already-quantized" if method == "mxfp4" else "quantization-unknown"
-    refuse(code, *named, source=source, recipe="nvfp4-fp8-hybrid", tmp_path=tmp_path, rows=rows)
+    refuse(code, *named, source=source, recipe="nvfp4-fp8-hybrid-four-over-six", tmp_path=tmp_path, rows=rows)
 
 
-@pytest.mark.parametrize("made_by", ["nvfp4", "nvfp4-fp8-hybrid", "int4-w4a16", "mxfp4"])
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid", "fp8-dynamic"])
+@pytest.mark.parametrize(
+    "made_by", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "int4-w4a16-absmax", "mxfp4-absmax"]
+)
+@pytest.mark.parametrize("recipe", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "fp8-dynamic"])
 def test_four_bits_are_refused_as_a_source(
     made_by: str, recipe: str, wide: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
@@ -661,7 +682,7 @@ def outputs_of_expert(tensor: Tensor, expert: int, leaf: str) -> Tensor:
 def test_mxfp4_experts_stay_bit_for_bit(rule: str, gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path) -> None:
     """Codes, exponents and biases of single experts are the source's, with gate and up separated."""
     rules = f"role: experts, format: {rule}", "role: linear, format: fp8-dynamic"
-    recipe = "mxfp4" if rule == "mxfp4" else recipe_file(tmp_path, *rules)
+    recipe = "mxfp4-absmax" if rule == "mxfp4" else recipe_file(tmp_path, *rules)
     run(gpt_oss[1], tmp_path / "out", recipe, rows, allow_unverified=True)
     given, written = all_tensors(gpt_oss[1]), all_tensors(tmp_path / "out")
     for layer in range(2):
@@ -692,7 +713,7 @@ def test_requantized_mxfp4_experts(gpt_oss: tuple[Path, Path], rows: Path, tmp_p
     """NVFP4 from MXFP4 experts is byte for byte that from their dequantized BF16 values; so is attention in FP8."""
     plain = dequantized_copy(*gpt_oss, tmp_path / "plain")
     for name, path in (("from_mxfp4", gpt_oss[1]), ("from_bf16", plain)):
-        run(path, tmp_path / name, "nvfp4-moe", rows, allow_unverified=True)
+        run(path, tmp_path / name, "nvfp4-moe-four-over-six", rows, allow_unverified=True)
     from_mxfp4, from_bf16 = all_tensors(tmp_path / "from_mxfp4"), all_tensors(tmp_path / "from_bf16")
     assert from_mxfp4.keys() == from_bf16.keys()
     assert len([name for name in from_mxfp4 if name.endswith(".weight_packed")]) == 2 * 4 * 3
@@ -701,7 +722,7 @@ def test_requantized_mxfp4_experts(gpt_oss: tuple[Path, Path], rows: Path, tmp_p
     assert quantization_of(tmp_path / "from_mxfp4") == quantization_of(tmp_path / "from_bf16")
 
 
-@pytest.mark.parametrize("recipe", ["mxfp4", "nvfp4-moe"])
+@pytest.mark.parametrize("recipe", ["mxfp4-absmax", "nvfp4-moe-four-over-six"])
 def test_mxfp4_experts_need_allow_unverified(
     recipe: str, gpt_oss: tuple[Path, Path], rows: Path, tmp_path: Path
 ) -> None:
@@ -719,5 +740,5 @@ def test_mxfp4_scales_of_another_shape_are_refused(gpt_oss: tuple[Path, Path], r
     ):
         folder = tmp_path / str(number)
         folder.mkdir()
-        damaged, recipe = copied(gpt_oss[1], folder, change), "nvfp4-moe"
+        damaged, recipe = copied(gpt_oss[1], folder, change), "nvfp4-moe-four-over-six"
         refuse("weights-missing", f"{name}_blocks", source=damaged, recipe=recipe, tmp_path=folder, rows=rows)

@@ -34,7 +34,7 @@ HEADLESS: dict[str, tuple[str, Any]] = {
     "embedding": ("qwen3", AutoModel),
     "old names": ("gpt_neox", AutoModelForSequenceClassification),
 }
-RECIPES = ["fp8-dynamic", "nvfp4", "nvfp4-fp8-hybrid"]
+RECIPES = ["fp8-dynamic", "nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six"]
 
 
 def make(kind: str, folder: Path, *, auto: Any = None, dtype: torch.dtype = torch.float32) -> Path:
@@ -93,8 +93,8 @@ def test_every_verb_takes_a_model_without_head(tmp_path: Path) -> None:
     """Dry run, fit, inspect and statistics accept it; eval says that it predicts no tokens."""
     source = make("reward", tmp_path / "source", dtype=torch.bfloat16)
     text = write_rows(tmp_path / "rows.jsonl", random_rows([48] * 2, stop=64))
-    assert plan_quantization(source, "nvfp4", dataset=[text]).records()
-    assert all(row.problem is None for row in fit(source, "16GiB", recipes=["nvfp4"]).rows)
+    assert plan_quantization(source, "nvfp4-four-over-six", dataset=[text]).records()
+    assert all(row.problem is None for row in fit(source, "16GiB", recipes=["nvfp4-four-over-six"]).rows)
     assert not inspect(source).problems
     collect_statistics(source, output_dir=tmp_path / "statistics", dataset=[text])
     with raises("architecture-unsupported", where=source) as caught:

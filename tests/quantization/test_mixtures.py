@@ -39,7 +39,7 @@ from snugfit.storage.staging import units_done
 
 CPU = torch.device("cpu")
 INSIDE = [family for family in MIXTURES if family not in UNSUPPORTED_FAMILIES]
-RECIPES = ["nvfp4-moe", "fp8-int4-moe"]
+RECIPES = ["nvfp4-moe-four-over-six", "fp8-int4-moe-absmax"]
 every_recipe = pytest.mark.parametrize("recipe", RECIPES)
 every_family = pytest.mark.parametrize("family", INSIDE)
 E4M3 = torch.float8_e4m3fn
@@ -209,7 +209,7 @@ def test_experts_are_nvfp4_by_definition(family: str, source: Source, quantized:
     """Each expert's codes, block scales and global scale (one for gate and up) are those of the definition."""
     path = source(family)
     weights = experts_of(in_pieces(family, all_tensors(path)), layers_of(path))
-    written = all_tensors(quantized(family, "nvfp4-moe"))
+    written = all_tensors(quantized(family, "nvfp4-moe-four-over-six"))
     groups: dict[tuple[str, bool], list[str]] = {}
     for module in weights:
         match = EXPERT.fullmatch(module)
@@ -229,7 +229,7 @@ def test_experts_are_int4_by_definition(family: str, source: Source, quantized: 
     """Each expert's INT4 codes are the nearest under its scales, the largest magnitudes of groups divided by 7.5."""
     path = source(family)
     weights = experts_of(in_pieces(family, all_tensors(path)), layers_of(path))
-    written = all_tensors(quantized(family, "fp8-int4-moe"))
+    written = all_tensors(quantized(family, "fp8-int4-moe-absmax"))
     assert not [name for name in written if name.endswith("input_global_scale")]
     for module, weight in weights.items():
         scale = written[f"{module}.weight_scale"]
@@ -244,7 +244,7 @@ def test_experts_are_int4_by_definition(family: str, source: Source, quantized: 
 @every_family
 def test_a_layer_has_two_scales_of_inputs(family: str, source: Source, quantized: Quantized) -> None:
     """All experts of a layer share one input scale for gate and up, and one for down, from the largest input."""
-    out, path = quantized(family, "nvfp4-moe"), source(family)
+    out, path = quantized(family, "nvfp4-moe-four-over-six"), source(family)
     written = all_tensors(out)
     statistics = json.loads((out / STATISTICS_FILE).read_text(encoding="utf-8"))["layers"]
     found: dict[tuple[str, str, bool], set[float]] = {}
@@ -385,7 +385,7 @@ def test_what_is_written_is_read_back(
 def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source, rows: Path, tmp_path: Path) -> None:
     """A run killed while experts of its second layer are calibrated resumes there and ends in the same bytes."""
     options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "tokens_per_batch": 128, "max_shard_size": 60_000}
-    quantize(source(family), "nvfp4-moe", output_dir=tmp_path / "one", **options)
+    quantize(source(family), "nvfp4-moe-four-over-six", output_dir=tmp_path / "one", **options)
 
     def die() -> None:
         calls, inside = 0, False
@@ -405,12 +405,12 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
 
         ExpertObserver.second = counted  # type: ignore[method-assign]
         snugfit.quantization.run.propagate = watched  # type: ignore[attr-defined]
-        quantize(source(family), "nvfp4-moe", output_dir=tmp_path / "two", **options)
+        quantize(source(family), "nvfp4-moe-four-over-six", output_dir=tmp_path / "two", **options)
 
     assert in_child(die) == KILLED
     assert not (tmp_path / "two").exists()
     assert units_done(tmp_path / "two.partial") in (1, 2)  # the first layer may not have been noted yet
-    record = quantize(source(family), "nvfp4-moe", output_dir=tmp_path / "two", **options)
+    record = quantize(source(family), "nvfp4-moe-four-over-six", output_dir=tmp_path / "two", **options)
     assert record.resumed is not None
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
@@ -421,7 +421,7 @@ def test_layers_counted_by_their_kinds(source: Source, tmp_path: Path) -> None:
     config = config_of(model)
     del config["num_hidden_layers"]
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    assert plan_of(model, "nvfp4-moe").num_layers == 4
+    assert plan_of(model, "nvfp4-moe-four-over-six").num_layers == 4
 
 
 def recipe_of(*rules: str) -> LoadedRecipe:
@@ -432,7 +432,9 @@ def test_roles_of_experts(source: Source) -> None:
     """`experts` matches exactly the routed experts, `shared_experts` those that every token passes."""
     path = source("deepseek_v3")
     asked = recipe_of(
-        "role: experts, format: nvfp4", "role: shared_experts, format: mxfp4", "role: linear, format: fp8-dynamic"
+        "role: experts, format: nvfp4, scale_rule: four-over-six",
+        "role: shared_experts, format: mxfp4, scale_rule: absmax",
+        "role: linear, format: fp8-dynamic",
     )
     plan = plan_of(path, asked)
     for name, assignment in plan.assignments.items():
@@ -448,7 +450,9 @@ def test_roles_of_experts(source: Source) -> None:
 def test_roles_of_stacked_experts(family: str, source: Source) -> None:
     """The role matches every expert, however the file stores them."""
     path = source(family)
-    plan = plan_of(path, recipe_of("role: experts, format: nvfp4", "role: linear, format: keep"))
+    plan = plan_of(
+        path, recipe_of("role: experts, format: nvfp4, scale_rule: four-over-six", "role: linear, format: keep")
+    )
     named = {name for name, assignment in plan.assignments.items() if assignment.format is not None}
     pieces = experts_of(in_pieces(family, all_tensors(path)), layers_of(path))
     assert named == {f"{module}.weight" for module in pieces}
@@ -461,19 +465,23 @@ def test_roles_of_stacked_experts(family: str, source: Source) -> None:
             "qwen3_moe",
             (
                 "name: '*.experts.3.*', format: fp8-dynamic",
-                "role: experts, format: nvfp4",
+                "role: experts, format: nvfp4, scale_rule: four-over-six",
                 "role: linear, format: keep",
             ),
             ("layer 0", "model.layers.0.mlp.experts.0.down_proj.weight", "nvfp4", ".experts.3.", "fp8"),
         ),
         (
             "granitemoe",
-            ("name: '*.experts.3.*', format: keep", "role: experts, format: nvfp4", "role: linear, format: keep"),
+            (
+                "name: '*.experts.3.*', format: keep",
+                "role: experts, format: nvfp4, scale_rule: four-over-six",
+                "role: linear, format: keep",
+            ),
             ("experts of layer 0",),
         ),
         (
             "mixtral",
-            ("name: '*.experts.*.w2', format: nvfp4", "role: linear, format: keep"),
+            ("name: '*.experts.*.w2', format: nvfp4, scale_rule: four-over-six", "role: linear, format: keep"),
             ("experts of layer 0",),
         ),
         (
@@ -481,19 +489,23 @@ def test_roles_of_stacked_experts(family: str, source: Source) -> None:
             (
                 "role: gate, format: keep",
                 "role: up, format: keep",
-                "role: down, format: nvfp4",
+                "role: down, format: nvfp4, scale_rule: four-over-six",
                 "role: linear, format: keep",
             ),
             ("experts of layer 1",),
         ),
         (
             "nemotron_h",
-            ("name: '*.experts.*.up_proj', format: keep", "role: experts, format: nvfp4", "role: linear, format: keep"),
+            (
+                "name: '*.experts.*.up_proj', format: keep",
+                "role: experts, format: nvfp4, scale_rule: four-over-six",
+                "role: linear, format: keep",
+            ),
             ("experts of layer 1",),
         ),
         (
             "qwen3_moe",
-            ("name: '*.experts.*.gate_proj', format: keep", "role: linear, format: nvfp4"),
+            ("name: '*.experts.*.gate_proj', format: keep", "role: linear, format: nvfp4, scale_rule: four-over-six"),
             ("gate_proj", "up_proj"),
         ),
     ],
@@ -511,7 +523,10 @@ def test_rules_that_split_experts(family: str, rules: tuple[str, ...], named: tu
 def test_layers_may_differ_in_format(family: str, source: Source, tmp_path: Path) -> None:
     """Experts of different layers may have different formats, and targets distinguish them."""
     rules = (
-        *("role: experts, layers: 0, format: int4", "role: experts, layers: 1, format: fp8-dynamic"),
+        *(
+            "role: experts, layers: 0, format: int4, scale_rule: absmax",
+            "role: experts, layers: 1, format: fp8-dynamic",
+        ),
         "role: linear, format: keep",
     )
     out = tmp_path / "out"
@@ -629,7 +644,7 @@ def test_incomplete_experts(case: str, source: Source, rows: Path, tmp_path: Pat
     family, change, config, code, named = BROKEN[case]
     model, out = damaged(source(family), tmp_path / "model", change, **config), tmp_path / "out"
     with raises(code, where=model) as caught:
-        quantize(model, "nvfp4-moe", output_dir=out, dataset=[rows], device="cpu")
+        quantize(model, "nvfp4-moe-four-over-six", output_dir=out, dataset=[rows], device="cpu")
     assert all(word in caught.value.what for word in named), caught.value.what
     assert caught.value.remedy
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
@@ -649,7 +664,19 @@ def test_families_outside_the_interface(family: str, recipe: str, source: Source
 
 
 def command(model: Path, out: Path, rows: Path, *options: str) -> Any:
-    given = ["quantize", model, "-r", "nvfp4-moe", "-o", out, "--dataset", rows, "--device", "cpu", *options]
+    given = [
+        "quantize",
+        model,
+        "-r",
+        "nvfp4-moe-four-over-six",
+        "-o",
+        out,
+        "--dataset",
+        rows,
+        "--device",
+        "cpu",
+        *options,
+    ]
     return CliRunner().invoke(app, [str(argument) for argument in given])
 
 
@@ -679,6 +706,6 @@ def test_unverified_formats_can_be_written(source: Source, rows: Path, tmp_path:
     written = command(source("gpt_oss"), tmp_path / "out", rows, "--allow-unverified")
     assert written.exit_code == 0, written.stderr
     assert (tmp_path / "out" / "config.json").is_file()
-    plan = plan_of(source("gpt_oss"), "nvfp4-moe")
+    plan = plan_of(source("gpt_oss"), "nvfp4-moe-four-over-six")
     assert [error.code for error in plan.unverified] == ["format-unverified"]
     assert not plan.layout.blockers

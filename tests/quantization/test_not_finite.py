@@ -53,7 +53,9 @@ def overflowing(make_tiny: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -
     return path
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4", "nvfp4-fp8-hybrid", "nvfp4-fp8-hybrid-fp8kv"])
+@pytest.mark.parametrize(
+    "recipe", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "nvfp4-fp8-hybrid-fp8kv-four-over-six"]
+)
 def test_float16_overflow_is_named_at_its_layer(recipe: str, overflowing: Path, text: Path, tmp_path: Path) -> None:
     """The layer is named with the dtype to use; what was finished stays, and with that dtype the run succeeds."""
     with raises("activations-not-finite", where="model.layers.1") as caught:
@@ -92,7 +94,7 @@ def test_statistics_are_those_of_the_dtype(overflowing: Path, text: Path, tmp_pa
 
 def test_the_dtype_belongs_to_the_run(overflowing: Path, text: Path, tmp_path: Path) -> None:
     """An unfinished run resumes in its own dtype alone; the command line names both options."""
-    arguments = ["quantize", overflowing, "-r", "nvfp4", "-o", tmp_path / "out", "--dataset", text]
+    arguments = ["quantize", overflowing, "-r", "nvfp4-four-over-six", "-o", tmp_path / "out", "--dataset", text]
     result = CliRunner().invoke(app, [str(one) for one in arguments])
     assert failed_with(result, "activations-not-finite", "model.layers.1: ", "`--dtype bfloat16`", "`--restart`")
     result = CliRunner().invoke(app, [str(one) for one in (*arguments, "--dtype", "bfloat16")])
@@ -104,7 +106,7 @@ def test_the_dtype_belongs_to_the_run(overflowing: Path, text: Path, tmp_path: P
 @pytest.mark.parametrize("run", [quantize, collect_statistics])
 def test_an_unknown_dtype_is_refused(run: Any, overflowing: Path, text: Path, tmp_path: Path) -> None:
     """A dtype that is none of three is refused before any work."""
-    recipe = ("nvfp4",) if run is quantize else ()
+    recipe = ("nvfp4-four-over-six",) if run is quantize else ()
     with raises("option-invalid", where="dtype"):
         run(overflowing, *recipe, output_dir=tmp_path / "out", dataset=[text], dtype="float64")
     with raises("option-invalid", where="dtype"):
@@ -138,7 +140,7 @@ def test_overflow_in_a_mixture_is_no_missing_adapter(kind: str, text: Path, tmp_
         tensors[name] = tensors[name] * 1e30
     rewrite(model, tensors)
     with raises("activations-not-finite", where="model.layers.0"):
-        quantize(model, "nvfp4-fp8-hybrid", output_dir=tmp_path / "out", dataset=[text])
+        quantize(model, "nvfp4-fp8-hybrid-four-over-six", output_dir=tmp_path / "out", dataset=[text])
     assert not (tmp_path / "out.partial").exists()  # no layer was finished
     messages = Messages()
     found = evaluate([model], dataset=[text], progress=messages).contexts[0]
@@ -165,7 +167,7 @@ def test_a_mixture_runs_in_another_dtype(text: Path, tmp_path: Path) -> None:
     source = make_mixture("qwen3_moe", tmp_path / "model")
     rewrite(source, {name: tensor.half() for name, tensor in all_tensors(source).items()})
     for dtype in ("float16", "bfloat16"):
-        quantize(source, "nvfp4-moe", output_dir=tmp_path / dtype, dataset=[text], dtype=dtype)
+        quantize(source, "nvfp4-moe-four-over-six", output_dir=tmp_path / dtype, dataset=[text], dtype=dtype)
     half, brain = all_tensors(tmp_path / "float16"), all_tensors(tmp_path / "bfloat16")
     different = {name.rpartition(".")[2] for name in half if not torch.equal(half[name], brain[name])}
     assert different == {"input_global_scale"}

@@ -21,7 +21,7 @@ from snugfit.storage.staging import WORK_NAME, units_done
 
 DEAD = "model.layers.2.mlp.down_proj"
 KEEP_DEAD = f"  - {{role: linear, name: {DEAD}, format: keep}}\n"
-ALL_NVFP4 = "  - {role: linear, format: nvfp4}\n"
+ALL_NVFP4 = "  - {role: linear, format: nvfp4, scale_rule: four-over-six}\n"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_the_first_layer_leaves_nothing(dead: Path, text: Path, tmp_path: Path) 
     tensors["model.layers.0.mlp.up_proj.weight"].zero_()
     rewrite(path, tensors)
     with raises("amax-invalid", where="model.layers.0.mlp.down_proj"):
-        quantize(path, "nvfp4", output_dir=tmp_path / "out", dataset=[text])
+        quantize(path, "nvfp4-four-over-six", output_dir=tmp_path / "out", dataset=[text])
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -24,7 +24,7 @@ from snugfit.storage.checkpoint import read_tensor
 from snugfit.storage.open import open_checkpoint
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid", "fp8-dynamic"])
+@pytest.mark.parametrize("recipe", ["nvfp4-fp8-hybrid-four-over-six", "fp8-dynamic"])
 def test_every_other_tensor_and_file_is_copied_unchanged(
     recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path
 ) -> None:
@@ -72,7 +72,7 @@ def test_calibrated_scales_equal_an_independent_measurement(
     from transformers import AutoModelForCausalLM
 
     source = make_tiny("llama")
-    quantize(source, "nvfp4", output_dir=tmp_path / "out", dataset=[token_rows])
+    quantize(source, "nvfp4-four-over-six", output_dir=tmp_path / "out", dataset=[token_rows])
     written = all_tensors(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
     amax: dict[str, float] = {}
@@ -95,7 +95,7 @@ def test_calibrated_scales_equal_an_independent_measurement(
 
 def test_fused_partners_share_their_scales(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
     """q, k, v and gate, up have one weight_global_scale and one input_global_scale each."""
-    quantize(make_tiny("llama"), "nvfp4", output_dir=tmp_path / "out", dataset=[token_rows])
+    quantize(make_tiny("llama"), "nvfp4-four-over-six", output_dir=tmp_path / "out", dataset=[token_rows])
     written = all_tensors(tmp_path / "out")
     for layer in range(3):
         for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
@@ -110,8 +110,14 @@ def test_sharded_and_single_outputs_hold_the_same_tensors(
     """`max_shard_size` changes files and index, but no tensor, also when the source itself is sharded."""
     source = make_tiny("qwen2", max_shard_size="100KB")
     assert len(open_checkpoint(source).shards) > 1
-    quantize(source, "nvfp4-fp8-down", output_dir=tmp_path / "one", dataset=[token_rows])
-    quantize(source, "nvfp4-fp8-down", output_dir=tmp_path / "many", dataset=[token_rows], max_shard_size=50_000)
+    quantize(source, "nvfp4-fp8-down-four-over-six", output_dir=tmp_path / "one", dataset=[token_rows])
+    quantize(
+        source,
+        "nvfp4-fp8-down-four-over-six",
+        output_dir=tmp_path / "many",
+        dataset=[token_rows],
+        max_shard_size=50_000,
+    )
     one, many = all_tensors(tmp_path / "one"), all_tensors(tmp_path / "many")
     assert one.keys() == many.keys()
     assert all(same(one[name], many[name]) for name in one)
@@ -124,7 +130,12 @@ def test_sharded_and_single_outputs_hold_the_same_tensors(
 def test_runs_are_reproducible(make_tiny: MakeTiny, token_rows: Path, tmp_path: Path) -> None:
     """The same call gives byte-identical weight files and config."""
     for name in ("a", "b"):
-        quantize(make_tiny("llama", seed=3), "nvfp4-fp8-hybrid", output_dir=tmp_path / name, dataset=[token_rows])
+        quantize(
+            make_tiny("llama", seed=3),
+            "nvfp4-fp8-hybrid-four-over-six",
+            output_dir=tmp_path / name,
+            dataset=[token_rows],
+        )
     for file in ("model.safetensors", "config.json", "snugfit-recipe.yaml"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
@@ -134,7 +145,7 @@ def test_the_record_agrees_with_the_files(make_tiny: MakeTiny, token_rows: Path,
     import hashlib
 
     source = make_tiny("llama")
-    record = quantize(source, "nvfp4-fp8-hybrid", output_dir=tmp_path / "out", dataset=[token_rows])
+    record = quantize(source, "nvfp4-fp8-hybrid-four-over-six", output_dir=tmp_path / "out", dataset=[token_rows])
     stored = json.loads((tmp_path / "out" / RECORD_FILE).read_text())
     assert stored == json.loads(record.to_json())
     written = all_tensors(tmp_path / "out")
@@ -167,12 +178,12 @@ def test_data_free_recipes_run_no_model(make_tiny: MakeTiny, tmp_path: Path, mon
     monkeypatch.setattr(forward_pass, "run_layer", refuse)
     unreadable = tmp_path / "rows.jsonl"
     unreadable.write_text("not JSON", encoding="utf-8")
-    for recipe in ("fp8-dynamic", "int4-w4a16", "fp8-int4", "nvfp4a16"):
+    for recipe in ("fp8-dynamic", "int4-w4a16-absmax", "fp8-int4-absmax", "nvfp4a16-four-over-six"):
         record = quantize(make_tiny("llama"), recipe, output_dir=tmp_path / recipe, dataset=[unreadable])
         assert record.dataset is None
 
 
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-four-over-six"])
 def test_a_dataset_that_does_not_exist_is_refused(recipe: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
     """A missing file of samples is an error, also for a recipe that needs no samples: the caller meant another."""
     missing = tmp_path / "no-such-file.txt"
@@ -205,7 +216,7 @@ def test_one_layer_is_in_memory_at_a_time(
 
     monkeypatch.setattr(layers, "resident_layer", watched)
     if step == "quantize":
-        quantize(source, "nvfp4", output_dir=tmp_path / "out", dataset=[token_rows])
+        quantize(source, "nvfp4-four-over-six", output_dir=tmp_path / "out", dataset=[token_rows])
     else:
         figures_of(source, load_dataset(source, [token_rows]))
     assert counts == [0, 0, 0]
@@ -218,7 +229,7 @@ def test_mixed_layers_and_asymmetric_int4(make_tiny: MakeTiny, token_rows: Path,
 name: mixed
 rules:
   - {role: mlp, layers: "0, -1", format: nvfp4, scale_rule: sweep}
-  - {role: mlp, format: int4, group_size: 32, symmetric: false}
+  - {role: mlp, format: int4, scale_rule: absmax, group_size: 32, symmetric: false}
   - {name: "*.1.self_attn.*", format: keep}
   - {role: linear, format: fp8-dynamic}
 """,
@@ -242,7 +253,7 @@ def test_other_layouts_and_ragged_rows(make_tiny: MakeTiny, tmp_path: Path) -> N
     source = make_tiny("opt", ffn_dim=128, word_embed_proj_dim=64, pad_token_id=0)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"input_ids": [*range(3, 3 + n)]}) + "\n" for n in (40, 7, 23)))
-    record = quantize(source, "nvfp4-fp8-attention", output_dir=tmp_path / "out", dataset=[rows])
+    record = quantize(source, "nvfp4-fp8-attention-four-over-six", output_dir=tmp_path / "out", dataset=[rows])
     formats = {t.name.removeprefix("model.decoder.layers."): t.format for t in record.tensors}
     assert formats["0.self_attn.out_proj.weight"] == formats["2.self_attn.q_proj.weight"] == "fp8-dynamic"
     assert formats["1.fc1.weight"] == formats["1.fc2.weight"] == "nvfp4"
@@ -266,7 +277,7 @@ def test_samples_longer_than_the_positions_are_refused(make_tiny: MakeTiny, tmp_
     rows = tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"input_ids": [5] * 600}) + "\n")
     with raises("sequence-too-long", where="config.json") as caught:
-        quantize(make_tiny("llama"), "nvfp4", output_dir=tmp_path / "out", dataset=[rows])
+        quantize(make_tiny("llama"), "nvfp4-four-over-six", output_dir=tmp_path / "out", dataset=[rows])
     assert "600" in caught.value.what
     assert "`max_seq_length`" in caught.value.remedy
     assert "512" in caught.value.remedy

@@ -25,7 +25,7 @@ from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.storage.staging import WORK_NAME, units_done
 
-RECIPE = "nvfp4-fp8-hybrid-fp8kv"
+RECIPE = "nvfp4-fp8-hybrid-fp8kv-four-over-six"
 # everything that changes the disk
 WRITES: list[tuple[Any, str]] = [
     (os, "pwrite"),

@@ -67,20 +67,20 @@ EVERY_MODEL = [*_TEXT, *VISION_LANGUAGE, *_MIXTURES, *_FP8, "gpt_oss mxfp4", "od
 # models that the files alone do not show to be impossible -> the code by which transformers' model shows it
 ONLY_TRANSFORMERS_REFUSES = {
     ("gpt2", "fp8-dynamic"): "recipe-not-quantizable",
-    ("gpt2", "nvfp4"): "recipe-not-quantizable",
+    ("gpt2", "nvfp4-four-over-six"): "recipe-not-quantizable",
     ("gemma3n_text", "fp8-dynamic"): "architecture-unsupported",
     ("unknown family", "fp8-dynamic"): "architecture-unknown",
-    ("unknown family", "nvfp4"): "architecture-unknown",
+    ("unknown family", "nvfp4-four-over-six"): "architecture-unknown",
     ("other config", "fp8-dynamic"): "config-mismatch",
-    ("other config", "nvfp4"): "config-mismatch",
+    ("other config", "nvfp4-four-over-six"): "config-mismatch",
 }
 REFUSED = {
-    ("odd width", "nvfp4"): "recipe-shape",
+    ("odd width", "nvfp4-four-over-six"): "recipe-shape",
     ("layer missing", "fp8-dynamic"): "config-mismatch",
-    ("expert missing", "nvfp4"): "weights-missing",
+    ("expert missing", "nvfp4-four-over-six"): "weights-missing",
     ("gptq", "fp8-dynamic"): "quantization-unknown",
-    ("mixture deepseek_v3", "nvfp4"): "recipe-not-quantizable",
-    ("mixture gpt_oss", "nvfp4"): "format-unverified",
+    ("mixture deepseek_v3", "nvfp4-four-over-six"): "recipe-not-quantizable",
+    ("mixture gpt_oss", "nvfp4-four-over-six"): "format-unverified",
     ("mixture jetmoe", "fp8-dynamic"): "experts-unsupported",
     ("llama hf-block", "fp8-dynamic"): "already-quantized",
 }
@@ -161,7 +161,7 @@ def fit_refusal(model: Path, recipe: str) -> tuple[str | None, str | None, tuple
 
 
 @pytest.mark.parametrize("name", EVERY_MODEL)
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4", "nvfp4-moe"])
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-four-over-six", "nvfp4-moe-four-over-six"])
 def test_all_verbs_reach_the_same_verdict(name: str, recipe: str, models: Models, rows: Path, tmp_path: Path) -> None:
     """The dry run refuses what `quantize` refuses; `fit` too, unless only transformers' model of the files refuses."""
     model = models(name)
@@ -200,7 +200,7 @@ def test_recipes_that_need_allow_unverified(models: Models, rows: Path, tmp_path
     """With `allow_unverified` the dry run and `quantize` both accept a format that no tested engine loads."""
     options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "allow_unverified": True}
     model = models("mixture gpt_oss")
-    planned = plan_quantization(model, "nvfp4-moe", **options)
-    record = quantize(model, "nvfp4-moe", output_dir=tmp_path / "out", **options)
+    planned = plan_quantization(model, "nvfp4-moe-four-over-six", **options)
+    record = quantize(model, "nvfp4-moe-four-over-six", output_dir=tmp_path / "out", **options)
     assert planned.bytes == record.bytes
     assert {tensor.name for tensor in planned.records()} == {tensor.name for tensor in record.tensors}

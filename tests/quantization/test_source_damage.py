@@ -36,7 +36,10 @@ def rows(tmp_path: Path) -> Path:
 def test_experts_out_of_fp8_into_16_bits(tmp_path: Path, rows: Path) -> None:
     """Experts with `format: keep` and `requantize` are written as the values of their codes, also if the layer runs."""
     source = as_fp8(make_mixture("qwen3_moe", tmp_path / "wide", wide=True), tmp_path / "fp8", "hf-tensor")
-    asked = recipe("role: attention, format: nvfp4, requantize: true", "role: experts, format: keep, requantize: true")
+    asked = recipe(
+        "role: attention, format: nvfp4, scale_rule: four-over-six, requantize: true",
+        "role: experts, format: keep, requantize: true",
+    )
     quantize(source, asked, output_dir=tmp_path / "out", dataset=[rows])
     meant, written = dequantized(source), all_tensors(tmp_path / "out")
     experts = [name for name in meant if ".experts." in name]
@@ -55,7 +58,7 @@ def test_fp8_outside_linears_is_refused(place: str, tmp_path: Path) -> None:
     rewrite(source, tensors)
     code = "dtype-unsupported" if place.startswith("experts") else "already-quantized"
     with raises(code, where=source) as caught:
-        plan_of(source, "fp8-int4-moe")
+        plan_of(source, "fp8-int4-moe-absmax")
     assert name.removesuffix(".weight") in str(caught.value)
 
 
@@ -96,10 +99,10 @@ def test_an_fp8_head_is_copied_or_refused(make_tiny: MakeTiny, tmp_path: Path) -
     tensors["lm_head.weight"] = (head / scale).to(torch.float8_e4m3fn)
     tensors["lm_head.weight_scale"] = scale.reshape(1)
     rewrite(source, tensors)
-    plan = plan_of(source, "nvfp4-fp8-hybrid")
+    plan = plan_of(source, "nvfp4-fp8-hybrid-four-over-six")
     assert plan.assignments["lm_head.weight"].keeps_codes
     for fmt in ("int4", "nvfp4a16"):
-        rules = f"role: lm_head, format: {fmt}", "role: linear, format: int4"
+        rules = f"role: lm_head, format: {fmt}", "role: linear, format: int4, scale_rule: absmax"
         with raises("recipe-not-quantizable", where="mine.yaml") as caught:
             plan_of(source, recipe(*rules))
         assert "lm_head" in str(caught.value)
@@ -109,7 +112,9 @@ def test_the_sources_fp8_cache_stays(make_tiny: MakeTiny, tmp_path: Path, rows: 
     """Scales of an FP8 cache in a compressed-tensors source stay, and so does its entry in the config."""
     quantize(make_tiny("llama"), "fp8-dynamic-fp8kv", output_dir=tmp_path / "fp8", dataset=[rows])
     quantize(
-        tmp_path / "fp8", recipe("role: mlp, format: int4", "role: linear, format: keep"), output_dir=tmp_path / "out"
+        tmp_path / "fp8",
+        recipe("role: mlp, format: int4, scale_rule: absmax", "role: linear, format: keep"),
+        output_dir=tmp_path / "out",
     )
     before, after = all_tensors(tmp_path / "fp8"), all_tensors(tmp_path / "out")
     name = "model.layers.1.self_attn.k_scale"
@@ -122,8 +127,8 @@ def test_the_sources_fp8_cache_stays(make_tiny: MakeTiny, tmp_path: Path, rows: 
 def test_a_result_contains_its_statistics(make_tiny: MakeTiny, tmp_path: Path, rows: Path) -> None:
     """A result that was made from statistics contains them, and its record has their digest."""
     model = make_tiny("llama")
-    quantize(model, "nvfp4", output_dir=tmp_path / "first", dataset=[rows])
-    record = quantize(model, "nvfp4", output_dir=tmp_path / "second", statistics=tmp_path / "first")
+    quantize(model, "nvfp4-four-over-six", output_dir=tmp_path / "first", dataset=[rows])
+    record = quantize(model, "nvfp4-four-over-six", output_dir=tmp_path / "second", statistics=tmp_path / "first")
     assert load_statistics(tmp_path / "second") == load_statistics(tmp_path / "first")
     assert (tmp_path / "second" / STATISTICS_FILE).exists()
     assert len(record.arguments["statistics"]) == 64
@@ -154,7 +159,9 @@ def test_experts_share_the_largest_static_scale(tmp_path: Path, rows: Path, monk
         return hidden
 
     monkeypatch.setattr(ExpertInputs, "first", first)
-    asked = recipe("role: experts, format: keep", "role: linear, format: nvfp4, requantize: true")
+    asked = recipe(
+        "role: experts, format: keep", "role: linear, format: nvfp4, scale_rule: four-over-six, requantize: true"
+    )
     quantize(source, asked, output_dir=tmp_path / "out", dataset=[rows])
     scales = [float(t) for name, t in larger.items() if "layers.0." in name]
     assert seen[0] == pytest.approx(448 * max(scales), rel=0.01)  # what it saturates at

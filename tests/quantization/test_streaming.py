@@ -22,7 +22,7 @@ from snugfit.records.statistics_file import STATISTICS_FILE
 from snugfit.storage import http_ranges as ranges
 from snugfit.storage.staging import units_done
 
-RECIPE = "nvfp4-fp8-hybrid"
+RECIPE = "nvfp4-fp8-hybrid-four-over-six"
 
 
 @pytest.fixture(scope="module")

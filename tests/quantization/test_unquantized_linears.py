@@ -99,7 +99,9 @@ def test_fp8_codes_of_a_source_are_dequantized(models: Models, rows: Path, tmp_p
     model = models("deepseek_v32 fp8")
     name = f"{LAYER}.self_attn.indexer.wk.weight"
     assert all_tensors(model)[name].dtype == torch.float8_e4m3fn
-    own = recipe("role: experts, format: nvfp4, requantize: true", "role: linear, format: keep")
+    own = recipe(
+        "role: experts, format: nvfp4, scale_rule: four-over-six, requantize: true", "role: linear, format: keep"
+    )
     quantize(model, own, output_dir=tmp_path / "out", dataset=[rows])
     after = all_tensors(tmp_path / "out")
     assert same(after[name], source_values(model)[name].bfloat16())
@@ -217,7 +219,7 @@ def test_names_of_routers(name: str) -> None:
     assert parse_name(path, (8, 64)).role == "router"
 
 
-@pytest.mark.parametrize("recipe_name", ["nvfp4", "nvfp4-moe", "fp8-dynamic"])
+@pytest.mark.parametrize("recipe_name", ["nvfp4-four-over-six", "nvfp4-moe-four-over-six", "fp8-dynamic"])
 def test_no_recipe_touches_hunyuans_router(recipe_name: str, models: Models) -> None:
     """Hunyuan's mlp.gate.wg stays as it is under every recipe."""
     layout, plan = read_layout(models("hunyuan_v1_moe")), plan_of(models("hunyuan_v1_moe"), recipe_name)

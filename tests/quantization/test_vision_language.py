@@ -83,10 +83,10 @@ def test_forward_pass_is_the_whole_models_on_text(family: str, dtype: torch.dtyp
 @pytest.mark.parametrize("family", VISION_LANGUAGE)
 def test_towers_are_copied(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors outside the decoder layers are copied, their linears are ignored; transformers' logits are snugfit's."""
-    check_quantized(family, "nvfp4-fp8-hybrid", tmp_path, monkeypatch)
+    check_quantized(family, "nvfp4-fp8-hybrid-four-over-six", tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4"])
+@pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-four-over-six"])
 @pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
 def test_other_recipes(family: str, recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A format for all linears does not apply to a tower whose linears have the same names."""
@@ -146,7 +146,7 @@ def test_names_of_older_and_newer_files(
     assert figures_of(other, make_dataset(rows, "")).perplexity == figures_of(plain, make_dataset(rows, "")).perplexity
     text = write_rows(tmp_path / "rows.jsonl", rows)
     for path in (plain, other):
-        quantize(path, "nvfp4", output_dir=path.with_suffix(".out"), dataset=[text])
+        quantize(path, "nvfp4-four-over-six", output_dir=path.with_suffix(".out"), dataset=[text])
     first, second = all_tensors(tmp_path / "plain.out"), all_tensors(tmp_path / "other.out")
     inside = {name.removeprefix("language_model.model.layers."): name for name in first if ".model.layers." in name}
     assert len(inside) == len([name for name in second if name.startswith(decoder)])
@@ -219,7 +219,7 @@ def test_layers_that_text_does_not_run_stay(tmp_path: Path) -> None:
     """Mllama's cross-attention layers stay as they are, have no statistics, and inspect names them; all verbs agree."""
     source, target = make_vision_language(tmp_path / "model", "mllama"), tmp_path / "out"
     text = write_rows(tmp_path / "rows.jsonl", random_rows([32, 32]))
-    record = quantize(source, "nvfp4-fp8-hybrid-fp8kv", output_dir=target, dataset=[text])
+    record = quantize(source, "nvfp4-fp8-hybrid-fp8kv-four-over-six", output_dir=target, dataset=[text])
     crossed = [tensor for tensor in record.tensors if ".model.layers.1." in tensor.name]
     assert len(crossed) == 13
     assert all(tensor.format == "as it was" for tensor in crossed)
@@ -228,11 +228,11 @@ def test_layers_that_text_does_not_run_stay(tmp_path: Path) -> None:
     assert {name.split(".")[3] for name in after if name.endswith(".k_scale")} == {"0", "2"}
     found = load_statistics(target)
     assert [bool(found.layers[number].inputs) for number in range(3)] == [True, False, True]
-    quantize(source, "nvfp4-fp8-hybrid-fp8kv", output_dir=tmp_path / "again", statistics=target)
+    quantize(source, "nvfp4-fp8-hybrid-fp8kv-four-over-six", output_dir=tmp_path / "again", statistics=target)
     assert all(same(tensor, after[name]) for name, tensor in all_tensors(tmp_path / "again").items())
     parts = {part.part: part for part in inspect(source).parts}
     assert parts["layers without text"].parameters == sum(before[tensor.name].numel() for tensor in crossed)
-    rows = fit(source, "16GiB", recipes=["nvfp4-fp8-hybrid-fp8kv"]).rows
+    rows = fit(source, "16GiB", recipes=["nvfp4-fp8-hybrid-fp8kv-four-over-six"]).rows
     assert all(row.problem is None for row in rows)
     collect_statistics(source, output_dir=tmp_path / "statistics", dataset=[text])
 

@@ -25,7 +25,7 @@ from snugfit.planning.fit import fit
 from snugfit.quantization.quantize import quantize
 from snugfit.recipes.recipe import parse_recipe
 
-RECIPES = ("fp8-block", "mxfp4", "fp8-dynamic-fp8kv", "nvfp4-fp8-hybrid-fp8kv")
+RECIPES = ("fp8-block", "mxfp4-absmax", "fp8-dynamic-fp8kv", "nvfp4-fp8-hybrid-fp8kv-four-over-six")
 # dimensions that 128 divides, one of them more than once, and a key of one block
 WIDE = {"hidden_size": 256, "intermediate_size": 384}
 
@@ -84,9 +84,9 @@ def test_planned_is_written(recipe: str, llama: Path, written: dict[str, Path]) 
     ("recipe", "labels", "cache"),
     [
         ("fp8-block", {"fp8-block"}, None),
-        ("mxfp4", {"mxfp4"}, None),
+        ("mxfp4-absmax", {"mxfp4"}, None),
         ("fp8-dynamic-fp8kv", {"fp8-dynamic"}, "fp8"),
-        ("nvfp4-fp8-hybrid-fp8kv", {"nvfp4", "fp8-dynamic"}, "fp8"),
+        ("nvfp4-fp8-hybrid-fp8kv-four-over-six", {"nvfp4", "fp8-dynamic"}, "fp8"),
     ],
 )
 def test_evaluation_reads_what_was_written(
@@ -112,7 +112,7 @@ def test_mxfp4_weights_agree_with_transformers(
     """With inputs in 16 bits, which all engines treat alike, transformers' logits of MXFP4 are snugfit's."""
     unpack = base.unpack_fp4_from_uint8  # to bf16 by default, whatever the model's dtype is
     monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))
-    for file in written["mxfp4"].iterdir():
+    for file in written["mxfp4-absmax"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((tmp_path / "config.json").read_text())
     for group in config["quantization_config"]["config_groups"].values():
@@ -121,7 +121,7 @@ def test_mxfp4_weights_agree_with_transformers(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert {fmt.label() for fmt in open_model(tmp_path).formats.values()} == {"mxfp4a16"}
     assert difference(transformers_logits(tmp_path, rows), snugfit_logits(tmp_path, rows)) < 1e-5
-    assert difference(transformers_logits(tmp_path, rows), snugfit_logits(written["mxfp4"], rows)) > 1e-3
+    assert difference(transformers_logits(tmp_path, rows), snugfit_logits(written["mxfp4-absmax"], rows)) > 1e-3
 
 
 def test_scales_of_the_cache_are_those_of_the_samples(written: dict[str, Path], llama: Path, rows: Dataset) -> None:

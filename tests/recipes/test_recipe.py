@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from helpers.errors import raises
 from snugfit.errors import UserError
-from snugfit.formats.spec import TensorFormat
+from snugfit.formats.spec import EFFORT, FORMATS, PLAIN_RULES, TensorFormat
 from snugfit.model.names import parse_name
 from snugfit.quantization.quantize import quantize
 from snugfit.recipes.assignment import Assignment
@@ -28,8 +28,9 @@ LAYERS = 3
 
 FOS, ABSMAX = "four-over-six", "absmax"
 FP8 = ("fp8-dynamic", ABSMAX)
-NV, NV_PLAIN = ("nvfp4", FOS), ("nvfp4", ABSMAX)
-INT4 = ("int4-g64", ABSMAX)  # 64 is the largest group that divides the tiny model's 64 and 128 in_features
+NV, NV_FOS, NV_PLAIN = ("nvfp4", EFFORT), ("nvfp4", FOS), ("nvfp4", ABSMAX)
+# 64 is the largest group that divides the tiny model's 64 and 128 in_features
+INT4, INT4_PLAIN = ("int4-g64", EFFORT), ("int4-g64", ABSMAX)
 ROLES_OF = {"attention": {"q", "k", "v", "o"}, "gate_up": {"gate", "up"}, "down": {"down"}}
 
 # built-in recipe -> (label, scale rule) of attention, of gate and up, of down
@@ -38,18 +39,27 @@ BUILT_IN = {
     "fp8-dynamic": (FP8, FP8, FP8),
     "fp8-dynamic-fp8kv": (FP8, FP8, FP8),
     "fp8-int4": (FP8, INT4, INT4),
+    "fp8-int4-absmax": (FP8, INT4_PLAIN, INT4_PLAIN),
     "int4-w4a16": (INT4, INT4, INT4),
-    "mxfp4": (("mxfp4", ABSMAX),) * 3,
+    "int4-w4a16-absmax": (INT4_PLAIN, INT4_PLAIN, INT4_PLAIN),
+    "mxfp4": (("mxfp4", EFFORT),) * 3,
+    "mxfp4-absmax": (("mxfp4", ABSMAX),) * 3,
     "nvfp4": (NV, NV, NV),
     "nvfp4-absmax": (NV_PLAIN, NV_PLAIN, NV_PLAIN),
+    "nvfp4-four-over-six": (NV_FOS, NV_FOS, NV_FOS),
     "nvfp4-fp8-attention": (FP8, NV, NV),
     "nvfp4-fp8-attention-absmax": (FP8, NV_PLAIN, NV_PLAIN),
+    "nvfp4-fp8-attention-four-over-six": (FP8, NV_FOS, NV_FOS),
     "nvfp4-fp8-down": (NV, NV, FP8),
     "nvfp4-fp8-down-absmax": (NV_PLAIN, NV_PLAIN, FP8),
+    "nvfp4-fp8-down-four-over-six": (NV_FOS, NV_FOS, FP8),
     "nvfp4-fp8-hybrid": (FP8, NV, NV),
     "nvfp4-fp8-hybrid-absmax": (FP8, NV_PLAIN, NV_PLAIN),
+    "nvfp4-fp8-hybrid-four-over-six": (FP8, NV_FOS, NV_FOS),
     "nvfp4-fp8-hybrid-fp8kv": (FP8, NV, NV),
-    "nvfp4a16": (("nvfp4a16", FOS),) * 3,
+    "nvfp4-fp8-hybrid-fp8kv-four-over-six": (FP8, NV_FOS, NV_FOS),
+    "nvfp4a16": (("nvfp4a16", EFFORT),) * 3,
+    "nvfp4a16-four-over-six": (("nvfp4a16", FOS),) * 3,
 }
 
 
@@ -96,7 +106,12 @@ def refusal_for(rules: Sequence[str], tensors: Sequence[TensorInfo]) -> UserErro
 
 
 # built-in recipe for mixtures -> (label, scale rule) of routed experts; all else is FP8
-FOR_MIXTURES = {"nvfp4-moe": NV, "fp8-int4-moe": INT4}
+FOR_MIXTURES = {
+    "nvfp4-moe": NV,
+    "nvfp4-moe-four-over-six": NV_FOS,
+    "fp8-int4-moe": INT4,
+    "fp8-int4-moe-absmax": INT4_PLAIN,
+}
 
 
 def test_built_in_recipes_are_the_promised_ones() -> None:
@@ -138,7 +153,7 @@ def test_built_in_recipe_gives_every_role_its_format(name: str, tensors: list[Te
     assert len(got) == 7 * LAYERS
     assert loaded.recipe.name == name
     assert loaded.recipe.description
-    assert loaded.recipe.kv_cache == ("fp8" if name.endswith("-fp8kv") else None)
+    assert loaded.recipe.kv_cache == ("fp8" if "-fp8kv" in name else None)
 
 
 def test_built_in_int4_takes_the_largest_group_that_divides_all(make_tiny: MakeTiny) -> None:
@@ -146,6 +161,18 @@ def test_built_in_int4_takes_the_largest_group_that_divides_all(make_tiny: MakeT
     source = make_tiny("llama", hidden_size=128, intermediate_size=256, num_hidden_layers=1)
     found = resolve(load_recipe("int4-w4a16"), list(open_checkpoint(source).tensors.values()), num_layers=1)
     assert {a.format for a in found.values()} == {TensorFormat("int4", group_size=128)}
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_rule_without_a_scale_rule_follows_the_effort(fmt: str, make_tiny: MakeTiny) -> None:
+    """4-bit formats leave the choice to the effort of the run, FP8 has one way; a named rule is kept as it is."""
+    source = make_tiny("llama", hidden_size=256, intermediate_size=384)
+    infos = list(open_checkpoint(source).tensors.values())
+    free = settle([f"role: linear, format: {fmt}"], infos).values()
+    assert {(a.scale_rule, a.objective) for a in free} == {(EFFORT if fmt in PLAIN_RULES else ABSMAX, "mse")}
+    assert {a.follows_effort for a in free} == {not fmt.startswith("fp8")}
+    named = settle([f"role: linear, format: {fmt}, scale_rule: {ABSMAX}"], infos).values()
+    assert {(a.scale_rule, a.objective, a.follows_effort) for a in named} == {(ABSMAX, "mse", False)}
 
 
 def test_blocks_are_strict_about_shapes(tensors: list[TensorInfo]) -> None:
@@ -167,11 +194,10 @@ def test_fused_groups_are_not_split_by_new_formats(fmt: str, make_tiny: MakeTiny
 
 
 def test_mxfp4_chooses_exponents_by_a_rule(tensors: list[TensorInfo]) -> None:
-    """absmax is the default, the sweep may be asked for, a rule of another format is refused."""
-    assert {a.scale_rule for a in settle(["role: linear, format: mxfp4"], tensors).values()} == {"absmax"}
-    assert {a.scale_rule for a in settle(["role: linear, format: mxfp4, scale_rule: sweep"], tensors).values()} == {
-        "sweep"
-    }
+    """Either rule may be asked for, a rule of another format is refused."""
+    for rule in ("absmax", "sweep"):
+        found = settle([f"role: linear, format: mxfp4, scale_rule: {rule}"], tensors)
+        assert {a.scale_rule for a in found.values()} == {rule}
     error = refusal("name: a\nrules: [{role: linear, format: mxfp4, scale_rule: four-over-six}]")
     assert (error.code, error.where) == ("recipe-invalid", f"{WHERE}:2: rules[0].scale_rule")
     assert "absmax, sweep" in error.remedy
@@ -490,6 +516,8 @@ def test_unknown_key_unlike_any_lists_all() -> None:
         ("role: mlp, format: nvfp4, scale_rule: sweep, objective: mae", "objective", "four-over-six"),
         ("role: mlp, format: nvfp4, scale_rule: absmax, objective: mse", "objective", "four-over-six"),
         ("role: mlp, format: nvfp4, objective: best", "objective", "mae"),
+        ("role: mlp, format: nvfp4, objective: mae", "objective", "four-over-six"),
+        ("role: mlp, format: nvfp4, scale_rule: effort", "scale_rule", ""),
         ("role: mlp, format: nvfp4, group_size: 32", "group_size", "Remove it"),
         ("role: mlp, format: keep, symmetric: true", "symmetric", "Remove it"),
         ("role: mlp, format: int4, group_size: 48", "group_size", "32, 64, 128"),
@@ -619,7 +647,11 @@ def test_a_tensor_without_a_rule(tensors: list[TensorInfo]) -> None:
         ["role: q, format: nvfp4", "role: linear, format: fp8-dynamic"],
         ["role: v, format: keep", "role: linear, format: fp8-dynamic"],
         ["role: gate, format: nvfp4, scale_rule: absmax", "role: linear, format: nvfp4, scale_rule: four-over-six"],
-        ["role: up, format: nvfp4, objective: mae", "role: linear, format: nvfp4"],
+        ["role: gate, format: nvfp4", "role: linear, format: nvfp4, scale_rule: four-over-six"],
+        [
+            "role: up, format: nvfp4, scale_rule: four-over-six, objective: mae",
+            "role: linear, format: nvfp4, scale_rule: four-over-six",
+        ],
         ["role: gate, format: int4, group_size: 32", "role: linear, format: int4, group_size: 64"],
         ["role: up, format: int4, symmetric: false, group_size: 64", "role: linear, format: int4, group_size: 64"],
         ["role: k, layers: 1, format: nvfp4a16", "role: linear, format: nvfp4"],
@@ -692,8 +724,9 @@ def test_stored_recipe_runs_again(llama: Path, token_rows: Path, tmp_path: Path)
     file = tmp_path / "mine.yaml"
     file.write_text(
         "# eigene Mischung: größte Fehler zuletzt\nname: mine\nrules:\n"
-        "  - {role: down, layers: -1, format: int4, group_size: [128, 32], symmetric: false}\n"
-        "  - {role: mlp, format: nvfp4, objective: mae}\n  - {role: linear, format: fp8-dynamic}\n",
+        "  - {role: down, layers: -1, format: int4, scale_rule: absmax, group_size: [128, 32], symmetric: false}\n"
+        "  - {role: mlp, format: nvfp4, scale_rule: four-over-six, objective: mae}\n"
+        "  - {role: linear, format: fp8-dynamic}\n",
         encoding="utf-8",
     )
     first, second = tmp_path / "first", tmp_path / "second"

@@ -76,7 +76,11 @@ def fp8(mixtral: Path) -> Path:
 @pytest.fixture(scope="module")
 def sources(llama: Path, mixtral: Path, fp8: Path) -> dict[str, tuple[Path, str]]:
     """Models by name, each with a recipe that needs statistics."""
-    return {"dense": (llama, "nvfp4-fp8-hybrid-fp8kv"), "mixture": (mixtral, "nvfp4-moe"), "fp8": (fp8, "nvfp4-moe")}
+    return {
+        "dense": (llama, "nvfp4-fp8-hybrid-fp8kv-four-over-six"),
+        "mixture": (mixtral, "nvfp4-moe-four-over-six"),
+        "fp8": (fp8, "nvfp4-moe-four-over-six"),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +190,9 @@ def test_a_row_given_beside_its_statistics_is_no_contradiction(
     """Rows that are those of the statistics may be named again; no layer runs."""
     given = quantized("dense")
     no_forward()
-    again = quantize_into(llama, "nvfp4-fp8-hybrid-fp8kv", tmp_path / "out", statistics=given, dataset=[rows["all"]])
+    again = quantize_into(
+        llama, "nvfp4-fp8-hybrid-fp8kv-four-over-six", tmp_path / "out", statistics=given, dataset=[rows["all"]]
+    )
     assert (again / "model.safetensors").read_bytes() == (given / "model.safetensors").read_bytes()
 
 
@@ -197,7 +203,11 @@ def test_the_file_says_what_was_measured(
     out = quantized("mixture")
     found = load_statistics(out)
     record = json.loads((out / "snugfit-record.json").read_text())
-    assert (found.model, found.recipe, found.all_experts) == (sources["mixture"][0].name, "nvfp4-moe", True)
+    assert (found.model, found.recipe, found.all_experts) == (
+        sources["mixture"][0].name,
+        "nvfp4-moe-four-over-six",
+        True,
+    )
     assert found.header_digest == record["source_header_digest"]
     assert found.recipe_digest == record["recipe_digest"]
     (used,) = found.datasets
@@ -228,16 +238,16 @@ def test_a_file_is_read_as_it_was_written(quantized: Callable[[str], Path]) -> N
 
 def test_a_recipe_without_data_asks_for_no_statistics(llama: Path, tmp_path: Path) -> None:
     """Where no scale is measured no statistics are written; a file that is named must be one all the same."""
-    assert not (quantize_into(llama, "fp8-int4", tmp_path / "out") / STATISTICS_FILE).exists()
+    assert not (quantize_into(llama, "fp8-int4-absmax", tmp_path / "out") / STATISTICS_FILE).exists()
     with raises("file-missing", tmp_path / "nothing.json"):
-        quantize_into(llama, "fp8-int4", tmp_path / "other", statistics=tmp_path / "nothing.json")
+        quantize_into(llama, "fp8-int4-absmax", tmp_path / "other", statistics=tmp_path / "nothing.json")
 
 
 def test_statistics_of_the_source_do_not_become_the_results(llama: Path, rows: dict[str, Path], tmp_path: Path) -> None:
     """A source that has statistics beside its weights leaves none of them in a result that measured nothing."""
     quantize_into(llama, "fp8-dynamic-fp8kv", tmp_path / "fp8", dataset=[rows["all"]])
     assert (tmp_path / "fp8" / STATISTICS_FILE).exists()
-    out = quantize_into(tmp_path / "fp8", "fp8-int4", tmp_path / "out")
+    out = quantize_into(tmp_path / "fp8", "fp8-int4-absmax", tmp_path / "out")
     assert not (out / STATISTICS_FILE).exists()
 
 
@@ -249,7 +259,10 @@ def test_another_model_is_refused(
 ) -> None:
     """Statistics of a model of the same shapes with other weights, and of the same model in BF16, are not taken."""
     twin = make_tiny("llama", num_hidden_layers=2, seed=1)
-    for statistics, source, recipe in (("dense", twin, "nvfp4"), ("mixture", fp8, "nvfp4-moe")):
+    for statistics, source, recipe in (
+        ("dense", twin, "nvfp4-four-over-six"),
+        ("mixture", fp8, "nvfp4-moe-four-over-six"),
+    ):
         error = refused(source, recipe, quantized(statistics), tmp_path)
         assert (error.code, error.where) == ("statistics-mismatch", str(quantized(statistics)))
 
@@ -258,14 +271,14 @@ def test_other_rows_are_refused(
     llama: Path, rows: dict[str, Path], quantized: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Rows that are named beside statistics of other rows are a contradiction."""
-    error = refused(llama, "nvfp4", quantized("dense"), tmp_path, dataset=[rows["other"]])
+    error = refused(llama, "nvfp4-four-over-six", quantized("dense"), tmp_path, dataset=[rows["other"]])
     assert error.code == "statistics-mismatch"
     assert rows["all"].name in error.what
 
 
 def test_experts_fed_otherwise_are_refused(mixtral: Path, quantized: Callable[[str], Path], tmp_path: Path) -> None:
     """Statistics of experts that saw all tokens are not those of experts that saw what was routed to them."""
-    error = refused(mixtral, "nvfp4-moe", quantized("mixture"), tmp_path, moe_calibrate_all_experts=False)
+    error = refused(mixtral, "nvfp4-moe-four-over-six", quantized("mixture"), tmp_path, moe_calibrate_all_experts=False)
     assert error.code == "statistics-mismatch"
     assert "`moe_calibrate_all_experts`" in error.remedy
 
@@ -274,7 +287,7 @@ def test_a_dense_model_has_no_experts_to_differ(llama: Path, quantized: Callable
     """The setting for experts does not concern a model without experts."""
     quantize_into(
         llama,
-        "nvfp4",
+        "nvfp4-four-over-six",
         tmp_path / "out",
         statistics=quantized("dense"),
         moe_calibrate_all_experts=False,
@@ -286,7 +299,7 @@ def test_experts_that_saw_little_are_refused(
 ) -> None:
     """Statistics must cover the experts as a run must."""
     few = ROWS * LENGTH + 1
-    error = refused(mixtral, "nvfp4-moe", collected("mixture"), tmp_path, min_tokens_per_expert=few)
+    error = refused(mixtral, "nvfp4-moe-four-over-six", collected("mixture"), tmp_path, min_tokens_per_expert=few)
     assert error.code == "experts-uncovered"
     assert str(ROWS * LENGTH + 1) in error.what
 
@@ -308,14 +321,14 @@ def test_what_is_no_statistics_is_refused(kind: str, llama: Path, tmp_path: Path
     """Anything else in the file's place is refused with the file's name."""
     file = tmp_path / "file.json"
     file.write_bytes(BROKEN[kind])
-    error = refused(llama, "nvfp4", file, tmp_path)
+    error = refused(llama, "nvfp4-four-over-six", file, tmp_path)
     assert (error.code, error.where) == ("statistics-invalid", str(file))
 
 
 def test_a_missing_file_is_refused(llama: Path, tmp_path: Path) -> None:
     """Neither a name that leads nowhere nor a directory without statistics is taken."""
     for given in (tmp_path / "none.json", llama):
-        error = refused(llama, "nvfp4", given, tmp_path)
+        error = refused(llama, "nvfp4-four-over-six", given, tmp_path)
         assert error.code == "file-missing"
         assert error.where.startswith(str(given))
 
@@ -403,7 +416,7 @@ def test_what_lacks_something_is_refused(
     code, named, edit = EDITS[kind]
     file = edited(collected("mixture"), tmp_path, edit)
     no_forward()
-    error = refused(mixtral, "nvfp4-moe", file, tmp_path)
+    error = refused(mixtral, "nvfp4-moe-four-over-six", file, tmp_path)
     assert error.code == code
     assert named in str(error)
 
@@ -412,9 +425,9 @@ def test_a_missing_projection_is_refused(llama: Path, collected: Callable[..., P
     """A linear whose inputs are not among the statistics is refused by name; a recipe that needs them not is not."""
     down = "model.layers.1.mlp.down_proj"
     file = edited(collected("dense"), tmp_path, lambda d: d["layers"]["1"]["inputs"].pop(down))
-    error = refused(llama, "nvfp4-fp8-hybrid", file, tmp_path)
+    error = refused(llama, "nvfp4-fp8-hybrid-four-over-six", file, tmp_path)
     assert (error.code, error.where) == ("amax-invalid", down)
-    rules = "- {role: down, format: fp8-dynamic}\n- {role: linear, format: nvfp4}\n"
+    rules = "- {role: down, format: fp8-dynamic}\n- {role: linear, format: nvfp4, scale_rule: four-over-six}\n"
     (tmp_path / "recipe.yaml").write_text(f"name: mine\nrules:\n{rules}", encoding="utf-8")
     quantize_into(llama, str(tmp_path / "recipe.yaml"), tmp_path / "out", statistics=file)
 
@@ -423,13 +436,13 @@ def test_missing_keys_and_values_are_refused(
     llama: Path, collected: Callable[..., Path], rows: dict[str, Path], tmp_path: Path
 ) -> None:
     """A recipe with an FP8 cache needs statistics that looked at keys and values, which one without did not."""
-    quantize_into(llama, "nvfp4", tmp_path / "without", dataset=[rows["all"]])
+    quantize_into(llama, "nvfp4-four-over-six", tmp_path / "without", dataset=[rows["all"]])
     no_cache = edited(collected("dense"), tmp_path, lambda d: d["layers"]["1"].__setitem__("cache", None))
     for given, layer in ((tmp_path / "without", 0), (no_cache, 1)):
-        error = refused(llama, "nvfp4-fp8-hybrid-fp8kv", given, tmp_path)
+        error = refused(llama, "nvfp4-fp8-hybrid-fp8kv-four-over-six", given, tmp_path)
         assert error.code == "statistics-invalid"
         assert f"layer {layer}" in str(error)
-        quantize_into(llama, "nvfp4-fp8-hybrid", tmp_path / f"out-{layer}", statistics=given)
+        quantize_into(llama, "nvfp4-fp8-hybrid-four-over-six", tmp_path / f"out-{layer}", statistics=given)
 
 
 def test_what_is_lacking_is_found_before_any_layer_is_made(
@@ -443,7 +456,7 @@ def test_what_is_lacking_is_found_before_any_layer_is_made(
 
     monkeypatch.setattr(snugfit.quantization.quantize, "run_layers", refuse)
     file = edited(collected("dense"), tmp_path, lambda d: d["layers"].pop("1"))
-    error = refused(llama, "nvfp4", file, tmp_path)
+    error = refused(llama, "nvfp4-four-over-six", file, tmp_path)
     assert error.code == "statistics-invalid"
     assert "layer 1" in str(error)
 
@@ -492,7 +505,7 @@ def test_merged_statistics_quantize_as_the_whole(
     whole = collected("mixture")
     no_forward()
     made = [
-        quantize_into(mixtral, "nvfp4-moe", tmp_path / str(number), statistics=given)
+        quantize_into(mixtral, "nvfp4-moe-four-over-six", tmp_path / str(number), statistics=given)
         for number, given in enumerate((tmp_path / "merged.json", whole))
     ]
     assert (made[0] / "model.safetensors").read_bytes() == (made[1] / "model.safetensors").read_bytes()
@@ -582,7 +595,7 @@ def test_collected_statistics_are_taken(
     query = "model.layers.0.self_attn.q_proj"
     assert found.layers[0].inputs[query] == own.layers[0].inputs[query]
     assert found.layers[0].inputs.keys() == own.layers[0].inputs.keys()
-    for other in ("nvfp4", recipe):
+    for other in ("nvfp4-four-over-six", recipe):
         out = quantize_into(source, other, tmp_path / other, statistics=folder)
         written = all_tensors(out)
         scales = {n: t for n, t in written.items() if n.endswith("input_global_scale")}
@@ -600,7 +613,7 @@ def test_scales_of_the_cache_come_from_statistics(
     """An FP8 cache's scales are the collected largest keys and values over 448."""
     statistics = collected("dense")
     no_forward()
-    out = quantize_into(llama, "nvfp4-fp8-hybrid-fp8kv", tmp_path / "out", statistics=statistics)
+    out = quantize_into(llama, "nvfp4-fp8-hybrid-fp8kv-four-over-six", tmp_path / "out", statistics=statistics)
     written = all_tensors(out)
     for number, layer in load_statistics(collected("dense")).layers.items():
         assert layer.cache is not None
@@ -808,4 +821,4 @@ def test_a_moved_model_keeps_its_statistics(
     shutil.copytree(llama, tmp_path / "copy")
     statistics = collected("dense")
     no_forward()
-    quantize_into(tmp_path / "copy", "nvfp4", tmp_path / "out", statistics=statistics)
+    quantize_into(tmp_path / "copy", "nvfp4-four-over-six", tmp_path / "out", statistics=statistics)

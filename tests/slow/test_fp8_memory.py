@@ -142,7 +142,7 @@ def occupied(folder: Path) -> int:
     return found
 
 
-@pytest.mark.parametrize("recipe", ["nvfp4-moe", "fp8-int4-moe"])
+@pytest.mark.parametrize("recipe", ["nvfp4-moe-four-over-six", "fp8-int4-moe-absmax"])
 def test_an_fp8_mixture_is_never_expanded(recipe: str, large: Path, tmp_path: Path) -> None:
     """Peak memory stays below what was there before and three of its layers in 16 bits; the disk holds what is planned.
 
@@ -158,7 +158,7 @@ def test_an_fp8_mixture_is_never_expanded(recipe: str, large: Path, tmp_path: Pa
     found = json.loads(done.stdout.splitlines()[-1])
     attention = 2 * HIDDEN * HEADS * WIDTH + 2 * HIDDEN * KEYS * WIDTH
     layer = 2 * (attention + 3 * EXPERTS * INNER * HIDDEN)
-    states = 2 * 2 * ROWS * LENGTH * HIDDEN if recipe == "nvfp4-moe" else 0
+    states = 2 * 2 * ROWS * LENGTH * HIDDEN if recipe == "nvfp4-moe-four-over-six" else 0
     stored = sum(file.stat().st_size for file in large.glob("*.safetensors"))
     estimated = found["estimates"]["peak_rss_bytes"]["estimated"]
     figures = {

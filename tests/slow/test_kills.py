@@ -24,7 +24,17 @@ COMMAND = "import sys; from snugfit.cli.app import app; app(sys.argv[1:])"
 
 def start(model: Path, out: Path) -> subprocess.Popen[bytes]:
     options = ["--num-samples", "8", "--max-seq-length", "256", "--device", "cpu", "--tokens-per-batch", "512"]
-    command = [sys.executable, "-c", COMMAND, "quantize", str(model), "-r", "nvfp4-fp8-hybrid-fp8kv", "-o", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        COMMAND,
+        "quantize",
+        str(model),
+        "-r",
+        "nvfp4-fp8-hybrid-fp8kv-four-over-six",
+        "-o",
+        str(out),
+    ]
     return subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
