@@ -66,6 +66,7 @@ OFFERED: dict[str, set[str]] = {
         "--max-forced-tokens",
         "--min-tokens-per-expert",
         "--statistics",
+        "--effort",
         "--allow-unverified",
         "--restart",
         "--force-resume",
