@@ -15,6 +15,7 @@ from snugfit.dialects import compressed_tensors as dialect
 from snugfit.formats import grids, nvfp4
 from snugfit.formats.spec import TensorFormat
 from snugfit.methods import scales
+from snugfit.methods.importance import features_first
 
 E4M3 = torch.float8_e4m3fn
 RULES = ("absmax", "four-over-six", "sweep")
@@ -69,12 +70,12 @@ every_weight = pytest.mark.parametrize("kind", WEIGHTS)
 
 def block_errors(weight: Tensor, block_scale: Tensor, scale: Tensor, objective: str = "mse") -> Tensor:
     """The objective of each block [N * K / 16] under its scale."""
-    magnitude = weight.reshape(-1, 16).abs()
+    magnitude = features_first(weight.reshape(-1, 16).abs())
     return scales.OBJECTIVES[objective](scales._error(magnitude, block_scale.reshape(-1), scale))
 
 
 def chosen_at(weight: Tensor, scale: Tensor, rule: str, objective: str = "mse") -> Tensor:
-    return scales._choose(weight.reshape(-1, 16), scale, rule, scales.OBJECTIVES[objective])
+    return scales._choose(features_first(weight.reshape(-1, 16)), scale, rule, scales.OBJECTIVES[objective])
 
 
 def relative_loss(weight: Tensor, rule: str) -> float:
@@ -101,9 +102,7 @@ def test_worked_example_is_exact_at_four_and_not_at_six() -> None:
 def lowest_of_all(weight: Tensor, scale: Tensor) -> Tensor:
     """The least squared error of each block under any of the 126 E4M3 scales."""
     magnitude = weight.reshape(-1, 16).abs()
-    return torch.stack(
-        [scales._error(magnitude, code.expand(len(magnitude)), scale).square().sum(-1) for code in EVERY_SCALE]
-    ).amin(0)
+    return torch.stack([block_errors(magnitude, code.expand(len(magnitude)), scale) for code in EVERY_SCALE]).amin(0)
 
 
 @every_weight

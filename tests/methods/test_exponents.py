@@ -46,8 +46,8 @@ def test_absmax_is_the_librarys(dtype: torch.dtype) -> None:
 def test_no_exponent_beats_the_sweep(spread: float) -> None:
     """Of all exponents from 2**-20 to 2**20 none has a lower squared error than the sweep's choice, in any block."""
     blocks = random_blocks(1, spread)
-    chosen = error(blocks.abs(), block_exponents(blocks, "sweep").flatten())
-    every = [error(blocks.abs(), torch.full((len(blocks),), k, dtype=torch.uint8)) for k in range(107, 148)]
+    chosen = error(blocks.abs().t(), block_exponents(blocks, "sweep").flatten())
+    every = [error(blocks.abs().t(), torch.full((len(blocks),), k, dtype=torch.uint8)) for k in range(107, 148)]
     assert torch.equal(chosen, torch.stack(every).amin(0))
 
 
@@ -56,8 +56,8 @@ def test_no_exponent_beats_the_sweep(spread: float) -> None:
 def test_no_exponent_beats_the_sweep_on_blocks_made_up(codes: list[int], power: int) -> None:
     """The same for blocks of few distinct values, where ties and saturated values abound."""
     blocks = torch.tensor([codes]) * 2.0**power / 32
-    chosen = error(blocks, block_exponents(blocks, "sweep").flatten())
-    assert all(float(error(blocks, torch.tensor([k], dtype=torch.uint8))) >= float(chosen) for k in range(100, 145))
+    chosen = error(blocks.t(), block_exponents(blocks, "sweep").flatten())
+    assert all(float(error(blocks.t(), torch.tensor([k], dtype=torch.uint8))) >= float(chosen) for k in range(100, 145))
 
 
 def test_the_sweep_never_loses_and_sometimes_wins() -> None:

@@ -1,7 +1,6 @@
-"""Rounding a block of columns one after another: plain torch, and where it is the fast kernels go in.
+"""Rounding a block of columns one after another, by machine code where there is some, which gives the same bits.
 
-Both functions work on each row by itself. Their plain form is the definition; kernels have to agree with it but for
-last bits of sums.
+Both functions work on each row by itself. Their plain form in torch is the definition.
 """
 
 from __future__ import annotations
@@ -12,8 +11,10 @@ import torch
 from torch import Tensor
 
 from snugfit.formats.grids import round_e2m1_magnitude
+from snugfit.methods.kernels import kernels_for
 
 Grid = Literal["e2m1", "int4"]
+MOST_COLUMNS = 128  # that kernels take
 
 
 def round_block(
@@ -24,6 +25,16 @@ def round_block(
     All are fp32 [N, B] but `feedback` [B, B]: in row i, columns j > i, how much of the error of column i is added to
     the target of column j. `target` is overwritten.
     """
+    kernels = kernels_for(target)
+    if kernels is None or target.shape[1] > MOST_COLUMNS:
+        return plain_round_block(target, exact, step, zero, feedback, grid)
+    return kernels.round_block(target, exact, step, zero, feedback, integers=grid == "int4")
+
+
+def plain_round_block(
+    target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, grid: Grid
+) -> Tensor:
+    """`round_block` by its definition."""
     values = torch.empty_like(target)
     for i in range(target.shape[1]):
         value = nearest(target[:, i], step[:, i], None if zero is None else zero[:, i], grid)
@@ -40,6 +51,17 @@ def descend_block(
 
     `gradient` [N, B] is (values - exact) @ H in these columns, `hessian` [B, B] the part of H between them.
     """
+    kernels = kernels_for(values)
+    if kernels is None or values.shape[1] > MOST_COLUMNS:
+        plain_descend_block(values, gradient, step, zero, hessian, grid)
+    else:
+        kernels.descend_block(values, gradient, step, zero, hessian, integers=grid == "int4")
+
+
+def plain_descend_block(
+    values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, grid: Grid
+) -> None:
+    """`descend_block` by its definition."""
     for i in range(values.shape[1]):
         before = values[:, i].clone()
         target = before - gradient[:, i] / hessian[i, i]

@@ -25,7 +25,8 @@ from torch import Tensor
 from snugfit.formats.grids import powers_of_two, round_e2m1_magnitude
 from snugfit.formats.mxfp4 import SMALLEST_EXPONENT
 from snugfit.formats.spec import MXFP4_BLOCK
-from snugfit.methods.importance import of_features, ordered_sum
+from snugfit.methods.importance import features_first, of_features, ordered_sum
+from snugfit.methods.kernels import kernels_for
 
 BIAS = 127
 LARGEST_EXPONENT = 125  # 4 * 2**126 is beyond fp32
@@ -39,20 +40,24 @@ def block_exponents(weight: Tensor, rule: str, importance: Tensor | None = None)
 
     `importance` weights squared errors: E[x^2] of each input feature [K].
     """
-    return plain_block_exponents(weight, rule, importance)
+    kernels = kernels_for(weight)
+    if kernels is None:
+        return plain_block_exponents(weight, rule, importance)
+    factors = None if importance is None else of_features(importance, MXFP4_BLOCK)
+    return kernels.block_exponents(weight, lower=LOWER[rule], factors=factors)
 
 
 def plain_block_exponents(weight: Tensor, rule: str, importance: Tensor | None = None) -> Tensor:
     """`block_exponents` by its definition, in torch on any device; kernels are compared with it."""
-    factors = None if importance is None else of_features(importance, MXFP4_BLOCK)
+    factors = None if importance is None else of_features(importance, MXFP4_BLOCK).t().unsqueeze(1)
     blocks = weight.unflatten(1, (-1, MXFP4_BLOCK))
     rows = max(1, CHUNK_BLOCKS["cuda" if weight.is_cuda else "cpu"] // max(1, blocks.shape[1]))
-    return torch.cat([_choose(part.float().abs(), rule, factors) for part in blocks.split(rows)])
+    return torch.cat([_choose(features_first(part).abs_(), rule, factors) for part in blocks.split(rows)])
 
 
 def _choose(magnitude: Tensor, rule: str, factors: Tensor | None) -> Tensor:
-    """Best candidate for each block of `magnitude` [..., 32], as uint8 [...]."""
-    plain = _absmax(magnitude.amax(-1))
+    """Best candidate for each block of `magnitude` [32, ...], as uint8 [...]."""
+    plain = _absmax(magnitude.amax(0))
     best = _biased(plain)
     if LOWER[rule] == 0:
         return best
@@ -78,7 +83,7 @@ def _biased(exponent: Tensor) -> Tensor:
 
 
 def error(magnitude: Tensor, exponent: Tensor, factors: Tensor | None = None) -> Tensor:
-    """Squared error [...] of blocks [..., 32] under E8M0 exponents; 0 for blocks below 2**-75, where k0 stays."""
-    step = powers_of_two(exponent).unsqueeze(-1)
+    """Squared error [...] of blocks [32, ...] under E8M0 exponents; 0 for blocks below 2**-75, where k0 stays."""
+    step = powers_of_two(exponent)
     square = round_e2m1_magnitude(magnitude / step).mul_(step).sub_(magnitude).square_()
     return ordered_sum(square if factors is None else square.mul_(factors))

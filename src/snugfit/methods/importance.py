@@ -17,15 +17,19 @@ LANES = 8
 
 
 def ordered_sum(terms: Tensor) -> Tensor:
-    """The sum over the last dimension, a multiple of 8, in the order above."""
-    lanes = terms.unflatten(-1, (-1, LANES))
-    partial: Tensor = lanes[..., 0, :]
-    for index in range(1, lanes.shape[-2]):
-        partial = partial + lanes[..., index, :]
-    total: Tensor = partial[..., 0]
+    """The sum over the first dimension, a multiple of 8, in the order above."""
+    partial = terms[:LANES]
+    for first in range(LANES, len(terms), LANES):
+        partial = partial + terms[first : first + LANES]
+    total: Tensor = partial[0]
     for lane in range(1, LANES):
-        total = total + partial[..., lane]
+        total = total + partial[lane]
     return total
+
+
+def features_first(blocks: Tensor) -> Tensor:
+    """fp32 [b, ...] of blocks [..., b]: sums over a block's features are then sums of whole rows."""
+    return blocks.movedim(-1, 0).float().contiguous()
 
 
 def of_features(importance: Tensor, block: int) -> Tensor:
@@ -46,13 +50,12 @@ def of_pairs(importance: Tensor) -> Tensor:
 
 
 def quadratic(error: Tensor, upper: Tensor) -> Tensor:
-    """d^T H d [...] of errors d [..., blocks, b] under the triangles [blocks, b, b] of `of_pairs`."""
-    columns = error.movedim(-1, 0).contiguous()
+    """d^T H d [..., blocks] of errors d [b, ..., blocks] under the triangles [blocks, b, b] of `of_pairs`."""
     factors = upper.permute(1, 2, 0).contiguous()
-    terms = torch.empty_like(columns)
-    for i in range(len(columns)):
-        row = factors[i, i] * columns[i]
-        for j in range(i + 1, len(columns)):
-            row = row + factors[i, j] * columns[j]
-        terms[i] = columns[i] * row
-    return ordered_sum(terms.movedim(0, -1))
+    terms = torch.empty_like(error)
+    for i in range(len(error)):
+        row = factors[i, i] * error[i]
+        for j in range(i + 1, len(error)):
+            row += factors[i, j] * error[j]
+        terms[i] = error[i] * row
+    return ordered_sum(terms)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from snugfit.formats.int4 import ranges, scales_of_ranges
-from snugfit.methods.importance import of_features, ordered_sum
+from snugfit.methods.importance import features_first, of_features, ordered_sum
+from snugfit.methods.kernels import Kernels, kernels_for
 
 FACTORS = (1.0, *(step / 40 for step in range(44, 19, -1) if step != 40))  # 1, then 1.1, 1.075 .. 0.5
-# values handled at once
-CHUNK_VALUES = {"cpu": 1 << 17, "cuda": 1 << 24}
+CHUNK_VALUES = {"plain": 1 << 17, "cpu": 1 << 21, "cuda": 1 << 24}  # handled at once
 
 
 def integer_scales(
@@ -25,45 +25,44 @@ def integer_scales(
 
     `importance` weights squared errors: E[x^2] of each input feature [K].
     """
-    return plain_integer_scales(weight, group_size, symmetric, importance)
-
-
-def plain_integer_scales(
-    weight: Tensor, group_size: int, symmetric: bool, importance: Tensor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`integer_scales` by its definition, in torch on any device; kernels are compared with it."""
+    kernels = kernels_for(weight)
     factors = None if importance is None else of_features(importance, group_size)
-    groups = weight.unflatten(1, (-1, group_size))
-    rows = max(1, CHUNK_VALUES["cuda" if weight.is_cuda else "cpu"] // max(1, weight.shape[1]))
-    parts = [_choose(part, factors, symmetric=symmetric) for part in groups.split(rows)]
+    rows = max(1, CHUNK_VALUES["plain" if kernels is None else weight.device.type] // max(1, weight.shape[1]))
+    parts = [_choose(part, group_size, factors, symmetric=symmetric, kernels=kernels) for part in weight.split(rows)]
     zero_points = [zero_point for _, zero_point in parts if zero_point is not None]
     return torch.cat([scale for scale, _ in parts]), torch.cat(zero_points) if zero_points else None
 
 
-def _choose(groups: Tensor, factors: Tensor | None, *, symmetric: bool) -> tuple[Tensor, Tensor | None]:
-    exact = groups.float()
-    low, high = ranges(exact)
-    best, best_zero = scales_of_ranges(low, high, symmetric=symmetric, dtype=groups.dtype)
-    lowest = _loss(exact, best, best_zero, factors)
-    for factor in FACTORS[1:]:
-        scale, zero = scales_of_ranges(low * factor, high * factor, symmetric=symmetric, dtype=groups.dtype)
-        loss = _loss(exact, scale, zero, factors)
+def _choose(
+    weight: Tensor, group_size: int, factors: Tensor | None, *, symmetric: bool, kernels: Kernels | None
+) -> tuple[Tensor, Tensor | None]:
+    low, high = ranges(weight.float().unflatten(1, (-1, group_size)))
+    candidates = [
+        scales_of_ranges(low * factor, high * factor, symmetric=symmetric, dtype=weight.dtype) for factor in FACTORS
+    ]
+    scales = torch.stack([scale for scale, _ in candidates])
+    zeros = None if symmetric else torch.stack([zero for _, zero in candidates if zero is not None])
+    fp32_zeros = torch.zeros_like(scales, dtype=torch.float32) if zeros is None else zeros.float()
+    search = plain_best_scales if kernels is None else kernels.best_scales
+    best = search(weight, scales.float(), fp32_zeros, factors).unsqueeze(0).to(torch.int64)
+    return scales.gather(0, best)[0], None if zeros is None else zeros.gather(0, best)[0]
+
+
+def plain_best_scales(weight: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor | None) -> Tensor:
+    """uint8 [N, K/g]: the first of the scales, fp32 [candidates, N, K/g], with the least error for each group.
+
+    In torch on any device; kernels are compared with it. `zeros` are fp32 zero points of the same shape, `factors`
+    fp32 [K/g, g] of squared errors.
+    """
+    groups = features_first(weight.unflatten(1, (scales.shape[2], -1)))
+    by_feature = None if factors is None else factors.t().unsqueeze(1)
+    best = torch.zeros(groups.shape[1:], dtype=torch.uint8, device=weight.device)
+    lowest = torch.full_like(groups[0], torch.inf)
+    for number, (step, zero) in enumerate(zip(scales, zeros, strict=True)):
+        codes = (groups / step).add_(zero).round_().clamp_(-8, 7)
+        square = codes.sub_(zero).mul_(step).sub_(groups).square_()
+        loss = ordered_sum(square if by_feature is None else square.mul_(by_feature))
         better = loss < lowest
         lowest = torch.where(better, loss, lowest)
-        best = torch.where(better, scale, best)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    return best, best_zero
-
-
-def _loss(groups: Tensor, scale: Tensor, zero_point: Tensor | None, factors: Tensor | None) -> Tensor:
-    """The squared error of each of fp32 groups [..., group_size] under scales [...]."""
-    step = scale.float().unsqueeze(-1)
-    codes = groups / step
-    if zero_point is None:
-        values = codes.round_().clamp_(-8, 7)
-    else:
-        zero = zero_point.float().unsqueeze(-1)
-        values = codes.add_(zero).round_().clamp_(-8, 7).sub_(zero)
-    square = values.mul_(step).sub_(groups).square_()
-    return ordered_sum(square if factors is None else square.mul_(factors))
+        best.masked_fill_(better, number)
+    return best

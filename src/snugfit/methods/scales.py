@@ -26,14 +26,18 @@ from torch import Tensor
 from snugfit.formats import nvfp4
 from snugfit.formats.grids import E2M1_MAX, E4M3_MAX, E4M3_TINY, divide, round_e2m1_magnitude
 from snugfit.formats.spec import NVFP4_BLOCK
-from snugfit.methods.importance import of_features, of_pairs, ordered_sum, quadratic
+from snugfit.methods.importance import features_first, of_features, of_pairs, ordered_sum, quadratic
+from snugfit.methods.kernels import BY_OFFSET, EVERY_CODE, FOUR_OVER_SIX, kernels_for
 
 LARGEST_CODE = 126
 
-# codes tried, counted from k0
+# codes tried, counted from k0; where they are not, 0 for each candidate
 OFFSETS: Mapping[str, tuple[int, ...]] = {
+    "absmax": (0,),
+    "four-over-six": (0, 0),
     "sweep": (0, *range(-3, 0), *range(1, 8)),
     "weighted": (0, *range(-10, 0), *range(1, 8)),
+    "exhaustive": (0,) * (LARGEST_CODE + 1),
 }
 
 # the largest block's scale before rounding: A / (6 g)
@@ -48,7 +52,7 @@ TOP_SCALE: Mapping[str, float] = {
 OBJECTIVES: Mapping[str, Callable[[Tensor], Tensor]] = {
     "mse": lambda error: ordered_sum(error.square()),
     "mae": lambda error: ordered_sum(error.abs()),
-    "absmax": lambda error: error.abs().amax(-1),
+    "absmax": lambda error: error.abs().amax(0),
 }
 
 # blocks handled at once: few enough for a core's cache, many enough to hide the cost of a torch call
@@ -74,7 +78,12 @@ def block_scales(
 
     `importance` weights squared errors: E[x^2] of each input feature [K], or E[x x^T] of each block's [K/16, 16, 16].
     """
-    return plain_block_scales(weight, scale, rule, objective, importance)
+    kernels = kernels_for(weight)
+    if kernels is None:
+        return plain_block_scales(weight, scale, rule, objective, importance)
+    factors = _factors(objective, importance)
+    kind = {"four-over-six": FOUR_OVER_SIX, "exhaustive": EVERY_CODE}.get(rule, BY_OFFSET)
+    return kernels.block_scales(weight, scale, offsets=OFFSETS[rule], kind=kind, objective=objective, factors=factors)
 
 
 def plain_block_scales(
@@ -84,25 +93,32 @@ def plain_block_scales(
     measure = _measure(objective, importance)
     blocks = weight.unflatten(1, (-1, NVFP4_BLOCK))
     rows = max(1, CHUNK_BLOCKS["cuda" if weight.is_cuda else "cpu"] // max(1, blocks.shape[1]))
-    return torch.cat([_choose(part.float(), scale, rule, measure) for part in blocks.split(rows)])
+    return torch.cat([_choose(features_first(part), scale, rule, measure) for part in blocks.split(rows)])
+
+
+def _factors(objective: str, importance: Tensor | None) -> Tensor | None:
+    """fp32 factors of squared errors [K/16, 16], or of products of errors [K/16, 16, 16]."""
+    if importance is None:
+        return None
+    if objective != "mse":
+        raise ValueError(f"importance weights squared errors, not {objective}")
+    return of_features(importance, NVFP4_BLOCK) if importance.dim() == 1 else of_pairs(importance)
 
 
 def _measure(objective: str, importance: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """What makes objectives [R, blocks] of signed errors [R, blocks, 16]."""
-    if importance is None:
+    """What makes objectives [R, blocks] of signed errors [16, R, blocks]."""
+    factors = _factors(objective, importance)
+    if factors is None:
         return OBJECTIVES[objective]
-    if objective != "mse":
-        raise ValueError(f"importance weights squared errors, not {objective}")
-    if importance.dim() == 1:
-        factors = of_features(importance, NVFP4_BLOCK)
-        return lambda error: ordered_sum(error.square().mul_(factors))
-    upper = of_pairs(importance)
-    return lambda error: quadratic(error, upper)
+    if factors.dim() == 3:
+        return lambda error: quadratic(error, factors)
+    by_feature = factors.t().unsqueeze(1)
+    return lambda error: ordered_sum(error.square().mul_(by_feature))
 
 
 def _choose(blocks: Tensor, scale: Tensor, rule: str, measure: Callable[[Tensor], Tensor]) -> Tensor:
-    """Best candidate for each block of fp32 [..., 16], as E4M3 [...]."""
-    candidates = _candidates(blocks.abs().amax(-1).div_(E2M1_MAX * scale), rule)
+    """Best candidate for each block of fp32 [16, ...], as E4M3 [...]."""
+    candidates = _candidates(blocks.abs().amax(0).div_(E2M1_MAX * scale), rule)
     best = candidates[0]
     if len(candidates) == 1:
         return best
@@ -135,8 +151,8 @@ def _to_scale(plain: Tensor) -> Tensor:
 
 
 def _error(blocks: Tensor, block_scale: Tensor, scale: Tensor) -> Tensor:
-    """w_hat - w of blocks [..., 16] under E4M3 scales [...]."""
-    step = (block_scale.float() * scale).unsqueeze(-1)
+    """w_hat - w of blocks [16, ...] under E4M3 scales [...]."""
+    step = block_scale.float() * scale
     magnitude = blocks.abs()
     error = round_e2m1_magnitude(magnitude / step).mul_(step).sub_(magnitude)
     return torch.where(blocks < 0, -error, error)
