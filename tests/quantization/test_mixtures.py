@@ -328,7 +328,8 @@ def test_targets_are_what_is_quantized(family: str, recipe: str, source: Source,
             names |= {f"{name}.{leaf}" for leaf in LEAVES.values() for name in (parent, parent.replace(BLOCK, ".mlp."))}
         for name in names:
             assert stated(name) == fmt, name
-    assert {stated(module) for module in linears} == {None, "fp8-dynamic", recipe.split("-")[-2]}
+    of_experts = "nvfp4" if recipe.startswith("nvfp4") else "int4"
+    assert {stated(module) for module in linears} == {None, "fp8-dynamic", of_experts}
 
 
 BLOCK = ".block_sparse_moe."
