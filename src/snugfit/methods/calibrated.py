@@ -1,0 +1,323 @@
+"""Chooses codes by what comes into a layer: weighted block scales, then GPTQ, coordinate descent and folds if asked for.
+
+The layer runs with its exact weights on what the quantized layers before it give, its inputs rounded as the engine
+rounds them. First a few samples find which folds help (methods/folds.py); each fold's strength is the one with the
+least error of the consumers' outputs under real rounding of weights and inputs, or none. Then all samples give the
+second moments of the inputs of every linear. Scales are chosen under E[x^2], values by GPTQ under E[x x^T].
+
+Routed experts get scales weighted by what the router sends each of them, and neither GPTQ nor folds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.calibration.moments import ExpertMoments, Moments, MomentsObserver
+from snugfit.engines.fused import group_modules
+from snugfit.formats import int4, mxfp4, nvfp4
+from snugfit.formats.grids import powers_of_two
+from snugfit.formats.quantized_weight import QuantizedWeight
+from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, PLAIN_RULES, TensorFormat
+from snugfit.methods import folds as folding
+from snugfit.methods.columns import nearest
+from snugfit.methods.exponents import block_exponents
+from snugfit.methods.folds import Fold, Scaling
+from snugfit.methods.gptq import Feedback, Steps, descend, feedback_of, round_with_feedback
+from snugfit.methods.integer_scales import integer_scales
+from snugfit.methods.method import Choice, ObservedLayer, Purpose, Target, WeightGroup
+from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
+from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
+from snugfit.model import emulate, experts
+from snugfit.model.experts import DOWN
+
+SCANNED_TOKENS = 8192  # that fold strengths and ranges of inputs are chosen on
+HEADROOM = 2.0  # of the range of 4-bit inputs over the largest one that was scanned
+SEARCHED_ROWS = 1024  # output features that fold strengths are tried on
+SLICE = {"cpu": 1 << 22, "cuda": 1 << 25}  # values of a weight rounded at once
+# exponents (a, b) of s = x^a / w^b that are tried
+STRENGTHS = ((0.15, 0.35), (0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.25, 0.0), (0.5, 0.0))
+
+
+@dataclass(frozen=True)
+class Scales:
+    """The scales of one weight [N, K], chosen; `steps` says what they are for each value.
+
+    `encode` makes codes of values on the grid, fp32 [n, K] of output features start..stop.
+    """
+
+    steps: Steps
+    encode: Callable[[Tensor], QuantizedWeight]
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What was found out about a layer.
+
+    `moments` by the file's name of the first linear of each fused group; `expert_moments` by the file's name of an
+    expert's linear. `scaling` speaks of the module's names; `modules` and `parameters` map the file's to those.
+    """
+
+    moments: Mapping[str, Moments]
+    expert_moments: Mapping[str, Tensor]
+    scaling: Scaling
+    modules: Mapping[str, str]
+    parameters: Mapping[str, str]
+
+
+@dataclass
+class Calibrated:
+    """Weighted scales; with `gptq` also values by GPTQ, then `sweeps` of coordinate descent; with `folds` smoothing.
+
+    `profile` names the engine's arithmetic of inputs (engines/profiles.py) that the choice is made for.
+    """
+
+    profile: str
+    gptq: bool = False
+    folds: bool = False
+    sweeps: int = 0
+    _verified: dict[Any, bool] = field(default_factory=dict)
+
+    @property
+    def scale_rule(self) -> str:
+        """What records say of weights that this method quantized."""
+        parts = ["weighted", "gptq" if self.gptq else "", "descent" if self.sweeps else ""]
+        return "+".join(filter(None, [*parts, "folds" if self.folds else ""]))
+
+    def observe(self, layer: ObservedLayer) -> Observed | None:
+        """Moments of the inputs of every weight that follows the effort, under the folds that help it."""
+        wanted = {
+            name: layer.targets[f"{name}.weight"]
+            for name in layer.linears
+            if (target := layer.targets.get(f"{name}.weight")) and target.scale_rule == EFFORT
+        }
+        mixture = None
+        if layer.experts is not None and any(t.scale_rule == EFFORT for n, t in layer.targets.items() if "expert" in n):
+            mixture = ExpertMoments()
+        if not wanted and mixture is None:
+            return None
+        groups = group_modules(wanted)
+        scaling, ranges = Scaling(), {}
+        rounds = self.gptq and any(self._rounds_inputs(target.format) for target in wanted.values())
+        if (self.folds and wanted) or rounds:
+            scaling, ranges = self._scan(layer, groups, wanted)
+            folding.apply(layer.module, scaling)
+        if self.gptq:
+            self._round_inputs(layer, ranges)
+        observer = MomentsObserver(layer.module, {layer.linears[group[0]]: self.gptq for group in groups})
+        if mixture is not None and layer.experts is not None:
+            experts.hook(layer.module.get_submodule(layer.experts.module), mixture)
+
+        def before(batch: Any) -> None:
+            observer.before(batch)
+            if mixture is not None:
+                mixture.before(batch)
+
+        layer.run(before)
+        found = observer.result()
+        by_file = {group[0]: found[module] for group in groups if (module := layer.linears[group[0]]) in found}
+        return Observed(by_file, _of_experts(layer, mixture), scaling, layer.linears, layer.parameters)
+
+    def _rounds_inputs(self, fmt: TensorFormat) -> bool:
+        scale = torch.ones(()) if fmt.input_kind == "nvfp4" else None
+        return emulate.input_quantizer(fmt, self.profile, scale) is not None
+
+    def _scan(
+        self, layer: ObservedLayer, groups: Sequence[tuple[str, ...]], targets: Mapping[str, Target]
+    ) -> tuple[Scaling, dict[str, float]]:
+        """The folds that help, on a few samples, and the largest input of each group under them."""
+        observer = MomentsObserver(layer.module, {layer.linears[g[0]]: False for g in groups}, sampled=True)
+        layer.run(observer.before, max_tokens=SCANNED_TOKENS)
+        found = observer.result()
+        chosen: list[tuple[Fold, Tensor]] = []
+        if self.folds:
+            by_module = {module: targets[name] for name, module in layer.linears.items() if name in targets}
+            for fold in folding.find_folds(layer, targets.__contains__):
+                if fold.consumers[0] in found and self._is_same(layer, fold):
+                    factors = self._best_factors(layer.module, fold, found[fold.consumers[0]], by_module)
+                    chosen += [] if factors is None else [(fold, factors)]
+        scaling = folding.scale(layer.module, chosen)
+        ranges = {}
+        for group in groups:
+            module = layer.linears[group[0]]
+            if module in found:
+                seen, amax = found[module], found[module].amax
+                if module in scaling.inputs and seen.sample is not None:
+                    amax = float((seen.sample.float() / scaling.inputs[module]).abs().amax())
+                ranges[group[0]] = amax
+        return scaling, ranges
+
+    def _is_same(self, layer: ObservedLayer, fold: Fold) -> bool:
+        """Whether the layer stays the same function; tried once for layers that are built alike."""
+        kinds = tuple(type(layer.module.get_submodule(name)) for name in (fold.producer, *fold.consumers))
+        key = type(layer.module), fold, kinds
+        if key not in self._verified:
+            self._verified[key] = folding.is_same_function(layer, fold)
+        return self._verified[key]
+
+    def _best_factors(
+        self, module: nn.Module, fold: Fold, moments: Moments, targets: Mapping[str, Target]
+    ) -> Tensor | None:
+        """The factors under which rounded weights and inputs give the consumers' outputs best; None: without a fold."""
+        assert moments.sample is not None
+        fmt = targets[fold.consumers[0]].format
+        weight = torch.cat([module.get_submodule(name).weight.data.float() for name in fold.consumers])  # type: ignore[operator]
+        squares_of_weights = fold.to_producer(weight.square().mean(0))
+        weight = weight[:: max(1, len(weight) // SEARCHED_ROWS)]
+        inputs = moments.sample.float()
+        exact = inputs @ weight.t()
+
+        def error(scale: Tensor | None) -> float:
+            scaled_inputs, scaled = (inputs, weight) if scale is None else (inputs / scale, weight * scale)
+            importance = moments.squares if scale is None else moments.squares / scale.square()
+            amax = float(scaled_inputs.abs().amax())
+            found = choose_scales({"": scaled}, fmt, importance)[""].steps
+            rounded = nearest(scaled, found.step, found.zero, found.grid)
+            quantizer = self._quantizer(fmt, amax)
+            return float(
+                ((scaled_inputs if quantizer is None else quantizer(scaled_inputs)) @ rounded.t() - exact).norm()
+            )
+
+        best, least = None, error(None)
+        for exponents in STRENGTHS:
+            factors = folding.factors(fold.to_producer(moments.squares), squares_of_weights, exponents)
+            if (found := error(fold.to_consumer(factors))) < least:
+                best, least = factors, found
+        return best
+
+    def _quantizer(self, fmt: TensorFormat, amax: float) -> emulate.Quantizer | None:
+        scale = nvfp4.input_global_scale(HEADROOM * amax) if fmt.input_kind == "nvfp4" and amax > 0 else None
+        if fmt.input_kind == "nvfp4" and scale is None:
+            return None
+        return emulate.input_quantizer(fmt, self.profile, scale)
+
+    def _round_inputs(self, layer: ObservedLayer, ranges: Mapping[str, float]) -> None:
+        """Let the layer's linears see their inputs as the engine's do."""
+        quantizers = {}
+        for group in group_modules(name for name in layer.linears if f"{name}.weight" in layer.targets):
+            fmt = layer.targets[f"{group[0]}.weight"].format
+            if fmt.input_kind == "nvfp4" and group[0] not in ranges:
+                continue
+            quantizer = self._quantizer(fmt, ranges.get(group[0], 0.0))
+            if quantizer is not None:
+                quantizers |= {layer.linears[name]: quantizer for name in group}
+        emulate.quantize_inputs(layer.module, quantizers)
+
+    def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
+        """Codes of each group by what was observed of its inputs; without an observation as plain rules choose."""
+        observed: Observed | None = purpose.observed
+        for group in groups:
+            if group.target is None:
+                yield from _kept(group, observed)
+            elif group.target.scale_rule != EFFORT or observed is None:
+                yield from ROUND_TO_NEAREST.choose([group], purpose)
+            else:
+                yield from self._choose(group, group.target, observed, purpose)
+
+    def _choose(self, group: WeightGroup, target: Target, observed: Observed, purpose: Purpose) -> Iterator[Choice]:
+        names = list(group.weights)
+        first = names[0].removesuffix(".weight")
+        moments = observed.moments.get(first)
+        importance = observed.expert_moments.get(first) if moments is None else moments.squares
+        if importance is None:  # nothing came to it
+            yield from ROUND_TO_NEAREST.choose([group], purpose)
+            return
+        feedback = gram = None
+        if moments is not None and moments.gram is not None and self.gptq:
+            gram = moments.gram
+            feedback = feedback_of(gram)
+        dtype = next(iter(group.weights.values())).dtype
+        exact = {
+            name: observed.scaling.weight(
+                observed.modules.get(name.removesuffix(".weight"), ""), group.weights.pop(name)
+            )
+            for name in names
+        }
+        chosen = choose_scales(exact, target.format, importance, dtype)
+        for name in names:
+            weight, scales = exact.pop(name), chosen.pop(name)
+            values = self._values(weight, scales.steps, feedback, gram)
+            square = weight.double().square().sum() if weight.device.type == "cpu" else weight.square().sum().double()
+            error = (weight - values).square_().sum().double()
+            relative = torch.where(square == 0, 0.0, error / square)
+            codes, kept = scales.encode(values), None
+            if purpose.runs and name in purpose.buffers:
+                purpose.buffers[name].copy_(values)
+            elif purpose.runs:
+                kept = values.to(dtype)
+            yield Choice(name=name, codes=codes, weight_16bit=kept, relative_error=relative, scale_rule=self.scale_rule)
+
+    def _values(self, weight: Tensor, steps: Steps, feedback: Feedback | None, gram: Tensor | None) -> Tensor:
+        """Values on the grid for a weight [N, K], some output features at a time."""
+        rows = max(1, SLICE[weight.device.type] // weight.shape[1])
+        found = []
+        for start in range(0, len(weight), rows):
+            part, of_part = weight[start : start + rows], steps.rows(start, start + rows)
+            if feedback is None:
+                found.append(nearest(part, of_part.step, of_part.zero, of_part.grid))
+                continue
+            values = round_with_feedback(part, of_part, feedback)
+            if self.sweeps and gram is not None:
+                values = descend(part, values, of_part, gram, self.sweeps)
+            found.append(values)
+        return torch.cat(found)
+
+
+def _kept(group: WeightGroup, observed: Observed | None) -> Iterator[Choice]:
+    """Tensors that stay, with the values that folds give them."""
+    for name in list(group.weights):
+        tensor = group.weights.pop(name)
+        new = None if observed is None else observed.scaling.tensors.get(observed.parameters.get(name, ""))
+        yield Choice(name=name, codes=None, weight_16bit=tensor if new is None else new, changed=new is not None)
+
+
+def _of_experts(layer: ObservedLayer, mixture: ExpertMoments | None) -> dict[str, Tensor]:
+    """E[x^2] of the inputs of each routed expert's linears, by the file's names."""
+    found = None if mixture is None else mixture.result()
+    if found is None or layer.experts is None:
+        return {}
+    gate_up, down = found
+    return {
+        f"{layer.prefix}{name}".removesuffix(".weight"): (down if role == DOWN else gate_up)[expert]
+        for (expert, role, parameter), name in layer.experts.names.items()
+        if parameter == "weight"
+    }
+
+
+def choose_scales(
+    weights: Mapping[str, Tensor], fmt: TensorFormat, importance: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Scales]:
+    """Scales of a fused group of weights, fp32 [N, K], each the best under `importance`, E[x^2] [K].
+
+    `dtype` is that of the model, in which INT4 stores its scales.
+    """
+    if fmt.name in ("nvfp4", "nvfp4a16"):
+        amax = torch.stack([largest_magnitude(weight) for weight in weights.values()]).amax()
+        shared = global_scale(amax, "weighted")
+        return {name: _nvfp4(weight, shared, importance) for name, weight in weights.items()}
+    if fmt.name == "mxfp4":
+        return {name: _mxfp4(weight, importance) for name, weight in weights.items()}
+    return {name: _int4(weight, fmt, importance, dtype) for name, weight in weights.items()}
+
+
+def _nvfp4(weight: Tensor, shared: Tensor, importance: Tensor) -> Scales:
+    scales = block_scales(weight, shared, "weighted", "mse", importance)
+    step = (scales.float() * shared).repeat_interleave(NVFP4_BLOCK, dim=1)
+    return Scales(Steps("e2m1", step), lambda values: nvfp4.quantize(values, scales, shared))
+
+
+def _mxfp4(weight: Tensor, importance: Tensor) -> Scales:
+    exponents = block_exponents(weight, "weighted", importance)
+    step = powers_of_two(exponents).repeat_interleave(MXFP4_BLOCK, dim=1)
+    return Scales(Steps("e2m1", step), lambda values: mxfp4.quantize(values, exponents))
+
+
+def _int4(weight: Tensor, fmt: TensorFormat, importance: Tensor, dtype: torch.dtype) -> Scales:
+    scale, zero_point = integer_scales(weight.to(dtype), fmt.group_size, fmt.symmetric, importance)
+    step = scale.float().repeat_interleave(fmt.group_size, dim=1)
+    zero = None if zero_point is None else zero_point.float().repeat_interleave(fmt.group_size, dim=1)
+    return Scales(Steps("int4", step, zero), lambda values: int4.quantize_under(values, scale, zero_point))
