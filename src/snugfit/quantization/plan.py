@@ -23,7 +23,7 @@ from snugfit.model.logical_weights import LogicalWeights
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import unverified_formats
 from snugfit.model.tied import untied
-from snugfit.recipes.assignment import Assignment
+from snugfit.recipes.assignment import Assignment, runs_in_engines
 from snugfit.recipes.recipe import LoadedRecipe
 from snugfit.recipes.resolve import resolve
 from snugfit.records.quantize import TensorRecord
@@ -33,7 +33,7 @@ from snugfit.storage.shards import Shard, plan_shards
 
 # a thirty-second of the model, within these bounds: whole files are digested while others are written
 SHARD_BYTES = 500_000_000, 5_000_000_000
-PASSTHROUGH = "as it was"
+PASSTHROUGH, DEQUANTIZED = "as it was", "dequantized"
 KV_CACHE = "fp8 KV cache"
 
 
@@ -115,7 +115,9 @@ class Plan:
         info = self.weights.tensors[name]
         assignment = self.assignments.get(name)
         fmt = assignment.format if assignment else None
-        label, rule = (fmt.label(), assignment.scale_rule) if fmt and assignment else (PASSTHROUGH, "")
+        origin = self.weights.origins.get(name)
+        plain = PASSTHROUGH if origin is None or origin.format is None else DEQUANTIZED
+        label, rule = (fmt.label(), assignment.scale_rule) if fmt and assignment else (plain, "")
         return TensorRecord(name, info.shape, label, rule, self.weights.file_bytes(name), written)
 
     def unit_of_layer(self, number: int) -> tuple[str, ...]:
@@ -195,7 +197,7 @@ def lay_out(layout: ModelLayout, recipe: LoadedRecipe, *, max_shard_size: int | 
         shards=tuple(plan_shards(written, max_shard_size or default)),
         config=_config_to_write(layout, recipe, decisions),
         unverified=decisions.unverified,
-        notes=(*layout.contradictions, *_cache_notes(layout, recipe)),
+        notes=(*layout.contradictions, *_cache_notes(layout, recipe), *_block_notes(decisions)),
     )
 
 
@@ -332,6 +334,18 @@ def _cache_notes(layout: ModelLayout, recipe: LoadedRecipe) -> list[str]:
         return []
     kept = "stays declared" if _kept_cache(layout) else "is not declared in the result"
     return [f"the source's FP8 KV cache {kept}: {layout.cache_without_scales}"]
+
+
+def _block_notes(decisions: Decisions) -> list[str]:
+    """What becomes of codes of the source that engines do not run."""
+    formats = {name: fmt for name, fmt in decisions.weights.formats.items() if not runs_in_engines(fmt)}
+    if not formats:
+        return []
+    assigned = [decisions.assignments[name].format for name in formats if name in decisions.assignments]
+    again = sum(fmt is not None for fmt in assigned)
+    labels = ", ".join(dict.fromkeys(fmt.label() for fmt in formats.values()))
+    what = f"{again} are quantized again as the recipe says, {len(formats) - again} are dequantized to 16 bits"
+    return [f"engines do not run {labels}: of {len(formats)} such weights of the source {what}"]
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

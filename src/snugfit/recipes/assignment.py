@@ -38,27 +38,53 @@ class Assignment:
 
 
 def kept_format(asked: str, source: TensorFormat | None) -> TensorFormat | None:
-    """The source's format if its codes satisfy a rule with format `asked`; None if the weight is quantized again."""
-    if source is None:
+    """The source's format if its codes satisfy a rule with format `asked`; None if the weight is quantized again.
+
+    Codes that engines do not run satisfy no rule: under `keep` such a weight is dequantized.
+    """
+    if source is None or not runs_in_engines(source):
         return None
     if asked == KEEP or (asked.startswith("fp8") and source.name.startswith("fp8")):
         return source
     return TensorFormat("mxfp4") if asked == source.name == "mxfp4" else None
 
 
-def keep_codes(name: str, fmt: TensorFormat, rule: int, place: str) -> Assignment:
-    """The assignment of a weight whose codes are copied; UserError for a format that engines cannot run."""
-    if fmt.block is not None:
-        raise UserError(
-            f"{name} is FP8 in blocks of {fmt.block[0]} x {fmt.block[1]}, but engines only run blocks of 128 x 128.",
-            code="recipe-not-quantizable",
-            where=place,
-            remedy="Add `requantize: true` to the rule that names it.",
-        )
+def runs_in_engines(fmt: TensorFormat) -> bool:
+    """Whether engines run codes that a source stores in `fmt`.
+
+    FP8 in blocks: 128 x 128 alone, with inputs rounded at run time. Of vLLM 0.32's kernels CUTLASS, DeepGEMM and
+    FlashInfer refuse other blocks, Marlin ignores them, and kernels for experts are looked up as if for 128 x 128.
+    """
+    return fmt.block is None
+
+
+def keep_codes(fmt: TensorFormat, rule: int) -> Assignment:
+    """The assignment of a weight whose codes, in a format that engines run, are copied."""
     if fmt.name == "fp8" and fmt.input_kind in ("fp8-tensor-dynamic", "fp8-token"):
         # one scale a weight, inputs under one a token: vLLM's experts need one scale a channel, which may all be equal
         fmt = TensorFormat("fp8-dynamic")
     return Assignment(fmt, "", "", rule, keeps_codes=True)
+
+
+def without_rule(names: Sequence[TensorName], stored: Mapping[str, TensorFormat]) -> dict[str, Assignment]:
+    """The assignments of weights that no rule names, such as those of prediction layers, where the source has codes.
+
+    `names` are all weights without a rule, plain ones too. Codes are copied, but those that engines do not run, or not
+    beside those of their fused group or of other experts, are dequantized: no rule could do it.
+    """
+    kept = {name: keep_codes(fmt, NO_RULE) for name, fmt in stored.items() if runs_in_engines(fmt)}
+    together = [tuple(f"{module}.weight" for module in group) for group in group_modules(n.module for n in names)]
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        before, found, _ = name.full.partition(".experts.")
+        if found:
+            experts.setdefault(before, []).append(name.full)
+    mixed: set[str] = set()
+    for members in (*together, *experts.values()):
+        if len({kept[member].format if member in kept else None for member in members}) > 1:
+            mixed |= {*members}
+    wide = Assignment(None, "", "", NO_RULE)
+    return {name: kept[name] if name in kept and name not in mixed else wide for name in stored}
 
 
 def check_inputs(assignment: Assignment, names: Sequence[str], place: str) -> None:

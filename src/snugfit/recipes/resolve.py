@@ -27,6 +27,7 @@ from snugfit.recipes.assignment import (
     check_inputs,
     keep_codes,
     kept_format,
+    without_rule,
 )
 from snugfit.recipes.recipe import LoadedRecipe, Rule
 from snugfit.storage.safetensors_header import TensorInfo
@@ -79,7 +80,10 @@ def resolve(
         found |= _assign(loaded, number, members, infos, stored)
     found |= {name: Assignment(None, "", "", NO_RULE) for name in stored if name in wide}
     unnamed = {name: fmt for name, fmt in stored.items() if name not in found}
-    found |= {name: keep_codes(name, fmt, NO_RULE, loaded.where) for name, fmt in unnamed.items()}
+    if unnamed:
+        found |= without_rule(
+            [name for name in names if name.parameter == "weight" and name.full not in found], unnamed
+        )
     check_groups(found, loaded.where)
     check_experts(found, names, loaded.where)
     return found
@@ -96,7 +100,7 @@ def _assign(
     rule, place = loaded.recipe.rules[number], loaded.place_of(number)
     asked = "" if rule.requantize else rule.format
     kept = {name.full: fmt for name in members if (fmt := kept_format(asked, stored.get(name.full)))}
-    found = {name: keep_codes(name, fmt, number, place) for name, fmt in kept.items()}
+    found = {name: keep_codes(fmt, number) for name, fmt in kept.items()}
     others = [name for name in members if name.full not in kept]
     outside = [name.module for name in others if name.layer is None]
     if outside and rule.format != KEEP:
