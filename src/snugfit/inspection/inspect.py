@@ -26,6 +26,7 @@ from snugfit.inspection.contents import (
     read_contents,
 )
 from snugfit.model.layout import NOT_CHECKED, ModelLayout, read_layout
+from snugfit.model.loose import taken_note
 from snugfit.model.names import role_order
 from snugfit.model.positions import max_positions
 from snugfit.model.support import unverified_formats
@@ -77,6 +78,7 @@ def inspect(model: str | Path) -> Inspection:
     fused = _fused(contents)
     limits = _limits(contents)
     calibration, unread = _calibration(checkpoint)
+    taken = [taken_note(layout.taken_in)] if layout.taken_in else []
     predicted = sum(w.elements for w in contents.weights if w.part == "multi-token prediction")
     total = sum(w.elements for w in contents.weights) - predicted
     return Inspection(
@@ -97,7 +99,7 @@ def inspect(model: str | Path) -> Inspection:
         other_weights=_other_weights(checkpoint.other_files),
         made_by=_made_by(checkpoint),
         calibration=calibration,
-        remarks=(*limits.remarks, *unread, *notes_on_loss(checkpoint.other_files)),
+        remarks=(*limits.remarks, *unread, *taken, *notes_on_loss(checkpoint.other_files)),
     )
 
 

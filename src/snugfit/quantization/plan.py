@@ -20,6 +20,7 @@ from snugfit.formats.spec import TensorFormat
 from snugfit.model.language_config import nested_language_keys
 from snugfit.model.layout import ModelLayout
 from snugfit.model.logical_weights import LogicalWeights
+from snugfit.model.loose import taken_note
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import unverified_formats
 from snugfit.model.tied import untied
@@ -197,7 +198,12 @@ def lay_out(layout: ModelLayout, recipe: LoadedRecipe, *, max_shard_size: int | 
         shards=tuple(plan_shards(written, max_shard_size or default)),
         config=_config_to_write(layout, recipe, decisions),
         unverified=decisions.unverified,
-        notes=(*layout.contradictions, *_cache_notes(layout, recipe), *_block_notes(decisions)),
+        notes=(
+            *layout.contradictions,
+            *([taken_note(layout.taken_in)] if layout.taken_in else []),
+            *_cache_notes(layout, recipe),
+            *_block_notes(decisions),
+        ),
     )
 
 

@@ -93,7 +93,7 @@ class PreparedRun:
         """
         check_memory(self.estimate, self.device)
         if output_dir is not None:
-            check_stageable(Path(output_dir), model=self.plan.checkpoint.path)
+            check_stageable(Path(output_dir), models=[self.plan.checkpoint.path])
             check_disk(self.estimate, Path(output_dir))
             if not restart and (work := work_folder(Path(output_dir))).is_dir():
                 check_no_links(Path(output_dir))
