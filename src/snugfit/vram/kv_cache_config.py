@@ -53,8 +53,8 @@ def read_cache(config: TextConfig) -> ModelCache:
     factor = positive(text, "cla_share_factor") if shares_keys_and_values(text) else 1
     if factor > 1:
         notes.append(
-            f"one of {factor} layers keeps keys and values, the others use those (use_cla); transformers' model, by which "
-            "vLLM 0.32 serves this family, cannot"
+            f"one of {factor} layers keeps keys and values, the others use those (use_cla); vLLM 0.32 runs this family "
+            "through transformers' model, which cannot"
         )
     if kind not in families.FULL_ATTENTION and kind not in config_defaults.DEFAULTS:
         odd = sorted(
