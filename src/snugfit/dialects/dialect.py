@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snugfit.formats.quantized_weight import QuantizedWeight
 
 MODELOPT_FILE = "hf_quant_config.json"
+_E8M0_NAN = 255  # of the exponents of MXFP4
 _MISMATCH_REMEDY = "Config and weights do not belong together."
 _SCALES = ("_scale", "_scale_2", "_scale_inv")
 # one number for a whole weight or input
@@ -116,6 +117,8 @@ class Dialect:
         With a zero point, int8-tensor-asym, the multiplier is fp32 [2]: multiplier, zero point. UserError for a scale
         that is not finite, and for one of a whole NVFP4 weight or of inputs that is not positive either.
         """
+        import torch
+
         for suffix, tensor in parts.items():
             if not suffix.endswith(_SCALES) or not tensor.is_floating_point():
                 continue
@@ -128,6 +131,13 @@ class Dialect:
                     where=self.where,
                     remedy="Quantize the model again: its calibration did not reach this module.",
                 )
+        if fmt.name == "mxfp4" and bool((parts["weight_scale"].view(torch.uint8) == _E8M0_NAN).any()):
+            raise UserError(
+                f"{module}.weight_scale holds NaN scales.",
+                code="scale-invalid",
+                where=self.where,
+                remedy="The source is damaged: download it again.",
+            )
         assert self.file_format is not None, "a 16-bit checkpoint has no codes"
         return self.file_format.decode(fmt, parts)
 

@@ -62,6 +62,7 @@ _STAYS: Mapping[str, str] = {
     "KV cache scales": "scales",
 }
 _WIDE = frozenset({"bf16", "f16", "f32"})
+_SOURCES = ("fp8", "nvfp4", "mxfp4", "int4", "int8")
 _REFUSED = "quantize refuses this model"
 # blockers that are contradictions between config.json and the tensors
 _CONTRADICTIONS = frozenset(
@@ -264,7 +265,7 @@ def _part(
 
 def _stays(part: str, stored: str, shape: tuple[int, ...], single: tuple[int, ...], limits: _Limits) -> str:
     """Why `quantize` cannot give a weight of this part another format; "" where it can."""
-    source = stored in _WIDE or stored.startswith("fp8") or (stored == "mxfp4" and bool(single))
+    source = stored in _WIDE or stored.startswith(_SOURCES)
     if stored not in _WIDE and (not source or (limits.model and not limits.refused)):
         return f"{stored} already"
     if limits.model:

@@ -36,6 +36,7 @@ from snugfit.storage.shards import Shard, plan_shards
 SHARD_BYTES = 500_000_000, 5_000_000_000
 PASSTHROUGH, DEQUANTIZED = "as it was", "dequantized"
 KV_CACHE = "fp8 KV cache"
+_FOUR_BITS = frozenset({"nvfp4", "nvfp4a16", "mxfp4", "int4"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +140,15 @@ class Plan:
             )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
+    def copies(self, name: str, info: TensorInfo) -> bool:
+        """Whether `info`, one of the outputs of the logical weight `name`, is a tensor of the source as it is."""
+        assignment, origin = self.assignments.get(name), self.weights.origins.get(name)
+        if assignment is None or not assignment.keeps_codes or origin is None or origin.part is not None:
+            return False
+        found = self.checkpoint.tensors.get(info.name)
+        same = found is not None and (found.dtype, found.shape) == (info.dtype, info.shape)
+        return same and self.weights.dialect.file_format is compressed_tensors
+
     def writes_kv_scales(self, layer: int) -> bool:
         """Whether scales of an FP8 KV cache are written for this layer."""
         return f"{self.observed_caches.get(layer)}.k_scale" in self.outputs
@@ -202,7 +212,7 @@ def lay_out(layout: ModelLayout, recipe: LoadedRecipe, *, max_shard_size: int | 
             *layout.contradictions,
             *([taken_note(layout.taken_in)] if layout.taken_in else []),
             *_cache_notes(layout, recipe),
-            *_block_notes(decisions),
+            *_source_notes(decisions),
         ),
     )
 
@@ -277,9 +287,10 @@ def _outputs_of(weights: LogicalWeights, name: str, assignment: Assignment | Non
     if assignment is None or assignment.format is None:
         return (info,)
     module = name.removesuffix(".weight")
-    if assignment.keeps_codes and assignment.format.name.startswith("fp8"):
+    if assignment.keeps_codes and weights.origins[name].part is None:
         headers = {s: weights.checkpoint.tensors[part] for s, part in weights.origins[name].parts.items()}
-        parts = compressed_tensors.copied_layout(assignment.format, {s: (t.dtype, t.shape) for s, t in headers.items()})
+        given = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in headers.items()}
+        parts = compressed_tensors.copied_layout(assignment.format, given, info.shape)
     else:
         parts = compressed_tensors.layout(assignment.format, info.shape, info.dtype)
     return tuple(TensorInfo(f"{module}.{suffix}", dtype, shape) for suffix, (dtype, shape) in parts.items())
@@ -342,8 +353,20 @@ def _cache_notes(layout: ModelLayout, recipe: LoadedRecipe) -> list[str]:
     return [f"the source's FP8 KV cache {kept}: {layout.cache_without_scales}"]
 
 
-def _block_notes(decisions: Decisions) -> list[str]:
-    """What becomes of codes of the source that engines do not run."""
+def _source_notes(decisions: Decisions) -> list[str]:
+    """What becomes of codes of the source: those of 4 bits that are quantized again, and those that are not written."""
+    assigned = decisions.assignments
+    again = [
+        name
+        for name, fmt in decisions.weights.formats.items()
+        if fmt.name in _FOUR_BITS and (a := assigned.get(name)) and a.format is not None and not a.keeps_codes
+    ]
+    notes = [f"{len(again)} weights of 4 bits are quantized again: both losses add up"] if again else []
+    return notes + _not_written(decisions)
+
+
+def _not_written(decisions: Decisions) -> list[str]:
+    """What becomes of codes of the source in formats that are not written."""
     formats = {name: fmt for name, fmt in decisions.weights.formats.items() if not runs_in_engines(fmt)}
     if not formats:
         return []
@@ -351,7 +374,7 @@ def _block_notes(decisions: Decisions) -> list[str]:
     again = sum(fmt is not None for fmt in assigned)
     labels = ", ".join(dict.fromkeys(fmt.label() for fmt in formats.values()))
     what = f"{again} are quantized again as the recipe says, {len(formats) - again} are dequantized to 16 bits"
-    return [f"engines do not run {labels}: of {len(formats)} such weights of the source {what}"]
+    return [f"codes in {labels} are not written: of {len(formats)} such weights of the source {what}"]
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

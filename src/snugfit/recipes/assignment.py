@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from snugfit.engines.fused import NO_FOUR_BIT_INPUTS, group_modules
 from snugfit.errors import UserError
-from snugfit.formats.spec import KEEP, TensorFormat
+from snugfit.formats.spec import INT4_GROUPS, KEEP, WHOLE_ROW, TensorFormat
 from snugfit.model.names import TensorName
+from snugfit.recipes.recipe import Rule
 
 NO_RULE = -1
 
@@ -29,33 +30,44 @@ class Assignment:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its inputs need a measured scale."""
-        return self.format is not None and self.format.spec.calibrated
+        """Whether its inputs need a measured scale: copied codes bring their own."""
+        return self.format is not None and not self.keeps_codes and self.format.spec.calibrated
 
     def label(self) -> str:
         """The format's label, "keep" for an unquantized weight."""
         return KEEP if self.format is None else self.format.label()
 
 
-def kept_format(asked: str, source: TensorFormat | None) -> TensorFormat | None:
-    """The source's format if its codes satisfy a rule with format `asked`; None if the weight is quantized again.
+def kept_format(rule: Rule, source: TensorFormat | None) -> TensorFormat | None:
+    """The format in which the source's codes satisfy a rule; None if the weight is quantized again.
 
-    Codes that engines do not run satisfy no rule: under `keep` such a weight is dequantized.
+    Codes that engines do not run satisfy no rule: under `keep` such a weight is dequantized. NVFP4 with 4-bit inputs
+    satisfies nvfp4a16, without the scale of its inputs.
     """
-    if source is None or not runs_in_engines(source):
+    if source is None or rule.requantize or not runs_in_engines(source):
         return None
-    if asked == KEEP or (asked.startswith("fp8") and source.name.startswith("fp8")):
+    if rule.format == KEEP or (rule.format.startswith("fp8") and source.name.startswith("fp8")):
         return source
-    return TensorFormat("mxfp4") if asked == source.name == "mxfp4" else None
+    if rule.format == "nvfp4a16" and source.name == "nvfp4":
+        return TensorFormat("nvfp4a16")
+    if rule.format != source.name:
+        return None
+    if source.name == "int4":
+        same = source.symmetric == (rule.symmetric is not False)
+        return source if same and source.group_size in (rule.group_size or INT4_GROUPS) else None
+    return TensorFormat("mxfp4") if source.name == "mxfp4" else source
 
 
 def runs_in_engines(fmt: TensorFormat) -> bool:
-    """Whether engines run codes that a source stores in `fmt`.
+    """Whether engines run codes that a source stores in `fmt`, as this package writes them.
 
-    FP8 in blocks: 128 x 128 alone, with inputs rounded at run time. Of vLLM 0.32's kernels CUTLASS, DeepGEMM and
-    FlashInfer refuse other blocks, Marlin ignores them, and kernels for experts are looked up as if for 128 x 128.
+    INT4: the groups of Marlin and Machete, with 16-bit inputs. INT8 is read and not written. FP8 in blocks: 128 x 128
+    alone, with inputs rounded at run time. Of vLLM 0.32's kernels CUTLASS, DeepGEMM and FlashInfer refuse other
+    blocks, Marlin ignores them, and kernels for experts are looked up as if for 128 x 128.
     """
-    return fmt.block is None
+    if fmt.name == "int4":
+        return fmt.input_kind == "none" and fmt.group_size in (WHOLE_ROW, *INT4_GROUPS)
+    return fmt.block is None and fmt.name != "int8"
 
 
 def keep_codes(fmt: TensorFormat, rule: int) -> Assignment:

@@ -14,7 +14,7 @@ and by `layers` ("0..3, 26, -2..-1"; negative numbers count from the end); all g
 keep` leaves a tensor unquantized. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
 
 FP8 weights of the source keep their codes, bit for bit, if the rule says `keep` or an FP8 format (and not `requantize:
-true`); MXFP4 weights do if it says mxfp4.
+true`); weights in NVFP4, MXFP4 or INT4 do if it says `keep` or that format.
 
 `kv_cache: fp8` beside the rules asks engines for an FP8 KV cache, whose scales are calibrated; `keep` is the default.
 """

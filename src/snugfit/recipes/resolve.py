@@ -98,8 +98,7 @@ def _assign(
 ) -> dict[str, Assignment]:
     """The assignments of the tensors that rule `number` matches."""
     rule, place = loaded.recipe.rules[number], loaded.place_of(number)
-    asked = "" if rule.requantize else rule.format
-    kept = {name.full: fmt for name in members if (fmt := kept_format(asked, stored.get(name.full)))}
+    kept = {name.full: fmt for name in members if (fmt := kept_format(rule, stored.get(name.full)))}
     found = {name: keep_codes(fmt, number) for name, fmt in kept.items()}
     others = [name for name in members if name.full not in kept]
     outside = [name.module for name in others if name.layer is None]
