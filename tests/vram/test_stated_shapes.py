@@ -128,3 +128,26 @@ def test_fp8_blocks_that_engines_join(name: str, rows: int, tp: int, *, refused:
     """vLLM joins gate and up, q and k, on one GPU too, and refuses blocks that end in the next one (fp8_utils.py)."""
     assert (split_error(name, (rows, 256), BLOCK, tp) is not None) is refused
     assert split_error(name, (rows, 256), TensorFormat("fp8-dynamic"), 1) is None
+
+
+@pytest.mark.parametrize("leaf", ["k_proj", "v_proj"])
+@pytest.mark.parametrize(
+    ("head", "kv_heads", "tp", "refused"),
+    [
+        (64, 8, 1, False),
+        (64, 8, 2, False),
+        (64, 8, 4, False),
+        (64, 8, 8, True),  # one head of 64 a GPU
+        (64, 2, 4, True),  # the same, a copy on two GPUs each
+        (128, 8, 8, False),
+        (128, 2, 8, False),
+        (192, 4, 2, False),
+        (192, 4, 4, True),
+    ],
+)
+def test_fp8_blocks_of_keys_and_values(leaf: str, head: int, kv_heads: int, tp: int, *, refused: bool) -> None:
+    """Split over GPUs, keys and values of each GPU must be whole blocks too (fp8_utils.py: is_tp_split)."""
+    name, shape = f"model.layers.0.self_attn.{leaf}.weight", (kv_heads * head, 256)
+    assert (split_error(name, shape, BLOCK, tp, kv_heads) is not None) is refused
+    assert split_error(name, shape, TensorFormat("fp8-dynamic"), tp, kv_heads) is None
+    assert split_error(name, shape, None, tp, kv_heads) is None
