@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from snugfit.engines.fused import FUSED_GROUPS
+from snugfit.engines.kernels import HEAD_FORMAT
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, check_shape
 from snugfit.inspection.contents import (
@@ -52,7 +53,6 @@ _DETAILED = frozenset(PARTS[: PARTS.index("norms")])
 _STAYS: Mapping[str, str] = {
     "router": "router",
     "embed": "embeddings",
-    "lm_head": "outside the decoder layers",
     "norms": "no matrix",
     "vectors": "no matrix",
     "layers without text": "not run on text",
@@ -62,6 +62,7 @@ _STAYS: Mapping[str, str] = {
     "KV cache scales": "scales",
 }
 _WIDE = frozenset({"bf16", "f16", "f32"})
+_HEAD = (HEAD_FORMAT,), {name: f"an output head can only be {HEAD_FORMAT}" for name in FORMATS if name != HEAD_FORMAT}
 _SOURCES = ("fp8", "nvfp4", "mxfp4", "int4", "int8")
 _REFUSED = "quantize refuses this model"
 # blockers that are contradictions between config.json and the tensors
@@ -246,7 +247,7 @@ def _part(
     single = members[0].single if part in _DETAILED else ()
     stays = "tied to the embeddings" if part == "lm_head" and architecture.tied_embeddings else _STAYS.get(part, "")
     stays = stays or kept or _stays(part, stored[0], shape, single, limits)
-    can, cannot = ((), {}) if stays else formats_for(single or shape)
+    can, cannot = ((), {}) if stays else _HEAD if part == "lm_head" else formats_for(single or shape)
     names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=role_order)) if part in _DETAILED else ()
     return Part(
         part=part,
@@ -272,6 +273,8 @@ def _stays(part: str, stored: str, shape: tuple[int, ...], single: tuple[int, ..
         return limits.model
     if single:
         return limits.experts
+    if part == "lm_head":
+        return ""
     if len(shape) == 2:
         return ""
     return "experts in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"

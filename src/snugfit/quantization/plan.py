@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from snugfit.dialects import compressed_tensors
 from snugfit.engines.fused import group_modules
+from snugfit.engines.kernels import HEAD_ENGINES
 from snugfit.engines.kv_cache import attention_modules, has_scales, scale_names
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
@@ -212,7 +213,7 @@ def lay_out(layout: ModelLayout, recipe: LoadedRecipe, *, max_shard_size: int | 
             *layout.contradictions,
             *([taken_note(layout.taken_in)] if layout.taken_in else []),
             *_cache_notes(layout, recipe),
-            *_source_notes(decisions),
+            *_format_notes(decisions),
         ),
     )
 
@@ -353,15 +354,17 @@ def _cache_notes(layout: ModelLayout, recipe: LoadedRecipe) -> list[str]:
     return [f"the source's FP8 KV cache {kept}: {layout.cache_without_scales}"]
 
 
-def _source_notes(decisions: Decisions) -> list[str]:
-    """What becomes of codes of the source: those of 4 bits that are quantized again, and those that are not written."""
+def _format_notes(decisions: Decisions) -> list[str]:
+    """Which engines load a quantized head, and what becomes of codes of the source: of 4 bits, and not written."""
     assigned = decisions.assignments
     again = [
         name
         for name, fmt in decisions.weights.formats.items()
         if fmt.name in _FOUR_BITS and (a := assigned.get(name)) and a.format is not None and not a.keeps_codes
     ]
-    notes = [f"{len(again)} weights of 4 bits are quantized again: both losses add up"] if again else []
+    head = any(a.format is not None and decisions.names[name].role == "lm_head" for name, a in assigned.items())
+    notes = [HEAD_ENGINES] if head else []
+    notes += [f"{len(again)} weights of 4 bits are quantized again: both losses add up"] if again else []
     return notes + _not_written(decisions)
 
 

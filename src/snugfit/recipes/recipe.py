@@ -11,7 +11,8 @@
 
 A rule matches by `role` (one or a list), by `name` (a glob on the module's name, or `re:` and a regular expression),
 and by `layers` ("0..3, 26, -2..-1"; negative numbers count from the end); all given conditions must hold. `format:
-keep` leaves a tensor unquantized. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
+keep` leaves a tensor unquantized. lm_head, embeddings, norms and routers stay unless a rule names them by role or name;
+an lm_head can be fp8-dynamic, embeddings stay.
 
 FP8 weights of the source keep their codes, bit for bit, if the rule says `keep` or an FP8 format (and not `requantize:
 true`); weights in NVFP4, MXFP4 or INT4 do if it says `keep` or that format.
