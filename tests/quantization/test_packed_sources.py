@@ -290,3 +290,15 @@ def test_an_order_of_groups_is_refused(packed: Callable[[Kind], Path], tmp_path:
     with raises("already-quantized", where=source) as caught:
         plan_of(source, "fp8-int4")
     assert "weight_g_idx" in str(caught.value)
+
+
+@pytest.mark.parametrize("stated", [[256, 136], [255, 128], [128, 256], [256]])
+def test_a_stated_shape_of_other_codes(stated: list[int], packed: Callable[[Kind], Path], tmp_path: Path) -> None:
+    """A `weight_shape` that is not that of the codes is refused by its module's name, not met as a traceback."""
+    source = tmp_path / "source"
+    shutil.copytree(packed("ct-int4"), source)
+    tensors = all_tensors(source)
+    rewrite(source, tensors | {f"{Q_PROJ}.weight_shape": torch.tensor(stated)})
+    with raises("quantization-invalid") as caught:
+        quantize(source, "fp8-dynamic", output_dir=tmp_path / "out", device="cpu")
+    assert Q_PROJ in caught.value.what

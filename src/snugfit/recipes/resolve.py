@@ -223,5 +223,6 @@ def _unmatched(
         "this rule matches no tensor of the model that an earlier rule leaves.",
         code="recipe-rule-unmatched",
         where=place,
-        remedy="Remove it, or move it before the rule that matches its tensors.",
+        remedy="Remove it, or move it before the rule that matches its tensors. Routers, embeddings and an lm_head are "
+        "matched by `role` or by their whole name alone.",
     )
