@@ -277,7 +277,7 @@ def make_loose(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
         )
         for _ in range(rng.choice((0, 0, 1, 3)))
     ]
-    stated = rng.choice((1, 1, 1, 0, -1, None, "1", [], {"a": 1}, 10**9, True))
+    stated: object = rng.choice((1, 1, 1, 0, -1, None, "1", [], {"a": 1}, 10**9, True))
     config = json.dumps({**base.config, rng.choice(("num_nextn_predict_layers", "mtp_num_hidden_layers")): stated})
     model = base.write(root / "model", config=config.encode())
     front = dump_header(header_of(tensors))
