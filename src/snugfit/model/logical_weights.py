@@ -34,6 +34,7 @@ _SCALES_OF_WEIGHTS = (
     *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
     *("weight_shape", "input_scale", "input_global_scale", "input_zero_point", "activation_scale"),
 )
+_GLOBAL = frozenset({"weight_scale_2", "weight_global_scale", "input_global_scale", "input_zero_point"})
 _ORDER = "weight_g_idx"
 _SCALE_DTYPES = {"nvfp4": {"F8_E4M3"}, "nvfp4a16": {"F8_E4M3"}, "mxfp4": {"U8"}, "int4": _FLOATS, "int8": _FLOATS}
 _AGAIN = "Config and weights do not belong together: download the checkpoint again."
@@ -300,7 +301,19 @@ def _shape_of(checkpoint: Checkpoint, fmt: TensorFormat, parts: Mapping[str, str
             f"{scale.name} is {scale.dtype} {list(scale.shape)}, but a weight {[rows, columns]} in {fmt.label()} needs "
         )
         raise UserError(f"{what}{list(allowed[0])}.", code="scale-invalid", where=str(checkpoint.path), remedy=_AGAIN)
+    _check_small_parts(checkpoint, parts, (-(-rows // per_element), *scale.shape[1:]), scale.shape)
     return rows, columns
+
+
+def _check_small_parts(checkpoint: Checkpoint, parts: Mapping[str, str], *zero_points: tuple[int, ...]) -> None:
+    """UserError for a global scale, a stated shape or zero points of another shape than codes and scales have."""
+    for suffix, name in parts.items():
+        shape = checkpoint.tensors[name].shape
+        fits = suffix not in _GLOBAL or checkpoint.tensors[name].elements == 1
+        fits = fits and (suffix != "weight_shape" or shape == (2,))
+        if not fits or (suffix == "weight_zero_point" and shape not in zero_points):
+            what = f"{name} has shape {list(shape)}, which does not fit the codes beside it."
+            raise UserError(what, code="scale-invalid", where=str(checkpoint.path), remedy=_AGAIN)
 
 
 def _scale_shapes(fmt: TensorFormat, rows: int, columns: int) -> list[tuple[int, ...]]:
