@@ -580,12 +580,31 @@ def test_an_output_inside_the_model_is_refused(place: str, make_tiny: MakeTiny, 
     target = tmp_path / "link" / "out" if place == "link" else source / place.replace("MODEL", source.name)
     before = sorted(source.rglob("*"))
     quantize = ("quantize", source, "-r", "fp8-dynamic", "-o", target)
-    for arguments in (quantize, (*quantize, "--dry-run"), ("statistics", "collect", source, "-o", target)):
-        rows = tmp_path / "rows.jsonl"
-        rows.write_text('{"input_ids": [3, 4, 5]}\n', encoding="utf-8")
-        result = CliRunner().invoke(app, [*map(str, arguments), "--dataset", str(rows)])
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_ids": [3, 4, 5]}\n', encoding="utf-8")
+    for arguments in (
+        (*quantize, "--dataset", rows),
+        (*quantize, "--dataset", rows, "--dry-run"),
+        ("statistics", "collect", source, "-o", target, "--dataset", rows),
+        ("eval", source, "-o", target, "--dataset", rows),
+        ("eval", tmp_path / "other", "--reference", source, "-o", target, "--dataset", rows),
+        ("tasks", source, "--tasks", "piqa", "-o", target),
+    ):
+        result = CliRunner().invoke(app, [*map(str, arguments)])
         assert failed_with(result, "output-not-writable", target)
     assert sorted(source.rglob("*")) == before
+
+
+def test_figures_of_statistics_inside_a_model_are_refused(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """`statistics show` of a quantized model refuses an output in the model, and not one beside other statistics."""
+    source, out = make_tiny("llama", num_hidden_layers=1), tmp_path / "out"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"input_ids": [3, 4, 5]}\n', encoding="utf-8")
+    run("quantize", source, "-r", "nvfp4", "-o", out, "--dataset", rows)
+    result = CliRunner().invoke(app, ["statistics", "show", str(out), "-o", str(out / "figures")])
+    assert failed_with(result, "output-not-writable", out / "figures")
+    run("statistics", "collect", source, "-o", tmp_path / "found", "--dataset", rows)
+    run("statistics", "show", tmp_path / "found", "-o", tmp_path / "found" / "figures")
 
 
 def test_an_output_is_needed(llama: Path) -> None:

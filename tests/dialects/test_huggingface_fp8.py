@@ -106,6 +106,14 @@ def test_one_scale_a_weight_under_either_name(weight_scale: str, input_scale: st
     assert scale is None
 
 
+def test_two_scales_of_one_weight_are_refused() -> None:
+    """A weight under weight_scale and weight_scale_inv is refused: which of them engines take is their choice."""
+    parts = {**quantized(weight_of(128, 128), (128, 128)), "weight_scale": torch.tensor(0.001)}
+    with raises("quantization-invalid") as caught:
+        read(config_of([128, 128]), parts)
+    assert f"{MODULE}.weight_scale_inv" in caught.value.what
+
+
 @pytest.mark.parametrize("shape", [(64,), (64, 1)])
 def test_one_scale_a_row(shape: tuple[int, ...]) -> None:
     """Scales of output channels are recognized by their number."""

@@ -68,8 +68,10 @@ def load(path: str) -> dict[str, Any]:
             model = loader.get_model(vllm_config=settings)
         finally:
             base.process_weights_after_loading = repack
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, linear.LinearBase)}
-    schemes = {name: getattr(module, "scheme", None) for name, module in linears.items()}
+    modules = dict(model.named_modules())  # an output head with a scheme is no LinearBase
+    schemes = {name: getattr(module, "scheme", None) for name, module in modules.items()}
+    linears = {n for n, module in modules.items() if isinstance(module, linear.LinearBase)}
+    schemes = {name: found for name, found in schemes.items() if name in linears or found is not None}
     named = {name: None if scheme is None else type(scheme).__name__ for name, scheme in schemes.items()}
     return {"linears": named, "experts": experts}
 

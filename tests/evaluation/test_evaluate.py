@@ -402,7 +402,7 @@ def test_a_full_gpu_is_an_error_of_the_user(
     def fail(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nand so on")
 
-    monkeypatch.setattr(forward_pass, "run_layer", fail)
+    monkeypatch.setattr(forward_pass, "queue_layer", fail)
     with raises("gpu-memory-insufficient", where="cpu") as caught:
         evaluate([llama], dataset=[rows_file(tmp_path, random_rows)])
     assert "2 GiB" in caught.value.what

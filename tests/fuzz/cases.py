@@ -261,6 +261,51 @@ def make_index(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     return _verbs(rng, model)
 
 
+# --- a file that no index names
+
+
+def make_loose(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A file beside the weights that may hold prediction layers: sound, damaged, of odd tensors, or of the model's."""
+    base = rng.choice((SHARDED, *BASES.values()))
+    head = [
+        ("mtp.fc.weight", "BF16", (64, 128)),
+        ("mtp.norm.weight", "BF16", (64,)),
+        ("mtp.fc.weight_scale", "F32", ()),
+    ]
+    tensors: list[Tensor] = [*head[: rng.randrange(1, 4)]]
+    tensors += rng.sample(list(base.shards[0]), rng.choice((0, 0, 1, 3)))
+    tensors += [
+        (
+            f"model.layers.{rng.choice((0, 2, 61, 10**8))}.mlp.experts.{rng.randrange(9)}.up_proj.weight",
+            rng.choice(("BF16", "F8_E4M3")),
+            (64, 64),
+        )
+        for _ in range(rng.choice((0, 0, 1, 3)))
+    ]
+    stated: object = rng.choice((1, 1, 1, 0, -1, None, "1", [], {"a": 1}, 10**9, True))
+    config = json.dumps({**base.config, rng.choice(("num_nextn_predict_layers", "mtp_num_hidden_layers")): stated})
+    model = base.write(root / "model", config=config.encode())
+    front = dump_header(header_of(tensors))
+    kind = rng.randrange(6)
+    if kind == 0:
+        front = spoil_bytes(rng, front)
+    elif kind == 1:
+        front = _lied(rng, front)
+    elif kind == 2:
+        front = framed(dump(_moved(rng, header_of(tensors))).encode("utf-8", "surrogatepass"))
+    elif kind == 3:
+        tensors = _odd_tensors(rng, tensors)
+        front = dump_header(header_of(tensors))
+    name = rng.choice(
+        ("mtp.safetensors", "mtp.safetensors", "x.safetensors", "\u2028.safetensors", "adapter_x.safetensors")
+    )
+    if rng.random() < 0.05:
+        os.mkfifo(model / name)
+    else:
+        write_shard(model / name, front, size_of(tensors))
+    return _verbs(rng, model)
+
+
 # --- configs
 
 
@@ -565,6 +610,7 @@ def _spoil_figures(rng: random.Random, layers: dict[str, Any]) -> None:
 TARGETS: Mapping[str, Target] = {
     "header": Target(make_header, 3000),
     "index": Target(make_index, 900),
+    "loose": Target(make_loose, 300),
     "config": Target(make_config, 2400),
     "quantization": Target(make_quantization, 1200),
     "recipe": Target(make_recipe, 1400),

@@ -69,6 +69,7 @@ def as_fp8(
     keep: Callable[[str], bool] | None = None,
     *,
     max_shard_size: str = "5GB",
+    block: int = _BLOCK,
 ) -> Path:
     """Write the 16-bit checkpoint of `source` to `target` with its linears in FP8, and give `target`.
 
@@ -81,13 +82,13 @@ def as_fp8(
     assert chosen, "nothing to quantize"
     made = {name: tensor for name, tensor in tensors.items() if name not in set(chosen)}
     for name in chosen:
-        made |= _quantize(name, tensors[name], kind)
+        made |= _quantize(name, tensors[name], kind, block)
     kept = [name for name, tensor in made.items() if name.endswith(".weight") and tensor.dim() == 2]
     modules = sorted(name.removesuffix(".weight") for name in kept if name not in chosen and "embed" not in name)
-    return _write(source, target, made, _config(kind, modules), max_shard_size)
+    return _write(source, target, made, _config(kind, modules, block), max_shard_size)
 
 
-def dequantized(target: Path) -> dict[str, Tensor]:
+def dequantized(target: Path, block: int = _BLOCK) -> dict[str, Tensor]:
     """The dequantized weights of an FP8, MXFP4 or 16-bit checkpoint, fp32, by the names of its 16-bit source."""
     tensors = all_tensors(target)
     found: dict[str, Tensor] = {}
@@ -96,7 +97,7 @@ def dequantized(target: Path) -> dict[str, Tensor]:
         if tensor.dtype == torch.float8_e4m3fn:
             scale = tensors.get(f"{module}.weight_scale", tensors.get(f"{module}.weight_scale_inv"))
             assert scale is not None, name
-            found[name] = tensor.float() * _spread(scale.float(), tensor.shape)
+            found[name] = tensor.float() * _spread(scale.float(), tensor.shape, block)
         elif leaf.endswith("_blocks"):
             scales = tensors[name.removesuffix("_blocks") + "_scales"]
             found[name.removesuffix("_blocks")] = _from_mxfp4(tensor, scales)
@@ -140,13 +141,12 @@ def _is_linear(name: str, tensor: Tensor) -> bool:
     return not module.endswith(tuple("." + kept for kept in _KEPT_MODULES))
 
 
-def _quantize(name: str, weight: Tensor, kind: Kind) -> dict[str, Tensor]:
+def _quantize(name: str, weight: Tensor, kind: Kind, block: int) -> dict[str, Tensor]:
     """The codes and scales of a weight [N, K], by name."""
     rows, columns = weight.shape
-    block = {"hf-block": _BLOCK, "hf-block-bf16": _BLOCK, "ct-block": _BLOCK}.get(kind)
     dtype = torch.float32 if kind in {"hf-block", "hf-tensor", "hf-tensor-static"} else torch.bfloat16
     values = weight.float()
-    if block is not None:
+    if kind in {"hf-block", "hf-block-bf16", "ct-block"}:
         grid = -(-rows // block), -(-columns // block)
         padded = torch.zeros(grid[0] * block, grid[1] * block)
         padded[:rows, :columns] = values.abs()
@@ -156,7 +156,7 @@ def _quantize(name: str, weight: Tensor, kind: Kind) -> dict[str, Tensor]:
     else:
         largest = values.abs().amax().reshape(() if kind == "hf-tensor-inv" else (1,))
     scale = (largest / _LARGEST).clamp(min=torch.finfo(dtype).tiny).to(dtype)
-    codes = (values / _spread(scale.float(), weight.shape)).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    codes = (values / _spread(scale.float(), weight.shape, block)).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
     module = name.removesuffix(".weight")
     suffix = "weight_scale_inv" if kind in {"hf-block", "hf-block-bf16", "hf-tensor-inv"} else "weight_scale"
     made = {name: codes, f"{module}.{suffix}": scale}
@@ -168,16 +168,16 @@ def _quantize(name: str, weight: Tensor, kind: Kind) -> dict[str, Tensor]:
     return made
 
 
-def _spread(scale: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Scales of a tensor, of out_features or of blocks of 128 x 128, spread so that they broadcast to `shape`."""
+def _spread(scale: Tensor, shape: tuple[int, ...], block: int) -> Tensor:
+    """Scales of a tensor, of out_features or of square blocks, spread so that they broadcast to `shape`."""
     rows, columns = shape
     if scale.numel() == 1:
         return scale.reshape(1, 1)
     if scale.shape == (rows, 1):
         return scale
-    assert scale.shape == (-(-rows // _BLOCK), -(-columns // _BLOCK)), (scale.shape, shape)
-    spread = scale.repeat_interleave(_BLOCK, dim=0)[:rows]
-    return spread.repeat_interleave(_BLOCK, dim=1)[:, :columns]
+    assert scale.shape == (-(-rows // block), -(-columns // block)), (scale.shape, shape)
+    spread = scale.repeat_interleave(block, dim=0)[:rows]
+    return spread.repeat_interleave(block, dim=1)[:, :columns]
 
 
 def _input_scale(module: str) -> Tensor:
@@ -187,14 +187,14 @@ def _input_scale(module: str) -> Tensor:
     return torch.tensor((6.0 + 2.0 * chance) / _LARGEST)
 
 
-def _config(kind: Kind, kept: list[str]) -> dict[str, Any]:
+def _config(kind: Kind, kept: list[str], block: int) -> dict[str, Any]:
     if kind in {"hf-block", "hf-block-bf16"}:
         return {
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "modules_to_not_convert": kept,
             "quant_method": "fp8",
-            "weight_block_size": [_BLOCK, _BLOCK],
+            "weight_block_size": [block, block],
         }
     if kind == "hf-tensor-inv":
         return {
@@ -211,10 +211,10 @@ def _config(kind: Kind, kept: list[str]) -> dict[str, Any]:
     inputs = {"ct-channel": "token", "ct-tensor-static": "tensor", "ct-block": "group"}[kind]
     group = {
         "format": "float-quantized",
-        "input_activations": _arguments(inputs, dynamic=inputs != "tensor"),
+        "input_activations": _arguments(inputs, block, dynamic=inputs != "tensor"),
         "output_activations": None,
         "targets": ["Linear"],
-        "weights": _arguments(weights, dynamic=False),
+        "weights": _arguments(weights, block, dynamic=False),
     }
     return {
         "config_groups": {"group_0": group},
@@ -230,12 +230,12 @@ def _config(kind: Kind, kept: list[str]) -> dict[str, Any]:
     }
 
 
-def _arguments(strategy: str, *, dynamic: bool) -> dict[str, Any]:
+def _arguments(strategy: str, block: int, *, dynamic: bool) -> dict[str, Any]:
     return {
         "actorder": None,
-        "block_structure": [_BLOCK, _BLOCK] if strategy == "block" else None,
+        "block_structure": [block, block] if strategy == "block" else None,
         "dynamic": dynamic,
-        "group_size": _BLOCK if strategy == "group" else None,
+        "group_size": block if strategy == "group" else None,
         "num_bits": 8,
         "observer": None if dynamic else "minmax",
         "observer_kwargs": {},

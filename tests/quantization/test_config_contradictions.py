@@ -81,6 +81,7 @@ def test_a_head_of_the_files_own_counts(tied: Path, tmp_path: Path, token_rows: 
     found = inspect(path)
     assert not found.architecture.tied_embeddings
     assert any(HEAD in problem for problem in found.problems)
+    assert any(HEAD in note for note in fit(path, "8GiB").notes)
     rows = [fit(one, "8GiB", recipes=["fp8-dynamic"]).rows for one in (tied, path)]
     sizes = [{row.name: row.bytes or 0 for row in given} for given in rows]
     assert {name: sizes[1][name] - size for name, size in sizes[0].items()} == dict.fromkeys(

@@ -548,10 +548,10 @@ def test_a_partner_in_16_bits_is_refused(
 
 
 @pytest.mark.parametrize("block", [[64, 64], [1, 128]])
-def test_other_blocks_are_refused(
+def test_other_blocks_are_quantized_again(
     block: list[int], fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """Blocks that no engine runs cannot stay; with the remedy of the message they are quantized again."""
+    """Blocks that no engine runs cannot stay: an FP8 rule makes FP8 with a scale an output channel, `keep` 16 bits."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
@@ -559,18 +559,92 @@ def test_other_blocks_are_refused(
             tensors[name] = torch.full([-(-side // size) for side, size in zip(shape, block, strict=True)], 0.002)
 
     source = copied(fp8("llama", "hf-block"), tmp_path, change, weight_block_size=block)
-    named = f"{block[0]} x {block[1]}", "128 x 128", "requantize: true"
-    refuse(
-        "recipe-not-quantizable",
-        *named,
-        source=source,
-        recipe="nvfp4-fp8-hybrid-four-over-six",
-        tmp_path=tmp_path,
-        rows=rows,
-    )
-    rules = "role: mlp, format: nvfp4, scale_rule: four-over-six", "role: linear, format: fp8-dynamic, requantize: true"
-    run(source, tmp_path / "out", recipe_file(tmp_path, *rules), rows)
-    assert all_tensors(tmp_path / "out")[f"{LAYER0}.q_proj.weight_scale"].shape[1] == 1
+    codes = all_tensors(source)[f"{LAYER0}.q_proj.weight"].float()
+    values = (codes * torch.tensor(0.002)).bfloat16().float()  # as a 16-bit model would have them
+    run(source, tmp_path / "hybrid", "nvfp4-fp8-hybrid-four-over-six", rows)
+    made = all_tensors(tmp_path / "hybrid")
+    scale = made[f"{LAYER0}.q_proj.weight_scale"]
+    assert scale.shape == (codes.shape[0], 1)
+    assert same_bytes(scale, (values.abs().amax(dim=1, keepdim=True) / 448).bfloat16())
+    kept = recipe_file(tmp_path, "role: mlp, format: nvfp4", "role: linear, format: keep")
+    run(source, tmp_path / "kept", kept, rows)
+    assert same_bytes(all_tensors(tmp_path / "kept")[f"{LAYER0}.q_proj.weight"], values.bfloat16())
+    assert f"{LAYER0}.q_proj" in quantization_of(tmp_path / "kept")["ignore"]
+
+
+@pytest.mark.parametrize("kind", ["hf-block", "hf-block-bf16", "ct-block"])
+@pytest.mark.parametrize("rule", ["nvfp4-moe-four-over-six", "fp8-dynamic", "requantize"])
+def test_prediction_layers_in_other_blocks_become_16_bits(
+    rule: str, kind: Kind, wide: Callable[[str], Path], rows: Path, tmp_path: Path
+) -> None:
+    """Of a source in blocks of 32 x 32, a prediction layer, experts included, holds its dequantized values."""
+    source = as_fp8(wide("deepseek_v3"), tmp_path / "fp8", kind, block=32)
+    again = recipe_file(tmp_path, "role: linear, format: fp8-dynamic, requantize: true")
+    record = run(source, tmp_path / "out", again if rule == "requantize" else rule, rows)
+    values, written = dequantized(source, 32), all_tensors(tmp_path / "out")
+    quantization = quantization_of(tmp_path / "out")
+    labels = {tensor.name: tensor.format for tensor in record.tensors}
+    predicted = [n for n, t in all_tensors(source).items() if t.dtype == torch.float8_e4m3fn and ".layers.2." in n]
+    assert any(".experts." in name for name in predicted)
+    for name in predicted:
+        assert same_bytes(written[name], values[name].bfloat16()), name
+        assert labels[name] == "dequantized"
+        assert name.removesuffix(".weight") in quantization["ignore"]
+    narrow = {name for name, tensor in written.items() if tensor.itemsize == 1}
+    assert all(".layers.2." not in name for name in narrow)
+    assert f"{LAYER0}.o_proj.weight" in narrow
+    assert not any(name.endswith("weight_scale_inv") for name in written)
+
+
+def test_remedies_for_other_blocks_can_be_followed(wide: Callable[[str], Path], tmp_path: Path) -> None:
+    """Each refusal of a recipe for blocks of 32 x 32 beside a prediction layer goes away with what it offers."""
+    source = as_fp8(wide("deepseek_v3"), tmp_path / "fp8", "hf-block", block=32)
+    named, linear = 'name: "model.layers.2.*"', "role: linear, format: fp8-dynamic"
+    for rule in (f"{named}, format: fp8-dynamic, requantize: true", f"{named}, format: keep"):
+        with raises("recipe-not-quantizable", "rules[0]") as caught:
+            plan_of(source, str(recipe_file(tmp_path, rule, linear)))
+        assert caught.value.remedy == "Remove this rule."
+    plan_of(source, str(recipe_file(tmp_path, linear)))
+    with raises("recipe-rule-missing") as caught:
+        plan_of(source, str(recipe_file(tmp_path, "role: experts, format: nvfp4")))
+    assert "`format: keep`" in caught.value.remedy
+    plan = plan_of(source, str(recipe_file(tmp_path, "role: experts, format: nvfp4", "role: linear, format: keep")))
+    assert {a.format.name for a in plan.assignments.values() if a.format} == {"nvfp4"}
+    assert any("32x32" in note for note in plan.notes)
+    with raises("recipe-changes-nothing"):
+        plan_of(source, str(recipe_file(tmp_path, "role: linear, format: keep")))
+
+
+def test_static_inputs_under_blocks_do_not_stay(fp8: Callable[[str, Kind], Path], tmp_path: Path) -> None:
+    """vLLM runs blocks under inputs that are rounded at run time alone: with static scales they are dequantized."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith("weight_scale_inv")]:
+            tensors[name.replace("weight_scale_inv", "input_scale")] = torch.full((1,), 0.01)
+
+    source = copied(fp8("llama", "hf-block"), tmp_path, change, activation_scheme="static")
+    plan = plan_of(source, str(recipe_file(tmp_path, "role: mlp, format: nvfp4", "role: linear, format: keep")))
+    assert plan.assignments[f"{LAYER0}.q_proj.weight"].format is None
+    assert plan.outputs[f"{LAYER0}.q_proj.weight"][0].dtype == "BF16"
+
+
+@pytest.mark.parametrize("module", ["self_attn.kv_a_proj_with_mqa", "mlp.experts.3.down_proj"])
+def test_prediction_layers_of_several_formats_become_16_bits(
+    module: str, fp8: Callable[[str, Kind], Path], tmp_path: Path
+) -> None:
+    """Where a fused group or experts of a prediction layer are FP8 in part, no rule could mend it: all are 16 bits."""
+    wide_one = f"model.layers.2.{module}"
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors[f"{wide_one}.weight"] = tensors[f"{wide_one}.weight"].bfloat16()
+        del tensors[f"{wide_one}.weight_scale_inv"]
+
+    source = copied(fp8("deepseek_v3", "hf-block"), tmp_path, change)
+    plan = plan_of(source, "nvfp4-moe-four-over-six")
+    formats = {name: a.format for name, a in plan.assignments.items() if name.startswith("model.layers.2.")}
+    alike = ".experts." if "experts" in module else "self_attn.q_a_proj"
+    assert all((fmt is None) == (alike in name) for name, fmt in formats.items())
+    assert any(alike in name for name in formats)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -647,18 +721,17 @@ def test_unknown_methods_are_refused(
     refuse(code, *named, source=source, recipe="nvfp4-fp8-hybrid-four-over-six", tmp_path=tmp_path, rows=rows)
 
 
-@pytest.mark.parametrize(
-    "made_by", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "int4-w4a16-absmax", "mxfp4-absmax"]
-)
-@pytest.mark.parametrize("recipe", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "fp8-dynamic"])
-def test_four_bits_are_refused_as_a_source(
-    made_by: str, recipe: str, wide: Callable[[str], Path], rows: Path, tmp_path: Path
+@pytest.mark.parametrize("made_by", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "int4-w4a16-absmax", "mxfp4-absmax"])
+def test_four_bits_as_their_recipe_asks_are_refused(
+    made_by: str, wide: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:
-    """A compressed-tensors checkpoint with weights in 4 bits has lost too much for any recipe."""
+    """A checkpoint is refused for the recipe that made it; what quantizes 4 bits again says that losses add up."""
     run(wide("llama"), tmp_path / "source", made_by, rows)
     named = tmp_path / "source", "compressed-tensors"
-    message = refuse("already-quantized", *named, source=named[0], recipe=recipe, tmp_path=tmp_path, rows=rows)
+    message = refuse("already-quantized", *named, source=named[0], recipe=made_by, tmp_path=tmp_path, rows=rows)
     assert re.search("nvfp4|int4|mxfp4", message)
+    plan = plan_of(tmp_path / "source", str(recipe_file(tmp_path, "role: linear, format: fp8-dynamic")))
+    assert any("4 bits" in note for note in plan.notes)
 
 
 # --- MXFP4

@@ -150,7 +150,10 @@ def test_inspect_and_fit_agree(models: Models) -> None:
 
 
 def test_keys_and_values_of_other_layers(models: Models, rows: Path, tmp_path: Path) -> None:
-    """Every verb refuses Hunyuan's use_cla: transformers' model would give each layer keys and values of its own."""
+    """Verbs that run a model refuse Hunyuan's use_cla, as transformers' model would give each layer its own keys.
+
+    `fit` counts the cache of every second layer, and says that no recipe can be used.
+    """
     shutil.copytree(models("hunyuan_v1_moe"), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     shared = {"use_cla": True, "cla_share_factor": 2}
@@ -159,8 +162,11 @@ def test_keys_and_values_of_other_layers(models: Models, rows: Path, tmp_path: P
         quantize(tmp_path / "model", "fp8-dynamic", output_dir=tmp_path / "out", dataset=[rows])
     with raises("architecture-unsupported", "config.json"):
         evaluate([tmp_path / "model"], dataset=[rows], contexts=(32,))
-    with raises("cache-unknown", "config.json"):
-        fit(tmp_path / "model", "24GiB")
+    whole, half = (fit(path, "24GiB", context=64) for path in (models("hunyuan_v1_moe"), tmp_path / "model"))
+    per_token = [record.rows[0].caches[0].bytes_per_token for record in (whole, half)]
+    assert per_token[0] == 2 * per_token[1]
+    assert [row.recipes for row in half.rows] == [()]
+    assert any("use_cla" in note for note in half.notes)
     assert any("use_cla" in remark for remark in inspect(tmp_path / "model").remarks)
 
 

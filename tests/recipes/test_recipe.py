@@ -368,11 +368,26 @@ def test_routers_are_taken_when_named(rule: str, name: str, tensors: list[Tensor
     assert found[name].format == TensorFormat("fp8-dynamic")
 
 
-@pytest.mark.parametrize("rule", ["role: lm_head", "name: lm_head", "role: [linear, embed]"])
-def test_nothing_outside_the_layers_is_quantized(rule: str, tensors: list[TensorInfo]) -> None:
-    """A format for the head or the embeddings is refused, `keep` is not."""
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "role: lm_head, format: nvfp4a16",
+        "name: lm_head, format: int4",
+        "role: [linear, embed], format: fp8-dynamic",
+        "role: embed, format: fp8-dynamic",
+    ],
+)
+def test_only_a_head_outside_the_layers_is_quantized(rule: str, tensors: list[TensorInfo]) -> None:
+    """A format for the embeddings, or another than fp8-dynamic for the head, is refused; `keep` is not."""
     with raises("recipe-not-quantizable", "rules[0]"):
-        settle([f"{rule}, format: fp8-dynamic", "role: linear, format: keep"], tensors)
+        settle([rule, "role: linear, format: keep"], tensors)
+    for named in ("role: lm_head", "name: lm_head"):
+        found = settle([f"{named}, format: fp8-dynamic", "role: linear, format: keep"], tensors)
+        assert found["lm_head.weight"].format == TensorFormat("fp8-dynamic")
+        headless = [tensor for tensor in tensors if not tensor.name.startswith("lm_head")]
+        with raises("recipe-not-quantizable", "rules[0]") as caught:
+            settle([f"{named}, format: fp8-dynamic", "role: linear, format: keep"], headless)
+        assert "tie_word_embeddings" in caught.value.remedy
     assert not any(
         a.format for a in settle(["role: lm_head, format: keep", "role: linear, format: keep"], tensors).values()
     )

@@ -68,14 +68,44 @@ def test_shared_indexers_keep_no_keys(change: dict[str, Any], indexed: list[int]
     assert sizes == {2 * (512 + 64) + 128 + 4}
 
 
-def test_shared_keys_and_values_are_refused() -> None:
-    """Hunyuan's use_cla, by which layers share keys and values, has no known cache; else each layer has its own."""
-    hunyuan: dict[str, Any] = {"model_type": "hunyuan_v1_moe", "num_hidden_layers": 4, "num_attention_heads": 4}
-    hunyuan |= {"hidden_size": 64, "use_cla": True, "cla_share_factor": 2}
-    with raises("cache-unknown"):
-        read_cache(hunyuan)
-    for change in ({"use_cla": False}, {"cla_share_factor": 1}):
-        assert len(read_cache({**hunyuan, **change}).attention) == 4
+def test_layers_that_share_keys_and_values_keep_none() -> None:
+    """Hunyuan-Large: every second of its 64 layers keeps 8 heads of 128 keys and values, the others use those.
+
+    The sizes are those of tencent/Tencent-Hunyuan-Large's config.json: 6400 hidden, 80 heads, attention_head_dim 128.
+    """
+    large: dict[str, Any] = {"model_type": "hunyuan", "num_hidden_layers": 64, "num_attention_heads": 80}
+    large |= {"hidden_size": 6400, "num_key_value_heads": 8, "attention_head_dim": 128}
+    large |= {"use_cla": True, "cla_share_factor": 2}
+    cache = read_cache(large)
+    assert [number for number, (attention, _) in enumerate(cache.layers) if attention] == list(range(0, 64, 2))
+    assert cache.size(tp=1).bytes_per_token == 32 * 2 * 8 * 128 * 2
+    assert cache.size(tp=8).bytes_per_token == 32 * 2 * 1 * 128 * 2
+    assert any("use_cla" in note for note in cache.notes)
+
+
+@pytest.mark.parametrize(
+    ("change", "keeping"),
+    [
+        ({"cla_share_factor": 2}, [0, 2, 4]),
+        ({"cla_share_factor": 3}, [0, 3]),
+        ({"cla_share_factor": 4}, [0, 4]),
+        ({"cla_share_factor": 1}, [0, 1, 2, 3, 4]),
+        ({}, [0, 1, 2, 3, 4]),  # vLLM's default for the factor is 1
+        ({"use_cla": False, "cla_share_factor": 2}, [0, 1, 2, 3, 4]),
+    ],
+)
+def test_which_layers_share(change: dict[str, Any], keeping: list[int]) -> None:
+    """The layers with keys and values are those whose number the factor divides (vLLM: hunyuan_v1.py)."""
+    hunyuan: dict[str, Any] = {"model_type": "hunyuan_v1_moe", "num_hidden_layers": 5, "num_attention_heads": 4}
+    cache = read_cache({**hunyuan, "hidden_size": 64, "use_cla": True, **change})
+    assert [number for number, (attention, _) in enumerate(cache.layers) if attention] == keeping
+    assert any("use_cla" in note for note in cache.notes) == (len(keeping) < 5)
+
+
+def test_a_factor_that_is_no_number_is_refused() -> None:
+    """A cla_share_factor that is no whole number is an error of the config."""
+    with raises("config-invalid"):
+        read_cache({"model_type": "hunyuan", "num_hidden_layers": 4, "use_cla": True, "cla_share_factor": "2"})
 
 
 @pytest.mark.parametrize(
@@ -98,3 +128,26 @@ def test_fp8_blocks_that_engines_join(name: str, rows: int, tp: int, *, refused:
     """vLLM joins gate and up, q and k, on one GPU too, and refuses blocks that end in the next one (fp8_utils.py)."""
     assert (split_error(name, (rows, 256), BLOCK, tp) is not None) is refused
     assert split_error(name, (rows, 256), TensorFormat("fp8-dynamic"), 1) is None
+
+
+@pytest.mark.parametrize("leaf", ["k_proj", "v_proj"])
+@pytest.mark.parametrize(
+    ("head", "kv_heads", "tp", "refused"),
+    [
+        (64, 8, 1, False),
+        (64, 8, 2, False),
+        (64, 8, 4, False),
+        (64, 8, 8, True),  # one head of 64 a GPU
+        (64, 2, 4, True),  # the same, a copy on two GPUs each
+        (128, 8, 8, False),
+        (128, 2, 8, False),
+        (192, 4, 2, False),
+        (192, 4, 4, True),
+    ],
+)
+def test_fp8_blocks_of_keys_and_values(leaf: str, head: int, kv_heads: int, tp: int, *, refused: bool) -> None:
+    """Split over GPUs, keys and values of each GPU must be whole blocks too (fp8_utils.py: is_tp_split)."""
+    name, shape = f"model.layers.0.self_attn.{leaf}.weight", (kv_heads * head, 256)
+    assert (split_error(name, shape, BLOCK, tp, kv_heads) is not None) is refused
+    assert split_error(name, shape, TensorFormat("fp8-dynamic"), tp, kv_heads) is None
+    assert split_error(name, shape, None, tp, kv_heads) is None

@@ -89,7 +89,7 @@ def evaluate(
         from snugfit.storage.staging import check_stageable
 
         if output_dir is not None:
-            check_stageable(output_dir)
+            check_stageable(output_dir, models=[*(models or []), reference])
         record = run(
             models or [],
             reference=reference,

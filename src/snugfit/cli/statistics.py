@@ -83,8 +83,9 @@ def show(
     found = load_statistics(file)
     if output_dir is not None:
         from snugfit.report.outliers import write_outliers
-        from snugfit.storage.staging import staged
+        from snugfit.storage.staging import check_stageable, staged
 
+        check_stageable(output_dir, models=[file])
         with staged(output_dir) as folder:
             write_outliers(found, folder)
     with reporting(output_dir):

@@ -43,7 +43,7 @@ def tasks(
     from snugfit.storage.staging import check_stageable
 
     if output_dir is not None:
-        check_stageable(output_dir)
+        check_stageable(output_dir, models=[model])
     run = run_tasks(
         model,
         [name.strip() for name in tasks.split(",") if name.strip()],

@@ -13,7 +13,7 @@ from snugfit.dialects.headers import Headers
 from snugfit.dialects.schemes import REMEDY, parse_scheme
 from snugfit.dialects.targets import Targets, write_targets
 from snugfit.errors import UserError
-from snugfit.formats.spec import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
+from snugfit.formats.spec import FP8_BLOCK, MXFP4_BLOCK, NVFP4_BLOCK, WHOLE_ROW, TensorFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def layout(fmt: TensorFormat, shape: tuple[int, ...], dtype: str) -> dict[str, t
             "weight_packed": ("U8", (out_features, in_features // 2)),
             "weight_scale": ("U8", (out_features, in_features // MXFP4_BLOCK)),
         }
-    groups = in_features // fmt.group_size
+    groups = in_features // fmt.group_size if fmt.group_size > 0 else 1
     parts = {
         "weight_packed": ("I32", (out_features, -(-in_features // 8))),
         "weight_scale": (dtype, (out_features, groups)),
@@ -63,19 +63,25 @@ def layout(fmt: TensorFormat, shape: tuple[int, ...], dtype: str) -> dict[str, t
     return parts | ({} if fmt.symmetric else {"weight_zero_point": ("I32", (-(-out_features // 8), groups))})
 
 
-def copied_layout(fmt: TensorFormat, parts: Headers) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """As `layout`, for an FP8 weight whose codes are copied; `parts` are its headers by suffix, in any dialect.
+def copied_layout(fmt: TensorFormat, parts: Headers, weight: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """As `layout`, for a weight of shape `weight` whose codes are copied; `parts` are its headers, in any dialect.
 
     Scales keep their dtype, except that E8M0 scales, which this layout does not have, become F32.
     """
-    out_features, in_features = parts["weight"][1]
+    out_features, in_features = weight
+    if not fmt.name.startswith("fp8"):
+        dtype = parts["weight_scale"][0]
+        found = layout(fmt, weight, dtype)
+        return {
+            suffix: parts[suffix] if suffix == "weight_shape" and suffix in parts else found[suffix] for suffix in found
+        }
     scale = next(dtype for suffix, (dtype, _) in parts.items() if suffix.startswith("weight_scale"))
     if fmt.weight_block is not None:
         shape: tuple[int, ...] = -(-out_features // FP8_BLOCK), -(-in_features // FP8_BLOCK)
     else:
         shape = (1,) if fmt.name == "fp8" and fmt.group_size == 0 else (out_features, 1)
     dtype = scale if scale in _FLOATS else "F32"
-    found: dict[str, tuple[str, tuple[int, ...]]] = {
+    found = {
         "weight": ("F8_E4M3", (out_features, in_features)),
         "weight_scale": (dtype, shape),
     }
@@ -89,6 +95,7 @@ def encode(quantized: QuantizedWeight, input_scale: Tensor | None = None) -> dic
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.grids import pack_int4
     from snugfit.formats.int4 import INT4Weight
+    from snugfit.formats.integer import IntegerWeight
     from snugfit.formats.mxfp4 import MXFP4Weight
     from snugfit.formats.nvfp4 import NVFP4Weight
 
@@ -104,7 +111,9 @@ def encode(quantized: QuantizedWeight, input_scale: Tensor | None = None) -> dic
         return {"weight": quantized.codes, "weight_scale": quantized.scale} | inputs
     if isinstance(quantized, MXFP4Weight):
         return {"weight_packed": quantized.packed, "weight_scale": quantized.exponent}
-    assert isinstance(quantized, INT4Weight), "this format cannot be written"
+    if isinstance(quantized, IntegerWeight):  # copied codes of four bits in a byte each
+        shape = quantized.codes.shape[0], quantized.codes.shape[1]
+        quantized = INT4Weight(pack_int4(quantized.codes), quantized.scale, quantized.zero_point, shape)
     parts = {
         "weight_packed": quantized.packed,
         "weight_scale": quantized.scale,
@@ -350,6 +359,8 @@ def _scheme(fmt: TensorFormat) -> dict[str, Any]:
         inputs = weights | {"dynamic": True} if fmt.input_kind == "mxfp4" else None
         return {"format": MXFP4, "weights": weights, "input_activations": inputs, "output_activations": None}
     weights = _arguments(num_bits=4, type="int", strategy="group", group_size=fmt.group_size, symmetric=fmt.symmetric)
+    if fmt.group_size == WHOLE_ROW:  # of a copied weight
+        weights = _arguments(num_bits=4, type="int", strategy="channel", symmetric=fmt.symmetric)
     return {"format": PACKED, "weights": weights, "input_activations": None, "output_activations": None}
 
 

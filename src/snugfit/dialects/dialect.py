@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snugfit.formats.quantized_weight import QuantizedWeight
 
 MODELOPT_FILE = "hf_quant_config.json"
+_E8M0_NAN = 255  # of the exponents of MXFP4
 _MISMATCH_REMEDY = "Config and weights do not belong together."
 _SCALES = ("_scale", "_scale_2", "_scale_inv")
 # one number for a whole weight or input
@@ -116,6 +117,8 @@ class Dialect:
         With a zero point, int8-tensor-asym, the multiplier is fp32 [2]: multiplier, zero point. UserError for a scale
         that is not finite, and for one of a whole NVFP4 weight or of inputs that is not positive either.
         """
+        import torch
+
         for suffix, tensor in parts.items():
             if not suffix.endswith(_SCALES) or not tensor.is_floating_point():
                 continue
@@ -128,8 +131,31 @@ class Dialect:
                     where=self.where,
                     remedy="Quantize the model again: its calibration did not reach this module.",
                 )
+        self._check_stated_shape(module, fmt, parts)
+        if fmt.name == "mxfp4" and bool((parts["weight_scale"].view(torch.uint8) == _E8M0_NAN).any()):
+            raise UserError(
+                f"{module}.weight_scale holds NaN scales.",
+                code="scale-invalid",
+                where=self.where,
+                remedy="The source is damaged: download it again.",
+            )
         assert self.file_format is not None, "a 16-bit checkpoint has no codes"
         return self.file_format.decode(fmt, parts)
+
+    def _check_stated_shape(self, module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]) -> None:
+        """UserError where `weight_shape` is not that of the packed integers beside it."""
+        if "weight_shape" not in parts:
+            return
+        stated, codes = parts["weight_shape"].flatten().tolist(), parts["weight_packed"]
+        per_element = 32 // int(fmt.name.removeprefix("int"))
+        fits = len(stated) == 2 and (stated[0], -(-stated[1] // per_element)) == tuple(codes.shape)
+        if not fits or (fmt.group_size > 0 and -(-stated[1] // fmt.group_size) != parts["weight_scale"].shape[-1]):
+            raise UserError(
+                f"{module}.weight_shape is {stated}, but {module}.weight_packed is {list(codes.shape)}.",
+                code="quantization-invalid",
+                where=self.where,
+                remedy=_MISMATCH_REMEDY,
+            )
 
     def fused_global_scale(self, scales: Sequence[Tensor]) -> Tensor:
         """The one NVFP4 multiplier (fp32 scalar) with which vLLM runs a fused group whose members have these."""

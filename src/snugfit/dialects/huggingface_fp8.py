@@ -75,6 +75,10 @@ def _format(module: str, parts: Headers, block: tuple[int, int] | None, *, stati
     if len(parts["weight"][1]) != 2:
         what = f"{module}.weight is FP8 of shape {list(parts['weight'][1])}; the weight of a linear has two dimensions."
         raise UserError(what, code="quantization-invalid", where=where, remedy=_MISMATCH_REMEDY)
+    both = [f"{module}.{scale}" for scale in WEIGHT_SCALES if scale in parts]
+    if len(both) > 1:
+        what = f"{' and '.join(both)} both scale {module}.weight: which of them counts is unknown."
+        raise UserError(what, code="quantization-invalid", where=where, remedy="Remove the one that is left over.")
     out_features, in_features = parts["weight"][1]
     inputs: InputKind = "fp8-tensor" if static else "fp8-tensor-dynamic"
     if block is not None and shape == (-(-out_features // block[0]), -(-in_features // block[1])):

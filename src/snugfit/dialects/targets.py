@@ -33,6 +33,8 @@ _TOWERS = ("vision", "visual", "audio", "speech", "image", "video")
 # last parts of the names of token embeddings, which the class Linear does not target
 _EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings")
 
+_OUTPUT_HEADS = ("lm_head", "embed_out")
+
 # parts of a module's name that files of vision-language models have or leave out
 _NEUTRAL_NAMES = _NEUTRAL | {"vision_model"}
 
@@ -107,7 +109,7 @@ def _survey(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> _Surv
 
 
 def _targets(fmt: TensorFormat, modules: Sequence[str], survey: _Survey) -> list[str]:
-    targets = [module for module in modules if module not in survey.places]
+    targets = list(dict.fromkeys(_target_outside(module) for module in modules if module not in survey.places))
     members: dict[_Ending, list[str]] = {}
     for module in modules:
         if module in survey.places:
@@ -127,6 +129,12 @@ def _targets(fmt: TensorFormat, modules: Sequence[str], survey: _Survey) -> list
         else:
             targets.append(_pattern(numbers, parent, leaves, survey))
     return targets
+
+
+def _target_outside(module: str) -> str:
+    """The target of a module outside the layers: an output head has more parts in its name in some models of vLLM's."""
+    leaf = module.rpartition(".")[2]
+    return rf"re:(.*\.)?{leaf}$" if leaf in _OUTPUT_HEADS else module
 
 
 def _pattern(numbers: str, parent: str, leaves: Sequence[str], survey: _Survey) -> str:

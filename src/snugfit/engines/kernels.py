@@ -143,6 +143,11 @@ EXPERTS: Mapping[str, Mapping[str, Mapping[Generation, Kernel]]] = {
     "sglang": {},
 }
 
+# the only format of an output head that is written
+HEAD_FORMAT = "fp8-dynamic"
+# vLLM: CompressedTensorsConfig.get_quant_method gives a scheme to ParallelLMHead; 0.32's CPU build was seen to load it
+HEAD_ENGINES = "vLLM 0.32 loads a quantized output head; earlier releases and other engines were not tried"
+
 # attention over a 16-bit and an FP8 cache: platforms/cuda.py's order, each back end's supported_kv_cache_dtypes.
 # FlashAttention reads FP8 in its version 3 (sm90) alone
 _VLLM_ATTENTION: Mapping[Generation, tuple[str, str]] = {

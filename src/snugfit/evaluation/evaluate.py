@@ -30,6 +30,7 @@ from snugfit.evaluation.plan import (
 from snugfit.evaluation.reference import Collector, save_reference
 from snugfit.evaluation.served import ServerOptions, ask_server
 from snugfit.evaluation.summarize import summarize
+from snugfit.formats.inputs import kernel_problems
 from snugfit.machine import (
     Clock,
     hardware,
@@ -114,6 +115,8 @@ def evaluate(
     keep = None if collector is None else collector.keep
     with clock("measure"), gpu_memory_errors(place, "Lower `tokens_per_batch`, or free memory of the GPU."):
         found = measure(measurements, plan.groups, place, tokens_per_batch=batch, keep=keep, progress=progress)
+    for problem in kernel_problems():
+        progress.message(f"activations were rounded by slower kernels, to the same bits ({problem})")
     with clock("summarize"):
         results = summarize(plan, measurements, found)
         if file is not None and collector is not None and not file.path.exists():

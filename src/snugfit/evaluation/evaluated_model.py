@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from snugfit.dialects.headers import by_module, holds_codes
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
+from snugfit.machine import free_bytes
 from snugfit.model import emulate, experts, forward_pass, layers, transformers_api
 from snugfit.model.layer_stubs import token_embeddings
 from snugfit.model.layout import read_layout
@@ -23,8 +24,10 @@ from snugfit.model.skeleton import Skeleton, build_skeleton, check_decoder, chec
 from snugfit.records.evaluation import EvaluatedCheckpoint
 from snugfit.storage.checkpoint import Checkpoint, header_digest
 from snugfit.storage.open import is_hub_id, open_checkpoint
+from snugfit.storage.tensor_reader import ReadTensor, TensorReader
 
 TOKENS_PER_BATCH = 4096
+STATES_SHARE = 8  # last hidden states stay on a GPU where they take at most this part of its free memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,16 +182,18 @@ def last_states(
     advance: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
 ) -> list[Tensor]:
-    """The last layer's output for each row at its `positions` (int64 [n]): [n, H] each, on the CPU.
+    """The last layer's output for each row at its `positions` (int64 [n]): [n, H] each, on the CPU or a GPU.
 
     One decoder layer is in memory at a time; `advance` is called after each. `warn` receives a message that names
     the first layer whose hidden states are not finite.
     """
     batches = pass_layers(model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn)
     states: list[Tensor] = [torch.empty(0)] * len(rows)
+    size = sum(len(wanted) for wanted in positions) * sum(batch.hidden[0, 0].nbytes for batch in batches[:1])
+    home = device if device.type == "cpu" or STATES_SHARE * size <= free_bytes(device) else torch.device("cpu")
     for batch in batches:
         for index, row in enumerate(batch.rows):
-            states[row] = batch.hidden[index].index_select(0, positions[row].to(device)).cpu()
+            states[row] = batch.hidden[index].index_select(0, positions[row].to(device)).to(home)
         batch.hidden = torch.empty(0)
     return states
 
@@ -205,24 +210,59 @@ def pass_layers(
 ) -> list[forward_pass.Batch]:
     """Rows in batches, passed through all decoder layers; `warn` as in `last_states`."""
     batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
-    weights = embedding_weights(model)
-    forward_pass.embed(model.skeleton, weights, batches, device)
-    finite = not forward_pass.nonfinite_tokens(batches)
-    if not finite:
-        warn(_not_finite(model, "the embeddings"))
-    with _bounded_attention(model.arithmetic, device):
+    prefixes = {
+        index: f"{model.skeleton.stored_layers_name}.{index}"
+        for index in range(len(model.skeleton.layers))
+        if index not in model.skeleton.skipped
+    }
+    coming = deque(prefixes.values())
+    finite = _FirstNotFinite(model, warn)
+    with TensorReader(model.checkpoint, device) as read, _bounded_attention(model.arithmetic, device):
+        weights = embedding_weights(model, read)
+        read.expect(*_next(coming))
+        forward_pass.embed(model.skeleton, weights, batches, device)
+        del weights
+        finite.add("the embeddings", torch.tensor(forward_pass.nonfinite_tokens(batches)))
         for index in range(len(model.skeleton.layers)):
-            if index not in model.skeleton.skipped:
-                layer, cache = resident_layer(model, index, device)
-                bad = forward_pass.run_layer(layer, index, batches, cache=cache)
+            if index in prefixes:
+                layer, cache = resident_layer(model, index, device, read)
+                read.expect(*_next(coming))
+                finite.add(prefixes[index], forward_pass.queue_layer(layer, index, batches, cache=cache))
                 del layer  # before the next is read
-                if bad and finite:
-                    finite = False
-                    warn(_not_finite(model, f"{model.skeleton.stored_layers_name}.{index}"))
             advance()
+    finite.check()
     for batch in batches:
         batch.calls.clear()
     return batches
+
+
+def _next(coming: deque[str]) -> tuple[str, ...]:
+    return (coming.popleft(),) if coming else ()
+
+
+class _FirstNotFinite:
+    """Warns of the first part of a model behind which hidden states are not finite.
+
+    A part's count is looked at when the next part's is there: by then a GPU has work to do while this waits for it.
+    """
+
+    def __init__(self, model: EvaluatedModel, warn: Callable[[str], None]) -> None:
+        self._model, self._warn = model, warn
+        self._counts: deque[tuple[str, Tensor]] = deque()
+        self._warned = False
+
+    def add(self, part: str, count: Tensor) -> None:
+        """The number of tokens behind `part` that are not finite, a scalar on the device."""
+        self.check()
+        self._counts.append((part, count))
+
+    def check(self) -> None:
+        """Look at the counts that are there."""
+        while self._counts:
+            part, count = self._counts.popleft()
+            if int(count) and not self._warned:
+                self._warned = True
+                self._warn(_not_finite(self._model, part))
 
 
 def _not_finite(model: EvaluatedModel, first: str) -> str:
@@ -256,8 +296,9 @@ def open_head(model: EvaluatedModel, device: torch.device, outer: Outer | None =
 
 def outer_weights(model: EvaluatedModel, device: torch.device, pool: dict[str, list[Tensor]] | None = None) -> Outer:
     """The output head's weights on `device`, dequantized; `pool` shares tensors that are equal in several models."""
-    decoded, quantizers = _decoded_outside(model, head=True)
-    weights = layers.outer_weights(model.skeleton, model.checkpoint, head=True, decoded=decoded)
+    with TensorReader(model.checkpoint, device) as read:
+        decoded, quantizers = _decoded_outside(model, head=True)
+        weights = layers.outer_weights(model.skeleton, model.checkpoint, head=True, decoded=decoded, read=read)
     placed: dict[int, Tensor] = {}
     for name, tensor in weights.items():
         if id(tensor) not in placed:
@@ -273,10 +314,13 @@ def _shared(name: str, tensor: Tensor, pool: dict[str, list[Tensor]]) -> Tensor:
     return tensor
 
 
-def embedding_weights(model: EvaluatedModel) -> dict[str, Tensor]:
-    """The weights outside the decoder layers but for the output head, by the model's names, dequantized."""
+def embedding_weights(model: EvaluatedModel, read: ReadTensor | None = None) -> dict[str, Tensor]:
+    """The weights outside the decoder layers but for the output head, by the model's names, dequantized.
+
+    `read` reads tensors, by default to the CPU.
+    """
     decoded, _ = _decoded_outside(model, head=False)
-    return layers.outer_weights(model.skeleton, model.checkpoint, head=False, decoded=decoded)
+    return layers.outer_weights(model.skeleton, model.checkpoint, head=False, decoded=decoded, read=read)
 
 
 def _decoded_outside(model: EvaluatedModel, *, head: bool) -> tuple[dict[str, Tensor], dict[str, emulate.Quantizer]]:
@@ -306,9 +350,12 @@ def _decoded_outside(model: EvaluatedModel, *, head: bool) -> tuple[dict[str, Te
 
 
 def resident_layer(
-    model: EvaluatedModel, index: int, device: torch.device
+    model: EvaluatedModel, index: int, device: torch.device, read: ReadTensor | None = None
 ) -> tuple[nn.Module, emulate.FP8Cache | None]:
-    """Decoder layer `index` on `device`, its inputs rounded as the engine does, and the cache that rounds its keys."""
+    """Decoder layer `index` on `device`, its inputs rounded as the engine does, and the cache that rounds its keys.
+
+    `read` reads tensors, by default to the CPU.
+    """
     skeleton = model.skeleton
     prefix = f"{skeleton.stored_layers_name}.{index}"
     weights, quantizers = emulate.read_layer(
@@ -320,12 +367,13 @@ def resident_layer(
         model.activations,
         skeleton.names_of_layer(index).parameters,
         device,
+        read,
     )
     mixture, inputs = skeleton.experts.get(index), None
     if mixture is not None:
         buffers = layers.expert_buffers(skeleton, index, device)
         inputs = emulate.read_experts(
-            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations, device
+            model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations, device, read
         )
         weights |= buffers.stacked
     layer = layers.resident_layer(skeleton, index, weights, device)
@@ -335,4 +383,4 @@ def resident_layer(
     emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
     if model.kv_cache is None or model.activations == "none":
         return layer, None
-    return layer, emulate.fp8_cache(*emulate.read_kv_scales(model.checkpoint, prefix))
+    return layer, emulate.fp8_cache(*emulate.read_kv_scales(model.checkpoint, prefix, read))

@@ -172,23 +172,20 @@ def _record(
 def _write(figures: TokenFigures, prediction: Prediction, reference: Prediction | None, piece: _Piece) -> None:
     where = slice(piece.chunk.first + piece.start, piece.chunk.first + piece.stop)
     loss, finite = prediction.loss(piece.targets), prediction.finite
-    figures.loss[where] = _numpy(loss)
-    figures.confidence[where] = _numpy(prediction.confidence)
+    found = {"loss": loss, "confidence": prediction.confidence}
     if reference is not None:
         divergence = diverge(reference, prediction)
         finite = finite & reference.finite & divergence.kl.isfinite() & divergence.reverse.isfinite()
-        figures.kl[where] = _numpy(divergence.kl)
-        figures.reverse[where] = _numpy(divergence.reverse)
-        figures.same_top[where] = _numpy(divergence.same_top)
-        figures.change[where] = _numpy((-loss).exp() - (-reference.loss(piece.targets)).exp())
+        found |= {"kl": divergence.kl, "reverse": divergence.reverse, "same_top": divergence.same_top}
+        found["change"] = (-loss).exp() - (-reference.loss(piece.targets)).exp()
         if divergence.variance is not None and divergence.bound is not None:
-            figures.variance[where] = _numpy(divergence.variance)
-            figures.bound[where] = _numpy(divergence.bound)
-    figures.finite[where] = _numpy(finite & loss.isfinite()).astype(bool)
-
-
-def _numpy(values: Tensor) -> Array:
-    return values.float().cpu().numpy()
+            found |= {"variance": divergence.variance, "bound": divergence.bound}
+    found["finite"] = finite & loss.isfinite()
+    # one copy: a GPU waits for the CPU behind each
+    copied = torch.stack([values.float() for values in found.values()]).cpu().numpy()
+    for name, values in zip(found, copied, strict=True):
+        array: Array = getattr(figures, name)
+        array[where] = values
 
 
 def _states(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from snugfit.engines.fused import FUSED_GROUPS
+from snugfit.engines.kernels import HEAD_FORMAT
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, INT4_GROUPS, TensorFormat, check_shape
 from snugfit.inspection.contents import (
@@ -26,6 +27,7 @@ from snugfit.inspection.contents import (
     read_contents,
 )
 from snugfit.model.layout import NOT_CHECKED, ModelLayout, read_layout
+from snugfit.model.loose import taken_note
 from snugfit.model.names import role_order
 from snugfit.model.positions import max_positions
 from snugfit.model.support import unverified_formats
@@ -51,7 +53,6 @@ _DETAILED = frozenset(PARTS[: PARTS.index("norms")])
 _STAYS: Mapping[str, str] = {
     "router": "router",
     "embed": "embeddings",
-    "lm_head": "outside the decoder layers",
     "norms": "no matrix",
     "vectors": "no matrix",
     "layers without text": "not run on text",
@@ -61,6 +62,8 @@ _STAYS: Mapping[str, str] = {
     "KV cache scales": "scales",
 }
 _WIDE = frozenset({"bf16", "f16", "f32"})
+_HEAD = (HEAD_FORMAT,), {name: f"an output head can only be {HEAD_FORMAT}" for name in FORMATS if name != HEAD_FORMAT}
+_SOURCES = ("fp8", "nvfp4", "mxfp4", "int4", "int8")
 _REFUSED = "quantize refuses this model"
 # blockers that are contradictions between config.json and the tensors
 _CONTRADICTIONS = frozenset(
@@ -77,6 +80,7 @@ def inspect(model: str | Path) -> Inspection:
     fused = _fused(contents)
     limits = _limits(contents)
     calibration, unread = _calibration(checkpoint)
+    taken = [taken_note(layout.taken_in)] if layout.taken_in else []
     predicted = sum(w.elements for w in contents.weights if w.part == "multi-token prediction")
     total = sum(w.elements for w in contents.weights) - predicted
     return Inspection(
@@ -97,7 +101,7 @@ def inspect(model: str | Path) -> Inspection:
         other_weights=_other_weights(checkpoint.other_files),
         made_by=_made_by(checkpoint),
         calibration=calibration,
-        remarks=(*limits.remarks, *unread, *notes_on_loss(checkpoint.other_files)),
+        remarks=(*limits.remarks, *unread, *taken, *notes_on_loss(checkpoint.other_files)),
     )
 
 
@@ -243,7 +247,7 @@ def _part(
     single = members[0].single if part in _DETAILED else ()
     stays = "tied to the embeddings" if part == "lm_head" and architecture.tied_embeddings else _STAYS.get(part, "")
     stays = stays or kept or _stays(part, stored[0], shape, single, limits)
-    can, cannot = ((), {}) if stays else formats_for(single or shape)
+    can, cannot = ((), {}) if stays else _HEAD if part == "lm_head" else formats_for(single or shape)
     names = tuple(sorted(dict.fromkeys(w.leaf for w in members), key=role_order)) if part in _DETAILED else ()
     return Part(
         part=part,
@@ -262,13 +266,15 @@ def _part(
 
 def _stays(part: str, stored: str, shape: tuple[int, ...], single: tuple[int, ...], limits: _Limits) -> str:
     """Why `quantize` cannot give a weight of this part another format; "" where it can."""
-    source = stored in _WIDE or stored.startswith("fp8") or (stored == "mxfp4" and bool(single))
+    source = stored in _WIDE or stored.startswith(_SOURCES)
     if stored not in _WIDE and (not source or (limits.model and not limits.refused)):
         return f"{stored} already"
     if limits.model:
         return limits.model
     if single:
         return limits.experts
+    if part == "lm_head":
+        return ""
     if len(shape) == 2:
         return ""
     return "experts in one 3-D tensor" if part == "experts" and len(shape) == 3 else "no 2-D weight"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
 from snugfit.model.logical_weights import ExpertSlice, LogicalWeights, Origin
 from snugfit.storage.checkpoint import read_tensor
 from snugfit.storage.safetensors_header import dtype_of
+from snugfit.storage.tensor_reader import ReadTensor
 
 E8M0_NAN = 255
 OUTPUTS = 1024  # out_features dequantized at once
@@ -87,8 +89,8 @@ def part_of(origin: Origin, stack: Tensor) -> Tensor:
     return (mine.t() if part.transposed else mine)[part.start : part.stop : part.step]
 
 
-def read_single(weights: LogicalWeights, name: str) -> Tensor:
-    """One expert's weight read by range to the CPU, dequantized where it is stored as codes."""
-    checkpoint = weights.checkpoint
-    pieces = {(part, expert): read_tensor(checkpoint, part, expert) for part, expert in pieces_of(weights, name)}
+def read_single(weights: LogicalWeights, name: str, read: ReadTensor | None = None) -> Tensor:
+    """One expert's weight, dequantized where it is stored as codes; `read` reads tensors, by default to the CPU."""
+    read = read or partial(read_tensor, weights.checkpoint)
+    pieces = {(part, expert): read(part, expert) for part, expert in pieces_of(weights, name)}
     return assemble(weights, name, pieces).in_dtype(dtype_of(weights.tensors[name]))

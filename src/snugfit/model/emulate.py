@@ -18,35 +18,23 @@ from snugfit.engines.fused import group_modules
 from snugfit.engines.kv_cache import scale_names
 from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
-from snugfit.formats import fp8, integer, mxfp4, nvfp4
+from snugfit.formats import fp8, nvfp4
+from snugfit.formats.inputs import STATIC_KINDS, InputRounding
 from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
-from snugfit.formats.spec import FP8_BLOCK, InputKind, TensorFormat
+from snugfit.formats.spec import FP8_BLOCK, TensorFormat
 from snugfit.model import experts
 from snugfit.model.assemble import read_single
 from snugfit.model.cache import NoCache
 from snugfit.model.experts import NoHooks
 from snugfit.model.layers import ExpertBuffers
 from snugfit.storage.checkpoint import Checkpoint, read_tensor
+from snugfit.storage.tensor_reader import ReadTensor
 
 # values at once: what a core's cache holds; what a small GPU spares
 SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}
 Quantizer = Callable[[Tensor], Tensor]
 NO_EMULATION = "none"
 CPU = torch.device("cpu")
-
-# inputs under scales made at run time, and those under numbers from the file: a multiplier, and a zero point if any
-_DYNAMIC: Mapping[InputKind, Quantizer] = {
-    "fp8-token": fp8.quantize_dequantize_input,
-    "int8-token": integer.quantize_dequantize_input,
-    "int8-token-asym": integer.quantize_dequantize_input_asymmetric,
-    "mxfp4": mxfp4.quantize_dequantize_input,
-}
-_STATIC: Mapping[InputKind, Callable[..., Tensor]] = {
-    "nvfp4": nvfp4.quantize_dequantize_input,
-    "fp8-tensor": fp8.quantize_dequantize_input_static,
-    "int8-tensor": integer.quantize_dequantize_input_static,
-    "int8-tensor-asym": integer.quantize_dequantize_input_static,
-}
 
 
 def input_quantizer(fmt: TensorFormat, profile: str, input_scale: Tensor | None) -> Quantizer | None:
@@ -57,13 +45,10 @@ def input_quantizer(fmt: TensorFormat, profile: str, input_scale: Tensor | None)
     kind = PROFILES[profile].get(fmt.input_kind)
     if kind is None:
         return None
-    if kind == "fp8-group":
-        return partial(fp8.quantize_dequantize_input_groups, group=fmt.block[1] if fmt.block else FP8_BLOCK)
-    if kind in _DYNAMIC:
-        return _DYNAMIC[kind]
+    if kind not in STATIC_KINDS:
+        return InputRounding(kind, group=fmt.block[1] if fmt.block else FP8_BLOCK)
     assert input_scale is not None, f"{fmt.label()} without a scale of its inputs"
-    static, scale = _STATIC[kind], input_scale
-    return lambda x: static(x, *scale.to(x.device).view(-1))
+    return InputRounding(kind, input_scale)
 
 
 def quantize_inputs(layer: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
@@ -96,7 +81,12 @@ class _SharedRounding:
 
 
 def _in_slices(quantizer: Quantizer, activations: Tensor) -> Tensor:
-    """`quantizer` over a few tokens [..., K] at a time: its fp32 temporaries stay in the caches, or off a small GPU."""
+    """`quantizer` over a few tokens [..., K] at a time: its fp32 temporaries stay in the caches, or off a small GPU.
+
+    A fused kernel has no temporaries.
+    """
+    if isinstance(quantizer, InputRounding) and quantizer.is_fused(activations):
+        return quantizer(activations)
     tokens = activations.reshape(-1, activations.shape[-1])
     step = max(1, SLICE[activations.device.type] // tokens.shape[1])
     if len(tokens) <= step:
@@ -114,12 +104,14 @@ def read_module(
     fmt: TensorFormat,
     shape: tuple[int, ...],
     device: torch.device = CPU,
+    read: ReadTensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A quantized module's weight, fp32 of `shape` [N, K], and the static multiplier of its inputs, as the file says.
 
-    Both are decoded on `device`. The multiplier is fp32 () (with a zero point [2]), None where the format has none.
+    Both are decoded on `device`; `read` reads tensors, by default to the CPU. The multiplier is fp32 () (with a zero
+    point [2]), None where the format has none.
     """
-    member = _read_member(checkpoint, dialect, module, fmt, device)
+    member = _read_member(checkpoint, dialect, module, fmt, device, read or partial(read_tensor, checkpoint))
     return _values(checkpoint, module, member.quantized, shape), member.input_scale
 
 
@@ -148,23 +140,24 @@ def read_experts(
     formats: Mapping[str, TensorFormat],
     profile: str,
     device: torch.device = CPU,
+    read: ReadTensor | None = None,
 ) -> ExpertInputs:
     """Fill `buffers` with a layer's routed experts, dequantized; the result rounds their inputs.
 
     Engines give all experts of a layer one scale for the inputs of gate and up and one for those of down, the largest
-    multiplier in the file (engines/mixtures.py); so does this, but for profile "none", which rounds nothing. UserError
-    for an expert's tensor that is missing.
+    multiplier in the file (engines/mixtures.py); so does this, but for profile "none", which rounds nothing. `read`
+    reads tensors, by default to the CPU. UserError for an expert's tensor that is missing.
     """
-    stacks = buffers.skeleton.stacks
+    stacks, read = buffers.skeleton.stacks, read or partial(read_tensor, checkpoint)
     quantized: dict[tuple[int, bool], list[str]] = {}  # (expert, whether down) -> names
     for (expert, role, parameter), name in mixture.names.items():
         full = f"{prefix}.{name}"
         if parameter == "weight" and full.removesuffix(".weight") in formats:
             quantized.setdefault((expert, role == experts.DOWN), []).append(full)
         elif full in checkpoint.tensors:
-            buffers.copy_in(full, read_tensor(checkpoint, full))
+            buffers.copy_in(full, read(full))
         elif full in stacks.tensors:
-            buffers.copy_in(full, read_single(stacks, full))
+            buffers.copy_in(full, read_single(stacks, full, read))
         else:
             what = f"tensors missing: {full}."
             remedy = "Config and weights do not belong together."
@@ -174,7 +167,8 @@ def read_experts(
     for (_, down), names in quantized.items():
         modules = {name: name.removesuffix(".weight") for name in names}
         members = {
-            name: _read_member(checkpoint, dialect, module, formats[module], device) for name, module in modules.items()
+            name: _read_member(checkpoint, dialect, module, formats[module], device, read)
+            for name, module in modules.items()
         }
         for name, member in (members if profile == NO_EMULATION else _as_one(dialect, members)).items():
             shape = tuple(buffers.per_expert[name].shape)
@@ -199,20 +193,23 @@ def read_layer(
     profile: str,
     names: Mapping[str, str] | None = None,
     device: torch.device = CPU,
+    read: ReadTensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
     """Weights of a decoder layer (names relative to it), dequantized, and the quantizers of its linears' inputs.
 
     `prefix` is the layer's name in the checkpoint, `layer` its skeleton, `formats` the quantized modules by full name.
     `names` (the file's -> the model's, relative to the layer) are given where they differ; results have the file's.
-    Quantized weights are decoded on `device`. Experts in 3-D parameters are `read_experts`'.
+    Quantized weights are decoded on `device`; `read` reads tensors, by default to the CPU. Experts in 3-D parameters
+    are `read_experts`'.
     """
+    read = read or partial(read_tensor, checkpoint)
     held_by = layer.state_dict()
     state = held_by if names is None else {name: held_by[ours] for name, ours in names.items()}
     linears = [name.removesuffix(".weight") for name in state if name.endswith(".weight")]
     quantized = [name for name in linears if f"{prefix}.{name}" in formats]
     held = {f"{name}.weight" for name in quantized}
     weights = {
-        name: read_tensor(checkpoint, f"{prefix}.{name}")
+        name: read(f"{prefix}.{name}")
         for name in state
         if name not in held and f"{prefix}.{name}" in checkpoint.tensors
     }
@@ -221,7 +218,8 @@ def read_layer(
     for group in group_modules(quantized):
         full = {name: f"{prefix}.{name}" for name in group}
         members = {
-            name: _read_member(checkpoint, dialect, module, formats[module], device) for name, module in full.items()
+            name: _read_member(checkpoint, dialect, module, formats[module], device, read)
+            for name, module in full.items()
         }
         for name, member in (members if profile == NO_EMULATION else _as_one(dialect, members)).items():
             empty = state[f"{name}.weight"]
@@ -258,23 +256,24 @@ def fp8_cache(k_scale: Tensor, v_scale: Tensor) -> FP8Cache:
     return FP8Cache(k_scale, v_scale)
 
 
-def read_kv_scales(checkpoint: Checkpoint, prefix: str) -> tuple[Tensor, Tensor]:
+def read_kv_scales(checkpoint: Checkpoint, prefix: str, read: ReadTensor | None = None) -> tuple[Tensor, Tensor]:
     """Multipliers (fp32, () or [H, 1, 1]) of keys and values of the decoder layer `prefix`; 1 where the file has none.
 
     Under any of the names that vLLM reads (engines/kv_cache.py). UserError for a scale that is not positive and finite,
     and for two names with different scales.
     """
-    return _kv_scale(checkpoint, prefix, "k"), _kv_scale(checkpoint, prefix, "v")
+    read = read or partial(read_tensor, checkpoint)
+    return _kv_scale(checkpoint, prefix, "k", read), _kv_scale(checkpoint, prefix, "v", read)
 
 
-def _kv_scale(checkpoint: Checkpoint, layer: str, which: str) -> Tensor:
+def _kv_scale(checkpoint: Checkpoint, layer: str, which: str, read: ReadTensor) -> Tensor:
     names = [name for name in scale_names(layer, which) if name in checkpoint.tensors]
     if not names:
         return torch.ones(())
     name, *others = names
-    scale = read_tensor(checkpoint, name).float()
+    scale = read(name).float()
     for other in others:
-        if not torch.equal(read_tensor(checkpoint, other).float().reshape(-1), scale.reshape(-1)):
+        if not torch.equal(read(other).float().reshape(-1), scale.reshape(-1)):
             raise UserError(
                 f"{name} and {other} scale the same cache and differ.",
                 code="scale-invalid",
@@ -301,11 +300,11 @@ class _Member:
 
 
 def _read_member(
-    checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat, device: torch.device
+    checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat, device: torch.device, read: ReadTensor
 ) -> _Member:
     names = dialect.part_names(module, fmt, checkpoint.tensors)
     # decoded on the device: codes are a fraction of the values, and a CPU is slow at this
-    tensors = {suffix: read_tensor(checkpoint, name).to(device) for suffix, name in names.items()}
+    tensors = {suffix: read(name).to(device) for suffix, name in names.items()}
     return _Member(fmt, *dialect.decode(module, fmt, tensors))
 
 

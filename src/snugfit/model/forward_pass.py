@@ -199,6 +199,20 @@ def run_layer(
     With `states` = (from, to) the batches' hidden states are read from one place and written to the other, or dropped
     if `to` is None.
     """
+    return int(queue_layer(layer, index, batches, before, cache=cache, states=states))
+
+
+@torch.no_grad()
+def queue_layer(
+    layer: nn.Module,
+    index: int,
+    batches: Sequence[Batch],
+    before: Callable[[Batch], None] | None = None,
+    *,
+    cache: object = None,
+    states: tuple[States, States | None] | None = None,
+) -> Tensor:
+    """As `run_layer`, without waiting for a GPU: the number of tokens is a scalar on the device."""
     bad: list[Tensor] = []
     for batch in batches:
         if states is not None:
@@ -222,7 +236,7 @@ def run_layer(
             if states[1] is not None:
                 states[1].write(batch, batch.hidden)
             batch.hidden = torch.empty(0)
-    return int(torch.stack(bad).sum()) if bad else 0
+    return torch.stack(bad).sum() if bad else torch.zeros((), dtype=torch.int64)
 
 
 def nonfinite_tokens(batches: Sequence[Batch]) -> int:

@@ -89,9 +89,12 @@ def layers_without_text(text: Mapping[str, Any]) -> frozenset[int]:
 
 
 def shares_keys_and_values(text: Mapping[str, Any]) -> bool:
-    """Whether layers use the keys and values of layers before them (Hunyuan-Large), which transformers does not run."""
+    """Whether layers use the keys and values of layers before them (Hunyuan-Large), which transformers does not run.
+
+    Without a factor none do (vLLM: hunyuan_v1.py, _get_cla_factor).
+    """
     factor = text.get("cla_share_factor")
-    return bool(text.get("use_cla")) and not (isinstance(factor, int) and factor <= 1)
+    return bool(text.get("use_cla")) and factor is not None and not (isinstance(factor, int) and factor <= 1)
 
 
 def positive(text: Mapping[str, Any], key: str) -> int:

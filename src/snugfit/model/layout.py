@@ -8,7 +8,7 @@ models with the same words. A defect does not raise here: it is a blocker, which
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from snugfit.model.language_config import (
     with_defaults,
 )
 from snugfit.model.logical_weights import LogicalWeights, logical_weights, plain_weights, stacked_weights
+from snugfit.model.loose import take_in
 from snugfit.model.missing import check_missing, missing_note, unneeded
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import check_experts, check_layers, check_stacks, encoder_decoder, unsupported_family
@@ -62,7 +63,8 @@ class ModelLayout:
     file's own tensors if no recipe can start from them; `names` parses the name of each. `quantization` is what the
     checkpoint says of how it is quantized, {} if nothing, and `method` its name; `stale_method` is the name of a method
     that config.json states although every weight is plain, which all verbs ignore ("" for none). `not_needed` are
-    tensors that the index names, no shard holds and nothing needs.
+    tensors that the index names, no shard holds and nothing needs. `taken_in` are files that no index names, whose
+    layers of multi-token prediction count as the model's.
     """
 
     checkpoint: Checkpoint
@@ -79,6 +81,7 @@ class ModelLayout:
     tied: TiedEmbeddings
     stale_method: str = ""
     not_needed: tuple[str, ...] = ()
+    taken_in: tuple[str, ...] = ()
 
     @property
     def config_file(self) -> str:
@@ -233,6 +236,18 @@ def read_layout(model: str | Path | Checkpoint) -> ModelLayout:
     Reads headers alone. Raises UserError for a checkpoint whose files are damaged; every other defect is a blocker.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_headers(model)
+    layout = _read(checkpoint)
+    fuller = take_in(checkpoint, layout.decoder, layout.num_layers)
+    if fuller is checkpoint:
+        return layout
+    found = _read(fuller)
+    same_parts = (found.decoder, found.num_layers) == (layout.decoder, layout.num_layers)
+    if not same_parts or len(found.blockers) > len(layout.blockers):  # prediction layers with defects of their own
+        return layout
+    return replace(found, taken_in=fuller.shards[len(checkpoint.shards) :])
+
+
+def _read(checkpoint: Checkpoint) -> ModelLayout:
     config_file = str(checkpoint.path / "config.json")
     refused = [Blocker(error=error) for error in encoder_decoder(checkpoint)]
     blockers = [*refused, *(Blocker(error=error) for error in unsupported_family(checkpoint))]

@@ -14,24 +14,29 @@ from snugfit.dialects.dialect import Dialect
 from snugfit.dialects.headers import by_module, holds_codes
 from snugfit.engines.mixtures import EXPERT_WIDTHS, STACKED, STACKED_BY_NAME, UNSUPPORTED_FAMILIES, Stacked
 from snugfit.errors import UserError
-from snugfit.formats.spec import TensorFormat
+from snugfit.formats.spec import MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.model.config_defaults import EXPERT_COUNTS
 from snugfit.model.language_config import language_config, with_defaults
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 
-# what may stand for 16-bit weights: all other codes have lost too much to start from
-SOURCE_FORMATS = frozenset({"fp8", "fp8-dynamic", "fp8-block"})
-# quantization methods of files that may hold 16-bit weights alone, or FP8, or experts in MXFP4
-START_METHODS = frozenset({"", "fp8", "mxfp4", "compressed-tensors"})
+# what may stand for 16-bit weights
+SOURCE_FORMATS = frozenset({"fp8", "fp8-dynamic", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "int4", "int8"})
+# quantization methods of files whose codes are read; "mxfp4" has those of stacked experts alone
+START_METHODS = frozenset({"", "fp8", "mxfp4", "compressed-tensors", "modelopt"})
 MAX_EXPERTS = 100_000
 _FLOATS = frozenset({"BF16", "F16", "F32"})
 _EIGHT_BIT_FLOATS = frozenset({"F8_E4M3", "F8_E5M2", "F8_E8M0"})
+_INTEGERS = frozenset({"U8", "I8", "I32"})
 MXFP4_BLOCKS, MXFP4_SCALES = "_blocks", "_scales"
+_CODES = ("weight", "weight_packed")
 _SCALES_OF_WEIGHTS = (
     *("weight_scale_inv", "weight_scale", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
-    *("input_scale", "input_global_scale", "activation_scale"),
+    *("weight_shape", "input_scale", "input_global_scale", "input_zero_point", "activation_scale"),
 )
+_GLOBAL = frozenset({"weight_scale_2", "weight_global_scale", "input_global_scale", "input_zero_point"})
+_ORDER = "weight_g_idx"
+_SCALE_DTYPES = {"nvfp4": {"F8_E4M3"}, "nvfp4a16": {"F8_E4M3"}, "mxfp4": {"U8"}, "int4": _FLOATS, "int8": _FLOATS}
 _AGAIN = "Config and weights do not belong together: download the checkpoint again."
 
 
@@ -129,15 +134,18 @@ def logical_weights(checkpoint: Checkpoint, dialect: Dialect, method: str) -> Lo
         if name in scales:
             continue
         module, _, parameter = name.rpartition(".")
-        fmt = formats.get(module) if parameter == "weight" else None
+        fmt = formats.get(module) if parameter in _CODES else None
         if fmt is not None and len(tensor.shape) == 2:
-            tensors[name] = TensorInfo(name, wide, tensor.shape)
+            weight = f"{module}.weight"
             parts = dialect.part_names(module, fmt, checkpoint.tensors)
-            _check_scale(checkpoint, fmt, parts)
-            origins[name] = Origin(parts, fmt)
+            if name != next(iter(parts.values())):
+                what, remedy = f"{module} has both {' and '.join(_CODES)}.", "Remove one of the two tensors."
+                raise UserError(what, code="tensor-duplicate", where=str(checkpoint.path), remedy=remedy)
+            tensors[weight] = TensorInfo(weight, wide, _shape_of(checkpoint, fmt, parts))
+            origins[weight] = Origin(parts, fmt)
         elif name in stacked.stacked:
             tensors |= {single: stacked.tensors[single] for single in stacked.stacked[name]}
-        elif tensor.dtype in _EIGHT_BIT_FLOATS:
+        elif tensor.dtype in _EIGHT_BIT_FLOATS or (tensor.dtype in _INTEGERS and _holds_experts(tensor)):
             raise _misplaced(checkpoint, tensor)
         elif (
             not name.endswith(MXFP4_SCALES) or f"{name.removesuffix(MXFP4_SCALES)}{MXFP4_BLOCKS}" not in stacked.stacked
@@ -177,11 +185,17 @@ def stacked_weights(checkpoint: Checkpoint, dialect: Dialect) -> LogicalWeights:
 
 def _misplaced(checkpoint: Checkpoint, tensor: TensorInfo) -> UserError:
     return UserError(
-        f"{tensor.name} is {tensor.dtype}, but only 2-D weights may be stored in FP8.",
+        f"{tensor.name} is {tensor.dtype}, but only 2-D weights may be stored quantized.",
         code="dtype-unsupported",
         where=str(checkpoint.path),
         remedy="Start from the original BF16, FP16 or FP32 checkpoint.",
     )
+
+
+def _holds_experts(tensor: TensorInfo) -> bool:
+    """Whether a tensor holds codes of all experts of a layer, in a way that nothing here reads."""
+    stacked = len(tensor.shape) > 2 and "experts" in tensor.name.split(".")
+    return stacked and not tensor.name.endswith((MXFP4_BLOCKS, MXFP4_SCALES))
 
 
 def parent(name: str) -> str:
@@ -211,7 +225,9 @@ def _wide_dtype(config: Mapping[str, Any]) -> str:
 def _source_formats(checkpoint: Checkpoint, dialect: Dialect, method: str) -> dict[str, TensorFormat]:
     """Format of each module that the file stores as codes; UserError where no recipe can start from them."""
     headers = {name: (tensor.dtype, tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    modules = [module for module, parts in by_module(headers).items() if holds_codes(parts)]
+    parts_of = by_module(headers)
+    modules = [module for module, parts in parts_of.items() if holds_codes(parts)]
+    method = "modelopt" if method.startswith("modelopt") else method
     if not modules and method in START_METHODS:
         _check_blocks(checkpoint)
         return {}
@@ -219,22 +235,26 @@ def _source_formats(checkpoint: Checkpoint, dialect: Dialect, method: str) -> di
     if not method:
         suffix = next(s for s in ("weight_packed", "qweight", "weight") if f"{modules[0]}.{s}" in headers)
         evidence = f"tensor {modules[0]}.{suffix}"
-    if method not in ("fp8", "compressed-tensors"):
+    if method not in START_METHODS - {"", "mxfp4"}:
         raise already_quantized(evidence, where=str(checkpoint.path))
     formats = dialect.read_formats(modules, headers)
     other = next((fmt for fmt in formats.values() if fmt.name not in SOURCE_FORMATS), None)
     if other is not None:
         raise already_quantized(f"{evidence}: {other.label()}", where=str(checkpoint.path))
+    ordered = next((module for module in formats if _ORDER in parts_of[module]), None)
+    if ordered is not None:
+        what = f"{evidence}: {ordered}.{_ORDER} gives its groups an order of their own"
+        raise already_quantized(what, where=str(checkpoint.path))
     return formats
 
 
 def already_quantized(evidence: str, *, where: str) -> UserError:
-    """The error for a checkpoint whose codes have lost too much to start from."""
+    """The error for a checkpoint whose codes cannot be started from."""
     return UserError(
         f"already quantized ({evidence}).",
         code="already-quantized",
         where=where,
-        remedy="Start from the original BF16, FP16 or FP32 checkpoint, or from an FP8 one.",
+        remedy="Start from the original BF16, FP16 or FP32 checkpoint, or from one in a format that `quantize` reads.",
     )
 
 
@@ -247,13 +267,13 @@ def _check_blocks(checkpoint: Checkpoint) -> None:
 
 
 def _scale_owners(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> dict[str, str]:
-    """Scales beside FP8 weights -> the weight; UserError for a scale whose weight is missing."""
+    """What stands beside the codes of weights -> the weight; UserError for a scale whose weight is missing."""
     owners = {}
     for name in checkpoint.tensors:
         module, _, suffix = name.rpartition(".")
         if suffix not in _SCALES_OF_WEIGHTS:
             continue
-        weight = f"{module}.weight"
+        weight = next((n for s in _CODES if (n := f"{module}.{s}") in checkpoint.tensors), f"{module}.weight")
         if weight not in checkpoint.tensors:
             what = f"{name} is a scale of {weight}, which is missing."
             raise UserError(what, code="weights-missing", where=str(checkpoint.path), remedy=_AGAIN)
@@ -265,20 +285,48 @@ def _scale_owners(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -
     return owners
 
 
-def _check_scale(checkpoint: Checkpoint, fmt: TensorFormat, parts: Mapping[str, str]) -> None:
-    """UserError where the scale of FP8 codes has another shape than their format gives."""
-    weight = checkpoint.tensors[parts["weight"]]
-    scale = next(checkpoint.tensors[part] for suffix, part in parts.items() if suffix.startswith("weight_scale"))
-    rows, columns = weight.shape
-    if fmt.weight_block is not None:
-        allowed: list[tuple[int, ...]] = [(-(-rows // fmt.weight_block[0]), -(-columns // fmt.weight_block[1]))]
-    elif fmt.name == "fp8" and fmt.group_size == 0:
-        allowed = [(1,), (), (1, 1)]
-    else:
-        allowed = [(rows, 1), (rows,)]
-    if scale.shape not in allowed:
-        what = f"{scale.name} has shape {list(scale.shape)}, but a weight {list(weight.shape)} in {fmt.label()} needs "
+def _shape_of(checkpoint: Checkpoint, fmt: TensorFormat, parts: Mapping[str, str]) -> tuple[int, int]:
+    """The shape of the weight that these tensors hold; UserError where a scale does not fit the codes."""
+    codes, *others = (checkpoint.tensors[part] for part in parts.values())
+    scale = next(tensor for tensor in others if tensor.name.rpartition(".")[2].startswith("weight_scale"))
+    per_element = fmt.spec.codes[codes.dtype]
+    rows, columns = codes.shape[0], codes.shape[1] * per_element
+    if per_element > 1 and len(scale.shape) == 2 and fmt.group_size > 0:  # the last element may hold fewer
+        grouped = scale.shape[1] * fmt.group_size
+        columns = grouped if -(-grouped // per_element) == codes.shape[1] else columns
+    allowed = _scale_shapes(fmt, rows, columns)
+    dtypes = _SCALE_DTYPES.get(fmt.name, _FLOATS | {"F8_E8M0", "U8"})
+    if scale.shape not in allowed or scale.dtype not in dtypes:
+        what = (
+            f"{scale.name} is {scale.dtype} {list(scale.shape)}, but a weight {[rows, columns]} in {fmt.label()} needs "
+        )
         raise UserError(f"{what}{list(allowed[0])}.", code="scale-invalid", where=str(checkpoint.path), remedy=_AGAIN)
+    _check_small_parts(checkpoint, parts, (-(-rows // per_element), *scale.shape[1:]), scale.shape)
+    return rows, columns
+
+
+def _check_small_parts(checkpoint: Checkpoint, parts: Mapping[str, str], *zero_points: tuple[int, ...]) -> None:
+    """UserError for a global scale, a stated shape or zero points of another shape than codes and scales have."""
+    for suffix, name in parts.items():
+        shape = checkpoint.tensors[name].shape
+        fits = suffix not in _GLOBAL or checkpoint.tensors[name].elements == 1
+        fits = fits and (suffix != "weight_shape" or shape == (2,))
+        if not fits or (suffix == "weight_zero_point" and shape not in zero_points):
+            what = f"{name} has shape {list(shape)}, which does not fit the codes beside it."
+            raise UserError(what, code="scale-invalid", where=str(checkpoint.path), remedy=_AGAIN)
+
+
+def _scale_shapes(fmt: TensorFormat, rows: int, columns: int) -> list[tuple[int, ...]]:
+    """The shapes that the scales of a weight of this shape and format may have, the usual one first."""
+    if fmt.weight_block is not None:
+        blocks = -(-rows // fmt.weight_block[0]), -(-columns // fmt.weight_block[1])
+        return [blocks, (blocks[0], 1, blocks[1], 1)]  # the latter is ModelOpt's
+    size = {"nvfp4": NVFP4_BLOCK, "nvfp4a16": NVFP4_BLOCK, "mxfp4": MXFP4_BLOCK}.get(fmt.name, fmt.group_size)
+    if size > 0:
+        return [(rows, columns // size)] if columns % size == 0 else [(rows, -(-columns // size))]
+    if size == 0 and fmt.name != "fp8-dynamic":
+        return [(1,), (), (1, 1)]
+    return [(rows, 1), (rows,)]
 
 
 def _stacked(config: Mapping[str, Any]) -> Stacked | None:

@@ -182,8 +182,11 @@ def open_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skel
     """The model that a layout describes, in agreement with its headers; UserError if transformers and they disagree."""
     skeleton = build_skeleton(layout, dtype)
     check_decoder(skeleton, layout)
-    origins = layout.weights.origins.items()
-    codes = {name: (next(iter(origin.parts.values())), 1) for name, origin in origins if origin.part is None}
+    tensors, codes = layout.checkpoint.tensors, {}
+    for name, origin in layout.weights.origins.items():
+        if origin.part is None and origin.format is not None:
+            stored = next(iter(origin.parts.values()))
+            codes[name] = stored, origin.format.spec.codes.get(tensors[stored].dtype, 1)
     check_shapes(skeleton, layout.checkpoint, codes)
     return skeleton
 

@@ -133,7 +133,7 @@ def _read_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedMod
     except UserError as error:
         raise error.at(layout.config_file) from None
     check_split(cache, settings.tensor_parallel_size)
-    notes = [*cache.notes, *([] if settings.gpu.note is None else [settings.gpu.note])]
+    notes = [*cache.notes, *layout.contradictions, *([] if settings.gpu.note is None else [settings.gpu.note])]
     positions = max_positions(config)
     if positions is None:
         positions = UNSTATED_POSITIONS

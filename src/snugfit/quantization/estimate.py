@@ -83,7 +83,11 @@ def estimate_run(
                 activations += in_flight
             exact = layer.values if observes else 0
             work = max(work, ahead + exact + max(rounding, layer.values + 2 * layer.codes + group + activations))
-        elif dataset is not None:
+            continue
+        quantized = [name for name in unit if (a := plan.assignments.get(name)) and a.format and not a.keeps_codes]
+        head = sum(tensors[name].bytes + 2 * sum(i.bytes for i in plan.outputs[name]) for name in quantized)
+        work = max(work, ahead + head + _COPIES * 4 * SLICE[device.type] if quantized else 0)
+        if dataset is not None:
             embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
     disk = sum(shard.bytes for shard in plan.shards) + 2 * tokens * hidden
     routed = (sum(tensors[name].bytes for name in unit if ".experts." in name) for unit in plan.units[1:])

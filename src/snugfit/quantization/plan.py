@@ -14,16 +14,18 @@ from typing import Any, Literal
 
 from snugfit.dialects import compressed_tensors
 from snugfit.engines.fused import group_modules
+from snugfit.engines.kernels import HEAD_ENGINES
 from snugfit.engines.kv_cache import attention_modules, has_scales, scale_names
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.language_config import nested_language_keys
 from snugfit.model.layout import ModelLayout
 from snugfit.model.logical_weights import LogicalWeights
+from snugfit.model.loose import taken_note
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import unverified_formats
 from snugfit.model.tied import untied
-from snugfit.recipes.assignment import Assignment
+from snugfit.recipes.assignment import Assignment, runs_in_engines
 from snugfit.recipes.recipe import LoadedRecipe
 from snugfit.recipes.resolve import resolve
 from snugfit.records.quantize import TensorRecord
@@ -33,8 +35,9 @@ from snugfit.storage.shards import Shard, plan_shards
 
 # a thirty-second of the model, within these bounds: whole files are digested while others are written
 SHARD_BYTES = 500_000_000, 5_000_000_000
-PASSTHROUGH = "as it was"
+PASSTHROUGH, DEQUANTIZED = "as it was", "dequantized"
 KV_CACHE = "fp8 KV cache"
+_FOUR_BITS = frozenset({"nvfp4", "nvfp4a16", "mxfp4", "int4"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +123,9 @@ class Plan:
         info = self.weights.tensors[name]
         assignment = self.assignments.get(name)
         fmt = assignment.format if assignment else None
-        label, rule = (fmt.label(), assignment.scale_rule) if fmt and assignment else (PASSTHROUGH, "")
+        origin = self.weights.origins.get(name)
+        plain = PASSTHROUGH if origin is None or origin.format is None else DEQUANTIZED
+        label, rule = (fmt.label(), assignment.scale_rule) if fmt and assignment else (plain, "")
         return TensorRecord(name, info.shape, label, rule, self.weights.file_bytes(name), written)
 
     def unit_of_layer(self, number: int) -> tuple[str, ...]:
@@ -140,6 +145,15 @@ class Plan:
                 (name, rule, codes, [(info.name, info.dtype, info.shape) for info in self.outputs.get(name, ())])
             )
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def copies(self, name: str, info: TensorInfo) -> bool:
+        """Whether `info`, one of the outputs of the logical weight `name`, is a tensor of the source as it is."""
+        assignment, origin = self.assignments.get(name), self.weights.origins.get(name)
+        if assignment is None or not assignment.keeps_codes or origin is None or origin.part is not None:
+            return False
+        found = self.checkpoint.tensors.get(info.name)
+        same = found is not None and (found.dtype, found.shape) == (info.dtype, info.shape)
+        return same and self.weights.dialect.file_format is compressed_tensors
 
     def writes_kv_scales(self, layer: int) -> bool:
         """Whether scales of an FP8 KV cache are written for this layer."""
@@ -200,7 +214,12 @@ def lay_out(layout: ModelLayout, recipe: LoadedRecipe, *, max_shard_size: int | 
         shards=tuple(plan_shards(written, max_shard_size or default)),
         config=_config_to_write(layout, recipe, decisions),
         unverified=decisions.unverified,
-        notes=(*layout.contradictions, *_cache_notes(layout, recipe)),
+        notes=(
+            *layout.contradictions,
+            *([taken_note(layout.taken_in)] if layout.taken_in else []),
+            *_cache_notes(layout, recipe),
+            *_format_notes(decisions),
+        ),
     )
 
 
@@ -274,9 +293,10 @@ def _outputs_of(weights: LogicalWeights, name: str, assignment: Assignment | Non
     if assignment is None or assignment.format is None:
         return (info,)
     module = name.removesuffix(".weight")
-    if assignment.keeps_codes and assignment.format.name.startswith("fp8"):
+    if assignment.keeps_codes and weights.origins[name].part is None:
         headers = {s: weights.checkpoint.tensors[part] for s, part in weights.origins[name].parts.items()}
-        parts = compressed_tensors.copied_layout(assignment.format, {s: (t.dtype, t.shape) for s, t in headers.items()})
+        given = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in headers.items()}
+        parts = compressed_tensors.copied_layout(assignment.format, given, info.shape)
     else:
         parts = compressed_tensors.layout(assignment.format, info.shape, info.dtype)
     return tuple(TensorInfo(f"{module}.{suffix}", dtype, shape) for suffix, (dtype, shape) in parts.items())
@@ -337,6 +357,32 @@ def _cache_notes(layout: ModelLayout, recipe: LoadedRecipe) -> list[str]:
         return []
     kept = "stays declared" if _kept_cache(layout) else "is not declared in the result"
     return [f"the source's FP8 KV cache {kept}: {layout.cache_without_scales}"]
+
+
+def _format_notes(decisions: Decisions) -> list[str]:
+    """Which engines load a quantized head, and what becomes of codes of the source: of 4 bits, and not written."""
+    assigned = decisions.assignments
+    again = [
+        name
+        for name, fmt in decisions.weights.formats.items()
+        if fmt.name in _FOUR_BITS and (a := assigned.get(name)) and a.format is not None and not a.keeps_codes
+    ]
+    head = any(a.format is not None and decisions.names[name].role == "lm_head" for name, a in assigned.items())
+    notes = [HEAD_ENGINES] if head else []
+    notes += [f"{len(again)} weights of 4 bits are quantized again: both losses add up"] if again else []
+    return notes + _not_written(decisions)
+
+
+def _not_written(decisions: Decisions) -> list[str]:
+    """What becomes of codes of the source in formats that are not written."""
+    formats = {name: fmt for name, fmt in decisions.weights.formats.items() if not runs_in_engines(fmt)}
+    if not formats:
+        return []
+    assigned = [decisions.assignments[name].format for name in formats if name in decisions.assignments]
+    again = sum(fmt is not None for fmt in assigned)
+    labels = ", ".join(dict.fromkeys(fmt.label() for fmt in formats.values()))
+    what = f"{again} are quantized again as the recipe says, {len(formats) - again} are dequantized to 16 bits"
+    return [f"codes in {labels} are not written: of {len(formats)} such weights of the source {what}"]
 
 
 def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:

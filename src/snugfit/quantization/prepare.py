@@ -24,16 +24,18 @@ from snugfit.progress import Progress
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
 from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
-from snugfit.quantization.plan import Plan
+from snugfit.quantization.plan import Plan, groups_of
 from snugfit.quantization.resume import check_resumable, stamps, work_folder
-from snugfit.recipes.assignment import Assignment
+from snugfit.recipes.assignment import NO_RULE, Assignment
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
-from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest
+from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest, read_tensor
 from snugfit.storage.other_files import notes_on_loss
 from snugfit.storage.staging import check_no_links, check_stageable
 from snugfit.version import __version__
 
+# of NVFP4, one for a whole weight or its inputs, in any dialect
+_GLOBAL_SCALES = ("weight_global_scale", "weight_scale_2", "input_global_scale", "input_scale")
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
 FAST, GOOD, BEST = EFFORTS = ("fast", "good", "best")
 
@@ -97,7 +99,7 @@ class PreparedRun:
         """
         check_memory(self.estimate, self.device)
         if output_dir is not None:
-            check_stageable(Path(output_dir), model=self.plan.checkpoint.path)
+            check_stageable(Path(output_dir), models=[self.plan.checkpoint.path])
             check_disk(self.estimate, Path(output_dir))
             if not restart and (work := work_folder(Path(output_dir))).is_dir():
                 check_no_links(Path(output_dir))
@@ -210,6 +212,7 @@ def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAR
         check_statistics(known, plan.checkpoint, dataset, calibration.experts, where=where)
         dataset = None
     skeleton = check_with_transformers(plan, dtype)
+    _check_copied_scales(plan)
     recalled = None
     if known is not None:
         recalled = [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
@@ -326,6 +329,30 @@ def _check_linears(plan: Plan, linears: Mapping[str, str]) -> None:
                 where=plan.recipe.place_of(assignment.rule),
                 remedy="Give it `format: keep` in a rule before this one.",
             )
+
+
+def _check_copied_scales(plan: Plan) -> None:
+    """UserError if linears whose NVFP4 codes are copied have several global scales, and engines run them as one.
+
+    vLLM gives a fused group the largest divisor of its members (of ModelOpt's files: the largest multiplier).
+    """
+    for group in (group for unit in plan.units for group in groups_of(plan, unit, runs=False)):
+        assignment = plan.assignments.get(group[0])
+        if len(group) == 1 or assignment is None or not assignment.keeps_codes or assignment.rule == NO_RULE:
+            continue
+        assert plan.recipe is not None
+        parts = [plan.weights.origins[name].parts for name in group]
+        for suffix in _GLOBAL_SCALES if assignment.label().startswith("nvfp4") else ():
+            scales = {float(read_tensor(plan.checkpoint, one[suffix])) for one in parts if suffix in one}
+            if len(scales) > 1:
+                named = ", ".join(name.removesuffix(".weight") for name in group)
+                raise UserError(
+                    f"{named} have several {suffix} ({', '.join(map(str, sorted(scales)))}), and vLLM runs them as one "
+                    "matrix product under one of these.",
+                    code="scale-invalid",
+                    where=plan.recipe.place_of(assignment.rule),
+                    remedy="Add `requantize: true` to the rule that names them.",
+                )
 
 
 def _is_quantized(assignment: Assignment) -> bool:

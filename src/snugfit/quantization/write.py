@@ -35,12 +35,16 @@ def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured,
         return planned
     amax = measured.inputs.get(name)
     scale = input_global_scale(amax) if amax is not None else tensor.input_scale
-    shapes = {info.name: info.shape for info in plan.outputs[name]}
-    for suffix, part in compressed_tensors.encode(tensor.codes, scale).items():
-        full = f"{name.removesuffix('.weight')}.{suffix}"
+    parts = compressed_tensors.encode(tensor.codes, scale)
+    for info in plan.outputs[name]:
+        if plan.copies(name, info):  # 1 / (1 / s) need not be s
+            writer.copy(plan.checkpoint, info.name)
+            continue
+        part, shape = parts[info.name.rpartition(".")[2]], info.shape
         # a scale of the source may be () or [N], or one number for all outputs
-        shape = shapes[full]
-        writer.write(full, part.reshape(shape) if part.numel() == math.prod(shape) else part.expand(shape).contiguous())
+        writer.write(
+            info.name, part.reshape(shape) if part.numel() == math.prod(shape) else part.expand(shape).contiguous()
+        )
     assert tensor.relative_error is not None
     return replace(
         planned,

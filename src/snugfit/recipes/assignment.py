@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from snugfit.engines.fused import NO_FOUR_BIT_INPUTS, group_modules
 from snugfit.errors import UserError
-from snugfit.formats.spec import EFFORT, KEEP, TensorFormat
+from snugfit.formats.spec import EFFORT, INT4_GROUPS, KEEP, WHOLE_ROW, TensorFormat
 from snugfit.model.names import TensorName
+from snugfit.recipes.recipe import Rule
 
 NO_RULE = -1
 
@@ -30,8 +31,8 @@ class Assignment:
 
     @property
     def calibrated(self) -> bool:
-        """Whether its inputs need a measured scale."""
-        return self.format is not None and self.format.spec.calibrated
+        """Whether its inputs need a measured scale: copied codes bring their own."""
+        return self.format is not None and not self.keeps_codes and self.format.spec.calibrated
 
     @property
     def follows_effort(self) -> bool:
@@ -43,28 +44,65 @@ class Assignment:
         return KEEP if self.format is None else self.format.label()
 
 
-def kept_format(asked: str, source: TensorFormat | None) -> TensorFormat | None:
-    """The source's format if its codes satisfy a rule with format `asked`; None if the weight is quantized again."""
-    if source is None:
+def kept_format(rule: Rule, source: TensorFormat | None) -> TensorFormat | None:
+    """The format in which the source's codes satisfy a rule; None if the weight is quantized again.
+
+    Codes that engines do not run satisfy no rule: under `keep` such a weight is dequantized. NVFP4 with 4-bit inputs
+    satisfies nvfp4a16, without the scale of its inputs.
+    """
+    if source is None or rule.requantize or not runs_in_engines(source):
         return None
-    if asked == KEEP or (asked.startswith("fp8") and source.name.startswith("fp8")):
+    if rule.format == KEEP or (rule.format.startswith("fp8") and source.name.startswith("fp8")):
         return source
-    return TensorFormat("mxfp4") if asked == source.name == "mxfp4" else None
+    if rule.format == "nvfp4a16" and source.name == "nvfp4":
+        return TensorFormat("nvfp4a16")
+    if rule.format != source.name:
+        return None
+    if source.name == "int4":
+        same = source.symmetric == (rule.symmetric is not False)
+        return source if same and source.group_size in (rule.group_size or INT4_GROUPS) else None
+    return TensorFormat("mxfp4") if source.name == "mxfp4" else source
 
 
-def keep_codes(name: str, fmt: TensorFormat, rule: int, place: str) -> Assignment:
-    """The assignment of a weight whose codes are copied; UserError for a format that engines cannot run."""
-    if fmt.block is not None:
-        raise UserError(
-            f"{name} is FP8 in blocks of {fmt.block[0]} x {fmt.block[1]}, but engines only run blocks of 128 x 128.",
-            code="recipe-not-quantizable",
-            where=place,
-            remedy="Add `requantize: true` to the rule that names it.",
-        )
+def runs_in_engines(fmt: TensorFormat) -> bool:
+    """Whether engines run codes that a source stores in `fmt`, as this package writes them.
+
+    INT4: the groups of Marlin and Machete, with 16-bit inputs. INT8 is read and not written. FP8 in blocks: 128 x 128
+    alone, with inputs rounded at run time. Of vLLM 0.32's kernels CUTLASS, DeepGEMM and FlashInfer refuse other
+    blocks, Marlin ignores them, and kernels for experts are looked up as if for 128 x 128.
+    """
+    if fmt.name == "int4":
+        return fmt.input_kind == "none" and fmt.group_size in (WHOLE_ROW, *INT4_GROUPS)
+    return fmt.block is None and fmt.name != "int8"
+
+
+def keep_codes(fmt: TensorFormat, rule: int) -> Assignment:
+    """The assignment of a weight whose codes, in a format that engines run, are copied."""
     if fmt.name == "fp8" and fmt.input_kind in ("fp8-tensor-dynamic", "fp8-token"):
         # one scale a weight, inputs under one a token: vLLM's experts need one scale a channel, which may all be equal
         fmt = TensorFormat("fp8-dynamic")
     return Assignment(fmt, "", "", rule, keeps_codes=True)
+
+
+def without_rule(names: Sequence[TensorName], stored: Mapping[str, TensorFormat]) -> dict[str, Assignment]:
+    """The assignments of weights that no rule names, such as those of prediction layers, where the source has codes.
+
+    `names` are all weights without a rule, plain ones too. Codes are copied, but those that engines do not run, or not
+    beside those of their fused group or of other experts, are dequantized: no rule could do it.
+    """
+    kept = {name: keep_codes(fmt, NO_RULE) for name, fmt in stored.items() if runs_in_engines(fmt)}
+    together = [tuple(f"{module}.weight" for module in group) for group in group_modules(n.module for n in names)]
+    experts: dict[str, list[str]] = {}
+    for name in names:
+        before, found, _ = name.full.partition(".experts.")
+        if found:
+            experts.setdefault(before, []).append(name.full)
+    mixed: set[str] = set()
+    for members in (*together, *experts.values()):
+        if len({kept[member].format if member in kept else None for member in members}) > 1:
+            mixed |= {*members}
+    wide = Assignment(None, "", "", NO_RULE)
+    return {name: kept[name] if name in kept and name not in mixed else wide for name in stored}
 
 
 def check_inputs(assignment: Assignment, names: Sequence[str], place: str) -> None:

@@ -10,13 +10,14 @@
 
 A rule matches by `role` (one or a list), by `name` (a glob on the module's name, or `re:` and a regular expression),
 and by `layers` ("0..3, 26, -2..-1"; negative numbers count from the end); all given conditions must hold. `format:
-keep` leaves a tensor unquantized. lm_head, embeddings, norms and routers stay unless a rule names them by role or name.
+keep` leaves a tensor unquantized. lm_head, embeddings, norms and routers stay unless a rule names them by role or name;
+an lm_head can be fp8-dynamic, embeddings stay.
 
 A rule may name its `scale_rule`, and then gets exactly that. One that names none follows the `effort` of the run, if
 its format has several ways to choose scales (nvfp4, nvfp4a16, mxfp4, int4); `effort` is no name of a scale rule.
 
 FP8 weights of the source keep their codes, bit for bit, if the rule says `keep` or an FP8 format (and not `requantize:
-true`); MXFP4 weights do if it says mxfp4.
+true`); weights in NVFP4, MXFP4 or INT4 do if it says `keep` or that format.
 
 `kv_cache: fp8` beside the rules asks engines for an FP8 KV cache, whose scales are calibrated; `keep` is the default.
 """

@@ -6,6 +6,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
+from snugfit.engines.kernels import HEAD_FORMAT
 from snugfit.errors import UserError
 from snugfit.formats.spec import EFFORT, FORMATS, INT4_GROUPS, KEEP, PLAIN_RULES, TensorFormat, check_shape
 from snugfit.model.names import (
@@ -27,9 +28,17 @@ from snugfit.recipes.assignment import (
     check_inputs,
     keep_codes,
     kept_format,
+    without_rule,
 )
 from snugfit.recipes.recipe import LoadedRecipe, Rule
 from snugfit.storage.safetensors_header import TensorInfo
+
+_HEADS = ("lm_head", "embed_out")
+# engines share one matrix between a tied head and the embeddings, which they read in 16 bits
+_UNTIE = (
+    "To quantize the head alone, store the embeddings a second time as lm_head.weight and set tie_word_embeddings to "
+    "false in config.json."
+)
 
 
 def resolve(
@@ -50,7 +59,8 @@ def resolve(
     stores quantized to their format.
 
     UserError for a layer's weight without a rule, a rule that matches nothing, a fused group or a layer's
-    experts in several formats, a shape that the format does not allow, a format for a tensor outside the layers.
+    experts in several formats, a shape that the format does not allow, a format for a tensor outside the layers other
+    than the output head.
     """
     wide = unquantized or {}
     fixed = {**wide, **(not_quantizable or {})}
@@ -79,7 +89,10 @@ def resolve(
         found |= _assign(loaded, number, members, infos, stored)
     found |= {name: Assignment(None, "", "", NO_RULE) for name in stored if name in wide}
     unnamed = {name: fmt for name, fmt in stored.items() if name not in found}
-    found |= {name: keep_codes(name, fmt, NO_RULE, loaded.where) for name, fmt in unnamed.items()}
+    if unnamed:
+        found |= without_rule(
+            [name for name in names if name.parameter == "weight" and name.full not in found], unnamed
+        )
     check_groups(found, loaded.where)
     check_experts(found, names, loaded.where)
     return found
@@ -94,18 +107,17 @@ def _assign(
 ) -> dict[str, Assignment]:
     """The assignments of the tensors that rule `number` matches."""
     rule, place = loaded.recipe.rules[number], loaded.place_of(number)
-    asked = "" if rule.requantize else rule.format
-    kept = {name.full: fmt for name in members if (fmt := kept_format(asked, stored.get(name.full)))}
-    found = {name: keep_codes(name, fmt, number, place) for name, fmt in kept.items()}
+    kept = {name.full: fmt for name in members if (fmt := kept_format(rule, stored.get(name.full)))}
+    found = {name: keep_codes(fmt, number) for name, fmt in kept.items()}
     others = [name for name in members if name.full not in kept]
-    outside = [name.module for name in others if name.layer is None]
+    outside = [name for name in others if name.layer is None and (name.role != "lm_head" or rule.format != HEAD_FORMAT)]
     if outside and rule.format != KEEP:
-        raise UserError(
-            f"{outside[0]} is outside the decoder layers, where nothing can be quantized.",
-            code="recipe-not-quantizable",
-            where=place,
-            remedy="Remove it from the rule, or give it `format: keep`.",
-        )
+        head = next((name.module for name in outside if name.role == "lm_head"), "")
+        what = f"{outside[0].module} is outside the decoder layers, where only an lm_head can be quantized."
+        if head:
+            what = f"{head} is the output head, which can only be {HEAD_FORMAT}."
+        remedy = "Remove it from the rule, or give it `format: keep`."
+        raise UserError(what, code="recipe-not-quantizable", where=place, remedy=remedy)
     if others:
         assignment = _settle(rule, number, [infos[name.full] for name in others], place)
         check_inputs(assignment, [name.full for name in others], place)
@@ -196,13 +208,21 @@ def _unmatched(
 ) -> UserError:
     """Why rule `number` matches no tensor."""
     place = loaded.place_of(number)
-    name = next((name.full for name in fixed_names if matcher.matches(number, name)), None)
+    name = next((name for name in fixed_names if matcher.matches(number, name)), None)
     if name is not None:
-        what = f"{name} cannot be quantized: {fixed[name]}."
-        return UserError(what, code="recipe-not-quantizable", where=place, remedy="Remove this rule.")
+        what, remedy = f"{name.full} cannot be quantized: {fixed[name.full]}.", "Remove this rule."
+        if name.role == "lm_head":
+            remedy = f"{remedy} {_UNTIE}"
+        return UserError(what, code="recipe-not-quantizable", where=place, remedy=remedy)
+    rule = loaded.recipe.rules[number]
+    if rule.name in _HEADS or rule.role == ("lm_head",):
+        what = "the file has no output head: the embeddings take its place, or the model predicts no tokens."
+        remedy = f"Remove this rule. {_UNTIE}"
+        return UserError(what, code="recipe-not-quantizable", where=place, remedy=remedy)
     return UserError(
         "this rule matches no tensor of the model that an earlier rule leaves.",
         code="recipe-rule-unmatched",
         where=place,
-        remedy="Remove it, or move it before the rule that matches its tensors.",
+        remedy="Remove it, or move it before the rule that matches its tensors. Routers, embeddings and an lm_head are "
+        "matched by `role` or by their whole name alone.",
     )

@@ -152,6 +152,12 @@ def fetch_other_files(checkpoint: Checkpoint, *, to_copy: bool = False) -> Check
     return checkpoint
 
 
+def read_remote_header(checkpoint: Checkpoint, file: str) -> list[StoredTensor]:
+    """The tensors of a safetensors file that no index of a model on the Hub names; UserError where it is unreadable."""
+    assert isinstance(checkpoint.remote, HubFiles), "a local checkpoint has files of its own"
+    return _read_headers(checkpoint.remote, [file], {})[file]
+
+
 def _open_cached(name: str, revision: str | None, model: str) -> Checkpoint:
     found = try_to_load_from_cache(name, CONFIG_NAME, revision=revision)
     offline = "HF_HUB_OFFLINE is set, so nothing is fetched."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from snugfit.storage.checkpoint import Checkpoint, open_directory
+from snugfit.storage.checkpoint import Checkpoint, open_directory, read_header
+from snugfit.storage.safetensors_header import StoredTensor
 
 # org/name, org/name@revision
 _REPO_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w][\w./+-]*))?", re.ASCII)
@@ -38,3 +39,12 @@ def open_headers(model: str | Path) -> Checkpoint:
     from snugfit.storage.hub import open_hub
 
     return open_hub(match[1], match[2])
+
+
+def read_file_header(checkpoint: Checkpoint, file: str) -> list[StoredTensor]:
+    """The tensors of one more safetensors file of a model, here or on the Hub; UserError where it cannot be read."""
+    if checkpoint.remote is None:
+        return read_header(checkpoint.path / file)
+    from snugfit.storage.hub import read_remote_header
+
+    return read_remote_header(checkpoint, file)

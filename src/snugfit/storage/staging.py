@@ -7,7 +7,7 @@ import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from snugfit.errors import Unfinished, UserError
@@ -110,15 +110,17 @@ def _tidy(target: Path) -> None:
     (target / LOCK_NAME).unlink(missing_ok=True)
 
 
-def check_stageable(target: Path, *, model: Path | None = None) -> None:
-    """UserError where `staged` would refuse TARGET or could not write it, and inside `model`; nothing is created.
+def check_stageable(target: Path, *, models: Iterable[str | Path | None] = ()) -> None:
+    """UserError where `staged` would refuse TARGET or could not write it, and inside a model; nothing is created.
 
-    What lies in a model's directory is one of its files: the next run would copy it.
+    What lies in a model's directory is one of its files: the next run would copy it. Of `models` those without
+    config.json do not count: results, and ids of the Hub.
     """
     partial = _partial_of(target)
-    if model is not None and target.resolve().is_relative_to(model.resolve()):
-        what, remedy = f"inside the model's own directory, {model}.", "Choose another `output_dir`, outside of it."
-        raise UserError(what, code="output-not-writable", where=str(target), remedy=remedy)
+    for model in models:
+        if model and (Path(model) / "config.json").is_file() and target.resolve().is_relative_to(Path(model).resolve()):
+            what, remedy = f"inside the model's own directory, {model}.", "Choose another `output_dir`, outside of it."
+            raise UserError(what, code="output-not-writable", where=str(target), remedy=remedy)
     check_folder(partial)
     if not (partial / LOCK_NAME).is_file():
         return

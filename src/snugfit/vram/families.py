@@ -40,6 +40,7 @@ FULL_ATTENTION = frozenset(
         *("olmo", "olmo2", "olmoe", "flex_olmo", "smollm3", "stablelm", "cohere", "gpt_neox", "falcon", "opt", "gpt2"),
         *("gpt_bigcode", "bloom", "mpt", "gptj", "nemotron", "glm", "glm4", "glm4_moe", "ernie4_5", "ernie4_5_moe"),
         *("hunyuan_v1_dense", "hunyuan_v1_moe", "minimax_m2", "seed_oss", "apertus", "arcee", "ministral3"),
-        *("helium", "internlm3", "bitnet", "solar_open", "hy_v3", "phi", "persimmon", "nanochat", "diffllama"),
+        *("helium", "internlm3", "bitnet", "solar_open", "hy_v3", "phi", "persimmon", "nanochat", "codegen"),
+        "diffllama",
     }
 )

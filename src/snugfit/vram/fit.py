@@ -97,7 +97,7 @@ def serving_error(model: ServedModel, tensors: Sequence[PlannedTensor], settings
     if uneven is not None:
         return uneven
     for tensor in tensors:
-        uneven = split_error(tensor.name, tensor.shape, tensor.format, tp)
+        uneven = split_error(tensor.name, tensor.shape, tensor.format, tp, model.cache.kv_heads)
         if uneven is not None:
             return uneven
     generation = settings.gpu.generation

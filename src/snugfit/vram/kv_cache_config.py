@@ -49,8 +49,13 @@ def read_cache(config: TextConfig) -> ModelCache:
     kind = str(text.get("model_type"))
     layers = positive(text, "num_hidden_layers")
     notes: list[str] = []
-    if shares_keys_and_values(text):
-        raise _unknown_cache(f"layers of {kind!r} use the keys and values of others (use_cla)")
+    # Hunyuan-Large: the first of every N layers has keys and values, which the next ones use (vLLM: hunyuan_v1.py)
+    factor = positive(text, "cla_share_factor") if shares_keys_and_values(text) else 1
+    if factor > 1:
+        notes.append(
+            f"one of {factor} layers keeps keys and values, the others use those (use_cla); vLLM 0.32 runs this family "
+            "through transformers' model, which cannot"
+        )
     if kind not in families.FULL_ATTENTION and kind not in config_defaults.DEFAULTS:
         odd = sorted(
             key for key, value in text.items() if _OTHER_CACHE.search(key) and value not in (None, False, 0, [], {})
@@ -64,7 +69,10 @@ def read_cache(config: TextConfig) -> ModelCache:
         )
     kinds = _layer_kinds(text, kind, layers)
     shared = text.get("num_kv_shared_layers") or 0
-    found = [_layer(text, kind, kinds[number], number) for number in range(layers - shared)]
+    found = [
+        _layer(text, kind, kinds[number], number) if number % factor == 0 else (None, None)
+        for number in range(layers - shared)
+    ]
     heads = text.get("num_attention_heads")
     query_heads = heads if isinstance(heads, int) and heads > 0 else 0
     return ModelCache((*found, *[(None, None)] * shared), query_heads, tuple(notes))
@@ -249,9 +257,14 @@ def _heads(text: TextConfig, kind: str) -> int:
 
 
 def head_dim(text: TextConfig) -> int:
-    """Width of an attention head: as config.json states, else the hidden size divided by the heads."""
+    """Width of an attention head: as config.json states, else the hidden size divided by the heads.
+
+    Hunyuan's releases state it under a name of their own (vLLM: hunyuan_v1.py).
+    """
     if text.get("head_dim") is not None:
         return positive(text, "head_dim")
+    if str(text.get("model_type")).startswith("hunyuan") and text.get("attention_head_dim") is not None:
+        return positive(text, "attention_head_dim")
     return positive(text, "hidden_size") // positive(text, "num_attention_heads")
 
 

@@ -79,21 +79,28 @@ def _leaf(name: str) -> str:
     return module.rpartition(".")[2]
 
 
-def split_error(name: str, shape: Sequence[int], fmt: TensorFormat | None, tp: int) -> str | None:
+def split_error(
+    name: str, shape: Sequence[int], fmt: TensorFormat | None, tp: int, kv_heads: int | None = None
+) -> str | None:
     """Why a 2-D weight, or the blocks of its format, cannot be split over `tp` GPUs; None where they can.
 
-    On one GPU, too, whole blocks must hold linears that are joined with others (vLLM: fp8_utils.py,
-    validate_fp8_block_shape and validate_fp8_block_shape_moe).
+    Each GPU has whole ones of the model's `kv_heads` (None if unknown), copies where they are too few. On one GPU, too,
+    whole blocks must hold linears that are joined with others (vLLM: fp8_utils.py, validate_fp8_block_shape and
+    validate_fp8_block_shape_moe).
     """
     axis = _split_axis(name, len(shape))
     leaf = _leaf(name)
     uneven = _block_error(name, shape, fmt)
     if uneven is not None:
         return uneven
-    if tp == 1 or axis is None or len(shape) != 2 or leaf in _VOCABULARY or leaf in ("k_proj", "v_proj"):
+    if tp == 1 or axis is None or len(shape) != 2 or leaf in _VOCABULARY:
         return None
     side = shape[axis]
     features = "in_features" if axis else "out_features"
+    if leaf in ("k_proj", "v_proj"):
+        if not kv_heads:
+            return None
+        side = side // kv_heads * max(kv_heads, tp)  # as if copies were heads
     if side % tp:
         return f"{side} {features} of {leaf} cannot be split over {tp} GPUs"
     multiple = _block_side(fmt, axis)

@@ -1,0 +1,66 @@
+"""Reads the tensors of a model that is run: for a GPU in several threads, and those of the next layer in advance."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from snugfit.machine import free_bytes
+from snugfit.storage.checkpoint import Checkpoint, read_tensor
+from snugfit.storage.safetensors_header import TORCH_NAMES
+from snugfit.storage.transfer import PendingTransfer, Transfer
+
+AHEAD_SHARE = 4  # what is read in advance takes at most this part of a GPU's free memory
+
+
+class ReadTensor(Protocol):
+    """Reads a tensor by its name in the file; with `expert`, that expert's part of a tensor of all experts."""
+
+    def __call__(self, name: str, expert: int | None = None, /) -> Tensor:
+        """The tensor, wherever it is read to."""
+
+
+class TensorReader:
+    """A `ReadTensor` whose tensors are on `device`.
+
+    On the CPU each is read when it is asked for; on a GPU in several threads, and those of `expect` in advance.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        self._checkpoint, self._device = checkpoint, device
+        self._stack = ExitStack()
+        self._transfer = self._stack.enter_context(Transfer(device)) if device.type == "cuda" else None
+        self._coming: dict[str, PendingTransfer[Tensor]] = {}
+
+    def __call__(self, name: str, expert: int | None = None, /) -> Tensor:
+        """The tensor; UserError where its bytes cannot be read."""
+        if self._transfer is None:
+            return read_tensor(self._checkpoint, name, expert)
+        if name in self._coming:
+            whole = self._coming[name].result()
+            return whole if expert is None else whole[expert]
+        return self._transfer.read(self._checkpoint, name, expert).result()
+
+    def expect(self, *prefixes: str) -> None:
+        """Drop what was read in advance, and begin to read all tensors below `prefixes` if a GPU has the memory."""
+        self._coming = {}
+        if self._transfer is None:
+            return
+        below = [
+            tensor
+            for name, tensor in self._checkpoint.tensors.items()
+            if name.startswith(tuple(f"{prefix}." for prefix in prefixes)) and tensor.dtype in TORCH_NAMES
+        ]
+        unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        if AHEAD_SHARE * sum(tensor.bytes for tensor in below) <= free_bytes(self._device) + unused:
+            self._coming = {tensor.name: self._transfer.read(self._checkpoint, tensor.name) for tensor in below}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._coming = {}
+        self._stack.close()
