@@ -191,14 +191,40 @@ def test_four_over_six_is_its_definition(kind: str, objective: str) -> None:
     assert same >= 0.98 * len(chosen)
 
 
-def test_a_tie_keeps_the_plain_scale() -> None:
-    """A block that both candidates store exactly stays on six."""
-    # 6 and 3 of a step are 4 and 2 of 1.5 steps
+TIES = {
+    # 6 and 3 of a step are 4 and 2 of 1.5 steps, and 3 and 1.5 of 2
+    "four-over-six": ((6.0, 3.0), 1.0),
+    "sweep": ((6.0, 3.0), 1.0),
+    "weighted": ((6.0, 3.0), 1.0),
+    "exhaustive": ((6.0, 3.0), 1.0),
+    # all candidates lose the same: zeros
+    "absmax": ((0.0, 0.0), 2.0**-9),
+}
+
+
+@pytest.mark.parametrize("rule", TIES)
+def test_a_tie_keeps_the_plain_scale(rule: str) -> None:
+    """A block that several candidates store exactly stays on the first, which has its largest value on six."""
+    values, plain = TIES[rule]
     block = torch.zeros(1, 16)
-    block[0, :2] = torch.tensor([6.0, 3.0])
-    for rule in ("four-over-six", "sweep"):
-        scale = scales.global_scale(block.max(), rule)
-        assert float(scales.block_scales(block, scale, rule)) == 256.0
+    block[0, :2] = torch.tensor(values)
+    assert float(scales.block_scales(block, torch.tensor(1.0), rule)) == plain
+    for weighting in (torch.ones(16), torch.eye(16).unsqueeze(0)):
+        assert float(scales.block_scales(block, torch.tensor(1.0), rule, "mse", weighting)) == plain
+
+
+def test_a_tie_between_others_keeps_the_lower_code() -> None:
+    """Where the plain scale loses to two others that lose the same, the first in order, the lower code, is taken."""
+    # twice as much as each other: 5 on 4 or 2 steps
+    block = torch.zeros(1, 16)
+    block[0, :2] = torch.tensor([5.0, 2.5])
+    one = torch.tensor(1.0)
+    errors = torch.cat([block_errors(block, code.expand(1), one) for code in EVERY_SCALE])
+    exact = EVERY_SCALE[errors == 0].float().tolist()
+    assert len(exact) > 1
+    plain = float((block.max() / 6).to(E4M3))
+    assert plain not in exact
+    assert float(scales.block_scales(block, one, "exhaustive")) == min(exact)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -312,3 +338,91 @@ def test_weights_near_the_smallest_normal_number_do_not_vanish() -> None:
     quantized = nvfp4_of(torch.full((1, 16), 1e-36), "absmax")
     assert float(quantized.global_scale) > 0
     assert bool(torch.isfinite(dialect.encode(quantized)["weight_global_scale"]).all())
+
+
+def importance_of(kind: str) -> Tensor:
+    """E[x^2] [K], or E[x x^T] [K/16, 16, 16], of inputs some of which are a hundred times as large as others."""
+    inputs = torch.randn(200, COLUMNS, generator=torch.Generator().manual_seed(11))
+    inputs = inputs.cumsum(1) * torch.logspace(-1, 1, COLUMNS)[torch.randperm(COLUMNS)]
+    blocks = inputs.view(200, -1, 16)
+    return inputs.square().mean(0) if kind == "features" else torch.einsum("tbi,tbj->bij", blocks, blocks) / 200
+
+
+def weighted_errors(weight: Tensor, block_scale: Tensor, scale: Tensor, importance: Tensor) -> Tensor:
+    """d^T H d of each block [N, K/16] in fp64, written from the definition."""
+    full = torch.diag_embed(importance.view(-1, 16)) if importance.dim() == 1 else importance
+    error = (nvfp4.dequantize(nvfp4.quantize(weight, block_scale, scale)) - weight).double().unflatten(1, (-1, 16))
+    return torch.einsum("nbi,bij,nbj->nb", error, full.double(), error)
+
+
+@every_weight
+@pytest.mark.parametrize("kind_of_importance", ["features", "pairs"])
+def test_weighted_scales_never_lose_where_it_counts(kind: str, kind_of_importance: str) -> None:
+    """Under importance and one global scale, every block: exhaustive <= weighted <= sweep and absmax."""
+    weight, importance = WEIGHTS[kind](5), importance_of(kind_of_importance)
+    scale = scales.global_scale(weight.abs().max(), "weighted")
+    found = {rule: scales.block_scales(weight, scale, rule, "mse", importance) for rule in ("weighted", "exhaustive")}
+    found |= {rule: scales.block_scales(weight, scale, rule) for rule in ("sweep", "absmax")}
+    errors = {rule: weighted_errors(weight, chosen, scale, importance) for rule, chosen in found.items()}
+    slack = 1e-5 * errors["absmax"] + 1e-30  # searched in fp32, compared in fp64
+    for lower, higher in (("exhaustive", "weighted"), ("weighted", "sweep"), ("weighted", "absmax")):
+        assert (errors[lower] <= errors[higher] + slack).all(), (lower, higher)
+    assert errors["weighted"].sum() <= errors["sweep"].sum()
+
+
+def test_weighted_without_importance_is_the_sweep() -> None:
+    """All features alike, the seven codes below the sweep's never win where k0 is a normal number."""
+    weight = heavy_tailed(12)
+    scale = scales.global_scale(weight.abs().max(), "weighted")
+    sweep, weighted, every = (
+        block_errors(weight, scales.block_scales(weight, scale, rule), scale)
+        for rule in ("sweep", "weighted", "exhaustive")
+    )
+    assert torch.equal(sweep, weighted)
+    normal = weight.reshape(-1, 16).abs().amax(1) / (6 * scale) >= 2.0**-6
+    assert torch.equal(sweep[normal], every[normal])
+
+
+def test_a_large_value_that_meets_no_input_saturates() -> None:
+    """Ten codes below the plain one, the lowest there are, serve fifteen values best whose largest does not count."""
+    block = torch.tensor([[6.0, *[0.9] * 15]])
+    counts = torch.ones(16)
+    counts[0] = 0
+    chosen = scales.block_scales(block, torch.tensor(1.0), "weighted", "mse", counts)
+    plain = torch.tensor([1.0]).to(E4M3).view(torch.uint8)
+    tried = [int(plain) + offset for offset in range(-10, 8)]
+    codes = torch.tensor(tried, dtype=torch.uint8).view(E4M3).float()
+    step = codes.unsqueeze(1)
+    errors = (
+        torch.from_numpy((0.9 / step).clamp(max=6).numpy().astype(ml_dtypes.float4_e2m1fn).astype(np.float32)) * step
+        - 0.9
+    ).square()
+    assert float(chosen) == float(codes[errors.squeeze(1).argmin()])
+    assert float(chosen) < 1
+
+
+@pytest.mark.parametrize("shape", [(COLUMNS,), (COLUMNS // 16, 16, 16)])
+def test_inputs_of_zero_count_as_unweighted(shape: tuple[int, ...]) -> None:
+    """Blocks whose importance is zero are searched as if there were none."""
+    weight = gaussian(13)
+    scale = scales.global_scale(weight.abs().max(), "weighted")
+    found = scales.block_scales(weight, scale, "weighted", "mse", torch.zeros(shape))
+    assert torch.equal(found.view(torch.uint8), scales.block_scales(weight, scale, "weighted").view(torch.uint8))
+
+
+def test_diagonal_pairs_are_features() -> None:
+    """A Hessian without correlations gives what E[x^2] gives."""
+    weight, squares = gaussian(14), importance_of("features")
+    scale = scales.global_scale(weight.abs().max(), "weighted")
+    pairs = torch.diag_embed(squares.view(-1, 16))
+    one, other = (
+        weighted_errors(weight, scales.block_scales(weight, scale, "weighted", "mse", given), scale, pairs)
+        for given in (squares, pairs)
+    )
+    assert torch.allclose(one, other, rtol=1e-5)
+
+
+def test_importance_weights_squares_alone() -> None:
+    """Importance with another objective is a mistake of the caller."""
+    with pytest.raises(ValueError, match="importance"):
+        scales.block_scales(gaussian(15), torch.tensor(1.0), "sweep", "mae", torch.ones(COLUMNS))

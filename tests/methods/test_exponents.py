@@ -92,3 +92,32 @@ def test_shape_and_argument(dtype: torch.dtype, rule: str) -> None:
     assert (found.dtype, tuple(found.shape)) == (torch.uint8, (1000, 6))
     assert torch.equal(weight, before)
     assert torch.equal(found[40:41], block_exponents(weight[40:41], rule))
+
+
+def weighted_error(weight: Tensor, exponents: Tensor, importance: Tensor) -> Tensor:
+    """sum(h d^2) of each block in fp64, of what files hold."""
+    error = (mxfp4.dequantize(mxfp4.quantize(weight, exponents)) - weight).double()
+    return (error.square() * importance.double()).unflatten(1, (-1, 32)).sum(-1)
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.0])
+def test_weighted_is_the_best_of_all_exponents(spread: float) -> None:
+    """Under importance no exponent above beats the choice, and those below so seldom that the whole is within 1 %."""
+    weight = random_blocks(5, 1.0, rows=400).view(100, 128)
+    importance = (torch.randn(128, generator=torch.Generator().manual_seed(6)) * spread).exp()
+    plain = block_exponents(weight, "absmax")
+    chosen = weighted_error(weight, block_exponents(weight, "weighted", importance), importance)
+    every = {o: weighted_error(weight, (plain.int() + o).to(torch.uint8), importance) for o in range(-6, 5)}
+    slack = 1e-6 * every[0]
+    assert all((chosen <= every[offset] + slack).all() for offset in range(-3, 5))
+    assert chosen.sum() <= 1.01 * torch.stack(list(every.values())).amin(0).sum()
+    swept = weighted_error(weight, block_exponents(weight, "sweep"), importance)
+    assert chosen.sum() < swept.sum()
+
+
+def test_weighted_without_importance_is_the_sweep() -> None:
+    """All features alike, two or three powers of two below the plain one never win; zero importance means alike."""
+    weight = random_blocks(7, 1.5)
+    sweep = block_exponents(weight, "sweep")
+    assert torch.equal(block_exponents(weight, "weighted"), sweep)
+    assert torch.equal(block_exponents(weight, "weighted", torch.zeros(32)), sweep)
