@@ -108,6 +108,7 @@ class DropLoudest:
     """A toy method: sets the weights of the loudest input feature to zero before rounding, and scales a norm."""
 
     observe: Callable[[ObservedLayer], dict[str, Moments]] = mean_squares
+    correlates: bool = False
     purposes: list[Purpose] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
@@ -140,6 +141,7 @@ class ObservedRounding:
     """Observes every layer, and then rounds to nearest."""
 
     observe: Callable[[ObservedLayer], dict[str, Moments]] = mean_squares
+    correlates: bool = False
     observed: list[dict[str, Moments] | None] = field(default_factory=list)
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
@@ -284,6 +286,7 @@ class HalvedExperts:
     """Halves the weights of kept experts, and rounds the others to nearest."""
 
     observe: None = None
+    correlates: bool = False
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """The halved experts, and the choices of round-to-nearest."""
@@ -383,6 +386,7 @@ def test_an_observer_can_watch_routed_experts(rows: Path, tmp_path: Path) -> Non
     @dataclass(frozen=True)
     class Watching:
         observe: Callable[[ObservedLayer], None] = watch
+        correlates: bool = False
 
         def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
             return ROUND_TO_NEAREST.choose(groups, purpose)

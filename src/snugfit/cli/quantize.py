@@ -11,6 +11,7 @@ import typer
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
 from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
+from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError, plain
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT
 
@@ -58,6 +59,9 @@ def quantize(
             "Default: good; fast with `statistics`."
         ),
     ] = None,
+    target: Annotated[
+        str, typer.Option(metavar="PROFILE", help="Engine whose rounding of inputs `effort` chooses for.")
+    ] = DEFAULT_PROFILE,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Write formats that no tested engine loads.")
     ] = False,
@@ -87,6 +91,7 @@ def quantize(
         "min_tokens_per_expert": min_tokens_per_expert,
         "statistics": statistics,
         "effort": effort,
+        "target": target,
         "allow_unverified": allow_unverified,
     }
     progress = VerbProgress(ctx)
@@ -110,12 +115,13 @@ def quantize(
             **settings,
         )
     with reporting(output_dir):
-        from snugfit.report.terminal import print_totals
+        from snugfit.report.terminal import print_totals, print_trials
 
         if as_json:
             typer.echo(record.to_json(), nl=False)
             return
         print_totals(record.tensors)
+        print_trials(record.trials)
         if record.left_out:
             names = plain(", ".join(record.left_out))
             typer.echo(f"not copied (other weights, other quantizations, states of a training): {names}", err=True)

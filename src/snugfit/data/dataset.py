@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from snugfit.data import conversations, python_docs
@@ -27,11 +27,15 @@ _MAX_CHARACTERS_PER_TOKEN = 64  # hardly any token is longer
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples, the name of their source, and their digest (see `samples_digest`)."""
+    """Samples, the name of their source, and their digest (see `samples_digest`).
+
+    `shares` are the numbers of samples of each file, in order; empty: all are of one.
+    """
 
     samples: tuple[tuple[int, ...], ...]
     source: str
     digest: str
+    shares: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def tokens(self) -> int:
@@ -39,9 +43,32 @@ class Dataset:
         return sum(len(sample) for sample in self.samples)
 
 
-def make_dataset(samples: Sequence[Sequence[int]], source: str) -> Dataset:
+def make_dataset(samples: Sequence[Sequence[int]], source: str, shares: Sequence[int] = ()) -> Dataset:
     """Samples with their digest."""
-    return Dataset(tuple(tuple(sample) for sample in samples), source, samples_digest(samples))
+    return Dataset(tuple(tuple(sample) for sample in samples), source, samples_digest(samples), tuple(shares))
+
+
+def hold_out(dataset: Dataset, every: int) -> tuple[Dataset, Dataset]:
+    """The samples in two parts: those to work with, and one of `every` of each file, evenly spread, held out.
+
+    Of a file with two samples or more at least one is held out; a single sample stays.
+    """
+    held: set[int] = set()
+    start = 0
+    shares = dataset.shares or (len(dataset.samples),)
+    file_of = [file for file, count in enumerate(shares) for _ in range(count)]
+    for count in shares:
+        number = max(1, count // every) if count > 1 else 0
+        held |= {start + (2 * place + 1) * count // (2 * number) for place in range(number)}
+        start += count
+    parts = []
+    for out in (False, True):
+        files: list[list[tuple[int, ...]]] = [[] for _ in shares]
+        for number, (sample, file) in enumerate(zip(dataset.samples, file_of, strict=True)):
+            if (number in held) == out:
+                files[file].append(sample)
+        parts.append(make_dataset([s for file in files for s in file], dataset.source, [len(file) for file in files]))
+    return parts[0], parts[1]
 
 
 def samples_digest(samples: Iterable[Sequence[int]]) -> str:
@@ -83,11 +110,14 @@ def load_dataset(
         source = python_docs.SOURCES["calibration"]
         return make_dataset(list(reader.cut(text, num_samples, source)), source)
     samples: list[list[int]] = []
+    shares: list[int] = []
     for place, file in enumerate(files):
         # an equal share of the samples that are still wanted; odd ones go to the first files
         share = -(-(num_samples - len(samples)) // (len(files) - place))
-        samples += list(reader.read_file(file, share)) if share else []
-    return make_dataset(samples, ", ".join(file.name for file in files))
+        found = list(reader.read_file(file, share)) if share else []
+        shares.append(len(found))
+        samples += found
+    return make_dataset(samples, ", ".join(file.name for file in files), shares)
 
 
 @dataclass(frozen=True)

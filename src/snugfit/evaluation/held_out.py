@@ -12,7 +12,22 @@ from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.evaluation.measure import LOGITS, SLICE
 
-Advance = Callable[[], None]
+SEGMENT_TOKENS = 128  # tokens whose KL is averaged: what errors are estimated from
+
+
+def segments(samples: Sequence[Sequence[int]], shares: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Scored tokens (all but a sample's first) of each segment of the samples in order, and the file that it is of.
+
+    `shares` are the numbers of samples of each file; none: all are of one.
+    """
+    tokens: list[int] = []
+    files: list[int] = []
+    file_of = [file for file, count in enumerate(shares or [len(samples)]) for _ in range(count)]
+    for sample, file in zip(samples, file_of, strict=True):
+        starts = range(0, len(sample) - 1, SEGMENT_TOKENS)
+        tokens += [min(SEGMENT_TOKENS, len(sample) - 1 - start) for start in starts]
+        files += [file] * len(starts)
+    return tokens, files
 
 
 class HeldOut:
@@ -36,25 +51,21 @@ class HeldOut:
 
     @torch.no_grad()
     def divergences(self, candidate: str | Path) -> list[float]:
-        """Mean KL(original || candidate) in nats a token of each sample, over all tokens but the first.
-
-        NaN where a prediction was not finite.
-        """
+        """Mean KL(original || candidate), nats a token, of each of `segments`; NaN where a prediction was not finite."""
         model = open_model(candidate, activations=self._profile)
         if self._states is None:
             self._states = self._last_states(self._original)
         states = self._last_states(model)
         heads = open_head(self._original, self._device), open_head(model, self._device)
-        return [self._mean(heads, pair) for pair in zip(self._states, states, strict=True)]
+        return [mean for pair in zip(self._states, states, strict=True) for mean in self._means(heads, pair)]
 
     def _last_states(self, model: EvaluatedModel) -> list[Tensor]:
         positions = [torch.arange(len(sample) - 1) for sample in self._samples]
-        return last_states(
-            model, self._samples, positions, self._device, tokens_per_batch=self._tokens_per_batch
-        )
+        return last_states(model, self._samples, positions, self._device, tokens_per_batch=self._tokens_per_batch)
 
-    def _mean(self, heads: tuple[Callable[[Tensor], Tensor], ...], states: tuple[Tensor, Tensor]) -> float:
-        total = torch.zeros((), dtype=torch.float64)
+    def _means(self, heads: tuple[Callable[[Tensor], Tensor], ...], states: tuple[Tensor, Tensor]) -> list[float]:
+        """The mean of each segment of a sample."""
+        found = []
         width = self._original.vocabulary
         step = max(1, min(LOGITS, SLICE[self._device.type]) // width)
         for start in range(0, len(states[0]), step):
@@ -64,5 +75,5 @@ class HeldOut:
             )
             kl = diverge(first, second).kl
             finite = first.finite & second.finite
-            total += torch.where(finite, kl, torch.nan).double().sum().cpu()
-        return float(total) / len(states[0])
+            found.append(torch.where(finite, kl, torch.nan).double().cpu())
+        return [float(segment.mean()) for segment in torch.cat(found).split(SEGMENT_TOKENS)]

@@ -1,4 +1,4 @@
-"""Chooses codes by what comes into a layer: weighted block scales, then GPTQ, coordinate descent and folds if asked for.
+"""Chooses codes by what comes into a layer: weighted block scales; if asked for, GPTQ, coordinate descent and folds.
 
 The layer runs with its exact weights on what the quantized layers before it give, its inputs rounded as the engine
 rounds them. First a few samples find which folds help (methods/folds.py); each fold's strength is the one with the
@@ -11,7 +11,7 @@ Routed experts get scales weighted by what the router sends each of them, and ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from snugfit.engines.fused import group_modules
 from snugfit.formats import int4, mxfp4, nvfp4
 from snugfit.formats.grids import powers_of_two
 from snugfit.formats.quantized_weight import QuantizedWeight
-from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, PLAIN_RULES, TensorFormat
+from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.methods import folds as folding
 from snugfit.methods.columns import nearest
 from snugfit.methods.exponents import block_exponents
@@ -88,6 +88,11 @@ class Calibrated:
         parts = ["weighted", "gptq" if self.gptq else "", "descent" if self.sweeps else ""]
         return "+".join(filter(None, [*parts, "folds" if self.folds else ""]))
 
+    @property
+    def correlates(self) -> bool:
+        """Whether it holds E[x x^T] of the inputs of a layer's linears."""
+        return self.gptq
+
     def observe(self, layer: ObservedLayer) -> Observed | None:
         """Moments of the inputs of every weight that follows the effort, under the folds that help it."""
         wanted = {
@@ -101,7 +106,8 @@ class Calibrated:
         if not wanted and mixture is None:
             return None
         groups = group_modules(wanted)
-        scaling, ranges = Scaling(), {}
+        scaling = Scaling()
+        ranges: dict[str, float] = {}
         rounds = self.gptq and any(self._rounds_inputs(target.format) for target in wanted.values())
         if (self.folds and wanted) or rounds:
             scaling, ranges = self._scan(layer, groups, wanted)
@@ -165,7 +171,7 @@ class Calibrated:
         """The factors under which rounded weights and inputs give the consumers' outputs best; None: without a fold."""
         assert moments.sample is not None
         fmt = targets[fold.consumers[0]].format
-        weight = torch.cat([module.get_submodule(name).weight.data.float() for name in fold.consumers])  # type: ignore[operator]
+        weight = torch.cat([module.get_parameter(f"{name}.weight").data.float() for name in fold.consumers])
         squares_of_weights = fold.to_producer(weight.square().mean(0))
         weight = weight[:: max(1, len(weight) // SEARCHED_ROWS)]
         inputs = moments.sample.float()
@@ -197,7 +203,7 @@ class Calibrated:
 
     def _round_inputs(self, layer: ObservedLayer, ranges: Mapping[str, float]) -> None:
         """Let the layer's linears see their inputs as the engine's do."""
-        quantizers = {}
+        quantizers: dict[str, emulate.Quantizer] = {}
         for group in group_modules(name for name in layer.linears if f"{name}.weight" in layer.targets):
             fmt = layer.targets[f"{group[0]}.weight"].format
             if fmt.input_kind == "nvfp4" and group[0] not in ranges:

@@ -6,10 +6,10 @@ weights become less so (Xiao et al. 2022, arXiv 2211.10438). For inputs with mea
 
     s = x^a / w^b, normalised to a geometric mean of 1
 
-(SmoothQuant has b = 1 - a, AWQ b = 0). Folds are: a norm into q, k, v or into gate and up; up into down (a gated MLP is linear in up); v into
-o, head by head. Which tensors take part is found by running the layer: a norm whose output *is* the input of the
-consumers. Whether the layer stays the same function is tried with powers of two for s, which commute with rounding: a
-norm that something else reads, or an activation that is not linear in up, shows at once.
+(SmoothQuant has b = 1 - a, AWQ b = 0). Folds are: a norm into q, k, v or into gate and up; up into down (a gated MLP is
+linear in up); v into o, head by head. Which tensors take part is found by running the layer: a norm whose output *is*
+the input of the consumers. Whether the layer stays the same function is tried with powers of two for s, which commute
+with rounding: a norm that something else reads, or an activation that is not linear in up, shows at once.
 """
 
 from __future__ import annotations
@@ -118,39 +118,47 @@ def _between(module: nn.Module, producer: str, consumer: str) -> Fold | None:
 
 
 def _norms_before(layer: ObservedLayer, linears: Mapping[str, str]) -> dict[str, str]:
-    """The norm whose output each linear's input is, by the module's names; a norm that all its readers are known of."""
-    made: dict[int, str] = {}
-    held: list[Tensor] = []
-    readers: dict[str, set[str]] = {}
+    """The norm whose output each linear's input is, by the module's names, if `linears` are all that reads it."""
+    watch = _Watch()
     handles = []
-
-    def norm_hook(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, _args: object, output: object) -> None:
-            if isinstance(output, Tensor):
-                made[id(output)] = name
-                held.append(output)  # ids stay unique while it lives
-
-        return hook
-
-    def reader_hook(name: str) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: tuple[object, ...]) -> None:
-            for one in args:
-                if id(one) in made:
-                    readers.setdefault(made[id(one)], set()).add(name)
-
-        return hook
-
     for name, module in layer.module.named_modules():
-        own = dict(module.named_parameters(recurse=False))
+        own = {parameter for parameter, _ in module.named_parameters(recurse=False)}
         if isinstance(module, nn.Linear):
-            handles.append(module.register_forward_pre_hook(reader_hook(name)))
-        elif "norm" in type(module).__name__.lower() and set(own) <= {"weight", "bias"} and "weight" in own:
-            handles.append(module.register_forward_hook(norm_hook(name)))
+            handles.append(module.register_forward_pre_hook(watch.reads(name)))
+        elif "norm" in type(module).__name__.lower() and "weight" in own and own <= {"weight", "bias"}:
+            handles.append(module.register_forward_hook(watch.makes(name)))
     layer.run(lambda _: None, max_tokens=_CHECKED_TOKENS)
     for handle in handles:
         handle.remove()
     known = set(linears.values())
-    return {one: norm for norm, found in readers.items() if found <= known for one in found}
+    return {one: norm for norm, found in watch.readers.items() if found <= known for one in found}
+
+
+class _Watch:
+    """Which linears read the very tensors that norms put out."""
+
+    def __init__(self) -> None:
+        self.readers: dict[str, set[str]] = {}
+        self._made: dict[int, tuple[str, Tensor]] = {}  # the tensors live, so that ids stay theirs
+
+    def makes(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        """A forward hook for the norm `name`."""
+
+        def hook(_module: nn.Module, _args: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                self._made[id(output)] = name, output
+
+        return hook
+
+    def reads(self, name: str) -> Callable[[nn.Module, tuple[object, ...]], None]:
+        """A forward pre-hook for the linear `name`."""
+
+        def hook(_module: nn.Module, args: tuple[object, ...]) -> None:
+            for one in args:
+                if id(one) in self._made:
+                    self.readers.setdefault(self._made[id(one)][0], set()).add(name)
+
+        return hook
 
 
 def is_same_function(layer: ObservedLayer, fold: Fold) -> bool:
@@ -178,10 +186,7 @@ def is_same_function(layer: ObservedLayer, fold: Fold) -> bool:
 
 
 def _features(module: nn.Module, fold: Fold) -> int:
-    producer = module.get_submodule(fold.producer)
-    size = producer.weight.shape[0]
-    assert isinstance(size, int)
-    return size
+    return len(module.get_parameter(f"{fold.producer}.weight"))
 
 
 def scale(module: nn.Module, folds: Sequence[tuple[Fold, Tensor]]) -> Scaling:

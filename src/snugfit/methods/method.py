@@ -2,8 +2,8 @@
 
 The loop loads the weights of a decoder layer in fused groups. A method may ask for an observation: the layer then runs
 once or several times with its exact weights, on the hidden states that the quantized layers before it give, while the
-method measures what it needs. The method turns the groups into choices: codes to write, and 16-bit weights to run. The loop
-runs the layer with these (`propagate`), which gives the hidden states of the next layer and the ranges of inputs.
+method measures what it needs. The method turns the groups into choices: codes to write, and 16-bit weights to run. The
+loop runs the layer with these (`propagate`), which gives the hidden states of the next layer and the ranges of inputs.
 
 A method sees the tensors that stay as they are, too (norms, routers, biases): it may give them other values, as
 smoothing does. It knows no files, no recipes and no families.
@@ -117,6 +117,10 @@ class Method(Protocol):
         What it returns is `Purpose.observed`. A run with such a method needs samples, whatever the recipe's formats
         are.
         """
+
+    @property
+    def correlates(self) -> bool:
+        """Whether it holds E[x x^T], fp32 [K, K], of the inputs of a layer's linears."""
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """A choice for every tensor of every group. Groups are read while they are iterated over."""

@@ -13,6 +13,7 @@ class RoundToNearest:
     """Chooses codes from the weights alone, one fused group at a time; it needs no observation."""
 
     observe: None = None  # the codes do not depend on the layer's inputs
+    correlates = False
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """The nearest codes of each group with a target; every other tensor as it is."""

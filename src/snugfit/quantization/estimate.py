@@ -25,6 +25,8 @@ from snugfit.storage.transfer import COPIERS, WORKERS
 _COPIES = 6
 # what a layer holds of a batch at once, in hidden states and in MLP widths
 _STATES, _WIDTHS = 6, 3
+# of GPTQ: copies of the largest E[x x^T] while it is factored, copies in fp32 of the largest fused group of weights
+_SQUARES, _GROUPS = 4, 5
 _HEAP = 340_000_000  # at most what the C library keeps of experts' many small tensors meanwhile (measured)
 _CUDA_HOST = 750_000_000  # what the GPU's libraries take of main memory once they work (torch 2.11, CUDA 13)
 
@@ -55,10 +57,13 @@ def estimate_run(
     tokens_per_batch: int,
     *,
     observes: bool = False,
+    correlates: bool = False,
+    copies: int = 1,
 ) -> Estimate:
     """Peaks of a run from shapes alone, on top of what this process holds now.
 
-    With `observes` a method holds the exact weights of a layer; what its observer measures is not counted.
+    With `observes` a method holds the exact weights of a layer, with `correlates` second moments of its inputs too.
+    `copies` of the result are on the disk at once.
     """
     tensors = plan.weights.tensors
     itemsize = max((tensors[name].bytes // max(1, tensors[name].elements) for name in plan.assignments), default=2)
@@ -81,7 +86,7 @@ def estimate_run(
                 width = max((max(tensors[name].shape) for name in unit if name in plan.assignments), default=0)
                 activations = batch * (_STATES * hidden + (_WIDTHS * width + layer.rounded_inputs) * itemsize)
                 activations += in_flight
-            exact = layer.values if observes else 0
+            exact = (layer.values if observes else 0) + (_correlations(plan, unit) if correlates else 0)
             work = max(work, ahead + exact + max(rounding, layer.values + 2 * layer.codes + group + activations))
             continue
         quantized = [name for name in unit if (a := plan.assignments.get(name)) and a.format and not a.keeps_codes]
@@ -89,13 +94,23 @@ def estimate_run(
         work = max(work, ahead + head + _COPIES * 4 * SLICE[device.type] if quantized else 0)
         if dataset is not None:
             embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
-    disk = sum(shard.bytes for shard in plan.shards) + 2 * tokens * hidden
+    disk = copies * sum(shard.bytes for shard in plan.shards) + 2 * tokens * hidden
     routed = (sum(tensors[name].bytes for name in unit if ".experts." in name) for unit in plan.units[1:])
     heap = min(_HEAP, max(routed, default=0))
     now, peak = rss_bytes() + heap, max(embeddings, work)
     if device.type == "cpu":
         return Estimate(ram=now + peak + moving, gpu=None, disk=disk)
     return Estimate(ram=now + _CUDA_HOST + moving, gpu=peak, disk=disk)
+
+
+def _correlations(plan: Plan, unit: tuple[str, ...]) -> int:
+    """Bytes of second moments of the inputs of a layer's linears, and of what is made of the largest for one group."""
+    follows = [name for name in unit if (a := plan.assignments.get(name)) and a.follows_effort]
+    names = [name.removesuffix(".weight") for name in follows if ".experts." not in name]
+    shapes = [[plan.weights.tensors[f"{name}.weight"].shape for name in group] for group in group_modules(names)]
+    squares = [4 * group[0][-1] ** 2 for group in shapes]
+    group = max((sum(4 * n * k for n, k in group) for group in shapes), default=0)
+    return sum(squares) + _SQUARES * max(squares, default=0) + _GROUPS * group
 
 
 def read_ahead_bytes(plan: Plan, device: torch.device) -> int:

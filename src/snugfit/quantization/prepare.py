@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-from snugfit.data.dataset import Dataset, load_dataset
+from snugfit.data.dataset import Dataset, hold_out, load_dataset
 from snugfit.data.python_docs import no_dataset_message
+from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.machine import hardware, pick_device, pick_dtype, versions
 from snugfit.methods.method import Method
-from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
@@ -26,6 +26,16 @@ from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan, groups_of
 from snugfit.quantization.resume import check_resumable, stamps, work_folder
+from snugfit.quantization.ways import (
+    BEST,
+    EFFORTS,
+    FAST,
+    GOOD,
+    HELD_OUT_EVERY,
+    Way,
+    ways_of,
+    why_no_trials,
+)
 from snugfit.recipes.assignment import NO_RULE, Assignment
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
@@ -37,7 +47,6 @@ from snugfit.version import __version__
 # of NVFP4, one for a whole weight or its inputs, in any dialect
 _GLOBAL_SCALES = ("weight_global_scale", "weight_scale_2", "input_global_scale", "input_scale")
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
-FAST, GOOD, BEST = EFFORTS = ("fast", "good", "best")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +54,7 @@ class Calibration:
     """What a caller asks of the calibration: which samples, on which device, how experts see them.
 
     `dataset` names files of text or rows, none for Python's documentation. `effort` is one of EFFORTS, None for the
-    default. Nothing here is checked yet.
+    default; `target` names the engine profile that its choices are made for. Nothing here is checked yet.
     """
 
     dataset: Sequence[str | Path] = ()
@@ -58,6 +67,7 @@ class Calibration:
     experts: ExpertCalibration
     statistics: str | Path | None = None
     effort: str | None = None
+    target: str = DEFAULT_PROFILE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,12 +75,16 @@ class PreparedRun:
     """A run that is decided and checked: what becomes of each tensor, on which samples and device, at what cost.
 
     `dataset` is None if no samples are needed; `known` are statistics that take their place, `recalled` what they say
-    of each layer. `effort` is None if no rule of the recipe follows it.
+    of each layer. `effort` is None if no rule of the recipe follows it. `ways` are to be tried, if there are several,
+    on the samples `held_out`, under the engine profile `target`; the run that this describes takes `way`.
     """
 
     plan: Plan
-    method: Method
+    way: Way
+    ways: tuple[Way, ...]
+    held_out: Dataset | None
     effort: str | None
+    target: str
     skeleton: Skeleton
     device: torch.device
     tokens_per_batch: int
@@ -80,6 +94,15 @@ class PreparedRun:
     recalled: Sequence[Measured] | None
     estimate: Estimate
     notes: tuple[str, ...]
+
+    @property
+    def method(self) -> Method:
+        """What chooses codes."""
+        return self.way.method
+
+    def taking(self, way: Way) -> PreparedRun:
+        """The run that takes one of `ways`."""
+        return replace(self, way=way, ways=(way,))
 
     def records(self) -> tuple[TensorRecord, ...]:
         """A record of each tensor, without what only the run can measure; its bytes are what will be written."""
@@ -125,6 +148,9 @@ class PreparedRun:
             "source_files": stamps(plan.checkpoint),
             "recipe": None if plan.recipe is None else plan.recipe.digest,
             "effort": self.effort,
+            "target": None if self.effort is None else self.target,
+            "way": self.way.name if len(self.ways) == 1 else [way.name for way in self.ways],
+            "held_out": None if self.held_out is None else self.held_out.digest,
             "samples": None if self.dataset is None else self.dataset.digest,
             "statistics": self.statistics_digest(),
             "weight_files": {shard.name: shard.bytes for shard in plan.shards},
@@ -170,6 +196,9 @@ def check_options(calibration: Calibration) -> None:
 
 
 def _check_effort(calibration: Calibration) -> None:
+    if calibration.target not in PROFILES:
+        what, remedy = f"unknown profile {calibration.target!r}.", f"Known: {', '.join(PROFILES)}."
+        raise UserError(what, code="option-invalid", where="target", remedy=remedy)
     effort = calibration.effort
     if effort is None:
         return
@@ -192,18 +221,22 @@ def _effort_of(plan: Plan, calibration: Calibration) -> str | None:
     return calibration.effort or (GOOD if calibration.statistics is None else FAST)
 
 
-def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAREST) -> PreparedRun:
-    """Check a plan against transformers, read the samples or statistics that it needs, and estimate the run."""
+def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) -> PreparedRun:
+    """Check a plan against transformers, read the samples or statistics that it needs, and estimate the run.
+
+    With a `method` the run takes that one; without, those that its effort names.
+    """
     check_options(calibration)
     dtype = pick_dtype(calibration.dtype)
     device = pick_device(calibration.device)
     plan = _with_other_files(plan)
     known = None if calibration.statistics is None else load_statistics(Path(calibration.statistics))
-    observes = method.observe is not None
-    if observes and known is not None:
+    if method is not None and method.observe is not None and known is not None:
         what = "this method measures the layers itself, so statistics cannot take the place of samples."
         raise UserError(what, code="option-conflict", where="statistics", remedy="Leave `statistics` out.")
-    needed = plan.recipe is None or plan.needs_activations or observes
+    effort = _effort_of(plan, calibration) if method is None else None
+    needed = plan.recipe is None or plan.needs_activations or effort in (GOOD, BEST)
+    needed = needed or (method is not None and method.observe is not None)
     dataset = None
     if (needed and known is None) or (known is not None and calibration.dataset):
         dataset = load_samples(plan, calibration)
@@ -217,10 +250,38 @@ def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAR
     if known is not None:
         recalled = [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
     tokens_per_batch = calibration.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+    notes, held_out = list(_notes(plan, calibration, dataset, known)), None
+    if effort in (GOOD, BEST):
+        problem = why_no_trials(plan, skeleton, dataset)
+        if problem is not None and calibration.effort is not None:
+            raise problem
+        if problem is not None:
+            notes.append(f"effort is fast: {problem.what}")
+            effort = FAST
+            dataset = dataset if plan.needs_activations else None
+        elif dataset is not None:
+            dataset, held_out = hold_out(dataset, HELD_OUT_EVERY)
+    if method is None:
+        ways = ways_of(plan, effort, calibration.target, samples_run=dataset is not None)
+    else:
+        ways = (Way("given", method),)
+    estimate = estimate_run(
+        plan,
+        skeleton,
+        dataset,
+        device,
+        tokens_per_batch,
+        observes=any(way.method.observe is not None for way in ways),
+        correlates=any(way.method.correlates for way in ways),
+        copies=min(2, len(ways)),
+    )
     return PreparedRun(
         plan=plan,
-        method=method,
-        effort=_effort_of(plan, calibration),
+        way=ways[0],
+        ways=ways,
+        held_out=held_out,
+        effort=effort,
+        target=calibration.target,
         skeleton=skeleton,
         device=device,
         tokens_per_batch=tokens_per_batch,
@@ -228,8 +289,8 @@ def prepare(plan: Plan, calibration: Calibration, method: Method = ROUND_TO_NEAR
         dataset=dataset,
         known=known,
         recalled=recalled,
-        estimate=estimate_run(plan, skeleton, dataset, device, tokens_per_batch, observes=observes),
-        notes=tuple(_notes(plan, calibration, dataset, known)),
+        estimate=estimate,
+        notes=tuple(notes),
     )
 
 

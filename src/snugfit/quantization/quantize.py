@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from snugfit.arguments import as_sequence
-from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
+from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES, Dataset
+from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
 from snugfit.model.layout import read_layout
@@ -19,6 +20,7 @@ from snugfit.quantization.plan import Plan, lay_out
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, prepare
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Outcome, Run, run_layers, statistics_of
+from snugfit.quantization.trials import run_trials
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
 from snugfit.records.base import as_json
 from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE, QuantizeRecord, TensorRecord
@@ -28,6 +30,7 @@ from snugfit.records.statistics_file import (
     STATISTICS_FILE,
     ExpertCalibration,
 )
+from snugfit.records.trials import Trial
 from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
@@ -57,6 +60,7 @@ def quantize(
     min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT,
     statistics: str | Path | None = None,
     effort: str | None = None,
+    target: str = DEFAULT_PROFILE,
     allow_unverified: bool = False,
     restart: bool = False,
     force_resume: bool = False,
@@ -72,7 +76,8 @@ def quantize(
     `max_forced_tokens`, or with `moe_calibrate_all_experts` False only what the router sends it; fewer than
     `min_tokens_per_expert` is an error. `statistics`, measured earlier on this model, take the place of samples.
     `effort`, "fast", "good" or "best", decides for weights whose rule names no scale rule (default: "good", with
-    `statistics` "fast").
+    `statistics` "fast"): the better two try several ways and keep the one that has the least KL to the original on
+    held-out samples, with inputs rounded as under the engine profile `target`.
     `allow_unverified` writes formats that no tested engine loads.
 
     `output_dir` appears whole or not at all. A run that was stopped resumes after its last whole layer with the same
@@ -98,6 +103,7 @@ def quantize(
             min_tokens_per_expert=min_tokens_per_expert,
             statistics=statistics,
             effort=effort,
+            target=target,
             allow_unverified=allow_unverified,
         )
         prepared.check_resources(destination, restart=restart, force_resume=force_resume)
@@ -108,7 +114,11 @@ def quantize(
             progress.message("the finished layers stay: this recipe differs in later ones alone")
         finished = FinishedUnits(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
-        outcome = run_layers(run)
+        trials: list[Trial] = []
+        if len(prepared.ways) > 1:
+            run, outcome, trials = run_trials(run, lambda folder: _write_config(prepared.plan, folder))
+        else:
+            outcome = run_layers(run)
         with clock("finish"):
             left_out = _write_other_files(prepared.plan, directory)
             found = prepared.known if prepared.dataset is None else statistics_of(run)
@@ -126,8 +136,9 @@ def quantize(
             "min_tokens_per_expert": min_tokens_per_expert,
             "statistics": prepared.statistics_digest(),
             "effort": prepared.effort,
+            "target": prepared.target,
         }
-        record = _record(run, destination, outcome, left_out, arguments)
+        record = _record(run, destination, outcome, left_out, arguments, trials)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     return record
 
@@ -149,6 +160,7 @@ def plan_quantization(
     min_tokens_per_expert: int = MIN_TOKENS_PER_EXPERT,
     statistics: str | Path | None = None,
     effort: str | None = None,
+    target: str = DEFAULT_PROFILE,
     allow_unverified: bool = False,
 ) -> PreparedRun:
     """Decide and check everything that `quantize` would do with these arguments, and write nothing: a dry run.
@@ -170,6 +182,7 @@ def plan_quantization(
         experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, min_tokens_per_expert),
         statistics=statistics,
         effort=effort,
+        target=target,
     )
     check_options(calibration)
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)
@@ -206,16 +219,26 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         check_inside(plan.checkpoint.path, name)
         shutil.copyfile(plan.checkpoint.path / name, directory / name)
-    (directory / "config.json").write_text(as_json(plan.config), encoding="utf-8")
-    if len(plan.shards) > 1:
-        text = json.dumps(index_of(plan.shards), indent=2) + "\n"
-        (directory / INDEX_NAME).write_text(text, encoding="utf-8")
+    _write_config(plan, directory)
     (directory / RECIPE_FILE).write_text(plan.recipe.text, encoding="utf-8")
     return tuple(sorted({*not_copied(source), *(known & set(OTHER_QUANTIZATION_FILES))}))
 
 
+def _write_config(plan: Plan, directory: Path) -> None:
+    """Write config and index."""
+    (directory / "config.json").write_text(as_json(plan.config), encoding="utf-8")
+    if len(plan.shards) > 1:
+        text = json.dumps(index_of(plan.shards), indent=2) + "\n"
+        (directory / INDEX_NAME).write_text(text, encoding="utf-8")
+
+
 def _record(
-    run: Run, output_dir: Path, outcome: Outcome, left_out: tuple[str, ...], arguments: Mapping[str, Any]
+    run: Run,
+    output_dir: Path,
+    outcome: Outcome,
+    left_out: tuple[str, ...],
+    arguments: Mapping[str, Any],
+    trials: Sequence[Trial],
 ) -> QuantizeRecord:
     prepared, plan = run.prepared, run.prepared.plan
     assert plan.recipe is not None
@@ -232,11 +255,7 @@ def _record(
     estimated = prepared.estimate.as_record() | {"seconds": outcome.expected_seconds}
     resumed = {"units": outcome.resumed, "differences": run.finished.differences} if outcome.resumed else None
     data = prepared.dataset
-    dataset = (
-        None
-        if data is None
-        else {"source": data.source, "samples": len(data.samples), "tokens": data.tokens, "digest": data.digest}
-    )
+    dataset = None if data is None else _described(data)
     return QuantizeRecord(
         snugfit=__version__,
         arguments=arguments,
@@ -246,6 +265,8 @@ def _record(
         source_header_digest=header_digest(plan.checkpoint),
         target=output_dir.resolve().name,
         dataset=dataset,
+        held_out=None if prepared.held_out is None else _described(prepared.held_out),
+        trials=tuple(trials),
         tensors=tuple(sorted(measured, key=lambda tensor: place[tensor.name])),
         source_bytes=sum(t.bytes for t in plan.checkpoint.tensors.values()),
         bytes=plan.bytes,
@@ -259,3 +280,12 @@ def _record(
         estimates={key: {"estimated": value, "actual": actual[key]} for key, value in estimated.items()},
         resumed=resumed,
     )
+
+
+def _described(dataset: Dataset) -> dict[str, Any]:
+    return {
+        "source": dataset.source,
+        "samples": len(dataset.samples),
+        "tokens": dataset.tokens,
+        "digest": dataset.digest,
+    }

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from snugfit.records.base import as_json
+from snugfit.records.trials import Trial
 
 QUANTIZE_SCHEMA = "snugfit.quantize/1"
 # files of a quantized checkpoint that say how it was made
@@ -39,7 +40,8 @@ class QuantizeRecord:
     """A finished quantize run. Sizes in bytes, times in seconds, digests SHA-256.
 
     `estimates` holds what was foreseen beside what was, {"estimated": ..., "actual": ...} each. `resumed`: units that
-    an earlier run had done, and what differed from it; None for a run in one piece.
+    an earlier run had done, and what differed from it; None for a run in one piece. `trials` are the ways that were
+    tried on the samples `held_out`, in order, of which the last one kept is the result; none for a run that had one.
     """
 
     snugfit: str
@@ -50,6 +52,8 @@ class QuantizeRecord:
     source_header_digest: str
     target: str
     dataset: Mapping[str, Any] | None
+    held_out: Mapping[str, Any] | None
+    trials: tuple[Trial, ...]
     tensors: tuple[TensorRecord, ...]
     source_bytes: int
     bytes: int

@@ -14,7 +14,7 @@ class Trial:
     """One way to quantize a model: KL to the original on held-out samples.
 
     `name` says what was done; `kl` is the mean in nats a token over `tokens` tokens, `error` its standard error over
-    samples. `gain` is how much lower it is than the KL of the way that was kept before it, sample by sample, with
+    segments. `gain` is how much lower it is than the KL of the way that was kept before it, segment by segment, with
     `gain_error`; both None for the first. `kept`: it took that one's place. `seconds` is what it cost.
     """
 
@@ -30,30 +30,30 @@ class Trial:
 
 @dataclass(frozen=True)
 class Measured:
-    """KL in nats a token of each held-out sample, under the name of what was done."""
+    """KL in nats a token of each segment of the held-out samples, under the name of what was done."""
 
     name: str
     kl: tuple[float, ...]
     seconds: float
 
 
-def judge(found: Sequence[Measured], tokens: Sequence[int]) -> list[Trial]:
+def judge(found: Sequence[Measured], tokens: Sequence[int], files: Sequence[int]) -> list[Trial]:
     """What each way is worth, in the order in which they were tried, simplest first.
 
-    `tokens` are those of each sample, by which their means are weighted. A way is kept if its KL is finite and lower
-    than that of the last one kept by more than MIN_GAIN standard errors of their difference, over samples: ties go to
-    the simpler. The last one kept is the one to write.
+    `tokens` and `files` are those of each segment. A way is kept if its KL is finite and lower than that of the last
+    one kept by more than MIN_GAIN standard errors of their difference, segment by segment: ties go to the simpler. The
+    last one kept is the one to write.
     """
     trials: list[Trial] = []
     champion: Measured | None = None
     for one in found:
-        kl, error = _mean(one.kl, tokens)
+        kl, error = _mean(one.kl, tokens, files)
         gain: tuple[float, float] | None = None
+        kept = champion is None
         if champion is not None:
-            gain = _mean([a - b for a, b in zip(champion.kl, one.kl, strict=True)], tokens)
-        kept = champion is None or (gain is not None and _is_gain(*gain))
-        if champion is not None and not all(map(isfinite, champion.kl)):
-            kept = all(map(isfinite, one.kl))
+            gain = _mean([a - b for a, b in zip(champion.kl, one.kl, strict=True)], tokens, files)
+            broken = not all(map(isfinite, champion.kl))
+            kept = all(map(isfinite, one.kl)) and (broken or gain[0] > max(0.0, MIN_GAIN * gain[1]))
         if kept:
             champion = one
         trials.append(
@@ -71,17 +71,19 @@ def judge(found: Sequence[Measured], tokens: Sequence[int]) -> list[Trial]:
     return trials
 
 
-def _is_gain(gain: float, error: float) -> bool:
-    return isfinite(gain) and gain > 0 and gain > MIN_GAIN * error
+def _mean(values: Sequence[float], weights: Sequence[int], files: Sequence[int]) -> tuple[float, float]:
+    """The weighted mean, and its standard error: of independent segments, in strata that are the files.
 
-
-def _mean(values: Sequence[float], weights: Sequence[int]) -> tuple[float, float]:
-    """The weighted mean, and its standard error as that of a ratio of sums over independent samples."""
+    NaN if a value is. A file with one segment counts with its distance from the whole mean.
+    """
     if not all(map(isfinite, values)):
         return float("nan"), float("nan")
-    total, count = sum(weights), len(values)
+    total = sum(weights)
     mean = fsum(v * w for v, w in zip(values, weights, strict=True)) / total
-    if count < 2:
-        return mean, float("inf")
-    spread = fsum((w * (v - mean)) ** 2 for v, w in zip(values, weights, strict=True))
-    return mean, sqrt(spread * count / (count - 1)) / total
+    variance = 0.0
+    for file in set(files):
+        own = [(v, w) for v, w, f in zip(values, weights, files, strict=True) if f == file]
+        center = fsum(v * w for v, w in own) / sum(w for _, w in own) if len(own) > 1 else mean
+        spread = fsum((w * (v - center)) ** 2 for v, w in own)
+        variance += spread * len(own) / max(1, len(own) - 1)
+    return mean, sqrt(variance) / total

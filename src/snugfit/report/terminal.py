@@ -19,6 +19,7 @@ from snugfit.records.quantize import totals_by_format
 if TYPE_CHECKING:
     from snugfit.records.fit import FitRecord
     from snugfit.records.quantize import TensorRecord
+    from snugfit.records.trials import Trial
     from snugfit.report.tables import Sheet
 
 
@@ -75,6 +76,19 @@ def print_totals(records: tuple[TensorRecord, ...]) -> None:
         table.add_row(total.format, str(total.tensors), *sizes, f"{total.bits_per_weight:.3f}", error)
     before, after = sum(r.source_bytes for r in records), sum(r.bytes for r in records)
     table.add_row("all", str(len(records)), f"{before:,}", f"{after:,}", "", "")
+    print_table(table)
+
+
+def print_trials(trials: tuple[Trial, ...]) -> None:
+    """Print what each way that was tried is worth on held-out samples, nothing if none was."""
+    if not trials:
+        return
+    columns = ("KL, nats a token", "gain over the last one kept", "kept", "seconds")
+    table = make_table("way", *columns, right=columns)
+    for trial in trials:
+        gain = "" if trial.gain is None else f"{trial.gain:+.4f} +- {trial.gain_error:.4f}"
+        kl = f"{trial.kl:.4f} +- {trial.error:.4f}"
+        table.add_row(trial.name, kl, gain, "yes" if trial.kept else "no", f"{trial.seconds:.0f}")
     print_table(table)
 
 

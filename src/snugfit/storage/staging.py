@@ -89,7 +89,7 @@ def _not_writable(folder: Path, what: str, remedy: str = "Choose another `output
 
 def units_done(partial: Path) -> int:
     """Units that the unfinished run in this directory has finished; 0 where there is no run."""
-    return len(list((partial / WORK_NAME).glob(unit_name("*"))))
+    return len(list((partial / WORK_NAME).rglob(unit_name("*"))))
 
 
 def unit_name(number: int | str) -> str:

@@ -1,0 +1,137 @@
+"""Tries the ways to choose codes one after another, and keeps the one with the least KL on held-out samples.
+
+Each way is a whole run into a folder of its own below the work folder, resumable like any other; then the quantized
+model runs on the held-out samples, with its inputs rounded as the target engine rounds them. A later way takes the
+place of an earlier one only if it is better beyond the error (records/trials.py); the loser's weights are deleted at
+once, so that two results are on the disk at most. The winner's files are moved to where the result belongs.
+
+What was measured stands in one file a way. Everything here follows from those files: a run that was killed anywhere
+ends the same.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from snugfit.evaluation.held_out import HeldOut, segments
+from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.resume import FinishedUnits, read_json, replace_json
+from snugfit.quantization.run import Outcome, Run, run_layers
+from snugfit.quantization.ways import Way
+from snugfit.records.trials import Measured, Trial, judge
+from snugfit.storage.staging import WORK_NAME
+
+TRIALS_NAME = "trials"
+
+
+def run_trials(run: Run, write_config: Callable[[Path], None]) -> tuple[Run, Outcome, list[Trial]]:
+    """Try all ways; the weight files of the best are in the run's directory then.
+
+    `write_config` writes what is needed besides weights for a directory to be opened as a model. The result is the run
+    that made the files, its outcome, and what all ways are worth.
+    """
+    prepared = run.prepared
+    assert prepared.held_out is not None
+    tokens, files = segments(prepared.held_out.samples, prepared.held_out.shares)
+    held_out: HeldOut | None = None
+    found: list[Measured] = []
+    for way in prepared.ways:
+        known = _recalled(run.work, way)
+        if known is None:
+            if held_out is None:
+                held_out = _open_held_out(prepared)
+            run.progress.message(f"trying {way.name}")
+            known = _try(run, way, held_out, write_config)
+        found.append(known)
+        trials = judge(found, tokens, files)
+        run.progress.message(_line(trials[-1]))
+        winner = [trial.name for trial in trials if trial.kept][-1]
+        for other in prepared.ways[: len(found)]:
+            if other.name != winner:
+                _forget_weights(run.work, other)
+    best = next(way for way in prepared.ways if way.name == winner)
+    inner = _run_of(run, best)
+    outcome = _outcome(run.work, best)
+    for name in outcome.files:
+        made = inner.directory / name
+        if made.exists():  # or it was moved before a kill
+            made.replace(run.directory / name)
+    return inner, outcome, trials
+
+
+def _open_held_out(prepared: PreparedRun) -> HeldOut:
+    assert prepared.held_out is not None
+    return HeldOut(
+        prepared.plan.checkpoint.path,
+        prepared.held_out.samples,
+        prepared.device,
+        profile=prepared.target,
+        tokens_per_batch=prepared.tokens_per_batch,
+    )
+
+
+def _try(run: Run, way: Way, held_out: HeldOut, write_config: Callable[[Path], None]) -> Measured:
+    """Quantize one way, and measure it."""
+    started = time.perf_counter()
+    inner = _run_of(run, way)
+    outcome = run_layers(inner)
+    write_config(inner.directory)
+    with run.clock("trials"):
+        kl = held_out.divergences(inner.directory)
+    measured = Measured(way.name, tuple(kl), time.perf_counter() - started)
+    replace_json(_file(run.work, way), {"measured": asdict(measured), "outcome": asdict(outcome)})
+    return measured
+
+
+def _run_of(run: Run, way: Way) -> Run:
+    """The run that takes one way, in its own folder."""
+    prepared = run.prepared.taking(way)
+    directory = _folder(run.work, way)
+    work = directory / WORK_NAME
+    work.mkdir(parents=True, exist_ok=True)
+    finished = FinishedUnits(work, prepared.identity(), force=True)  # the whole run's identity was checked
+    return Run(
+        prepared=prepared, directory=directory, work=work, finished=finished, clock=run.clock, progress=run.progress
+    )
+
+
+def _folder(work: Path, way: Way) -> Path:
+    return work / TRIALS_NAME / way.name
+
+
+def _file(work: Path, way: Way) -> Path:
+    return work / TRIALS_NAME / f"{way.name}.json"
+
+
+def _recalled(work: Path, way: Way) -> Measured | None:
+    """What was measured of a way before this run was stopped; None if it was not, or if the file is damaged."""
+    content = read_json(_file(work, way))
+    try:
+        one = content["measured"]
+        return Measured(str(one["name"]), tuple(map(float, one["kl"])), float(one["seconds"]))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _outcome(work: Path, way: Way) -> Outcome:
+    content = read_json(_file(work, way))
+    return Outcome(**content["outcome"])
+
+
+def _forget_weights(work: Path, way: Way) -> None:
+    folder = _folder(work, way)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
+
+
+def _line(trial: Trial) -> str:
+    """One line for people."""
+    text = f"{trial.name}: KL {trial.kl:.4f} +- {trial.error:.4f} on held-out samples"
+    if trial.gain is None:
+        return text
+    return f"{text}, {trial.gain:+.4f} +- {trial.gain_error:.4f} gained: {'kept' if trial.kept else 'not kept'}"

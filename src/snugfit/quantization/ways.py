@@ -1,0 +1,79 @@
+"""The ways in which a run may choose codes, by its effort: simplest first, each to be tried against the one before."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from snugfit.data.dataset import Dataset
+from snugfit.errors import UserError
+from snugfit.methods.calibrated import Calibrated
+from snugfit.methods.method import Method
+from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
+from snugfit.model.skeleton import Skeleton
+from snugfit.quantization.plan import Plan
+
+FAST, GOOD, BEST = EFFORTS = ("fast", "good", "best")
+HELD_OUT_EVERY = 8  # one of so many samples of each file is held out
+FEWEST_SAMPLES = 8
+DESCENT_SWEEPS = 2
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to choose codes, by its name in records."""
+
+    name: str
+    method: Method
+
+
+PLAIN = Way("plain", ROUND_TO_NEAREST)
+
+
+def ways_of(plan: Plan, effort: str | None, target: str, *, samples_run: bool) -> tuple[Way, ...]:
+    """The ways that a run of this effort tries, the simplest first; `target` is the engine profile to be good under.
+
+    `fast` has one: weighted scales where samples run anyway (`samples_run`), else plain ones. Routed experts get
+    neither GPTQ nor folds, which were seen to cost mixtures accuracy.
+    """
+    if effort is None or (effort == FAST and not samples_run):
+        return (PLAIN,)
+    weighted = Way("weighted", Calibrated(target))
+    if effort == FAST:
+        return (weighted,)
+    if not _has_linears(plan):
+        return PLAIN, weighted
+    ways = [
+        PLAIN,
+        weighted,
+        Way("gptq", Calibrated(target, gptq=True)),
+        Way("gptq+folds", Calibrated(target, gptq=True, folds=True)),
+    ]
+    if effort == BEST:
+        descent = Calibrated(target, gptq=True, folds=True, sweeps=DESCENT_SWEEPS)
+        ways.append(Way("gptq+folds+descent", descent))
+    return tuple(ways)
+
+
+def _has_linears(plan: Plan) -> bool:
+    """Whether weights other than routed experts follow the effort."""
+    return any(a.follows_effort and ".experts." not in name for name, a in plan.assignments.items())
+
+
+def why_no_trials(plan: Plan, skeleton: Skeleton, dataset: Dataset | None) -> UserError | None:
+    """Why ways cannot be tried on held-out samples, None if they can: the error for an effort that was asked for."""
+
+    def refuse(what: str, remedy: str) -> UserError:
+        return UserError(
+            f"{what}.", code="option-conflict", where="effort", remedy=f'{remedy}, or set `effort="fast"`.'
+        )
+
+    if plan.checkpoint.remote is not None:
+        return refuse("the original on the Hub cannot be run to compare with", "Download it first")
+    if not skeleton.has_head:
+        return refuse("a model without an output head predicts nothing to compare", "Name scale rules in the recipe")
+    if not skeleton.is_causal:
+        return refuse("a model that is not causal predicts nothing to compare", "Name scale rules in the recipe")
+    if dataset is not None and len(dataset.samples) < FEWEST_SAMPLES:
+        what = f"{len(dataset.samples)} samples are too few to hold some of them out (at least {FEWEST_SAMPLES})"
+        return refuse(what, "Give more samples")
+    return None
