@@ -139,12 +139,12 @@ def test_out_of_gpu_memory_keeps_what_is_done(
     """A full GPU in the second layer is an error with a code; the same call resumes."""
     count = 0
 
-    def full(run: Any, tensors: Any) -> Any:
+    def full(run: Any, tensors: Any, roundings: Any) -> Any:
         nonlocal count
         count += 1
         if count == 2:
             torch.empty(1 << 50, dtype=torch.uint8, device=cuda)
-        return propagate(run, tensors)
+        return propagate(run, tensors, roundings)
 
     with monkeypatch.context() as patch:
         patch.setattr(run_module, "propagate", full)

@@ -23,7 +23,8 @@ def random_weight(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def group_errors(weight: Tensor, scale: Tensor, zero: Tensor | None, factors: Tensor | None = None) -> Tensor:
     """The squared error [N, groups] of what files hold."""
     square = (int4.dequantize(int4.quantize_under(weight, scale, zero)) - weight.float()).double().square()
-    return (square if factors is None else square * factors.double()).unflatten(1, (scale.shape[1], -1)).sum(-1)
+    weighted = square if factors is None else square * factors.double()
+    return weighted.reshape(*scale.shape, -1).sum(-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

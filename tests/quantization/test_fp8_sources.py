@@ -721,7 +721,9 @@ def test_unknown_methods_are_refused(
     refuse(code, *named, source=source, recipe="nvfp4-fp8-hybrid-four-over-six", tmp_path=tmp_path, rows=rows)
 
 
-@pytest.mark.parametrize("made_by", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "int4-w4a16-absmax", "mxfp4-absmax"])
+@pytest.mark.parametrize(
+    "made_by", ["nvfp4-four-over-six", "nvfp4-fp8-hybrid-four-over-six", "int4-w4a16-absmax", "mxfp4-absmax"]
+)
 def test_four_bits_as_their_recipe_asks_are_refused(
     made_by: str, wide: Callable[[str], Path], rows: Path, tmp_path: Path
 ) -> None:

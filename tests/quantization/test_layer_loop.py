@@ -112,6 +112,10 @@ class DropLoudest:
     purposes: list[Purpose] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
 
+    def input_roundings(self, _observed: Any) -> dict[str, Any]:
+        """None."""
+        return {}
+
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """NVFP4 codes without the loudest feature; kept tensors as they are, but for the scaled norm."""
         self.purposes.append(purpose)
@@ -143,6 +147,10 @@ class ObservedRounding:
     observe: Callable[[ObservedLayer], dict[str, Moments]] = mean_squares
     correlates: bool = False
     observed: list[dict[str, Moments] | None] = field(default_factory=list)
+
+    def input_roundings(self, _observed: Any) -> dict[str, Any]:
+        """None."""
+        return {}
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """The choices of round-to-nearest."""
@@ -288,6 +296,10 @@ class HalvedExperts:
     observe: None = None
     correlates: bool = False
 
+    def input_roundings(self, _observed: Any) -> dict[str, Any]:
+        """None."""
+        return {}
+
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """The halved experts, and the choices of round-to-nearest."""
         for choice in ROUND_TO_NEAREST.choose(groups, purpose):
@@ -387,6 +399,10 @@ def test_an_observer_can_watch_routed_experts(rows: Path, tmp_path: Path) -> Non
     class Watching:
         observe: Callable[[ObservedLayer], None] = watch
         correlates: bool = False
+
+        def input_roundings(self, _observed: Any) -> dict[str, Any]:
+            """None."""
+            return {}
 
         def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
             return ROUND_TO_NEAREST.choose(groups, purpose)

@@ -392,10 +392,10 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
         calls, inside = 0, False
         second = ExpertObserver.second
 
-        def watched(run: LayerPass, tensors: Any) -> Any:
+        def watched(run: LayerPass, tensors: Any, roundings: Any) -> Any:
             nonlocal inside
             inside = run.index == 1
-            return propagate(run, tensors)
+            return propagate(run, tensors, roundings)
 
         def counted(*arguments: Any, **named: Any) -> Any:
             nonlocal calls

@@ -138,10 +138,10 @@ def test_killed_again_and_again(model: Path, token_rows: Path, uninterrupted: di
 def stop_in_layer(monkeypatch: pytest.MonkeyPatch, layer: int, error: BaseException) -> None:
     """Raise `error` when decoder layer `layer` is to be run."""
 
-    def stopping(run: LayerPass, tensors: Any) -> Any:
+    def stopping(run: LayerPass, tensors: Any, roundings: Any) -> Any:
         if run.index == layer:
             raise error
-        return propagate(run, tensors)
+        return propagate(run, tensors, roundings)
 
     monkeypatch.setattr(snugfit.quantization.run, "propagate", stopping)
 

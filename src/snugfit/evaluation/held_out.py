@@ -51,7 +51,7 @@ class HeldOut:
 
     @torch.no_grad()
     def divergences(self, candidate: str | Path) -> list[float]:
-        """Mean KL(original || candidate), nats a token, of each of `segments`; NaN where a prediction was not finite."""
+        """Mean KL(original || candidate), nats a token, of each of `segments`; NaN where a number was not finite."""
         model = open_model(candidate, activations=self._profile)
         if self._states is None:
             self._states = self._last_states(self._original)

@@ -59,12 +59,14 @@ class Observed:
     """What was found out about a layer.
 
     `moments` by the file's name of the first linear of each fused group; `expert_moments` by the file's name of an
-    expert's linear. `scaling` speaks of the module's names; `modules` and `parameters` map the file's to those.
+    expert's linear; `roundings` of inputs by the file's names of linears. `scaling` speaks of the module's names;
+    `modules` and `parameters` map the file's to those.
     """
 
     moments: Mapping[str, Moments]
     expert_moments: Mapping[str, Tensor]
     scaling: Scaling
+    roundings: Mapping[str, emulate.Quantizer]
     modules: Mapping[str, str]
     parameters: Mapping[str, str]
 
@@ -112,8 +114,8 @@ class Calibrated:
         if (self.folds and wanted) or rounds:
             scaling, ranges = self._scan(layer, groups, wanted)
             folding.apply(layer.module, scaling)
-        if self.gptq:
-            self._round_inputs(layer, ranges)
+        roundings = self._roundings(layer, ranges) if self.gptq else {}
+        emulate.quantize_inputs(layer.module, {layer.linears[name]: one for name, one in roundings.items()})
         observer = MomentsObserver(layer.module, {layer.linears[group[0]]: self.gptq for group in groups})
         if mixture is not None and layer.experts is not None:
             experts.hook(layer.module.get_submodule(layer.experts.module), mixture)
@@ -126,7 +128,14 @@ class Calibrated:
         layer.run(before)
         found = observer.result()
         by_file = {group[0]: found[module] for group in groups if (module := layer.linears[group[0]]) in found}
-        return Observed(by_file, _of_experts(layer, mixture), scaling, layer.linears, layer.parameters)
+        return Observed(
+            moments=by_file,
+            expert_moments=_of_experts(layer, mixture),
+            scaling=scaling,
+            roundings=roundings,
+            modules=layer.linears,
+            parameters=layer.parameters,
+        )
 
     def _rounds_inputs(self, fmt: TensorFormat) -> bool:
         scale = torch.ones(()) if fmt.input_kind == "nvfp4" else None
@@ -201,8 +210,8 @@ class Calibrated:
             return None
         return emulate.input_quantizer(fmt, self.profile, scale)
 
-    def _round_inputs(self, layer: ObservedLayer, ranges: Mapping[str, float]) -> None:
-        """Let the layer's linears see their inputs as the engine's do."""
+    def _roundings(self, layer: ObservedLayer, ranges: Mapping[str, float]) -> dict[str, emulate.Quantizer]:
+        """What rounds the inputs of the layer's linears as the engine does, by the file's names."""
         quantizers: dict[str, emulate.Quantizer] = {}
         for group in group_modules(name for name in layer.linears if f"{name}.weight" in layer.targets):
             fmt = layer.targets[f"{group[0]}.weight"].format
@@ -210,8 +219,12 @@ class Calibrated:
                 continue
             quantizer = self._quantizer(fmt, ranges.get(group[0], 0.0))
             if quantizer is not None:
-                quantizers |= {layer.linears[name]: quantizer for name in group}
-        emulate.quantize_inputs(layer.module, quantizers)
+                quantizers |= dict.fromkeys(group, quantizer)
+        return quantizers
+
+    def input_roundings(self, observed: Observed | None) -> Mapping[str, emulate.Quantizer]:
+        """What rounds inputs, those of four bits under the ranges that were scanned."""
+        return {} if observed is None else observed.roundings
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """Codes of each group by what was observed of its inputs; without an observation as plain rules choose."""

@@ -122,5 +122,11 @@ class Method(Protocol):
     def correlates(self) -> bool:
         """Whether it holds E[x x^T], fp32 [K, K], of the inputs of a layer's linears."""
 
+    def input_roundings(self, observed: Any) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """What rounds the inputs of linears, by the file's names, while the layer runs with its chosen weights.
+
+        Inputs that an engine rounds under scales made at run time are rounded anyway.
+        """
+
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """A choice for every tensor of every group. Groups are read while they are iterated over."""

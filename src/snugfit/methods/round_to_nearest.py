@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
 
 from snugfit.formats.spec import EFFORT, PLAIN_RULES
 from snugfit.methods.method import Choice, Purpose, WeightGroup
@@ -14,6 +17,10 @@ class RoundToNearest:
 
     observe: None = None  # the codes do not depend on the layer's inputs
     correlates = False
+
+    def input_roundings(self, observed: Any) -> Mapping[str, Callable[[Tensor], Tensor]]:  # noqa: ARG002
+        """None: ranges of inputs are not known before the layer runs."""
+        return {}
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """The nearest codes of each group with a target; every other tensor as it is."""

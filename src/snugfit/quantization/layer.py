@@ -204,10 +204,13 @@ def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
     return pass_samples
 
 
-def propagate(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> Measured:
+def propagate(
+    run: LayerPass, tensors: MutableMapping[str, UnitTensor], roundings: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Measured:
     """Run the layer with its chosen 16-bit weights over all samples, and measure the ranges of its inputs.
 
-    FP8 inputs are quantized as an engine does, NVFP4 inputs are not: their scale is what this pass measures. The 16-bit
+    FP8 inputs are quantized as an engine does, NVFP4 inputs only by the method's `roundings`, by the file's names of
+    linears: their scale is what this pass measures. The 16-bit
     weights are taken out of `tensors` if codes are written for them. A layer that text does not run only hands the
     hidden states on.
     """
@@ -223,7 +226,7 @@ def propagate(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> Measu
             tensors[name] = replace(tensor, weight_16bit=None) if tensor.codes is not None else tensor
     layer = run.resident(weights)
     del weights
-    watched = _WatchedLayer(run, layer, {name: tensor.input_scale for name, tensor in tensors.items()})
+    watched = _WatchedLayer(run, layer, {name: tensor.input_scale for name, tensor in tensors.items()}, roundings)
     cache = KVAmax() if run.index in run.plan.observed_caches else None
 
     def before(batch: forward_pass.Batch) -> None:
@@ -251,7 +254,13 @@ def _linears_of(run: LayerPass, layer: nn.Module) -> dict[str, str]:
 class _WatchedLayer:
     """A resident layer whose linears are watched, and whose inputs are rounded where an engine would round them."""
 
-    def __init__(self, run: LayerPass, layer: nn.Module, scales: Mapping[str, Tensor | None]) -> None:
+    def __init__(
+        self,
+        run: LayerPass,
+        layer: nn.Module,
+        scales: Mapping[str, Tensor | None],
+        roundings: Mapping[str, Callable[[Tensor], Tensor]],
+    ) -> None:
         self._prefix = run.prefix
         module = self._relative_module
         formats = {
@@ -268,7 +277,11 @@ class _WatchedLayer:
             for file_name, module_name in self._linears.items()
             if file_name in formats
         }
-        emulate.quantize_inputs(layer, {name: q for name, q in quantizers.items() if q is not None})
+        chosen = {name: q for name, q in quantizers.items() if q is not None}
+        for name, module_name in self._linears.items():
+            if (rounding := roundings.get(run.prefix + name)) is not None:
+                chosen.setdefault(module_name, rounding)
+        emulate.quantize_inputs(layer, chosen)
         self._mixture = run.skeleton.experts.get(run.index)
         self._experts = self._watch_experts(run, layer, formats, input_scales)
 

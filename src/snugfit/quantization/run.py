@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -92,14 +92,16 @@ def run_layers(run: Run) -> Outcome:
                 layer = _layer_run(run, number, batches, states)
                 with clock("weights"):
                     loaded, observed = observe(layer, load(plan, groups[number], ahead), prepared.method)
+                    roundings = prepared.method.input_roundings(observed)
                     tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
                     del loaded, observed  # before the next layer is observed
                 if number > 1:
                     commits.wait()  # this layer's states overwrite those of the layer before the last
                 with clock("forward"):
-                    measured = _measure(run, number, layer, states, tensors)
+                    measured = _measure(run, number, layer, states, tensors, roundings)
                 with clock("write"):
                     records = write_unit(plan, number, tensors, measured, writer)
+                del roundings
                 tensors.clear()  # before the next layer is read: one is in memory at a time
                 del layer
                 commits.start(records, measured, writer, states[number % 2] if run.runs_layers else None)
@@ -162,14 +164,21 @@ def _layer_run(
     )
 
 
-def _measure(run: Run, number: int, layer: LayerPass | None, states: Sequence[StateFile], tensors: Any) -> Measured:
+def _measure(
+    run: Run,
+    number: int,
+    layer: LayerPass | None,
+    states: Sequence[StateFile],
+    tensors: Any,
+    roundings: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
+) -> Measured:
     """What the samples or an earlier run found in a unit's layer; nothing if no format needs it."""
     if number and run.prepared.recalled is not None:
         return run.prepared.recalled[number - 1]
     if layer is None:
         return NOTHING_MEASURED
     states[number % 2].start_again()
-    return propagate(layer, tensors)
+    return propagate(layer, tensors, roundings)
 
 
 def _expect(run: Run, number: int, started: float) -> float:
