@@ -92,7 +92,9 @@ def round_with_feedback(weight: Tensor, steps: Steps, feedback: Feedback) -> Ten
     columns = exact.shape[1]
     for start in range(0, columns, BLOCK):
         stop = min(start + BLOCK, columns)
-        target = exact[:, start:stop].contiguous()
+        target = exact[:, start:stop].clone(
+            memory_format=torch.contiguous_format
+        )  # even one that is the whole: it is overwritten
         if start:
             target = torch.addmm(target, errors[:, :start], factor[:start, start:stop])
         found = round_block(
@@ -121,11 +123,11 @@ def descend(weight: Tensor, values: Tensor, steps: Steps, gram: Tensor, sweeps: 
         for start in range(0, values.shape[1], BLOCK):
             stop = min(start + BLOCK, values.shape[1])
             before = values[:, start:stop].clone()
-            inside = values[:, start:stop].contiguous()
+            inside = before.clone(memory_format=torch.contiguous_format)
             zero = None if steps.zero is None else steps.zero[:, start:stop].contiguous()
             descend_block(
                 inside,
-                gradient[:, start:stop].contiguous(),
+                gradient[:, start:stop].clone(memory_format=torch.contiguous_format),  # overwritten
                 steps.step[:, start:stop].contiguous(),
                 zero,
                 hessian[start:stop, start:stop].contiguous(),
