@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from snugfit.formats.grids import round_e2m1_magnitude
-from snugfit.methods.kernels import kernels_for
+from snugfit.methods.kernels import CHECKED_ROWS, Kernels, kernels_for
 
 Grid = Literal["e2m1", "int4"]
 MOST_COLUMNS = 128  # that kernels take
@@ -25,10 +25,21 @@ def round_block(
     All are fp32 [N, B] but `feedback` [B, B]: in row i, columns j > i, how much of the error of column i is added to
     the target of column j. `target` is overwritten.
     """
-    kernels = kernels_for(target)
-    if kernels is None or target.shape[1] > MOST_COLUMNS:
-        return plain_round_block(target, exact, step, zero, feedback, grid)
-    return kernels.round_block(target, exact, step, zero, feedback, integers=grid == "int4")
+
+    def plainly(target: Tensor, exact: Tensor, step: Tensor) -> Tensor:
+        return plain_round_block(target, exact, step, _first(zero, target), feedback, grid)
+
+    def by(kernels: Kernels, target: Tensor, exact: Tensor, step: Tensor) -> Tensor:
+        return kernels.round_block(target, exact, step, _first(zero, target), feedback, integers=grid == "int4")
+
+    def few() -> tuple[Tensor, Tensor, Tensor]:
+        return target[:CHECKED_ROWS].clone(), exact[:CHECKED_ROWS], step[:CHECKED_ROWS]
+
+    if target.shape[1] > MOST_COLUMNS:
+        return plainly(target, exact, step)
+    work = "feedback", grid, zero is None
+    kernels = kernels_for(target, work, lambda found: by(found, *few()), lambda: plainly(*few()))
+    return plainly(target, exact, step) if kernels is None else by(kernels, target, exact, step)
 
 
 def plain_round_block(
@@ -51,11 +62,30 @@ def descend_block(
 
     `gradient` [N, B] is (values - exact) @ H in these columns, `hessian` [B, B] the part of H between them.
     """
-    kernels = kernels_for(values)
-    if kernels is None or values.shape[1] > MOST_COLUMNS:
-        plain_descend_block(values, gradient, step, zero, hessian, grid)
+
+    def plainly(values: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
+        plain_descend_block(values, gradient, step, _first(zero, values), hessian, grid)
+        return values
+
+    def by(kernels: Kernels, values: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
+        kernels.descend_block(values, gradient, step, _first(zero, values), hessian, integers=grid == "int4")
+        return values
+
+    def few() -> tuple[Tensor, Tensor, Tensor]:
+        return values[:CHECKED_ROWS].clone(), gradient[:CHECKED_ROWS].clone(), step[:CHECKED_ROWS]
+
+    kernels = None
+    if values.shape[1] <= MOST_COLUMNS:
+        work = "descent", grid, zero is None
+        kernels = kernels_for(values, work, lambda found: by(found, *few()), lambda: plainly(*few()))
+    if kernels is None:
+        plainly(values, gradient, step)
     else:
-        kernels.descend_block(values, gradient, step, zero, hessian, integers=grid == "int4")
+        by(kernels, values, gradient, step)
+
+
+def _first(zero: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if zero is None else zero[: len(like)]
 
 
 def plain_descend_block(

@@ -26,7 +26,7 @@ from snugfit.formats.grids import powers_of_two, round_e2m1_magnitude
 from snugfit.formats.mxfp4 import SMALLEST_EXPONENT
 from snugfit.formats.spec import MXFP4_BLOCK
 from snugfit.methods.importance import features_first, of_features, ordered_sum
-from snugfit.methods.kernels import kernels_for
+from snugfit.methods.kernels import CHECKED_ROWS, Kernels, kernels_for
 
 BIAS = 127
 LARGEST_EXPONENT = 125  # 4 * 2**126 is beyond fp32
@@ -40,11 +40,17 @@ def block_exponents(weight: Tensor, rule: str, importance: Tensor | None = None)
 
     `importance` weights squared errors: E[x^2] of each input feature [K].
     """
-    kernels = kernels_for(weight)
-    if kernels is None:
-        return plain_block_exponents(weight, rule, importance)
     factors = None if importance is None else of_features(importance, MXFP4_BLOCK)
-    return kernels.block_exponents(weight, lower=LOWER[rule], factors=factors)
+
+    def by(kernels: Kernels, part: Tensor) -> Tensor:
+        return kernels.block_exponents(part, lower=LOWER[rule], factors=factors)
+
+    def plainly(part: Tensor) -> Tensor:
+        return plain_block_exponents(part, rule, importance)
+
+    few, work = weight[:CHECKED_ROWS], ("mxfp4", rule, factors is None)
+    kernels = kernels_for(weight, work, lambda found: by(found, few), lambda: plainly(few))
+    return plainly(weight) if kernels is None else by(kernels, weight)
 
 
 def plain_block_exponents(weight: Tensor, rule: str, importance: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from snugfit.formats.int4 import ranges, scales_of_ranges
 from snugfit.methods.importance import features_first, of_features, ordered_sum
-from snugfit.methods.kernels import Kernels, kernels_for
+from snugfit.methods.kernels import CHECKED_ROWS, Kernels, kernels_for
 
 FACTORS = (1.0, *(step / 40 for step in range(44, 19, -1) if step != 40))  # 1, then 1.1, 1.075 .. 0.5
 CHUNK_VALUES = {"plain": 1 << 17, "cpu": 1 << 21, "cuda": 1 << 24}  # handled at once
@@ -25,10 +25,16 @@ def integer_scales(
 
     `importance` weights squared errors: E[x^2] of each input feature [K].
     """
-    kernels = kernels_for(weight)
     factors = None if importance is None else of_features(importance, group_size)
+    few = weight[:CHECKED_ROWS]
+
+    def search(part: Tensor, kernels: Kernels | None) -> tuple[Tensor, Tensor | None]:
+        return _choose(part, group_size, factors, symmetric=symmetric, kernels=kernels)
+
+    work = "int4", group_size, symmetric, factors is None
+    kernels = kernels_for(weight, work, lambda found: search(few, found)[0], lambda: search(few, None)[0])
     rows = max(1, CHUNK_VALUES["plain" if kernels is None else weight.device.type] // max(1, weight.shape[1]))
-    parts = [_choose(part, group_size, factors, symmetric=symmetric, kernels=kernels) for part in weight.split(rows)]
+    parts = [search(part, kernels) for part in weight.split(rows)]
     zero_points = [zero_point for _, zero_point in parts if zero_point is not None]
     return torch.cat([scale for scale, _ in parts]), torch.cat(zero_points) if zero_points else None
 

@@ -1,21 +1,28 @@
 """Which machine code searches scales and goes through columns: numba's on a CPU, Triton's on CUDA, none for little.
 
 Both give the bits of the plain definitions (`snugfit.methods.scales.plain_block_scales` and its neighbours), which also
-serve where numba or Triton cannot be imported, and for small weights, which need not wait for a compiler.
+serve where numba or Triton cannot be imported, and for small weights, which need not wait for a compiler. On CUDA each
+kind of work is first done both ways on a few rows; where anything differs or fails, the plain definition does it all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 SMALL = 1 << 16  # values below which torch is faster than starting a compiler
+CHECKED_ROWS = 8  # that are done both ways
 
 # how candidates follow from the plain code: offsets from it; its own code, then that of 1.5 times the scale; itself,
 # then every code
 BY_OFFSET, FOUR_OVER_SIX, EVERY_CODE = 0, 1, 2
+
+_checked: dict[tuple[object, ...], bool] = {}
+_problems: dict[str, None] = {}
 
 
 class Kernels(Protocol):
@@ -50,15 +57,43 @@ class Kernels(Protocol):
         """A block of columns moved to its best values, one after another."""
 
 
-def kernels_for(tensor: Tensor) -> Kernels | None:
-    """The machine code for work on this tensor; None: the plain definition is to be used."""
+def kernels_for(
+    tensor: Tensor, work: tuple[object, ...], here: Callable[[Kernels], Tensor], there: Callable[[], Tensor]
+) -> Kernels | None:
+    """The machine code for this kind of work on this tensor; None: the plain definition is to be used.
+
+    `here` and `there` do the work on the first CHECKED_ROWS of the tensor, with machine code and without.
+    """
     if tensor.numel() < SMALL:
         return None
-    return {"cpu": _of_cpu, "cuda": _of_gpu}.get(tensor.device.type, _none)()
+    if tensor.device.type != "cuda":
+        return _of_cpu() if tensor.device.type == "cpu" else None
+    found = _of_gpu()
+    if found is None:
+        return None
+    key = (tensor.device, tensor.dtype, *work)
+    if key not in _checked:
+        _checked[key] = _agree(work, lambda: here(found), there)
+    return found if _checked[key] else None
 
 
-def _none() -> None:
-    return None
+def _agree(work: tuple[object, ...], here: Callable[[], Tensor], there: Callable[[], Tensor]) -> bool:
+    """Whether both ways give the same bits; if not, `kernel_problems` says why."""
+    what = " ".join(str(part) for part in work)
+    try:
+        found = here()
+        same = torch.equal(found.view(torch.uint8), there().view(torch.uint8))
+    except Exception as error:  # noqa: BLE001  # whatever Triton, a compiler or a driver says, torch can do it
+        _problems[f"{what}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"] = None
+        return False
+    if not same:
+        _problems[f"{what}: the kernel gives other bits on this GPU"] = None
+    return same
+
+
+def kernel_problems() -> list[str]:
+    """Why work on CUDA was done by the plain definitions, which are slower; empty where none was."""
+    return list(_problems)
 
 
 @cache
@@ -72,4 +107,9 @@ def _of_cpu() -> Kernels | None:
 
 @cache
 def _of_gpu() -> Kernels | None:
-    return None
+    try:
+        from snugfit.methods import gpu_kernels
+    except ImportError as error:
+        _problems[f"Triton: {error}"] = None
+        return None
+    return gpu_kernels

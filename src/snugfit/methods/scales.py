@@ -27,7 +27,7 @@ from snugfit.formats import nvfp4
 from snugfit.formats.grids import E2M1_MAX, E4M3_MAX, E4M3_TINY, divide, round_e2m1_magnitude
 from snugfit.formats.spec import NVFP4_BLOCK
 from snugfit.methods.importance import features_first, of_features, of_pairs, ordered_sum, quadratic
-from snugfit.methods.kernels import BY_OFFSET, EVERY_CODE, FOUR_OVER_SIX, kernels_for
+from snugfit.methods.kernels import BY_OFFSET, CHECKED_ROWS, EVERY_CODE, FOUR_OVER_SIX, Kernels, kernels_for
 
 LARGEST_CODE = 126
 
@@ -78,12 +78,19 @@ def block_scales(
 
     `importance` weights squared errors: E[x^2] of each input feature [K], or E[x x^T] of each block's [K/16, 16, 16].
     """
-    kernels = kernels_for(weight)
-    if kernels is None:
-        return plain_block_scales(weight, scale, rule, objective, importance)
     factors = _factors(objective, importance)
     kind = {"four-over-six": FOUR_OVER_SIX, "exhaustive": EVERY_CODE}.get(rule, BY_OFFSET)
-    return kernels.block_scales(weight, scale, offsets=OFFSETS[rule], kind=kind, objective=objective, factors=factors)
+
+    def by(kernels: Kernels, part: Tensor) -> Tensor:
+        return kernels.block_scales(part, scale, offsets=OFFSETS[rule], kind=kind, objective=objective, factors=factors)
+
+    def plainly(part: Tensor) -> Tensor:
+        return plain_block_scales(part, scale, rule, objective, importance)
+
+    few, dimensions = weight[:CHECKED_ROWS], 0 if factors is None else factors.dim()
+    work = "nvfp4", rule, objective, dimensions
+    kernels = kernels_for(weight, work, lambda found: by(found, few), lambda: plainly(few))
+    return plainly(weight) if kernels is None else by(kernels, weight)
 
 
 def plain_block_scales(
