@@ -286,10 +286,12 @@ class Outer:
     quantizers: Mapping[str, emulate.Quantizer]
 
 
-def open_head(model: EvaluatedModel, device: torch.device, outer: Outer | None = None) -> forward_pass.Head:
-    """Final norm and output head: hidden states [B, t, H] on `device` to logits [B, t, V]."""
+def open_head(
+    model: EvaluatedModel, device: torch.device, outer: Outer | None = None, *, gradients: bool = False
+) -> forward_pass.Head:
+    """Final norm and output head: hidden states [B, t, H] on `device` to logits [B, t, V]; `gradients` flow to them."""
     given = outer or outer_weights(model, device)
-    head, module = forward_pass.output_head(model.skeleton, given.weights, device)
+    head, module = forward_pass.output_head(model.skeleton, given.weights, device, gradients=gradients)
     emulate.quantize_inputs(module, given.quantizers)
     return head
 

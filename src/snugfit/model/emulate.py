@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,12 +73,34 @@ class _SharedRounding:
     def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._rounded is None or self._input is not args[0]:
             self._input, self._left = args[0], self._partners
-            self._rounded = _in_slices(self._quantizer, args[0])
+            self._rounded = straight_through(partial(_in_slices, self._quantizer), args[0])
         rounded = self._rounded
         self._left -= 1
         if not self._left:
             self._input = self._rounded = None
         return (rounded, *args[1:])
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Gives `rounded` in place of `exact`, and the gradient as if it had not."""
+
+    @staticmethod
+    def forward(_: Any, exact: Tensor, rounded: Tensor) -> Tensor:  # noqa: ARG004
+        """The rounded values."""
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(_: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        """The gradient as it came."""
+        return gradient, None
+
+
+def straight_through(quantizer: Quantizer, values: Tensor) -> Tensor:
+    """`quantizer(values)`, whose gradient, where one is wanted, passes as if nothing had been rounded."""
+    if not (torch.is_grad_enabled() and values.requires_grad):
+        return quantizer(values)
+    result: Tensor = _StraightThrough.apply(values, quantizer(values.detach()))  # type: ignore[no-untyped-call]
+    return result
 
 
 def _in_slices(quantizer: Quantizer, activations: Tensor) -> Tensor:
@@ -113,6 +136,13 @@ def read_module(
     """
     member = _read_member(checkpoint, dialect, module, fmt, device, read or partial(read_tensor, checkpoint))
     return _values(checkpoint, module, member.quantized, shape), member.input_scale
+
+
+def read_codes(
+    checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat, device: torch.device = CPU
+) -> QuantizedWeight:
+    """A quantized module's codes and scales on `device`, as the file has them."""
+    return _read_member(checkpoint, dialect, module, fmt, device, partial(read_tensor, checkpoint)).quantized
 
 
 @dataclass(frozen=True)
@@ -247,7 +277,10 @@ class FP8Cache(NoCache):
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [B, H, T, D] as attention reads them back, in their own dtype."""
         pairs = ((key_states, self.k_scale), (value_states, self.v_scale))
-        keys, values = (fp8.quantize_dequantize_input_static(x, scale.to(x.device)) for x, scale in pairs)
+        keys, values = (
+            straight_through(partial(fp8.quantize_dequantize_input_static, scale=scale.to(x.device)), x)
+            for x, scale in pairs
+        )
         return keys, values
 
 

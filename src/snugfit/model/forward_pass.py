@@ -219,24 +219,30 @@ def queue_layer(
             batch.hidden = states[0].read(batch)
         if before is not None:
             before(batch)
-        args, kwargs = batch.calls[index]
-        if cache is not None:
-            if "past_key_values" not in kwargs:
-                raise UserError(
-                    f"{type(layer).__name__} takes no cache, so its keys and values cannot be observed.",
-                    code="architecture-unsupported",
-                    where=f"layer {index}",
-                    remedy="Remove `kv_cache` from the recipe.",
-                )
-            kwargs = kwargs | {"past_key_values": cache}
-        output = layer(batch.hidden, *args, **kwargs)
-        batch.hidden = output[0] if isinstance(output, tuple) else output
+        batch.hidden = call_layer(layer, index, batch, batch.hidden, cache)
         bad.append(_nonfinite_tokens(batch))
         if states is not None:
             if states[1] is not None:
                 states[1].write(batch, batch.hidden)
             batch.hidden = torch.empty(0)
     return torch.stack(bad).sum() if bad else torch.zeros((), dtype=torch.int64)
+
+
+def call_layer(layer: Callable[..., Any], index: int, batch: Batch, hidden: Tensor, cache: object = None) -> Tensor:
+    """What decoder layer `index` makes of a batch's `hidden` states; a `cache` as in `run_layer`."""
+    args, kwargs = batch.calls[index]
+    if cache is not None:
+        if "past_key_values" not in kwargs:
+            raise UserError(
+                f"{type(layer).__name__} takes no cache, so its keys and values cannot be observed.",
+                code="architecture-unsupported",
+                where=f"layer {index}",
+                remedy="Remove `kv_cache` from the recipe.",
+            )
+        kwargs = kwargs | {"past_key_values": cache}
+    output = layer(hidden, *args, **kwargs)
+    result: Tensor = output[0] if isinstance(output, tuple) else output
+    return result
 
 
 def nonfinite_tokens(batches: Sequence[Batch]) -> int:
@@ -255,10 +261,13 @@ def _nonfinite_tokens(batch: Batch) -> Tensor:
 Head = Callable[[Tensor], Tensor]
 
 
-def output_head(skeleton: Skeleton, weights: Mapping[str, Tensor], device: torch.device) -> tuple[Head, nn.Module]:
+def output_head(
+    skeleton: Skeleton, weights: Mapping[str, Tensor], device: torch.device, *, gradients: bool = False
+) -> tuple[Head, nn.Module]:
     """Final norm and head as a function from hidden states [B, t, H] to logits [B, t, V], and the model it runs in.
 
-    `weights` are those outside the layers, by full name; the embeddings are not needed.
+    `weights` are those outside the layers, by full name; the embeddings are not needed. With `gradients` they flow to
+    the hidden states.
     """
     part = torch.empty(0)
     layer_stubs: list[nn.Module] = [
@@ -267,13 +276,14 @@ def output_head(skeleton: Skeleton, weights: Mapping[str, Tensor], device: torch
     ]
     model = on_device(with_layers(skeleton, layer_stubs, weights), device)
     without_embeddings(model)
+    model.requires_grad_(False)
 
-    @torch.no_grad()
     def run(hidden: Tensor) -> Tensor:
         nonlocal part
         part = hidden
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=device)  # some families ask for them
-        result: Tensor = model(input_ids=ids, use_cache=False).logits
+        with torch.set_grad_enabled(gradients):
+            result: Tensor = model(input_ids=ids, use_cache=False).logits
         return result
 
     return run, model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,10 @@ _COPIES = 6
 _STATES, _WIDTHS = 6, 3
 # of GPTQ: copies of the largest E[x x^T] while it is factored, copies in fp32 of the largest fused group of weights
 _SQUARES, _GROUPS = 4, 5
+# of learned scales: tokens of a step, logits at once; what the insides of a layer hold of a token in its backward pass
+LEARNED_TOKENS = 4096
+LEARNED_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
+_LEARNED_STATES, _LEARNED_WIDTHS, _LEARNED_COPIES = 16, 10, 6
 _HEAP = 340_000_000  # at most what the C library keeps of experts' many small tensors meanwhile (measured)
 _CUDA_HOST = 750_000_000  # what the GPU's libraries take of main memory once they work (torch 2.11, CUDA 13)
 
@@ -38,6 +43,13 @@ class Estimate:
     ram: int
     gpu: int | None
     disk: int
+
+    def beside(self, other: Estimate | None) -> Estimate:
+        """The peaks of both, one after the other."""
+        if other is None:
+            return self
+        gpu = None if self.gpu is None else max(self.gpu, other.gpu or 0)
+        return Estimate(ram=max(self.ram, other.ram), gpu=gpu, disk=max(self.disk, other.disk))
 
     def line(self) -> str:
         """One line for people."""
@@ -103,6 +115,39 @@ def estimate_run(
     return Estimate(ram=now + _CUDA_HOST + moving, gpu=peak, disk=disk)
 
 
+def estimate_learning(
+    plan: Plan, skeleton: Skeleton, learned: frozenset[str], dataset: Dataset, device: torch.device
+) -> Estimate:
+    """Peaks of learning the scales of the weights `learned` at the model's output, from shapes alone; no disk.
+
+    On the device are all layers (codes where they learn, else 16 bits), fp32 scales with gradient and optimizer, a
+    hidden state a layer and token, the insides of one layer in its backward pass, both heads, logits of a few tokens.
+    """
+    tensors, itemsize = plan.weights.tensors, skeleton.dtype.itemsize
+    hidden = skeleton.hidden_size * itemsize
+    layers = range(1, len(plan.units))
+    frozen = sum(itemsize * tensors[n].elements for i in layers for n in plan.units[i] if n not in learned)
+    codes = sum(info.bytes for name in learned for info in plan.outputs[name])
+    scales = sum(
+        _LEARNED_COPIES * 4 * math.prod(info.shape)
+        for name in learned
+        for info in plan.outputs[name]
+        if info.name.endswith(".weight_scale")
+    )
+    inside = max(sum(2 * itemsize * tensors[n].elements for n in plan.units[i] if n in learned) for i in layers)
+    largest = max(tensors[name].elements for name in learned)
+    width = max(max(tensors[name].shape) for name in learned)
+    tokens = min(dataset.tokens, max(LEARNED_TOKENS, *map(len, dataset.samples)))
+    activations = tokens * (len(layers) * hidden + _LEARNED_STATES * hidden + _LEARNED_WIDTHS * width * itemsize)
+    head = skeleton.model.get_output_embeddings().weight  # type: ignore[operator]
+    heads = 2 * itemsize * int(head.numel()) + _LEARNED_COPIES * 4 * LEARNED_LOGITS[device.type]
+    on_device = frozen + codes + scales + inside + 3 * 4 * largest + activations + heads
+    kept = 2 * dataset.tokens * hidden  # the first and the original's last hidden states
+    if device.type == "cpu":
+        return Estimate(ram=rss_bytes() + on_device + kept, gpu=None, disk=0)
+    return Estimate(ram=rss_bytes() + _CUDA_HOST + kept, gpu=on_device, disk=0)
+
+
 def _correlations(plan: Plan, unit: tuple[str, ...]) -> int:
     """Bytes of second moments of the inputs of a layer's linears, and of what is made of the largest for one group."""
     follows = [name for name in unit if (a := plan.assignments.get(name)) and a.follows_effort]
@@ -143,14 +188,14 @@ def _layer_bytes(plan: Plan, unit: tuple[str, ...], *, runs: bool) -> _Layer:
     return _Layer(values=values, codes=codes, group=max(groups, default=0), rounded_inputs=rounded)
 
 
-def check_memory(estimate: Estimate, device: torch.device) -> None:
-    """UserError if main memory or GPU memory would not be enough."""
+def check_memory(estimate: Estimate, device: torch.device, remedy: str = "") -> None:
+    """UserError if main memory or GPU memory would not be enough; `remedy` is another than to lower the batch."""
     _check(
         "memory",
         "memory-insufficient",
         (estimate.ram - rss_bytes(), free_bytes(torch.device("cpu"))),
         "this machine",
-        "Lower `tokens_per_batch`, or free memory.",
+        remedy or "Lower `tokens_per_batch`, or free memory.",
     )
     if estimate.gpu is not None:
         _check(
@@ -158,7 +203,7 @@ def check_memory(estimate: Estimate, device: torch.device) -> None:
             "gpu-memory-insufficient",
             (estimate.gpu, free_bytes(device)),
             str(device),
-            'Lower `tokens_per_batch`, or set `device` to "cpu".',
+            remedy or 'Lower `tokens_per_batch`, or set `device` to "cpu".',
         )
 
 

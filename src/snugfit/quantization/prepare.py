@@ -21,7 +21,7 @@ from snugfit.methods.method import Method
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
-from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_run
+from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_learning, estimate_run
 from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan, groups_of
@@ -32,9 +32,12 @@ from snugfit.quantization.ways import (
     FAST,
     GOOD,
     HELD_OUT_EVERY,
+    LEARNED,
     Way,
+    learned_weights,
     ways_of,
     why_no_trials,
+    why_not_learned,
 )
 from snugfit.recipes.assignment import NO_RULE, Assignment
 from snugfit.records.quantize import TensorRecord
@@ -76,7 +79,8 @@ class PreparedRun:
 
     `dataset` is None if no samples are needed; `known` are statistics that take their place, `recalled` what they say
     of each layer. `effort` is None if no rule of the recipe follows it. `ways` are to be tried, if there are several,
-    on the samples `held_out`, under the engine profile `target`; the run that this describes takes `way`.
+    on the samples `held_out`, under the engine profile `target`; the run that this describes takes `way`. `learning` is
+    what the way that learns scales needs by itself, None without it.
     """
 
     plan: Plan
@@ -93,6 +97,7 @@ class PreparedRun:
     known: Statistics | None
     recalled: Sequence[Measured] | None
     estimate: Estimate
+    learning: Estimate | None
     notes: tuple[str, ...]
 
     @property
@@ -120,6 +125,8 @@ class PreparedRun:
 
         That is so if its disk has too little space, or if it holds an unfinished run that this one cannot resume.
         """
+        if self.learning is not None:
+            check_memory(self.learning, self.device, remedy='All layers learn together: set `effort="good"`.')
         check_memory(self.estimate, self.device)
         if output_dir is not None:
             check_stageable(Path(output_dir), models=[self.plan.checkpoint.path])
@@ -261,10 +268,9 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
             dataset = dataset if plan.needs_activations else None
         elif dataset is not None:
             dataset, held_out = hold_out(dataset, HELD_OUT_EVERY)
-    if method is None:
-        ways = ways_of(plan, effort, calibration.target, samples_run=dataset is not None)
-    else:
-        ways = (Way("given", method),)
+    ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device)
+    if effort == BEST and learning is None:
+        notes.append(f"scales do not learn: {why_not_learned(plan, skeleton)}")
     estimate = estimate_run(
         plan,
         skeleton,
@@ -289,9 +295,28 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
         dataset=dataset,
         known=known,
         recalled=recalled,
-        estimate=estimate,
+        estimate=estimate.beside(learning),
+        learning=learning,
         notes=tuple(notes),
     )
+
+
+def _ways(
+    plan: Plan,
+    skeleton: Skeleton,
+    calibration: Calibration,
+    method: Method | None,
+    effort: str | None,
+    dataset: Dataset | None,
+    device: torch.device,
+) -> tuple[tuple[Way, ...], Estimate | None]:
+    """The ways to be tried, and what the one that learns scales needs; None without it."""
+    if method is not None:
+        return (Way("given", method),), None
+    ways = ways_of(plan, effort, calibration.target, samples_run=dataset is not None)
+    if effort != BEST or dataset is None or why_not_learned(plan, skeleton):
+        return ways, None
+    return (*ways, LEARNED), estimate_learning(plan, skeleton, learned_weights(plan), dataset, device)
 
 
 def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known: Statistics | None) -> list[str]:

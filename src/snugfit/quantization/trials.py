@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from snugfit.evaluation.held_out import HeldOut, segments
+from snugfit.quantization.learned import learn
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import FinishedUnits, read_json, replace_json
 from snugfit.quantization.run import Outcome, Run, run_layers
@@ -39,13 +40,15 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> tuple[Run, Out
     tokens, files = segments(prepared.held_out.samples, prepared.held_out.shares)
     held_out: HeldOut | None = None
     found: list[Measured] = []
+    winner = ""
     for way in prepared.ways:
         known = _recalled(run.work, way)
         if known is None:
             if held_out is None:
                 held_out = _open_held_out(prepared)
             run.progress.message(f"trying {way.name}")
-            known = _try(run, way, held_out, write_config)
+            champion = next((one for one in prepared.ways if one.name == winner), None)
+            known = _try(run, way, champion, held_out, write_config)
         found.append(known)
         trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
@@ -74,11 +77,11 @@ def _open_held_out(prepared: PreparedRun) -> HeldOut:
     )
 
 
-def _try(run: Run, way: Way, held_out: HeldOut, write_config: Callable[[Path], None]) -> Measured:
-    """Quantize one way, and measure it."""
+def _try(run: Run, way: Way, champion: Way | None, held_out: HeldOut, write_config: Callable[[Path], None]) -> Measured:
+    """Quantize one way, and measure it; a way that learns starts from the files of the `champion`."""
     started = time.perf_counter()
     inner = _run_of(run, way)
-    outcome = run_layers(inner)
+    outcome = learn(inner, _run_of(run, champion)) if way.learns and champion else run_layers(inner)
     write_config(inner.directory)
     with run.clock("trials"):
         kl = held_out.divergences(inner.directory)

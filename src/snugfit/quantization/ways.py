@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from snugfit.data.dataset import Dataset
 from snugfit.errors import UserError
 from snugfit.methods.calibrated import Calibrated
+from snugfit.methods.learned_scales import LEARNED_FORMATS
 from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model.skeleton import Skeleton
@@ -20,13 +21,18 @@ DESCENT_SWEEPS = 2
 
 @dataclass(frozen=True)
 class Way:
-    """A way to choose codes, by its name in records."""
+    """A way to choose codes, by its name in records.
+
+    With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
+    """
 
     name: str
     method: Method
+    learns: bool = False
 
 
 PLAIN = Way("plain", ROUND_TO_NEAREST)
+LEARNED = Way("learned", ROUND_TO_NEAREST, learns=True)
 
 
 def ways_of(plan: Plan, effort: str | None, target: str, *, samples_run: bool) -> tuple[Way, ...]:
@@ -57,6 +63,28 @@ def ways_of(plan: Plan, effort: str | None, target: str, *, samples_run: bool) -
 def _has_linears(plan: Plan) -> bool:
     """Whether weights other than routed experts follow the effort."""
     return any(a.follows_effort and ".experts." not in name for name, a in plan.assignments.items())
+
+
+def learned_weights(plan: Plan) -> frozenset[str]:
+    """Weights of decoder layers, but routed experts', that follow the effort and whose scales can learn."""
+    return frozenset(
+        name
+        for unit in plan.units[1:]
+        for name in unit
+        if (a := plan.assignments.get(name)) and a.follows_effort and ".experts." not in name
+        if a.format is not None and a.format.name in LEARNED_FORMATS
+    )
+
+
+def why_not_learned(plan: Plan, skeleton: Skeleton) -> str:
+    """Why scales cannot learn at the model's output; empty if they can."""
+    if skeleton.experts:
+        return "gradients do not pass through routed experts"
+    if skeleton.carries_state:
+        return "layers of this family pass more on than hidden states"
+    if not learned_weights(plan):
+        return "no format that follows the effort has scales between which others lie (NVFP4, INT4)"
+    return ""
 
 
 def why_no_trials(plan: Plan, skeleton: Skeleton, dataset: Dataset | None) -> UserError | None:
