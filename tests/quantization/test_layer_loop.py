@@ -190,6 +190,7 @@ def expected_moments(model: Path, written: Mapping[str, Tensor]) -> list[dict[st
                 prefix=f"{prefix}.",
                 linears={name: name for name in linears},
                 parameters={},
+                dtypes={},
                 targets={},
                 experts=None,
                 run=lambda *_args, **_options: None,

@@ -58,9 +58,9 @@ class Scales:
 class Observed:
     """What was found out about a layer.
 
-    `moments` by the file's name of the first linear of each fused group; `expert_moments` by the file's name of an
-    expert's linear; `roundings` of inputs by the file's names of linears. `scaling` speaks of the module's names;
-    `modules` and `parameters` map the file's to those.
+    `moments` by the file's names of linears, where a fused group shares them; `expert_moments` by those of experts'
+    linears; `roundings` of inputs by the file's names of linears. `scaling` speaks of the module's names; `modules` and
+    `parameters` map the file's to those.
     """
 
     moments: Mapping[str, Moments]
@@ -127,7 +127,9 @@ class Calibrated:
 
         layer.run(before)
         found = observer.result()
-        by_file = {group[0]: found[module] for group in groups if (module := layer.linears[group[0]]) in found}
+        by_file = {
+            name: found[module] for group in groups if (module := layer.linears[group[0]]) in found for name in group
+        }
         return Observed(
             moments=by_file,
             expert_moments=_of_experts(layer, mixture),
@@ -155,7 +157,7 @@ class Calibrated:
                 if fold.consumers[0] in found and self._is_same(layer, fold):
                     factors = self._best_factors(layer.module, fold, found[fold.consumers[0]], by_module)
                     chosen += [] if factors is None else [(fold, factors)]
-        scaling = folding.scale(layer.module, chosen)
+        scaling = folding.scale(layer.module, chosen, layer.dtypes)
         ranges = {}
         for group in groups:
             module = layer.linears[group[0]]

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from snugfit.formats.quantized_weight import QuantizedWeight
@@ -93,15 +94,17 @@ class ObservedLayer:
     """A layer with its exact weights, for a method to set hooks in and run; a method may change it.
 
     `linears` maps the file's full names of its linears to their names in `module`, `parameters` the file's full names
-    of all its tensors but experts' to the module's. `targets` says of each weight that is to be quantized how, by the
-    file's full name. `experts` describes its routed experts, which are no linears: `snugfit.model.experts.hook` shows
-    their inputs; None if it has none; `prefix` is what the file's names begin with.
+    of all its tensors but experts' to the module's, and `dtypes` the latter to dtypes in the file. `targets` says of
+    each weight that is to be quantized how, by the file's full name. `experts` describes its routed experts, which are
+    no linears: `snugfit.model.experts.hook` shows their inputs; None if it has none; `prefix` is what the file's names
+    begin with.
     """
 
     module: nn.Module
     prefix: str
     linears: Mapping[str, str]
     parameters: Mapping[str, str]
+    dtypes: Mapping[str, torch.dtype]
     targets: Mapping[str, Target]
     experts: ExpertNames | None
     run: RunLayer

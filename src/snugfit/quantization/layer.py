@@ -179,11 +179,13 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
                 targets[name] = group.target
     layer = run.resident(weights)
     names = run.skeleton.names_of_layer(run.index)
+    parameters = {f"{run.prefix}{file_name}": name for file_name, name in names.parameters.items()}
     observed = ObservedLayer(
         module=layer,
         prefix=run.prefix,
         linears={f"{run.prefix}{file_name}": module for file_name, module in _linears_of(run, layer).items()},
-        parameters={f"{run.prefix}{file_name}": name for file_name, name in names.parameters.items()},
+        parameters=parameters,
+        dtypes={parameters[name]: weight.dtype for name, weight in weights.items() if name in parameters},
         targets=targets,
         experts=run.skeleton.experts.get(run.index),
         run=_runner(run, layer),
