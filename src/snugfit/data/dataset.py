@@ -51,16 +51,19 @@ def make_dataset(samples: Sequence[Sequence[int]], source: str, shares: Sequence
 def hold_out(dataset: Dataset, every: int) -> tuple[Dataset, Dataset]:
     """The samples in two parts: those to work with, and one of `every` of each file, evenly spread, held out.
 
-    Of a file with two samples or more at least one is held out; a single sample stays.
+    Of a file with two samples or more at least one is held out. Files with one sample count as one file together; a
+    sample that is alone in this stays.
     """
     held: set[int] = set()
-    start = 0
     shares = dataset.shares or (len(dataset.samples),)
     file_of = [file for file, count in enumerate(shares) for _ in range(count)]
-    for count in shares:
-        number = max(1, count // every) if count > 1 else 0
-        held |= {start + (2 * place + 1) * count // (2 * number) for place in range(number)}
-        start += count
+    members: dict[int, list[int]] = {}
+    for number, file in enumerate(file_of):
+        members.setdefault(file if shares[file] > 1 else -1, []).append(number)
+    for numbers in members.values():
+        count = len(numbers)
+        out_of_these = max(1, count // every) if count > 1 else 0
+        held |= {numbers[(2 * place + 1) * count // (2 * out_of_these)] for place in range(out_of_these)}
     parts = []
     for out in (False, True):
         files: list[list[tuple[int, ...]]] = [[] for _ in shares]

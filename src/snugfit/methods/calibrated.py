@@ -245,6 +245,9 @@ class Calibrated:
         moments = observed.moments.get(first)
         importance = observed.expert_moments.get(first) if moments is None else moments.squares
         if importance is None:  # nothing came to it
+            for name in names:
+                module, weight = observed.modules.get(name.removesuffix(".weight"), ""), group.weights[name]
+                group.weights[name] = observed.scaling.weight(module, weight).to(weight.dtype)
             yield from ROUND_TO_NEAREST.choose([group], purpose)
             return
         feedback = gram = None

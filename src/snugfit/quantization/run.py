@@ -35,7 +35,7 @@ from snugfit.storage.transfer import Transfer
 from snugfit.version import __version__
 
 # errors that only the work on a layer can show
-_LATE = frozenset({"activations-not-finite", "amax-invalid"})
+LATE_ERRORS = frozenset({"activations-not-finite", "amax-invalid"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def run_layers(run: Run) -> Outcome:
             remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
         ) from None
     except UserError as error:
-        if isinstance(error, Unfinished) or error.code not in _LATE or run.finished.done < 2:
+        if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or run.finished.done < 2:
             raise
         raise _kept(run, error) from None
 

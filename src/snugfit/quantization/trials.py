@@ -3,7 +3,8 @@
 Each way is a whole run into a folder of its own below the work folder, resumable like any other; then the quantized
 model runs on the held-out samples, with its inputs rounded as the target engine rounds them. A later way takes the
 place of an earlier one only if it is better beyond the error (records/trials.py); the loser's weights are deleted at
-once, so that two results are on the disk at most. The winner's files are moved to where the result belongs.
+once, so that two results are on the disk at most. The winner's files are moved to where the result belongs. A way
+behind the first that gives hidden states which are not finite has lost, too.
 
 What was measured stands in one file a way. Everything here follows from those files: a run that was killed anywhere
 ends the same.
@@ -11,17 +12,19 @@ ends the same.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from snugfit.errors import UserError
 from snugfit.evaluation.held_out import HeldOut, segments
 from snugfit.quantization.learned import learn
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import FinishedUnits, read_json, replace_json
-from snugfit.quantization.run import Outcome, Run, run_layers
+from snugfit.quantization.run import LATE_ERRORS, Outcome, Run, run_layers
 from snugfit.quantization.ways import Way
 from snugfit.records.trials import Measured, Trial, judge
 from snugfit.storage.staging import WORK_NAME
@@ -48,7 +51,13 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> tuple[Run, Out
                 held_out = _open_held_out(prepared)
             run.progress.message(f"trying {way.name}")
             champion = next((one for one in prepared.ways if one.name == winner), None)
-            known = _try(run, way, champion, held_out, write_config)
+            try:
+                known = _try(run, way, champion, held_out, write_config)
+            except UserError as error:
+                if champion is None or error.code not in LATE_ERRORS:
+                    raise
+                run.progress.message(f"{way.name}: {error.what}")
+                known = _failed(run, way, len(tokens))
         found.append(known)
         trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
@@ -87,6 +96,13 @@ def _try(run: Run, way: Way, champion: Way | None, held_out: HeldOut, write_conf
         kl = held_out.divergences(inner.directory)
     measured = Measured(way.name, tuple(kl), time.perf_counter() - started)
     replace_json(_file(run.work, way), {"measured": asdict(measured), "outcome": asdict(outcome)})
+    return measured
+
+
+def _failed(run: Run, way: Way, count: int) -> Measured:
+    """Note that a way gave nothing that could be measured on the `count` segments."""
+    measured = Measured(way.name, (math.nan,) * count, 0.0)
+    replace_json(_file(run.work, way), {"measured": asdict(measured)})
     return measured
 
 
@@ -134,7 +150,9 @@ def _forget_weights(work: Path, way: Way) -> None:
 
 def _line(trial: Trial) -> str:
     """One line for people."""
+    if math.isnan(trial.kl):
+        return f"{trial.name}: predictions on held-out samples are not finite: {'kept' if trial.kept else 'not kept'}"
     text = f"{trial.name}: KL {trial.kl:.4f} +- {trial.error:.4f} on held-out samples"
-    if trial.gain is None:
+    if trial.gain is None or math.isnan(trial.gain):
         return text
     return f"{text}, {trial.gain:+.4f} +- {trial.gain_error:.4f} gained: {'kept' if trial.kept else 'not kept'}"

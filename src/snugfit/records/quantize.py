@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from snugfit.records.base import as_json
+from snugfit.records.base import as_json, without_nan
 from snugfit.records.trials import Trial
 
 QUANTIZE_SCHEMA = "snugfit.quantize/1"
@@ -70,7 +70,7 @@ class QuantizeRecord:
 
     def to_json(self) -> str:
         """The record as it is stored, one JSON document."""
-        return as_json(asdict(self))
+        return as_json(without_nan(asdict(self)))
 
 
 @dataclass(frozen=True)

@@ -74,12 +74,15 @@ def judge(found: Sequence[Measured], tokens: Sequence[int], files: Sequence[int]
 def _mean(values: Sequence[float], weights: Sequence[int], files: Sequence[int]) -> tuple[float, float]:
     """The weighted mean, and its standard error: of independent segments, in strata that are the files.
 
-    NaN if a value is. A file with one segment counts with its distance from the whole mean.
+    NaN if a value is. A file with one segment counts with its distance from the whole mean; the error of a single
+    segment is its value, since nothing says how far others would be from it.
     """
     if not all(map(isfinite, values)):
         return float("nan"), float("nan")
     total = sum(weights)
     mean = fsum(v * w for v, w in zip(values, weights, strict=True)) / total
+    if len(values) == 1:
+        return mean, abs(mean)
     variance = 0.0
     for file in set(files):
         own = [(v, w) for v, w, f in zip(values, weights, files, strict=True) if f == file]
