@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from snugfit.records.quantize import RECORD_FILE
 
 KILLED = 9
+# everything that changes the disk
+WRITES: list[tuple[Any, str]] = [
+    (os, "pwrite"),
+    (os, "ftruncate"),
+    (os, "fsync"),
+    (os, "unlink"),
+    (os, "rmdir"),
+    (Path, "write_text"),
+    (Path, "replace"),
+    (Path, "rename"),
+    (Path, "mkdir"),
+    (Path, "unlink"),
+    (shutil, "copyfile"),
+]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -27,3 +43,21 @@ def in_child(work: Callable[[], None]) -> int:
         os._exit(0)
     except BaseException:  # noqa: BLE001
         os._exit(1)
+
+
+def kill_at(boundary: int) -> None:
+    """From now on the process dies at its `boundary`-th change of the disk, before it happens."""
+    count = 0
+
+    def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == boundary:
+                os._exit(KILLED)
+            return real(*arguments, **options)
+
+        return call
+
+    for owner, name in WRITES:
+        setattr(owner, name, guarded(getattr(owner, name)))

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import snugfit.quantization.run
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
-from helpers.killed import KILLED, contents, in_child
+from helpers.killed import KILLED, contents, in_child, kill_at
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished, UserError
 from snugfit.quantization.layer import LayerPass, choose, propagate
@@ -26,20 +26,6 @@ from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.storage.staging import WORK_NAME, units_done
 
 RECIPE = "nvfp4-fp8-hybrid-fp8kv-four-over-six"
-# everything that changes the disk
-WRITES: list[tuple[Any, str]] = [
-    (os, "pwrite"),
-    (os, "ftruncate"),
-    (os, "fsync"),
-    (os, "unlink"),
-    (os, "rmdir"),
-    (Path, "write_text"),
-    (Path, "replace"),
-    (Path, "rename"),
-    (Path, "mkdir"),
-    (Path, "unlink"),
-    (shutil, "copyfile"),
-]
 
 
 @pytest.fixture(scope="module")
@@ -63,24 +49,6 @@ def uninterrupted(model: Path, token_rows: Path, tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("whole") / "out"
     run(model, out, token_rows)
     return contents(out)
-
-
-def kill_at(boundary: int) -> None:
-    """From now on the process dies at its `boundary`-th change of the disk, before it happens."""
-    count = 0
-
-    def guarded(real: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == boundary:
-                os._exit(KILLED)
-            return real(*arguments, **options)
-
-        return call
-
-    for owner, name in WRITES:
-        setattr(owner, name, guarded(getattr(owner, name)))
 
 
 def boundaries(model: Path, token_rows: Path, out: Path) -> Iterator[tuple[int, int]]:

@@ -242,11 +242,8 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
         what = "this method measures the layers itself, so statistics cannot take the place of samples."
         raise UserError(what, code="option-conflict", where="statistics", remedy="Leave `statistics` out.")
     effort = _effort_of(plan, calibration) if method is None else None
-    needed = plan.recipe is None or plan.needs_activations or effort in (GOOD, BEST)
-    needed = needed or (method is not None and method.observe is not None)
-    dataset = None
-    if (needed and known is None) or (known is not None and calibration.dataset):
-        dataset = load_samples(plan, calibration)
+    needed = plan.recipe is None or plan.needs_activations or (method is not None and method.observe is not None)
+    dataset, missing = _load(plan, calibration, effort, needed=needed)
     if known is not None:
         where = str(calibration.statistics)
         check_statistics(known, plan.checkpoint, dataset, calibration.experts, where=where)
@@ -259,16 +256,16 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
     tokens_per_batch = calibration.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     notes, held_out = list(_notes(plan, calibration, dataset, known)), None
     if effort in (GOOD, BEST):
-        problem = why_no_trials(plan, skeleton, dataset)
-        if problem is not None and calibration.effort is not None:
-            raise problem
-        if problem is not None:
-            notes.append(f"effort is fast: {problem.what}")
-            effort = FAST
-            dataset = dataset if plan.needs_activations else None
-        elif dataset is not None:
+        problem = missing or why_no_trials(plan, skeleton, dataset)
+        if problem is None and dataset is not None:
             dataset, held_out = hold_out(dataset, HELD_OUT_EVERY)
+        elif problem is not None:
+            notes.append(_without_trials(problem, calibration))
+            effort, dataset = FAST, dataset if plan.needs_activations else None
     ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device)
+    if held_out is not None:
+        names = ", ".join(way.name for way in ways)
+        notes.append(f"to be tried on {len(held_out.samples)} held-out samples as under {calibration.target}: {names}")
     if effort == BEST and learning is None:
         notes.append(f"scales do not learn: {why_not_learned(plan, skeleton)}")
     estimate = estimate_run(
@@ -299,6 +296,26 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
         learning=learning,
         notes=tuple(notes),
     )
+
+
+def _load(
+    plan: Plan, calibration: Calibration, effort: str | None, *, needed: bool
+) -> tuple[Dataset | None, UserError | None]:
+    """The samples, None if there is no use for them; and why there are none where nobody asked for their use."""
+    wanted = needed or effort in (GOOD, BEST) if calibration.statistics is None else bool(calibration.dataset)
+    try:
+        return load_samples(plan, calibration) if wanted else None, None
+    except UserError as error:
+        if needed or calibration.effort or calibration.dataset:
+            raise
+        return None, error
+
+
+def _without_trials(problem: UserError, calibration: Calibration) -> str:
+    """The note that the default effort is `fast`; raises the problem where another one was asked for."""
+    if calibration.effort is not None:
+        raise problem
+    return f"effort is {FAST}: {problem.what}"
 
 
 def _ways(
@@ -376,7 +393,9 @@ def check_statistics(
     if known.header_digest != header_digest(checkpoint) or known.fingerprint != fingerprint(checkpoint):
         what = f"these statistics are of another model ({known.model})."
         raise UserError(what, code="statistics-mismatch", where=where, remedy=again)
-    if asked is not None and [asked.digest] != [one.digest for one in known.datasets]:
+    # of samples of which a part was held out, statistics have the others
+    alike = [] if asked is None else [[part.digest] for part in (asked, hold_out(asked, HELD_OUT_EVERY)[0])]
+    if asked is not None and [one.digest for one in known.datasets] not in alike:
         of = ", ".join(f"{one.source}: {one.num_samples} samples, {one.digest[:12]}" for one in known.datasets)
         what = f"these statistics are of other samples ({of}) than `dataset` gives ({len(asked.samples)}, "
         remedy = "Leave `dataset` out to use theirs, or measure these."

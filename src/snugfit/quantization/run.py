@@ -101,9 +101,8 @@ def run_layers(run: Run) -> Outcome:
                     measured = _measure(run, number, layer, states, tensors, roundings)
                 with clock("write"):
                     records = write_unit(plan, number, tensors, measured, writer)
-                del roundings
                 tensors.clear()  # before the next layer is read: one is in memory at a time
-                del layer
+                del layer, roundings
                 commits.start(records, measured, writer, states[number % 2] if run.runs_layers else None)
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
