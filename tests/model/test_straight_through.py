@@ -12,7 +12,8 @@ from snugfit.model import emulate
 def test_a_rounded_input_passes_its_gradient() -> None:
     """The output is that of the rounded input, bit for bit; the gradient is the weight's, as without rounding."""
     torch.manual_seed(0)
-    layer = nn.Sequential(nn.Linear(32, 16, bias=False)).requires_grad_(requires_grad=False)
+    linear = nn.Linear(32, 16, bias=False).requires_grad_(requires_grad=False)
+    layer = nn.Sequential(linear)
     rounding = InputRounding("nvfp4", torch.tensor(0.01))
     inputs = torch.randn(4, 32)
     exact = layer(rounding(inputs))
@@ -22,7 +23,7 @@ def test_a_rounded_input_passes_its_gradient() -> None:
     assert torch.equal(output, exact)
     output.sum().backward()
     assert leaf.grad is not None
-    torch.testing.assert_close(leaf.grad, layer[0].weight.sum(0).expand(4, 32))
+    torch.testing.assert_close(leaf.grad, linear.weight.sum(0).expand(4, 32))
     assert not layer(inputs).requires_grad
 
 

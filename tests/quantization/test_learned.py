@@ -20,7 +20,7 @@ from helpers.tiny_families import FAMILIES, all_tensors, random_rows, same, writ
 from helpers.tiny_mixtures import MIXTURES
 from snugfit.machine import rss_bytes
 from snugfit.progress import Progress
-from snugfit.quantization import learned, trials
+from snugfit.quantization import learned
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.quantization.ways import LEARNED, PLAIN
 from snugfit.records.quantize import QuantizeRecord
@@ -254,14 +254,14 @@ def test_it_starts_from_the_way_kept_before(
 ) -> None:
     """The codes are those of the champion, whichever way that is."""
     started: list[Path] = []
-    real = trials.learn
+    real = learned.learn
 
     def learn(run: Any, champion: Any) -> Any:
         started.append(champion.directory)
         return real(run, champion)
 
     monkeypatch.undo()
-    monkeypatch.setattr(trials, "learn", learn)
+    monkeypatch.setattr("snugfit.quantization.trials.learn", learn)
     monkeypatch.setattr(learned, "PASSES", 2)
     record = run(model, tmp_path / "out", rows)
     kept = [trial.name for trial in record.trials if trial.kept and trial.name != LEARNED.name][-1]
