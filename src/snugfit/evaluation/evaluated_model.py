@@ -358,6 +358,7 @@ def resident_layer(
     """
     skeleton = model.skeleton
     prefix = f"{skeleton.stored_layers_name}.{index}"
+    names = skeleton.names_of_layer(index)
     weights, quantizers = emulate.read_layer(
         model.checkpoint,
         model.dialect,
@@ -365,7 +366,7 @@ def resident_layer(
         skeleton.layers[index],
         model.formats,
         model.activations,
-        skeleton.names_of_layer(index).parameters,
+        names.parameters,
         device,
         read,
     )
@@ -379,7 +380,7 @@ def resident_layer(
     layer = layers.resident_layer(skeleton, index, weights, device)
     if mixture is not None and inputs is not None:
         experts.hook(layer.get_submodule(mixture.module), inputs)
-    modules = skeleton.names_of_layer(index).modules
+    modules = names.modules
     emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
     if model.kv_cache is None or model.activations == "none":
         return layer, None

@@ -3,7 +3,7 @@
 transformers keeps a layer's experts as 3-D parameters of one module, which has no linears to hook. It lets a function
 take the place of that module's forward (`ALL_EXPERTS_FUNCTIONS`): it gets the module, the hidden states of all tokens,
 and for each token the indices and weights of its experts. The function here does the arithmetic of the module's own
-eager code, bit for bit (each layer is checked on its first tokens before it is used), and passes all inputs to
+eager code, bit for bit (a model's first layer of each kind is checked on its first tokens), and passes all inputs to
 `ExpertHooks`: they may round inputs as an engine would, and send tokens through experts that the router did not
 choose, whose output is dropped.
 """
@@ -29,7 +29,7 @@ GATE, UP, DOWN = "gate", "up", "down"
 CHECKED_TOKENS = 16
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # forced through an expert at once
 _HOOKS = "_snugfit_hooks"
-_SUM_DTYPE = "_snugfit_sum_dtype"
+_SUM_DTYPES = "_snugfit_sum_dtypes"
 
 
 class ExpertHooks(Protocol):
@@ -110,9 +110,11 @@ def find_experts(layer: nn.Module, *, where: str) -> str | None:
 def use(model: nn.Module) -> None:
     """Let every mixture of `model` run through this module."""
     transformers_api.register_experts(IMPLEMENTATION, _forward)
+    checked = _SumDtypes()
     for module in model.modules():
         if is_experts(module):
             transformers_api.use_experts(module, IMPLEMENTATION)
+            module.__dict__[_SUM_DTYPES] = checked
 
 
 def hook(module: nn.Module, hooks: ExpertHooks) -> None:
@@ -187,9 +189,25 @@ def _places(module: nn.Module) -> dict[tuple[str, str], tuple[str, slice]]:
 def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the module's own forward gives for hidden states [tokens, K], indices and weights [tokens, k] of experts."""
     hooks: ExpertHooks | None = self.__dict__.get(_HOOKS)
-    if _SUM_DTYPE not in self.__dict__:
-        self.__dict__[_SUM_DTYPE] = _checked(self, hidden_states, top_k_index, top_k_weights)
-    return _run(self, hidden_states, top_k_index, top_k_weights, hooks, self.__dict__[_SUM_DTYPE])
+    known: _SumDtypes = self.__dict__[_SUM_DTYPES]
+    kind = _kind(self, hidden_states, top_k_weights)
+    if kind not in known:
+        known[kind] = _checked(self, hidden_states, top_k_index, top_k_weights)
+    return _run(self, hidden_states, top_k_index, top_k_weights, hooks, known[kind])
+
+
+class _SumDtypes(dict[tuple[object, ...], torch.dtype]):
+    """The dtype in which experts of each kind add up, as checked; copies of a model's layers share it."""
+
+    def __deepcopy__(self, _: object) -> _SumDtypes:
+        return self
+
+
+def _kind(self: nn.Module, hidden: Tensor, weights: Tensor) -> tuple[object, ...]:
+    """What decides which arithmetic experts do: their code, their settings, and the dtypes and device they run on."""
+    settings = [(name, value) for name, value in self.__dict__.items() if isinstance(value, int | float | str)]
+    parts = [(name, type(module)) for name, module in self.named_children()]
+    return type(self), *sorted(settings), *parts, hidden.dtype, weights.dtype, hidden.device
 
 
 def _run(
@@ -210,12 +228,12 @@ def _run(
     chosen = index.t().reshape(-1)
     order = torch.argsort(chosen, stable=True)
     ends = torch.bincount(chosen, minlength=experts)[:experts].cumsum(0).tolist()
+    places_of_all, tokens_of_all = order // tokens, order % tokens
     start = 0
     for expert, end in enumerate(ends):
-        found = order[start:end]
+        places, routed = places_of_all[start:end], tokens_of_all[start:end]
         start = end
-        places, routed = found // tokens, found % tokens
-        if len(found):
+        if len(routed):
             middle = _middle(self, expert, inputs[routed])
             if hooks is not None:
                 middle = hooks.second(expert, middle, routed, forced=False)
