@@ -384,4 +384,5 @@ def resident_layer(
     emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
     if model.kv_cache is None or model.activations == "none":
         return layer, None
-    return layer, emulate.fp8_cache(*emulate.read_kv_scales(model.checkpoint, prefix, read))
+    scales = emulate.read_kv_scales(model.checkpoint, prefix, read)
+    return layer, emulate.fp8_cache(*(scale.to(device) for scale in scales))
