@@ -17,7 +17,7 @@ from snugfit.dialects.headers import Headers, by_module, holds_codes, holds_weig
 from snugfit.dialects.schemes import REMEDY
 from snugfit.dialects.structure import check_structure
 from snugfit.errors import UserError
-from snugfit.formats.spec import TensorFormat
+from snugfit.formats.spec import E8M0_NAN, TensorFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from snugfit.formats.quantized_weight import QuantizedWeight
 
 MODELOPT_FILE = "hf_quant_config.json"
-_E8M0_NAN = 255  # of the exponents of MXFP4
 _MISMATCH_REMEDY = "Config and weights do not belong together."
 _SCALES = ("_scale", "_scale_2", "_scale_inv")
 # one number for a whole weight or input
@@ -149,7 +148,7 @@ class Dialect:
                     where=self.where,
                     remedy="Quantize the model again: its calibration did not reach this module.",
                 )
-        if fmt.name == "mxfp4" and bool((parts["weight_scale"].view(torch.uint8) == _E8M0_NAN).any()):
+        if fmt.name == "mxfp4" and bool((parts["weight_scale"].view(torch.uint8) == E8M0_NAN).any()):
             raise UserError(
                 f"{module}.weight_scale holds NaN scales.",
                 code="scale-invalid",
@@ -215,7 +214,7 @@ def _have_sound_scales(modules: Iterable[tuple[TensorFormat, Mapping[str, Tensor
     for (kind, dtype), tensors in alike.items():
         stored = torch.cat(tensors)
         if kind == "exponent":
-            sound.append((stored != _E8M0_NAN).all())
+            sound.append((stored != E8M0_NAN).all())
             continue
         values = stored.view(dtype).float()
         sound.append((values.isfinite() & (values > 0) if kind == "global" else values.isfinite()).all())

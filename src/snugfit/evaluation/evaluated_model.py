@@ -243,7 +243,7 @@ def _next(coming: deque[str]) -> tuple[str, ...]:
 class _FirstNotFinite:
     """Warns of the first part of a model behind which hidden states are not finite.
 
-    A part's count is looked at when the next part's is there: by then a GPU has work to do while this waits for it.
+    A part's count is read after the next part is queued: a GPU then has work to do while this waits for it.
     """
 
     def __init__(self, model: EvaluatedModel, warn: Callable[[str], None]) -> None:
@@ -257,7 +257,7 @@ class _FirstNotFinite:
         self._counts.append((part, count))
 
     def check(self) -> None:
-        """Look at the counts that are there."""
+        """Read all counts that were added."""
         while self._counts:
             part, count = self._counts.popleft()
             if int(count) and not self._warned:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Protocol
 
 import torch
@@ -189,11 +190,12 @@ def _places(module: nn.Module) -> dict[tuple[str, str], tuple[str, slice]]:
 def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the module's own forward gives for hidden states [tokens, K], indices and weights [tokens, k] of experts."""
     hooks: ExpertHooks | None = self.__dict__.get(_HOOKS)
-    known: _SumDtypes = self.__dict__[_SUM_DTYPES]
+    known: _SumDtypes = self.__dict__.setdefault(_SUM_DTYPES, _SumDtypes())
     kind = _kind(self, hidden_states, top_k_weights)
-    if kind not in known:
-        known[kind] = _checked(self, hidden_states, top_k_index, top_k_weights)
-    return _run(self, hidden_states, top_k_index, top_k_weights, hooks, known[kind])
+    dtype = known.get(kind) or _checked(self, hidden_states, top_k_index, top_k_weights)
+    if dtype is not None:
+        known[kind] = dtype
+    return _run(self, hidden_states, top_k_index, top_k_weights, hooks, dtype or hidden_states.dtype)
 
 
 class _SumDtypes(dict[tuple[object, ...], torch.dtype]):
@@ -205,7 +207,8 @@ class _SumDtypes(dict[tuple[object, ...], torch.dtype]):
 
 def _kind(self: nn.Module, hidden: Tensor, weights: Tensor) -> tuple[object, ...]:
     """What decides which arithmetic experts do: their code, their settings, and the dtypes and device they run on."""
-    settings = [(name, value) for name, value in self.__dict__.items() if isinstance(value, int | float | str)]
+    plain = int | float | str | FunctionType | BuiltinFunctionType
+    settings = [(name, value) for name, value in self.__dict__.items() if isinstance(value, plain)]
     parts = [(name, type(module)) for name, module in self.named_children()]
     return type(self), *sorted(settings), *parts, hidden.dtype, weights.dtype, hidden.device
 
@@ -263,15 +266,18 @@ def _linear(self: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
     return out + getattr(self, f"{name}_bias")[expert] if self.has_bias else out
 
 
-def _checked(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> torch.dtype:
-    """The dtype in which the module's own code adds up what experts give; UserError where it does anything else."""
+def _checked(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> torch.dtype | None:
+    """The dtype in which the module's own code adds up what experts give; UserError where it does anything else.
+
+    None where numbers that are not finite leave it open.
+    """
     few = hidden[:CHECKED_TOKENS], index[:CHECKED_TOKENS], weights[:CHECKED_TOKENS]
     eager = transformers_api.eager_experts(self, few)
     for dtype in dict.fromkeys((hidden.dtype, weights.dtype, torch.float32)):
         if _equal(_run(self, *few, None, dtype), eager):
             return dtype
     if not eager.isfinite().all():  # sums of infinite numbers depend on their order; what runs the layer reports them
-        return hidden.dtype
+        return None
     raise UserError(
         f"{type(self).__name__} does not compute what transformers' experts interface describes.",
         code="experts-unsupported",
