@@ -12,7 +12,7 @@ from helpers.errors import raises
 from helpers.rounding import bytes_for, round_group
 from snugfit.dialects.compressed_tensors import decode, encode, formats_of, layout, quantization_config
 from snugfit.formats import fp8, int4, mxfp4, nvfp4
-from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
+from snugfit.formats.quantized_weight import QuantizedWeight, dequantize, dequantize_all
 from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS, READ_ONLY, TensorFormat, check_shape
 from snugfit.methods.rounding import ROUNDERS
 from snugfit.recipes.recipe import parse_recipe
@@ -93,6 +93,18 @@ def test_every_format_is_written_and_read(name: str) -> None:
         read, input_scale = decode(fmt, parts)
         assert torch.equal(dequantize(read), dequantize(quantized))
         assert (input_scale is None) == (not fmt.spec.calibrated)
+
+
+@every_name
+def test_weights_are_dequantized_together_as_alone(name: str) -> None:
+    """Several weights, two of them of one width and under scales of their own, have the same values, bit for bit."""
+    for fmt, _ in cases(name):
+        generator = torch.Generator().manual_seed(1)
+        weights = [torch.randn(rows, width, generator=generator) for rows, width in ((24, 256), (8, 128), (40, 256))]
+        rule = fmt.spec.scale_rules[0]
+        quantized = [round_group({"one": w.bfloat16() * 2**n}, fmt, rule, "mse")["one"] for n, w in enumerate(weights)]
+        for together, one in zip(dequantize_all(quantized), quantized, strict=True):
+            assert torch.equal(together, dequantize(one))
 
 
 @every_name

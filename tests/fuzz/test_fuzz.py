@@ -25,7 +25,8 @@ Found = tuple[list[dict[str, Any]], Counter[str]]
 def run_batch(target: str, first: int, count: int) -> Found:
     """Problems and exit codes of some cases, run in a process of their own; the case that ends it is a problem."""
     command = [sys.executable, "-m", "fuzz.worker", target, str(first), str(count)]
-    environment = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, check=False)
     lines = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     problems = [line for line in lines if "problem" in line]

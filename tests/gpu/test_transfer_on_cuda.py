@@ -50,6 +50,20 @@ def test_reads_and_writes_are_whole(cuda: torch.device, tmp_path: Path) -> None:
     os.close(handle)
 
 
+def test_small_tensors_read_at_once_are_whole(cuda: torch.device, tmp_path: Path) -> None:
+    """Hundreds of small tensors, a large and an empty one read at once are on the GPU, aligned as torch aligns them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{n}": torch.randn(n * 977 % 5003, generator=generator).bfloat16() for n in range(300)}
+    tensors |= {"large": torch.randn(PIECE_BYTES, generator=generator)[: PIECE_BYTES // 2], "one": torch.ones(())}
+    checkpoint = open_headers(write_model(tmp_path / "model", tensors))
+    with Transfer(cuda) as transfer:
+        for name, pending in transfer.read_many(checkpoint, tensors).items():
+            found = pending.result()
+            assert found.is_cuda or not found.numel()
+            assert found.data_ptr() % 512 == 0
+            assert torch.equal(found.cpu(), tensors[name]), name
+
+
 def test_a_write_waits_for_the_kernel_that_makes_the_tensor(cuda: torch.device, tmp_path: Path) -> None:
     """A tensor that a kernel is still filling is written as it ends up, a hundred times in a row."""
     handle = os.open(tmp_path / "out", os.O_RDWR | os.O_CREAT)

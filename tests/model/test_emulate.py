@@ -23,6 +23,7 @@ from snugfit.dialects.compressed_tensors import encode, quantization_config
 from snugfit.dialects.dialect import Dialect, open_dialect
 from snugfit.engines.profiles import PROFILES
 from snugfit.formats import fp8, nvfp4
+from snugfit.formats.quantized_weight import dequantize
 from snugfit.formats.spec import WHOLE_ROW, InputKind, TensorFormat
 from snugfit.model import emulate
 from snugfit.storage.checkpoint import Checkpoint, read_tensor
@@ -302,6 +303,37 @@ def test_an_invalid_global_scale_is_refused(value: float, suffix: str, tmp_path:
         with raises("scale-invalid", "config.json") as caught:
             reads()
         assert f"{module}.{suffix}" in caught.value.what
+
+
+@pytest.mark.parametrize("like", ["compressed-tensors", "modelopt"])
+def test_a_bad_scale_is_found_among_modules_decoded_together(like: str, tmp_path: Path) -> None:
+    """Modules decoded at once are those decoded alone; a NaN in one's block scales is an error that names it."""
+    opened = nvfp4_file(tmp_path, like=like)
+    dialect, stored = dialect_of(opened), {}
+    for module, fmt in formats_of(opened).items():
+        names = dialect.part_names(module, fmt, opened.tensors)
+        stored[module] = fmt, {suffix: read_tensor(opened, name) for suffix, name in names.items()}
+    for module, (weight, scale) in dialect.decode_all(stored).items():
+        alone_weight, alone_scale = dialect.decode(module, *stored[module])
+        assert torch.equal(dequantize(weight), dequantize(alone_weight))
+        assert scale is not None
+        assert scale == alone_scale
+    bad = f"{PREFIX}.self_attn.v_proj"
+    stored[bad][1]["weight_scale"].view(torch.uint8)[31, 3] = 0x7F
+    with raises("scale-invalid", "config.json") as caught:
+        dialect.decode_all(stored)
+    assert f"{bad}.weight_scale" in caught.value.what
+
+
+def test_a_full_gpu_is_no_broken_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's error that memory is full passes: only sizes that do not go together make a weight a broken one."""
+
+    def full(_: object) -> list[Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(emulate, "dequantize_all", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        read(nvfp4_file(tmp_path), "none")
 
 
 def test_four_bit_inputs_without_their_scale_are_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
@@ -18,8 +18,8 @@ from helpers.tiny_families import load, random_rows
 from helpers.tiny_mixtures import MIXTURES, make_mixture
 from snugfit.calibration.observers import ExpertObserver
 from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES
-from snugfit.evaluation.evaluated_model import open_head, open_model, resident_layer
-from snugfit.model import experts, forward_pass, layers
+from snugfit.evaluation.evaluated_model import open_head, open_model, pass_layers, resident_layer
+from snugfit.model import experts, forward_pass, layers, transformers_api
 from snugfit.model.experts import NoHooks
 
 CPU = torch.device("cpu")
@@ -336,6 +336,41 @@ def test_an_expert_without_tokens() -> None:
     experts.hook(module, hooks)
     assert torch.equal(module(*given), expected)
     assert hooks.forced_tokens == 2 * len(hidden)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The modules whose own code was run for a check."""
+    found: list[nn.Module] = []
+    eager = transformers_api.eager_experts
+
+    def counted(module: nn.Module, inputs: Sequence[Tensor]) -> Tensor:
+        found.append(module)
+        return eager(module, inputs)
+
+    monkeypatch.setattr(transformers_api, "eager_experts", counted)
+    return found
+
+
+def test_each_kind_of_a_models_layers_is_checked_once(checks: list[nn.Module]) -> None:
+    """Layers of one kind are checked once together, one with other settings by itself, infinite numbers every time."""
+    layers_of_toys = [toy(Toy), toy(Toy), toy(Toy)]
+    layers_of_toys[2].__dict__["limit"] = 3.0
+    experts.use(nn.ModuleList(layers_of_toys))
+    hidden, index, weights = routing()
+    layers_of_toys[0](hidden * float("inf"), index, weights)
+    for layer in (*layers_of_toys, *layers_of_toys):
+        layer(hidden, index, weights)
+    assert len(checks) == 3
+
+
+def test_copies_of_a_models_layers_share_their_check(checks: list[nn.Module], mixture: Mixture) -> None:
+    """A model of several layers, each a copy of the skeleton's, is checked once in two passes."""
+    model = open_model(mixture("qwen3_moe", torch.float32))
+    for _ in range(2):
+        pass_layers(model, ROWS, CPU, tokens_per_batch=48)
+    assert len(model.skeleton.experts) > 1
+    assert len(checks) == 1
 
 
 @pytest.mark.parametrize("kind", [Scaled, Clamped, Averaged])

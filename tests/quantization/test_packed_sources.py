@@ -256,6 +256,21 @@ def test_fused_linears_under_several_global_scales(packed: Callable[[Kind], Path
     assert plan_quantization(source, recipe_file(tmp_path, rules[0], again)).bytes > 0
 
 
+def test_scales_of_inputs_that_are_left_out_may_differ(packed: Callable[[Kind], Path], tmp_path: Path) -> None:
+    """Fused linears under several scales of inputs are refused with 4-bit inputs, and copied with inputs in 16 bits."""
+    source = tmp_path / "source"
+    shutil.copytree(packed("modelopt-nvfp4"), source)
+    tensors = all_tensors(source)
+    tensors[f"{Q_PROJ}.input_scale"] = tensors[f"{Q_PROJ}.input_scale"] * 1.5
+    rewrite(source, tensors)
+    mlp = "role: mlp, format: fp8-dynamic"
+    with raises("scale-invalid", where="rules[1]") as caught:
+        plan_quantization(source, recipe_file(tmp_path, mlp, "role: linear, format: keep"))
+    assert "input_scale" in caught.value.what
+    for rule in ("role: linear, format: keep, requantize: true", "role: linear, format: nvfp4a16"):
+        assert plan_quantization(source, recipe_file(tmp_path, mlp, rule)).bytes > 0
+
+
 @pytest.mark.parametrize(
     ("kind", "suffix", "change", "code"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import struct
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,35 @@ def test_a_pending_write_stops_the_run(tmp_path: Path) -> None:
             written = [wait.result() for wait in [pool.submit(wait) for wait in waits]]
         assert [list(crcs) for crcs in written] == [["a"], ["b"]]
         assert writer.finish() == file_digests(tmp_path, [SINGLE_NAME])
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_tensors_read_at_once_are_those_read_alone(files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small neighbours share a job, empty and large tensors have their own; all have their bytes, dtypes and shapes."""
+    monkeypatch.setattr("snugfit.storage.transfer.PACK_BYTES", 4096)
+    shapes = [(3,), (), (7, 5), (0, 4), (40, 50), (900,), (1,), (33, 11), (2, 2)]
+    dtypes = ["F8_E4M3", "F32", "BF16", "F16", "U8", "I64", "BF16", "F8_E4M3", "F32"]
+    tensors = {f"t{n}": random_tensor(d, s, n) for n, (d, s) in enumerate(zip(dtypes, shapes, strict=True))}
+    checkpoint = model_directory(tmp_path / "model", tensors, sum(t.nbytes for t in tensors.values()) // files)
+    with Transfer(torch.device("cpu")) as transfer:
+        pending = transfer.read_many(checkpoint, tensors)
+        assert sorted(pending) == sorted(tensors)
+        jobs = {id(piece) for read in pending.values() for piece in read.pieces}
+        assert len(jobs) < len(tensors) - 1
+        for name, tensor in tensors.items():
+            found = pending[name].result()
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert found.reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist()
+
+
+def test_a_tensor_cut_off_is_named_among_those_read_at_once(tmp_path: Path) -> None:
+    """A file that shrank since its header was read is an error that names the first tensor that is cut off."""
+    checkpoint = model_directory(tmp_path / "model", {"a": torch.ones(8), "b": torch.ones(8), "c": torch.ones(8)})
+    file = tmp_path / "model" / SINGLE_NAME
+    os.truncate(file, file.stat().st_size - 8)
+    with Transfer(torch.device("cpu")) as transfer, raises("file-damaged", where=file) as caught:
+        transfer.read_many(checkpoint, ["a", "b", "c"])["a"].result()
+    assert "tensor c" in str(caught.value)
 
 
 # --- the split into files

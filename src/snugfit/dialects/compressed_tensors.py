@@ -205,7 +205,9 @@ def _static_input(parts: Mapping[str, Tensor]) -> Tensor | None:
 
 def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:
     """The multiplier that vLLM gives a fused NVFP4 group: it takes the largest divisor, so this is the smallest."""
-    return min(scales, key=float)
+    import torch
+
+    return torch.stack(list(scales)).amin()  # a GPU would be waited for once a scale by min()
 
 
 def kv_layout(attention: str, dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:

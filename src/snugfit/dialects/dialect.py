@@ -17,7 +17,7 @@ from snugfit.dialects.headers import Headers, by_module, holds_codes, holds_weig
 from snugfit.dialects.schemes import REMEDY
 from snugfit.dialects.structure import check_structure
 from snugfit.errors import UserError
-from snugfit.formats.spec import TensorFormat
+from snugfit.formats.spec import E8M0_NAN, TensorFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from snugfit.formats.quantized_weight import QuantizedWeight
 
 MODELOPT_FILE = "hf_quant_config.json"
-_E8M0_NAN = 255  # of the exponents of MXFP4
 _MISMATCH_REMEDY = "Config and weights do not belong together."
 _SCALES = ("_scale", "_scale_2", "_scale_inv")
 # one number for a whole weight or input
@@ -117,6 +116,24 @@ class Dialect:
         With a zero point, int8-tensor-asym, the multiplier is fp32 [2]: multiplier, zero point. UserError for a scale
         that is not finite, and for one of a whole NVFP4 weight or of inputs that is not positive either.
         """
+        return self.decode_all({module: (fmt, parts)})[module]
+
+    def decode_all(
+        self, modules: Mapping[str, tuple[TensorFormat, Mapping[str, Tensor]]]
+    ) -> dict[str, tuple[QuantizedWeight, Tensor | None]]:
+        """As `decode`, of several modules on one device: a GPU is waited for once."""
+        if not _have_sound_scales(modules.values()):
+            for module, (fmt, parts) in modules.items():
+                self._check_scales(module, fmt, parts)
+        assert self.file_format is not None, "a 16-bit checkpoint has no codes"
+        found = {}
+        for module, (fmt, parts) in modules.items():
+            self._check_stated_shape(module, fmt, parts)
+            found[module] = self.file_format.decode(fmt, parts)
+        return found
+
+    def _check_scales(self, module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]) -> None:
+        """UserError for a scale that is not finite or not positive, as `decode` says."""
         import torch
 
         for suffix, tensor in parts.items():
@@ -131,16 +148,13 @@ class Dialect:
                     where=self.where,
                     remedy="Quantize the model again: its calibration did not reach this module.",
                 )
-        self._check_stated_shape(module, fmt, parts)
-        if fmt.name == "mxfp4" and bool((parts["weight_scale"].view(torch.uint8) == _E8M0_NAN).any()):
+        if fmt.name == "mxfp4" and bool((parts["weight_scale"].view(torch.uint8) == E8M0_NAN).any()):
             raise UserError(
                 f"{module}.weight_scale holds NaN scales.",
                 code="scale-invalid",
                 where=self.where,
                 remedy="The source is damaged: download it again.",
             )
-        assert self.file_format is not None, "a 16-bit checkpoint has no codes"
-        return self.file_format.decode(fmt, parts)
 
     def _check_stated_shape(self, module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]) -> None:
         """UserError where `weight_shape` is not that of the packed integers beside it."""
@@ -182,6 +196,29 @@ class Dialect:
         if dtype not in fmt.spec.codes:
             what = f"the config makes {module} {fmt.label()}, but {module}.{codes} is {dtype}."
             raise UserError(what, code="quantization-invalid", where=self.where, remedy=_MISMATCH_REMEDY)
+
+
+def _have_sound_scales(modules: Iterable[tuple[TensorFormat, Mapping[str, Tensor]]]) -> bool:
+    """Whether no scale of these modules is one that `_check_scales` refuses."""
+    import torch
+
+    alike: dict[tuple[str, torch.dtype], list[Tensor]] = {}
+    for fmt, parts in modules:
+        for suffix, tensor in parts.items():
+            if suffix.endswith(_SCALES) and tensor.is_floating_point():
+                kind = "global" if suffix in _GLOBAL_SCALES else "scale"
+                alike.setdefault((kind, tensor.dtype), []).append(tensor.reshape(-1).view(torch.uint8))
+            elif fmt.name == "mxfp4" and suffix == "weight_scale":
+                alike.setdefault(("exponent", torch.uint8), []).append(tensor.reshape(-1).view(torch.uint8))
+    sound = []
+    for (kind, dtype), tensors in alike.items():
+        stored = torch.cat(tensors)
+        if kind == "exponent":
+            sound.append((stored != E8M0_NAN).all())
+            continue
+        values = stored.view(dtype).float()
+        sound.append((values.isfinite() & (values > 0) if kind == "global" else values.isfinite()).all())
+    return not sound or bool(torch.stack(sound).all())
 
 
 class _SuffixesOf:

@@ -243,7 +243,7 @@ def _next(coming: deque[str]) -> tuple[str, ...]:
 class _FirstNotFinite:
     """Warns of the first part of a model behind which hidden states are not finite.
 
-    A part's count is looked at when the next part's is there: by then a GPU has work to do while this waits for it.
+    A part's count is read after the next part is queued: a GPU then has work to do while this waits for it.
     """
 
     def __init__(self, model: EvaluatedModel, warn: Callable[[str], None]) -> None:
@@ -257,7 +257,7 @@ class _FirstNotFinite:
         self._counts.append((part, count))
 
     def check(self) -> None:
-        """Look at the counts that are there."""
+        """Read all counts that were added."""
         while self._counts:
             part, count = self._counts.popleft()
             if int(count) and not self._warned:
@@ -360,6 +360,7 @@ def resident_layer(
     """
     skeleton = model.skeleton
     prefix = f"{skeleton.stored_layers_name}.{index}"
+    names = skeleton.names_of_layer(index)
     weights, quantizers = emulate.read_layer(
         model.checkpoint,
         model.dialect,
@@ -367,7 +368,7 @@ def resident_layer(
         skeleton.layers[index],
         model.formats,
         model.activations,
-        skeleton.names_of_layer(index).parameters,
+        names.parameters,
         device,
         read,
     )
@@ -381,8 +382,9 @@ def resident_layer(
     layer = layers.resident_layer(skeleton, index, weights, device)
     if mixture is not None and inputs is not None:
         experts.hook(layer.get_submodule(mixture.module), inputs)
-    modules = skeleton.names_of_layer(index).modules
+    modules = names.modules
     emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
     if model.kv_cache is None or model.activations == "none":
         return layer, None
-    return layer, emulate.fp8_cache(*emulate.read_kv_scales(model.checkpoint, prefix, read))
+    scales = emulate.read_kv_scales(model.checkpoint, prefix, read)
+    return layer, emulate.fp8_cache(*(scale.to(device) for scale in scales))

@@ -6,6 +6,8 @@ float8_e4m3fn: largest finite value 448, smallest positive 2**-9. All rounding i
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,13 @@ def e2m1_values(codes: Tensor) -> Tensor:
 
 def e2m1_pairs(packed: Tensor) -> Tensor:
     """fp32 values [..., 2K] of packed nibbles uint8 [..., K]: one look-up gives both halves of a byte."""
-    every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
-    table = e2m1_values(unpack_nibbles(every_byte.unsqueeze(-1)))
-    return table[packed.to(torch.int32)].flatten(-2)
+    return _pairs_of_bytes(packed.device)[packed.to(torch.int32)].flatten(-2)
+
+
+@cache
+def _pairs_of_bytes(device: torch.device) -> Tensor:
+    """fp32 values [256, 2] of every byte's nibbles, made once: a GPU waits while a table is copied to it."""
+    return e2m1_values(unpack_nibbles(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(-1)))
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from snugfit.errors import UserError
 
 NVFP4_BLOCK = 16
 MXFP4_BLOCK = 32
+E8M0_NAN = 255  # of the exponents of MXFP4
 FP8_BLOCK = 128
 INT4_GROUPS = (128, 64, 32)
 WHOLE_ROW = -1  # `group_size` of integers and fp8 with one scale an output channel; 0: one for the whole weight

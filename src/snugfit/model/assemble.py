@@ -14,12 +14,12 @@ from snugfit.formats import fp8
 from snugfit.formats.fp8 import FP8Weight
 from snugfit.formats.mxfp4 import MXFP4Weight
 from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
+from snugfit.formats.spec import E8M0_NAN
 from snugfit.model.logical_weights import ExpertSlice, LogicalWeights, Origin
 from snugfit.storage.checkpoint import read_tensor
 from snugfit.storage.safetensors_header import dtype_of
 from snugfit.storage.tensor_reader import ReadTensor
 
-E8M0_NAN = 255
 OUTPUTS = 1024  # out_features dequantized at once
 
 Piece = tuple[str, int | None]  # a tensor of the file; of one that holds all experts, which expert

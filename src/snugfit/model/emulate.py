@@ -6,7 +6,8 @@ differ; and an FP8 KV cache rounds keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -21,7 +22,7 @@ from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
 from snugfit.formats import fp8, nvfp4
 from snugfit.formats.inputs import STATIC_KINDS, InputRounding
-from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
+from snugfit.formats.quantized_weight import QuantizedWeight, dequantize, dequantize_all
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
 from snugfit.model import experts
 from snugfit.model.assemble import read_single
@@ -36,6 +37,7 @@ SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}
 Quantizer = Callable[[Tensor], Tensor]
 NO_EMULATION = "none"
 CPU = torch.device("cpu")
+_Projections = tuple[int, bool]  # an expert's down projection (True), or its gate and up
 
 
 def input_quantizer(fmt: TensorFormat, profile: str, input_scale: Tensor | None) -> Quantizer | None:
@@ -134,8 +136,9 @@ def read_module(
     Both are decoded on `device`; `read` reads tensors, by default to the CPU. The multiplier is fp32 () (with a zero
     point [2]), None where the format has none.
     """
-    member = _read_member(checkpoint, dialect, module, fmt, device, read or partial(read_tensor, checkpoint))
-    return _values(checkpoint, module, member.quantized, shape), member.input_scale
+    read = read or partial(read_tensor, checkpoint)
+    member = _read_members(checkpoint, dialect, {module: module}, {module: fmt}, device, read)[module]
+    return _values(checkpoint, {module: member.quantized}, {module: shape})[module], member.input_scale
 
 
 def read_codes(
@@ -179,7 +182,7 @@ def read_experts(
     reads tensors, by default to the CPU. UserError for an expert's tensor that is missing.
     """
     stacks, read = buffers.skeleton.stacks, read or partial(read_tensor, checkpoint)
-    quantized: dict[tuple[int, bool], list[str]] = {}  # (expert, whether down) -> names
+    quantized: dict[_Projections, list[str]] = {}
     for (expert, role, parameter), name in mixture.names.items():
         full = f"{prefix}.{name}"
         if parameter == "weight" and full.removesuffix(".weight") in formats:
@@ -194,24 +197,28 @@ def read_experts(
             raise UserError(what, code="weights-missing", where=prefix, remedy=remedy)
     kinds: dict[bool, TensorFormat] = {}
     scales: dict[bool, list[Tensor]] = {True: [], False: []}
-    for (_, down), names in quantized.items():
-        modules = {name: name.removesuffix(".weight") for name in names}
-        members = {
-            name: _read_member(checkpoint, dialect, module, formats[module], device, read)
-            for name, module in modules.items()
-        }
-        for name, member in (members if profile == NO_EMULATION else _as_one(dialect, members)).items():
-            shape = tuple(buffers.per_expert[name].shape)
-            buffers.copy_in(name, _values(checkpoint, modules[name], member.quantized, shape))
-            kinds.setdefault(down, member.format)
-            if member.input_scale is not None:
-                scales[down].append(member.input_scale)
+    sizes = {key: sum(buffers.per_expert[name].numel() for name in names) for key, names in quantized.items()}
+    for some in _together(sizes, SLICE[device.type]):
+        modules = {name: name.removesuffix(".weight") for key in some for name in quantized[key]}
+        members = _read_members(checkpoint, dialect, modules, formats, device, read)
+        if profile != NO_EMULATION:
+            for key in some:
+                members |= _as_one(dialect, {name: members[name] for name in quantized[key]})
+        codes = {modules[name]: member.quantized for name, member in members.items()}
+        shapes = {module: tuple(buffers.per_expert[name].shape) for name, module in modules.items()}
+        values = _values(checkpoint, codes, shapes)
+        for key in some:
+            for name in quantized[key]:
+                buffers.copy_in(name, values[modules[name]])
+                kinds.setdefault(key[1], members[name].format)
+                scale = members[name].input_scale
+                scales[key[1]] += [] if scale is None else [scale]
     return ExpertInputs(*(experts_quantizer(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True)))
 
 
 def experts_quantizer(fmt: TensorFormat | None, scales: Sequence[Tensor], profile: str) -> Quantizer | None:
     """What rounds the inputs of all experts' projections of a kind, under their largest scale; None: nothing does."""
-    return None if fmt is None else input_quantizer(fmt, profile, max(scales, key=float) if scales else None)
+    return None if fmt is None else input_quantizer(fmt, profile, _largest(scales) if scales else None)
 
 
 def read_layer(
@@ -245,16 +252,17 @@ def read_layer(
     }
     quantizers: dict[str, Quantizer] = {}
     modules = {name: name if names is None else names[f"{name}.weight"].removesuffix(".weight") for name in quantized}
-    for group in group_modules(quantized):
-        full = {name: f"{prefix}.{name}" for name in group}
-        members = {
-            name: _read_member(checkpoint, dialect, module, formats[module], device, read)
-            for name, module in full.items()
-        }
-        for name, member in (members if profile == NO_EMULATION else _as_one(dialect, members)).items():
+    groups = list(group_modules(quantized))
+    for some in [groups] if device.type == "cuda" else [[group] for group in groups]:
+        full = {name: f"{prefix}.{name}" for group in some for name in group}
+        members = _read_members(checkpoint, dialect, full, formats, device, read)
+        if profile != NO_EMULATION:
+            for group in some:
+                members |= _as_one(dialect, {name: members[name] for name in group})
+        for name, member in members.items():
             empty = state[f"{name}.weight"]
-            values = _values(checkpoint, full[name], member.quantized, tuple(empty.shape))
-            weights[f"{name}.weight"] = values.to(empty.dtype)
+            values = _values(checkpoint, {full[name]: member.quantized}, {full[name]: tuple(empty.shape)})
+            weights[f"{name}.weight"] = values[full[name]].to(empty.dtype)
             quantizer = input_quantizer(member.format, profile, member.input_scale)
             if quantizer is not None and isinstance(layer.get_submodule(modules[name]), nn.Linear):
                 quantizers[name] = quantizer  # a router that is no linear is decoded alone
@@ -332,30 +340,78 @@ class _Member:
     input_scale: Tensor | None
 
 
-def _read_member(
-    checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat, device: torch.device, read: ReadTensor
-) -> _Member:
-    names = dialect.part_names(module, fmt, checkpoint.tensors)
-    # decoded on the device: codes are a fraction of the values, and a CPU is slow at this
-    tensors = {suffix: read(name).to(device) for suffix, name in names.items()}
-    return _Member(fmt, *dialect.decode(module, fmt, tensors))
+def _read_members(
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    modules: Mapping[str, str],
+    formats: Mapping[str, TensorFormat],
+    device: torch.device,
+    read: ReadTensor,
+) -> dict[str, _Member]:
+    """Linears under the keys of `modules`, whose values are their names in the file, decoded on the device."""
+    stored: dict[str, tuple[TensorFormat, dict[str, Tensor]]] = {}
+    for module in modules.values():
+        names = dialect.part_names(module, formats[module], checkpoint.tensors)
+        # decoded on the device: codes are a fraction of the values, and a CPU is slow at this; it needs their shape
+        parts = {
+            suffix: read_tensor(checkpoint, name) if suffix == "weight_shape" else read(name).to(device)
+            for suffix, name in names.items()
+        }
+        stored[module] = formats[module], parts
+    decoded = dialect.decode_all(stored)
+    return {name: _Member(formats[module], *decoded[module]) for name, module in modules.items()}
 
 
-def _values(checkpoint: Checkpoint, module: str, quantized: QuantizedWeight, shape: tuple[int, ...]) -> Tensor:
-    """fp32 of `shape`; UserError where the tensors give no such weight."""
+def _values(
+    checkpoint: Checkpoint, weights: Mapping[str, QuantizedWeight], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """fp32 of each module's weight, of its shape; UserError where a module's tensors give no such weight."""
+    found: dict[str, Tensor] = {}
+    with _sizes_that_do_not_fit():
+        found = dict(zip(weights, dequantize_all(list(weights.values())), strict=True))
+    for module, quantized in weights.items() if not found else ():
+        with _sizes_that_do_not_fit():
+            found[module] = dequantize(quantized)
+    for module, shape in shapes.items():
+        if module not in found or tuple(found[module].shape) != shape:
+            raise UserError(
+                f"the tensors of {module} do not make a weight {list(shape)}.",
+                code="quantization-invalid",
+                where=str(checkpoint.path),
+                remedy="Config and weights do not belong together.",
+            )
+    return found
+
+
+@contextmanager
+def _sizes_that_do_not_fit() -> Iterator[None]:
+    """Suppresses the errors of tensors whose sizes do not go together."""
     try:
-        values = dequantize(quantized)
-        fits = tuple(values.shape) == shape
-    except (RuntimeError, IndexError, ValueError):  # sizes that do not go together
-        fits = False
-    if not fits:
-        raise UserError(
-            f"the tensors of {module} do not make a weight {list(shape)}.",
-            code="quantization-invalid",
-            where=str(checkpoint.path),
-            remedy="Config and weights do not belong together.",
-        )
-    return values
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, ValueError):
+        return
+
+
+def _together(sizes: Mapping[_Projections, int], limit: int) -> Iterator[list[_Projections]]:
+    """Keys in order, in lists whose sizes add up to at most `limit`; a larger one is alone."""
+    some: list[_Projections] = []
+    held = 0
+    for key, size in sizes.items():
+        if some and held + size > limit:
+            yield some
+            some, held = [], 0
+        some.append(key)
+        held += size
+    if some:
+        yield some
+
+
+def _largest(scales: Sequence[Tensor]) -> Tensor:
+    """The largest of multipliers (the first number of each tensor), without waiting for a GPU."""
+    stacked = torch.stack(list(scales))
+    return stacked.index_select(0, stacked.view(len(stacked), -1)[:, 0].argmax().view(1))[0]
 
 
 def _as_one(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _Member]:
@@ -373,7 +429,7 @@ def _as_one(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _M
         if fmt.input_kind == "nvfp4":
             shared = dialect.fused_global_scale(inputs)
         else:
-            shared = max(inputs, key=float) if fmt.input_kind == "fp8-tensor" else inputs[-1]
+            shared = _largest(inputs) if fmt.input_kind == "fp8-tensor" else inputs[-1]
         members = {name: replace(member, input_scale=shared) for name, member in members.items()}
     if fmt.name in ("nvfp4", "nvfp4a16"):
         return _under_one_global_scale(dialect, members)
@@ -389,8 +445,10 @@ def _under_one_global_scale(dialect: Dialect, members: Mapping[str, _Member]) ->
 
 def _under_one_scale(members: Mapping[str, _Member]) -> Mapping[str, _Member]:
     weights = {name: m.quantized for name, m in members.items() if isinstance(m.quantized, fp8.FP8Weight)}
-    largest = max((weight.scale.float() for weight in weights.values()), key=float)
+    scales = torch.stack([weight.scale.float().view(()) for weight in weights.values()])
+    largest = scales.amax()
+    same = dict(zip(weights, (scales == largest).tolist(), strict=True))
     return {
-        name: replace(members[name], quantized=w if float(w.scale) == float(largest) else fp8.requantize(w, largest))
-        for name, w in weights.items()
+        name: replace(members[name], quantized=weight if same[name] else fp8.requantize(weight, largest))
+        for name, weight in weights.items()
     }

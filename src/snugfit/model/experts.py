@@ -3,7 +3,7 @@
 transformers keeps a layer's experts as 3-D parameters of one module, which has no linears to hook. It lets a function
 take the place of that module's forward (`ALL_EXPERTS_FUNCTIONS`): it gets the module, the hidden states of all tokens,
 and for each token the indices and weights of its experts. The function here does the arithmetic of the module's own
-eager code, bit for bit (each layer is checked on its first tokens before it is used), and passes all inputs to
+eager code, bit for bit (a model's first layer of each kind is checked on its first tokens), and passes all inputs to
 `ExpertHooks`: they may round inputs as an engine would, and send tokens through experts that the router did not
 choose, whose output is dropped.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType
 from typing import Protocol
 
 import torch
@@ -29,7 +30,7 @@ GATE, UP, DOWN = "gate", "up", "down"
 CHECKED_TOKENS = 16
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # forced through an expert at once
 _HOOKS = "_snugfit_hooks"
-_SUM_DTYPE = "_snugfit_sum_dtype"
+_SUM_DTYPES = "_snugfit_sum_dtypes"
 
 
 class ExpertHooks(Protocol):
@@ -110,9 +111,11 @@ def find_experts(layer: nn.Module, *, where: str) -> str | None:
 def use(model: nn.Module) -> None:
     """Let every mixture of `model` run through this module."""
     transformers_api.register_experts(IMPLEMENTATION, _forward)
+    checked = _SumDtypes()
     for module in model.modules():
         if is_experts(module):
             transformers_api.use_experts(module, IMPLEMENTATION)
+            module.__dict__[_SUM_DTYPES] = checked
 
 
 def hook(module: nn.Module, hooks: ExpertHooks) -> None:
@@ -187,9 +190,27 @@ def _places(module: nn.Module) -> dict[tuple[str, str], tuple[str, slice]]:
 def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the module's own forward gives for hidden states [tokens, K], indices and weights [tokens, k] of experts."""
     hooks: ExpertHooks | None = self.__dict__.get(_HOOKS)
-    if _SUM_DTYPE not in self.__dict__:
-        self.__dict__[_SUM_DTYPE] = _checked(self, hidden_states, top_k_index, top_k_weights)
-    return _run(self, hidden_states, top_k_index, top_k_weights, hooks, self.__dict__[_SUM_DTYPE])
+    known: _SumDtypes = self.__dict__.setdefault(_SUM_DTYPES, _SumDtypes())
+    kind = _kind(self, hidden_states, top_k_weights)
+    dtype = known.get(kind) or _checked(self, hidden_states, top_k_index, top_k_weights)
+    if dtype is not None:
+        known[kind] = dtype
+    return _run(self, hidden_states, top_k_index, top_k_weights, hooks, dtype or hidden_states.dtype)
+
+
+class _SumDtypes(dict[tuple[object, ...], torch.dtype]):
+    """The dtype in which experts of each kind add up, as checked; copies of a model's layers share it."""
+
+    def __deepcopy__(self, _: object) -> _SumDtypes:
+        return self
+
+
+def _kind(self: nn.Module, hidden: Tensor, weights: Tensor) -> tuple[object, ...]:
+    """What decides which arithmetic experts do: their code, their settings, and the dtypes and device they run on."""
+    plain = int | float | str | FunctionType | BuiltinFunctionType
+    settings = [(name, value) for name, value in self.__dict__.items() if isinstance(value, plain)]
+    parts = [(name, type(module)) for name, module in self.named_children()]
+    return type(self), *sorted(settings), *parts, hidden.dtype, weights.dtype, hidden.device
 
 
 def _run(
@@ -210,12 +231,12 @@ def _run(
     chosen = index.t().reshape(-1)
     order = torch.argsort(chosen, stable=True)
     ends = torch.bincount(chosen, minlength=experts)[:experts].cumsum(0).tolist()
+    places_of_all, tokens_of_all = order // tokens, order % tokens
     start = 0
     for expert, end in enumerate(ends):
-        found = order[start:end]
+        places, routed = places_of_all[start:end], tokens_of_all[start:end]
         start = end
-        places, routed = found // tokens, found % tokens
-        if len(found):
+        if len(routed):
             middle = _middle(self, expert, inputs[routed])
             if hooks is not None:
                 middle = hooks.second(expert, middle, routed, forced=False)
@@ -245,15 +266,18 @@ def _linear(self: nn.Module, name: str, expert: int, inputs: Tensor) -> Tensor:
     return out + getattr(self, f"{name}_bias")[expert] if self.has_bias else out
 
 
-def _checked(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> torch.dtype:
-    """The dtype in which the module's own code adds up what experts give; UserError where it does anything else."""
+def _checked(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> torch.dtype | None:
+    """The dtype in which the module's own code adds up what experts give; UserError where it does anything else.
+
+    None where numbers that are not finite leave it open.
+    """
     few = hidden[:CHECKED_TOKENS], index[:CHECKED_TOKENS], weights[:CHECKED_TOKENS]
     eager = transformers_api.eager_experts(self, few)
     for dtype in dict.fromkeys((hidden.dtype, weights.dtype, torch.float32)):
         if _equal(_run(self, *few, None, dtype), eager):
             return dtype
     if not eager.isfinite().all():  # sums of infinite numbers depend on their order; what runs the layer reports them
-        return hidden.dtype
+        return None
     raise UserError(
         f"{type(self).__name__} does not compute what transformers' experts interface describes.",
         code="experts-unsupported",

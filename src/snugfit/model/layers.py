@@ -64,7 +64,8 @@ def resident_layer(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor]
 
     Routed experts come as their module's parameters (`expert_buffers`).
     """
-    layer = copy.deepcopy(skeleton.layers[index])
+    empty = skeleton.layers[index]
+    layer = copy.deepcopy(empty, {id(parameter): parameter for parameter in empty.parameters()})  # all are replaced
     names = skeleton.names_of_layer(index).parameters
     given = {names.get(name, name): tensor for name, tensor in weights.items()}
     fill(layer, given, where=f"{skeleton.stored_layers_name}.{index}")

@@ -267,7 +267,7 @@ def _check_blocks(checkpoint: Checkpoint) -> None:
 
 
 def _scale_owners(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -> dict[str, str]:
-    """What stands beside the codes of weights -> the weight; UserError for a scale whose weight is missing."""
+    """Tensors that belong to the codes of weights -> the weight; UserError for a scale whose weight is missing."""
     owners = {}
     for name in checkpoint.tensors:
         module, _, suffix = name.rpartition(".")

@@ -47,8 +47,9 @@ from snugfit.storage.other_files import notes_on_loss
 from snugfit.storage.staging import check_no_links, check_stageable
 from snugfit.version import __version__
 
-# of NVFP4, one for a whole weight or its inputs, in any dialect
-_GLOBAL_SCALES = ("weight_global_scale", "weight_scale_2", "input_global_scale", "input_scale")
+# of NVFP4, one for a whole weight and one for its inputs, in any dialect
+_WEIGHT_SCALES = ("weight_global_scale", "weight_scale_2")
+_INPUT_SCALES = ("input_global_scale", "input_scale")
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
 
 
@@ -131,6 +132,8 @@ class PreparedRun:
         if output_dir is not None:
             check_stageable(Path(output_dir), models=[self.plan.checkpoint.path])
             check_disk(self.estimate, Path(output_dir))
+            if self.plan.checkpoint.remote is not None:
+                _check_copied_scales(self.plan, every_expert=True)
             if not restart and (work := work_folder(Path(output_dir))).is_dir():
                 check_no_links(Path(output_dir))
                 identity = self.identity()
@@ -249,7 +252,8 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
         check_statistics(known, plan.checkpoint, dataset, calibration.experts, where=where)
         dataset = None
     skeleton = check_with_transformers(plan, dtype)
-    _check_copied_scales(plan)
+    # each scale is a request to the Hub, too many for a dry run
+    _check_copied_scales(plan, every_expert=plan.checkpoint.remote is None)
     recalled = None
     if known is not None:
         recalled = [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
@@ -436,18 +440,24 @@ def _check_linears(plan: Plan, linears: Mapping[str, str]) -> None:
             )
 
 
-def _check_copied_scales(plan: Plan) -> None:
+def _check_copied_scales(plan: Plan, *, every_expert: bool) -> None:
     """UserError if linears whose NVFP4 codes are copied have several global scales, and engines run them as one.
 
-    vLLM gives a fused group the largest divisor of its members (of ModelOpt's files: the largest multiplier).
+    vLLM gives a fused group the largest divisor of its members (of ModelOpt's files: the largest multiplier). Of routed
+    experts only the first of each layer is checked unless `every_expert`.
     """
     for group in (group for unit in plan.units for group in groups_of(plan, unit, runs=False)):
         assignment = plan.assignments.get(group[0])
         if len(group) == 1 or assignment is None or not assignment.keeps_codes or assignment.rule == NO_RULE:
             continue
+        fmt = assignment.format
+        if fmt is None or not fmt.name.startswith("nvfp4"):
+            continue
+        if not every_expert and ".experts." in group[0] and ".experts.0." not in group[0]:
+            continue
         assert plan.recipe is not None
         parts = [plan.weights.origins[name].parts for name in group]
-        for suffix in _GLOBAL_SCALES if assignment.label().startswith("nvfp4") else ():
+        for suffix in (*_WEIGHT_SCALES, *(_INPUT_SCALES if fmt.input_kind == "nvfp4" else ())):
             scales = {float(read_tensor(plan.checkpoint, one[suffix])) for one in parts if suffix in one}
             if len(scales) > 1:
                 named = ", ".join(name.removesuffix(".weight") for name in group)

@@ -11,8 +11,10 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -197,14 +199,38 @@ def read_range(checkpoint: Checkpoint, tensor: StoredTensor, start: int, view: m
     if checkpoint.remote is not None:
         checkpoint.remote.read_into(tensor.file, tensor.offset + start, view)
         return
-    where = str(checkpoint.path / tensor.file)
+    with _opened(checkpoint, tensor.file) as fd:
+        where = str(checkpoint.path / tensor.file)
+        read_part(fd, tensor.offset + start, view, where=where, what=f"tensor {tensor.name}")
+
+
+def read_whole(checkpoint: Checkpoint, parts: Iterable[tuple[StoredTensor, memoryview]]) -> None:
+    """Fill each view with all bytes of its tensor, none of which is empty; safe in several threads.
+
+    A file is opened once for neighbours in `parts`. UserError as from `read_range`.
+    """
+    for file, found in groupby(parts, key=lambda part: part[0].file):
+        if checkpoint.remote is not None:
+            for tensor, view in found:
+                checkpoint.remote.read_into(file, tensor.offset, view)
+            continue
+        where = str(checkpoint.path / file)
+        with _opened(checkpoint, file) as fd:
+            for tensor, view in found:
+                read_part(fd, tensor.offset, view, where=where, what=f"tensor {tensor.name}")
+
+
+@contextmanager
+def _opened(checkpoint: Checkpoint, file: str) -> Iterator[int]:
+    """A weight file of a local checkpoint, open for reading."""
     try:
-        fd = open_regular(checkpoint.path, tensor.file)
+        fd = open_regular(checkpoint.path, file)
     except OSError as error:
         what = f"cannot be read ({error.strerror or error})."
+        where = str(checkpoint.path / file)
         raise Unfinished(what, code="file-unreadable", where=where, remedy=DOWNLOAD_AGAIN) from None
     try:
-        read_part(fd, tensor.offset + start, view, where=where, what=f"tensor {tensor.name}")
+        yield fd
     finally:
         os.close(fd)
 

@@ -49,14 +49,15 @@ class TensorReader:
         self._coming = {}
         if self._transfer is None:
             return
+        starts = tuple(f"{prefix}." for prefix in prefixes)
         below = [
             tensor
             for name, tensor in self._checkpoint.tensors.items()
-            if name.startswith(tuple(f"{prefix}." for prefix in prefixes)) and tensor.dtype in TORCH_NAMES
+            if name.startswith(starts) and tensor.dtype in TORCH_NAMES
         ]
         unused = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         if AHEAD_SHARE * sum(tensor.bytes for tensor in below) <= free_bytes(self._device) + unused:
-            self._coming = {tensor.name: self._transfer.read(self._checkpoint, tensor.name) for tensor in below}
+            self._coming = self._transfer.read_many(self._checkpoint, [tensor.name for tensor in below])
 
     def __enter__(self) -> Self:
         return self

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
@@ -17,12 +18,14 @@ import torch
 from torch import Tensor
 
 from snugfit.errors import Unfinished, UserError
-from snugfit.storage.checkpoint import Checkpoint, piece_of, read_range
+from snugfit.storage.checkpoint import Checkpoint, piece_of, read_range, read_whole
 from snugfit.storage.files import PIECE_BYTES, read_fully, write_fully
 from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
 COPIERS = {"cpu": 1, "cuda": 3}  # for copies from file to file
+PACK_BYTES = 4 << 20  # of small tensors that are read at once
+_ALIGNED = 512  # bytes, as torch aligns tensors on a GPU: where one begins decides which kernels run it
 # the bits of the exponent, which are all set in numbers that are not finite
 _EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "BF16": (np.uint16, 0x7F80),
@@ -79,6 +82,44 @@ class Transfer:
         return self._read(
             part.shape, dtype_of(part), lambda start, view: read_range(checkpoint, info, first + start, view)
         )
+
+    def read_many(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, PendingTransfer[Tensor]]:
+        """Begin to read tensors to the device; small ones, in the order of the file, share a job and a piece of memory.
+
+        A mixture has thousands of small tensors, whose jobs cost more than their bytes.
+        """
+        found: dict[str, PendingTransfer[Tensor]] = {}
+        for pack in _packs([checkpoint.tensors[name] for name in names]):
+            if len(pack) == 1:
+                found[pack[0].name] = self.read(checkpoint, pack[0].name)
+            else:
+                found |= self._read_pack(checkpoint, pack)
+        return found
+
+    def _read_pack(self, checkpoint: Checkpoint, pack: Sequence[StoredTensor]) -> dict[str, PendingTransfer[Tensor]]:
+        starts = [0, *accumulate(_aligned(tensor) for tensor in pack)]
+        places = [slice(start, start + tensor.bytes) for start, tensor in zip(starts, pack, strict=False)]
+        target = torch.empty(starts[-1], dtype=torch.uint8, device=self.device)
+        ready = _record_event(self.device)
+
+        def fill(raw: memoryview) -> None:
+            read_whole(checkpoint, ((tensor, raw[place]) for tensor, place in zip(pack, places, strict=True)))
+
+        def job() -> int:
+            if not target.is_cuda:
+                fill(_raw(target))
+                return 0
+            buffer, stream = self._thread_buffers()
+            fill(_raw(buffer[: len(target)]))
+            _run_on_stream(stream, ready, lambda: target.copy_(buffer[: len(target)], non_blocking=True))
+            return 0
+
+        pieces = [self._readers.submit(job)]
+
+        def pending(tensor: StoredTensor, place: slice) -> PendingTransfer[Tensor]:
+            return PendingTransfer(pieces, lambda _: target[place].view(dtype_of(tensor)).view(tensor.shape))
+
+        return {tensor.name: pending(tensor, place) for tensor, place in zip(pack, places, strict=True)}
 
     def read_file(
         self, handle: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
@@ -152,6 +193,27 @@ class Transfer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _packs(tensors: Sequence[StoredTensor]) -> list[list[StoredTensor]]:
+    """Tensors in the order of their files, small neighbours together; large and empty ones are alone."""
+    packs: list[list[StoredTensor]] = []
+    size = PACK_BYTES
+    for tensor in sorted(tensors, key=lambda tensor: (tensor.file, tensor.offset)):
+        if not 0 < tensor.bytes <= PACK_BYTES // 2:
+            packs.append([tensor])
+            size = PACK_BYTES
+        elif size + _aligned(tensor) > PACK_BYTES:
+            packs.append([tensor])
+            size = _aligned(tensor)
+        else:
+            packs[-1].append(tensor)
+            size += _aligned(tensor)
+    return packs
+
+
+def _aligned(tensor: StoredTensor) -> int:
+    return -(-tensor.bytes // _ALIGNED) * _ALIGNED
 
 
 def _pieces(pool: ThreadPoolExecutor, size: int, work: Callable[[int, int], int]) -> list[Future[int]]:
