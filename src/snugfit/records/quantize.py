@@ -20,10 +20,10 @@ RECIPE_FILE = "snugfit-recipe.yaml"
 class TensorRecord:
     """One source tensor: where it went, what that cost.
 
-    `relative_error` is sum((w_hat - w)^2) / sum(w^2), None for a tensor kept as it is, and of learned scales ("+learned"
-    in `scale_rule`) that of the scales from which they started; `input_amax` the largest calibrated input magnitude of
-    its fused group, None where none was needed. `scale_rule` says how its scales were
-    chosen; in a plan it is "effort" where the effort of the run decides.
+    `relative_error` is sum((w_hat - w)^2) / sum(w^2), None for a tensor kept as it is; of learned scales ("+learned" in
+    `scale_rule`) it is that of the scales they started from. `input_amax` is the largest calibrated input magnitude of
+    its fused group, None where none was needed. `scale_rule` says how its scales were chosen; in a plan it
+    is "effort" where the effort of the run decides.
     """
 
     name: str
