@@ -145,7 +145,8 @@ def read_codes(
     checkpoint: Checkpoint, dialect: Dialect, module: str, fmt: TensorFormat, device: torch.device = CPU
 ) -> QuantizedWeight:
     """A quantized module's codes and scales on `device`, as the file has them."""
-    return _read_member(checkpoint, dialect, module, fmt, device, partial(read_tensor, checkpoint)).quantized
+    read = partial(read_tensor, checkpoint)
+    return _read_members(checkpoint, dialect, {module: module}, {module: fmt}, device, read)[module].quantized
 
 
 @dataclass(frozen=True)
