@@ -11,7 +11,6 @@ from typer.testing import CliRunner
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.tiny_families import random_rows, write_rows
-from helpers.tiny_families import random_rows, write_rows
 from snugfit.cli.app import app
 from snugfit.formats.spec import EFFORT
 from snugfit.quantization.collect import collect_statistics
@@ -33,12 +32,6 @@ def model(make_tiny: MakeTiny) -> Path:
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Samples enough to hold some of them out."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", random_rows((48,) * 8, stop=64))
-
-
-@pytest.fixture(scope="module")
-def token_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Samples enough for some of them to be held out."""
-    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", random_rows((48,) * 8))
 
 
 @pytest.fixture
