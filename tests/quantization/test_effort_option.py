@@ -121,11 +121,11 @@ def test_another_effort_does_not_resume(model: Path, rows: Path, tmp_path: Path)
 def test_effort_on_the_command_line(model: Path, rows: Path, statistics: Path, tmp_path: Path) -> None:
     """`--effort` takes the three names; a conflict and a note name it as the command line does."""
     given = ["quantize", str(model), "--dry-run", "--device", "cpu"]
-    rows, stored = ["--dataset", str(rows)], ["--statistics", str(statistics)]
+    given_rows, stored = ["--dataset", str(rows)], ["--statistics", str(statistics)]
     runner = CliRunner()
-    assert runner.invoke(app, [*given, *rows, "-r", "nvfp4", "--effort", "best"]).exit_code == 0
-    assert runner.invoke(app, [*given, *rows, "-r", "nvfp4", "--effort", "most"]).exit_code == 2
-    noted = runner.invoke(app, [*given, *rows, "-r", "fp8-dynamic", "--effort", "best"])
+    assert runner.invoke(app, [*given, *given_rows, "-r", "nvfp4", "--effort", "best"]).exit_code == 0
+    assert runner.invoke(app, [*given, *given_rows, "-r", "nvfp4", "--effort", "most"]).exit_code == 2
+    noted = runner.invoke(app, [*given, *given_rows, "-r", "fp8-dynamic", "--effort", "best"])
     assert noted.exit_code == 0
     assert "effort" in noted.stderr
     refused = runner.invoke(app, [*given, *stored, "-r", "nvfp4", "--effort", "good"])
