@@ -67,6 +67,7 @@ OFFERED: dict[str, set[str]] = {
         "--min-tokens-per-expert",
         "--statistics",
         "--effort",
+        "--target",
         "--allow-unverified",
         "--restart",
         "--force-resume",
