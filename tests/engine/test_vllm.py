@@ -33,6 +33,7 @@ RECIPES: dict[str, tuple[set[str], float]] = {
     "fp8-int4-absmax": ({FP8, INT4}, 0.005),
     "nvfp4-four-over-six": ({NVFP4}, 0.02),
     "nvfp4-fp8-hybrid-four-over-six": ({FP8, NVFP4}, 0.02),
+    "nvfp4-fp8-hybrid": ({FP8, NVFP4}, 0.02),  # effort good: GPTQ and folds
 }
 CACHE = "fp8-dynamic-fp8kv"
 
