@@ -121,7 +121,9 @@ class Dialect:
     def decode_all(
         self, modules: Mapping[str, tuple[TensorFormat, Mapping[str, Tensor]]]
     ) -> dict[str, tuple[QuantizedWeight, Tensor | None]]:
-        """As `decode`, of several modules on one device: a GPU is waited for once."""
+        """As `decode`, of several modules on one device: a GPU is waited for once. Nothing for none, of any file."""
+        if not modules:
+            return {}
         if not _have_sound_scales(modules.values()):
             for module, (fmt, parts) in modules.items():
                 self._check_scales(module, fmt, parts)
