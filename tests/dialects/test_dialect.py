@@ -208,7 +208,7 @@ def test_a_quantized_file_without_a_config_is_refused() -> None:
         open_dialect({}).read_formats([UP], stored_as("W8A16", UP))
     assert open_dialect({}).read_formats([UP], {f"{UP}.weight": ("BF16", (16, 128))}) == {}
     assert open_dialect({"quantization_config": None}).read_formats([], {}) == {}
-    assert open_dialect({}).decode_all({}) == {}  # a layer of a 16-bit model, all of whose modules a GPU decodes at once
+    assert open_dialect({}).decode_all({}) == {}  # a GPU decodes all modules of a layer at once
 
 
 @pytest.mark.parametrize("place", ["quantization_config", "compression_config", "text_config"])
