@@ -22,7 +22,7 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
-from snugfit.methods.kernels import EVERY_CODE, FOUR_OVER_SIX
+from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX
 
 LANES = 64
 # values converted to fp32 at once, a row at least for each thread

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snugfit.formats import grids
-from snugfit.methods.kernels import EVERY_CODE, FOUR_OVER_SIX
+from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX
 
 BLOCKS = 128  # of a program of the searches
 ROWS = 4  # of a program of the column loops, a warp each

@@ -17,10 +17,6 @@ from torch import Tensor
 SMALL = 1 << 16  # values below which torch is faster than starting a compiler
 CHECKED_ROWS = 8  # that are done both ways
 
-# how candidates follow from the plain code: offsets from it; its own code, then that of 1.5 times the scale; itself,
-# then every code
-BY_OFFSET, FOUR_OVER_SIX, EVERY_CODE = 0, 1, 2
-
 _checked: dict[tuple[object, ...], bool] = {}
 _problems: dict[str, None] = {}
 

@@ -26,8 +26,9 @@ from torch import Tensor
 from snugfit.formats import nvfp4
 from snugfit.formats.grids import E2M1_MAX, E4M3_MAX, E4M3_TINY, divide, round_e2m1_magnitude
 from snugfit.formats.spec import NVFP4_BLOCK
+from snugfit.methods.candidates import BY_OFFSET, EVERY_CODE, FOUR_OVER_SIX
 from snugfit.methods.importance import features_first, of_features, of_pairs, ordered_sum, quadratic
-from snugfit.methods.kernels import BY_OFFSET, CHECKED_ROWS, EVERY_CODE, FOUR_OVER_SIX, Kernels, kernels_for
+from snugfit.methods.kernels import CHECKED_ROWS, Kernels, kernels_for
 
 LARGEST_CODE = 126
 
