@@ -13,6 +13,11 @@ class Progress:
     def message(self, text: str) -> None:
         """Report one line: what the run will need, how far it is."""
 
+    def time_left(self, seconds: float) -> None:
+        """Report how long the work will go on, if that is worth a line."""
+        if seconds > 10:
+            self.message(f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left")
+
     @contextmanager
     def bar(self, total: int, description: str) -> Iterator[Callable[[], None]]:
         """Count `total` steps; yields the function that counts one."""

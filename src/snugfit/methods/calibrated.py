@@ -70,6 +70,10 @@ class Observed:
     modules: Mapping[str, str]
     parameters: Mapping[str, str]
 
+    def scaled(self, name: str, weight: Tensor) -> Tensor:
+        """fp32 [N, K]: the weight of the file's tensor `name` under the folds."""
+        return self.scaling.weight(self.modules.get(name.removesuffix(".weight"), ""), weight)
+
 
 @dataclass
 class Calibrated:
@@ -246,8 +250,8 @@ class Calibrated:
         importance = observed.expert_moments.get(first) if moments is None else moments.squares
         if importance is None:  # nothing came to it
             for name in names:
-                module, weight = observed.modules.get(name.removesuffix(".weight"), ""), group.weights[name]
-                group.weights[name] = observed.scaling.weight(module, weight).to(weight.dtype)
+                weight = group.weights[name]
+                group.weights[name] = observed.scaled(name, weight).to(weight.dtype)
             yield from ROUND_TO_NEAREST.choose([group], purpose)
             return
         feedback = gram = None
@@ -255,12 +259,7 @@ class Calibrated:
             gram = moments.gram
             feedback = feedback_of(gram)
         dtype = next(iter(group.weights.values())).dtype
-        exact = {
-            name: observed.scaling.weight(
-                observed.modules.get(name.removesuffix(".weight"), ""), group.weights.pop(name)
-            )
-            for name in names
-        }
+        exact = {name: observed.scaled(name, group.weights.pop(name)) for name in names}
         chosen = choose_scales(exact, target.format, importance, dtype)
         for name in names:
             weight, scales = exact.pop(name), chosen.pop(name)

@@ -94,7 +94,7 @@ def _train(run: Run, directory: Path) -> dict[str, Tensor]:
                 losses.append(loss)
                 learned.update()
                 if len(losses) == 2:  # the first one warms up
-                    _expect(run, (time.monotonic() - started) * (steps - step - 1))
+                    run.progress.time_left((time.monotonic() - started) * (steps - step - 1))
                 if time.monotonic() - last_saved > SAVE_SECONDS:
                     _save(saved, learned)
                     last_saved = time.monotonic()
@@ -106,12 +106,6 @@ def _train(run: Run, directory: Path) -> dict[str, Tensor]:
         run.progress.message(f"learned {learned.size:,} block scales: {text}")
     _save(saved, learned)
     return learned.result()
-
-
-def _expect(run: Run, seconds: float) -> None:
-    """Say how long the learning will take, if it is worth it."""
-    if seconds > 10:
-        run.progress.message(f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

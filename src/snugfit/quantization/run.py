@@ -183,8 +183,7 @@ def _measure(
 def _expect(run: Run, number: int, started: float) -> float:
     """Seconds that the whole run will take, by its second layer; reported if it is worth it."""
     left = (time.perf_counter() - started) * (len(run.prepared.plan.units) - 1 - number)
-    if left > 10:
-        run.progress.message(f"about {left / 60:.0f} min left" if left > 90 else f"about {left:.0f} s left")
+    run.progress.time_left(left)
     return run.clock.seconds["total"] + left
 
 
