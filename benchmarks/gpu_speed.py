@@ -40,6 +40,7 @@ from typing import Any, Self
 
 HERE = Path(__file__).parent
 RECIPE = "nvfp4-fp8-hybrid-four-over-six"
+LAYOUT = "nvfp4-fp8-hybrid"
 SHARD_BYTES = 5_000_000_000
 SNUGFIT_TOKENS = 8192  # of a batch, on a GPU
 INTERVAL = 0.05
@@ -131,6 +132,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch, for every tool")
     parser.add_argument("--llmcompressor-python", default=sys.executable)
     parser.add_argument("--llmcompressor-path", help="PYTHONPATH of llm-compressor alone (default: as it is)")
+    parser.add_argument(
+        "--effort", choices=["fast", "good", "best"], help="snugfit: the layout under it, no exact recipe"
+    )
     parser.add_argument("--budget", type=float, default=math.inf, help="seconds in which all of it must end")
     parser.add_argument("--json", type=Path, help="default: WORK/gpu_speed.json")
     parser.add_argument("--step", choices=["make", "snugfit"], help=argparse.SUPPRESS)
@@ -241,12 +245,13 @@ def run_snugfit(options: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     begin, cpu = time.perf_counter(), time.process_time()
     record = quantize(
         model_path(options),
-        RECIPE,
+        RECIPE if options.effort is None else LAYOUT,
         output_dir=options.work / "out" / "snugfit",
         dataset=[options.work / "rows.jsonl"],
         num_samples=shape.rows,
         max_seq_length=shape.length,
         device=options.device,
+        effort=options.effort,
         progress=TerminalProgress(),
     )
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
@@ -334,7 +339,8 @@ def own(options: argparse.Namespace, step: str) -> list[str]:
     """This script's own command for a step."""
     script = [sys.executable, str(Path(__file__).resolve()), str(options.work), "--step", step]
     given = ["--layers", str(options.layers), "--device", options.device, "--threads", str(options.threads)]
-    return [*script, *given, "--tokenizer", str(options.tokenizer)]
+    effort = [] if options.effort is None else ["--effort", options.effort]
+    return [*script, *given, *effort, "--tokenizer", str(options.tokenizer)]
 
 
 def environment(options: argparse.Namespace, path: str | None = None) -> dict[str, str]:

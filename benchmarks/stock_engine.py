@@ -2,6 +2,7 @@
 
     python benchmarks/stock_engine.py MODEL WORK [--recipes R...] [--device cuda] [--vllm-python PYTHON]
                                       [--rows 16] [--length 512] [--moe-backend emulation]
+                                      [--effort best --calibration FILES]
 
 Runs where snugfit is importable; vLLM may live in another environment (`--vllm-python`). On a GPU before Blackwell
 NVFP4 is served twice: weight-only through Marlin, as vLLM chooses, and as W4A4 through its emulation kernel (of a
@@ -43,6 +44,9 @@ def main() -> None:
     parser.add_argument("--vllm-python", default=sys.executable)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--effort", help="of recipes that name no scale rule")
+    parser.add_argument("--calibration", type=Path, nargs="*", default=[], help="default: Python's documentation")
+    parser.add_argument("--num-samples", type=int, default=32)
     parser.add_argument("--moe-backend", help="vLLM's moe_backend of the second run of NVFP4 files")
     arguments = parser.parse_args()
     work: Path = arguments.work
@@ -58,7 +62,17 @@ def main() -> None:
     for recipe in arguments.recipes:
         target = work / Path(recipe).stem
         shutil.rmtree(target, ignore_errors=True)
-        record = quantize(arguments.model, recipe, output_dir=target, max_seq_length=512, device=arguments.device)
+        exact = "-four-over-six" in recipe or "-absmax" in recipe
+        record = quantize(
+            arguments.model,
+            recipe,
+            output_dir=target,
+            dataset=arguments.calibration,
+            num_samples=arguments.num_samples,
+            max_seq_length=512,
+            device=arguments.device,
+            effort=None if exact else arguments.effort,
+        )
         seconds[target.name] = record.seconds["total"]
         checkpoints.append(target)
     ours = {path.name: _emulate(path, work / "rows.jsonl", arguments.device) for path in checkpoints}

@@ -1,0 +1,148 @@
+"""What each effort brings on one model: KL to the original on text that no step has seen, by context length.
+
+    python effort.py MODEL WORK --calibration A.txt B.txt --evaluation C.txt D.txt [--device cuda] [--num-samples 128]
+                     [--layout nvfp4-fp8-hybrid] [--exact nvfp4-fp8-hybrid-four-over-six] [--efforts good best]
+                     [--targets vllm-blackwell marlin] [--contexts 1024] [--max-tokens 32768]
+
+Quantizes by the exact recipe, then by the layout with each effort, under each target. Every file runs under the
+target's arithmetic of inputs on every text of --evaluation. Prints what the gate saw and a Markdown table: KL, and its
+ratio to the exact recipe's, with an interval of two standard errors over chunks (paired, linearized). Quantized files
+stay in WORK, so that a second call with other texts or contexts quantizes nothing; WORK/effort.json has all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from snugfit.evaluation.evaluate import evaluate
+from snugfit.progress import TerminalProgress
+from snugfit.quantization.quantize import quantize
+from snugfit.records.evaluation import ModelFigures
+
+
+def main() -> None:
+    options = _options()
+    options.work.mkdir(parents=True, exist_ok=True)
+    result: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(options).items()}, "made": {}, "figures": []}
+    for target in options.targets:
+        files = {"exact": _make(options, "exact", target, result)}
+        files |= {effort: _make(options, effort, target, result) for effort in options.efforts}
+        for text in options.evaluation:
+            record = evaluate(
+                list(files.values()),
+                reference=options.model,
+                dataset=[text],
+                contexts=options.contexts,
+                max_tokens=options.max_tokens,
+                activations=target,
+                noise_floor="none",
+                device=options.device,
+            )
+            for context in record.contexts:
+                models = context.models[1:]
+                rows = [_row(one, models[0]) for one in models]
+                for name, row in zip(files, rows, strict=True):
+                    entry = {"target": target, "text": text.name, "context": context.context, "file": name, **row}
+                    result["figures"].append(entry)
+                    print(f"{target} {text.name} {context.context} {name}: {row}", flush=True)
+        (options.work / "effort.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
+    _print(result)
+
+
+def _make(options: argparse.Namespace, effort: str, target: str, result: dict[str, Any]) -> Path:
+    """The file of one effort, made unless it is there."""
+    exact = effort == "exact"
+    out: Path = options.work / (options.exact if exact else f"{options.layout}-{effort}-{target}")
+    if out.exists():
+        return out
+    started = time.perf_counter()
+    record = quantize(
+        options.model,
+        options.exact if exact else options.layout,
+        output_dir=out,
+        dataset=options.calibration,
+        num_samples=options.num_samples,
+        max_seq_length=options.max_seq_length,
+        shuffle_seed=0,
+        device=options.device,
+        effort=None if exact else effort,
+        target=target,
+        progress=TerminalProgress(),
+    )
+    seconds = time.perf_counter() - started
+    trials = [asdict(trial) for trial in record.trials]
+    gpu = record.peak_gpu_bytes
+    result["made"][out.name] = {"seconds": seconds, "trials": trials, "peak_gpu_bytes": gpu, "bytes": _bytes(out)}
+    print(f"{out.name}: {seconds:.1f} s, GPU {gpu and gpu / 1e9} GB, {_bytes(out)} bytes", flush=True)
+    for trial in trials:
+        print("   ", {k: round(v, 4) if isinstance(v, float) else v for k, v in trial.items()}, flush=True)
+    return out
+
+
+def _bytes(directory: Path) -> int:
+    return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+
+
+def _row(model: ModelFigures, base: ModelFigures) -> dict[str, Any]:
+    """KL, error, perplexity, and the ratio to the base's KL with two standard errors (Cochran, ratio of means)."""
+    assert model.kl is not None
+    assert base.kl is not None
+    ours, theirs = np.array(model.kl.by_chunk, float), np.array(base.kl.by_chunk, float)
+    ratio = ours.sum() / theirs.sum()
+    n = len(ours)
+    residual = ours - ratio * theirs
+    error = float(np.sqrt(n / (n - 1)) * np.linalg.norm(residual) / theirs.sum()) if n > 1 else None
+    return {
+        "kl": model.kl.mean,
+        "kl_error": model.kl.standard_error,
+        "ratio": float(ratio),
+        "two_errors": error and 2 * error,
+        "perplexity": model.perplexity,
+        "same_top": model.same_top,
+    }
+
+
+def _print(result: dict[str, Any]) -> None:
+    """One line an effort, target and context; one column a text."""
+    figures = result["figures"]
+    texts = list(dict.fromkeys(entry["text"] for entry in figures))
+    print("\n| target | context | file | " + " | ".join(texts) + " |\n|---|---|---|" + "---|" * len(texts))
+    keys = dict.fromkeys((entry["target"], entry["context"], entry["file"]) for entry in figures)
+    for target, context, file in keys:
+        cells = []
+        for text in texts:
+            entry = next(
+                e for e in figures if (e["target"], e["context"], e["file"], e["text"]) == (target, context, file, text)
+            )
+            margin = "" if entry["two_errors"] is None else f" +- {entry['two_errors']:.2f}"
+            cells.append(f"{entry['kl']:.4f} ({entry['ratio']:.2f}x{margin})")
+        print(f"| {target} | {context} | {file} | " + " | ".join(cells) + " |")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
+    parser.add_argument("--evaluation", type=Path, nargs="+", required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--num-samples", type=int, default=128)
+    parser.add_argument("--max-seq-length", type=int, default=1024)
+    parser.add_argument("--layout", default="nvfp4-fp8-hybrid")
+    parser.add_argument("--exact", default="nvfp4-fp8-hybrid-four-over-six")
+    parser.add_argument("--efforts", nargs="*", default=["good", "best"])
+    parser.add_argument("--targets", nargs="+", default=["vllm-blackwell", "marlin"])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024])
+    parser.add_argument("--max-tokens", type=int, default=32768)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
