@@ -1,4 +1,4 @@
-"""One object rounds the inputs of a linear, by kind: on the CPU by the plain definitions."""
+"""One object rounds the inputs of a linear, by kind: few of them on the CPU by the plain definitions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from snugfit.formats import fp8, inputs, mxfp4, nvfp4
 from snugfit.formats.inputs import InputRounding
 
 
-def test_the_cpu_uses_the_definitions() -> None:
-    """No tensor on the CPU goes to a kernel, and a kind's result is that of its definition."""
+def test_a_few_inputs_are_rounded_by_the_definitions() -> None:
+    """No small tensor on the CPU goes to a kernel, and a kind's result is that of its definition."""
     values = torch.randn(3, 128, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     scale = torch.tensor(0.01)
     expected = {

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from snugfit.formats import machine_code
 from snugfit.methods import columns, cpu_kernels, exponents, integer_scales, kernels, scales
 
 RULES = tuple(scales.OFFSETS)
@@ -202,6 +203,6 @@ def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.Monk
             raise RuntimeError("cannot cache function: no locator available")
         return lambda function: function
 
-    monkeypatch.setattr(cpu_kernels, "njit", no_cache)
-    assert cpu_kernels.compiled(print) is print
+    monkeypatch.setattr(machine_code, "njit", no_cache)
+    assert machine_code.compiled(print) is print
     assert seen == [True, False]

@@ -1,7 +1,8 @@
-"""Rounds a linear's inputs as an engine does, by kind: the plain definitions, and on CUDA kernels with the same bits.
+"""Rounds a linear's inputs as an engine does, by kind: the plain definitions, and kernels with the same bits.
 
-The kernels (`input_kernels.py`) need Triton, which comes with torch's CUDA build, and a C compiler. The first tensor of
-each kind is rounded both ways; where Triton is missing or anything differs, the plain definitions round all tensors.
+On CUDA the kernels (`input_kernels.py`) need Triton, which comes with torch's CUDA build, and a C compiler. The first
+tensor of each kind is rounded both ways; where Triton is missing or anything differs, the plain definitions round all
+tensors. On a CPU numba makes them (`input_cpu_kernels.py`), for tensors that are worth a compiler's time.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from snugfit.formats import fp8, integer, mxfp4, nvfp4
 from snugfit.formats.spec import FP8_BLOCK, InputKind
 
 CHECKED_TOKENS = 4  # tokens that are rounded both ways
+SMALL = 1 << 16  # values below which torch on a CPU is faster than starting a compiler
 
 # inputs under scales made at run time, and those under numbers from the file: a multiplier, and a zero point if any
 _DYNAMIC: Mapping[InputKind, Callable[[Tensor], Tensor]] = {
@@ -52,6 +54,10 @@ class InputRounding:
         """The activations rounded, in one pass where a kernel can."""
         if not self.is_fused(activations):
             return self.plain(activations)
+        if activations.device.type == "cpu":
+            from snugfit.formats import input_cpu_kernels
+
+            return input_cpu_kernels.round_inputs(self.kind, activations, self.scale, self.group)
         from snugfit.formats import input_kernels
 
         return input_kernels.round_inputs(self.kind, activations, self._static(activations), self.group)
@@ -66,7 +72,9 @@ class InputRounding:
         return _STATIC[self.kind](activations, *self.scale.to(activations.device).view(-1))
 
     def is_fused(self, activations: Tensor) -> bool:
-        """Whether a kernel rounds these activations; the first of a kind are rounded both ways to see it."""
+        """Whether a kernel rounds these activations; on CUDA the first of a kind are rounded both ways to see it."""
+        if activations.device.type == "cpu":
+            return activations.numel() >= SMALL and _numba_rounds(self.kind, activations)
         if not activations.is_cuda or _triton_problem() is not None:
             return False
         from snugfit.formats import input_kernels
@@ -100,6 +108,15 @@ class InputRounding:
 def kernel_problems() -> list[str]:
     """Why tensors on CUDA were rounded by the plain definitions, which are slower; empty where none was."""
     return list(_problems)
+
+
+def _numba_rounds(kind: InputKind, activations: Tensor) -> bool:
+    """Whether numba is installed, and rounds these activations."""
+    try:
+        from snugfit.formats import input_cpu_kernels
+    except ImportError:
+        return False
+    return input_cpu_kernels.fits(kind, activations)
 
 
 @cache

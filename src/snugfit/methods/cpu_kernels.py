@@ -5,16 +5,13 @@ order (see `snugfit.methods.importance`). Kernels take LANES rows of a weight at
 one instruction handles the same feature of several rows: the innermost loops over `lane` are the ones that vectorize.
 They do so only while all scratch arrays have constant shapes, and while no `if` chooses between two array elements.
 
-Kernels run without Python's lock, on as many threads of our own as torch uses; numba's own threads would not survive a
-fork. Machine code is kept in numba's cache where that can be written to.
+Kernels run without Python's lock, on as many threads of our own as torch uses (snugfit.formats.machine_code).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ import torch
 from numba import njit, types
 from torch import Tensor
 
+from snugfit.formats.machine_code import ROWS, compiled, on_threads
 from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX
 
 LANES = 64
@@ -40,30 +38,6 @@ _FLOATS_2 = types.Array(types.float32, 2, "C")
 _FLOATS_3 = types.Array(types.float32, 3, "C")
 _INTEGERS = types.Array(types.int32, 1, "C")
 _BYTES = types.Array(types.uint8, 2, "C")
-_ROWS = (types.int64, types.int64)  # first row, row behind the last
-
-
-def compiled(function: Callable[..., None], *arguments: Any) -> Callable[..., None]:
-    """Machine code of a function of these types of arguments."""
-    options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
-    try:
-        machine_code: Callable[..., None] = njit(types.void(*arguments), cache=True, **options)(function)
-    except (OSError, RuntimeError):  # no folder for the cache can be written to
-        machine_code = njit(types.void(*arguments), **options)(function)
-    return machine_code
-
-
-def on_threads(kernel: Callable[[int, int], None], rows: int) -> None:
-    """Run `kernel(start, stop)` over all rows, in as many parts as torch has threads."""
-    tiles = -(-rows // LANES)
-    workers = min(torch.get_num_threads(), tiles)
-    if workers <= 1:
-        kernel(0, rows)
-        return
-    bounds = [min(rows, tiles * worker // workers * LANES) for worker in range(workers + 1)]
-    with ThreadPoolExecutor(workers) as pool:
-        for done in [pool.submit(kernel, *part) for part in pairwise(bounds)]:
-            done.result()
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
@@ -198,7 +172,7 @@ def _nvfp4_kernel(objective: str, weighting: str) -> Callable[..., None]:
 @cache
 def _nvfp4(objective: str, weighting: str) -> Callable[..., None]:
     kernel = _nvfp4_kernel(objective, weighting)
-    return compiled(kernel, _FLOATS_2, _FLOATS_3, types.float32, _INTEGERS, types.int64, _FLOATS_1, *_ROWS, _BYTES)
+    return compiled(kernel, _FLOATS_2, _FLOATS_3, types.float32, _INTEGERS, types.int64, _FLOATS_1, *ROWS, _BYTES)
 
 
 def block_scales(
@@ -229,7 +203,7 @@ def _by_chunks(weight: Tensor, kernel_of: Callable[[Any, int], Callable[[int, in
     rows = max(LANES * torch.get_num_threads(), CHUNK_VALUES // max(1, weight.shape[1]))
     for first in range(0, len(weight), rows):
         part = weight[first : first + rows].detach().float().contiguous()
-        on_threads(kernel_of(part.numpy(), first), len(part))
+        on_threads(kernel_of(part.numpy(), first), len(part), LANES)
 
 
 def _mxfp4_kernel(*, weighted: bool) -> Callable[..., None]:
@@ -288,7 +262,7 @@ def _mxfp4_kernel(*, weighted: bool) -> Callable[..., None]:
 @cache
 def _mxfp4(*, weighted: bool) -> Callable[..., None]:
     kernel = _mxfp4_kernel(weighted=weighted)
-    return compiled(kernel, _FLOATS_2, _FLOATS_2, types.int64, _FLOATS_1, *_ROWS, _BYTES)
+    return compiled(kernel, _FLOATS_2, _FLOATS_2, types.int64, _FLOATS_1, *ROWS, _BYTES)
 
 
 def block_exponents(weight: Tensor, *, lower: int, factors: Tensor | None) -> Tensor:
@@ -354,7 +328,7 @@ def _int4_kernel(*, weighted: bool) -> Callable[..., None]:
 @cache
 def _int4(*, weighted: bool) -> Callable[..., None]:
     kernel = _int4_kernel(weighted=weighted)
-    return compiled(kernel, _FLOATS_2, _FLOATS_2, _FLOATS_3, _FLOATS_3, *_ROWS, _BYTES)
+    return compiled(kernel, _FLOATS_2, _FLOATS_2, _FLOATS_3, _FLOATS_3, *ROWS, _BYTES)
 
 
 def best_scales(weight: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor | None) -> Tensor:
@@ -368,7 +342,7 @@ def best_scales(weight: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor |
     found = np.empty((weight.shape[0], groups), np.uint8)
     exact = weight.detach().float().contiguous().numpy()
     arrays = exact, given.numpy(), scales.contiguous().numpy(), zeros.contiguous().numpy()
-    on_threads(lambda start, stop: search(*arrays, start, stop, found), len(weight))
+    on_threads(lambda start, stop: search(*arrays, start, stop, found), len(weight), LANES)
     return torch.from_numpy(found)
 
 
@@ -419,7 +393,7 @@ def _round_kernel(*, integers: bool) -> Callable[..., None]:
 @cache
 def _round(*, integers: bool) -> Callable[..., None]:
     arrays = [_FLOATS_2] * 5
-    return compiled(_round_kernel(integers=integers), *arrays, *_ROWS, _FLOATS_2)
+    return compiled(_round_kernel(integers=integers), *arrays, *ROWS, _FLOATS_2)
 
 
 def round_block(
@@ -430,7 +404,7 @@ def round_block(
     values = torch.empty_like(exact, memory_format=torch.contiguous_format)
     zeros = torch.zeros(1, 1) if not integers else torch.zeros_like(step) if zero is None else zero
     arrays = [tensor.contiguous().numpy() for tensor in (target, exact, step, zeros, feedback)]
-    on_threads(lambda start, stop: kernel(*arrays, start, stop, values.numpy()), len(target))
+    on_threads(lambda start, stop: kernel(*arrays, start, stop, values.numpy()), len(target), LANES)
     return values
 
 
@@ -469,7 +443,7 @@ def _descend_kernel(*, integers: bool) -> Callable[..., None]:
 @cache
 def _descend(*, integers: bool) -> Callable[..., None]:
     arrays = [_FLOATS_2] * 5
-    return compiled(_descend_kernel(integers=integers), *arrays, *_ROWS)
+    return compiled(_descend_kernel(integers=integers), *arrays, *ROWS)
 
 
 def descend_block(
@@ -480,4 +454,4 @@ def descend_block(
     zeros = torch.zeros(1, 1) if not integers else torch.zeros_like(step) if zero is None else zero
     arrays = [values.numpy(), gradient.numpy()]
     arrays += [tensor.contiguous().numpy() for tensor in (step, zeros, hessian)]
-    on_threads(lambda start, stop: kernel(*arrays, start, stop), len(values))
+    on_threads(lambda start, stop: kernel(*arrays, start, stop), len(values), LANES)
