@@ -1,4 +1,4 @@
-"""Numba's machine code that rounds inputs gives the plain definitions' bits: ties, zeros, subnormals, NaN, infinities."""
+"""Numba's machine code that rounds inputs gives the plain definitions' bits: ties, zeros, subnormals, NaN."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_machine_code_gives_the_bits_of_the_definition(features: int, dtype: tor
 
 @pytest.mark.parametrize("kind", ["nvfp4", "fp8-token", "fp8-group"])
 def test_large_tensors_are_rounded_by_machine_code(kind: InputKind) -> None:
-    """A tensor on the CPU that is worth it goes to machine code, of any strides; it keeps shape and dtype, and stays."""
+    """A tensor on the CPU that is worth it goes to machine code, of any strides, and itself stays."""
     rounding = InputRounding(kind, torch.tensor(0.05) if kind == "nvfp4" else None)
     values = torch.randn(16, 24, 512, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     before = values.clone()
