@@ -60,9 +60,9 @@ def main() -> None:
     adjusted = holm([found.p for *_, found in comparisons])
     print(f"\n| accuracy, {options.activations} | " + " | ".join(TASKS) + " |\n|---|" + "---|" * len(TASKS))
     print("| items | " + " | ".join(str(len(scores[base.name][task])) for task in TASKS) + " |")
-    for name, found in scores.items():
+    for name, by_task in scores.items():
         cells = []
-        for right in found.values():
+        for right in by_task.values():
             mean = sum(right) / len(right)
             error = (mean * (1 - mean) / len(right)) ** 0.5
             cells.append(f"{mean:.4f} +- {error:.4f}")
