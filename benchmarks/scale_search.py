@@ -139,8 +139,9 @@ def main() -> None:  # noqa: PLR0915
         )
     wide = columns.MOST_COLUMNS
     target = exact[:, :wide].contiguous().to(device)
-    step = torch.full_like(target, 0.01)
+    step = target.abs().mean() * torch.full_like(target, 0.5)
     gram = (inputs[:, :wide].t() @ inputs[:, :wide] / 256).to(device)
+    gram.diagonal().add_(1.0)
     feedback = gram.triu(1) / 4
     column_loops: list[tuple[str, Callable[[], object], Callable[[], object]]] = [
         (

@@ -69,9 +69,14 @@ def _nearest_up_to_six(magnitude):
 
 
 @triton.jit
+def _signed_as(magnitude, values):
+    """Non-negative numbers with the signs of others, zeros too: Triton's minus is 0 - x, which has no negative zero."""
+    return _number(_bits(magnitude) | (_bits(values) & _SIGN))
+
+
+@triton.jit
 def _nearest_signed_e2m1(scaled):
-    magnitude = _nearest_e2m1(tl.abs(scaled))
-    return tl.where(scaled < 0, -magnitude, magnitude)
+    return _signed_as(_nearest_e2m1(tl.abs(scaled)), scaled)
 
 
 @triton.jit
@@ -79,7 +84,7 @@ def _whole(values):
     """Whole numbers nearest to `values`, ties to even."""
     magnitude = tl.abs(values)
     rounded = (magnitude + _WHOLE) - _WHOLE
-    return tl.where(magnitude < _WHOLE, tl.where(values < 0, -rounded, rounded), values)
+    return tl.where(magnitude < _WHOLE, _signed_as(rounded, values), values)
 
 
 @triton.jit
@@ -431,7 +436,7 @@ def _round_columns(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """ROWS rows a program, their targets in registers; the target of each column is fetched by a sum with zeros."""
+    """ROWS rows a program, their targets in registers; the target of each column is fetched by a sum of bits with zeros."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     lane = tl.arange(0, WIDTH)
@@ -440,7 +445,7 @@ def _round_columns(
     for i in range(columns):
         here = row * columns + i
         step = tl.load(steps + here, mask=inside, other=1.0)
-        wanted = tl.sum(tl.where((lane == i)[None, :], targets, 0.0), axis=1)
+        wanted = _number(tl.sum(tl.where((lane == i)[None, :], _bits(targets), 0), axis=1))
         value = _nearest(wanted, step, zeros, here, inside, INTEGERS, ZERO)
         tl.store(values + here, value, mask=inside)
         error = tl.load(exact + here, mask=inside, other=0.0) - value
@@ -474,7 +479,7 @@ def _descend_columns(
         here = row * columns + i
         step = tl.load(steps + here, mask=inside, other=1.0)
         before = tl.load(values + here, mask=inside, other=0.0)
-        slope = tl.sum(tl.where((lane == i)[None, :], slopes, 0.0), axis=1)
+        slope = _number(tl.sum(tl.where((lane == i)[None, :], _bits(slopes), 0), axis=1))
         curvature = tl.zeros_like(slope) + tl.load(hessian + i * columns + i)
         wanted = before - tl.div_rn(slope, curvature)
         value = _nearest(wanted, step, zeros, here, inside, INTEGERS, ZERO)
