@@ -436,7 +436,7 @@ def _round_columns(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """ROWS rows a program, their targets in registers; the target of each column is fetched by a sum of bits with zeros."""
+    """ROWS rows a program, their targets in registers; that of each column is fetched by a sum of bits with zeros."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     lane = tl.arange(0, WIDTH)
