@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isnan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,5 +29,5 @@ class InputSaturation:
 
 
 def worst(sites: Sequence[InputSaturation]) -> InputSaturation:
-    """The site that exceeds its range most; where the ranges hold, the one that comes closest."""
-    return max(sites, key=lambda site: site.amax / site.range)
+    """The site that exceeds its range most, NaN first; where the ranges hold, the one that comes closest."""
+    return max(sites, key=lambda site: (isnan(site.amax), site.amax / site.range))
