@@ -35,6 +35,7 @@ from snugfit.quantization.ways import (
     HELD_OUT_EVERY,
     LEARNED,
     Way,
+    few_tokens_note,
     learned_weights,
     ways_of,
     why_no_trials,
@@ -288,6 +289,8 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
     if held_out is not None:
         names = ", ".join(way.name for way in ways)
         notes.append(f"to be tried on {len(held_out.samples)} held-out samples as under {calibration.target}: {names}")
+    if dataset is not None and any(way.method.correlates for way in ways):
+        notes += few_tokens_note(plan, dataset.tokens)
     if effort == BEST and learning is None:
         notes.append(f"scales do not learn: {why_not_learned(plan, skeleton)}")
     estimate = estimate_run(
