@@ -68,6 +68,7 @@ OFFERED: dict[str, set[str]] = {
         "--statistics",
         "--effort",
         "--target",
+        "--input-headroom",
         "--allow-unverified",
         "--restart",
         "--force-resume",

@@ -13,10 +13,11 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 from conftest import MakeTiny
-from helpers.errors import failed_with
+from helpers.errors import failed_with, raises
 from helpers.hub_server import COMMIT, Hub, files_of, serve
+from helpers.tiny_families import random_rows, write_rows
 from snugfit.cli.app import app
-from snugfit.quantization.quantize import quantize
+from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE
 from snugfit.storage import http_ranges as ranges
@@ -118,3 +119,25 @@ def test_another_commit_is_not_mixed_in(
     assert units_done(tmp_path / "out.partial") >= 1
     monkeypatch.setattr("helpers.hub_server.COMMIT", COMMIT[::-1])
     assert failed_with(run(tmp_path / "out", token_rows), "run-differs", tmp_path / "out.partial", "source files")
+
+
+def test_ways_are_not_tried_on_a_model_on_the_hub(hub: Hub, tmp_path: Path) -> None:
+    """Effort good needs the original on this disk: asked for it is refused, by default it is fast and says so."""
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((48,) * 8, stop=60))
+    options: dict[str, Any] = {"dataset": [rows], "device": "cpu"}
+    for effort in ("good", "best"):
+        with raises("option-conflict", "effort") as caught:
+            plan_quantization("org/name", "nvfp4", effort=effort, **options)
+        assert "Download" in caught.value.remedy
+        with raises("option-conflict", "effort"):
+            quantize("org/name", "nvfp4", output_dir=tmp_path / "out", effort=effort, **options)
+    given = ["quantize", "org/name", "-r", "nvfp4", "-o", tmp_path / "out", "--dataset", rows, "--effort", "good"]
+    assert failed_with(CliRunner().invoke(app, [str(part) for part in given]), "option-conflict", "--effort")
+    assert not any(path.name.startswith("out") for path in tmp_path.iterdir())
+    prepared = plan_quantization("org/name", "nvfp4", **options)
+    assert prepared.effort == "fast"
+    assert any("Hub" in note for note in prepared.notes)
+    record = quantize("org/name", "nvfp4", output_dir=tmp_path / "out", **options)
+    assert record.arguments["effort"] == "fast"
+    assert record.trials == ()
+    assert all(hub.ranges())

@@ -13,9 +13,21 @@ from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
 from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError, plain
+from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT
 
 GB = 10**9
+
+
+def _headroom(given: str | float) -> float:
+    """The number of an `--input-headroom`; typer passes defaults through it as well."""
+    try:
+        number = 1.0 if given == "amax" else float(given)
+    except ValueError:
+        number = math.nan
+    if problem := headroom_problem(number if math.isfinite(number) else given):
+        raise typer.BadParameter(problem)
+    return number
 
 
 def quantize(
@@ -62,6 +74,15 @@ def quantize(
     target: Annotated[
         str, typer.Option(metavar="PROFILE", help="Engine whose rounding of inputs `effort` chooses for.")
     ] = DEFAULT_PROFILE,
+    input_headroom: Annotated[
+        float | None,
+        typer.Option(
+            parser=_headroom,
+            metavar="FACTOR",
+            help="Range of NVFP4 input scales, of the largest calibrated input: a factor >= 1 or amax (1), for rules "
+            f"that name neither this nor a scale rule. Default: {DEFAULT_INPUT_HEADROOM:g}.",
+        ),
+    ] = None,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Write formats that no tested engine loads.")
     ] = False,
@@ -92,6 +113,7 @@ def quantize(
         "statistics": statistics,
         "effort": effort,
         "target": target,
+        "input_headroom": input_headroom,
         "allow_unverified": allow_unverified,
     }
     progress = VerbProgress(ctx)
@@ -115,13 +137,14 @@ def quantize(
             **settings,
         )
     with reporting(output_dir):
-        from snugfit.report.terminal import print_totals, print_trials
+        from snugfit.report.terminal import print_saturation, print_totals, print_trials
 
         if as_json:
             typer.echo(record.to_json(), nl=False)
             return
         print_totals(record.tensors)
         print_trials(record.trials)
+        print_saturation(record.input_saturation)
         if record.left_out:
             names = plain(", ".join(record.left_out))
             typer.echo(f"not copied (other weights, other quantizations, states of a training): {names}", err=True)

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from snugfit.dialects.dialect import Dialect
 from snugfit.dialects.headers import by_module, holds_codes
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
+from snugfit.evaluation.saturation import InputWatch
 from snugfit.formats.spec import TensorFormat
 from snugfit.machine import free_bytes
 from snugfit.model import emulate, experts, forward_pass, layers, transformers_api
@@ -181,13 +183,15 @@ def last_states(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     advance: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
+    watch: InputWatch | None = None,
 ) -> list[Tensor]:
     """The last layer's output for each row at its `positions` (int64 [n]): [n, H] each, on the CPU or a GPU.
 
     One decoder layer is in memory at a time; `advance` is called after each. `warn` receives a message that names
-    the first layer whose hidden states are not finite.
+    the first layer whose hidden states are not finite. `watch` sees the inputs of linears with static scales of these.
     """
-    batches = pass_layers(model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn)
+    settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "advance": advance, "warn": warn}
+    batches = pass_layers(model, rows, device, **settings, watch=watch)
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     size = sum(len(wanted) for wanted in positions) * sum(batch.hidden[0, 0].nbytes for batch in batches[:1])
     home = device if device.type == "cpu" or STATES_SHARE * size <= free_bytes(device) else torch.device("cpu")
@@ -207,8 +211,9 @@ def pass_layers(
     tokens_per_batch: int,
     advance: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
+    watch: InputWatch | None = None,
 ) -> list[forward_pass.Batch]:
-    """Rows in batches, passed through all decoder layers; `warn` as in `last_states`."""
+    """Rows in batches, passed through all decoder layers; `warn` and `watch` as in `last_states`."""
     batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
     prefixes = {
         index: f"{model.skeleton.stored_layers_name}.{index}"
@@ -225,9 +230,10 @@ def pass_layers(
         finite.add("the embeddings", torch.tensor(forward_pass.nonfinite_tokens(batches)))
         for index in range(len(model.skeleton.layers)):
             if index in prefixes:
-                layer, cache = resident_layer(model, index, device, read)
+                layer, cache = resident_layer(model, index, device, read, watch)
                 read.expect(*_next(coming))
-                finite.add(prefixes[index], forward_pass.queue_layer(layer, index, batches, cache=cache))
+                before = None if watch is None else watch.before
+                finite.add(prefixes[index], forward_pass.queue_layer(layer, index, batches, before, cache=cache))
                 del layer  # before the next is read
             advance()
     finite.check()
@@ -352,15 +358,20 @@ def _decoded_outside(model: EvaluatedModel, *, head: bool) -> tuple[dict[str, Te
 
 
 def resident_layer(
-    model: EvaluatedModel, index: int, device: torch.device, read: ReadTensor | None = None
+    model: EvaluatedModel,
+    index: int,
+    device: torch.device,
+    read: ReadTensor | None = None,
+    watch: InputWatch | None = None,
 ) -> tuple[nn.Module, emulate.FP8Cache | None]:
     """Decoder layer `index` on `device`, its inputs rounded as the engine does, and the cache that rounds its keys.
 
-    `read` reads tensors, by default to the CPU.
+    `read` reads tensors, by default to the CPU. `watch` sees the inputs before they are rounded.
     """
     skeleton = model.skeleton
     prefix = f"{skeleton.stored_layers_name}.{index}"
     names = skeleton.names_of_layer(index)
+    ranges: dict[str, Tensor] = {}
     weights, quantizers = emulate.read_layer(
         model.checkpoint,
         model.dialect,
@@ -371,6 +382,7 @@ def resident_layer(
         names.parameters,
         device,
         read,
+        ranges,
     )
     mixture, inputs = skeleton.experts.get(index), None
     if mixture is not None:
@@ -380,9 +392,12 @@ def resident_layer(
         )
         weights |= buffers.stacked
     layer = layers.resident_layer(skeleton, index, weights, device)
-    if mixture is not None and inputs is not None:
-        experts.hook(layer.get_submodule(mixture.module), inputs)
     modules = names.modules
+    if watch is not None:
+        watch.linears(layer, f"{prefix}.", modules, ranges)
+    if mixture is not None and inputs is not None:
+        hooks = inputs if watch is None else watch.experts(f"{prefix}.", mixture, inputs)
+        experts.hook(layer.get_submodule(mixture.module), hooks)
     emulate.quantize_inputs(layer, {modules[name]: quantizer for name, quantizer in quantizers.items()})
     if model.kv_cache is None or model.activations == "none":
         return layer, None

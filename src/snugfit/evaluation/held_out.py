@@ -11,6 +11,7 @@ from torch import Tensor
 from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.evaluation.measure import LOGITS, SLICE
+from snugfit.evaluation.saturation import InputWatch
 
 SEGMENT_TOKENS = 128  # tokens whose KL is averaged: what errors are estimated from
 
@@ -50,18 +51,23 @@ class HeldOut:
         self._states: list[Tensor] | None = None
 
     @torch.no_grad()
-    def divergences(self, candidate: str | Path) -> list[float]:
-        """Mean KL(original || candidate), nats a token, of each of `segments`; NaN where a number was not finite."""
+    def divergences(self, candidate: str | Path, watch: InputWatch | None = None) -> list[float]:
+        """Mean KL(original || candidate), nats a token, of each of `segments`; NaN where a number was not finite.
+
+        `watch` sees what comes to the candidate's linears that have static scales of their inputs.
+        """
         model = open_model(candidate, activations=self._profile)
         if self._states is None:
             self._states = self._last_states(self._original)
-        states = self._last_states(model)
+        states = self._last_states(model, watch)
         heads = open_head(self._original, self._device), open_head(model, self._device)
         return [mean for pair in zip(self._states, states, strict=True) for mean in self._means(heads, pair)]
 
-    def _last_states(self, model: EvaluatedModel) -> list[Tensor]:
+    def _last_states(self, model: EvaluatedModel, watch: InputWatch | None = None) -> list[Tensor]:
         positions = [torch.arange(len(sample) - 1) for sample in self._samples]
-        return last_states(model, self._samples, positions, self._device, tokens_per_batch=self._tokens_per_batch)
+        return last_states(
+            model, self._samples, positions, self._device, tokens_per_batch=self._tokens_per_batch, watch=watch
+        )
 
     def _means(self, heads: tuple[Callable[[Tensor], Tensor], ...], states: tuple[Tensor, Tensor]) -> list[float]:
         """The mean of each segment of a sample."""

@@ -61,7 +61,7 @@ def dequantize(quantized: NVFP4Weight) -> Tensor:
 
 
 def input_global_scale(amax: float) -> Tensor:
-    """fp32 scalar multiplier under which the largest calibrated activation just fits: amax / (6 * 448)."""
+    """fp32 scalar multiplier under which activations up to `amax` fit: amax / (6 * 448)."""
     return stable_reciprocal_scale(torch.tensor(amax / (E2M1_MAX * E4M3_MAX), dtype=torch.float32))
 
 

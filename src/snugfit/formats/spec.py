@@ -13,6 +13,10 @@ MXFP4_BLOCK = 32
 E8M0_NAN = 255  # of the exponents of MXFP4
 FP8_BLOCK = 128
 INT4_GROUPS = (128, 64, 32)
+# Of a calibrated input scale: how far beyond the largest calibrated input its range goes, as a factor, where no rule
+# says so. E4M3 block scales lose nothing to a small one: they have 2^-6 to 448 for what lies below.
+DEFAULT_INPUT_HEADROOM = 1.0
+MAX_INPUT_HEADROOM = 448.0  # the largest calibrated input then gets a block scale of 1
 WHOLE_ROW = -1  # `group_size` of integers and fp8 with one scale an output channel; 0: one for the whole weight
 
 # How an engine rounds a linear's inputs. Static kinds ("tensor") need a multiplier from the file, the others compute it
@@ -156,6 +160,11 @@ class TensorFormat:
         return self.inputs or self.spec.inputs
 
     @property
+    def has_input_headroom(self) -> bool:
+        """Whether the scale of its inputs is calibrated and can have a range beyond what was seen: NVFP4's alone."""
+        return self.input_kind == "nvfp4" and self.spec.calibrated
+
+    @property
     def weight_block(self) -> tuple[int, int] | None:
         """Output and input features under one scale, None for a format without blocks."""
         return (FP8_BLOCK, FP8_BLOCK) if self.name == "fp8-block" else self.block
@@ -170,6 +179,13 @@ class TensorFormat:
         zero_points = "" if self.symmetric else "-asym"
         inputs = {None: "", "none": "a16"}.get(self.inputs, f"+{self.inputs}")
         return self.name + scope + zero_points + inputs
+
+
+def headroom_problem(value: object) -> str:
+    """What is wrong with a number that is to be an `input_headroom`; "" if nothing is."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= MAX_INPUT_HEADROOM:
+        return ""
+    return f"must be a number from 1 to {MAX_INPUT_HEADROOM:g}, or amax, got {value!r}."
 
 
 def check_shape(fmt: TensorFormat, shape: tuple[int, ...], *, where: str) -> None:

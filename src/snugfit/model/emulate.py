@@ -6,7 +6,7 @@ differ; and an FP8 KV cache rounds keys and values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +21,7 @@ from snugfit.engines.kv_cache import scale_names
 from snugfit.engines.profiles import PROFILES
 from snugfit.errors import UserError
 from snugfit.formats import fp8, nvfp4
+from snugfit.formats.grids import E2M1_MAX, E4M3_MAX
 from snugfit.formats.inputs import STATIC_KINDS, InputRounding
 from snugfit.formats.quantized_weight import QuantizedWeight, dequantize, dequantize_all
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
@@ -52,6 +53,15 @@ def input_quantizer(fmt: TensorFormat, profile: str, input_scale: Tensor | None)
         return InputRounding(kind, group=fmt.block[1] if fmt.block else FP8_BLOCK)
     assert input_scale is not None, f"{fmt.label()} without a scale of its inputs"
     return InputRounding(kind, input_scale)
+
+
+def input_range(fmt: TensorFormat, input_scale: Tensor | None) -> Tensor | None:
+    """The largest magnitude, fp32 (), that inputs keep under the file's static multiplier; None without one.
+
+    NVFP4: that of a block whose E4M3 scale is the largest there is; FP8: the largest code's.
+    """
+    largest = {"nvfp4": E2M1_MAX * E4M3_MAX, "fp8-tensor": E4M3_MAX}.get(fmt.input_kind)
+    return None if largest is None or input_scale is None else largest * input_scale.float().view(-1)[0]
 
 
 def quantize_inputs(layer: nn.Module, quantizers: Mapping[str, Quantizer]) -> None:
@@ -151,10 +161,14 @@ def read_codes(
 
 @dataclass(frozen=True)
 class ExpertInputs(NoHooks):
-    """Rounds the inputs of a layer's routed experts as an engine does; None leaves them alone."""
+    """Rounds the inputs of a layer's routed experts as an engine does; None leaves them alone.
+
+    `ranges` are the largest magnitudes that static scales of the inputs of gate and up, and of down, represent.
+    """
 
     gate_up: Quantizer | None
     down: Quantizer | None
+    ranges: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def first(self, hidden: Tensor) -> Tensor:
         """Inputs of all gate and up projections [tokens, K]."""
@@ -214,7 +228,13 @@ def read_experts(
                 kinds.setdefault(key[1], members[name].format)
                 scale = members[name].input_scale
                 scales[key[1]] += [] if scale is None else [scale]
-    return ExpertInputs(*(experts_quantizer(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True)))
+    shared = {is_down: _largest(some) if some else None for is_down, some in scales.items()}
+    quantizers = [experts_quantizer(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True)]
+    ranges = [
+        None if (kind := kinds.get(is_down)) is None else input_range(kind, shared[is_down])
+        for is_down in (False, True)
+    ]
+    return ExpertInputs(quantizers[0], quantizers[1], (ranges[0], ranges[1]))
 
 
 def experts_quantizer(fmt: TensorFormat | None, scales: Sequence[Tensor], profile: str) -> Quantizer | None:
@@ -232,13 +252,14 @@ def read_layer(
     names: Mapping[str, str] | None = None,
     device: torch.device = CPU,
     read: ReadTensor | None = None,
+    ranges: MutableMapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Quantizer]]:
     """Weights of a decoder layer (names relative to it), dequantized, and the quantizers of its linears' inputs.
 
     `prefix` is the layer's name in the checkpoint, `layer` its skeleton, `formats` the quantized modules by full name.
     `names` (the file's -> the model's, relative to the layer) are given where they differ; results have the file's.
     Quantized weights are decoded on `device`; `read` reads tensors, by default to the CPU. Experts in 3-D parameters
-    are `read_experts`'.
+    are `read_experts`'. `ranges` receives, for linears with a static input scale, what it represents (`input_range`).
     """
     read = read or partial(read_tensor, checkpoint)
     held_by = layer.state_dict()
@@ -264,9 +285,12 @@ def read_layer(
             empty = state[f"{name}.weight"]
             values = _values(checkpoint, {full[name]: member.quantized}, {full[name]: tuple(empty.shape)})
             weights[f"{name}.weight"] = values[full[name]].to(empty.dtype)
-            quantizer = input_quantizer(member.format, profile, member.input_scale)
-            if quantizer is not None and isinstance(layer.get_submodule(modules[name]), nn.Linear):
-                quantizers[name] = quantizer  # a router that is no linear is decoded alone
+            if not isinstance(layer.get_submodule(modules[name]), nn.Linear):
+                continue  # a router that is no linear is decoded alone
+            if (quantizer := input_quantizer(member.format, profile, member.input_scale)) is not None:
+                quantizers[name] = quantizer
+            if ranges is not None and (largest := input_range(member.format, member.input_scale)) is not None:
+                ranges[name] = largest
     return weights, quantizers
 
 

@@ -301,6 +301,12 @@ class ExpertNames:
     module: str
     names: Mapping[tuple[int, str, str], str]
 
+    @property
+    def file_module(self) -> str:
+        """What the file calls the list of the experts, relative to the layer; statistics have it."""
+        first = next(iter(self.names.values()))
+        return first[: first.index("experts.") + len("experts")]
+
 
 _EXPERT = re.compile(r"(\d+)\.(?:.+\.)?experts\.(\d+)\.(\w+)\.(weight|bias)")
 

@@ -26,7 +26,7 @@ from snugfit.model import emulate, experts, forward_pass, layers
 from snugfit.model.assemble import Loaded
 from snugfit.model.layers import ExpertBuffers
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.measured import Measured, experts_module, not_finite, ranges_of
+from snugfit.quantization.measured import Measured, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.records.statistics import LayerStatistics
@@ -329,7 +329,7 @@ class _WatchedLayer:
         inputs = {name: one for name, one in seen.items() if one is not None}
         if self._mixture is None or self._experts is None:
             return LayerStatistics(inputs, {}, cache)
-        module = self._prefix + experts_module(self._mixture)
+        module = self._prefix + self._mixture.file_module
         found, gate_up, down = self._experts.result()
         inputs |= {f"{module}.gate_up": gate_up, f"{module}.down": down}
         return LayerStatistics(inputs, {module: found}, cache)

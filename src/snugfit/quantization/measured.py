@@ -67,12 +67,6 @@ def recall(plan: Plan, skeleton: Skeleton, index: int, known: Statistics, expert
     return Measured(inputs=ranges.inputs, keys_values=cache)
 
 
-def experts_module(mixture: ExpertNames) -> str:
-    """What statistics call a layer's experts: the file's name of the list that holds them, relative to the layer."""
-    first = next(iter(mixture.names.values()))
-    return first[: first.index("experts.") + len("experts")]
-
-
 def input_amax(plan: Plan, index: int, found: LayerStatistics, mixture: ExpertNames | None) -> dict[str, float]:
     """Largest input magnitude of each weight of a layer that needs one, by tensor name; UserError if one is missing.
 
@@ -94,7 +88,7 @@ def _expert_amax(prefix: str, wanted: list[str], found: LayerStatistics, mixture
     routed = [name for name in wanted if name in roles]
     if not routed:
         return {}
-    module = prefix + experts_module(mixture)
+    module = prefix + mixture.file_module
     seen = found.experts.get(module)
     if seen is None:
         what = "no statistics of its experts."

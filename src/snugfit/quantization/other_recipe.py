@@ -22,7 +22,7 @@ from snugfit.storage.safetensors_header import StoredTensor
 from snugfit.storage.shards import Shard
 
 MOVED = "moved"
-_DIFFERS = frozenset({"recipe", "units", "weight_files"})  # what a recipe changes of a run's identity
+_DIFFERS = frozenset({"recipe", "units", "weight_files", "input_headroom"})  # what a recipe changes of a run's identity
 
 
 def can_adopt(work: Path, identity: Mapping[str, Any]) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from snugfit.dialects import compressed_tensors
@@ -17,7 +18,7 @@ from snugfit.engines.fused import group_modules
 from snugfit.engines.kernels import HEAD_ENGINES
 from snugfit.engines.kv_cache import attention_modules, has_scales, scale_names
 from snugfit.errors import UserError
-from snugfit.formats.spec import TensorFormat
+from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, TensorFormat
 from snugfit.model.language_config import nested_language_keys
 from snugfit.model.layout import ModelLayout
 from snugfit.model.logical_weights import LogicalWeights
@@ -65,7 +66,8 @@ class Plan:
     layer; tensors of layers that transformers does not run on text (multi-token prediction, cross attention to
     pictures) count as outside. `observed_caches`
     maps a layer to the module whose keys and values are measured. `recipe` is None for a run that only measures; such
-    a run has no assignments, outputs, shards or config. `notes` are for the person who waits.
+    a run has no assignments, outputs, shards or config. `input_headroom` is that of rules that name none, None if there
+    is no such rule. `notes` are for the person who waits.
     """
 
     layout: ModelLayout
@@ -77,6 +79,7 @@ class Plan:
     outputs: Mapping[str, tuple[TensorInfo, ...]]
     shards: tuple[Shard, ...] = ()
     config: Mapping[str, Any]
+    input_headroom: float | None = None
     unverified: tuple[UserError, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -126,7 +129,13 @@ class Plan:
         origin = self.weights.origins.get(name)
         plain = PASSTHROUGH if origin is None or origin.format is None else DEQUANTIZED
         label, rule = (fmt.label(), assignment.scale_rule) if fmt and assignment else (plain, "")
-        return TensorRecord(name, info.shape, label, rule, self.weights.file_bytes(name), written)
+        size = self.weights.file_bytes(name)
+        return TensorRecord(name, info.shape, label, rule, size, written, input_headroom=self.headroom_of(name))
+
+    def headroom_of(self, name: str) -> float | None:
+        """How far the range of a weight's input scale goes beyond the calibrated one; None without such a scale."""
+        assignment = self.assignments.get(name)
+        return assignment.input_headroom if assignment is not None and assignment.calibrated else None
 
     def unit_of_layer(self, number: int) -> tuple[str, ...]:
         """Names of the tensors of decoder layer `number`."""
@@ -141,9 +150,8 @@ class Plan:
             assignment = self.assignments.get(name)
             rule = None if assignment is None else (assignment.label(), assignment.scale_rule, assignment.objective)
             codes = assignment is not None and assignment.keeps_codes
-            parts.append(
-                (name, rule, codes, [(info.name, info.dtype, info.shape) for info in self.outputs.get(name, ())])
-            )
+            written = [(info.name, info.dtype, info.shape) for info in self.outputs.get(name, ())]
+            parts.append((name, rule, codes, self.headroom_of(name), written))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def copies(self, name: str, info: TensorInfo) -> bool:
@@ -197,9 +205,21 @@ def decide(layout: ModelLayout, recipe: LoadedRecipe) -> Decisions:
     )
 
 
-def lay_out(layout: ModelLayout, recipe: LoadedRecipe, *, max_shard_size: int | None = None) -> Plan:
-    """The plan of a run that quantizes a model by a recipe, weight files of at most `max_shard_size` bytes each."""
+def lay_out(
+    layout: ModelLayout,
+    recipe: LoadedRecipe,
+    *,
+    max_shard_size: int | None = None,
+    input_headroom: float = DEFAULT_INPUT_HEADROOM,
+) -> Plan:
+    """The plan of a run that quantizes a model by a recipe, weight files of at most `max_shard_size` bytes each.
+
+    `input_headroom` is that of rules that neither name one nor a scale rule.
+    """
     decisions = decide(layout, recipe)
+    open_ones = {n: a for n, a in decisions.assignments.items() if a.calibrated and a.input_headroom is None}
+    filled = {name: replace(one, input_headroom=input_headroom) for name, one in open_ones.items()}
+    assignments = {**decisions.assignments, **filled}
     written = [info for infos in decisions.outputs.values() for info in infos]
     low, high = SHARD_BYTES
     default = max(low, min(high, sum(info.bytes for info in written) // 32))
@@ -209,16 +229,18 @@ def lay_out(layout: ModelLayout, recipe: LoadedRecipe, *, max_shard_size: int | 
         units=units_of(layout, decisions.names),
         observed_caches=decisions.attention,
         recipe=recipe,
-        assignments=decisions.assignments,
+        assignments=assignments,
         outputs=decisions.outputs,
         shards=tuple(plan_shards(written, max_shard_size or default)),
         config=_config_to_write(layout, recipe, decisions),
+        input_headroom=input_headroom if open_ones else None,
         unverified=decisions.unverified,
         notes=(
             *layout.contradictions,
             *([taken_note(layout.taken_in)] if layout.taken_in else []),
             *_cache_notes(layout, recipe),
             *_format_notes(decisions),
+            *_headroom_notes(assignments.values()),
         ),
     )
 
@@ -371,6 +393,15 @@ def _format_notes(decisions: Decisions) -> list[str]:
     notes = [HEAD_ENGINES] if head else []
     notes += [f"{len(again)} weights of 4 bits are quantized again: both losses add up"] if again else []
     return notes + _not_written(decisions)
+
+
+def _headroom_notes(assignments: Iterable[Assignment]) -> list[str]:
+    """How far the ranges of calibrated input scales go beyond what calibration sees, if any does."""
+    counts = Counter(a.input_headroom for a in assignments if a.calibrated and a.input_headroom is not None)
+    if not any(factor > 1 for factor in counts):
+        return []
+    parts = [f"{factor:g} times for {count} weights" for factor, count in sorted(counts.items(), reverse=True)]
+    return [f"the range of input scales is the largest calibrated input {', '.join(parts)}"]
 
 
 def _not_written(decisions: Decisions) -> list[str]:

@@ -16,6 +16,7 @@ from snugfit.data.dataset import Dataset, hold_out, load_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
+from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
 from snugfit.machine import hardware, pick_device, pick_dtype, versions
 from snugfit.methods.method import Method
 from snugfit.model.positions import max_positions
@@ -34,12 +35,14 @@ from snugfit.quantization.ways import (
     HELD_OUT_EVERY,
     LEARNED,
     Way,
+    few_tokens_note,
     learned_weights,
     ways_of,
     why_no_trials,
     why_not_learned,
 )
 from snugfit.recipes.assignment import NO_RULE, Assignment
+from snugfit.recipes.recipe import AMAX
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, text_digest
 from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest, read_tensor
@@ -58,7 +61,8 @@ class Calibration:
     """What a caller asks of the calibration: which samples, on which device, how experts see them.
 
     `dataset` names files of text or rows, none for Python's documentation. `effort` is one of EFFORTS, None for the
-    default; `target` names the engine profile that its choices are made for. Nothing here is checked yet.
+    default; `target` names the engine profile that its choices are made for. `input_headroom` is a number or AMAX, None
+    for the default. Nothing here is checked yet.
     """
 
     dataset: Sequence[str | Path] = ()
@@ -72,6 +76,7 @@ class Calibration:
     statistics: str | Path | None = None
     effort: str | None = None
     target: str = DEFAULT_PROFILE
+    input_headroom: float | str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +166,7 @@ class PreparedRun:
             "target": None if self.effort is None else self.target,
             "way": self.way.name if len(self.ways) == 1 else [way.name for way in self.ways],
             "held_out": None if self.held_out is None else self.held_out.digest,
+            "input_headroom": plan.input_headroom,
             "samples": None if self.dataset is None else self.dataset.digest,
             "statistics": self.statistics_digest(),
             "weight_files": {shard.name: shard.bytes for shard in plan.shards},
@@ -187,6 +193,7 @@ def check_options(calibration: Calibration) -> None:
             what = f"must be >= {least}, got {value}."
             raise UserError(what, code="option-invalid", where=name, remedy=f"Give {least} or more.")
     _check_effort(calibration)
+    headroom_of(calibration.input_headroom)
     pick_device(calibration.device)
     for file in calibration.dataset:
         if not Path(file).exists():
@@ -203,6 +210,18 @@ def check_options(calibration: Calibration) -> None:
             where=str(calibration.statistics),
             remedy="Name a file of statistics, or the directory of a quantized model.",
         )
+
+
+def headroom_of(asked: float | str | None) -> float:
+    """The number that an `input_headroom` stands for; UserError if it stands for none."""
+    if asked is None:
+        return DEFAULT_INPUT_HEADROOM
+    if asked == AMAX:
+        return 1.0
+    if problem := headroom_problem(asked):
+        remedy = f"2 doubles the range, {AMAX} is the calibrated one."
+        raise UserError(problem, code="option-invalid", where="input_headroom", remedy=remedy)
+    return float(asked)
 
 
 def _check_effort(calibration: Calibration) -> None:
@@ -270,6 +289,8 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
     if held_out is not None:
         names = ", ".join(way.name for way in ways)
         notes.append(f"to be tried on {len(held_out.samples)} held-out samples as under {calibration.target}: {names}")
+    if dataset is not None and any(way.method.correlates for way in ways):
+        notes += few_tokens_note(plan, dataset.tokens)
     if effort == BEST and learning is None:
         notes.append(f"scales do not learn: {why_not_learned(plan, skeleton)}")
     estimate = estimate_run(
@@ -347,6 +368,8 @@ def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known:
         notes += notes_on_loss(plan.checkpoint.other_files)
     if calibration.effort is not None and not plan.follows_effort:
         notes.append("effort changes nothing: every rule of this recipe names its scale rule, or has no choice of one")
+    if calibration.input_headroom is not None and plan.input_headroom is None:
+        notes.append("input_headroom changes nothing: no nvfp4 rule of this recipe leaves it to the run")
     if dataset is not None and not calibration.dataset:
         notes.append(no_dataset_message("calibration"))
     if known is not None and plan.recipe is not None and known.recipe_digest not in (None, plan.recipe.digest):

@@ -17,10 +17,10 @@ from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.other_recipe import adopt_recipe
 from snugfit.quantization.plan import Plan, lay_out
-from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, prepare
+from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, headroom_of, prepare
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Outcome, Run, run_layers, statistics_of
-from snugfit.quantization.trials import run_trials
+from snugfit.quantization.run import Run, run_layers, statistics_of
+from snugfit.quantization.trials import Tried, run_trials
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
 from snugfit.records.base import as_json
 from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE, QuantizeRecord, TensorRecord
@@ -30,7 +30,6 @@ from snugfit.records.statistics_file import (
     STATISTICS_FILE,
     ExpertCalibration,
 )
-from snugfit.records.trials import Trial
 from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
@@ -61,6 +60,7 @@ def quantize(
     statistics: str | Path | None = None,
     effort: str | None = None,
     target: str = DEFAULT_PROFILE,
+    input_headroom: float | str | None = None,
     allow_unverified: bool = False,
     restart: bool = False,
     force_resume: bool = False,
@@ -77,7 +77,8 @@ def quantize(
     `min_tokens_per_expert` is an error. `statistics`, measured earlier on this model, take the place of samples.
     `effort`, "fast", "good" or "best", decides for weights whose rule names no scale rule (default: "good", with
     `statistics` "fast"): the better two try several ways and keep the one that has the least KL to the original on
-    held-out samples, with inputs rounded as under the engine profile `target`.
+    held-out samples, with inputs rounded as under the engine profile `target`. The range of NVFP4's input scales goes
+    to `input_headroom` times the largest calibrated input ("amax": once), where no rule says otherwise.
     `allow_unverified` writes formats that no tested engine loads.
 
     `output_dir` appears whole or not at all. A run that was stopped resumes after its last whole layer with the same
@@ -104,6 +105,7 @@ def quantize(
             statistics=statistics,
             effort=effort,
             target=target,
+            input_headroom=input_headroom,
             allow_unverified=allow_unverified,
         )
         prepared.check_resources(destination, restart=restart, force_resume=force_resume)
@@ -114,11 +116,11 @@ def quantize(
             progress.message("the finished layers stay: this recipe differs in later ones alone")
         finished = FinishedUnits(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
-        trials: list[Trial] = []
         if len(prepared.ways) > 1:
-            run, outcome, trials = run_trials(run, lambda folder: _write_config(prepared.plan, folder))
+            tried = run_trials(run, lambda folder: _write_config(prepared.plan, folder))
+            run = tried.run
         else:
-            outcome = run_layers(run)
+            tried = Tried(run=run, outcome=run_layers(run), trials=(), saturation=())
         with clock("finish"):
             left_out = _write_other_files(prepared.plan, directory)
             found = prepared.known if prepared.dataset is None else statistics_of(run)
@@ -137,8 +139,9 @@ def quantize(
             "statistics": prepared.statistics_digest(),
             "effort": prepared.effort,
             "target": prepared.target,
+            "input_headroom": prepared.plan.input_headroom,
         }
-        record = _record(run, destination, outcome, left_out, arguments, trials)
+        record = _record(tried, destination, left_out, arguments)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     return record
 
@@ -161,6 +164,7 @@ def plan_quantization(
     statistics: str | Path | None = None,
     effort: str | None = None,
     target: str = DEFAULT_PROFILE,
+    input_headroom: float | str | None = None,
     allow_unverified: bool = False,
 ) -> PreparedRun:
     """Decide and check everything that `quantize` would do with these arguments, and write nothing: a dry run.
@@ -183,10 +187,12 @@ def plan_quantization(
         statistics=statistics,
         effort=effort,
         target=target,
+        input_headroom=input_headroom,
     )
     check_options(calibration)
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)
-    plan = lay_out(read_layout(model), loaded, max_shard_size=max_shard_size)
+    headroom = headroom_of(input_headroom)
+    plan = lay_out(read_layout(model), loaded, max_shard_size=max_shard_size, input_headroom=headroom)
     for error in plan.unverified:
         if not allow_unverified:
             raise error
@@ -233,13 +239,12 @@ def _write_config(plan: Plan, directory: Path) -> None:
 
 
 def _record(
-    run: Run,
+    tried: Tried,
     output_dir: Path,
-    outcome: Outcome,
     left_out: tuple[str, ...],
     arguments: Mapping[str, Any],
-    trials: Sequence[Trial],
 ) -> QuantizeRecord:
+    run, outcome = tried.run, tried.outcome
     prepared, plan = run.prepared, run.prepared.plan
     assert plan.recipe is not None
     place = {name: number for number, name in enumerate(plan.outputs)}
@@ -266,7 +271,8 @@ def _record(
         target=output_dir.resolve().name,
         dataset=dataset,
         held_out=None if prepared.held_out is None else _described(prepared.held_out),
-        trials=tuple(trials),
+        trials=tried.trials,
+        input_saturation=tried.saturation,
         tensors=tuple(sorted(measured, key=lambda tensor: place[tensor.name])),
         source_bytes=sum(t.bytes for t in plan.checkpoint.tensors.values()),
         bytes=plan.bytes,

@@ -15,28 +15,39 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from snugfit.errors import UserError
 from snugfit.evaluation.held_out import HeldOut, segments
+from snugfit.evaluation.saturation import InputWatch, SeenInputs
 from snugfit.quantization.learned import learn
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import FinishedUnits, read_json, replace_json
 from snugfit.quantization.run import LATE_ERRORS, Outcome, Run, run_layers
 from snugfit.quantization.ways import Way
+from snugfit.records.saturation import InputSaturation
 from snugfit.records.trials import Measured, Trial, judge
 from snugfit.storage.staging import WORK_NAME
 
 TRIALS_NAME = "trials"
 
 
-def run_trials(run: Run, write_config: Callable[[Path], None]) -> tuple[Run, Outcome, list[Trial]]:
+@dataclass(frozen=True, kw_only=True)
+class Tried:
+    """The run that made the files that were kept, its outcome, the trials, and what the files' input scales cut off."""
+
+    run: Run
+    outcome: Outcome
+    trials: tuple[Trial, ...]
+    saturation: tuple[InputSaturation, ...]
+
+
+def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
     """Try all ways; the weight files of the best are in the run's directory then.
 
-    `write_config` writes what is needed besides weights for a directory to be opened as a model. The result is the run
-    that made the files, its outcome, and what all ways are worth.
+    `write_config` writes what is needed besides weights for a directory to be opened as a model.
     """
     prepared = run.prepared
     assert prepared.held_out is not None
@@ -67,12 +78,14 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> tuple[Run, Out
                 _forget_weights(run.work, other)
     best = next(way for way in prepared.ways if way.name == winner)
     inner = _run_of(run, best)
-    outcome = _outcome(run.work, best)
+    content = read_json(_file(run.work, best))
+    outcome = Outcome(**content["outcome"])
     for name in outcome.files:
         made = inner.directory / name
         if made.exists():  # or it was moved before a kill
             made.replace(run.directory / name)
-    return inner, outcome, trials
+    saturation = tuple(InputSaturation(**site) for site in content["saturation"])
+    return Tried(run=inner, outcome=outcome, trials=tuple(trials), saturation=saturation)
 
 
 def _open_held_out(prepared: PreparedRun) -> HeldOut:
@@ -92,17 +105,44 @@ def _try(run: Run, way: Way, champion: Way | None, held_out: HeldOut, write_conf
     inner = _run_of(run, way)
     outcome = learn(inner, _run_of(run, champion)) if way.learns and champion else run_layers(inner)
     write_config(inner.directory)
+    watch = InputWatch()
     with run.clock("trials"):
-        kl = held_out.divergences(inner.directory)
+        kl = held_out.divergences(inner.directory, watch)
     measured = Measured(way.name, tuple(kl), time.perf_counter() - started)
-    replace_json(_file(run.work, way), {"measured": asdict(measured), "outcome": asdict(outcome)})
+    content = {
+        "measured": asdict(measured),
+        "outcome": asdict(outcome),
+        "saturation": [asdict(site) for site in _beside_calibration(watch.result(), inner)],
+    }
+    replace_json(_file(run.work, way), content)
     return measured
+
+
+def _beside_calibration(found: Sequence[SeenInputs], run: Run) -> list[InputSaturation]:
+    """What came to each static input scale, beside the largest input that the scale was made of."""
+    made_of = {one["name"]: one["input_amax"] for entry in run.finished.entries for one in entry["tensors"]}
+    sites = []
+    for seen in found:
+        calibrated: float | None = made_of.get(seen.weight)
+        sites.append(
+            InputSaturation(
+                module=seen.module,
+                tokens=seen.tokens,
+                saturated_tokens=seen.saturated_tokens,
+                saturated_values=seen.saturated_values,
+                amax=seen.amax,
+                ratio=seen.amax / (calibrated or seen.range),
+                range=seen.range,
+                calibrated_amax=calibrated,
+            )
+        )
+    return sites
 
 
 def _failed(run: Run, way: Way, count: int) -> Measured:
     """Note that a way gave nothing that could be measured on the `count` segments."""
     measured = Measured(way.name, (math.nan,) * count, 0.0)
-    replace_json(_file(run.work, way), {"measured": asdict(measured)})
+    replace_json(_file(run.work, way), {"measured": asdict(measured), "saturation": []})
     return measured
 
 
@@ -130,15 +170,10 @@ def _recalled(work: Path, way: Way) -> Measured | None:
     """What was measured of a way before this run was stopped; None if it was not, or if the file is damaged."""
     content = read_json(_file(work, way))
     try:
-        one = content["measured"]
+        one, _ = content["measured"], [InputSaturation(**site) for site in content["saturation"]]
         return Measured(str(one["name"]), tuple(map(float, one["kl"])), float(one["seconds"]))
     except (KeyError, TypeError, ValueError):
         return None
-
-
-def _outcome(work: Path, way: Way) -> Outcome:
-    content = read_json(_file(work, way))
-    return Outcome(**content["outcome"])
 
 
 def _forget_weights(work: Path, way: Way) -> None:

@@ -65,6 +65,18 @@ def _has_linears(plan: Plan) -> bool:
     return any(a.follows_effort and ".experts." not in name for name, a in plan.assignments.items())
 
 
+def few_tokens_note(plan: Plan, tokens: int) -> list[str]:
+    """A note if there are fewer calibration tokens than a linear has input features: E[x x^T] is singular then.
+
+    GPTQ damps it, and the gate judges what comes of that.
+    """
+    followers = (name for name, a in plan.assignments.items() if a.follows_effort and ".experts." not in name)
+    widest = max((plan.weights.tensors[name].shape[-1] for name in followers), default=0)
+    if tokens >= widest:
+        return []
+    return [f"{tokens:,} calibration tokens for linears of up to {widest:,} input features: GPTQ needs more of them"]
+
+
 def learned_weights(plan: Plan) -> frozenset[str]:
     """Weights of decoder layers, but routed experts', that follow the effort and whose scales can learn."""
     return frozenset(

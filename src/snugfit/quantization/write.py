@@ -34,7 +34,9 @@ def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured,
             writer.write(name, tensor.weight_16bit)
         return planned
     amax = measured.inputs.get(name)
-    scale = input_global_scale(amax) if amax is not None else tensor.input_scale
+    scale = tensor.input_scale
+    if amax is not None:
+        scale = input_global_scale((plan.headroom_of(name) or 1.0) * amax)
     parts = compressed_tensors.encode(tensor.codes, scale)
     for info in plan.outputs[name]:
         if plan.copies(name, info):  # 1 / (1 / s) need not be s

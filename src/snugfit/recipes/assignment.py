@@ -20,7 +20,8 @@ class Assignment:
 
     `scale_rule` is EFFORT where the recipe names none and the format has a choice: the effort of the run decides.
     `keeps_codes`: the source stores the weight in this format, and its codes are copied. `rule` is NO_RULE for codes of
-    the source that no rule names.
+    the source that no rule names. `input_headroom` is how far the range of a calibrated input scale goes beyond the
+    largest calibrated input, as a factor; None where the run decides, and for formats without such a scale.
     """
 
     format: TensorFormat | None
@@ -28,6 +29,7 @@ class Assignment:
     objective: str
     rule: int
     keeps_codes: bool = False
+    input_headroom: float | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -139,15 +141,41 @@ def check_experts(found: Mapping[str, Assignment], names: Sequence[TensorName], 
             )
 
 
+def check_expert_headroom(found: Mapping[str, Assignment], names: Sequence[TensorName], where: str) -> None:
+    """UserError for routed experts of one layer under several `input_headroom`.
+
+    Engines take one input scale for gate and up of all of them and one for down.
+    """
+    first: dict[tuple[int, bool], tuple[str, Assignment]] = {}
+    for name in names:
+        one = found.get(name.full)
+        if name.layer is None or name.expert is None or one is None or not one.calibrated:
+            continue
+        known, other = first.setdefault((name.layer, name.role == "down"), (name.full, one))
+        if other.input_headroom != one.input_headroom:
+            raise UserError(
+                f"{known} (rules[{other.rule}]) and {name.full} (rules[{one.rule}]) have several `input_headroom`. "
+                "Engines take one input scale for all routed experts of a layer.",
+                code="recipe-splits-group",
+                where=where,
+                remedy="Let one rule name all of them: `role: experts`.",
+            )
+
+
 def check_groups(found: Mapping[str, Assignment], where: str) -> None:
-    """UserError for a fused group with several formats or scale rules: engines run it as one matrix product."""
+    """UserError for a fused group with several formats, scale rules or headrooms: engines run it as one product."""
     modules = {name.removesuffix(".weight"): assignment for name, assignment in found.items()}
     for group in group_modules(modules):
         first = modules[group[0]]
         for member in group[1:]:
             other = modules[member]
-            if (first.format, first.scale_rule, first.objective) != (other.format, other.scale_rule, other.objective):
+            if _shared(first) != _shared(other):
                 raise _split(group, member, modules, where)
+
+
+def _shared(one: Assignment) -> tuple[object, ...]:
+    """What all members of a fused group need to have in common."""
+    return one.format, one.scale_rule, one.objective, one.input_headroom
 
 
 def _split(group: Sequence[str], member: str, modules: Mapping[str, Assignment], where: str) -> UserError:
@@ -163,7 +191,7 @@ def _split(group: Sequence[str], member: str, modules: Mapping[str, Assignment],
         )
     return UserError(
         f"splits a fused group: {group[0]} (rules[{first.rule}]) and {member} (rules[{other.rule}]) run as one matrix "
-        "product in vLLM and need one format and one scale rule.",
+        "product in vLLM and need one format, one scale rule and one `input_headroom`.",
         code="recipe-splits-group",
         where=where,
         remedy=f"Let one rule name all of: {', '.join(group)}.",

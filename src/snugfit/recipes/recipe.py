@@ -13,6 +13,9 @@ and by `layers` ("0..3, 26, -2..-1"; negative numbers count from the end); all g
 keep` leaves a tensor unquantized. lm_head, embeddings, norms and routers stay unless a rule names them by role or name;
 an lm_head can be fp8-dynamic, embeddings stay.
 
+An nvfp4 rule may say how far the range of its input scales goes beyond the largest calibrated input, `input_headroom:
+2`, or `amax` for not at all. A rule that names its scale rule has `amax` by default, others have that of the run.
+
 A rule may name its `scale_rule`, and then gets exactly that. One that names none follows the `effort` of the run, if
 its format has several ways to choose scales (nvfp4, nvfp4a16, mxfp4, int4); `effort` is no name of a scale rule.
 
@@ -33,10 +36,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, ValidationError, field_validator
 
 from snugfit.errors import UserError
-from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, READ_ONLY
+from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, READ_ONLY, TensorFormat, headroom_problem
 from snugfit.model.names import EXPERTS, LINEAR, ROLE_SETS, ROLES, SHARED_EXPERTS
 from snugfit.patterns import Pattern
 from snugfit.strict_yaml import YamlDocument, load_yaml, read_yaml_text
@@ -45,6 +48,7 @@ ROLE_NAMES = sorted({*ROLES.values(), *ROLE_SETS, EXPERTS, SHARED_EXPERTS, LINEA
 ScaleRule = Literal["absmax", "four-over-six", "sweep"]
 Objective = Literal["mse", "mae", "absmax"]
 _LAYERS = re.compile(r"\s*-?\d{1,9}(\.\.-?\d{1,9})?\s*")
+AMAX = "amax"  # `input_headroom` 1
 _SEE_EXAMPLES = "`list_recipes` shows examples."
 
 
@@ -62,6 +66,12 @@ class Rule(BaseModel):
     group_size: tuple[StrictInt, ...] | None = Field(default=None, min_length=1)
     symmetric: StrictBool | None = None
     requantize: StrictBool | None = None
+    input_headroom: StrictFloat | None = None
+
+    @field_validator("input_headroom", mode="before")
+    @classmethod
+    def _largest_alone(cls, value: Any) -> Any:
+        return 1.0 if value == AMAX else value
 
     @field_validator("role", "group_size", mode="before")
     @classmethod
@@ -199,10 +209,21 @@ def _option_problems(rule: Rule) -> Iterator[UserError]:
     for key in ("group_size", "symmetric"):
         if getattr(rule, key) is not None and rule.format != "int4":
             yield _invalid(f"{rule.format} has no option {key}.", key, "Remove it.")
+    if rule.input_headroom is not None:
+        yield from _headroom_problems(rule)
     for size in rule.group_size or ():
         if size not in INT4_GROUPS:
             sizes = ", ".join(map(str, sorted(INT4_GROUPS)))
             yield _invalid(f"engines do not run group_size {size}.", "group_size", f"Use one of {sizes}.")
+
+
+def _headroom_problems(rule: Rule) -> Iterator[UserError]:
+    key = "input_headroom"
+    if rule.format not in FORMATS or not TensorFormat(rule.format).has_input_headroom:
+        what = f"{rule.format} has no option {key}: it has no calibrated scale of its inputs."
+        yield _invalid(what, key, "Remove it.")
+    elif problem := headroom_problem(rule.input_headroom):
+        yield _invalid(problem, key, f"2 doubles the range, {AMAX} is the calibrated one.")
 
 
 def _unknown(key: str, values: Sequence[str], valid: Sequence[str]) -> Iterator[UserError]:

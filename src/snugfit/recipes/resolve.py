@@ -23,6 +23,7 @@ from snugfit.patterns import Pattern
 from snugfit.recipes.assignment import (
     NO_RULE,
     Assignment,
+    check_expert_headroom,
     check_experts,
     check_groups,
     check_inputs,
@@ -95,6 +96,7 @@ def resolve(
         )
     check_groups(found, loaded.where)
     check_experts(found, names, loaded.where)
+    check_expert_headroom(found, names, loaded.where)
     return found
 
 
@@ -137,7 +139,10 @@ def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) 
     for tensor in tensors:
         check_shape(fmt, tensor.shape, where=f"{place}: {tensor.name}")
     default = EFFORT if rule.format in PLAIN_RULES else FORMATS[rule.format].scale_rules[0]
-    return Assignment(fmt, rule.scale_rule or default, rule.objective or "mse", number)
+    headroom = rule.input_headroom
+    if headroom is None and rule.scale_rule is not None and fmt.has_input_headroom:
+        headroom = 1.0  # an exact rule takes the calibrated range as it is
+    return Assignment(fmt, rule.scale_rule or default, rule.objective or "mse", number, input_headroom=headroom)
 
 
 class _Matcher:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from snugfit.records.base import as_json, without_nan
+from snugfit.records.saturation import InputSaturation
 from snugfit.records.trials import Trial
 
 QUANTIZE_SCHEMA = "snugfit.quantize/1"
@@ -22,7 +23,8 @@ class TensorRecord:
 
     `relative_error` is sum((w_hat - w)^2) / sum(w^2), None for a tensor kept as it is; of learned scales ("+learned" in
     `scale_rule`) it is that of the scales they started from. `input_amax` is the largest calibrated input magnitude of
-    its fused group, None where none was needed. `scale_rule` says how its scales were chosen; in a plan it
+    its fused group, None where none was needed; `input_headroom` is how far the range of its input scale goes beyond
+    that, as a factor. `scale_rule` says how its scales were chosen; in a plan it
     is "effort" where the effort of the run decides.
     """
 
@@ -34,6 +36,7 @@ class TensorRecord:
     bytes: int
     relative_error: float | None = None
     input_amax: float | None = None
+    input_headroom: float | None = None
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class QuantizeRecord:
     `estimates` holds what was foreseen beside what was, {"estimated": ..., "actual": ...} each. `resumed`: units that
     an earlier run had done, and what differed from it; None for a run in one piece. `trials` are the ways that were
     tried on the samples `held_out`, in order, of which the last one kept is the result; none for a run that had one.
+    `input_saturation` compares held-out inputs with the range of each static input scale of the result; empty without
+    such scales, and without `held_out`.
     """
 
     snugfit: str
@@ -55,6 +60,7 @@ class QuantizeRecord:
     dataset: Mapping[str, Any] | None
     held_out: Mapping[str, Any] | None
     trials: tuple[Trial, ...]
+    input_saturation: tuple[InputSaturation, ...]
     tensors: tuple[TensorRecord, ...]
     source_bytes: int
     bytes: int

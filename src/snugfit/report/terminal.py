@@ -15,10 +15,12 @@ from rich.table import Table
 
 from snugfit.errors import plain
 from snugfit.records.quantize import totals_by_format
+from snugfit.records.saturation import worst
 
 if TYPE_CHECKING:
     from snugfit.records.fit import FitRecord
     from snugfit.records.quantize import TensorRecord
+    from snugfit.records.saturation import InputSaturation
     from snugfit.records.trials import Trial
     from snugfit.report.tables import Sheet
 
@@ -89,6 +91,19 @@ def print_trials(trials: tuple[Trial, ...]) -> None:
         gain = "" if trial.gain is None else f"{trial.gain:+.4f} +- {trial.gain_error:.4f}"
         kl = f"{trial.kl:.4f} +- {trial.error:.4f}"
         table.add_row(trial.name, kl, gain, "yes" if trial.kept else "no", f"{trial.seconds:.0f}")
+    print_table(table)
+
+
+def print_saturation(sites: tuple[InputSaturation, ...]) -> None:
+    """Print how many input scales are too small for held-out samples, nothing where none was compared with these."""
+    if not sites:
+        return
+    columns = ("saturated", "tokens beyond", "worst", "of the calibrated")
+    table = make_table("input scales, held-out samples", *columns, right=columns)
+    beyond = [site for site in sites if site.saturated_tokens]
+    most = worst(sites)
+    tokens = f"{sum(site.saturated_tokens for site in sites):,} of {sum(site.tokens for site in sites):,}"
+    table.add_row(str(len(sites)), str(len(beyond)), tokens, safe_cell(most.module), f"{most.ratio:.2f}x")
     print_table(table)
 
 
