@@ -36,6 +36,7 @@ from snugfit.quantization.ways import (
     Way,
     learned_weights,
     ways_of,
+    why_no_expert_folds,
     why_no_trials,
     why_not_learned,
 )
@@ -270,6 +271,8 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
     if held_out is not None:
         names = ", ".join(way.name for way in ways)
         notes.append(f"to be tried on {len(held_out.samples)} held-out samples as under {calibration.target}: {names}")
+        if why := why_no_expert_folds(plan, skeleton):
+            notes.append(f"up and down of routed experts are not folded: {why}")
     if effort == BEST and learning is None:
         notes.append(f"scales do not learn: {why_not_learned(plan, skeleton)}")
     estimate = estimate_run(
@@ -334,7 +337,8 @@ def _ways(
     """The ways to be tried, and what the one that learns scales needs; None without it."""
     if method is not None:
         return (Way("given", method),), None
-    ways = ways_of(plan, effort, calibration.target, samples_run=dataset is not None)
+    folds = why_no_expert_folds(plan, skeleton) == ""
+    ways = ways_of(plan, effort, calibration.target, samples_run=dataset is not None, folds_experts=folds)
     if effort != BEST or dataset is None or why_not_learned(plan, skeleton):
         return ways, None
     return (*ways, LEARNED), estimate_learning(plan, skeleton, learned_weights(plan), dataset, device)
