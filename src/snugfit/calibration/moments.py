@@ -184,6 +184,13 @@ class ExpertMoments(NoHooks):
         """Some of the inputs of each expert's down projection [n, K], evenly spread, by expert."""
         return {expert: spread.result() for expert, spread in self._samples.items()}
 
+    def means(self) -> tuple[Tensor, Tensor] | None:
+        """E[x^2] of each expert's gate and up, fp32 [E, K], and of its down, 0 without a token; None if none came."""
+        if self._gate_up is None or self._down is None or self._counts is None:
+            return None
+        counts = self._counts.clamp(min=1)[:, None]
+        return self._gate_up / counts, self._down / counts
+
     def result(self) -> tuple[Tensor, Tensor] | None:
         """E[x^2] of each expert's gate and up, fp32 [E, K], and of its down; None if no token came.
 
@@ -192,13 +199,13 @@ class ExpertMoments(NoHooks):
         """
         if self._gate_up is None or self._down is None or self._counts is None or not float(self._counts.sum()):
             return None
-        counts = self._counts[:, None]
-        return _drawn_together(self._gate_up, counts), _drawn_together(self._down, counts)
+        return drawn_together(self._gate_up, self._counts), drawn_together(self._down, self._counts)
 
 
 PRIOR_TOKENS = 64
 
 
-def _drawn_together(sums: Tensor, counts: Tensor) -> Tensor:
+def drawn_together(sums: Tensor, counts: Tensor) -> Tensor:
+    """Means [E, K] of sums [E, K] over `counts` tokens [E], each drawn to that of all experts."""
     overall = sums.sum(0) / counts.sum()
-    return (sums + PRIOR_TOKENS * overall) / (counts + PRIOR_TOKENS)
+    return (sums + PRIOR_TOKENS * overall) / (counts[:, None] + PRIOR_TOKENS)

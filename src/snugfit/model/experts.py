@@ -68,6 +68,31 @@ class NoHooks:
         return None
 
 
+class Watching(NoHooks):
+    """What `hooks` do, while `watcher` sees the same and changes nothing."""
+
+    def __init__(self, hooks: ExpertHooks, watcher: ExpertHooks) -> None:
+        self._hooks, self._watcher = hooks, watcher
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """What the hooks give."""
+        return self._hooks.first(hidden)
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+        """What the hooks give."""
+        self._watcher.second(expert, hidden, tokens, forced=forced)
+        return self._hooks.second(expert, hidden, tokens, forced=forced)
+
+    def begin(self, hidden: Tensor, count: int) -> None:
+        """Both begin."""
+        self._watcher.begin(hidden, count)
+        self._hooks.begin(hidden, count)
+
+    def forced(self, expert: int, routed: Tensor) -> Tensor | None:
+        """What the hooks force."""
+        return self._hooks.forced(expert, routed)
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds a layer's experts in 3-D parameters, under transformers' experts interface."""
     down = getattr(module, "down_proj", None)

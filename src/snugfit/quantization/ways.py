@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from snugfit.data.dataset import Dataset
 from snugfit.errors import UserError
@@ -25,11 +29,13 @@ class Way:
     """A way to choose codes, by its name in records.
 
     With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
+    `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears.
     """
 
     name: str
     method: Method
     learns: bool = False
+    recall: Callable[[Mapping[str, Tensor]], Any] | None = None
 
 
 PLAIN = Way("plain", ROUND_TO_NEAREST)
@@ -37,13 +43,23 @@ LEARNED = Way("learned", ROUND_TO_NEAREST, learns=True)
 
 
 def ways_of(
-    plan: Plan, effort: str | None, target: str, *, samples_run: bool, folds_experts: bool = False
+    plan: Plan,
+    effort: str | None,
+    target: str,
+    *,
+    samples_run: bool,
+    recalls: bool = False,
+    folds_experts: bool = False,
 ) -> tuple[Way, ...]:
     """The ways that a run of this effort tries, the simplest first; `target` is the engine profile to be good under.
 
-    `fast` has one: weighted scales where samples run anyway (`samples_run`), else plain ones. Routed experts get no
+    `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
+    (`recalls`), else plain ones. Routed experts get no
     GPTQ, which was seen to cost mixtures accuracy, and folds only inside of each (`folds_experts`: some can).
     """
+    if effort == FAST and recalls:
+        method = Calibrated(target)
+        return (Way("weighted", method, recall=method.recall),)
     if effort is None or (effort == FAST and not samples_run):
         return (PLAIN,)
     weighted = Way("weighted", Calibrated(target))
