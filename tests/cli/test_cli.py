@@ -132,6 +132,7 @@ OFFERED: dict[str, set[str]] = {
     },
     "statistics show": {"file", "--output-dir", "-o", "--json"},
     "statistics merge": {"files", "--output", "-o"},
+    "statistics import": {"file", "--model", "--output", "-o"},
     "recipes": {"recipe", "--json"},
 }
 

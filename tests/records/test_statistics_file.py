@@ -612,7 +612,8 @@ def test_collected_statistics_are_taken(
     )
     assert not list(folder.glob("*.safetensors"))
     query = "model.layers.0.self_attn.q_proj"
-    assert found.layers[0].inputs[query] == own.layers[0].inputs[query]
+    assert found.layers[0].inputs[query].squares is not None  # of a run that quantizes they are not stored
+    assert replace(found.layers[0].inputs[query], squares=None) == own.layers[0].inputs[query]
     assert found.layers[0].inputs.keys() == own.layers[0].inputs.keys()
     for other in ("nvfp4-four-over-six", recipe):
         out = quantize_into(source, other, tmp_path / other, statistics=folder)
