@@ -26,7 +26,7 @@ from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.methods import folds as folding
 from snugfit.methods.columns import nearest
-from snugfit.methods.expert_folds import fold_experts
+from snugfit.methods.expert_folds import Product, fold_experts, fold_products
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.folds import Fold, Scaling
 from snugfit.methods.gptq import Feedback, Steps, descend, feedback_of, round_with_feedback
@@ -159,9 +159,17 @@ class Calibrated:
             parameters=layer.parameters,
         )
 
-    def recall(self, squares: Mapping[str, Tensor]) -> Observed:
-        """What is known of a layer whose samples do not run: E[x^2] [K] of inputs by the file's names of linears."""
-        return Observed({}, squares, Scaling(), {}, {}, {})
+    def recall(
+        self, squares: Mapping[str, Tensor], products: Sequence[Product], weight: Callable[[str], Tensor]
+    ) -> Observed:
+        """What is known of a layer whose samples do not run; the folds are those of `products`.
+
+        `squares` are E[x^2] [K] of inputs, by the file's names of linears, of which `weight` gives weights [N, K].
+        """
+        if not self.folds:
+            return Observed({}, squares, Scaling(), {}, {}, {})
+        folded = fold_products(products, weight, squares, self._search_in_expert)
+        return Observed({}, folded.moments(squares), folded.scaling, {}, {}, {})
 
     def _rounds_inputs(self, fmt: TensorFormat) -> bool:
         scale = torch.ones(()) if fmt.input_kind == "nvfp4" else None

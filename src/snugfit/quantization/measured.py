@@ -7,15 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from snugfit.calibration.moments import drawn_together
 from snugfit.engines.fused import group_modules
 from snugfit.errors import Unfinished, UserError
 from snugfit.model.experts import DOWN, ExpertNames
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.plan import Plan
-from snugfit.records.squares import decode_squares
 from snugfit.records.statistics import LayerStatistics
 from snugfit.records.statistics_file import ExpertCalibration, Statistics
 
@@ -83,39 +80,6 @@ def _check_no_ranges_needed(plan: Plan, index: int, where: str) -> None:
             where=where,
             remedy="Choose formats with 16-bit inputs (int4, nvfp4a16), or measure ranges with `collect_statistics`.",
         )
-
-
-def recalled_squares(plan: Plan, skeleton: Skeleton, index: int, known: Statistics) -> dict[str, Tensor]:
-    """E[x^2] fp32 [K] of the inputs of linears of decoder layer `index`, by the file's names.
-
-    Experts that few tokens reached have it drawn to that of all (calibration/moments.py). Inputs of which nothing is
-    known are missing. UserError for squares that are of other shapes than the weights.
-    """
-    found, squares = known.layers[index], dict[str, Tensor]()
-    prefix = f"{plan.decoder}.{index}."
-    shapes = {name: plan.weights.tensors[name].shape for name in plan.unit_of_layer(index)}
-    modules = [name.removesuffix(".weight") for name in shapes if name in plan.assignments]
-    for group in group_modules(modules):
-        one = next((found.inputs[module] for module in group if module in found.inputs), None)
-        if one is not None and one.squares is not None and one.tokens:
-            squares |= dict.fromkeys(group, torch.from_numpy(decode_squares(one.squares)))
-    mixture = skeleton.experts.get(index)
-    seen = None if mixture is None else found.experts.get(prefix + experts_module(mixture))
-    if mixture is not None and seen is not None and seen.gate_up_squares and seen.down_squares and sum(seen.routed):
-        counts = torch.tensor(seen.routed, dtype=torch.float32)
-        gate_up, down = (
-            drawn_together(torch.from_numpy(decode_squares(text)).view(len(counts), -1) * counts[:, None], counts)
-            for text in (seen.gate_up_squares, seen.down_squares)
-        )
-        for (expert, role, parameter), name in mixture.names.items():
-            if parameter == "weight" and expert < len(counts):
-                squares[f"{prefix}{name}".removesuffix(".weight")] = (down if role == DOWN else gate_up)[expert]
-    for module, numbers in squares.items():
-        shape = shapes.get(f"{module}.weight", numbers.shape)
-        if shape[-1] != len(numbers):
-            what = f"the statistics have E[x^2] of {len(numbers)} input features, the weight has {shape[-1]}."
-            raise UserError(what, code="statistics-mismatch", where=module, remedy=_MEASURE_AGAIN)
-    return squares
 
 
 def experts_module(mixture: ExpertNames) -> str:

@@ -22,9 +22,10 @@ from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_learning, estimate_run
-from snugfit.quantization.measured import Measured, recall, recalled_squares
+from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan, groups_of
+from snugfit.quantization.recalled import recalled_squares
 from snugfit.quantization.resume import check_resumable, stamps, work_folder
 from snugfit.quantization.ways import (
     BEST,

@@ -20,10 +20,11 @@ from snugfit.model.hidden_states import StateFile
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import read_ahead_bytes
 from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, load, observe, propagate
-from snugfit.quantization.measured import NOTHING_MEASURED, Measured, recalled_squares
+from snugfit.quantization.measured import NOTHING_MEASURED, Measured
 from snugfit.quantization.plan import groups_of
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.read_ahead import ReadAhead
+from snugfit.quantization.recalled import observe_recalled
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.write import write_unit
 from snugfit.records.quantize import TensorRecord
@@ -170,8 +171,8 @@ def _observe(
     prepared = run.prepared
     if not number or prepared.known is None or prepared.way.recall is None:
         return observe(layer, groups, prepared.method)
-    squares = recalled_squares(prepared.plan, prepared.skeleton, number - 1, prepared.known)
-    return groups, prepared.way.recall({name: one.to(prepared.device) for name, one in squares.items()})
+    parts = prepared.plan, prepared.skeleton, number - 1, prepared.known, prepared.way
+    return observe_recalled(*parts, groups, prepared.device)
 
 
 def _measure(

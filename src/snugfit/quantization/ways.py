@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from snugfit.data.dataset import Dataset
 from snugfit.errors import UserError
 from snugfit.methods.calibrated import Calibrated
+from snugfit.methods.expert_folds import Product
 from snugfit.methods.learned_scales import LEARNED_FORMATS
 from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
@@ -29,13 +30,14 @@ class Way:
     """A way to choose codes, by its name in records.
 
     With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
-    `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears.
+    `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears, of
+    what can be folded, and of what gives the weight of a linear.
     """
 
     name: str
     method: Method
     learns: bool = False
-    recall: Callable[[Mapping[str, Tensor]], Any] | None = None
+    recall: Callable[[Mapping[str, Tensor], Sequence[Product], Callable[[str], Tensor]], Any] | None = None
 
 
 PLAIN = Way("plain", ROUND_TO_NEAREST)
@@ -58,8 +60,8 @@ def ways_of(
     GPTQ, which was seen to cost mixtures accuracy, and folds only inside of each (`folds_experts`: some can).
     """
     if effort == FAST and recalls:
-        method = Calibrated(target)
-        return (Way("weighted", method, recall=method.recall),)
+        method = Calibrated(target, folds=True, expert_folds=True)
+        return (Way("weighted+folds", method, recall=method.recall),)
     if effort is None or (effort == FAST and not samples_run):
         return (PLAIN,)
     weighted = Way("weighted", Calibrated(target))
