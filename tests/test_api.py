@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 VERBS_OF: dict[str, tuple[Callable[..., Any], set[str], set[str]]] = {
     "quantize": (snugfit.quantize, {"dry_run", "as_json"}, set()),
     "statistics collect": (snugfit.collect_statistics, {"as_json"}, set()),
+    "statistics import": (snugfit.import_statistics, set(), set()),
     "inspect": (snugfit.inspect, {"as_json"}, set()),
     "fit": (snugfit.fit, {"as_json"}, set()),
     "eval": (snugfit.evaluate, {"output_dir", "server_model", "top_logprobs", "server_log", "as_json"}, set()),

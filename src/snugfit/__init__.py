@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
     from snugfit.quantization.collect import collect_statistics
+    from snugfit.quantization.import_statistics import import_statistics
     from snugfit.quantization.prepare import PreparedRun
     from snugfit.quantization.quantize import plan_quantization, quantize
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
@@ -56,6 +57,7 @@ __all__ = [
     "compare",
     "evaluate",
     "fit",
+    "import_statistics",
     "inspect",
     "list_recipes",
     "load_recipe",
@@ -79,6 +81,7 @@ _MODULES = {
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
     "quantization.collect": ("collect_statistics",),
+    "quantization.import_statistics": ("import_statistics",),
     "quantization.prepare": ("PreparedRun",),
     "quantization.quantize": ("plan_quantization", "quantize"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),

@@ -133,6 +133,7 @@ OFFERED: dict[str, set[str]] = {
     },
     "statistics show": {"file", "--output-dir", "-o", "--json"},
     "statistics merge": {"files", "--output", "-o"},
+    "statistics import": {"file", "--model", "--output", "-o"},
     "recipes": {"recipe", "--json"},
 }
 

@@ -31,11 +31,13 @@ NVFP4 = "EmulationNvFp4LinearKernel"
 RECIPES: dict[str, tuple[set[str], float]] = {
     "fp8-dynamic": ({FP8}, 0.005),
     "fp8-int4-absmax": ({FP8, INT4}, 0.005),
+    "fp8-int4-awq": ({FP8, INT4}, 0.005),
     "nvfp4-four-over-six": ({NVFP4}, 0.02),
     "nvfp4-fp8-hybrid-four-over-six": ({FP8, NVFP4}, 0.02),
     "nvfp4-fp8-hybrid": ({FP8, NVFP4}, 0.02),
 }
-SEARCHED = "nvfp4-fp8-hybrid"  # follows the effort: GPTQ and folds, each model four times, so on few samples
+# follow the effort: GPTQ and folds, each model four times, so on few samples
+SEARCHED = frozenset({"nvfp4-fp8-hybrid", "fp8-int4-awq"})
 CACHE = "fp8-dynamic-fp8kv"
 
 
@@ -73,7 +75,7 @@ def served(smollm2: Path, rows: Dataset, tmp_path_factory: pytest.TempPathFactor
     paths = {"bf16": smollm2}
     for recipe in (*RECIPES, CACHE):
         paths[recipe] = work / recipe
-        samples, tokens = (8, 256) if recipe == SEARCHED else (16, 512)
+        samples, tokens = (8, 256) if recipe in SEARCHED else (16, 512)
         quantize(smollm2, recipe, output_dir=work / recipe, num_samples=samples, max_seq_length=tokens)
     command = [python, str(SERVE), str(work / "rows.json"), str(work / "out.json"), *map(str, paths.values())]
     subprocess.run([*command, "--greedy-tokens", "8"], check=False)

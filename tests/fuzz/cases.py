@@ -585,6 +585,26 @@ def make_statistics(rng: random.Random, root: Path, shared: Path) -> list[Comman
     return [show, merge, [*quantize, "--statistics", given, *text, *options]]
 
 
+def make_imatrix(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """An importance matrix of llama.cpp that is damaged, in either format: imported, then quantized with."""
+    name = rng.choice(("model", "mixture"))
+    content = (shared / f"{name}.{rng.choice(('gguf', 'dat'))}").read_bytes()
+    kind, file = rng.randrange(6), root / "imatrix"
+    if kind < 3:
+        content = spoil_bytes(rng, content)
+    else:  # lengths, counts and offsets of the front
+        changed = bytearray(content)
+        for _ in range(rng.choice((1, 1, 2, 4))):
+            at = rng.randrange(min(len(content), 4096))
+            number = rng.choice((0, 1, -1, 7, 1 << 30, (1 << 31) - 1, rng.getrandbits(31)))
+            changed[at : at + 4] = struct.pack("<i", number)
+        content = bytes(changed[: len(content)])
+    file.write_bytes(content)
+    model, given = str(shared / name), str(root / "statistics.json")
+    quantize = ["quantize", model, "-r", "int4-w4a16", "-o", str(root / "out"), "--device", "cpu", "--json"]
+    return [["statistics", "import", str(file), "--model", model, "-o", given], [*quantize, "--statistics", given]]
+
+
 def _spoil_figures(rng: random.Random, layers: dict[str, Any]) -> None:
     """Values and names inside of layers, down to single counts, made into what no run measures."""
     odd: tuple[Any, ...] = (-1, 10**400, 10**400, -(10**400), 0, Raw("1e999"), Raw("NaN"), -3.5)
@@ -619,4 +639,5 @@ TARGETS: Mapping[str, Target] = {
     "run": Target(make_run, 250, heavy=True),
     "unfinished": Target(make_unfinished, 100, heavy=True),
     "statistics": Target(make_statistics, 250, heavy=True),
+    "imatrix": Target(make_imatrix, 250, heavy=True),
 }

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from conftest import TINY
+from helpers.importance import measure, write_gguf, write_legacy
 from helpers.tiny_mixtures import make_mixture
 from helpers.tiny_tokenizer import add_tokenizer
 from quantization.test_resume import stop_in_layer
@@ -75,3 +76,13 @@ def prepare_statistics(shared: Path) -> None:
             collect_statistics(shared / model, output_dir=out, dataset=[shared / f"{rows}.jsonl"], device="cpu")
             (out / "snugfit-statistics.json").rename(shared / f"{model}-{number}.json")
             shutil.rmtree(out)
+
+
+def prepare_imatrices(shared: Path) -> None:
+    """Beside a mixture, importance matrices of both models in both formats: model.gguf to mixture.dat."""
+    make_mixture("mixtral", shared / "mixture")
+    rows = [json.loads(line)["input_ids"] for line in (shared / "rows.jsonl").read_text("utf-8").splitlines()]
+    for model in ("model", "mixture"):
+        sums = measure(shared / model, rows)
+        write_gguf(shared / f"{model}.gguf", sums)
+        write_legacy(shared / f"{model}.dat", sums)

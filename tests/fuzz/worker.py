@@ -255,12 +255,14 @@ def prepare(target: str, shared: Path) -> None:
     """What heavy cases damage: models with weights, a tokenizer, a quantized copy, an unfinished run, statistics."""
     import torch
 
-    from fuzz.prepare import prepare_runs, prepare_statistics
+    from fuzz.prepare import prepare_imatrices, prepare_runs, prepare_statistics
 
     torch.set_num_threads(1)
     prepare_runs(shared, unfinished=target == "unfinished")
     if target == "statistics":
         prepare_statistics(shared)
+    if target == "imatrix":
+        prepare_imatrices(shared)
 
 
 def run_case(target: str, number: int, root: Path, shared: Path) -> list[dict[str, Any]]:

@@ -314,3 +314,46 @@ def test_the_same_bytes_twice(model: Path, rows: Path, tmp_path: Path) -> None:
         for n in range(2)
     )
     assert all(torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8)) for name in first)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "granitemoe"])
+def test_folds_inside_experts(family: str, rows: Path, tmp_path: Path) -> None:
+    """Up and down of experts are folded, and records say so; all else of the first layer stays as without folds."""
+    model = make_mixture(family, tmp_path / "model")
+    recipe = parse_recipe(
+        "name: a\nrules:\n- {role: experts, format: int4}\n- {role: linear, format: fp8-dynamic}\n", where="a.yaml"
+    )
+    found, runs = {}, {}
+    methods = {"weighted": METHODS["weighted"], "weighted+folds": Calibrated(PROFILE, expert_folds=True)}
+    for rule, method in methods.items():
+        watched = Watched(method)
+        found[rule], run = run_method(model, recipe, tmp_path / rule, rows, watched)
+        runs[rule] = watched.choices
+        records = [tensor for entry in run.finished.entries for tensor in entry["tensors"]]
+        rules = {record["scale_rule"] for record in records if ".experts." in record["name"]}
+        assert rules == {rule}
+    plain, folded = found["weighted"], found["weighted+folds"]
+    assert set(plain) == set(folded)
+    first = [name for name in plain if ".layers.0." in name]
+    same = {name for name in first if torch.equal(plain[name].view(torch.uint8), folded[name].view(torch.uint8))}
+    assert {name for name in first if ".experts." not in name or "gate_proj" in name} <= same
+    differing = [name for name in first if "down_proj" in name and name.endswith("weight_packed") and name not in same]
+    assert len(differing) > 1
+    for name in differing:
+        up = name.replace("down_proj", "up_proj").removesuffix("_packed")
+        before, after = (dequantize(codes) for run in runs.values() if (codes := run[up].codes) is not None)
+        ratio = after.norm(dim=1) / before.norm(dim=1)
+        assert float(ratio.log().std()) > 0.001  # output features of up were divided by factors
+
+
+def test_experts_that_cannot_be_folded_are_written_as_without_folds(rows: Path, tmp_path: Path) -> None:
+    """Experts with biases get weighted scales and no folds, in the same bytes."""
+    model = make_mixture("gpt_oss", tmp_path / "model")
+    text = "name: a\nrules:\n- {role: experts, format: int4, group_size: 32}\n- {role: linear, format: keep}\n"
+    written = [
+        run_method(
+            model, parse_recipe(text, where="a.yaml"), tmp_path / f"{n}", rows, Calibrated(PROFILE, expert_folds=n)
+        )[0]
+        for n in (False, True)
+    ]
+    assert all(torch.equal(written[0][n].view(torch.uint8), written[1][n].view(torch.uint8)) for n in written[0])

@@ -699,6 +699,22 @@ def test_e8m0_nan_is_refused(fp8: Callable[[str, Kind], Path], rows: Path, tmp_p
     refuse("scale-invalid", name, source=source, recipe="nvfp4-moe-four-over-six", tmp_path=tmp_path, rows=rows)
 
 
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_fp8_int4_awq_keeps_attention_as_it_is(
+    family: str, fp8: Callable[[str, Kind], Path], rows: Path, tmp_path: Path
+) -> None:
+    """Attention and shared experts keep the source's FP8 bytes; dense MLPs and routed experts become INT4."""
+    source = fp8(family, "hf-block")
+    run(source, tmp_path / "out", "fp8-int4-awq", rows, effort="fast")
+    given, written = all_tensors(source), all_tensors(tmp_path / "out")
+    codes = {name for name, tensor in given.items() if tensor.dtype == torch.float8_e4m3fn and "layers.2" not in name}
+    kept = {name for name in codes if ".self_attn." in name or ".shared_experts." in name}
+    assert kept
+    assert all(same_bytes(written[name], given[name]) for name in kept)
+    assert {f"{name}_packed" for name in codes - kept} <= set(written)
+    assert not (codes - kept) & set(written)
+
+
 @pytest.mark.parametrize("module", PLACES, ids=list(PLACES.values()))
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 @pytest.mark.parametrize("recipe", ["nvfp4-moe-four-over-six", "fp8-int4-moe-absmax"])

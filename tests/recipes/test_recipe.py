@@ -40,6 +40,7 @@ BUILT_IN = {
     "fp8-dynamic-fp8kv": (FP8, FP8, FP8),
     "fp8-int4": (FP8, INT4, INT4),
     "fp8-int4-absmax": (FP8, INT4_PLAIN, INT4_PLAIN),
+    "fp8-int4-awq": (FP8, INT4, INT4),
     "int4-w4a16": (INT4, INT4, INT4),
     "int4-w4a16-absmax": (INT4_PLAIN, INT4_PLAIN, INT4_PLAIN),
     "mxfp4": (("mxfp4", EFFORT),) * 3,
@@ -132,6 +133,72 @@ def test_built_in_recipe_for_mixtures(name: str, tensors: list[TensorInfo]) -> N
     got = {n: (a.format.label() if a.format else "", a.scale_rule) for n, a in found.items()}
     linears = {t.name for t in dense if parse_name(t.name, t.shape).role in set().union(*ROLES_OF.values())}
     assert got == dict.fromkeys(names, FOR_MIXTURES[name]) | dict.fromkeys({*linears, *shared}, FP8)
+
+
+def of_mixture(*leaves: str, width: int = 64) -> list[TensorInfo]:
+    """Weights of one layer's modules `leaves`, three projections each, and of what every layer has."""
+    names = [f"{leaf}.{role}_proj" for leaf in leaves for role in ("gate", "up", "down")]
+    attention = [f"self_attn.{role}_proj" for role in "qkvo"]
+    return [TensorInfo(f"model.layers.0.{name}.weight", "BF16", (width, width)) for name in (*attention, *names)]
+
+
+@pytest.mark.parametrize("shared", ["mlp.shared_expert", "mlp.shared_experts", "shared_mlp", None])
+def test_fp8_int4_awq_on_mixtures(shared: str | None) -> None:
+    """Routed experts and dense layers get INT4, experts that every token passes FP8, routers and all else nothing."""
+    leaves = ["mlp.experts.0", "mlp.experts.10", *([shared] if shared else [])]
+    dense = [TensorInfo(t.name.replace(".0.", ".1.", 1), t.dtype, t.shape) for t in of_mixture("mlp")]
+    fixed = [
+        TensorInfo("model.layers.0.mlp.gate.weight", "BF16", (2, 64)),
+        TensorInfo("model.layers.0.mlp.shared_expert_gate.weight", "BF16", (1, 64)),
+        TensorInfo("model.layers.0.input_layernorm.weight", "BF16", (64,)),
+        TensorInfo("model.embed_tokens.weight", "BF16", (8, 64)),
+        TensorInfo("lm_head.weight", "BF16", (8, 64)),
+    ]
+    found = resolve(load_recipe("fp8-int4-awq"), [*of_mixture(*leaves), *dense, *fixed], num_layers=2)
+    got = {name: (a.format.label() if a.format else "", a.scale_rule) for name, a in found.items()}
+    mlp = {t.name for t in (*of_mixture(*leaves), *dense) if "attn" not in t.name and not (shared and shared in t.name)}
+    others = {t.name for t in (*of_mixture(*leaves), *dense)} - mlp
+    assert got == dict.fromkeys(mlp, INT4) | dict.fromkeys(others, FP8)
+    assert all(a.format is None or a.format.name != "int4" or a.format.symmetric for a in found.values())
+
+
+UPGRADED = """
+  - role: down
+    layers: "0, -1"
+    format: fp8-dynamic
+"""
+
+
+def test_fp8_int4_awq_with_upgraded_layers(tensors: list[TensorInfo]) -> None:
+    """The documented rule before those of fp8-int4-awq gives chosen layers' down FP8, and changes nothing else."""
+    base = load_recipe("fp8-int4-awq")
+    upgraded = parse_recipe(base.text.replace("rules:", f"rules:{UPGRADED}"), where=WHERE)
+    before, after = (resolve(recipe, tensors, num_layers=LAYERS) for recipe in (base, upgraded))
+    label = {name: (a.format.label() if a.format else "") for name, a in after.items()}
+    changed = {name for name in after if after[name].format != before[name].format}
+    assert changed == {f"model.layers.{number}.mlp.down_proj.weight" for number in (0, LAYERS - 1)}
+    assert {label[name] for name in changed} == {"fp8-dynamic"}
+
+
+def test_routed_experts_are_upgraded_as_a_whole_layer_alone() -> None:
+    """Of a mixture's layer, down of all experts cannot have another format than gate and up; all of them can."""
+    base = load_recipe("fp8-int4-awq")
+    tensors = of_mixture("mlp.experts.0", "mlp.experts.1")
+    tensors += [TensorInfo(t.name.replace(".0.", ".1.", 1), t.dtype, t.shape) for t in tensors]
+    split = parse_recipe(base.text.replace("rules:", f"rules:{UPGRADED}"), where=WHERE)
+    with raises("recipe-splits-group", where=WHERE):
+        resolve(split, tensors, num_layers=2)
+    whole = parse_recipe(base.text.replace("rules:", f"rules:{UPGRADED.replace('down', 'experts')}"), where=WHERE)
+    found = resolve(whole, [*tensors, *_third(tensors)], num_layers=3)
+    experts = {name: a.format.name for name, a in found.items() if ".experts." in name and a.format is not None}
+    assert {fmt for name, fmt in experts.items() if ".layers.1." in name} == {"int4"}
+    assert {fmt for name, fmt in experts.items() if ".layers.1." not in name} == {"fp8-dynamic"}
+
+
+def _third(tensors: Sequence[TensorInfo]) -> list[TensorInfo]:
+    """The same tensors of a layer behind."""
+    first = [t for t in tensors if ".layers.0." in t.name]
+    return [TensorInfo(t.name.replace(".layers.0.", ".layers.2."), t.dtype, t.shape) for t in first]
 
 
 @pytest.mark.parametrize("name", sorted(BUILT_IN))

@@ -13,6 +13,7 @@ from snugfit.model.forward_pass import Batch
 
 _COLUMNS = 512  # of a Gram matrix made at once: it is symmetric, so half of them are enough
 SAMPLED_TOKENS = 512  # inputs that are kept as they are
+SAMPLED_OF_EXPERT = 64  # the same of one expert: so many, up to twice as many
 
 
 @dataclass(frozen=True)
@@ -113,10 +114,38 @@ def add_gram(gram: Tensor, inputs: Tensor) -> None:
         gram[start:stop, :stop].addmm_(exact[:, start:stop].t(), exact[:, :stop])
 
 
-class ExpertMoments(NoHooks):
-    """Adds up E[x^2] of what comes to each routed expert of a layer: of gate and up, and of down."""
+class _Spread:
+    """Some of the inputs [K] that came, evenly spread over all: where too many were kept, every second one goes."""
 
     def __init__(self) -> None:
+        self._parts: list[Tensor] = []
+        self._seen = self._kept = 0
+        self._stride = 1
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in inputs [n, K]."""
+        part = inputs[-self._seen % self._stride :: self._stride].clone()
+        self._seen += len(inputs)
+        self._kept += len(part)
+        self._parts.append(part)
+        while self._kept > 2 * SAMPLED_OF_EXPERT:
+            whole = torch.cat(self._parts)[::2].clone()
+            self._parts, self._kept, self._stride = [whole], len(whole), 2 * self._stride
+
+    def result(self) -> Tensor:
+        """What was kept, [n, K]."""
+        return torch.cat(self._parts)
+
+
+class ExpertMoments(NoHooks):
+    """Adds up E[x^2] of what comes to each routed expert of a layer: of gate and up, and of down.
+
+    With `sampled` it also keeps some of the inputs of each down projection. Tokens that are forced do not count.
+    """
+
+    def __init__(self, *, sampled: bool = False) -> None:
+        self._sampled = sampled
+        self._samples: dict[int, _Spread] = {}
         self._valid: Tensor | None = None
         self._hidden = torch.empty(0)
         self._real: Tensor | None = None
@@ -147,7 +176,20 @@ class ExpertMoments(NoHooks):
             self._gate_up[expert] += self._hidden[tokens][real].float().square().sum(0)
             self._down[expert] += hidden[real].float().square().sum(0)
             self._counts[expert] += len(tokens) if self._real is None else self._real[tokens].sum()
+            if self._sampled:
+                self._samples.setdefault(expert, _Spread()).add(hidden[real])
         return hidden
+
+    def samples(self) -> dict[int, Tensor]:
+        """Some of the inputs of each expert's down projection [n, K], evenly spread, by expert."""
+        return {expert: spread.result() for expert, spread in self._samples.items()}
+
+    def means(self) -> tuple[Tensor, Tensor] | None:
+        """E[x^2] of each expert's gate and up, fp32 [E, K], and of its down, 0 without a token; None if none came."""
+        if self._gate_up is None or self._down is None or self._counts is None:
+            return None
+        counts = self._counts.clamp(min=1)[:, None]
+        return self._gate_up / counts, self._down / counts
 
     def result(self) -> tuple[Tensor, Tensor] | None:
         """E[x^2] of each expert's gate and up, fp32 [E, K], and of its down; None if no token came.
@@ -157,13 +199,13 @@ class ExpertMoments(NoHooks):
         """
         if self._gate_up is None or self._down is None or self._counts is None or not float(self._counts.sum()):
             return None
-        counts = self._counts[:, None]
-        return _drawn_together(self._gate_up, counts), _drawn_together(self._down, counts)
+        return drawn_together(self._gate_up, self._counts), drawn_together(self._down, self._counts)
 
 
 PRIOR_TOKENS = 64
 
 
-def _drawn_together(sums: Tensor, counts: Tensor) -> Tensor:
+def drawn_together(sums: Tensor, counts: Tensor) -> Tensor:
+    """Means [E, K] of sums [E, K] over `counts` tokens [E], each drawn to that of all experts."""
     overall = sums.sum(0) / counts.sum()
-    return (sums + PRIOR_TOKENS * overall) / (counts + PRIOR_TOKENS)
+    return (sums + PRIOR_TOKENS * overall) / (counts[:, None] + PRIOR_TOKENS)

@@ -24,6 +24,7 @@ VERBS: Mapping[str, str] = {
     "quantize": "quantize",
     "plan_quantization": "quantize --dry-run",
     "collect_statistics": "statistics collect",
+    "import_statistics": "statistics import",
     "load_statistics": "statistics show",
     "merge_statistics": "statistics merge",
     "inspect": "inspect",

@@ -1,4 +1,4 @@
-"""`snugfit statistics`: collect, show, merge."""
+"""`snugfit statistics`: collect, show, merge, import."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
     from snugfit.records.statistics_file import Statistics
 
 app = typer.Typer(
-    cls=Verbs, help="Collect, show and merge calibration statistics.", no_args_is_help=True, rich_markup_mode=None
+    cls=Verbs,
+    help="Collect, show, merge and import calibration statistics.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 
@@ -111,6 +114,24 @@ def merge(
         typer.echo(f"{plain(str(output))}: {len(files)} files, {found.num_samples} samples, {found.tokens:,} tokens")
 
 
+@app.command("import")
+def import_file(
+    ctx: typer.Context,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An importance matrix of llama.cpp (.gguf or .dat).")],
+    model: Annotated[str, typer.Option("--model", metavar="MODEL", help="The model that it was made of.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PATH", help="New statistics file.")],
+) -> None:
+    """Make statistics of an importance matrix, without running the model.
+
+    They have E[x^2] of the inputs of each linear, and no ranges: for int4, nvfp4a16 and mxfp4 by `--statistics`.
+    """
+    from snugfit.quantization.import_statistics import import_statistics
+
+    found = import_statistics(file, model, output=output, progress=VerbProgress(ctx))
+    with reporting(output):
+        typer.echo(f"{plain(str(output))}: {found.num_samples} chunks, {found.tokens:,} tokens of {plain(found.model)}")
+
+
 def _print_statistics(found: Statistics, *, as_json: bool) -> None:
     if as_json:
         typer.echo(found.to_json(), nl=False)
@@ -120,4 +141,8 @@ def _print_statistics(found: Statistics, *, as_json: bool) -> None:
 
     if any(layer.experts for layer in found.layers.values()):
         print_sheet(coverage_sheet(found))
-    print_sheet(outlier_sheet(found, narrow=True))
+    if found.ranges:
+        print_sheet(outlier_sheet(found, narrow=True))
+    else:
+        linears = sum(len(layer.inputs) for layer in found.layers.values())
+        typer.echo(f"E[x^2] of {linears:,} kinds of inputs in {len(found.layers)} layers, no ranges")

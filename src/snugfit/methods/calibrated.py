@@ -5,7 +5,8 @@ rounds them. First a few samples find which folds help (methods/folds.py); each 
 least error of the consumers' outputs under real rounding of weights and inputs, or none. Then all samples give the
 second moments of the inputs of every linear. Scales are chosen under E[x^2], values by GPTQ under E[x x^T].
 
-Routed experts get scales weighted by what the router sends each of them, and neither GPTQ nor folds.
+Routed experts get scales weighted by what the router sends each of them, if asked for also folds of their own
+(methods/expert_folds.py), and no GPTQ.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.methods import folds as folding
 from snugfit.methods.columns import nearest
+from snugfit.methods.expert_folds import Product, fold_experts, fold_products
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.folds import Fold, Scaling
 from snugfit.methods.gptq import Feedback, Steps, descend, feedback_of, round_with_feedback
@@ -38,6 +40,7 @@ from snugfit.model.experts import DOWN
 SCANNED_TOKENS = 8192  # that fold strengths and ranges of inputs are chosen on
 HEADROOM = 2.0  # of the range of 4-bit inputs over the largest one that was scanned
 SEARCHED_ROWS = 1024  # output features that fold strengths are tried on
+SEARCHED_ROWS_OF_EXPERT = 256
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 25}  # values of a weight rounded at once
 # exponents (a, b) of s = x^a / w^b that are tried
 STRENGTHS = ((0.15, 0.35), (0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.25, 0.0), (0.5, 0.0))
@@ -59,8 +62,8 @@ class Observed:
     """What was found out about a layer.
 
     `moments` by the file's names of linears, where a fused group shares them; `expert_moments` by those of experts'
-    linears; `roundings` of inputs by the file's names of linears. `scaling` speaks of the module's names; `modules` and
-    `parameters` map the file's to those.
+    linears; `roundings` of inputs by the file's names of linears. `scaling` speaks of the module's names, and of the
+    file's names of experts' linears; `modules` and `parameters` map the file's to the module's.
     """
 
     moments: Mapping[str, Moments]
@@ -72,27 +75,35 @@ class Observed:
 
     def scaled(self, name: str, weight: Tensor) -> Tensor:
         """fp32 [N, K]: the weight of the file's tensor `name` under the folds."""
-        return self.scaling.weight(self.modules.get(name.removesuffix(".weight"), ""), weight)
+        linear = name.removesuffix(".weight")
+        return self.scaling.weight(self.modules.get(linear, linear), weight)
 
 
 @dataclass
 class Calibrated:
     """Weighted scales; with `gptq` also values by GPTQ, then `sweeps` of coordinate descent; with `folds` smoothing.
 
-    `profile` names the engine's arithmetic of inputs (engines/profiles.py) that the choice is made for.
+    `expert_folds` smooths inside routed experts, which `gptq`, `sweeps` and `folds` leave alone. `profile` names the
+    engine's arithmetic of inputs (engines/profiles.py) that the choice is made for.
     """
 
     profile: str
     gptq: bool = False
     folds: bool = False
+    expert_folds: bool = False
     sweeps: int = 0
     _verified: dict[Any, bool] = field(default_factory=dict)
 
     @property
     def scale_rule(self) -> str:
-        """What records say of weights that this method quantized."""
+        """What records say of weights that this method quantized, but of routed experts."""
         parts = ["weighted", "gptq" if self.gptq else "", "descent" if self.sweeps else ""]
         return "+".join(filter(None, [*parts, "folds" if self.folds else ""]))
+
+    @property
+    def scale_rule_of_experts(self) -> str:
+        """What records say of routed experts that this method quantized."""
+        return "weighted+folds" if self.expert_folds else "weighted"
 
     @property
     def correlates(self) -> bool:
@@ -108,7 +119,7 @@ class Calibrated:
         }
         mixture = None
         if layer.experts is not None and any(t.scale_rule == EFFORT for n, t in layer.targets.items() if "expert" in n):
-            mixture = ExpertMoments()
+            mixture = ExpertMoments(sampled=self.expert_folds)
         if not wanted and mixture is None:
             return None
         groups = group_modules(wanted)
@@ -134,14 +145,31 @@ class Calibrated:
         by_file = {
             name: found[module] for group in groups if (module := layer.linears[group[0]]) in found for name in group
         }
+        expert_moments = _of_experts(layer, mixture)
+        if self.expert_folds and mixture is not None:
+            folded = fold_experts(layer, expert_moments, mixture.samples(), self._search_in_expert)
+            expert_moments = folded.moments(expert_moments)
+            scaling = scaling.beside(folded.scaling)
         return Observed(
             moments=by_file,
-            expert_moments=_of_experts(layer, mixture),
+            expert_moments=expert_moments,
             scaling=scaling,
             roundings=roundings,
             modules=layer.linears,
             parameters=layer.parameters,
         )
+
+    def recall(
+        self, squares: Mapping[str, Tensor], products: Sequence[Product], weight: Callable[[str], Tensor]
+    ) -> Observed:
+        """What is known of a layer whose samples do not run; the folds are those of `products`.
+
+        `squares` are E[x^2] [K] of inputs, by the file's names of linears, of which `weight` gives weights [N, K].
+        """
+        if not self.folds:
+            return Observed({}, squares, Scaling(), {}, {}, {})
+        folded = fold_products(products, weight, squares, self._search_in_expert)
+        return Observed({}, folded.moments(squares), folded.scaling, {}, {}, {})
 
     def _rounds_inputs(self, fmt: TensorFormat) -> bool:
         scale = torch.ones(()) if fmt.input_kind == "nvfp4" else None
@@ -184,20 +212,35 @@ class Calibrated:
         self, module: nn.Module, fold: Fold, moments: Moments, targets: Mapping[str, Target]
     ) -> Tensor | None:
         """The factors under which rounded weights and inputs give the consumers' outputs best; None: without a fold."""
-        assert moments.sample is not None
-        fmt = targets[fold.consumers[0]].format
         weight = torch.cat([module.get_parameter(f"{name}.weight").data.float() for name in fold.consumers])
+        return self._search(fold, weight, targets[fold.consumers[0]].format, moments, SEARCHED_ROWS)
+
+    def _search_in_expert(self, fold: Fold, weight: Tensor, fmt: TensorFormat, moments: Moments) -> Tensor | None:
+        if moments.sample is None and self._rounds_inputs(fmt):
+            return None  # what becomes of inputs is not known
+        return self._search(fold, weight, fmt, moments, SEARCHED_ROWS_OF_EXPERT)
+
+    def _search(
+        self, fold: Fold, weight: Tensor, fmt: TensorFormat, moments: Moments, searched_rows: int
+    ) -> Tensor | None:
+        """The best factors for the consumers' weights, fp32 [N, K].
+
+        The error of outputs is that on the sampled inputs; without these, that of weights under E[x^2].
+        """
         squares_of_weights = fold.to_producer(weight.square().mean(0))
-        weight = weight[:: max(1, len(weight) // SEARCHED_ROWS)]
-        inputs = moments.sample.float()
-        exact = inputs @ weight.t()
+        weight = weight[:: max(1, len(weight) // searched_rows)]
+        inputs = None if moments.sample is None else moments.sample.float()
+        exact = None if inputs is None else inputs @ weight.t()
 
         def error(scale: Tensor | None) -> float:
-            scaled_inputs, scaled = (inputs, weight) if scale is None else (inputs / scale, weight * scale)
+            scaled = weight if scale is None else weight * scale
             importance = moments.squares if scale is None else moments.squares / scale.square()
-            amax = float(scaled_inputs.abs().amax())
             found = choose_scales({"": scaled}, fmt, importance)[""].steps
             rounded = nearest(scaled, found.step, found.zero, found.grid)
+            if inputs is None or exact is None:
+                return float((rounded - scaled).square_().sum(0) @ importance)
+            scaled_inputs = inputs if scale is None else inputs / scale
+            amax = float(scaled_inputs.abs().amax())
             quantizer = self._quantizer(fmt, amax)
             return float(
                 ((scaled_inputs if quantizer is None else quantizer(scaled_inputs)) @ rounded.t() - exact).norm()
@@ -258,6 +301,7 @@ class Calibrated:
         if moments is not None and moments.gram is not None and self.gptq:
             gram = moments.gram
             feedback = feedback_of(gram)
+        rule = self.scale_rule_of_experts if moments is None else self.scale_rule
         dtype = next(iter(group.weights.values())).dtype
         exact = {name: observed.scaled(name, group.weights.pop(name)) for name in names}
         chosen = choose_scales(exact, target.format, importance, dtype)
@@ -272,7 +316,7 @@ class Calibrated:
                 purpose.buffers[name].copy_(values)
             elif purpose.runs:
                 kept = values.to(dtype)
-            yield Choice(name=name, codes=codes, weight_16bit=kept, relative_error=relative, scale_rule=self.scale_rule)
+            yield Choice(name=name, codes=codes, weight_16bit=kept, relative_error=relative, scale_rule=rule)
 
     def _values(self, weight: Tensor, steps: Steps, feedback: Feedback | None, gram: Tensor | None) -> Tensor:
         """Values on the grid for a weight [N, K], some output features at a time."""

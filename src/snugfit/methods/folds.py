@@ -78,6 +78,10 @@ class Scaling:
             found = found / self.outputs[linear].unsqueeze(1)
         return found
 
+    def beside(self, other: Scaling) -> Scaling:
+        """This one and another, of other weights."""
+        return Scaling(self.inputs | other.inputs, self.outputs | other.outputs, self.tensors | other.tensors)
+
 
 def find_folds(layer: ObservedLayer, foldable: Callable[[str], bool]) -> list[Fold]:
     """The folds of a layer whose consumers and producing linears are all `foldable` (the file's names of linears).

@@ -68,6 +68,31 @@ class NoHooks:
         return None
 
 
+class Watching(NoHooks):
+    """What `hooks` do, while `watcher` sees the same and changes nothing."""
+
+    def __init__(self, hooks: ExpertHooks, watcher: ExpertHooks) -> None:
+        self._hooks, self._watcher = hooks, watcher
+
+    def first(self, hidden: Tensor) -> Tensor:
+        """What the hooks give."""
+        return self._hooks.first(hidden)
+
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+        """What the hooks give."""
+        self._watcher.second(expert, hidden, tokens, forced=forced)
+        return self._hooks.second(expert, hidden, tokens, forced=forced)
+
+    def begin(self, hidden: Tensor, count: int) -> None:
+        """Both begin."""
+        self._watcher.begin(hidden, count)
+        self._hooks.begin(hidden, count)
+
+    def forced(self, expert: int, routed: Tensor) -> Tensor | None:
+        """What the hooks force."""
+        return self._hooks.forced(expert, routed)
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds a layer's experts in 3-D parameters, under transformers' experts interface."""
     down = getattr(module, "down_proj", None)
@@ -158,6 +183,38 @@ def buffers(module: nn.Module, device: torch.device) -> tuple[dict[str, Tensor],
                 rows
             ]
     return whole, parts
+
+
+def weight_of(module: nn.Module, expert: int, role: str) -> Tensor:
+    """The weight [N, K] of one expert's projection: a view of the module's parameter."""
+    name, rows = _places(module)[role, "weight"]
+    whole = module.get_parameter(name).data[expert]
+    return (whole.t() if module.is_transposed else whole)[rows]
+
+
+def why_not_linear_in_up(module: nn.Module) -> str:
+    """Why the inputs of an expert's down projection do not grow with the outputs of up alone; empty if they do.
+
+    Tried with powers of two, which commute with rounding, on numbers as small and as large as outputs get: a clamp
+    shows, however wide it is. Only the arithmetic between the projections runs.
+    """
+    if not module.has_gate:
+        return "without a gate the activation takes the outputs of up"
+    if module.has_bias:
+        return "a bias is added to the outputs of up"
+    width = shapes(module)[UP, "weight"][0]
+    generator = torch.Generator().manual_seed(0)
+    halves = torch.randn(2, CHECKED_TOKENS, width, generator=generator)
+    halves[1] *= torch.linspace(-10, 20, CHECKED_TOKENS).exp2().unsqueeze(1)
+    powers = torch.randint(-3, 4, (width,), generator=generator).float().exp2()
+    places = _places(module)
+    outputs = []
+    for up in (halves[1], halves[1] / powers):
+        whole = torch.empty(CHECKED_TOKENS, 2 * width)
+        whole[:, places[GATE, "weight"][1]], whole[:, places[UP, "weight"][1]] = halves[0], up
+        outputs.append(module._apply_gate(whole))  # type: ignore[operator]  # noqa: SLF001
+    alike = torch.allclose(outputs[0], outputs[1] * powers, rtol=1e-3, atol=0)
+    return "" if alike else "the outputs of up pass more than a product (a clamp, or an offset)"
 
 
 def parameters(module: nn.Module) -> frozenset[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snugfit.calibration.moments import ExpertMoments, MomentsObserver
 from snugfit.calibration.observers import ExpertObserver, InputObserver, KVAmax
 from snugfit.engines.fused import group_modules
 from snugfit.formats.quantized_weight import QuantizedWeight
@@ -29,6 +30,7 @@ from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.measured import Measured, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
+from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import LayerStatistics
 from snugfit.records.statistics_file import ExpertCalibration
 from snugfit.storage.safetensors_header import dtype_of
@@ -285,6 +287,12 @@ class _WatchedLayer:
                 chosen.setdefault(module_name, rounding)
         emulate.quantize_inputs(layer, chosen)
         self._mixture = run.skeleton.experts.get(run.index)
+        # of a model as it is, E[x^2] is measured too, for runs that take statistics in place of samples
+        self._moments: MomentsObserver | None = None
+        self._expert_moments: ExpertMoments | None = None
+        if run.plan.recipe is None:
+            self._moments = MomentsObserver(layer, {self._linears[group[0]]: False for group in self._groups})
+            self._expert_moments = None if self._mixture is None else ExpertMoments()
         self._experts = self._watch_experts(run, layer, formats, input_scales)
 
     def _relative_module(self, name: str) -> str:
@@ -304,7 +312,9 @@ class _WatchedLayer:
         cap = run.experts.max_forced_tokens if run.experts.all_experts else None
         tokens = sum(sum(batch.lengths) for batch in run.batches)
         observer = ExpertObserver(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
-        experts.hook(layer.get_submodule(self._mixture.module), observer)
+        moments = self._expert_moments
+        hooks = observer if moments is None else experts.Watching(observer, moments)
+        experts.hook(layer.get_submodule(self._mixture.module), hooks)
         return observer
 
     def _expert_quantizer(
@@ -320,6 +330,9 @@ class _WatchedLayer:
     def before(self, batch: forward_pass.Batch) -> None:
         """A batch is about to pass."""
         self._inputs.before(batch)
+        for moments in (self._moments, self._expert_moments):
+            if moments is not None:
+                moments.before(batch)
         if self._experts is not None:
             self._experts.before(batch)
 
@@ -327,9 +340,18 @@ class _WatchedLayer:
         """What was measured, under the file's names; `cache` is the largest cached key and value."""
         seen = {self._prefix + group[0]: self._inputs.result(self._linears[group[0]]) for group in self._groups}
         inputs = {name: one for name, one in seen.items() if one is not None}
+        if self._moments is not None:
+            moments = {name: one.squares for name, one in self._moments.result().items()}
+            for group in self._groups:
+                if (name := self._prefix + group[0]) in inputs and (module := self._linears[group[0]]) in moments:
+                    inputs[name] = replace(inputs[name], squares=encode_squares(moments[module].cpu()))
         if self._mixture is None or self._experts is None:
             return LayerStatistics(inputs, {}, cache)
         module = self._prefix + self._mixture.file_module
         found, gate_up, down = self._experts.result()
+        means = None if self._expert_moments is None else self._expert_moments.means()
+        if means is not None:
+            of_gate_up, of_down = (encode_squares(one.cpu()) for one in means)
+            found = replace(found, gate_up_squares=of_gate_up, down_squares=of_down)
         inputs |= {f"{module}.gate_up": gate_up, f"{module}.down": down}
         return LayerStatistics(inputs, {module: found}, cache)

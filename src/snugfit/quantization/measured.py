@@ -59,12 +59,27 @@ def recall(plan: Plan, skeleton: Skeleton, index: int, known: Statistics, expert
     if found is None:
         what = f"layer {index} is missing."
         raise UserError(what, code="statistics-invalid", where=where, remedy=_MEASURE_AGAIN)
+    if not known.ranges:
+        _check_no_ranges_needed(plan, index, where)
+        return Measured(inputs={})
     if index in plan.observed_caches and found.cache is None:
         what = f"keys and values of layer {index} are missing."
         raise UserError(what, code="statistics-invalid", where=where, remedy=_MEASURE_AGAIN)
     ranges = ranges_of(plan, skeleton, index, found, experts)
     cache = found.cache if index in plan.observed_caches else None
     return Measured(inputs=ranges.inputs, keys_values=cache)
+
+
+def _check_no_ranges_needed(plan: Plan, index: int, where: str) -> None:
+    calibrated = [name for name in plan.unit_of_layer(index) if (a := plan.assignments.get(name)) and a.calibrated]
+    if calibrated or index in plan.observed_caches:
+        needed = f"inputs of {calibrated[0]}" if calibrated else f"cached keys and values of layer {index}"
+        raise UserError(
+            f"an importance matrix has no ranges, and {needed} need a scale.",
+            code="statistics-mismatch",
+            where=where,
+            remedy="Choose formats with 16-bit inputs (int4, nvfp4a16), or measure ranges with `collect_statistics`.",
+        )
 
 
 def input_amax(plan: Plan, index: int, found: LayerStatistics, mixture: ExpertNames | None) -> dict[str, float]:

@@ -26,6 +26,7 @@ from snugfit.quantization.estimate import Estimate, check_disk, check_memory, es
 from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan, groups_of
+from snugfit.quantization.recalled import recalled_squares
 from snugfit.quantization.resume import check_resumable, stamps, work_folder
 from snugfit.quantization.ways import (
     BEST,
@@ -38,6 +39,7 @@ from snugfit.quantization.ways import (
     few_tokens_note,
     learned_weights,
     ways_of,
+    why_no_expert_folds,
     why_no_trials,
     why_not_learned,
 )
@@ -273,9 +275,7 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
     skeleton = check_with_transformers(plan, dtype)
     # each scale is a request to the Hub, too many for a dry run
     _check_copied_scales(plan, every_expert=plan.checkpoint.remote is None)
-    recalled = None
-    if known is not None:
-        recalled = [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
+    recalled = None if known is None else _recall(plan, skeleton, known, calibration)
     tokens_per_batch = calibration.tokens_per_batch or TOKENS_PER_BATCH[device.type]
     notes, held_out = list(_notes(plan, calibration, dataset, known)), None
     if effort in (GOOD, BEST):
@@ -285,10 +285,13 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
         elif problem is not None:
             notes.append(_without_trials(problem, calibration))
             effort, dataset = FAST, dataset if plan.needs_activations else None
-    ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device)
+    recalls = known is not None and known.has_squares
+    ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device, recalls=recalls)
     if held_out is not None:
         names = ", ".join(way.name for way in ways)
         notes.append(f"to be tried on {len(held_out.samples)} held-out samples as under {calibration.target}: {names}")
+        if why := why_no_expert_folds(plan, skeleton):
+            notes.append(f"up and down of routed experts are not folded: {why}")
     if dataset is not None and any(way.method.correlates for way in ways):
         notes += few_tokens_note(plan, dataset.tokens)
     if effort == BEST and learning is None:
@@ -323,6 +326,14 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
     )
 
 
+def _recall(plan: Plan, skeleton: Skeleton, known: Statistics, calibration: Calibration) -> list[Measured]:
+    """What statistics say of each layer; UserError if the plan needs more, or if they do not fit its weights."""
+    for index in range(plan.num_layers):
+        if index in known.layers:
+            recalled_squares(plan, skeleton, index, known)
+    return [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
+
+
 def _load(
     plan: Plan, calibration: Calibration, effort: str | None, *, needed: bool
 ) -> tuple[Dataset | None, UserError | None]:
@@ -351,11 +362,15 @@ def _ways(
     effort: str | None,
     dataset: Dataset | None,
     device: torch.device,
+    *,
+    recalls: bool,
 ) -> tuple[tuple[Way, ...], Estimate | None]:
     """The ways to be tried, and what the one that learns scales needs; None without it."""
     if method is not None:
         return (Way("given", method),), None
-    ways = ways_of(plan, effort, calibration.target, samples_run=dataset is not None)
+    folds = why_no_expert_folds(plan, skeleton) == ""
+    samples = {"samples_run": dataset is not None, "recalls": recalls}
+    ways = ways_of(plan, effort, calibration.target, **samples, folds_experts=folds)
     if effort != BEST or dataset is None or why_not_learned(plan, skeleton):
         return ways, None
     return (*ways, LEARNED), estimate_learning(plan, skeleton, learned_weights(plan), dataset, device)
@@ -427,7 +442,7 @@ def check_statistics(
         what = f"these statistics are of other samples ({of}) than `dataset` gives ({len(asked.samples)}, "
         remedy = "Leave `dataset` out to use theirs, or measure these."
         raise UserError(f"{what}{asked.digest[:12]}).", code="statistics-mismatch", where=where, remedy=remedy)
-    if not any(layer.experts for layer in known.layers.values()):
+    if not known.ranges or not any(layer.experts for layer in known.layers.values()):
         return
     if known.all_experts != experts.all_experts:
         what = f"these statistics were measured with moe_calibrate_all_experts={known.all_experts}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,11 +19,12 @@ from snugfit.model.assemble import read_single
 from snugfit.model.hidden_states import StateFile
 from snugfit.progress import Progress
 from snugfit.quantization.estimate import read_ahead_bytes
-from snugfit.quantization.layer import LayerPass, choose, load, observe, propagate
+from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, load, observe, propagate
 from snugfit.quantization.measured import NOTHING_MEASURED, Measured
 from snugfit.quantization.plan import groups_of
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.read_ahead import ReadAhead
+from snugfit.quantization.recalled import observe_recalled
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.write import write_unit
 from snugfit.records.quantize import TensorRecord
@@ -91,7 +92,7 @@ def run_layers(run: Run) -> Outcome:
                 started = time.perf_counter()
                 layer = _layer_run(run, number, batches, states)
                 with clock("weights"):
-                    loaded, observed = observe(layer, load(plan, groups[number], ahead), prepared.method)
+                    loaded, observed = _observe(run, number, layer, load(plan, groups[number], ahead))
                     roundings = prepared.method.input_roundings(observed)
                     tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
                     del loaded, observed  # before the next layer is observed
@@ -161,6 +162,17 @@ def _layer_run(
         device=prepared.device,
         experts=prepared.experts,
     )
+
+
+def _observe(
+    run: Run, number: int, layer: LayerPass | None, groups: Iterable[LoadedGroup]
+) -> tuple[Iterable[LoadedGroup], Any]:
+    """A unit's groups, and what the method finds out of its layer: by running it, or from statistics."""
+    prepared = run.prepared
+    if not number or prepared.known is None or prepared.way.recall is None:
+        return observe(layer, groups, prepared.method)
+    parts = prepared.plan, prepared.skeleton, number - 1, prepared.known, prepared.way
+    return observe_recalled(*parts, groups, prepared.device)
 
 
 def _measure(

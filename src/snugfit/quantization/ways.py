@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
 
 from snugfit.data.dataset import Dataset
 from snugfit.errors import UserError
 from snugfit.methods.calibrated import Calibrated
+from snugfit.methods.expert_folds import Product
 from snugfit.methods.learned_scales import LEARNED_FORMATS
 from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
+from snugfit.model.experts import why_not_linear_in_up
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.plan import Plan
 
@@ -24,40 +30,74 @@ class Way:
     """A way to choose codes, by its name in records.
 
     With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
+    `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears, of
+    what can be folded, and of what gives the weight of a linear.
     """
 
     name: str
     method: Method
     learns: bool = False
+    recall: Callable[[Mapping[str, Tensor], Sequence[Product], Callable[[str], Tensor]], Any] | None = None
 
 
 PLAIN = Way("plain", ROUND_TO_NEAREST)
 LEARNED = Way("learned", ROUND_TO_NEAREST, learns=True)
 
 
-def ways_of(plan: Plan, effort: str | None, target: str, *, samples_run: bool) -> tuple[Way, ...]:
+def ways_of(
+    plan: Plan,
+    effort: str | None,
+    target: str,
+    *,
+    samples_run: bool,
+    recalls: bool = False,
+    folds_experts: bool = False,
+) -> tuple[Way, ...]:
     """The ways that a run of this effort tries, the simplest first; `target` is the engine profile to be good under.
 
-    `fast` has one: weighted scales where samples run anyway (`samples_run`), else plain ones. Routed experts get
-    neither GPTQ nor folds, which were seen to cost mixtures accuracy.
+    `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
+    (`recalls`), else plain ones. Routed experts get no
+    GPTQ, which was seen to cost mixtures accuracy, and folds only inside of each (`folds_experts`: some can).
     """
+    if effort == FAST and recalls:
+        method = Calibrated(target, folds=True, expert_folds=True)
+        return (Way("weighted+folds", method, recall=method.recall),)
     if effort is None or (effort == FAST and not samples_run):
         return (PLAIN,)
     weighted = Way("weighted", Calibrated(target))
     if effort == FAST:
         return (weighted,)
+    ways = [PLAIN, weighted]
     if not _has_linears(plan):
-        return PLAIN, weighted
-    ways = [
-        PLAIN,
-        weighted,
+        return (
+            (*ways, Way("weighted+expert-folds", Calibrated(target, expert_folds=True))) if folds_experts else (*ways,)
+        )
+    ways += [
         Way("gptq", Calibrated(target, gptq=True)),
         Way("gptq+folds", Calibrated(target, gptq=True, folds=True)),
     ]
+    name = "gptq+folds"
+    if folds_experts:
+        name = "gptq+folds+expert-folds"
+        ways.append(Way(name, Calibrated(target, gptq=True, folds=True, expert_folds=True)))
     if effort == BEST:
-        descent = Calibrated(target, gptq=True, folds=True, sweeps=DESCENT_SWEEPS)
-        ways.append(Way("gptq+folds+descent", descent))
+        descent = Calibrated(target, gptq=True, folds=True, expert_folds=folds_experts, sweeps=DESCENT_SWEEPS)
+        ways.append(Way(f"{name}+descent", descent))
     return tuple(ways)
+
+
+def why_no_expert_folds(plan: Plan, skeleton: Skeleton) -> str | None:
+    """Why nothing is folded inside routed experts that follow the effort; empty if something can, None without any."""
+    reasons = {
+        why_not_linear_in_up(skeleton.layers[number].get_submodule(mixture.module))
+        for number, mixture in skeleton.experts.items()
+        if any(
+            a.follows_effort
+            for name in mixture.names.values()
+            if (a := plan.assignments.get(f"{plan.decoder}.{number}.{name}"))
+        )
+    }
+    return None if not reasons else min(reasons)
 
 
 def _has_linears(plan: Plan) -> bool:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
+from snugfit.records.squares import count_squares, decode_squares, mean_squares
+
 SHIFT = 19  # low bits of the mantissa, which a bin ignores
 SAMPLED = 8
 COUNT_LIMIT = 1 << 63
@@ -24,11 +26,15 @@ BINS = 1 << (31 - SHIFT)
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Magnitudes of a projection's inputs: the largest over `tokens`, and a histogram (bin -> values)."""
+    """Magnitudes of a projection's inputs: the largest over `tokens`, and a histogram (bin -> values).
+
+    `squares` is E[x^2] of each input feature [K] (records/squares.py), None where it was not measured.
+    """
 
     tokens: int
     amax: float
     histogram: Mapping[int, int]
+    squares: str | None = None
 
     def quantile(self, share: float) -> float:
         """The magnitude below which `share` of all values lie, within a bin's width; 0 for an empty histogram."""
@@ -54,7 +60,8 @@ class ExpertStatistics:
 
     `routed` counts tokens that the router sent to the expert, `forced` tokens that calibration sent in addition. The
     other fields are the largest magnitudes of the inputs of gate and up, and of down, over the routed and over the
-    forced tokens; 0 for an expert without such tokens.
+    forced tokens; 0 for an expert without such tokens. The squares are E[x^2] of the inputs of gate and up, and of
+    down, over the routed tokens of each expert [experts, K]; None where they were not measured.
     """
 
     routed: tuple[int, ...]
@@ -63,6 +70,8 @@ class ExpertStatistics:
     gate_up_forced: tuple[float, ...]
     down_routed: tuple[float, ...]
     down_forced: tuple[float, ...]
+    gate_up_squares: str | None = None
+    down_squares: str | None = None
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -108,14 +117,26 @@ def merge_inputs(parts: Sequence[InputStatistics]) -> InputStatistics:
     for part in parts:
         for number, count in part.histogram.items():
             histogram[number] = histogram.get(number, 0) + count
-    return InputStatistics(sum(p.tokens for p in parts), max(p.amax for p in parts), dict(sorted(histogram.items())))
+    tokens, amax = sum(p.tokens for p in parts), max(p.amax for p in parts)
+    squares = _merge_squares([(p.squares, p.tokens) for p in parts])
+    return InputStatistics(tokens, amax, dict(sorted(histogram.items())), squares)
+
+
+def _merge_squares(parts: Sequence[tuple[str | None, Any]]) -> str | None:
+    found = [(text, tokens) for text, tokens in parts if text is not None]
+    if found and len(found) < len(parts):
+        raise ValueError("not all of them measured E[x^2]")
+    return mean_squares(found) if found else None
 
 
 def merge_experts(parts: Sequence[ExpertStatistics]) -> ExpertStatistics:
     """The statistics over the tokens of all parts."""
-    counts = {key: _each(sum, (getattr(part, key) for part in parts)) for key in ("routed", "forced")}
-    amax = ("gate_up_routed", "gate_up_forced", "down_routed", "down_forced")
-    return ExpertStatistics(**counts, **{key: _each(max, (getattr(part, key) for part in parts)) for key in amax})
+    columns: dict[str, Any] = {key: _each(sum, (getattr(part, key) for part in parts)) for key in ("routed", "forced")}
+    for key in ("gate_up_routed", "gate_up_forced", "down_routed", "down_forced"):
+        columns[key] = _each(max, (getattr(part, key) for part in parts))
+    for key in ("gate_up_squares", "down_squares"):
+        columns[key] = _merge_squares([(getattr(part, key), part.routed) for part in parts])
+    return ExpertStatistics(**columns)
 
 
 def _each(join: Any, columns: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
@@ -138,10 +159,13 @@ def merge_layers(parts: Sequence[LayerStatistics]) -> LayerStatistics:
 
 
 def layer_to_json(layer: LayerStatistics) -> dict[str, Any]:
-    """A layer for JSON, where keys of histograms become text."""
+    """A layer for JSON, where keys of histograms become text, without the squares that were not measured."""
     found = asdict(layer)
     for entry in found["inputs"].values():
         entry["histogram"] = {str(number): count for number, count in entry["histogram"].items()}
+    for entry in (*found["inputs"].values(), *found["experts"].values()):
+        for key in [key for key, value in entry.items() if value is None]:
+            del entry[key]
     return found
 
 
@@ -159,6 +183,12 @@ def _reader() -> Any:
     return TypeAdapter(LayerStatistics)
 
 
+def has_squares(layer: LayerStatistics) -> bool:
+    """Whether E[x^2] of any inputs was measured."""
+    experts = any(one.gate_up_squares or one.down_squares for one in layer.experts.values())
+    return experts or any(one.squares is not None for one in layer.inputs.values())
+
+
 def check_layer(layer: LayerStatistics) -> None:
     """ValueError for bins and counts out of range, magnitudes that are negative or not finite, lists that disagree."""
     counts: list[int] = []
@@ -174,10 +204,24 @@ def check_layer(layer: LayerStatistics) -> None:
             raise ValueError("lists of experts must have one entry for each expert")
         counts += [*experts.routed, *experts.forced]
         magnitudes += [number for column in columns for number in column]
+    _check_squares(layer)
     if not all(0 <= count < COUNT_LIMIT for count in counts):
         raise ValueError(f"counts must be >= 0 and < {COUNT_LIMIT}")
     if not all(math.isfinite(number) and number >= 0 for number in magnitudes):
         raise ValueError("magnitudes must be >= 0 and finite")
+
+
+def _check_squares(layer: LayerStatistics) -> None:
+    for one in layer.inputs.values():
+        if one.squares is not None:
+            decode_squares(one.squares)
+    for experts in layer.experts.values():
+        for text in (experts.gate_up_squares, experts.down_squares):
+            if text is None:
+                continue
+            decode_squares(text)
+            if count_squares(text) % len(experts.routed):
+                raise ValueError("squares of experts must have one row for each expert")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,17 @@ from typing import Any
 
 from snugfit.errors import UserError
 from snugfit.records.base import as_json
-from snugfit.records.statistics import COUNT_LIMIT, LayerStatistics, check_layer, layer_to_json, merge_layers
+from snugfit.records.statistics import (
+    COUNT_LIMIT,
+    LayerStatistics,
+    check_layer,
+    has_squares,
+    layer_to_json,
+    merge_layers,
+)
 
-STATISTICS_SCHEMA = "snugfit.statistics/1"
+# the second has E[x^2] of inputs too, or has no ranges; the first stays for files without, which older versions read
+STATISTICS_SCHEMA, SQUARES_SCHEMA = "snugfit.statistics/1", "snugfit.statistics/2"
 STATISTICS_FILE = "snugfit-statistics.json"
 MAX_BYTES, MAX_LAYERS = 1_000_000_000, 10_000
 MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT = 32_768, 32
@@ -54,7 +62,8 @@ class Statistics:
 
     `header_digest` and `fingerprint` (of some of its weights) identify the model. `all_experts` and `max_forced_tokens`
     are those of ExpertCalibration. `recipe` names the recipe whose quantized weights the model had, None for its own
-    weights; `recipe_digest` is the recipe's digest.
+    weights; `recipe_digest` is the recipe's digest. `ranges`: magnitudes and histograms were measured; an importance
+    matrix has E[x^2] alone.
     """
 
     snugfit: str
@@ -67,11 +76,22 @@ class Statistics:
     recipe: str | None
     recipe_digest: str | None
     layers: Mapping[int, LayerStatistics]
-    schema: str = STATISTICS_SCHEMA
+    ranges: bool = True
+
+    @property
+    def has_squares(self) -> bool:
+        """Whether E[x^2] of any inputs is in it."""
+        return any(map(has_squares, self.layers.values()))
+
+    @property
+    def schema(self) -> str:
+        """The schema of its file."""
+        return SQUARES_SCHEMA if self.has_squares or not self.ranges else STATISTICS_SCHEMA
 
     def to_json(self) -> str:
         """The file's text."""
-        plain = {key: value for key, value in vars(self).items() if key not in ("layers", "datasets", "schema")}
+        left_out = ("layers", "datasets", *(["ranges"] if self.ranges else []))
+        plain = {key: value for key, value in vars(self).items() if key not in left_out}
         datasets = [vars(one) for one in self.datasets]
         layers = {str(number): layer_to_json(layer) for number, layer in self.layers.items()}
         return as_json({"schema": self.schema, **plain, "datasets": datasets, "layers": layers})
@@ -112,9 +132,9 @@ def load_statistics(path: Path) -> Statistics:
         raise UserError(what, code="file-unreadable", where=str(file), remedy="Check its permissions.") from None
     except (ValueError, RecursionError, MemoryError) as error:
         raise refusal(f"not valid JSON ({_one_line(error)}).") from None
-    if not isinstance(document, dict) or document.get("schema") != STATISTICS_SCHEMA:
+    if not isinstance(document, dict) or document.get("schema") not in (STATISTICS_SCHEMA, SQUARES_SCHEMA):
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise refusal(f"schema {found!r} is not {STATISTICS_SCHEMA}.")
+        raise refusal(f"schema {found!r} is neither {STATISTICS_SCHEMA} nor {SQUARES_SCHEMA}.")
     try:
         return _parse(document)
     except ValueError as error:
@@ -197,7 +217,7 @@ def merge_statistics(parts: Sequence[tuple[str, Statistics]]) -> Statistics:
 
 
 def _check_settings(name: str, part: Statistics, first_name: str, first: Statistics) -> None:
-    for key in ("header_digest", "fingerprint", "all_experts", "max_forced_tokens", "recipe_digest"):
+    for key in ("header_digest", "fingerprint", "all_experts", "max_forced_tokens", "recipe_digest", "ranges"):
         mine, other = getattr(part, key), getattr(first, key)
         if mine != other:
             what = f"{key} is {mine!r}, in {first_name} it is {other!r}."

@@ -24,7 +24,9 @@ _LAYERS = "decoder layer"
 
 
 def outliers_of(statistics: Statistics) -> tuple[Outlier, ...]:
-    """One figure for each layer and projection, in their order."""
+    """One figure for each layer and projection, in their order; none where no ranges were measured."""
+    if not statistics.ranges:
+        return ()
     return tuple(
         Outlier(
             layer=number,
