@@ -3,6 +3,7 @@
     python effort.py MODEL WORK --calibration A.txt B.txt --evaluation C.txt D.txt [--device cuda] [--num-samples 128]
                      [--layout nvfp4-fp8-hybrid] [--exact nvfp4-fp8-hybrid-four-over-six] [--efforts good best]
                      [--targets vllm-blackwell marlin] [--contexts 1024] [--max-tokens 32768]
+    python effort.py --plot effort.json PLOT.png         # KL by context, one panel a target, of an earlier call
 
 Quantizes by the exact recipe, then by the layout with each effort, under each target. Every file runs under the
 target's arithmetic of inputs on every text of --evaluation. Prints what the gate saw and a Markdown table: KL, and its
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +30,9 @@ from snugfit.records.evaluation import ModelFigures
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--plot"]:
+        _plot(Path(sys.argv[2]), Path(sys.argv[3]))
+        return
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
     result: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(options).items()}, "made": {}, "figures": []}
@@ -124,6 +129,34 @@ def _print(result: dict[str, Any]) -> None:
             margin = "" if entry["two_errors"] is None else f" +- {entry['two_errors']:.2f}"
             cells.append(f"{entry['kl']:.4f} ({entry['ratio']:.2f}x{margin})")
         print(f"| {target} | {context} | {file} | " + " | ".join(cells) + " |")
+
+
+def _plot(source: Path, target: Path) -> None:
+    """One panel a target: KL with its error by context, a line a file and text."""
+    import matplotlib as mpl
+    from matplotlib import pyplot as plt
+
+    mpl.use("agg")
+    figures = json.loads(source.read_text(encoding="utf-8"))["figures"]
+    targets = list(dict.fromkeys(entry["target"] for entry in figures))
+    texts = list(dict.fromkeys(entry["text"] for entry in figures))
+    files = list(dict.fromkeys(entry["file"] for entry in figures))
+    names = {"exact": "Four Over Six"}
+    _, panels = plt.subplots(1, len(targets), figsize=(5 * len(targets), 3.6), squeeze=False)
+    for panel, on in zip(panels[0], targets, strict=True):
+        for number, file in enumerate(files):
+            for text in texts:
+                rows = [e for e in figures if (e["target"], e["text"], e["file"]) == (on, text, file)]
+                label = f"{names.get(file, file)}, {Path(text).stem}"
+                style = "-" if text == texts[0] else "--"
+                x, y, error = ([e[key] for e in rows] for key in ("context", "kl", "kl_error"))
+                panel.errorbar(x, y, error, label=label, color=f"C{number}", linestyle=style, marker="o", markersize=3)
+        panel.set(title=on, xlabel="context, tokens", ylabel="KL to BF16, nats a token", xscale="log", ylim=(0, None))
+        panel.set_xticks([e["context"] for e in rows], [str(e["context"]) for e in rows])
+        panel.minorticks_off()
+    panels[0][0].legend(fontsize=7)
+    plt.tight_layout()
+    plt.savefig(target, dpi=110)
 
 
 def _options() -> argparse.Namespace:
