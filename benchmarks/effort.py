@@ -154,7 +154,7 @@ def _plot(source: Path, target: Path) -> None:
         panel.set(title=on, xlabel="context, tokens", ylabel="KL to BF16, nats a token", xscale="log", ylim=(0, None))
         panel.set_xticks([e["context"] for e in rows], [str(e["context"]) for e in rows])
         panel.minorticks_off()
-    panels[0][0].legend(fontsize=7)
+    panels[0][0].legend(fontsize=7, loc="center right")
     plt.tight_layout()
     plt.savefig(target, dpi=110)
 
