@@ -67,7 +67,7 @@ def _make(options: argparse.Namespace, way: str, kind: str) -> tuple[Path, float
         num_samples=options.num_samples,
         max_seq_length=options.max_seq_length,
         shuffle_seed=0,
-        device=kind.split()[0],
+        device=kind.split(maxsplit=1)[0],
         effort="good",
     )
     return out, time.perf_counter() - started
