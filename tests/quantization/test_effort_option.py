@@ -13,6 +13,7 @@ from helpers.errors import failed_with, raises
 from helpers.tiny_families import random_rows, write_rows
 from snugfit.cli.app import app
 from snugfit.formats.spec import EFFORT
+from snugfit.methods import kernels
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.recipes.recipe import parse_recipe
@@ -130,3 +131,13 @@ def test_effort_on_the_command_line(model: Path, rows: Path, statistics: Path, t
     assert "effort" in noted.stderr
     refused = runner.invoke(app, [*given, *stored, "-r", "nvfp4", "--effort", "good"])
     assert failed_with(refused, "option-conflict", "--effort", "--statistics")
+
+
+def test_a_kernel_that_was_done_without_is_reported(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run says which kernels gave other bits or did not start, because it was slower for it."""
+    monkeypatch.setattr(kernels, "_problems", {"feedback e2m1: other bits": None})
+    ran = CliRunner().invoke(app, ["quantize", str(model), "-r", "mxfp4-absmax", "-o", str(tmp_path / "out")])
+    assert ran.exit_code == 0, ran.output
+    assert "feedback e2m1: other bits" in " ".join(ran.output.split())

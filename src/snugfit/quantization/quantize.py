@@ -12,7 +12,9 @@ from snugfit.arguments import as_sequence
 from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES, Dataset
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
+from snugfit.formats import inputs
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
+from snugfit.methods import kernels
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.other_recipe import adopt_recipe
@@ -121,6 +123,8 @@ def quantize(
             run = tried.run
         else:
             tried = Tried(run=run, outcome=run_layers(run), trials=(), saturation=())
+        for problem in (*kernels.kernel_problems(), *inputs.kernel_problems()):
+            progress.message(f"a slower way took the place of a kernel, with the same bits ({problem})")
         with clock("finish"):
             left_out = _write_other_files(prepared.plan, directory)
             found = prepared.known if prepared.dataset is None else statistics_of(run)
