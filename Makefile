@@ -24,7 +24,7 @@ demo: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python demo/run.py $(MODEL) build/demo
 
 test: $(VENV)/ready lint $(MODEL)/config.json
-	$(VENV)/bin/python -m pytest -m "not engine and not real and not slow and not gpu and not fuzz"
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not engine and not real and not slow and not gpu and not fuzz"
 
 real: $(VENV)/ready $(GEMMA)/config.json
 	$(VENV)/bin/python -m pytest -m real tests/real
