@@ -45,6 +45,34 @@ def in_child(work: Callable[[], None]) -> int:
         os._exit(1)
 
 
+def boundaries_of(work: Callable[[], object], notes: Path, *, stride: int = 4) -> list[int]:
+    """Numbers of the changes of the disk that `work` makes, 1 for the first, at which a kill may show something new.
+
+    Where the kind of change is another than before, and of many of one kind every `stride`-th. It runs in a process of
+    its own; `notes` is a file for the kinds.
+    """
+
+    def noted() -> None:
+        kinds = notes.open("w", encoding="utf-8")
+
+        def noting(real: Callable[..., Any], kind: str) -> Callable[..., Any]:
+            def call(*arguments: Any, **options: Any) -> Any:
+                kinds.write(f"{kind}\n")
+                return real(*arguments, **options)
+
+            return call
+
+        for owner, name in WRITES:
+            setattr(owner, name, noting(getattr(owner, name), name))
+        work()
+        kinds.close()
+
+    assert in_child(noted) == 0
+    kinds = notes.read_text(encoding="utf-8").splitlines()
+    changed = [n for n, kind in enumerate(kinds, 1) if n == 1 or kind != kinds[n - 2]]
+    return sorted({*changed, *range(1, len(kinds) + 1, stride)})
+
+
 def kill_at(boundary: int) -> None:
     """From now on the process dies at its `boundary`-th change of the disk, before it happens."""
     count = 0

@@ -110,7 +110,7 @@ def run_method(
     return all_tensors(out), run
 
 
-@pytest.mark.parametrize("rule", METHODS)
+@pytest.mark.parametrize("rule", [rule for rule in METHODS if rule != "weighted+gptq+folds"])  # descent has folds, too
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_codes_decode_to_what_the_layer_ran_with(
     recipe: str, rule: str, model: Path, rows: Path, tmp_path: Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import snugfit.quantization.run
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, contents, in_child, kill_at
@@ -23,7 +25,9 @@ from snugfit.formats.inputs import InputRounding
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM
 from snugfit.model import emulate
 from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.layer import propagate
 from snugfit.quantization.quantize import plan_quantization, quantize
+from snugfit.quantization.run import _Commits
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.quantize import QuantizeRecord
 from snugfit.records.statistics_file import STATISTICS_FILE
@@ -229,6 +233,33 @@ def test_another_factor_does_not_resume(model: Path, rows: Path, tmp_path: Path)
         assert "input headroom" in caught.value.what
     record = made(out, model, rows, input_headroom=2)
     assert record.resumed is not None
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_another_recipe_behind_finished_layers(model: Path, rows: Path, tmp_path: Path) -> None:
+    """A recipe with another factor for later layers takes finished ones over; one that changes these is refused."""
+    out, exact = tmp_path / "out", "role: linear, format: nvfp4, scale_rule: sweep"
+
+    def work() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+
+            def stop(layer: Any, *others: Any) -> Any:
+                if layer.index == 1:
+                    os._exit(KILLED)
+                return propagate(layer, *others)
+
+            patch.setattr(snugfit.quantization.run, "propagate", stop)
+            patch.setattr(_Commits, "start", lambda self, *given: (start(self, *given), self.wait()))
+            made(out, model, rows, rules(exact), effort=None)
+
+    start = _Commits.start
+    assert in_child(work) == KILLED
+    first, second = (f"{exact}, layers: {layer}, input_headroom: 2" for layer in range(2))
+    with raises("run-differs", "out.partial"):
+        made(out, model, rows, rules(first, exact), effort=None)
+    record = made(out, model, rows, rules(second, exact), effort=None)
+    assert record.resumed is not None
+    made(tmp_path / "whole", model, rows, rules(second, exact), effort=None)
     assert contents(out) == contents(tmp_path / "whole")
 
 

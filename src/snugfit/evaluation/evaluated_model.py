@@ -371,7 +371,7 @@ def resident_layer(
     skeleton = model.skeleton
     prefix = f"{skeleton.stored_layers_name}.{index}"
     names = skeleton.names_of_layer(index)
-    ranges: dict[str, Tensor] = {}
+    ranges: dict[str, Tensor] | None = None if watch is None else {}
     weights, quantizers = emulate.read_layer(
         model.checkpoint,
         model.dialect,
@@ -393,7 +393,7 @@ def resident_layer(
         weights |= buffers.stacked
     layer = layers.resident_layer(skeleton, index, weights, device)
     modules = names.modules
-    if watch is not None:
+    if watch is not None and ranges is not None:
         watch.linears(layer, f"{prefix}.", modules, ranges)
     if mixture is not None and inputs is not None:
         hooks = inputs if watch is None else watch.experts(f"{prefix}.", mixture, inputs)

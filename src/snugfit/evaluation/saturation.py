@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from snugfit.engines.fused import group_modules
@@ -114,7 +115,7 @@ class _Sums:
 
     def __init__(self, limit: Tensor) -> None:
         self._range = limit
-        self._found: Tensor | None = None  # tokens and values beyond the range, fp64 [2]
+        self._found: Tensor | None = None  # tokens and values beyond the range, int64 [2]
         self._amax: Tensor | None = None
         self.tokens = 0
 
@@ -128,8 +129,7 @@ class _Sums:
         amax, beyond = of_tokens.amax(), (of_tokens > limit).sum()
         self._amax = amax if self._amax is None else self._amax.maximum(amax)
         if inputs.is_cuda or int(beyond):  # a GPU would be waited for
-            found = beyond.new_tensor([0, 0])
-            found[0], found[1] = beyond, (inputs.abs() > limit).sum()
+            found = torch.stack((beyond, (inputs.abs() > limit).sum()))
             self._found = found if self._found is None else self._found + found
         self.tokens += len(inputs)
 

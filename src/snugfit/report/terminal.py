@@ -98,7 +98,7 @@ def print_saturation(sites: tuple[InputSaturation, ...]) -> None:
     """Print how many input scales are too small for held-out samples, nothing where none was compared with these."""
     if not sites:
         return
-    columns = ("saturated", "tokens beyond", "worst", "of the calibrated")
+    columns = ("saturated", "tokens beyond", "worst", "held-out over calibrated")
     table = make_table("input scales, held-out samples", *columns, right=columns)
     beyond = [site for site in sites if site.saturated_tokens]
     most = worst(sites)
