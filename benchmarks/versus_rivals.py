@@ -7,8 +7,8 @@ The layout is nvfp4-fp8-hybrid: NVFP4 in the MLP, FP8 in attention, inputs round
 process of its own, one after the other on the same device, under --timeout; its PYTHONPATH is the folder given for it
 (a tool without one is left out), what it says goes to WORK/logs/NAME.log. Seconds count from after the imports and
 after the GPU's context exists, to the written file. auto-round and ModelOpt write no such mix: the MLP of their file is
-put into the file of snugfit's exact recipe, after a look that they left the norms alone. snugfit's `good` and `best`
-hold out an eighth of the same rows for their gate.
+put into the file of snugfit's exact recipe, after a look that they left the norms alone; attention costs them no
+seconds. snugfit's `good` and `best` hold out an eighth of the same rows for their gate.
 
 Then every file runs on every text of --evaluation, under the arithmetic of inputs of every target (snugfit's efforts
 are made for each target, all others once). Prints the table of bytes and seconds, and the one of KL with paired ratios
