@@ -21,12 +21,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from kl_table import figures_of, print_table, with_ratio
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.progress import TerminalProgress
 from snugfit.quantization.quantize import quantize
-from snugfit.records.evaluation import ModelFigures
 
 
 def main() -> None:
@@ -51,14 +49,14 @@ def main() -> None:
                 device=options.device,
             )
             for context in record.contexts:
-                models = context.models[1:]
-                rows = [_row(one, models[0]) for one in models]
+                models = [figures_of(model) for model in context.models[1:]]
+                rows = [with_ratio(model, models[0]) for model in models]
                 for name, row in zip(files, rows, strict=True):
                     entry = {"target": target, "text": text.name, "context": context.context, "file": name, **row}
                     result["figures"].append(entry)
                     print(f"{target} {text.name} {context.context} {name}: {row}", flush=True)
         (options.work / "effort.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    _print(result)
+    print_table(result["figures"])
 
 
 def _make(options: argparse.Namespace, effort: str, target: str, result: dict[str, Any]) -> Path:
@@ -93,42 +91,6 @@ def _make(options: argparse.Namespace, effort: str, target: str, result: dict[st
 
 def _bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def _row(model: ModelFigures, base: ModelFigures) -> dict[str, Any]:
-    """KL, error, perplexity, and the ratio to the base's KL with two standard errors (Cochran, ratio of means)."""
-    assert model.kl is not None
-    assert base.kl is not None
-    ours, theirs = np.array(model.kl.by_chunk, float), np.array(base.kl.by_chunk, float)
-    ratio = ours.sum() / theirs.sum()
-    n = len(ours)
-    residual = ours - ratio * theirs
-    error = float(np.sqrt(n / (n - 1)) * np.linalg.norm(residual) / theirs.sum()) if n > 1 else None
-    return {
-        "kl": model.kl.mean,
-        "kl_error": model.kl.standard_error,
-        "ratio": float(ratio),
-        "two_errors": error and 2 * error,
-        "perplexity": model.perplexity,
-        "same_top": model.same_top,
-    }
-
-
-def _print(result: dict[str, Any]) -> None:
-    """One line an effort, target and context; one column a text."""
-    figures = result["figures"]
-    texts = list(dict.fromkeys(entry["text"] for entry in figures))
-    print("\n| target | context | file | " + " | ".join(texts) + " |\n|---|---|---|" + "---|" * len(texts))
-    keys = dict.fromkeys((entry["target"], entry["context"], entry["file"]) for entry in figures)
-    for target, context, file in keys:
-        cells = []
-        for text in texts:
-            entry = next(
-                e for e in figures if (e["target"], e["context"], e["file"], e["text"]) == (target, context, file, text)
-            )
-            margin = "" if entry["two_errors"] is None else f" +- {entry['two_errors']:.2f}"
-            cells.append(f"{entry['kl']:.4f} ({entry['ratio']:.2f}x{margin})")
-        print(f"| {target} | {context} | {file} | " + " | ".join(cells) + " |")
 
 
 def _plot(source: Path, target: Path) -> None:

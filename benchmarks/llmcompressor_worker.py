@@ -21,6 +21,10 @@ Recipes ("four over six": the memoryless_mse observer told to try each block's s
     nvfp4-four-over-six             NVFP4 in every linear layer, with four over six
     nvfp4-absmax                    the same with absmax scales
     nvfp4-expanded                  the same with llm-compressor's own 112-step search (alias "fouroversix" there); slow
+    hybrid-absmax                   the first with absmax scales
+    hybrid-expanded                 the first with the 112-step search
+    hybrid-gptq                     absmax scales, codes and FP8 attention by GPTQModifier with its defaults
+    hybrid-awq                      AWQModifier with its defaults (folds into norms, up_proj), then absmax
     fp8-dynamic                     FP8_DYNAMIC in every linear layer
     int4-w4a16-absmax               symmetric INT4 weights in groups of --group-size
 
@@ -59,12 +63,17 @@ FOUR_OVER_SIX: dict[str, Any] = {
 EXPANDED: dict[str, Any] = {"observer": "nvfp4_expanded_mse"}
 
 Group = tuple[str, list[str], dict[str, Any]]  # preset scheme, targets, changes to its weight arguments
+HYBRID_ABSMAX: list[Group] = [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, {})]
 RECIPES: dict[str, list[Group]] = {
     "nvfp4-fp8-hybrid-four-over-six": [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, FOUR_OVER_SIX)],
-    "nvfp4-fp8-attention-absmax": [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, {})],
+    "nvfp4-fp8-attention-absmax": HYBRID_ABSMAX,
     "nvfp4-four-over-six": [("NVFP4", LINEAR, FOUR_OVER_SIX)],
     "nvfp4-absmax": [("NVFP4", LINEAR, {})],
     "nvfp4-expanded": [("NVFP4", LINEAR, EXPANDED)],
+    "hybrid-absmax": HYBRID_ABSMAX,
+    "hybrid-expanded": [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, EXPANDED)],
+    "hybrid-gptq": HYBRID_ABSMAX,
+    "hybrid-awq": HYBRID_ABSMAX,
     "fp8-dynamic": [("FP8_DYNAMIC", LINEAR, {})],
     "int4-w4a16-absmax": [("W4A16", LINEAR, {})],
 }
@@ -126,7 +135,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def build_recipe(name: str, *, group_size: int, has_experts: bool) -> Any:
-    """llm-compressor's modifier for the recipe `name`: one modifier, one config group for each format."""
+    """llm-compressor's modifiers for the recipe `name`: the quantizing one has one config group for each format."""
     quantization = import_module("compressed_tensors.quantization")
     modifiers = import_module("llmcompressor.modifiers.quantization")
     groups: dict[str, Any] = {}
@@ -137,7 +146,22 @@ def build_recipe(name: str, *, group_size: int, has_experts: bool) -> Any:
             arguments["group_size"] = group_size
         scheme.weights = quantization.QuantizationArgs(**arguments)
         groups[f"group_{index}"] = scheme
-    return modifiers.QuantizationModifier(config_groups=groups, ignore=["lm_head", *(ROUTERS if has_experts else [])])
+    ignored = ["lm_head", *(ROUTERS if has_experts else [])]
+    if name == "hybrid-gptq":
+        gptq = import_module("llmcompressor.modifiers.gptq")
+        return gptq.GPTQModifier(config_groups=groups, ignore=ignored)
+    rounding = modifiers.QuantizationModifier(config_groups=groups, ignore=ignored)
+    if name != "hybrid-awq":
+        return rounding
+    unpin_without_accelerator()
+    return [import_module("llmcompressor.modifiers.transform.awq").AWQModifier(), rounding]
+
+
+def unpin_without_accelerator() -> None:
+    """Without an accelerator AWQModifier asks for pinned memory all the same, which torch refuses: leave it out."""
+    if not import_module("torch").cuda.is_available():
+        cache = import_module("llmcompressor.pipelines.cache").IntermediatesCache
+        cache.pin_memory = lambda _self, _batch: None
 
 
 def prepare(model: Path) -> None:
