@@ -18,6 +18,7 @@ from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, contents, in_child, kill_at
 from helpers.tiny_families import all_tensors, random_rows, write_rows
+from helpers.tiny_mixtures import make_mixture
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.data.dataset import hold_out, load_dataset
@@ -506,3 +507,35 @@ def test_texts_with_a_tokenizer(make_tiny: MakeTiny, tmp_path: Path) -> None:
     assert prepared.effort == "good"
     record = quantize(model, "nvfp4", output_dir=tmp_path / "out", dataset=[text], max_seq_length=32, **OPTIONS)
     assert len(record.trials) == 4
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "ways"),
+    [
+        ("qwen3_moe", "fp8-int4-awq", ["plain", "weighted", "weighted+expert-folds"]),
+        ("qwen3_moe", "int4-w4a16", ["plain", "weighted", "gptq", "gptq+folds", "gptq+folds+expert-folds"]),
+        ("gpt_oss", "fp8-int4-moe", ["plain", "weighted"]),
+        ("nemotron_h", "fp8-int4-moe", ["plain", "weighted"]),
+    ],
+)
+def test_ways_for_mixtures(family: str, recipe: str, ways: list[str], texts: list[Path], tmp_path: Path) -> None:
+    """Folds inside experts are tried behind the ways before; of experts that allow none a dry run says why."""
+    model = make_mixture(family, tmp_path / "model")
+    options: dict[str, Any] = OPTIONS | {"allow_unverified": True}
+    prepared = plan_quantization(model, recipe, dataset=texts, effort="good", **options)
+    assert [way.name for way in prepared.ways] == ways
+    said = [note for note in prepared.notes if "not folded" in note]
+    assert bool(said) == (family in ("gpt_oss", "nemotron_h"))
+    best = plan_quantization(model, recipe, dataset=texts, effort="best", **options).ways
+    assert [way.name for way in best][: len(ways)] == ways
+    assert all(isinstance(way.method, Calibrated) and way.method.expert_folds for way in best[len(ways) :])
+
+
+def test_folds_inside_experts_are_written_if_they_win(texts: list[Path], tmp_path: Path) -> None:
+    """The files of a mixture are those of the way that the gate kept, byte for byte."""
+    model = make_mixture("qwen3_moe", tmp_path / "model")
+    record = run(model, tmp_path / "out", texts, "fp8-int4-awq", min_tokens_per_expert=0)
+    prepared = plan_quantization(model, "fp8-int4-awq", dataset=texts, effort="good", **OPTIONS)
+    winner = [trial.name for trial in record.trials if trial.kept][-1]
+    (way,) = (way for way in prepared.ways if way.name == winner)
+    assert weights_of(tmp_path / "out") == alone(model, tmp_path / "alone", texts, way, "fp8-int4-awq")
