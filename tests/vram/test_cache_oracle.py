@@ -212,7 +212,13 @@ def test_defaults_are_those_of_transformers(kind: str) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    [*families.FULL_ATTENTION_PERIODS, *families.SWITCHABLE_WINDOWS, "llama4_text", "qwen3_next", "qwen3_5_text"],
+    [
+        *families.FULL_ATTENTION_PERIODS,
+        *sorted(families.SWITCHABLE_WINDOWS),
+        "llama4_text",
+        "qwen3_next",
+        "qwen3_5_text",
+    ],
 )
 def test_layers_without_a_list_are_those_of_transformers(kind: str) -> None:
     """Without layer_types in config.json, windows, chunks and states are in the layers that transformers chooses."""
