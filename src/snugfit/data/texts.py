@@ -16,7 +16,7 @@ from pathlib import Path
 
 from snugfit.data import python_docs
 from snugfit.data.conversations import settle
-from snugfit.data.dataset import check_ids, samples_digest
+from snugfit.data.dataset import samples_digest
 from snugfit.data.files import (
     ROW_ENDINGS,
     check_ending,
@@ -26,6 +26,7 @@ from snugfit.data.files import (
     read_text,
     readable,
 )
+from snugfit.data.reader import check_ids
 from snugfit.data.rows import Completion, Conversation, read_row
 from snugfit.data.tokenizer import Tokenizer, common_prefix
 from snugfit.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from snugfit.data import texts
-from snugfit.data.dataset import check_ids
+from snugfit.data.reader import check_ids
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.errors import UserError
 from snugfit.evaluation.chunks import ChunkGroup, group_chunks

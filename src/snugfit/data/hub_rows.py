@@ -1,0 +1,213 @@
+"""Rows of datasets on the Hub, read by the `datasets` library and kept, so that a later run needs no network.
+
+What is kept are the rows that were asked for, in the order they were drawn, under everything that decides them: name,
+subset, split, the commit, the seed of a random order, and how a stream is shuffled. With a `revision` that is a commit
+a kept source is read without a single request.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import decimal
+import gzip
+import hashlib
+import json
+import os
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from snugfit.errors import UserError
+
+STREAM_BUFFER = 10_000  # rows among which a stream is shuffled
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_VERSION = 1  # of kept files
+_INSTALL = 'Install it: pip install "snugfit[datasets]". Or name local files.'
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubSource:
+    """Which rows of the Hub: `seed` of a random order, None for the order in which they are stored."""
+
+    name: str
+    subset: str | None
+    split: str
+    revision: str | None
+    streaming: bool
+    seed: int | None
+
+
+def open_hub_rows(source: HubSource, *, where: str) -> tuple[Iterator[tuple[str, dict[str, Any]]], str]:
+    """The rows (place, row) in the order they are drawn, and the commit they are of.
+
+    UserError for a dataset, subset, split or revision that does not exist, that cannot be reached, or whose rows cannot
+    be read; the rows are opened when the first that is not kept is asked for.
+    """
+    commit = _commit(source, where)
+    return _rows(source, commit, where), commit
+
+
+def kept_file(source: HubSource, commit: str) -> Path:
+    """The file that keeps the rows of a source at a commit."""
+    from huggingface_hub import cached_assets_path
+
+    key: dict[str, Any] = {**asdict(source), "revision": commit, "version": _VERSION}
+    if source.streaming and source.seed is not None:
+        key |= {"buffer": STREAM_BUFFER, "datasets": _library(source.name).__version__}
+    else:
+        del key["streaming"]  # the same rows in the same order
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    folder = cached_assets_path("snugfit", namespace="datasets", subfolder=source.name.replace("/", "--"))
+    return Path(folder) / f"{digest[:32]}.jsonl.gz"
+
+
+def _rows(source: HubSource, commit: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    file = _writable(lambda: kept_file(source, commit))
+    kept, complete = _read_kept(file)
+    for number, row in enumerate(kept):
+        yield f"{source.name}[{number}]", row
+    if complete:
+        return
+    found = list(kept)
+    try:
+        for number, row in enumerate(_read_live(source, commit, where)):
+            if number < len(kept):
+                continue
+            found.append(row)
+            yield f"{source.name}[{number}]", row
+        complete = True
+    finally:
+        if len(found) > len(kept) or complete:
+            _writable(lambda: _keep(file, found, complete=complete))
+
+
+def _read_live(source: HubSource, commit: str, where: str) -> Iterator[dict[str, Any]]:
+    """The rows as JSON has them, from the library."""
+    library = _library(where)
+    try:
+        table = library.load_dataset(
+            source.name, source.subset, split=source.split, revision=commit, streaming=source.streaming
+        )
+        if source.seed is not None and source.streaming:
+            table = table.shuffle(seed=source.seed, buffer_size=STREAM_BUFFER)
+        rows = iter(table)
+        if source.seed is not None and not source.streaming:
+            generator = random.Random(source.seed)  # noqa: S311  # no secret
+            order = sorted((generator.random(), place) for place in range(len(table)))
+            rows = (table[place] for _, place in order)
+        for row in rows:
+            yield json.loads(json.dumps(_without_nulls(dict(row)), default=_plain))
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  # the library lets through errors of many others
+        raise _hub_error(error, source, where) from None
+
+
+def _commit(source: HubSource, where: str) -> str:
+    """The commit that the revision (default: main) stands for; offline, the one that it last stood for."""
+    if source.revision is not None and _COMMIT.fullmatch(source.revision):
+        return source.revision
+    from huggingface_hub import HfApi, cached_assets_path, constants
+
+    name = hashlib.sha256(f"{source.name}@{source.revision or 'main'}".encode()).hexdigest()[:32]
+    folder = cached_assets_path("snugfit", namespace="datasets", subfolder=source.name.replace("/", "--"))
+    note = Path(folder) / f"{name}.commit"
+    if constants.HF_HUB_OFFLINE:
+        if note.is_file() and _COMMIT.fullmatch(commit := note.read_text(encoding="ascii").strip()):
+            return commit
+        what = f"{source.name} was never read on this machine, and HF_HUB_OFFLINE is set."
+        raise UserError(what, code="hub-unreachable", where=where, remedy="Unset it, or name local files.")
+    try:
+        commit = str(HfApi().dataset_info(source.name, revision=source.revision).sha)
+    except Exception as error:  # noqa: BLE001  # of the library, of its HTTP client, of the system
+        raise _hub_error(error, source, where) from None
+    _writable(lambda: note.write_text(commit, encoding="ascii"))
+    return commit
+
+
+def _library(where: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        what = "reading datasets of the Hub needs the `datasets` library."
+        raise UserError(what, code="dependency-missing", where=where, remedy=_INSTALL) from None
+    return datasets
+
+
+def _hub_error(error: Exception, source: HubSource, where: str) -> UserError:
+    """What went wrong in the words of this project, at the source's place in the set."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    line = " ".join(str(error).split())[:300] or type(error).__name__
+    of = f"{source.name}{f' ({source.subset})' if source.subset else ''}, split {source.split}"
+    if names & {"GatedRepoError"} or "gated" in line.lower() or " 401" in line or " 403" in line:
+        remedy = "Accept its terms on the Hub and log in (`hf auth login`), or leave this source out."
+        return UserError(f"the Hub refuses access to {of} ({line}).", code="hub-refused", where=where, remedy=remedy)
+    missing = {"RepositoryNotFoundError", "RevisionNotFoundError", "DatasetNotFoundError", "DataFilesNotFoundError"}
+    missing |= {"EntryNotFoundError", "HFValidationError"}
+    if names & missing or (isinstance(error, ValueError) and not names & {"JSONDecodeError", "UnicodeError"}):
+        remedy = "Correct `dataset`, `subset`, `split` or `revision`, or leave this source out."
+        return UserError(f"no {of} on the Hub ({line}).", code="dataset-not-found", where=where, remedy=remedy)
+    network = {"ConnectionError", "HTTPError", "HfHubHTTPError", "RequestError", "TimeoutError", "TransportError"}
+    network |= {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "FileNotFoundError", "ClientError"}
+    if names & network:
+        remedy = "Run the same command again; a `revision` that is a commit is read without network once it is kept."
+        return UserError(f"cannot reach {of} ({line}).", code="hub-unreachable", where=where, remedy=remedy)
+    remedy = "Leave this source out, or download it and name its files."
+    return UserError(f"cannot read {of} ({line}).", code="dataset-unreadable", where=where, remedy=remedy)
+
+
+def _read_kept(file: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The rows of a kept file, and whether they are all of the source; none where there is no whole file."""
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") as stream:
+            head = json.loads(stream.readline())
+            rows = [json.loads(line) for line in stream]
+        return (rows, bool(head["complete"])) if head["rows"] == len(rows) else ([], False)
+    except (OSError, EOFError, ValueError, KeyError, TypeError):
+        return [], False
+
+
+def _keep(file: Path, rows: list[dict[str, Any]], *, complete: bool) -> None:
+    """Write the rows; the file appears whole or not at all."""
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+    with gzip.open(partial, "wt", encoding="utf-8") as stream:
+        stream.write(json.dumps({"rows": len(rows), "complete": complete}) + "\n")
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    partial.replace(file)
+
+
+def _writable(action: Any) -> Any:
+    try:
+        return action()
+    except OSError as error:
+        what = f"the cache of rows cannot be written ({error.strerror or error})."
+        remedy = "Set HF_ASSETS_CACHE to a folder that can be written."
+        where = str(error.filename or "HF_ASSETS_CACHE")
+        raise UserError(what, code="cache-not-writable", where=where, remedy=remedy) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    """A row whose columns have no nulls in them: the library gives all objects of a column the keys of all others."""
+
+    def inner(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {key: inner(one) for key, one in part.items() if one is not None}
+        return [inner(one) for one in part] if isinstance(part, list | tuple) else part
+
+    return {key: inner(part) for key, part in value.items()}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form of, as a text that is the same on every machine."""
+    if isinstance(value, dt.date | dt.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return str(value)
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, bytes):
+        return f"<{len(value)} bytes>"
+    return f"<{type(value).__name__}>"
