@@ -240,7 +240,7 @@ def test_texts_are_cut_and_line_endings_do_not_count(model: Path, written: Writt
 
 
 def test_random_rows(model: Path, written: Written, tmp_path: Path) -> None:
-    """`draw: random` draws from all rows, by the seed alone; `shuffle_seed` replaces the seed, first rows are default."""
+    """`draw: random` draws from all rows, by the seed alone; `shuffle_seed` is another seed."""
     rows(tmp_path, *({"text": "x" * n} for n in range(2, 2002)))
     entry = "dataset: rows.jsonl\nnum_samples: 20\n"
     lengths = {}
@@ -302,7 +302,7 @@ def test_packing(model: Path, written: Written, tmp_path: Path) -> None:
 
 
 def test_budgets(model: Path, written: Written, tmp_path: Path) -> None:
-    """`max_tokens` of a source ends it; that of the set, and `num_samples`, leave samples of the whole set at random."""
+    """`max_tokens` of a source ends it; that of the set, and `num_samples`, leave samples of all of it at random."""
     rows(tmp_path, *({"text": "a" * 10} for _ in range(20)))
     rows(tmp_path, *({"text": "b" * 10} for _ in range(20)), name="others.jsonl")
     one = "dataset: rows.jsonl\nnum_samples: all\n"
@@ -403,6 +403,10 @@ def test_a_tokenizer_without_a_chat_template(written: Written, tmp_path: Path) -
 
 # --- the YAML
 
+ONE_COLUMN = (
+    "calibration_set: {{datasets: [{{dataset: a, num_samples: 1, columns: [a], formatter: {}, formatter_params: {}}}]}}"
+)
+
 
 @pytest.mark.parametrize(
     ("text", "place", "words"),
@@ -422,20 +426,17 @@ def test_a_tokenizer_without_a_chat_template(written: Written, tmp_path: Path) -
         ("calibration_set: {datasets: [{dataset: a, num_samples: 1, formatter: xyz}]}", "formatter", "prompt_answer"),
         ("calibration_set: {datasets: [{dataset: a, num_samples: 1, formatter: raw_text}]}", "columns", "1 column"),
         (
-            "calibration_set: {datasets: [{dataset: a, num_samples: 1, formatter: raw_text, columns: [a], "
-            "formatter_params: {prefx: a}}]}",
+            ONE_COLUMN.format("raw_text", "{prefx: a}"),
             "formatter_params.prefx",
             "prefix",
         ),
         (
-            "calibration_set: {datasets: [{dataset: a, num_samples: 1, formatter: raw_text, columns: [a], "
-            "formatter_params: {prefix: '{{ row.__class__ }}'}}]}",
+            ONE_COLUMN.format("raw_text", "{prefix: '{{ row.__class__ }}'}"),
             "formatter_params.prefix",
             "__class__",
         ),
         (
-            "calibration_set: {datasets: [{dataset: a, num_samples: 1, formatter: sharegpt, columns: [a], "
-            "formatter_params: {roles: {a: boss}}}]}",
+            ONE_COLUMN.format("sharegpt", "{roles: {a: boss}}"),
             "formatter_params.roles",
             "boss",
         ),

@@ -10,7 +10,6 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
-from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError, plain
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT
@@ -26,8 +25,8 @@ def quantize(
     ],
     output_dir: options.OptionalOutputDir = None,
     dataset: options.Dataset = None,
-    num_samples: options.NumSamples = DEFAULT_NUM_SAMPLES,
-    max_seq_length: options.MaxSeqLength = DEFAULT_MAX_SEQ_LENGTH,
+    num_samples: options.NumSamples = None,
+    max_seq_length: options.MaxSeqLength = None,
     shuffle_seed: options.ShuffleSeed = None,
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,

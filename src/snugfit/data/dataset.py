@@ -157,6 +157,15 @@ def the_set(files: Sequence[str | Path]) -> str | Path | None:
     return sets[0]
 
 
+def with_defaults(
+    files: Sequence[str | Path], num_samples: int | None, max_seq_length: int | None
+) -> tuple[int | None, int | None]:
+    """Number and length of samples that `load_dataset` takes; None for what a set decides."""
+    if the_set(files) is not None:
+        return num_samples, max_seq_length
+    return num_samples or DEFAULT_NUM_SAMPLES, max_seq_length or DEFAULT_MAX_SEQ_LENGTH
+
+
 def check_files(files: Sequence[str | Path]) -> None:
     """UserError for a file that does not exist, a directory, and a set that is not valid; of files nothing is read."""
     if (one := the_set(files)) is not None:

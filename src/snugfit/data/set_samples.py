@@ -91,6 +91,20 @@ def draw_set(
     return kept, [replace(use, samples=counts[n], tokens=tokens[n]) for n, use in enumerate(uses)]
 
 
+def notes_on_sources(uses: Sequence[SourceUse]) -> list[str]:
+    """What a person should know of a set: rows that were skipped, and sources with too few samples."""
+    notes = []
+    for use in uses:
+        skipped = sum(use.skipped.values())
+        if skipped:
+            reason, count = next(iter(use.skipped.items()))
+            notes.append(f"{use.dataset}: {skipped} of {use.rows} rows skipped ({count} x {reason})")
+        found = use.rows - skipped
+        if use.asked is not None and found < use.asked and use.samples < use.asked:
+            notes.append(f"{use.dataset}: {use.samples} samples, and {use.asked} were asked for")
+    return notes
+
+
 def _within_limits(samples: list[DrawnSample], loaded: LoadedSet, request: DrawRequest) -> list[DrawnSample]:
     """The samples that the limits on the whole set leave, in their order."""
     count, budget = request.num_samples or len(samples), loaded.set.max_tokens

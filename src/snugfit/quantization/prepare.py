@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from snugfit.data.dataset import Dataset, hold_out, load_dataset
+from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
 from snugfit.data.python_docs import no_dataset_message
+from snugfit.data.set_samples import notes_on_sources
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.machine import hardware, pick_device, pick_dtype, versions
@@ -57,13 +58,14 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
 class Calibration:
     """What a caller asks of the calibration: which samples, on which device, how experts see them.
 
-    `dataset` names files of text or rows, none for Python's documentation. `effort` is one of EFFORTS, None for the
+    `dataset` names files of text or rows, or one set; none for Python's documentation. `num_samples` and
+    `max_seq_length` are None for the defaults, or for what a set says. `effort` is one of EFFORTS, None for the
     default; `target` names the engine profile that its choices are made for. Nothing here is checked yet.
     """
 
     dataset: Sequence[str | Path] = ()
-    num_samples: int
-    max_seq_length: int
+    num_samples: int | None
+    max_seq_length: int | None
     shuffle_seed: int | None = None
     device: str | None = None
     tokens_per_batch: int | None = None
@@ -179,23 +181,16 @@ def check_options(calibration: Calibration) -> None:
     for name, value, least in (
         ("num_samples", calibration.num_samples, 1),
         ("max_seq_length", calibration.max_seq_length, 2),
-        ("tokens_per_batch", 1 if calibration.tokens_per_batch is None else calibration.tokens_per_batch, 1),
+        ("tokens_per_batch", calibration.tokens_per_batch, 1),
         ("max_forced_tokens", calibration.experts.max_forced_tokens, 0),
         ("min_tokens_per_expert", calibration.experts.min_tokens_per_expert, 0),
     ):
-        if value < least:
+        if value is not None and value < least:
             what = f"must be >= {least}, got {value}."
             raise UserError(what, code="option-invalid", where=name, remedy=f"Give {least} or more.")
     _check_effort(calibration)
     pick_device(calibration.device)
-    for file in calibration.dataset:
-        if not Path(file).exists():
-            what = "no such file."
-            remedy = "Name a file of text, JSONL or Parquet."
-            raise UserError(what, code="file-missing", where=str(file), remedy=remedy)
-        if Path(file).is_dir():
-            what = "a directory, not a file."
-            raise UserError(what, code="dataset-unreadable", where=str(file), remedy="Name the files in it.")
+    check_files(calibration.dataset)
     if calibration.statistics is not None and not Path(calibration.statistics).exists():
         raise UserError(
             "no such file or directory.",
@@ -349,6 +344,8 @@ def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known:
         notes.append("effort changes nothing: every rule of this recipe names its scale rule, or has no choice of one")
     if dataset is not None and not calibration.dataset:
         notes.append(no_dataset_message("calibration"))
+    if dataset is not None:
+        notes += notes_on_sources(dataset.uses)
     if known is not None and plan.recipe is not None and known.recipe_digest not in (None, plan.recipe.digest):
         notes.append(f"the statistics were measured on weights quantized by recipe {known.recipe}, not by this one")
     return notes
@@ -377,6 +374,7 @@ def load_samples(plan: Plan, calibration: Calibration) -> Dataset:
         max_seq_length=calibration.max_seq_length,
         shuffle_seed=calibration.shuffle_seed,
         vocabulary=vocabulary,
+        positions=positions,
     )
     longest = max(map(len, dataset.samples))
     if positions and longest > positions:
