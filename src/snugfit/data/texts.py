@@ -154,7 +154,7 @@ def sample_text(tokenizer: Tokenizer, files: Sequence[Path], chunks: Sequence[Ch
     """The beginning of the first text, or of a set's samples, to compare tokenizers on."""
     if the_set(files) is not None:
         ids = [token for group in chunks for row in group.rows[:50] for token in row]
-        return str(tokenizer.raw.decode(ids))[:SAMPLE_CHARACTERS]
+        return tokenizer.decode(ids)[:SAMPLE_CHARACTERS]
     plain, logs, _ = _read_files(files[:1])
     return (plain or logs)[0][1][:SAMPLE_CHARACTERS]
 

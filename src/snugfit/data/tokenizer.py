@@ -52,6 +52,18 @@ class Tokenizer:
         return self._loaded
 
     @cached_property
+    def usable(self) -> bool:
+        """Whether there is a usable tokenizer; rows of token ids need none."""
+        try:
+            return self.raw is not None
+        except UserError:
+            return False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return str(self.raw.decode(list(ids)))
+
+    @cached_property
     def chat_template(self) -> str | None:
         """The chat template, all of them where there are several; None for a tokenizer without."""
         found = getattr(self.raw, "chat_template", None)

@@ -226,10 +226,13 @@ def _effort_of(plan: Plan, calibration: Calibration) -> str | None:
     return calibration.effort or (GOOD if calibration.statistics is None else FAST)
 
 
-def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) -> PreparedRun:
+def prepare(
+    plan: Plan, calibration: Calibration, method: Method | None = None, *, samples: Dataset | None = None
+) -> PreparedRun:
     """Check a plan against transformers, read the samples or statistics that it needs, and estimate the run.
 
-    With a `method` the run takes that one; without, those that its effort names.
+    With a `method` the run takes that one; without, those that its effort names. `samples` take the place of the
+    dataset's.
     """
     check_options(calibration)
     dtype = pick_dtype(calibration.dtype)
@@ -241,7 +244,7 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
         raise UserError(what, code="option-conflict", where="statistics", remedy="Leave `statistics` out.")
     effort = _effort_of(plan, calibration) if method is None else None
     needed = plan.recipe is None or plan.needs_activations or (method is not None and method.observe is not None)
-    dataset, missing = _load(plan, calibration, effort, needed=needed)
+    dataset, missing = (samples, None) if samples else _load(plan, calibration, effort, needed=needed)
     if known is not None:
         where = str(calibration.statistics)
         check_statistics(known, plan.checkpoint, dataset, calibration.experts, where=where)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from snugfit.records.base import as_json, without_nan
+from snugfit.records.base import Number, as_json, without_nan
 
 DATASET_SCHEMA = "snugfit.dataset/1"
+COMPARISON_SCHEMA = "snugfit.dataset-comparison/1"
+RAISED = 1.25  # times a largest magnitude: more is counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,17 @@ class PositionRange:
 
 
 @dataclass(frozen=True, kw_only=True)
+class HeldOutPart:
+    """The part of a dataset that is held out: some of every source. `kept_digest` is that of the other samples."""
+
+    percent: float
+    num_samples: int
+    tokens: int
+    digest: str
+    kept_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class DatasetRecord:
     """What `describe_dataset` finds; every figure is of the samples that a run would use.
 
@@ -88,11 +101,69 @@ class DatasetRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutPart:
-    """The part of a dataset that is held out: some of every source. `kept_digest` is that of the other samples."""
+class ComparedDataset:
+    """One of two datasets that are compared: its name, samples, tokens and digest."""
 
-    percent: float
+    source: str
     num_samples: int
     tokens: int
     digest: str
-    kept_digest: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearComparison:
+    """The inputs of linears that share theirs, and the error of their weights, under either dataset.
+
+    All routed experts of a layer are one entry for each projection, `*` in place of their number, without channels.
+    `raised_by_b` counts input channels whose largest magnitude under B is more than `RAISED` times that under A,
+    `largest_raise_b` is the largest such factor; the same the other way round. `error_a_on_b` is the relative error of
+    outputs, E|(W_A - W) x|^2 / E|W x|^2 over the inputs x of B, of weights W_A that were quantized by what A measured;
+    the other three accordingly. None where a dataset sent nothing, or the format does not fit.
+    """
+
+    name: str
+    channels: int
+    raised_by_a: int
+    raised_by_b: int
+    largest_raise_a: float
+    largest_raise_b: float
+    error_a_on_a: Number | None
+    error_b_on_a: Number | None
+    error_a_on_b: Number | None
+    error_b_on_b: Number | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertsComparison:
+    """Routed experts of a layer: how many tokens each dataset sent to each of them."""
+
+    name: str
+    routed_a: tuple[int, ...]
+    routed_b: tuple[int, ...]
+
+    def uncovered(self, least: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Experts that A, and that B, sent fewer than `least` tokens."""
+        a, b = (
+            tuple(number for number, count in enumerate(routed) if count < least)
+            for routed in (self.routed_a, self.routed_b)
+        )
+        return a, b
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetComparison:
+    """What `compare_datasets` finds; `format` is the one that weights were quantized to for the errors."""
+
+    snugfit: str
+    model: str
+    a: ComparedDataset
+    b: ComparedDataset
+    format: str
+    shared_samples: int
+    linears: tuple[LinearComparison, ...]
+    experts: tuple[ExpertsComparison, ...]
+    schema: str = COMPARISON_SCHEMA
+
+    def to_json(self) -> str:
+        """The record's JSON text."""
+        return as_json(without_nan({"schema": self.schema, **asdict(self)}), allow_nan=False)
