@@ -52,20 +52,24 @@ def open_hub_rows(source: HubSource, *, where: str) -> tuple[Iterator[tuple[str,
 
 def kept_file(source: HubSource, commit: str) -> Path:
     """The file that keeps the rows of a source at a commit."""
-    from huggingface_hub import cached_assets_path
-
     key: dict[str, Any] = {**asdict(source), "revision": commit, "version": _VERSION}
     if source.streaming and source.seed is not None:
         key |= {"buffer": STREAM_BUFFER, "datasets": _library(source.name).__version__}
     else:
         del key["streaming"]  # the same rows in the same order
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    folder = cached_assets_path("snugfit", namespace="datasets", subfolder=source.name.replace("/", "--"))
-    return Path(folder) / f"{digest[:32]}.jsonl.gz"
+    return _folder(source) / f"{digest[:32]}.jsonl.gz"
+
+
+def _folder(source: HubSource) -> Path:
+    """The folder of what is kept of a dataset, where huggingface_hub's `cached_assets_path` would put it."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_ASSETS_CACHE) / "snugfit" / "datasets" / source.name.replace("/", "--")
 
 
 def _rows(source: HubSource, commit: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    file = _writable(lambda: kept_file(source, commit))
+    file = kept_file(source, commit)
     kept, complete = _read_kept(file)
     for number, row in enumerate(kept):
         yield f"{source.name}[{number}]", row
@@ -110,11 +114,10 @@ def _commit(source: HubSource, where: str) -> str:
     """The commit that the revision (default: main) stands for; offline, the one that it last stood for."""
     if source.revision is not None and _COMMIT.fullmatch(source.revision):
         return source.revision
-    from huggingface_hub import HfApi, cached_assets_path, constants
+    from huggingface_hub import HfApi, constants
 
     name = hashlib.sha256(f"{source.name}@{source.revision or 'main'}".encode()).hexdigest()[:32]
-    folder = cached_assets_path("snugfit", namespace="datasets", subfolder=source.name.replace("/", "--"))
-    note = Path(folder) / f"{name}.commit"
+    note = _folder(source) / f"{name}.commit"
     if constants.HF_HUB_OFFLINE:
         if note.is_file() and _COMMIT.fullmatch(commit := note.read_text(encoding="ascii").strip()):
             return commit
@@ -124,8 +127,13 @@ def _commit(source: HubSource, where: str) -> str:
         commit = str(HfApi().dataset_info(source.name, revision=source.revision).sha)
     except Exception as error:  # noqa: BLE001  # of the library, of its HTTP client, of the system
         raise _hub_error(error, source, where) from None
-    _writable(lambda: note.write_text(commit, encoding="ascii"))
+    _writable(lambda: _write_note(note, commit))
     return commit
+
+
+def _write_note(note: Path, commit: str) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(commit, encoding="ascii")
 
 
 def _library(where: str) -> Any:
@@ -172,6 +180,7 @@ def _read_kept(file: Path) -> tuple[list[dict[str, Any]], bool]:
 
 def _keep(file: Path, rows: list[dict[str, Any]], *, complete: bool) -> None:
     """Write the rows; the file appears whole or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     with gzip.open(partial, "wt", encoding="utf-8") as stream:
         stream.write(json.dumps({"rows": len(rows), "complete": complete}) + "\n")

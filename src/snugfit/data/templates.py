@@ -13,9 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, NoReturn
 
 import jinja2
 from jinja2 import nodes
@@ -123,6 +124,12 @@ class _Environment(ImmutableSandboxedEnvironment):
         }
         self.filters = built_in | {name: _counted(self, name, function) for name, function in own.items()}
         self.filters |= {"join": self._join, "replace": self._replace, _CONCAT: self._concat, _STEPS: self._steps}
+
+    def handle_exception(self, source: str | None = None) -> NoReturn:  # noqa: ARG002  # jinja2's signature
+        """Raise the error at hand as it is; jinja2 would compile code that shows the template's lines."""
+        error = sys.exc_info()[1]
+        assert error is not None
+        raise error
 
     def charge(self, amount: int) -> None:
         """Count work; TemplateError where it is too much for one row."""
