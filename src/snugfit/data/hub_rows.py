@@ -15,10 +15,12 @@ import json
 import os
 import random
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, cast
 
 from snugfit.errors import UserError
 
@@ -69,23 +71,24 @@ def _folder(source: HubSource) -> Path:
 
 
 def _rows(source: HubSource, commit: str, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Kept rows, then those of the library, which are kept while they are read; one row is in memory at a time."""
     file = kept_file(source, commit)
-    kept, complete = _read_kept(file)
-    for number, row in enumerate(kept):
-        yield f"{source.name}[{number}]", row
-    if complete:
+    kept = _Kept(file)
+    known = 0
+    for row in kept.rows():
+        yield f"{source.name}[{known}]", row
+        known += 1
+    if kept.complete:
         return
-    found = list(kept)
+    writer = _Writer(file)
     try:
         for number, row in enumerate(_read_live(source, commit, where)):
-            if number < len(kept):
-                continue
-            found.append(row)
-            yield f"{source.name}[{number}]", row
-        complete = True
+            writer.add(row)
+            if number >= known:
+                yield f"{source.name}[{number}]", row
+        writer.complete = True
     finally:
-        if len(found) > len(kept) or complete:
-            _writable(lambda: _keep(file, found, complete=complete))
+        writer.finish(keep=writer.count > known or writer.complete)
 
 
 def _read_live(source: HubSource, commit: str, where: str) -> Iterator[dict[str, Any]]:
@@ -167,25 +170,63 @@ def _hub_error(error: Exception, source: HubSource, where: str) -> UserError:
     return UserError(f"cannot read {of} ({line}).", code="dataset-unreadable", where=where, remedy=remedy)
 
 
-def _read_kept(file: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The rows of a kept file, and whether they are all of the source; none where there is no whole file."""
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") as stream:
-            head = json.loads(stream.readline())
-            rows = [json.loads(line) for line in stream]
-        return (rows, bool(head["complete"])) if head["rows"] == len(rows) else ([], False)
-    except (OSError, EOFError, ValueError, KeyError, TypeError):
-        return [], False
+class _Kept:
+    """Rows in a kept file, a line each; the last line says how many there are, and whether they are all of the source.
+
+    A file that is damaged or cut short counts as none.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._count, self.complete = 0, False
+        try:
+            with gzip.open(file, "rt", encoding="utf-8") as stream:  # gzip checks what it has read at the end
+                count, last = -1, ""
+                for line in stream:
+                    count, last = count + 1, line
+            if json.loads(last) in ([count, True], [count, False]):
+                self._count, self.complete = count, json.loads(last)[1]
+        except (OSError, EOFError, ValueError, zlib.error):
+            return
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Row after row."""
+        if self._count:
+            with gzip.open(self._file, "rt", encoding="utf-8") as stream:
+                for line in islice(stream, self._count):
+                    yield json.loads(line)
 
 
-def _keep(file: Path, rows: list[dict[str, Any]], *, complete: bool) -> None:
-    """Write the rows; the file appears whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    with gzip.open(partial, "wt", encoding="utf-8") as stream:
-        stream.write(json.dumps({"rows": len(rows), "complete": complete}) + "\n")
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-    partial.replace(file)
+class _Writer:
+    """Writes rows while they are read; the file appears whole when it is finished."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self._partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
+        self.count, self.complete = 0, False
+        self._stream: TextIO = _writable(self._open)
+
+    def _open(self) -> TextIO:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        return cast("TextIO", gzip.open(self._partial, "wt", encoding="utf-8"))  # `finish` closes it
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Keep one more row."""
+        _writable(lambda: self._stream.write(json.dumps(row) + "\n"))
+        self.count += 1
+
+    def finish(self, *, keep: bool) -> None:
+        """Replace the kept file by what was written, or drop that."""
+
+        def finish() -> None:
+            self._stream.write(json.dumps([self.count, self.complete]) + "\n")
+            self._stream.close()
+            if keep:
+                self._partial.replace(self._file)
+            else:
+                self._partial.unlink(missing_ok=True)
+
+        _writable(finish)
 
 
 def _writable(action: Any) -> Any:
