@@ -24,7 +24,7 @@ from typing import Any, TextIO, cast
 
 from snugfit.errors import UserError
 
-STREAM_BUFFER = 10_000  # rows among which a stream is shuffled
+STREAM_BUFFER = 1_000  # rows among which a stream is shuffled
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _VERSION = 1  # of kept files
 _INSTALL = 'Install it: pip install "snugfit[datasets]". Or name local files.'
