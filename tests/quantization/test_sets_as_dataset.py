@@ -28,6 +28,17 @@ calibration_set:
 """
 
 
+class Heard(snugfit.Progress):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    def message(self, text: str) -> None:
+        """Keep it."""
+        self.messages.append(text)
+
+
 @pytest.fixture(scope="module")
 def model(make_tiny: MakeTiny) -> Path:
     """A tiny model with a tokenizer and 64 positions."""
@@ -82,8 +93,10 @@ def test_statistics(model: Path, dataset: Path, tmp_path: Path) -> None:
 
 
 def test_evaluation_scores_answers(model: Path, dataset: Path) -> None:
-    """Of conversations the assistant's tokens are scored, of texts all; samples are those of the set."""
-    record = snugfit.evaluate([model], dataset=dataset, noise_floor="none")
+    """Of conversations the assistant's tokens are scored, of texts all; a note says which rows were skipped."""
+    heard = Heard()
+    record = snugfit.evaluate([model], dataset=dataset, noise_floor="none", progress=heard)
+    assert any("1 of 13 rows skipped" in message for message in heard.messages)
     assert [(text.name, text.kind) for text in record.texts] == [("set.yaml", "set")]
     (row,) = record.contexts
     assert row.chunks == 16

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snugfit.data import python_docs
@@ -28,7 +28,7 @@ from snugfit.data.files import (
 )
 from snugfit.data.reader import check_ids
 from snugfit.data.rows import Completion, Conversation, Row, read_row
-from snugfit.data.set_samples import DrawRequest, draw_set
+from snugfit.data.set_samples import DrawRequest, draw_set, notes_on_sources
 from snugfit.data.sets import LoadedSet, is_set, load_set
 from snugfit.data.tokenizer import Tokenizer, common_prefix
 from snugfit.errors import UserError
@@ -45,6 +45,7 @@ class Chunks:
     """The rows of one context length (CHAT: all JSONL rows), the scored positions of each, and the source of each.
 
     `scored[r]` are positions in row r, None for all but the first. `digest` is SHA-256 over tokens and positions.
+    `notes` say what a set left out.
     """
 
     context: int
@@ -52,6 +53,7 @@ class Chunks:
     scored: tuple[tuple[int, ...] | None, ...]
     sources: tuple[str, ...]
     digest: str
+    notes: tuple[str, ...] = ()
 
 
 def read_chunks(
@@ -94,9 +96,11 @@ def read_chunks(
 def _chunks_of_set(
     tokenizer: Tokenizer, loaded: LoadedSet, request: DrawRequest
 ) -> tuple[list[Chunks], list[TextRecord]]:
-    samples, _ = draw_set(loaded, tokenizer, request, lambda row, where: _scored(tokenizer, row, where))
+    samples, uses = draw_set(loaded, tokenizer, request, lambda row, where: _scored(tokenizer, row, where))
     rows = [(sample.where, sample.ids, sample.scored) for sample in samples]
-    return [_chunks(CHAT, rows)], [TextRecord(loaded.name, loaded.digest, "set")]
+    return [replace(_chunks(CHAT, rows), notes=tuple(notes_on_sources(uses)))], [
+        TextRecord(loaded.name, loaded.digest, "set")
+    ]
 
 
 def _check_options(contexts: Sequence[int], max_chunks: int | None, max_tokens: int | None) -> None:

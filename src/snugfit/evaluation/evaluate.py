@@ -101,6 +101,8 @@ def evaluate(
             arithmetic=pick_dtype(dtype),
             allow_long_context=allow_long_context,
         )
+        for note in plan.notes:
+            progress.message(note)
         for model in plan.models:
             for note in model.notes:
                 progress.message(f"{model.name}: {note}")

@@ -39,6 +39,7 @@ class EvaluationPlan:
     """Everything that is decided and checked before the long work.
 
     `reference` is a model or stored predictions, None without either. `groups` are the chunks by context length.
+    `notes` say what the dataset left out.
     """
 
     reference: EvaluatedModel | StoredReference | None
@@ -46,6 +47,7 @@ class EvaluationPlan:
     tokenizer: Tokenizer
     groups: tuple[ChunkGroup, ...]
     texts: tuple[TextRecord, ...]
+    notes: tuple[str, ...] = ()
     served: ServedModel | None = None
 
     @property
@@ -120,6 +122,7 @@ def make_plan(
         tokenizer=tokenizer,
         groups=group_chunks(cut),
         texts=tuple(records),
+        notes=tuple(note for chunks in cut for note in chunks.notes),
     )
     sample = texts.sample_text(tokenizer, files, cut) if tokenizer.used else ""  # rows of token ids need no tokenizer
     for path in models if tokenizer.used else ():
