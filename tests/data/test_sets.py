@@ -125,6 +125,7 @@ FORMATTED: list[tuple[str, dict[str, Any], str]] = [
         "system\nS</s>user\nP Q</s>assistant\nA</s>",
     ),
     (source("raw_text", "t"), {"t": "T"}, "assistant\nT</s>"),
+    (source("raw_text", "t").replace("[t]", "t"), {"t": "T"}, "assistant\nT</s>"),
     (source("raw_text", "t", 'formatter_params: {prefix: "P\\n"}'), {"t": "T"}, "user\nP\n</s>assistant\nT</s>"),
     (
         source("raw_text", "t", "formatter_params: {prefix: '{{ row.t|upper }} {{ row.k }}'}"),
@@ -421,6 +422,7 @@ ONE_COLUMN = (
         ("calibration_set: {datasets: [{dataset: a, num_samples: 1, colums: [b]}]}", "colums", "columns"),
         ("calibration_set: {seeds: 1, datasets: [{dataset: a, num_samples: 1}]}", "seeds", "seed"),
         ("calibration_set: {max_seq_length: 1, datasets: [{dataset: a, num_samples: 1}]}", "max_seq_length", ""),
+        ("calibration_set: {max_tokens: 1, datasets: [{dataset: a, num_samples: 1}]}", "max_tokens", ""),
         ("calibration_set: {draw: last, datasets: [{dataset: a, num_samples: 1}]}", "draw", ""),
         ("calibration_set: {datasets: [{dataset: a, num_samples: 1, formatter: share_gpt}]}", "formatter", "sharegpt"),
         ("calibration_set: {datasets: [{dataset: a, num_samples: 1, formatter: xyz}]}", "formatter", "prompt_answer"),
@@ -468,8 +470,12 @@ def test_sources_that_do_not_exist(model: Path, written: Written, tmp_path: Path
         check_files(["defaults"])
     with raises("option-conflict"):
         check_files([tmp_path / "rows.jsonl", "default"])
-    with raises("dataset-set-invalid", where="revision"):
-        load(model, written("dataset: rows.jsonl\nnum_samples: 1\nrevision: main"))
+    for key in ("revision", "subset"):
+        with raises("dataset-set-invalid", where=key):
+            load(model, written(f"dataset: rows.jsonl\nnum_samples: 1\n{key}: main"))
+    with raises("hub-unreachable", where="datasets[0].dataset") as caught:
+        load(model, written("dataset: rowsjsonl\nnum_samples: 1"))
+    assert "no such file beside the set" in caught.value.what
 
 
 @pytest.mark.parametrize("name", builtin_sets())

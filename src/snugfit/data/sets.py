@@ -35,6 +35,7 @@ ROOT = "calibration_set"
 ALL = "all"
 Draw = Literal["first", "random"]
 _Count = Annotated[int, StrictInt, Field(ge=1)]
+_Tokens = Annotated[int, StrictInt, Field(ge=2)]
 _SEE = "docs/datasets.md lists the keys; `snugfit dataset default` prints an example."
 
 
@@ -58,7 +59,7 @@ class Source(BaseModel):
     streaming: StrictBool = False
     draw: Draw | None = None
     packing: StrictBool | None = None
-    max_tokens: _Count | None = None
+    max_tokens: _Tokens | None = None
     category: str = ""
     language: str = ""
 
@@ -68,6 +69,11 @@ class Source(BaseModel):
         if value == ALL or (type(value) is int and value > 0):
             return value
         raise ValueError(f'must be a number >= 1 or "{ALL}", got {value!r}')
+
+    @field_validator("columns", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("revision", "subset", "language", mode="before")
     @classmethod
@@ -96,7 +102,7 @@ class DatasetSet(BaseModel):
     seed: Annotated[int, StrictInt] = 42
     draw: Draw = "first"
     packing: StrictBool = False
-    max_tokens: _Count | None = None
+    max_tokens: _Tokens | None = None
     without_template: Literal["refuse", "join"] = "refuse"
     datasets: Annotated[tuple[Source, ...], Field(min_length=1)]
 

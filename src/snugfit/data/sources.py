@@ -53,7 +53,7 @@ def open_source(loaded: LoadedSet, number: int, *, draw: str, seed: int) -> Sour
             near = get_close_matches(name, builtin.SOURCES, n=1)
             remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(builtin.SOURCES)}."
             raise UserError(f"no built-in source {name!r}.", code="dataset-not-found", where=place, remedy=remedy)
-        _refuse_revision(source, loaded, number)
+        _refuse_keys_of_the_hub(source, loaded, number)
         return SourceRows(_listed(builtin.SOURCES[name](), name, draw, seed))
     path = local_path(source.dataset, loaded.folder)
     if path is None:
@@ -62,7 +62,7 @@ def open_source(loaded: LoadedSet, number: int, *, draw: str, seed: int) -> Sour
         near = get_close_matches(path.name, [file.name for file in path.parent.glob("*")], n=1)
         remedy = f"Did you mean {near[0]}?" if near else "Paths begin at the folder of the set."
         raise UserError(f"no such file: {path}.", code="file-missing", where=place, remedy=remedy)
-    _refuse_revision(source, loaded, number)
+    _refuse_keys_of_the_hub(source, loaded, number)
     files = _files(path, source.split, place)
     texts = tuple(file for file in files if not _has_rows(file))
     if texts and len(texts) < len(files):
@@ -104,15 +104,22 @@ def _on_hub(source: Source, place: str, draw: str, seed: int) -> SourceRows:
         streaming=source.streaming,
         seed=seed if draw == "random" else None,
     )
-    rows, revision = open_hub_rows(wanted, where=place)
+    try:
+        rows, revision = open_hub_rows(wanted, where=place)
+    except UserError as error:
+        if "/" in source.dataset:
+            raise
+        what = f"{error.what} There is no such file beside the set either."
+        raise UserError(what, code=error.code, where=error.where, remedy=error.remedy) from None
     return SourceRows(rows, revision=revision)
 
 
-def _refuse_revision(source: Source, loaded: LoadedSet, number: int) -> None:
-    if source.revision is not None:
-        what = "only sets on the Hub have revisions."
-        where = loaded.place_of(number, "revision")
-        raise UserError(what, code="dataset-set-invalid", where=where, remedy="Remove `revision`.")
+def _refuse_keys_of_the_hub(source: Source, loaded: LoadedSet, number: int) -> None:
+    for key in ("revision", "subset"):
+        if getattr(source, key) is not None:
+            what = f"has no effect on {source.dataset}, which is not on the Hub."
+            where = loaded.place_of(number, key)
+            raise UserError(what, code="dataset-set-invalid", where=where, remedy=f"Remove `{key}`.")
 
 
 def _files(path: Path, split: str, place: str) -> list[Path]:
