@@ -252,10 +252,8 @@ def _without_nulls(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """What JSON has no form of, as a text that is the same on every machine."""
-    if isinstance(value, dt.date | dt.time):
-        return value.isoformat()
-    if isinstance(value, decimal.Decimal):
-        return str(value)
+    if isinstance(value, dt.date | dt.time | decimal.Decimal):
+        return str(value)  # as rows of a local Parquet file show it
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, bytes):
