@@ -17,6 +17,7 @@ import pytest
 from helpers.errors import raises
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
+from snugfit.data.set_samples import notes_on_sources
 from snugfit.data.sets import builtin_sets, load_set, parse_set
 from snugfit.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -380,6 +381,24 @@ def test_a_source_of_bad_rows_alone(
         load(model, written(entry), vocabulary=64)
     assert words in str(caught.value)
     assert "100 rows" in str(caught.value)
+
+
+def test_a_set_may_go_on_without_a_source(model: Path, written: Written, tmp_path: Path) -> None:
+    """`unusable_sources: skip` leaves out a source that the chat template refuses, counted; not all of them."""
+    rows(tmp_path, *([{"m": [{"role": "tool", "content": "x"}]}] * 5), name="tools.jsonl")
+    rows(tmp_path, *({"m": CHAT, "n": n} for n in range(4)))
+    tools, chats = source("chat_completion", "m", name="tools.jsonl"), source("chat_completion", "m")
+    with raises("chat-template-failed", where="datasets[1]"):
+        load(model, written(chats, tools))
+    found = load(model, written(chats, tools, keys="unusable_sources: skip"))
+    assert (found.shares, found.uses[1].samples, sum(found.uses[1].skipped.values())) == ((4, 0), 0, 5)
+    assert any("tools.jsonl: 5 of 5 rows skipped" in note for note in notes_on_sources(found.uses))
+    kept, out = hold_out(found, 4)
+    assert (kept.shares, out.shares) == ((3, 0), (1, 0))
+    with raises("dataset-too-small", where="set.yaml"):
+        load(model, written(tools, keys="unusable_sources: skip"))
+    with raises("file-missing"):
+        load(model, written(chats, "dataset: gone.jsonl\nnum_samples: 1", keys="unusable_sources: skip"))
 
 
 def test_an_empty_source(model: Path, written: Written, tmp_path: Path) -> None:

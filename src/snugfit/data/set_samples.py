@@ -81,6 +81,11 @@ def draw_set(
         found, use = drawing.run()
         samples += found
         uses.append(use)
+    if not samples:
+        what = "no source has a row that can be used."
+        reasons = Counter(reason for use in uses for reason in use.skipped)
+        remedy = f"The most frequent reason: {reasons.most_common(1)[0][0]}."
+        raise UserError(what, code="dataset-too-small", where=loaded.name, remedy=remedy)
     kept = _within_limits(samples, loaded, request)
     if len(kept) == len(samples):
         return samples, uses
@@ -176,7 +181,7 @@ class _Drawing:
         else:
             texts = ((str(file), {"text": read_whole(file)}) for file in opened.texts)
             self._read_rows(opened.rows if opened.rows is not None else texts, wanted)
-        if not self._samples:
+        if not self._samples and (self._loaded.set.unusable_sources == "refuse" or self._first_error is None):
             raise self._nothing()
         return self._samples, SourceUse(
             dataset=source.dataset,

@@ -91,7 +91,8 @@ class DatasetSet(BaseModel):
     """What `calibration_set` holds.
 
     `max_tokens` limits the tokens of all samples. `without_template: join` reads conversations as plain text, message
-    after message, where the tokenizer has no chat template.
+    after message, where the tokenizer has no chat template. `unusable_sources: skip` goes on without a source of which
+    no row can be used, for example since the chat template knows no tools.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -104,6 +105,7 @@ class DatasetSet(BaseModel):
     packing: StrictBool = False
     max_tokens: _Tokens | None = None
     without_template: Literal["refuse", "join"] = "refuse"
+    unusable_sources: Literal["refuse", "skip"] = "refuse"
     datasets: Annotated[tuple[Source, ...], Field(min_length=1)]
 
 
