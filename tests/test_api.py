@@ -31,6 +31,8 @@ VERBS_OF: dict[str, tuple[Callable[..., Any], set[str], set[str]]] = {
     "fit": (snugfit.fit, {"as_json"}, set()),
     "eval": (snugfit.evaluate, {"output_dir", "server_model", "top_logprobs", "server_log", "as_json"}, set()),
     "tasks": (snugfit.run_tasks, {"output_dir", "as_json"}, set()),
+    "dataset show": (snugfit.describe_dataset, {"as_json"}, set()),
+    "dataset compare": (snugfit.compare_datasets, {"as_json"}, set()),
     "compare": (snugfit.compare, {"output_dir", "as_json"}, set()),
 }
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from make_reference import errors, reference
+from snugfit.data.builtin import SOURCES
+from snugfit.data.formatters import FORMATTERS
+from snugfit.data.sets import DatasetSet, Source, builtin_sets, parse_set
 from snugfit.errors import CODES
 from snugfit.recipes.recipe import parse_recipe
 
@@ -31,8 +34,19 @@ def test_recipes_of_the_pages_are_valid(page: str) -> None:
     assert [parse_recipe(block, where=page).recipe.name for block in blocks] == ["mine"]
 
 
+def test_the_page_of_datasets() -> None:
+    """Its set is valid; it names every key of a set and of a source, every formatter, set and built-in source."""
+    page = (ROOT / "docs/datasets.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(parse_set(block, name="mine", where="docs/datasets.md").set.datasets) == 3
+    names = {*DatasetSet.model_fields, *Source.model_fields, *FORMATTERS, *builtin_sets(), *SOURCES}
+    names |= {name for kind in FORMATTERS.values() for name in kind.params}
+    assert {name for name in names if f"`{name}`" not in page} == set()
+
+
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/usage.md", "docs/support.md", "docs/mixtures.md", "docs/python.md"]
+    "page",
+    ["README.md", "docs/usage.md", "docs/support.md", "docs/mixtures.md", "docs/python.md", "docs/datasets.md"],
 )
 def test_pages_name_options_that_there_are(page: str) -> None:
     """Every option of a page is one of a verb's, of pip's or of a script's."""

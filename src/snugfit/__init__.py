@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from snugfit.version import __version__
 
 if TYPE_CHECKING:
+    from snugfit.data.describe import describe_dataset
     from snugfit.errors import UserError
     from snugfit.evaluation.compare import compare, write_comparison
     from snugfit.evaluation.evaluate import evaluate, write_results
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
     from snugfit.quantization.collect import collect_statistics
+    from snugfit.quantization.compare_datasets import compare_datasets
     from snugfit.quantization.import_statistics import import_statistics
     from snugfit.quantization.prepare import PreparedRun
     from snugfit.quantization.quantize import plan_quantization, quantize
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
     from snugfit.records.comparison import CompareRecord
+    from snugfit.records.dataset import DatasetComparison, DatasetRecord
     from snugfit.records.evaluation import EvalRecord, TasksRecord
     from snugfit.records.fit import FitRecord
     from snugfit.records.inspection import Inspection
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CompareRecord",
+    "DatasetComparison",
+    "DatasetRecord",
     "EvalRecord",
     "FitRecord",
     "Inspection",
@@ -55,6 +60,8 @@ __all__ = [
     "__version__",
     "collect_statistics",
     "compare",
+    "compare_datasets",
+    "describe_dataset",
     "evaluate",
     "fit",
     "import_statistics",
@@ -72,6 +79,7 @@ __all__ = [
 
 # module -> the public names that it defines; a test holds this equal to the imports above
 _MODULES = {
+    "data.describe": ("describe_dataset",),
     "errors": ("UserError",),
     "evaluation.compare": ("compare", "write_comparison"),
     "evaluation.evaluate": ("evaluate", "write_results"),
@@ -82,10 +90,12 @@ _MODULES = {
     "progress": ("Progress", "TerminalProgress"),
     "quantization.collect": ("collect_statistics",),
     "quantization.import_statistics": ("import_statistics",),
+    "quantization.compare_datasets": ("compare_datasets",),
     "quantization.prepare": ("PreparedRun",),
     "quantization.quantize": ("plan_quantization", "quantize"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
     "records.comparison": ("CompareRecord",),
+    "records.dataset": ("DatasetComparison", "DatasetRecord"),
     "records.evaluation": ("EvalRecord", "TasksRecord"),
     "records.fit": ("FitRecord",),
     "records.inspection": ("Inspection",),

@@ -72,6 +72,8 @@ CODES: Mapping[str, str] = {
     "dataset-unreadable": "A file of a dataset cannot be read.",
     "dataset-invalid": "A sample of a dataset has the wrong form.",
     "dataset-too-small": "The dataset holds too little text.",
+    "dataset-set-invalid": "A dataset's YAML has an unknown key, a wrong value, or a template that is not allowed.",
+    "dataset-not-found": "There is no dataset, subset, split or revision of this name.",
     "token-out-of-range": "A token id is beyond the model's vocabulary.",
     "sequence-too-long": "Samples are longer than the positions of the model.",
     "tokenizer-unusable": "The model has no usable tokenizer.",

@@ -135,6 +135,14 @@ OFFERED: dict[str, set[str]] = {
     "statistics merge": {"files", "--output", "-o"},
     "statistics import": {"file", "--model", "--output", "-o"},
     "recipes": {"recipe", "--json"},
+    "dataset show": {
+        *("dataset", "--model", "-m", "--num-samples", "--max-seq-length", "--shuffle-seed", "--held-out"),
+        *("--output-dir", "-o", "--json"),
+    },
+    "dataset compare": {
+        *("a", "b", "--model", "-m", "--num-samples", "--max-seq-length", "--shuffle-seed", "--format", "--device"),
+        *("--tokens-per-batch", "--dtype", "--json"),
+    },
 }
 
 MIXED = """\

@@ -450,6 +450,71 @@ def make_rows(rng: random.Random, root: Path, shared: Path) -> list[Command]:
     return [_quantize(root, shared / "model", "nvfp4-four-over-six", file), _eval(root, shared / "model", file)]
 
 
+def make_set(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """A set that is damaged: its keys, a template in it, or the rows that it names."""
+    import yaml
+
+    rows: list[Any] = [
+        {"q": "Name a river.", "a": "The Loire.", "m": [{"from": "human", "value": "a"}]} for _ in range(3)
+    ]
+    text = (
+        "calibration_set:\n  _templates: {a: &a 'Use {{ [1, 2][hash(row|string) % 2] }}'}\n"
+        "  max_seq_length: 24\n  shuffle: true\n  seed: 42\n  draw: random\n  max_tokens: 90\n  datasets:\n"
+        "    - {dataset: rows.jsonl, columns: [q, a], formatter: prompt_answer, num_samples: 2, category: one}\n"
+        "    - dataset: rows.jsonl\n      columns: [q]\n      formatter: raw_text\n      num_samples: all\n"
+        "      formatter_params: {prefix: *a}\n"
+        "    - {dataset: rows.jsonl, columns: [m], formatter: sharegpt, num_samples: 3, packing: true}\n"
+        "    - {dataset: text.txt, num_samples: 1, draw: first}\n"
+    )
+    file = root / "set.yaml"
+    kind = rng.randrange(4)
+    if kind < 2:
+        file.write_bytes(spoil_yaml(rng, text, lambda: yaml.safe_load(text)))
+    elif kind == 2:
+        parts = (
+            "row",
+            "q",
+            "hash",
+            "|string",
+            "[0]",
+            "__class__",
+            "(",
+            ")",
+            " % ",
+            " ** 99",
+            "'a' * 9",
+            "|join",
+            "9" * 9,
+        )
+        template = "".join(rng.choice(parts) for _ in range(rng.randrange(1, 9))).replace("'", "''")
+        file.write_text(text.replace("Use {{ [1, 2]", f"{{{{ {template} }}}} {{{{ [1, 2]"), encoding="utf-8")
+    else:
+        file.write_text(text, encoding="utf-8")
+        at = rng.randrange(len(rows))
+        rows[at] = spoil_json(rng, rows[at], ("q", "a", "m", "from", "value", "human", "gpt"))
+    content = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in map(_plain_row, rows))
+    (root / "rows.jsonl").write_text(content, encoding="utf-8", errors="replace")
+    (root / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 3, encoding="utf-8")
+    json_ = rng.choice(([], ["--json"]))
+    return [
+        [
+            "dataset",
+            "show",
+            str(file),
+            "--model",
+            str(shared / "model"),
+            *rng.choice(([], ["--held-out", "20%"])),
+            *json_,
+        ],
+        ["dataset", str(file), *json_],
+        ["quantize", str(shared / "model"), "-r", "nvfp4-absmax", "--dry-run", "--dataset", str(file), *json_],
+    ]
+
+
+def _plain_row(row: Any) -> Any:
+    return row.decode("utf-8", "replace") if isinstance(row, bytes) else row
+
+
 def _quantize(root: Path, model: Path, recipe: str, rows: Path) -> Command:
     return [
         "quantize",
@@ -636,6 +701,7 @@ TARGETS: Mapping[str, Target] = {
     "recipe": Target(make_recipe, 1400),
     "result": Target(make_result, 600),
     "rows": Target(make_rows, 150, heavy=True),
+    "set": Target(make_set, 400, heavy=True),
     "run": Target(make_run, 250, heavy=True),
     "unfinished": Target(make_unfinished, 100, heavy=True),
     "statistics": Target(make_statistics, 250, heavy=True),

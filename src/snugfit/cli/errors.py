@@ -32,6 +32,8 @@ VERBS: Mapping[str, str] = {
     "evaluate": "eval",
     "run_tasks": "tasks",
     "compare": "compare",
+    "describe_dataset": "dataset",
+    "compare_datasets": "dataset compare",
     "list_recipes": "recipes",
 }
 _QUOTED = re.compile(r"`(\w+)(?:=([^`]*)|\(\))?`")  # `name`, `name=value`, `name()`

@@ -29,7 +29,7 @@ def evaluate(
         list[Path] | None,
         typer.Option(
             metavar="PATH",
-            help="Text, JSONL, Parquet or a folder of them; repeatable. Default: Python's documentation.",
+            help="Text, JSONL, Parquet or a folder of them, repeatable; or a set. Default: Python's documentation.",
         ),
     ] = None,
     contexts: Annotated[

@@ -43,19 +43,31 @@ Dataset = Annotated[
     typer.Option(
         "--dataset",
         metavar="PATH",
-        help="Text, JSONL or Parquet (`text`, `messages`, ...); repeatable. Default: Python's documentation.",
+        help="Text, JSONL or Parquet, repeatable; or a set: YAML, or a name (`snugfit dataset`). "
+        "Default: Python's documentation.",
     ),
 ]
-NumSamples = Annotated[int, typer.Option("--num-samples", min=1, metavar="NUMBER", help="Number of samples at most.")]
+NumSamples = Annotated[
+    int | None,
+    typer.Option(
+        "--num-samples", min=1, metavar="NUMBER", help="Number of samples at most. Default: 32, or the set's."
+    ),
+]
 MaxSeqLength = Annotated[
-    int, typer.Option("--max-seq-length", parser=tokens(), metavar="TOKENS", help="Tokens of a sample at most.")
+    int | None,
+    typer.Option(
+        "--max-seq-length",
+        parser=tokens(),
+        metavar="TOKENS",
+        help="Tokens of a sample at most. Default: 1024, or the set's.",
+    ),
 ]
 ShuffleSeed = Annotated[
     int | None,
     typer.Option(
         "--shuffle-seed",
         metavar="NUMBER",
-        help="Draw the samples at random from all of each file. Default: from its beginning.",
+        help="Draw the samples at random from all of each file. Default: from its beginning, or as the set says.",
     ),
 ]
 Device = Annotated[

@@ -10,7 +10,6 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
-from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError, plain
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
@@ -38,8 +37,8 @@ def quantize(
     ],
     output_dir: options.OptionalOutputDir = None,
     dataset: options.Dataset = None,
-    num_samples: options.NumSamples = DEFAULT_NUM_SAMPLES,
-    max_seq_length: options.MaxSeqLength = DEFAULT_MAX_SEQ_LENGTH,
+    num_samples: options.NumSamples = None,
+    max_seq_length: options.MaxSeqLength = None,
     shuffle_seed: options.ShuffleSeed = None,
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,

@@ -9,7 +9,6 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, Verbs, keeping, kept_layers, reporting
-from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from snugfit.errors import plain
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS
 
@@ -32,8 +31,8 @@ def collect(
         Path, typer.Option("--output-dir", "-o", metavar="PATH", help="New directory for statistics, tables and plots.")
     ],
     dataset: options.Dataset = None,
-    num_samples: options.NumSamples = DEFAULT_NUM_SAMPLES,
-    max_seq_length: options.MaxSeqLength = DEFAULT_MAX_SEQ_LENGTH,
+    num_samples: options.NumSamples = None,
+    max_seq_length: options.MaxSeqLength = None,
     shuffle_seed: options.ShuffleSeed = None,
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,

@@ -2,40 +2,44 @@
 
 Sources: text files, cut into samples of equal length; files of rows (JSONL, Parquet), where each row is a sample, cut
 at the maximum length (`data/rows.py` says in which forms); or nothing at all, then Python's own documentation topics.
-They are taken from the beginning of each file, or with a seed at random from all of it.
+They are taken from the beginning of each file, or with a seed at random from all of it. A set, one YAML file or the
+name of one in this package, names its sources itself (`data/sets.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 
-from snugfit.data import conversations, python_docs
-from snugfit.data.files import holds_rows, open_text, row_lines
-from snugfit.data.rows import Completion, Conversation, read_row
+from snugfit.data import python_docs
+from snugfit.data.reader import MIN_TOKENS, SampleReader
+from snugfit.data.set_samples import DrawRequest, draw_set
+from snugfit.data.sets import LoadedSet, builtin_sets, is_set, load_set
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.errors import UserError
+from snugfit.records.dataset import SourceUse
 
 DEFAULT_NUM_SAMPLES = 32
 DEFAULT_MAX_SEQ_LENGTH = 1024
-MIN_TOKENS = 2  # of a sample
-_MAX_CHARACTERS_PER_TOKEN = 64  # hardly any token is longer
 
 
 @dataclass(frozen=True)
 class Dataset:
     """Samples, the name of their source, and their digest (see `samples_digest`).
 
-    `shares` are the numbers of samples of each file, in order; empty: all are of one.
+    `shares` are the numbers of samples of each file or source, in order; empty: all are of one. `uses` says what each
+    source of a set gave, and `set_digest` is SHA-256 of the set's text; without a set they are empty and None.
     """
 
     samples: tuple[tuple[int, ...], ...]
     source: str
     digest: str
     shares: tuple[int, ...] = field(default=(), compare=False)
+    uses: tuple[SourceUse, ...] = field(default=(), compare=False)
+    set_digest: str | None = field(default=None, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -48,7 +52,7 @@ def make_dataset(samples: Sequence[Sequence[int]], source: str, shares: Sequence
     return Dataset(tuple(tuple(sample) for sample in samples), source, samples_digest(samples), tuple(shares))
 
 
-def hold_out(dataset: Dataset, every: int) -> tuple[Dataset, Dataset]:
+def hold_out(dataset: Dataset, every: float) -> tuple[Dataset, Dataset]:
     """The samples in two parts: those to work with, and one of `every` of each file, evenly spread, held out.
 
     Of a file with two samples or more at least one is held out. Files with one sample count as one file together; a
@@ -62,7 +66,7 @@ def hold_out(dataset: Dataset, every: int) -> tuple[Dataset, Dataset]:
         members.setdefault(file if shares[file] > 1 else -1, []).append(number)
     for numbers in members.values():
         count = len(numbers)
-        out_of_these = max(1, count // every) if count > 1 else 0
+        out_of_these = max(1, int(count // every)) if count > 1 else 0
         held |= {numbers[(2 * place + 1) * count // (2 * out_of_these)] for place in range(out_of_these)}
     parts = []
     for out in (False, True):
@@ -70,7 +74,8 @@ def hold_out(dataset: Dataset, every: int) -> tuple[Dataset, Dataset]:
         for number, (sample, file) in enumerate(zip(dataset.samples, file_of, strict=True)):
             if (number in held) == out:
                 files[file].append(sample)
-        parts.append(make_dataset([s for file in files for s in file], dataset.source, [len(file) for file in files]))
+        part = make_dataset([s for file in files for s in file], dataset.source, [len(file) for file in files])
+        parts.append(replace(part, uses=dataset.uses, set_digest=dataset.set_digest))
     return parts[0], parts[1]
 
 
@@ -88,26 +93,40 @@ def load_dataset(
     model_dir: Path,
     files: Sequence[Path],
     *,
-    num_samples: int = DEFAULT_NUM_SAMPLES,
-    max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    num_samples: int | None = None,
+    max_seq_length: int | None = None,
     vocabulary: int | None = None,
+    positions: int | None = None,
     shuffle_seed: int | None = None,
 ) -> Dataset:
     """At most `num_samples` samples of at most `max_seq_length` tokens for the model in directory `model_dir`.
 
     Every file gives an equal share, from its beginning, or with `shuffle_seed` drawn from all of it, in random order;
-    no files: Python's documentation topics. `vocabulary` (None: unknown) bounds token ids. UserError where a file holds
-    no text, or too little for one sample.
+    no files: Python's documentation topics. One set in their place says by itself how many samples of what length it
+    has, cut at the model's `positions`; what is given here goes before what it says. `vocabulary` (None: unknown)
+    bounds token ids. UserError where a file holds no text, or too little for one sample.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("max_seq_length", max_seq_length, MIN_TOKENS)):
-        if value < least:
+        if value is not None and value < least:
             raise UserError(
                 f"must be >= {least}, got {value}.",
                 code="option-invalid",
                 where=name,
                 remedy=f"Set `{name}` to {least} or more.",
             )
-    reader = _Reader(Tokenizer(model_dir), max_seq_length, vocabulary, shuffle_seed)
+    tokenizer = Tokenizer(model_dir)
+    if (one := the_set(files)) is not None:
+        request = DrawRequest(
+            num_samples=num_samples,
+            max_seq_length=max_seq_length,
+            shuffle_seed=shuffle_seed,
+            vocabulary=vocabulary,
+            positions=positions,
+        )
+        return _of_set(load_set(one), tokenizer, request)
+    num_samples = DEFAULT_NUM_SAMPLES if num_samples is None else num_samples
+    length = DEFAULT_MAX_SEQ_LENGTH if max_seq_length is None else max_seq_length
+    reader = SampleReader(tokenizer, length, vocabulary, shuffle_seed)
     if not files:
         text = python_docs.python_topics("calibration")
         source = python_docs.SOURCES["calibration"]
@@ -123,107 +142,46 @@ def load_dataset(
     return make_dataset(samples, ", ".join(file.name for file in files), shares)
 
 
-@dataclass(frozen=True)
-class _Reader:
-    """Reads samples of at most `max_seq_length` tokens with ids below `vocabulary` (None: unknown).
-
-    In the order of the files, or with a `shuffle_seed` in random order.
-    """
-
-    tokenizer: Tokenizer
-    max_seq_length: int
-    vocabulary: int | None
-    shuffle_seed: int | None
-
-    def read_file(self, file: Path, count: int) -> Iterator[list[int]]:
-        """At most `count` samples of a file of text or rows."""
-        if holds_rows(file):
-            lines = self._in_random_order(file, count) if self.shuffle_seed is not None else _numbered(file)
-            yield from self.read_rows(lines, count, str(file))
-            return
-        with open_text(file) as stream:
-            whole = self.shuffle_seed is not None
-            text = stream.read(-1 if whole else _MAX_CHARACTERS_PER_TOKEN * count * self.max_seq_length)
-        yield from self.cut(text, count, str(file))
-
-    def read_rows(self, lines: Iterable[tuple[int, str]], count: int, where: str) -> Iterator[list[int]]:
-        """At most `count` samples of two tokens or more, one a numbered line."""
-        found = 0
-        for number, line in lines:
-            place = f"{where}:{number}"
-            sample = self._tokens(line, place)[: self.max_seq_length]
-            if len(sample) >= MIN_TOKENS:
-                found += 1
-                yield self._checked(sample, place)
-            if found == count:
-                return
-        if not found:
-            what = f"no row of {MIN_TOKENS} tokens or more."
-            raise UserError(what, code="dataset-too-small", where=where, remedy="Give longer texts.")
-
-    def _tokens(self, line: str, where: str) -> list[int]:
-        row = read_row(line, where)
-        if isinstance(row, Conversation):
-            return conversations.chat(self.tokenizer, row, where)
-        if isinstance(row, Completion):
-            row = row.prompt + row.completion
-        return self.tokenizer.encode(row, where=where) if isinstance(row, str) else row
-
-    def _in_random_order(self, file: Path, count: int) -> Iterator[tuple[int, str]]:
-        """All rows in random order; the file is read again for every `count` rows, which are in memory at once."""
-        numbers = _shuffled([number for number, _ in _numbered(file)], self.shuffle_seed)
-        for first in range(0, len(numbers), count):
-            asked = numbers[first : first + count]
-            wanted = set(asked)
-            lines = {number: line for number, line in _numbered(file) if number in wanted}
-            yield from ((number, lines[number]) for number in asked if number in lines)
-
-    def cut(self, text: str, count: int, where: str) -> Iterator[list[int]]:
-        """At most `count` samples of `max_seq_length` tokens, start tokens included; a short text gives a short one."""
-        start = self.tokenizer.start_tokens
-        body = self.max_seq_length - len(start)
-        if body < 1:
-            raise UserError(
-                f"{self.max_seq_length} tokens hold no text behind the tokenizer's own {len(start)}.",
-                code="option-invalid",
-                where="max_seq_length",
-                remedy="Raise `max_seq_length`.",
-            )
-        whole = self.shuffle_seed is not None
-        ids = self.tokenizer.first_tokens(text, max(MIN_TOKENS, len(text) if whole else count * body), where=where)
-        if len(ids) < MIN_TOKENS:
-            what = f"empty or too short: fewer than {MIN_TOKENS} tokens."
-            raise UserError(what, code="dataset-too-small", where=where, remedy="Give longer texts.")
-        if len(ids) < body:
-            yield self._checked([*start, *ids], where)
-            return
-        places = range(len(ids) // body)
-        for n in (_shuffled(places, self.shuffle_seed) if whole else places)[:count]:
-            yield self._checked([*start, *ids[n * body : (n + 1) * body]], where)
-
-    def _checked(self, sample: list[int], where: str) -> list[int]:
-        check_ids(sample, where, self.vocabulary)
-        return sample
-
-
-def _numbered(file: Path) -> Iterator[tuple[int, str]]:
-    """The rows of a file that are not blank, with their numbers from 1."""
-    return ((number, line) for number, line in enumerate(row_lines(file), 1) if line.strip())
-
-
-def _shuffled(places: Sequence[int], seed: int | None) -> list[int]:
-    """The places in an order that the seed alone decides, on every version of Python."""
-    generator = random.Random(seed)  # noqa: S311  # no secret
-    return [place for _, place in sorted((generator.random(), place) for place in places)]
-
-
-def check_ids(ids: Sequence[int], where: str, vocabulary: int | None) -> None:
-    """UserError for a token id beyond the vocabulary (None: beyond int32, which no vocabulary exceeds)."""
-    highest, limit = max(ids, default=0), vocabulary or 2**31
-    if highest >= limit:
+def the_set(files: Sequence[str | Path]) -> str | Path | None:
+    """The set that a dataset consists of, None for plain files; UserError for a set with something beside it."""
+    sets = [file for file in files if is_set(file)]
+    if not sets:
+        return None
+    if len(files) > 1:
         raise UserError(
-            f"token id {highest} is beyond the model's vocabulary of {limit}.",
-            code="token-out-of-range",
-            where=where,
-            remedy="Tokenize with this model's tokenizer.",
+            "a set names all of its sources, so nothing can be given beside it.",
+            code="option-conflict",
+            where=str(sets[0]),
+            remedy="Add the other files to the set, as entries of `datasets`.",
         )
+    return sets[0]
+
+
+def with_defaults(
+    files: Sequence[str | Path], num_samples: int | None, max_seq_length: int | None
+) -> tuple[int | None, int | None]:
+    """Number and length of samples that `load_dataset` takes; None for what a set decides."""
+    if the_set(files) is not None:
+        return num_samples, max_seq_length
+    return num_samples or DEFAULT_NUM_SAMPLES, max_seq_length or DEFAULT_MAX_SEQ_LENGTH
+
+
+def check_files(files: Sequence[str | Path]) -> None:
+    """UserError for a file that does not exist, a directory, and a set that is not valid; of files nothing is read."""
+    if (one := the_set(files)) is not None:
+        load_set(one)
+        return
+    for file in files:
+        if not Path(file).exists():
+            near = get_close_matches(str(file), builtin_sets(), n=1)
+            remedy = f"Did you mean {near[0]}?" if near else "Name a file of text, JSONL or Parquet, or a set."
+            raise UserError("no such file.", code="file-missing", where=str(file), remedy=remedy)
+        if Path(file).is_dir():
+            what = "a directory, not a file."
+            raise UserError(what, code="dataset-unreadable", where=str(file), remedy="Name the files in it.")
+
+
+def _of_set(loaded: LoadedSet, tokenizer: Tokenizer, request: DrawRequest) -> Dataset:
+    drawn, uses = draw_set(loaded, tokenizer, request)
+    found = make_dataset([sample.ids for sample in drawn], loaded.name, [use.samples for use in uses])
+    return replace(found, uses=tuple(uses), set_digest=loaded.digest)

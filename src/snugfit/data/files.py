@@ -57,6 +57,13 @@ def check_ending(file: Path) -> None:
 def open_text(file: Path) -> Iterator[TextIO]:
     """A file of text or JSONL, uncompressed; UserError where it, or what is read of it, is not UTF-8 text."""
     check_ending(file)
+    with open_file(file) as stream:
+        yield stream
+
+
+@contextmanager
+def open_file(file: Path) -> Iterator[TextIO]:
+    """As `open_text`, whatever the file's ending says."""
     with readable(file):
         if file.suffix.lower() == GZIP:
             with gzip.open(file, "rt", encoding="utf-8-sig", newline="\n") as stream:
@@ -116,7 +123,8 @@ def _parquet_lines(file: Path, source: Any = None) -> Iterator[str]:
         with readable(file), parquet.ParquetFile(source or file) as table:
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS):
                 for row in batch.to_pylist():
-                    yield json.dumps(_without_nulls(row), ensure_ascii=False, default=str)
+                    inner = {key: _without_nulls(value) for key, value in row.items()}
+                    yield json.dumps(inner, ensure_ascii=False, default=str)
     except ArrowException as error:
         raise UserError(
             f"not a Parquet file that can be read ({str(error)[:300]}).",
@@ -127,7 +135,7 @@ def _parquet_lines(file: Path, source: Any = None) -> Iterator[str]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A row without what is null: Parquet gives all objects of a column the keys of all others."""
+    """A column without what is null in it: Parquet gives all objects of a column the keys of all others."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value

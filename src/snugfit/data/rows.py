@@ -58,6 +58,11 @@ Row = list[int] | str | Conversation | Completion
 
 def read_row(line: str, where: str) -> Row:
     """The row of a JSONL line: token ids, a text, a conversation or a completion; UserError at `where` for another."""
+    return read_entry(read_line(line, where), where)
+
+
+def read_line(line: str, where: str) -> dict[str, Any]:
+    """The object of a JSONL line; UserError at `where` for a line that is none."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -66,6 +71,11 @@ def read_row(line: str, where: str) -> Row:
         raise UserError(what, code="dataset-invalid", where=where, remedy=remedy) from None
     if not isinstance(entry, dict):
         raise _invalid(f"not a JSON object but {_kind(entry)}.", where)
+    return entry
+
+
+def read_entry(entry: Mapping[str, Any], where: str) -> Row:
+    """The row that an object of one of the usual forms is; UserError at `where` for another form."""
     ids = entry.get("input_ids")
     if isinstance(ids, list) and all(type(i) is int and i >= 0 for i in ids):
         return ids

@@ -3,7 +3,7 @@
 A text is tokenized once without special tokens and cut into chunks of n tokens. Each begins with the tokens that the
 tokenizer puts before a text (BOS where the model wants it); the incomplete chunk at the end is dropped. A file of rows
 (JSONL, Parquet) gives a row a line: of conversations only the assistant's tokens are scored, of `prompt` and
-`completion` the completion's, of `text` and `input_ids` all.
+`completion` the completion's, of `text` and `input_ids` all. A set gives its samples, scored in the same way.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snugfit.data import python_docs
 from snugfit.data.conversations import settle
-from snugfit.data.dataset import check_ids, samples_digest
+from snugfit.data.dataset import samples_digest, the_set
 from snugfit.data.files import (
     ROW_ENDINGS,
     check_ending,
@@ -26,7 +26,10 @@ from snugfit.data.files import (
     read_text,
     readable,
 )
-from snugfit.data.rows import Completion, Conversation, read_row
+from snugfit.data.reader import check_ids
+from snugfit.data.rows import Completion, Conversation, Row, read_row
+from snugfit.data.set_samples import DrawRequest, draw_set, notes_on_sources
+from snugfit.data.sets import LoadedSet, is_set, load_set
 from snugfit.data.tokenizer import Tokenizer, common_prefix
 from snugfit.errors import UserError
 from snugfit.records.evaluation import TextRecord
@@ -42,6 +45,7 @@ class Chunks:
     """The rows of one context length (CHAT: all JSONL rows), the scored positions of each, and the source of each.
 
     `scored[r]` are positions in row r, None for all but the first. `digest` is SHA-256 over tokens and positions.
+    `notes` say what a set left out.
     """
 
     context: int
@@ -49,6 +53,7 @@ class Chunks:
     scored: tuple[tuple[int, ...] | None, ...]
     sources: tuple[str, ...]
     digest: str
+    notes: tuple[str, ...] = ()
 
 
 def read_chunks(
@@ -59,8 +64,11 @@ def read_chunks(
     max_chunks: int | None = None,
     max_tokens: int | None = None,
     vocabulary: int | None = None,
+    positions: int | None = None,
 ) -> tuple[list[Chunks], list[TextRecord]]:
     """Chunks of every context length over all plain `files`, rows of the JSONL files, and a record of each file.
+
+    One set in place of the files: its samples, at most `max_chunks`, cut at its own length and at `positions`.
 
     At most `max_chunks` chunks of each length, an equal share of each text, from its beginning; `max_tokens` instead
     takes as many tokens of the texts at every length. No files: the half of Python's documentation topics that
@@ -68,6 +76,9 @@ def read_chunks(
     UserError for a text shorter than one chunk, and for limits that leave a text out.
     """
     _check_options(contexts, max_chunks, max_tokens)
+    if (one := the_set(files)) is not None:
+        request = DrawRequest(num_samples=max_chunks, vocabulary=vocabulary, positions=positions, pack=False)
+        return _chunks_of_set(tokenizer, load_set(one), request)
     plain, logs, records = _read_files(files)
     groups = []
     if plain:
@@ -80,6 +91,16 @@ def read_chunks(
         rows = [row for name, text in logs for row in _log_rows(tokenizer, name, text, vocabulary)]
         groups.append(_chunks(CHAT, rows))
     return groups, records
+
+
+def _chunks_of_set(
+    tokenizer: Tokenizer, loaded: LoadedSet, request: DrawRequest
+) -> tuple[list[Chunks], list[TextRecord]]:
+    samples, uses = draw_set(loaded, tokenizer, request, lambda row, where: _scored(tokenizer, row, where))
+    rows = [(sample.where, sample.ids, sample.scored) for sample in samples]
+    return [replace(_chunks(CHAT, rows), notes=tuple(notes_on_sources(uses)))], [
+        TextRecord(loaded.name, loaded.digest, "set")
+    ]
 
 
 def _check_options(contexts: Sequence[int], max_chunks: int | None, max_tokens: int | None) -> None:
@@ -102,7 +123,7 @@ def find_files(paths: Sequence[Path]) -> list[Path]:
     """The files of `paths`; a folder gives the texts and JSONL files in it, in order of their names."""
     files: list[Path] = []
     for path in paths:
-        if not path.is_dir():
+        if not path.is_dir() or is_set(path):
             files.append(path)
             continue
         found = sorted(file for file in path.iterdir() if ending_of(file) in (".txt", ".md", *ROW_ENDINGS))
@@ -133,8 +154,11 @@ def check_tokenizer(reference: Tokenizer, candidate: Path, text: str) -> None:
         )
 
 
-def sample_text(files: Sequence[Path]) -> str:
-    """The beginning of the first text, to compare tokenizers on."""
+def sample_text(tokenizer: Tokenizer, files: Sequence[Path], chunks: Sequence[Chunks]) -> str:
+    """The beginning of the first text, or of a set's samples, to compare tokenizers on."""
+    if the_set(files) is not None:
+        ids = [token for group in chunks for row in group.rows[:50] for token in row]
+        return tokenizer.decode(ids)[:SAMPLE_CHARACTERS]
     plain, logs, _ = _read_files(files[:1])
     return (plain or logs)[0][1][:SAMPLE_CHARACTERS]
 
@@ -253,20 +277,20 @@ def _log_rows(tokenizer: Tokenizer, name: str, text: str, vocabulary: int | None
 def _log_row(
     tokenizer: Tokenizer, line: str, where: str, vocabulary: int | None
 ) -> tuple[list[int], tuple[int, ...] | None]:
-    row = read_row(line, where)
+    ids, scored = _scored(tokenizer, read_row(line, where), where)
+    check_ids(ids, where, vocabulary)
+    return ids, scored
+
+
+def _scored(tokenizer: Tokenizer, row: Row, where: str) -> tuple[list[int], tuple[int, ...] | None]:
+    """A row's tokens, and the positions of those that are scored; None for all."""
     if isinstance(row, Conversation):
-        ids, scored = _conversation(tokenizer, settle(tokenizer, row, where), where)
-        check_ids(ids, where, vocabulary)
-        return ids, scored
+        return _conversation(tokenizer, settle(tokenizer, row, where), where)
     if isinstance(row, Completion):
         ids = tokenizer.encode(row.prompt + row.completion, where=where)
-        check_ids(ids, where, vocabulary)
         first = common_prefix(tokenizer.encode(row.prompt, where=where), ids)
         return ids, tuple(range(max(1, first), len(ids)))
-    if isinstance(row, str):
-        row = tokenizer.encode(row, where=where)
-    check_ids(row, where, vocabulary)
-    return row, None
+    return (tokenizer.encode(row, where=where) if isinstance(row, str) else row), None
 
 
 def _conversation(tokenizer: Tokenizer, row: Conversation, where: str) -> tuple[list[int], tuple[int, ...]]:

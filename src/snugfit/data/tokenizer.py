@@ -51,6 +51,32 @@ class Tokenizer:
             self._loaded.model_max_length = int(1e30)  # no warning about texts that are cut later
         return self._loaded
 
+    @cached_property
+    def usable(self) -> bool:
+        """Whether there is a usable tokenizer; rows of token ids need none."""
+        try:
+            return self.raw is not None
+        except UserError:
+            return False
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids."""
+        return str(self.raw.decode(list(ids)))
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The chat template, all of them where there are several; None for a tokenizer without."""
+        found = getattr(self.raw, "chat_template", None)
+        if isinstance(found, dict):
+            return "\n".join(str(template) for template in found.values()) or None
+        return str(found) if found else None
+
+    @property
+    def end_token(self) -> int | None:
+        """The id of the token that ends a document; None for a tokenizer without."""
+        found = getattr(self.raw, "eos_token_id", None)
+        return found if isinstance(found, int) else None
+
     def encode(self, text: str, *, where: str = "", special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokens that the tokenizer adds to it unless `special_tokens` is False.
 

@@ -73,11 +73,12 @@ def evaluate(
     """Perplexity of every model at every context length and, with a reference, KL and agreement with it.
 
     `models` and `reference` are model directories (the reference may be a file that `reference_cache`, a folder, keeps
-    its predictions in). `dataset`: texts, JSONL or Parquet files, or folders. `activations`: the engine profile of
-    all models. `noise_floor`: "reference", "all" or "none", the models that are run a second time in wider arithmetic,
-    on one chunk in eight. In conversations both models continue from the `continuations` positions where a model
-    diverges most from the reference. A `server` is one more model, after the others. `dtype` ("bfloat16", "float16",
-    "float32") is what models are run in, by default each config's own. `allow_long_context` permits contexts beyond the
+    its predictions in). `dataset`: texts, JSONL or Parquet files, folders; or a set. `activations`: the engine profile
+    of all models. `noise_floor`: "reference", "all" or "none", the models that are run a second time in wider
+    arithmetic, on one chunk in eight. In conversations both models continue from the `continuations` positions where a
+    model diverges most from the reference. A `server` is one more model, after the others. `dtype` ("bfloat16",
+    "float16", "float32") is what models are run in, by default each config's own. `allow_long_context` permits
+    contexts beyond the
     models' positions. Raises UserError for bad input, before the long work where possible.
     """
     clock = Clock()
@@ -100,6 +101,8 @@ def evaluate(
             arithmetic=pick_dtype(dtype),
             allow_long_context=allow_long_context,
         )
+        for note in plan.notes:
+            progress.message(note)
         for model in plan.models:
             for note in model.notes:
                 progress.message(f"{model.name}: {note}")

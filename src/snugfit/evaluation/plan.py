@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from snugfit.data import texts
-from snugfit.data.dataset import check_ids
+from snugfit.data.reader import check_ids
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.errors import UserError
 from snugfit.evaluation.chunks import ChunkGroup, group_chunks
@@ -39,6 +39,7 @@ class EvaluationPlan:
     """Everything that is decided and checked before the long work.
 
     `reference` is a model or stored predictions, None without either. `groups` are the chunks by context length.
+    `notes` say what the dataset left out.
     """
 
     reference: EvaluatedModel | StoredReference | None
@@ -46,6 +47,7 @@ class EvaluationPlan:
     tokenizer: Tokenizer
     groups: tuple[ChunkGroup, ...]
     texts: tuple[TextRecord, ...]
+    notes: tuple[str, ...] = ()
     served: ServedModel | None = None
 
     @property
@@ -103,8 +105,16 @@ def make_plan(
         home = Path(reference)
     tokenizer = Tokenizer(home)
     vocabulary = _one_vocabulary(found, candidates)
+    runs = [*candidates, *([found] if isinstance(found, EvaluatedModel) else [])]
+    positions = None if allow_long_context else min(filter(None, map(_positions, runs)), default=None)
     cut, records = texts.read_chunks(
-        tokenizer, files, contexts, max_chunks=max_chunks, max_tokens=max_tokens, vocabulary=vocabulary
+        tokenizer,
+        files,
+        contexts,
+        max_chunks=max_chunks,
+        max_tokens=max_tokens,
+        vocabulary=vocabulary,
+        positions=positions,
     )
     plan = EvaluationPlan(
         reference=found,
@@ -112,8 +122,9 @@ def make_plan(
         tokenizer=tokenizer,
         groups=group_chunks(cut),
         texts=tuple(records),
+        notes=tuple(note for chunks in cut for note in chunks.notes),
     )
-    sample = texts.sample_text(files) if tokenizer.used else ""  # rows of token ids need no tokenizer
+    sample = texts.sample_text(tokenizer, files, cut) if tokenizer.used else ""  # rows of token ids need no tokenizer
     for path in models if tokenizer.used else ():
         texts.check_tokenizer(tokenizer, Path(path), sample)
     for group in plan.groups:
@@ -168,10 +179,8 @@ def _check_positions(plan: EvaluationPlan) -> None:
         ((chunk, group) for group in plan.groups for chunk in group.chunks), key=lambda found: len(found[0].ids)
     )
     for model in plan.models:
-        positions = max_positions(model.checkpoint.config)
-        if positions is None:
-            positions = getattr(model.skeleton.config, "max_position_embeddings", None)
-        if not isinstance(positions, int) or len(longest.ids) <= positions:
+        positions = _positions(model)
+        if positions is None or len(longest.ids) <= positions:
             continue
         what = f"{len(longest.ids)} tokens are beyond the model's {positions} positions"
         config = str(model.checkpoint.path / "config.json")
@@ -184,6 +193,14 @@ def _check_positions(plan: EvaluationPlan) -> None:
             where=where,
             remedy=f"{shorter}, or set `allow_long_context` to measure beyond them.",
         )
+
+
+def _positions(model: EvaluatedModel) -> int | None:
+    """Positions that a model has, None where they are unknown or without a limit."""
+    found = max_positions(model.checkpoint.config)
+    if found is None:
+        found = getattr(model.skeleton.config, "max_position_embeddings", None)
+    return found if isinstance(found, int) else None
 
 
 def _check_texts(stored: StoredReference, plan: EvaluationPlan, where: Path) -> None:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from snugfit.arguments import as_sequence
-from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES
 from snugfit.machine import Clock
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
@@ -30,8 +29,8 @@ def collect_statistics(
     *,
     output_dir: str | Path,
     dataset: str | Path | Sequence[str | Path] = (),
-    num_samples: int = DEFAULT_NUM_SAMPLES,
-    max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    num_samples: int | None = None,
+    max_seq_length: int | None = None,
     shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from snugfit.data.dataset import Dataset, hold_out, load_dataset
+from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
 from snugfit.data.python_docs import no_dataset_message
+from snugfit.data.set_samples import notes_on_sources
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
@@ -62,14 +63,15 @@ TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
 class Calibration:
     """What a caller asks of the calibration: which samples, on which device, how experts see them.
 
-    `dataset` names files of text or rows, none for Python's documentation. `effort` is one of EFFORTS, None for the
+    `dataset` names files of text or rows, or one set; none for Python's documentation. `num_samples` and
+    `max_seq_length` are None for the defaults, or for what a set says. `effort` is one of EFFORTS, None for the
     default; `target` names the engine profile that its choices are made for. `input_headroom` is a number or AMAX, None
     for the default. Nothing here is checked yet.
     """
 
     dataset: Sequence[str | Path] = ()
-    num_samples: int
-    max_seq_length: int
+    num_samples: int | None
+    max_seq_length: int | None
     shuffle_seed: int | None = None
     device: str | None = None
     tokens_per_batch: int | None = None
@@ -187,24 +189,17 @@ def check_options(calibration: Calibration) -> None:
     for name, value, least in (
         ("num_samples", calibration.num_samples, 1),
         ("max_seq_length", calibration.max_seq_length, 2),
-        ("tokens_per_batch", 1 if calibration.tokens_per_batch is None else calibration.tokens_per_batch, 1),
+        ("tokens_per_batch", calibration.tokens_per_batch, 1),
         ("max_forced_tokens", calibration.experts.max_forced_tokens, 0),
         ("min_tokens_per_expert", calibration.experts.min_tokens_per_expert, 0),
     ):
-        if value < least:
+        if value is not None and value < least:
             what = f"must be >= {least}, got {value}."
             raise UserError(what, code="option-invalid", where=name, remedy=f"Give {least} or more.")
     _check_effort(calibration)
     headroom_of(calibration.input_headroom)
     pick_device(calibration.device)
-    for file in calibration.dataset:
-        if not Path(file).exists():
-            what = "no such file."
-            remedy = "Name a file of text, JSONL or Parquet."
-            raise UserError(what, code="file-missing", where=str(file), remedy=remedy)
-        if Path(file).is_dir():
-            what = "a directory, not a file."
-            raise UserError(what, code="dataset-unreadable", where=str(file), remedy="Name the files in it.")
+    check_files(calibration.dataset)
     if calibration.statistics is not None and not Path(calibration.statistics).exists():
         raise UserError(
             "no such file or directory.",
@@ -252,10 +247,13 @@ def _effort_of(plan: Plan, calibration: Calibration) -> str | None:
     return calibration.effort or (GOOD if calibration.statistics is None else FAST)
 
 
-def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) -> PreparedRun:
+def prepare(
+    plan: Plan, calibration: Calibration, method: Method | None = None, *, samples: Dataset | None = None
+) -> PreparedRun:
     """Check a plan against transformers, read the samples or statistics that it needs, and estimate the run.
 
-    With a `method` the run takes that one; without, those that its effort names.
+    With a `method` the run takes that one; without, those that its effort names. `samples` take the place of the
+    dataset's.
     """
     check_options(calibration)
     dtype = pick_dtype(calibration.dtype)
@@ -267,7 +265,7 @@ def prepare(plan: Plan, calibration: Calibration, method: Method | None = None) 
         raise UserError(what, code="option-conflict", where="statistics", remedy="Leave `statistics` out.")
     effort = _effort_of(plan, calibration) if method is None else None
     needed = plan.recipe is None or plan.needs_activations or (method is not None and method.observe is not None)
-    dataset, missing = _load(plan, calibration, effort, needed=needed)
+    dataset, missing = (samples, None) if samples else _load(plan, calibration, effort, needed=needed)
     if known is not None:
         where = str(calibration.statistics)
         check_statistics(known, plan.checkpoint, dataset, calibration.experts, where=where)
@@ -387,6 +385,8 @@ def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known:
         notes.append("input_headroom changes nothing: no nvfp4 rule of this recipe leaves it to the run")
     if dataset is not None and not calibration.dataset:
         notes.append(no_dataset_message("calibration"))
+    if dataset is not None:
+        notes += notes_on_sources(dataset.uses)
     if known is not None and plan.recipe is not None and known.recipe_digest not in (None, plan.recipe.digest):
         notes.append(f"the statistics were measured on weights quantized by recipe {known.recipe}, not by this one")
     return notes
@@ -415,6 +415,7 @@ def load_samples(plan: Plan, calibration: Calibration) -> Dataset:
         max_seq_length=calibration.max_seq_length,
         shuffle_seed=calibration.shuffle_seed,
         vocabulary=vocabulary,
+        positions=positions,
     )
     longest = max(map(len, dataset.samples))
     if positions and longest > positions:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from snugfit.arguments import as_sequence
-from snugfit.data.dataset import DEFAULT_MAX_SEQ_LENGTH, DEFAULT_NUM_SAMPLES, Dataset
+from snugfit.data.dataset import Dataset, with_defaults
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.formats import inputs
@@ -49,8 +50,8 @@ def quantize(
     *,
     output_dir: str | Path,
     dataset: str | Path | Sequence[str | Path] = (),
-    num_samples: int = DEFAULT_NUM_SAMPLES,
-    max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    num_samples: int | None = None,
+    max_seq_length: int | None = None,
     shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
@@ -71,12 +72,13 @@ def quantize(
     """Quantize `model` (a directory or a Hugging Face id) by `recipe` into the new directory `output_dir`.
 
     `recipe` is a built-in name, a YAML file, or a loaded recipe. `dataset` names files to calibrate on, text,
-    JSONL or Parquet (default: Python's documentation): at most `num_samples` samples of `max_seq_length` tokens, from
-    the beginning of each file, or drawn from all of it with `shuffle_seed`; a recipe without activation scales reads
-    none. `device`: "cpu" or "cuda" (default: cuda if there is one). The samples run in `dtype` ("bfloat16", "float16",
-    "float32"; default: the config's). `max_shard_size` is in bytes. Of a mixture, every expert sees every token up to
-    `max_forced_tokens`, or with `moe_calibrate_all_experts` False only what the router sends it; fewer than
-    `min_tokens_per_expert` is an error. `statistics`, measured earlier on this model, take the place of samples.
+    JSONL or Parquet (default: Python's documentation): at most `num_samples` samples (32) of `max_seq_length` tokens
+    (1024), from the beginning of each file, or drawn from all of it with `shuffle_seed`; or a set, a YAML file or a
+    name, which says all of this itself. A recipe without activation scales reads none. `device`: "cpu" or "cuda"
+    (default: cuda if there is one). The samples run in `dtype` ("bfloat16", "float16", "float32"; default: the
+    config's). `max_shard_size` is in bytes. Of a mixture, every expert sees every token up to `max_forced_tokens`, or
+    with `moe_calibrate_all_experts` False only what the router sends it; fewer than `min_tokens_per_expert` is an
+    error. `statistics`, measured earlier on this model, take the place of samples.
     `effort`, "fast", "good" or "best", decides for weights whose rule names no scale rule (default: "good", with
     `statistics` "fast"): the better two try several ways and keep the one that has the least KL to the original on
     held-out samples, with inputs rounded as under the engine profile `target`. The range of NVFP4's input scales goes
@@ -130,9 +132,10 @@ def quantize(
             found = prepared.known if prepared.dataset is None else statistics_of(run)
             if found is not None and prepared.plan.needs_activations:
                 (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
+        limits = with_defaults(as_sequence(dataset), num_samples, max_seq_length)
         arguments = {
-            "num_samples": num_samples,
-            "max_seq_length": max_seq_length,
+            "num_samples": limits[0],
+            "max_seq_length": limits[1],
             "shuffle_seed": shuffle_seed,
             "device": str(prepared.device),
             "tokens_per_batch": prepared.tokens_per_batch,
@@ -155,8 +158,8 @@ def plan_quantization(
     recipe: str | Path | LoadedRecipe,
     *,
     dataset: str | Path | Sequence[str | Path] = (),
-    num_samples: int = DEFAULT_NUM_SAMPLES,
-    max_seq_length: int = DEFAULT_MAX_SEQ_LENGTH,
+    num_samples: int | None = None,
+    max_seq_length: int | None = None,
     shuffle_seed: int | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
@@ -274,7 +277,7 @@ def _record(
         source_header_digest=header_digest(plan.checkpoint),
         target=output_dir.resolve().name,
         dataset=dataset,
-        held_out=None if prepared.held_out is None else _described(prepared.held_out),
+        held_out=None if prepared.held_out is None else _described(replace(prepared.held_out, uses=())),
         trials=tried.trials,
         input_saturation=tried.saturation,
         tensors=tuple(sorted(measured, key=lambda tensor: place[tensor.name])),
@@ -293,9 +296,12 @@ def _record(
 
 
 def _described(dataset: Dataset) -> dict[str, Any]:
-    return {
+    found: dict[str, Any] = {
         "source": dataset.source,
         "samples": len(dataset.samples),
         "tokens": dataset.tokens,
         "digest": dataset.digest,
     }
+    if dataset.uses:
+        found |= {"set_digest": dataset.set_digest, "sources": [vars(use) for use in dataset.uses]}
+    return found

@@ -18,7 +18,7 @@ KLKind = Literal["exact", "estimate", "lower bound"]
 
 @dataclass(frozen=True)
 class TextRecord:
-    """A file that was evaluated on: its name, SHA-256 of its bytes, what it is ("text" or "rows")."""
+    """A file that was evaluated on: its name, SHA-256 of its bytes, what it is ("text", "rows" or "set")."""
 
     name: str
     sha256: str
