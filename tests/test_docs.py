@@ -14,7 +14,7 @@ from snugfit.data.builtin import SOURCES
 from snugfit.data.formatters import FORMATTERS
 from snugfit.data.sets import DatasetSet, Source, builtin_sets, parse_set
 from snugfit.errors import CODES
-from snugfit.recipes.recipe import parse_recipe
+from snugfit.recipes.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src/snugfit"
@@ -27,11 +27,16 @@ def test_a_page_is_what_the_code_says(page: str, made: object) -> None:
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made(), "run `make reference`"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
-def test_recipes_of_the_pages_are_valid(page: str) -> None:
-    """Each YAML block is a recipe."""
+@pytest.mark.parametrize(
+    ("page", "names"), [("README.md", ["mine"]), ("docs/recipes.md", ["mine", "fp8-int4-awq-upgraded"])]
+)
+def test_recipes_of_the_pages_are_valid(page: str, names: list[str]) -> None:
+    """Each YAML block is a recipe; one that upgrades layers ends with the built-in rules."""
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-    assert [parse_recipe(block, where=page).recipe.name for block in blocks] == ["mine"]
+    recipes = [parse_recipe(block, where=page).recipe for block in blocks]
+    assert [recipe.name for recipe in recipes] == names
+    for recipe in recipes[1:]:
+        assert recipe.rules[1:] == load_recipe("fp8-int4-awq").recipe.rules
 
 
 def test_the_page_of_datasets() -> None:
