@@ -758,7 +758,9 @@ def test_an_endpoint_s_password_is_not_shown(place: Place, tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    "text", ["\x1b[2J\x1b[31m", "a\rb", "\u202egnp.exe", "\x9b2J", "\ud800", "a\nsnugfit: all is well", "\x07"]
+    "text",
+    ["\x1b[2J\x1b[31m", "a\rb", "\u202egnp.exe", "\x9b2J", "\ud800", "a\nsnugfit: all is well", "\x07"],
+    ids=ascii,  # a lone surrogate in a test's name cannot be sent to another process
 )
 def test_what_a_model_says_cannot_move_the_cursor(text: str, place: Place) -> None:
     """Control characters, line ends and reversed text out of a model's files are escaped on the screen."""
