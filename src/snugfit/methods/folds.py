@@ -245,7 +245,7 @@ def scale(
         if fold.is_norm:
             weight = producer.weight
             assert isinstance(weight, Tensor)
-            offset = norm_offset(producer)
+            offset = _offset(producer)
             whole = weight.float() + offset
             name = f"{fold.producer}.weight"
             new = (whole / factors - offset).to(dtypes.get(name, weight.dtype))
@@ -263,7 +263,7 @@ def scale(
     return found
 
 
-def norm_offset(norm: nn.Module) -> float:
+def _offset(norm: nn.Module) -> float:
     """What a norm adds to its weight before it multiplies by it: 1 for Gemma's and Qwen3-Next's, 0 for others."""
     weight = norm.weight
     assert isinstance(weight, Tensor)

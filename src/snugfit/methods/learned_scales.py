@@ -1,7 +1,5 @@
 """Scales that learn: the codes of a quantized weight stay, each block scale s becomes s * exp(t), and t gets gradients.
 
-The factors of norms, which scale the features of the linears behind them, may learn along, more slowly.
-
 The rounding of a scale to its stored type is straight-through: the forward pass sees the rounded scale, the gradient
 passes as if it had not been rounded. The optimizer is Adam in fp32 with a rate that falls along a cosine; the result is
 a running mean of the last steps, which overfits less than the last one.
@@ -13,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,48 +25,6 @@ LEARNED_FORMATS = frozenset({"nvfp4", "nvfp4a16", "int4"})  # MXFP4's scales are
 FARTHEST = 1.0  # |t| at most
 FIRST_DECAY, SECOND_DECAY, EPSILON = 0.9, 0.99, 1e-10  # of Adam
 MEAN_SHARE = 0.05  # of all steps, over which the running mean of t is taken
-NORM_PACE = 0.1  # of a norm's logarithm, compared with that of a block scale: each of its factors moves a whole column
-
-
-class Learnable(Protocol):
-    """A tensor whose values learn by the logarithms `shifts` of factors, of the shape of `stored`."""
-
-    @property
-    def stored(self) -> Tensor:
-        """What it starts from, as files store it."""
-
-    def scales(self, shifts: Tensor) -> Tensor:
-        """What files store under `shifts`."""
-
-    def clamp_(self, shifts: Tensor) -> None:
-        """Bring `shifts` back, in place, to where they make sense."""
-
-    def weight(self, shifts: Tensor) -> Tensor:
-        """The parameter that runs under `shifts`, to which gradients flow; with shifts of 0 that of the file."""
-
-
-@dataclass(frozen=True, eq=False)
-class ScaledNorm:
-    """The weight [K] of a norm that multiplies by weight + `offset`; the parameter that runs is in the same dtype."""
-
-    stored: Tensor
-    offset: float
-
-    def scales(self, shifts: Tensor) -> Tensor:
-        """The weight under `shifts`."""
-        return self._exact(shifts).to(self.stored.dtype)
-
-    def clamp_(self, shifts: Tensor) -> None:
-        """Keep the shifts within FARTHEST."""
-        shifts.clamp_(-FARTHEST, FARTHEST)
-
-    def weight(self, shifts: Tensor) -> Tensor:
-        """The weight under `shifts`; its rounding is straight-through."""
-        exact = self._exact(shifts)
-        return exact.to(self.stored.dtype).float().sub(exact).detach().add(exact).to(self.stored.dtype)
-
-    def _exact(self, shifts: Tensor) -> Tensor:
-        return (self.stored.float() + self.offset) * (NORM_PACE * shifts).exp() - self.offset
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,11 +118,10 @@ class Schedule:
 class LearnedScales:
     """The logarithms t of the factors of all scales, their gradients, and what Adam keeps of them, fp32.
 
-    `shifts` has a leaf for each of `codes`, in the shape of what it stores, by the same names; their gradients add up
-    in `gradient`.
+    `shifts` has a leaf [N, K / block] for each of `codes`, by the same names; their gradients add up in `gradient`.
     """
 
-    def __init__(self, codes: Mapping[str, Learnable], schedule: Schedule) -> None:
+    def __init__(self, codes: Mapping[str, ScaledCodes], schedule: Schedule) -> None:
         device = next(iter(codes.values())).stored.device
         size = sum(one.stored.numel() for one in codes.values())
         self.codes, self.schedule = codes, schedule

@@ -41,21 +41,18 @@ from snugfit.evaluation.evaluated_model import (
 )
 from snugfit.formats.int4 import INT4Weight
 from snugfit.formats.nvfp4 import NVFP4Weight
-from snugfit.methods.folds import norm_offset
-from snugfit.methods.learned_scales import Learnable, LearnedScales, ScaledCodes, ScaledNorm, Schedule
+from snugfit.methods.learned_scales import LearnedScales, ScaledCodes, Schedule
 from snugfit.model import emulate, forward_pass
 from snugfit.model.forward_pass import Batch, Head
 from snugfit.quantization.estimate import LEARNED_LOGITS, LEARNED_TOKENS
 from snugfit.quantization.run import Outcome, Run
 from snugfit.quantization.ways import learned_weights
 from snugfit.storage.files import write_fully
-from snugfit.storage.safetensors_header import TORCH_NAMES
 from snugfit.storage.shards import Shard, file_digests
 
 STEPS = 200
 PASSES = 16  # over the samples at most
 TRAVEL, MAX_RATE = 0.3, 1e-2  # how far a scale's logarithm may get in all steps, and at most in one
-NORMS_LEARN = True
 SEED = 0
 SAVE_SECONDS = 30.0  # between two states on the disk
 STATE_NAME = "learned-scales.safetensors"
@@ -187,7 +184,7 @@ def _open(run: Run, directory: Path) -> _Model:
     targets = last_states(original, samples, positions, device, tokens_per_batch=prepared.tokens_per_batch)
     model = open_model(directory, activations=prepared.target)
     learns = learned_weights(prepared.plan)
-    layers, names, codes = [], dict[int, dict[str, str]](), dict[str, Learnable]()
+    layers, names, codes = [], {}, {}
     for index in range(len(model.skeleton.layers)):
         if index in model.skeleton.skipped:
             continue
@@ -196,9 +193,6 @@ def _open(run: Run, directory: Path) -> _Model:
         for module, name in names[index].items():
             codes[name] = _codes(model, name, layer.get_parameter(module).dtype, device)
             _drop(layer, module)
-        norms = _norms_of_layer(model, index, layer) if names[index] and NORMS_LEARN else {}
-        names[index] |= {module: name for module, (name, _) in norms.items()}
-        codes |= dict(norms.values())
         layers.append((index, layer, cache))
     states: dict[tuple[int, ...], Tensor] = {}
 
@@ -243,22 +237,6 @@ def _codes(model: EvaluatedModel, name: str, dtype: torch.dtype, device: torch.d
     found = emulate.read_codes(model.checkpoint, model.dialect, module, model.formats[module], device)
     assert isinstance(found, NVFP4Weight | INT4Weight)
     return ScaledCodes(found, dtype)
-
-
-def _norms_of_layer(model: EvaluatedModel, index: int, layer: nn.Module) -> dict[str, tuple[str, ScaledNorm]]:
-    """The weights of a layer's norms, by the module's name of the weight: the file's name, and what learns."""
-    names = model.skeleton.names_of_layer(index)
-    found = {}
-    for file_name, parameter in names.parameters.items():
-        module, _, leaf = parameter.rpartition(".")
-        info = model.checkpoint.tensors.get(names.file_prefix + file_name)
-        if leaf != "weight" or info is None or "norm" not in module.rpartition(".")[2].lower():
-            continue
-        weight = layer.get_parameter(parameter)
-        if weight.dim() == 1 and str(weight.dtype) == f"torch.{TORCH_NAMES.get(info.dtype)}":
-            offset = norm_offset(layer.get_submodule(module))
-            found[parameter] = info.name, ScaledNorm(weight.detach().clone(), offset)
-    return found
 
 
 def _drop(layer: nn.Module, name: str) -> None:
@@ -341,7 +319,7 @@ def _write(run: Run, champion: Run, scales: Mapping[str, Tensor]) -> Outcome:
     handles = {shard.name: os.open(run.directory / shard.name, os.O_RDWR) for shard in plan.shards}
     try:
         for name, scale in scales.items():
-            stored = next((i.name for i in plan.outputs[name] if i.name.endswith(".weight_scale")), name)
+            (stored,) = (info.name for info in plan.outputs[name] if info.name.endswith(".weight_scale"))
             _overwrite(handles[shards[stored].name], shards[stored], stored, scale)
     finally:
         for handle in handles.values():
