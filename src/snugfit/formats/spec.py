@@ -15,7 +15,7 @@ FP8_BLOCK = 128
 INT4_GROUPS = (128, 64, 32)
 # Of a calibrated input scale: how far beyond the largest calibrated input its range goes, as a factor, where no rule
 # says so. E4M3 block scales lose nothing to a small one: they have 2^-6 to 448 for what lies below.
-DEFAULT_INPUT_HEADROOM = 1.0
+DEFAULT_INPUT_HEADROOM = 2.0
 MAX_INPUT_HEADROOM = 448.0  # the largest calibrated input then gets a block scale of 1
 WHOLE_ROW = -1  # `group_size` of integers and fp8 with one scale an output channel; 0: one for the whole weight
 
