@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from snugfit.machine import rss_bytes
 from snugfit.progress import Progress
 from snugfit.quantization import learned
 from snugfit.quantization.quantize import plan_quantization, quantize
-from snugfit.quantization.ways import LEARNED, PLAIN
+from snugfit.quantization.ways import LEARNED, PLAIN, learned_weights
 from snugfit.records.quantize import QuantizeRecord
 
 HYBRID = "nvfp4-fp8-hybrid"
@@ -302,6 +303,20 @@ def test_where_scales_do_not_learn(
     assert any("scales do not learn" in note for note in best.notes)
     assert LEARNED not in good.ways
     assert not any("learn" in note for note in good.notes)
+
+
+def test_too_few_tokens_for_so_many_scales(model: Path, rows: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scales do not learn where there are too many for the calibration tokens; a note says how many tokens it takes."""
+    options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "effort": "best"}
+    assert LEARNED in plan_quantization(model, "nvfp4", **options).ways
+    monkeypatch.setattr("snugfit.quantization.ways.MOST_LEARNED_PER_TOKEN", 10)
+    planned = plan_quantization(model, "nvfp4", **options)
+    assert LEARNED not in planned.ways
+    (note,) = (note for note in planned.notes if "scales do not learn" in note)
+    weights = planned.plan.weights.tensors
+    scales = sum(math.prod(weights[name].shape) // 16 for name in learned_weights(planned.plan))
+    assert f"{scales:,}" in note
+    assert f"{-(-scales // 10):,} or more" in note
 
 
 def test_fp32_and_float16(make_tiny: MakeTiny, rows: Path, tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def prepare(
     if dataset is not None and any(way.method.correlates for way in ways):
         notes += few_tokens_note(plan, dataset.tokens)
     if effort == BEST and learning is None:
-        notes.append(f"scales do not learn: {why_not_learned(plan, skeleton)}")
+        notes.append(f"scales do not learn: {why_not_learned(plan, skeleton, dataset.tokens if dataset else 0)}")
     estimate = estimate_run(
         plan,
         skeleton,
@@ -369,7 +369,7 @@ def _ways(
     folds = why_no_expert_folds(plan, skeleton) == ""
     samples = {"samples_run": dataset is not None, "recalls": recalls}
     ways = ways_of(plan, effort, calibration.target, **samples, folds_experts=folds)
-    if effort != BEST or dataset is None or why_not_learned(plan, skeleton):
+    if effort != BEST or dataset is None or why_not_learned(plan, skeleton, dataset.tokens):
         return ways, None
     return (*ways, LEARNED), estimate_learning(plan, skeleton, learned_weights(plan), dataset, device)
 
