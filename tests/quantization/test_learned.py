@@ -309,14 +309,14 @@ def test_too_few_tokens_for_so_many_scales(model: Path, rows: Path, monkeypatch:
     """Scales do not learn where there are too many for the calibration tokens; a note says how many tokens it takes."""
     options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "effort": "best"}
     assert LEARNED in plan_quantization(model, "nvfp4", **options).ways
-    monkeypatch.setattr("snugfit.quantization.ways.MOST_LEARNED_PER_TOKEN", 10)
+    monkeypatch.setattr("snugfit.quantization.ways.MOST_LEARNED_PER_TOKEN", 3)
     planned = plan_quantization(model, "nvfp4", **options)
     assert LEARNED not in planned.ways
     (note,) = (note for note in planned.notes if "scales do not learn" in note)
     weights = planned.plan.weights.tensors
     scales = sum(math.prod(weights[name].shape) // 16 for name in learned_weights(planned.plan))
     assert f"{scales:,}" in note
-    assert f"{-(-scales // 10):,} or more" in note
+    assert f"{-(-scales // 3):,} or more" in note
 
 
 def test_fp32_and_float16(make_tiny: MakeTiny, rows: Path, tmp_path: Path) -> None:
