@@ -320,7 +320,8 @@ class Calibrated:
 
     def _values(self, weight: Tensor, steps: Steps, feedback: Feedback | None, gram: Tensor | None) -> Tensor:
         """Values on the grid for a weight [N, K], some output features at a time."""
-        rows = max(1, SLICE[weight.device.type] // weight.shape[1])
+        slices = -(-weight.numel() // SLICE[weight.device.type])
+        rows = -(-len(weight) // slices)
         found = []
         for start in range(0, len(weight), rows):
             part, of_part = weight[start : start + rows], steps.rows(start, start + rows)

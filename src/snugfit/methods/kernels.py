@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-SMALL = 1 << 16  # values below which torch is faster than starting a compiler
+SMALL = 1 << 16  # values below which torch on a CPU is faster than starting a compiler
 CHECKED_ROWS = 8  # that are done both ways
 
 _checked: dict[tuple[object, ...], bool] = {}
@@ -60,10 +60,8 @@ def kernels_for(
 
     `here` and `there` do the work on the first CHECKED_ROWS of the tensor, with machine code and without.
     """
-    if tensor.numel() < SMALL:
-        return None
     if tensor.device.type != "cuda":
-        return _of_cpu() if tensor.device.type == "cpu" else None
+        return _of_cpu() if tensor.device.type == "cpu" and tensor.numel() >= SMALL else None
     found = _of_gpu()
     if found is None:
         return None
