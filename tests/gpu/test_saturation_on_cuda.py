@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
 from snugfit.evaluation.saturation import InputWatch, SeenInputs
 from snugfit.model.forward_pass import Batch
+
+pytestmark = pytest.mark.gpu
 
 WIDTH = 64
 

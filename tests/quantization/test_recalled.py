@@ -134,6 +134,26 @@ def test_squares_of_another_width_are_refused_at_once(models: dict[str, Path], t
         plan_quantization(models["llama"], RECIPE, statistics=file, device="cpu")
 
 
+def test_weights_without_squares_are_named(models: dict[str, Path], tmp_path: Path) -> None:
+    """Weights whose inputs the statistics do not know get plain scales, and a dry run says so; the others weighted."""
+    from dataclasses import replace
+
+    known = statistics_of(models["llama"], tmp_path / "statistics")
+    inputs = dict(known.layers[1].inputs)
+    inputs["model.layers.1.mlp.down_proj"] = replace(inputs["model.layers.1.mlp.down_proj"], squares=None)
+    layers = {**known.layers, 1: replace(known.layers[1], inputs=inputs)}
+    file = tmp_path / "some.json"
+    file.write_text(replace(known, layers=layers).to_json(), "utf-8")
+    notes = plan_quantization(models["llama"], RECIPE, statistics=file, device="cpu").notes
+    assert [note for note in notes if "1 weights get plain scales" in note and "layers.1.mlp.down_proj" in note]
+    whole = plan_quantization(models["llama"], RECIPE, statistics=tmp_path / "statistics", device="cpu").notes
+    assert not any("plain scales" in note for note in whole)
+    record = quantize(models["llama"], RECIPE, output_dir=tmp_path / "out", statistics=file, device="cpu")
+    rules = {tensor.name: tensor.scale_rule for tensor in record.tensors if tensor.format.startswith("int4")}
+    assert rules.pop("model.layers.1.mlp.down_proj.weight") == "absmax"
+    assert set(rules.values()) == {"weighted+folds"}
+
+
 def test_explicit_rules_take_no_part(models: dict[str, Path], tmp_path: Path) -> None:
     """An exact recipe writes the same bytes with statistics as without."""
     statistics_of(models["llama"], tmp_path / "statistics")

@@ -444,7 +444,7 @@ def test_a_model_without_a_head(make_tiny: MakeTiny, texts: list[Path], tmp_path
 
 
 def test_statistics(model: Path, texts: list[Path], tmp_path: Path) -> None:
-    """With statistics good is refused, and fast has scales weighted by their E[x^2], or plain ones without it.
+    """With statistics good is refused, and fast has weighted scales and folds by their E[x^2], or plain scales without.
 
     Those of a run of effort good, which have ranges alone, serve with the same files again.
     """
@@ -455,7 +455,7 @@ def test_statistics(model: Path, texts: list[Path], tmp_path: Path) -> None:
             plan_quantization(model, "nvfp4", statistics=known, effort=effort, **OPTIONS)
     prepared = plan_quantization(model, "nvfp4", statistics=known, **OPTIONS)
     assert prepared.effort == "fast"
-    assert [way.name for way in prepared.ways] == ["weighted"]
+    assert [way.name for way in prepared.ways] == ["weighted+folds"]
     run(model, tmp_path / "out", texts)
     prepared = plan_quantization(model, "nvfp4", statistics=tmp_path / "out", dataset=texts, **OPTIONS)
     assert prepared.ways == (PLAIN,)

@@ -273,9 +273,9 @@ def prepare(
     skeleton = check_with_transformers(plan, dtype)
     # each scale is a request to the Hub, too many for a dry run
     _check_copied_scales(plan, every_expert=plan.checkpoint.remote is None)
-    recalled = None if known is None else _recall(plan, skeleton, known, calibration)
+    recalled, said = (None, []) if known is None else _recall(plan, skeleton, known, calibration)
     tokens_per_batch = calibration.tokens_per_batch or TOKENS_PER_BATCH[device.type]
-    notes, held_out = list(_notes(plan, calibration, dataset, known)), None
+    notes, held_out = [*_notes(plan, calibration, dataset, known), *said], None
     if effort in (GOOD, BEST):
         problem = missing or why_no_trials(plan, skeleton, dataset)
         if problem is None and dataset is not None:
@@ -324,12 +324,22 @@ def prepare(
     )
 
 
-def _recall(plan: Plan, skeleton: Skeleton, known: Statistics, calibration: Calibration) -> list[Measured]:
-    """What statistics say of each layer; UserError if the plan needs more, or if they do not fit its weights."""
+def _recall(
+    plan: Plan, skeleton: Skeleton, known: Statistics, calibration: Calibration
+) -> tuple[list[Measured], list[str]]:
+    """What statistics say of each layer, and a note on what they do not say of weights that follow the effort.
+
+    UserError if the plan needs more, or if they do not fit its weights.
+    """
+    named: set[str] = set()
     for index in range(plan.num_layers):
         if index in known.layers:
-            recalled_squares(plan, skeleton, index, known)
-    return [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
+            named |= {*recalled_squares(plan, skeleton, index, known)}
+    found = [recall(plan, skeleton, index, known, calibration.experts) for index in range(plan.num_layers)]
+    unknown = [n for n, a in plan.assignments.items() if a.follows_effort and n.removesuffix(".weight") not in named]
+    if not named or not unknown:
+        return found, []
+    return found, [f"{len(unknown)} weights get plain scales: these statistics have no E[x^2] of theirs ({unknown[0]})"]
 
 
 def _load(
