@@ -2,10 +2,12 @@
 
     python calibration_texts.py MODEL WORK --domain NAME CALIBRATION EVALUATION [--domain ...] [--device cuda]
                                 [--tokens 65536] [--layout nvfp4-fp8-hybrid] [--target vllm-blackwell]
+                                [--way gptq+folds] [--samples 1024 256 4096] [--context 4096]
 
-Every run has the same number of calibration tokens. Prints a Markdown table: KL to the original on the evaluation text
-of each domain at 4,096 tokens of context, by where in the context a token stands, one standard error over chunks; the
-smallest of each column is bold. WORK keeps the files, and calibration_texts.json.
+Every run has the same number of calibration tokens; `--samples` are the usual, short and long samples' tokens. With
+`--way` only that way of `good` is made, and no gate decides. Prints a Markdown table: KL to the original on the
+evaluation text of each domain at `--context`, by whether a token stands in the first quarter of it, one standard error
+over chunks; the smallest of each column is bold. WORK keeps the files, and calibration_texts.json.
 """
 
 from __future__ import annotations
@@ -18,29 +20,29 @@ from typing import Any
 
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.progress import TerminalProgress
+from snugfit.quantization import prepare, ways
 from snugfit.quantization.quantize import quantize
-
-CONTEXT = 4096
-USUAL, SHORT, LONG = 1024, 256, 4096  # tokens of a sample
-FIRST = 1024  # tokens of a context before which a token stands early
 
 
 def main() -> None:
     options = _options()
     options.work.mkdir(parents=True, exist_ok=True)
+    usual, short, long = options.samples
+    if options.way:
+        _take_only(options.way)
     texts = {name: Path(calibration) for name, calibration, _ in options.domain}
     every = list(texts.values())
-    runs: dict[str, tuple[Sequence[Path], int]] = {f"{name} alone": ([text], USUAL) for name, text in texts.items()}
-    runs |= {"all": (every, USUAL), "all, short samples": (every, SHORT), "all, long samples": (every, LONG)}
+    runs: dict[str, tuple[Sequence[Path], int]] = {f"{name} alone": ([text], usual) for name, text in texts.items()}
+    runs |= {"all": (every, usual), "all, short samples": (every, short), "all, long samples": (every, long)}
     files = {name: _make(options, name, *given) for name, given in runs.items()}
-    files = {"none (Four Over Six)": _make(options, "exact", every, USUAL), **files}
+    files = {"none (Four Over Six)": _make(options, "exact", every, usual), **files}
     result: dict[str, dict[str, Any]] = {name: {} for name in files}
     for domain, _, evaluation in options.domain:
         record = evaluate(
             list(files.values()),
             reference=options.model,
             dataset=[evaluation],
-            contexts=(CONTEXT,),
+            contexts=(options.context,),
             max_tokens=options.max_tokens,
             activations=options.target,
             noise_floor="none",
@@ -48,7 +50,9 @@ def main() -> None:
         )
         for name, model in zip(files, record.contexts[0].models[1:], strict=True):
             assert model.kl is not None
-            parts = [[b for b in model.by_position if (b.high <= FIRST) == early] for early in (True, False)]
+            parts = [
+                [b for b in model.by_position if (b.high <= options.context // 4) == early] for early in (True, False)
+            ]
             means = [sum(float(b.kl or 0) * b.tokens for b in part) / sum(b.tokens for b in part) for part in parts]
             result[name][domain] = {
                 "kl": model.kl.mean,
@@ -58,7 +62,17 @@ def main() -> None:
             }
             print(domain, name, result[name][domain], flush=True)
     (options.work / "calibration_texts.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
-    _print(result, [domain for domain, *_ in options.domain])
+    _print(result, [domain for domain, *_ in options.domain], options.context // 4)
+
+
+def _take_only(name: str) -> None:
+    """Let runs make one way alone."""
+    all_ways = ways.ways_of
+
+    def one(*given: Any, **named: Any) -> tuple[ways.Way, ...]:
+        return tuple(way for way in all_ways(*given, **named) if way.name == name)
+
+    prepare.ways_of = one  # type: ignore[attr-defined]
 
 
 def _make(options: argparse.Namespace, name: str, texts: Sequence[Path], length: int) -> Path:
@@ -82,8 +96,8 @@ def _make(options: argparse.Namespace, name: str, texts: Sequence[Path], length:
     return out
 
 
-def _print(result: dict[str, dict[str, Any]], domains: Sequence[str]) -> None:
-    print(f"\n| calibrated on | {' | '.join(f'{d} | before {FIRST} | behind it' for d in domains)} |")
+def _print(result: dict[str, dict[str, Any]], domains: Sequence[str], first: int) -> None:
+    print(f"\n| calibrated on | {' | '.join(f'{d} | before {first} | behind it' for d in domains)} |")
     print("|---|" + "---|" * (3 * len(domains)))
     best = {(d, key): min(row[d][key] for row in result.values()) for d in domains for key in ("kl", "early", "late")}
     for name, row in result.items():
@@ -105,6 +119,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tokens", type=int, default=65536)
+    parser.add_argument("--samples", type=int, nargs=3, default=[1024, 256, 4096], help="tokens: usual, short, long")
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--way", help="of `good`, to be made alone")
     parser.add_argument("--layout", default="nvfp4-fp8-hybrid")
     parser.add_argument("--target", default="vllm-blackwell")
     parser.add_argument("--max-tokens", type=int, default=49152)

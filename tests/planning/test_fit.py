@@ -319,7 +319,7 @@ def test_families_outside_the_interface(tmp_path: Path) -> None:
 
 # --- models of true size
 
-MAX_CALLS = 40_000_000  # 8 million; quadratic in 96 thousand tensors it would be billions
+MAX_CALLS_A_ROW = 4_500_000  # 3.7 million; quadratic in 96 thousand tensors it would be billions
 
 
 # FP8 in blocks is what they have; of FP8 for down alone, engines would want it of gate and up too; latent attention
@@ -347,7 +347,7 @@ def test_giants_take_bounded_work(build: Callable[[Path], Path], tp: int, refuse
     found = json.loads(done.stdout)
     assert found["heavy"] == []
     assert found["peak"] < 1e9
-    assert found["calls"] < MAX_CALLS
+    assert found["calls"] < MAX_CALLS_A_ROW * len(found["rows"])
     assert any(fits for _, _, fits, _ in found["rows"])
     assert {name for name, _, _, problem in found["rows"] if problem} == refused
 
