@@ -1,7 +1,7 @@
 """snugfit and its rivals on the same calibration rows, into files of the same bytes and layout, and each file's KL.
 
     python versus_rivals.py MODEL WORK --calibration A.txt B.txt --evaluation C.txt D.txt --device cuda
-           --llmcompressor-path SITE --autoround-path SITE --modelopt-path SITE [--only NAME ...] [--budget 540]
+           --llmcompressor-path SITE --autoround-path SITE --modelopt-path SITE [--only NAME ...] [--budget SECONDS]
 
 The layout is nvfp4-fp8-hybrid: NVFP4 in the MLP, FP8 in attention, inputs rounded as they arrive. Every tool runs in a
 process of its own, one after the other on the same device, under --timeout; its PYTHONPATH is the folder given for it

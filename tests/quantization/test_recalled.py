@@ -173,3 +173,21 @@ def test_an_importance_matrix_ignores_settings_of_experts(models: dict[str, Path
     with raises("statistics-mismatch"):
         check_statistics(known, plan.checkpoint, None, settings, where="")
     check_statistics(replace(known, ranges=False), plan.checkpoint, None, settings, where="")
+
+
+@pytest.mark.parametrize("target", ["vllm-blackwell", "marlin", "none"])
+def test_ranges_are_those_of_the_model_that_was_measured(target: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """Under no engine does a fold from statistics change inputs whose range the statistics have."""
+    model = models["llama"]
+    known = statistics_of(model, tmp_path / "statistics")
+    before = all_tensors(model)
+    out = tmp_path / "out"
+    quantize(model, "nvfp4", output_dir=out, statistics=tmp_path / "statistics", target=target, device="cpu")
+    after = all_tensors(out)
+    for name, seen in known.layers[0].inputs.items():
+        if name.endswith("down_proj"):
+            scale = float(after[f"{name}.input_global_scale"])  # stored as a divisor
+            assert 6 * 448 / scale == pytest.approx(2 * seen.amax, rel=1e-2)
+    kept = [name for name in after if name in before]
+    assert kept
+    assert all(torch.equal(after[name], before[name]) for name in kept)

@@ -1,6 +1,7 @@
 """Machine code for CPUs, made by numba when first used, and threads of our own to run it on.
 
-Numba's own threads would not survive a fork. Machine code is kept in numba's cache where that can be written to.
+Numba's own threads would not survive a fork. Machine code is kept in numba's cache where that can be written to; it is
+made anew when the file changes that defines a kernel, not when this one does: remove `__pycache__` after an edit here.
 Import this module only where numba is installed.
 """
 

@@ -216,8 +216,8 @@ class Calibrated:
         return self._search(fold, weight, targets[fold.consumers[0]].format, moments, SEARCHED_ROWS)
 
     def _search_in_expert(self, fold: Fold, weight: Tensor, fmt: TensorFormat, moments: Moments) -> Tensor | None:
-        if moments.sample is None and self._rounds_inputs(fmt):
-            return None  # what becomes of inputs is not known
+        if moments.sample is None and (fmt.spec.calibrated or self._rounds_inputs(fmt)):
+            return None  # what becomes of inputs, and of their range, is not known
         return self._search(fold, weight, fmt, moments, SEARCHED_ROWS_OF_EXPERT)
 
     def _search(
