@@ -6,9 +6,10 @@ The rival's side of the benchmarks. It runs in llm-compressor's own virtual envi
     llmc/bin/python llmcompressor_worker.py MODEL ROWS.json OUT --recipe nvfp4-fp8-hybrid-four-over-six --threads 2
 
 ROWS.json holds {"rows": [[token ids], ...]}: exactly these rows are the calibration set. The data-free recipes
-(fp8-dynamic, int4-w4a16-absmax) take "-" in its place. The compressed checkpoint goes to OUT; progress goes to
-stderr; the last line of stdout is one JSON document. Its seconds and cpu_seconds count from after the imports and
-from after the GPU's context exists, so nothing is charged to llm-compressor that a long-lived process would pay once.
+(fp8-dynamic, and those with INT4 and absmax in their names) take "-" in its place. The compressed checkpoint goes to
+OUT; progress goes to stderr; the last line of stdout is one JSON document. Its seconds and cpu_seconds count from after
+the imports and from after the GPU's context exists, so nothing is charged to llm-compressor that a long-lived process
+would pay once.
 --pipeline independent is llm-compressor's default (two passes over each layer, its memory bounded by a layer on an
 accelerator); "basic" makes one pass over the whole model, is its fastest where the model fits, and writes the same
 bytes for these recipes. On a machine with a GPU the model is loaded to main memory and llm-compressor brings a layer
@@ -27,6 +28,10 @@ Recipes ("four over six": the memoryless_mse observer told to try each block's s
     hybrid-awq                      AWQModifier with its defaults (folds into norms, up_proj), then absmax
     fp8-dynamic                     FP8_DYNAMIC in every linear layer
     int4-w4a16-absmax               symmetric INT4 weights in groups of --group-size
+    fp8-int4-experts-awq            mixtures: FP8_DYNAMIC attention, such INT4 experts, AWQModifier from the norm into
+                                    router and experts and from up_proj into down_proj, its own choice for Qwen3-MoE
+    fp8-int4-experts-awq-up-down    the same with the fold from up_proj into down_proj alone
+    fp8-int4-experts-absmax         the same without AWQModifier
 
 The output head stays as it is in all of them.
 """
@@ -43,6 +48,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +70,7 @@ EXPANDED: dict[str, Any] = {"observer": "nvfp4_expanded_mse"}
 
 Group = tuple[str, list[str], dict[str, Any]]  # preset scheme, targets, changes to its weight arguments
 HYBRID_ABSMAX: list[Group] = [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, {})]
+FP8_INT4: list[Group] = [("FP8_DYNAMIC", ATTENTION, {}), ("W4A16", MLP, {})]
 RECIPES: dict[str, list[Group]] = {
     "nvfp4-fp8-hybrid-four-over-six": [("FP8_DYNAMIC", ATTENTION, {}), ("NVFP4", MLP, FOUR_OVER_SIX)],
     "nvfp4-fp8-attention-absmax": HYBRID_ABSMAX,
@@ -76,8 +83,23 @@ RECIPES: dict[str, list[Group]] = {
     "hybrid-awq": HYBRID_ABSMAX,
     "fp8-dynamic": [("FP8_DYNAMIC", LINEAR, {})],
     "int4-w4a16-absmax": [("W4A16", LINEAR, {})],
+    "fp8-int4-experts-awq": FP8_INT4,
+    "fp8-int4-experts-awq-up-down": FP8_INT4,
+    "fp8-int4-experts-absmax": FP8_INT4,
 }
-DATA_FREE = {"fp8-dynamic", "int4-w4a16-absmax"}
+DATA_FREE = {"fp8-dynamic", "int4-w4a16-absmax", "fp8-int4-experts-absmax"}
+
+# smooth layer, and the layers that make up for it
+INTO_EXPERTS = (
+    r"re:.*post_attention_layernorm$",
+    [r"re:.*mlp.gate$", *(rf"re:.*mlp.experts.*.{p}_proj$" for p in ("gate", "up"))],
+)
+UP_DOWN = (r"re:.*up_proj$", [r"re:.*down_proj$"])
+FOLDS: dict[str, list[tuple[str, list[str]]] | None] = {
+    "hybrid-awq": None,  # AWQModifier's defaults
+    "fp8-int4-experts-awq": [INTO_EXPERTS, UP_DOWN],
+    "fp8-int4-experts-awq-up-down": [UP_DOWN],
+}
 
 
 @dataclass(slots=True)
@@ -127,7 +149,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1, help="rows of one length per forward")
     parser.add_argument("--pipeline", choices=["independent", "sequential", "basic"], default="independent")
     parser.add_argument("--device-map", help="where transformers loads the model to (default: main memory)")
-    parser.add_argument("--group-size", type=int, default=64, help="of int4-w4a16-absmax")
+    parser.add_argument("--group-size", type=int, default=64, help="of INT4 weights")
     arguments = parser.parse_args()
     if arguments.rows == "-" and arguments.recipe not in DATA_FREE:
         parser.error(f"--recipe {arguments.recipe} calibrates activations: give ROWS.json")
@@ -151,10 +173,13 @@ def build_recipe(name: str, *, group_size: int, has_experts: bool) -> Any:
         gptq = import_module("llmcompressor.modifiers.gptq")
         return gptq.GPTQModifier(config_groups=groups, ignore=ignored)
     rounding = modifiers.QuantizationModifier(config_groups=groups, ignore=ignored)
-    if name != "hybrid-awq":
+    if name not in FOLDS:
         return rounding
     unpin_without_accelerator()
-    return [import_module("llmcompressor.modifiers.transform.awq").AWQModifier(), rounding]
+    awq = import_module("llmcompressor.modifiers.transform.awq")
+    folds = FOLDS[name]
+    mappings = folds and [awq.AWQMapping(smooth, balanced) for smooth, balanced in folds]
+    return [awq.AWQModifier(mappings=mappings), rounding]
 
 
 def unpin_without_accelerator() -> None:
@@ -200,11 +225,14 @@ def load_model(path: Path, device_map: str | None) -> tuple[Any, Any, bool]:
     transformers = import_module("transformers")
     config = transformers.AutoConfig.from_pretrained(path)
     has_experts = any(getattr(config.get_text_config(), key, None) for key in EXPERT_COUNTS)
+    # loading experts one linear each imports all of transformers for some families, and parts of that need torchvision
+    linear_at_once = has_experts and find_spec("torchvision") is not None
     with contextlib.ExitStack() as stack:
-        if has_experts:
-            linearize = import_module("llmcompressor.modeling.moe.linearize")
-            stack.enter_context(linearize.load_quantizable_moe())
+        if linear_at_once:
+            stack.enter_context(import_module("llmcompressor.modeling.moe.linearize").load_quantizable_moe())
         model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto", device_map=device_map)
+    if has_experts and not linear_at_once:
+        import_module("llmcompressor.modeling.moe.linearize").linearize_moe(model)
     return model, transformers.AutoTokenizer.from_pretrained(path), has_experts
 
 
