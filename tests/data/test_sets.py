@@ -19,6 +19,7 @@ from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
 from snugfit.data.set_samples import notes_on_sources
 from snugfit.data.sets import builtin_sets, load_set, parse_set
+from snugfit.data.texts import read_chunks
 from snugfit.data.tokenizer import Tokenizer, load_tokenizer
 
 SET = """\
@@ -320,6 +321,32 @@ def test_budgets(model: Path, written: Written, tmp_path: Path) -> None:
     file = written(*both)
     file.write_text(file.read_text(encoding="utf-8").replace("shuffle: true", "shuffle: false"), encoding="utf-8")
     assert load(model, file, num_samples=4).shares == (2, 2)
+
+
+def test_a_budget_cuts_what_is_scored(model: Path, written: Written, tmp_path: Path) -> None:
+    """A sample that `max_tokens` cuts has no scored position beyond it; one without any is skipped with this reason."""
+    rows(tmp_path, *({"prompt": "a" * count, "completion": "b" * 20} for count in (30, 4)))
+    file = written("dataset: rows.jsonl\nnum_samples: all\nmax_tokens: 12")
+    (chunks,), _ = read_chunks(Tokenizer(model), [file], [2048])
+    assert [len(row) for row in chunks.rows] == [12]
+    assert chunks.scored == (tuple(range(4, 12)),)
+    assert any("1 of 2 rows skipped (1 x no token to score)" in note for note in chunks.notes)
+
+
+@pytest.mark.parametrize("params", ["{sys_prompt: S}", "{prefix: P}", "{sys_prompt: S, prefix: P}"])
+@pytest.mark.parametrize("first", [[], ["system"], ["user"], ["system", "user"]])
+def test_only_the_completion_is_scored(
+    params: str, first: list[str], model: Path, written: Written, tmp_path: Path
+) -> None:
+    """Of lists of messages only the completion's answer is scored, whatever messages the parameters add."""
+    prompt = [{"role": role, "content": "x"} for role in first] + [{"role": "assistant", "content": "earlier"}]
+    rows(tmp_path, {"prompt": prompt, "completion": [{"role": "assistant", "content": "later"}]})
+    file = written(f"dataset: rows.jsonl\nnum_samples: all\nformatter_params: {params}")
+    (chunks,), _ = read_chunks(Tokenizer(model), [file], [2048])
+    assert chunks.scored[0] is not None
+    text = load_tokenizer(model).decode([chunks.rows[0][place] for place in chunks.scored[0]])
+    assert "later" in text
+    assert "earlier" not in text
 
 
 def test_lengths(model: Path, written: Written, tmp_path: Path) -> None:

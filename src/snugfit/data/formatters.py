@@ -254,9 +254,8 @@ def _conversation(
     if read is None:
         return found
     options = {**read.options, **found.options}
-    return Conversation(
-        messages=found.messages, options=options, others=read.others, first_scored=read.first_scored + bool(system)
-    )
+    first_scored = read.first_scored + len(found.messages) - len(read.messages)  # what was added stands before
+    return Conversation(messages=found.messages, options=options, others=read.others, first_scored=first_scored)
 
 
 def _with_prefix(messages: list[Any], prefix: str, where: str) -> list[Any]:

@@ -243,11 +243,9 @@ class _Drawing:
     def _take(self, ids: list[int], scored: tuple[int, ...] | None, where: str, wanted: int | None) -> bool:
         """Add the sample of a row, or those that its tokens complete; whether more are wanted."""
         if not self._packing:
-            cut = ids[: self._length]
-            kept = None if scored is None else tuple(position for position in scored if position < len(cut))
-            if len(cut) < MIN_TOKENS or kept == ():
-                what = f"fewer than {MIN_TOKENS} tokens." if len(cut) < MIN_TOKENS else "no token to score."
-                raise UserError(what, code="dataset-too-small", where=where)
+            if len(ids[: self._length]) < MIN_TOKENS:
+                raise UserError(f"fewer than {MIN_TOKENS} tokens.", code="dataset-too-small", where=where)
+            cut, kept = _first_tokens(ids, scored, self._length, where)
             return self._add(cut, kept, where) and (wanted is None or len(self._samples) < wanted)
         if not ids:
             raise UserError("no tokens.", code="dataset-too-small", where=where)
@@ -264,7 +262,7 @@ class _Drawing:
         if self._budget is not None and self._tokens + len(ids) > self._budget:
             if self._samples:
                 return False
-            ids = ids[: self._budget]
+            ids, scored = _first_tokens(ids, scored, self._budget, where)
         self._samples.append(DrawnSample(ids, where, self._number, scored))
         self._tokens += len(ids)
         return True
@@ -326,6 +324,14 @@ class _Drawing:
             text = stream.read(-1 if whole or share is None else MAX_CHARACTERS_PER_TOKEN * share * self._length)
         text = text.replace("\r\n", "\n").replace("\r", "\n")
         yield from self._reader.cut(text, len(text) if share is None else share, where)
+
+
+def _first_tokens(ids: list[int], scored: tuple[int, ...] | None, count: int, where: str) -> Scored:
+    """The first `count` tokens and those of them that are scored; UserError where none is."""
+    kept = None if scored is None else tuple(position for position in scored if position < count)
+    if kept == ():
+        raise UserError("no token to score.", code="dataset-too-small", where=where)
+    return ids[:count], kept
 
 
 def _windows(file: Path, count: int, size: int, seed: int) -> Iterator[str]:
