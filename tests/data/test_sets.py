@@ -145,6 +145,7 @@ FORMATTED: list[tuple[str, dict[str, Any], str]] = [
         "user\nD</s>",
     ),
     (source("text", "t"), {"t": "plain"}, "plain"),
+    (source("text", "t", "formatter_params: {prefix: '{% if row.t %}So {% endif %}'}"), {"t": "plain"}, "So plain"),
     (source("text", "t", "formatter_params: {prefix: 'So '}"), {"t": "plain"}, "So plain"),
     ("dataset: rows.jsonl\nnum_samples: all", {"text": "plain"}, "plain"),
     ("dataset: rows.jsonl\nnum_samples: all", {"messages": CHAT}, "user\nHi</s>assistant\nHo</s>"),
@@ -451,6 +452,16 @@ def test_bad_rows_are_skipped_and_counted(model: Path, written: Written, tmp_pat
         (source("chat_completion", "m"), {"m": [{"role": "tool", "content": "x"}]}, "chat-template-failed", "no tools"),
         ("dataset: rows.jsonl\nnum_samples: 2", {"input_ids": [10**6, 1]}, "token-out-of-range", "1000000"),
         ("dataset: rows.jsonl\nnum_samples: 2", {"unknown": 1}, "dataset-invalid", "unknown"),
+        *(
+            (
+                f"dataset: rows.jsonl\nnum_samples: 2\nformatter_params: {{{name}: {value}}}",
+                row,
+                "dataset-invalid",
+                f"`{name}`",
+            )
+            for name, value in (("sys_prompt", "S"), ("tools", "t"), ("chat_template_kwargs", "{a: 1}"))
+            for row in ({"text": "a", "t": []}, {"prompt": "a", "completion": "b", "t": []}, {"input_ids": [1, 2]})
+        ),
     ],
 )
 def test_a_source_of_bad_rows_alone(
@@ -536,6 +547,11 @@ ONE_COLUMN = (
             ONE_COLUMN.format("raw_text", "{prefix: '{{ row.__class__ }}'}"),
             "formatter_params.prefix",
             "__class__",
+        ),
+        (
+            ONE_COLUMN.format("raw_text", "{prefix: '{% iff row.a %}b{% endif %}'}"),
+            "formatter_params.prefix",
+            "iff",
         ),
         (
             ONE_COLUMN.format("sharegpt", "{roles: {a: boss}}"),

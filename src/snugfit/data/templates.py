@@ -72,8 +72,10 @@ def stable_hash(value: Any) -> int:
 
 
 def is_template(value: Any) -> bool:
-    """Whether a parameter is rendered for every row: a text with `{{` and `}}`."""
-    return isinstance(value, str) and "{{" in value and "}}" in value
+    """Whether a parameter is rendered for every row: a text with `{{` and `}}`, or `{%` and `%}`."""
+    return isinstance(value, str) and any(
+        begin in value and end in value for begin, end in (("{{", "}}"), ("{%", "%}"))
+    )
 
 
 class RowTemplate:
