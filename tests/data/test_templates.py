@@ -188,6 +188,7 @@ def test_what_fails_for_a_row(text: str) -> None:
                 "t is lower",
                 "t is eq('a' * 1000000)",
                 "t[1:]",
+                "row[t]|default(0)",
                 "{'t': t}.values() == 1",
             )
         ),

@@ -326,7 +326,7 @@ def _check_access(node: nodes.Node, functions: Mapping[str, Any], where: str) ->
 
 
 def _bounded(tree: nodes.Template) -> nodes.Template:
-    """The tree with loops, comparisons, tests and slices counted, and `~` as a filter that counts."""
+    """The tree with loops, comparisons, tests, slices and computed keys counted, and `~` as a filter that counts."""
 
     def changed(node: nodes.Node) -> nodes.Node:
         for field, value in node.iter_fields():
@@ -357,8 +357,11 @@ def _counting(node: nodes.Node) -> nodes.Node:
     if isinstance(node, nodes.Test):
         node.node = through(_COMPARED, node.node)
         node.args = [through(_COMPARED, one) for one in node.args]
-    if isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice):
-        node.node = through(_SLICED, node.node)
+    if isinstance(node, nodes.Getitem):
+        if isinstance(node.arg, nodes.Slice):
+            node.node = through(_SLICED, node.node)
+        elif not isinstance(node.arg, nodes.Const):
+            node.arg = through(_COMPARED, node.arg)
     return node
 
 
