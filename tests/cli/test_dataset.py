@@ -94,6 +94,15 @@ def test_bad_input(model: Path, dataset: Path, tmp_path: Path) -> None:
     assert failed_with(run("ofline", "--model", model)[2], "file-missing", "offline")
     assert failed_with(run("softwareengineer")[2], "file-missing", "software-engineer")
     assert failed_with(run(dataset, "--held-out", "10%")[2], "option-conflict", "--held-out")
+    for option, value in (
+        ("--num-samples", 3),
+        ("--max-seq-length", 64),
+        ("--shuffle-seed", 0),
+        ("-o", tmp_path / "new"),
+    ):
+        place = "--output-dir" if option == "-o" else option
+        assert failed_with(run(dataset, option, value)[2], "option-conflict", place)
+        assert failed_with(run(option, value)[2], "option-conflict", place)
     assert failed_with(run(dataset.with_name("rows.jsonl"))[2], "option-missing", "--model")
     assert failed_with(run(dataset, "--model", model, "--held-out", "99%")[2], "option-invalid", "--held-out")
     dataset.write_text(SET.replace("raw_text", "raw_txt"), encoding="utf-8")

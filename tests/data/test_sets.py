@@ -19,6 +19,7 @@ from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
 from snugfit.data.set_samples import notes_on_sources
 from snugfit.data.sets import builtin_sets, load_set, parse_set
+from snugfit.data.texts import read_chunks
 from snugfit.data.tokenizer import Tokenizer, load_tokenizer
 
 SET = """\
@@ -144,6 +145,7 @@ FORMATTED: list[tuple[str, dict[str, Any], str]] = [
         "user\nD</s>",
     ),
     (source("text", "t"), {"t": "plain"}, "plain"),
+    (source("text", "t", "formatter_params: {prefix: '{% if row.t %}So {% endif %}'}"), {"t": "plain"}, "So plain"),
     (source("text", "t", "formatter_params: {prefix: 'So '}"), {"t": "plain"}, "So plain"),
     ("dataset: rows.jsonl\nnum_samples: all", {"text": "plain"}, "plain"),
     ("dataset: rows.jsonl\nnum_samples: all", {"messages": CHAT}, "user\nHi</s>assistant\nHo</s>"),
@@ -322,6 +324,86 @@ def test_budgets(model: Path, written: Written, tmp_path: Path) -> None:
     assert load(model, file, num_samples=4).shares == (2, 2)
 
 
+def test_a_budget_cuts_what_is_scored(model: Path, written: Written, tmp_path: Path) -> None:
+    """A sample that `max_tokens` cuts has no scored position beyond it; one without any is skipped with this reason."""
+    rows(tmp_path, *({"prompt": "a" * count, "completion": "b" * 20} for count in (30, 4)))
+    file = written("dataset: rows.jsonl\nnum_samples: all\nmax_tokens: 12")
+    (chunks,), _ = read_chunks(Tokenizer(model), [file], [2048])
+    assert [len(row) for row in chunks.rows] == [12]
+    assert chunks.scored == (tuple(range(4, 12)),)
+    assert any("1 of 2 rows skipped (1 x no token to score)" in note for note in chunks.notes)
+
+
+@pytest.mark.parametrize("more", ["", "packing: true", "formatter: text\ncolumns: [text]"])
+@pytest.mark.parametrize("text", [False, True])
+def test_a_dataset_named_again_gives_its_next_rows(
+    more: str, text: bool, model: Path, written: Written, tmp_path: Path
+) -> None:
+    """Entries that read a dataset in one way share its rows in order; one that reads it otherwise begins again."""
+    letters = "abcdefgh"
+    rows(tmp_path, *({"text": letter * 20} for letter in letters))
+    for letter in letters:
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / f"{letter}.txt").write_text(letter * 20, encoding="utf-8")
+    entry = f"dataset: {'folder' if text else 'rows.jsonl'}\n{more}\nnum_samples: "
+    once = load(model, written(entry + "6", length=20))
+    twice = load(model, written(entry + "3", entry + "2\ncategory: Other\ndraw: first", entry + "1", length=20))
+    assert twice.samples == once.samples
+    assert twice.shares == (3, 2, 1)
+    with raises("dataset-too-small", where="datasets[1]") as caught:
+        load(model, written(entry + "all", entry + "1", length=20))
+    assert "earlier entries" in str(caught.value)
+    other = "dataset: rows.jsonl\nformatter: raw_text\ncolumns: [text]\nnum_samples: 1"
+    shown = texts_of(model, load(model, written(entry + "3", other, length=40)))
+    assert "a" in shown[-1].removeprefix("assistant")
+
+
+def test_one_text_named_again_is_cut_further(model: Path, written: Written, tmp_path: Path) -> None:
+    """The second entry of a text begins behind the samples of the first, and a random one draws as before."""
+    (tmp_path / "text.txt").write_text("".join(letter * 20 for letter in "abcdefgh"), encoding="utf-8")
+    entry = "dataset: text.txt\nnum_samples: "
+    assert load(model, written(entry + "2", entry + "3", length=20)).samples == (
+        load(model, written(entry + "5", length=20)).samples
+    )
+    packed = "dataset: text.txt\npacking: true\nnum_samples: "
+    assert load(model, written(packed + "2", packed + "3", length=20)).samples == (
+        load(model, written(packed + "5", length=20)).samples
+    )
+    few = load(model, written(entry + "6", entry + "3", length=20))
+    assert few.shares == (6, 2)
+    assert notes_on_sources(few.uses) == ["text.txt: 2 samples, and 3 were asked for"]
+    drawn = load(model, written(entry + "8", entry + "8", keys="draw: random", length=20))
+    assert drawn.shares == (8, 8)
+
+
+@pytest.mark.parametrize("more", ["", "packing: true"])
+def test_limits_on_the_set_are_no_lack_of_samples(more: str, model: Path, written: Written, tmp_path: Path) -> None:
+    """A source that has all that its set asks for is not noted when a run asks for fewer; one that lacks some is."""
+    (tmp_path / "text.txt").write_text("abcdefgh" * 100, encoding="utf-8")
+    file = written(f"dataset: text.txt\n{more}\nnum_samples: 32", length=20)
+    assert notes_on_sources(load(model, file, num_samples=8).uses) == []
+    assert notes_on_sources(load(model, file).uses) == []
+    lacking = written(f"dataset: text.txt\n{more}\nnum_samples: 64", length=20)
+    (note,) = notes_on_sources(load(model, lacking, num_samples=8).uses)
+    assert note.endswith("40 samples, and 64 were asked for")
+
+
+@pytest.mark.parametrize("params", ["{sys_prompt: S}", "{prefix: P}", "{sys_prompt: S, prefix: P}"])
+@pytest.mark.parametrize("first", [[], ["system"], ["user"], ["system", "user"]])
+def test_only_the_completion_is_scored(
+    params: str, first: list[str], model: Path, written: Written, tmp_path: Path
+) -> None:
+    """Of lists of messages only the completion's answer is scored, whatever messages the parameters add."""
+    prompt = [{"role": role, "content": "x"} for role in first] + [{"role": "assistant", "content": "earlier"}]
+    rows(tmp_path, {"prompt": prompt, "completion": [{"role": "assistant", "content": "later"}]})
+    file = written(f"dataset: rows.jsonl\nnum_samples: all\nformatter_params: {params}")
+    (chunks,), _ = read_chunks(Tokenizer(model), [file], [2048])
+    assert chunks.scored[0] is not None
+    text = load_tokenizer(model).decode([chunks.rows[0][place] for place in chunks.scored[0]])
+    assert "later" in text
+    assert "earlier" not in text
+
+
 def test_lengths(model: Path, written: Written, tmp_path: Path) -> None:
     """Long rows are cut at the set's length, at the model's positions, or at what the caller asks for."""
     rows(tmp_path, {"text": "a" * 100})
@@ -370,6 +452,16 @@ def test_bad_rows_are_skipped_and_counted(model: Path, written: Written, tmp_pat
         (source("chat_completion", "m"), {"m": [{"role": "tool", "content": "x"}]}, "chat-template-failed", "no tools"),
         ("dataset: rows.jsonl\nnum_samples: 2", {"input_ids": [10**6, 1]}, "token-out-of-range", "1000000"),
         ("dataset: rows.jsonl\nnum_samples: 2", {"unknown": 1}, "dataset-invalid", "unknown"),
+        *(
+            (
+                f"dataset: rows.jsonl\nnum_samples: 2\nformatter_params: {{{name}: {value}}}",
+                row,
+                "dataset-invalid",
+                f"`{name}`",
+            )
+            for name, value in (("sys_prompt", "S"), ("tools", "t"), ("chat_template_kwargs", "{a: 1}"))
+            for row in ({"text": "a", "t": []}, {"prompt": "a", "completion": "b", "t": []}, {"input_ids": [1, 2]})
+        ),
     ],
 )
 def test_a_source_of_bad_rows_alone(
@@ -455,6 +547,11 @@ ONE_COLUMN = (
             ONE_COLUMN.format("raw_text", "{prefix: '{{ row.__class__ }}'}"),
             "formatter_params.prefix",
             "__class__",
+        ),
+        (
+            ONE_COLUMN.format("raw_text", "{prefix: '{% iff row.a %}b{% endif %}'}"),
+            "formatter_params.prefix",
+            "iff",
         ),
         (
             ONE_COLUMN.format("sharegpt", "{roles: {a: boss}}"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from helpers.errors import raises
 from snugfit.data.templates import MAX_OUTPUT, RowTemplate, TemplateError, canonical_text, stable_hash
@@ -168,6 +170,29 @@ def test_what_fails_for_a_row(text: str) -> None:
         "{{ ['a' * 9000000, 'b' * 9000000]|join }}",
         "{{ '%1000000000d' % 1 }}",
         "{% for a in range(9000) %}" + "x" * 9000 + "{% endfor %}",
+        "{{ 1|round(3000000, 'floor') }}",
+        "{{ 1|round(-3000000, 'ceil') }}",
+        "{{ ('a' * 1000)|round(15, 'floor') }}",
+        "{{ ('f' * 100000)|int(0, 16) % 7 }}",
+        "{{ ('f' * 100000)|int(0, 16) // 7 }}",
+        *(
+            "{% for t in ['a' * 1000000] %}{% for n in range(200) %}{% if "
+            + condition
+            + " %}{% endif %}{% endfor %}{% endfor %}"
+            for condition in (
+                "'zb' in t",
+                "'zb' not in t",
+                "t == t[1:] ~ 'a'",
+                "n < 0 or t != 'a' * 1000000",
+                "'zb' is in t",
+                "t is lower",
+                "t is eq('a' * 1000000)",
+                "t[1:]",
+                "row[t]|default(0)",
+                "{'t': t}.values() == 1",
+            )
+        ),
+        "{{ [" + ", ".join(["[" + ", ".join(["row.many"] * 90) + "]"] * 90) + "] }}",
         "{{ row.text" + "".join(f" ~ ('a' * {10**6})" for _ in range(25)) + " }}",
         "".join(
             f"{{% for {b} in [[{a}, {a}, {a}, {a}]] %}}" for a, b in zip("rabcdefghij", "abcdefghijk", strict=True)
@@ -179,7 +204,17 @@ def test_what_fails_for_a_row(text: str) -> None:
 def test_no_template_runs_without_end(text: str) -> None:
     """Loops, powers, repetition and nested copies stop at a count of work, not at a clock."""
     with pytest.raises(TemplateError):
-        render(text)
+        render(text, {**ROW, "many": {str(n): None for n in range(10_000)}})
+
+
+def test_rounding_and_numbers_are_jinjas() -> None:
+    """`round` with each method and sign of its places, and `int` of texts, give what jinja2's own give."""
+    own = ImmutableSandboxedEnvironment()
+    for value, places, method in itertools.product((7, -2.675, 1234.5, True), (-2, 0, 2), ("common", "ceil", "floor")):
+        text = f"{{{{ {value}|round({places}, '{method}') }}}}"
+        assert render(text) == own.from_string(text).render()
+    for text in ("{{ '12'|int }}", "{{ 'ff'|int(0, 16) }}", "{{ 'x'|int(5) }}", "{{ 3.9|int }}"):
+        assert render(text) == own.from_string(text).render()
 
 
 def test_a_long_output_is_an_error_of_the_row() -> None:

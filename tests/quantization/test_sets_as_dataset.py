@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -104,6 +105,23 @@ def test_evaluation_scores_answers(model: Path, dataset: Path) -> None:
     assert 4 * 47 < row.tokens < tokens
     limited = snugfit.evaluate([model], dataset=dataset, noise_floor="none", max_chunks=5)
     assert limited.contexts[0].chunks == 5
+
+
+def test_evaluation_refuses_limits_beside_a_set(model: Path, dataset: Path) -> None:
+    """Context lengths and tokens that would have no effect are refused, and a set that packs is noted."""
+    for name, value in (("contexts", (16, 32)), ("contexts", (64,)), ("max_tokens", 100)):
+        options: dict[str, Any] = {name: value}
+        with raises("option-conflict", where=name):
+            snugfit.evaluate([model], dataset=dataset, noise_floor="none", **options)
+    arguments = ["eval", str(model), "--dataset", str(dataset)]
+    for option, text in (("--context", "32"), ("--max-tokens", "100")):
+        assert failed_with(CliRunner().invoke(app, [*arguments, option, text]), "option-conflict", option)
+    heard = Heard()
+    snugfit.evaluate([model], dataset=dataset, noise_floor="none", progress=heard)
+    assert not any("packing" in message for message in heard.messages)
+    dataset.write_text(SET + "      packing: true\n", encoding="utf-8")
+    snugfit.evaluate([model], dataset=dataset, noise_floor="none", progress=heard)
+    assert any("packing" in message for message in heard.messages)
 
 
 def test_samples_are_cut_at_the_models_positions(model: Path, dataset: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
+import snugfit
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.hub_server import COMMIT, Hub, files_of, serve
 from helpers.tiny_families import random_rows, write_rows
+from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.records.quantize import RECORD_FILE
@@ -141,3 +144,17 @@ def test_ways_are_not_tried_on_a_model_on_the_hub(hub: Hub, tmp_path: Path) -> N
     assert record.arguments["effort"] == "fast"
     assert record.trials == ()
     assert all(hub.ranges())
+
+
+def test_datasets_are_compared_on_a_model_of_the_hub(hub: Hub, model: Path, tmp_path: Path) -> None:
+    """Texts are tokenized with the tokenizer of a model that nothing is cached of yet, as with that of a directory."""
+    directory = add_tokenizer(Path(shutil.copytree(model, tmp_path / "model")))
+    hub.files = files_of(directory)
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for file, text in zip(files, ("ab cd " * 200, "xyz? " * 200), strict=True):
+        file.write_text(text, encoding="utf-8")
+    options: dict[str, Any] = {"num_samples": 2, "max_seq_length": 32, "device": "cpu"}
+    found = snugfit.compare_datasets(*files, model="org/name", **options)
+    expected = snugfit.compare_datasets(*files, model=directory, **options)
+    assert (found.a.digest, found.b.digest) == (expected.a.digest, expected.b.digest)
+    assert found.linears == expected.linears

@@ -64,7 +64,13 @@ def show(
     from snugfit.report.dataset import print_dataset
 
     if model is None:
-        for name, value in (("held_out", held_out), ("output_dir", output_dir), ("num_samples", num_samples)):
+        for name, value in (
+            ("held_out", held_out),
+            ("output_dir", output_dir),
+            ("num_samples", num_samples),
+            ("max_seq_length", max_seq_length),
+            ("shuffle_seed", shuffle_seed),
+        ):
             if value is not None:
                 raise UserError("has no effect without `model`.", code="option-conflict", where=name)
         _print_sets(dataset or [], as_json=as_json)

@@ -54,6 +54,34 @@ def chat(tokenizer: Tokenizer, conversation: Conversation, where: str) -> list[i
     return tokenizer.chat(settled.messages, where=where, **settled.options)
 
 
+def as_plain_text(row: Conversation) -> str:
+    """A conversation as plain text, for a tokenizer without a chat template."""
+    texts = []
+    for message in row.messages:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        parts = content if isinstance(content, list) else [content]
+        found = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+        reasoning = message.get("reasoning_content") if isinstance(message, Mapping) else None
+        texts += [text for text in (reasoning, *found) if isinstance(text, str) and text]
+    return "\n\n".join(texts)
+
+
+def with_reasoning_inside(row: Conversation) -> Conversation:
+    """Reasoning as <think> before the answer, where the chat template does not read `reasoning_content`."""
+    messages = []
+    for message in row.messages:
+        if isinstance(message, Mapping) and message.get("reasoning_content"):
+            rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+            content = rest.get("content") or ""
+            inside = (
+                f"<think>{message['reasoning_content']}</think>\n{content}" if isinstance(content, str) else content
+            )
+            messages.append({**rest, "content": inside})
+        else:
+            messages.append(message)
+    return replace(row, messages=messages)
+
+
 def _variables(tokenizer: Tokenizer, tools: Any) -> frozenset[str]:
     """Names that the template looks up and that a row may give: none that transformers itself sets."""
     try:

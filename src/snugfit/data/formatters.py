@@ -136,8 +136,9 @@ def _auto(bound: _Bound, row: Mapping[str, Any], where: str) -> Row:
     found = read_entry(row, where)
     if isinstance(found, Conversation):
         return _conversation(bound, found.messages, row, where, found)
-    if bound.params.get("sys_prompt") and not isinstance(found, str):
-        raise _bad("`sys_prompt` needs a conversation.", where)
+    for name in ("sys_prompt", "tools", "chat_template_kwargs"):
+        if bound.params.get(name):
+            raise _bad(f"`{name}` needs a conversation.", where)
     prefix = bound.text("prefix", row, where)
     if prefix and not isinstance(found, str):
         raise _bad("`prefix` needs a text or a conversation.", where)
@@ -254,9 +255,8 @@ def _conversation(
     if read is None:
         return found
     options = {**read.options, **found.options}
-    return Conversation(
-        messages=found.messages, options=options, others=read.others, first_scored=read.first_scored + bool(system)
-    )
+    first_scored = read.first_scored + len(found.messages) - len(read.messages)  # what was added stands before
+    return Conversation(messages=found.messages, options=options, others=read.others, first_scored=first_scored)
 
 
 def _with_prefix(messages: list[Any], prefix: str, where: str) -> list[Any]:

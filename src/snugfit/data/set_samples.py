@@ -8,13 +8,15 @@ length. Limits on the whole set take samples in random order (`shuffle`), or eve
 from __future__ import annotations
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from snugfit.data.conversations import as_plain_text, with_reasoning_inside
 from snugfit.data.files import GZIP, open_text
 from snugfit.data.reader import MAX_CHARACTERS_PER_TOKEN, MIN_TOKENS, SampleReader, check_ids, shuffled
 from snugfit.data.rows import Conversation, Row, read_line
@@ -76,8 +78,10 @@ def draw_set(
     """
     samples: list[DrawnSample] = []
     uses: list[SourceUse] = []
+    taken: dict[str, _Taken] = {}
     for number in range(len(loaded.set.datasets)):
         drawing = _Drawing(loaded, number, tokenizer, request, tokenize)
+        drawing.taken = taken.setdefault(drawing.way, _Taken())
         found, use = drawing.run()
         samples += found
         uses.append(use)
@@ -104,9 +108,8 @@ def notes_on_sources(uses: Sequence[SourceUse]) -> list[str]:
         if skipped:
             reason, count = next(iter(use.skipped.items()))
             notes.append(f"{use.dataset}: {skipped} of {use.rows} rows skipped ({count} x {reason})")
-        found = use.rows - skipped
-        if use.asked is not None and found < use.asked and use.samples < use.asked:
-            notes.append(f"{use.dataset}: {use.samples} samples, and {use.asked} were asked for")
+        if use.asked is not None and use.drawn is not None and use.drawn < use.asked:
+            notes.append(f"{use.dataset}: {use.drawn} samples, and {use.asked} were asked for")
     return notes
 
 
@@ -139,6 +142,15 @@ def _seed(loaded: LoadedSet, request: DrawRequest) -> int:
     return loaded.set.seed if request.shuffle_seed is None else request.shuffle_seed
 
 
+@dataclass
+class _Taken:
+    """What earlier entries read of a dataset in one way: rows, samples of each text, tokens not yet in a sample."""
+
+    rows: int = 0
+    samples: Counter[str] = field(default_factory=Counter)
+    pending: list[int] = field(default_factory=list)  # of documents that are packed
+
+
 class _Drawing:
     """Draws the samples of one source."""
 
@@ -148,7 +160,7 @@ class _Drawing:
         self._loaded, self._number = loaded, number
         self._source: Source = loaded.set.datasets[number]
         self._tokenizer, self._request = tokenizer, request
-        # a dataset that is named twice gives other rows the second time
+        # at random a dataset that is named twice is drawn in another order the second time
         earlier = [(one.dataset, one.subset, one.split) for one in loaded.set.datasets[:number]]
         again = earlier.count((self._source.dataset, self._source.subset, self._source.split))
         self._seed = _seed(loaded, request) + again
@@ -163,7 +175,14 @@ class _Drawing:
         self._tokens = self._rows = 0
         self._skipped: Counter[str] = Counter()
         self._first_error: UserError | None = None
-        self._pending: list[int] = []  # of documents that are packed
+        self.taken = _Taken()
+
+    @property
+    def way(self) -> str:
+        """What a source reads, and how: an entry of the same way continues behind this one's rows."""
+        rest = {"num_samples", "max_tokens", "category", "language", "streaming", "draw", "packing"}
+        other_order = self._number if self._random else None
+        return repr((self._source.model_dump(exclude=rest), other_order, self._packing))
 
     def run(self) -> tuple[list[DrawnSample], SourceUse]:
         """The samples, and what the source gave."""
@@ -192,6 +211,7 @@ class _Drawing:
             category=source.category,
             language=source.language,
             asked=wanted,
+            drawn=len(self._samples),
             samples=len(self._samples),
             tokens=self._tokens,
             rows=self._rows,
@@ -224,8 +244,12 @@ class _Drawing:
 
     def _read_rows(self, rows: Iterator[RawRow], wanted: int | None) -> None:
         with closing(rows):  # type: ignore[type-var]  # rows are generators
+            if self.taken.pending and not self._pack(self._source.dataset, wanted):
+                return
+            deque(islice(rows, self.taken.rows), maxlen=0)
             for where, raw in rows:
                 self._rows += 1
+                self.taken.rows += 1
                 try:
                     ids, scored = self._tokenize(self._row(raw, where), where)
                     check_ids(ids, where, self._request.vocabulary)
@@ -235,26 +259,30 @@ class _Drawing:
                     if error.code not in _ROW_CODES:
                         raise
                     self._skip(error)
-                    if not (self._samples or self._pending) and self._rows >= MAX_BAD_ROWS:
+                    if not (self._samples or self.taken.pending) and self._rows >= MAX_BAD_ROWS:
                         return
-        if self._pending and not self._samples and len(self._pending) >= MIN_TOKENS:
-            self._add(self._pending, None, self._source.dataset)
+        if not self._samples and len(self.taken.pending) >= MIN_TOKENS:
+            self._add(list(self.taken.pending), None, self._source.dataset)
+        self.taken.pending.clear()
 
     def _take(self, ids: list[int], scored: tuple[int, ...] | None, where: str, wanted: int | None) -> bool:
         """Add the sample of a row, or those that its tokens complete; whether more are wanted."""
         if not self._packing:
-            cut = ids[: self._length]
-            kept = None if scored is None else tuple(position for position in scored if position < len(cut))
-            if len(cut) < MIN_TOKENS or kept == ():
-                what = f"fewer than {MIN_TOKENS} tokens." if len(cut) < MIN_TOKENS else "no token to score."
-                raise UserError(what, code="dataset-too-small", where=where)
+            if len(ids[: self._length]) < MIN_TOKENS:
+                raise UserError(f"fewer than {MIN_TOKENS} tokens.", code="dataset-too-small", where=where)
+            cut, kept = _first_tokens(ids, scored, self._length, where)
             return self._add(cut, kept, where) and (wanted is None or len(self._samples) < wanted)
         if not ids:
             raise UserError("no tokens.", code="dataset-too-small", where=where)
         end = self._tokenizer.end_token
-        self._pending += ids if end is None or ids[-1] == end else [*ids, end]
-        while len(self._pending) >= self._length:
-            sample, self._pending = self._pending[: self._length], self._pending[self._length :]
+        self.taken.pending += ids if end is None or ids[-1] == end else [*ids, end]
+        return self._pack(where, wanted)
+
+    def _pack(self, where: str, wanted: int | None) -> bool:
+        """Add the samples that are complete; whether more are wanted."""
+        pending = self.taken.pending
+        while len(pending) >= self._length:
+            sample, pending[:] = pending[: self._length], pending[self._length :]
             if not self._add(sample, None, where) or (wanted is not None and len(self._samples) >= wanted):
                 return False
         return True
@@ -264,7 +292,7 @@ class _Drawing:
         if self._budget is not None and self._tokens + len(ids) > self._budget:
             if self._samples:
                 return False
-            ids = ids[: self._budget]
+            ids, scored = _first_tokens(ids, scored, self._budget, where)
         self._samples.append(DrawnSample(ids, where, self._number, scored))
         self._tokens += len(ids)
         return True
@@ -276,8 +304,8 @@ class _Drawing:
             return row
         template = self._tokenizer.chat_template
         if template is None and self._loaded.set.without_template == "join":
-            return _joined(row)
-        return row if template is not None and "reasoning_content" in template else _with_reasoning_inside(row)
+            return as_plain_text(row)
+        return row if template is not None and "reasoning_content" in template else with_reasoning_inside(row)
 
     def _skip(self, error: UserError) -> None:
         self._first_error = self._first_error or error
@@ -289,6 +317,8 @@ class _Drawing:
         where = self._loaded.place_of(self._number)
         if self._first_error is None:
             what = f"{self._source.dataset} has no rows."
+            if self.taken.rows or self.taken.samples:
+                what = f"earlier entries of the set took all that {self._source.dataset} has."
             return UserError(what, code="dataset-too-small", where=where, remedy="Name another source.")
         reason, _ = self._skipped.most_common(1)[0]
         what = f"none of the first {self._rows} rows of {self._source.dataset} can be used: {reason}."
@@ -307,9 +337,11 @@ class _Drawing:
                 return
             self._rows += 1
             try:
-                for ids in self._cut(file, share):
+                skip = self.taken.samples[str(file)]
+                for ids in islice(self._cut(file, None if share is None else share + skip), skip, None):
                     if not self._add(ids, None, str(file)):
                         return
+                    self.taken.samples[str(file)] += 1
             except UserError as error:
                 if error.code not in _ROW_CODES:
                     raise
@@ -328,6 +360,14 @@ class _Drawing:
         yield from self._reader.cut(text, len(text) if share is None else share, where)
 
 
+def _first_tokens(ids: list[int], scored: tuple[int, ...] | None, count: int, where: str) -> Scored:
+    """The first `count` tokens and those of them that are scored; UserError where none is."""
+    kept = None if scored is None else tuple(position for position in scored if position < count)
+    if kept == ():
+        raise UserError("no token to score.", code="dataset-too-small", where=where)
+    return ids[:count], kept
+
+
 def _windows(file: Path, count: int, size: int, seed: int) -> Iterator[str]:
     """Pieces of a large text, one at a random place of each of `count` parts, from the beginning of a line."""
     generator = random.Random(seed)  # noqa: S311  # no secret
@@ -337,31 +377,3 @@ def _windows(file: Path, count: int, size: int, seed: int) -> Iterator[str]:
             stream.seek(int((number + generator.random()) * part))
             text = stream.read(size).decode("utf-8", "ignore").replace("\r\n", "\n").replace("\r", "\n")
             yield text.partition("\n")[2] or text
-
-
-def _joined(row: Conversation) -> str:
-    """A conversation as plain text, for a tokenizer without a chat template."""
-    texts = []
-    for message in row.messages:
-        content = message.get("content") if isinstance(message, Mapping) else None
-        parts = content if isinstance(content, list) else [content]
-        found = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
-        reasoning = message.get("reasoning_content") if isinstance(message, Mapping) else None
-        texts += [text for text in (reasoning, *found) if isinstance(text, str) and text]
-    return "\n\n".join(texts)
-
-
-def _with_reasoning_inside(row: Conversation) -> Conversation:
-    """Reasoning as <think> before the answer, where the chat template does not read `reasoning_content`."""
-    messages = []
-    for message in row.messages:
-        if isinstance(message, Mapping) and message.get("reasoning_content"):
-            rest = {key: value for key, value in message.items() if key != "reasoning_content"}
-            content = rest.get("content") or ""
-            inside = (
-                f"<think>{message['reasoning_content']}</think>\n{content}" if isinstance(content, str) else content
-            )
-            messages.append({**rest, "content": inside})
-        else:
-            messages.append(message)
-    return replace(row, messages=messages)

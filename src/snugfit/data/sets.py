@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, field_validator
 
-from snugfit.data.formatters import AUTO, FORMATTERS, Formatter, Params, bind
+from snugfit.data.formatters import AUTO, Formatter, Params, bind
 from snugfit.errors import UserError
 from snugfit.strict_yaml import YamlDocument, load_yaml, read_yaml_text
 
@@ -42,7 +42,7 @@ _SEE = "docs/datasets.md lists the keys; `snugfit dataset default` prints an exa
 class Source(BaseModel):
     """One entry of `datasets` as written.
 
-    `draw`, `packing` and `without_template` replace those of the set. `num_samples` counts samples, "all" for as many
+    `draw` and `packing` replace those of the set. `num_samples` counts samples, "all" for as many
     as there are; `max_tokens` limits their tokens.
     """
 
@@ -211,8 +211,3 @@ def _number_as_text(value: Any) -> Any:
 
 def _invalid(what: str, where: str, remedy: str) -> UserError:
     return UserError(what, code="dataset-set-invalid", where=where, remedy=remedy)
-
-
-def known_formatters() -> tuple[str, ...]:
-    """Names that `formatter` can have."""
-    return tuple(FORMATTERS)

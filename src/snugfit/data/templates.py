@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
 from difflib import get_close_matches
 from typing import Any, NoReturn
 
@@ -22,6 +21,7 @@ import jinja2
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from snugfit.data.template_numbers import MAX_BITS, add_up, bits, bits_after, rounded, small
 from snugfit.errors import UserError
 
 Filter = Callable[..., Any]
@@ -30,7 +30,6 @@ MAX_WORK = 20_000_000  # characters and list entries that a template may handle 
 MAX_OUTPUT = 1_000_000  # characters
 _MAX_NODES = 20_000  # of a template
 _MAX_DEPTH = 60
-_MAX_BITS = 4096  # of a number
 _METHODS = frozenset(
     (
         *("strip", "lstrip", "rstrip", "lower", "upper", "title", "capitalize", "split", "splitlines", "startswith"),
@@ -40,8 +39,8 @@ _METHODS = frozenset(
 )
 _BUILT_IN_FILTERS = frozenset(
     (
-        *("abs", "capitalize", "count", "d", "default", "first", "float", "int", "items", "last", "length", "list"),
-        *("lower", "reverse", "round", "sort", "title", "trim", "truncate", "unique", "upper", "wordcount"),
+        *("abs", "capitalize", "count", "d", "default", "first", "float", "items", "last", "length", "list"),
+        *("lower", "reverse", "sort", "title", "trim", "truncate", "unique", "upper", "wordcount"),
     )
 )
 _ALLOWED_NODES = (
@@ -73,8 +72,10 @@ def stable_hash(value: Any) -> int:
 
 
 def is_template(value: Any) -> bool:
-    """Whether a parameter is rendered for every row: a text with `{{` and `}}`."""
-    return isinstance(value, str) and "{{" in value and "}}" in value
+    """Whether a parameter is rendered for every row: a text with `{{` and `}}`, or `{%` and `%}`."""
+    return isinstance(value, str) and any(
+        begin in value and end in value for begin, end in (("{{", "}}"), ("{%", "%}"))
+    )
 
 
 class RowTemplate:
@@ -109,7 +110,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     def __init__(self) -> None:
-        super().__init__(undefined=jinja2.StrictUndefined, autoescape=False, optimized=False, finalize=_shown)
+        super().__init__(undefined=jinja2.StrictUndefined, autoescape=False, optimized=False, finalize=self._shown)
         self.work = 0
         self.globals = dict(_functions(self))
         known: Mapping[str, Any] = self.filters
@@ -118,12 +119,15 @@ class _Environment(ImmutableSandboxedEnvironment):
             "hash": stable_hash,
             "string": _shown_text,
             "tojson": canonical_text,
-            "sum": _sum,
+            "sum": add_up,
             "min": min,
             "max": max,
+            "round": rounded,
+            "int": small(known["int"]),
         }
         self.filters = built_in | {name: _counted(self, name, function) for name, function in own.items()}
         self.filters |= {"join": self._join, "replace": self._replace, _CONCAT: self._concat, _STEPS: self._steps}
+        self.filters |= {_COMPARED: self._compared, _SLICED: self._sliced}
 
     def handle_exception(self, source: str | None = None) -> NoReturn:  # noqa: ARG002  # jinja2's signature
         """Raise the error at hand as it is; jinja2 would compile code that shows the template's lines."""
@@ -144,10 +148,11 @@ class _Environment(ImmutableSandboxedEnvironment):
             one = left.pop()
             if isinstance(one, jinja2.Undefined):
                 continue
-            self.charge(8 + (len(one) if hasattr(one, "__len__") else 0))
+            size = one.bit_length() // 4 if isinstance(one, int) else len(one) if hasattr(one, "__len__") else 0
+            self.charge(8 + size)
             if isinstance(one, Mapping):
                 left += one.values()
-            elif isinstance(one, list | tuple):
+            elif isinstance(one, list | tuple | KeysView | ValuesView | ItemsView):
                 left += one
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,7 +162,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.charge_value(owner)
         self.charge_value(args)
         found = super().call(context, function, *args, **kwargs)
-        self.charge_value(list(found) if isinstance(found, type({}.items()) | type({}.keys())) else found)
+        self.charge_value(found)
         return found
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -172,7 +177,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             elif operator != "+" or type(left) is not type(right):
                 kinds = f"{type(left).__name__} {operator} {type(right).__name__}"
                 raise TemplateError(f"the template fails (no such operation: {kinds})")
-        elif _bits_after(operator, left, right) > _MAX_BITS:
+        elif max(bits_after(operator, left, right), *(bits(n) for n in (left, right) if isinstance(n, int))) > MAX_BITS:
             raise TemplateError("the template fails (a number becomes too large)")
         return super().call_binop(context, operator, left, right)
 
@@ -180,12 +185,24 @@ class _Environment(ImmutableSandboxedEnvironment):
         found = list(values)
         if attribute is not None:
             found = [self.getitem(one, attribute) for one in found]
-        texts = [_shown_text(one) for one in found]
-        self.charge(sum(map(len, texts)) + len(texts) * len(separator))
+        texts = []
+        for one in found:
+            texts.append(self._text(one))
+            self.charge(len(texts[-1]) + len(separator))
         return separator.join(texts)
 
+    def _text(self, value: Any) -> str:
+        """The text of a value, which is counted where it must be made."""
+        if not isinstance(value, str):
+            self.charge_value(value)
+        return _shown_text(value)
+
+    def _shown(self, value: Any) -> Any:
+        """What an expression prints; TypeError for what has no text that is the same everywhere."""
+        return value if isinstance(value, jinja2.Undefined) else self._text(value)
+
     def _replace(self, text: str, old: str, new: str) -> str:
-        text = _shown_text(text)
+        text = self._text(text)
         self.charge(len(text) + text.count(old) * len(new))
         return text.replace(old, new)
 
@@ -198,8 +215,17 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.charge(100)
             yield value
 
+    def _compared(self, value: Any) -> Any:
+        self.charge_value(value)
+        return value
 
-_CONCAT, _STEPS = " concat", " steps"  # filters of ours: no template can name them
+    def _sliced(self, value: Any) -> Any:
+        self.charge(8 + (len(value) if hasattr(value, "__len__") else 0))
+        return value
+
+
+# filters of ours: no template can name them
+_CONCAT, _STEPS, _COMPARED, _SLICED = " concat", " steps", " compared", " sliced"
 
 
 def _limited(parts: Iterable[str]) -> Iterator[str]:
@@ -222,7 +248,7 @@ def _functions(environment: _Environment) -> Iterator[tuple[str, Callable[..., A
         return call
 
     plain: dict[str, Callable[..., Any]] = {"hash": stable_hash, "len": len, "abs": abs, "max": max, "min": min}
-    yield from (plain | {"sum": _sum}).items()
+    yield from (plain | {"sum": add_up}).items()
     yield from ((function.__name__, listed(function)) for function in (range, sorted, enumerate, zip))
 
 
@@ -290,6 +316,8 @@ def _check_access(node: nodes.Node, functions: Mapping[str, Any], where: str) ->
         if not allowed or node.dyn_args is not None or node.dyn_kwargs is not None:
             names = ", ".join([*functions, *sorted(_METHODS)])
             raise _invalid("this call is not allowed.", where, f"Functions and methods of templates: {names}.")
+    if isinstance(node, nodes.Test) and (node.kwargs or node.dyn_args is not None or node.dyn_kwargs is not None):
+        raise _invalid("a test takes plain values.", where)
     if isinstance(node, nodes.Getitem) and isinstance(node.node, nodes.List) and isinstance(node.arg, nodes.Mod):
         divisor, entries = node.arg.right, len(node.node.items)
         if isinstance(divisor, nodes.Const) and isinstance(divisor.value, int) and divisor.value > entries:
@@ -298,7 +326,7 @@ def _check_access(node: nodes.Node, functions: Mapping[str, Any], where: str) ->
 
 
 def _bounded(tree: nodes.Template) -> nodes.Template:
-    """The tree with every loop counted, and `~` as a filter that counts."""
+    """The tree with loops, comparisons, tests, slices and computed keys counted, and `~` as a filter that counts."""
 
     def changed(node: nodes.Node) -> nodes.Node:
         for field, value in node.iter_fields():
@@ -306,21 +334,35 @@ def _bounded(tree: nodes.Template) -> nodes.Template:
                 setattr(node, field, [changed(one) if isinstance(one, nodes.Node) else one for one in value])
             elif isinstance(value, nodes.Node):
                 setattr(node, field, changed(value))
-        if isinstance(node, nodes.For):
-            node.iter = nodes.Filter(node.iter, _STEPS, [], [], None, None, lineno=node.lineno)
-        if isinstance(node, nodes.Concat):
-            inside = nodes.List(node.nodes, lineno=node.lineno)
-            return nodes.Filter(inside, _CONCAT, [], [], None, None, lineno=node.lineno)
-        return node
+        return _counting(node)
 
     found = changed(tree)
     assert isinstance(found, nodes.Template)
     return found
 
 
-def _shown(value: Any) -> Any:
-    """What an expression prints; TypeError for what has no text that is the same everywhere."""
-    return value if isinstance(value, jinja2.Undefined) else _shown_text(value)
+def _counting(node: nodes.Node) -> nodes.Node:
+    """A node whose operands pass a filter that counts them."""
+
+    def through(name: str, value: nodes.Node) -> nodes.Filter:
+        assert isinstance(value, nodes.Expr)
+        return nodes.Filter(value, name, [], [], None, None, lineno=node.lineno)
+
+    if isinstance(node, nodes.For):
+        node.iter = through(_STEPS, node.iter)
+    if isinstance(node, nodes.Concat):
+        return through(_CONCAT, nodes.List(node.nodes, lineno=node.lineno))
+    if isinstance(node, nodes.Compare | nodes.Operand):
+        node.expr = through(_COMPARED, node.expr)
+    if isinstance(node, nodes.Test):
+        node.node = through(_COMPARED, node.node)
+        node.args = [through(_COMPARED, one) for one in node.args]
+    if isinstance(node, nodes.Getitem):
+        if isinstance(node.arg, nodes.Slice):
+            node.node = through(_SLICED, node.node)
+        elif not isinstance(node.arg, nodes.Const):
+            node.arg = through(_COMPARED, node.arg)
+    return node
 
 
 def _shown_text(value: Any) -> str:
@@ -329,26 +371,6 @@ def _shown_text(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float):
         return str(value)
     return canonical_text(value)
-
-
-def _sum(values: Iterable[Any], start: float = 0) -> Any:
-    found = start
-    for value in values:
-        if not isinstance(value, int | float):
-            raise TypeError("sum adds numbers")
-        found += value
-    return found
-
-
-def _bits_after(operator: str, left: float, right: float) -> float:
-    """Bits at most of a number that `*` or `**` gives; 0 for operators that make no large numbers."""
-    if operator == "**":
-        return _bits(left) * max(1, abs(right))
-    return _bits(left) + _bits(right) if operator == "*" else 0
-
-
-def _bits(number: float) -> int:
-    return abs(number).bit_length() if isinstance(number, int) else 64 + (0 if math.isfinite(number) else _MAX_BITS)
 
 
 def _without_nulls(value: Any) -> Any:

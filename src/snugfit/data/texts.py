@@ -34,6 +34,7 @@ from snugfit.data.tokenizer import Tokenizer, common_prefix
 from snugfit.errors import UserError
 from snugfit.records.evaluation import TextRecord
 
+DEFAULT_CONTEXTS = (2048,)
 CHAT = 0  # the context of JSONL rows, each of its own length
 SAMPLE_CHARACTERS = 20_000  # on which two tokenizers must agree
 
@@ -68,7 +69,8 @@ def read_chunks(
 ) -> tuple[list[Chunks], list[TextRecord]]:
     """Chunks of every context length over all plain `files`, rows of the JSONL files, and a record of each file.
 
-    One set in place of the files: its samples, at most `max_chunks`, cut at its own length and at `positions`.
+    One set in place of the files: its samples, at most `max_chunks`, cut at its own length and at `positions`;
+    UserError for other `contexts` than the default, and for `max_tokens`.
 
     At most `max_chunks` chunks of each length, an equal share of each text, from its beginning; `max_tokens` instead
     takes as many tokens of the texts at every length. No files: the half of Python's documentation topics that
@@ -77,8 +79,10 @@ def read_chunks(
     """
     _check_options(contexts, max_chunks, max_tokens)
     if (one := the_set(files)) is not None:
+        loaded = load_set(one)
+        _check_no_limits(loaded, contexts, max_tokens)
         request = DrawRequest(num_samples=max_chunks, vocabulary=vocabulary, positions=positions, pack=False)
-        return _chunks_of_set(tokenizer, load_set(one), request)
+        return _chunks_of_set(tokenizer, loaded, request)
     plain, logs, records = _read_files(files)
     groups = []
     if plain:
@@ -98,9 +102,20 @@ def _chunks_of_set(
 ) -> tuple[list[Chunks], list[TextRecord]]:
     samples, uses = draw_set(loaded, tokenizer, request, lambda row, where: _scored(tokenizer, row, where))
     rows = [(sample.where, sample.ids, sample.scored) for sample in samples]
-    return [replace(_chunks(CHAT, rows), notes=tuple(notes_on_sources(uses)))], [
-        TextRecord(loaded.name, loaded.digest, "set")
-    ]
+    notes = notes_on_sources(uses)
+    if any(loaded.set.packing if source.packing is None else source.packing for source in loaded.set.datasets):
+        notes.append(f"{loaded.name}: `packing` has no effect, each row is evaluated by itself")
+    return [replace(_chunks(CHAT, rows), notes=tuple(notes))], [TextRecord(loaded.name, loaded.digest, "set")]
+
+
+def _check_no_limits(loaded: LoadedSet, contexts: Sequence[int], max_tokens: int | None) -> None:
+    """UserError for a limit that a caller gives beside a set, which says itself how long its samples are."""
+    given = {"contexts": tuple(contexts) not in ((), DEFAULT_CONTEXTS), "max_tokens": max_tokens is not None}
+    for name, is_given in given.items():
+        if is_given:
+            what = f"has no effect on {loaded.name}: the samples of a set have their own lengths."
+            remedy = "Set `max_seq_length` or `max_tokens` in the set, or give `max_chunks`."
+            raise UserError(what, code="option-conflict", where=name, remedy=remedy)
 
 
 def _check_options(contexts: Sequence[int], max_chunks: int | None, max_tokens: int | None) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from snugfit.arguments import as_sequence
 from snugfit.data import texts
 from snugfit.data.python_docs import no_dataset_message
+from snugfit.data.texts import DEFAULT_CONTEXTS
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.evaluation.continuations import compare_continuations
 from snugfit.evaluation.evaluated_model import EvaluatedModel
@@ -47,7 +48,6 @@ from snugfit.report import plots, tables
 from snugfit.storage.staging import staged
 from snugfit.version import __version__
 
-DEFAULT_CONTEXTS = (2048,)
 DEFAULT_CONTINUATIONS = 5
 
 

@@ -35,7 +35,7 @@ from snugfit.model.experts import DOWN
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.plan import measure_only
-from snugfit.quantization.prepare import Calibration, check_options, load_samples, prepare
+from snugfit.quantization.prepare import Calibration, check_options, load_samples, prepare, with_other_files
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run, run_layers
 from snugfit.records.dataset import (
@@ -89,7 +89,7 @@ def compare_datasets(
     sides = [replace(calibration, dataset=as_sequence(files)) for files in (a, b)]
     for side in sides:
         check_files(side.dataset)
-    plan = measure_only(read_layout(model))
+    plan = with_other_files(measure_only(read_layout(model)))  # tokenizers are among them
     found = [load_samples(plan, side) for side in sides]
     if found[0].digest == found[1].digest:
         what = "both datasets give the same samples."

@@ -258,7 +258,7 @@ def prepare(
     check_options(calibration)
     dtype = pick_dtype(calibration.dtype)
     device = pick_device(calibration.device)
-    plan = _with_other_files(plan)
+    plan = with_other_files(plan)
     known = None if calibration.statistics is None else load_statistics(Path(calibration.statistics))
     if method is not None and method.observe is not None and known is not None:
         what = "this method measures the layers itself, so statistics cannot take the place of samples."
@@ -402,7 +402,7 @@ def _notes(plan: Plan, calibration: Calibration, dataset: Dataset | None, known:
     return notes
 
 
-def _with_other_files(plan: Plan) -> Plan:
+def with_other_files(plan: Plan) -> Plan:
     """The plan with the model's files without weights on this disk: of a Hub model only config files are so far."""
     if plan.checkpoint.remote is None:
         return plan

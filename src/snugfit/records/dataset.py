@@ -17,7 +17,8 @@ RAISED = 1.25  # times a largest magnitude: more is counted
 class SourceUse:
     """What one source of a dataset gave.
 
-    `revision` is the commit of a set on the Hub. `asked` is the number of samples that were wanted, None for all.
+    `revision` is the commit of a set on the Hub. `asked` is the number of samples that were wanted, None for all;
+    `drawn` is what there was before limits on the whole set left `samples` of it, None for plain files.
     `skipped` counts rows that gave no sample, by reason.
     """
 
@@ -29,6 +30,7 @@ class SourceUse:
     category: str = ""
     language: str = ""
     asked: int | None = None
+    drawn: int | None = None
     samples: int
     tokens: int
     rows: int
