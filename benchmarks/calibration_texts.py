@@ -70,7 +70,8 @@ def _take_only(name: str) -> None:
     all_ways = ways.ways_of
 
     def one(*given: Any, **named: Any) -> tuple[ways.Way, ...]:
-        return tuple(way for way in all_ways(*given, **named) if way.name == name)
+        found = all_ways(*given, **named)
+        return tuple(way for way in found if way.name == name) or found  # an exact recipe has one way
 
     prepare.ways_of = one  # type: ignore[attr-defined]
 
