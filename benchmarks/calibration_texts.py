@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from one_way import take_only
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.progress import TerminalProgress
-from snugfit.quantization import prepare, ways
 from snugfit.quantization.quantize import quantize
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     usual, short, long = options.samples
     if options.way:
-        _take_only(options.way)
+        take_only(options.way)
     texts = {name: Path(calibration) for name, calibration, _ in options.domain}
     every = list(texts.values())
     runs: dict[str, tuple[Sequence[Path], int]] = {f"{name} alone": ([text], usual) for name, text in texts.items()}
@@ -63,17 +63,6 @@ def main() -> None:
             print(domain, name, result[name][domain], flush=True)
     (options.work / "calibration_texts.json").write_text(json.dumps(result, indent=2), encoding="utf-8")
     _print(result, [domain for domain, *_ in options.domain], options.context // 4)
-
-
-def _take_only(name: str) -> None:
-    """Let runs make one way alone."""
-    all_ways = ways.ways_of
-
-    def one(*given: Any, **named: Any) -> tuple[ways.Way, ...]:
-        found = all_ways(*given, **named)
-        return tuple(way for way in found if way.name == name) or found  # an exact recipe has one way
-
-    prepare.ways_of = one  # type: ignore[attr-defined]
 
 
 def _make(options: argparse.Namespace, name: str, texts: Sequence[Path], length: int) -> Path:

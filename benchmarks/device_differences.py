@@ -15,12 +15,11 @@ import argparse
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from one_way import take_only
 from snugfit.evaluation.evaluate import evaluate
-from snugfit.quantization import prepare, ways
 from snugfit.quantization.quantize import quantize
 from snugfit.storage.checkpoint import read_tensor
 from snugfit.storage.open import open_checkpoint
@@ -30,15 +29,10 @@ KINDS = ("weight_packed", "weight_scale", "weight_global_scale", "input_global_s
 
 def main() -> None:
     options = _options()
-    all_ways = ways.ways_of
     print("| way | " + " | ".join((*KINDS, "others")) + " | KL, CPU | KL, CUDA | seconds, CPU / CUDA |")
     print("|---|" + "---|" * (len(KINDS) + 4))
     for name in options.ways:
-
-        def one(*given: Any, name: str = name, **named: Any) -> tuple[ways.Way, ...]:
-            return tuple(way for way in all_ways(*given, **named) if way.name == name)
-
-        prepare.ways_of = one  # type: ignore[attr-defined]
+        take_only(name)
         made = {kind: _make(options, name, kind) for kind in ("cpu", "cuda", "cuda again")}
         assert not sum(_differences(made["cuda"][0], made["cuda again"][0])[0].values()), "two runs on CUDA differ"
         different, total = _differences(made["cpu"][0], made["cuda"][0])

@@ -21,24 +21,20 @@ from typing import Any
 
 import torch
 
+from one_way import take_only
 from snugfit.progress import TerminalProgress
-from snugfit.quantization import learned, prepare, ways
+from snugfit.quantization import learned
 from snugfit.quantization.quantize import plan_quantization, quantize
 
 
 def main() -> None:
     options = _options()
     found = []
-    all_ways = ways.ways_of
+    if options.start:
+        take_only(options.start)
     for travel in options.travel:
         for passes in options.passes:
             learned.TRAVEL, learned.PASSES, learned.STEPS = travel, passes, options.steps
-
-            def some(*given: Any, **named: Any) -> tuple[ways.Way, ...]:
-                tried = all_ways(*given, **named)
-                return tuple(way for way in tried if options.start in ("", way.name))
-
-            prepare.ways_of = some  # type: ignore[attr-defined]
             found.append({"travel": travel, "passes": passes, "steps": options.steps, **_run(options)})
     (options.work / "learned_scales.json").write_text(json.dumps(found, indent=2), encoding="utf-8")
 

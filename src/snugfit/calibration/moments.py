@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.model.experts import NoHooks
-from snugfit.model.forward_pass import Batch
+from snugfit.model.forward_pass import Batch, real_tokens
 
 _COLUMNS = 512  # of a Gram matrix made at once: it is symmetric, so half of them are enough
 SAMPLED_TOKENS = 512  # inputs that are kept as they are
@@ -43,8 +43,7 @@ class MomentsObserver:
 
     def _hook(self, sums: _Sums):  # type: ignore[no-untyped-def]  # noqa: ANN202
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs = args[0] if self._valid is None else args[0].reshape(*self._valid.shape, -1)[self._valid]
-            sums.add(inputs.reshape(-1, inputs.shape[-1]))
+            sums.add(real_tokens(args[0], self._valid))
 
         return hook
 

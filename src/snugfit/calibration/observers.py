@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from snugfit.model.cache import NoCache
 from snugfit.model.experts import NoHooks
-from snugfit.model.forward_pass import Batch
+from snugfit.model.forward_pass import Batch, real_tokens
 from snugfit.records.statistics import BINS, SAMPLED, SHIFT, ExpertStatistics, InputStatistics
 
 
@@ -29,9 +29,7 @@ class InputObserver:
 
     def _watch(self, module: nn.Module, name: str) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            # some models flatten [B, T, K] to [B * T, K] before a linear
-            inputs = args[0] if self._valid is None else args[0].reshape(*self._valid.shape, -1)[self._valid]
-            self._found.setdefault(name, _Magnitudes()).add(inputs.reshape(-1, inputs.shape[-1]))
+            self._found.setdefault(name, _Magnitudes()).add(real_tokens(args[0], self._valid))
 
         module.register_forward_pre_hook(hook)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from snugfit.calibration.moments import ExpertMoments, Moments, MomentsObserver
 from snugfit.model.experts import NoHooks
-from snugfit.model.forward_pass import Batch
+from snugfit.model.forward_pass import Batch, real_tokens
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TwoSides:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             assert self._parts is not None
             for part, channels in zip(self._parts, self._channels, strict=True):
-                inputs = args[0].reshape(*part.valid.shape, -1)[part.valid]
+                inputs = real_tokens(args[0], part.valid)
                 if len(inputs):
                     amax = inputs.abs().amax(0).float()
                     channels[name] = torch.maximum(channels[name], amax) if name in channels else amax

@@ -78,8 +78,7 @@ def evaluate(
     arithmetic, on one chunk in eight. In conversations both models continue from the `continuations` positions where a
     model diverges most from the reference. A `server` is one more model, after the others. `dtype` ("bfloat16",
     "float16", "float32") is what models are run in, by default each config's own. `allow_long_context` permits
-    contexts beyond the
-    models' positions. Raises UserError for bad input, before the long work where possible.
+    contexts beyond the models' positions. Raises UserError for bad input, before the long work where possible.
     """
     clock = Clock()
     models, dataset = as_sequence(models), as_sequence(dataset)

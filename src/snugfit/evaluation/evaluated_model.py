@@ -7,7 +7,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -190,8 +189,9 @@ def last_states(
     One decoder layer is in memory at a time; `advance` is called after each. `warn` receives a message that names
     the first layer whose hidden states are not finite. `watch` sees the inputs of linears with static scales of these.
     """
-    settings: dict[str, Any] = {"tokens_per_batch": tokens_per_batch, "advance": advance, "warn": warn}
-    batches = pass_layers(model, rows, device, **settings, watch=watch)
+    batches = pass_layers(
+        model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn, watch=watch
+    )
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     size = sum(len(wanted) for wanted in positions) * sum(batch.hidden[0, 0].nbytes for batch in batches[:1])
     home = device if device.type == "cpu" or STATES_SHARE * size <= free_bytes(device) else torch.device("cpu")

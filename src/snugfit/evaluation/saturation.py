@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from snugfit.engines.fused import group_modules
 from snugfit.model.emulate import ExpertInputs
-from snugfit.model.experts import DOWN, ExpertNames, NoHooks
-from snugfit.model.forward_pass import Batch
+from snugfit.model.experts import DOWN, ExpertNames, NoHooks, Watching
+from snugfit.model.forward_pass import Batch, real_tokens
 
 _ROUNDED = 1 + 2.0**-20  # what two reciprocals in fp32 may take of a range
 
@@ -60,8 +60,7 @@ class InputWatch:
             sums = self._sums[module, f"{module}.weight"] = _Sums(ranges[group[0]])
 
             def hook(_: nn.Module, args: tuple[Tensor, ...], sums: _Sums = sums) -> None:
-                inputs = args[0] if self._valid is None else args[0].reshape(*self._valid.shape, -1)[self._valid]
-                sums.add(inputs.reshape(-1, inputs.shape[-1]))
+                sums.add(real_tokens(args[0], self._valid))
 
             layer.get_submodule(modules[group[0]]).register_forward_pre_hook(hook)
 
@@ -76,7 +75,7 @@ class InputWatch:
             sums.append(None if limit is None else _Sums(limit))
             if (one := sums[-1]) is not None:
                 self._sums[f"{module}.{what}", prefix + next(weights)] = one
-        return _WatchedExperts(self, inputs, sums[0], sums[1])
+        return Watching(inputs, _ExpertWatch(self, sums[0], sums[1]))
 
     @property
     def valid(self) -> Tensor | None:
@@ -88,26 +87,25 @@ class InputWatch:
         return [sums.result(*names) for names, sums in self._sums.items() if sums.tokens]
 
 
-class _WatchedExperts(NoHooks):
-    """Watches the inputs of experts, then rounds them."""
+class _ExpertWatch(NoHooks):
+    """Sees the inputs of experts."""
 
-    def __init__(self, watch: InputWatch, inputs: ExpertInputs, gate_up: _Sums | None, down: _Sums | None) -> None:
-        self._watch, self._inputs = watch, inputs
-        self._gate_up, self._down = gate_up, down
+    def __init__(self, watch: InputWatch, gate_up: _Sums | None, down: _Sums | None) -> None:
+        self._watch, self._gate_up, self._down = watch, gate_up, down
 
     def first(self, hidden: Tensor) -> Tensor:
         """Inputs of all gate and up projections [tokens, K]."""
         if self._gate_up is not None:
             valid = self._watch.valid
             self._gate_up.add(hidden if valid is None else hidden[valid.reshape(-1)])
-        return self._inputs.first(hidden)
+        return hidden
 
-    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:
+    def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:  # noqa: ARG002
         """Inputs of an expert's down projection [n, K]."""
         if self._down is not None:
             valid = self._watch.valid
             self._down.add(hidden if valid is None else hidden[valid.reshape(-1)[tokens]])
-        return self._inputs.second(expert, hidden, tokens, forced=forced)
+        return hidden
 
 
 class _Sums:

@@ -29,7 +29,7 @@ from snugfit.methods.columns import nearest
 from snugfit.methods.expert_folds import Product, fold_experts, fold_products
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.folds import Fold, Scaling
-from snugfit.methods.gptq import Feedback, Steps, descend, feedback_of, round_with_feedback
+from snugfit.methods.gptq import Steps, feedback_of, round_weight
 from snugfit.methods.integer_scales import integer_scales
 from snugfit.methods.method import Choice, ObservedLayer, Purpose, Target, WeightGroup
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
@@ -41,7 +41,6 @@ SCANNED_TOKENS = 8192  # that fold strengths and ranges of inputs are chosen on
 HEADROOM = 2.0  # of the range of 4-bit inputs over the largest one that was scanned
 SEARCHED_ROWS = 1024  # output features that fold strengths are tried on
 SEARCHED_ROWS_OF_EXPERT = 256
-SLICE = {"cpu": 1 << 22, "cuda": 1 << 25}  # values of a weight rounded at once
 # exponents (a, b) of s = x^a / w^b that are tried
 STRENGTHS = ((0.15, 0.35), (0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.25, 0.0), (0.5, 0.0))
 
@@ -145,7 +144,7 @@ class Calibrated:
         by_file = {
             name: found[module] for group in groups if (module := layer.linears[group[0]]) in found for name in group
         }
-        expert_moments = _of_experts(layer, mixture)
+        expert_moments = squares_of_experts(layer, None if mixture is None else mixture.result())
         if self.expert_folds and mixture is not None:
             folded = fold_experts(layer, expert_moments, mixture.samples(), self._search_in_expert)
             expert_moments = folded.moments(expert_moments)
@@ -307,7 +306,7 @@ class Calibrated:
         chosen = choose_scales(exact, target.format, importance, dtype)
         for name in names:
             weight, scales = exact.pop(name), chosen.pop(name)
-            values = self._values(weight, scales.steps, feedback, gram)
+            values = round_weight(weight, scales.steps, feedback, gram, self.sweeps)
             square = weight.double().square().sum() if weight.device.type == "cpu" else weight.square().sum().double()
             error = (weight - values).square_().sum().double()
             relative = torch.where(square == 0, 0.0, error / square)
@@ -318,22 +317,6 @@ class Calibrated:
                 kept = values.to(dtype)
             yield Choice(name=name, codes=codes, weight_16bit=kept, relative_error=relative, scale_rule=rule)
 
-    def _values(self, weight: Tensor, steps: Steps, feedback: Feedback | None, gram: Tensor | None) -> Tensor:
-        """Values on the grid for a weight [N, K], some output features at a time."""
-        slices = -(-weight.numel() // SLICE[weight.device.type])
-        rows = -(-len(weight) // slices)
-        found = []
-        for start in range(0, len(weight), rows):
-            part, of_part = weight[start : start + rows], steps.rows(start, start + rows)
-            if feedback is None:
-                found.append(nearest(part, of_part.step, of_part.zero, of_part.grid))
-                continue
-            values = round_with_feedback(part, of_part, feedback)
-            if self.sweeps and gram is not None:
-                values = descend(part, values, of_part, gram, self.sweeps)
-            found.append(values)
-        return torch.cat(found)
-
 
 def _kept(group: WeightGroup, observed: Observed | None) -> Iterator[Choice]:
     """Tensors that stay, with the values that folds give them."""
@@ -343,12 +326,14 @@ def _kept(group: WeightGroup, observed: Observed | None) -> Iterator[Choice]:
         yield Choice(name=name, codes=None, weight_16bit=tensor if new is None else new, changed=new is not None)
 
 
-def _of_experts(layer: ObservedLayer, mixture: ExpertMoments | None) -> dict[str, Tensor]:
-    """E[x^2] of the inputs of each routed expert's linears, by the file's names."""
-    found = None if mixture is None else mixture.result()
-    if found is None or layer.experts is None:
+def squares_of_experts(layer: ObservedLayer, means: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
+    """E[x^2] [K] of the inputs of each routed expert's linears, by the file's names.
+
+    `means` are those of gate and up [E, K], and of down; None if no token came.
+    """
+    if means is None or layer.experts is None:
         return {}
-    gate_up, down = found
+    gate_up, down = means
     return {
         f"{layer.prefix}{name}".removesuffix(".weight"): (down if role == DOWN else gate_up)[expert]
         for (expert, role, parameter), name in layer.experts.names.items()

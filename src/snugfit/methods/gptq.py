@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snugfit.methods.columns import Grid, descend_block, round_block
+from snugfit.methods.columns import Grid, descend_block, nearest, round_block
 
 DAMPING = 0.05  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns between two matrix products
+SLICE = {"cpu": 1 << 22, "cuda": 1 << 25}  # values of a weight rounded at once
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,28 @@ def feedback_of(gram: Tensor, damping: float = DAMPING) -> Feedback | None:
                 return Feedback(order, factor.contiguous(), damping)
         damping *= 10
     return None
+
+
+def round_weight(
+    weight: Tensor, steps: Steps, feedback: Feedback | None, gram: Tensor | None = None, sweeps: int = 0
+) -> Tensor:
+    """Values fp32 [N, K] on the grid of `steps` for `weight` [N, K], some output features at a time.
+
+    Each is the nearest one, or with `feedback` GPTQ's; then `sweeps` of descent under the Gram matrix `gram` [K, K].
+    """
+    slices = -(-weight.numel() // SLICE[weight.device.type])
+    rows = -(-len(weight) // slices)
+    found = []
+    for start in range(0, len(weight), rows):
+        part, of_part = weight[start : start + rows], steps.rows(start, start + rows)
+        if feedback is None:
+            found.append(nearest(part, of_part.step, of_part.zero, of_part.grid))
+            continue
+        values = round_with_feedback(part, of_part, feedback)
+        if sweeps and gram is not None:
+            values = descend(part, values, of_part, gram, sweeps)
+        found.append(values)
+    return torch.cat(found)
 
 
 def round_with_feedback(weight: Tensor, steps: Steps, feedback: Feedback) -> Tensor:

@@ -76,6 +76,7 @@ class Watching(NoHooks):
 
     def first(self, hidden: Tensor) -> Tensor:
         """What the hooks give."""
+        self._watcher.first(hidden)
         return self._hooks.first(hidden)
 
     def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:

@@ -45,6 +45,15 @@ class Batch:
         return positions < torch.tensor(self.lengths, device=self.tokens.device)[:, None]
 
 
+def real_tokens(values: Tensor, valid: Tensor | None) -> Tensor:
+    """Values of a batch's real tokens, [n, K]; `valid` is its mask [B, T], None if all are real.
+
+    Some models flatten values [B, T, K] to [B * T, K] before a linear: both are taken.
+    """
+    found = values if valid is None else values.reshape(*valid.shape, -1)[valid]
+    return found.reshape(-1, found.shape[-1])
+
+
 class _Reached(Exception):  # noqa: N818  # not an error
     """Ends a forward pass at the last layer's stub."""
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from snugfit.arguments import as_sequence
@@ -25,13 +24,11 @@ from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.formats.spec import INT4_GROUPS, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.machine import Clock
-from snugfit.methods.calibrated import SLICE, choose_scales
-from snugfit.methods.columns import nearest
-from snugfit.methods.gptq import Feedback, feedback_of, round_with_feedback
+from snugfit.methods.calibrated import choose_scales, squares_of_experts
+from snugfit.methods.gptq import Feedback, feedback_of, round_weight
 from snugfit.methods.method import Choice, ObservedLayer, Purpose, WeightGroup
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model import experts
-from snugfit.model.experts import DOWN
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.plan import measure_only
@@ -172,7 +169,7 @@ class _Comparer:
         layer.run(before)
         per_expert: list[dict[str, Tensor]] = [{}, {}]
         if mixture is not None and layer.experts is not None:
-            per_expert = [_by_expert(layer, one.result()) for one in mixture.moments]
+            per_expert = [squares_of_experts(layer, one.result()) for one in mixture.moments]
             name = f"{layer.prefix}{layer.experts.module}"
             routed_a, routed_b = (tuple(routed) for routed in mixture.routed)
             self.experts.append(ExpertsComparison(name=name, routed_a=routed_a, routed_b=routed_b))
@@ -225,15 +222,7 @@ class _Comparer:
                 continue
             steps = choose_scales({name: exact}, fmt, importance, weight.dtype)[name].steps
             feedback = None if of_linear is None or of_linear.gram is None else self._feedback(of_linear.gram)
-            rows = max(1, SLICE[weight.device.type] // exact.shape[1])
-            parts = []
-            for start in range(0, len(exact), rows):
-                part, of_part = exact[start : start + rows], steps.rows(start, start + rows)
-                if feedback is None:
-                    parts.append(nearest(part, of_part.step, of_part.zero, of_part.grid) - part)
-                else:
-                    parts.append(round_with_feedback(part, of_part, feedback) - part)
-            changes.append(torch.cat(parts))
+            changes.append(round_weight(exact, steps, feedback) - exact)
         on = [_energy(one, other) for one, other in zip(moments, diagonal, strict=True)]
         sums = [None if change is None or energy is None else energy(change) for energy in on for change in changes]
         return (*sums, *(None if energy is None else energy(exact) for energy in on))
@@ -314,15 +303,3 @@ def _raised(high: Tensor | None, low: Tensor | None) -> tuple[int, float]:
     factors = high[both] / low[both]
     count = int((factors > RAISED).sum()) + int(((high > 0) & (low == 0)).sum())
     return count, max(1.0, float(factors.max())) if len(factors) else 1.0
-
-
-def _by_expert(layer: ObservedLayer, found: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:
-    """E[x^2] of the inputs of each routed expert's linears, by the file's names."""
-    if found is None or layer.experts is None:
-        return {}
-    gate_up, down = found
-    return {
-        f"{layer.prefix}{name}".removesuffix(".weight"): (down if role == DOWN else gate_up)[expert]
-        for (expert, role, parameter), name in layer.experts.names.items()
-        if parameter == "weight"
-    }

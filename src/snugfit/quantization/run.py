@@ -171,8 +171,8 @@ def _observe(
     prepared = run.prepared
     if not number or prepared.known is None or prepared.way.recall is None:
         return observe(layer, groups, prepared.method)
-    parts = prepared.plan, prepared.skeleton, number - 1, prepared.known, prepared.way
-    return observe_recalled(*parts, groups, prepared.device)
+    plan, skeleton, known = prepared.plan, prepared.skeleton, prepared.known
+    return observe_recalled(plan, skeleton, number - 1, known, prepared.way, groups, prepared.device)
 
 
 def _measure(

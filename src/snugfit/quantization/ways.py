@@ -18,6 +18,7 @@ from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model.experts import why_not_linear_in_up
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.plan import Plan
+from snugfit.recipes.assignment import Assignment
 
 FAST, GOOD, BEST = EFFORTS = ("fast", "good", "best")
 HELD_OUT_EVERY = 8  # one of so many samples of each file is held out
@@ -59,8 +60,8 @@ def ways_of(
     """The ways that a run of this effort tries, the simplest first; `target` is the engine profile to be good under.
 
     `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
-    (`recalls`), else plain ones. Routed experts get no
-    GPTQ, which was seen to cost mixtures accuracy, and folds only inside of each (`folds_experts`: some can).
+    (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, and folds only
+    inside of each (`folds_experts`: some can).
     """
     if effort == FAST and recalls:
         method = Calibrated(target, folds=True, expert_folds=True)
@@ -71,7 +72,7 @@ def ways_of(
     if effort == FAST:
         return (weighted,)
     ways = [PLAIN, weighted]
-    if not _has_linears(plan):
+    if not _linears(plan):
         return (
             (*ways, Way("weighted+expert-folds", Calibrated(target, expert_folds=True))) if folds_experts else (*ways,)
         )
@@ -103,9 +104,9 @@ def why_no_expert_folds(plan: Plan, skeleton: Skeleton) -> str | None:
     return None if not reasons else min(reasons)
 
 
-def _has_linears(plan: Plan) -> bool:
-    """Whether weights other than routed experts follow the effort."""
-    return any(a.follows_effort and ".experts." not in name for name, a in plan.assignments.items())
+def _linears(plan: Plan) -> dict[str, Assignment]:
+    """What is decided of weights, but routed experts', that follow the effort."""
+    return {name: a for name, a in plan.assignments.items() if a.follows_effort and ".experts." not in name}
 
 
 def few_tokens_note(plan: Plan, tokens: int) -> list[str]:
@@ -113,8 +114,7 @@ def few_tokens_note(plan: Plan, tokens: int) -> list[str]:
 
     GPTQ damps it, and the gate judges what comes of that.
     """
-    followers = (name for name, a in plan.assignments.items() if a.follows_effort and ".experts." not in name)
-    widest = max((plan.weights.tensors[name].shape[-1] for name in followers), default=0)
+    widest = max((plan.weights.tensors[name].shape[-1] for name in _linears(plan)), default=0)
     if tokens >= widest:
         return []
     return [f"{tokens:,} calibration tokens for linears of up to {widest:,} input features: GPTQ needs more of them"]
@@ -122,13 +122,8 @@ def few_tokens_note(plan: Plan, tokens: int) -> list[str]:
 
 def learned_weights(plan: Plan) -> frozenset[str]:
     """Weights of decoder layers, but routed experts', that follow the effort and whose scales can learn."""
-    return frozenset(
-        name
-        for unit in plan.units[1:]
-        for name in unit
-        if (a := plan.assignments.get(name)) and a.follows_effort and ".experts." not in name
-        if a.format is not None and a.format.name in LEARNED_FORMATS
-    )
+    can = {name for name, a in _linears(plan).items() if a.format is not None and a.format.name in LEARNED_FORMATS}
+    return frozenset(name for unit in plan.units[1:] for name in unit if name in can)
 
 
 def why_not_learned(plan: Plan, skeleton: Skeleton, tokens: int) -> str:
