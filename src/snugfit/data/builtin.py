@@ -12,7 +12,7 @@ from importlib import resources, util
 from pathlib import Path
 from typing import Any
 
-from snugfit.data.python_docs import unwrap
+from snugfit.data.python_docs import calibration_topics
 
 _MODULES = (
     *(
@@ -49,9 +49,7 @@ _TYPES = (str, bytes, list, dict, set, frozenset, tuple, int, float, complex, me
 
 def topics() -> list[dict[str, Any]]:
     """Prose: Python's documentation topics for calibration, every other one; `name` and `text`."""
-    from pydoc_data.topics import topics as found
-
-    return [{"name": name, "text": unwrap(found[name])} for name in sorted(found)[0::2]]
+    return [{"name": name, "text": text} for name, text in calibration_topics().items()]
 
 
 def library() -> list[dict[str, Any]]:

@@ -23,17 +23,25 @@ def no_dataset_message(part: Part) -> str:
     return f"no dataset given: {_DOING[part]} on Python's documentation topics"
 
 
-def python_topics(part: Part) -> str:
-    """Prose of Python's documentation topics: every other topic for calibration, the others for evaluation."""
+def calibration_topics() -> dict[str, str]:
+    """The prose of every other topic, by its name."""
+    return _topics(0)
+
+
+def _topics(first: int) -> dict[str, str]:
     from pydoc_data.topics import topics
 
-    names = sorted(topics)
-    calibration = "\n\n".join(unwrap(topics[name]) for name in names[0::2])
+    return {name: unwrap(topics[name]) for name in sorted(topics)[first::2]}
+
+
+def python_topics(part: Part) -> str:
+    """Prose of Python's documentation topics: every other topic for calibration, the others for evaluation."""
+    calibration = "\n\n".join(calibration_topics().values())
     if part == "calibration":
         return calibration
     # topics quote each other at length: paragraphs of the calibration half are left out
     seen = {" ".join(paragraph.split()) for paragraph in calibration.split("\n\n")}
-    paragraphs = "\n\n".join(unwrap(topics[name]) for name in names[1::2]).split("\n\n")
+    paragraphs = "\n\n".join(_topics(1).values()).split("\n\n")
     return "\n\n".join(paragraph for paragraph in paragraphs if " ".join(paragraph.split()) not in seen)
 
 
