@@ -83,6 +83,9 @@ CODES: Mapping[str, str] = {
     "amax-invalid": "A calibrated range is zero or not finite, so no scale can be computed.",
     "statistics-invalid": "A file of statistics is damaged or incomplete.",
     "statistics-mismatch": "Statistics are of another model, other samples or other settings.",
+    # plans
+    "scores-invalid": "A file of scores is damaged, or is of another version.",
+    "scores-mismatch": "Scores are of another model, other samples or other settings, or lack a format.",
     # evaluation and its results
     "models-mismatch": "The models, or their tokenizers, cannot be compared token by token.",
     "reference-invalid": "A stored reference is damaged, or is of another version.",
