@@ -21,7 +21,8 @@ SHARED = tuple(f"mlp.shared_experts.{leaf}_proj" for leaf in ("gate", "up", "dow
 # what engines run as one
 TOGETHER = (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:], LATENT[:2], LATENT[2:3], LATENT[3:])
 TOGETHER = (*TOGETHER, EXPERTS, SHARED[:2], SHARED[2:])
-FORMATS = tuple(map(WeightFormat, ("nvfp4", "fp8-dynamic", "keep", "nvfp4a16"))) + (
+FORMATS = (
+    *map(WeightFormat, ("nvfp4", "fp8-dynamic", "keep", "nvfp4a16")),
     WeightFormat("int4", 64),
     WeightFormat("int4", 32, symmetric=False),
 )
@@ -59,7 +60,7 @@ def parsed(names: dict[str, WeightFormat]) -> dict[str, TensorName]:
 @pytest.mark.parametrize("family", ["dense", "mixture", "latent"])
 def test_rules_resolve_to_what_was_decided(family: str) -> None:
     """Whatever the formats, the recipe gives every weight exactly its own."""
-    rng = random.Random(family)
+    rng = random.Random(family)  # noqa: S311  # not for secrets
     for _ in range(30):
         formats = decided(family, rng)
         text = recipe_text(formats, parsed(formats), num_layers=LAYERS, name="p", description="d")

@@ -16,7 +16,7 @@ matches. A rule that matches one weight of a fused group counts for the whole gr
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -62,7 +62,7 @@ class Constraints(BaseModel):
 class LoadedConstraints:
     """Constraints, the name of their file, and the line of each rule."""
 
-    constraints: Constraints = Constraints()
+    constraints: Constraints = field(default_factory=Constraints)
     where: str = ""
     rule_lines: tuple[int, ...] = ()
 
@@ -133,7 +133,11 @@ def _no_option(menu: GroupMenu, place: str) -> UserError:
 
 def _check(rule: ConstraintRule, number: int, document: YamlDocument) -> None:
     """UserError for the first thing that is wrong with a rule by itself."""
-    problems = [*selector_problems(rule), *format_problems("format", rule.format), *format_problems("not", rule.without)]
+    problems = [
+        *selector_problems(rule),
+        *format_problems("format", rule.format),
+        *format_problems("not", rule.without),
+    ]
     if not rule.format and not rule.without:
         remedy = f"`format: {KEEP}` keeps what it matches."
         problems.append(invalid_recipe("a rule needs `format` or `not`.", "", remedy))

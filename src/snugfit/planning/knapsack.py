@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,22 +54,20 @@ def solve(problem: Problem) -> tuple[int, ...] | None:
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     lengths = [len(options) for options in problem.costs]
-    matrix, lower, upper = _constraints(problem, lengths)
-    if matrix is None:
+    found = _Constraints(problem, lengths)
+    if not found.possible:
         return None
-    size = matrix.shape[1]
     with _quiet():
         result = milp(
-            _objective(problem, size),
-            constraints=LinearConstraint(matrix, lower, upper),
-            integrality=np.ones(size),
+            _objective(problem, found.size),
+            constraints=LinearConstraint(np.array(found.rows), found.low, found.high),
+            integrality=np.ones(found.size),
             bounds=Bounds(0, 1),
             options={"mip_rel_gap": _GAP, "node_limit": _NODES},
         )
     if result.x is None:
         return None
-    starts = np.cumsum([0, *lengths])
-    return tuple(int(np.argmax(result.x[a:b])) for a, b in zip(starts, starts[1:], strict=False))
+    return tuple(int(np.argmax(result.x[start:stop])) for start, stop in pairwise((0, *accumulate(lengths))))
 
 
 @contextmanager
@@ -102,59 +101,69 @@ def _objective(problem: Problem, size: int) -> NDArray[np.float64]:
     return np.concatenate([flat, np.zeros(size - len(flat))])
 
 
-def _constraints(
-    problem: Problem, lengths: Sequence[int]
-) -> tuple[NDArray[np.float64] | None, NDArray[np.float64], NDArray[np.float64]]:
-    """The matrix, lower and upper bounds of all constraints; None where a limit is below the least sum."""
-    names = sorted({label for group in problem.labels for label in group if label != problem.free})
-    if problem.max_labels is None or problem.max_labels >= len(names):
-        names = []
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    size = starts[-1] + len(names)
-    rows: list[NDArray[np.float64]] = []
-    low: list[float] = []
-    high: list[float] = []
+class _Constraints:
+    """The rows of the matrix that is handed to the solver, with their lower and upper bounds.
 
-    def add(row: NDArray[np.float64], least: float, most: float) -> None:
-        rows.append(row)
-        low.append(least)
-        high.append(most)
+    Columns are the options of all groups, then one for each label that is counted: whether it is used.
+    """
 
-    nothing = np.zeros(0), np.zeros(0)
-    for start, stop in zip(starts, starts[1:], strict=False):
-        add(_ones(size, range(start, stop)), 1, 1)
-    for row in problem.rows:
-        amounts, rest = _in_units(row)
-        if rest < 0:
-            return None, *nothing
-        add(np.concatenate([amounts, np.zeros(len(names))]), -np.inf, rest + 0.5)
-    if problem.bound is not None:
-        costs, most = problem.bound
-        flat = np.array([cost - min(group) for group in costs for cost in group])
-        left = most - math.fsum(min(group) for group in costs)
-        if left < 0:
-            return None, *nothing
-        scale = float(flat.max()) or 1.0
-        add(np.concatenate([flat / scale, np.zeros(len(names))]), -np.inf, left / scale)
-    for other in problem.others:
-        chosen = [start + place for start, place in zip(starts, other, strict=False)]
-        add(_ones(size, chosen), -np.inf, len(other) - problem.distance)
-    for number, name in enumerate(names):
-        for start, group in zip(starts, problem.labels, strict=False):
-            row_of_label = _ones(size, [start + place for place, label in enumerate(group) if label == name])
-            row_of_label[starts[-1] + number] = -1
-            add(row_of_label, -np.inf, 0)
-    if names:
-        add(_ones(size, range(starts[-1], size)), -np.inf, float(problem.max_labels or 0))
-    return np.array(rows), np.array(low), np.array(high)
+    def __init__(self, problem: Problem, lengths: Sequence[int]) -> None:
+        names = sorted({label for group in problem.labels for label in group if label != problem.free})
+        counted = problem.max_labels is not None and problem.max_labels < len(names)
+        self._problem = problem
+        self._names = names if counted else []
+        self._starts = [0, *accumulate(lengths)]
+        self.size = self._starts[-1] + len(self._names)
+        self.rows: list[NDArray[np.float64]] = []
+        self.low: list[float] = []
+        self.high: list[float] = []
+        for start, stop in pairwise(self._starts):
+            self._add(self._ones(range(start, stop)), 1, 1)
+        self.possible = self._limit_sums()
+        self._cut()
+        self._count_labels()
 
+    def _add(self, row: NDArray[np.float64], least: float, most: float) -> None:
+        self.rows.append(np.concatenate([row, np.zeros(self.size - len(row))]))
+        self.low.append(least)
+        self.high.append(most)
 
-def _ones(size: int, places: Sequence[int]) -> NDArray[np.float64]:
-    row = np.zeros(size)
-    row[list(places)] = 1
-    return row
+    def _ones(self, places: Iterable[int]) -> NDArray[np.float64]:
+        row = np.zeros(self.size)
+        row[list(places)] = 1
+        return row
+
+    def _limit_sums(self) -> bool:
+        """Rows for the limits; False where one is below the least sum."""
+        left = []
+        for row in self._problem.rows:
+            amounts, rest = _in_units(row)
+            self._add(amounts, -np.inf, rest + 0.5)
+            left.append(float(rest))
+        if self._problem.bound is not None:
+            costs, most = self._problem.bound
+            flat = np.array([cost - min(group) for group in costs for cost in group])
+            left.append(most - math.fsum(min(group) for group in costs))
+            scale = float(flat.max()) or 1.0
+            self._add(flat / scale, -np.inf, left[-1] / scale)
+        return min(left, default=0.0) >= 0
+
+    def _cut(self) -> None:
+        """Rows for the choices from which the solution has to differ."""
+        for other in self._problem.others:
+            chosen = [start + place for start, place in zip(self._starts, other, strict=False)]
+            self._add(self._ones(chosen), -np.inf, len(other) - self._problem.distance)
+
+    def _count_labels(self) -> None:
+        """Rows that mark a label as used where an option has it, and one for their number."""
+        used = self._starts[-1]
+        for number, name in enumerate(self._names):
+            for start, group in zip(self._starts, self._problem.labels, strict=False):
+                row = self._ones([start + place for place, label in enumerate(group) if label == name])
+                row[used + number] = -1
+                self._add(row, -np.inf, 0)
+        if self._names:
+            self._add(self._ones(range(used, self.size)), -np.inf, float(self._problem.max_labels or 0))
 
 
 def _in_units(row: Row) -> tuple[NDArray[np.float64], int]:

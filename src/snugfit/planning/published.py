@@ -1,6 +1,6 @@
-"""The plan of a checkpoint that is quantized already, whoever made it: read as a recipe, compared, and applied. No torch.
+"""The plan of a checkpoint that is quantized already, whoever made it: read as a recipe, compared, and applied.
 
-compressed-tensors, ModelOpt and FP8 of transformers are read (dialects/), from config and headers alone.
+compressed-tensors, ModelOpt and FP8 of transformers are read (dialects/), from config and headers alone. No torch.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from snugfit.errors import UserError
 from snugfit.planning.knapsack import Problem, Row, solve
@@ -53,7 +53,7 @@ class Space:
 
     def with_limits(self, limits: Mapping[str, tuple[Limit, ...]]) -> Space:
         """The same under other limits."""
-        return Space(menus=self.menus, outside=self.outside, limits=limits, max_formats=self.max_formats)
+        return replace(self, limits=limits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def choice_for_scores(scores: Scores, options: Mapping[str, Option], kv_cache: s
 
 
 def scored(space: Space, scores: Scores) -> Space:
-    """The space without options that have no score; UserError where nothing is left, or a group has no scores at all."""
+    """The space without options that have no score; UserError where a group has no other."""
     menus = []
     for menu in space.menus:
         name = menu.group.name
@@ -147,9 +147,7 @@ def mix_of(space: Space, scores: Scores | None, context: int, formats: Mapping[s
     return make_mix(options, cache, space.outside[cache], scores, context)
 
 
-def make_mix(
-    options: Mapping[str, Option], cache: str, outside: Bytes, scores: Scores | None, context: int
-) -> Mix:
+def make_mix(options: Mapping[str, Option], cache: str, outside: Bytes, scores: Scores | None, context: int) -> Mix:
     """A mix with its bytes and what scores expect of it; NaN where they lack one of its formats."""
     size = outside
     for one in options.values():
@@ -175,9 +173,7 @@ class _Task:
     def __init__(self, space: Space, scores: Scores, context: int, cache: str) -> None:
         self._space, self._scores, self._context, self._cache = space, scores, context, cache
         self._shares = scores.shares(context)
-        self._costs = [
-            [scores.terms(menu.group.name, one.format).kl for one in menu.options] for menu in space.menus
-        ]
+        self._costs = [[scores.terms(menu.group.name, one.format).kl for one in menu.options] for menu in space.menus]
         scored_cache = cache != KEEP and scores.has(KV_CACHE, cache)
         self._fixed = scores.terms(KV_CACHE, cache).kl if scored_cache else (0.0,) * len(self._shares)
 
@@ -203,18 +199,23 @@ class _Task:
         largest = max(1, *(max(group) for group in amounts))
         costs = tuple(tuple(amount / largest for amount in group) for group in amounts)
         best: Mix | None = None
-        at: tuple[int, ...] | None = None
+        # anything that costs: the direction of the first tangent
+        at = [
+            max(1e-9, sum(max(t[bucket] for t in group) for group in self._costs))
+            for bucket in range(len(self._shares))
+        ]
         for _ in range(_ROUNDS):
-            weights, constant = self._slopes(at), self._constant(at)
-            bound = self._linear(weights), (max_kl - constant) * (1 + 1e-9)
-            problem = self._problem(costs, (), 1)
-            places = solve(Problem(**{**vars(problem), "bound": bound}))
+            weights, most = self._tangent(at, max_kl)
+            bound = self._linear(weights), most * (1 + 1e-9)
+            places = solve(replace(self._problem(costs, (), 1), bound=bound))
             if places is None or self._kl(places) > max_kl * (1 + 1e-5):
                 break
             found = self.mix(places)
             if best is not None and limit.amount(found.bytes) >= limit.amount(best.bytes):
                 break
-            best, at = found, places
+            best, at = found, self._totals(places)
+            if len(self._shares) == 1:
+                break
         return best
 
     def mix(self, places: Sequence[int]) -> Mix:
@@ -257,23 +258,34 @@ class _Task:
         return [math.fsum((fixed, *column)) for fixed, *column in zip(self._fixed, *chosen, strict=True)]
 
     def _kl(self, places: Sequence[int]) -> float:
+        return self._kl_of(self._totals(places))
+
+    def _kl_of(self, totals: Sequence[float]) -> float:
         ceilings = [damage.ceiling for damage in self._scores.damage]
-        values = [saturate(total, c)[0] for total, c in zip(self._totals(places), ceilings, strict=True)]
+        values = [saturate(total, c)[0] for total, c in zip(totals, ceilings, strict=True)]
         return math.fsum(share * value for share, value in zip(self._shares, values, strict=True))
 
     def _slopes(self, at: Sequence[int] | None) -> list[float]:
         """By how much the KL grows with each bucket's sum at a mix; None: at no damage."""
-        if at is None:
-            return list(self._shares)
+        return list(self._shares) if at is None else self._slopes_at(self._totals(at))
+
+    def _slopes_at(self, totals: Sequence[float]) -> list[float]:
         ceilings = [damage.ceiling for damage in self._scores.damage]
-        slopes = [saturate(total, c)[1] for total, c in zip(self._totals(at), ceilings, strict=True)]
+        slopes = [saturate(total, c)[1] for total, c in zip(totals, ceilings, strict=True)]
         return [share * slope for share, slope in zip(self._shares, slopes, strict=True)]
 
-    def _constant(self, at: Sequence[int] | None) -> float:
-        """What the linear form at a mix adds to its options' costs, that of the cache included."""
-        weights = self._slopes(at)
-        fixed = math.fsum(w * kl for w, kl in zip(weights, self._fixed, strict=True))
-        if at is None:
-            return fixed
-        form = math.fsum(w * total for w, total in zip(weights, self._totals(at), strict=True))
-        return self._kl(at) - form + fixed
+    def _tangent(self, direction: Sequence[float], max_kl: float) -> tuple[list[float], float]:
+        """A linear bound on the sums, weights and limit, under which the KL is at most `max_kl`.
+
+        It touches the surface of sums with that KL where the direction meets it. What the cache costs is subtracted.
+        """
+        low, high = 0.0, 1.0
+        while self._kl_of([high * part for part in direction]) < max_kl and high < 1e12:
+            high *= 2
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._kl_of([middle * part for part in direction]) < max_kl else (low, middle)
+        point = [low * part for part in direction]
+        weights = self._slopes_at(point)
+        left = [there - fixed for there, fixed in zip(point, self._fixed, strict=True)]
+        return weights, math.fsum(w * part for w, part in zip(weights, left, strict=True))
