@@ -222,7 +222,7 @@ def pass_layers(
     }
     coming = deque(prefixes.values())
     finite = _FirstNotFinite(model, warn)
-    with TensorReader(model.checkpoint, device) as read, _bounded_attention(model.arithmetic, device):
+    with TensorReader(model.checkpoint, device) as read, bounded_attention(model.arithmetic, device):
         weights = embedding_weights(model, read)
         read.expect(*_next(coming))
         forward_pass.embed(model.skeleton, weights, batches, device)
@@ -278,7 +278,7 @@ def _not_finite(model: EvaluatedModel, first: str) -> str:
     return f"warning: {model.name}: hidden states are NaN or infinite from {first} on, computed in {name}.{remedy}"
 
 
-def _bounded_attention(arithmetic: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[None]:
+def bounded_attention(arithmetic: torch.dtype, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """On a GPU in fp32, attention that does not hold all T x T scores."""
     bounded = device.type == "cuda" and arithmetic == torch.float32
     return transformers_api.repeated_key_heads() if bounded else contextlib.nullcontext()

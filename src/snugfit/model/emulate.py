@@ -172,11 +172,11 @@ class ExpertInputs(NoHooks):
 
     def first(self, hidden: Tensor) -> Tensor:
         """Inputs of all gate and up projections [tokens, K]."""
-        return hidden if self.gate_up is None else _in_slices(self.gate_up, hidden)
+        return hidden if self.gate_up is None else straight_through(partial(_in_slices, self.gate_up), hidden)
 
     def second(self, expert: int, hidden: Tensor, tokens: Tensor, *, forced: bool) -> Tensor:  # noqa: ARG002
         """Inputs of an expert's down projection [n, K]."""
-        return hidden if self.down is None else _in_slices(self.down, hidden)
+        return hidden if self.down is None else straight_through(partial(_in_slices, self.down), hidden)
 
 
 def read_experts(

@@ -60,7 +60,7 @@ STATE_NAME = "learned-scales.safetensors"
 
 def learn(run: Run, champion: Run) -> Outcome:
     """Write the champion's files with learned scales into the run's directory; their entries and digests."""
-    with run.clock("learning"), _deterministic(run.prepared.device):
+    with run.clock("learning"), deterministic(run.prepared.device):
         try:
             scales = _train(run, champion.directory)
         except torch.OutOfMemoryError as error:
@@ -264,7 +264,7 @@ def _generator(seed: int) -> torch.Generator:
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """On a GPU, backward passes that add in one order."""
     if device.type == "cpu":
         yield

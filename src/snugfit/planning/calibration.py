@@ -1,0 +1,49 @@
+"""What calibration finds in the original before any group of it is rounded: ranges and E[x^2] of inputs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from snugfit.data.dataset import Dataset
+from snugfit.machine import Clock
+from snugfit.model.layout import ModelLayout
+from snugfit.progress import SILENT, Progress
+from snugfit.quantization.plan import measure_only
+from snugfit.quantization.prepare import Calibration, prepare
+from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.run import Run, run_layers, statistics_of
+from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, save_statistics
+
+STATISTICS_NAME = "statistics.json"
+
+
+def calibrate(
+    layout: ModelLayout,
+    samples: Dataset,
+    folder: Path,
+    *,
+    device: str | None = None,
+    tokens_per_batch: int | None = None,
+    progress: Progress = SILENT,
+) -> Statistics:
+    """Statistics of these samples, in STATISTICS_NAME below `folder`; a run that was stopped resumes there."""
+    file = folder / STATISTICS_NAME
+    if file.exists():
+        return load_statistics(file)
+    calibration = Calibration(
+        num_samples=None,
+        max_seq_length=None,
+        device=device,
+        tokens_per_batch=tokens_per_batch,
+        experts=ExpertCalibration(min_tokens_per_expert=0),
+    )
+    prepared = prepare(measure_only(layout), calibration, samples=samples)
+    prepared.check_resources()
+    work = folder / "statistics"
+    work.mkdir(parents=True, exist_ok=True)
+    finished = FinishedUnits(work, prepared.identity(), force=True)
+    run = Run(prepared=prepared, directory=work, work=work, finished=finished, clock=Clock(), progress=progress)
+    run_layers(run)
+    found = statistics_of(run)
+    save_statistics(found, file)
+    return found

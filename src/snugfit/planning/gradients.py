@@ -1,0 +1,337 @@
+"""Gradients at the outputs of a model's groups, one decoder layer in memory at a time, and what rounding does to these.
+
+Samples pass the layers forwards, and the hidden states before each layer stay in files. Then the layers run once more,
+from the last to the first, each forwards and backwards; the gradient of the loss at a layer's hidden states is in a
+file meanwhile. At the output Y of each group (fused linears, or the routed experts of a layer as one) this gives the
+gradient g of each token, and rounding the group's weights and inputs gives dY: the pass sums g . dY, and its square,
+over the tokens of each sample. Experts are one function of their inputs, so nothing has to pass them but autograd.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.errors import UserError
+from snugfit.evaluation.evaluated_model import bounded_attention, embedding_weights, open_head, outer_weights
+from snugfit.machine import free_bytes
+from snugfit.model import forward_pass
+from snugfit.model.forward_pass import Batch, Head
+from snugfit.model.hidden_states import StateFile
+from snugfit.planning.groups import EXPERTS, SHARED, Group
+from snugfit.planning.variants import LayerVariants, Subject, scored_formats
+from snugfit.progress import SILENT, Progress
+from snugfit.quantization.resume import FinishedUnits
+from snugfit.storage.tensor_reader import TensorReader
+from snugfit.storage.transfer import Transfer
+
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}  # of which a gradient is made at once
+# roles of groups whose outputs stay with their token in a layer; those of others reach the tokens that attend to it
+OWN_TOKEN = frozenset({"o", "gate_up", "gate", "up", "down", "mlp", EXPERTS, SHARED})
+VARIANTS_SHARE = 4  # variants of a layer's groups take at most this part of free memory at once
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A sample's token ids; its tokens from position `first` on are scored (at least 1: nothing predicts the first)."""
+
+    ids: tuple[int, ...]
+    first: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of scored tokens."""
+        return len(self.ids) - self.first
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of a group in a format: the sums of g . dY and of its square over the tokens of each sample, in their order."""
+
+    signed: tuple[float, ...]
+    squared: tuple[float, ...]
+
+
+class GradientPass:
+    """One pass forwards and one backwards over all layers of the original.
+
+    The loss is the negative log-likelihood of tokens that are drawn from its own predictions: the covariance of these
+    gradients is the curvature of KL.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        rows: Sequence[ScoredRow],
+        formats: Sequence[str],
+        device: torch.device,
+        *,
+        tokens_per_batch: int,
+        folder: Path,
+        seed: int,
+        progress: Progress = SILENT,
+    ) -> None:
+        """Files go to `folder`, which holds those of one pass alone."""
+        self._subject, self._rows, self._formats, self._device = subject, rows, formats, device
+        self._folder, self._seed, self._progress = folder, seed, progress
+        skeleton = subject.model.skeleton
+        if skeleton.carries_state:
+            raise UserError(
+                "layers of this family pass more on than hidden states, so gradients of one layer are not all of it.",
+                code="architecture-unsupported",
+                where=str(subject.layout.checkpoint.path),
+                remedy="Choose a recipe by `evaluate` instead.",
+            )
+        self._batches = forward_pass.make_batches([row.ids for row in rows], tokens_per_batch, device)
+        self._ran = [index for index in range(len(skeleton.layers)) if index not in skeleton.skipped]
+
+    def run(self, finished: FinishedUnits) -> dict[tuple[str, str], Sums]:
+        """The sums of every group in every format, by the group's and the format's name.
+
+        `finished` records each layer, forwards and backwards: a pass that was stopped resumes behind the last one.
+        """
+        steps = 2 * len(self._ran) + 1
+        with ExitStack() as stack:
+            stack.enter_context(bounded_attention(self._subject.model.arithmetic, self._device))
+            advance = stack.enter_context(self._progress.bar(steps, "scoring"))
+            transfer = stack.enter_context(Transfer(self._device))
+            read = stack.enter_context(TensorReader(self._subject.model.checkpoint, self._device))
+            states = [self._file(stack, transfer, f"states-{number}") for number in range(len(self._ran) + 1)]
+            gradients = [self._file(stack, transfer, f"gradients-{n}", torch.float32) for n in range(2)]
+            self._check(finished, states, gradients)
+            for _ in range(finished.done):
+                advance()
+            self._embed(read, None if finished.done else states[0])
+            for number in range(finished.done, len(self._ran)):
+                self._forward(number, states, read)
+                finished.commit(
+                    {"states": states[number + 1].wait(), "embedded": states[0].wait() if not number else []}
+                )
+                advance()
+            if finished.done == len(self._ran):
+                self._begin(states[-1], gradients[0])
+                finished.commit({"states": gradients[0].wait()})
+                advance()
+            for place in range(finished.done - len(self._ran) - 1, len(self._ran)):
+                number = len(self._ran) - 1 - place
+                files = gradients[place % 2], gradients[(place + 1) % 2]
+                files[1].start_again()
+                found = self._backward(number, states[number], files, read)
+                finished.commit({"states": files[1].wait(), "sums": found})
+                advance()
+        for file in (*states, *gradients):
+            file.path.unlink(missing_ok=True)
+        return _sums(finished)
+
+    def _file(self, stack: ExitStack, transfer: Transfer, name: str, dtype: torch.dtype | None = None) -> StateFile:
+        skeleton = self._subject.model.skeleton
+        path, width = self._folder / name, skeleton.hidden_size
+        return stack.enter_context(StateFile(path, self._batches, width, dtype or skeleton.dtype, transfer))
+
+    def _check(self, finished: FinishedUnits, states: Sequence[StateFile], gradients: Sequence[StateFile]) -> None:
+        """Forget the layers whose files the disk does not hold any more."""
+        layers = len(self._ran)
+        good = finished.done
+        for number, entry in enumerate(finished.entries[:layers]):
+            lost = number == 0 and not states[0].holds(entry["embedded"])
+            if lost or not states[number + 1].holds(entry["states"]):
+                good = number
+                break
+        while good > layers and not gradients[(good - layers - 1) % 2].holds(finished.entries[good - 1]["states"]):
+            good = min(good - 1, layers)  # the file of the layer before it was overwritten
+        finished.go_back(good)
+
+    def _embed(self, read: TensorReader, keep: StateFile | None) -> None:
+        """Find what each layer is called with, and keep the first hidden states."""
+        weights = embedding_weights(self._subject.model, read)
+
+        def store(batch: Batch, hidden: Tensor) -> None:
+            if keep is not None:
+                keep.write(batch, hidden)
+
+        forward_pass.embed(self._subject.model.skeleton, weights, self._batches, self._device, store)
+
+    def _forward(self, number: int, states: Sequence[StateFile], read: TensorReader) -> None:
+        index = self._ran[number]
+        layer = LayerVariants(self._subject, index, self._device, read).exact
+        forward_pass.run_layer(layer, index, self._batches, states=(states[number], states[number + 1]))
+
+    def _begin(self, last: StateFile, gradients: StateFile) -> None:
+        """The gradient of the loss at the last hidden states."""
+        model = self._subject.model
+        outer = outer_weights(model, self._device)
+        head = open_head(model, self._device, outer, gradients=True)
+        for batch in self._batches:
+            hidden = last.read(batch)
+            found = torch.zeros_like(hidden, dtype=torch.float32)
+            for place, row in enumerate(batch.rows):
+                start, length = self._rows[row].first - 1, len(self._rows[row].ids)
+                step = max(1, LOGITS[self._device.type] // model.vocabulary)
+                for low in range(start, length - 1, step):
+                    part = slice(low, min(low + step, length - 1))
+                    found[place, part] = self._gradient(head, hidden[place, part], row, low)
+            gradients.write(batch, found)
+
+    def _gradient(self, head: Head, hidden: Tensor, row: int, start: int) -> Tensor:
+        """Of the summed loss of some tokens at their hidden states [n, H]."""
+        with torch.enable_grad():
+            part = hidden.detach().clone().requires_grad_()
+            predicted = head(part.unsqueeze(0))[0].float().log_softmax(-1)
+            loss = -predicted.gather(-1, draw(predicted.detach(), self._seed, row, start)).sum()
+            (gradient,) = torch.autograd.grad(loss, part)
+        return gradient.float()
+
+    def _backward(
+        self, number: int, states: StateFile, gradients: tuple[StateFile, StateFile], read: TensorReader
+    ) -> list[Any]:
+        """Sums of the groups of a layer; its gradients go from one file to the other."""
+        index = self._ran[number]
+        variants = LayerVariants(self._subject, index, self._device, read)
+        sums: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+        chunks = self._chunks(variants)
+        for chunk in chunks:
+            watched = _Watched(self._subject, variants)
+            watched.prepare(chunk)
+            spread = watched.spread()
+            for batch in self._batches:
+                hidden = states.read(batch).requires_grad_()
+                gradient = gradients[0].read(batch)
+                with torch.enable_grad():
+                    output = forward_pass.call_layer(watched.module, index, batch, hidden)
+                    outputs = watched.outputs()
+                    found = torch.autograd.grad(
+                        output, [hidden, *outputs], gradient.to(output.dtype), allow_unused=True
+                    )
+                if chunk is chunks[-1]:
+                    first = torch.zeros_like(hidden) if found[0] is None else found[0]
+                    gradients[1].write(batch, first.float())
+                watched.add(batch, found[1:], sums, len(self._rows))
+                for key, layer in spread.items():
+                    with torch.no_grad():
+                        change = forward_pass.call_layer(layer, index, batch, hidden.detach())
+                        change = change.float().sub_(output.detach())
+                        _add(sums, key, batch, torch.linalg.vecdot(change, gradient), len(self._rows))
+            variants.forget()
+        return [[*key, *parts] for key, parts in sums.items()]
+
+    def _chunks(self, variants: LayerVariants) -> list[tuple[str, ...]]:
+        """The formats in parts whose variants fit in memory together."""
+        size = sum(parameter.nbytes for parameter in variants.exact.parameters())
+        fits = max(1, free_bytes(self._device) // VARIANTS_SHARE // max(1, size))
+        formats = self._formats
+        return [tuple(formats[start : start + fits]) for start in range(0, len(formats), fits)]
+
+
+class _Watched:
+    """A copy of a layer whose groups show their outputs, and what rounding makes of these."""
+
+    def __init__(self, subject: Subject, variants: LayerVariants) -> None:
+        self._subject, self._variants = subject, variants
+        memo: dict[int, Any] = {id(parameter): parameter for parameter in variants.exact.parameters()}
+        self.module = copy.deepcopy(variants.exact, memo)
+        self._groups = [subject.groups[name] for name in subject.by_layer.get(variants.index, ())]
+        self._modules = {group.name: self._modules_of(group) for group in self._groups}
+        self._rounded: dict[tuple[str, str], list[nn.Module]] = {}
+        self._spread: dict[str, tuple[str, ...]] = {}
+        self._calls: dict[str, list[tuple[tuple[Any, ...], Tensor]]] = {}
+        for group in self._groups:
+            for module in self._modules[group.name]:
+                self.module.get_submodule(module).register_forward_hook(partial(self._record, f"{group.name}/{module}"))
+
+    def _modules_of(self, group: Group) -> tuple[str, ...]:
+        if group.role == EXPERTS:
+            return (self._variants.experts_module,)
+        return tuple(self._variants.module_of(name) for name in group.weights)
+
+    def prepare(self, formats: Sequence[str]) -> None:
+        """Make the variants of all groups in these formats."""
+        for group in self._groups:
+            wanted = scored_formats(self._subject.layout, group, formats)
+            if group.role not in OWN_TOKEN:
+                self._spread[group.name] = wanted
+                continue
+            for fmt in wanted:
+                layer = self._variants.layer({group.name: fmt})
+                modules = [layer.get_submodule(module) for module in self._modules[group.name]]
+                self._rounded[group.name, fmt] = modules
+
+    def _record(self, key: str, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """A forward hook: keep inputs and outputs."""
+        if output.requires_grad:
+            inputs = tuple(arg.detach() if isinstance(arg, Tensor) else arg for arg in args)
+            self._calls.setdefault(key, []).append((inputs, output))
+
+    def spread(self) -> dict[tuple[str, str], nn.Module]:
+        """Of the groups whose outputs reach other tokens in this layer: the layer with each in its formats."""
+        return {
+            (group.name, fmt): self._variants.layer({group.name: fmt})
+            for group in self._groups
+            for fmt in self._spread.get(group.name, ())
+        }
+
+    def outputs(self) -> list[Tensor]:
+        """The outputs of all groups in the last run, whose gradients are wanted."""
+        return [output for calls in self._calls.values() for _, output in calls]
+
+    @torch.no_grad()
+    def add(
+        self,
+        batch: Batch,
+        gradients: Sequence[Tensor | None],
+        sums: dict[tuple[str, str], tuple[list[float], list[float]]],
+        rows: int,
+    ) -> None:
+        """Add the sums of a batch, whose outputs have these gradients."""
+        of_call = iter(gradients)
+        by_module = {key: [(*call, next(of_call)) for call in calls] for key, calls in self._calls.items()}
+        self._calls.clear()
+        for (name, fmt), modules in self._rounded.items():
+            total: Tensor | None = None
+            for place, module in enumerate(self._modules[name]):
+                for args, exact, gradient in by_module.get(f"{name}/{module}", ()):
+                    if gradient is None:
+                        continue
+                    change = modules[place](*args).float().sub_(exact)
+                    product = torch.linalg.vecdot(change, gradient.float()).view(batch.tokens.shape)
+                    total = product if total is None else total + product
+            if total is not None:
+                _add(sums, (name, fmt), batch, total, rows)
+
+
+def _add(
+    sums: dict[tuple[str, str], tuple[list[float], list[float]]],
+    key: tuple[str, str],
+    batch: Batch,
+    products: Tensor,
+    rows: int,
+) -> None:
+    """Add the products g . dY [B, T] of a batch to the sums of a group in a format."""
+    found = torch.stack([products.sum(-1, dtype=torch.float64), products.double().square().sum(-1)]).cpu().tolist()
+    parts = sums.setdefault(key, ([0.0] * rows, [0.0] * rows))
+    for part, values in zip(parts, found, strict=True):
+        for row, value in zip(batch.rows, values, strict=True):
+            part[row] += value
+
+
+def draw(predicted: Tensor, seed: int, row: int, start: int) -> Tensor:
+    """Token ids [n, 1] drawn from log probabilities [n, V]: the same for the same seed, row and first token."""
+    generator = torch.Generator().manual_seed(hash((seed, row, start)) & 0x7FFFFFFF)
+    drawn = torch.rand(len(predicted), 1, generator=generator).to(predicted.device)
+    ends = predicted.exp().cumsum(-1)
+    return torch.searchsorted(ends, drawn * ends[:, -1:]).clamp_(max=ends.shape[1] - 1)
+
+
+def _sums(finished: FinishedUnits) -> dict[tuple[str, str], Sums]:
+    found = {}
+    for entry in finished.entries:
+        for name, fmt, signed, squared in entry.get("sums", ()):
+            found[name, fmt] = Sums(tuple(signed), tuple(squared))
+    return found

@@ -1,0 +1,322 @@
+"""What each group of weights costs in each format: the KL that its rounding causes, with its activations' rounding.
+
+Gradients at the original (planning/gradients.py) give half of E[(g . dY)^2] of each group, which is the KL of this
+group alone, to second order. Plans in which whole classes of groups are rounded are then measured, and with them the
+factors and the ceiling of planning/damage.py are fitted. Costs of the output head and of an FP8 cache are measured.
+
+Everything is streamed: one layer's weights are in memory, hidden states are in files. What is finished stays in
+`work_dir`, so that a run that was stopped resumes, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import fsum, sqrt
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from snugfit.arguments import as_sequence
+from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
+from snugfit.errors import UserError
+from snugfit.formats.spec import FORMATS
+from snugfit.machine import hardware, pick_device, versions
+from snugfit.model.layout import ModelLayout, read_layout
+from snugfit.planning.calibration import calibrate
+from snugfit.planning.damage import class_of, fit_damage
+from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
+from snugfit.planning.groups import HEAD, Group
+from snugfit.planning.samples import Samples, read_samples
+from snugfit.planning.shared_pass import Array, Assigned, SharedPass
+from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subject, scored_formats
+from snugfit.progress import SILENT, Progress
+from snugfit.quantization.learned import deterministic
+from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.quantization.resume import FinishedUnits, read_json, replace_json, stamps
+from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores
+from snugfit.records.statistics_file import DatasetUsed
+from snugfit.storage.checkpoint import fingerprint, header_digest
+from snugfit.version import __version__
+
+MIXED_PLANS = 2  # plans of random formats that are measured beside those of one format
+POINTS_NAME = "points.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How a model is to be scored; nothing here is checked yet.
+
+    `formats` as recipes write them; `rounding` is plain or weighted (planning/variants.py); `target` names the engine
+    profile of inputs. `kv_cache`: an FP8 cache is scored, too.
+    """
+
+    formats: Sequence[str]
+    rounding: str = PLAIN
+    target: str = DEFAULT_PROFILE
+    kv_cache: bool = True
+    seed: int = 0
+
+
+def score_model(
+    model: str | Path,
+    *,
+    formats: str | Sequence[str],
+    work_dir: str | Path,
+    dataset: str | Path | Sequence[str | Path] = (),
+    context: int | None = None,
+    num_tokens: int | None = None,
+    rounding: str = PLAIN,
+    target: str = DEFAULT_PROFILE,
+    kv_cache: bool = True,
+    device: str | None = None,
+    tokens_per_batch: int | None = None,
+    seed: int = 0,
+    progress: Progress = SILENT,
+) -> Scores:
+    """Score the groups of a model in each of `formats`, by position up to `context` (default: 2048 or less).
+
+    `num_tokens` are scored in each bucket of positions (default: 8192). `work_dir` keeps what is finished; another
+    model, dataset or setting needs another one. UserError for bad input.
+    """
+    settings = ScoreSettings(
+        formats=tuple(dict.fromkeys(map(str, as_sequence(formats)))),
+        rounding=rounding,
+        target=target,
+        kv_cache=kv_cache,
+        seed=seed,
+    )
+    check_settings(settings)
+    layout = read_layout(model)
+    layout.check_quantizable()
+    samples = read_samples(layout, as_sequence(dataset), context=context, num_tokens=num_tokens)
+    return score_samples(
+        layout,
+        samples,
+        settings,
+        Path(work_dir),
+        device=device,
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+
+
+def check_settings(settings: ScoreSettings) -> None:
+    """UserError for formats, a rounding or a profile that do not exist."""
+    for fmt in settings.formats:
+        if fmt not in FORMATS:
+            known = f"Formats that can be written: {', '.join(FORMATS)}."
+            raise UserError(f"no format {fmt!r}.", code="option-invalid", where="formats", remedy=known)
+    if not settings.formats:
+        raise UserError("no format to score.", code="option-missing", where="formats", remedy="Name one or more.")
+    check_rounding(settings.rounding)
+    if settings.target not in PROFILES:
+        what, remedy = f"unknown profile {settings.target!r}.", f"Known: {', '.join(PROFILES)}."
+        raise UserError(what, code="option-invalid", where="target", remedy=remedy)
+
+
+def score_samples(
+    layout: ModelLayout,
+    samples: Samples,
+    settings: ScoreSettings,
+    work_dir: Path,
+    *,
+    device: str | None = None,
+    tokens_per_batch: int | None = None,
+    progress: Progress = SILENT,
+) -> Scores:
+    """`score_model` on rows that are read already."""
+    where = pick_device(device)
+    per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
+    work_dir.mkdir(parents=True, exist_ok=True)
+    identity = _identity(layout, samples, settings, where, per_batch)
+    folder = work_dir / "gradients"
+    folder.mkdir(exist_ok=True)
+    finished = FinishedUnits(folder, identity)
+    statistics = calibrate(
+        layout, samples.dataset, work_dir, device=device, tokens_per_batch=per_batch, progress=progress
+    )
+    subject = open_subject(layout, statistics, rounding=settings.rounding, target=settings.target)
+    with deterministic(where):
+        sums = GradientPass(
+            subject,
+            samples.rows,
+            (*settings.formats, KEEP),
+            where,
+            tokens_per_batch=per_batch,
+            folder=folder,
+            seed=settings.seed,
+            progress=progress,
+        ).run(finished)
+        costs = costs_of(sums, samples)
+        plans = plans_to_measure(subject, costs, settings)
+        points = _measure(subject, samples, plans, where, per_batch, work_dir, progress)
+    groups = []
+    for group in subject.groups.values():
+        measured = group.name not in costs
+        if measured:
+            costs[group.name] = _measured_cost(group.name, points)
+        groups.append(_scored(group, measured=measured))
+    if settings.kv_cache and (cache := _measured_cost(KV_CACHE, points)):
+        costs[KV_CACHE] = cache
+        groups.append(ScoredGroup(name=KV_CACHE, layer=None, role=KV_CACHE, elements=0, measured=True))
+    source = samples.dataset
+    return Scores(
+        snugfit=__version__,
+        model=layout.checkpoint.name,
+        header_digest=header_digest(layout.checkpoint),
+        fingerprint=fingerprint(layout.checkpoint),
+        datasets=(DatasetUsed(source.source, len(source.samples), source.tokens, source.digest),),
+        effort=settings.rounding,
+        target=settings.target,
+        seed=settings.seed,
+        formats=tuple(settings.formats),
+        groups=tuple(groups),
+        edges=samples.edges,
+        tokens=samples.tokens,
+        costs=costs,
+        damage=fit_damage(groups, costs, points, len(samples.edges)),
+        points=tuple(points),
+        versions=versions(),
+    )
+
+
+def _identity(
+    layout: ModelLayout, samples: Samples, settings: ScoreSettings, device: torch.device, tokens_per_batch: int
+) -> dict[str, Any]:
+    """Everything that decides the scores."""
+    return {
+        "source": header_digest(layout.checkpoint),
+        "source_files": stamps(layout.checkpoint),
+        "samples": samples.dataset.digest,
+        "edges": list(samples.edges),
+        "formats": list(settings.formats),
+        "rounding": settings.rounding,
+        "target": settings.target,
+        "kv_cache": settings.kv_cache,
+        "seed": settings.seed,
+        "device": device.type,
+        "tokens_per_batch": tokens_per_batch,
+        "hardware": hardware(device),
+        "versions": versions() | {"snugfit": __version__},
+    }
+
+
+def _scored(group: Group, *, measured: bool) -> ScoredGroup:
+    return ScoredGroup(name=group.name, layer=group.layer, role=group.role, elements=group.elements, measured=measured)
+
+
+def costs_of(sums: Mapping[tuple[str, str], Sums], samples: Samples) -> dict[str, dict[str, Cost]]:
+    """Costs by group and format: half the mean of (g . dY)^2 over the scored tokens of each bucket, and its error."""
+    found: dict[str, dict[str, Cost]] = {}
+    counts = [row.count for row in samples.rows]
+    for (name, fmt), one in sums.items():
+        values = [square / 2 for square in one.squared]
+        found.setdefault(name, {})[fmt] = Cost(*_by_bucket(values, counts, samples))
+    return found
+
+
+def _by_bucket(
+    values: Sequence[float], counts: Sequence[int], samples: Samples
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means over the tokens of each bucket of sums over rows, and their standard errors by the rows' differences."""
+    means, errors = [], []
+    for bucket in range(len(samples.edges)):
+        mine = [place for place, number in enumerate(samples.buckets) if number == bucket]
+        total = sum(counts[place] for place in mine)
+        mean = fsum(values[place] for place in mine) / total
+        spread = fsum((values[place] - mean * counts[place]) ** 2 for place in mine)
+        means.append(mean)
+        errors.append(sqrt(spread * len(mine) / max(1, len(mine) - 1)) / total)
+    return tuple(means), tuple(errors)
+
+
+def plans_to_measure(
+    subject: Subject, costs: Mapping[str, Mapping[str, Cost]], settings: ScoreSettings
+) -> list[Assigned]:
+    """The plans that the model of damage is fitted to, and those whose cost is measured itself.
+
+    Of each format: all groups that can have it, and those of each class; then some of random formats.
+    """
+    kept = {name: KEEP for name, by_format in costs.items() if KEEP in by_format}
+    plans: list[Assigned] = []
+
+    def add(name: str, choice: Mapping[str, str]) -> None:
+        full = {**kept, **choice}
+        if choice and all(full != plan.choice for plan in plans):
+            plans.append(Assigned(name=name, choice=full))
+
+    for fmt in settings.formats:
+        having = [name for name, by_format in costs.items() if fmt in by_format]
+        add(fmt, dict.fromkeys(having, fmt))
+        for kind in sorted({class_of(subject.groups[name].role) for name in having}):
+            add(f"{fmt}/{kind}", {name: fmt for name in having if class_of(subject.groups[name].role) == kind})
+    for number, choice in enumerate(_mixed(costs, settings)):
+        add(f"mixed-{number}", choice)
+    return [*plans, *_alone(subject, settings)]
+
+
+def _mixed(costs: Mapping[str, Mapping[str, Cost]], settings: ScoreSettings) -> Iterator[dict[str, str]]:
+    """Plans of random formats."""
+    generator = random.Random(settings.seed)  # noqa: S311  # not for secrets
+    for _ in range(MIXED_PLANS if len(settings.formats) > 1 else 0):
+        can = {name: [fmt for fmt in settings.formats if fmt in by_format] for name, by_format in costs.items()}
+        yield {name: generator.choice(some) for name, some in can.items() if some}
+
+
+def _alone(subject: Subject, settings: ScoreSettings) -> Iterator[Assigned]:
+    """Plans of one group whose cost is measured itself: the output head, and an FP8 cache."""
+    for group in subject.groups.values():
+        if group.role == HEAD:
+            for fmt in scored_formats(subject.layout, group, (*settings.formats, KEEP)):
+                yield Assigned(name=f"{group.name}/{fmt}", choice={group.name: fmt})
+    if settings.kv_cache and any(layer.cache is not None for layer in subject.statistics.layers.values()):
+        yield Assigned(name=KV_CACHE, choice={KV_CACHE: "fp8"})
+
+
+def _measure(
+    subject: Subject,
+    samples: Samples,
+    plans: Sequence[Assigned],
+    device: torch.device,
+    tokens_per_batch: int,
+    folder: Path,
+    progress: Progress,
+) -> list[Point]:
+    """KL of each plan by bucket; what an earlier run measured is read from POINTS_NAME."""
+    file = folder / POINTS_NAME
+    names = [plan.name for plan in plans]
+    known = read_json(file)
+    if not isinstance(known, dict) or list(known) != names:
+        found = SharedPass(
+            subject,
+            [row.ids for row in samples.rows],
+            plans,
+            device,
+            tokens_per_batch=tokens_per_batch,
+            folder=folder,
+            progress=progress,
+        ).divergences()
+        known = {name: list(map(_scored_sum, found[name], samples.rows)) for name in names}
+        replace_json(file, known)
+    points = []
+    for plan in plans:
+        kl, error = _by_bucket(known[plan.name], [row.count for row in samples.rows], samples)
+        if not np.isfinite(kl).all():
+            continue
+        points.append(Point(name=plan.name, formats=dict(plan.choice), kl=kl, error=error))
+    return points
+
+
+def _scored_sum(kl: Array, row: ScoredRow) -> float:
+    """The sum over a row's scored tokens, of which the first is predicted by the token before it."""
+    return float(kl[row.first - 1 :].astype(np.float64).sum())
+
+
+def _measured_cost(group: str, points: Sequence[Point]) -> dict[str, Cost]:
+    """The costs of a group that was measured alone, by format."""
+    alone = [point for point in points if set(point.formats) == {group}]
+    return {point.formats[group]: Cost(point.kl, point.error) for point in alone}

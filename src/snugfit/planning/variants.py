@@ -1,0 +1,279 @@
+"""One decoder layer with its exact weights, and with those that its groups have in the formats of a plan.
+
+Weights are rounded by the methods of a run, under E[x^2] of statistics if they are to be weighted by it; inputs are
+rounded as the engine profile says, four-bit ones under the range that statistics give. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from snugfit.engines.fused import group_modules
+from snugfit.errors import UserError
+from snugfit.evaluation.evaluated_model import EvaluatedModel, open_model, resident_layer
+from snugfit.formats.grids import E4M3_MAX
+from snugfit.formats.inputs import STATIC_KINDS
+from snugfit.formats.nvfp4 import input_global_scale
+from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM
+from snugfit.methods.calibrated import Calibrated
+from snugfit.methods.method import Method, Purpose, Target, WeightGroup
+from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
+from snugfit.model import emulate, experts
+from snugfit.model.layer_stubs import put
+from snugfit.model.layout import ModelLayout
+from snugfit.planning.groups import EXPERTS, Group, assignment_of, find_groups
+from snugfit.quantization.measured import input_amax
+from snugfit.quantization.plan import Plan, measure_only, units_of
+from snugfit.quantization.recalled import recalled_squares
+from snugfit.recipes.assignment import NO_RULE, Assignment
+from snugfit.records.statistics_file import Statistics
+from snugfit.storage.tensor_reader import ReadTensor
+
+PLAIN, WEIGHTED = ROUNDINGS = ("plain", "weighted")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model under study: the original, its groups by name, what calibration found in it, and how it is rounded.
+
+    `rounding` is PLAIN or WEIGHTED, `target` the engine profile of inputs.
+    """
+
+    model: EvaluatedModel
+    layout: ModelLayout
+    groups: Mapping[str, Group]
+    statistics: Statistics
+    rounding: str
+    target: str
+
+    @cached_property
+    def plan(self) -> Plan:
+        """A plan that names the weights of each layer, and gives none a format."""
+        nothing = Assignment(None, "", "", NO_RULE)
+        return replace(
+            measure_only(self.layout),
+            weights=self.layout.weights,
+            units=units_of(self.layout, self.layout.names),
+            assignments={name: nothing for group in self.groups.values() for name in group.weights},
+        )
+
+    @cached_property
+    def by_layer(self) -> Mapping[int | None, tuple[str, ...]]:
+        """The names of the groups of each layer, None for those outside the layers."""
+        found: dict[int | None, list[str]] = {}
+        for name, group in self.groups.items():
+            found.setdefault(group.layer, []).append(name)
+        return {layer: tuple(names) for layer, names in found.items()}
+
+    def method(self) -> Method:
+        """What chooses codes."""
+        return ROUND_TO_NEAREST if self.rounding == PLAIN else Calibrated(self.target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """What a group has in a format: parameters by the module's names, roundings of inputs by the module's linears.
+
+    `experts` rounds the inputs of routed experts, None where the group has none.
+    """
+
+    parameters: Mapping[str, Tensor]
+    quantizers: Mapping[str, emulate.Quantizer]
+    experts: emulate.ExpertInputs | None = None
+
+
+class LayerVariants:
+    """A decoder layer on the device; variants of its groups are made when they are first asked for, and kept."""
+
+    def __init__(self, subject: Subject, index: int, device: torch.device, read: ReadTensor | None = None) -> None:
+        self.index = index
+        self.exact, self.cache = resident_layer(subject.model, index, device, read)
+        self._subject, self._device = subject, device
+        skeleton = subject.model.skeleton
+        self._names, self._mixture = skeleton.names_of_layer(index), skeleton.experts.get(index)
+        self._known: dict[tuple[str, str], Variant] = {}
+        self._observed: Any = None
+
+    def module_of(self, weight: str) -> str:
+        """The module's name of a logical weight that is no routed expert's."""
+        return self._names.parameters[weight.removeprefix(self._names.file_prefix)].removesuffix(".weight")
+
+    @property
+    def experts_module(self) -> str:
+        """The name of the module that holds the routed experts."""
+        assert self._mixture is not None
+        return self._mixture.module
+
+    def variant(self, group: str, fmt: str) -> Variant:
+        """What a group of this layer has in a format."""
+        if (group, fmt) not in self._known:
+            one = self._subject.groups[group]
+            found = assignment_of(self._subject.layout, one, fmt)
+            make = self._experts if one.role == EXPERTS else self._linears
+            self._known[group, fmt] = make(one, found)
+        return self._known[group, fmt]
+
+    def forget(self) -> None:
+        """Free all variants."""
+        self._known.clear()
+
+    def layer(self, choice: Mapping[str, str]) -> nn.Module:
+        """The layer in which groups have the formats of `choice` (those of other layers are ignored)."""
+        mine = {name: choice[name] for name in self._subject.by_layer.get(self.index, ()) if name in choice}
+        if not mine:
+            return self.exact
+        memo: dict[int, Any] = {id(parameter): parameter for parameter in self.exact.parameters()}
+        layer = copy.deepcopy(self.exact, memo)
+        quantizers: dict[str, emulate.Quantizer] = {}
+        for name, fmt in mine.items():
+            variant = self.variant(name, fmt)
+            for parameter, tensor in variant.parameters.items():
+                put(layer, parameter, tensor)
+            quantizers |= variant.quantizers
+            if variant.experts is not None:
+                experts.hook(layer.get_submodule(self.experts_module), variant.experts)
+        emulate.quantize_inputs(layer, quantizers)
+        return layer
+
+    def kv_cache(self) -> emulate.FP8Cache | None:
+        """An FP8 cache under the calibrated scales of this layer; None for a layer whose cache is of another kind."""
+        found = self._subject.statistics.layers[self.index].cache
+        if found is None or not all(found):
+            return None
+        scales = [torch.tensor(largest / E4M3_MAX, device=self._device) for largest in found]
+        return emulate.fp8_cache(*scales)
+
+    def _observe(self) -> Any:
+        """What the method knows of the layer's inputs: E[x^2] of statistics."""
+        if self._subject.rounding == PLAIN:
+            return None
+        if self._observed is None:
+            plan, skeleton = self._subject.plan, self._subject.model.skeleton
+            found = recalled_squares(plan, skeleton, self.index, self._subject.statistics)
+            squares = {name: one.to(self._device) for name, one in found.items()}
+            self._observed = Calibrated(self._subject.target).recall(squares, (), lambda _: torch.empty(0))
+        return self._observed
+
+    def _amax(self, found: Mapping[str, Assignment]) -> Mapping[str, float]:
+        plan = replace(self._subject.plan, assignments=found)
+        return input_amax(plan, self.index, self._subject.statistics.layers[self.index], self._mixture)
+
+    def _linears(self, group: Group, found: Mapping[str, Assignment]) -> Variant:
+        """Linears that are modules of the layer."""
+        modules = {name: self.module_of(name) for name in group.weights}
+        rounded = [name for name in group.weights if _is_rounded(found[name])]
+        weights = {name: self.exact.get_parameter(f"{modules[name]}.weight").data.clone() for name in rounded}
+        parameters: dict[str, Tensor] = {}
+        if weights:
+            one = WeightGroup(weights=weights, target=_target(found[rounded[0]]))
+            for choice in self._subject.method().choose([one], Purpose(runs=True, observed=self._observe())):
+                assert choice.weight_16bit is not None
+                dtype = self.exact.get_parameter(f"{modules[choice.name]}.weight").dtype
+                parameters[f"{modules[choice.name]}.weight"] = choice.weight_16bit.to(dtype)
+        amax = self._amax(found)
+        quantizers: dict[str, emulate.Quantizer] = {}
+        for name, module in modules.items():
+            scale = self._input_scale(name, found[name], amax.get(name))
+            fmt = found[name].format
+            quantizer = None if fmt is None else emulate.input_quantizer(fmt, self._subject.target, scale)
+            if quantizer is not None:
+                quantizers[module] = quantizer
+        return Variant(parameters=parameters, quantizers=quantizers)
+
+    def _input_scale(self, name: str, assignment: Assignment, amax: float | None) -> Tensor | None:
+        """The static multiplier of a linear's inputs: by the calibrated range, or what came with the source's codes."""
+        if amax is not None:
+            return input_global_scale(DEFAULT_INPUT_HEADROOM * amax).to(self._device)
+        fmt = assignment.format
+        if fmt is None or not assignment.keeps_codes or fmt.input_kind not in STATIC_KINDS:
+            return None
+        module, model = name.removesuffix(".weight"), self._subject.model
+        shape = self._subject.layout.weights.tensors[name].shape
+        _, scale = emulate.read_module(model.checkpoint, model.dialect, module, model.formats[module], shape)
+        return None if scale is None else scale.to(self._device)
+
+    def _experts(self, group: Group, found: Mapping[str, Assignment]) -> Variant:
+        """Routed experts, which are 3-D parameters of one module."""
+        assert self._mixture is not None
+        module = self.exact.get_submodule(self.experts_module)
+        whole, parts = experts.buffers(module, self._device)
+        names = {f"{self._names.file_prefix}{name}": key for key, name in self._mixture.names.items()}
+        views = {name: parts[key] for name, key in names.items()}
+        for parameter, tensor in whole.items():
+            tensor.copy_(module.get_parameter(parameter).data)
+        rounded = [name for name in group.weights if _is_rounded(found[name])]
+        weights = [
+            WeightGroup(
+                weights={f"{one}.weight": views[f"{one}.weight"].clone() for one in together},
+                target=_target(found[rounded[0]]),
+            )
+            for together in group_modules(name.removesuffix(".weight") for name in rounded)
+        ]
+        purpose = Purpose(runs=True, buffers=views, observed=self._observe())
+        for choice in self._subject.method().choose(weights, purpose):
+            if choice.weight_16bit is not None:
+                views[choice.name].copy_(choice.weight_16bit)
+        quantizers = self._expert_quantizers(group, found, {name: key[1] for name, key in names.items()})
+        parameters = {f"{self.experts_module}.{name}": tensor for name, tensor in whole.items()} if rounded else {}
+        return Variant(parameters=parameters, quantizers={}, experts=emulate.ExpertInputs(*quantizers))
+
+    def _expert_quantizers(
+        self, group: Group, found: Mapping[str, Assignment], roles: Mapping[str, str]
+    ) -> tuple[emulate.Quantizer | None, emulate.Quantizer | None]:
+        amax = self._amax(found)
+        quantizers = []
+        for is_down in (False, True):
+            names = [name for name in group.weights if (roles[name] == experts.DOWN) == is_down]
+            fmt = found[names[0]].format
+            scales = [s for n in names if (s := self._input_scale(n, found[n], amax.get(n))) is not None]
+            quantizers.append(emulate.experts_quantizer(fmt, scales, self._subject.target))
+        return quantizers[0], quantizers[1]
+
+
+def _is_rounded(assignment: Assignment) -> bool:
+    return assignment.format is not None and not assignment.keeps_codes
+
+
+def _target(assignment: Assignment) -> Target:
+    assert assignment.format is not None
+    return Target(format=assignment.format, scale_rule=assignment.scale_rule, objective=assignment.objective)
+
+
+def check_rounding(rounding: str) -> None:
+    """UserError for a way to round that planning does not have."""
+    if rounding not in ROUNDINGS:
+        remedy = f"Choose one of {', '.join(ROUNDINGS)}."
+        raise UserError(f"no rounding {rounding!r}.", code="option-invalid", where="rounding", remedy=remedy)
+
+
+def scored_formats(layout: ModelLayout, group: Group, formats: Sequence[str]) -> tuple[str, ...]:
+    """Those of `formats` that a group can have and that change anything in it."""
+    found = []
+    for fmt in formats:
+        try:
+            assignments = assignment_of(layout, group, fmt)
+        except UserError:
+            continue
+        if any(one.format is not None for one in assignments.values()):
+            found.append(fmt)
+    return tuple(found)
+
+
+def open_subject(layout: ModelLayout, statistics: Statistics, *, rounding: str, target: str) -> Subject:
+    """The original, opened to be run as it is; UserError for a model that cannot be run."""
+    check_rounding(rounding)
+    return Subject(
+        model=open_model(layout.checkpoint.path, activations="none"),
+        layout=layout,
+        groups={group.name: group for group in find_groups(layout)},
+        statistics=statistics,
+        rounding=rounding,
+        target=target,
+    )
