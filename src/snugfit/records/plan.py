@@ -6,6 +6,7 @@ token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
@@ -55,14 +56,16 @@ class Expected:
 class ProvenKl:
     """A KL that was measured on held-out text, and its standard error, over `tokens` tokens in so long contexts.
 
-    `text` names the text, "" for all together.
+    `context` is None for all contexts together, `text` names the text, "" for all together. `expected` is what scores
+    expect at this context, NaN where they do not say.
     """
 
     kl: float
     error: float
     tokens: int
-    context: int
+    context: int | None
     text: str = ""
+    expected: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,11 +118,11 @@ class PlanPoint:
 class PlanVerdict:
     """Whether the plan may be called one: `accepted` if it beats `control` beyond the error on held-out text.
 
-    `gain` is by how much its KL is lower, text by text and chunk by chunk, with its error; both None where nothing was
-    measured or no control fits. `statement` says it in words.
+    `accepted` is None where nothing was measured. `gain` is by how much its KL is lower, segment by segment, with its
+    error; both None where nothing was measured or no control fits. `statement` says it in words.
     """
 
-    accepted: bool
+    accepted: bool | None
     control: str | None
     gain: float | None
     gain_error: float | None

@@ -143,22 +143,27 @@ def _span(counts: Sequence[int]) -> str:
 
 
 def draw(plot: Plot, directory: Path) -> list[str]:
-    """Write a plot that has lines into a directory as PNG and SVG; returns the files' names.
+    """Write a plot that has lines into a directory as PNG and SVG; returns the files' names."""
+    return draw_figure(plot.name, directory, lambda figure: _draw_lines(figure, plot))
 
-    The same plot gives the same bytes, and the caller's matplotlib settings and back end stay as they are.
+
+def draw_figure(name: str, directory: Path, paint: Callable[[Figure], None], *, height: float = 5.5) -> list[str]:
+    """Write what `paint` draws into a directory as NAME.png and NAME.svg, `height` inches high; returns their names.
+
+    The same picture gives the same bytes, and the caller's matplotlib settings and back end stay as they are.
     """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with mpl.rc_context({"svg.hashsalt": "snugfit"}):
-        figure = Figure(figsize=(9.5, 5.5), layout="constrained")
+        figure = Figure(figsize=(9.5, height), layout="constrained")
         FigureCanvasAgg(figure)
-        _draw_lines(figure, plot)
+        paint(figure)
         for ending in ("png", "svg"):
             metadata = {"Date": None} if ending == "svg" else None
-            figure.savefig(directory / f"{plot.name}.{ending}", dpi=150, metadata=metadata)
-    return [f"{plot.name}.png", f"{plot.name}.svg"]
+            figure.savefig(directory / f"{name}.{ending}", dpi=150, metadata=metadata)
+    return [f"{name}.png", f"{name}.svg"]
 
 
 def _draw_lines(figure: Figure, plot: Plot) -> None:

@@ -1,0 +1,161 @@
+"""The best mixes and the controls, measured on held-out text before one of them is called a plan."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from snugfit.planning.controls import BUILT_IN, Control, strongest
+from snugfit.planning.proof import prove
+from snugfit.planning.search import Mix, choice_for_scores
+from snugfit.planning.shared_pass import Assigned
+from snugfit.progress import Progress
+from snugfit.records.plan import PlanVerdict, ProvenKl
+from snugfit.records.proof import Proof
+from snugfit.records.scores import KEEP, Scores
+from snugfit.records.statistics_file import Statistics
+
+MOST_BUILT_IN = 6  # built-in recipes that are measured beside the strongest control, those of the least expected KL
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofSettings:
+    """On which texts mixes are measured: files, contexts (none: chosen by scores), and tokens at each context."""
+
+    held_out: Sequence[str | Path] = ()
+    contexts: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    device: str | None = None
+    tokens_per_batch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proven:
+    """What was measured of each mix by name, the verdict, and the name of the candidate that is the plan."""
+
+    measured: Mapping[str, tuple[ProvenKl, ...]]
+    verdict: PlanVerdict
+    plan: str
+
+
+def to_measure(candidates: Sequence[tuple[str, Mix]], controls: Sequence[Control]) -> list[tuple[str, Mix]]:
+    """The candidates, the strongest control, and the built-in recipes that fit, each way of storing once."""
+    fitting = [control for control in controls if control.fits]
+    best = strongest(controls)
+    built_in = sorted((c for c in fitting if c.kind == BUILT_IN), key=lambda c: (_or_last(c.mix), c.name))
+    found = list(candidates)
+    for control in ([best] if best else []) + built_in[:MOST_BUILT_IN]:
+        if all(control.mix.formats != mix.formats for _, mix in found):
+            found.append((control.name, control.mix))
+    return found
+
+
+def prove_mixes(
+    model: str | Path,
+    candidates: Sequence[tuple[str, Mix]],
+    controls: Sequence[Control],
+    scores: Scores,
+    statistics: Statistics,
+    work_dir: Path,
+    settings: ProofSettings,
+    progress: Progress,
+) -> Proven:
+    """Measure candidates and controls in one pass; the plan is the best candidate, if it beats the best control."""
+    names = {name for name, _ in candidates}
+    mixes = to_measure(candidates, controls)
+    rivals = [name for name, _ in mixes if name not in names]
+    contexts = settings.contexts or default_contexts(scores)
+    proof = prove(
+        model,
+        [Assigned(name=name, choice=choice_to_measure(scores, mix)) for name, mix in mixes],
+        control=tuple(rivals) or candidates[0][0],
+        statistics=statistics,
+        work_dir=work_dir,
+        dataset=tuple(settings.held_out),
+        contexts=contexts,
+        max_tokens=settings.max_tokens,
+        rounding=scores.effort,
+        target=scores.target,
+        device=settings.device,
+        tokens_per_batch=settings.tokens_per_batch,
+        progress=progress,
+    )
+    measured = {name: _measured(proof, name, mix, scores) for name, mix in mixes}
+    plan = min(names, key=lambda name: _rank(proof, name, candidates))
+    return Proven(measured=measured, verdict=_verdict(proof, plan, rivals), plan=plan)
+
+
+def not_proven(controls: Sequence[Control], reason: str) -> PlanVerdict:
+    """The verdict where nothing was measured."""
+    best = strongest(controls)
+    return PlanVerdict(
+        accepted=None,
+        control=best.name if best else None,
+        gain=None,
+        gain_error=None,
+        statement=f"not proven: {reason}; expected figures alone are no proof",
+    )
+
+
+def choice_to_measure(scores: Scores, mix: Mix) -> dict[str, str]:
+    """The formats of a mix; what is kept is named where engines round its inputs all the same."""
+    found = choice_for_scores(scores, mix.options, KEEP)
+    costly = {name for name, fmt in found.items() if fmt == KEEP and KEEP not in scores.costs.get(name, {})}
+    return {name: fmt for name, fmt in found.items() if name not in costly} | (
+        {} if mix.kv_cache == KEEP else {"kv_cache": mix.kv_cache}
+    )
+
+
+def default_contexts(scores: Scores) -> tuple[int, ...]:
+    """The scored context, and a quarter of it."""
+    return scores.edges[-2:]
+
+
+def _or_last(mix: Mix) -> float:
+    return math.inf if math.isnan(mix.predicted.kl) else mix.predicted.kl
+
+
+def _rank(proof: Proof, name: str, candidates: Sequence[tuple[str, Mix]]) -> tuple[bool, float, int]:
+    """Sort key of candidates: those that beat the control first, then by measured KL, then in their order."""
+    plan = proof.plan(name)
+    kl = plan.overall.kl
+    order = [candidate for candidate, _ in candidates].index(name)
+    return not plan.beats_control, math.inf if math.isnan(kl) else kl, order
+
+
+def _measured(proof: Proof, name: str, mix: Mix, scores: Scores) -> tuple[ProvenKl, ...]:
+    found = []
+    scored = not math.isnan(mix.predicted.kl)
+    for one in proof.plan(name).measured:
+        expected = math.nan
+        if scored and one.context and not one.text:
+            choice = choice_for_scores(scores, mix.options, mix.kv_cache)
+            expected = scores.predict(choice, one.context).kl
+        found.append(
+            ProvenKl(
+                kl=one.kl, error=one.error, tokens=one.tokens, context=one.context, text=one.text, expected=expected
+            )
+        )
+    return tuple(found)
+
+
+def _verdict(proof: Proof, plan: str, rivals: Sequence[str]) -> PlanVerdict:
+    found = proof.plan(plan)
+    own = f"{found.overall.kl:.4f} +- {found.overall.error:.4f} nats a token on held-out text"
+    if not rivals:
+        statement = f"{plan}: KL {own}; no control fits, so there is nothing to beat"
+        return PlanVerdict(accepted=True, control=None, gain=None, gain_error=None, statement=statement)
+    control = proof.plan(proof.control)
+    gain, error = found.overall.gain, found.overall.gain_error
+    accepted = bool(found.beats_control)
+    against = f"{control.overall.kl:.4f} of {proof.control}"
+    if accepted:
+        statement = f"{plan} beats every control: KL {own} against {against}, lower by {gain:.4f} +- {error:.4f}"
+    else:
+        statement = (
+            f"refused: {plan} does not beat {proof.control} beyond the error: KL {own} against {against}, "
+            f"a difference of {gain:.4f} +- {error:.4f}; the control is the recommendation"
+        )
+    return PlanVerdict(accepted=accepted, control=proof.control, gain=gain, gain_error=error, statement=statement)

@@ -1,0 +1,314 @@
+"""A plan for people: tables for a terminal and as Markdown, the curve of KL against bytes, layers x projections.
+
+Made from the record alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from snugfit.errors import plain
+from snugfit.model.names import role_order
+from snugfit.records.plan import PlanDifferences, PlannedGroup, PlanPoint, PlanRecord, ProvenKl
+from snugfit.report.markdown import escape
+from snugfit.report.plots import COLOURS, KL, draw_figure
+from snugfit.report.tables import Sheet
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+KEEP = "keep"
+# a format's colour is the same in every plot
+FORMAT_COLOURS = {
+    "nvfp4": COLOURS[0],
+    "nvfp4a16": COLOURS[5],
+    "mxfp4": COLOURS[3],
+    "int4": COLOURS[1],
+    "fp8-dynamic": COLOURS[4],
+    "fp8-block": COLOURS[7],
+    KEEP: COLOURS[2],
+}
+_ROLES = ("qkv", "q", "k", "v", "qkv_a", "attention", "o", "gate_up", "gate", "up", "mlp", "down", "experts")
+
+
+def plan_lines(record: PlanRecord) -> list[str]:
+    """What a terminal shows beside the tables: the budget, the plan, the verdict, what to do next."""
+    lines = [f"{record.model}: {budget_words(record)}", *_fits(record)]
+    return [plain(line) for line in lines]
+
+
+def closing_lines(record: PlanRecord) -> list[str]:
+    """The verdict and remarks, below the tables."""
+    lines = [record.verdict.statement]
+    lines += [f"16-bit KV cache: {record.kv_caches[KEEP]}; FP8 KV cache: {record.kv_caches['fp8']}"]
+    lines += [f"note: {note}" for note in record.notes]
+    return [plain(line) for line in lines]
+
+
+def budget_words(record: PlanRecord) -> str:
+    """The budget as a person asked for it."""
+    budget, parts = record.budget, []
+    if budget.gpu_title is not None:
+        count = budget.tensor_parallel_size
+        gpus = budget.gpu_title if count == 1 else f"{count} x {budget.gpu_title}"
+        wanted = "the longest context" if budget.context is None else f"{budget.context:,} tokens"
+        wanted += f" in each of {budget.max_num_seqs} sequences" if budget.max_num_seqs > 1 else ""
+        parts.append(f"{wanted} on {gpus} under {budget.engine_title}")
+    parts += [] if budget.bytes is None else [f"{budget.bytes:,} bytes"]
+    parts += [] if budget.bits_per_weight is None else [f"{budget.bits_per_weight:g} bits a weight"]
+    parts += [] if budget.disk is None else [f"{budget.disk:,} bytes of disk"]
+    parts += [] if budget.max_kl is None else [f"a KL of at most {budget.max_kl:g}"]
+    return ", ".join(parts)
+
+
+def _fits(record: PlanRecord) -> list[str]:
+    point = record.plan
+    parts = [f"{point.bytes / 10**9:.3f} GB, {point.bits_per_weight:.2f} bits a weight"]
+    parts.append(f"KV cache in {'FP8' if record.kv_cache == 'fp8' else '16 bits'}")
+    if point.max_context is not None:
+        parts.append(f"up to {point.max_context:,} tokens fit")
+    parts += [f"{limit.used / max(1, limit.bytes):.1%} of what `{limit.name}` leaves" for limit in record.limits]
+    return [", ".join(parts)]
+
+
+def group_sheet(record: PlanRecord) -> Sheet:
+    """One row for each role and format: the layers, bytes and what it costs."""
+    found: dict[tuple[str, str], list[PlannedGroup]] = {}
+    for group in record.groups:
+        found.setdefault((group.role, group.label), []).append(group)
+    order = sorted(found, key=lambda key: (_role_place(key[0]), min(g.layer or 0 for g in found[key]), key[1]))
+    rows = []
+    for role, label in order:
+        groups = found[role, label]
+        arithmetic = groups[0].arithmetic
+        layers = _runs([group.layer for group in groups if group.layer is not None])
+        cost = math.fsum(group.cost for group in groups)
+        size = sum(group.bytes for group in groups)
+        rows.append((role, layers or "-", label, arithmetic or "-", f"{size / 10**6:,.2f}", _kl(cost)))
+    size = f"{record.outside_bytes / 10**6:,.2f}"
+    rows.append(("embeddings, norms and other", "-", "as they are", "-", size, "-"))
+    return Sheet(
+        title="Formats",
+        headings=("weights", "layers", "format", "kernel", "MB", "KL cost"),
+        rows=tuple(rows),
+        left=4,
+        note="KL cost: by how much the expected KL falls if these weights alone are kept, in nats a token",
+    )
+
+
+def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
+    """The plan beside its alternatives, controls and built-in recipes; `narrow`: only what fits or was measured."""
+    shown = [p for p in record.points if p.kind != "frontier"]
+    if narrow:
+        shown = [p for p in shown if p.measured or (p.fits and p.kind in ("plan", "alternative"))]
+        rest = [p for p in record.points if p.kind in ("built-in", "byte-matched") and p.fits and p not in shown]
+        shown += sorted(rest, key=lambda p: (math.isnan(p.expected.kl), p.expected.kl))[:3]
+    contexts = sorted({(m.context, m.text) for p in shown for m in p.measured if not m.text})
+    rows = []
+    for point in sorted(shown, key=lambda p: (p.kind != "plan", not p.fits, math.isnan(p.expected.kl), p.expected.kl)):
+        measured = [_proven(point.measured, context, text) for context, text in contexts]
+        name = f"**{point.name}**" if point.name == record.written else point.name
+        cache = "FP8" if point.kv_cache == "fp8" else "16 bits"
+        expected = _kl(point.expected.kl, point.expected.error)
+        fits = "yes" if point.fits else "no"
+        rows.append((name, point.kind, cache, f"{point.bytes / 10**6:,.1f}", fits, expected, *measured))
+    headings = [f"measured, {context:,} tokens" for context, _ in contexts]
+    return Sheet(
+        title="KL to the original",
+        headings=("mix", "kind", "KV cache", "MB", "fits", f"expected, {record.context:,} tokens", *headings),
+        rows=tuple(rows),
+        left=3,
+        note="KL in nats a token, with one standard error; the mix in bold is the recipe that was written",
+    )
+
+
+def text_sheet(record: PlanRecord) -> Sheet | None:
+    """Measured KL by text and context; None where nothing was measured by text."""
+    measured = [point for point in record.points if any(m.text for m in point.measured)]
+    keys = list(dict.fromkeys((m.text, m.context) for point in measured for m in point.measured if m.text))
+    if not keys:
+        return None
+    rows = tuple(
+        (escape(text), f"{context:,}", *(_proven(point.measured, context, text) for point in measured))
+        for text, context in keys
+    )
+    return Sheet(
+        title="Measured by text",
+        headings=("text", "context", *(point.name for point in measured)),
+        rows=rows,
+        left=1,
+        note="KL in nats a token, with one standard error",
+    )
+
+
+def every_group_sheet(record: PlanRecord) -> Sheet:
+    """One row for each group, with the reason for its format."""
+    rows = tuple((escape(g.name), g.label, f"{g.bytes:,}", _kl(g.cost), escape(g.why)) for g in record.groups)
+    return Sheet(title="Every group", headings=("group", "format", "bytes", "KL cost", "why"), rows=rows, left=2)
+
+
+def plan_markdown(record: PlanRecord, images: Iterable[str]) -> str:
+    """The whole plan as Markdown."""
+    sheets = [group_sheet(record), point_sheet(record), text_sheet(record), every_group_sheet(record)]
+    pictures = [f"![{name.removesuffix('.png')}]({name})" for name in images if name.endswith(".png")]
+    parts = [
+        f"# A plan for {escape(record.model)}",
+        *(escape(line) for line in plan_lines(record)),
+        *(escape(line) for line in closing_lines(record)),
+        *pictures,
+        *(sheet.to_markdown() for sheet in sheets if sheet is not None),
+        f"## The recipe\n\n```yaml\n{record.recipe}```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def differences_sheet(found: PlanDifferences) -> Sheet:
+    """Where two plans differ."""
+    rows = [(row.place, row.layers or "-", row.a, row.b, str(row.weights)) for row in found.rows]
+    if found.kv_cache[0] != found.kv_cache[1]:
+        rows.append(("KV cache", "-", *found.kv_cache, "-"))
+    alone = [
+        f"only in {name}: {', '.join(places)}"
+        for name, places in ((found.a, found.only_a), (found.b, found.only_b))
+        if places
+    ]
+    note = f"{found.different:,} of {found.weights:,} linears differ"
+    return Sheet(
+        title=f"{found.a} and {found.b}",
+        headings=("weights", "layers", found.a, found.b, "linears"),
+        rows=tuple(rows),
+        left=4,
+        note="; ".join([note, *alone]),
+    )
+
+
+def write_plan_plots(record: PlanRecord, directory: Path) -> list[str]:
+    """Write the curve of KL against bytes and the picture of layers x projections; returns the files' names."""
+    names = draw_figure("kl-by-bytes", directory, lambda figure: _draw_curve(figure, record))
+    return names + draw_figure("layers", directory, lambda figure: _draw_layers(figure, record), height=_height(record))
+
+
+def _draw_curve(figure: Figure, record: PlanRecord) -> None:
+    axes = figure.subplots()
+    frontier = sorted((p.bytes, p.expected.kl) for p in record.points if p.kind == "frontier")
+    if frontier:
+        axes.plot(*zip(*frontier, strict=True), color="0.6", linewidth=1.4, label="best mix at that size, expected")
+    styles = {"plan": ("*", COLOURS[1], 15), "alternative": (".", COLOURS[4], 9), "byte-matched": ("D", COLOURS[3], 6)}
+    for kind in ("built-in", "uniform", "byte-matched", "alternative", "plan"):
+        points = [p for p in record.points if p.kind == kind]
+        marker, colour, size = styles.get(kind, ("o" if kind == "built-in" else "s", COLOURS[0], 6))
+        _scatter(axes, points, marker, colour, size)
+    for limit in record.limits:
+        if limit.name in ("bytes", "gpu"):
+            axes.axvline(record.plan.bytes + limit.bytes - limit.used, color="0.8", linewidth=1, linestyle=":")
+    axes.set_yscale("log")
+    axes.set_xlabel("bytes of all weights")
+    axes.set_ylabel(KL)
+    axes.grid(visible=True, color="0.9")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.xaxis.set_major_formatter(
+        lambda value, _: f"{value / 10**9:g} GB" if value >= 10**9 else f"{value / 10**6:g} MB"
+    )
+    title = (
+        f"{record.model}: hollow marks expected at {record.context:,} tokens, filled ones measured; dotted: the budget"
+    )
+    axes.set_title(title, fontsize=9, loc="left", color="0.3")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+
+
+def _scatter(axes: Axes, points: Sequence[PlanPoint], marker: str, colour: str, size: float) -> None:
+    """Expected values hollow, measured ones filled with their error, both under the point's name."""
+    for point in points:
+        expected, measured = point.expected.kl, _longest(point.measured)
+        style = {"marker": marker, "color": colour, "markersize": size, "linestyle": "none"}
+        shown = expected if expected > 0 else None
+        if shown is not None:
+            axes.plot([point.bytes], [shown], markerfacecolor="white", zorder=3, **style)
+        if measured is not None and measured.kl > 0:
+            axes.errorbar([point.bytes], [measured.kl], yerr=[measured.error], zorder=4, **style)
+            shown = measured.kl
+        if shown is not None:
+            note = axes.annotate(point.name, (point.bytes, shown), (5, 3), textcoords="offset points", fontsize=6)
+            note.set_parse_math(False)
+
+
+def _draw_layers(figure: Figure, record: PlanRecord) -> None:
+    from matplotlib.patches import Patch, Rectangle
+
+    axes = figure.subplots()
+    roles = _roles(record.groups)
+    largest = max((group.cost for group in record.groups if math.isfinite(group.cost)), default=0.0) or 1.0
+    formats = dict.fromkeys(sorted((group.format for group in record.groups), key=list(FORMAT_COLOURS).index))
+    last = 1 + max((group.layer for group in record.groups if group.layer is not None), default=0)
+    for group in record.groups:
+        x = last + 0.5 if group.layer is None else group.layer
+        row = roles.index(_row_of(group))
+        axes.add_patch(Rectangle((x - 0.5, row - 0.45), 1, 0.9, facecolor=FORMAT_COLOURS[group.format], linewidth=0))
+        if group.cost > 0:  # a dot whose area is the cost
+            axes.plot([x], [row], "o", color="white", markersize=9 * math.sqrt(group.cost / largest), markeredgewidth=0)
+    axes.set_xlim(-0.5, last + (1 if any(g.layer is None for g in record.groups) else -0.5))
+    axes.set_ylim(len(roles) - 0.5, -0.5)
+    axes.set_yticks(range(len(roles)), roles)
+    axes.set_xlabel("decoder layer")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(
+        f"{record.model}: area of a dot is what a group costs, {largest:.2g} nats the largest",
+        fontsize=9,
+        loc="left",
+        color="0.3",
+    )
+    handles = [Patch(color=FORMAT_COLOURS[name], label=name) for name in formats]
+    figure.legend(handles=handles, loc="outside right upper", frameon=False, fontsize=9)
+
+
+def _height(record: PlanRecord) -> float:
+    return 1.4 + 0.45 * len(_roles(record.groups))
+
+
+def _roles(groups: Sequence[PlannedGroup]) -> list[str]:
+    """The rows of the picture, in the order of a layer."""
+    return sorted(dict.fromkeys(map(_row_of, groups)), key=lambda row: (_role_place(row), row))
+
+
+def _row_of(group: PlannedGroup) -> str:
+    """The role, or the last part of the name where a role has several groups in a layer."""
+    return group.role if group.role in _ROLES or group.layer is None else group.name.rpartition(".")[2]
+
+
+def _role_place(role: str) -> int:
+    if role in _ROLES:
+        return _ROLES.index(role)
+    return len(_ROLES) + (100 if role == "lm_head" else role_order(role))
+
+
+def _runs(layers: Sequence[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(layers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in runs)
+
+
+def _longest(measured: Sequence[ProvenKl]) -> ProvenKl | None:
+    return max((one for one in measured if not one.text), key=lambda one: one.context, default=None)
+
+
+def _proven(measured: Sequence[ProvenKl], context: int, text: str) -> str:
+    found = next((one for one in measured if (one.context, one.text) == (context, text)), None)
+    return "-" if found is None else _kl(found.kl, found.error)
+
+
+def _kl(value: float, error: float | None = None) -> str:
+    """A KL with as many digits as its error has, or three."""
+    if not math.isfinite(value):
+        return "-"
+    if error is None or not math.isfinite(error) or error <= 0:
+        return f"{value:.3g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} +- {error:.{digits}f}"
