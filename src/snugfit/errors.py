@@ -85,6 +85,7 @@ CODES: Mapping[str, str] = {
     "statistics-mismatch": "Statistics are of another model, other samples or other settings.",
     # plans
     "scores-invalid": "A file of scores is damaged, or is of another version.",
+    "plan-impossible": "No mix of formats keeps the budget and the constraints, or none is on the menu.",
     "scores-mismatch": "Scores are of another model, other samples or other settings, or lack a format.",
     # evaluation and its results
     "models-mismatch": "The models, or their tokenizers, cannot be compared token by token.",

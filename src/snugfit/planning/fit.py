@@ -62,12 +62,12 @@ def fit(
     `context` it finds the longest. Reads headers and config.json of a directory or a Hub model. UserError for invalid
     arguments, a broken model, and a KV cache of unknown size.
     """
-    settings = ServeSettings(
-        gpu=parse_gpu(gpu),
-        engine=_engine(engine, gpu_memory_utilization, max_num_seqs),
-        tensor_parallel_size=_at_least_one("tensor_parallel_size", tensor_parallel_size),
+    settings = serve_settings(
+        gpu,
+        context=context,
+        tensor_parallel_size=tensor_parallel_size,
+        engine=engine,
         gpu_memory_utilization=gpu_memory_utilization,
-        context=None if context is None else _at_least_one("context", context),
         max_num_seqs=max_num_seqs,
     )
     arguments = FitArguments(
@@ -83,12 +83,32 @@ def fit(
     layout = read_layout(model)
     for error in encoder_decoder(layout.checkpoint):
         raise error
-    served, notes = _read_model(layout, settings)
+    served, notes = read_served(layout, settings)
     source = read_source(layout)
     candidates, more_notes = candidates_of(source, list(map(str, as_sequence(recipes))))
     elements = source.elements()
     rows = sorted((_row(candidate, elements, served, settings) for candidate in candidates), key=_rank)
     return _record(layout.checkpoint.name, arguments, settings, served, rows, (*notes, *more_notes))
+
+
+def serve_settings(
+    gpu: str,
+    *,
+    context: int | None,
+    tensor_parallel_size: int,
+    engine: str,
+    gpu_memory_utilization: float | None,
+    max_num_seqs: int,
+) -> ServeSettings:
+    """Where and how a model is served, from arguments as in `fit`; UserError for invalid ones."""
+    return ServeSettings(
+        gpu=parse_gpu(gpu),
+        engine=_engine(engine, gpu_memory_utilization, max_num_seqs),
+        tensor_parallel_size=_at_least_one("tensor_parallel_size", tensor_parallel_size),
+        gpu_memory_utilization=gpu_memory_utilization,
+        context=None if context is None else _at_least_one("context", context),
+        max_num_seqs=max_num_seqs,
+    )
 
 
 def _engine(name: str, gpu_memory_utilization: float | None, max_num_seqs: int) -> EngineMemory:
@@ -122,7 +142,7 @@ def _at_least_one(name: str, value: int) -> int:
     return value
 
 
-def _read_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
+def read_served(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
     """Shapes from config.json, and remarks on them; UserError where the model cannot be served as asked."""
     for blocker in layout.blockers:
         if blocker.error.code == "config-invalid":

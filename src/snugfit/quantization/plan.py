@@ -191,7 +191,7 @@ def decide(layout: ModelLayout, recipe: LoadedRecipe) -> Decisions:
     names = names_of(layout, weights)
     assignments = {name: assignment for name, assignment in assignments.items() if name in weights.tensors}
     units = units_of(layout, names)
-    outputs = {name: _outputs_of(weights, name, assignments.get(name)) for unit in units for name in unit}
+    outputs = {name: outputs_of(weights, name, assignments.get(name)) for unit in units for name in unit}
     attention = _kv_cache_modules(layout, recipe, units)
     outputs |= _kv_scale_outputs(weights, attention)
     expert_formats = {a.format.name for n, a in assignments.items() if a.format is not None and names[n].routed}
@@ -309,7 +309,7 @@ def _by_file_tensors(weights: LogicalWeights, names: Sequence[str]) -> list[tupl
     return [tuple(group) for group in found.values()]
 
 
-def _outputs_of(weights: LogicalWeights, name: str, assignment: Assignment | None) -> tuple[TensorInfo, ...]:
+def outputs_of(weights: LogicalWeights, name: str, assignment: Assignment | None) -> tuple[TensorInfo, ...]:
     """The tensors that are written for one logical weight."""
     info = weights.tensors[name]
     if assignment is None or assignment.format is None:
@@ -365,7 +365,7 @@ def _config_to_write(layout: ModelLayout, recipe: LoadedRecipe, decisions: Decis
     """The source's config.json with the quantization config of what is written in place of its own."""
     names = decisions.names
     formats = {names[name].module: a.format for name, a in decisions.assignments.items() if a.format is not None}
-    cache = recipe.recipe.kv_cache or _kept_cache(layout)
+    cache = recipe.recipe.kv_cache or kept_cache(layout)
     ignore = _ignored_modules(decisions, formats)
     config = _without_quantization(layout.checkpoint.config)
     if layout.tied.own_head:
@@ -377,7 +377,7 @@ def _cache_notes(layout: ModelLayout, recipe: LoadedRecipe) -> list[str]:
     """What becomes of an FP8 cache that the source declares without scales."""
     if not layout.cache_without_scales or recipe.recipe.kv_cache is not None:
         return []
-    kept = "stays declared" if _kept_cache(layout) else "is not declared in the result"
+    kept = "stays declared" if kept_cache(layout) else "is not declared in the result"
     return [f"the source's FP8 KV cache {kept}: {layout.cache_without_scales}"]
 
 
@@ -425,7 +425,7 @@ def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {key: _without_quantization(kept[key]) for key in nested_language_keys(kept)}
 
 
-def _kept_cache(layout: ModelLayout) -> Literal["fp8"] | None:
+def kept_cache(layout: ModelLayout) -> Literal["fp8"] | None:
     """The FP8 cache that the source asks for, under scales that it has."""
     tensors = layout.checkpoint.tensors
     if not any(has_scales(tensors, f"{layout.decoder}.{number}") for number in range(layout.num_layers)):

@@ -52,14 +52,31 @@ AMAX = "amax"  # `input_headroom` 1
 _SEE_EXAMPLES = "`list_recipes` shows examples."
 
 
-class Rule(BaseModel):
-    """One rule as written. Unknown keys are errors."""
+class Selector(BaseModel):
+    """Which weights a rule is about, as written. Unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     role: tuple[str, ...] = ()
     name: str | None = None
     layers: str | None = None
+
+    @field_validator("role", mode="before")
+    @classmethod
+    def _one_or_many_roles(cls, value: Any) -> Any:
+        return value if value is None or isinstance(value, (list, tuple)) else (value,)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _layers_text(cls, value: Any) -> Any:
+        if value is None or isinstance(value, str):
+            return value
+        return ", ".join(str(part) for part in value) if isinstance(value, list) else str(value)
+
+
+class Rule(Selector):
+    """One rule as written. Unknown keys are errors."""
+
     format: str
     scale_rule: ScaleRule | None = None
     objective: Objective | None = None
@@ -73,17 +90,10 @@ class Rule(BaseModel):
     def _largest_alone(cls, value: Any) -> Any:
         return 1.0 if value == AMAX else value
 
-    @field_validator("role", "group_size", mode="before")
+    @field_validator("group_size", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return value if value is None or isinstance(value, (list, tuple)) else (value,)
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _layers_text(cls, value: Any) -> Any:
-        if value is None or isinstance(value, str):
-            return value
-        return ", ".join(str(part) for part in value) if isinstance(value, list) else str(value)
 
 
 class Recipe(BaseModel):
@@ -172,14 +182,26 @@ def parse_recipe(text: str, *, where: str) -> LoadedRecipe:
 
 def _problems(rule: Rule) -> Iterator[UserError]:
     """What is wrong with a rule by itself, each at its key; "" for the rule as a whole."""
+    yield from selector_problems(rule)
+    yield from format_problems("format", [rule.format])
+    yield from _option_problems(rule)
+
+
+def format_problems(key: str, formats: Sequence[str]) -> Iterator[UserError]:
+    """What is wrong with names of formats that are to be written, under `key`."""
+    for name in formats:
+        if name in READ_ONLY:
+            written = ", ".join((*FORMATS, KEEP))
+            yield invalid_recipe(f"{name} can be read but not written.", key, f"Formats that can be: {written}.")
+        else:
+            yield from _unknown(key, [name], [*FORMATS, KEEP])
+
+
+def selector_problems(rule: Selector) -> Iterator[UserError]:
+    """What is wrong with the conditions of a rule, each at its key; "" for the rule as a whole."""
     yield from _unknown("role", rule.role, ROLE_NAMES)
-    if rule.format in READ_ONLY:
-        written = ", ".join((*FORMATS, KEEP))
-        yield _invalid(f"{rule.format} can be read but not written.", "format", f"Formats that can be: {written}.")
-    else:
-        yield from _unknown("format", [rule.format], [*FORMATS, KEEP])
     if not rule.role and rule.name is None and rule.layers is None:
-        yield _invalid("a rule needs `role`, `name` or `layers`.", "", "`role: linear` matches every linear.")
+        yield invalid_recipe("a rule needs `role`, `name` or `layers`.", "", "`role: linear` matches every linear.")
     if rule.name is not None and rule.name.startswith("re:"):
         try:
             Pattern(rule.name.removeprefix("re:"))
@@ -188,15 +210,14 @@ def _problems(rule: Rule) -> Iterator[UserError]:
             yield UserError(what, code="pattern-invalid", where="name", remedy="Correct it.")
     if rule.layers is not None and not all(map(_LAYERS.fullmatch, rule.layers.split(","))):
         what = f"layers must be numbers and ranges, got {rule.layers!r}."
-        yield _invalid(what, "layers", 'Write them as in "0..3, 26, -1".')
-    yield from _option_problems(rule)
+        yield invalid_recipe(what, "layers", 'Write them as in "0..3, 26, -1".')
 
 
 def _option_problems(rule: Rule) -> Iterator[UserError]:
     known = FORMATS[rule.format].scale_rules if rule.format in FORMATS else ()
     if rule.scale_rule is not None and rule.scale_rule not in known:
         remedy = f"Known: {', '.join(known)}." if known else "Remove it."
-        yield _invalid(f"{rule.format} has no scale rule {rule.scale_rule}.", "scale_rule", remedy)
+        yield invalid_recipe(f"{rule.format} has no scale rule {rule.scale_rule}.", "scale_rule", remedy)
     objective = rule.objective
     if (
         objective is not None
@@ -205,25 +226,25 @@ def _option_problems(rule: Rule) -> Iterator[UserError]:
     ):
         what = f"objective {objective} needs `scale_rule: four-over-six`."
         remedy = "Add the scale rule, or remove it: sweep minimises mse, absmax compares nothing, `effort` has its own."
-        yield _invalid(what, "objective", remedy)
+        yield invalid_recipe(what, "objective", remedy)
     for key in ("group_size", "symmetric"):
         if getattr(rule, key) is not None and rule.format != "int4":
-            yield _invalid(f"{rule.format} has no option {key}.", key, "Remove it.")
+            yield invalid_recipe(f"{rule.format} has no option {key}.", key, "Remove it.")
     if rule.input_headroom is not None:
         yield from _headroom_problems(rule)
     for size in rule.group_size or ():
         if size not in INT4_GROUPS:
             sizes = ", ".join(map(str, sorted(INT4_GROUPS)))
-            yield _invalid(f"engines do not run group_size {size}.", "group_size", f"Use one of {sizes}.")
+            yield invalid_recipe(f"engines do not run group_size {size}.", "group_size", f"Use one of {sizes}.")
 
 
 def _headroom_problems(rule: Rule) -> Iterator[UserError]:
     key = "input_headroom"
     if rule.format not in FORMATS or not TensorFormat(rule.format).has_input_headroom:
         what = f"{rule.format} has no option {key}: it has no calibrated scale of its inputs."
-        yield _invalid(what, key, "Remove it.")
+        yield invalid_recipe(what, key, "Remove it.")
     elif problem := headroom_problem(rule.input_headroom):
-        yield _invalid(problem, key, f"2 doubles the range, {AMAX} is the calibrated one.")
+        yield invalid_recipe(problem, key, f"2 doubles the range, {AMAX} is the calibrated one.")
 
 
 def _unknown(key: str, values: Sequence[str], valid: Sequence[str]) -> Iterator[UserError]:
@@ -231,10 +252,11 @@ def _unknown(key: str, values: Sequence[str], valid: Sequence[str]) -> Iterator[
         if value not in valid:
             near = get_close_matches(value, valid, n=1)
             remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(valid)}."
-            yield _invalid(f"unknown {key} {value!r}.", key, remedy)
+            yield invalid_recipe(f"unknown {key} {value!r}.", key, remedy)
 
 
-def _invalid(what: str, where: str, remedy: str) -> UserError:
+def invalid_recipe(what: str, where: str, remedy: str) -> UserError:
+    """The error of a recipe with a wrong key or value."""
     return UserError(what, code="recipe-invalid", where=where, remedy=remedy)
 
 
@@ -246,10 +268,10 @@ def _explain(error: ValidationError, document: YamlDocument) -> UserError:
     place = document.place_of(*first["loc"])
     if first["loc"] == ("kv_cache",):
         given = repr(first["input"]) if isinstance(first["input"], str) else "of this type"
-        return _invalid(f"unknown kv_cache {given}.", place, f"Known: fp8, {KEEP}.")
+        return invalid_recipe(f"unknown kv_cache {given}.", place, f"Known: fp8, {KEEP}.")
     if first["type"] == "extra_forbidden":
         fields = Rule.model_fields if len(first["loc"]) > 1 else Recipe.model_fields
         near = get_close_matches(str(first["loc"][-1]), list(fields), n=1)
         remedy = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(fields)}."
-        return _invalid("unknown key.", place, remedy)
-    return _invalid(f"{first['msg']}.", place, _SEE_EXAMPLES)
+        return invalid_recipe("unknown key.", place, remedy)
+    return invalid_recipe(f"{first['msg']}.", place, _SEE_EXAMPLES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 
 from snugfit.engines.kernels import HEAD_FORMAT
@@ -31,7 +31,7 @@ from snugfit.recipes.assignment import (
     kept_format,
     without_rule,
 )
-from snugfit.recipes.recipe import LoadedRecipe, Rule
+from snugfit.recipes.recipe import LoadedRecipe, Rule, Selector
 from snugfit.storage.safetensors_header import TensorInfo
 
 _HEADS = ("lm_head", "embed_out")
@@ -70,7 +70,7 @@ def resolve(
     # engines build routers and embeddings in 16 bits, whatever the source stores
     in_16_bits = {name.full for name in names if name.role in ("router", "embed")}
     stored = {name: fmt for name, fmt in (source_formats or {}).items() if name not in in_16_bits}
-    matcher = _Matcher(loaded, num_layers)
+    matcher = Matcher(loaded.recipe.rules, num_layers, loaded.place_of)
     matched: dict[int, list[TensorName]] = {number: [] for number in range(len(loaded.recipe.rules))}
     kept: set[int | None] = set()  # rules that ask for what happens anyway
     for name in names:
@@ -145,22 +145,23 @@ def _settle(rule: Rule, number: int, tensors: Sequence[TensorInfo], place: str) 
     return Assignment(fmt, rule.scale_rule or default, rule.objective or "mse", number, input_headroom=headroom)
 
 
-class _Matcher:
-    """Matches the rules of a recipe against names; each regular expression has one time budget for all names."""
+class Matcher:
+    """Matches the conditions of rules against names; each regular expression has one time budget for all names."""
 
-    def __init__(self, loaded: LoadedRecipe, num_layers: int) -> None:
-        self._loaded = loaded
+    def __init__(self, rules: Sequence[Selector], num_layers: int, place_of: Callable[[int], str]) -> None:
+        self._rules = rules
         self._num_layers = num_layers
-        texts = {rule.name for rule in loaded.recipe.rules if rule.name is not None and rule.name.startswith("re:")}
+        self._place_of = place_of
+        texts = {rule.name for rule in rules if rule.name is not None and rule.name.startswith("re:")}
         self._patterns = {text: Pattern(text.removeprefix("re:")) for text in texts}
 
     def first(self, name: TensorName) -> int | None:
         """The first rule that matches a tensor."""
-        return next((number for number in range(len(self._loaded.recipe.rules)) if self.matches(number, name)), None)
+        return next((number for number in range(len(self._rules)) if self.matches(number, name)), None)
 
     def matches(self, number: int, name: TensorName) -> bool:
         """Whether all conditions of rule `number` hold for a tensor; UserError for a pattern that takes too long."""
-        rule = self._loaded.recipe.rules[number]
+        rule = self._rules[number]
         if rule.role and not any(_role_matches(role, name) for role in rule.role):
             return False
         if rule.name is not None and not self._name_matches(rule.name, name.module, number):
@@ -175,7 +176,7 @@ class _Matcher:
         try:
             return self._patterns[pattern].is_all_of(module)
         except UserError as error:
-            raise error.at(f"{self._loaded.place_of(number)}.name") from None
+            raise error.at(f"{self._place_of(number)}.name") from None
 
 
 def _role_matches(wanted: str, name: TensorName) -> bool:
@@ -207,7 +208,7 @@ def _no_rule(name: TensorName, info: TensorInfo, where: str) -> UserError:
 def _unmatched(
     loaded: LoadedRecipe,
     number: int,
-    matcher: _Matcher,
+    matcher: Matcher,
     fixed_names: Sequence[TensorName],
     fixed: Mapping[str, str],
 ) -> UserError:

@@ -133,7 +133,7 @@ class Scores:
 
         UserError for a group or a format that was not scored.
         """
-        terms = self._terms(group, fmt)
+        terms = self.terms(group, fmt)
         return math.fsum(share * kl for share, kl in zip(self.shares(context), terms.kl, strict=True))
 
     def has(self, group: str, fmt: str) -> bool:
@@ -145,7 +145,7 @@ class Scores:
 
         The error has that of the costs and that of the model of damage. UserError as in `cost`.
         """
-        found = [self._terms(group, fmt) for group, fmt in choice.items()]
+        found = [self.terms(group, fmt) for group, fmt in choice.items()]
         kl, variance, model = 0.0, 0.0, 0.0
         for bucket, share in enumerate(self.shares(context)):
             damage = self.damage[bucket]
@@ -156,8 +156,11 @@ class Scores:
             model += share * damage.error * value
         return Predicted(kl, math.sqrt(variance + model**2))
 
-    def _terms(self, group: str, fmt: str) -> Cost:
-        """Costs as they are added up, by bucket."""
+    def terms(self, group: str, fmt: str) -> Cost:
+        """Costs of a group in a format as they are added up, by bucket: with factors, not below 0.
+
+        UserError for a group or a format that was not scored.
+        """
         by_format, scored = self.costs.get(group), self._groups.get(group)
         if by_format is None or scored is None:
             raise _not_scored(f"there is no group {group}", group)

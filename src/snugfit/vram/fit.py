@@ -127,6 +127,22 @@ def kernel_labels(tensors: Sequence[PlannedTensor], settings: ServeSettings) -> 
     return found
 
 
+def most_weight_bytes(model: ServedModel, settings: ServeSettings, *, fp8: bool) -> int:
+    """Bytes of weights on each GPU beside which the wanted context fits, in a KV cache of 16 bits or FP8; may be < 0.
+
+    Without a wanted context it is at least `MIN_CONTEXT`, as in `fit_weights`.
+    """
+    budget, pool = _memory(model, 0, settings, settings.tensor_parallel_size, fp8)
+    return budget.cache_bytes - pool.bytes_needed(_wanted(model, settings), settings.max_num_seqs)
+
+
+def longest_context(model: ServedModel, weight_bytes: int, settings: ServeSettings, *, fp8: bool) -> int:
+    """Tokens of the longest context beside `weight_bytes` on each GPU; 0 where not one token fits."""
+    budget, pool = _memory(model, weight_bytes, settings, settings.tensor_parallel_size, fp8)
+    available = budget.cache_bytes
+    return pool.max_context(available, model.max_positions, settings.max_num_seqs) if available > 0 else 0
+
+
 def weight_bytes_per_gpu(tensors: Sequence[PlannedTensor], tp: int, kv_heads: int | None) -> int:
     """Bytes of all weights on each of `tp` GPUs."""
     return sum(tensor.count * bytes_on_gpu(tensor.name, tensor.infos, tp, kv_heads) for tensor in tensors)
@@ -145,19 +161,32 @@ def bits_per_weight(tensors: Sequence[PlannedTensor], elements: Mapping[str, int
 def _fit_on(
     model: ServedModel, tensors: Sequence[PlannedTensor], settings: ServeSettings, tp: int, fp8: bool
 ) -> FitResult:
-    gpu, engine, sequences = settings.gpu, settings.engine, settings.max_num_seqs
     weight_bytes = weight_bytes_per_gpu(tensors, tp, model.cache.kv_heads)
-    budget = make_budget(
-        weight_bytes, model.widths, engine, gpu, gpu_memory_utilization=settings.gpu_memory_utilization, tp=tp
-    )
-    batch = max_num_batched_tokens(engine, gpu)
-    pool = make_pool(model.cache, max_num_batched_tokens=batch, fp8=fp8, tp=tp, state_blocks=engine.state_blocks)
-    available = budget.cache_bytes
-    wanted = settings.context or min(MIN_CONTEXT, model.max_positions)
+    budget, pool = _memory(model, weight_bytes, settings, tp, fp8)
+    available, sequences = budget.cache_bytes, settings.max_num_seqs
     return FitResult(
         weight_bytes=weight_bytes,
         budget=budget,
         pool=pool,
         max_context=pool.max_context(available, model.max_positions, sequences) if available > 0 else 0,
-        headroom_bytes=available - pool.bytes_needed(wanted, sequences),
+        headroom_bytes=available - pool.bytes_needed(_wanted(model, settings), sequences),
+    )
+
+
+def _wanted(model: ServedModel, settings: ServeSettings) -> int:
+    """Tokens of context that have to fit."""
+    return settings.context or min(MIN_CONTEXT, model.max_positions)
+
+
+def _memory(
+    model: ServedModel, weight_bytes: int, settings: ServeSettings, tp: int, fp8: bool
+) -> tuple[Budget, BlockPool]:
+    """How one of `tp` GPUs is divided that holds `weight_bytes`, and its pool of cache blocks."""
+    gpu, engine = settings.gpu, settings.engine
+    budget = make_budget(
+        weight_bytes, model.widths, engine, gpu, gpu_memory_utilization=settings.gpu_memory_utilization, tp=tp
+    )
+    batch = max_num_batched_tokens(engine, gpu)
+    return budget, make_pool(
+        model.cache, max_num_batched_tokens=batch, fp8=fp8, tp=tp, state_blocks=engine.state_blocks
     )

@@ -1,0 +1,291 @@
+"""The mixes of formats that scores expect to lose least under the limits of a budget, or to be smallest under a KL.
+
+A mix's expected KL is a mean over positions of c (1 - exp(-b / c)), where b is a sum over groups (records/scores.py).
+That is a concave function of sums, so the sums' linear form at any mix is nowhere below it: minimizing that form, a
+knapsack, and repeating at the result never gets worse, and ends after a few rounds. With one bucket of positions the
+first round is exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from snugfit.errors import UserError
+from snugfit.planning.knapsack import Problem, Row, solve
+from snugfit.planning.menu import Bytes, GroupMenu, Option
+from snugfit.records.scores import KEEP, KV_CACHE, Predicted, Scores, saturate
+
+CACHES = (KEEP, "fp8")
+_ROUNDS = 8
+_KINDS = ("gpu", "served", "file", "disk")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limit:
+    """A limit in bytes on a mix's tensors: of what each GPU holds, engines load, files hold, or files with headers.
+
+    `kind` is gpu, served, file or disk; `name` is the parameter that asks for it.
+    """
+
+    name: str
+    kind: str
+    bytes: int
+
+    def amount(self, size: Bytes) -> int:
+        """What counts against the limit."""
+        return size.file + size.header if self.kind == "disk" else int(getattr(size, self.kind))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Space:
+    """What may be chosen: each group's options, what comes beside the groups, and the limits, by kind of KV cache.
+
+    `outside` and `limits` have one entry for each cache that may be chosen ("keep" for 16 bits or what the source
+    declares, "fp8"). `max_formats` counts formats other than keep.
+    """
+
+    menus: tuple[GroupMenu, ...]
+    outside: Mapping[str, Bytes]
+    limits: Mapping[str, tuple[Limit, ...]]
+    max_formats: int | None = None
+
+    def with_limits(self, limits: Mapping[str, tuple[Limit, ...]]) -> Space:
+        """The same under other limits."""
+        return replace(self, limits=limits)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """One choice: the option of each group by the group's name, the KV cache, all bytes, and the KL that scores expect.
+
+    `context` is the length for which the KL is expected.
+    """
+
+    options: Mapping[str, Option]
+    kv_cache: str
+    bytes: Bytes
+    context: int
+    predicted: Predicted
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """The format of each group that is not kept, and of an FP8 cache, as scores and proofs name them."""
+        found = {name: one.format for name, one in self.options.items() if one.format != KEEP}
+        return found if self.kv_cache == KEEP else {**found, KV_CACHE: self.kv_cache}
+
+
+def choice_for_scores(scores: Scores, options: Mapping[str, Option], kv_cache: str) -> dict[str, str]:
+    """The formats of all groups and the cache as `Scores.predict` takes them; what is kept counts, too."""
+    found = {name: one.format for name, one in options.items()}
+    if kv_cache != KEEP and scores.has(KV_CACHE, kv_cache):
+        found[KV_CACHE] = kv_cache
+    return found
+
+
+def scored(space: Space, scores: Scores) -> Space:
+    """The space without options that have no score; UserError where a group has no other."""
+    menus = []
+    for menu in space.menus:
+        name = menu.group.name
+        options = tuple(one for one in menu.options if scores.has(name, one.format))
+        if not options:
+            wanted = ", ".join(one.format for one in menu.options)
+            what = f"no score of {name} in {wanted}."
+            remedy = "Score the model again with these formats, or leave `scores` out."
+            raise UserError(what, code="scores-mismatch", where="scores", remedy=remedy)
+        refused = dict(menu.refused) | {one.format: "it was not scored" for one in menu.options if one not in options}
+        menus.append(GroupMenu(group=menu.group, options=options, refused=refused))
+    caches = {cache for cache in space.outside if cache == KEEP or scores.has(KV_CACHE, cache)}
+    return Space(
+        menus=tuple(menus),
+        outside={cache: size for cache, size in space.outside.items() if cache in caches},
+        limits={cache: limits for cache, limits in space.limits.items() if cache in caches},
+        max_formats=space.max_formats,
+    )
+
+
+def least_kl(space: Space, scores: Scores, context: int, *, count: int = 1, distance: int = 1) -> list[Mix]:
+    """The mixes within the limits of which scores expect the least KL, best first; empty where none is.
+
+    Up to `count`, each different from those before it in the format of `distance` groups, or in the cache.
+    """
+    found: list[Mix] = []
+    for cache in space.limits:
+        task = _Task(space, scores, context, cache)
+        before: list[tuple[int, ...]] = []
+        while len(before) < count and (places := task.least_kl(before, distance)) is not None:
+            before.append(places)
+            found.append(task.mix(places))
+    return sorted(found, key=_rank)[:count]
+
+
+def least_bytes(space: Space, scores: Scores, context: int, max_kl: float, kind: str = "file") -> Mix | None:
+    """The smallest mix within the limits of which scores expect at most `max_kl`; None where there is none.
+
+    `kind` says which bytes are to be least, as in `Limit`.
+    """
+    found = [
+        mix
+        for cache in space.limits
+        if (mix := _Task(space, scores, context, cache).least_bytes(max_kl, kind)) is not None
+    ]
+    limit = Limit(name="", kind=kind, bytes=0)
+    return min(found, key=lambda mix: (limit.amount(mix.bytes), mix.predicted.kl), default=None)
+
+
+def least_amount(space: Space, limit: Limit, cache: str) -> int:
+    """The least that a mix can count against one limit, whatever it loses."""
+    least = sum(min(limit.amount(one.bytes) for one in menu.options) for menu in space.menus)
+    return limit.amount(space.outside[cache]) + least
+
+
+def mix_of(space: Space, scores: Scores | None, context: int, formats: Mapping[str, str], cache: str) -> Mix:
+    """The mix that these formats make; groups that are not named are kept. KeyError for a format not on the menu."""
+    options = {menu.group.name: menu.option(formats.get(menu.group.name, KEEP)) for menu in space.menus}
+    return make_mix(options, cache, space.outside[cache], scores, context)
+
+
+def make_mix(options: Mapping[str, Option], cache: str, outside: Bytes, scores: Scores | None, context: int) -> Mix:
+    """A mix with its bytes and what scores expect of it; NaN where they lack one of its formats."""
+    size = outside
+    for one in options.values():
+        size += one.bytes
+    expected = Predicted(math.nan, math.nan)
+    if scores is not None and all(scores.has(name, one.format) for name, one in options.items()):
+        expected = scores.predict(choice_for_scores(scores, options, cache), context)
+    return Mix(options=options, kv_cache=cache, bytes=size, context=context, predicted=expected)
+
+
+def within(mix: Mix, limits: Sequence[Limit]) -> bool:
+    """Whether a mix keeps all limits."""
+    return all(limit.amount(mix.bytes) <= limit.bytes for limit in limits)
+
+
+def _rank(mix: Mix) -> tuple[float, int]:
+    return mix.predicted.kl, mix.bytes.file
+
+
+class _Task:
+    """The search with one kind of KV cache."""
+
+    def __init__(self, space: Space, scores: Scores, context: int, cache: str) -> None:
+        self._space, self._scores, self._context, self._cache = space, scores, context, cache
+        self._shares = scores.shares(context)
+        self._costs = [[scores.terms(menu.group.name, one.format).kl for one in menu.options] for menu in space.menus]
+        scored_cache = cache != KEEP and scores.has(KV_CACHE, cache)
+        self._fixed = scores.terms(KV_CACHE, cache).kl if scored_cache else (0.0,) * len(self._shares)
+
+    def least_kl(self, before: Sequence[tuple[int, ...]], distance: int) -> tuple[int, ...] | None:
+        """The options' places of the mix of least KL that differs enough from those `before`."""
+        if before and distance > len(self._costs):
+            return None
+        best: tuple[int, ...] | None = None
+        for _ in range(_ROUNDS):
+            weights = self._slopes(best)
+            places = solve(self._problem(self._linear(weights), before, distance))
+            if places is None or (best is not None and self._kl(places) >= self._kl(best) * (1 - 1e-9)):
+                break
+            best = places
+            if len(self._shares) == 1:
+                break
+        return best
+
+    def least_bytes(self, max_kl: float, kind: str) -> Mix | None:
+        """The smallest mix of which scores expect at most `max_kl`."""
+        limit = Limit(name="", kind=kind, bytes=0)
+        amounts = tuple(tuple(limit.amount(one.bytes) for one in menu.options) for menu in self._space.menus)
+        largest = max(1, *(max(group) for group in amounts))
+        costs = tuple(tuple(amount / largest for amount in group) for group in amounts)
+        best: Mix | None = None
+        # anything that costs: the direction of the first tangent
+        at = [
+            max(1e-9, sum(max(t[bucket] for t in group) for group in self._costs))
+            for bucket in range(len(self._shares))
+        ]
+        for _ in range(_ROUNDS):
+            weights, most = self._tangent(at, max_kl)
+            bound = self._linear(weights), most * (1 + 1e-9)
+            places = solve(replace(self._problem(costs, (), 1), bound=bound))
+            if places is None or self._kl(places) > max_kl * (1 + 1e-5):
+                break
+            found = self.mix(places)
+            if best is not None and limit.amount(found.bytes) >= limit.amount(best.bytes):
+                break
+            best, at = found, self._totals(places)
+            if len(self._shares) == 1:
+                break
+        return best
+
+    def mix(self, places: Sequence[int]) -> Mix:
+        """The mix with the options at these places."""
+        pairs = zip(self._space.menus, places, strict=True)
+        options = {menu.group.name: menu.options[place] for menu, place in pairs}
+        return make_mix(options, self._cache, self._space.outside[self._cache], self._scores, self._context)
+
+    def _problem(
+        self, costs: tuple[tuple[float, ...], ...], before: Sequence[tuple[int, ...]], distance: int
+    ) -> Problem:
+        menus, outside = self._space.menus, self._space.outside[self._cache]
+        rows = tuple(
+            Row(
+                amounts=tuple(tuple(limit.amount(one.bytes) for one in menu.options) for menu in menus),
+                limit=limit.bytes - limit.amount(outside),
+            )
+            for limit in self._space.limits[self._cache]
+        )
+        return Problem(
+            costs=costs,
+            rows=rows,
+            labels=tuple(tuple(one.format for one in menu.options) for menu in menus),
+            max_labels=self._space.max_formats,
+            free=KEEP,
+            others=tuple(before),
+            distance=distance,
+        )
+
+    def _linear(self, weights: Sequence[float]) -> tuple[tuple[float, ...], ...]:
+        """Each option's cost in the linear form with these weights of buckets."""
+        return tuple(
+            tuple(math.fsum(w * kl for w, kl in zip(weights, terms, strict=True)) for terms in group)
+            for group in self._costs
+        )
+
+    def _totals(self, places: Sequence[int]) -> list[float]:
+        """The sums b of a mix by bucket."""
+        chosen = [group[place] for group, place in zip(self._costs, places, strict=True)]
+        return [math.fsum((fixed, *column)) for fixed, *column in zip(self._fixed, *chosen, strict=True)]
+
+    def _kl(self, places: Sequence[int]) -> float:
+        return self._kl_of(self._totals(places))
+
+    def _kl_of(self, totals: Sequence[float]) -> float:
+        ceilings = [damage.ceiling for damage in self._scores.damage]
+        values = [saturate(total, c)[0] for total, c in zip(totals, ceilings, strict=True)]
+        return math.fsum(share * value for share, value in zip(self._shares, values, strict=True))
+
+    def _slopes(self, at: Sequence[int] | None) -> list[float]:
+        """By how much the KL grows with each bucket's sum at a mix; None: at no damage."""
+        return list(self._shares) if at is None else self._slopes_at(self._totals(at))
+
+    def _slopes_at(self, totals: Sequence[float]) -> list[float]:
+        ceilings = [damage.ceiling for damage in self._scores.damage]
+        slopes = [saturate(total, c)[1] for total, c in zip(totals, ceilings, strict=True)]
+        return [share * slope for share, slope in zip(self._shares, slopes, strict=True)]
+
+    def _tangent(self, direction: Sequence[float], max_kl: float) -> tuple[list[float], float]:
+        """A linear bound on the sums, weights and limit, under which the KL is at most `max_kl`.
+
+        It touches the surface of sums with that KL where the direction meets it. What the cache costs is subtracted.
+        """
+        low, high = 0.0, 1.0
+        while self._kl_of([high * part for part in direction]) < max_kl and high < 1e12:
+            high *= 2
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._kl_of([middle * part for part in direction]) < max_kl else (low, middle)
+        point = [low * part for part in direction]
+        weights = self._slopes_at(point)
+        left = [there - fixed for there, fixed in zip(point, self._fixed, strict=True)]
+        return weights, math.fsum(w * part for w, part in zip(weights, left, strict=True))

@@ -1,0 +1,141 @@
+"""Everything that a plan may choose for a model: menus, caches, limits and what lies outside of them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from snugfit.errors import UserError
+from snugfit.formats.spec import FORMATS, KEEP
+from snugfit.model.layout import ModelLayout
+from snugfit.planning.constraints import LoadedConstraints, constrained
+from snugfit.planning.limits import Place, limits_of
+from snugfit.planning.menu import Bytes, GroupMenu, Option, read_menu, sizes_outside
+from snugfit.planning.recipe_text import WeightFormat, recipe_text
+from snugfit.planning.search import Mix, Space
+from snugfit.quantization.plan import decide, kept_cache
+from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
+
+FP8 = "fp8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choices:
+    """What may be chosen: `space` under menu, constraints and limits, `everything` in all formats that run.
+
+    `fp8_kept`: the source declares an FP8 cache with scales, which stays whatever the recipe says. `caches` says of
+    each kind of cache why it is not offered, "" if it is.
+    """
+
+    layout: ModelLayout
+    place: Place
+    constraints: LoadedConstraints
+    space: Space
+    everything: tuple[GroupMenu, ...]
+    caches: Mapping[str, str]
+    fp8_kept: bool
+
+    def is_fp8(self, cache: str) -> bool:
+        """Whether keys and values are in FP8 under a choice of the cache."""
+        return cache == FP8 or self.fp8_kept
+
+    def at(self, context: int) -> Space:
+        """The space with the limits of another context."""
+        limits = {
+            cache: limits_of(self.layout, self.place, fp8=self.is_fp8(cache), context=context)
+            for cache in self.space.limits
+        }
+        return self.space.with_limits(limits)
+
+
+def read_choices(
+    layout: ModelLayout, place: Place, menu: Sequence[str] = (), constraints: LoadedConstraints | None = None
+) -> Choices:
+    """What may be chosen for a model in a place.
+
+    UserError for a model that cannot be quantized, unknown formats, constraints that leave nothing to a group or match
+    nothing, and an FP8 cache that is demanded and impossible.
+    """
+    loaded = constraints or LoadedConstraints()
+    everything = read_menu(layout, tuple(FORMATS), place.server)
+    menus = read_menu(layout, menu, place.server)
+    menus = constrained(menus, loaded, layout.names, layout.num_layers)
+    kept = kept_cache(layout) is not None
+    outside, caches = _outside(layout, everything, place, loaded, fp8_kept=kept)
+    limits = {cache: limits_of(layout, place, fp8=kept or cache == FP8) for cache in outside}
+    allowed = loaded.constraints.max_formats
+    return Choices(
+        layout=layout,
+        place=place,
+        constraints=loaded,
+        space=Space(menus=menus, outside=outside, limits=limits, max_formats=allowed),
+        everything=everything,
+        caches=caches,
+        fp8_kept=kept,
+    )
+
+
+def recipe_of_mix(
+    layout: ModelLayout,
+    options: Mapping[str, Option],
+    groups: Sequence[GroupMenu],
+    *,
+    fp8_cache: bool,
+    name: str = "plan",
+    description: str = "",
+    comments: Sequence[str] = (),
+) -> LoadedRecipe:
+    """The recipe that gives each group the format of its option."""
+    formats = {
+        weight: WeightFormat(options[menu.group.name].format, options[menu.group.name].group_size)
+        for menu in groups
+        for weight in menu.group.weights
+    }
+    text = recipe_text(
+        formats,
+        layout.names,
+        num_layers=layout.num_layers,
+        name=name,
+        description=description,
+        comments=comments,
+        fp8_cache=fp8_cache,
+    )
+    return parse_recipe(text, where=name)
+
+
+def check_bytes(layout: ModelLayout, mix: Mix, recipe: LoadedRecipe) -> None:
+    """RuntimeError where the recipe of a mix would write other bytes than were planned: a defect of this package."""
+    written = sum(info.bytes for infos in decide(layout, recipe).outputs.values() for info in infos)
+    if written != mix.bytes.file:
+        raise RuntimeError(f"planned {mix.bytes.file} bytes, but the recipe writes {written}:\n{recipe.text}")
+
+
+def _outside(
+    layout: ModelLayout, menus: Sequence[GroupMenu], place: Place, loaded: LoadedConstraints, *, fp8_kept: bool
+) -> tuple[dict[str, Bytes], dict[str, str]]:
+    """Bytes beside the groups with each kind of cache that is offered, and why others are not."""
+    wanted = loaded.constraints.kv_cache
+    found: dict[str, Bytes] = {}
+    reasons = {KEEP: "", FP8: ""}
+    first = next(menu for menu in menus if len(menu.options) > 1)
+    options = {menu.group.name: menu.options[0] for menu in menus} | {first.group.name: first.options[1]}
+    for cache in (KEEP, FP8):
+        reason = ""
+        if cache == FP8 and fp8_kept:
+            reason = "the source has scales of an FP8 cache already, which stay"
+        elif wanted is not None and wanted != cache:
+            reason = f"{loaded.where} asks for {wanted}"
+        elif cache == FP8 and place.served is None and wanted is None:
+            reason = "without a GPU an FP8 cache saves nothing"
+        if not reason:
+            try:
+                recipe = recipe_of_mix(layout, options, menus, fp8_cache=cache == FP8)
+                found[cache] = sizes_outside(layout, decide(layout, recipe).outputs, place.server)
+            except UserError as error:
+                if cache == KEEP:
+                    raise
+                reason = error.what.rstrip(".")
+        reasons[cache] = reason
+    if not found:
+        raise UserError(f"{reasons[FP8]}.", code="plan-impossible", where=loaded.where, remedy="Remove `kv_cache`.")
+    return found, reasons
