@@ -9,7 +9,7 @@ from snugfit.machine import Clock
 from snugfit.model.layout import ModelLayout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.plan import measure_only
-from snugfit.quantization.prepare import Calibration, prepare
+from snugfit.quantization.prepare import Calibration, check_statistics, prepare
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run, run_layers, statistics_of
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, save_statistics
@@ -26,16 +26,22 @@ def calibrate(
     tokens_per_batch: int | None = None,
     progress: Progress = SILENT,
 ) -> Statistics:
-    """Statistics of these samples, in STATISTICS_NAME below `folder`; a run that was stopped resumes there."""
+    """Statistics of these samples, in STATISTICS_NAME below `folder`; a run that was stopped resumes there.
+
+    UserError for a folder with statistics of another model or of other samples.
+    """
     file = folder / STATISTICS_NAME
+    experts = ExpertCalibration(min_tokens_per_expert=0)
     if file.exists():
-        return load_statistics(file)
+        found = load_statistics(file)
+        check_statistics(found, layout.checkpoint, samples, experts, where=str(file))
+        return found
     calibration = Calibration(
         num_samples=None,
         max_seq_length=None,
         device=device,
         tokens_per_batch=tokens_per_batch,
-        experts=ExpertCalibration(min_tokens_per_expert=0),
+        experts=experts,
     )
     prepared = prepare(measure_only(layout), calibration, samples=samples)
     prepared.check_resources()

@@ -1,31 +1,32 @@
 """How costs of groups add up to the KL of a plan: fitted to a few plans that were measured.
 
-A group's cost comes from gradients at the original, one group at a time. Errors of several groups also meet, and a
-model that is damaged has other gradients; so each format gets a factor in each class of groups (attention, what leads
-into the products of an MLP, what leads out of them), and all together one ceiling c: KL = c (1 - exp(-b / c)) for the
-sum b of all costs. The factors are the ones under which the measured plans are met best, drawn towards their format's
-mean by as much as plans do not tell.
+A group's cost comes from gradients at the original, one group at a time. Errors of several groups also meet, later
+layers spread those of earlier ones, and a model that is damaged has other gradients; so each format gets a factor in
+each class of groups (attention, what leads into the products of an MLP, what leads out of them), which rises or falls
+with depth, and all together one ceiling c: KL = c (1 - exp(-b / c)) for the sum b of all costs. The factors are the
+ones under which the measured plans are met best, drawn towards their format's mean where plans do not decide.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from snugfit.errors import UserError
-from snugfit.records.scores import Cost, Damage, Point, ScoredGroup, Scores, saturate
+from snugfit.records.scores import Cost, Damage, Point, ScoredGroup, Scores, depths, saturate
 
 Array = NDArray[np.float64]
 
 SPREAD = 0.35  # of the logarithms of a format's factors around their mean, before anything is measured
 MEAN_SPREAD = 1.0  # of that mean around 0
+SLOPE_SPREAD = 0.7  # of what a slope changes from the first layer to the last
 MODEL_ERROR = 0.04  # relative error of the model itself, which no measured plan is taken to be better than
 CEILINGS = np.geomspace(0.25, 64.0, 33)  # c, in nats; the largest of them is as good as none
-SWEEPS = 30
+SWEEPS, HALVINGS = 30, 8
 
 
 def class_of(role: str) -> str:
@@ -44,83 +45,122 @@ def fit_damage(
     return tuple(_fit_bucket(groups, costs, points, bucket) for bucket in range(buckets))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Terms:
+    """The costs that measured plans consist of, one entry a group: its plan, cost, class, format and depth.
+
+    `fixed` is what groups without a factor add to each plan. `sigma` are relative errors of `kl`, which was measured.
+    """
+
+    plan: NDArray[np.int64]
+    cost: Array
+    kind: NDArray[np.int64]
+    fmt: NDArray[np.int64]
+    depth: Array
+    fixed: Array
+    kl: Array
+    sigma: Array
+    kinds: tuple[tuple[str, str], ...]
+    formats: tuple[str, ...]
+
+    def total(self, x: Array) -> tuple[Array, Array]:
+        """b of each plan, and its derivative by the parameters (logarithms of factors, their means, slopes)."""
+        shift = len(self.kinds) + len(self.formats)
+        exponent = x[self.kind] + x[shift + self.fmt] * self.depth
+        weighted = self.cost * np.exp(np.clip(exponent, -20.0, 20.0))
+        slopes = np.zeros((len(self.kl), len(x)))
+        np.add.at(slopes, (self.plan, self.kind), weighted)
+        np.add.at(slopes, (self.plan, shift + self.fmt), weighted * self.depth)
+        return np.bincount(self.plan, weighted, len(self.kl)) + self.fixed, slopes
+
+
 def _fit_bucket(
     groups: Sequence[ScoredGroup], costs: Mapping[str, Mapping[str, Cost]], points: Sequence[Point], bucket: int
 ) -> Damage:
     used = [point for point in points if point.kl[bucket] > 0 and point.formats]
     if not used:
-        return Damage(ceiling=0.0, factors={}, error=0.0)
-    roles = {group.name: group.role for group in groups}
-    measured = {group.name for group in groups if group.measured}
-    keys = sorted({(fmt, roles[name]) for p in used for name, fmt in p.formats.items() if name not in measured})
-    classes = sorted({(fmt, class_of(role)) for fmt, role in keys})
-    place = {key: number for number, key in enumerate(classes)}
-    # terms[p, k]: what the groups of class k add to the cost of plan p; fixed[p]: those that have no factor
-    terms, fixed = np.zeros((len(used), len(classes))), np.zeros(len(used))
-    for number, point in enumerate(used):
+        return Damage(ceiling=0.0, factors={}, slopes={}, error=0.0)
+    terms = _terms(groups, costs, used, bucket)
+    fits = [(*_fit(terms, float(ceiling)), float(ceiling)) for ceiling in CEILINGS]
+    x, _, ceiling = min(fits, key=lambda fit: fit[1])
+    total, _ = terms.total(x)
+    residual = float(np.sqrt(np.mean(np.log(_predict(total, ceiling) / terms.kl) ** 2)))
+    factors = {fmt: math.exp(x[len(terms.kinds) + n]) for n, fmt in enumerate(terms.formats)}
+    of_kind = {kind: math.exp(x[n]) for n, kind in enumerate(terms.kinds)}
+    roles = dict.fromkeys(group.role for group in groups if not group.measured)
+    for fmt, role in ((fmt, role) for fmt in terms.formats for role in roles):
+        if (fmt, class_of(role)) in of_kind:
+            factors[f"{fmt}/{role}"] = of_kind[fmt, class_of(role)]
+    slopes = {fmt: float(x[len(terms.kinds) + len(terms.formats) + n]) for n, fmt in enumerate(terms.formats)}
+    return Damage(ceiling=ceiling, factors=factors, slopes=slopes, error=residual)
+
+
+def _terms(
+    groups: Sequence[ScoredGroup], costs: Mapping[str, Mapping[str, Cost]], points: Sequence[Point], bucket: int
+) -> _Terms:
+    by_name, where = {group.name: group for group in groups}, depths(tuple(groups))
+    entries: list[tuple[int, float, tuple[str, str], str, float]] = []
+    fixed = np.zeros(len(points))
+    for number, point in enumerate(points):
         for name, fmt in point.formats.items():
-            cost = max(0.0, costs[name][fmt].kl[bucket])
-            if name in measured:
+            cost, group = max(0.0, costs[name][fmt].kl[bucket]), by_name[name]
+            if group.measured:
                 fixed[number] += cost
             else:
-                terms[number, place[fmt, class_of(roles[name])]] += cost
-    kl = np.array([point.kl[bucket] for point in used])
-    errors = np.array([point.error[bucket] for point in used])
-    sigma = np.hypot(np.minimum(errors / kl, 1.0), MODEL_ERROR)
-    formats = [fmt for fmt, _ in classes]
-    best: tuple[float, float, Array] | None = None
-    for ceiling in CEILINGS:
-        factors, loss = _fit_factors(terms, fixed, kl, sigma, formats, float(ceiling))
-        if best is None or loss < best[0]:
-            best = loss, float(ceiling), factors
-    assert best is not None
-    _, ceiling, factors = best
-    predicted = _predict(terms @ factors + fixed, ceiling)
-    residual = float(np.sqrt(np.mean(np.log(predicted / kl) ** 2)))
-    by_key = {f"{fmt}/{role}": float(factors[place[fmt, class_of(role)]]) for fmt, role in keys}
-    means = {
-        fmt: _mean([factors[n] for n, key in enumerate(classes) if key[0] == fmt]) for fmt in dict.fromkeys(formats)
-    }
-    return Damage(ceiling=ceiling, factors={**means, **by_key}, error=residual)
+                entries.append((number, cost, (fmt, class_of(group.role)), fmt, where[name]))
+    kinds = tuple(sorted({kind for _, _, kind, _, _ in entries}))
+    formats = tuple(dict.fromkeys(fmt for fmt, _ in kinds))
+    kl = np.array([point.kl[bucket] for point in points])
+    errors = np.array([point.error[bucket] for point in points])
+    return _Terms(
+        plan=np.array([entry[0] for entry in entries], np.int64),
+        cost=np.array([entry[1] for entry in entries]),
+        kind=np.array([kinds.index(entry[2]) for entry in entries], np.int64),
+        fmt=np.array([formats.index(entry[3]) for entry in entries], np.int64),
+        depth=np.array([entry[4] for entry in entries]),
+        fixed=fixed,
+        kl=kl,
+        sigma=np.hypot(np.minimum(errors / kl, 1.0), MODEL_ERROR),
+        kinds=kinds,
+        formats=formats,
+    )
 
 
 def _predict(total: Array, ceiling: float) -> Array:
     return np.array([max(saturate(float(one), ceiling)[0], 1e-12) for one in total])
 
 
-def _mean(factors: Sequence[float]) -> float:
-    return math.exp(math.fsum(map(math.log, factors)) / len(factors))
+def _prior(terms: _Terms) -> Array:
+    """Rows whose products with the parameters are distances from what is expected, in standard deviations."""
+    count, formats = len(terms.kinds), len(terms.formats)
+    member = np.zeros((count, formats))
+    member[np.arange(count), [terms.formats.index(fmt) for fmt, _ in terms.kinds]] = 1.0
+    around = np.hstack([np.eye(count) / SPREAD, -member / SPREAD, np.zeros((count, formats))])
+    means = np.hstack([np.zeros((formats, count)), np.eye(formats) / MEAN_SPREAD, np.zeros((formats, formats))])
+    slopes = np.hstack([np.zeros((formats, count + formats)), np.eye(formats) / SLOPE_SPREAD])
+    return np.vstack([around, means, slopes])
 
 
-def _fit_factors(
-    terms: Array, fixed: Array, kl: Array, sigma: Array, formats: Sequence[str], ceiling: float
-) -> tuple[Array, float]:
-    """The factors under a ceiling, and the loss: squares of logarithmic errors and of distances from the means.
+def _fit(terms: _Terms, ceiling: float) -> tuple[Array, float]:
+    """The parameters under a ceiling, and the loss: squares of logarithmic errors and of distances from expectation.
 
     Gauss-Newton steps on the logarithms, halved where they do not help.
     """
-    names = list(dict.fromkeys(formats))
-    count = terms.shape[1]
-    member = np.zeros((count, len(names)))
-    member[np.arange(count), [names.index(fmt) for fmt in formats]] = 1.0
-    prior = np.block(
-        [[np.eye(count) / SPREAD, -member / SPREAD], [np.zeros((len(names), count)), np.eye(len(names)) / MEAN_SPREAD]]
-    )
-    x = np.zeros(count + len(names))
+    prior = _prior(terms)
 
     def residuals(at: Array) -> tuple[Array, Array]:
-        weighted = terms * np.exp(np.clip(at[:count], -20.0, 20.0))
-        total = weighted.sum(1) + fixed
+        total, slopes = terms.total(at)
         value = _predict(total, ceiling)
-        slope = np.exp(-total / ceiling)
-        jacobian = np.zeros((len(kl), len(at)))
-        jacobian[:, :count] = weighted * (slope / value / sigma)[:, None]
-        return np.concatenate([np.log(value / kl) / sigma, prior @ at]), np.vstack([jacobian, prior])
+        outer = np.exp(-total / ceiling) / value / terms.sigma
+        return np.concatenate([np.log(value / terms.kl) / terms.sigma, prior @ at]), np.vstack(
+            [slopes * outer[:, None], prior]
+        )
 
+    x = np.zeros(prior.shape[1])
     found, jacobian = residuals(x)
     for _ in range(SWEEPS):
         step = np.linalg.lstsq(jacobian, -found, rcond=None)[0]
-        for _ in range(8):
+        for _ in range(HALVINGS):
             tried, slopes = residuals(x + step)
             if tried @ tried < found @ found:
                 break
@@ -131,7 +171,7 @@ def _fit_factors(
         x, found, jacobian = x + step, tried, slopes
         if done:
             break
-    return np.exp(x[:count]), float(found @ found)
+    return x, float(found @ found)
 
 
 def merge_scores(parts: Sequence[tuple[str, Scores]]) -> Scores:

@@ -239,7 +239,8 @@ def plans_to_measure(
 ) -> list[Assigned]:
     """The plans that the model of damage is fitted to, and those whose cost is measured itself.
 
-    Of each format: all groups that can have it, and those of each class; then some of random formats.
+    Of each format: all groups that can have it, those of each class, and those of the first half of the layers; then
+    some of random formats.
     """
     kept = {name: KEEP for name, by_format in costs.items() if KEEP in by_format}
     plans: list[Assigned] = []
@@ -252,8 +253,11 @@ def plans_to_measure(
     for fmt in settings.formats:
         having = [name for name, by_format in costs.items() if fmt in by_format]
         add(fmt, dict.fromkeys(having, fmt))
-        for kind in sorted({class_of(subject.groups[name].role) for name in having}):
-            add(f"{fmt}/{kind}", {name: fmt for name in having if class_of(subject.groups[name].role) == kind})
+        kinds = {name: class_of(subject.groups[name].role) for name in having}
+        for kind in sorted(set(kinds.values()))[:-1]:  # the last one is the rest of the first plan
+            add(f"{fmt}/{kind}", {name: fmt for name in having if kinds[name] == kind})
+        front = subject.layout.num_layers // 2
+        add(f"{fmt}/front", {name: fmt for name in having if (subject.groups[name].layer or 0) < front})
     for number, choice in enumerate(_mixed(costs, settings)):
         add(f"mixed-{number}", choice)
     return [*plans, *_alone(subject, settings)]

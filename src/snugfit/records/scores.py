@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from snugfit.records.statistics_file import DatasetUsed
 SCORES_SCHEMA = "snugfit.scores/1"
 SCORES_FILE = "snugfit-scores.json"
 MAX_BYTES = 1_000_000_000
+MAX_SLOPE = 20.0
 KEEP = "keep"
 KV_CACHE = "kv_cache"  # the group of all keys and values, whose one format is fp8
 
@@ -55,12 +56,20 @@ class Damage:
     """How costs add up in one bucket of positions.
 
     `ceiling` is c. `factors` multiply costs, by format or by FORMAT/ROLE, which counts first; 1 where there is none.
-    `error` is the relative error of what the model predicts of the plans that were measured (root mean square).
+    `slopes`, by format, say how much the logarithm of these falls or rises from the first layer to the last; they are 0
+    in the middle. `error` is the relative error of what the model predicts of the plans that were measured (root mean
+    square).
     """
 
     ceiling: float
     factors: Mapping[str, float]
     error: float
+    slopes: Mapping[str, float] = field(default_factory=dict)
+
+    def factor(self, fmt: str, role: str, depth: float) -> float:
+        """The factor of a format's costs in groups of a role at a depth from -1/2 (first layer) to 1/2 (last)."""
+        base = self.factors.get(f"{fmt}/{role}", self.factors.get(fmt, 1.0))
+        return base * math.exp(self.slopes.get(fmt, 0.0) * depth)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +181,8 @@ class Scores:
             raise _not_scored(f"{group} has no score in {fmt} (scored: {known})", group)
         if scored.measured:
             return cost
-        factors = [factor_of(damage.factors, fmt, scored.role) for damage in self.damage]
+        depth = depths(self.groups)[group]
+        factors = [damage.factor(fmt, scored.role, depth) for damage in self.damage]
         kl = tuple(max(0.0, value) * factor for value, factor in zip(cost.kl, factors, strict=True))
         return Cost(kl, tuple(error * factor for error, factor in zip(cost.error, factors, strict=True)))
 
@@ -186,9 +196,12 @@ def _by_name(groups: tuple[ScoredGroup, ...]) -> Mapping[str, ScoredGroup]:
     return {group.name: group for group in groups}
 
 
-def factor_of(factors: Mapping[str, float], fmt: str, role: str) -> float:
-    """The factor of a format's costs in groups of a role."""
-    return factors.get(f"{fmt}/{role}", factors.get(fmt, 1.0))
+@lru_cache(maxsize=8)
+def depths(groups: tuple[ScoredGroup, ...]) -> Mapping[str, float]:
+    """Where each group is in the model, by name: -1/2 in the first layer, 1/2 in the last, 0 outside of layers."""
+    layers = [group.layer for group in groups if group.layer is not None]
+    last = max(layers, default=0)
+    return {g.name: g.layer / last - 0.5 if g.layer is not None and last else 0.0 for g in groups}
 
 
 def saturate(total: float, ceiling: float) -> tuple[float, float]:
@@ -289,6 +302,8 @@ def _check(found: Scores) -> None:
         numbers = damage.ceiling, damage.error, *damage.factors.values()
         if not all(math.isfinite(number) and number >= 0 for number in numbers):
             raise ValueError("damage: numbers must be >= 0 and finite")
+        if not all(abs(slope) <= MAX_SLOPE for slope in damage.slopes.values()):
+            raise ValueError(f"damage.slopes: must be within -{MAX_SLOPE:g} and {MAX_SLOPE:g}")
 
 
 def _check_lists(where: str, found: Sequence[Cost | Point] | Any, buckets: int) -> None:

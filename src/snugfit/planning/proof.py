@@ -1,0 +1,232 @@
+"""Plans compared by KL on held-out text of several texts and lengths, before one of them is called a plan.
+
+All of them, and the original, share one pass over the layers (planning/shared_pass.py); no checkpoint is written. They
+are compared with a control, of as many bytes, token for token: a plan that is not better beyond the error is refused,
+however good its prediction was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+
+import numpy as np
+
+from snugfit.arguments import as_sequence
+from snugfit.data import texts
+from snugfit.data.tokenizer import Tokenizer
+from snugfit.engines.profiles import DEFAULT_PROFILE
+from snugfit.errors import UserError
+from snugfit.evaluation.chunks import Chunk, ChunkGroup, group_chunks
+from snugfit.evaluation.held_out import SEGMENT_TOKENS
+from snugfit.machine import pick_device
+from snugfit.model.layout import read_layout
+from snugfit.model.positions import max_positions
+from snugfit.planning.shared_pass import Array, Assigned, SharedPass
+from snugfit.planning.variants import PLAIN, open_subject
+from snugfit.progress import SILENT, Progress
+from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.records.evaluation import TextRecord
+from snugfit.records.proof import ALL_TEXTS, Measured, Proof, Proved
+from snugfit.records.scores import Predicted, Scores
+from snugfit.records.statistics_file import Statistics
+from snugfit.records.trials import MIN_GAIN, judge
+from snugfit.records.trials import Measured as Tried
+
+MAX_TOKENS = 16_384  # of all texts at each context, where no other number is asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Segment:
+    """Up to SEGMENT_TOKENS scored tokens of a chunk, whose KL is averaged: errors come from segments."""
+
+    chunk: int
+    part: slice
+    context: int
+    text: str
+    tokens: int
+
+
+def prove(
+    model: str | Path,
+    plans: Sequence[Assigned],
+    *,
+    control: str,
+    statistics: Statistics,
+    work_dir: str | Path,
+    dataset: str | Path | Sequence[str | Path] = (),
+    contexts: Sequence[int] = texts.DEFAULT_CONTEXTS,
+    max_tokens: int | None = None,
+    rounding: str = PLAIN,
+    target: str = DEFAULT_PROFILE,
+    scores: Scores | None = None,
+    device: str | None = None,
+    tokens_per_batch: int | None = None,
+    progress: Progress = SILENT,
+) -> Proof:
+    """Measure `plans`, and say which of them is better than the one named `control`.
+
+    `statistics` are what calibration found in the model, on other text than `dataset`'s (default: the half of Python's
+    documentation topics that calibration leaves out). At most `max_tokens` tokens are taken at each of `contexts`.
+    With `scores` each plan's predicted KL is in the result. Hidden states are in files in `work_dir` meanwhile.
+    UserError for bad input, and where the control's predictions are not finite.
+    """
+    layout = read_layout(model)
+    check_plans(plans, control)
+    files = texts.find_files([Path(file) for file in as_sequence(dataset)])
+    cut, records = texts.read_chunks(
+        Tokenizer(layout.checkpoint.path),
+        files,
+        contexts,
+        max_tokens=MAX_TOKENS if max_tokens is None else max_tokens,
+        vocabulary=layout.config.get("vocab_size"),
+        positions=max_positions(layout.checkpoint.config),
+    )
+    groups = group_chunks(cut)
+    folder = Path(work_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    where = pick_device(device)
+    found = SharedPass(
+        open_subject(layout, statistics, rounding=rounding, target=target),
+        [chunk.ids for group in groups for chunk in group.chunks],
+        plans,
+        where,
+        tokens_per_batch=tokens_per_batch or TOKENS_PER_BATCH[where.type],
+        folder=folder,
+        progress=progress,
+    ).divergences()
+    return judge_plans(plans, control, groups, found, tuple(records), rounding=rounding, target=target, scores=scores)
+
+
+def check_plans(plans: Sequence[Assigned], control: str) -> None:
+    """UserError for plans of one name, and for a control that is none of them."""
+    names = [plan.name for plan in plans]
+    if len(set(names)) < len(names) or "" in names:
+        what = "plans need names, each its own."
+        raise UserError(what, code="option-invalid", where="plans", remedy="Name each once.")
+    if control not in names:
+        what = f"there is no plan {control!r}."
+        raise UserError(what, code="option-invalid", where="control", remedy=f"Plans: {', '.join(names)}.")
+
+
+def judge_plans(
+    plans: Sequence[Assigned],
+    control: str,
+    groups: Sequence[ChunkGroup],
+    divergences: Mapping[str, Sequence[Array]],
+    records: tuple[TextRecord, ...],
+    *,
+    rounding: str,
+    target: str,
+    scores: Scores | None = None,
+) -> Proof:
+    """The proof, out of the KL of each token of each chunk: divergences[plan][chunk][position - 1]."""
+    chunks = [chunk for group in groups for chunk in group.chunks]
+    contexts = {chunk.number: group.context for group in groups for chunk in group.chunks}
+    segments = [segment for chunk in chunks for segment in _segments(chunk, contexts[chunk.number])]
+    kl = {plan.name: _means(divergences[plan.name], chunks, segments) for plan in plans}
+    if not all(map(isfinite, kl[control])):
+        raise UserError(
+            "predictions of the control are not finite on held-out text.",
+            code="activations-not-finite",
+            where=control,
+            remedy="Choose another control.",
+        )
+    found = []
+    for plan in plans:
+        measured = [_measure(plan.name, control, kl, segments, *where) for where in _places(segments)]
+        found.append(
+            Proved(
+                name=plan.name,
+                measured=tuple(measured),
+                predicted=_predicted(plan, scores, [group.context for group in groups]),
+                beats_control=None if plan.name == control else _beats(measured),
+            )
+        )
+    better = [plan for plan in found if plan.beats_control]
+    winner = min(better, key=lambda plan: plan.overall.kl).name if better else control
+    return Proof(control=control, winner=winner, rounding=rounding, target=target, texts=records, plans=tuple(found))
+
+
+def _segments(chunk: Chunk, context: int) -> list[_Segment]:
+    """A chunk's scored tokens in parts, in order."""
+    count = len(chunk.target_positions)
+    text = Path(chunk.source if context else chunk.source.rpartition(":")[0]).name  # of rows without their lines
+    return [
+        _Segment(
+            chunk=chunk.number,
+            part=slice(start, min(count, start + SEGMENT_TOKENS)),
+            context=context,
+            text=text,
+            tokens=min(count, start + SEGMENT_TOKENS) - start,
+        )
+        for start in range(0, count, SEGMENT_TOKENS)
+    ]
+
+
+def _means(found: Sequence[Array], chunks: Sequence[Chunk], segments: Sequence[_Segment]) -> list[float]:
+    """Mean KL of each segment; NaN where a number was not finite."""
+    scored = {chunk.number: found[place][chunk.target_positions - 1] for place, chunk in enumerate(chunks)}
+    return [float(scored[one.chunk][one.part].astype(np.float64).mean()) for one in segments]
+
+
+def _places(segments: Sequence[_Segment]) -> list[tuple[int | None, str]]:
+    """What figures are of: everything, then each context, then each text at each context."""
+    contexts = dict.fromkeys(segment.context for segment in segments)
+    pairs = dict.fromkeys((segment.context, segment.text) for segment in segments)
+    return [(None, ALL_TEXTS), *((context, ALL_TEXTS) for context in contexts), *pairs]
+
+
+def _measure(
+    name: str,
+    control: str,
+    kl: Mapping[str, Sequence[float]],
+    segments: Sequence[_Segment],
+    context: int | None,
+    text: str,
+) -> Measured:
+    """KL of a plan and its gain over the control on the segments of a text at a context."""
+    mine = [
+        place
+        for place, one in enumerate(segments)
+        if (context is None or one.context == context) and text in (ALL_TEXTS, one.text)
+    ]
+    tokens = [segments[place].tokens for place in mine]
+    strata = {key: number for number, key in enumerate(dict.fromkeys((s.context, s.text) for s in segments))}
+    files = [strata[segments[place].context, segments[place].text] for place in mine]
+    parts = [Tried(one, tuple(kl[one][place] for place in mine), 0.0) for one in (control, name)]
+    first, second = judge(parts, tokens, files)
+    same = name == control
+    return Measured(
+        context=context,
+        text=text,
+        tokens=sum(tokens),
+        kl=second.kl if not same else first.kl,
+        error=second.error if not same else first.error,
+        gain=None if same else second.gain,
+        gain_error=None if same else second.gain_error,
+    )
+
+
+def _beats(measured: Sequence[Measured]) -> bool:
+    """Whether a plan is better than the control on all text, and at no context worse, beyond the error."""
+
+    def margin(one: Measured) -> tuple[float, float]:
+        assert one.gain is not None
+        assert one.gain_error is not None
+        return one.gain, MIN_GAIN * one.gain_error
+
+    gain, error = margin(measured[0])
+    if not gain > max(0.0, error):  # NaN is not better
+        return False
+    by_context = [margin(one) for one in measured[1:] if one.text == ALL_TEXTS]
+    return all(gain >= -error for gain, error in by_context)
+
+
+def _predicted(plan: Assigned, scores: Scores | None, contexts: Sequence[int]) -> dict[int, Predicted]:
+    """What scores predict at each context; rows of their own lengths have no context to predict at."""
+    if scores is None:
+        return {}
+    return {context: scores.predict(plan.choice, context) for context in contexts if context}

@@ -1,0 +1,107 @@
+"""Plans on held-out text: which of them is better than its control, and what is said where none is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import MakeTiny
+from helpers.errors import raises
+from helpers.tiny_tokenizer import add_tokenizer
+from snugfit.data.dataset import make_dataset
+from snugfit.evaluation.chunks import Chunk, ChunkGroup
+from snugfit.model.layout import read_layout
+from snugfit.planning.calibration import calibrate
+from snugfit.planning.groups import find_groups
+from snugfit.planning.proof import judge_plans, prove
+from snugfit.planning.shared_pass import Assigned
+from snugfit.records.proof import Proof
+
+
+def test_a_better_plan_wins_and_a_worse_one_is_refused(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """FP8 everywhere beats 4 bits everywhere on every text; a plan that adds damage to the control is refused."""
+    model = make_tiny("llama", num_hidden_layers=2)
+    add_tokenizer(model)
+    layout = read_layout(model)
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(3, 64, (12, 40), generator=generator).tolist()
+    statistics = calibrate(layout, make_dataset(rows, "rows"), tmp_path / "work", device="cpu")
+    held_out = torch.randint(3, 64, (12, 40), generator=generator).tolist()
+    files = []
+    for number in range(2):
+        files.append(tmp_path / f"text-{number}.jsonl")
+        lines = [json.dumps({"input_ids": row}) for row in held_out[number::2]]
+        files[-1].write_text("\n".join(lines), encoding="utf-8")
+    names = [group.name for group in find_groups(layout) if group.layer is not None]
+    four = dict.fromkeys(names[1:], "int4")
+    plans = [
+        Assigned(name="control", choice=four),
+        Assigned(name="finer", choice=dict.fromkeys(names, "fp8-dynamic")),
+        Assigned(name="coarser", choice=dict.fromkeys(names, "int4")),
+    ]
+    options = {"control": "control", "statistics": statistics, "work_dir": tmp_path / "work", "device": "cpu"}
+    found = prove(model, plans, dataset=files, **options)  # type: ignore[arg-type]
+    assert found.winner == "finer"
+    assert [plan.beats_control for plan in found.plans] == [None, True, False]
+    assert {one.text for one in found.plan("finer").measured} == {"", "text-0.jsonl", "text-1.jsonl"}
+    measured = found.plan("finer").overall
+    assert measured.gain == pytest.approx(found.plan("control").overall.kl - measured.kl)
+    assert not list((tmp_path / "work").glob("plan-states*"))
+    worse = prove(model, [plans[0], plans[2]], dataset=files, **options)  # type: ignore[arg-type]
+    assert worse.winner == "control"
+    assert worse.plan("control").overall.kl == found.plan("control").overall.kl
+    with raises("option-invalid", where="control"):
+        prove(model, plans, dataset=files, **{**options, "control": "none"})  # type: ignore[arg-type]
+    with raises("option-invalid", where="plans"):
+        prove(model, [plans[0], plans[0]], dataset=files, **options)  # type: ignore[arg-type]
+
+
+def judged(kl: Mapping[str, list[float]], contexts: list[int]) -> Proof:
+    """A proof of plans with these KL, one number a chunk of 129 tokens; chunk n is of context contexts[n]."""
+    groups = []
+    number = 0
+    for place, context in enumerate(dict.fromkeys(contexts)):
+        chunks = []
+        for _ in range(contexts.count(context)):
+            positions = np.arange(1, 129)
+            options = {"group": place, "first": 0, "source": "a", "conversation": False}
+            chunks.append(Chunk(number=number, ids=(3,) * 129, target_positions=positions, **options))  # type: ignore[arg-type]
+            number += 1
+        groups.append(ChunkGroup(context, "", tuple(chunks)))
+    found = {name: [np.full(128, value, np.float32) for value in values] for name, values in kl.items()}
+    plans = [Assigned(name=name) for name in kl]
+    return judge_plans(plans, "control", groups, found, (), rounding="plain", target="none")
+
+
+def test_noise_is_no_win() -> None:
+    """A plan whose gain is within two standard errors of the paired difference does not win, a steady one does."""
+    control = [0.5, 0.6, 0.4, 0.7, 0.5, 0.6]
+    noisy = [0.3, 0.8, 0.2, 0.9, 0.5, 0.4]
+    steady = [value - 0.02 for value in control]
+    found = judged({"control": control, "noisy": noisy, "steady": steady}, [128] * 6)
+    assert [plan.beats_control for plan in found.plans] == [None, False, True]
+    assert found.winner == "steady"
+    assert found.plan("steady").overall.gain == pytest.approx(0.02)
+
+
+def test_a_plan_must_not_lose_at_any_context() -> None:
+    """A large gain at one context does not pay for a loss at another."""
+    contexts = [128] * 4 + [129] * 4
+    control = [0.5, 0.6, 0.4, 0.7] * 2
+    plan = [0.1, 0.2, 0.1, 0.2, 0.52, 0.62, 0.42, 0.72]
+    found = judged({"control": control, "plan": plan}, contexts)
+    assert found.plan("plan").overall.gain == pytest.approx(0.19, abs=0.01)
+    assert found.winner == "control"
+
+
+def test_numbers_that_are_not_finite_never_win() -> None:
+    """A plan with NaN is refused, and a control with NaN is an error."""
+    found = judged({"control": [0.5, 0.6], "plan": [float("nan"), 0.1]}, [128, 128])
+    assert found.winner == "control"
+    with raises("activations-not-finite", where="control"):
+        judged({"control": [float("nan"), 0.1], "plan": [0.5, 0.6]}, [128, 128])
