@@ -18,14 +18,14 @@ from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
-from snugfit.planning.controls import find_controls, strongest
+from snugfit.planning.controls import find_controls
 from snugfit.planning.limits import Budget, impossible, read_place
 from snugfit.planning.outcome import Outcome, record_of
 from snugfit.planning.proving import ProofSettings, not_proven, prove_mixes
 from snugfit.planning.search import Limit, Mix, Space, least_amount, least_bytes, least_kl, make_mix, scored, within
 from snugfit.planning.space import Choices, read_choices
 from snugfit.progress import SILENT, Progress
-from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord
+from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord, ProvenKl
 from snugfit.records.scores import KEEP, SCORES_FILE, Scores, check_model, load_scores, save_scores
 from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics
 from snugfit.report.plan import plan_markdown, write_plan_plots
@@ -132,7 +132,7 @@ def plan(
             disk=disk,
             max_kl=max_kl,
         ),
-        menu=tuple(as_sequence(menu)),
+        menu=(menu,) if isinstance(menu, str) else tuple(menu),
         constraints=constraints,
         scores=scores,
         dataset=tuple(as_sequence(dataset)),
@@ -243,7 +243,7 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
     seconds["search"] = time.monotonic() - started
     named = [("plan" if not n else f"alternative {n}", mix) for n, mix in enumerate(candidates)]
     started = time.monotonic()
-    measured: Mapping[str, object] = {}
+    measured: Mapping[str, tuple[ProvenKl, ...]] = {}
     if prepared.request.prove:
         if statistics is None:
             statistics = _calibrated(prepared, work, progress)
@@ -255,14 +255,13 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
         verdict, chosen = not_proven(controls, "nothing was measured"), named[0][0]
     seconds["proof"] = time.monotonic() - started
     outcome = Outcome(
-        prepared_for=prepared.request.budget,
+        budget=prepared.request.budget,
         choices=choices,
         space=space,
         scores=scores,
         context=context,
         candidates=tuple(named),
         controls=tuple(controls),
-        strongest=strongest(controls),
         measured=measured,
         verdict=verdict,
         chosen=chosen,

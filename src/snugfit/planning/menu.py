@@ -156,7 +156,7 @@ def _group_menu(layout: ModelLayout, group: Group, formats: Iterable[str], sizes
             found = assignment_of(layout, group, fmt)
             reason = _why_not(layout, group, found, sizes.server)
         except UserError as error:
-            reason, found = error.what.rstrip("."), {}
+            found, reason = {}, error.what.rstrip(".")
         if reason:
             refused[fmt] = reason
         elif [one.format for one in found.values()] != [one.format for one in kept.values()]:
@@ -178,8 +178,8 @@ def _why_not(layout: ModelLayout, group: Group, found: Mapping[str, Assignment],
             return reason
     for name, one in found.items():
         shape = layout.weights.tensors[name].shape
-        if reason := split_error(name, shape, one.format, server.tp, server.kv_heads):
-            return reason
+        if uneven := split_error(name, shape, one.format, server.tp, server.kv_heads):
+            return uneven
     return ""
 
 

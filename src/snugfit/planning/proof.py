@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def prove(
     model: str | Path,
     plans: Sequence[Assigned],
     *,
-    control: str,
+    control: str | Sequence[str],
     statistics: Statistics,
     work_dir: str | Path,
     dataset: str | Path | Sequence[str | Path] = (),
@@ -66,7 +66,7 @@ def prove(
     tokens_per_batch: int | None = None,
     progress: Progress = SILENT,
 ) -> Proof:
-    """Measure `plans`, and say which of them is better than the one named `control`.
+    """Measure `plans`, and say which of them is better than the one named `control`; of several names the best one.
 
     `statistics` are what calibration found in the model, on other text than `dataset`'s (default: the half of Python's
     documentation topics that calibration leaves out). At most `max_tokens` tokens are taken at each of `contexts`.
@@ -74,7 +74,9 @@ def prove(
     UserError for bad input, and where the control's predictions are not finite.
     """
     layout = read_layout(model)
-    check_plans(plans, control)
+    controls = (control,) if isinstance(control, str) else tuple(control)
+    for one in controls:
+        check_plans(plans, one)
     files = texts.find_files([Path(file) for file in as_sequence(dataset)])
     cut, records = texts.read_chunks(
         Tokenizer(layout.checkpoint.path),
@@ -97,7 +99,20 @@ def prove(
         folder=folder,
         progress=progress,
     ).divergences()
-    return judge_plans(plans, control, groups, found, tuple(records), rounding=rounding, target=target, scores=scores)
+    best = controls[0] if len(controls) == 1 else _strongest(controls, groups, found)
+    return judge_plans(plans, best, groups, found, tuple(records), rounding=rounding, target=target, scores=scores)
+
+
+def _strongest(controls: Sequence[str], groups: Sequence[ChunkGroup], found: Mapping[str, Sequence[Array]]) -> str:
+    """The control whose scored tokens have the least mean KL; the first where none is finite."""
+    chunks = [chunk for group in groups for chunk in group.chunks]
+
+    def mean(name: str) -> float:
+        parts = [found[name][place][chunk.target_positions - 1] for place, chunk in enumerate(chunks)]
+        value = float(np.concatenate(parts).astype(np.float64).mean())
+        return value if isfinite(value) else inf
+
+    return min(controls, key=mean)
 
 
 def check_plans(plans: Sequence[Assigned], control: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snugfit.errors import plain
 from snugfit.model.names import role_order
@@ -89,8 +89,8 @@ def group_sheet(record: PlanRecord) -> Sheet:
         cost = math.fsum(group.cost for group in groups)
         size = sum(group.bytes for group in groups)
         rows.append((role, layers or "-", label, arithmetic or "-", f"{size / 10**6:,.2f}", _kl(cost)))
-    size = f"{record.outside_bytes / 10**6:,.2f}"
-    rows.append(("embeddings, norms and other", "-", "as they are", "-", size, "-"))
+    outside = f"{record.outside_bytes / 10**6:,.2f}"
+    rows.append(("embeddings, norms and other", "-", "as they are", "-", outside, "-"))
     return Sheet(
         title="Formats",
         headings=("weights", "layers", "format", "kernel", "MB", "KL cost"),
@@ -107,7 +107,7 @@ def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
         shown = [p for p in shown if p.measured or (p.fits and p.kind in ("plan", "alternative"))]
         rest = [p for p in record.points if p.kind in ("built-in", "byte-matched") and p.fits and p not in shown]
         shown += sorted(rest, key=lambda p: (math.isnan(p.expected.kl), p.expected.kl))[:3]
-    contexts = sorted({(m.context, m.text) for p in shown for m in p.measured if not m.text})
+    contexts = list(dict.fromkeys((m.context, m.text) for p in shown for m in p.measured if not m.text))
     rows = []
     for point in sorted(shown, key=lambda p: (p.kind != "plan", not p.fits, math.isnan(p.expected.kl), p.expected.kl)):
         measured = [_proven(point.measured, context, text) for context, text in contexts]
@@ -116,7 +116,7 @@ def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
         expected = _kl(point.expected.kl, point.expected.error)
         fits = "yes" if point.fits else "no"
         rows.append((name, point.kind, cache, f"{point.bytes / 10**6:,.1f}", fits, expected, *measured))
-    headings = [f"measured, {context:,} tokens" for context, _ in contexts]
+    headings = [f"measured, {_context(context)}" for context, _ in contexts]
     return Sheet(
         title="KL to the original",
         headings=("mix", "kind", "KV cache", "MB", "fits", f"expected, {record.context:,} tokens", *headings),
@@ -133,7 +133,7 @@ def text_sheet(record: PlanRecord) -> Sheet | None:
     if not keys:
         return None
     rows = tuple(
-        (escape(text), f"{context:,}", *(_proven(point.measured, context, text) for point in measured))
+        (escape(text), _context(context), *(_proven(point.measured, context, text) for point in measured))
         for text, context in keys
     )
     return Sheet(
@@ -170,7 +170,7 @@ def differences_sheet(found: PlanDifferences) -> Sheet:
     """Where two plans differ."""
     rows = [(row.place, row.layers or "-", row.a, row.b, str(row.weights)) for row in found.rows]
     if found.kv_cache[0] != found.kv_cache[1]:
-        rows.append(("KV cache", "-", *found.kv_cache, "-"))
+        rows.append(("KV cache", "-", found.kv_cache[0], found.kv_cache[1], "-"))
     alone = [
         f"only in {name}: {', '.join(places)}"
         for name, places in ((found.a, found.only_a), (found.b, found.only_b))
@@ -224,7 +224,7 @@ def _scatter(axes: Axes, points: Sequence[PlanPoint], marker: str, colour: str, 
     """Expected values hollow, measured ones filled with their error, both under the point's name."""
     for point in points:
         expected, measured = point.expected.kl, _longest(point.measured)
-        style = {"marker": marker, "color": colour, "markersize": size, "linestyle": "none"}
+        style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": size, "linestyle": "none"}
         shown = expected if expected > 0 else None
         if shown is not None:
             axes.plot([point.bytes], [shown], markerfacecolor="white", zorder=3, **style)
@@ -296,10 +296,14 @@ def _runs(layers: Sequence[int]) -> str:
 
 
 def _longest(measured: Sequence[ProvenKl]) -> ProvenKl | None:
-    return max((one for one in measured if not one.text), key=lambda one: one.context, default=None)
+    return max((one for one in measured if not one.text), key=lambda one: one.context or 0, default=None)
 
 
-def _proven(measured: Sequence[ProvenKl], context: int, text: str) -> str:
+def _context(context: int | None) -> str:
+    return "all" if context is None else f"{context:,} tokens" if context else "rows"
+
+
+def _proven(measured: Sequence[ProvenKl], context: int | None, text: str) -> str:
     found = next((one for one in measured if (one.context, one.text) == (context, text)), None)
     return "-" if found is None else _kl(found.kl, found.error)
 
