@@ -117,10 +117,10 @@ def _why(menu: GroupMenu, up: _Step | None, down: _Step | None, price: float) ->
         return f"no other format is possible{f' ({reasons})' if reasons else ''}"
     parts = []
     if up is not None:
-        below = f", the plan pays {nats(price)} at most" if up.rate < price * 0.999 else ", the next that would pay"
-        parts.append(
-            f"{up.option.format} would save {nats(up.nats)} nats for {size(up.bytes)} ({nats(up.rate)} a MB{below})"
-        )
+        first = up.rate >= price * 0.999
+        others = "the first that more bytes would pay for" if first else f"other weights give {nats(price)}"
+        rate = f"{nats(up.rate)} a MB, {others}"
+        parts.append(f"{up.option.format} would save {nats(up.nats)} nats for {size(up.bytes)} ({rate})")
     else:
         parts.append("no format loses less")
     if down is not None:

@@ -241,7 +241,7 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
     context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
     controls = find_controls(prepared.layout, choices.everything, space, scores, context)
     seconds["search"] = time.monotonic() - started
-    named = [("plan" if not n else f"alternative {n}", mix) for n, mix in enumerate(candidates)]
+    named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
     started = time.monotonic()
     measured: Mapping[str, tuple[ProvenKl, ...]] = {}
     if prepared.request.prove:

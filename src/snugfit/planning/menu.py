@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from snugfit.engines.gpus import GENERATIONS
 from snugfit.engines.kernels import Kernel, linear_kernel
@@ -42,8 +42,8 @@ class Bytes:
 
     def __add__(self, other: Bytes) -> Bytes:
         """The bytes of both."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Bytes(*(mine + others for mine, others in pairs))
+        file, served = self.file + other.file, self.served + other.served
+        return Bytes(file, served, self.gpu + other.gpu, self.header + other.header)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from snugfit.records.plan import (
 from snugfit.records.scores import KEEP, Scores
 from snugfit.version import __version__
 
-FRONTIER_POINTS = 8
+FRONTIER_POINTS = 12
 
 
 @dataclass(frozen=True, kw_only=True)

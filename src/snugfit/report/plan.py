@@ -32,6 +32,14 @@ FORMAT_COLOURS = {
     "fp8-block": COLOURS[7],
     KEEP: COLOURS[2],
 }
+# kind of a point -> its marker, colour and size
+_MARKS = {
+    "built-in": ("o", COLOURS[0], 6),
+    "uniform": ("s", COLOURS[2], 5),
+    "byte-matched": ("D", COLOURS[3], 6),
+    "alternative": (".", COLOURS[4], 9),
+    "plan": ("*", COLOURS[1], 15),
+}
 _ROLES = ("qkv", "q", "k", "v", "qkv_a", "attention", "o", "gate_up", "gate", "up", "mlp", "down", "experts")
 
 
@@ -108,6 +116,7 @@ def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
         rest = [p for p in record.points if p.kind in ("built-in", "byte-matched") and p.fits and p not in shown]
         shown += sorted(rest, key=lambda p: (math.isnan(p.expected.kl), p.expected.kl))[:3]
     contexts = list(dict.fromkeys((m.context, m.text) for p in shown for m in p.measured if not m.text))
+    contexts = contexts if len(contexts) > 2 else contexts[1:]  # all is the same as the only one
     rows = []
     for point in sorted(shown, key=lambda p: (p.kind != "plan", not p.fits, math.isnan(p.expected.kl), p.expected.kl)):
         measured = [_proven(point.measured, context, text) for context, text in contexts]
@@ -197,10 +206,10 @@ def _draw_curve(figure: Figure, record: PlanRecord) -> None:
     frontier = sorted((p.bytes, p.expected.kl) for p in record.points if p.kind == "frontier")
     if frontier:
         axes.plot(*zip(*frontier, strict=True), color="0.6", linewidth=1.4, label="best mix at that size, expected")
-    styles = {"plan": ("*", COLOURS[1], 15), "alternative": (".", COLOURS[4], 9), "byte-matched": ("D", COLOURS[3], 6)}
-    for kind in ("built-in", "uniform", "byte-matched", "alternative", "plan"):
-        points = [p for p in record.points if p.kind == kind]
-        marker, colour, size = styles.get(kind, ("o" if kind == "built-in" else "s", COLOURS[0], 6))
+    for kind, (marker, colour, size) in _MARKS.items():
+        points = [p for p in record.points if p.kind == kind and (p.measured or kind != "byte-matched")]
+        if any(p.measured or p.expected.kl > 0 for p in points):
+            axes.plot([], [], marker, color=colour, markersize=size, label=kind)
         _scatter(axes, points, marker, colour, size)
     for limit in record.limits:
         if limit.name in ("bytes", "gpu"):
@@ -231,7 +240,7 @@ def _scatter(axes: Axes, points: Sequence[PlanPoint], marker: str, colour: str, 
         if measured is not None and measured.kl > 0:
             axes.errorbar([point.bytes], [measured.kl], yerr=[measured.error], zorder=4, **style)
             shown = measured.kl
-        if shown is not None:
+        if shown is not None and point.kind not in ("alternative", "uniform"):
             note = axes.annotate(point.name, (point.bytes, shown), (5, 3), textcoords="offset points", fontsize=6)
             note.set_parse_math(False)
 
