@@ -2,10 +2,14 @@
 
     python benchmarks/plan_scores.py MODEL OUT.json --calibration FILE... --held-out FILE... [--context 8192]
         [--formats nvfp4 ...] [--random 100] [--alone nvfp4] [--num-tokens 16384] [--max-tokens 32768]
+        [--rows ROWS.json] [--rival SCORES.json]
 
 Scores the model, chooses plans at the hybrid's bytes, 10 % below and 10 % above, for 2k and the longest context, with
 the byte-matched controls, and measures all of them and random plans on held-out text, in one pass. Bytes of everything
 outside the decoder layers stay. Results in one JSON; `benchmarks/plot_plan_scores.py` draws them.
+
+With --rows it only writes the rows that are scored, for `benchmarks/autoquantize_worker.py`; what that finds is given
+as --rival: plans that its scores choose at the same real bytes are measured with the others.
 """
 
 from __future__ import annotations
@@ -32,6 +36,7 @@ from snugfit.planning.calibration import calibrate
 from snugfit.planning.constraints import load_constraints
 from snugfit.planning.controls import find_controls
 from snugfit.planning.limits import Budget, read_place
+from snugfit.planning.menu import GroupMenu
 from snugfit.planning.proof import judge_plans
 from snugfit.planning.samples import read_samples
 from snugfit.planning.search import least_kl
@@ -62,6 +67,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num-tokens", type=int, default=16384)
     parser.add_argument("--max-tokens", type=int, default=32768)
     parser.add_argument("--device")
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--rival", type=Path)
     return parser.parse_args()
 
 
@@ -97,8 +104,51 @@ def crossing(scores: Scores) -> Iterator[Assigned]:
         yield Assigned(name=name, choice=choice)
 
 
+def rival_plans(
+    file: Path, menus: Sequence[GroupMenu], budgets: Mapping[float, int], outside: int
+) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """The plans with the least sum of a rival's scores at each budget in bytes, NVFP4, FP8 or 16 bits a group."""
+    of_weight = {weight: menu for menu in menus for weight in menu.group.weights}
+    for method, found in json.loads(file.read_text(encoding="utf-8")).items():
+        names, scores, sizes = [], [], []
+        for one in found["stats"]:
+            menu = of_weight[f"{one['modules'][0]}.weight"]
+            options = []
+            for fmt, score in zip(one["formats"], one["scores"], strict=True):
+                ours = "nvfp4" if "NVFP4" in fmt else "fp8-dynamic" if "FP8" in fmt else "keep"
+                options.append((ours, score, menu.option(ours).bytes.file))
+            names.append((menu.group.name, [option[0] for option in options]))
+            scores.append([option[1] for option in options])
+            sizes.append([option[2] for option in options])
+        for share, size in budgets.items():
+            places = least_sum(scores, sizes, size - outside)
+            choice = {name: formats[place] for (name, formats), place in zip(names, places, strict=True)}
+            yield method, share, {name: fmt for name, fmt in choice.items() if fmt != "keep"}
+
+
+def least_sum(scores: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], limit: int) -> list[int]:
+    """One place of each list, so that the scores' sum is least and the sizes' sum is within a limit."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    flat = np.concatenate([np.asarray(one, float) for one in scores])
+    ends = np.cumsum([0, *map(len, scores)])
+    one_each = np.zeros((len(scores), len(flat)))
+    for row, (start, stop) in enumerate(itertools.pairwise(ends)):
+        one_each[row, start:stop] = 1
+    size = np.concatenate([np.asarray(one, float) for one in sizes]) / 1024
+    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, limit / 1024)]
+    span = max(float(np.abs(flat).max()), 1e-30)
+    found = milp(flat / span, constraints=limits, integrality=np.ones(len(flat)), bounds=Bounds(0, 1))
+    return [int(found.x[start:stop].argmax()) for start, stop in itertools.pairwise(ends)]
+
+
 def budget_plans(
-    layout: ModelLayout, scores: Scores, formats: Sequence[str], contexts: Sequence[int], folder: Path
+    layout: ModelLayout,
+    scores: Scores,
+    formats: Sequence[str],
+    contexts: Sequence[int],
+    folder: Path,
+    rival: Path | None,
 ) -> tuple[list[Assigned], list[dict[str, Any]]]:
     """Plans and controls at each budget and context, and a table of which is which."""
     plans: list[Assigned] = []
@@ -122,8 +172,17 @@ def budget_plans(
     outside = hybrid.mix.bytes.file - sum(
         one.bytes.file for name, one in hybrid.mix.options.items() if name not in head
     )
-    for share in SHARES:
-        size = outside + int(share * (hybrid.mix.bytes.file - outside))
+    budgets = {share: outside + int(share * (hybrid.mix.bytes.file - outside)) for share in SHARES}
+    inside = [menu for menu in everything.everything if menu.group.layer is not None]
+    for method, share, choice in rival_plans(rival, inside, budgets, outside) if rival else ():
+        table.append({"rival": method, "share": share, "plans": [(named(method, choice), budgets[share])]})
+    two = ("nvfp4", "fp8-dynamic")
+    for share, size in budgets.items() if rival else ():
+        choices = read_choices(layout, read_place(layout, Budget(bytes=size)), two, loaded)
+        best = least_kl(choices.space, scores, contexts[0])
+        named_plans = [(named("two", mix.formats), mix.bytes.file) for mix in best]
+        table.append({"rival": "snugfit, two formats", "share": share, "plans": named_plans})
+    for share, size in budgets.items():
         choices = read_choices(layout, read_place(layout, Budget(bytes=size)), formats, loaded)
         for context in contexts:
             best = least_kl(choices.space, scores, context, count=3, distance=2)
@@ -210,6 +269,9 @@ def main() -> None:
     folder = args.out.with_suffix(".work")
     layout = read_layout(args.model)
     samples = read_samples(layout, args.calibration, context=args.context, num_tokens=args.num_tokens)
+    if args.rows is not None:
+        args.rows.write_text(json.dumps([row.ids for row in samples.rows if len(row.ids) <= 2048]), encoding="utf-8")
+        return
     started = time.perf_counter()
     statistics = calibrate(layout, samples.dataset, folder, device=args.device)
     calibrated = time.perf_counter() - started
@@ -230,7 +292,7 @@ def main() -> None:
     }
     contexts = sorted({min(2048, args.context), args.context})
     try:
-        chosen, result["table"] = budget_plans(layout, scores, args.formats, contexts, folder)
+        chosen, result["table"] = budget_plans(layout, scores, args.formats, contexts, folder, args.rival)
     except Exception as error:
         print(f"no plans: {error!r}")
         chosen, result["table"] = [], []
