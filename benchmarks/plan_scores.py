@@ -1,0 +1,314 @@
+"""How good scores are: predicted against measured KL of random plans, of plans by budget, and of each group alone.
+
+    python benchmarks/plan_scores.py MODEL OUT.json --calibration FILE... --held-out FILE... [--context 8192]
+        [--formats nvfp4 ...] [--random 100] [--alone nvfp4] [--num-tokens 16384] [--max-tokens 32768]
+        [--rows ROWS.json] [--rival SCORES.json]
+
+Scores the model, chooses plans at the hybrid's bytes, 10 % below and 10 % above, for 2k and the longest context, with
+the byte-matched controls, and measures all of them and random plans on held-out text, in one pass. Bytes of everything
+outside the decoder layers stay. Results in one JSON; `benchmarks/plot_plan_scores.py` draws them.
+
+With --rows it only writes the rows that are scored, for `benchmarks/autoquantize_worker.py`; what that finds is given
+as --rival: plans that its scores choose at the same real bytes are measured with the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from snugfit.data import texts
+from snugfit.data.tokenizer import Tokenizer
+from snugfit.evaluation.chunks import group_chunks
+from snugfit.machine import pick_device
+from snugfit.model.layout import ModelLayout, read_layout
+from snugfit.planning.calibration import calibrate
+from snugfit.planning.constraints import load_constraints
+from snugfit.planning.controls import find_controls
+from snugfit.planning.limits import Budget, read_place
+from snugfit.planning.menu import GroupMenu
+from snugfit.planning.proof import judge_plans
+from snugfit.planning.samples import read_samples
+from snugfit.planning.search import least_kl
+from snugfit.planning.sensitivity import ScoreSettings, score_samples
+from snugfit.planning.shared_pass import Assigned, SharedPass
+from snugfit.planning.space import read_choices
+from snugfit.planning.variants import open_subject
+from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.records.scores import Scores
+from snugfit.records.statistics_file import Statistics
+
+SHARES = (0.9, 1.0, 1.1)
+HYBRIDS = ("nvfp4-fp8-hybrid", "nvfp4-moe")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
+    parser.add_argument("--held-out", type=Path, nargs="+", required=True)
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--formats", nargs="+", default=["nvfp4", "fp8-dynamic", "int4", "mxfp4"])
+    parser.add_argument("--rounding", default="weighted")
+    parser.add_argument("--target", default="vllm-blackwell")
+    parser.add_argument("--random", type=int, default=100)
+    parser.add_argument("--alone", default="")
+    parser.add_argument("--num-tokens", type=int, default=16384)
+    parser.add_argument("--max-tokens", type=int, default=32768)
+    parser.add_argument("--device")
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--rival", type=Path)
+    return parser.parse_args()
+
+
+def random_plans(scores: Scores, formats: Sequence[str], count: int) -> Iterator[Assigned]:
+    """Plans of random formats: alike by layer and role, by role alone, or each group for itself, heavy and light."""
+    generator = random.Random(1)  # noqa: S311
+    groups = [group for group in scores.groups if group.layer is not None]
+    for number in range(count):
+        pool = [*formats, "keep"] if number % 2 else [*formats]
+        weights = [generator.random() for _ in pool]
+
+        def draw(pool: Sequence[str] = pool, weights: Sequence[float] = weights) -> str:
+            return generator.choices(pool, weights)[0]
+
+        by_key: dict[Any, str] = {}
+        choice = {}
+        for group in groups:
+            assert group.layer is not None
+            key = {0: group.name, 1: group.role, 2: (group.role, group.layer // 4)}[number % 3]
+            choice[group.name] = by_key.setdefault(key, draw())
+        choice = {name: fmt for name, fmt in choice.items() if fmt != "keep" and scores.has(name, fmt)}
+        yield Assigned(name=f"random-{number}", choice=choice)
+
+
+def crossing(scores: Scores) -> Iterator[Assigned]:
+    """The seed's two mixes: NVFP4 with FP8 attention, and NVFP4 with FP8 down projections."""
+    for name, roles in (("fp8-attention", {"qkv", "o"}), ("fp8-down", {"down"}), ("nvfp4-all", set())):
+        choice = {
+            group.name: "fp8-dynamic" if group.role in roles else "nvfp4"
+            for group in scores.groups
+            if group.layer is not None
+        }
+        yield Assigned(name=name, choice=choice)
+
+
+def rival_plans(
+    file: Path, menus: Sequence[GroupMenu], budgets: Mapping[float, int], outside: int
+) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """The plans with the least sum of a rival's scores at each budget in bytes, NVFP4, FP8 or 16 bits a group."""
+    of_weight = {weight: menu for menu in menus for weight in menu.group.weights}
+    for method, found in json.loads(file.read_text(encoding="utf-8")).items():
+        names, scores, sizes = [], [], []
+        for one in found["stats"]:
+            menu = of_weight[f"{one['modules'][0]}.weight"]
+            options = []
+            for fmt, score in zip(one["formats"], one["scores"], strict=True):
+                ours = "nvfp4" if "NVFP4" in fmt else "fp8-dynamic" if "FP8" in fmt else "keep"
+                options.append((ours, score, menu.option(ours).bytes.file))
+            names.append((menu.group.name, [option[0] for option in options]))
+            scores.append([option[1] for option in options])
+            sizes.append([option[2] for option in options])
+        for share, size in budgets.items():
+            places = least_sum(scores, sizes, size - outside)
+            choice = {name: formats[place] for (name, formats), place in zip(names, places, strict=True)}
+            yield method, share, {name: fmt for name, fmt in choice.items() if fmt != "keep"}
+
+
+def least_sum(scores: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], limit: int) -> list[int]:
+    """One place of each list, so that the scores' sum is least and the sizes' sum is within a limit."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    flat = np.concatenate([np.asarray(one, float) for one in scores])
+    ends = np.cumsum([0, *map(len, scores)])
+    one_each = np.zeros((len(scores), len(flat)))
+    for row, (start, stop) in enumerate(itertools.pairwise(ends)):
+        one_each[row, start:stop] = 1
+    size = np.concatenate([np.asarray(one, float) for one in sizes]) / 1024
+    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, limit / 1024)]
+    span = max(float(np.abs(flat).max()), 1e-30)
+    found = milp(flat / span, constraints=limits, integrality=np.ones(len(flat)), bounds=Bounds(0, 1))
+    return [int(found.x[start:stop].argmax()) for start, stop in itertools.pairwise(ends)]
+
+
+def budget_plans(
+    layout: ModelLayout,
+    scores: Scores,
+    formats: Sequence[str],
+    contexts: Sequence[int],
+    folder: Path,
+    rival: Path | None,
+) -> tuple[list[Assigned], list[dict[str, Any]]]:
+    """Plans and controls at each budget and context, and a table of which is which."""
+    plans: list[Assigned] = []
+    table = []
+
+    def named(prefix: str, choice: Mapping[str, str]) -> str:
+        for plan in plans:
+            if plan.choice == choice:
+                return plan.name
+        plans.append(Assigned(name=f"{prefix}-{len(plans)}", choice=dict(choice)))
+        return plans[-1].name
+
+    head = {group.name for group in scores.groups if group.role == "lm_head"}
+    file = folder / "constraints.yaml"
+    kept = "\nrules:\n  - {role: lm_head, format: keep}" if head else ""
+    file.write_text(f"kv_cache: keep{kept}\n", encoding="utf-8")
+    loaded = load_constraints(file)
+    everything = read_choices(layout, read_place(layout, Budget(bytes=1 << 50)), formats, loaded)
+    found = find_controls(layout, everything.everything, everything.space, scores, contexts[0])
+    hybrid = next(c for name in reversed(HYBRIDS) for c in found if c.recipe == name)
+    outside = hybrid.mix.bytes.file - sum(
+        one.bytes.file for name, one in hybrid.mix.options.items() if name not in head
+    )
+    budgets = {share: outside + int(share * (hybrid.mix.bytes.file - outside)) for share in SHARES}
+    inside = [menu for menu in everything.everything if menu.group.layer is not None]
+    for method, share, choice in rival_plans(rival, inside, budgets, outside) if rival else ():
+        table.append({"rival": method, "share": share, "plans": [(named(method, choice), budgets[share])]})
+    two = ("nvfp4", "fp8-dynamic")
+    for share, size in budgets.items() if rival else ():
+        choices = read_choices(layout, read_place(layout, Budget(bytes=size)), two, loaded)
+        best = least_kl(choices.space, scores, contexts[0])
+        named_plans = [(named("two", mix.formats), mix.bytes.file) for mix in best]
+        table.append({"rival": "snugfit, two formats", "share": share, "plans": named_plans})
+    for share, size in budgets.items():
+        choices = read_choices(layout, read_place(layout, Budget(bytes=size)), formats, loaded)
+        for context in contexts:
+            best = least_kl(choices.space, scores, context, count=3, distance=2)
+            controls = [
+                c
+                for c in find_controls(layout, choices.everything, choices.space, scores, context)
+                if c.fits and not (head & set(c.mix.formats)) and "kv_cache" not in c.mix.formats
+            ]
+            table.append(
+                {
+                    "share": share,
+                    "context": context,
+                    "bytes": size,
+                    "plans": [(named("plan", mix.formats), mix.bytes.file) for mix in best],
+                    "controls": [(named("control", c.mix.formats), c.name, c.mix.bytes.file) for c in controls],
+                }
+            )
+    return plans, table
+
+
+def measured(
+    layout: ModelLayout, statistics: Statistics, plans: Sequence[Assigned], args: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    """KL of every plan on held-out text, by context and text."""
+    device = pick_device(args.device)
+    contexts = [context for context in (512, 2048, args.context) if context <= args.context]
+    cut, records = texts.read_chunks(
+        Tokenizer(layout.checkpoint.path), args.held_out, sorted(set(contexts)), max_tokens=args.max_tokens
+    )
+    groups = group_chunks(cut)
+    subject = open_subject(layout, statistics, rounding=args.rounding, target=args.target)
+    rows = [chunk.ids for group in groups for chunk in group.chunks]
+    started = time.perf_counter()
+    found = SharedPass(
+        subject, rows, plans, device, tokens_per_batch=TOKENS_PER_BATCH[device.type], folder=folder
+    ).divergences()
+    seconds = time.perf_counter() - started
+    control = plans[0].name
+    proof = judge_plans(plans, control, groups, found, tuple(records), rounding=args.rounding, target=args.target)
+    figures = {
+        plan.name: [(one.context, one.text, one.tokens, one.kl, one.error) for one in plan.measured]
+        for plan in proof.plans
+    }
+    # KL by position at the longest context, for the crossing
+    bins: dict[str, list[float]] = {}
+    numbers = [place for place, row in enumerate(rows) if len(row) >= args.context]
+    for plan in plans:
+        joined = np.stack([found[plan.name][place][: args.context - 1] for place in numbers]).mean(0)
+        edges = [0, 512, 1024, 2048, 4096, args.context]
+        pairs = [(low, high) for low, high in itertools.pairwise(edges) if low < high]
+        bins[plan.name] = [float(joined[low:high].mean()) for low, high in pairs]
+    return {"figures": figures, "bins": bins, "seconds": seconds, "tokens": sum(map(len, rows))}
+
+
+def alone(
+    layout: ModelLayout, statistics: Statistics, scores: Scores, args: argparse.Namespace, folder: Path
+) -> dict[str, list[float]]:
+    """Measured KL of each group alone in a format, by bucket, on the samples that were scored."""
+    if not args.alone:
+        return {}
+    samples = read_samples(layout, args.calibration, context=args.context, num_tokens=args.num_tokens)
+    device = pick_device(args.device)
+    subject = open_subject(layout, statistics, rounding=args.rounding, target=args.target)
+    plans = [
+        Assigned(name=group.name, choice={group.name: args.alone})
+        for group in scores.groups
+        if group.layer is not None and scores.has(group.name, args.alone)
+    ]
+    rows = [row.ids for row in samples.rows]
+    found = SharedPass(
+        subject, rows, plans, device, tokens_per_batch=TOKENS_PER_BATCH[device.type], folder=folder
+    ).divergences()
+    result = {}
+    for plan in plans:
+        sums = [0.0] * len(samples.edges)
+        for kl, row, bucket in zip(found[plan.name], samples.rows, samples.buckets, strict=True):
+            sums[bucket] += float(kl[row.first - 1 :].sum())
+        result[plan.name] = [total / tokens for total, tokens in zip(sums, samples.tokens, strict=True)]
+    return result
+
+
+def main() -> None:
+    args = arguments()
+    folder = args.out.with_suffix(".work")
+    layout = read_layout(args.model)
+    samples = read_samples(layout, args.calibration, context=args.context, num_tokens=args.num_tokens)
+    if args.rows is not None:
+        args.rows.write_text(json.dumps([row.ids for row in samples.rows if len(row.ids) <= 2048]), encoding="utf-8")
+        return
+    started = time.perf_counter()
+    statistics = calibrate(layout, samples.dataset, folder, device=args.device)
+    calibrated = time.perf_counter() - started
+    settings = ScoreSettings(formats=args.formats, rounding=args.rounding, target=args.target)
+    scores = score_samples(layout, samples, settings, folder, device=args.device)
+    seconds = time.perf_counter() - started
+    (folder / "scores.json").write_text(scores.to_json(), encoding="utf-8")
+    print(f"{args.model.name}: {samples.total:,} tokens scored in {seconds:.1f} s ({calibrated:.1f} s calibration)")
+    result: dict[str, Any] = {
+        "model": args.model.name,
+        "arguments": {key: str(value) for key, value in vars(args).items()},
+        "tokens": samples.total,
+        "calibration_seconds": calibrated,
+        "score_seconds": seconds,
+        "gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "scores": json.loads(scores.to_json()),
+    }
+    contexts = sorted({min(2048, args.context), args.context})
+    try:
+        chosen, result["table"] = budget_plans(layout, scores, args.formats, contexts, folder, args.rival)
+    except Exception as error:
+        print(f"no plans: {error!r}")
+        chosen, result["table"] = [], []
+    plans = [*crossing(scores), *chosen, *random_plans(scores, args.formats, args.random)]
+    result["choices"] = {plan.name: dict(plan.choice) for plan in plans}
+    result["predicted"] = {
+        plan.name: {str(context): scores.predict(plan.choice, context).kl for context in (512, *contexts)}
+        for plan in plans
+    }
+    args.out.write_text(json.dumps(result), encoding="utf-8")
+    result["measured"] = measured(layout, statistics, plans, args, folder)
+    args.out.write_text(json.dumps(result), encoding="utf-8")
+    print(f"{args.model.name}: {len(plans)} plans measured in {result['measured']['seconds']:.1f} s")
+    result["alone"] = alone(layout, statistics, scores, args, folder)
+    args.out.write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
