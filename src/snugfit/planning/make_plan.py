@@ -209,15 +209,29 @@ def _check_possible(choices: Choices) -> None:
     ]
     if not fitting:
         raise impossible(spaces, choices.place)
+    _check_needed(choices)
+
+
+def _check_needed(choices: Choices) -> None:
+    """UserError where the model keeps all limits as it is."""
+    budget, served, space = choices.place.budget, choices.place.served, choices.space
+    if budget.longest and served is not None:
+        space = choices.at(served.max_positions)
+    elif budget.max_kl is not None:
+        return
+    if KEEP not in space.limits or any(menu.options[0].format != KEEP for menu in space.menus):
+        return
     kept = {menu.group.name: menu.options[0] for menu in choices.everything}
-    budget = choices.place.budget
-    as_it_is = KEEP in space.limits and all(menu.options[0].format == KEEP for menu in space.menus)
-    if budget.max_kl is None and as_it_is:
-        mix = make_mix(kept, KEEP, space.outside[KEEP], None, 1)
-        if within(mix, space.limits[KEEP]):
-            what = f"the model fits as it is ({mix.bytes.file:,} bytes): nothing has to be quantized."
-            where = next(iter(space.limits[KEEP])).name
-            raise UserError(what, code="recipe-changes-nothing", where=where, remedy="Ask for less.")
+    mix = make_mix(kept, KEEP, space.outside[KEEP], None, 1)
+    if within(mix, space.limits[KEEP]):
+        what = f"the model fits as it is ({mix.bytes.file:,} bytes): nothing has to be quantized."
+        where = next(iter(space.limits[KEEP])).name
+        raise UserError(what, code="recipe-changes-nothing", where=where, remedy="Ask for less.")
+
+
+def _changes(mix: Mix) -> bool:
+    """Whether a mix is anything but the model as it is."""
+    return mix.kv_cache != KEEP or any(one.format != KEEP for one in mix.options.values())
 
 
 def _statistics_beside(given: Path, scores: Scores) -> Statistics | None:
@@ -239,6 +253,10 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
     choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
     started = time.monotonic()
     context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
+    if not _changes(candidates[0]):
+        what = "the best mix is the model as it is: nothing has to be quantized."
+        raise UserError(what, code="recipe-changes-nothing", where="max_kl", remedy="Ask for less, or allow more KL.")
+    candidates = [mix for mix in candidates if _changes(mix)]
     controls = find_controls(prepared.layout, choices.everything, space, scores, context)
     seconds["search"] = time.monotonic() - started
     named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
@@ -280,7 +298,7 @@ def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix]
     """
     budget, space = choices.place.budget, choices.space
     distance = max(1, len(space.menus) // 12)
-    if budget.longest:
+    if budget.longest:  # of the mixes at that context the one of least KL
         context = _longest(choices, scores)
         space = choices.at(context)
         return context, least_kl(space, scores, context, count=count, distance=distance), space
