@@ -23,11 +23,12 @@ from snugfit.evaluation.evaluated_model import Outer, bounded_attention, embeddi
 from snugfit.evaluation.measure import LOGITS, SLICE
 from snugfit.formats import fp8
 from snugfit.formats.quantized_weight import dequantize
+from snugfit.machine import free_bytes
 from snugfit.model import emulate, forward_pass
 from snugfit.model.forward_pass import Batch, Head
 from snugfit.model.hidden_states import StateFile
 from snugfit.planning.groups import HEAD, Group, assignment_of
-from snugfit.planning.variants import LayerVariants, Subject
+from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.scores import KV_CACHE
@@ -111,8 +112,8 @@ class SharedPass:
             names = {name: branch.number for name, branch in self._branches[-1].items()}
             found = self._compare({name: before[number] for name, number in names.items()}, batches[0])
             advance()
-        for file in self._folder.glob("plan-states-*"):
-            file.unlink()
+        for path in self._folder.glob("plan-states-*"):
+            path.unlink()
         return found
 
     def _branch(self) -> list[dict[str, _Branch]]:
@@ -182,7 +183,7 @@ class SharedPass:
         weights = embedding_weights(self._subject.model, read)
         for number, some in batches.items():
 
-            def keep(batch: Batch, hidden: Tensor, file: StateFile | None = files and files[number]) -> None:
+            def keep(batch: Batch, hidden: Tensor, file: StateFile | None = files[number] if files else None) -> None:
                 if file is not None:
                     file.write(batch, hidden)
 
@@ -199,8 +200,10 @@ class SharedPass:
     ) -> None:
         """Run decoder layer `index` of each branch, from its parent's file to its own."""
         variants = LayerVariants(self._subject, index, self._device, read)
+        most = free_bytes(self._device) // VARIANTS_SHARE
         with bounded_attention(self._subject.model.arithmetic, self._device):
             for branch in dict.fromkeys(branches.values()):
+                variants.forget(above=most)
                 layer = variants.layer(dict(branch.choice))
                 cache = variants.kv_cache() if branch.cached else None
                 states = before[branch.parent], after[branch.number]
