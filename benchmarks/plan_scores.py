@@ -21,6 +21,7 @@ import random
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from snugfit.planning.limits import Budget, read_place
 from snugfit.planning.menu import GroupMenu
 from snugfit.planning.proof import judge_plans
 from snugfit.planning.samples import read_samples
+from snugfit.planning.scoring_cost import estimate_scoring
 from snugfit.planning.search import least_kl
 from snugfit.planning.sensitivity import ScoreSettings, score_samples
 from snugfit.planning.shared_pass import Assigned, SharedPass
@@ -272,10 +274,12 @@ def main() -> None:
     if args.rows is not None:
         args.rows.write_text(json.dumps([row.ids for row in samples.rows if len(row.ids) <= 2048]), encoding="utf-8")
         return
+    settings = ScoreSettings(formats=args.formats, rounding=args.rounding, target=args.target)
+    estimate = asdict(estimate_scoring(layout, samples, settings, device=args.device))
+    print(estimate, flush=True)
     started = time.perf_counter()
     statistics = calibrate(layout, samples.dataset, folder, device=args.device)
     calibrated = time.perf_counter() - started
-    settings = ScoreSettings(formats=args.formats, rounding=args.rounding, target=args.target)
     scores = score_samples(layout, samples, settings, folder, device=args.device)
     seconds = time.perf_counter() - started
     (folder / "scores.json").write_text(scores.to_json(), encoding="utf-8")
@@ -283,6 +287,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "model": args.model.name,
         "arguments": {key: str(value) for key, value in vars(args).items()},
+        "estimate": estimate,
         "tokens": samples.total,
         "calibration_seconds": calibrated,
         "score_seconds": seconds,

@@ -109,12 +109,12 @@ def test_a_killed_run_ends_in_the_same_bytes(
 ) -> None:
     """A run that is stopped between any two layers resumes, and gives the file that an undisturbed one gives."""
     commit = FinishedUnits.commit
-    for stop in (1, 3, 4):
-        work = tmp_path / str(stop)
+    for stop in (("gradients", 1), ("gradients", 3), ("gradients", 4), ("plans", 1), ("plans", 2)):
+        work = tmp_path / f"{stop[0]}-{stop[1]}"
 
-        def stopping(self: FinishedUnits, entry: dict[str, object], last: int = stop) -> None:
+        def stopping(self: FinishedUnits, entry: dict[str, object], last: tuple[str, int] = stop) -> None:
             commit(self, entry)
-            if self.done == last and (self._folder.name == "gradients"):
+            if (self._folder.name, self.done) == last:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(FinishedUnits, "commit", stopping)

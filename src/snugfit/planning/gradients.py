@@ -27,7 +27,7 @@ from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch, Head
 from snugfit.model.hidden_states import StateFile
 from snugfit.planning.groups import EXPERTS, SHARED, Group
-from snugfit.planning.variants import LayerVariants, Subject, scored_formats
+from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.storage.tensor_reader import TensorReader
@@ -36,7 +36,6 @@ from snugfit.storage.transfer import Transfer
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}  # of which a gradient is made at once
 # roles of groups whose outputs stay with their token in a layer; those of others reach the tokens that attend to it
 OWN_TOKEN = frozenset({"o", "gate_up", "gate", "up", "down", "mlp", EXPERTS, SHARED})
-VARIANTS_SHARE = 4  # variants of a layer's groups take at most this part of free memory at once
 
 
 @dataclass(frozen=True)

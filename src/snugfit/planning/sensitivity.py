@@ -153,7 +153,10 @@ def score_samples(
         ).run(finished)
         costs = costs_of(sums, samples)
         plans = plans_to_measure(subject, costs, settings)
-        points = _measure(subject, samples, plans, where, per_batch, work_dir, progress)
+        compared = work_dir / "plans"
+        compared.mkdir(exist_ok=True)
+        units = FinishedUnits(compared, identity | {"plans": [dict(plan.choice) for plan in plans]})
+        points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
     groups = []
     for group in subject.groups.values():
         measured = group.name not in costs
@@ -288,6 +291,7 @@ def _measure(
     device: torch.device,
     tokens_per_batch: int,
     folder: Path,
+    finished: FinishedUnits,
     progress: Progress,
 ) -> list[Point]:
     """KL of each plan by bucket; what an earlier run measured is read from POINTS_NAME."""
@@ -303,7 +307,7 @@ def _measure(
             tokens_per_batch=tokens_per_batch,
             folder=folder,
             progress=progress,
-        ).divergences()
+        ).divergences(finished)
         known = {name: list(map(_scored_sum, found[name], samples.rows)) for name in names}
         replace_json(file, known)
     points = []

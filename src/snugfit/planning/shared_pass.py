@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +23,14 @@ from snugfit.evaluation.evaluated_model import Outer, bounded_attention, embeddi
 from snugfit.evaluation.measure import LOGITS, SLICE
 from snugfit.formats import fp8
 from snugfit.formats.quantized_weight import dequantize
+from snugfit.machine import free_bytes
 from snugfit.model import emulate, forward_pass
 from snugfit.model.forward_pass import Batch, Head
 from snugfit.model.hidden_states import StateFile
 from snugfit.planning.groups import HEAD, Group, assignment_of
-from snugfit.planning.variants import LayerVariants, Subject
+from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject
 from snugfit.progress import SILENT, Progress
+from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.scores import KV_CACHE
 from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
@@ -44,12 +47,18 @@ class Assigned:
     choice: Mapping[str, str] = field(default_factory=dict)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
 class _Branch:
-    """Hidden states that one or several plans share, and the batches that they belong to."""
+    """Hidden states behind a layer that one or several plans share: which states they come from, and how.
 
-    file: StateFile
-    batches: Sequence[Batch]
+    `number` names the file, `parent` that of the states before the layer. `choice` are the formats of the layer's
+    groups, `cached` says whether an FP8 cache rounds its keys and values.
+    """
+
+    number: int
+    parent: int
+    choice: tuple[tuple[str, str], ...] = ()
+    cached: bool = False
 
 
 class SharedPass:
@@ -66,100 +75,151 @@ class SharedPass:
         folder: Path,
         progress: Progress = SILENT,
     ) -> None:
+        """Hidden states are in files in `folder`, which holds those of one pass alone."""
         self._subject, self._rows, self._device = subject, rows, device
         self._plans = {ORIGINAL: Assigned(name=ORIGINAL), **{plan.name: plan for plan in plans}}
         self._tokens_per_batch, self._folder, self._progress = tokens_per_batch, folder, progress
-        self._layers_done = 0
+        skeleton = subject.model.skeleton
+        self._ran = [index for index in range(len(skeleton.layers)) if index not in skeleton.skipped]
+        self._branches = self._branch()
 
     @torch.no_grad()
-    def divergences(self) -> dict[str, list[Array]]:
-        """KL(original || plan) in nats of each scored token [T - 1] of each sample, by plan; NaN where not finite."""
-        skeleton = self._subject.model.skeleton
+    def divergences(self, finished: FinishedUnits | None = None) -> dict[str, list[Array]]:
+        """KL(original || plan) in nats of each scored token [T - 1] of each sample, by plan; NaN where not finite.
+
+        `finished` records each layer: a pass that was stopped resumes behind the last one.
+        """
         with ExitStack() as stack:
             transfer = stack.enter_context(Transfer(self._device))
-            advance = stack.enter_context(self._progress.bar(len(skeleton.layers) + 1, "comparing plans"))
+            advance = stack.enter_context(self._progress.bar(len(self._ran) + 1, "comparing plans"))
             read = stack.enter_context(TensorReader(self._subject.model.checkpoint, self._device))
-            branches = self._embed(stack, transfer, read)
-            for index in range(len(skeleton.layers)):
-                if index not in skeleton.skipped:
-                    branches = self._pass_layer(index, branches, stack, transfer, read)
+            batches = self._batches()
+            done = self._done(finished, transfer, batches)
+            for _ in range(done):
                 advance()
-            found = self._compare(branches)
+            before = self._files(stack, transfer, done, batches)
+            self._embed(batches, None if done else before, read)
+            for step, index in enumerate(self._ran[done:], done):
+                after = self._files(stack, transfer, step + 1, batches)
+                self._pass_layer(index, self._branches[step + 1], before, after, batches, read)
+                pieces = {number: file.wait() for number, file in after.items()}
+                if finished is not None:
+                    finished.commit({"states": {str(number): found for number, found in pieces.items()}})
+                for file in before.values():
+                    file.close()
+                before = after
+                advance()
+            names = {name: branch.number for name, branch in self._branches[-1].items()}
+            found = self._compare({name: before[number] for name, number in names.items()}, batches[0])
             advance()
-            for file in self._folder.glob("plan-states-*"):
-                file.unlink()
+        for path in self._folder.glob("plan-states-*"):
+            path.unlink()
         return found
 
-    def _embed(self, stack: ExitStack, transfer: Transfer, read: TensorReader) -> dict[str, _Branch]:
-        """The branch of each plan at the first layer: one of all, or one of each where layers pass more on."""
+    def _branch(self) -> list[dict[str, _Branch]]:
+        """The branch of each plan at the first layer and behind each: one of all until they differ.
+
+        Where layers pass more on than hidden states, each plan has its own.
+        """
+        own = self._subject.model.skeleton.carries_state
+        steps = [{name: _Branch(place if own else 0, 0) for place, name in enumerate(self._plans)}]
+        for index in self._ran:
+            mine = self._subject.by_layer.get(index, ())
+            known: dict[tuple[Any, ...], _Branch] = {}
+            step = {}
+            for name, plan in self._plans.items():
+                choice = tuple((group, plan.choice[group]) for group in mine if group in plan.choice)
+                key = steps[-1][name].number, choice, KV_CACHE in plan.choice
+                step[name] = known.setdefault(key, _Branch(len(known), *key))
+            steps.append(step)
+        return steps
+
+    def _batches(self) -> dict[int, list[Batch]]:
+        """The batches that each branch runs on, by its number: all the same, unless layers pass more on."""
+        causal = self._subject.model.skeleton.is_causal
+        found: dict[int, list[Batch]] = {}
+        for branch in self._branches[0].values():
+            if branch.number not in found:
+                found[branch.number] = forward_pass.make_batches(
+                    self._rows, self._tokens_per_batch, self._device, pads=causal
+                )
+        return found
+
+    def _of(self, batches: Mapping[int, list[Batch]], number: int) -> list[Batch]:
+        return batches[number] if self._subject.model.skeleton.carries_state else batches[0]
+
+    def _files(
+        self, stack: ExitStack, transfer: Transfer, step: int, batches: Mapping[int, list[Batch]]
+    ) -> dict[int, StateFile]:
+        """The files of the states before layer `step`, by the branch's number."""
+        skeleton = self._subject.model.skeleton
+        shape = skeleton.hidden_size, skeleton.dtype
+        return {
+            number: stack.enter_context(
+                StateFile(
+                    self._folder / f"plan-states-{step % 2}-{number}", self._of(batches, number), *shape, transfer
+                )
+            )
+            for number in dict.fromkeys(branch.number for branch in self._branches[step].values())
+        }
+
+    def _done(self, finished: FinishedUnits | None, transfer: Transfer, batches: Mapping[int, list[Batch]]) -> int:
+        """The number of layers whose states are in the files."""
+        if finished is None or not finished.done:
+            return 0
+        with ExitStack() as stack:
+            files = self._files(stack, transfer, finished.done, batches)
+            entry = finished.entries[-1]["states"]
+            held = len(entry) == len(files) and all(files[int(n)].holds(pieces) for n, pieces in entry.items())
+        if not held or self._subject.model.skeleton.carries_state:
+            finished.go_back(0)
+        return finished.done
+
+    def _embed(
+        self, batches: Mapping[int, list[Batch]], files: Mapping[int, StateFile] | None, read: TensorReader
+    ) -> None:
+        """Find what layers are called with, and the first states unless `files` is None."""
         skeleton = self._subject.model.skeleton
         weights = embedding_weights(self._subject.model, read)
-        branches: dict[str, _Branch] = {}
-        for name in self._plans:
-            if branches and not skeleton.carries_state:
-                branches[name] = branches[ORIGINAL]
-                continue
-            batches = forward_pass.make_batches(
-                self._rows, self._tokens_per_batch, self._device, pads=skeleton.is_causal
-            )
-            file = self._file(stack, transfer, batches, len(branches), 0)
-            forward_pass.embed(skeleton, weights, batches, self._device, file.write)
-            branches[name] = _Branch(file, batches)
-        return branches
+        for number, some in batches.items():
 
-    def _file(
-        self, stack: ExitStack, transfer: Transfer, batches: Sequence[Batch], number: int, parity: int
-    ) -> StateFile:
-        skeleton = self._subject.model.skeleton
-        path = self._folder / f"plan-states-{parity}-{number}"
-        return stack.enter_context(StateFile(path, batches, skeleton.hidden_size, skeleton.dtype, transfer))
+            def keep(batch: Batch, hidden: Tensor, file: StateFile | None = files[number] if files else None) -> None:
+                if file is not None:
+                    file.write(batch, hidden)
+
+            forward_pass.embed(skeleton, weights, some, self._device, keep)
 
     def _pass_layer(
         self,
         index: int,
         branches: Mapping[str, _Branch],
-        stack: ExitStack,
-        transfer: Transfer,
+        before: Mapping[int, StateFile],
+        after: Mapping[int, StateFile],
+        batches: Mapping[int, list[Batch]],
         read: TensorReader,
-    ) -> dict[str, _Branch]:
-        """The branches behind decoder layer `index`."""
+    ) -> None:
+        """Run decoder layer `index` of each branch, from its parent's file to its own."""
         variants = LayerVariants(self._subject, index, self._device, read)
-        mine = self._subject.by_layer.get(index, ())
-        self._layers_done += 1
-        done: dict[tuple[object, ...], _Branch] = {}
-        found: dict[str, _Branch] = {}
-        before = list({id(branch): branch for branch in branches.values()}.values())
+        most = free_bytes(self._device) // VARIANTS_SHARE
         with bounded_attention(self._subject.model.arithmetic, self._device):
-            for name, plan in self._plans.items():
-                choice = {group: plan.choice[group] for group in mine if group in plan.choice}
-                cache = variants.kv_cache() if KV_CACHE in plan.choice else None
-                key = id(branches[name]), tuple(choice.items()), cache is None
-                if key not in done:
-                    parent = branches[name]
-                    file = self._file(stack, transfer, parent.batches, len(done), self._layers_done % 2)
-                    layer = variants.layer(choice)
-                    states = parent.file, file
-                    forward_pass.run_layer(layer, index, parent.batches, cache=cache, states=states)
-                    done[key] = _Branch(file, parent.batches)
-                found[name] = done[key]
-        for branch in done.values():
-            branch.file.wait()
-        for branch in before:
-            branch.file.close()
-        return found
+            for branch in dict.fromkeys(branches.values()):
+                variants.forget(above=most)
+                layer = variants.layer(dict(branch.choice))
+                cache = variants.kv_cache() if branch.cached else None
+                states = before[branch.parent], after[branch.number]
+                forward_pass.run_layer(layer, index, self._of(batches, branch.number), cache=cache, states=states)
 
-    def _compare(self, branches: Mapping[str, _Branch]) -> dict[str, list[Array]]:
-        """KL of each token, from the last hidden states."""
+    def _compare(self, files: Mapping[str, StateFile], batches: Sequence[Batch]) -> dict[str, list[Array]]:
+        """KL of each token, from the last hidden states of each plan."""
         heads = _heads(self._subject, self._plans, self._device)
         found = {name: [np.empty(len(row) - 1, np.float32) for row in self._rows] for name in self._plans if name}
-        order = [batch.rows for batch in branches[ORIGINAL].batches]
-        for place in range(len(order)):
+        for batch in batches:
             hidden: dict[int, Tensor] = {}
-            for branch in branches.values():
-                if id(branch) not in hidden:
-                    hidden[id(branch)] = branch.file.read(branch.batches[place])
-            for position, row in enumerate(order[place]):
-                states = {name: hidden[id(branch)][position] for name, branch in branches.items()}
+            for file in files.values():
+                if id(file) not in hidden:
+                    hidden[id(file)] = file.read(batch)
+            for position, row in enumerate(batch.rows):
+                states = {name: hidden[id(file)][position] for name, file in files.items()}
                 self._compare_row(row, states, heads, found)
         return found
 

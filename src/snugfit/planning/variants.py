@@ -37,6 +37,7 @@ from snugfit.records.statistics_file import Statistics
 from snugfit.storage.tensor_reader import ReadTensor
 
 PLAIN, WEIGHTED = ROUNDINGS = ("plain", "weighted")
+VARIANTS_SHARE = 4  # variants of a layer's groups take at most this part of free memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +121,11 @@ class LayerVariants:
             self._known[group, fmt] = make(one, found)
         return self._known[group, fmt]
 
-    def forget(self) -> None:
-        """Free all variants."""
-        self._known.clear()
+    def forget(self, *, above: int = 0) -> None:
+        """Free all variants if they hold more than `above` bytes."""
+        tensors = [tensor for variant in self._known.values() for tensor in variant.parameters.values()]
+        if sum(tensor.nbytes for tensor in tensors) > above:
+            self._known.clear()
 
     def layer(self, choice: Mapping[str, str]) -> nn.Module:
         """The layer in which groups have the formats of `choice` (those of other layers are ignored)."""
@@ -209,13 +212,13 @@ class LayerVariants:
         for parameter, tensor in whole.items():
             tensor.copy_(module.get_parameter(parameter).data)
         rounded = [name for name in group.weights if _is_rounded(found[name])]
-        weights = [
+        weights = (  # made one after another
             WeightGroup(
                 weights={f"{one}.weight": views[f"{one}.weight"].clone() for one in together},
                 target=_target(found[rounded[0]]),
             )
             for together in group_modules(name.removesuffix(".weight") for name in rounded)
-        ]
+        )
         purpose = Purpose(runs=True, buffers=views, observed=self._observe())
         for choice in self._subject.method().choose(weights, purpose):
             if choice.weight_16bit is not None:

@@ -1,0 +1,142 @@
+"""Tables and a plot of what `benchmarks/plan_scores.py` found.
+
+python benchmarks/plot_plan_scores.py PLOT.png RESULT.json...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TEXT = ""
+
+
+def at(result: Mapping[str, Any], plan: str, context: int, text: str = TEXT) -> tuple[float, float]:
+    """Measured KL of a plan on held-out text at a context, and its error."""
+    figures = result["measured"]["figures"][plan]
+    return next((kl, error) for c, t, _, kl, error in figures if (c, t) == (context, text))
+
+
+def contexts(result: Mapping[str, Any]) -> list[int]:
+    return sorted(int(context) for context in next(iter(result["predicted"].values())))
+
+
+def errors(result: Mapping[str, Any], prefix: str) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.float64]]]]:
+    """Relative errors of the predictions of the plans of one kind, by context."""
+    names = [name for name in result["predicted"] if name.startswith(prefix)]
+    for context in contexts(result):
+        pairs = [(result["predicted"][name][str(context)], at(result, name, context)[0]) for name in names]
+        yield context, np.array([predicted / kl - 1 for predicted, kl in pairs])
+
+
+def print_tables(result: Mapping[str, Any]) -> None:
+    print(
+        f"\n## {result['model']}: {result['tokens']:,} tokens in {result['score_seconds']:.1f} s, {result['estimate']}"
+    )
+    for prefix in ("random", "plan", "control", "fp8", "nvfp4", "gradient", "kl_div", "two"):
+        for context, found in errors(result, prefix):
+            if len(found):
+                within = (np.abs(found) < 0.2).mean()
+                print(
+                    f"{prefix:8} at {context:5}: {len(found):3} plans, predicted/measured - 1: median {np.median(found):+.2f}, "
+                    f"mean |.| {np.abs(found).mean():.2f}, within 20 %: {within:.0%}"
+                )
+    for row in result["table"]:
+        if "rival" in row:
+            kl = [at(result, name, context)[0] for context in contexts(result) for name, _ in row["plans"][:1]]
+            print(f"{row['rival']:20} at {row['share']:.1f}: {[round(one, 4) for one in kl]}")
+            continue
+        context = row["context"]
+        plans = [(at(result, name, context), name, size) for name, size in row["plans"]]
+        controls = [(at(result, name, context), title, size) for name, title, size in row["controls"]]
+        best = min(controls)
+        # the control that is expected to lose least
+        expected = min(row["controls"], key=lambda one: result["predicted"][one[0]][str(context)])
+        print(f"{row['share']:.1f} x hybrid, {context:5} tokens, {row['bytes']:,} bytes:")
+        for (kl, error), name, size in plans:
+            predicted = result["predicted"][name][str(context)]
+            ratio = kl / best[0][0]
+            print(
+                f"    {name:10} {kl:.4f} +- {error:.4f}, predicted {predicted:.4f}, {size:,} bytes, x{ratio:.2f} of best"
+            )
+        print(f"    best control {best[0][0]:.4f} {best[1]} ({best[2]:,}); predicted best: {expected[1]}")
+        for (kl, _), title, size in sorted(controls):
+            if "layers" not in title:
+                print(f"        {title}: {kl:.4f} ({size:,})")
+    print("crossing, KL by position:")
+    for name in ("nvfp4-all", "fp8-attention", "fp8-down"):
+        measured = " ".join(f"{value:.4f}" for value in result["measured"]["bins"][name])
+        predicted = " ".join(f"{c}: {result['predicted'][name][str(c)]:.4f}" for c in contexts(result))
+        print(
+            f"    {name:14} measured {measured}; by context {[round(at(result, name, c)[0], 4) for c in contexts(result)]}; "
+            f"predicted {predicted}"
+        )
+    for bucket, damage in enumerate(result["scores"]["damage"]):
+        factors = {key: round(value, 2) for key, value in damage["factors"].items()}
+        slopes = {key: round(value, 2) for key, value in damage["slopes"].items()}
+        print(f"damage {bucket}: c {damage['ceiling']:.2f}, error {damage['error']:.3f}, {slopes} {factors}")
+    if result.get("alone"):
+        print_alone(result)
+
+
+def print_alone(result: Mapping[str, Any]) -> None:
+    """Costs of single groups beside their measured KL, by role and depth."""
+    fmt = result["arguments"]["alone"]
+    groups = {group["name"]: group for group in result["scores"]["groups"]}
+    layers = 1 + max(group["layer"] or 0 for group in groups.values())
+    ratios: dict[tuple[str, int], list[float]] = {}
+    logs = []
+    for name, measured in result["alone"].items():
+        cost = result["scores"]["costs"][name][fmt]["kl"]
+        for one, kl in zip(cost[1:2] or cost, measured[1:2] or measured, strict=True):
+            if kl > 0:
+                third = 3 * groups[name]["layer"] // layers
+                ratios.setdefault((groups[name]["role"], third), []).append(one / kl)
+                logs.append((np.log(one), np.log(kl)))
+    print("cost / measured KL alone, second bucket, by role and third of the layers (geometric mean):")
+    for key, some in sorted(ratios.items()):
+        print(f"    {key}: {np.exp(np.mean(np.log(some))):.2f}")
+    print(f"    correlation of logarithms {np.corrcoef(np.array(logs).T)[0, 1]:.3f}")
+
+
+def plot(results: list[Mapping[str, Any]], file: Path) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4), squeeze=False)
+    for axis, result in zip(axes[0], results, strict=True):
+        ends = []
+        for context in contexts(result):
+            names = [name for name in result["predicted"] if name.startswith(("random", "plan"))]
+            x = [at(result, name, context)[0] for name in names]
+            y = [result["predicted"][name][str(context)] for name in names]
+            ends += [*x, *y]
+            axis.loglog(x, y, ".", markersize=4, alpha=0.7, label=f"{context} tokens")
+        low, high = min(ends), max(ends)
+        span = np.array([low, high])
+        axis.loglog(span, span, "k-", linewidth=0.8)
+        axis.fill_between(span, span / 1.2, span * 1.2, color="0.85", zorder=0)
+        axis.set_title(result["model"])
+        axis.set_xlabel("measured KL on held-out text")
+        axis.set_ylabel("predicted KL")
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    results = [json.loads(Path(file).read_text(encoding="utf-8")) for file in sys.argv[2:]]
+    for result in results:
+        print_tables(result)
+    plot(results, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
