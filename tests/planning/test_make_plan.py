@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from helpers.errors import failed_with, raises
 from helpers.plan_scores import made_up_scores, save
+from helpers.plans import write_headers
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.model.layout import read_layout
-from snugfit.planning import make_plan, proving
+from snugfit.planning import make_plan
 from snugfit.planning.groups import find_groups
 from snugfit.planning.make_plan import plan
 from snugfit.quantization.plan import lay_out
@@ -138,16 +139,15 @@ def test_the_same_seed_gives_the_same_plan(
 ) -> None:
     """A run that is killed in its proof resumes behind the scores, and ends in the same recipe and figures."""
     _, record = made
-    real = proving.prove
 
     def killed(*arguments: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(proving, "prove", killed)
-    with pytest.raises(KeyboardInterrupt):
-        plan(model, output_dir=tmp_path / "out", bits_per_weight=7.5, **texts)
+    with monkeypatch.context() as patched:
+        patched.setattr(make_plan, "prove_mixes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            plan(model, output_dir=tmp_path / "out", bits_per_weight=7.5, **texts)
     assert (tmp_path / "out.partial").is_dir()
-    monkeypatch.setattr(proving, "prove", real)
     again = plan(model, output_dir=tmp_path / "out", bits_per_weight=7.5, **texts)
     assert again.recipe == record.recipe
     assert again.points == record.points
@@ -275,10 +275,8 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
 
 def test_plans_of_checkpoints_on_the_command_line(make_tiny: MakeTiny, tmp_path: Path) -> None:
     """`--from` prints or writes the recipe of a checkpoint, `--diff` shows where another one differs."""
-    from planning.test_published import written  # type: ignore[import-not-found]
-
     source = make_tiny()
-    made = written(source, "nvfp4-fp8-hybrid", tmp_path / "made")
+    made = write_headers(source, "nvfp4-fp8-hybrid", tmp_path / "made")
     shown = CliRunner().invoke(app, ["plan", "--from", str(made)])
     assert "format: nvfp4" in shown.stdout, shown.stderr
     applied = CliRunner().invoke(app, ["plan", str(source), "--from", str(made), "-o", str(tmp_path / "recipe")])

@@ -171,6 +171,7 @@ def plan(
     }
     progress = VerbProgress(ctx)
     if dry_run:
+        _print_estimate(model, output_dir, settings, progress)
         return
     if output_dir is None:
         remedy = "Name a new directory, or add `dry_run`."
@@ -187,6 +188,21 @@ def plan(
             _print(record, output_dir, model)
     if record.verdict.accepted is False:
         raise typer.Exit(REFUSED)
+
+
+def _print_estimate(model: str, output_dir: Path | None, settings: dict[str, Any], progress: VerbProgress) -> None:
+    """What planning takes, then the refusal of a run for which this machine has too little."""
+    from snugfit.planning.plan_cost import check_resources, estimate_plan
+    from snugfit.storage.staging import check_stageable
+
+    if output_dir is not None:
+        check_stageable(output_dir, models=[model])
+    estimate = estimate_plan(model, **settings)
+    for note in estimate.notes:
+        progress.message(note)
+    with reporting():
+        typer.echo(plain(estimate.line()))
+    check_resources(estimate, output_dir or Path("plan"), settings["device"])
 
 
 def _print(record: PlanRecord, output_dir: Path, model: str) -> None:

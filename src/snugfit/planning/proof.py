@@ -22,7 +22,7 @@ from snugfit.errors import UserError
 from snugfit.evaluation.chunks import Chunk, ChunkGroup, group_chunks
 from snugfit.evaluation.held_out import SEGMENT_TOKENS
 from snugfit.machine import pick_device
-from snugfit.model.layout import read_layout
+from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.positions import max_positions
 from snugfit.planning.shared_pass import Array, Assigned, SharedPass
 from snugfit.planning.variants import PLAIN, open_subject
@@ -77,16 +77,7 @@ def prove(
     controls = (control,) if isinstance(control, str) else tuple(control)
     for one in controls:
         check_plans(plans, one)
-    files = texts.find_files([Path(file) for file in as_sequence(dataset)])
-    cut, records = texts.read_chunks(
-        Tokenizer(layout.checkpoint.path),
-        files,
-        contexts,
-        max_tokens=MAX_TOKENS if max_tokens is None else max_tokens,
-        vocabulary=layout.config.get("vocab_size"),
-        positions=max_positions(layout.checkpoint.config),
-    )
-    groups = group_chunks(cut)
+    groups, records = read_held_out(layout, as_sequence(dataset), contexts, max_tokens)
     folder = Path(work_dir)
     folder.mkdir(parents=True, exist_ok=True)
     where = pick_device(device)
@@ -100,7 +91,22 @@ def prove(
         progress=progress,
     ).divergences()
     best = controls[0] if len(controls) == 1 else _strongest(controls, groups, found)
-    return judge_plans(plans, best, groups, found, tuple(records), rounding=rounding, target=target, scores=scores)
+    return judge_plans(plans, best, groups, found, records, rounding=rounding, target=target, scores=scores)
+
+
+def read_held_out(
+    layout: ModelLayout, dataset: Sequence[str | Path], contexts: Sequence[int], max_tokens: int | None
+) -> tuple[tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
+    """The chunks that `prove` measures on, and a record of each text; UserError as `evaluate` raises it."""
+    cut, records = texts.read_chunks(
+        Tokenizer(layout.checkpoint.path),
+        texts.find_files([Path(file) for file in dataset]),
+        contexts,
+        max_tokens=MAX_TOKENS if max_tokens is None else max_tokens,
+        vocabulary=layout.config.get("vocab_size"),
+        positions=max_positions(layout.checkpoint.config),
+    )
+    return group_chunks(cut), tuple(records)
 
 
 def _strongest(controls: Sequence[str], groups: Sequence[ChunkGroup], found: Mapping[str, Sequence[Array]]) -> str:
