@@ -27,6 +27,7 @@ VERBS_OF: dict[str, tuple[Callable[..., Any], set[str], set[str]]] = {
     "quantize": (snugfit.quantize, {"dry_run", "as_json"}, set()),
     "statistics collect": (snugfit.collect_statistics, {"as_json"}, set()),
     "statistics import": (snugfit.import_statistics, set(), set()),
+    "plan": (snugfit.plan, {"from_checkpoint", "diff", "dry_run", "as_json"}, set()),
     "inspect": (snugfit.inspect, {"as_json"}, set()),
     "fit": (snugfit.fit, {"as_json"}, set()),
     "eval": (snugfit.evaluate, {"output_dir", "server_model", "top_logprobs", "server_log", "as_json"}, set()),

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
     from snugfit.inspection.inspect import inspect
     from snugfit.planning.fit import fit
+    from snugfit.planning.make_plan import plan
+    from snugfit.planning.published import diff_plans, read_recipe
     from snugfit.progress import Progress, TerminalProgress
     from snugfit.quantization.collect import collect_statistics
     from snugfit.quantization.compare_datasets import compare_datasets
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from snugfit.records.evaluation import EvalRecord, TasksRecord
     from snugfit.records.fit import FitRecord
     from snugfit.records.inspection import Inspection
+    from snugfit.records.plan import PlanDifferences, PlanRecord
     from snugfit.records.quantize import QuantizeRecord, TensorRecord
     from snugfit.records.statistics_file import Statistics, load_statistics
 
@@ -47,6 +50,8 @@ __all__ = [
     "FitRecord",
     "Inspection",
     "LoadedRecipe",
+    "PlanDifferences",
+    "PlanRecord",
     "PreparedRun",
     "Progress",
     "QuantizeRecord",
@@ -62,6 +67,7 @@ __all__ = [
     "compare",
     "compare_datasets",
     "describe_dataset",
+    "diff_plans",
     "evaluate",
     "fit",
     "import_statistics",
@@ -69,8 +75,10 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "load_statistics",
+    "plan",
     "plan_quantization",
     "quantize",
+    "read_recipe",
     "run_tasks",
     "write_comparison",
     "write_results",
@@ -87,6 +95,8 @@ _MODULES = {
     "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
     "inspection.inspect": ("inspect",),
     "planning.fit": ("fit",),
+    "planning.make_plan": ("plan",),
+    "planning.published": ("diff_plans", "read_recipe"),
     "progress": ("Progress", "TerminalProgress"),
     "quantization.collect": ("collect_statistics",),
     "quantization.import_statistics": ("import_statistics",),
@@ -99,6 +109,7 @@ _MODULES = {
     "records.evaluation": ("EvalRecord", "TasksRecord"),
     "records.fit": ("FitRecord",),
     "records.inspection": ("Inspection",),
+    "records.plan": ("PlanDifferences", "PlanRecord"),
     "records.quantize": ("QuantizeRecord", "TensorRecord"),
     "records.statistics_file": ("Statistics", "load_statistics"),
 }

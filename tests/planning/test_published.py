@@ -9,7 +9,7 @@ import pytest
 
 from helpers.errors import raises
 from helpers.fp8_sources import as_fp8
-from helpers.sparse_models import write_sparse_model
+from helpers.plans import write_headers
 from snugfit.model.layout import read_layout
 from snugfit.planning.published import apply_recipe, diff_plans, read_recipe
 from snugfit.quantization.plan import lay_out
@@ -49,19 +49,11 @@ rules:
 }
 
 
-def written(model: Path, recipe: str, folder: Path) -> Path:
-    """Headers and config of what a recipe would write."""
-    loaded = load_recipe(recipe) if recipe in ("nvfp4-fp8-hybrid", "fp8-dynamic") else parse_recipe(recipe, where="x")
-    plan = lay_out(read_layout(model), loaded)
-    tensors = [(info.name, info.dtype, info.shape) for infos in plan.outputs.values() for info in infos]
-    return write_sparse_model(folder, dict(plan.config), tensors)
-
-
 @pytest.mark.parametrize("case", RECIPES)
 def test_a_checkpoint_is_read_as_the_recipe_that_made_it(case: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
     """The recipe that is read gives every weight of the original the format that the first recipe gave it."""
     model = make_tiny(hidden_size=128, intermediate_size=128)
-    made = written(model, RECIPES[case] or "nvfp4-fp8-hybrid", tmp_path / "made")
+    made = write_headers(model, RECIPES[case] or "nvfp4-fp8-hybrid", tmp_path / "made")
     layout = read_layout(model)
     again = lay_out(layout, read_recipe(made))
     before = lay_out(layout, parse_recipe(RECIPES[case] or load_recipe("nvfp4-fp8-hybrid").text, where="x"))
@@ -71,7 +63,7 @@ def test_a_checkpoint_is_read_as_the_recipe_that_made_it(case: str, make_tiny: M
 
 def test_the_hybrid_is_read_as_two_rules(make_tiny: MakeTiny, tmp_path: Path) -> None:
     """Runs of layers and roles are joined: the built-in hybrid comes back as its two rules."""
-    made = written(make_tiny(), "nvfp4-fp8-hybrid", tmp_path / "made")
+    made = write_headers(make_tiny(), "nvfp4-fp8-hybrid", tmp_path / "made")
     rules = read_recipe(made).recipe.rules
     assert [(rule.role, rule.layers, rule.format) for rule in rules] == [
         (("mlp",), None, "nvfp4"),
@@ -96,7 +88,7 @@ def test_blocks_of_transformers_are_read(make_tiny: MakeTiny, tmp_path: Path) ->
 def test_an_fp8_cache_is_part_of_the_plan(make_tiny: MakeTiny, tmp_path: Path) -> None:
     """A checkpoint that declares an FP8 KV cache gives a recipe that asks for one."""
     loaded = load_recipe("fp8-dynamic-fp8kv").text
-    assert read_recipe(written(make_tiny(), loaded, tmp_path / "made")).recipe.kv_cache == "fp8"
+    assert read_recipe(write_headers(make_tiny(), loaded, tmp_path / "made")).recipe.kv_cache == "fp8"
 
 
 def test_a_model_in_16_bits_has_no_plan(make_tiny: MakeTiny) -> None:
@@ -107,7 +99,7 @@ def test_a_model_in_16_bits_has_no_plan(make_tiny: MakeTiny) -> None:
 
 def test_a_recipe_is_applied_where_every_rule_matches(make_tiny: MakeTiny, tmp_path: Path) -> None:
     """A plan suits a model with the same places; rules without a match are all named."""
-    made = written(make_tiny(), RECIPES["head"] or "", tmp_path / "made")
+    made = write_headers(make_tiny(), RECIPES["head"] or "", tmp_path / "made")
     recipe = read_recipe(made)
     assert apply_recipe(recipe, make_tiny(), made_for=read_layout(made)) == ()
     notes = apply_recipe(recipe, make_tiny(num_hidden_layers=2), made_for=read_layout(made))
@@ -130,8 +122,8 @@ def test_a_recipe_is_applied_where_every_rule_matches(make_tiny: MakeTiny, tmp_p
 def test_two_plans_are_compared(make_tiny: MakeTiny, tmp_path: Path) -> None:
     """Differences are listed by place, layers and formats; a recipe is resolved on the other's model."""
     model = make_tiny()
-    hybrid = written(model, "nvfp4-fp8-hybrid", tmp_path / "hybrid")
-    head = written(model, RECIPES["head"] or "", tmp_path / "head")
+    hybrid = write_headers(model, "nvfp4-fp8-hybrid", tmp_path / "hybrid")
+    head = write_headers(model, RECIPES["head"] or "", tmp_path / "head")
     found = diff_plans(hybrid, head)
     rows = {(row.place, row.layers, row.a, row.b) for row in found.rows}
     assert rows == {

@@ -19,6 +19,7 @@ LATENT = ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "self_attn.q_b_p
 EXPERTS = tuple(f"mlp.experts.{n}.{leaf}_proj" for n in range(2) for leaf in ("gate", "up", "down"))
 SHARED = tuple(f"mlp.shared_experts.{leaf}_proj" for leaf in ("gate", "up", "down"))
 # what engines run as one
+TOGETHER: tuple[tuple[str, ...], ...]
 TOGETHER = (ATTENTION[:3], ATTENTION[3:], MLP[:2], MLP[2:], LATENT[:2], LATENT[2:3], LATENT[3:])
 TOGETHER = (*TOGETHER, EXPERTS, SHARED[:2], SHARED[2:])
 FORMATS = (

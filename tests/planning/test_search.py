@@ -268,10 +268,11 @@ def test_impossible_budgets_name_the_nearest_that_works(budget: dict[str, Any], 
     (name,) = budget
     assert (error.code, error.where) == ("plan-impossible", name)
     value = float(error.remedy.partition(f"{name}=")[2].partition("`")[0])
-    works = choices_of(layout, **{name: value if name == "bits_per_weight" else int(value)})
+    nearest: dict[str, Any] = {name: value if name == "bits_per_weight" else int(value)}
+    works = choices_of(layout, **nearest)
     assert len(least_kl(works.space, scores, 512)) == 1
     if name != "bits_per_weight":
-        assert least_kl(choices_of(layout, **{name: int(value) - 64}).space, scores, 512) == []
+        assert least_kl(choices_of(layout, **{**nearest, name: int(value) - 64}).space, scores, 512) == []
 
 
 def test_a_gpu_that_is_too_small_names_the_context_that_works(make_tiny: MakeTiny) -> None:

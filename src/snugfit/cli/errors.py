@@ -23,6 +23,9 @@ from snugfit.progress import TerminalProgress
 VERBS: Mapping[str, str] = {
     "quantize": "quantize",
     "plan_quantization": "quantize --dry-run",
+    "plan": "plan",
+    "read_recipe": "plan --from",
+    "diff_plans": "plan --from A --diff",
     "collect_statistics": "statistics collect",
     "import_statistics": "statistics import",
     "load_statistics": "statistics show",

@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import EXPERTS
-from snugfit.planning.menu import GroupMenu, Option
-from snugfit.planning.search import Mix, Space, make_mix, within
+from snugfit.planning.groups import HEAD, find_groups
+from snugfit.planning.menu import Bytes, GroupMenu, Option
+from snugfit.planning.search import Limit, Mix, Space, make_mix, within
 from snugfit.quantization.plan import decide
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe
 from snugfit.records.scores import Scores
 
 BUILT_IN, UNIFORM, MATCHED = "built-in", "uniform", "byte-matched"
+_WITH_HEAD = f", {HEAD} in "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +41,18 @@ class Control:
 def find_controls(
     layout: ModelLayout, everything: Sequence[GroupMenu], space: Space, scores: Scores | None, context: int
 ) -> list[Control]:
-    """Built-in recipes, uniform formats, and mixes of two of them that fill the limits, each way of storing once.
+    """Built-in recipes and uniform formats, with and without a quantized output head, and mixes of two of these.
+
+    The mixes fill the limits. Each way of storing occurs once.
 
     `everything` are the options of all formats, `space` those that the menu and the constraints leave.
     """
     options = {menu.group.name: {one.label: one for one in menu.options} for menu in everything}
     found: list[Control] = []
-    for name, chosen, cache, recipe in (*_built_in(layout, options, space), *_uniform(everything, space)):
+    plain = [*_built_in(layout, options, space), *_uniform(everything, space)]
+    for name, chosen, cache, recipe in (*plain, *_with_head(plain, everything)):
         mix = make_mix(chosen, cache, space.outside[cache], scores, context)
-        if any(other.mix.formats == mix.formats for other in found):
+        if any(_key(other.mix) == _key(mix) for other in found):
             continue
         kind = UNIFORM if recipe is None else BUILT_IN
         allowed = _is_allowed(mix, space)
@@ -108,8 +114,6 @@ def _chosen_by(
 
 def _group_of(layout: ModelLayout) -> Mapping[str, str]:
     """The group of each weight."""
-    from snugfit.planning.groups import find_groups
-
     return {name: group.name for group in find_groups(layout) for name in group.weights}
 
 
@@ -128,6 +132,15 @@ def _uniform(everything: Sequence[GroupMenu], space: Space) -> Iterator[_Choice]
             yield f"{fmt}{' with an FP8 cache' if cache != KEEP else ''}", chosen, cache, None
 
 
+def _with_head(plain: Sequence[_Choice], everything: Sequence[GroupMenu]) -> Iterator[_Choice]:
+    """The same with a quantized output head, which no built-in recipe has, but a plan may have."""
+    for menu in everything:
+        if menu.group.role == HEAD:
+            for one in menu.options[1:]:
+                for name, chosen, cache, _ in plain:
+                    yield f"{name}{_WITH_HEAD}{one.format}", {**chosen, menu.group.name: one}, cache, None
+
+
 def _is_allowed(mix: Mix, space: Space) -> bool:
     """Whether menu and constraints permit every format of a mix."""
     options = {menu.group.name: menu.options for menu in space.menus}
@@ -138,42 +151,68 @@ def _is_allowed(mix: Mix, space: Space) -> bool:
 
 def _matched(found: Sequence[Control], space: Space, scores: Scores | None, context: int) -> Iterator[Control]:
     """Of each pair the smaller one in some layers, the larger one in as many others as fit, evenly spread."""
-    allowed = [control for control in found if control.allowed]
-    for small in allowed:
-        if not small.fits:
-            continue
-        for large in allowed:
-            same_cache = small.mix.kv_cache == large.mix.kv_cache
-            if large.fits or not same_cache or large.mix.bytes.served <= small.mix.bytes.served:
-                continue
-            control = _between(small, large, space, scores, context)
-            if control is not None and not any(other.mix.formats == control.mix.formats for other in found):
-                yield control
-
-
-def _between(small: Control, large: Control, space: Space, scores: Scores | None, context: int) -> Control | None:
-    """`large` in as many evenly spread layers as fit, `small` in the others; None where no layer more fits."""
-    layers = sorted({menu.group.layer for menu in space.menus if menu.group.layer is not None})
     layer_of = {menu.group.name: menu.group.layer for menu in space.menus}
-    cache = small.mix.kv_cache
-    low, best = 0, None
-    high = len(layers) - 1
-    while low < high:
-        count = (low + high + 1) // 2
-        upgraded = _spread(layers, count)
+    by_layer = {control.name: _by_layer(control.mix, layer_of) for control in found if control.allowed}
+    known = {_key(control.mix) for control in found}
+    for small, large in product(found, found):
+        pair = small.allowed and small.fits and large.allowed and not large.fits
+        if not pair or small.mix.kv_cache != large.mix.kv_cache:
+            continue
+        if by_layer[small.name].get(None) != by_layer[large.name].get(None):
+            continue  # heads differ
+        limits = space.limits[small.mix.kv_cache]
+        upgraded = _layers_that_fit(small.mix, by_layer[small.name], by_layer[large.name], limits)
+        if not upgraded:
+            continue
         options = {
             name: large.mix.options[name] if layer_of[name] in upgraded else one
             for name, one in small.mix.options.items()
         }
+        cache = small.mix.kv_cache
         mix = make_mix(options, cache, space.outside[cache], scores, context)
-        if within(mix, space.limits[cache]) and _is_allowed(mix, space):
-            low, best = count, mix
-        else:
-            high = count - 1
-    if best is None:
-        return None
-    name = f"{large.name} in {low} of {len(layers)} layers, {small.name} in the others"
-    return Control(name=name, kind=MATCHED, mix=best, recipe=None, allowed=True, fits=True)
+        if _key(mix) in known or not _is_allowed(mix, space):
+            continue
+        known.add(_key(mix))
+        layers = sum(layer is not None for layer in by_layer[small.name])
+        head = small.name.partition(_WITH_HEAD)[1:]
+        names = [control.name.partition(_WITH_HEAD)[0] for control in (large, small)]
+        name = f"{names[0]} in {len(upgraded)} of {layers} layers, {names[1]} in the others{''.join(head)}"
+        yield Control(name=name, kind=MATCHED, mix=mix, recipe=None, allowed=True, fits=True)
+
+
+def _key(mix: Mix) -> tuple[str, ...]:
+    """What a mix stores."""
+    return mix.kv_cache, *(one.format for one in mix.options.values())
+
+
+def _by_layer(mix: Mix, layer_of: Mapping[str, int | None]) -> dict[int | None, Bytes]:
+    """Bytes of the groups of each layer, None for those outside the layers."""
+    found: dict[int | None, Bytes] = {}
+    for name, one in mix.options.items():
+        layer = layer_of[name]
+        found[layer] = found.get(layer, Bytes()) + one.bytes
+    return found
+
+
+def _layers_that_fit(
+    mix: Mix, small: Mapping[int | None, Bytes], large: Mapping[int | None, Bytes], limits: Sequence[Limit]
+) -> set[int]:
+    """As many evenly spread layers as can have the larger sizes under the limits; none where the mix grows by none."""
+    layers = sorted(layer for layer in small if layer is not None)
+
+    def fits(count: int) -> bool:
+        chosen = _spread(layers, count)
+        return all(
+            limit.amount(mix.bytes) + sum(limit.amount(large[n]) - limit.amount(small[n]) for n in chosen)
+            <= limit.bytes
+            for limit in limits
+        )
+
+    low, high = 0, len(layers) - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return _spread(layers, low) if low else set()
 
 
 def _spread(layers: Sequence[int], count: int) -> set[int]:

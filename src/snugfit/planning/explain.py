@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from snugfit.planning.menu import GroupMenu, Option
 from snugfit.planning.search import Mix, Space, choice_for_scores
 from snugfit.records.plan import PlannedGroup
-from snugfit.records.scores import KEEP, KV_CACHE, Scores
+from snugfit.records.scores import KEEP, KV_CACHE, Scores, saturate
 
 MB = 10**6
 
@@ -75,20 +75,23 @@ class _Costs:
     """What groups cost in a plan: by how much its expected KL rises by one group's format, all others as they are."""
 
     def __init__(self, scores: Scores, mix: Mix) -> None:
-        self._scores, self._context = scores, mix.context
+        self._scores, self._shares = scores, scores.shares(mix.context)
         self._choice = choice_for_scores(scores, mix.options, mix.kv_cache)
-        self._known: dict[tuple[str, str], float] = {}
+        terms = [scores.terms(group, fmt).kl for group, fmt in self._choice.items()]
+        self._totals = [math.fsum(column) for column in zip(*terms, strict=True)]
 
     def of(self, group: str, fmt: str) -> float:
         """The expected KL with the group in the format less that with the group kept; NaN without a score."""
-        if not self._scores.has(group, fmt):
-            return math.nan
-        return self._kl(group, fmt) - (self._kl(group, KEEP) if fmt != KEEP else self._kl(group, fmt))
+        return self._kl(group, fmt) - self._kl(group, KEEP) if self._scores.has(group, fmt) else math.nan
 
     def _kl(self, group: str, fmt: str) -> float:
-        if (group, fmt) not in self._known:
-            self._known[group, fmt] = self._scores.predict({**self._choice, group: fmt}, self._context).kl
-        return self._known[group, fmt]
+        """The expected KL of the plan with one group in another format."""
+        new, old = self._scores.terms(group, fmt).kl, self._scores.terms(group, self._choice[group]).kl
+        buckets = zip(self._shares, self._totals, new, old, self._scores.damage, strict=True)
+        return math.fsum(
+            share * saturate(max(0.0, total + more - less), damage.ceiling)[0]
+            for share, total, more, less, damage in buckets
+        )
 
 
 def _best_up(menu: GroupMenu, chosen: Option, costs: _Costs) -> _Step | None:
@@ -117,10 +120,10 @@ def _why(menu: GroupMenu, up: _Step | None, down: _Step | None, price: float) ->
         return f"no other format is possible{f' ({reasons})' if reasons else ''}"
     parts = []
     if up is not None:
-        below = f", the plan pays {nats(price)} at most" if up.rate < price * 0.999 else ", the next that would pay"
-        parts.append(
-            f"{up.option.format} would save {nats(up.nats)} nats for {size(up.bytes)} ({nats(up.rate)} a MB{below})"
-        )
+        first = up.rate >= price * 0.999
+        others = "the first that more bytes would pay for" if first else f"other weights give {nats(price)}"
+        rate = f"{nats(up.rate)} a MB, {others}"
+        parts.append(f"{up.option.format} would save {nats(up.nats)} nats for {size(up.bytes)} ({rate})")
     else:
         parts.append("no format loses less")
     if down is not None:

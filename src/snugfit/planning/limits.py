@@ -109,7 +109,7 @@ def impossible(space: Space, place: Place) -> UserError:
         if missing <= 0:
             continue
         least = least_amount(space, limit, cache)
-        parts.append(f"{_words(limit, place)} has to hold {_size(least)} at least and has {_size(max(limit.bytes, 0))}")
+        parts.append(f"{_words(limit, place)} {_size(least)} at least, and {_size(max(limit.bytes, 0))} are allowed")
         works.append(_nearest(limit, least, missing, cache, place))
     if not parts:
         what = "no mix of formats keeps all limits and constraints together."
@@ -127,10 +127,10 @@ def _missing(space: Space, limit: Limit, cache: str) -> int:
 def _words(limit: Limit, place: Place) -> str:
     beside = f" beside {place.budget.context:,} tokens" if place.budget.context else ""
     return {
-        "gpu": f"each GPU{beside}",
-        "served": "what is loaded",
-        "file": "the files",
-        "disk": "the disk",
+        "gpu": f"the weights on each GPU{beside} take",
+        "served": "the weights take",
+        "file": "the weights take",
+        "disk": "the files take",
     }[limit.kind]
 
 

@@ -10,69 +10,26 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-from snugfit.arguments import as_sequence
-from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
-from snugfit.model.layout import ModelLayout, read_layout
-from snugfit.planning.constraints import LoadedConstraints, load_constraints
-from snugfit.planning.controls import find_controls, strongest
-from snugfit.planning.limits import Budget, impossible, read_place
+from snugfit.planning.controls import find_controls
+from snugfit.planning.limits import impossible
 from snugfit.planning.outcome import Outcome, record_of
-from snugfit.planning.proving import ProofSettings, not_proven, prove_mixes
-from snugfit.planning.search import Limit, Mix, Space, least_amount, least_bytes, least_kl, make_mix, scored, within
-from snugfit.planning.space import Choices, read_choices
+from snugfit.planning.plan_cost import check_resources, estimate_prepared
+from snugfit.planning.prepare_plan import ALTERNATIVES, Prepared, changes, prepare_plan, request_of
+from snugfit.planning.proving import not_proven, prove_mixes
+from snugfit.planning.search import Limit, Mix, Space, least_bytes, least_kl, scored
+from snugfit.planning.space import Choices
 from snugfit.progress import SILENT, Progress
-from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord
-from snugfit.records.scores import KEEP, SCORES_FILE, Scores, check_model, load_scores, save_scores
+from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord, ProvenKl
+from snugfit.records.scores import SCORES_FILE, Scores, save_scores
 from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics
 from snugfit.report.plan import plan_markdown, write_plan_plots
-from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.storage.staging import check_stageable, resumable
 
-ALTERNATIVES = 2
 _SEARCHED_CONTEXTS = 24  # that are tried for the longest one
-_PROFILE_OF = {"ampere": "marlin", "ada": "marlin", "hopper": "marlin"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanRequest:
-    """What `plan` was asked for, beyond model and output; nothing here is checked yet. See `plan`."""
-
-    budget: Budget
-    menu: tuple[str, ...] = ()
-    constraints: str | Path | None = None
-    scores: str | Path | None = None
-    dataset: Sequence[str | Path] = ()
-    max_seq_length: int | None = None
-    num_tokens: int | None = None
-    rounding: str = "plain"
-    target: str | None = None
-    proof: ProofSettings = field(default_factory=ProofSettings)
-    alternatives: int = ALTERNATIVES
-    prove: bool = True
-    seed: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """A request that is decided and checked as far as headers and files of scores say."""
-
-    request: PlanRequest
-    layout: ModelLayout
-    choices: Choices
-    target: str
-    scores: Scores | None
-    statistics: Statistics | None
-    notes: tuple[str, ...]
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """The formats to score: those of the menu that any group can have, and no constraint excludes."""
-        found = (one.format for menu in self.choices.space.menus for one in menu.options if one.format != KEEP)
-        return tuple(dict.fromkeys(found))
 
 
 def plan(
@@ -119,36 +76,32 @@ def plan(
     A plan that does not beat its control is refused: the record's verdict says so, and recipe.yaml is the control's.
     A run that was killed resumes with the same arguments. UserError for bad input and for a budget that no mix keeps.
     """
-    request = PlanRequest(
-        budget=Budget(
-            gpu=gpu,
-            context=context,
-            tensor_parallel_size=tensor_parallel_size,
-            engine=engine,
-            gpu_memory_utilization=gpu_memory_utilization,
-            max_num_seqs=max_num_seqs,
-            bytes=bytes,
-            bits_per_weight=bits_per_weight,
-            disk=disk,
-            max_kl=max_kl,
-        ),
-        menu=tuple(as_sequence(menu)),
+    request = request_of(
+        gpu=gpu,
+        context=context,
+        tensor_parallel_size=tensor_parallel_size,
+        engine=engine,
+        gpu_memory_utilization=gpu_memory_utilization,
+        max_num_seqs=max_num_seqs,
+        bytes=bytes,
+        bits_per_weight=bits_per_weight,
+        disk=disk,
+        max_kl=max_kl,
+        menu=menu,
         constraints=constraints,
         scores=scores,
-        dataset=tuple(as_sequence(dataset)),
+        dataset=dataset,
         max_seq_length=max_seq_length,
         num_tokens=num_tokens,
         rounding=rounding,
         target=target,
-        proof=ProofSettings(
-            held_out=tuple(as_sequence(held_out)),
-            contexts=(held_out_contexts,) if isinstance(held_out_contexts, int) else tuple(held_out_contexts),
-            max_tokens=max_tokens,
-            device=device,
-            tokens_per_batch=tokens_per_batch,
-        ),
+        held_out=held_out,
+        held_out_contexts=held_out_contexts,
+        max_tokens=max_tokens,
         alternatives=alternatives,
         prove=prove,
+        device=device,
+        tokens_per_batch=tokens_per_batch,
         seed=seed,
     )
     folder = Path(output_dir)
@@ -156,78 +109,10 @@ def plan(
     prepared = prepare_plan(model, request)
     for note in prepared.notes:
         progress.message(note)
+    estimate = estimate_prepared(prepared, timed=False)
+    check_resources(estimate, folder, device)
     with resumable(folder, restart=restart) as (directory, work):
         return _run(model, prepared, directory, work, progress)
-
-
-def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
-    """Everything that can be checked before the long work; UserError as in `plan`."""
-    if request.alternatives < 0:
-        what = f"must be >= 0, got {request.alternatives}."
-        raise UserError(what, code="option-invalid", where="alternatives", remedy="0 lists none.")
-    loaded = LoadedConstraints() if request.constraints is None else load_constraints(request.constraints)
-    layout = read_layout(model)
-    layout.check_quantizable()
-    place = read_place(layout, request.budget)
-    choices = read_choices(layout, place, request.menu, loaded)
-    _check_possible(choices)
-    generation = place.server.settings.gpu.generation if place.server.settings else None
-    fitting = _PROFILE_OF.get(generation or "", DEFAULT_PROFILE)
-    found, statistics, notes = None, None, list(place.notes)
-    if request.scores is not None:
-        found = load_scores(Path(request.scores))
-        check_model(found, header_digest(layout.checkpoint), fingerprint(layout.checkpoint), where="scores")
-        statistics = _statistics_beside(Path(request.scores), found)
-        if request.target not in (None, found.target):
-            what = f"these scores were made for {found.target}, not {request.target}."
-            raise UserError(what, code="scores-mismatch", where="scores", remedy="Score again, or leave `target` out.")
-        if generation is not None and found.target != fitting:
-            notes.append(f"the scores were made for {found.target}, but inputs are rounded as in {fitting} on this GPU")
-        choices = replace(choices, space=scored(choices.space, found))
-    target = found.target if found else request.target or fitting
-    if generation is None and request.target is None and found is None:
-        notes.append(f"inputs are rounded as {target} does it: no GPU is named")
-    return Prepared(
-        request=request,
-        layout=layout,
-        choices=choices,
-        target=target,
-        scores=found,
-        statistics=statistics,
-        notes=tuple(notes),
-    )
-
-
-def _check_possible(choices: Choices) -> None:
-    """UserError where no mix keeps the limits, and where the model keeps all of them as it is."""
-    space, longest = choices.space, choices.place.budget.longest
-    spaces = choices.at(1) if longest else space
-    fitting = [
-        cache
-        for cache, limits in spaces.limits.items()
-        if all(least_amount(spaces, limit, cache) <= limit.bytes for limit in limits)
-    ]
-    if not fitting:
-        raise impossible(spaces, choices.place)
-    kept = {menu.group.name: menu.options[0] for menu in choices.everything}
-    budget = choices.place.budget
-    as_it_is = KEEP in space.limits and all(menu.options[0].format == KEEP for menu in space.menus)
-    if budget.max_kl is None and as_it_is:
-        mix = make_mix(kept, KEEP, space.outside[KEEP], None, 1)
-        if within(mix, space.limits[KEEP]):
-            what = f"the model fits as it is ({mix.bytes.file:,} bytes): nothing has to be quantized."
-            where = next(iter(space.limits[KEEP])).name
-            raise UserError(what, code="recipe-changes-nothing", where=where, remedy="Ask for less.")
-
-
-def _statistics_beside(given: Path, scores: Scores) -> Statistics | None:
-    """The statistics of the calibration that scores were made with, where they lie beside them."""
-    file = (given if given.is_dir() else given.parent) / STATISTICS_FILE
-    if not file.is_file():
-        return None
-    found = load_statistics(file)
-    same = (found.header_digest, found.fingerprint) == (scores.header_digest, scores.fingerprint)
-    return found if same else None
 
 
 def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, progress: Progress) -> PlanRecord:
@@ -239,11 +124,15 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
     choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
     started = time.monotonic()
     context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
+    if not changes(candidates[0]):
+        what = "the best mix is the model as it is: nothing has to be quantized."
+        raise UserError(what, code="recipe-changes-nothing", where="max_kl", remedy="Ask for less, or allow more KL.")
+    candidates = [mix for mix in candidates if changes(mix)]
     controls = find_controls(prepared.layout, choices.everything, space, scores, context)
     seconds["search"] = time.monotonic() - started
-    named = [("plan" if not n else f"alternative {n}", mix) for n, mix in enumerate(candidates)]
+    named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
     started = time.monotonic()
-    measured: Mapping[str, object] = {}
+    measured: Mapping[str, tuple[ProvenKl, ...]] = {}
     if prepared.request.prove:
         if statistics is None:
             statistics = _calibrated(prepared, work, progress)
@@ -255,14 +144,13 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
         verdict, chosen = not_proven(controls, "nothing was measured"), named[0][0]
     seconds["proof"] = time.monotonic() - started
     outcome = Outcome(
-        prepared_for=prepared.request.budget,
+        budget=prepared.request.budget,
         choices=choices,
         space=space,
         scores=scores,
         context=context,
         candidates=tuple(named),
         controls=tuple(controls),
-        strongest=strongest(controls),
         measured=measured,
         verdict=verdict,
         chosen=chosen,
@@ -281,7 +169,7 @@ def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix]
     """
     budget, space = choices.place.budget, choices.space
     distance = max(1, len(space.menus) // 12)
-    if budget.longest:
+    if budget.longest:  # of the mixes at that context the one of least KL
         context = _longest(choices, scores)
         space = choices.at(context)
         return context, least_kl(space, scores, context, count=count, distance=distance), space
@@ -348,25 +236,14 @@ def _scores(prepared: Prepared, work: Path, progress: Progress) -> tuple[Scores,
     if prepared.scores is not None:
         return prepared.scores, prepared.statistics
     from snugfit.planning.calibration import STATISTICS_NAME
-    from snugfit.planning.samples import read_samples
-    from snugfit.planning.sensitivity import ScoreSettings, check_settings, score_samples
+    from snugfit.planning.sensitivity import score_samples
 
     request = prepared.request
-    settings = ScoreSettings(
-        formats=prepared.formats,
-        rounding=request.rounding,
-        target=prepared.target,
-        kv_cache="fp8" in prepared.choices.space.limits,
-        seed=request.seed,
-    )
-    check_settings(settings)
-    samples = read_samples(
-        prepared.layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens
-    )
+    assert prepared.samples is not None
     found = score_samples(
         prepared.layout,
-        samples,
-        settings,
+        prepared.samples,
+        prepared.score_settings(),
         work / "scores",
         device=request.proof.device,
         tokens_per_batch=request.proof.tokens_per_batch,
@@ -378,15 +255,12 @@ def _scores(prepared: Prepared, work: Path, progress: Progress) -> tuple[Scores,
 def _calibrated(prepared: Prepared, work: Path, progress: Progress) -> Statistics:
     """Statistics for scores that came without."""
     from snugfit.planning.calibration import calibrate
-    from snugfit.planning.samples import read_samples
 
     request = prepared.request
-    samples = read_samples(
-        prepared.layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens
-    )
+    assert prepared.samples is not None
     return calibrate(
         prepared.layout,
-        samples.dataset,
+        prepared.samples.dataset,
         work / "calibration",
         device=request.proof.device,
         tokens_per_batch=request.proof.tokens_per_batch,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 from snugfit.engines.gpus import GENERATIONS
 from snugfit.engines.kernels import Kernel, linear_kernel
@@ -42,8 +42,8 @@ class Bytes:
 
     def __add__(self, other: Bytes) -> Bytes:
         """The bytes of both."""
-        pairs = zip(astuple(self), astuple(other), strict=True)
-        return Bytes(*(mine + others for mine, others in pairs))
+        file, served = self.file + other.file, self.served + other.served
+        return Bytes(file, served, self.gpu + other.gpu, self.header + other.header)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,7 @@ def _group_menu(layout: ModelLayout, group: Group, formats: Iterable[str], sizes
             found = assignment_of(layout, group, fmt)
             reason = _why_not(layout, group, found, sizes.server)
         except UserError as error:
-            reason, found = error.what.rstrip("."), {}
+            found, reason = {}, error.what.rstrip(".")
         if reason:
             refused[fmt] = reason
         elif [one.format for one in found.values()] != [one.format for one in kept.values()]:
@@ -178,8 +178,8 @@ def _why_not(layout: ModelLayout, group: Group, found: Mapping[str, Assignment],
             return reason
     for name, one in found.items():
         shape = layout.weights.tensors[name].shape
-        if reason := split_error(name, shape, one.format, server.tp, server.kv_heads):
-            return reason
+        if uneven := split_error(name, shape, one.format, server.tp, server.kv_heads):
+            return uneven
     return ""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from snugfit.errors import UserError
 from snugfit.evaluation.chunks import Chunk, ChunkGroup, group_chunks
 from snugfit.evaluation.held_out import SEGMENT_TOKENS
 from snugfit.machine import pick_device
-from snugfit.model.layout import read_layout
+from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.positions import max_positions
 from snugfit.planning.shared_pass import Array, Assigned, SharedPass
 from snugfit.planning.variants import PLAIN, open_subject
@@ -53,7 +53,7 @@ def prove(
     model: str | Path,
     plans: Sequence[Assigned],
     *,
-    control: str,
+    control: str | Sequence[str],
     statistics: Statistics,
     work_dir: str | Path,
     dataset: str | Path | Sequence[str | Path] = (),
@@ -66,7 +66,7 @@ def prove(
     tokens_per_batch: int | None = None,
     progress: Progress = SILENT,
 ) -> Proof:
-    """Measure `plans`, and say which of them is better than the one named `control`.
+    """Measure `plans`, and say which of them is better than the one named `control`; of several names the best one.
 
     `statistics` are what calibration found in the model, on other text than `dataset`'s (default: the half of Python's
     documentation topics that calibration leaves out). At most `max_tokens` tokens are taken at each of `contexts`.
@@ -74,17 +74,10 @@ def prove(
     UserError for bad input, and where the control's predictions are not finite.
     """
     layout = read_layout(model)
-    check_plans(plans, control)
-    files = texts.find_files([Path(file) for file in as_sequence(dataset)])
-    cut, records = texts.read_chunks(
-        Tokenizer(layout.checkpoint.path),
-        files,
-        contexts,
-        max_tokens=MAX_TOKENS if max_tokens is None else max_tokens,
-        vocabulary=layout.config.get("vocab_size"),
-        positions=max_positions(layout.checkpoint.config),
-    )
-    groups = group_chunks(cut)
+    controls = (control,) if isinstance(control, str) else tuple(control)
+    for one in controls:
+        check_plans(plans, one)
+    groups, records = read_held_out(layout, as_sequence(dataset), contexts, max_tokens)
     folder = Path(work_dir)
     folder.mkdir(parents=True, exist_ok=True)
     where = pick_device(device)
@@ -97,7 +90,35 @@ def prove(
         folder=folder,
         progress=progress,
     ).divergences()
-    return judge_plans(plans, control, groups, found, tuple(records), rounding=rounding, target=target, scores=scores)
+    best = controls[0] if len(controls) == 1 else _strongest(controls, groups, found)
+    return judge_plans(plans, best, groups, found, records, rounding=rounding, target=target, scores=scores)
+
+
+def read_held_out(
+    layout: ModelLayout, dataset: Sequence[str | Path], contexts: Sequence[int], max_tokens: int | None
+) -> tuple[tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
+    """The chunks that `prove` measures on, and a record of each text; UserError as `evaluate` raises it."""
+    cut, records = texts.read_chunks(
+        Tokenizer(layout.checkpoint.path),
+        texts.find_files([Path(file) for file in dataset]),
+        contexts,
+        max_tokens=MAX_TOKENS if max_tokens is None else max_tokens,
+        vocabulary=layout.config.get("vocab_size"),
+        positions=max_positions(layout.checkpoint.config),
+    )
+    return group_chunks(cut), tuple(records)
+
+
+def _strongest(controls: Sequence[str], groups: Sequence[ChunkGroup], found: Mapping[str, Sequence[Array]]) -> str:
+    """The control whose scored tokens have the least mean KL; the first where none is finite."""
+    chunks = [chunk for group in groups for chunk in group.chunks]
+
+    def mean(name: str) -> float:
+        parts = [found[name][place][chunk.target_positions - 1] for place, chunk in enumerate(chunks)]
+        value = float(np.concatenate(parts).astype(np.float64).mean())
+        return value if isfinite(value) else inf
+
+    return min(controls, key=mean)
 
 
 def check_plans(plans: Sequence[Assigned], control: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snugfit.planning.controls import BUILT_IN, Control, strongest
+from snugfit.planning.prepare_plan import ProofSettings, default_contexts
 from snugfit.planning.proof import prove
 from snugfit.planning.search import Mix, choice_for_scores
 from snugfit.planning.shared_pass import Assigned
@@ -18,17 +19,6 @@ from snugfit.records.scores import KEEP, Scores
 from snugfit.records.statistics_file import Statistics
 
 MOST_BUILT_IN = 6  # built-in recipes that are measured beside the strongest control, those of the least expected KL
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProofSettings:
-    """On which texts mixes are measured: files, contexts (none: chosen by scores), and tokens at each context."""
-
-    held_out: Sequence[str | Path] = ()
-    contexts: tuple[int, ...] = ()
-    max_tokens: int | None = None
-    device: str | None = None
-    tokens_per_batch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +56,7 @@ def prove_mixes(
     names = {name for name, _ in candidates}
     mixes = to_measure(candidates, controls)
     rivals = [name for name, _ in mixes if name not in names]
-    contexts = settings.contexts or default_contexts(scores)
+    contexts = settings.contexts or default_contexts(scores.edges)
     proof = prove(
         model,
         [Assigned(name=name, choice=choice_to_measure(scores, mix)) for name, mix in mixes],
@@ -106,11 +96,6 @@ def choice_to_measure(scores: Scores, mix: Mix) -> dict[str, str]:
     return {name: fmt for name, fmt in found.items() if name not in costly} | (
         {} if mix.kv_cache == KEEP else {"kv_cache": mix.kv_cache}
     )
-
-
-def default_contexts(scores: Scores) -> tuple[int, ...]:
-    """The scored context, and a quarter of it."""
-    return scores.edges[-2:]
 
 
 def _or_last(mix: Mix) -> float:

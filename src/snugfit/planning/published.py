@@ -18,7 +18,8 @@ from snugfit.planning.recipe_text import WeightFormat, kind_of, layer_runs, reci
 from snugfit.quantization.plan import decide
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe, parse_recipe
 from snugfit.recipes.resolve import Matcher, resolve
-from snugfit.records.plan import PlanDifference, PlanDifferences
+from snugfit.records.plan import RECIPE_FILE, PlanDifference, PlanDifferences
+from snugfit.storage.staging import staged
 
 _FP8_BLOCKS = (128, 128)
 
@@ -248,3 +249,10 @@ def _rows(first: ReadPlan, second: ReadPlan, shared: list[str]) -> tuple[PlanDif
         PlanDifference(place=kind, layers=layer_runs(layers[kind, a, b]), a=a, b=b, weights=counts[kind, a, b])
         for kind, a, b in layers
     )
+
+
+def write_recipe(recipe: LoadedRecipe, output_dir: Path) -> Path:
+    """Write a recipe as recipe.yaml into a new directory, whole or not at all; the file's path."""
+    with staged(output_dir) as directory:
+        (directory / RECIPE_FILE).write_text(recipe.text, encoding="utf-8")
+    return output_dir / RECIPE_FILE

@@ -19,6 +19,7 @@ from snugfit.recipes.resolve import Matcher
 # names of which YAML makes nothing but text
 _PLAIN = re.compile(r"[a-z]+(-[\w.]+)+", re.ASCII)
 _EXPERT = re.compile(r"\.experts\.\d+\.")
+_ORDER = ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")
 _PURE_ROLES = frozenset(role for roles in ROLE_SETS.values() for role in roles)
 # sets of roles that have a name, the larger first
 _NAMED_SETS = (("attention", frozenset({"q", "k", "v", "o"})), ("mlp", frozenset({"gate", "up", "down"})))
@@ -136,7 +137,7 @@ def _drafts(kinds: _Kinds, counts: Counter[WeightFormat]) -> list[_Draft]:
     default = max(counts, key=lambda fmt: counts[fmt])
     limited: list[tuple[int, _Draft]] = []
     whole: list[tuple[int, _Draft]] = []
-    for (order, roles, glob), layers in by_selector.items():
+    for (order, roles, glob), layers in sorted(by_selector.items(), key=lambda item: _first_role(item[0][1])):
         by_format: dict[WeightFormat, list[int]] = {}
         for layer, fmt in sorted(layers.items()):
             by_format.setdefault(fmt, []).append(layer)
@@ -189,6 +190,11 @@ def _joined(
     return result
 
 
+def _first_role(roles: Sequence[str]) -> int:
+    """The place of the first of some roles in a layer."""
+    return min((_ORDER.index(role) for role in roles if role in _ORDER), default=-1)
+
+
 def _with_roles_joined(drafts: Sequence[tuple[int, _Draft]]) -> list[tuple[int, _Draft]]:
     """Rules by role with one format and the same layers as one rule."""
     found: dict[object, tuple[int, _Draft]] = {}
@@ -203,8 +209,8 @@ def _with_roles_joined(drafts: Sequence[tuple[int, _Draft]]) -> list[tuple[int, 
 
 
 def _named(draft: _Draft) -> _Draft:
-    """The rule with the names of sets in place of all their roles."""
-    roles = list(draft.roles)
+    """The rule with the names of sets in place of all their roles, in the order of a layer."""
+    roles = sorted(draft.roles, key=lambda role: (_ORDER.index(role) if role in _ORDER else -1, role))
     for name, members in _NAMED_SETS:
         if members <= set(roles):
             first = min(roles.index(role) for role in members)

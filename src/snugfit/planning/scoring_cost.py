@@ -42,7 +42,7 @@ class ScoringEstimate:
     """What scoring will take: `tokens` in all rows, passes of all of them (`forwards`, a backward pass counts as one).
 
     `memory_bytes` are of main memory, `gpu_bytes` of a GPU's (0 without), `disk_bytes` of the work folder's disk.
-    `seconds` are None if nothing was timed.
+    `seconds` are None if nothing was timed. A proof takes its own.
     """
 
     tokens: int
@@ -51,6 +51,8 @@ class ScoringEstimate:
     gpu_bytes: int
     disk_bytes: int
     seconds: float | None
+    proof_disk_bytes: int = 0
+    proof_seconds: float | None = None
 
 
 def estimate_scoring(
@@ -61,8 +63,12 @@ def estimate_scoring(
     device: str | None = None,
     tokens_per_batch: int | None = None,
     timed: bool = True,
+    proof: tuple[int, int] = (0, 0),
 ) -> ScoringEstimate:
-    """Estimate `score_samples`; with `timed` a layer is read and run, which takes about as long as one of scoring's."""
+    """Estimate `score_samples`; with `timed` a layer is read and run, which takes about as long as one of scoring's.
+
+    `proof` are plans that are measured on so many tokens afterwards.
+    """
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     groups = find_groups(layout)
@@ -74,11 +80,13 @@ def estimate_scoring(
     layers = len(skeleton.layers) - len(skeleton.skipped)
     disk = (layers + 1) * state * skeleton.dtype.itemsize + 2 * state * 4
     disk = max(disk, 2 * (plans + 1) * state * skeleton.dtype.itemsize)
+    proof_disk = 2 * (proof[0] + 1) * proof[1] * skeleton.hidden_size * skeleton.dtype.itemsize
     on_gpu = where.type == "cuda"
-    seconds = None
+    seconds, proof_seconds = None, None
     if timed:
         rates = _Rates(layout, groups, samples, settings, where, per_batch)
         seconds = rates.seconds(layers, samples.total, plans, spread=spread, own=own)
+        proof_seconds = rates.of_plans(layers, *proof) if proof[0] else 0.0
     return ScoringEstimate(
         tokens=samples.total,
         forwards=4 + spread + own + plans,
@@ -86,6 +94,8 @@ def estimate_scoring(
         gpu_bytes=OVERHEAD_BYTES + held if on_gpu else 0,
         disk_bytes=disk,
         seconds=seconds,
+        proof_disk_bytes=proof_disk,
+        proof_seconds=proof_seconds,
     )
 
 
@@ -230,6 +240,11 @@ class _Rates:
         forwards = 2 * self._forward + self._backward + (plans + 1 + spread + own) * self._rounded
         roundings = 2 * layers * self._rounding  # for gradients, and for the plans that are measured
         return passes * forwards + roundings + (plans + 3) * tokens * self._head
+
+    def of_plans(self, layers: int, plans: int, tokens: int) -> float:
+        """Of measuring plans, beside the original, whose weights are rounded in about two formats."""
+        passes = tokens / self._tokens * layers
+        return passes * (plans + 1) * self._rounded + layers * self._rounding + (plans + 2) * tokens * self._head
 
 
 def _rows(samples: Samples, tokens: int) -> list[tuple[int, ...]]:

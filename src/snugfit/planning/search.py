@@ -85,7 +85,7 @@ def choice_for_scores(scores: Scores, options: Mapping[str, Option], kv_cache: s
 
 
 def scored(space: Space, scores: Scores) -> Space:
-    """The space without options that have no score; UserError where a group has no other."""
+    """The space without options that have no score; UserError where a group has no other, or nothing was scored."""
     menus = []
     for menu in space.menus:
         name = menu.group.name
@@ -97,6 +97,12 @@ def scored(space: Space, scores: Scores) -> Space:
             raise UserError(what, code="scores-mismatch", where="scores", remedy=remedy)
         refused = dict(menu.refused) | {one.format: "it was not scored" for one in menu.options if one not in options}
         menus.append(GroupMenu(group=menu.group, options=options, refused=refused))
+    offered, left = (
+        [one.format for menu in some for one in menu.options if one.format != KEEP] for some in (space.menus, menus)
+    )
+    if offered and not left:
+        what = f"none of the formats on the menu was scored: {', '.join(dict.fromkeys(offered))}."
+        raise UserError(what, code="scores-mismatch", where="scores", remedy=f"Scored: {', '.join(scores.formats)}.")
     caches = {cache for cache in space.outside if cache == KEEP or scores.has(KV_CACHE, cache)}
     return Space(
         menus=tuple(menus),

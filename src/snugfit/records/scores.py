@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,12 @@ class Scores:
 
         UserError for a group or a format that was not scored.
         """
+        known = self._known.get((group, fmt))
+        if known is None:
+            known = self._known[group, fmt] = self._find_terms(group, fmt)
+        return known
+
+    def _find_terms(self, group: str, fmt: str) -> Cost:
         by_format, scored = self.costs.get(group), self._groups.get(group)
         if by_format is None or scored is None:
             raise _not_scored(f"there is no group {group}", group)
@@ -186,14 +192,14 @@ class Scores:
         kl = tuple(max(0.0, value) * factor for value, factor in zip(cost.kl, factors, strict=True))
         return Cost(kl, tuple(error * factor for error, factor in zip(cost.error, factors, strict=True)))
 
-    @property
+    @cached_property
     def _groups(self) -> Mapping[str, ScoredGroup]:
-        return _by_name(self.groups)
+        return {group.name: group for group in self.groups}
 
-
-@lru_cache(maxsize=8)
-def _by_name(groups: tuple[ScoredGroup, ...]) -> Mapping[str, ScoredGroup]:
-    return {group.name: group for group in groups}
+    @cached_property
+    def _known(self) -> dict[tuple[str, str], Cost]:
+        """What `terms` found, by group and format."""
+        return {}
 
 
 @lru_cache(maxsize=8)

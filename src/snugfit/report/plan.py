@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from snugfit.errors import plain
 from snugfit.model.names import role_order
@@ -31,6 +31,14 @@ FORMAT_COLOURS = {
     "fp8-dynamic": COLOURS[4],
     "fp8-block": COLOURS[7],
     KEEP: COLOURS[2],
+}
+# kind of a point -> its marker, colour and size
+_MARKS = {
+    "built-in": ("o", COLOURS[0], 6),
+    "uniform": ("s", COLOURS[2], 5),
+    "byte-matched": ("D", COLOURS[3], 6),
+    "alternative": (".", COLOURS[4], 9),
+    "plan": ("*", COLOURS[1], 15),
 }
 _ROLES = ("qkv", "q", "k", "v", "qkv_a", "attention", "o", "gate_up", "gate", "up", "mlp", "down", "experts")
 
@@ -89,8 +97,8 @@ def group_sheet(record: PlanRecord) -> Sheet:
         cost = math.fsum(group.cost for group in groups)
         size = sum(group.bytes for group in groups)
         rows.append((role, layers or "-", label, arithmetic or "-", f"{size / 10**6:,.2f}", _kl(cost)))
-    size = f"{record.outside_bytes / 10**6:,.2f}"
-    rows.append(("embeddings, norms and other", "-", "as they are", "-", size, "-"))
+    outside = f"{record.outside_bytes / 10**6:,.2f}"
+    rows.append(("embeddings, norms and other", "-", "as they are", "-", outside, "-"))
     return Sheet(
         title="Formats",
         headings=("weights", "layers", "format", "kernel", "MB", "KL cost"),
@@ -107,7 +115,8 @@ def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
         shown = [p for p in shown if p.measured or (p.fits and p.kind in ("plan", "alternative"))]
         rest = [p for p in record.points if p.kind in ("built-in", "byte-matched") and p.fits and p not in shown]
         shown += sorted(rest, key=lambda p: (math.isnan(p.expected.kl), p.expected.kl))[:3]
-    contexts = sorted({(m.context, m.text) for p in shown for m in p.measured if not m.text})
+    contexts = list(dict.fromkeys((m.context, m.text) for p in shown for m in p.measured if not m.text))
+    contexts = contexts if len(contexts) > 2 else contexts[1:]  # all is the same as the only one
     rows = []
     for point in sorted(shown, key=lambda p: (p.kind != "plan", not p.fits, math.isnan(p.expected.kl), p.expected.kl)):
         measured = [_proven(point.measured, context, text) for context, text in contexts]
@@ -116,7 +125,7 @@ def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
         expected = _kl(point.expected.kl, point.expected.error)
         fits = "yes" if point.fits else "no"
         rows.append((name, point.kind, cache, f"{point.bytes / 10**6:,.1f}", fits, expected, *measured))
-    headings = [f"measured, {context:,} tokens" for context, _ in contexts]
+    headings = [f"measured, {_context(context)}" for context, _ in contexts]
     return Sheet(
         title="KL to the original",
         headings=("mix", "kind", "KV cache", "MB", "fits", f"expected, {record.context:,} tokens", *headings),
@@ -133,7 +142,7 @@ def text_sheet(record: PlanRecord) -> Sheet | None:
     if not keys:
         return None
     rows = tuple(
-        (escape(text), f"{context:,}", *(_proven(point.measured, context, text) for point in measured))
+        (escape(text), _context(context), *(_proven(point.measured, context, text) for point in measured))
         for text, context in keys
     )
     return Sheet(
@@ -170,7 +179,7 @@ def differences_sheet(found: PlanDifferences) -> Sheet:
     """Where two plans differ."""
     rows = [(row.place, row.layers or "-", row.a, row.b, str(row.weights)) for row in found.rows]
     if found.kv_cache[0] != found.kv_cache[1]:
-        rows.append(("KV cache", "-", *found.kv_cache, "-"))
+        rows.append(("KV cache", "-", found.kv_cache[0], found.kv_cache[1], "-"))
     alone = [
         f"only in {name}: {', '.join(places)}"
         for name, places in ((found.a, found.only_a), (found.b, found.only_b))
@@ -197,10 +206,10 @@ def _draw_curve(figure: Figure, record: PlanRecord) -> None:
     frontier = sorted((p.bytes, p.expected.kl) for p in record.points if p.kind == "frontier")
     if frontier:
         axes.plot(*zip(*frontier, strict=True), color="0.6", linewidth=1.4, label="best mix at that size, expected")
-    styles = {"plan": ("*", COLOURS[1], 15), "alternative": (".", COLOURS[4], 9), "byte-matched": ("D", COLOURS[3], 6)}
-    for kind in ("built-in", "uniform", "byte-matched", "alternative", "plan"):
-        points = [p for p in record.points if p.kind == kind]
-        marker, colour, size = styles.get(kind, ("o" if kind == "built-in" else "s", COLOURS[0], 6))
+    for kind, (marker, colour, size) in _MARKS.items():
+        points = [p for p in record.points if p.kind == kind and (p.measured or kind != "byte-matched")]
+        if any(p.measured or p.expected.kl > 0 for p in points):
+            axes.plot([], [], marker, color=colour, markersize=size, label=kind)
         _scatter(axes, points, marker, colour, size)
     for limit in record.limits:
         if limit.name in ("bytes", "gpu"):
@@ -224,14 +233,14 @@ def _scatter(axes: Axes, points: Sequence[PlanPoint], marker: str, colour: str, 
     """Expected values hollow, measured ones filled with their error, both under the point's name."""
     for point in points:
         expected, measured = point.expected.kl, _longest(point.measured)
-        style = {"marker": marker, "color": colour, "markersize": size, "linestyle": "none"}
+        style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": size, "linestyle": "none"}
         shown = expected if expected > 0 else None
         if shown is not None:
             axes.plot([point.bytes], [shown], markerfacecolor="white", zorder=3, **style)
         if measured is not None and measured.kl > 0:
             axes.errorbar([point.bytes], [measured.kl], yerr=[measured.error], zorder=4, **style)
             shown = measured.kl
-        if shown is not None:
+        if shown is not None and point.kind not in ("alternative", "uniform"):
             note = axes.annotate(point.name, (point.bytes, shown), (5, 3), textcoords="offset points", fontsize=6)
             note.set_parse_math(False)
 
@@ -296,10 +305,14 @@ def _runs(layers: Sequence[int]) -> str:
 
 
 def _longest(measured: Sequence[ProvenKl]) -> ProvenKl | None:
-    return max((one for one in measured if not one.text), key=lambda one: one.context, default=None)
+    return max((one for one in measured if not one.text), key=lambda one: one.context or 0, default=None)
 
 
-def _proven(measured: Sequence[ProvenKl], context: int, text: str) -> str:
+def _context(context: int | None) -> str:
+    return "all" if context is None else f"{context:,} tokens" if context else "rows"
+
+
+def _proven(measured: Sequence[ProvenKl], context: int | None, text: str) -> str:
     found = next((one for one in measured if (one.context, one.text) == (context, text)), None)
     return "-" if found is None else _kl(found.kl, found.error)
 

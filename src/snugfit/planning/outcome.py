@@ -1,0 +1,199 @@
+"""The record of a plan: the groups of the mix that was chosen, every other mix beside it, and the recipe to write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+
+from snugfit.planning.controls import Control
+from snugfit.planning.explain import cache_reasons, planned_groups, size
+from snugfit.planning.limits import Budget, context_beside, served_elements
+from snugfit.planning.search import Limit, Mix, Space, least_amount, least_kl
+from snugfit.planning.space import FP8, Choices, check_bytes, recipe_of_mix
+from snugfit.recipes.recipe import load_recipe
+from snugfit.records.plan import (
+    Expected,
+    PlanBudget,
+    PlanLimit,
+    PlanPoint,
+    PlanRecord,
+    PlanVerdict,
+    ProvenKl,
+)
+from snugfit.records.scores import KEEP, Scores
+from snugfit.version import __version__
+
+FRONTIER_POINTS = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a search and a proof found: candidates by name, controls, and which candidate is the plan.
+
+    `space` has the limits that were in force. `measured` is by name.
+    """
+
+    budget: Budget
+    choices: Choices
+    space: Space
+    scores: Scores
+    context: int
+    candidates: tuple[tuple[str, Mix], ...]
+    controls: tuple[Control, ...]
+    measured: Mapping[str, tuple[ProvenKl, ...]]
+    verdict: PlanVerdict
+    chosen: str
+    notes: tuple[str, ...]
+    seconds: Mapping[str, float]
+
+    @property
+    def mix(self) -> Mix:
+        """The mix that is the plan."""
+        return dict(self.candidates)[self.chosen]
+
+
+def record_of(found: Outcome) -> PlanRecord:
+    """The record, with the recipe of the plan, or of the control if the plan was refused."""
+    written, recipe = _recipe(found)
+    mix, choices = found.mix, found.choices
+    limits = found.space.limits[mix.kv_cache]
+    return PlanRecord(
+        snugfit=__version__,
+        model=choices.layout.checkpoint.name,
+        budget=_budget(found),
+        menu=tuple(dict.fromkeys(one.format for menu in found.space.menus for one in menu.options)),
+        constraints=choices.constraints.where or None,
+        max_formats=found.space.max_formats,
+        context=found.context,
+        target=found.scores.target,
+        effort=found.scores.effort,
+        scored_on=tuple(one.source for one in found.scores.datasets),
+        scored_tokens=sum(found.scores.tokens),
+        kv_cache=FP8 if choices.is_fp8(mix.kv_cache) else KEEP,
+        kv_caches=cache_reasons(mix, found.scores, choices.caches),
+        limits=tuple(PlanLimit(limit.name, limit.bytes, limit.amount(mix.bytes)) for limit in limits),
+        outside_bytes=found.space.outside[mix.kv_cache].file,
+        groups=planned_groups(found.space, found.scores, mix),
+        points=tuple(_points(found)),
+        verdict=found.verdict,
+        written=written,
+        recipe=recipe,
+        notes=(*found.notes, *_notes(found)),
+        seconds=dict(found.seconds),
+    )
+
+
+def _budget(found: Outcome) -> PlanBudget:
+    settings = found.choices.place.server.settings
+    return PlanBudget(
+        **asdict(found.budget),
+        gpu_title=settings.gpu.title if settings else None,
+        engine_title=settings.engine.title if settings else None,
+    )
+
+
+def _recipe(found: Outcome) -> tuple[str, str]:
+    """The name of the point whose recipe is written, and its YAML."""
+    refused = found.verdict.accepted is False
+    control = next((c for c in found.controls if c.name == found.verdict.control), None) if refused else None
+    model = found.choices.layout.checkpoint.name
+    if control is not None and control.recipe is not None:
+        marks = [f"CONTROL, not a plan: {line}" for line in (found.verdict.statement,)]
+        return control.name, "".join(f"# {mark}\n" for mark in marks) + load_recipe(control.recipe).text
+    mix = found.mix if control is None else control.mix
+    name = "a-plan" if control is None else "a-control"
+    words = f"{size(mix.bytes.file)}, expected KL {mix.predicted.kl:.4f} at {found.context:,} tokens"
+    recipe = recipe_of_mix(
+        found.choices.layout,
+        mix.options,
+        found.choices.everything,
+        fp8_cache=mix.kv_cache == FP8,
+        name=name,
+        description=f"{'A plan' if control is None else 'A control, not a plan,'} for {model}: {words}.",
+        comments=[found.verdict.statement if control is None else f"CONTROL, not a plan: {found.verdict.statement}"],
+    )
+    check_bytes(found.choices.layout, mix, recipe)
+    return (found.chosen if control is None else control.name), recipe.text
+
+
+def _points(found: Outcome) -> Iterator[PlanPoint]:
+    """The plan first, then alternatives, controls and the frontier."""
+    for name, mix in sorted(found.candidates, key=lambda pair: pair[0] != found.chosen):
+        plan = name == found.chosen
+        yield _point(found, name, "plan" if plan else "alternative", mix, recipe="recipe.yaml" if plan else None)
+    for control in found.controls:
+        yield _point(found, control.name, control.kind, control.mix, recipe=control.recipe, fits=control.fits)
+    for number, mix in enumerate(_frontier(found)):
+        yield _point(found, f"frontier {number}", "frontier", mix)
+
+
+def _point(
+    found: Outcome, name: str, kind: str, mix: Mix, *, recipe: str | None = None, fits: bool | None = None
+) -> PlanPoint:
+    choices, plan = found.choices, found.mix
+    formats: dict[str, int] = {}
+    for one in mix.options.values():
+        formats[one.label] = formats.get(one.label, 0) + one.bytes.file
+    limits = found.space.limits.get(mix.kv_cache, ())
+    keeps = all(limit.amount(mix.bytes) <= limit.bytes for limit in limits) and mix.kv_cache in found.space.limits
+    return PlanPoint(
+        name=name,
+        kind=kind,
+        recipe=recipe,
+        kv_cache=FP8 if choices.is_fp8(mix.kv_cache) else KEEP,
+        formats=formats,
+        bytes=mix.bytes.file,
+        bytes_per_gpu=mix.bytes.gpu,
+        bits_per_weight=8 * mix.bytes.served / max(1, served_elements(choices.layout)),
+        max_context=context_beside(choices.place, mix.bytes.gpu, fp8=choices.is_fp8(mix.kv_cache)),
+        fits=keeps if fits is None else fits,
+        expected=Expected(mix.predicted.kl, mix.predicted.error),
+        measured=found.measured.get(name, ()),
+        differs=sum(one.format != plan.options[group].format for group, one in mix.options.items()),
+    )
+
+
+def _frontier(found: Outcome) -> list[Mix]:
+    """The best mixes at sizes from the smallest possible to the largest that costs anything, whatever the budget."""
+    cache = found.mix.kv_cache
+    measure = Limit(name="", kind="file", bytes=0)
+    low = least_amount(found.space, measure, cache)
+    high = found.space.outside[cache].file + sum(
+        max(one.bytes.file for one in menu.options) for menu in found.space.menus
+    )
+    mixes = []
+    for step in range(FRONTIER_POINTS):
+        limit = Limit(name="", kind="file", bytes=low + (high - low) * step // FRONTIER_POINTS)
+        space = found.space.with_limits({cache: (limit,)})
+        mixes += least_kl(space, found.scores, found.context)
+    return mixes
+
+
+def _notes(found: Outcome) -> list[str]:
+    """What a reader should know of the figures."""
+    notes = []
+    last = found.scores.edges[-1]
+    if found.context > last:
+        notes.append(
+            f"positions beyond {last:,} are expected to cost what those before {last:,} do: nothing was scored there"
+        )
+    unscored = sorted(
+        {fmt for menu in found.space.menus for fmt, why in menu.refused.items() if why == "it was not scored"}
+    )
+    if unscored:
+        notes.append(f"not scored, and so not on the menu of some weights: {', '.join(unscored)}")
+    kinds = {one.arithmetic for one in found.mix.options.values() if one.format != KEEP}
+    if any(kind.endswith("A16") for kind in kinds) and found.budget.gpu is not None:
+        weight_only = dict.fromkeys(
+            one.label for one in found.mix.options.values() if one.arithmetic.endswith("A16") and one.format != KEEP
+        )
+        notes.append(
+            f"{', '.join(weight_only)} run weight-only on this GPU: prompts are processed at the speed of 16 bits; "
+            "`menu` can leave them out"
+        )
+    measured = found.measured.get(found.chosen, ())
+    at = next((one for one in measured if one.context == found.context and not one.text), None)
+    most = found.budget.max_kl
+    if most is not None and at is not None and at.kl > most:
+        notes.append(f"the measured KL at {found.context:,} tokens is {at.kl:.4f}, above `max_kl`: ask for less")
+    return notes

@@ -1,0 +1,128 @@
+"""What a plan will cost in time, memory and disk, before it begins: `plan` with `dry_run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from snugfit.machine import pick_device
+from snugfit.planning.controls import find_controls
+from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of
+from snugfit.planning.proving import to_measure
+from snugfit.planning.samples import Samples, read_samples
+from snugfit.planning.scoring_cost import ScoringEstimate, estimate_scoring
+from snugfit.planning.sensitivity import ScoreSettings
+from snugfit.quantization.estimate import Estimate, check_disk, check_memory
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanEstimate:
+    """What planning will take: bytes at most, seconds by what takes them (None: nothing was timed), and remarks.
+
+    `gpu_bytes` is None without a GPU. `mixes` are measured in the proof, on `held_out_tokens`; `scored_tokens` and
+    `forwards` (passes of all of them) are those of scoring, 0 where scores are reused.
+    """
+
+    memory_bytes: int
+    gpu_bytes: int | None
+    disk_bytes: int
+    scored_tokens: int
+    forwards: float
+    mixes: int
+    held_out_tokens: int
+    scoring_seconds: float | None
+    proof_seconds: float | None
+    notes: tuple[str, ...]
+
+    def line(self) -> str:
+        """One line for a person who decides whether to wait."""
+        total = (self.scoring_seconds or 0.0) + (self.proof_seconds or 0.0)
+        parts = [_duration(total), f"{self.memory_bytes / 1e9:.1f} GB of memory"]
+        parts += [] if self.gpu_bytes is None else [f"{self.gpu_bytes / 1e9:.1f} GB of GPU memory"]
+        parts.append(f"{self.disk_bytes / 1e9:.2f} GB of disk")
+        steps = []
+        if self.scored_tokens:
+            passes = f"{self.forwards:.0f} passes of {self.scored_tokens:,} tokens"
+            steps.append(f"scoring {_duration(self.scoring_seconds)}, {passes}")
+        if self.mixes:
+            passes = f"{self.mixes} mixes on {self.held_out_tokens:,} tokens"
+            steps.append(f"proof {_duration(self.proof_seconds)}, {passes}")
+        return f"planning takes about {', '.join(parts)}{' (' + '; '.join(steps) + ')' if steps else ''}"
+
+
+def estimate_plan(model: str | Path, *, timed: bool = True, **options: Any) -> PlanEstimate:
+    """What `plan` with these arguments would take; everything that it checks is checked.
+
+    With `timed` one layer of the model is read and run on a few tokens. UserError as in `plan`.
+    """
+    return estimate_prepared(prepare_plan(model, request_of(**options)), timed=timed)
+
+
+def estimate_prepared(prepared: Prepared, *, timed: bool) -> PlanEstimate:
+    """What a prepared run will take."""
+    request = prepared.request
+    mixes = _mixes(prepared) if request.prove else 0
+    proof = mixes, prepared.held_out_tokens
+    found: ScoringEstimate | None = None
+    if prepared.scores is None or mixes:
+        found = estimate_scoring(
+            prepared.layout,
+            prepared.samples or _samples(prepared),
+            _settings(prepared),
+            device=request.proof.device,
+            tokens_per_batch=request.proof.tokens_per_batch,
+            timed=timed,
+            proof=proof,
+        )
+    scoring = prepared.scores is None and found is not None
+    on_gpu = pick_device(request.proof.device).type == "cuda"
+    return PlanEstimate(
+        memory_bytes=found.memory_bytes if found else 0,
+        gpu_bytes=found.gpu_bytes if found and on_gpu else None,
+        disk_bytes=max(found.disk_bytes if scoring and found else 0, found.proof_disk_bytes if found else 0),
+        scored_tokens=found.tokens if scoring and found else 0,
+        forwards=found.forwards if scoring and found else 0.0,
+        mixes=mixes,
+        held_out_tokens=prepared.held_out_tokens,
+        scoring_seconds=found.seconds if scoring and found else 0.0,
+        proof_seconds=found.proof_seconds if found else 0.0,
+        notes=prepared.notes,
+    )
+
+
+def _samples(prepared: Prepared) -> Samples:
+    """Samples on which a layer is timed where scores and statistics are reused."""
+    request = prepared.request
+    return read_samples(prepared.layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens)
+
+
+def _settings(prepared: Prepared) -> ScoreSettings:
+    """How the model is scored, or was scored."""
+    scores = prepared.scores
+    if scores is None:
+        return prepared.score_settings()
+    return ScoreSettings(formats=scores.formats, rounding=scores.effort, target=scores.target, seed=scores.seed)
+
+
+def _mixes(prepared: Prepared) -> int:
+    """How many mixes will be measured beside the original, at most."""
+    choices = prepared.choices
+    controls = find_controls(prepared.layout, choices.everything, choices.space, None, 1)
+    candidates = prepared.request.alternatives + 1
+    return candidates + len(to_measure([], controls))
+
+
+def check_resources(estimate: PlanEstimate, output_dir: Path, device: str | None) -> None:
+    """UserError where this machine has less memory or disk than planning takes."""
+    needs = Estimate(ram=estimate.memory_bytes, gpu=estimate.gpu_bytes, disk=estimate.disk_bytes)
+    check_memory(needs, pick_device(device))
+    check_disk(needs, output_dir)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

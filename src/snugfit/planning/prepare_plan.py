@@ -1,0 +1,233 @@
+"""Everything of a plan that is decided and checked before the long work: request, choices, scores, texts. No torch.
+
+`plan` and its dry run both call `prepare_plan`, so what a dry run accepts the run accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from snugfit.arguments import as_sequence
+from snugfit.engines.profiles import DEFAULT_PROFILE
+from snugfit.errors import UserError
+from snugfit.model.layout import ModelLayout, read_layout
+from snugfit.planning.constraints import LoadedConstraints, load_constraints
+from snugfit.planning.limits import Budget, impossible, read_place
+from snugfit.planning.search import Mix, least_amount, make_mix, scored, within
+from snugfit.planning.space import Choices, read_choices
+from snugfit.records.scores import KEEP, Scores, check_model, load_scores
+from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics
+from snugfit.storage.checkpoint import fingerprint, header_digest
+
+if TYPE_CHECKING:
+    from snugfit.planning.samples import Samples
+    from snugfit.planning.sensitivity import ScoreSettings
+
+ALTERNATIVES = 2
+# places in errors of the held-out text -> parameters of `plan`
+_PLACES = {"contexts": "held_out_contexts", "context": "held_out_contexts", "dataset": "held_out"}
+_PROFILE_OF = {"ampere": "marlin", "ada": "marlin", "hopper": "marlin"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofSettings:
+    """On which texts mixes are measured: files, contexts (none: chosen by scores), and tokens at each context."""
+
+    held_out: Sequence[str | Path] = ()
+    contexts: tuple[int, ...] = ()
+    max_tokens: int | None = None
+    device: str | None = None
+    tokens_per_batch: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """What `plan` was asked for, beyond model and output; nothing here is checked yet. See `plan`."""
+
+    budget: Budget
+    menu: tuple[str, ...] = ()
+    constraints: str | Path | None = None
+    scores: str | Path | None = None
+    dataset: Sequence[str | Path] = ()
+    max_seq_length: int | None = None
+    num_tokens: int | None = None
+    rounding: str = "plain"
+    target: str | None = None
+    proof: ProofSettings = field(default_factory=ProofSettings)
+    alternatives: int = ALTERNATIVES
+    prove: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A request that is decided and checked: everything but scores, search and proof.
+
+    `samples` are those to score or to calibrate on, None where nothing is run on any; `held_out_tokens` is the number
+    of tokens that the proof is measured on.
+    """
+
+    request: PlanRequest
+    layout: ModelLayout
+    choices: Choices
+    target: str
+    scores: Scores | None
+    statistics: Statistics | None
+    samples: Samples | None
+    held_out_tokens: int
+    notes: tuple[str, ...]
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """The formats to score: those of the menu that any group can have, and no constraint excludes."""
+        found = (one.format for menu in self.choices.space.menus for one in menu.options if one.format != KEEP)
+        return tuple(dict.fromkeys(found))
+
+    def score_settings(self) -> ScoreSettings:
+        """How the model is to be scored; UserError for what cannot be."""
+        from snugfit.planning.sensitivity import ScoreSettings, check_settings
+
+        settings = ScoreSettings(
+            formats=self.formats,
+            rounding=self.request.rounding,
+            target=self.target,
+            kv_cache="fp8" in self.choices.space.limits,
+            seed=self.request.seed,
+        )
+        check_settings(settings)
+        return settings
+
+
+def request_of(**given: Any) -> PlanRequest:
+    """The request that arguments of `plan` make."""
+    budget = {name: given.pop(name) for name in [f.name for f in fields(Budget)] if name in given}
+    contexts = given.pop("held_out_contexts", ())
+    proof = ProofSettings(
+        held_out=tuple(as_sequence(given.pop("held_out", ()))),
+        contexts=(contexts,) if isinstance(contexts, int) else tuple(contexts),
+        max_tokens=given.pop("max_tokens", None),
+        device=given.pop("device", None),
+        tokens_per_batch=given.pop("tokens_per_batch", None),
+    )
+    menu, dataset = (tuple(as_sequence(given.pop(name, ()))) for name in ("menu", "dataset"))
+    return PlanRequest(budget=Budget(**budget), menu=tuple(map(str, menu)), dataset=dataset, proof=proof, **given)
+
+
+def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
+    """Everything that can be checked before the long work; UserError as in `plan`."""
+    if request.alternatives < 0:
+        what = f"must be >= 0, got {request.alternatives}."
+        raise UserError(what, code="option-invalid", where="alternatives", remedy="0 lists none.")
+    loaded = LoadedConstraints() if request.constraints is None else load_constraints(request.constraints)
+    layout = read_layout(model)
+    layout.check_quantizable()
+    if layout.checkpoint.remote:
+        what, remedy = "a plan runs the model.", "Download it, and give its directory."
+        raise UserError(what, code="model-not-found", where=str(model), remedy=remedy)
+    place = read_place(layout, request.budget)
+    choices = read_choices(layout, place, request.menu, loaded)
+    _check_possible(choices)
+    generation = place.server.settings.gpu.generation if place.server.settings else None
+    fitting = _PROFILE_OF.get(generation or "", DEFAULT_PROFILE)
+    found, statistics, notes = None, None, list(place.notes)
+    if request.scores is not None:
+        found = load_scores(Path(request.scores))
+        check_model(found, header_digest(layout.checkpoint), fingerprint(layout.checkpoint), where="scores")
+        statistics = _statistics_beside(Path(request.scores), found)
+        if request.target not in (None, found.target):
+            what = f"these scores were made for {found.target}, not {request.target}."
+            raise UserError(what, code="scores-mismatch", where="scores", remedy="Score again, or leave `target` out.")
+        if generation is not None and found.target != fitting:
+            notes.append(f"the scores were made for {found.target}, but inputs are rounded as in {fitting} on this GPU")
+        choices = replace(choices, space=scored(choices.space, found))
+    target = found.target if found else request.target or fitting
+    samples, held_out_tokens = _read_texts(layout, request, found, statistics)
+    if generation is None and request.target is None and found is None:
+        notes.append(f"inputs are rounded as {target} does it: no GPU is named")
+    return Prepared(
+        request=request,
+        layout=layout,
+        choices=choices,
+        target=target,
+        scores=found,
+        statistics=statistics,
+        samples=samples,
+        held_out_tokens=held_out_tokens,
+        notes=tuple(notes),
+    )
+
+
+def _read_texts(
+    layout: ModelLayout, request: PlanRequest, scores: Scores | None, statistics: Statistics | None
+) -> tuple[Samples | None, int]:
+    """The samples that a run needs, and the number of tokens of the proof; UserError for texts that do not suit it."""
+    samples, tokens = None, 0
+    if scores is None or (request.prove and statistics is None):
+        from snugfit.planning.samples import read_samples
+
+        samples = read_samples(layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens)
+    if request.prove:
+        from snugfit.planning.proof import read_held_out
+
+        edges = scores.edges if scores else samples.edges if samples else ()
+        contexts = request.proof.contexts or default_contexts(edges)
+        try:
+            groups, _ = read_held_out(layout, request.proof.held_out, contexts, request.proof.max_tokens)
+        except UserError as error:
+            raise error.at(_PLACES.get(error.where, error.where)) from None
+        tokens = sum(len(chunk.ids) for group in groups for chunk in group.chunks)
+    return samples, tokens
+
+
+def _check_possible(choices: Choices) -> None:
+    """UserError where no mix keeps the limits, and where the model keeps all of them as it is."""
+    space, longest = choices.space, choices.place.budget.longest
+    spaces = choices.at(1) if longest else space
+    fitting = [
+        cache
+        for cache, limits in spaces.limits.items()
+        if all(least_amount(spaces, limit, cache) <= limit.bytes for limit in limits)
+    ]
+    if not fitting:
+        raise impossible(spaces, choices.place)
+    _check_needed(choices)
+
+
+def _check_needed(choices: Choices) -> None:
+    """UserError where the model keeps all limits as it is."""
+    budget, served, space = choices.place.budget, choices.place.served, choices.space
+    if budget.longest and served is not None:
+        space = choices.at(served.max_positions)
+    elif budget.max_kl is not None:
+        return
+    if KEEP not in space.limits or any(menu.options[0].format != KEEP for menu in space.menus):
+        return
+    kept = {menu.group.name: menu.options[0] for menu in choices.everything}
+    mix = make_mix(kept, KEEP, space.outside[KEEP], None, 1)
+    if within(mix, space.limits[KEEP]):
+        what = f"the model fits as it is ({mix.bytes.file:,} bytes): nothing has to be quantized."
+        where = next(iter(space.limits[KEEP])).name
+        raise UserError(what, code="recipe-changes-nothing", where=where, remedy="Ask for less.")
+
+
+def changes(mix: Mix) -> bool:
+    """Whether a mix is anything but the model as it is."""
+    return mix.kv_cache != KEEP or any(one.format != KEEP for one in mix.options.values())
+
+
+def _statistics_beside(given: Path, scores: Scores) -> Statistics | None:
+    """The statistics of the calibration that scores were made with, where they lie beside them."""
+    file = (given if given.is_dir() else given.parent) / STATISTICS_FILE
+    if not file.is_file():
+        return None
+    found = load_statistics(file)
+    same = (found.header_digest, found.fingerprint) == (scores.header_digest, scores.fingerprint)
+    return found if same else None
+
+
+def default_contexts(edges: Sequence[int]) -> tuple[int, ...]:
+    """The scored context, and a quarter of it, out of the ends of the scored buckets."""
+    return tuple(edges[-2:])

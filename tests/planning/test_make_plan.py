@@ -1,0 +1,290 @@
+"""`plan` from end to end on tiny models: what it writes, reuses, refuses, and how it resumes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from helpers.errors import failed_with, raises
+from helpers.plan_scores import made_up_scores, save
+from helpers.plans import write_headers
+from helpers.tiny_tokenizer import add_tokenizer
+from snugfit.cli.app import app
+from snugfit.model.layout import read_layout
+from snugfit.planning import make_plan
+from snugfit.planning.groups import find_groups
+from snugfit.planning.make_plan import plan
+from snugfit.quantization.plan import lay_out
+from snugfit.recipes.recipe import load_recipe
+from snugfit.records.plan import PlanRecord
+from snugfit.records.scores import KEEP, load_scores
+
+MakeTiny = Callable[..., Path]
+FILES = {
+    *("recipe.yaml", "plan.json", "plan.md", "snugfit-scores.json", "snugfit-statistics.json"),
+    *("kl-by-bytes.png", "kl-by-bytes.svg", "layers.png", "layers.svg"),
+}
+
+
+def write_rows(file: Path, seed: int, count: int = 16) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, 64, (count, 64), generator=generator).tolist()
+    file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plots take their time: only `made` draws them."""
+    if "made" in request.fixturenames:
+        request.getfixturevalue("made")
+    monkeypatch.setattr(make_plan, "write_plan_plots", lambda *_: [])
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny: MakeTiny) -> Path:
+    """Two layers in fp32, which 4 bits damage enough to be seen."""
+    folder = make_tiny(num_hidden_layers=2, hidden_size=128, intermediate_size=128, dtype=torch.float32)
+    add_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Rows to score and rows that are held out, as arguments of `plan`."""
+    folder = tmp_path_factory.mktemp("texts")
+    return {
+        "dataset": write_rows(folder / "rows.jsonl", 1),
+        "held_out": write_rows(folder / "held-out.jsonl", 2, 24),
+        "max_seq_length": 64,
+        "num_tokens": 256,
+        "menu": ("nvfp4", "fp8-dynamic", "int4"),
+        "device": "cpu",
+    }
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, texts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PlanRecord]:
+    """A plan with 6 bits a weight, and its directory."""
+    folder = tmp_path_factory.mktemp("plan") / "out"
+    return folder, plan(model, output_dir=folder, bits_per_weight=7.5, **texts)
+
+
+def test_a_plan_is_a_recipe_that_writes_what_was_planned(made: tuple[Path, PlanRecord], model: Path) -> None:
+    """The recipe gives each group the record's format, its bytes are the record's, and all files are there."""
+    folder, record = made
+    assert {file.name for file in folder.iterdir()} == FILES
+    layout = read_layout(model)
+    written = lay_out(layout, load_recipe(folder / "recipe.yaml"))
+    point = next(point for point in record.points if point.name == record.written)
+    assert written.bytes == point.bytes
+    if record.verdict.accepted:
+        planned = {group.name: group.label for group in record.groups}
+        for group in find_groups(layout):
+            labels = {written.assignments[n].label() if n in written.assignments else KEEP for n in group.weights}
+            assert labels == {planned[group.name]}
+    assert record.plan.bits_per_weight <= 7.5
+    assert sum(group.bytes for group in record.groups) + record.outside_bytes == record.plan.bytes
+    assert json.loads((folder / "plan.json").read_text())["schema"] == "snugfit.plan/1"
+
+
+def test_the_plan_and_controls_are_measured_on_the_same_text(made: tuple[Path, PlanRecord]) -> None:
+    """Plan, alternatives and controls that fit have measured figures; the verdict compares with the best control."""
+    _, record = made
+    measured = {point.name: point.measured[0].kl for point in record.points if point.measured}
+    assert record.plan.name in measured
+    assert {point.name for point in record.points if point.kind == "built-in" and point.fits} <= set(measured)
+    assert "nvfp4" in measured
+    controls = [kl for name, kl in measured.items() if not name.startswith("mix ")]
+    verdict = record.verdict
+    assert verdict.control is not None
+    assert measured[verdict.control] == min(controls)
+    assert verdict.gain == pytest.approx(min(controls) - measured[record.plan.name], abs=1e-9)
+    assert verdict.accepted == (verdict.gain is not None and verdict.gain > 2 * (verdict.gain_error or 0))
+    assert all(not point.measured for point in record.points if not point.fits)
+
+
+def test_every_group_says_why(made: tuple[Path, PlanRecord]) -> None:
+    """Each group has a cost and a reason with numbers; the costs of what is kept are 0."""
+    _, record = made
+    assert all(group.why for group in record.groups)
+    assert all(group.cost == 0 for group in record.groups if group.format == KEEP)
+    assert all(group.cost > 0 for group in record.groups if group.format != KEEP)
+    head = next(group for group in record.groups if group.role == "lm_head")
+    assert "output head" in head.refused["nvfp4"]
+
+
+def test_scores_are_reused_for_another_budget(
+    made: tuple[Path, PlanRecord], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the scores of an earlier plan nothing is run but the search; more bytes cost less."""
+    monkeypatch.setattr(make_plan, "_calibrated", None)
+    monkeypatch.setattr(make_plan, "prove_mixes", None)
+    folder, record = made
+    more = plan(model, output_dir=tmp_path / "more", bits_per_weight=9.0, scores=folder, prove=False)
+    assert more.verdict.accepted is None
+    assert more.plan.expected.kl < record.plan.expected.kl
+    assert (tmp_path / "more" / "snugfit-scores.json").read_bytes() == (folder / "snugfit-scores.json").read_bytes()
+
+
+def test_the_same_seed_gives_the_same_plan(
+    made: tuple[Path, PlanRecord], model: Path, texts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed in its proof resumes behind the scores, and ends in the same recipe and figures."""
+    _, record = made
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(make_plan, "prove_mixes", killed)
+        with pytest.raises(KeyboardInterrupt):
+            plan(model, output_dir=tmp_path / "out", bits_per_weight=7.5, **texts)
+    assert (tmp_path / "out.partial").is_dir()
+    again = plan(model, output_dir=tmp_path / "out", bits_per_weight=7.5, **texts)
+    assert again.recipe == record.recipe
+    assert again.points == record.points
+
+
+def test_a_plan_that_loses_is_refused(
+    made: tuple[Path, PlanRecord], model: Path, texts: dict[str, Any], tmp_path: Path
+) -> None:
+    """Scores that lie give a plan that loses: exit code 1, and the control's recipe, marked as such."""
+    layout = read_layout(model)
+    scores = made_up_scores(layout, formats=("nvfp4", "fp8-dynamic"), edges=(64,))
+    # FP8 is said to cost what 4 bits cost, and 4 bits what FP8 costs
+    turned = {
+        name: {"nvfp4": c["fp8-dynamic"], "fp8-dynamic": c["nvfp4"]} if "nvfp4" in c else c
+        for name, c in scores.costs.items()
+    }
+    lying = save(replace(scores, costs=turned), tmp_path / "lies.json")
+    arguments = ["plan", model, "--bits-per-weight", "10", "--scores", lying, "-o", tmp_path / "out"]
+    arguments += ["--dataset", texts["dataset"], "--held-out", texts["held_out"], "--device", "cpu"]
+    arguments += ["--menu", "nvfp4,fp8-dynamic", "--max-seq-length", "64", "--num-tokens", "256"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 1, result.stderr
+    assert "refused" in result.stdout
+    record = json.loads((tmp_path / "out" / "plan.json").read_text())
+    assert record["verdict"]["accepted"] is False
+    assert record["written"] == record["verdict"]["control"]
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert recipe.text.startswith("# CONTROL, not a plan:")
+    point = next(point for point in record["points"] if point["name"] == record["written"])
+    assert lay_out(layout, recipe).bytes == point["bytes"]
+
+
+def test_the_smallest_and_the_longest(model: Path, tmp_path: Path) -> None:
+    """`max_kl` gives the smallest file, and with a GPU the longest context, of at most that expected KL."""
+    layout = read_layout(model)
+    file = save(made_up_scores(layout), tmp_path / "scores.json")
+    small = plan(model, output_dir=tmp_path / "small", max_kl=0.05, scores=file, prove=False)
+    assert small.plan.expected.kl <= 0.05 * 1.0001
+    less = plan(model, output_dir=tmp_path / "less", max_kl=0.02, scores=file, prove=False)
+    assert less.plan.bytes > small.plan.bytes
+    long = plan(
+        model, output_dir=tmp_path / "long", max_kl=0.3, gpu="16GiB", bits_per_weight=9, scores=file, prove=False
+    )
+    assert long.context == 512
+    assert long.plan.expected.kl <= 0.3
+    with raises("recipe-changes-nothing", where="gpu"):
+        plan(model, output_dir=tmp_path / "needless", max_kl=0.3, gpu="16GiB", scores=file)
+    with raises("recipe-changes-nothing", where="max_kl"):
+        plan(model, output_dir=tmp_path / "lossless", max_kl=1e-9, scores=file)
+    with raises("plan-impossible", where="max_kl") as error:
+        plan(model, output_dir=tmp_path / "none", max_kl=1e-6, bytes=small.plan.bytes, scores=file, prove=False)
+    least = float(error.value.remedy.partition("max_kl=")[2].partition("`")[0])
+    found = plan(model, output_dir=tmp_path / "some", max_kl=least, bytes=small.plan.bytes, scores=file, prove=False)
+    assert found.plan.bytes <= small.plan.bytes
+
+
+def test_a_gpu_decides_on_menu_and_profile(model: Path, tmp_path: Path) -> None:
+    """On Hopper NVFP4 is weight-only, so there is one of both, and the record names kernels and what fits."""
+    file = save(made_up_scores(read_layout(model)), tmp_path / "scores.json")
+    options: dict[str, Any] = {"scores": file, "prove": False, "bits_per_weight": 7.5, "context": 256}
+    found = plan(model, output_dir=tmp_path / "out", gpu="H100", **options)
+    assert "nvfp4a16" not in found.menu
+    assert {group.arithmetic for group in found.groups if group.format == "nvfp4"} <= {"W4A16"}
+    assert (found.plan.max_context or 0) >= 256
+    assert found.budget.gpu_title == "H100"
+    assert any("vllm-blackwell" in note for note in found.notes)
+    assert set(found.kv_caches) == {KEEP, "fp8"}
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "where"),
+    [
+        ({}, "option-missing", "gpu"),
+        ({"bytes": 10**9}, "recipe-changes-nothing", "bytes"),
+        ({"bytes": 1000}, "plan-impossible", "bytes"),
+        ({"bits_per_weight": 8.0, "menu": "fp6"}, "option-invalid", "menu"),
+        ({"bits_per_weight": 8.0, "alternatives": -1}, "option-invalid", "alternatives"),
+        ({"bits_per_weight": 8.0, "constraints": "none.yaml"}, "file-missing", None),
+        ({"bits_per_weight": 8.0, "scores": "none.json"}, "file-missing", None),
+        ({"bits_per_weight": 8.0, "target": "marlin", "scores": "scores.json"}, "scores-mismatch", "scores"),
+        ({"bits_per_weight": 8.0, "menu": "mxfp4", "scores": "fp8.json"}, "scores-mismatch", "scores"),
+    ],
+)
+def test_bad_input_leaves_nothing(
+    options: dict[str, Any], code: str, where: str | None, model: Path, tmp_path: Path
+) -> None:
+    """Every refusal comes before anything is run or written."""
+    layout = read_layout(model)
+    save(made_up_scores(layout), tmp_path / "scores.json")
+    save(made_up_scores(layout, formats=("fp8-dynamic",)), tmp_path / "fp8.json")
+    if "scores" in options:
+        options = {**options, "scores": tmp_path / options["scores"]}
+    with raises(code) as error:
+        plan(model, output_dir=tmp_path / "out", **options)
+    assert where in (None, error.value.where)
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_scores_of_another_model_are_refused(make_tiny: MakeTiny, model: Path, tmp_path: Path) -> None:
+    """A file of scores belongs to one model's headers and weights."""
+    other = read_layout(make_tiny(num_hidden_layers=2, hidden_size=128, intermediate_size=256))
+    file = save(made_up_scores(other), tmp_path / "scores.json")
+    with raises("scores-mismatch", where="scores"):
+        plan(model, output_dir=tmp_path / "out", bits_per_weight=8.0, scores=file)
+    assert load_scores(file).model == other.checkpoint.name
+
+
+def test_the_command_line(model: Path, tmp_path: Path) -> None:
+    """Tables on stdout, notes on stderr, sizes with units, and one JSON document with `--json`."""
+    file = save(made_up_scores(read_layout(model)), tmp_path / "scores.json")
+    base = ["plan", str(model), "--scores", str(file), "--no-prove", "--bytes", "450kB"]
+    result = CliRunner().invoke(app, [*base, "-o", str(tmp_path / "out")])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    assert "KL to the original" in result.stdout
+    assert "snugfit quantize" in result.stdout
+    document = CliRunner().invoke(app, [*base, "--json", "-o", str(tmp_path / "json")]).stdout
+    assert json.loads(document)["budget"]["bytes"] == 450_000
+    assert failed_with(CliRunner().invoke(app, base), "option-missing", "--output-dir")
+    assert failed_with(CliRunner().invoke(app, ["plan", "--bytes", "1GB"]), "option-missing", "MODEL")
+    bad = CliRunner().invoke(app, ["plan", str(model), "--bytes", "heavy", "-o", str(tmp_path / "bad")])
+    assert bad.exit_code == 2
+    assert "not a size" in bad.stderr
+
+
+def test_plans_of_checkpoints_on_the_command_line(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """`--from` prints or writes the recipe of a checkpoint, `--diff` shows where another one differs."""
+    source = make_tiny()
+    made = write_headers(source, "nvfp4-fp8-hybrid", tmp_path / "made")
+    shown = CliRunner().invoke(app, ["plan", "--from", str(made)])
+    assert "format: nvfp4" in shown.stdout, shown.stderr
+    applied = CliRunner().invoke(app, ["plan", str(source), "--from", str(made), "-o", str(tmp_path / "recipe")])
+    assert applied.exit_code == 0, applied.stderr
+    assert load_recipe(tmp_path / "recipe" / "recipe.yaml").text == shown.stdout
+    diff = CliRunner().invoke(app, ["plan", "--from", str(made), "--diff", "fp8-dynamic"])
+    assert "mlp.down_proj" in diff.stdout
+    document = json.loads(CliRunner().invoke(app, ["plan", "--from", str(made), "--diff", "nvfp4", "--json"]).stdout)
+    assert document["schema"] == "snugfit.plan-differences/1"
+    assert document["different"] == 12
+    assert failed_with(CliRunner().invoke(app, ["plan", "--diff", str(made)]), "option-missing", "--diff")
