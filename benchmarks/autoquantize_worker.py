@@ -44,7 +44,7 @@ def main() -> None:
         try:
             _, state = mtq.auto_quantize(
                 model,
-                constraints={"effective_bits": 6.0},
+                constraints={"effective_bits": 9.0},
                 quantization_formats=[
                     copy.deepcopy(mtq.NVFP4_DEFAULT_CFG),
                     copy.deepcopy(mtq.FP8_DEFAULT_CFG),

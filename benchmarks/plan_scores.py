@@ -2,7 +2,7 @@
 
     python benchmarks/plan_scores.py MODEL OUT.json --calibration FILE... --held-out FILE... [--context 8192]
         [--formats nvfp4 ...] [--random 100] [--alone nvfp4] [--num-tokens 16384] [--max-tokens 32768]
-        [--rows ROWS.json] [--rival SCORES.json]
+        [--scores SCORES.json] [--rows ROWS.json] [--rival SCORES.json]
 
 Scores the model, chooses plans at the hybrid's bytes, 10 % below and 10 % above, for 2k and the longest context, with
 the byte-matched controls, and measures all of them and random plans on held-out text, in one pass. Bytes of everything
@@ -47,7 +47,7 @@ from snugfit.planning.shared_pass import Assigned, SharedPass
 from snugfit.planning.space import read_choices
 from snugfit.planning.variants import open_subject
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
-from snugfit.records.scores import Scores
+from snugfit.records.scores import Scores, load_scores
 from snugfit.records.statistics_file import Statistics
 
 SHARES = (0.9, 1.0, 1.1)
@@ -70,6 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=32768)
     parser.add_argument("--device")
     parser.add_argument("--rows", type=Path)
+    parser.add_argument("--scores", type=Path)
     parser.add_argument("--rival", type=Path)
     return parser.parse_args()
 
@@ -275,12 +276,16 @@ def main() -> None:
         args.rows.write_text(json.dumps([row.ids for row in samples.rows if len(row.ids) <= 2048]), encoding="utf-8")
         return
     settings = ScoreSettings(formats=args.formats, rounding=args.rounding, target=args.target)
-    estimate = asdict(estimate_scoring(layout, samples, settings, device=args.device))
+    timed = args.scores is None
+    estimate = asdict(estimate_scoring(layout, samples, settings, device=args.device, timed=timed))
     print(estimate, flush=True)
     started = time.perf_counter()
     statistics = calibrate(layout, samples.dataset, folder, device=args.device)
     calibrated = time.perf_counter() - started
-    scores = score_samples(layout, samples, settings, folder, device=args.device)
+    if args.scores is None:
+        scores = score_samples(layout, samples, settings, folder, device=args.device)
+    else:
+        scores = load_scores(args.scores)
     seconds = time.perf_counter() - started
     (folder / "scores.json").write_text(scores.to_json(), encoding="utf-8")
     print(f"{args.model.name}: {samples.total:,} tokens scored in {seconds:.1f} s ({calibrated:.1f} s calibration)")

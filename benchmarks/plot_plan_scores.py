@@ -41,47 +41,44 @@ def print_tables(result: Mapping[str, Any]) -> None:
     for prefix in ("random", "plan", "control", "fp8", "nvfp4", "gradient", "kl_div", "two"):
         for context, found in errors(result, prefix):
             if len(found):
-                within = (np.abs(found) < 0.2).mean()
-                print(
-                    f"{prefix:8} at {context:5}: {len(found):3} plans, predicted/measured - 1: median {np.median(found):+.2f}, "
-                    f"mean |.| {np.abs(found).mean():.2f}, within 20 %: {within:.0%}"
-                )
+                figures = f"median {np.median(found):+.2f}, mean |.| {np.abs(found).mean():.2f}"
+                within = f"within 20 %: {(np.abs(found) < 0.2).mean():.0%}"
+                print(f"{prefix:8} at {context:5}: {len(found):3} plans, predicted/measured - 1: {figures}, {within}")
     for row in result["table"]:
-        if "rival" in row:
-            kl = [at(result, name, context)[0] for context in contexts(result) for name, _ in row["plans"][:1]]
-            print(f"{row['rival']:20} at {row['share']:.1f}: {[round(one, 4) for one in kl]}")
-            continue
-        context = row["context"]
-        plans = [(at(result, name, context), name, size) for name, size in row["plans"]]
-        controls = [(at(result, name, context), title, size) for name, title, size in row["controls"]]
-        best = min(controls)
-        # the control that is expected to lose least
-        expected = min(row["controls"], key=lambda one: result["predicted"][one[0]][str(context)])
-        print(f"{row['share']:.1f} x hybrid, {context:5} tokens, {row['bytes']:,} bytes:")
-        for (kl, error), name, size in plans:
-            predicted = result["predicted"][name][str(context)]
-            ratio = kl / best[0][0]
-            print(
-                f"    {name:10} {kl:.4f} +- {error:.4f}, predicted {predicted:.4f}, {size:,} bytes, x{ratio:.2f} of best"
-            )
-        print(f"    best control {best[0][0]:.4f} {best[1]} ({best[2]:,}); predicted best: {expected[1]}")
-        for (kl, _), title, size in sorted(controls):
-            if "layers" not in title:
-                print(f"        {title}: {kl:.4f} ({size:,})")
+        print_budget(result, row)
     print("crossing, KL by position:")
     for name in ("nvfp4-all", "fp8-attention", "fp8-down"):
-        measured = " ".join(f"{value:.4f}" for value in result["measured"]["bins"][name])
-        predicted = " ".join(f"{c}: {result['predicted'][name][str(c)]:.4f}" for c in contexts(result))
-        print(
-            f"    {name:14} measured {measured}; by context {[round(at(result, name, c)[0], 4) for c in contexts(result)]}; "
-            f"predicted {predicted}"
-        )
+        bins = " ".join(f"{value:.4f}" for value in result["measured"]["bins"][name])
+        pairs = [(at(result, name, c)[0], result["predicted"][name][str(c)]) for c in contexts(result)]
+        print(f"    {name:14} {bins}; measured and predicted by context {np.round(pairs, 4).tolist()}")
     for bucket, damage in enumerate(result["scores"]["damage"]):
         factors = {key: round(value, 2) for key, value in damage["factors"].items()}
         slopes = {key: round(value, 2) for key, value in damage["slopes"].items()}
         print(f"damage {bucket}: c {damage['ceiling']:.2f}, error {damage['error']:.3f}, {slopes} {factors}")
     if result.get("alone"):
         print_alone(result)
+
+
+def print_budget(result: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """Plans at a budget beside the controls that fit, or a rival's plans."""
+    if "rival" in row:
+        kl = [at(result, name, context)[0] for context in contexts(result) for name, _ in row["plans"][:1]]
+        print(f"{row['rival']:20} at {row['share']:.1f}: {[round(one, 4) for one in kl]}")
+        return
+    context = row["context"]
+    plans = [(at(result, name, context), name, size) for name, size in row["plans"]]
+    controls = [(at(result, name, context), title, size) for name, title, size in row["controls"]]
+    best = min(controls)
+    expected = min(row["controls"], key=lambda one: result["predicted"][one[0]][str(context)])
+    print(f"{row['share']:.1f} x hybrid, {context:5} tokens, {row['bytes']:,} bytes:")
+    for (kl, error), name, size in plans:
+        predicted = result["predicted"][name][str(context)]
+        ratio = f"x{kl / best[0][0]:.2f} of best"
+        print(f"    {name:10} {kl:.4f} +- {error:.4f}, predicted {predicted:.4f}, {size:,} bytes, {ratio}")
+    print(f"    best control {best[0][0]:.4f} {best[1]} ({best[2]:,}); predicted best: {expected[1]}")
+    for (kl, _), title, size in sorted(controls):
+        if "layers" not in title:
+            print(f"        {title}: {kl:.4f} ({size:,})")
 
 
 def print_alone(result: Mapping[str, Any]) -> None:

@@ -3,14 +3,16 @@
 Samples pass the layers forwards, and the hidden states before each layer stay in files. Then the layers run once more,
 from the last to the first, each forwards and backwards; the gradient of the loss at a layer's hidden states is in a
 file meanwhile. At the output Y of each group (fused linears, or the routed experts of a layer as one) this gives the
-gradient g of each token, and rounding the group's weights and inputs gives dY: the pass sums g . dY, and its square,
-over the tokens of each sample. Experts are one function of their inputs, so nothing has to pass them but autograd.
+gradient g of each token, and rounding the group's weights and inputs gives dY: the pass sums g . dY, and half of its
+square, over the tokens of each sample. A few tokens of some models (the first one, on which others lean) have squares
+that no KL could reach; so each token's counts as c (1 - exp(-square / c)), with a c of one nat and one for each 500
+scored tokens of its sample. Experts are one function of their inputs, so nothing has to pass them but autograd.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +35,7 @@ from snugfit.quantization.resume import FinishedUnits
 from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
 
+TOKENS_PER_NAT = 500
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}  # of which a gradient is made at once
 # roles of groups whose outputs stay with their token in a layer; those of others reach the tokens that attend to it
 OWN_TOKEN = frozenset({"o", "gate_up", "gate", "up", "down", "mlp", EXPERTS, SHARED})
@@ -53,10 +56,10 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class Sums:
-    """Of a group in a format: the sums of g . dY and of its square over the tokens of each sample, in their order."""
+    """Of a group in a format: sums of g . dY, and of costs, over the tokens of each sample, in the samples' order."""
 
     signed: tuple[float, ...]
-    squared: tuple[float, ...]
+    costs: tuple[float, ...]
 
 
 class GradientPass:
@@ -212,12 +215,12 @@ class GradientPass:
                 if chunk is chunks[-1]:
                     first = torch.zeros_like(hidden) if found[0] is None else found[0]
                     gradients[1].write(batch, first.float())
-                watched.add(batch, found[1:], sums, len(self._rows))
+                watched.add(batch, found[1:], partial(_add, sums, self._rows))
                 for key, layer in spread.items():
                     with torch.no_grad():
                         change = forward_pass.call_layer(layer, index, batch, hidden.detach())
                         change = change.float().sub_(output.detach())
-                        _add(sums, key, batch, torch.linalg.vecdot(change, gradient), len(self._rows))
+                        _add(sums, self._rows, key, batch, torch.linalg.vecdot(change, gradient))
             variants.forget()
         return [[*key, *parts] for key, parts in sums.items()]
 
@@ -285,10 +288,9 @@ class _Watched:
         self,
         batch: Batch,
         gradients: Sequence[Tensor | None],
-        sums: dict[tuple[str, str], tuple[list[float], list[float]]],
-        rows: int,
+        keep: Callable[[tuple[str, str], Batch, Tensor], None],
     ) -> None:
-        """Add the sums of a batch, whose outputs have these gradients."""
+        """Give `keep` the products g . dY [B, T] of each group in each format, of outputs with these gradients."""
         of_call = iter(gradients)
         by_module = {key: [(*call, next(of_call)) for call in calls] for key, calls in self._calls.items()}
         self._calls.clear()
@@ -302,19 +304,21 @@ class _Watched:
                     product = torch.linalg.vecdot(change, gradient.float()).view(batch.tokens.shape)
                     total = product if total is None else total + product
             if total is not None:
-                _add(sums, (name, fmt), batch, total, rows)
+                keep((name, fmt), batch, total)
 
 
 def _add(
     sums: dict[tuple[str, str], tuple[list[float], list[float]]],
+    rows: Sequence[ScoredRow],
     key: tuple[str, str],
     batch: Batch,
     products: Tensor,
-    rows: int,
 ) -> None:
     """Add the products g . dY [B, T] of a batch to the sums of a group in a format."""
-    found = torch.stack([products.sum(-1, dtype=torch.float64), products.double().square().sum(-1)]).cpu().tolist()
-    parts = sums.setdefault(key, ([0.0] * rows, [0.0] * rows))
+    most = torch.tensor([[1 + rows[row].count / TOKENS_PER_NAT] for row in batch.rows], device=products.device)
+    costs = -most * torch.expm1(-products.square() / (2 * most))
+    found = torch.stack([part.sum(-1, dtype=torch.float64) for part in (products, costs)]).cpu().tolist()
+    parts = sums.setdefault(key, ([0.0] * len(rows), [0.0] * len(rows)))
     for part, values in zip(parts, found, strict=True):
         for row, value in zip(batch.rows, values, strict=True):
             part[row] += value
@@ -331,6 +335,6 @@ def draw(predicted: Tensor, seed: int, row: int, start: int) -> Tensor:
 def _sums(finished: FinishedUnits) -> dict[tuple[str, str], Sums]:
     found = {}
     for entry in finished.entries:
-        for name, fmt, signed, squared in entry.get("sums", ()):
-            found[name, fmt] = Sums(tuple(signed), tuple(squared))
+        for name, fmt, signed, costs in entry.get("sums", ()):
+            found[name, fmt] = Sums(tuple(signed), tuple(costs))
     return found

@@ -109,8 +109,14 @@ def cut_rows(dataset: Dataset, context: int, num_tokens: int) -> Samples:
 
 
 def _pieces(samples: Sequence[Sequence[int]], length: int, needed: int) -> list[tuple[int, ...]]:
-    """Pieces of `length` tokens: the first of samples spread over all of them, then the second of each, and so on."""
+    """Pieces of `length` tokens: the first of samples spread over all of them, then the second of each, and so on.
+
+    A token that all samples begin with is put in the place of each piece's first: models that were trained so are lost
+    without it.
+    """
     found: list[tuple[int, ...]] = []
+    starts = {sample[0] for sample in samples}
+    begin = starts if len(starts) == 1 and len(samples) > 1 else ()
     for number in count():
         start = number * length
         having = [sample for sample in samples if len(sample) >= start + length]
@@ -118,5 +124,5 @@ def _pieces(samples: Sequence[Sequence[int]], length: int, needed: int) -> list[
         if not having or left <= 0:
             return found
         chosen = having if len(having) <= left else [having[n * len(having) // left] for n in range(left)]
-        found += [tuple(sample[start : start + length]) for sample in chosen]
+        found += [(*begin, *sample[start + len(begin) : start + length]) for sample in chosen]
     raise AssertionError

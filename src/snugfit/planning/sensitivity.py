@@ -213,12 +213,11 @@ def _scored(group: Group, *, measured: bool) -> ScoredGroup:
 
 
 def costs_of(sums: Mapping[tuple[str, str], Sums], samples: Samples) -> dict[str, dict[str, Cost]]:
-    """Costs by group and format: half the mean of (g . dY)^2 over the scored tokens of each bucket, and its error."""
+    """Costs by group and format: the mean over the scored tokens of each bucket, and its error."""
     found: dict[str, dict[str, Cost]] = {}
     counts = [row.count for row in samples.rows]
     for (name, fmt), one in sums.items():
-        values = [square / 2 for square in one.squared]
-        found.setdefault(name, {})[fmt] = Cost(*_by_bucket(values, counts, samples))
+        found.setdefault(name, {})[fmt] = Cost(*_by_bucket(one.costs, counts, samples))
     return found
 
 
