@@ -62,8 +62,8 @@ def print_tables(result: Mapping[str, Any]) -> None:
 def print_budget(result: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     """Plans at a budget beside the controls that fit, or a rival's plans."""
     if "rival" in row:
-        kl = [at(result, name, context)[0] for context in contexts(result) for name, _ in row["plans"][:1]]
-        print(f"{row['rival']:20} at {row['share']:.1f}: {[round(one, 4) for one in kl]}")
+        found = [at(result, name, context)[0] for context in contexts(result) for name, _ in row["plans"][:1]]
+        print(f"{row['rival']:20} at {row['share']:.1f}: {[round(one, 4) for one in found]}")
         return
     context = row["context"]
     plans = [(at(result, name, context), name, size) for name, size in row["plans"]]

@@ -1,0 +1,73 @@
+"""Groups of weights that get one format each: what engines fuse, experts together, nothing that cannot be quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conftest import MakeTiny
+from helpers.errors import raises
+from helpers.tiny_mixtures import MIXTURES, make_mixture
+from snugfit.engines.fused import group_modules
+from snugfit.model.layout import read_layout
+from snugfit.planning.groups import assignment_of, find_groups, why_not
+from snugfit.quantization.plan import decide
+from snugfit.recipes.recipe import parse_recipe
+
+
+def test_fused_partners_are_one_group(make_tiny: MakeTiny) -> None:
+    """Query, key and value are one group, gate and up another; the output head comes last, if it is not tied."""
+    layout = read_layout(make_tiny("llama", num_hidden_layers=1))
+    names = {group.name: (group.role, len(group.weights)) for group in find_groups(layout)}
+    assert names == {
+        "model.layers.0.mlp.gate_up": ("gate_up", 2),
+        "model.layers.0.mlp.down_proj": ("down", 1),
+        "model.layers.0.self_attn.qkv": ("qkv", 3),
+        "model.layers.0.self_attn.o_proj": ("o", 1),
+        "lm_head": ("lm_head", 1),
+    }
+    assert list(names)[-1] == "lm_head"
+    tied = find_groups(read_layout(make_tiny("llama", num_hidden_layers=1, tie_word_embeddings=True)))
+    assert "lm_head" not in {group.name for group in tied}
+
+
+@pytest.mark.parametrize("family", sorted(MIXTURES))
+def test_groups_are_what_one_recipe_can_give_formats_to(tmp_path: Path, family: str) -> None:
+    """Of every family: each quantizable weight is in one group, and a recipe of a rule a group is accepted."""
+    layout = read_layout(make_mixture(family, tmp_path / "model"))
+    if layout.blockers:
+        with raises(layout.blockers[0].error.code):
+            find_groups(layout)
+        return
+    groups = find_groups(layout)
+    names = [group.name for group in groups]
+    assert len(set(names)) == len(names)
+    weights = [weight for group in groups for weight in group.weights]
+    assert len(set(weights)) == len(weights)
+    modules = {weight.removesuffix(".weight"): group.name for group in groups for weight in group.weights}
+    assert all(len({modules[member] for member in fused}) == 1 for fused in group_modules(modules))
+    for group in groups:
+        routed = [weight for weight in group.weights if ".experts." in weight]
+        assert len(routed) in (0, len(group.weights))
+    experts = [group for group in groups if group.role == "experts"]
+    assert len({group.layer for group in experts}) == len(experts) > 0
+    names = [weight.removesuffix(".weight") for weight in weights]
+    rules = "".join(f"  - {{name: '{name}', format: fp8-dynamic}}\n" for name in names)
+    # a linear that no rule names would be an error
+    decisions = decide(layout, parse_recipe(f"name: all\nrules:\n{rules}", where=""))
+    given = {name for name, one in decisions.assignments.items() if one.format is not None}
+    assert given == set(weights)
+
+
+def test_formats_that_a_group_cannot_have(make_tiny: MakeTiny) -> None:
+    """Shapes and engines exclude formats, with a reason; INT4 takes the largest group size that divides."""
+    layout = read_layout(make_tiny("llama", num_hidden_layers=1, hidden_size=64, intermediate_size=128))
+    groups = {group.role: group for group in find_groups(layout)}
+    assert "128" in why_not(layout, groups["qkv"], "fp8-block")
+    assert why_not(layout, groups["lm_head"], "fp8-dynamic") == ""
+    assert "fp8-dynamic" in why_not(layout, groups["lm_head"], "nvfp4")
+    sizes = {role: next(iter(assignment_of(layout, groups[role], "int4").values())).label() for role in ("qkv", "down")}
+    assert sizes == {"qkv": "int4-g64", "down": "int4-g128"}
+    kept = assignment_of(layout, groups["qkv"], "keep")
+    assert all(one.format is None for one in kept.values())
