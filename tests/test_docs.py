@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from snugfit.data.builtin import SOURCES
 from snugfit.data.formatters import FORMATTERS
 from snugfit.data.sets import DatasetSet, Source, builtin_sets, parse_set
 from snugfit.errors import CODES
+from snugfit.planning.constraints import load_constraints
+from snugfit.planning.limits import Budget
 from snugfit.recipes.recipe import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -37,6 +40,16 @@ def test_recipes_of_the_pages_are_valid(page: str, names: list[str]) -> None:
     assert [recipe.name for recipe in recipes] == names
     for recipe in recipes[1:]:
         assert recipe.rules[1:] == load_recipe("fp8-int4-awq").recipe.rules
+
+
+def test_the_page_of_plans(tmp_path: Path) -> None:
+    """Its constraints are valid, and it names every budget."""
+    page = (ROOT / "docs/planning.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block, encoding="utf-8")
+    assert len(load_constraints(tmp_path / "mine.yaml").constraints.rules) == 3
+    names = {f.name.replace("_", "-") for f in fields(Budget)} - {"tensor-parallel-size"}
+    assert {name for name in names if f"--{name}" not in page} == set()
 
 
 def test_the_page_of_datasets() -> None:

@@ -34,6 +34,13 @@ ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I32": 4, "I64": 8, "F8_E4
 # every option and argument of every verb; a new one is announced here, in docs/reference.md and in the changelog
 OFFERED: dict[str, set[str]] = {
     "inspect": {"model", "--json"},
+    "plan": {
+        *("model", "--output-dir", "-o", "--gpu", "--context", "--tensor-parallel-size", "--tp", "--engine"),
+        *("--gpu-memory-utilization", "--max-num-seqs", "--bytes", "--bits-per-weight", "--disk", "--max-kl", "--menu"),
+        *("--constraints", "--scores", "--dataset", "--max-seq-length", "--num-tokens", "--rounding", "--target"),
+        *("--held-out", "--held-out-contexts", "--max-tokens", "--alternatives", "--prove", "--no-prove", "--device"),
+        *("--tokens-per-batch", "--seed", "--restart", "--from", "--diff", "--dry-run", "--json"),
+    },
     "fit": {
         "model",
         "--gpu",

@@ -430,6 +430,43 @@ def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     return commands
 
 
+# --- plans
+
+
+def make_plan(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """Constraints or scores of a plan that are damaged."""
+    import yaml
+
+    from helpers.plan_scores import made_up_scores
+    from snugfit.model.layout import read_layout
+
+    text = (
+        "max_formats: 2\nkv_cache: keep\nrules:\n  - role: [q, k, v]\n    layers: '0..1, -1'\n"
+        "    format: [fp8-dynamic, keep]\n  - {role: down, not: mxfp4}\n  - {name: re:.*o_proj, not: [int4, nvfp4]}\n"
+        "  - {name: '*.mlp.*', format: [nvfp4, fp8-dynamic, keep, int4]}\n"
+    )
+    model = BASES["16-bit"].write(root / "model")
+    constraints, scores = root / "constraints.yaml", root / "scores.json"
+    content = made_up_scores(read_layout(model)).to_json()
+    constraints.write_text(text, encoding="utf-8")
+    scores.write_text(content, encoding="utf-8")
+    kind = rng.random()
+    if kind < 0.45:
+        constraints.write_bytes(spoil_yaml(rng, text, lambda: yaml.safe_load(text)))
+    elif kind < 0.9:
+        words = ("kl", "error", "costs", "groups", "damage", "ceiling", "factors", "edges", "keep", "nvfp4", "kv_cache")
+        broken = rng.random() < 0.3
+        scores.write_bytes(
+            spoil_bytes(rng, content.encode()) if broken else spoil_json(rng, json.loads(content), words)
+        )
+    budget = rng.choice(
+        (["--bits-per-weight", "10"], ["--max-kl", "1"], ["--gpu", "16GiB", "--context", "64", "--bytes", "3MB"])
+    )
+    arguments = ["--scores", str(scores), "--constraints", str(constraints), "--no-prove"]
+    json_ = rng.choice(([], ["--json"]))
+    return [["plan", str(model), *budget, *arguments, "-o", str(root / "out"), *json_]]
+
+
 # --- runs
 
 
@@ -699,6 +736,7 @@ TARGETS: Mapping[str, Target] = {
     "config": Target(make_config, 2400),
     "quantization": Target(make_quantization, 1200),
     "recipe": Target(make_recipe, 1400),
+    "plan": Target(make_plan, 150, heavy=True),
     "result": Target(make_result, 600),
     "rows": Target(make_rows, 150, heavy=True),
     "set": Target(make_set, 400, heavy=True),

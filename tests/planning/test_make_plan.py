@@ -17,6 +17,7 @@ from helpers.plan_scores import made_up_scores, save
 from helpers.plans import write_headers
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
+from snugfit.errors import Unfinished
 from snugfit.model.layout import read_layout
 from snugfit.planning import make_plan
 from snugfit.planning.groups import find_groups
@@ -202,6 +203,18 @@ def test_the_smallest_and_the_longest(model: Path, tmp_path: Path) -> None:
     least = float(error.value.remedy.partition("max_kl=")[2].partition("`")[0])
     found = plan(model, output_dir=tmp_path / "some", max_kl=least, bytes=small.plan.bytes, scores=file, prove=False)
     assert found.plan.bytes <= small.plan.bytes
+
+
+def test_scores_outlive_a_budget_that_cannot_be(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    """A KL that no mix has is found out behind the scoring: the same output takes another budget and the scores."""
+    impossible = {**texts, "output_dir": tmp_path / "out", "prove": False, "bits_per_weight": 7.5}
+    with raises("plan-impossible", where="max_kl") as error:
+        plan(model, max_kl=1e-9, **impossible)
+    assert isinstance(error.value, Unfinished)
+    scored = {file: file.stat().st_mtime_ns for file in (tmp_path / "out.partial").rglob("unit-*.json")}
+    assert scored
+    plan(model, max_kl=10.0, **impossible)
+    assert (tmp_path / "out" / "recipe.yaml").is_file()
 
 
 def test_a_gpu_decides_on_menu_and_profile(model: Path, tmp_path: Path) -> None:

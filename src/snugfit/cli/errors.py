@@ -25,7 +25,7 @@ VERBS: Mapping[str, str] = {
     "plan_quantization": "quantize --dry-run",
     "plan": "plan",
     "read_recipe": "plan --from",
-    "diff_plans": "plan --from A --diff",
+    "diff_plans": "plan --diff",
     "collect_statistics": "statistics collect",
     "import_statistics": "statistics import",
     "load_statistics": "statistics show",

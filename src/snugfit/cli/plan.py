@@ -206,15 +206,14 @@ def _print_estimate(model: str, output_dir: Path | None, settings: dict[str, Any
 
 
 def _print(record: PlanRecord, output_dir: Path, model: str) -> None:
-    from snugfit.report.plan import closing_lines, group_sheet, plan_lines, point_sheet
+    from snugfit.report.plan import closing_lines, group_sheet, next_commands, plan_lines, point_sheet
     from snugfit.report.terminal import print_lines, print_sheet
 
     print_lines(*plan_lines(record), "")
     print_sheet(group_sheet(record))
     print_sheet(point_sheet(record, narrow=True))
     print_lines(*closing_lines(record))
-    recipe = plain(str(output_dir / "recipe.yaml"))
-    typer.echo(f"next: snugfit quantize {plain(model)} --recipe {recipe} --output-dir OUT")
+    print_lines(*next_commands(record, model, str(output_dir / "recipe.yaml")))
 
 
 def _read(

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from snugfit.errors import UserError
+from snugfit.errors import Unfinished, UserError
 from snugfit.planning.controls import find_controls
 from snugfit.planning.limits import impossible
 from snugfit.planning.outcome import Outcome, record_of
@@ -123,11 +123,13 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
     seconds["scoring"] = time.monotonic() - started
     choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
     started = time.monotonic()
-    context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
-    if not changes(candidates[0]):
-        what = "the best mix is the model as it is: nothing has to be quantized."
-        raise UserError(what, code="recipe-changes-nothing", where="max_kl", remedy="Ask for less, or allow more KL.")
-    candidates = [mix for mix in candidates if changes(mix)]
+    try:
+        context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
+    except UserError as error:
+        if prepared.scores is not None:
+            raise
+        remedy = f"{error.remedy} The scores are kept: another budget with the same `output_dir` reuses them."
+        raise Unfinished(error.what, code=error.code, where=error.where, remedy=remedy.strip()) from None
     controls = find_controls(prepared.layout, choices.everything, space, scores, context)
     seconds["search"] = time.monotonic() - started
     named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
@@ -165,8 +167,16 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
 def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
     """The context, the best mixes for it, and the space under the limits that controls have to keep, too.
 
-    UserError where no mix keeps the budget.
+    UserError where no mix keeps the budget, and where the model as it is does it best.
     """
+    context, found, space = _search(choices, scores, count)
+    if not changes(found[0]):
+        what = "the best mix is the model as it is: nothing has to be quantized."
+        raise UserError(what, code="recipe-changes-nothing", where="max_kl", remedy="Ask for less, or allow more KL.")
+    return context, [mix for mix in found if changes(mix)], space
+
+
+def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
     budget, space = choices.place.budget, choices.space
     distance = max(1, len(space.menus) // 12)
     if budget.longest:  # of the mixes at that context the one of least KL

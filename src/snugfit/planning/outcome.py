@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from snugfit.formats.spec import FORMATS
 from snugfit.planning.controls import Control
 from snugfit.planning.explain import cache_reasons, planned_groups, size
 from snugfit.planning.limits import Budget, context_beside, served_elements
+from snugfit.planning.menu import Option
 from snugfit.planning.search import Limit, Mix, Space, least_amount, least_kl
 from snugfit.planning.space import FP8, Choices, check_bytes, recipe_of_mix
 from snugfit.recipes.recipe import load_recipe
@@ -175,20 +177,18 @@ def _notes(found: Outcome) -> list[str]:
     last = found.scores.edges[-1]
     if found.context > last:
         notes.append(
-            f"positions beyond {last:,} are expected to cost what those before {last:,} do: nothing was scored there"
+            f"positions beyond {last:,} are expected to cost what those before {last:,} do: `max_seq_length` "
+            "scores longer contexts"
         )
     unscored = sorted(
         {fmt for menu in found.space.menus for fmt, why in menu.refused.items() if why == "it was not scored"}
     )
     if unscored:
         notes.append(f"not scored, and so not on the menu of some weights: {', '.join(unscored)}")
-    kinds = {one.arithmetic for one in found.mix.options.values() if one.format != KEEP}
-    if any(kind.endswith("A16") for kind in kinds) and found.budget.gpu is not None:
-        weight_only = dict.fromkeys(
-            one.label for one in found.mix.options.values() if one.arithmetic.endswith("A16") and one.format != KEEP
-        )
+    weight_only = dict.fromkeys(one.label for one in found.mix.options.values() if _is_weight_only(one))
+    if weight_only:
         notes.append(
-            f"{', '.join(weight_only)} run weight-only on this GPU: prompts are processed at the speed of 16 bits; "
+            f"{', '.join(weight_only)} run weight-only: prompts are processed at the speed of 16 bits; "
             "`menu` can leave them out"
         )
     measured = found.measured.get(found.chosen, ())
@@ -197,3 +197,10 @@ def _notes(found: Outcome) -> list[str]:
     if most is not None and at is not None and at.kl > most:
         notes.append(f"the measured KL at {found.context:,} tokens is {at.kl:.4f}, above `max_kl`: ask for less")
     return notes
+
+
+def _is_weight_only(one: Option) -> bool:
+    """Whether engines run a quantized weight on inputs of 16 bits."""
+    if one.format == KEEP:
+        return False
+    return one.arithmetic.endswith("A16") if one.arithmetic else FORMATS[one.format].inputs == "none"

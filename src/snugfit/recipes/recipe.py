@@ -194,7 +194,7 @@ def format_problems(key: str, formats: Sequence[str]) -> Iterator[UserError]:
             written = ", ".join((*FORMATS, KEEP))
             yield invalid_recipe(f"{name} can be read but not written.", key, f"Formats that can be: {written}.")
         else:
-            yield from _unknown(key, [name], [*FORMATS, KEEP])
+            yield from _unknown("format", [name], [*FORMATS, KEEP], where=key)
 
 
 def selector_problems(rule: Selector) -> Iterator[UserError]:
@@ -247,12 +247,12 @@ def _headroom_problems(rule: Rule) -> Iterator[UserError]:
         yield invalid_recipe(problem, key, f"2 doubles the range, {AMAX} is the calibrated one.")
 
 
-def _unknown(key: str, values: Sequence[str], valid: Sequence[str]) -> Iterator[UserError]:
+def _unknown(key: str, values: Sequence[str], valid: Sequence[str], *, where: str = "") -> Iterator[UserError]:
     for value in values:
         if value not in valid:
             near = get_close_matches(value, valid, n=1)
             remedy = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(valid)}."
-            yield invalid_recipe(f"unknown {key} {value!r}.", key, remedy)
+            yield invalid_recipe(f"unknown {key} {value!r}.", where or key, remedy)
 
 
 def invalid_recipe(what: str, where: str, remedy: str) -> UserError:

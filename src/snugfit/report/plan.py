@@ -57,6 +57,24 @@ def closing_lines(record: PlanRecord) -> list[str]:
     return [plain(line) for line in lines]
 
 
+def next_commands(record: PlanRecord, model: str, recipe: str) -> list[str]:
+    """How to carry out a plan: write the model, and serve it where the engine is vLLM."""
+    commands = [f"snugfit quantize {model} --recipe {recipe} --output-dir OUT"]
+    budget = record.budget
+    if budget.gpu is not None and budget.engine.startswith("vllm"):
+        options = [f"vllm serve OUT --max-model-len {record.context}"]
+        options += ["--kv-cache-dtype fp8"] if _written(record).kv_cache == "fp8" else []
+        tp, share = budget.tensor_parallel_size, budget.gpu_memory_utilization
+        options += [f"--tensor-parallel-size {tp}"] if tp > 1 else []
+        options += [] if share is None else [f"--gpu-memory-utilization {share:g}"]
+        commands.append(" ".join(options))
+    return [f"next: {'; '.join(commands)}"]
+
+
+def _written(record: PlanRecord) -> PlanPoint:
+    return next(point for point in record.points if point.name == record.written)
+
+
 def budget_words(record: PlanRecord) -> str:
     """The budget as a person asked for it."""
     budget, parts = record.budget, []
