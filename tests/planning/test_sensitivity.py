@@ -21,6 +21,7 @@ from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import merge_scores
 from snugfit.planning.gradients import GradientPass, draw
 from snugfit.planning.samples import Samples, cut_rows, edges_of
+from snugfit.planning.scoring_cost import estimate_scoring
 from snugfit.planning.sensitivity import ScoreSettings, score_model, score_samples
 from snugfit.planning.shared_pass import Assigned, SharedPass
 from snugfit.planning.variants import LayerVariants, open_subject
@@ -239,3 +240,19 @@ def test_positions_are_in_buckets(model: Path) -> None:
         score_model(model, formats="fp7", work_dir="nowhere")
     with raises("option-invalid", where="rounding"):
         score_model(model, formats="int4", work_dir="nowhere", rounding="best")
+
+
+def test_an_estimate_says_what_scoring_takes(model: Path, scores: Scores, tmp_path: Path) -> None:
+    """The estimate counts the plans that are measured and bounds the files; only with `timed` is anything run."""
+    part = samples()
+    settings = ScoreSettings(formats=FORMATS)
+    found = estimate_scoring(read_layout(model), part, settings, device="cpu", tokens_per_batch=256)
+    headless = [point for point in scores.points if "lm_head" not in point.name]
+    assert found.tokens == part.total
+    assert found.forwards == pytest.approx(4 + 2 * len(FORMATS) + len(headless), abs=1)
+    assert found.seconds is not None
+    assert found.seconds > 0
+    assert found.disk_bytes > 0
+    assert found.gpu_bytes == 0
+    untimed = estimate_scoring(read_layout(model), part, settings, device="cpu", tokens_per_batch=256, timed=False)
+    assert untimed == replace(found, seconds=None, proof_seconds=None)

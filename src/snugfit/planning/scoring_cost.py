@@ -187,11 +187,13 @@ class _Rates:
             {name: fmt for name in names if scored_formats(layout, subject.groups[name], [fmt])}
             for fmt in settings.formats
         ]
-        self._rounding, self._rounded = 0.0, 0.0
+        self._load = self._time(lambda: LayerVariants(subject, index, device), twice=True)
+        self._rounding, self._rounded, self._copy = 0.0, 0.0, 0.0
         for choice in choices:
             self._time(partial(variants.layer, choice))  # kernels are compiled, or read
             variants.forget()
             self._rounding += self._time(partial(variants.layer, choice))
+            self._copy = max(self._copy, self._time(partial(variants.layer, choice)))
             layer = variants.layer(choice)
 
             def rounded(one: torch.nn.Module = layer) -> None:
@@ -238,8 +240,9 @@ class _Rates:
         """Of all of scoring."""
         passes = tokens / self._tokens * layers
         forwards = 2 * self._forward + self._backward + (plans + 1 + spread + own) * self._rounded
-        roundings = 2 * layers * self._rounding  # for gradients, and for the plans that are measured
-        return passes * forwards + roundings + (plans + 3) * tokens * self._head
+        # for calibration, forwards, backwards and the plans that are measured; variants for the last two
+        layers_made = layers * (4 * self._load + 2 * self._rounding + plans * self._copy)
+        return passes * forwards + layers_made + (plans + 3) * tokens * self._head
 
     def of_plans(self, layers: int, plans: int, tokens: int) -> float:
         """Of measuring plans, beside the original, whose weights are rounded in about two formats."""
