@@ -198,7 +198,7 @@ def test_learned_scales_are_the_same_twice(cuda: torch.device, make_tiny: MakeTi
     """Two runs of effort best write the same bytes: backward passes of attention add in one order."""
     wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
     model = make_tiny("llama", **wide, num_attention_heads=4, num_key_value_heads=2)
-    rows = write_rows(tmp_path / "rows.jsonl", random_rows((1024,) * 16, stop=60))
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((512,) * 16, stop=60))
     for name in ("once", "twice"):
         record = quantize_on("cuda", model, "nvfp4", tmp_path / name, rows, effort="best")
         assert [trial.name for trial in record.trials][-1] == "learned"
