@@ -69,7 +69,7 @@ def learn(run: Run, champion: Run) -> Outcome:
             except RuntimeError as error:
                 if device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
                     raise
-                run.progress.message(f"learned scales will differ from run to run: {str(error).splitlines()[0]}")
+                run.progress.message(f"learned scales will differ from run to run: {str(error).partition(chr(10))[0]}")
                 with _deterministic(device, strictly=False):
                     scales = _train(run, champion.directory)
         except torch.OutOfMemoryError as error:
