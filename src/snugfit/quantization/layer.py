@@ -9,7 +9,7 @@ serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
@@ -30,6 +30,7 @@ from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.measured import Measured, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
+from snugfit.records.norm_folds import NormFold
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import LayerStatistics
 from snugfit.records.statistics_file import ExpertCalibration
@@ -57,7 +58,10 @@ class UnitTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPass:
-    """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device."""
+    """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device.
+
+    `norm_folds` takes what the method notes.
+    """
 
     plan: Plan
     skeleton: Skeleton
@@ -67,6 +71,7 @@ class LayerPass:
     states: tuple[forward_pass.States, forward_pass.States]
     device: torch.device
     experts: ExpertCalibration
+    norm_folds: list[NormFold] = field(default_factory=list)
 
     @property
     def prefix(self) -> str:
@@ -191,6 +196,8 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
         targets=targets,
         experts=run.skeleton.experts.get(run.index),
         run=_runner(run, layer),
+        copied=frozenset(name for group in held if group.has_codes for name in group.tensors),
+        note=run.norm_folds.append,
     )
     return held, method.observe(observed)
 

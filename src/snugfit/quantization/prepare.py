@@ -39,6 +39,7 @@ from snugfit.quantization.ways import (
     Way,
     few_tokens_note,
     learned_weights,
+    may_fold_norms,
     ways_of,
     why_no_expert_folds,
     why_no_trials,
@@ -378,7 +379,8 @@ def _ways(
         return (Way("given", method),), None
     folds = why_no_expert_folds(plan, skeleton) == ""
     samples = {"samples_run": dataset is not None, "recalls": recalls}
-    ways = ways_of(plan, effort, calibration.target, **samples, folds_experts=folds)
+    norms = may_fold_norms(plan, skeleton)
+    ways = ways_of(plan, effort, calibration.target, **samples, folds_experts=folds, folds_norms=norms)
     if effort != BEST or dataset is None or why_not_learned(plan, skeleton, dataset.tokens):
         return ways, None
     return (*ways, LEARNED), estimate_learning(plan, skeleton, learned_weights(plan), dataset, device)
