@@ -33,7 +33,7 @@ from snugfit.model import experts
 from snugfit.model.experts import DOWN
 from snugfit.records.norm_folds import NormFold
 
-SEARCHED_ROWS = 4096  # output features of all experts together that strengths are tried on
+SEARCHED_ROWS = 1024  # output features of all experts together that strengths are tried on
 FEWEST_SEARCHED_ROWS = 32  # of one expert
 EXPONENT_BIAS = 127  # of E8M0
 LARGEST_POWER = 8  # factors are 2^-8 ... 2^8

@@ -316,7 +316,9 @@ class _WatchedLayer:
             return None
         up = self._expert_quantizer((experts.GATE, experts.UP), formats, scales)
         down = self._expert_quantizer((experts.DOWN,), formats, scales)
-        cap = run.experts.max_forced_tokens if run.experts.all_experts else None
+        # without a range to measure, experts that the router did not choose would run for nothing
+        measured = run.plan.recipe is None or run.plan.needs_activations
+        cap = run.experts.max_forced_tokens if run.experts.all_experts and measured else None
         tokens = sum(sum(batch.lengths) for batch in run.batches)
         observer = ExpertObserver(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
         moments = self._expert_moments
