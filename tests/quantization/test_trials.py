@@ -512,7 +512,11 @@ def test_texts_with_a_tokenizer(make_tiny: MakeTiny, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "recipe", "ways"),
     [
-        ("qwen3_moe", "fp8-int4-awq", ["plain", "weighted+expert-folds", "weighted+expert-folds+norm-folds"]),
+        (
+            "qwen3_moe",
+            "fp8-int4-awq",
+            ["plain", "weighted", "weighted+expert-folds", "weighted+expert-folds+norm-folds"],
+        ),
         (
             "qwen3_moe",
             "int4-w4a16",

@@ -334,7 +334,8 @@ class _WatchedLayer:
         names = [n for (_, role, what), n in self._mixture.names.items() if what == "weight" and role in roles]
         modules = [module for name in names if (module := name.removesuffix(".weight")) in formats]
         given = [scale for module in modules if (scale := scales.get(module)) is not None]
-        return emulate.experts_quantizer(formats[modules[0]] if modules else None, given, "marlin")
+        fmt = formats[modules[0]] if modules else None
+        return emulate.experts_quantizer(fmt, emulate.largest_scale(given), "marlin")
 
     def before(self, batch: forward_pass.Batch) -> None:
         """A batch is about to pass."""

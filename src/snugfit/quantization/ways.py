@@ -63,8 +63,6 @@ def ways_of(
     `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
     (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, but folds inside
     of each (`folds_experts`: some can), and last, by itself, one of the norm before them (`folds_norms`: some may).
-    Where nothing but experts follows the effort, weighted scales are not tried by themselves: each expert's search
-    may choose no fold as well, so a run of their own would say little.
     """
     if effort == FAST and recalls:
         method = Calibrated(target, folds=True, expert_folds=True)
@@ -74,9 +72,7 @@ def ways_of(
     weighted = Way("weighted", Calibrated(target))
     if effort == FAST:
         return (weighted,)
-    ways, name, options = [PLAIN], "weighted", dict[str, Any]()
-    if _linears(plan) or not folds_experts:
-        ways.append(weighted)
+    ways, name, options = [PLAIN, weighted], "weighted", dict[str, Any]()
     if _linears(plan):
         ways += [
             Way("gptq", Calibrated(target, gptq=True)),
