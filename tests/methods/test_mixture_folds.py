@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from quantization.test_calibrated import Watched, run_method
 from snugfit.formats.quantized_weight import dequantize
 from snugfit.methods import mixture_folds
 from snugfit.methods.calibrated import Calibrated
-from snugfit.quantization import prepare
+from snugfit.methods.method import ObservedLayer
+from snugfit.quantization import prepare, ways
 from snugfit.quantization.quantize import quantize
 from snugfit.quantization.run import norm_folds_of
 from snugfit.recipes.recipe import parse_recipe
@@ -150,7 +150,13 @@ def test_a_router_that_is_overlooked_refuses_the_fold(
     """If a reader were not found, tokens would get other experts: they are counted, and the layer is as it was."""
     model = rewrite_norms(make_mixture("qwen3_moe", tmp_path / "model"), loud)
     find = mixture_folds.find_readers
-    monkeypatch.setattr(mixture_folds, "find_readers", lambda layer: replace(find(layer), modules=()))
+
+    def without_readers(layer: ObservedLayer) -> mixture_folds.Readers:
+        found = find(layer)
+        assert isinstance(found, mixture_folds.Readers)
+        return mixture_folds.Readers(found.norm, ())
+
+    monkeypatch.setattr(mixture_folds, "find_readers", without_readers)
     written, folds = run(model, tmp_path / "out", rows)
     for fold in folds:
         assert 0 < fold.changed_tokens <= fold.tokens == sum(LENGTHS)
@@ -219,7 +225,7 @@ def test_the_record_says_how_the_fold_was_checked(alone: bool, tmp_path: Path, m
     model = rewrite_norms(make_mixture("qwen3_moe", tmp_path / "model", num_hidden_layers=1), loud)
     samples = write_rows(tmp_path / "many.jsonl", random_rows((96,) * 16, stop=64))
     if alone:
-        every = prepare.ways_of
+        every = ways.ways_of
         monkeypatch.setattr(prepare, "ways_of", lambda *given, **named: every(*given, **named)[-1:])
     options: dict[str, Any] = {"device": "cpu", "min_tokens_per_expert": 0, "effort": "good", "target": "marlin"}
     record = quantize(model, "fp8-int4-awq", output_dir=tmp_path / "out", dataset=[samples], **options)

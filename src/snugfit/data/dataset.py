@@ -143,8 +143,8 @@ def load_dataset(
         found = list(reader.read_file(file, share)) if share else []
         shares.append(len(found))
         samples += found
-    found = make_dataset(samples, ", ".join(file.name for file in files), shares)
-    return replace(found, max_seq_length=length)
+    of_all = make_dataset(samples, ", ".join(file.name for file in files), shares)
+    return replace(of_all, max_seq_length=length)
 
 
 def the_set(files: Sequence[str | Path]) -> str | Path | None:

@@ -453,6 +453,7 @@ def _as_one(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _M
         return members
     inputs = [member.input_scale for member in members.values() if member.input_scale is not None]
     if inputs:
+        shared: Tensor | None
         if fmt.input_kind == "nvfp4":
             shared = dialect.fused_global_scale(inputs)
         else:
