@@ -35,6 +35,7 @@ from snugfit.records.norm_folds import NormFold
 
 SEARCHED_ROWS = 1024  # output features of all experts together that strengths are tried on
 FEWEST_SEARCHED_ROWS = 32  # of one expert
+TOKENS_OF_SHARED = 512  # of the sampled ones that shared experts are tried on
 EXPONENT_BIAS = 127  # of E8M0
 LARGEST_POWER = 8  # factors are 2^-8 ... 2^8
 # exponents (a, b) of s = x^a / w^b that are tried
@@ -54,11 +55,11 @@ class Readers:
 
 @dataclass(frozen=True)
 class _Reader:
-    """A weight fp32 [n, K] of which some outputs are searched, its format, its inputs [m, K] and their E[x^2] [K]."""
+    """Some outputs of a weight, fp32 [n, K], its format, which of the sampled tokens it gets, and their E[x^2] [K]."""
 
     weight: Tensor
     format: TensorFormat
-    inputs: Tensor
+    tokens: Tensor | slice
     squares: Tensor
 
 
@@ -196,15 +197,16 @@ def _best_factors(layer: ObservedLayer, readers: Readers, routes: Routes, output
     if not searched:
         return None
     squares = routes.sample.float().square().mean(0)
-    exact = [one.inputs @ one.weight.t() for one in searched]
+    exact = [routes.sample[one.tokens].float() @ one.weight.t() for one in searched]
 
     def error(scale: Tensor | None) -> float:
         total = 0.0
         for one, right in zip(searched, exact, strict=True):
+            inputs = routes.sample[one.tokens].float()
             if scale is None:
-                found = outputs(one.inputs, one.weight, one.format, one.squares)
+                found = outputs(inputs, one.weight, one.format, one.squares)
             else:
-                found = outputs(one.inputs / scale, one.weight * scale, one.format, one.squares / scale.square())
+                found = outputs(inputs / scale, one.weight * scale, one.format, one.squares / scale.square())
             total += float((found - right).square_().sum())
         return total
 
@@ -229,24 +231,25 @@ def _searched(layer: ObservedLayer, readers: Readers, routes: Routes) -> tuple[l
     roles = sorted({role for role, parameter in experts.shapes(module) if parameter == "weight" and role != DOWN})
     (fmt,) = {target for target in expert_targets(layer).values() if target is not None}
     rows_of_one = max(FEWEST_SEARCHED_ROWS, SEARCHED_ROWS // number)
-    inputs = [routes.sample[(routes.sampled_experts == one).any(1)].float() for one in range(number)]
-    sums = torch.stack([one.square().sum(0) for one in inputs])
-    counts = torch.tensor([len(one) for one in inputs], dtype=torch.float32, device=sums.device)
+    tokens = [(routes.sampled_experts == one).any(1) for one in range(number)]
+    sums = torch.stack([routes.sample[one].float().square().sum(0) for one in tokens])
+    counts = torch.stack([one.sum() for one in tokens]).float()
     squares = drawn_together(sums, counts)
     found, weight_squares = [], torch.zeros_like(squares[0])
     for expert in range(number):
         weights = [experts.weight_of(module, expert, role) for role in roles]
         weight_squares += torch.stack([one.float().square().mean(0) for one in weights]).mean(0) / number
-        if len(inputs[expert]) >= FEWEST_ROWS:
+        if counts[expert] >= FEWEST_ROWS:
             weight = torch.cat([one[:: max(1, len(one) * len(roles) // rows_of_one)] for one in weights]).float()
-            found.append(_Reader(weight, fmt, inputs[expert], squares[expert]))
-    sample = routes.sample[:: max(1, len(routes.sample) // 512)].float()
+            found.append(_Reader(weight, fmt, tokens[expert], squares[expert]))
+    some = slice(None, None, max(1, len(routes.sample) // TOKENS_OF_SHARED))
+    squares_of_all = routes.sample[some].float().square().mean(0)
     for name in readers.modules:
         target = layer.targets.get(_file_name(layer, f"{name}.weight"))
         if target is not None and target.scale_rule == EFFORT:
             whole = layer.module.get_submodule(name).get_parameter("weight").data
             weight = whole[:: max(1, len(whole) // SEARCHED_ROWS)].float()
-            found.append(_Reader(weight, target.format, sample, sample.square().mean(0)))
+            found.append(_Reader(weight, target.format, some, squares_of_all))
     return found, weight_squares
 
 
