@@ -77,8 +77,8 @@ class Observed:
         """fp32 [N, K]: the weight of the file's tensor `name` under the folds."""
         return self.scaling.weight(self._module(name), weight)
 
-    def kept(self, name: str, tensor: Tensor) -> Tensor | None:
-        """What folds make of the file's tensor `name`, which stays in 16 bits, in its dtype; None: nothing."""
+    def folded(self, name: str, tensor: Tensor) -> Tensor | None:
+        """What folds make of the file's tensor `name`, in its dtype; None: nothing."""
         new = self.scaling.tensors.get(self.parameters.get(name, ""))
         if new is None and tensor.dim() > 1 and self._module(name) in {*self.scaling.inputs, *self.scaling.outputs}:
             new = self.scaled(name, tensor).to(tensor.dtype)
@@ -94,9 +94,8 @@ class Observed:
 class Calibrated:
     """Weighted scales; with `gptq` also values by GPTQ, then `sweeps` of coordinate descent; with `folds` smoothing.
 
-    `expert_folds` smooths inside routed experts, `norm_folds` between them and the norm that they read; `gptq`,
-    `sweeps` and `folds` leave both alone. `profile` names the engine's arithmetic of inputs (engines/profiles.py) that
-    the choice is made for.
+    `expert_folds` smooths inside routed experts, `norm_folds` before them; `gptq`, `sweeps` and `folds` leave both
+    alone. `profile` names the engine's arithmetic of inputs (engines/profiles.py) that the choice is made for.
     """
 
     profile: str
@@ -116,7 +115,7 @@ class Calibrated:
     @property
     def scale_rule_of_experts(self) -> str:
         """What records say of routed experts that this method quantized."""
-        return "weighted+folds" if self.expert_folds else "weighted"
+        return "weighted+folds" if self.expert_folds or self.norm_folds else "weighted"
 
     @property
     def correlates(self) -> bool:
@@ -263,8 +262,9 @@ class Calibrated:
 
     def _outputs(self, inputs: Tensor, weight: Tensor, fmt: TensorFormat, importance: Tensor) -> Tensor:
         """What rounded weights, fp32 [N, K], put out on rounded inputs [n, K]."""
-        quantizer = self._quantizer(fmt, float(inputs.abs().amax()))
-        return (inputs if quantizer is None else quantizer(inputs)) @ _rounded(weight, fmt, importance).t()
+        if (quantizer := self._quantizer(fmt, float(inputs.abs().amax()))) is not None:
+            inputs = quantizer(inputs)
+        return inputs @ _rounded(weight, fmt, importance).t()
 
     def _quantizer(self, fmt: TensorFormat, amax: float) -> emulate.Quantizer | None:
         scale = nvfp4.input_global_scale(HEADROOM * amax) if fmt.input_kind == "nvfp4" and amax > 0 else None
@@ -335,14 +335,14 @@ def _kept(group: WeightGroup, observed: Observed | None) -> Iterator[Choice]:
     """Tensors that stay, with the values that folds give them."""
     for name in list(group.weights):
         tensor = group.weights.pop(name)
-        new = None if observed is None else observed.kept(name, tensor)
+        new = None if observed is None else observed.folded(name, tensor)
         yield Choice(name=name, codes=None, weight_16bit=tensor if new is None else new, changed=new is not None)
 
 
 def _fold(group: WeightGroup, observed: Observed | None) -> None:
     """Give a group's weights the values that folds give them, in their dtype."""
     for name, weight in group.weights.items():
-        if observed is not None and (new := observed.kept(name, weight)) is not None:
+        if observed is not None and (new := observed.folded(name, weight)) is not None:
             group.weights[name] = new
 
 
