@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from snugfit.evaluation.evaluate import evaluate, write_results
     from snugfit.evaluation.served import ServerOptions
     from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
+    from snugfit.inspection.doctor import doctor
     from snugfit.inspection.inspect import inspect
+    from snugfit.inspection.repair import plan_repair, repair
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
     from snugfit.quantization.collect import collect_statistics
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
     from snugfit.records.comparison import CompareRecord
     from snugfit.records.dataset import DatasetComparison, DatasetRecord
+    from snugfit.records.doctor import DoctorRecord, Finding, RepairRecord
     from snugfit.records.evaluation import EvalRecord, TasksRecord
     from snugfit.records.fit import FitRecord
     from snugfit.records.inspection import Inspection
@@ -43,13 +46,16 @@ __all__ = [
     "CompareRecord",
     "DatasetComparison",
     "DatasetRecord",
+    "DoctorRecord",
     "EvalRecord",
+    "Finding",
     "FitRecord",
     "Inspection",
     "LoadedRecipe",
     "PreparedRun",
     "Progress",
     "QuantizeRecord",
+    "RepairRecord",
     "ServerOptions",
     "Statistics",
     "TasksRecord",
@@ -62,6 +68,7 @@ __all__ = [
     "compare",
     "compare_datasets",
     "describe_dataset",
+    "doctor",
     "evaluate",
     "fit",
     "import_statistics",
@@ -70,7 +77,9 @@ __all__ = [
     "load_recipe",
     "load_statistics",
     "plan_quantization",
+    "plan_repair",
     "quantize",
+    "repair",
     "run_tasks",
     "write_comparison",
     "write_results",
@@ -85,7 +94,9 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate", "write_results"),
     "evaluation.served": ("ServerOptions",),
     "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
+    "inspection.doctor": ("doctor",),
     "inspection.inspect": ("inspect",),
+    "inspection.repair": ("plan_repair", "repair"),
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
     "quantization.collect": ("collect_statistics",),
@@ -96,6 +107,7 @@ _MODULES = {
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
     "records.comparison": ("CompareRecord",),
     "records.dataset": ("DatasetComparison", "DatasetRecord"),
+    "records.doctor": ("DoctorRecord", "Finding", "RepairRecord"),
     "records.evaluation": ("EvalRecord", "TasksRecord"),
     "records.fit": ("FitRecord",),
     "records.inspection": ("Inspection",),

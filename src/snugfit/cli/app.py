@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from snugfit.cli import compare, dataset, evaluate, fit, inspect, quantize, recipes, statistics, tasks
+from snugfit.cli import compare, dataset, doctor, evaluate, fit, inspect, quantize, recipes, statistics, tasks
 from snugfit.cli.errors import Verbs
 from snugfit.version import __version__
 
@@ -31,6 +31,8 @@ def main(
 
 app.command()(inspect.inspect)
 app.command()(fit.fit)
+app.command()(doctor.doctor)
+app.command()(doctor.repair)
 app.command()(quantize.quantize)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(tasks.tasks)

@@ -53,10 +53,10 @@ def plan_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[Sha
         filled += tensor.bytes
     total = len(parts)
     names = [SINGLE_NAME] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-    return [_lay_out(name, part) for name, part in zip(names, parts, strict=True)]
+    return [lay_out(name, part) for name, part in zip(names, parts, strict=True)]
 
 
-def _lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
+def lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
     """One shard, byte for byte as safetensors' own writer lays it out: by dtype, largest first, then by name."""
     ordered = sorted(tensors, key=lambda t: (-SERIAL_ORDER.index(t.dtype), t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
