@@ -59,8 +59,8 @@ _DAMAGE = frozenset({"weights-missing", "header-invalid", "file-damaged", "index
 _HIDES: dict[str, frozenset[str]] = {
     "config-stale": frozenset({"scale-extra"}),
     "experts-unread": frozenset({"target-not-looked-up"}),
-    "experts-mixed": frozenset({"fused-formats-differ", "ignore-incomplete"}),
-    "fused-formats-differ": frozenset(),
+    "experts-mixed": frozenset({"fused-formats-differ", "ignore-incomplete", "target-not-looked-up"}),
+    "experts-stacked": frozenset({"target-unmatched", "scale-extra"}),
     "embeddings-quantized": frozenset({"target-missing"}),
     "unquantized-by-engine": frozenset({"target-missing"}),
     "prediction-quantized": frozenset({"target-missing"}),

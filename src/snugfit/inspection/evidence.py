@@ -28,6 +28,7 @@ from snugfit.storage.safetensors_header import StoredTensor
 from snugfit.vram.budget import Gpu
 
 COMPRESSED, MODELOPT, HUGGING_FACE = "compressed-tensors", "modelopt", "fp8"
+READ = ("", COMPRESSED, MODELOPT, HUGGING_FACE)  # dialects whose tensors have known names
 
 
 @dataclass(frozen=True, slots=True)

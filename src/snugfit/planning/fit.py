@@ -10,6 +10,7 @@ from snugfit.engines.gpus import COMMON, GENERATIONS
 from snugfit.engines.kernels import attention_kernel
 from snugfit.engines.memory import ENGINE_NAMES, ENGINES, EngineMemory
 from snugfit.errors import UserError
+from snugfit.inspection.doctor import check_layout
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.positions import max_positions
 from snugfit.model.support import encoder_decoder
@@ -86,9 +87,18 @@ def fit(
     served, notes = _read_model(layout, settings)
     source = read_source(layout)
     candidates, more_notes = candidates_of(source, list(map(str, as_sequence(recipes))))
+    more_notes += _faults(layout)
     elements = source.elements()
     rows = sorted((_row(candidate, elements, served, settings) for candidate in candidates), key=_rank)
     return _record(layout.checkpoint.name, arguments, settings, served, rows, (*notes, *more_notes))
+
+
+def _faults(layout: ModelLayout) -> list[str]:
+    """What `doctor` finds in the headers of a checkpoint that is quantized already."""
+    if not layout.method:
+        return []
+    found = (finding for finding in check_layout(layout) if finding.severity != "note")
+    return [f"doctor: {f.severity} ({f.fault}): {f.where}: {f.what}" for f in found]
 
 
 def _engine(name: str, gpu_memory_utilization: float | None, max_num_seqs: int) -> EngineMemory:

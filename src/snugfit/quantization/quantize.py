@@ -14,6 +14,7 @@ from snugfit.data.dataset import Dataset, with_defaults
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.formats import inputs
+from snugfit.inspection.doctor import check_files
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
 from snugfit.methods import kernels
 from snugfit.model.layout import read_layout
@@ -150,6 +151,9 @@ def quantize(
         }
         record = _record(tried, destination, left_out, arguments)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+        for finding in check_files(directory, small_files=False):
+            if finding.severity != "note":
+                progress.message(f"doctor: {finding.fault}: {finding.where}: {finding.what}")
     return record
 
 

@@ -8,12 +8,11 @@ from snugfit.dialects.dialect import Dialect
 from snugfit.dialects.packed import is_cache_scale
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.inspection.evidence import COMPRESSED, HUGGING_FACE, MODELOPT, Evidence, Module, finding, fits
+from snugfit.inspection.evidence import HUGGING_FACE, READ, Evidence, Module, finding, fits
 from snugfit.model.logical_weights import weight_shape
 from snugfit.model.names import KEPT_ROLES
 from snugfit.records.doctor import Finding
 
-_READ = (COMPRESSED, MODELOPT, HUGGING_FACE)
 _OF_WEIGHTS = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
     *("weight_shape", "weight_g_idx", "input_scale", "input_global_scale", "input_zero_point", "activation_scale"),
@@ -31,7 +30,7 @@ def undeclared(evidence: Evidence) -> Iterator[Finding]:
 
 def formats(evidence: Evidence) -> Iterator[Finding]:
     """Plain weights that the config targets, codes that it does not, and codes of another format than it says."""
-    if evidence.dialect not in _READ or evidence.layout.unreadable is not None:
+    if evidence.dialect not in READ[1:] or evidence.layout.unreadable is not None:
         return
     plain, untargeted, other = [], [], []
     for name, module in evidence.modules.items():
@@ -96,7 +95,7 @@ def needed_suffixes(dialect: Dialect, module: Module, fmt: TensorFormat) -> tupl
 
 def extra_scales(evidence: Evidence) -> Iterator[Finding]:
     """Scales whose weight is plain or missing."""
-    if evidence.layout.unreadable is not None or evidence.dialect not in ("", *_READ):
+    if evidence.layout.unreadable is not None or evidence.dialect not in READ:
         return
     found = []
     for name, parts in evidence.layout.modules.items():

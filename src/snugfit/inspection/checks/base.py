@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from snugfit.dialects.packed import is_cache_scale
 from snugfit.formats.spec import TensorFormat
 from snugfit.inspection.checks.texts import TOKENIZERS, read_json
 from snugfit.inspection.checks.values import sample_of
@@ -79,7 +80,11 @@ class Pair:
         self.lost = [
             n for n in self.base.tensors if n not in self.mine.tensors and n not in copies and not is_buffer(n)
         ]
-        self.added = [n for n in self.mine.tensors if n not in self.base.tensors and n not in copies]
+        self.added = [
+            name
+            for name in self.mine.tensors
+            if name not in self.base.tensors and name not in copies and not is_cache_scale(*name.rpartition(".")[::2])
+        ]
         self.norms = frozenset(name for name, parsed in evidence.layout.names.items() if parsed.role == "norm")
         self.layers = {name: parsed.layer for name, parsed in evidence.layout.names.items()}
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from snugfit.engines.kv_cache import ATTENTION, has_scales, unknown_scales
 from snugfit.errors import UserError
-from snugfit.inspection.evidence import Evidence, finding
+from snugfit.inspection.evidence import READ, Evidence, finding
 from snugfit.records.doctor import Finding
 
 # the end of an unknown name that says whether keys or values are scaled
@@ -17,7 +17,7 @@ _KIND = re.compile(r"(^|[._])(k|key|keys|v|value|values)([._])", re.ASCII)
 def cache_scales(evidence: Evidence) -> Iterator[Finding]:
     """Scales of keys and values under names that are not read, missing, or of a cache that no config declares."""
     layout = evidence.layout
-    if not layout.decoder:
+    if not layout.decoder or evidence.dialect not in READ:
         return
     unread = unknown_scales(evidence.checkpoint.tensors, layout.decoder)
     known = renamed_scales(unread, evidence)
