@@ -42,6 +42,13 @@ RECIPES = {
 }
 
 
+# what releases say and transformers' own configs do not
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "minimax_m2": {"scoring_func": "sigmoid", "use_routing_bias": True},
+    "deepseek_v3": {"topk_method": "noaux_tc"},
+}
+
+
 class Patient:
     """A checkpoint that is edited: its tensors, config and files."""
 
@@ -128,6 +135,8 @@ def make_sound(work: Path) -> dict[str, tuple[Path, Path]]:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.normal_(0.0, 0.08)
+        else:  # norms: engines fill missing ones with 1
+            parameter.data.mul_(1.0 + 0.1 * torch.randn_like(parameter))
     model.save_pretrained(work / "llama")
     add_tokenizer(work / "llama")
     rows = write_rows(work / "rows.jsonl", random_rows([24] * 2, stop=59))
@@ -139,13 +148,16 @@ def make_sound(work: Path) -> dict[str, tuple[Path, Path]]:
     found["modelopt"] = as_packed(work / "llama", work / "modelopt", "modelopt-nvfp4"), work / "llama"
     for family, recipe in (
         ("mixtral", "nvfp4-moe-four-over-six"),
+        ("mixtral_int4", "fp8-int4-moe-absmax"),
         ("qwen3_moe", "fp8-dynamic"),
         ("minimax_m2", "fp8-int4-moe-absmax"),
         ("deepseek_v3", "fp8-dynamic"),
         ("deepseek_v32", "fp8-dynamic"),
         ("jamba", "fp8-dynamic"),
     ):
-        source = add_tokenizer(make_mixture(family, work / f"{family}-source", wide=family != "jamba"))
+        kind = family.removesuffix("_int4")
+        made = make_mixture(kind, work / f"{family}-source", wide=kind != "jamba", **SETTINGS.get(kind, {}))
+        source = add_tokenizer(made)
         quantize(source, recipe, output_dir=work / family, dataset=[rows], device="cpu")
         found[family] = work / family, source
     return found
@@ -189,7 +201,7 @@ def in_two_shards(path: Path) -> None:
     first, second = _shards(path)[:2]
     tensors = load_file(first)
     name = next(iter(tensors))
-    save_file(load_file(second) | {name: tensors[name]}, second, metadata={"format": "pt"})
+    save_file(load_file(second) | {name: torch.zeros_like(tensors[name])}, second, metadata={"format": "pt"})
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -254,8 +266,8 @@ def no_config(patient: Patient) -> None:
     del patient.config["quantization_config"]
 
 
-def ignore_is_text(patient: Patient) -> None:
-    patient.quantization["ignore"] = "lm_head"
+def bits_in_words(patient: Patient) -> None:
+    patient.group("float-4")["weights"]["num_bits"] = "four"
 
 
 def unknown_argument(patient: Patient) -> None:
@@ -367,7 +379,7 @@ def renamed_experts(patient: Patient) -> None:
     for name in [name for name in patient.tensors if ".experts." in name]:
         new = re.sub(r"\.(w[123])\.", lambda match: f".{names[match[1]]}.", name)
         patient.tensors[new] = patient.tensors.pop(name)
-    patient.group("float-4")["targets"] = [r"re:.*experts\.\d+\.(gate|up|down)_proj$"]
+    patient.group("int-4")["targets"] = [r"re:.*experts\.\d+\.(gate|up|down)_proj$"]
 
 
 def stacked_experts(patient: Patient) -> None:
@@ -384,7 +396,7 @@ def stacked_experts(patient: Patient) -> None:
 
 
 def quantized_router(patient: Patient) -> None:
-    name = "model.layers.0.mlp.gate"
+    name = next(n.rpartition(".")[0] for n in patient.tensors if n.endswith("layers.0.block_sparse_moe.gate.weight"))
     patient.retarget({name: TensorFormat("fp8-dynamic")})
     patient.as_fp8(name)
 
@@ -621,12 +633,12 @@ def _cases() -> Iterator[Case]:
     yield Case("files-beside", "nvfp4", consolidated_beside, edits_files=True, lossless=True)
     yield Case("files-beside", "nvfp4", loose_weights_beside, edits_files=True, lossless=True)
     yield Case("files-beside", "nvfp4", adapter_beside, edits_files=True, lossless=True)
-    yield Case("config-mismatch", "nvfp4", more_layers)
+    yield Case("layers-missing", "nvfp4", more_layers)
     yield Case("config-mismatch", "nvfp4", larger_vocabulary)
     yield Case("config-stale", "plain", stale_config, lossless=True)
     yield Case("quantization-undeclared", "nvfp4", no_config)
     yield Case("quantization-undeclared", "hf", no_config)
-    yield Case("quantization-invalid", "nvfp4", ignore_is_text)
+    yield Case("quantization-invalid", "nvfp4", bits_in_words)
     yield Case("field-unknown", "nvfp4", unknown_argument, lossless=True)
     yield Case("field-unknown", "nvfp4", unknown_group_key, lossless=True)
     yield Case("order-removed", "int4", actorder_group)
@@ -648,11 +660,11 @@ def _cases() -> Iterator[Case]:
     yield Case("scale-extra", "nvfp4", scale_of_a_plain_head)
     yield Case("scale-extra", "nvfp4", scale_without_weight)
     yield Case("fused-formats-differ", "fp8", plain_query)
-    yield Case("experts-missing", "mixtral", lost_expert)
-    yield Case("experts-mixed", "mixtral", plain_expert)
-    yield Case("experts-unread", "mixtral", renamed_experts, lossless=True)
+    yield Case("experts-missing", "mixtral_int4", lost_expert)
+    yield Case("experts-mixed", "mixtral_int4", plain_expert)
+    yield Case("experts-unread", "mixtral_int4", renamed_experts, lossless=True)
     yield Case("experts-stacked", "qwen3_moe", stacked_experts)
-    yield Case("unquantized-by-engine", "qwen3_moe", quantized_router)
+    yield Case("unquantized-by-engine", "mixtral_int4", quantized_router)
     yield Case("unquantized-by-engine", "deepseek_v32", quantized_indexer)
     yield Case("unquantized-by-engine", "jamba", quantized_state_space)
     yield Case("embeddings-quantized", "fp8", quantized_embeddings)

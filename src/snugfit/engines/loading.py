@@ -34,7 +34,8 @@ class EngineRelease:
     `expert_leaves`: names under which it looks up the format of every family's gate, up and down, () for the file's.
     `refuses_unknown_experts`: expert tensors of unknown names stop it, they are not passed over.
     `loads_consolidated`: consolidated*.safetensors takes the place of the indexed files. `loads_loose`: without an
-    index it loads every safetensors file at the top.
+    index it loads every safetensors file at the top. `follows_index`: it looks up each tensor's file in the index, and
+    does not read all tensors of all files that the index names.
     """
 
     name: str
@@ -49,6 +50,7 @@ class EngineRelease:
     refuses_unknown_experts: bool
     loads_consolidated: bool
     loads_loose: bool
+    follows_index: bool
 
 
 _VLLM_033 = EngineRelease(
@@ -64,6 +66,7 @@ _VLLM_033 = EngineRelease(
     refuses_unknown_experts=False,
     loads_consolidated=True,
     loads_loose=True,
+    follows_index=False,
 )
 _VLLM_032 = replace(_VLLM_033, name="vllm-0.32", title="vLLM 0.32")
 _VLLM_024 = replace(
@@ -89,6 +92,7 @@ _SGLANG = EngineRelease(
     refuses_unknown_experts=False,
     loads_consolidated=False,
     loads_loose=True,
+    follows_index=False,
 )
 _TRANSFORMERS = EngineRelease(
     name="transformers",
@@ -103,6 +107,7 @@ _TRANSFORMERS = EngineRelease(
     refuses_unknown_experts=False,
     loads_consolidated=False,
     loads_loose=False,
+    follows_index=True,
 )
 RELEASES: Mapping[str, EngineRelease] = {
     release.name: release for release in (_VLLM_024, _VLLM_032, _VLLM_033, _SGLANG, _TRANSFORMERS)
@@ -136,7 +141,10 @@ LOOKED_UP: Mapping[str, Mapping[str, str]] = {
 # linears of multi-token prediction that are built without a quantization config (vLLM 0.32: deepseek_mtp.py,
 # glm4_moe_mtp.py and others; DeepSeek's eh_proj is a torch.nn.Linear there)
 PREDICTION_PLAIN: frozenset[str] = frozenset({"eh_proj"})
+# families whose routers vLLM builds with a quantization config (0.24 and 0.32: qwen3_moe.py, lfm2_moe.py; seen to load
+# in FP8); transformers' are no linears
+ROUTERS_READ: frozenset[str] = frozenset({"qwen3_moe", "qwen3_vl_moe_text", "lfm2_moe"})
 # the only formats of embeddings that vLLM loads: integers, weight-only, in groups or channels
 EMBEDDING_FORMATS: frozenset[str] = frozenset({"int4", "int8"})
-# modules whose weight is a table of embeddings: vLLM refuses every other format with a ValueError
+# of files in the layout of Mistral's own code
 CONSOLIDATED = "consolidated"

@@ -65,8 +65,12 @@ _HIDES: dict[str, frozenset[str]] = {
     "unquantized-by-engine": frozenset({"target-missing"}),
     "prediction-quantized": frozenset({"target-missing"}),
     "quantization-undeclared": frozenset({"scale-extra", "experts-stacked"}),
-    "shard-missing": frozenset({"config-mismatch", "experts-missing", "scale-missing", "tensor-lost", "scale-extra"}),
-    "shard-damaged": frozenset({"config-mismatch", "experts-missing", "scale-missing", "tensor-lost", "scale-extra"}),
+    "shard-missing": frozenset(
+        {"config-mismatch", "layers-missing", "experts-missing", "scale-missing", "tensor-lost", "scale-extra"}
+    ),
+    "shard-damaged": frozenset(
+        {"config-mismatch", "layers-missing", "experts-missing", "scale-missing", "tensor-lost", "scale-extra"}
+    ),
 }
 
 

@@ -19,8 +19,10 @@ from snugfit.engines.loading import RELEASES, EngineRelease
 from snugfit.engines.unquantized import unquantized
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
+from snugfit.model.language_config import layer_count
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import TensorName, parse_name
+from snugfit.model.support import check_experts, check_layers
 from snugfit.records.doctor import FAULTS, MAX_PLACES, Finding
 from snugfit.storage.checkpoint import INDEX_NAME, Checkpoint, parse_index
 from snugfit.storage.files import read_file
@@ -202,6 +204,19 @@ class Evidence:
         """Whether a module belongs to a decoder layer that config.json states."""
         layer = module.parsed.layer
         return layer is not None and layer < self.layout.num_layers
+
+    @cached_property
+    def missing_layers(self) -> tuple[UserError, ...]:
+        """Decoder layers that config.json states and the files do not have, one error at most."""
+        layout = self.layout
+        if not layout.decoder or layer_count(layout.config) is None:
+            return ()
+        return tuple(check_layers(layout.checkpoint, layout.names, layout.num_layers, layout.decoder))
+
+    @cached_property
+    def wrong_experts(self) -> tuple[UserError, ...]:
+        """Experts that are missing, incomplete, or more than config.json states, one error at most."""
+        return tuple(check_experts(self.checkpoint, self.layout.names.values(), self.layout.num_layers))
 
     @cached_property
     def unquantized(self) -> Mapping[str, str]:

@@ -35,10 +35,10 @@ FAULTS: Mapping[str, Fault] = {
     # files
     "shard-missing": Fault("will not load", "A shard that the index names does not exist.", _AGAIN),
     "shard-damaged": Fault("will not load", "A shard is cut off, or its header is damaged.", _AGAIN),
-    "tensor-twice": Fault("will not load", "Two shards hold a tensor of the same name.", _AGAIN),
+    "tensor-twice": Fault("will lie", "Two shards hold a tensor of the same name: the last one read counts.", _AGAIN),
     "tensor-lost": Fault("will lie", "The index names a tensor that no shard holds and the model needs.", _AGAIN),
     "index-wrong": Fault(
-        "will not load", "The index sends tensors to files that do not hold them, or leaves some out.", _REPAIR, True
+        "will not load", "The index cannot be read, sends tensors elsewhere, or leaves some out.", _REPAIR, True
     ),
     "files-beside": Fault(
         "will lie", "Engines load other weights beside the quantized ones, or in their place.", _REPAIR, True
@@ -48,6 +48,9 @@ FAULTS: Mapping[str, Fault] = {
         "will not load",
         "config.json and the tensors describe different models.",
         "Take config.json and weights of one model.",
+    ),
+    "layers-missing": Fault(
+        "will lie", "config.json states layers that the files do not have: engines fill them with nothing.", _AGAIN
     ),
     "config-stale": Fault(
         "will not load", "config.json states a quantization, and every weight is plain.", _REPAIR, True
@@ -78,7 +81,7 @@ FAULTS: Mapping[str, Fault] = {
     ),
     "target-unmatched": Fault("note", "A target matches no weight of the file.", _REPAIR, True),
     "ignore-incomplete": Fault(
-        "will not load", "A weight is plain, and the config targets it: engines expect codes.", _REPAIR, True
+        "will lie", "A weight is plain, and the config targets it: engines cast it to codes, or refuse.", _REPAIR, True
     ),
     "ignore-unmatched": Fault("note", "An entry of `ignore` names nothing in the file.", _REPAIR, True),
     "format-mismatch": Fault(
@@ -128,7 +131,7 @@ FAULTS: Mapping[str, Fault] = {
     ),
     # KV cache
     "kv-scale-unread": Fault(
-        "will lie", "A scale of the KV cache has a name that no engine reads: 1.0 takes its place.", _REPAIR, True
+        "will not load", "A scale of the KV cache has a name that no engine reads.", _REPAIR, True
     ),
     "kv-scale-missing": Fault(
         "will lie", "The config declares an FP8 KV cache, and layers have no scales: engines take 1.0.", _REQUANTIZE

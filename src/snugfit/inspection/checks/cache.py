@@ -21,7 +21,9 @@ def cache_scales(evidence: Evidence) -> Iterator[Finding]:
         return
     unread = unknown_scales(evidence.checkpoint.tensors, layout.decoder)
     known = renamed_scales(unread, evidence)
-    what = f"{unread[0] if unread else ''} seems to scale keys or values, under a name that no engine reads."
+    what = (
+        f"{unread[0] if unread else ''} seems to scale keys or values, under a name that is not read: vLLM refuses it."
+    )
     yield from finding("kv-scale-unread", unread, what, evidence.affected(), repairable=len(known) == len(unread))
     if layout.unreadable is not None:
         return

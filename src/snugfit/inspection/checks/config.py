@@ -24,9 +24,14 @@ _CLASSES = re.compile(r"[A-Z]\w*")
 def contradictions(evidence: Evidence) -> Iterator[Finding]:
     """config.json and tensors that describe different models, and a quantization config that cannot be read."""
     layout = evidence.layout
+    absent = [error.what for error in evidence.missing_layers]
+    known = {*absent, *(error.what for error in evidence.wrong_experts)}
+    yield from finding(
+        "layers-missing", [layout.decoder] * bool(absent), absent[0] if absent else "", evidence.affected()
+    )
     for blocker in layout.blockers:
         error = blocker.error
-        if error.code in ("config-invalid", "config-mismatch") and not error.what.startswith("layer "):
+        if error.code in ("config-invalid", "config-mismatch") and error.what not in known:
             yield from finding("config-mismatch", ["config.json"], error.what, evidence.affected())
     unreadable = layout.unreadable
     if unreadable is not None and unreadable.code in ("quantization-invalid", "json-invalid", "pattern-invalid"):

@@ -40,12 +40,13 @@ def wrong_index(evidence: Evidence) -> Iterator[Finding]:
         for name, tensor in evidence.checkpoint.tensors.items()
         if name not in evidence.weight_map and tensor.file not in taken
     ]
+    readers = evidence.affected(release for release in evidence.engines if release.follows_index)
     if sent:
         what = f"the index sends {sent[0]} to {evidence.weight_map[sent[0]]}, but another shard holds it."
-        yield from finding("index-wrong", sent, what, evidence.affected())
+        yield from finding("index-wrong", sent, what, readers)
     if absent:
         what = f"the index does not name {absent[0]}, which a shard holds: readers that follow the index lose it."
-        yield from finding("index-wrong", absent, what, evidence.affected())
+        yield from finding("index-wrong", absent, what, readers)
     needless = set(evidence.layout.not_needed)
     lost = [] if damaged else [name for name in evidence.checkpoint.missing if name not in needless]
     if lost:

@@ -50,11 +50,8 @@ def experts(evidence: Evidence) -> Iterator[Finding]:
             )
             what = what or f"engines take the format of expert 0 for all of a layer: {shown}."
     yield from finding("experts-mixed", mixed, what, evidence.affected())
-    for blocker in evidence.layout.blockers:
-        error = blocker.error
-        lost = error.code == "weights-missing" and error.what.startswith("expert ")
-        if lost or (error.code == "config-mismatch" and error.what.startswith("layer ")):
-            yield from finding("experts-missing", [evidence.layout.decoder], error.what, evidence.affected())
+    for error in evidence.wrong_experts:
+        yield from finding("experts-missing", [evidence.layout.decoder], error.what, evidence.affected())
 
 
 def expert_names(evidence: Evidence) -> Iterator[Finding]:

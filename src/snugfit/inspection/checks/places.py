@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from snugfit.engines.loading import EMBEDDING_FORMATS, PREDICTION_PLAIN
+from snugfit.engines.fused import GATES
+from snugfit.engines.loading import EMBEDDING_FORMATS, PREDICTION_PLAIN, ROUTERS_READ
 from snugfit.inspection.evidence import Evidence, finding
 from snugfit.model.anatomy import is_prediction_head
+from snugfit.model.logical_weights import model_types
 from snugfit.records.doctor import Finding
 
 _PREDICTION_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
@@ -14,18 +16,21 @@ _PREDICTION_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 def plain_places(evidence: Evidence) -> Iterator[Finding]:
     """Routers, indexers, convolutions and other linears that engines build without a quantization config."""
-    found, what = [], ""
+    found, routers, what = [], [], ""
     for name, module in evidence.modules.items():
         if not module.stored or not evidence.is_in_layers(module):
             continue
-        leaf = name.rpartition(".")[2]
         reason = evidence.unquantized.get(name, "")
-        if module.parsed.role == "router" and leaf not in ("in_proj_ba", "in_proj_b", "in_proj_a"):
-            reason = "engines build routers in 16 bits"
         if reason:
             found.append(name)
             what = what or f"it is {module.packed.label}, and {reason}."
+        elif module.parsed.role == "router" and name.rpartition(".")[2] not in GATES:
+            routers.append(name)
     yield from finding("unquantized-by-engine", found, what, evidence.affected())
+    read = not ROUTERS_READ.isdisjoint(model_types(evidence.checkpoint.config))
+    readers = [release for release in evidence.engines if not (read and release.name.startswith("vllm"))]
+    what = "engines build the routers of this family in 16 bits."
+    yield from finding("unquantized-by-engine", routers, what, evidence.affected(readers))
 
 
 def embeddings(evidence: Evidence) -> Iterator[Finding]:
