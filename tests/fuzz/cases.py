@@ -358,6 +358,46 @@ STORED_CONFIG: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# --- what doctor and repair read
+
+
+def make_doctor(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """Any of the damages of headers, indexes, configs and quantizations, looked at by doctor and corrected."""
+    make = rng.choice((make_header, make_index, make_loose, make_config, make_quantization, make_quantization))
+    make(rng, root, shared)
+    model = str(root / "model")
+    doctor = ["doctor", model]
+    doctor += rng.choice(([], ["--gpu", "H100"], ["--gpu", "RTX 5090", "--tp", "2"], ["--engine", "sglang"]))
+    doctor += rng.choice((["--json"], ["--json"], ["--github"], []))
+    dialect = rng.choice(([], [], ["--dialect", "modelopt"], ["--dialect", "compressed-tensors"]))
+    repair = ["repair", model, *dialect, *rng.choice((["--json"], []))]
+    # models of true size are holes, and would be written as zeros
+    large = sum(file.stat().st_size for file in (root / "model").glob("*.safetensors") if file.is_file()) > 100_000_000
+    return [doctor, [*repair, *(["--dry-run"] if large or rng.random() < 0.5 else ["-o", str(root / "out")])]]
+
+
+def make_values(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """A quantized model whose bytes or small files are damaged: its values are read, and its base beside it."""
+    model = root / "model"
+    shutil.copytree(shared / "quantized", model)
+    file = model / rng.choice((SINGLE, SINGLE, "tokenizer_config.json", "tokenizer.json", "generation_config.json"))
+    content = file.read_bytes()
+    if file.name == SINGLE and rng.random() < 0.8:  # behind the header: codes and scales
+        changed, start = bytearray(content), 8 + struct.unpack("<Q", content[:8])[0]
+        for _ in range(rng.choice((1, 10, 1000))):
+            changed[rng.randrange(start, len(changed))] = rng.choice((0, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        file.write_bytes(changed)
+    elif file.name == SINGLE or rng.random() < 0.3:
+        file.write_bytes(spoil_bytes(rng, content))
+    else:
+        words = ("added_tokens", "added_tokens_decoder", "eos_token", "eos_token_id", "chat_template", "content", "id")
+        file.write_bytes(spoil_json(rng, json.loads(content), words))
+    doctor = ["doctor", str(model), "--values", rng.choice(("sample", "all")), *rng.choice((["--json"], []))]
+    doctor += rng.choice(([], ["--base", str(shared / "model")]))
+    repair = ["repair", str(model), "-o", str(root / "out"), *rng.choice(([], ["--dialect", "modelopt"]))]
+    return [doctor, repair]
+
+
 # --- recipes
 
 
@@ -698,10 +738,12 @@ TARGETS: Mapping[str, Target] = {
     "loose": Target(make_loose, 300),
     "config": Target(make_config, 2400),
     "quantization": Target(make_quantization, 1200),
+    "doctor": Target(make_doctor, 1200),
     "recipe": Target(make_recipe, 1400),
     "result": Target(make_result, 600),
     "rows": Target(make_rows, 150, heavy=True),
     "set": Target(make_set, 400, heavy=True),
+    "values": Target(make_values, 150, heavy=True),
     "run": Target(make_run, 250, heavy=True),
     "unfinished": Target(make_unfinished, 100, heavy=True),
     "statistics": Target(make_statistics, 250, heavy=True),

@@ -114,7 +114,7 @@ class Case:
     fault: str
     base: str
     damage: Callable[[Any], None]
-    asked: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict, hash=False)
     edits_files: bool = False
     against: bool = False
     lossless: bool = False

@@ -21,8 +21,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
 
 
 def diagnose(case: Case, path: Path, sound: Sound) -> DoctorRecord:
-    against = {"base": sound[case.base][1]} if case.against else {}
-    return doctor(path, **case.asked, **against)
+    return doctor(path, base=sound[case.base][1] if case.against else None, **case.asked)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.name}-{case.base}-{case.asked.get('values', '')}")

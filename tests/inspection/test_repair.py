@@ -20,7 +20,6 @@ from snugfit.inspection.doctor import doctor, open_evidence
 from snugfit.inspection.repair import plan_repair, repair
 from snugfit.model.weight_values import stored_slices
 from snugfit.records.doctor import REPAIR_SCHEMA
-from snugfit.storage import rewrite
 
 Sound = Mapping[str, tuple[Path, Path]]
 # the same damage is read as a sample and as a whole: one of them is enough
@@ -117,7 +116,7 @@ def test_without_hard_links_files_are_copied(sound: Sound, tmp_path: Path, monke
     def refuse(*_: object) -> None:
         raise OSError(18, "Invalid cross-device link")
 
-    monkeypatch.setattr(rewrite.os, "link", refuse)
+    monkeypatch.setattr(os, "link", refuse)
     repair(sound["nvfp4"][0], output_dir=tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").stat().st_nlink == 1
     assert digests(tmp_path / "out") == digests(sound["nvfp4"][0])

@@ -1,8 +1,9 @@
 """How engines read a checkpoint: what they refuse, and what they take without a word, as data with versions.
 
-vLLM's facts are read from its releases 0.24.0, 0.32.0 and 0.33.0 (layers/quantization/compressed_tensors, kv_cache.py,
-model_loader/default_loader.py, config/model.py), transformers' from 5.x with compressed-tensors 0.20, SGLang's from its
-model classes and docs, 0.5. `benchmarks/engine_facts.py` reads an installed engine again and prints what differs.
+vLLM's facts are read from its releases 0.24.0 and 0.32.0 (layers/quantization/compressed_tensors, kv_cache.py,
+model_loader/default_loader.py, config/model.py); of 0.33.0 the release of compressed-tensors that it pins, the rest is
+taken for 0.32's. transformers' are from 5.23 with compressed-tensors 0.20. `benchmarks/engine_facts.py` reads an
+installed engine again and prints what differs.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ _VLLM_024 = replace(
     expert_leaves=("gate_proj", "up_proj", "down_proj"),
     refuses_unknown_experts=True,
 )
-# SGLang has code of its own for these files, derived from vLLM's; only what was looked up is stated
+# SGLang has code of its own for these files, derived from vLLM's: that it drops such a head was read in its model
+# classes, the other rows are taken over from vLLM and not looked up
 _SGLANG = EngineRelease(
     name="sglang",
     title="SGLang 0.5",

@@ -40,7 +40,8 @@ class Corrections:
 
     def quantization(self) -> dict[str, Any]:
         """The quantization config inside the new config, {} without one."""
-        return _place(self.config).get("quantization_config") or {}
+        found = _place(self.config).get("quantization_config")
+        return found if isinstance(found, dict) else {}
 
 
 def correct(evidence: Evidence, findings: Iterable[Finding]) -> Corrections:
@@ -195,15 +196,16 @@ def _edit_lists(evidence: Evidence, quantization: dict[str, Any], faults: Mappin
         key = key or ("modules_to_not_convert" if evidence.dialect == "fp8" else "ignore")
         plain = [name for name, module in evidence.modules.items() if not module.stored and module.asked is not None]
         plain += [] if evidence.dialect != "fp8" else [n for n in plain_linears(evidence) if n in evidence.modules]
-        details[key] = list(dict.fromkeys([*(details.get(key) or []), *plain]))
+        given = details.get(key) or []
+        details[key] = [*given, *(name for name in dict.fromkeys(plain) if name not in given)]
     if "ignore-unmatched" in faults and key is not None:
         absent = set(unmatched_ignores(evidence))
         details[key] = [entry for entry in details[key] if str(entry) not in absent]
     if "target-unmatched" in faults:
         absent = set(unmatched_targets(evidence))
         groups = quantization["config_groups"]
-        for name in list(groups):
-            group = groups[name]
+        for name, group in evidence.groups:
+            group = groups[name]  # noqa: PLW2901  # the copy that is changed
             left = [target for target in group.get("targets") or [] if str(target) not in absent]
             if left:
                 group["targets"] = left

@@ -77,7 +77,10 @@ FAULTS: Mapping[str, Fault] = {
         "will not load", "A weight is stored quantized, and no target of the config names it.", _REPAIR, True
     ),
     "target-not-looked-up": Fault(
-        "will lie", "A target matches the file's name, and not the name under which an engine looks.", _REPAIR, True
+        "will not load",
+        "A target matches the file's name, and not the name under which an engine looks.",
+        _REPAIR,
+        True,
     ),
     "target-unmatched": Fault("note", "A target matches no weight of the file.", _REPAIR, True),
     "ignore-incomplete": Fault(
@@ -117,9 +120,9 @@ FAULTS: Mapping[str, Fault] = {
         "will not load", "The embeddings are quantized in a format that engines do not load.", _REQUANTIZE
     ),
     "prediction-quantized": Fault(
-        "will not load",
+        "note",
         "A linear of multi-token prediction is quantized, and engines build it in 16 bits.",
-        _REQUANTIZE,
+        "Serve it without speculative decoding of its own, or quantize it again.",
     ),
     "prediction-lost": Fault(
         "note",

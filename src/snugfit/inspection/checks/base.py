@@ -53,10 +53,14 @@ _FILES = (
 
 @dataclass
 class Compared:
-    """Relative errors of quantized weights by format, and weights by what is wrong with them."""
+    """Relative errors of quantized weights by format, and weights by what is wrong with them.
+
+    `kept` says what is wrong with plain tensors; those in `other_values` have the base's dtype and shape.
+    """
 
     errors: dict[str, dict[str, float]] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
+    other_values: set[str] = field(default_factory=set)
     far: dict[str, Distance] = field(default_factory=dict)
     folded: list[str] = field(default_factory=list)
     count: int = 0
@@ -96,6 +100,11 @@ class Pair:
     def are_files(self, name: str) -> bool:
         """Whether the weight is one plain tensor in both."""
         return name not in self.mine.origins and name not in self.base.origins
+
+    def are_alike(self, name: str) -> bool:
+        """Whether both have one dtype and shape."""
+        one, other = self.mine.tensors[name], self.base.tensors[name]
+        return (one.dtype, one.shape) == (other.dtype, other.shape)
 
     def values(self, name: str) -> Callable[[], Slices]:
         """Reads the checkpoint's weight."""
@@ -150,6 +159,8 @@ def compare_weights(pair: Pair, values: str, progress: Progress = SILENT) -> Com
                 wrong = differing(pair.mine.checkpoint, pair.base.checkpoint, name)
                 if wrong:
                     found.kept[name] = wrong
+                    if pair.are_alike(name):
+                        found.other_values.add(name)
             elif pair.mine.tensors[name].shape != pair.base.tensors[name].shape:
                 mine, other = (list(side.tensors[name].shape) for side in (pair.mine, pair.base))
                 found.kept[name] = f"its shape is {mine}, the base's {other}."
@@ -223,17 +234,14 @@ def judged(evidence: Evidence, pair: Pair, found: Compared) -> Iterator[Finding]
 
 def _folded(pair: Pair, found: Compared) -> list[str]:
     """Weights that differ by gains of features, in layers where something else took the gains; and these norms."""
+    from snugfit.model.weight_values import distance
+
     columns: dict[str, int | None] = {}
     rows: dict[str, int | None] = {}
-    plain: list[str] = []
-    for name, wrong in found.kept.items():
-        if "values" in wrong and name in pair.norms:
-            plain.append(name)
+    plain = [name for name in found.kept if name in found.other_values and name in pair.norms]
     far = dict(found.far)
-    for name, wrong in found.kept.items():  # 16-bit weights that took gains
-        if "values" in wrong and len(pair.mine.tensors[name].shape) == 2:
-            from snugfit.model.weight_values import distance
-
+    for name in found.kept:  # 16-bit weights that took gains
+        if name in found.other_values and len(pair.mine.tensors[name].shape) == 2:
             far[name] = distance(pair.values(name), pair.base_values(name), within=0.0)
     for name, apart in far.items():
         limit = limit_of(pair.format_of(name))
