@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-from helpers.zoo import CASES, Case, make_sound, spoil
+from helpers.zoo import CASES, Case, spoil
+from inspection.conftest import Sound
 from snugfit.inspection.doctor import doctor
 from snugfit.records.doctor import FAULTS, DoctorRecord
-
-Sound = Mapping[str, tuple[Path, Path]]
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
-    """Sound checkpoints, and the models that they were made of."""
-    return make_sound(tmp_path_factory.mktemp("zoo"))
 
 
 def diagnose(case: Case, path: Path, sound: Sound) -> DoctorRecord:

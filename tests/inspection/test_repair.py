@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +13,16 @@ import torch
 
 from helpers.errors import raises
 from helpers.tiny_families import all_tensors, same
-from helpers.zoo import CASES, Case, make_sound, spoil
+from helpers.zoo import CASES, Case, spoil
+from inspection.conftest import Sound
 from snugfit.dialects.rename import inverted, widened
 from snugfit.inspection.doctor import doctor, open_evidence
 from snugfit.inspection.repair import plan_repair, repair
 from snugfit.model.weight_values import stored_slices
 from snugfit.records.doctor import REPAIR_SCHEMA
 
-Sound = Mapping[str, tuple[Path, Path]]
 # the same damage is read as a sample and as a whole: one of them is enough
 LOSSLESS = [case for case in CASES if case.lossless and case.asked.get("values") != "sample"]
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
-    """Sound checkpoints, and the models that they were made of."""
-    return make_sound(tmp_path_factory.mktemp("repairs"))
 
 
 def digests(folder: Path) -> dict[str, str]:
