@@ -63,6 +63,7 @@ def test_a_person_reads_place_reason_and_remedy(broken: Path, sound: Path) -> No
     said = RUNNER.invoke(app, ["doctor", str(broken)]).stdout
     for words in ("[will lie] ignore-incomplete", "mlp.down_proj", "affected: all engines", "snugfit repair"):
         assert words in said
+    assert "not checked: kernels: --gpu" in said
     assert said.splitlines()[-1] == "verdict: it loads, and computes something else"
     assert RUNNER.invoke(app, ["doctor", str(sound)]).stdout.splitlines()[-1] == "verdict: sound"
 

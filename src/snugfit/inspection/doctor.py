@@ -249,14 +249,14 @@ def _not_checked(evidence: Evidence, how: str, base: ModelLayout | None) -> Iter
         yield f"scales and formats: {layout.unreadable.what}"
     yield from sorted(f"weights in a format without a reader: {what}" for what in refused)
     if how == "none":
-        yield "values: scales that are zero, NaN, defaults or upside down are found by values=sample or values=all"
+        yield "values: `values` finds scales that are zero, NaN, defaults or upside down"
     elif how == "sample":
         yield "values of weights outside the sample"
     if _unreadable(evidence):
         yield "values, because shards are damaged"
     if base is None:
-        yield "the original: base=MODEL compares with it"
+        yield "the original: `base` compares with it"
     if layout.checkpoint.remote is not None:
         yield "special tokens and chat template of a model on the Hub"
     if evidence.gpu is None:
-        yield "kernels: gpu=NAME says which of them run"
+        yield "kernels: `gpu` says which of them run"

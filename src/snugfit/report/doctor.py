@@ -30,10 +30,17 @@ def print_diagnosis(record: DoctorRecord) -> None:
             table.add_row(safe_cell(label), f"{count:,}", f"{median:.4f}", f"{largest:.4f}", safe_cell(name))
         print_table(table)
         print_lines("")
-    print_lines(*(f"not checked: {what}" for what in record.not_checked))
+    print_lines(*(f"not checked: {_as_options(what)}" for what in record.not_checked))
     notes = sum(finding.severity == "note" for finding in record.findings)
     more = f" ({notes} note{'s' if notes > 1 else ''})" if notes else ""
     print_lines(f"verdict: {_WORDS[record.verdict]}{more}")
+
+
+def _as_options(text: str) -> str:
+    """Parameters in backticks as options of the verb."""
+    for name in ("values", "base", "gpu"):
+        text = text.replace(f"`{name}`", f"--{name}")
+    return text
 
 
 def _described(finding: Finding, engines: int) -> Iterator[str]:
