@@ -149,12 +149,12 @@ def check_layout(layout: ModelLayout) -> tuple[Finding, ...]:
 
 
 def inverted_scales(evidence: Evidence) -> list[Finding]:
-    """Global scales that are the wrong way round, where the file has NVFP4; reads a sample of its values."""
+    """Global scales that are the wrong way round, where the file has NVFP4; reads these scales alone."""
     if not any(m.asked is not None and m.asked.name.startswith("nvfp4") for m in evidence.quantized.values()):
         return []
     from snugfit.inspection.checks import values
 
-    found = values.survey(evidence, "sample")
+    found = values.survey(evidence, "globals")
     return [one for one in values.global_scales(evidence, found) if one.fault == "global-scale-inverted"]
 
 
@@ -175,16 +175,16 @@ def open_evidence(
 ) -> Evidence:
     """The evidence of a directory, damaged or not, or of a model on the Hub; UserError where there is none."""
     damage: tuple[tuple[str, UserError], ...] = ()
-    weight_map = None
+    opened = None
     try:
         opened = open_headers(checkpoint)
-        weight_map = read_weight_map(opened)
     except UserError as error:
         if error.code not in _DAMAGE or is_hub_id(checkpoint):
             raise
+    if opened is not None:
+        weight_map = read_weight_map(opened)
+    else:
         leniently = open_leniently(Path(checkpoint))
-        if not leniently.damage and not leniently.checkpoint.tensors:
-            raise
         opened, damage, weight_map = leniently.checkpoint, leniently.damage, leniently.weight_map
     return Evidence(
         layout=read_layout(opened),

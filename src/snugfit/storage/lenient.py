@@ -49,7 +49,7 @@ def open_leniently(root: Path) -> OpenedLeniently:
     except FileNotFoundError:
         pass
     except UserError as error:
-        damage.append(("index", error))
+        damage.append(("index", error.at(error.where)))
     present = [path.name for path in sorted(root.iterdir()) if path.is_file() and _SHARD.fullmatch(path.name)]
     named = sorted(set((weight_map or {}).values()))
     shards = [name for name in named if (root / name).exists()] if weight_map else present
@@ -63,7 +63,7 @@ def open_leniently(root: Path) -> OpenedLeniently:
         try:
             found = read_header(root / shard)
         except UserError as error:
-            damage.append(("shard", error))
+            damage.append(("shard", error.at(error.where)))  # without its traceback, which holds the header's bytes
             continue
         for tensor in found:
             if tensor.name in tensors:

@@ -60,7 +60,8 @@ def sample_of(names: Iterable[str]) -> list[str]:
 def survey(evidence: Evidence, values: str, progress: Progress = SILENT) -> Survey:
     """Read the values that the checks need: of a sample of the weights, or of all; global scales always all.
 
-    Of a model on the Hub a sample has the global scales of its own weights alone.
+    With `values` "globals" nothing else is read. Of a model on the Hub a sample has the global scales of its own
+    weights alone.
     """
     from snugfit.model import weight_values as reader
 
@@ -74,6 +75,8 @@ def survey(evidence: Evidence, values: str, progress: Progress = SILENT) -> Surv
     # in the order of the files, so that neighbours are read together
     numbers.sort(key=lambda tensor: (tensor.file, tensor.offset))
     found.globals.update(reader.scalars(checkpoint, (tensor.name for tensor in numbers)))
+    if values == "globals":
+        return found
     plain = [name for name, tensor in checkpoint.tensors.items() if _is_plain(name, tensor, evidence)]
     plain = sample_of(plain) if sampled else plain
     with progress.bar(len(chosen) + len(plain), "values") as advance:
