@@ -83,7 +83,7 @@ def fit(
     layout = read_layout(model)
     for error in encoder_decoder(layout.checkpoint):
         raise error
-    served, notes = _read_model(layout, settings)
+    served, notes = read_served_model(layout, settings)
     source = read_source(layout)
     candidates, more_notes = candidates_of(source, list(map(str, as_sequence(recipes))))
     elements = source.elements()
@@ -122,7 +122,7 @@ def _at_least_one(name: str, value: int) -> int:
     return value
 
 
-def _read_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
+def read_served_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
     """Shapes from config.json, and remarks on them; UserError where the model cannot be served as asked."""
     for blocker in layout.blockers:
         if blocker.error.code == "config-invalid":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from snugfit.records.base import as_json, without_nan
@@ -15,6 +15,8 @@ QUANTIZE_SCHEMA = "snugfit.quantize/1"
 # files of a quantized checkpoint that say how it was made
 RECORD_FILE = "snugfit-record.json"
 RECIPE_FILE = "snugfit-recipe.yaml"
+# formats of tensors that no rule quantized: in the source's dtype, or out of its codes in 16 bits; scales of keys, values
+PASSTHROUGH, DEQUANTIZED, KV_CACHE = "as it was", "dequantized", "fp8 KV cache"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class QuantizeRecord:
     an earlier run had done, and what differed from it; None for a run in one piece. `trials` are the ways that were
     tried on the samples `held_out`, in order, of which the last one kept is the result; none for a run that had one.
     `input_saturation` compares held-out inputs with the range of each static input scale of the result; empty without
-    such scales, and without `held_out`.
+    such scales, and without `held_out`. `files` has the digest of each weight file, `other_files` those of all others
+    but this record.
     """
 
     snugfit: str
@@ -73,6 +76,7 @@ class QuantizeRecord:
     versions: Mapping[str, str]
     estimates: Mapping[str, Any]
     resumed: Mapping[str, Any] | None = None
+    other_files: Mapping[str, str] = field(default_factory=dict)
     schema: str = QUANTIZE_SCHEMA
 
     def to_json(self) -> str:
