@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from snugfit.engines.gpus import CARDS, Card
+from snugfit.engines.gpus import CARDS, GENERATIONS, Card
+from snugfit.engines.kernels import linear_kernel
 from snugfit.engines.memory import ENGINES, MIB
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.candidates import Candidate, as_it_is, read_source
 from snugfit.planning.fit import read_served_model
-from snugfit.report.collection import ServedFit
+from snugfit.report.collection import KernelUse, ServedFit
 from snugfit.vram.budget import Gpu
 from snugfit.vram.fit import FitResult, PlannedTensor, ServedModel, ServeSettings, fit_weights, serving_error
+from snugfit.vram.weights import is_expert, kernel_format
 
 # engine -> its memory rules, for one sequence and for more
 REPORTED_ENGINES = ("vllm", "aphrodite", "sglang")
 _NUMBER = re.compile(r"\.\d+\.")
 GPU_COUNTS, SEQUENCES = (1, 2, 4), (1, 8, 40)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What engines do with a checkpoint: the tokens that it was made for, what fits each GPU, and the kernels."""
+
+    max_positions: int
+    fits: tuple[ServedFit, ...]
+    kernels: tuple[KernelUse, ...]
 
 
 def served_fits(
@@ -29,8 +40,8 @@ def served_fits(
     cards: Sequence[Card] = CARDS,
     gpu_counts: Sequence[int] = GPU_COUNTS,
     sequences: Sequence[int] = SEQUENCES,
-) -> tuple[int, tuple[ServedFit, ...]]:
-    """The tokens that the model was made for, and what fits each card, engine, number of cards and of sequences.
+) -> Served:
+    """What fits each card, engine, number of cards and of sequences, and which kernels run there.
 
     Reads headers and config.json. UserError for a broken model, and for a KV cache of unknown size.
     """
@@ -46,11 +57,30 @@ def served_fits(
         for gpus in gpu_counts
         for count in sequences
     ]
-    return read_served_model(layout, _settings(cards[0], REPORTED_ENGINES[0], 1, 1))[0].max_positions, tuple(found)
+    served, _ = read_served_model(layout, _settings(cards[0], REPORTED_ENGINES[0], 1, 1))
+    return Served(max_positions=served.max_positions, fits=tuple(found), kernels=tuple(_kernels(candidate)))
+
+
+def _kernels(candidate: Candidate) -> Iterator[KernelUse]:
+    """For each engine, generation and quantized format, experts where theirs differ."""
+    uses = [(t.format, is_expert(t.name)) for t in candidate.tensors if t.format is not None]
+    kinds = dict.fromkeys((kernel_format(fmt), experts) for fmt, experts in uses)
+    for engine in REPORTED_ENGINES:
+        for generation, title in GENERATIONS.items():
+            for fmt, experts in kinds:
+                kernel = linear_kernel(engine, fmt, generation, experts=experts)
+                yield KernelUse(
+                    engine=engine,
+                    generation=title,
+                    format=f"{fmt}, experts" if experts else fmt,
+                    kernel=kernel.name if kernel else None,
+                    arithmetic=kernel.arithmetic if kernel else None,
+                    seen=bool(kernel and kernel.seen and engine == "vllm"),
+                )
 
 
 def _alike(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    """One tensor for all layers' tensors that differ in their layer's number alone: what a GPU holds depends on no more."""
+    """One tensor for all that differ in their layer's number alone: what a GPU holds does not depend on it."""
     groups: dict[object, PlannedTensor] = {}
     for tensor in tensors:
         kind = _NUMBER.sub(".0.", tensor.name), tensor.shape, tensor.format

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from snugfit.errors import UserError
 from snugfit.evaluation.results import checked_eval, checked_tasks
@@ -12,12 +13,14 @@ from snugfit.inspection.inspect import inspect
 from snugfit.planning.served import served_fits
 from snugfit.recipes.recipe import parse_recipe
 from snugfit.records.base import DIGEST, SCHEMA
+from snugfit.records.bench import BenchRecord
 from snugfit.records.comparison import CompareRecord
 from snugfit.records.evaluation import EvalRecord, EvaluatedCheckpoint, TasksRecord
 from snugfit.records.fit import FitRecord
 from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE, QuantizeRecord
 from snugfit.records.reading import MAKE_AGAIN, parse_record, read_document
 from snugfit.records.report import REPORT_SCHEMA
+from snugfit.records.serve import ServeRecord
 from snugfit.records.statistics_file import SQUARES_SCHEMA, STATISTICS_SCHEMA, load_statistics, text_digest
 from snugfit.report.collection import CalibrationStatistics, Collection, QuantizedCheckpoint, Source
 from snugfit.report.outliers import coverage_of, outliers_of
@@ -36,6 +39,8 @@ class _Found:
     tasks: list[TasksRecord] = field(default_factory=list)
     comparisons: list[CompareRecord] = field(default_factory=list)
     fits: list[FitRecord] = field(default_factory=list)
+    benches: list[BenchRecord] = field(default_factory=list)
+    serves: list[ServeRecord] = field(default_factory=list)
     statistics: CalibrationStatistics | None = None
     statistics_digest: str | None = None
     sources: list[Source] = field(default_factory=list)
@@ -85,10 +90,20 @@ def _take(file: Path, found: _Found) -> None:
         found.evals.append(checked_eval(record, file))
     elif isinstance(record, TasksRecord):
         found.tasks.append(checked_tasks(record, file))
-    elif isinstance(record, CompareRecord):
+    else:
+        _take_plain(record, found)
+
+
+def _take_plain(record: Any, found: _Found) -> None:
+    """Add a record that needs no further check."""
+    if isinstance(record, CompareRecord):
         found.comparisons.append(record)
     elif isinstance(record, FitRecord):
         found.fits.append(record)
+    elif isinstance(record, BenchRecord):
+        found.benches.append(record)
+    elif isinstance(record, ServeRecord):
+        found.serves.append(record)
 
 
 def _take_statistics(file: Path, found: _Found) -> None:
@@ -170,10 +185,15 @@ def _check_one_model(found: _Found) -> None:
     known = set(_names(found))
     if not known:
         known = {record.model for record in found.fits}
+    known |= {_last(name) for name in known}
     for kind, names in _named(found):
-        others = [name for name in names if known and name not in known]
-        if others:
-            raise _mixed(f"{kind} of {others[0]}, but the other records are of {', '.join(sorted(known))}.")
+        if known and not any(name in known or _last(name) in known for name in names):
+            raise _mixed(f"{kind} of {names[0]}, but the other records are of {', '.join(sorted(known))}.")
+
+
+def _last(name: str) -> str:
+    """The last part of a path or a Hub id."""
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def _mixed(what: str) -> UserError:
@@ -203,31 +223,38 @@ def _names(found: _Found) -> Iterator[str]:
 
 
 def _named(found: _Found) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names in records that have no digest of a model."""
+    """What has no digest of a model, each with the names under which it may know its model; one of them must fit."""
     for tasks in found.tasks:
         yield "tasks", (tasks.model,)
     for comparison in found.comparisons:
-        sides = comparison.a, comparison.b
-        names = (name for side in sides for name in (side.tasks_model, side.eval_model) if name is not None)
-        yield "a comparison", tuple(names)
+        for side in (comparison.a, comparison.b):
+            names = (side.tasks_model, side.eval_model)
+            yield from (("a comparison", (name,)) for name in names if name is not None)
     for fit in found.fits:
         yield "a fit", (fit.model,)
+    for bench in found.benches:
+        for run in bench.runs:
+            server = run.server
+            yield "a benchmark", tuple(name for name in (server.model, server.root, server.name) if name)
+    for serve in found.serves:
+        yield "a start of an engine", (serve.model,)
 
 
 def _with_fits(found: _Found) -> Collection:
     """The collection, with what fits on common GPUs where the published checkpoint's files are there."""
     first = found.checkpoints[0] if found.checkpoints else None
-    positions, served = None, ()
-    if first is not None and first.folder is not None:
-        positions, served = served_fits(first.folder)
+    served = served_fits(first.folder) if first is not None and first.folder is not None else None
     return Collection(
         checkpoints=tuple(found.checkpoints),
         evals=tuple(found.evals),
         tasks=tuple(found.tasks),
         comparisons=tuple(found.comparisons),
         fits=tuple(found.fits),
+        benches=tuple(found.benches),
+        serves=tuple(found.serves),
         statistics=found.statistics,
-        served=served,
-        max_positions=positions,
+        served=served.fits if served else (),
+        kernels=served.kernels if served else (),
+        max_positions=served.max_positions if served else None,
         sources=tuple(found.sources),
     )

@@ -15,7 +15,7 @@ QUANTIZE_SCHEMA = "snugfit.quantize/1"
 # files of a quantized checkpoint that say how it was made
 RECORD_FILE = "snugfit-record.json"
 RECIPE_FILE = "snugfit-recipe.yaml"
-# formats of tensors that no rule quantized: in the source's dtype, or out of its codes in 16 bits; scales of keys, values
+# formats of tensors that no rule quantized: in the source's dtype, or out of its codes in 16 bits; scales of a KV cache
 PASSTHROUGH, DEQUANTIZED, KV_CACHE = "as it was", "dequantized", "fp8 KV cache"
 
 

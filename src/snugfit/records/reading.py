@@ -13,11 +13,13 @@ from typing import Any
 
 from snugfit.errors import UserError
 from snugfit.records.base import DIGEST, OURS, SCHEMA, content_digest, is_record
+from snugfit.records.bench import BENCH_SCHEMA, BenchRecord
 from snugfit.records.comparison import COMPARE_SCHEMA, CompareRecord
 from snugfit.records.evaluation import EVAL_SCHEMA, TASKS_SCHEMA, EvalRecord, TasksRecord
 from snugfit.records.fit import FIT_SCHEMA, FitRecord
 from snugfit.records.quantize import QUANTIZE_SCHEMA, QuantizeRecord
 from snugfit.records.report import REPORT_SCHEMA, ReportRecord
+from snugfit.records.serve import SERVE_SCHEMA, ServeRecord
 from snugfit.version import __version__
 
 # schema -> the dataclass of its records
@@ -27,6 +29,8 @@ RECORDS: Mapping[str, type] = {
     TASKS_SCHEMA: TasksRecord,
     COMPARE_SCHEMA: CompareRecord,
     FIT_SCHEMA: FitRecord,
+    BENCH_SCHEMA: BenchRecord,
+    SERVE_SCHEMA: ServeRecord,
     REPORT_SCHEMA: ReportRecord,
 }
 OURS_QUOTED = f'"{OURS}'

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from snugfit.records.bench import BenchRecord
 from snugfit.records.comparison import CompareRecord
 from snugfit.records.evaluation import EvalRecord, EvaluatedServer, TasksRecord
 from snugfit.records.fit import FitRecord
 from snugfit.records.quantize import QuantizeRecord
+from snugfit.records.serve import ServeRecord
 from snugfit.records.statistics import Coverage, Outlier
 
 
@@ -71,10 +73,26 @@ class Hub:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KernelUse:
+    """The kernel with which an engine runs a format on a generation of GPUs; `kernel` is None where none is known.
+
+    `seen`: this project saw the engine choose it.
+    """
+
+    engine: str
+    generation: str
+    format: str
+    kernel: str | None
+    arithmetic: str | None
+    seen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServedFit:
     """The longest context of one card, engine, number of cards and of sequences, by kind of KV cache; 0: none fits.
 
-    `room` are the bytes of one card that its KV cache can have, negative for what is missing.
+    `headroom_bytes` remain on each card beside a short context, negative for what is missing. `problem` says why the
+    engine would not serve the file there.
     """
 
     card: str
@@ -97,8 +115,11 @@ class Collection:
     tasks: tuple[TasksRecord, ...] = ()
     comparisons: tuple[CompareRecord, ...] = ()
     fits: tuple[FitRecord, ...] = ()
+    benches: tuple[BenchRecord, ...] = ()
+    serves: tuple[ServeRecord, ...] = ()
     statistics: CalibrationStatistics | None = None
     served: tuple[ServedFit, ...] = ()
+    kernels: tuple[KernelUse, ...] = ()
     max_positions: int | None = None
     sources: tuple[Source, ...] = ()
     hub: Hub = Hub()

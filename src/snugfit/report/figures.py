@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from snugfit.records.evaluation import EvalRecord, EvaluatedServer
 from snugfit.report.collection import Collection, QuantizedCheckpoint
-from snugfit.report.plots import COLOURS, KL, MARKERS, Line, Plot, Point, plots_of
+from snugfit.report.plots import KL, Line, Plot, Point, line_of, plots_of
+from snugfit.report.speed import speed_plots
 from snugfit.report.weights import LayerWeight, layers_of
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of a 4-bit float
-_LINE_STYLES = ("-", "--", ":", "-.")
 _STEPS = 600  # points of the curves of rounding errors
 
 
@@ -23,6 +22,7 @@ def figures_of(collection: Collection) -> list[Plot]:
         ending = f"-{number + 1}" if number else ""
         plots += [_renamed(plot, ending) for plot in plots_of(record)]
         plots += [_renamed(plot, ending) for plot in _against_bytes(record)]
+    plots += speed_plots(collection.benches)
     if collection.checkpoint is not None and uses_four_over_six(collection.checkpoint):
         plots.append(rounding_plot())
     return [plot for plot in plots if plot.lines]
@@ -30,14 +30,6 @@ def figures_of(collection: Collection) -> list[Plot]:
 
 def _renamed(plot: Plot, ending: str) -> Plot:
     return Plot(**{**vars(plot), "name": plot.name + ending})
-
-
-def line_of(label: str, number: int, points: Sequence[Point], **style: Any) -> Line:
-    """A line in the colour, marker and dashes of its number among the lines of a plot."""
-    dashes = _LINE_STYLES[number // len(COLOURS) % len(_LINE_STYLES)]
-    look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "linestyle": dashes}
-    shown = f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with a leading _ out of legends
-    return Line(shown, look | style, tuple(points))
 
 
 def _by_layer(one: QuantizedCheckpoint, collection: Collection) -> Iterator[Plot]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # colours that colour-blind readers can distinguish (Okabe and Ito); the reference is black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B5A2B")
 MARKERS = "osD^vPX*"
+LINE_STYLES = ("-", "--", ":", "-.")
 LENGTHS = "context length, tokens"
 POSITIONS = "position in the context (bins of powers of two, from)"
 KL = "KL to the reference, nats a token"
@@ -144,6 +145,14 @@ def _styled(
             shown = f" {label}" if label.startswith("_") else label  # matplotlib omits labels with _ from legends
             lines.append(Line(shown, {"color": colour, "marker": marker, **given}, finite))
     return tuple(lines)
+
+
+def line_of(label: str, number: int, points: Sequence[Point], **style: Any) -> Line:
+    """A line in the colour, marker and dashes of its number among the lines of a plot."""
+    dashes = LINE_STYLES[number // len(COLOURS) % len(LINE_STYLES)]
+    look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "linestyle": dashes}
+    shown = f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with a leading _ out of legends
+    return Line(shown, look | style, tuple(points))
 
 
 def _span(counts: Sequence[int]) -> str:

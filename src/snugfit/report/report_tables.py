@@ -1,4 +1,4 @@
-"""The tables of a report, from records alone: what was not measured has no row, and a table without rows is left out."""
+"""The tables of a report, from records alone: what was not measured has no row, a table without rows is left out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 from snugfit.records.evaluation import MIN_CHUNKS_FOR_P, EvalRecord, EvaluatedServer
 from snugfit.report.collection import CalibrationStatistics, Collection, QuantizedCheckpoint, counted, stated
+from snugfit.report.speed import speed_tables, started_table
 from snugfit.report.table import Cell, Column, Table, without_empty
 from snugfit.report.tables import MIN_TOKENS_FOR_P999, context_name
 from snugfit.report.weights import components_of, layers_of, spans
@@ -20,8 +21,15 @@ ERRORS = "± is one standard error."
 
 def tables_of(collection: Collection) -> list[Table]:
     """All tables, in the order of the card; none is empty."""
-    tables = [*_formats(collection), *_layers(collection), _served(collection), _fits(collection)]
+    tables = [
+        *_formats(collection),
+        *_layers(collection),
+        _served(collection),
+        *_kernels(collection),
+        _fits(collection),
+    ]
     tables += [*_evaluations(collection), *_pairs(collection), _tasks(collection), *_comparisons(collection)]
+    tables += [*_answers(collection), *speed_tables(collection.benches), started_table(collection.serves)]
     tables += [_calibration(collection), _trials(collection), _saturation(collection)]
     if collection.statistics is not None:
         tables += [_coverage(collection.statistics), _outliers(collection.statistics)]
@@ -122,35 +130,66 @@ def _layers(collection: Collection) -> Iterator[Table]:
 
 
 def _served(collection: Collection) -> Table:
-    """The longest context on common cards, one GPU and one sequence, engine by engine."""
+    """The longest context on common cards, one GPU and one sequence; cards that are alike share a row."""
     cards: dict[str, dict[str, Cell]] = {}
     engines: dict[str, str] = {}
+    problems: dict[str, None] = {}
     for fit in collection.served:
         if fit.tensor_parallel_size != 1 or fit.max_num_seqs != 1:
             continue
         engines[fit.engine] = fit.engine_title
-        row = cards.setdefault(fit.card, {"card": fit.card})
-        row[f"{fit.engine}_auto"] = fit.problem or _context(fit.auto)
-        row[f"{fit.engine}_fp8"] = fit.problem or _context(fit.fp8)
+        row = cards.setdefault(fit.card, {})
+        for kind, tokens in (("auto", fit.auto), ("fp8", fit.fp8)):
+            row[f"{fit.engine}_{kind}"] = "-" if fit.problem else _context(tokens, collection.max_positions)
+        if fit.problem:
+            problems[fit.problem] = None
+    alike: dict[tuple[Cell, ...], list[str]] = {}
+    for card, row in cards.items():
+        alike.setdefault(tuple(row.values()), []).append(card)
+    keys = [f"{engine}_{kind}" for engine in engines for kind in ("auto", "fp8")]
+    rows: Rows = [dict(zip(keys, values, strict=True)) | {"card": ", ".join(names)} for values, names in alike.items()]
     columns = [Column(key="card", heading="GPU")]
     for engine, title in engines.items():
         columns += [
             Column(key=f"{engine}_auto", heading=f"{title}, 16-bit KV cache"),
-            Column(key=f"{engine}_fp8", heading=f"{title}, FP8 KV cache"),
+            Column(key=f"{engine}_fp8", heading="FP8 KV cache"),
         ]
-    most = "" if collection.max_positions is None else f" (the model was made for {collection.max_positions:,})"
+    reasons = f" -: {'; '.join(problems)}." if problems else ""
     return Table(
         name="context",
         title="Longest context on common GPUs",
         columns=tuple(columns),
-        rows=tuple(cards.values()),
-        note=f"Tokens of one sequence on one GPU{most}, predicted from the file's headers and each engine's own memory"
-        " rules with its default share of the GPU; not measured.",
+        rows=tuple(rows),
+        note="Tokens of one sequence on one GPU, predicted from the file's headers and each engine's own memory rules,"
+        f" with its default share of the GPU; not measured.{reasons}",
     )
 
 
-def _context(tokens: int) -> str:
-    return f"{tokens:,}" if tokens else "does not fit"
+def _context(tokens: int, most: int | None) -> str:
+    return f"{tokens:,}{' (all)' if tokens == most else ''}" if tokens else "does not fit"
+
+
+def _kernels(collection: Collection) -> Iterator[Table]:
+    """Which kernel runs each format on each generation of GPUs, a table for each engine with kernels of its own."""
+    names = {"vllm": "vLLM and Aphrodite", "sglang": "SGLang"}
+    for engine, title in names.items():
+        uses = [use for use in collection.kernels if use.engine == engine]
+        formats = list(dict.fromkeys(use.format for use in uses))
+        rows: dict[str, dict[str, Cell]] = {}
+        for use in uses:
+            shown = f"{use.kernel} ({use.arithmetic})" + (", seen" if use.seen else "") if use.kernel else "none known"
+            rows.setdefault(use.generation, {"generation": use.generation})[use.format] = shown
+        yield Table(
+            name=f"kernels-{engine}",
+            title=f"Kernels of {title}",
+            columns=(
+                Column(key="generation", heading="GPU"),
+                *(Column(key=fmt, heading=fmt, form="text") for fmt in formats),
+            ),
+            rows=tuple(rows.values()),
+            note="W4A16 computes in 16 bits: it saves memory and bandwidth; W4A4 and W8A8 compute in 4 and 8 bits."
+            " Read in the engines' lists; seen: this project saw the engine choose it.",
+        )
 
 
 def _fits(collection: Collection) -> Table:
@@ -229,6 +268,8 @@ def _evaluations(collection: Collection) -> Iterator[Table]:
                         "kl_p999": kl.p999 if kl and tokens >= MIN_TOKENS_FOR_P999 else None,
                         "same_top": model.same_top,
                         "same_top_error": model.same_top_error,
+                        "acceptance": model.acceptance,
+                        "acceptance_error": model.acceptance_error,
                         "floor": model.floor.kl if model.floor else None,
                         "nonfinite": model.nonfinite or None,
                         "tokens": tokens,
@@ -247,6 +288,7 @@ def _evaluations(collection: Collection) -> Iterator[Table]:
                 Column(key="kl_p99", heading="99 % of tokens below", form=3),
                 Column(key="kl_p999", heading="99.9 % below", form=3),
                 Column(key="same_top", heading="same top token", form="percent", error="same_top_error"),
+                Column(key="acceptance", heading="acceptance rate", form="percent", error="acceptance_error"),
                 Column(key="floor", heading="KL by rounding alone", form=4),
                 Column(key="nonfinite", heading="not finite", form="count"),
                 Column(key="tokens", heading="tokens", form="count"),
@@ -319,6 +361,40 @@ def _tasks(collection: Collection) -> Table:
         rows=tuple(rows.values()),
         note=f"lm_eval's own values and errors. {ERRORS}",
     )
+
+
+def _answers(collection: Collection) -> Iterator[Table]:
+    """Repetition and length of greedy answers."""
+    for number, record in enumerate(collection.evals):
+        yield Table(
+            name="answers" if not number else f"answers-{number + 1}",
+            title="Greedy answers: length and repetition",
+            columns=(
+                Column(key="model", heading="model"),
+                Column(key="tokens", heading="tokens", form=1, error="tokens_error"),
+                Column(
+                    key="length_change",
+                    heading="length, change",
+                    form="percent",
+                    error="length_change_error",
+                    signed=True,
+                ),
+                Column(key="repeated", heading="repeated", form="percent", error="repeated_error"),
+                Column(
+                    key="repeated_change",
+                    heading="repeated, change",
+                    form="percent",
+                    error="repeated_change_error",
+                    signed=True,
+                ),
+                Column(key="loops", heading="loops", form="count"),
+                Column(key="unfinished", heading="cut off", form="count"),
+                Column(key="same_tokens", heading="tokens as the original's", form=1),
+                Column(key="questions", heading="questions", form="count"),
+            ),
+            rows=tuple(asdict(figures) for figures in record.answer_figures),
+            note=f"Repeated: 4-token sequences that occurred in the answer before. {ERRORS}",
+        )
 
 
 def _comparisons(collection: Collection) -> Iterator[Table]:

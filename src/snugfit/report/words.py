@@ -51,9 +51,9 @@ def why(component: Component, components: Sequence[Component], record: QuantizeR
     part = component.bytes / max(1, record.bytes)
     if component.name not in LINEARS:
         known = _KEPT_WHY.get(component.name, "")
-        weight = f"{part:.1%} of the file" if part >= 0.001 else ""
+        weight = f"{100 * part:.1f} % of the file" if part >= 0.001 else ""
         return "; ".join(filter(None, (known, weight)))
-    share = f"{component.share:.0%} of the linear weights" if component.share is not None else ""
+    share = f"{100 * component.share:.0f} % of the linear weights" if component.share is not None else ""
     return "; ".join(filter(None, (share, _trade(component, components, record))))
 
 
