@@ -169,7 +169,7 @@ def facts(collection: Collection) -> list[tuple[str, str]]:
     if fits:
         small = fits[0]
         found.append(
-            ("Smallest of the listed GPUs", f"{small.card}: {small.auto:,} tokens ({small.engine_title}, predicted)")
+            ("Smallest GPU that fits it", f"{small.card}: {small.auto:,} tokens ({small.engine_title}, predicted)")
         )
     return found
 

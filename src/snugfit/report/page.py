@@ -66,7 +66,7 @@ def page(collection: Collection, tables: Sequence[Table], plots: Sequence[Plot])
         chosen_card=COMMON_CARD if COMMON_CARD in cards else None,
         gpu_counts=sorted({fit.tensor_parallel_size for fit in fits}),
         sequences=sorted({fit.max_num_seqs for fit in fits}),
-        engines=list(dict((fit.engine, _engine(fit.engine_title)) for fit in reversed(fits)).items())[::-1],
+        engines=list({fit.engine: _engine(fit.engine_title) for fit in reversed(fits)}.items())[::-1],
         max_positions=collection.max_positions,
         checkpoints=collection.checkpoints,
         tables={table.name: _table(table, models) for table in tables},
@@ -79,10 +79,17 @@ def page(collection: Collection, tables: Sequence[Table], plots: Sequence[Plot])
         limits=remarks,
         version=__version__,
         source_count=len(collection.sources),
+        number_of=_number_of,
         data=script_json(document),
         css=read_template("page.css"),
         js=read_template("page.js"),
     )
+
+
+def _number_of(name: str) -> int:
+    """The place of the checkpoint that a table or a plot is of: formats is 0, formats-2 is 1."""
+    ending = name.rpartition("-")[2]
+    return int(ending) - 1 if ending.isdecimal() else 0
 
 
 def _engine(title: str) -> str:
@@ -163,7 +170,7 @@ def _table(table: Table, models: Sequence[str]) -> dict[str, Any]:
     """A table for the template: cells with the value by which they are sorted."""
     return {
         "title": table.title,
-        "note": table.note,
+        "note": unescape(table.note),
         "columns": table.columns,
         "rows": [
             {"model": _model_of(row, models), "cells": [_cell(column, row) for column in table.columns]}

@@ -96,7 +96,7 @@ def _formats(collection: Collection) -> Iterator[Table]:
         rows = [{key: value or None for key, value in row.items()} for row in rows]
         yield Table(
             name="formats" if not number else f"formats-{number + 1}",
-            title="What is stored how" if not number else f"What is stored how: {one.name}",
+            title=f"Components of {one.name}",
             columns=(
                 Column(key="component", heading="component"),
                 Column(key="layers", heading="layers"),
@@ -441,7 +441,7 @@ def _calibration(collection: Collection) -> Table:
             rows += _datasets(use, data)
     return Table(
         name="calibration",
-        title="Calibration",
+        title="Datasets",
         columns=(
             Column(key="use", heading="use"),
             Column(key="source", heading="dataset"),

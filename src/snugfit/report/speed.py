@@ -12,6 +12,7 @@ from snugfit.report.table import Cell, Column, Table
 
 MEDIANS = "Medians; quartiles beside them."
 BANDS = "medians; bands: half the distance between the quartiles"
+_ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "aphrodite": "Aphrodite"}
 _PREFIX_CACHE = {
     "counted": "the server's counters of prefix-cache hits did not move",
     "unique": "no two prompts begin alike; the server reports no cache hits",
@@ -38,6 +39,12 @@ def speed_tables(records: Sequence[BenchRecord]) -> Iterator[Table]:
     yield _cells_table("load", "Throughput by number of users", runs, load)
     yield _ratios(records)
     yield _memory(runs)
+
+
+def engine_name(name: str | None, version: str | None) -> str:
+    """An engine and its version as tables write them; "" where neither is known."""
+    shown = _ENGINES.get((name or "").lower(), name)
+    return " ".join(filter(None, (shown, version)))
 
 
 def _rate(key: str, heading: str) -> Column:
@@ -92,7 +99,7 @@ def _notes(runs: Sequence[tuple[BenchRecord, BenchRun]], kind: str) -> Iterator[
         if not any(cell.kind == kind for cell in run.cells):
             continue
         server = run.server
-        engine = " ".join(filter(None, (server.engine, server.version))) or "unknown engine"
+        engine = engine_name(server.engine, server.version) or "unknown engine"
         gpu = server.memory.gpu or record.hardware.get("gpu")
         place = f" on {gpu}" if isinstance(gpu, str) and gpu else ""
         by = f"{record.tool} {record.tool_version or ''}".strip()
@@ -163,7 +170,7 @@ def _memory(runs: Sequence[tuple[BenchRecord, BenchRun]]) -> Table:
     rows: list[Mapping[str, Cell]] = [
         {
             "server": run.server.name,
-            "engine": " ".join(filter(None, (run.server.engine, run.server.version))),
+            "engine": engine_name(run.server.engine, run.server.version),
             "gpu": run.server.memory.gpu,
             "used": run.server.memory.gpu_used_bytes,
             "total": run.server.memory.gpu_total_bytes,
@@ -199,7 +206,7 @@ def started_table(records: Sequence[ServeRecord]) -> Table:
         rows.append(
             {
                 "model": record.model.rstrip("/").rpartition("/")[2],
-                "engine": f"{record.engine} {record.engine_version or ''}".strip(),
+                "engine": engine_name(record.engine, record.engine_version),
                 "gpu": record.gpu,
                 "started": record.started,
                 "weights_predicted": predicted.weight_bytes if predicted else None,

@@ -272,15 +272,19 @@
     const parse = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).split(",").map(Number);
     const draw = () => {
       const c = Object.fromEntries(new FormData(mapForm)), rows = data.maps[Number(c.checkpoint)];
-      const column = index[c.figure];
+      const column = index[c.figure], key = document.getElementById("map-scale");
+      for (const node of document.querySelectorAll("[data-checkpoint]")) node.hidden = node.dataset.checkpoint !== c.checkpoint;
       const layers = [...new Set(rows.map((r) => r[0]))], names = [...new Set(rows.map((r) => r[1]))];
       const values = rows.map((r) => r[column]).filter((v) => v !== null && v > 0);
       place.replaceChildren();
+      key.replaceChildren();
       if (!values.length) { place.append(el("p", { class: "note" }, "Not measured for this checkpoint.")); return; }
       const log = c.figure !== "bits";
       const scale = log ? Math.log : (v) => v;
       const low = c.figure === "bits" ? 4 : Math.min(...values), high = c.figure === "bits" ? 16 : Math.max(...values);
       const [from, to] = [parse("--low"), parse("--high")];
+      key.append(document.createTextNode(short(low)), el("span"), document.createTextNode(`${short(high)} ${mapForm.elements.figure.selectedOptions[0].text}`));
+      place.style.setProperty("--cell", `${Math.min(3.2, Math.max(1.2, 52 / layers.length))}rem`);
       const table = el("table", { "aria-label": "Layer by layer" }), head = el("tr");
       head.append(el("td"), ...layers.map((layer, n) => el("th", { scope: "col" }, n % 5 && layers.length > 12 ? "" : String(layer))));
       [...head.querySelectorAll("th")].forEach((th, n) => { if (!th.textContent) th.append(el("span", { class: "hidden" }, String(layers[n]))); });
