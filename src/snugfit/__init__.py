@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from snugfit.inspection.inspect import inspect
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
+    from snugfit.publishing.push import PushPlan, push
+    from snugfit.publishing.report import report
     from snugfit.quantization.collect import collect_statistics
     from snugfit.quantization.compare_datasets import compare_datasets
     from snugfit.quantization.import_statistics import import_statistics
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from snugfit.records.fit import FitRecord
     from snugfit.records.inspection import Inspection
     from snugfit.records.quantize import QuantizeRecord, TensorRecord
+    from snugfit.records.report import ReportRecord
     from snugfit.records.statistics_file import Statistics, load_statistics
 
 __all__ = [
@@ -49,7 +52,9 @@ __all__ = [
     "LoadedRecipe",
     "PreparedRun",
     "Progress",
+    "PushPlan",
     "QuantizeRecord",
+    "ReportRecord",
     "ServerOptions",
     "Statistics",
     "TasksRecord",
@@ -70,7 +75,9 @@ __all__ = [
     "load_recipe",
     "load_statistics",
     "plan_quantization",
+    "push",
     "quantize",
+    "report",
     "run_tasks",
     "write_comparison",
     "write_results",
@@ -88,6 +95,8 @@ _MODULES = {
     "inspection.inspect": ("inspect",),
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
+    "publishing.push": ("PushPlan", "push"),
+    "publishing.report": ("report",),
     "quantization.collect": ("collect_statistics",),
     "quantization.import_statistics": ("import_statistics",),
     "quantization.compare_datasets": ("compare_datasets",),
@@ -100,6 +109,7 @@ _MODULES = {
     "records.fit": ("FitRecord",),
     "records.inspection": ("Inspection",),
     "records.quantize": ("QuantizeRecord", "TensorRecord"),
+    "records.report": ("ReportRecord",),
     "records.statistics_file": ("Statistics", "load_statistics"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -1,4 +1,4 @@
-"""Runs of a made-up model as their records state them, for reports: 12 layers, two checkpoints, every kind of record."""
+"""Runs of a made-up model as their records state them, for reports: two checkpoints, every kind of record."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from snugfit.cli import compare, dataset, evaluate, fit, inspect, quantize, recipes, report, statistics, tasks
+from snugfit.cli import compare, dataset, evaluate, fit, inspect, push, quantize, recipes, report, statistics, tasks
 from snugfit.cli.errors import Verbs
 from snugfit.version import __version__
 
@@ -39,3 +39,4 @@ app.add_typer(dataset.app, name="dataset")
 app.add_typer(statistics.app, name="statistics")
 app.command()(recipes.recipes)
 app.command()(report.report)
+app.command()(push.push)

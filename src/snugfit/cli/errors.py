@@ -32,6 +32,8 @@ VERBS: Mapping[str, str] = {
     "evaluate": "eval",
     "run_tasks": "tasks",
     "compare": "compare",
+    "report": "report",
+    "push": "push",
     "describe_dataset": "dataset",
     "compare_datasets": "dataset compare",
     "list_recipes": "recipes",

@@ -77,15 +77,22 @@ def _against_bytes(record: EvalRecord) -> Iterator[Plot]:
     if not texts:
         return
     longest = max(texts, key=lambda context: context.context)
+    unit, factor = ("GB", 1e9) if max(sizes.values(), default=0) >= 1e9 else ("MB", 1e6)
+    first = 0 if record.reference is None else 1  # colours are those of other plots
     lines = [
-        line_of(model.name, n, [(sizes[model.name] / 1e9, model.kl.mean, model.kl.standard_error)], linestyle="none")
+        line_of(
+            model.name,
+            n - first,
+            [(sizes[model.name] / factor, model.kl.mean, model.kl.standard_error)],
+            linestyle="none",
+        )
         for n, model in enumerate(longest.models)
         if model.kl is not None and model.name in sizes and math.isfinite(model.kl.mean)
     ]
     if len(lines) > 1:
         yield Plot(
             name="kl-against-bytes",
-            x_label="size of all tensors, GB",
+            x_label=f"size of all tensors, {unit}",
             y_label=KL,
             title=f"{longest.context:,} tokens of context: {longest.chunks:,} chunks, {longest.tokens:,} tokens",
             lines=tuple(lines),

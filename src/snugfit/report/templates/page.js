@@ -284,7 +284,7 @@
       const low = c.figure === "bits" ? 4 : Math.min(...values), high = c.figure === "bits" ? 16 : Math.max(...values);
       const [from, to] = [parse("--low"), parse("--high")];
       key.append(document.createTextNode(short(low)), el("span"), document.createTextNode(`${short(high)} ${mapForm.elements.figure.selectedOptions[0].text}`));
-      place.style.setProperty("--cell", `${Math.min(3.2, Math.max(1.2, 52 / layers.length))}rem`);
+      place.style.setProperty("--cell", `${Math.min(48, Math.max(20, (place.parentElement.clientWidth - 130) / layers.length - 2))}px`);
       const table = el("table", { "aria-label": "Layer by layer" }), head = el("tr");
       head.append(el("td"), ...layers.map((layer, n) => el("th", { scope: "col" }, n % 5 && layers.length > 12 ? "" : String(layer))));
       [...head.querySelectorAll("th")].forEach((th, n) => { if (!th.textContent) th.append(el("span", { class: "hidden" }, String(layers[n]))); });
