@@ -356,6 +356,29 @@ def serve_record(model: str = "/models/made-up-hybrid") -> ServeRecord:
     )  # fmt: skip
 
 
+def write_real_runs(folder: Path, source: Path) -> list[Path]:
+    """A tiny model quantized for real, whose files are there, and records of made-up measurements of it."""
+    from snugfit.quantization.quantize import quantize
+    from snugfit.storage.checkpoint import header_digest, open_directory
+
+    out = folder / "made-up-hybrid"
+    record = quantize(source, "fp8-dynamic", output_dir=out)
+    digest = header_digest(open_directory(out))
+    names = (out.name, "made-up-nvfp4")
+    candidates = (checkpoint(out.name, record.bytes, digest), checkpoint(names[1], record.bytes // 2, "1" * 64))
+    reference = checkpoint("made-up", record.source_bytes, record.source_header_digest)
+    records: dict[str, Any] = {
+        "eval.json": eval_record(names, reference=reference, candidates=candidates),
+        "tasks.json": tasks_record(out.name, 150, tasks=("piqa", "gsm8k")),
+        "compare.json": compare_record(),
+        "bench.json": bench_record(),
+        "serve.json": serve_record(),
+    }
+    for name, made in records.items():
+        (folder / name).write_text(made.to_json(), encoding="utf-8")
+    return [out, *(folder / name for name in records)]
+
+
 def write_runs(folder: Path) -> list[Path]:
     """Every kind of record in files; the runs to give to `report`."""
     records: dict[str, Any] = {

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from snugfit.model.names import parse_name
+from snugfit.model.names import ROLE_SETS, ROLES, parse_name, role_order
 from snugfit.records.quantize import KV_CACHE, QuantizeRecord, TensorRecord
 
 _NUMBERED = re.compile(r"^(.+?)\.\d{1,9}\.")
@@ -116,7 +116,7 @@ def _component(
         name=name,
         format=fmt,
         scale_rules=tuple(dict.fromkeys(t.scale_rule for t in tensors if t.scale_rule)),
-        projections=tuple(dict.fromkeys(projection for _, _, projection in members)),
+        projections=tuple(sorted({projection for _, _, projection in members}, key=_order)),
         layers=tuple(own),
         all_layers=set(own) == layers,
         tensors=len(tensors),
@@ -160,8 +160,14 @@ def layers_of(record: QuantizeRecord) -> list[LayerWeight]:
             relative_error=_mean_error(tensors),
             input_amax=max((t.input_amax for t in tensors if t.input_amax is not None), default=None),
         )
-        for (layer, projection), tensors in sorted(groups.items(), key=lambda item: item[0][0])
+        for (layer, projection), tensors in sorted(groups.items(), key=lambda item: (item[0][0], _order(item[0][1])))
     ]
+
+
+def _order(projection: str) -> tuple[bool, int, str]:
+    """Sort key of projections: attention before MLP, each in the order of its computation."""
+    leaf = projection.rpartition(".")[2]
+    return ROLES.get(leaf, "") in ROLE_SETS["mlp"], role_order(leaf), projection
 
 
 def _short(name: str) -> str:
