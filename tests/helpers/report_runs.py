@@ -201,7 +201,8 @@ def eval_record(names: Sequence[str] = ("made-up-hybrid", "made-up-nvfp4"), **ch
     answers = tuple(
         AnswerFigures(
             model=name, questions=16, limit=256, tokens=140.0 + 9 * n, tokens_error=12.0, repeated=0.03 + 0.02 * n,
-            repeated_error=0.01, loops=n, unfinished=2 + n, length_change=0.06 * n or None, length_change_error=0.03 if n else None,
+            repeated_error=0.01, loops=n, unfinished=2 + n, length_change=0.06 * n or None,
+            length_change_error=0.03 if n else None,
         )
         for n, name in enumerate(("made-up", *names))
     )  # fmt: skip
@@ -256,7 +257,8 @@ def compare_record(a: str = "made-up-hybrid", b: str = "made-up-nvfp4") -> Compa
     row = TaskRow(task="piqa", metric="acc", kind="accuracy", higher_is_better=True, a=0.75, b=0.7, items=200,
                   difference=0.05, low=0.01, high=0.09, only_a=14, only_b=4, p=0.031, p_holm=0.031, z=1.12)  # fmt: skip
     loss = LossRow(context=4096, figure="loss", a=1.25, b=1.29, chunks=8, tokens=8000, perplexity_a=3.49,
-                   perplexity_b=3.63, perplexity_ratio=0.961, difference=-0.04, low=-0.05, high=-0.03, p=0.001, p_holm=0.001)  # fmt: skip
+                   perplexity_b=3.63, perplexity_ratio=0.961, difference=-0.04, low=-0.05, high=-0.03, p=0.001,
+                   p_holm=0.001)  # fmt: skip
     return CompareRecord(
         snugfit="0.1.0",
         arguments={},
@@ -274,7 +276,8 @@ def _distribution(median: float) -> Distribution:
 
 def _cell(kind: Any, prompt: int, output: int, users: int, **figures: Any) -> BenchCell:
     return BenchCell(
-        kind=kind, prompt_tokens=prompt, output_tokens=output, concurrency=users, status=figures.pop("status", "measured"),
+        kind=kind, prompt_tokens=prompt, output_tokens=output, concurrency=users,
+        status=figures.pop("status", "measured"),
         reason=figures.pop("reason", None), requests=20, errors=0, error_messages={}, repeats=5, seconds=4.0, **figures,
     )  # fmt: skip
 
@@ -304,8 +307,8 @@ def _run(name: str, speed: float) -> BenchRun:
     server = BenchServer(
         name=name, url="http://127.0.0.1:8000", engine="vllm", version="0.24.0", model=name, root=f"/models/{name}",
         max_model_len=32768,
-        memory=BenchMemory(gpu="NVIDIA H100", gpu_total_bytes=85 << 30, gpu_used_bytes=74 << 30, kv_cache_tokens=400_000,
-                           kv_cache_source="metrics"),
+        memory=BenchMemory(gpu="NVIDIA H100", gpu_total_bytes=85 << 30, gpu_used_bytes=74 << 30,
+                           kv_cache_tokens=400_000, kv_cache_source="metrics"),
     )  # fmt: skip
     return BenchRun(server=server, cells=tuple(cells), prefix_cache="counted")
 

@@ -34,9 +34,11 @@ class UploadHub:
     url: str = ""
 
     def add(self, repo: str, *, private: bool, files: dict[str, bytes] | None = None) -> None:
+        """Make a repository."""
         self.repos[repo] = {"private": private, "files": dict(files or {})}
 
     def files(self, repo: str) -> dict[str, bytes]:
+        """The files of a repository."""
         found: dict[str, bytes] = self.repos[repo]["files"]
         return found
 

@@ -18,6 +18,7 @@ from snugfit.cli.app import app
 from snugfit.publishing.push import push
 from snugfit.publishing.report import report
 from snugfit.records.quantize import RECORD_FILE
+from snugfit.report.plots import Plot
 
 REPO = "me/made-up-hybrid"
 WEIGHTS = {"model-00001-of-00002.safetensors": b"one" * 100, "model-00002-of-00002.safetensors": b"two" * 100}
@@ -48,6 +49,17 @@ def run(tmp_path: Path) -> Path:
     record = quantize_record(files=digests(WEIGHTS), other_files=digests(OTHERS))
     (folder / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are small files: drawing takes time."""
+
+    def draw(plot: Plot, directory: Path) -> list[str]:
+        (directory / f"{plot.name}.png").write_bytes(b"png")
+        return [f"{plot.name}.png"]
+
+    monkeypatch.setattr("snugfit.publishing.report.draw", draw)
 
 
 @pytest.fixture
@@ -140,7 +152,7 @@ def test_a_dead_hub(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_changed_missing_and_foreign_files(run: Path, card: Path, tmp_path: Path) -> None:
-    """Weights that differ from the record, a missing file, and the report of another run are refused before any request."""
+    """Weights that differ from the record, a missing file and the report of another run: refused before any request."""
     weights = run / "model-00001-of-00002.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(b"ONE" * 100)

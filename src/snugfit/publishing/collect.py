@@ -61,28 +61,25 @@ def collect(runs: Sequence[str | Path]) -> Collection:
         if not place.exists():
             raise UserError("no such file or directory.", code="file-missing", where=str(place), remedy=GIVE_RUNS)
         files = sorted(place.glob("*.json")) if place.is_dir() else [place]
-        before = len(found.sources)
-        for file in files:
-            _take(file, found)
-        if len(found.sources) == before:
+        if not sum(_take(file, found) for file in files):
             raise UserError("no record here.", code="file-missing", where=str(place), remedy=GIVE_RUNS)
     _check_one_model(found)
     return _with_fits(found)
 
 
-def _take(file: Path, found: _Found) -> None:
-    """Add the record in a file; nothing where it holds no record."""
+def _take(file: Path, found: _Found) -> bool:
+    """Add the record in a file; False where it holds none."""
     document = read_document(file)
     if document is None or document[SCHEMA] == REPORT_SCHEMA:
-        return
+        return False
     where, digest = str(file), str(document[DIGEST])
     known = [source.digest for source in found.sources]
     if digest in known:
-        return  # the same record twice
+        return True  # the same record twice
     found.sources.append(Source(file=where, schema=str(document[SCHEMA]), digest=digest))
     if document[SCHEMA] in _STATISTICS:
         _take_statistics(file, found)
-        return
+        return True
     record = parse_record(document, where)
     if isinstance(record, QuantizeRecord):
         found.checkpoints.append(_checkpoint(record, file))
@@ -92,6 +89,7 @@ def _take(file: Path, found: _Found) -> None:
         found.tasks.append(checked_tasks(record, file))
     else:
         _take_plain(record, found)
+    return True
 
 
 def _take_plain(record: Any, found: _Found) -> None:

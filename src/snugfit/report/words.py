@@ -68,8 +68,8 @@ def _trade(component: Component, components: Sequence[Component], record: Quanti
         cost = (component.bits - low.bits) * component.weights / 8
         error = _errors(component, low)
         return f"{component.bits:.2f} instead of {low.bits:.2f} bits cost {size(cost)}{error}"
-    saved = (high.bits - component.bits) * component.weights / 8
-    return f"{component.bits:.2f} instead of {high.bits:.2f} bits save {size(saved)}"
+    less = (high.bits - component.bits) * component.weights / 8
+    return f"{component.bits:.2f} instead of {high.bits:.2f} bits save {size(less)}"
 
 
 def _errors(component: Component, low: Component) -> str:

@@ -35,7 +35,7 @@ class RemoteState:
 def read_remote(repo: str) -> RemoteState | None:
     """The state of a repository, None where this user can see none; UserError where the Hub cannot be asked."""
     try:
-        info = HfApi(endpoint=constants.ENDPOINT).repo_info(repo, repo_type="model")
+        info = HfApi(endpoint=constants.ENDPOINT).model_info(repo)
     except RepositoryNotFoundError:
         return None
     except (HfHubHTTPError, HFValidationError, NetworkError, OSError) as error:
