@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 from snugfit.version import __version__
 
 if TYPE_CHECKING:
+    from snugfit.benchmarking.bench import bench, write_bench
+    from snugfit.benchmarking.imported import import_bench
+    from snugfit.benchmarking.plan import BenchOptions
     from snugfit.data.describe import describe_dataset
     from snugfit.errors import UserError
     from snugfit.evaluation.compare import compare, write_comparison
@@ -31,6 +34,7 @@ if TYPE_CHECKING:
     from snugfit.quantization.prepare import PreparedRun
     from snugfit.quantization.quantize import plan_quantization, quantize
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
+    from snugfit.records.bench import BenchRecord
     from snugfit.records.comparison import CompareRecord
     from snugfit.records.dataset import DatasetComparison, DatasetRecord
     from snugfit.records.evaluation import EvalRecord, TasksRecord
@@ -40,6 +44,8 @@ if TYPE_CHECKING:
     from snugfit.records.statistics_file import Statistics, load_statistics
 
 __all__ = [
+    "BenchOptions",
+    "BenchRecord",
     "CompareRecord",
     "DatasetComparison",
     "DatasetRecord",
@@ -58,12 +64,14 @@ __all__ = [
     "TerminalProgress",
     "UserError",
     "__version__",
+    "bench",
     "collect_statistics",
     "compare",
     "compare_datasets",
     "describe_dataset",
     "evaluate",
     "fit",
+    "import_bench",
     "import_statistics",
     "inspect",
     "list_recipes",
@@ -72,6 +80,7 @@ __all__ = [
     "plan_quantization",
     "quantize",
     "run_tasks",
+    "write_bench",
     "write_comparison",
     "write_results",
     "write_tasks",
@@ -79,6 +88,9 @@ __all__ = [
 
 # module -> the public names that it defines; a test holds this equal to the imports above
 _MODULES = {
+    "benchmarking.bench": ("bench", "write_bench"),
+    "benchmarking.imported": ("import_bench",),
+    "benchmarking.plan": ("BenchOptions",),
     "data.describe": ("describe_dataset",),
     "errors": ("UserError",),
     "evaluation.compare": ("compare", "write_comparison"),
@@ -94,6 +106,7 @@ _MODULES = {
     "quantization.prepare": ("PreparedRun",),
     "quantization.quantize": ("plan_quantization", "quantize"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
+    "records.bench": ("BenchRecord",),
     "records.comparison": ("CompareRecord",),
     "records.dataset": ("DatasetComparison", "DatasetRecord"),
     "records.evaluation": ("EvalRecord", "TasksRecord"),
