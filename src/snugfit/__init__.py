@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from snugfit.evaluation.evaluate import evaluate, write_results
     from snugfit.evaluation.served import ServerOptions
     from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
+    from snugfit.hosting.serve import Measures, ServeOptions, serve
     from snugfit.inspection.inspect import inspect
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from snugfit.records.fit import FitRecord
     from snugfit.records.inspection import Inspection
     from snugfit.records.quantize import QuantizeRecord, TensorRecord
+    from snugfit.records.serve import ServeRecord
     from snugfit.records.statistics_file import Statistics, load_statistics
 
 __all__ = [
@@ -53,9 +55,12 @@ __all__ = [
     "FitRecord",
     "Inspection",
     "LoadedRecipe",
+    "Measures",
     "PreparedRun",
     "Progress",
     "QuantizeRecord",
+    "ServeOptions",
+    "ServeRecord",
     "ServerOptions",
     "Statistics",
     "TasksRecord",
@@ -80,6 +85,7 @@ __all__ = [
     "plan_quantization",
     "quantize",
     "run_tasks",
+    "serve",
     "write_bench",
     "write_comparison",
     "write_results",
@@ -97,6 +103,7 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate", "write_results"),
     "evaluation.served": ("ServerOptions",),
     "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
+    "hosting.serve": ("Measures", "ServeOptions", "serve"),
     "inspection.inspect": ("inspect",),
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
@@ -113,6 +120,7 @@ _MODULES = {
     "records.fit": ("FitRecord",),
     "records.inspection": ("Inspection",),
     "records.quantize": ("QuantizeRecord", "TensorRecord"),
+    "records.serve": ("ServeRecord",),
     "records.statistics_file": ("Statistics", "load_statistics"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

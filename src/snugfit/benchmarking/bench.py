@@ -36,7 +36,7 @@ def bench(
     server: str,
     *,
     against: str | None = None,
-    options: BenchOptions = BenchOptions(),
+    options: BenchOptions | None = None,
     server_model: str | None = None,
     against_model: str | None = None,
     server_log: str | Path | None = None,
@@ -57,6 +57,7 @@ def bench(
     `complete` False. UserError for servers that cannot be measured at all, before anything is.
     """
     clock = Clock()
+    options = options or BenchOptions()
     log = None if server_log is None else _read_log(Path(server_log))
     seed = secrets.randbelow(2**32) if seed is None else seed
     for name, value in (("timeout", timeout), ("max_seconds", max_seconds)):
@@ -76,7 +77,7 @@ def bench(
                 timeout=timeout,
                 limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
             )
-            stack.callback(lambda client=client: runner.run(client.aclose()))
+            stack.callback(_close, runner, client)
             opening = open_target(client, url=one.url, model=one.model, seed=seed, limit_seconds=timeout)
             target, remarks = runner.run(opening)
             targets.append(target)
@@ -89,6 +90,10 @@ def bench(
         memory = _memory(targets, servers, log, gpu_index, found, runner)
     arguments = asdict(options) | {"server": server, "against": against, "seed": seed, "timeout": timeout}
     return _record(arguments | {"max_seconds": max_seconds}, servers, memory, found, notes, clock)
+
+
+def _close(runner: asyncio.Runner, client: httpx.AsyncClient) -> None:
+    runner.run(client.aclose())
 
 
 def write_bench(record: BenchRecord, directory: str | Path) -> None:
@@ -149,9 +154,9 @@ def _memory(
         read = gpu if isinstance(gpu, GpuMemory) else None
         result.append(
             BenchMemory(
-                gpu=read and read.name,
-                gpu_total_bytes=read and read.total_bytes,
-                gpu_used_bytes=read and read.used_bytes,
+                gpu=None if read is None else read.name,
+                gpu_total_bytes=None if read is None else read.total_bytes,
+                gpu_used_bytes=None if read is None else read.used_bytes,
                 kv_cache_tokens=tokens,
                 kv_cache_source=None if tokens is None else "log" if from_log else "metrics",
             )

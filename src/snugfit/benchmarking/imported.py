@@ -102,7 +102,7 @@ class _Reader:
 
     def distribution(self, names: Mapping[str, float | None], count: int, unit: float) -> Distribution | None:
         """Of named quantiles in units of `unit`; None without a median."""
-        values = {name: value * unit for name, value in names.items() if value is not None}
+        values: dict[str, Any] = {name: value * unit for name, value in names.items() if value is not None}
         return Distribution(count=count, **values) if "median" in values else None
 
 

@@ -96,8 +96,9 @@ def _measure_cell(
             opened[place].repeats.append(repeat)
             opened[place].seconds += repeat.seconds
             if setting.users > 1 and share > BUSY:
-                note = f"this process was busy {share:.0%} of the time with {setting.users} users: the server may be faster"
-                notes.extend([] if any(f"with {setting.users} users" in one for one in notes) else [note])
+                users = f"with {setting.users} users"
+                note = f"this process was busy {share:.0%} of the time {users}: the server may be faster"
+                notes.extend([] if any(users in one for one in notes) else [note])
             advance()
             if any(timing.lost for timing in repeat.timings) and not runner.run(targets[place].alive()):
                 raise _StoppedError(f"{targets[place].url} stopped answering")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from snugfit.cli import options
-from snugfit.cli.errors import VerbProgress, reporting
+from snugfit.cli.errors import VerbProgress, reporting, termination_as_interrupt
 from snugfit.errors import UserError, plain
 from snugfit.token_counts import parse_token_list
 
@@ -80,26 +80,27 @@ def bench(
         record = import_bench(import_file)
     else:
         assert server is not None
-        record = run(
-            server,
-            against=against,
-            options=BenchOptions(
-                prefill=_lengths(prefill, "prefill"),
-                depths=_lengths(depths, "depths"),
-                concurrency=_lengths(concurrency, "concurrency") or (),
-                prompt_tokens=prompt_tokens,
-                output_tokens=output_tokens,
-                repeats=repeats,
-            ),
-            server_model=server_model,
-            against_model=against_model,
-            server_log=server_log,
-            gpu_index=gpu_index,
-            seed=seed,
-            timeout=timeout,
-            max_seconds=max_seconds,
-            progress=VerbProgress(ctx),
-        )
+        with termination_as_interrupt():
+            record = run(
+                server,
+                against=against,
+                options=BenchOptions(
+                    prefill=lengths(prefill, "prefill"),
+                    depths=lengths(depths, "depths"),
+                    concurrency=lengths(concurrency, "concurrency") or (),
+                    prompt_tokens=prompt_tokens,
+                    output_tokens=output_tokens,
+                    repeats=repeats,
+                ),
+                server_model=server_model,
+                against_model=against_model,
+                server_log=server_log,
+                gpu_index=gpu_index,
+                seed=seed,
+                timeout=timeout,
+                max_seconds=max_seconds,
+                progress=VerbProgress(ctx),
+            )
     if output_dir is not None:
         write_bench(record, output_dir)
     with reporting(output_dir):
@@ -119,7 +120,8 @@ def bench(
         raise typer.Exit(130 if record.stopped == "interrupted" else 2)
 
 
-def _lengths(text: str | None, where: str) -> tuple[int, ...] | None:
+def lengths(text: str | None, where: str) -> tuple[int, ...] | None:
+    """A list of numbers, () for none, None where nothing is given; UserError for other text."""
     if text is None:
         return None
     return () if text.strip() == "none" else tuple(parse_token_list(text, where=where))

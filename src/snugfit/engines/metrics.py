@@ -50,7 +50,7 @@ def cache_tokens(text: str) -> int | None:
 
 
 def _lines(text: str) -> list[tuple[str, Mapping[str, str], float]]:
-    found = []
+    found: list[tuple[str, Mapping[str, str], float]] = []
     for line in text.splitlines():
         match = None if line.startswith("#") else _LINE.match(line.strip())
         if match:

@@ -87,8 +87,8 @@ def _single(run: BenchRun, cells: Sequence[BenchCell]) -> Sheet:
         for cell in cells
     )
     note = (
-        "t/s: prompt tokens to the first token (pp), answer tokens after the first (tg), medians [quartiles]; first token "
-        "in ms."
+        "t/s: prompt tokens to the first token (pp), answer tokens after the first (tg), medians [quartiles]; first "
+        "token in ms."
     )
     return Sheet(_title(run, "one user"), ("test", "t/s", "first token", "answered", "errors", "status"), rows, 1, note)
 
@@ -124,7 +124,7 @@ def _ratios(record: BenchRecord) -> Sheet:
     first, second = (run.server.name for run in record.runs[:2])
     rows = tuple((_label(one), one.figure.replace("_", " "), _interval(one), str(one.pairs)) for one in record.ratios)
     title = f"{second} over {first}"
-    note = "Geometric means over repeats in turn, [95 % interval]; of rates (prefill, decode, throughput) above 1 is faster."
+    note = "Geometric means over repeats in turn, [95 % interval]; rates above 1: the second is faster."
     return Sheet(title, ("test", "figure", "ratio", "pairs"), rows, 2, note)
 
 

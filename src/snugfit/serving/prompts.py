@@ -73,7 +73,7 @@ class PromptMaker:
         """A prompt of that many tokens (nearly, if made of words), whose beginning no other prompt has."""
         count = max(1, round((tokens - self.added_tokens) / self.tokens_per_word))
         while True:
-            chosen = self._random.choices(self.pool, k=count)
+            chosen: list[int | str] = self._random.choices(list(self.pool), k=count)
             beginning = tuple(chosen[:BEGINNING])
             if beginning not in self._used or count < BEGINNING:
                 break
