@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 from snugfit.version import __version__
 
 if TYPE_CHECKING:
+    from snugfit.benchmarking.bench import bench, write_bench
+    from snugfit.benchmarking.imported import import_bench
+    from snugfit.benchmarking.plan import BenchOptions
     from snugfit.data.describe import describe_dataset
     from snugfit.errors import UserError
     from snugfit.evaluation.compare import compare, write_comparison
     from snugfit.evaluation.evaluate import evaluate, write_results
     from snugfit.evaluation.served import ServerOptions
     from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
+    from snugfit.hosting.serve import Measures, ServeOptions, serve
     from snugfit.inspection.inspect import inspect
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from snugfit.quantization.prepare import PreparedRun
     from snugfit.quantization.quantize import plan_quantization, quantize
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
+    from snugfit.records.bench import BenchRecord
     from snugfit.records.comparison import CompareRecord
     from snugfit.records.dataset import DatasetComparison, DatasetRecord
     from snugfit.records.evaluation import EvalRecord, TasksRecord
@@ -40,9 +45,12 @@ if TYPE_CHECKING:
     from snugfit.records.inspection import Inspection
     from snugfit.records.quantize import QuantizeRecord, TensorRecord
     from snugfit.records.report import ReportRecord
+    from snugfit.records.serve import ServeRecord
     from snugfit.records.statistics_file import Statistics, load_statistics
 
 __all__ = [
+    "BenchOptions",
+    "BenchRecord",
     "CompareRecord",
     "DatasetComparison",
     "DatasetRecord",
@@ -50,11 +58,14 @@ __all__ = [
     "FitRecord",
     "Inspection",
     "LoadedRecipe",
+    "Measures",
     "PreparedRun",
     "Progress",
     "PushPlan",
     "QuantizeRecord",
     "ReportRecord",
+    "ServeOptions",
+    "ServeRecord",
     "ServerOptions",
     "Statistics",
     "TasksRecord",
@@ -63,12 +74,14 @@ __all__ = [
     "TerminalProgress",
     "UserError",
     "__version__",
+    "bench",
     "collect_statistics",
     "compare",
     "compare_datasets",
     "describe_dataset",
     "evaluate",
     "fit",
+    "import_bench",
     "import_statistics",
     "inspect",
     "list_recipes",
@@ -79,6 +92,8 @@ __all__ = [
     "quantize",
     "report",
     "run_tasks",
+    "serve",
+    "write_bench",
     "write_comparison",
     "write_results",
     "write_tasks",
@@ -86,12 +101,16 @@ __all__ = [
 
 # module -> the public names that it defines; a test holds this equal to the imports above
 _MODULES = {
+    "benchmarking.bench": ("bench", "write_bench"),
+    "benchmarking.imported": ("import_bench",),
+    "benchmarking.plan": ("BenchOptions",),
     "data.describe": ("describe_dataset",),
     "errors": ("UserError",),
     "evaluation.compare": ("compare", "write_comparison"),
     "evaluation.evaluate": ("evaluate", "write_results"),
     "evaluation.served": ("ServerOptions",),
     "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
+    "hosting.serve": ("Measures", "ServeOptions", "serve"),
     "inspection.inspect": ("inspect",),
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
@@ -103,6 +122,7 @@ _MODULES = {
     "quantization.prepare": ("PreparedRun",),
     "quantization.quantize": ("plan_quantization", "quantize"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
+    "records.bench": ("BenchRecord",),
     "records.comparison": ("CompareRecord",),
     "records.dataset": ("DatasetComparison", "DatasetRecord"),
     "records.evaluation": ("EvalRecord", "TasksRecord"),
@@ -110,6 +130,7 @@ _MODULES = {
     "records.inspection": ("Inspection",),
     "records.quantize": ("QuantizeRecord", "TensorRecord"),
     "records.report": ("ReportRecord",),
+    "records.serve": ("ServeRecord",),
     "records.statistics_file": ("Statistics", "load_statistics"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -223,9 +223,9 @@ class Continuation:
 class Answer:
     """A model's greedy answer to a question. `tokens` it has; `finished`: the model ended it, not the limit.
 
-    `repeated` is the share of its 4-token sequences that occurred in it before. `loops`: it ends in a piece of text that
-    stands there three times or more in a row. `same_tokens`: how many tokens it shares with the reference's answer from
-    the beginning; None for the reference, and without one.
+    `repeated` is the share of its 4-token sequences that occurred in it before. `loops`: it ends in a piece of text
+    that stands there three times or more in a row. `same_tokens`: how many tokens it shares with the reference's answer
+    from the beginning; None for the reference, and without one.
     """
 
     model: str

@@ -16,14 +16,16 @@ SERVE_SCHEMA = "snugfit.serve/1"
 class ServePrediction:
     """What `fit` expects of the served file on this GPU: weights and KV cache of one GPU, and the longest context.
 
-    `kernels` are those of the GPU's generation, such as "nvfp4: Marlin (W4A16)".
+    `cache_tokens` is None for caches that do not grow by the token (windows, states). `kernels` are those of the GPU's
+    generation, such as "nvfp4: Marlin (W4A16)".
     """
 
     gpu: str
     engine: str
+    kv_cache: str
     weight_bytes: int
     cache_bytes: int
-    cache_tokens: int
+    cache_tokens: int | None
     max_context: int
     kernels: tuple[str, ...]
 
@@ -67,6 +69,8 @@ class EngineRefusal:
 class ServeRecord:
     """One start of an engine on one checkpoint. `started` is False where it refused; `refusal` then says why.
 
+    `stopped` says what ended the run before all was done: an interrupt, or an error of a measurement.
+
     `results` names the files that bench, eval and tasks wrote, by verb; `log` is the file of the engine's output.
     """
 
@@ -80,6 +84,7 @@ class ServeRecord:
     formats: tuple[str, ...]
     started: bool
     refusal: EngineRefusal | None
+    stopped: str | None
     predicted: ServePrediction | None
     taken: ServeTaken
     kernels: KernelReport
