@@ -24,6 +24,16 @@ from snugfit.records.evaluation import (
     TasksRecord,
     TextRecord,
 )
+from snugfit.records.plan import (
+    Expected,
+    PlanBudget,
+    PlanLimit,
+    PlannedGroup,
+    PlanPoint,
+    PlanRecord,
+    PlanVerdict,
+    ProvenKl,
+)
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord, TensorRecord
 from snugfit.records.saturation import InputSaturation
 from snugfit.records.serve import ServeAnswer, ServePrediction, ServeRecord, ServeTaken
@@ -348,14 +358,55 @@ def serve_record(model: str = "/models/made-up-hybrid") -> ServeRecord:
         refusal=None,
         predicted=ServePrediction(
             gpu="H100", engine="vLLM 0.24", weight_bytes=11_000_000, cache_bytes=70 << 30, cache_tokens=410_000,
-            max_context=32768, kernels=("nvfp4: Marlin (W4A16)",),
+            max_context=32768, kv_cache="auto", kernels=("nvfp4: Marlin (W4A16)",),
         ),
         taken=ServeTaken(weight_bytes=11_100_000, cache_bytes=69 << 30, cache_tokens=400_000, gpu_used_bytes=74 << 30),
         kernels=KernelReport(engine_version="0.24.0"),
         answers=(ServeAnswer(question="Hello?", text="Hello.", tokens=2, finished=True, verdict="answers"),),
         results={},
         seconds={"start": 30.0},
+        stopped=None,
         log="serve.log",
+    )  # fmt: skip
+
+
+def plan_record(model: str = "made-up") -> PlanRecord:
+    """A plan that beat its control."""
+    points = tuple(
+        PlanPoint(
+            name=name,
+            kind=kind,
+            recipe=name,
+            kv_cache="keep",
+            formats={},
+            bytes=11_000_000 + 400_000 * n,
+            bytes_per_gpu=11_000_000 + 400_000 * n,
+            bits_per_weight=6.0 + n / 4,
+            max_context=32768,
+            fits=True,
+            expected=Expected(0.06 - n / 100, 0.002) if kind != "built-in" else Expected(math.nan, math.nan),
+            measured=()
+            if kind == "frontier"
+            else (ProvenKl(kl=0.058 - n / 90, error=0.002, tokens=8192, context=None),),
+        )
+        for n, (name, kind) in enumerate((("nvfp4", "built-in"), ("f1", "frontier"), ("the plan", "plan")))
+    )
+    group = PlannedGroup(
+        name="model.layers.0.mlp.down_proj", layer=0, role="down", elements=262144, format="fp8-dynamic",
+        label="fp8-dynamic", arithmetic="W8A8", bytes=263168, cost=math.nan, why="outliers of its inputs", refused={},
+    )  # fmt: skip
+    budget = PlanBudget(
+        gpu="RTX 4090", context=32768, tensor_parallel_size=1, engine="vllm", gpu_memory_utilization=None, max_num_seqs=1,
+        bytes=None, bits_per_weight=None, disk=None, max_kl=None, gpu_title="RTX 4090", engine_title="vLLM 0.32",
+    )  # fmt: skip
+    return PlanRecord(
+        snugfit="0.1.0", model=model, budget=budget, menu=("nvfp4", "fp8-dynamic"), constraints=None, max_formats=None,
+        context=4096, target="vllm-blackwell", effort="fast", scored_on=("notes.txt",), scored_tokens=4096,
+        kv_cache="keep",
+        kv_caches={"keep": "fits", "fp8": "fits"}, limits=(PlanLimit("gpu", 20 << 30, 12_000_000),), outside_bytes=1,
+        groups=(group,), points=points,
+        verdict=PlanVerdict(accepted=True, control="nvfp4", gain=0.01, gain_error=0.001, statement="The plan beats nvfp4."),
+        written="the plan", recipe="name: x", notes=(), seconds={},
     )  # fmt: skip
 
 
@@ -393,6 +444,7 @@ def write_runs(folder: Path) -> list[Path]:
         "compare/compare.json": compare_record(),
         "bench/bench.json": bench_record(),
         "serve/serve.json": serve_record(),
+        "plan/plan.json": plan_record(),
     }
     for name, record in records.items():
         file = folder / name

@@ -17,6 +17,7 @@ from helpers.report_runs import (
     checkpoint,
     compare_record,
     eval_record,
+    plan_record,
     quantize_record,
     serve_record,
     tasks_record,
@@ -41,14 +42,9 @@ def test_every_kind_is_found(tmp_path: Path) -> None:
     (runs[0] / "config.json").unlink()
     found = collect([*runs, runs[2] / "eval.json"])
     assert [one.name for one in found.checkpoints] == ["made-up-hybrid", "made-up-nvfp4"]
-    assert [len(kind) for kind in (found.evals, found.tasks, found.comparisons, found.benches, found.serves)] == [
-        1,
-        2,
-        1,
-        1,
-        1,
-    ]
-    assert len(found.sources) == 8
+    kinds = (found.evals, found.tasks, found.plans, found.comparisons, found.benches, found.serves)
+    assert [len(kind) for kind in kinds] == [1, 2, 1, 1, 1, 1]
+    assert len(found.sources) == 9
     assert found.title == "made-up-hybrid"
     files = [file for run in runs for file in run.glob("*.json") if file.name not in ("tokenizer.json", "broken.json")]
     assert collect(files).evals == found.evals
@@ -122,6 +118,7 @@ MIXED: dict[str, Callable[[], Any]] = {
         bench_record(),
         runs=tuple(replace(r, server=replace(r.server, name="o", model="o", root="/o")) for r in bench_record().runs),
     ),
+    "a plan of another": lambda: plan_record("other"),
     "a start of another": lambda: serve_record("/models/other"),
 }
 

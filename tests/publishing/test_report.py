@@ -220,6 +220,8 @@ def test_the_figures_are_the_records(made: Path) -> None:
         assert "0.24.0 on NVIDIA H100" in text  # tried with this file: benchmark and start
         assert "c" * 64 in text  # the calibration set's digest
         assert "0.0940 ± 0.0030" in text  # the way that was kept
+        assert "The plan beats nvfp4." in text
+        assert "outliers of its inputs" in text or text is card
         assert "400,000" in text  # tokens in the KV cache
     refused = bench.runs[0].cells[-1]
     assert refused.status == "refused"

@@ -17,6 +17,7 @@ from snugfit.records.bench import BenchRecord
 from snugfit.records.comparison import CompareRecord
 from snugfit.records.evaluation import EvalRecord, EvaluatedCheckpoint, TasksRecord
 from snugfit.records.fit import FitRecord
+from snugfit.records.plan import PlanRecord
 from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE, QuantizeRecord
 from snugfit.records.reading import MAKE_AGAIN, parse_record, read_document
 from snugfit.records.report import REPORT_SCHEMA
@@ -39,6 +40,7 @@ class _Found:
     tasks: list[TasksRecord] = field(default_factory=list)
     comparisons: list[CompareRecord] = field(default_factory=list)
     fits: list[FitRecord] = field(default_factory=list)
+    plans: list[PlanRecord] = field(default_factory=list)
     benches: list[BenchRecord] = field(default_factory=list)
     serves: list[ServeRecord] = field(default_factory=list)
     statistics: CalibrationStatistics | None = None
@@ -98,6 +100,8 @@ def _take_plain(record: Any, found: _Found) -> None:
         found.comparisons.append(record)
     elif isinstance(record, FitRecord):
         found.fits.append(record)
+    elif isinstance(record, PlanRecord):
+        found.plans.append(record)
     elif isinstance(record, BenchRecord):
         found.benches.append(record)
     elif isinstance(record, ServeRecord):
@@ -230,6 +234,8 @@ def _named(found: _Found) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield from (("a comparison", (name,)) for name in names if name is not None)
     for fit in found.fits:
         yield "a fit", (fit.model,)
+    for plan in found.plans:
+        yield "a plan", (plan.model,)
     for bench in found.benches:
         for run in bench.runs:
             server = run.server
@@ -248,6 +254,7 @@ def _with_fits(found: _Found) -> Collection:
         tasks=tuple(found.tasks),
         comparisons=tuple(found.comparisons),
         fits=tuple(found.fits),
+        plans=tuple(found.plans),
         benches=tuple(found.benches),
         serves=tuple(found.serves),
         statistics=found.statistics,

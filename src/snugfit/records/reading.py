@@ -17,6 +17,7 @@ from snugfit.records.bench import BENCH_SCHEMA, BenchRecord
 from snugfit.records.comparison import COMPARE_SCHEMA, CompareRecord
 from snugfit.records.evaluation import EVAL_SCHEMA, TASKS_SCHEMA, EvalRecord, TasksRecord
 from snugfit.records.fit import FIT_SCHEMA, FitRecord
+from snugfit.records.plan import PLAN_SCHEMA, PlanRecord
 from snugfit.records.quantize import QUANTIZE_SCHEMA, QuantizeRecord
 from snugfit.records.report import REPORT_SCHEMA, ReportRecord
 from snugfit.records.serve import SERVE_SCHEMA, ServeRecord
@@ -25,6 +26,7 @@ from snugfit.version import __version__
 # schema -> the dataclass of its records
 RECORDS: Mapping[str, type] = {
     QUANTIZE_SCHEMA: QuantizeRecord,
+    PLAN_SCHEMA: PlanRecord,
     EVAL_SCHEMA: EvalRecord,
     TASKS_SCHEMA: TasksRecord,
     COMPARE_SCHEMA: CompareRecord,

@@ -10,6 +10,7 @@ from snugfit.records.bench import BenchRecord
 from snugfit.records.comparison import CompareRecord
 from snugfit.records.evaluation import EvalRecord, EvaluatedServer, TasksRecord
 from snugfit.records.fit import FitRecord
+from snugfit.records.plan import PlanRecord
 from snugfit.records.quantize import QuantizeRecord
 from snugfit.records.serve import ServeRecord
 from snugfit.records.statistics import Coverage, Outlier
@@ -115,6 +116,7 @@ class Collection:
     tasks: tuple[TasksRecord, ...] = ()
     comparisons: tuple[CompareRecord, ...] = ()
     fits: tuple[FitRecord, ...] = ()
+    plans: tuple[PlanRecord, ...] = ()
     benches: tuple[BenchRecord, ...] = ()
     serves: tuple[ServeRecord, ...] = ()
     statistics: CalibrationStatistics | None = None

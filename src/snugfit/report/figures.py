@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from snugfit.records.evaluation import EvalRecord, EvaluatedServer
 from snugfit.report.collection import Collection, QuantizedCheckpoint
+from snugfit.report.plan_tables import plan_plots
 from snugfit.report.plots import KL, Line, Plot, Point, line_of, plots_of
 from snugfit.report.speed import speed_plots
 from snugfit.report.weights import LayerWeight, layers_of
@@ -22,6 +23,7 @@ def figures_of(collection: Collection) -> list[Plot]:
         ending = f"-{number + 1}" if number else ""
         plots += [_renamed(plot, ending) for plot in plots_of(record)]
         plots += [_renamed(plot, ending) for plot in _against_bytes(record)]
+    plots += plan_plots(collection.plans)
     plots += speed_plots(collection.benches)
     if collection.checkpoint is not None and uses_four_over_six(collection.checkpoint):
         plots.append(rounding_plot())

@@ -42,6 +42,7 @@ def page(collection: Collection, tables: Sequence[Table], plots: Sequence[Plot])
     named = (
         ("fit", "Does it fit?", bool(fits) or any(kind in groups for kind in ("fit", "memory", "started"))),
         ("formats", "What is stored how", bool(collection.checkpoints)),
+        ("plan", "How the formats were chosen", "plan" in groups),
         ("losses", "What was lost", has["losses"]),
         ("speed", "How fast", has["speed"]),
         ("serve", "How to serve it", bool(howto)),

@@ -9,6 +9,7 @@ from typing import Any
 
 from snugfit.records.evaluation import MIN_CHUNKS_FOR_P, EvalRecord, EvaluatedServer
 from snugfit.report.collection import CalibrationStatistics, Collection, QuantizedCheckpoint, counted, stated
+from snugfit.report.plan_tables import plan_tables
 from snugfit.report.speed import speed_tables, started_table
 from snugfit.report.table import Cell, Column, Table, without_empty
 from snugfit.report.tables import MIN_TOKENS_FOR_P999, context_name
@@ -21,13 +22,8 @@ ERRORS = "± is one standard error."
 
 def tables_of(collection: Collection) -> list[Table]:
     """All tables, in the order of the card; none is empty."""
-    tables = [
-        *_formats(collection),
-        *_layers(collection),
-        _served(collection),
-        *_kernels(collection),
-        _fits(collection),
-    ]
+    tables = [*_formats(collection), *_layers(collection), *plan_tables(collection.plans)]
+    tables += [_served(collection), *_kernels(collection), _fits(collection)]
     tables += [*_evaluations(collection), *_pairs(collection), _tasks(collection), *_comparisons(collection)]
     tables += [*_answers(collection), *speed_tables(collection.benches), started_table(collection.serves)]
     tables += [_calibration(collection), _trials(collection), _saturation(collection)]
