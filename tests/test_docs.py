@@ -51,7 +51,15 @@ def test_the_page_of_datasets() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/usage.md", "docs/support.md", "docs/mixtures.md", "docs/python.md", "docs/datasets.md"],
+    [
+        "README.md",
+        "docs/usage.md",
+        "docs/support.md",
+        "docs/mixtures.md",
+        "docs/python.md",
+        "docs/datasets.md",
+        "docs/report.md",
+    ],
 )
 def test_pages_name_options_that_there_are(page: str) -> None:
     """Every option of a page is one of a verb's, of pip's or of a script's."""

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
     from snugfit.publishing.push import PushPlan, push
-    from snugfit.publishing.report import report
+    from snugfit.publishing.report import make_report
     from snugfit.quantization.collect import collect_statistics
     from snugfit.quantization.compare_datasets import compare_datasets
     from snugfit.quantization.import_statistics import import_statistics
@@ -87,10 +87,10 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "load_statistics",
+    "make_report",
     "plan_quantization",
     "push",
     "quantize",
-    "report",
     "run_tasks",
     "serve",
     "write_bench",
@@ -115,7 +115,7 @@ _MODULES = {
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
     "publishing.push": ("PushPlan", "push"),
-    "publishing.report": ("report",),
+    "publishing.report": ("make_report",),
     "quantization.collect": ("collect_statistics",),
     "quantization.import_statistics": ("import_statistics",),
     "quantization.compare_datasets": ("compare_datasets",),

@@ -13,7 +13,7 @@ import pytest
 from conftest import MakeTiny
 from helpers.report_runs import write_real_runs, write_runs
 from snugfit.planning.served import served_fits
-from snugfit.publishing.report import report
+from snugfit.publishing.report import make_report
 
 pytestmark = pytest.mark.browser
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: make browser")
@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> tuple
     shapes = {"num_hidden_layers": 8, "head_dim": 128, "num_key_value_heads": 4}
     source = make_tiny("llama", max_position_embeddings=4_194_304, **shapes)
     runs = write_real_runs(folder, source)
-    report(runs, output_dir=folder / "report", base_model="org/made-up", license="mit", repo="me/made-up-hybrid")
+    make_report(runs, output_dir=folder / "report", base_model="org/made-up", license="mit", repo="me/made-up-hybrid")
     return runs[0], folder / "report" / "index.html"
 
 
@@ -48,7 +48,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> tuple
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of two checkpoints without files."""
     folder = tmp_path_factory.mktemp("two")
-    report(write_runs(folder), output_dir=folder / "report")
+    make_report(write_runs(folder), output_dir=folder / "report")
     return folder / "report" / "index.html"
 
 

@@ -396,7 +396,8 @@ def plan_record(model: str = "made-up") -> PlanRecord:
         label="fp8-dynamic", arithmetic="W8A8", bytes=263168, cost=math.nan, why="outliers of its inputs", refused={},
     )  # fmt: skip
     budget = PlanBudget(
-        gpu="RTX 4090", context=32768, tensor_parallel_size=1, engine="vllm", gpu_memory_utilization=None, max_num_seqs=1,
+        gpu="RTX 4090", context=32768, tensor_parallel_size=1, engine="vllm", gpu_memory_utilization=None,
+        max_num_seqs=1,
         bytes=None, bits_per_weight=None, disk=None, max_kl=None, gpu_title="RTX 4090", engine_title="vLLM 0.32",
     )  # fmt: skip
     return PlanRecord(
@@ -405,7 +406,9 @@ def plan_record(model: str = "made-up") -> PlanRecord:
         kv_cache="keep",
         kv_caches={"keep": "fits", "fp8": "fits"}, limits=(PlanLimit("gpu", 20 << 30, 12_000_000),), outside_bytes=1,
         groups=(group,), points=points,
-        verdict=PlanVerdict(accepted=True, control="nvfp4", gain=0.01, gain_error=0.001, statement="The plan beats nvfp4."),
+        verdict=PlanVerdict(
+            accepted=True, control="nvfp4", gain=0.01, gain_error=0.001, statement="The plan beats nvfp4."
+        ),
         written="the plan", recipe="name: x", notes=(), seconds={},
     )  # fmt: skip
 

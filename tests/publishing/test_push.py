@@ -16,7 +16,7 @@ from helpers.report_runs import quantize_record
 from helpers.upload_server import UploadHub, upload_hub
 from snugfit.cli.app import app
 from snugfit.publishing.push import push
-from snugfit.publishing.report import report
+from snugfit.publishing.report import make_report
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.report.plots import Plot
 
@@ -65,7 +65,7 @@ def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def card(run: Path, tmp_path: Path) -> Path:
     """The report of that run."""
-    report(run / RECORD_FILE, output_dir=tmp_path / "card", repo=REPO)
+    make_report(run / RECORD_FILE, output_dir=tmp_path / "card", repo=REPO)
     return tmp_path / "card"
 
 
@@ -165,7 +165,7 @@ def test_changed_missing_and_foreign_files(run: Path, card: Path, tmp_path: Path
     other = tmp_path / "other"
     other.mkdir()
     (other / RECORD_FILE).write_text(quantize_record("other").to_json(), encoding="utf-8")
-    report(other / RECORD_FILE, output_dir=tmp_path / "other-card")
+    make_report(other / RECORD_FILE, output_dir=tmp_path / "other-card")
     with raises("models-mismatch", where=str(tmp_path / "other-card")):
         push(run, REPO, report=tmp_path / "other-card", dry_run=True)
     (card / "index.html").write_text("mine")

@@ -28,7 +28,7 @@ from helpers.report_runs import (
     write_runs,
 )
 from snugfit.cli.app import app
-from snugfit.publishing.report import report
+from snugfit.publishing.report import make_report
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.reading import parse_record, read_document
 from snugfit.records.report import REPORT_FILE
@@ -58,7 +58,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Path:
     runs = write_real_runs(folder, source)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("snugfit.publishing.report.draw", empty_plots)
-        report(runs, output_dir=folder / "report", base_model="org/made-up", repo="me/made-up-hybrid")
+        make_report(runs, output_dir=folder / "report", base_model="org/made-up", repo="me/made-up-hybrid")
     return folder / "report"
 
 
@@ -66,7 +66,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of every kind of record."""
     folder = tmp_path_factory.mktemp("made")
-    report(write_runs(folder), output_dir=folder / "report", base_model="org/made-up", license="apache-2.0")
+    make_report(write_runs(folder), output_dir=folder / "report", base_model="org/made-up", license="apache-2.0")
     return folder / "report"
 
 
@@ -201,7 +201,7 @@ def test_scores_of_registered_benchmarks(real: Path, tmp_path: Path) -> None:
     )
     for n, record in enumerate(records):
         (tmp_path / f"tasks-{n}.json").write_text(record.to_json())
-    report(tmp_path, output_dir=tmp_path / "out")
+    make_report(tmp_path, output_dir=tmp_path / "out")
     assert not (tmp_path / "out" / ".eval_results").exists()
     assert "limit of items are not comparable" in (tmp_path / "out" / "README.md").read_text()
 
@@ -232,7 +232,7 @@ def test_the_figures_are_the_records(made: Path) -> None:
 def test_what_was_not_measured_is_absent(tmp_path: Path) -> None:
     """A record of quantize alone: no loss, no speed, no memory, and the card says that nothing was measured."""
     (tmp_path / RECORD_FILE).write_text(quantize_record(trials=(), held_out=None, input_saturation=()).to_json())
-    record = report(tmp_path, output_dir=tmp_path / "out")
+    record = make_report(tmp_path, output_dir=tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     page = _Page((tmp_path / "out" / "index.html").read_text())
     for word in ("What was lost", "How fast", "Does it fit", "perplexity", "Ways that were tried"):
@@ -248,7 +248,7 @@ def test_what_was_not_measured_is_absent(tmp_path: Path) -> None:
 def test_without_a_checkpoint_there_is_no_card(tmp_path: Path) -> None:
     """Results alone give tables, plots and a page."""
     (tmp_path / "eval.json").write_text(eval_record().to_json())
-    record = report(tmp_path, output_dir=tmp_path / "out")
+    record = make_report(tmp_path, output_dir=tmp_path / "out")
     assert "README.md" not in record.files
     assert {"index.html", "tables/evaluation.csv", "plots/kl-by-context.png"} <= set(record.files)
     assert record.checkpoint_digest is None
@@ -272,7 +272,7 @@ def test_hostile_names(tmp_path: Path) -> None:
     ]
     for n, one in enumerate(records):
         (tmp_path / f"{n}.json").write_text(one.to_json())
-    report(tmp_path, output_dir=tmp_path / "out")
+    make_report(tmp_path, output_dir=tmp_path / "out")
     page = _Page((tmp_path / "out" / "index.html").read_text())
     assert "alert(1)" not in "".join(
         re.findall(r"<script[^>]*>(.*?)</script>", (tmp_path / "out" / "index.html").read_text(), re.DOTALL)[1]
@@ -290,7 +290,7 @@ def test_hostile_names(tmp_path: Path) -> None:
 def test_the_same_runs_give_the_same_bytes(tmp_path: Path) -> None:
     """Nothing in a report depends on the time or the machine."""
     runs = write_runs(tmp_path)[:3]
-    first, second = (report(runs, output_dir=tmp_path / name) for name in ("a", "b"))
+    first, second = (make_report(runs, output_dir=tmp_path / name) for name in ("a", "b"))
     assert first.files == second.files
 
 
@@ -303,7 +303,7 @@ def test_options_that_the_hub_would_refuse(tmp_path: Path, option: str, value: s
     (tmp_path / RECORD_FILE).write_text(quantize_record().to_json())
     with raises("option-invalid", where=option):
         given: dict[str, Any] = {option: value}
-        report(tmp_path, output_dir=tmp_path / "out", **given)
+        make_report(tmp_path, output_dir=tmp_path / "out", **given)
     assert not (tmp_path / "out").exists()
 
 

@@ -33,7 +33,7 @@ VERBS: Mapping[str, str] = {
     "evaluate": "eval",
     "run_tasks": "tasks",
     "compare": "compare",
-    "report": "report",
+    "make_report": "report",
     "push": "push",
     "bench": "bench",
     "import_bench": "bench --import",

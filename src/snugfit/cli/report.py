@@ -40,7 +40,7 @@ def report(
     if output_dir is None:
         remedy = "Name a new directory."
         raise UserError("an output directory is required.", code="option-missing", where="output_dir", remedy=remedy)
-    from snugfit.publishing.report import report as run
+    from snugfit.publishing.report import make_report as run
 
     record = run(
         runs,

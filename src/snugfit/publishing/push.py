@@ -20,7 +20,7 @@ from snugfit.storage.hub_upload import RemoteState, read_remote, stale_weights, 
 from snugfit.storage.shards import file_digest
 
 CARD = "README.md"
-GIVE_A_RUN = "Give the directory that `quantize` wrote, or one that `report` wrote."
+GIVE_A_RUN = "Give the directory that `quantize` wrote, or one that `make_report` wrote."
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def push(
 ) -> PushPlan:
     """Upload the files of the finished run in `directory` to the Hub's repository `repo` (org/name), in one commit.
 
-    `directory` is what `quantize` or `report` wrote. Of a checkpoint these are the weights and files that its record
-    lists; `report` names the directory of its report, whose card takes the place of the original's. Every file is read
+    `directory` is what `quantize` or `make_report` wrote. Of a checkpoint these are the weights and files that its
+    record lists; `report` names the directory of its report, whose card takes the place of the original's. Every file is read
     and compared with the digest in the record first; the card alone may have been edited. A new repository is
     `private`; one that is public already is refused then. `dry_run` checks the same, and uploads nothing.
 
@@ -137,7 +137,7 @@ def _wanted(directory: Path, report: Path | None) -> tuple[dict[str, _Wanted], l
         found = dict(_files_of(directory, record, RECORD_FILE))
         left = _others(directory, found)
         if found.pop(CARD, None) is not None and report is None:
-            left.append(f"{CARD} (the original's card: make one with `report`)")
+            left.append(f"{CARD} (the original's card: make one with `make_report`)")
         if report is not None:
             made, _ = _record(report, REPORT_FILE, ReportRecord)
             if made.checkpoint_digest != digest:

@@ -1,4 +1,4 @@
-"""`report`: from the records of runs to tables, plots, a model card and a page, in a new directory."""
+"""`make_report`: from the records of runs to tables, plots, a model card and a page, in a new directory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from snugfit.version import __version__
 CARD = "README.md"
 
 
-def report(
+def make_report(
     runs: str | Path | Sequence[str | Path],
     *,
     output_dir: str | Path,

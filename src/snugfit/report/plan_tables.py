@@ -79,7 +79,7 @@ def _known(value: float) -> float | None:
 def _whole(point: PlanPoint) -> ProvenKl | None:
     """What was measured over all contexts and texts together, else the first measurement."""
     found = [one for one in point.measured if one.context is None and not one.text]
-    return (found or list(point.measured) or [None])[0]
+    return next(iter(found or point.measured), None)
 
 
 def plan_plots(records: Sequence[PlanRecord]) -> list[Plot]:

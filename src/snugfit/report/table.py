@@ -76,11 +76,11 @@ class Table:
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, marks, *rows))
 
     def to_csv(self) -> str:
-        """A heading and one line a row, numbers in full."""
+        """A heading and one line a row, numbers in full; those that are not finite are empty."""
         out = io.StringIO()
         writer = csv.DictWriter(out, self.keys, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(self.rows)
+        writer.writerows({key: finite(value) for key, value in row.items()} for row in self.rows)
         return out.getvalue()
 
     def to_document(self) -> dict[str, Any]:
