@@ -1,7 +1,7 @@
 """A stand-in for an inference engine with set speeds, spread, failures and a prefix cache: simulated, or over HTTP.
 
-`MockEngine.answer` is asynchronous and waits by `asyncio.sleep`, so that its speeds are exact under `SimulatedLoop`, whose
-clock jumps to the next event instead of waiting. `serve` runs the same engine on the loopback in real time.
+`MockEngine.answer` is asynchronous and waits by `asyncio.sleep`, so that its speeds are exact under `SimulatedLoop`,
+whose clock jumps to the next event instead of waiting. `served` runs the same engine on the loopback in real time.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         super().__init__(_Jumping(self))
 
     def time(self) -> float:
+        """The simulated moment in seconds."""
         return self.now
 
 
@@ -69,6 +70,7 @@ class MockEngine:
     overhead: float = 0.0
     dies_after: int | None = None
     seed: int = 0
+    chat: str | None = "The capital is Paris."
     hits: int = 0
     asked: list[dict[str, Any]] = field(default_factory=list)
     _blocks: set[int] = field(default_factory=set)
@@ -76,13 +78,14 @@ class MockEngine:
     _waiting: int = 0
 
     def __post_init__(self) -> None:
-        self.random = random.Random(self.seed)
+        self.random = random.Random(self.seed)  # noqa: S311
 
     @property
     def dead(self) -> bool:
+        """Whether it answers no more."""
         return self.dies_after is not None and len(self.asked) > self.dies_after
 
-    def page(self, method: str, path: str, body: Any) -> tuple[int, Any]:
+    def page(self, method: str, path: str, body: Any) -> tuple[int, Any]:  # noqa: PLR0911
         """What is not a completion: status, and JSON or text."""
         if path == "/v1/models":
             card = {"id": MODEL, "owned_by": "vllm", "root": "/models/mock", "max_model_len": self.max_model_len}
@@ -91,6 +94,10 @@ class MockEngine:
             return 200, ""
         if path == "/version":
             return 200, {"version": "0.0-mock"}
+        if path == "/v1/chat/completions" and method == "POST" and self.chat is not None:
+            message = {"role": "assistant", "content": self.chat}
+            usage = {"prompt_tokens": 9, "completion_tokens": len(self.chat.split())}
+            return 200, {"choices": [{"message": message, "finish_reason": "stop"}], "usage": usage}
         if path == "/tokenize" and method == "POST" and self.ids:
             return 200, {"tokens": [100 + n for n, _ in enumerate(body["prompt"].split())]}
         if path == "/metrics" and self.metrics:
@@ -121,6 +128,7 @@ class MockEngine:
         return 200, self._events(tokens, body)
 
     def split(self, prompt: Any) -> list[Any] | None:
+        """The tokens of a prompt; None for ids where it takes none."""
         if isinstance(prompt, list):
             return prompt if self.ids else None
         return [
@@ -150,7 +158,10 @@ class MockEngine:
         """Tokens of the prompt's first blocks that were seen before; all of its blocks are from now on."""
         if not self.cache:
             return 0
-        keys = [hash(tuple(tokens[: end * BLOCK])) for end in range(1, (len(tokens) - 1) // BLOCK + 1)]
+        keys, key = [], 0
+        for end in range(1, (len(tokens) - 1) // BLOCK + 1):
+            key = hash((key, *tokens[(end - 1) * BLOCK : end * BLOCK]))
+            keys.append(key)
         found = next((n for n, key in enumerate(keys) if key not in self._blocks), len(keys))
         self._blocks.update(keys)
         return found * BLOCK
@@ -163,6 +174,7 @@ class Transport(httpx.AsyncBaseTransport):
         self.engine = engine
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """What the engine answers."""
         raw = await request.aread()
         body = json.loads(raw) if raw else None
         path = request.url.path
@@ -185,7 +197,7 @@ class _Stream(httpx.AsyncByteStream):
 
 
 @contextlib.contextmanager
-def served(engine: MockEngine) -> Iterator[str]:
+def served(engine: MockEngine, port: int = 0) -> Iterator[str]:
     """The engine over HTTP on the loopback, in a thread of its own, in real time; its URL."""
     loop = asyncio.new_event_loop()
     started = threading.Event()
@@ -198,7 +210,7 @@ def served(engine: MockEngine) -> Iterator[str]:
                     pass
             writer.close()
 
-        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        server = await asyncio.start_server(handle, "127.0.0.1", port)
         address.append(server.sockets[0].getsockname()[1])
         started.set()
         async with server:

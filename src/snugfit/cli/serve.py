@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -60,6 +61,12 @@ def serve(
     prefill: Annotated[str | None, typer.Option(metavar="TOKENS,...", help="With --bench: prompt lengths.")] = None,
     depths: Annotated[str | None, typer.Option(metavar="TOKENS,...", help="With --bench: depths.")] = None,
     concurrency: Annotated[str | None, typer.Option(metavar="NUMBER,...", help="With --bench: users.")] = None,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, metavar="TOKENS", help="With --bench: prompts of several users.")
+    ] = None,
+    output_tokens: Annotated[
+        int | None, typer.Option(min=2, metavar="TOKENS", help="With --bench: tokens of an answer.")
+    ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, metavar="NUMBER", help="With --bench: repeats.")] = None,
     reference: Annotated[
         Path | None, typer.Option(metavar="PATH", help="The original: evaluate the server against it.")
@@ -105,7 +112,11 @@ def serve(
                 extra=extra or (),
             ),
             measures=Measures(
-                bench=_bench_options(bench, prefill, depths, concurrency, repeats),
+                bench=_bench_options(
+                    bench,
+                    {"prefill": prefill, "depths": depths, "concurrency": concurrency},
+                    {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "repeats": repeats},
+                ),
                 reference=reference,
                 dataset=dataset or (),
                 contexts=parse_token_list(eval_context, where="eval_context"),
@@ -141,21 +152,24 @@ def _hold(url: str) -> None:
 
 
 def _bench_options(
-    bench: bool, prefill: str | None, depths: str | None, concurrency: str | None, repeats: int | None
+    bench: bool, lists: Mapping[str, str | None], numbers: Mapping[str, int | None]
 ) -> BenchOptions | None:
+    """The options of `bench` that are given, None without it; UserError for those that then have no effect."""
     from snugfit.benchmarking.plan import BenchOptions
 
-    given = {"prefill": prefill, "depths": depths, "concurrency": concurrency, "repeats": repeats}
+    given = {name: lengths(text, name) for name, text in lists.items() if text is not None}
+    chosen = {name: number for name, number in numbers.items() if number is not None}
     if not bench:
-        for name, value in given.items():
-            if value is not None:
-                raise UserError("has no effect without `bench`.", code="option-conflict", where=name)
+        for name in (*given, *chosen):
+            raise UserError("has no effect without `bench`.", code="option-conflict", where=name)
         return None
     default = BenchOptions()
-    users = lengths(concurrency, "concurrency")
+    users = given.get("concurrency")
     return BenchOptions(
-        prefill=lengths(prefill, "prefill"),
-        depths=lengths(depths, "depths"),
+        prefill=given.get("prefill"),
+        depths=given.get("depths"),
         concurrency=default.concurrency if users is None else users,
-        repeats=repeats or default.repeats,
+        prompt_tokens=chosen.get("prompt_tokens", default.prompt_tokens),
+        output_tokens=chosen.get("output_tokens", default.output_tokens),
+        repeats=chosen.get("repeats", default.repeats),
     )

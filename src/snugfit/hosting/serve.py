@@ -196,6 +196,13 @@ def _check(model: str | Path, options: ServeOptions, measures: Measures, output_
         raise UserError(
             "there is no model here.", code="model-not-found", where=str(model), remedy="Give a directory or a Hub id."
         )
+    if measures.reference is not None and not (Path(measures.reference) / "config.json").is_file():
+        raise UserError(
+            "there is no model here.",
+            code="model-not-found",
+            where=str(measures.reference),
+            remedy="Give the original model's directory as `reference`.",
+        )
     if options.language is not None and options.language not in QUESTIONS:
         remedy = f"Known: {', '.join(QUESTIONS)}."
         raise UserError(
