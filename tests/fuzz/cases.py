@@ -463,7 +463,7 @@ def make_record(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     from snugfit.report.plots import draw
 
     # drawing takes most of the time, and is the same for most damages
-    publishing.draw = draw if rng.random() < 0.04 else lambda _plot, _folder: []  # type: ignore[assignment]
+    publishing.draw = draw if rng.random() < 0.04 else lambda _plot, _folder: []  # type: ignore[assignment, attr-defined]
     runs = made.write_runs(root / "runs")
     file = next(rng.choice(runs).glob("*.json"))
     content = file.read_bytes()

@@ -136,6 +136,16 @@ def test_records_of_different_models(tmp_path: Path, what: str) -> None:
         collect(files)
 
 
+def test_results_of_a_served_model(tmp_path: Path) -> None:
+    """A record of `serve` brings what it measured, from its own folder alone."""
+    results = {"bench": "bench/bench.json", "eval": "eval/eval.json", "tasks": "../tasks.json"}
+    written(tmp_path / "run" / "serve.json", replace(serve_record(), results=results))
+    written(tmp_path / "run" / "bench" / "bench.json", bench_record())
+    written(tmp_path / "tasks.json", tasks_record("made-up-hybrid", 100))
+    found = collect([tmp_path / "run"])
+    assert [len(kind) for kind in (found.serves, found.benches, found.evals, found.tasks)] == [1, 1, 0, 0]
+
+
 def test_names_with_a_path_are_the_same_model(tmp_path: Path) -> None:
     """A server names its model by path, the Hub by org/name."""
     files = [

@@ -91,7 +91,17 @@ def _take(file: Path, found: _Found) -> bool:
         found.tasks.append(checked_tasks(record, file))
     else:
         _take_plain(record, found)
+    if isinstance(record, ServeRecord):
+        for name in record.results.values():
+            _take_beside(file.parent, name, found)
     return True
+
+
+def _take_beside(folder: Path, name: str, found: _Found) -> None:
+    """Add a result that a start of an engine names, if it is still in the folder beside its record."""
+    inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+    if inside and name and (folder / name).is_file():
+        _take(folder / name, found)
 
 
 def _take_plain(record: Any, found: _Found) -> None:

@@ -75,8 +75,8 @@ def push(
     """Upload the files of the finished run in `directory` to the Hub's repository `repo` (org/name), in one commit.
 
     `directory` is what `quantize` or `make_report` wrote. Of a checkpoint these are the weights and files that its
-    record lists; `report` names the directory of its report, whose card takes the place of the original's. Every file is read
-    and compared with the digest in the record first; the card alone may have been edited. A new repository is
+    record lists; `report` names the directory of its report, whose card takes the place of the original's. Every file
+    is read and compared with the digest in the record first; the card alone may have been edited. A new repository is
     `private`; one that is public already is refused then. `dry_run` checks the same, and uploads nothing.
 
     UserError for a directory that no finished run wrote, a file that is missing or was changed, a report of another
