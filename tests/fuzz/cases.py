@@ -468,7 +468,19 @@ def make_record(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     file = next(rng.choice(runs).glob("*.json"))
     content = file.read_bytes()
     document = json.loads(content)
-    words = ("schema", "digest", "tensors", "shape", "bytes", "format", "contexts", "models", "kl", "cells", "runs")
+    words = (
+        "schema",
+        "record_digest",
+        "tensors",
+        "shape",
+        "bytes",
+        "format",
+        "contexts",
+        "models",
+        "kl",
+        "cells",
+        "runs",
+    )
     more = (
         "groups",
         "points",
@@ -488,7 +500,7 @@ def make_record(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     if rng.random() < 0.8:
         try:
             changed = json.loads(spoiled)
-            changed["digest"] = content_digest(changed)
+            changed["record_digest"] = content_digest(changed)
             spoiled = dump(changed).encode("utf-8", "surrogatepass")
         except (AttributeError, ValueError, TypeError, RecursionError):
             pass

@@ -26,7 +26,7 @@ class _NullIsNaN:
 Number = Annotated[float, _NullIsNaN()]  # a float that may be NaN or infinite: null in the file, NaN when read again
 
 
-SCHEMA, DIGEST = "schema", "digest"  # keys of every record
+SCHEMA, DIGEST = "schema", "record_digest"  # keys of every record
 OURS = "snugfit."  # every schema begins with it
 
 
