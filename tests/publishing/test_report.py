@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -120,6 +122,17 @@ def test_the_files_are_those_of_its_record(real: Path) -> None:
     } <= names
     assert len(record.sources) == 6
     assert record.unknown == ()
+
+
+def test_no_torch_is_imported(real: Path, tmp_path: Path) -> None:
+    """A report reads records and headers alone."""
+    script = (
+        "import sys\nfrom snugfit.publishing import report\nreport.draw = lambda plot, folder: []\n"
+        f"report.make_report({str(real.parent / 'made-up-hybrid')!r}, output_dir={str(tmp_path / 'out')!r})\n"
+        "print(sorted({'torch', 'transformers', 'numba'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
 
 
 def test_links_lead_to_files(real: Path, made: Path) -> None:
