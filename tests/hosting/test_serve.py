@@ -18,7 +18,7 @@ from helpers import fake_engine
 from helpers.errors import raises
 from snugfit.benchmarking.plan import BenchOptions
 from snugfit.cli.app import app
-from snugfit.engines.launch import LAUNCHES, given
+from snugfit.engines.launch import LAUNCHES, asks_for_fp8_cache, given
 from snugfit.engines.refusals import REFUSALS, explain
 from snugfit.hosting.engine import make_start
 from snugfit.hosting.serve import Measures, ServeOptions, serve
@@ -202,6 +202,10 @@ def test_commands_of_each_engine() -> None:
         assert start.command[-2:] == (launch.context, "64")
         assert start.url == "http://127.0.0.1:7"
     assert given("--max-model-len", ["--max_model_len=8"])
+    vllm = LAUNCHES["vllm"]
+    assert asks_for_fp8_cache(vllm, ["--kv-cache-dtype", "fp8"])
+    assert asks_for_fp8_cache(vllm, ["--x", "--kv-cache-dtype=fp8_e4m3"])
+    assert not asks_for_fp8_cache(vllm, ["--kv-cache-dtype", "auto", "fp8"])
     assert not given("--max-model-len", ["--max-model-lens"])
 
 

@@ -24,7 +24,7 @@ def test_a_file_is_seen_only_if_all_its_formats_are() -> None:
     """One format that was not seen is enough to say nothing; a label is its format with options."""
     assert [one.version for one in seen_with("vllm", frozenset({"nvfp4", "mxfp4"}))] == ["0.24.0"]
     assert len(seen_with("vllm", frozenset({"int4-g128", "fp8-dynamic"}))) == 2
-    assert seen_with("vllm", frozenset({"nvfp4", "fp8-block"})) == []
+    assert [one.version for one in seen_with("vllm", frozenset({"nvfp4", "fp8-block"}))] == ["0.24.0"]
     assert seen_with("sglang", frozenset({"nvfp4"})) == []
     assert seen_with("vllm", frozenset({"nvfp4a16"})) == []  # not nvfp4
 

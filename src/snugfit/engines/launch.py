@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,3 +87,10 @@ def given(option: str, extra: Sequence[str]) -> bool:
     """Whether `extra` has this option: `--name value`, `--name=value`, or with underscores."""
     names = {option, option.replace("-", "_").replace("__", "--", 1)}
     return any(part.split("=", 1)[0] in names for part in extra)
+
+
+def asks_for_fp8_cache(launch: Launch, extra: Sequence[str]) -> bool:
+    """Whether `extra` asks the engine for a KV cache in FP8."""
+    values = [part.split("=", 1)[1] for part in extra if "=" in part and given(launch.cache_dtype, [part])]
+    values += [value for name, value in pairwise(extra) if "=" not in name and given(launch.cache_dtype, [name])]
+    return any(value.startswith("fp8") for value in values)

@@ -22,7 +22,7 @@ TRIED: tuple[Tried, ...] = (
         title="vLLM",
         version="0.24.0",
         hardware="one H100",
-        formats=("nvfp4", "fp8-dynamic", "int4", "mxfp4"),
+        formats=("nvfp4", "fp8-dynamic", "fp8-block", "int4", "mxfp4"),
     ),
     Tried(
         engine="vllm",

@@ -14,7 +14,7 @@ from snugfit.benchmarking.bench import write_bench
 from snugfit.benchmarking.measure import INTERRUPTED
 from snugfit.benchmarking.plan import BenchOptions
 from snugfit.engines.gpus import find_card
-from snugfit.engines.launch import LAUNCHES, Launch
+from snugfit.engines.launch import LAUNCHES, Launch, asks_for_fp8_cache
 from snugfit.engines.memory import GIB
 from snugfit.errors import UserError
 from snugfit.hosting.engine import RefusedError, Start, make_start, running
@@ -123,7 +123,9 @@ def _serve(
     gpu = _gpu(options, notes)
     fitted = None if gpu is None else _fit(model, gpu, options, notes)
     row = None if fitted is None else _as_it_is(fitted)
-    predicted = None if fitted is None or row is None else _predict(fitted, row)
+    predicted = (
+        None if fitted is None or row is None else _predict(fitted, row, fp8=asks_for_fp8_cache(launch, options.extra))
+    )
     start = _start(launch, model, options, fitted, predicted)
     for note in notes:
         progress.message(note)
@@ -257,10 +259,12 @@ def _as_it_is(fitted: FitRecord) -> FitRow | None:
     return next((row for row in fitted.rows if not row.recipes and row.problem is None), None)
 
 
-def _predict(fitted: FitRecord, row: FitRow) -> ServePrediction:
-    """Weights and cache as the engine's log will name them; with an FP8 cache only where nothing else fits."""
+def _predict(fitted: FitRecord, row: FitRow, *, fp8: bool) -> ServePrediction:
+    """Weights and cache as the engine's log will name them; with an FP8 cache if asked for, or if only that fits."""
     memory = fitted.memory
     cache = next((cache for cache in row.caches if cache.fits), row.caches[0])
+    if fp8:
+        cache = next(cache for cache in row.caches if cache.kv_cache == "fp8")
     weights = (row.bytes_per_gpu or 0) + memory.position_table_bytes
     held = memory.share_bytes - memory.activation_bytes - memory.other_bytes - weights
     plain = not fitted.windows and not fitted.state_bytes

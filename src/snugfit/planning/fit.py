@@ -33,6 +33,7 @@ from snugfit.vram.fit import (
     bits_per_weight,
     fit_weights,
     kernel_labels,
+    loading_status,
     serving_error,
     total_weight_bytes,
 )
@@ -218,6 +219,7 @@ def _row(candidate: Candidate, elements: Mapping[str, int], model: ServedModel, 
             _cache("fp8", scaled, fp8, model.cache.size(fp8=True, tp=tp).bytes_per_token),
         ),
         kernels={GENERATIONS[key]: labels for key, labels in kernel_labels(tensors, settings).items()},
+        loads={GENERATIONS[key]: status for key, status in loading_status(tensors, settings).items()},
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from snugfit.engines.gpus import CARDS, GENERATIONS, Card
 from snugfit.engines.kernels import linear_kernel
+from snugfit.engines.loading import loading
 from snugfit.engines.memory import ENGINES, MIB
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
@@ -75,7 +76,7 @@ def _kernels(candidate: Candidate) -> Iterator[KernelUse]:
                     format=f"{fmt}, experts" if experts else fmt,
                     kernel=kernel.name if kernel else None,
                     arithmetic=kernel.arithmetic if kernel else None,
-                    seen=bool(kernel and kernel.seen and engine == "vllm"),
+                    seen=loading(engine, fmt, generation) == "seen",
                 )
 
 

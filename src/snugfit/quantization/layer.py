@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -198,12 +197,11 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
 def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
     """What passes the samples through a resident layer."""
 
-    def pass_samples(before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None) -> None:
-        count = len(run.batches)
-        if max_tokens is not None:
-            ends = accumulate(sum(batch.lengths) for batch in run.batches)
-            count = next((n for n, end in enumerate(ends, 1) if end >= max_tokens), count)
-        forward_pass.run_layer(layer, run.index, run.batches[:count], before, states=(run.states[0], None))
+    def pass_samples(
+        before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None, spread: int = 1
+    ) -> None:
+        batches = run.batches if max_tokens is None else forward_pass.some_batches(run.batches, max_tokens, spread)
+        forward_pass.run_layer(layer, run.index, batches, before, states=(run.states[0], None))
 
     return pass_samples
 
