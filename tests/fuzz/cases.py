@@ -430,6 +430,35 @@ def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     return commands
 
 
+def make_bench(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A result of another tool, or a record of `bench`, that is damaged, read by `bench --import`."""
+    from snugfit.benchmarking.bench import write_bench
+    from snugfit.benchmarking.imported import import_bench
+
+    files = sorted((Path(__file__).parents[1] / "fixtures" / "bench").glob("*.json"))
+    source = rng.choice(files)
+    if rng.random() < 0.3:
+        write_bench(import_bench(source), root / "own")
+        source = root / "own" / "bench.json"
+    content = source.read_bytes()
+    words = (
+        "schema",
+        "runs",
+        "cells",
+        "benchmarks",
+        "metrics",
+        "completed",
+        "request_count",
+        "values",
+        "status",
+        "avg",
+    )
+    file = root / "result.json"
+    file.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words))
+    out = rng.choice(([], ["-o", str(root / "out")]))
+    return [["bench", "--import", str(file), *rng.choice(([], ["--json"])), *out]]
+
+
 # --- runs
 
 
@@ -700,6 +729,7 @@ TARGETS: Mapping[str, Target] = {
     "quantization": Target(make_quantization, 1200),
     "recipe": Target(make_recipe, 1400),
     "result": Target(make_result, 600),
+    "bench": Target(make_bench, 400),
     "rows": Target(make_rows, 150, heavy=True),
     "set": Target(make_set, 400, heavy=True),
     "run": Target(make_run, 250, heavy=True),
