@@ -47,7 +47,10 @@ def main(model: Path, output: Path) -> None:
     for profile, result in found.items():
         (results / f"{profile}.json").write_text(result.to_json(), encoding="utf-8")
     snugfit.make_report(
-        [output, results], output_dir=published, base_model="HuggingFaceTB/SmolLM2-135M-Instruct", license="apache-2.0"
+        [output, *(results / f"{profile}.json" for profile in found)],
+        output_dir=published,
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
     )
     print(f"Model card: {published / 'README.md'}\nPage: {published / 'index.html'}")
 

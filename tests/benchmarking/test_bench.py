@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -16,10 +17,11 @@ from snugfit.benchmarking.bench import bench, write_bench
 from snugfit.benchmarking.plan import BenchOptions
 from snugfit.cli.app import app
 from snugfit.engines.metrics import cache_tokens, prefix_hits
+from snugfit.records.bench import BenchRecord
 from snugfit.serving import nvml
 from snugfit.serving.nvml import GpuMemory
 
-FAST = {"prefill_rate": 1e6, "decode_rate": 2000.0}
+FAST: dict[str, Any] = {"prefill_rate": 1e6, "decode_rate": 2000.0}
 SMALL = ["--prefill", "64", "--depths", "32", "--concurrency", "2", "--prompt-tokens", "32", "--output-tokens", "4"]
 
 
@@ -105,7 +107,7 @@ def test_no_gpu_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(_: str) -> None:
         raise ImportError
 
-    monkeypatch.setattr(nvml.importlib, "import_module", missing)
+    monkeypatch.setattr("snugfit.serving.nvml.importlib.import_module", missing)
     assert nvml.read_gpu() == nvml.MISSING
 
 
@@ -140,8 +142,8 @@ def test_a_directory_that_exists_is_refused(tmp_path: Path) -> None:
     assert failed_with(CliRunner().invoke(app, ["bench", "http://127.0.0.1:9", "-o", str(tmp_path)]), "output-exists")
 
 
-def bench_of_nothing() -> module.BenchRecord:
-    return module.BenchRecord(
+def bench_of_nothing() -> BenchRecord:
+    return BenchRecord(
         snugfit="0",
         tool="snugfit",
         tool_version=None,
@@ -154,20 +156,3 @@ def bench_of_nothing() -> module.BenchRecord:
         hardware={},
         versions={},
     )
-
-
-@pytest.mark.slow
-def test_real_time_within_five_per_cent() -> None:
-    """Over HTTP and by the real clock, set speeds come back within 5 %: prompts of 2 s, tokens of 200 ms, 8 users."""
-    engine = MockEngine(prefill_rate=1000.0, decode_rate=5.0)
-    options = BenchOptions(
-        prefill=(2000,), depths=(400,), concurrency=(8,), prompt_tokens=2, output_tokens=12, repeats=2
-    )
-    with served(engine) as url:
-        prefill, decode, load = bench(url, options=options).runs[0].cells
-    assert prefill.prefill is not None
-    assert decode.decode is not None
-    assert load.throughput is not None
-    assert prefill.prefill.median == pytest.approx(1000, rel=0.05)
-    assert decode.decode.median == pytest.approx(5, rel=0.05)
-    assert load.throughput.median == pytest.approx(8 * 12 / (11 / 5), rel=0.05)

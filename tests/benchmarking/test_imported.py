@@ -52,7 +52,13 @@ def test_a_record_reads_back(tmp_path: Path) -> None:
     assert import_bench(tmp_path / "out" / "bench.json") == record
     document = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
     file = tmp_path / "other.json"
-    for change in ({"schema": "snugfit.bench/2"}, {"runs": []}, {"complete": "yes"}, {"runs": [{"cells": 1}]}):
+    changes: list[dict[str, Any]] = [
+        {"schema": "snugfit.bench/2"},
+        {"runs": []},
+        {"complete": "yes"},
+        {"runs": [{"cells": 1}]},
+    ]
+    for change in changes:
         file.write_text(json.dumps(document | change), encoding="utf-8")
         with raises("result-invalid", where=file):
             import_bench(file)

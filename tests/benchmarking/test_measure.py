@@ -265,4 +265,4 @@ def test_settings_follow_the_servers_context() -> None:
         make_settings(BenchOptions(prefill=(), depths=(), concurrency=()), None)
     for bad in ({"repeats": 0}, {"output_tokens": 1}, {"concurrency": (0,)}):
         with raises("option-invalid", where=next(iter(bad))):
-            make_settings(BenchOptions(**bad), None)  # type: ignore[arg-type]
+            make_settings(BenchOptions(**bad), None)

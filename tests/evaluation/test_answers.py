@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from helpers.errors import raises
 from helpers.mock_vllm import Mock
-
 from snugfit.evaluation.answers import answer_figures, choose_questions
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.served import ServerOptions
@@ -121,6 +121,7 @@ class Served(Mock):
     """Answers prompts, and scores rows with equal values for all tokens."""
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        """Token ids first, then text alone."""
         row = body["prompt"]
         if "prompt_logprobs" not in body:
             self.answered = getattr(self, "answered", 0) + 1

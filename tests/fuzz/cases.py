@@ -518,6 +518,35 @@ def make_record(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     return [["report", *given, "-o", out, *options], push]
 
 
+def make_bench(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A result of another tool, or a record of `bench`, that is damaged, read by `bench --import`."""
+    from snugfit.benchmarking.bench import write_bench
+    from snugfit.benchmarking.imported import import_bench
+
+    files = sorted((Path(__file__).parents[1] / "fixtures" / "bench").glob("*.json"))
+    source = rng.choice(files)
+    if rng.random() < 0.3:
+        write_bench(import_bench(source), root / "own")
+        source = root / "own" / "bench.json"
+    content = source.read_bytes()
+    words = (
+        "schema",
+        "runs",
+        "cells",
+        "benchmarks",
+        "metrics",
+        "completed",
+        "request_count",
+        "values",
+        "status",
+        "avg",
+    )
+    file = root / "result.json"
+    file.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words))
+    out = rng.choice(([], ["-o", str(root / "out")]))
+    return [["bench", "--import", str(file), *rng.choice(([], ["--json"])), *out]]
+
+
 # --- runs
 
 
@@ -789,6 +818,7 @@ TARGETS: Mapping[str, Target] = {
     "recipe": Target(make_recipe, 1400),
     "result": Target(make_result, 600),
     "record": Target(make_record, 400, heavy=True),
+    "bench": Target(make_bench, 400),
     "rows": Target(make_rows, 150, heavy=True),
     "set": Target(make_set, 400, heavy=True),
     "run": Target(make_run, 250, heavy=True),

@@ -186,6 +186,8 @@ def _loss_facts(record: EvalRecord, one: QuantizedCheckpoint) -> list[tuple[str,
         return []
     original = context.models[0]
     at = f" at {context.context:,} tokens" if context.context else ""
+    profile = stated(record.arguments, "activations") if mine.name not in served else "served"
+    at += f" ({profile})" if profile else ""
     lines = [(f"Perplexity{at}", f"{_with_error(mine)} (original {_with_error(original)})")]
     if mine.kl is not None and math.isfinite(mine.kl.mean):
         bound = {"exact": "", "estimate": "about ", "lower bound": "at least "}[mine.kl_kind]
