@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from snugfit.engines.kv_cache import scale_names
-from snugfit.engines.loading import ARGUMENT_KEYS, RELEASES, SCHEME_KEYS, EngineRelease
+from snugfit.engines.releases import ARGUMENT_KEYS, RELEASES, SCHEME_KEYS, EngineRelease
 
 PACKAGES = ("vllm", "compressed_tensors", "transformers")
 _FIND = """

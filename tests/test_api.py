@@ -35,6 +35,8 @@ VERBS_OF: dict[str, tuple[Callable[..., Any], set[str], set[str]]] = {
     "tasks": (snugfit.run_tasks, {"output_dir", "as_json"}, set()),
     "dataset show": (snugfit.describe_dataset, {"as_json"}, set()),
     "dataset compare": (snugfit.compare_datasets, {"as_json"}, set()),
+    "report": (snugfit.make_report, {"as_json"}, set()),
+    "push": (snugfit.push, {"as_json"}, set()),
     "compare": (snugfit.compare, {"output_dir", "as_json"}, set()),
 }
 

@@ -62,6 +62,7 @@ def test_the_page_of_datasets() -> None:
         "docs/python.md",
         "docs/datasets.md",
         "docs/doctor.md",
+        "docs/report.md",
     ],
 )
 def test_pages_name_options_that_there_are(page: str) -> None:

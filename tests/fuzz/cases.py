@@ -470,6 +470,123 @@ def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     return commands
 
 
+def _change_leaves(rng: random.Random, document: dict[str, Any]) -> None:
+    """Some texts and numbers become others of their type, which readers of types alone accept."""
+    places: list[tuple[Any, Any]] = []
+    stack: list[Any] = [document]
+    while stack:
+        node = stack.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, dict | list):
+                stack.append(value)
+            elif key != "schema":
+                places.append((node, key))
+    for node, key in rng.sample(places, min(len(places), rng.choice((1, 2, 5, 30)))):
+        value = node[key]
+        if isinstance(value, str):
+            node[key] = rng.choice(
+                ("", "a", "../..", "A" * 5000, "<script>", "|", "`", "\x00", "\ud800", "{{x}}", "٣", "-1")
+            )
+        elif isinstance(value, bool):
+            node[key] = not value
+        elif isinstance(value, int):
+            node[key] = rng.choice((0, 1, -1, 7, 2**31, 2**63, 10**30, -(10**30)))
+        elif isinstance(value, float):
+            node[key] = rng.choice((0.0, -1.0, 1e-300, 1e308, -1e308, 0.5, None))
+
+
+def make_record(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """Records of every kind of which one is damaged, most of them with a digest that fits: a report, and its upload."""
+    import helpers.report_runs as made
+    import snugfit.publishing.report as publishing
+    from snugfit.records.base import content_digest
+    from snugfit.report.plots import draw
+
+    # drawing takes most of the time, and is the same for most damages
+    publishing.draw = draw if rng.random() < 0.04 else lambda _plot, _folder: []  # type: ignore[assignment, attr-defined]
+    runs = made.write_runs(root / "runs")
+    file = next(rng.choice(runs).glob("*.json"))
+    content = file.read_bytes()
+    document = json.loads(content)
+    words = (
+        "schema",
+        "record_digest",
+        "tensors",
+        "shape",
+        "bytes",
+        "format",
+        "contexts",
+        "models",
+        "kl",
+        "cells",
+        "runs",
+    )
+    more = (
+        "groups",
+        "points",
+        "arguments",
+        "dataset",
+        "sources",
+        "name",
+        "target",
+        "files",
+        "snugfit.plan/1",
+        document["schema"],
+    )
+    spoiled = spoil_bytes(rng, content) if rng.random() < 0.1 else spoil_json(rng, document, (*words, *more))
+    if rng.random() < 0.5:
+        _change_leaves(rng, document)
+        spoiled = dump(document).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.8:
+        try:
+            changed = json.loads(spoiled)
+            changed["record_digest"] = content_digest(changed)
+            spoiled = dump(changed).encode("utf-8", "surrogatepass")
+        except (AttributeError, ValueError, TypeError, RecursionError):
+            pass
+    file.write_bytes(spoiled)
+    given = list(map(str, runs if rng.random() < 0.5 else [file.parent, *rng.sample(runs, 2)]))
+    options = rng.choice(([], ["--license", "mit", "--repo", "me/made-up"], ["--json"]))
+    out = str(root / "report")
+    push = [
+        "push",
+        rng.choice((str(file.parent), out)),
+        "me/made-up",
+        "--dry-run",
+        *rng.choice(([], ["--report", out])),
+    ]
+    return [["report", *given, "-o", out, *options], push]
+
+
+def make_bench(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A result of another tool, or a record of `bench`, that is damaged, read by `bench --import`."""
+    from snugfit.benchmarking.bench import write_bench
+    from snugfit.benchmarking.imported import import_bench
+
+    files = sorted((Path(__file__).parents[1] / "fixtures" / "bench").glob("*.json"))
+    source = rng.choice(files)
+    if rng.random() < 0.3:
+        write_bench(import_bench(source), root / "own")
+        source = root / "own" / "bench.json"
+    content = source.read_bytes()
+    words = (
+        "schema",
+        "runs",
+        "cells",
+        "benchmarks",
+        "metrics",
+        "completed",
+        "request_count",
+        "values",
+        "status",
+        "avg",
+    )
+    file = root / "result.json"
+    file.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words))
+    out = rng.choice(([], ["-o", str(root / "out")]))
+    return [["bench", "--import", str(file), *rng.choice(([], ["--json"])), *out]]
+
+
 # --- runs
 
 
@@ -741,6 +858,8 @@ TARGETS: Mapping[str, Target] = {
     "doctor": Target(make_doctor, 1200),
     "recipe": Target(make_recipe, 1400),
     "result": Target(make_result, 600),
+    "record": Target(make_record, 400, heavy=True),
+    "bench": Target(make_bench, 400),
     "rows": Target(make_rows, 150, heavy=True),
     "set": Target(make_set, 400, heavy=True),
     "values": Target(make_values, 150, heavy=True),

@@ -10,7 +10,7 @@ from typing import Any
 from snugfit.dialects.compressed_tensors import quantization_config
 from snugfit.dialects.rename import COMPRESSED, inverted
 from snugfit.engines.kv_cache import unknown_scales
-from snugfit.engines.loading import EXPERT_NAMES
+from snugfit.engines.releases import EXPERT_NAMES
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, TensorFormat
 from snugfit.inspection.checks.agreement import needed_suffixes

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from snugfit.arguments import as_sequence
-from snugfit.engines.loading import ENGINES, RELEASES, EngineRelease
+from snugfit.engines.releases import ENGINES, RELEASES, EngineRelease
 from snugfit.errors import UserError
 from snugfit.inspection.checks import agreement, cache, config, files, groups, hardware, places, texts
 from snugfit.inspection.evidence import Evidence, read_weight_map, releases

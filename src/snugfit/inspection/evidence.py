@@ -15,7 +15,7 @@ from snugfit.dialects.headers import holds_codes
 from snugfit.dialects.packed import Packed
 from snugfit.dialects.schemes import parse_scheme
 from snugfit.dialects.targets import Targets, common_name
-from snugfit.engines.loading import RELEASES, EngineRelease
+from snugfit.engines.releases import RELEASES, EngineRelease
 from snugfit.engines.unquantized import unquantized
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat

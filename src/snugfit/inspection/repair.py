@@ -14,7 +14,7 @@ from typing import Any
 
 from snugfit.dialects.dialect import MODELOPT_FILE
 from snugfit.dialects.rename import COMPRESSED, MODELOPT, compressed_config, modelopt_config, translated
-from snugfit.engines.loading import RELEASES
+from snugfit.engines.releases import RELEASES
 from snugfit.errors import UserError
 from snugfit.inspection.checks.agreement import needed_suffixes
 from snugfit.inspection.corrections import Corrections, correct, known_formats, plain_linears

@@ -34,6 +34,7 @@ from snugfit.vram.fit import (
     bits_per_weight,
     fit_weights,
     kernel_labels,
+    loading_status,
     serving_error,
     total_weight_bytes,
 )
@@ -84,7 +85,7 @@ def fit(
     layout = read_layout(model)
     for error in encoder_decoder(layout.checkpoint):
         raise error
-    served, notes = _read_model(layout, settings)
+    served, notes = read_served_model(layout, settings)
     source = read_source(layout)
     candidates, more_notes = candidates_of(source, list(map(str, as_sequence(recipes))))
     more_notes += _faults(layout)
@@ -132,7 +133,7 @@ def _at_least_one(name: str, value: int) -> int:
     return value
 
 
-def _read_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
+def read_served_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
     """Shapes from config.json, and remarks on them; UserError where the model cannot be served as asked."""
     for blocker in layout.blockers:
         if blocker.error.code == "config-invalid":
@@ -228,6 +229,7 @@ def _row(candidate: Candidate, elements: Mapping[str, int], model: ServedModel, 
             _cache("fp8", scaled, fp8, model.cache.size(fp8=True, tp=tp).bytes_per_token),
         ),
         kernels={GENERATIONS[key]: labels for key, labels in kernel_labels(tensors, settings).items()},
+        loads={GENERATIONS[key]: status for key, status in loading_status(tensors, settings).items()},
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from snugfit.dialects.targets import common_name
-from snugfit.engines.loading import ARGUMENT_KEYS, GROUP_ORDERS, LOOKED_UP, SCHEME_KEYS
+from snugfit.engines.releases import ARGUMENT_KEYS, GROUP_ORDERS, LOOKED_UP, SCHEME_KEYS
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.inspection.contents import names_without_tensors, read_contents

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 
-from snugfit.engines.loading import CONSOLIDATED
+from snugfit.engines.releases import CONSOLIDATED
 from snugfit.inspection.evidence import Evidence, file_name, finding
 from snugfit.records.doctor import Finding
 from snugfit.storage.checkpoint import INDEX_NAME

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from snugfit.dialects.packed import WIDE
 from snugfit.engines.fused import group_modules
-from snugfit.engines.loading import EXPERT_NAMES
+from snugfit.engines.releases import EXPERT_NAMES
 from snugfit.inspection.evidence import Evidence, Module, finding
 from snugfit.model.anatomy import is_tower
 from snugfit.model.logical_weights import MXFP4_BLOCKS, model_types

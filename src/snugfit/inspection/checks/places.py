@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from snugfit.engines.fused import GATES
-from snugfit.engines.loading import EMBEDDING_FORMATS, PREDICTION_PLAIN, ROUTERS_READ
+from snugfit.engines.releases import EMBEDDING_FORMATS, PREDICTION_PLAIN, ROUTERS_READ
 from snugfit.inspection.evidence import Evidence, finding
 from snugfit.model.anatomy import is_prediction_head
 from snugfit.model.logical_weights import model_types
