@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from snugfit.evaluation.served import ServerOptions
     from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
     from snugfit.hosting.serve import Measures, ServeOptions, serve
+    from snugfit.inspection.doctor import doctor
     from snugfit.inspection.inspect import inspect
+    from snugfit.inspection.repair import plan_repair, repair
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
+    from snugfit.publishing.push import PushPlan, push
+    from snugfit.publishing.report import make_report
     from snugfit.quantization.collect import collect_statistics
     from snugfit.quantization.compare_datasets import compare_datasets
     from snugfit.quantization.import_statistics import import_statistics
@@ -38,10 +42,12 @@ if TYPE_CHECKING:
     from snugfit.records.bench import BenchRecord
     from snugfit.records.comparison import CompareRecord
     from snugfit.records.dataset import DatasetComparison, DatasetRecord
+    from snugfit.records.doctor import DoctorRecord, Finding, RepairRecord
     from snugfit.records.evaluation import EvalRecord, TasksRecord
     from snugfit.records.fit import FitRecord
     from snugfit.records.inspection import Inspection
     from snugfit.records.quantize import QuantizeRecord, TensorRecord
+    from snugfit.records.report import ReportRecord
     from snugfit.records.serve import ServeRecord
     from snugfit.records.statistics_file import Statistics, load_statistics
 
@@ -51,14 +57,19 @@ __all__ = [
     "CompareRecord",
     "DatasetComparison",
     "DatasetRecord",
+    "DoctorRecord",
     "EvalRecord",
+    "Finding",
     "FitRecord",
     "Inspection",
     "LoadedRecipe",
     "Measures",
     "PreparedRun",
     "Progress",
+    "PushPlan",
     "QuantizeRecord",
+    "RepairRecord",
+    "ReportRecord",
     "ServeOptions",
     "ServeRecord",
     "ServerOptions",
@@ -74,6 +85,7 @@ __all__ = [
     "compare",
     "compare_datasets",
     "describe_dataset",
+    "doctor",
     "evaluate",
     "fit",
     "import_bench",
@@ -82,8 +94,12 @@ __all__ = [
     "list_recipes",
     "load_recipe",
     "load_statistics",
+    "make_report",
     "plan_quantization",
+    "plan_repair",
+    "push",
     "quantize",
+    "repair",
     "run_tasks",
     "serve",
     "write_bench",
@@ -104,9 +120,13 @@ _MODULES = {
     "evaluation.served": ("ServerOptions",),
     "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
     "hosting.serve": ("Measures", "ServeOptions", "serve"),
+    "inspection.doctor": ("doctor",),
     "inspection.inspect": ("inspect",),
+    "inspection.repair": ("plan_repair", "repair"),
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
+    "publishing.push": ("PushPlan", "push"),
+    "publishing.report": ("make_report",),
     "quantization.collect": ("collect_statistics",),
     "quantization.import_statistics": ("import_statistics",),
     "quantization.compare_datasets": ("compare_datasets",),
@@ -116,10 +136,12 @@ _MODULES = {
     "records.bench": ("BenchRecord",),
     "records.comparison": ("CompareRecord",),
     "records.dataset": ("DatasetComparison", "DatasetRecord"),
+    "records.doctor": ("DoctorRecord", "Finding", "RepairRecord"),
     "records.evaluation": ("EvalRecord", "TasksRecord"),
     "records.fit": ("FitRecord",),
     "records.inspection": ("Inspection",),
     "records.quantize": ("QuantizeRecord", "TensorRecord"),
+    "records.report": ("ReportRecord",),
     "records.serve": ("ServeRecord",),
     "records.statistics_file": ("Statistics", "load_statistics"),
 }
