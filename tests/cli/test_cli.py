@@ -33,6 +33,18 @@ ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I32": 4, "I64": 8, "F8_E4
 
 # every option and argument of every verb; a new one is announced here, in docs/reference.md and in the changelog
 OFFERED: dict[str, set[str]] = {
+    "doctor": {
+        "checkpoint",
+        "--base",
+        "--engine",
+        "--github",
+        "--gpu",
+        "--json",
+        "--tensor-parallel-size",
+        "--tp",
+        "--values",
+    },
+    "repair": {"checkpoint", "--dialect", "--dry-run", "--json", "--output-dir", "-o"},
     "serve": {
         "model",
         "extra",
