@@ -22,6 +22,7 @@ from snugfit.model.layout import read_layout
 from snugfit.planning import make_plan
 from snugfit.planning.groups import find_groups
 from snugfit.planning.make_plan import plan
+from snugfit.planning.plan_cost import estimate_plan
 from snugfit.quantization.plan import lay_out
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import PlanRecord
@@ -284,6 +285,29 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
     bad = CliRunner().invoke(app, ["plan", str(model), "--bytes", "heavy", "-o", str(tmp_path / "bad")])
     assert bad.exit_code == 2
     assert "not a size" in bad.stderr
+
+
+def test_a_dry_run_says_what_planning_takes(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    """It checks what the run checks, writes nothing, and counts the mixes and tokens that a run measures."""
+    options = {name: value for name, value in texts.items() if name != "menu"}
+    estimate = estimate_plan(model, bits_per_weight=7.5, menu=texts["menu"], **options)
+    assert estimate.scored_tokens == 5 * 64
+    assert estimate.held_out_tokens == 24 * 64
+    assert estimate.mixes > 3
+    assert (estimate.scoring_seconds or 0) > 0
+    assert (estimate.proof_seconds or 0) > 0
+    assert estimate.disk_bytes > 0
+    assert "planning takes about" in estimate.line()
+    before = {file: file.stat().st_mtime_ns for file in model.iterdir()}
+    arguments = ["plan", model, "--bits-per-weight", "7.5", "--dry-run", "-o", tmp_path / "out"]
+    arguments += ["--dataset", texts["dataset"], "--held-out", texts["held_out"], "--max-seq-length", "64"]
+    result = CliRunner().invoke(app, list(map(str, arguments)))
+    assert result.exit_code == 0, result.stderr
+    assert "mixes on" in result.stdout
+    assert not list(tmp_path.iterdir())
+    assert before == {file: file.stat().st_mtime_ns for file in model.iterdir()}
+    longer = [*arguments, "--held-out-contexts", "1"]
+    assert failed_with(CliRunner().invoke(app, list(map(str, longer))), "option-invalid", "--held-out-contexts")
 
 
 def test_plans_of_checkpoints_on_the_command_line(make_tiny: MakeTiny, tmp_path: Path) -> None:

@@ -106,17 +106,27 @@ class _Sums:
 
 
 def add_gram(gram: Tensor, inputs: Tensor) -> None:
-    """Add X^T X of inputs X [n, K] to the lower triangle of `gram`, fp32 [K, K]; in fp32."""
-    exact = inputs.float()
+    """Add X^T X of inputs X [n, K] to the lower triangle of `gram`, fp32 [K, K]; in fp32.
+
+    On CUDA values of 16 bits are multiplied as they are: their products are exact in fp32, in which they are added.
+    """
+    narrow = inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
+    exact = inputs if narrow else inputs.float()
     for start in range(0, gram.shape[0], _COLUMNS):
         stop = min(start + _COLUMNS, gram.shape[0])
-        gram[start:stop, :stop].addmm_(exact[:, start:stop].t(), exact[:, :stop])
+        left, right = exact[:, start:stop].t(), exact[:, :stop]
+        if narrow:
+            gram[start:stop, :stop] += torch.mm(left, right, out_dtype=torch.float32)
+        else:
+            gram[start:stop, :stop].addmm_(left, right)
 
 
-class _Spread:
+class EvenSample:
     """Some of the inputs [K] that came, evenly spread over all: where too many were kept, every second one goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = SAMPLED_OF_EXPERT) -> None:
+        """Keep `count` or more of them, up to twice as many."""
+        self._count = count
         self._parts: list[Tensor] = []
         self._seen = self._kept = 0
         self._stride = 1
@@ -127,7 +137,7 @@ class _Spread:
         self._seen += len(inputs)
         self._kept += len(part)
         self._parts.append(part)
-        while self._kept > 2 * SAMPLED_OF_EXPERT:
+        while self._kept > 2 * self._count:
             whole = torch.cat(self._parts)[::2].clone()
             self._parts, self._kept, self._stride = [whole], len(whole), 2 * self._stride
 
@@ -144,7 +154,7 @@ class ExpertMoments(NoHooks):
 
     def __init__(self, *, sampled: bool = False) -> None:
         self._sampled = sampled
-        self._samples: dict[int, _Spread] = {}
+        self._samples: dict[int, EvenSample] = {}
         self._valid: Tensor | None = None
         self._hidden = torch.empty(0)
         self._real: Tensor | None = None
@@ -176,7 +186,7 @@ class ExpertMoments(NoHooks):
             self._down[expert] += hidden[real].float().square().sum(0)
             self._counts[expert] += len(tokens) if self._real is None else self._real[tokens].sum()
             if self._sampled:
-                self._samples.setdefault(expert, _Spread()).add(hidden[real])
+                self._samples.setdefault(expert, EvenSample()).add(hidden[real])
         return hidden
 
     def samples(self) -> dict[int, Tensor]:

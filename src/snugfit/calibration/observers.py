@@ -54,7 +54,10 @@ class _Magnitudes:
         seen = torch.maximum(high, -low).float().abs()
         self._amax = seen if self._amax is None else torch.maximum(self._amax, seen)
         bins = inputs[-self._tokens % SAMPLED :: SAMPLED].float().abs().reshape(-1).view(torch.int32) >> SHIFT
-        counts = torch.bincount(bins, minlength=BINS)
+        if bins.is_cuda:  # bincount would wait for the GPU
+            counts = torch.histc(bins.float(), BINS, min=0, max=BINS).to(torch.int64)
+        else:
+            counts = torch.bincount(bins, minlength=BINS)
         self._histogram = counts if self._histogram is None else self._histogram + counts
         self._tokens += len(inputs)
 

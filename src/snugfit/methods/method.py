@@ -22,6 +22,7 @@ from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.experts import ExpertNames
 from snugfit.model.forward_pass import Batch
+from snugfit.records.norm_folds import NormFold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,10 +83,11 @@ class Purpose:
 class RunLayer(Protocol):
     """Passes samples through an observed layer; what comes out of it is dropped."""
 
-    def __call__(self, before: Callable[[Batch], None], *, max_tokens: int | None = None) -> None:
+    def __call__(self, before: Callable[[Batch], None], *, max_tokens: int | None = None, spread: int = 1) -> None:
         """Call `before` ahead of each batch (`batch.valid` says which tokens are real), then run the layer on it.
 
-        With `max_tokens` it ends behind the first batches that hold so many tokens.
+        With `max_tokens` it ends behind the first batches that hold so many tokens; with a `spread` of n > 1 it takes
+        at least n batches, evenly spread over all.
         """
 
 
@@ -97,7 +99,7 @@ class ObservedLayer:
     of all its tensors but experts' to the module's, and `dtypes` the latter to dtypes in the file. `targets` says of
     each weight that is to be quantized how, by the file's full name. `experts` describes its routed experts, which are
     no linears: `snugfit.model.experts.hook` shows their inputs; None if it has none; `prefix` is what the file's names
-    begin with.
+    begin with. `copied` are the weights whose codes in the file stay. `note` takes what the record is to say of a fold.
     """
 
     module: nn.Module
@@ -108,6 +110,8 @@ class ObservedLayer:
     targets: Mapping[str, Target]
     experts: ExpertNames | None
     run: RunLayer
+    copied: frozenset[str] = frozenset()
+    note: Callable[[NormFold], None] = lambda _: None
 
 
 class Method(Protocol):

@@ -228,8 +228,8 @@ def read_experts(
                 kinds.setdefault(key[1], members[name].format)
                 scale = members[name].input_scale
                 scales[key[1]] += [] if scale is None else [scale]
-    shared = {is_down: _largest(some) if some else None for is_down, some in scales.items()}
-    quantizers = [experts_quantizer(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True)]
+    shared = {is_down: largest_scale(some) for is_down, some in scales.items()}
+    quantizers = [experts_quantizer(kinds.get(is_down), shared[is_down], profile) for is_down in (False, True)]
     ranges = [
         None if (kind := kinds.get(is_down)) is None else input_range(kind, shared[is_down])
         for is_down in (False, True)
@@ -237,9 +237,9 @@ def read_experts(
     return ExpertInputs(quantizers[0], quantizers[1], (ranges[0], ranges[1]))
 
 
-def experts_quantizer(fmt: TensorFormat | None, scales: Sequence[Tensor], profile: str) -> Quantizer | None:
-    """What rounds the inputs of all experts' projections of a kind, under their largest scale; None: nothing does."""
-    return None if fmt is None else input_quantizer(fmt, profile, _largest(scales) if scales else None)
+def experts_quantizer(fmt: TensorFormat | None, scale: Tensor | None, profile: str) -> Quantizer | None:
+    """What rounds the inputs of all experts' projections of a kind, under their `largest_scale`; None: nothing does."""
+    return None if fmt is None else input_quantizer(fmt, profile, scale)
 
 
 def read_layer(
@@ -433,8 +433,10 @@ def _together(sizes: Mapping[_Projections, int], limit: int) -> Iterator[list[_P
         yield some
 
 
-def _largest(scales: Sequence[Tensor]) -> Tensor:
-    """The largest of multipliers (the first number of each tensor), without waiting for a GPU."""
+def largest_scale(scales: Sequence[Tensor]) -> Tensor | None:
+    """The largest of multipliers (the first number of each tensor), without waiting for a GPU; None of none."""
+    if not scales:
+        return None
     stacked = torch.stack(list(scales))
     return stacked.index_select(0, stacked.view(len(stacked), -1)[:, 0].argmax().view(1))[0]
 
@@ -451,10 +453,11 @@ def _as_one(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _M
         return members
     inputs = [member.input_scale for member in members.values() if member.input_scale is not None]
     if inputs:
+        shared: Tensor | None
         if fmt.input_kind == "nvfp4":
             shared = dialect.fused_global_scale(inputs)
         else:
-            shared = _largest(inputs) if fmt.input_kind == "fp8-tensor" else inputs[-1]
+            shared = largest_scale(inputs) if fmt.input_kind == "fp8-tensor" else inputs[-1]
         members = {name: replace(member, input_scale=shared) for name, member in members.items()}
     if fmt.name in ("nvfp4", "nvfp4a16"):
         return _under_one_global_scale(dialect, members)

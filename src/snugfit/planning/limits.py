@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from snugfit.engines.memory import GIB
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout
-from snugfit.planning.fit import read_served, serve_settings
+from snugfit.planning.fit import read_served_model, serve_settings
 from snugfit.planning.menu import Server
 from snugfit.planning.search import Limit, Space, least_amount
 from snugfit.records.scores import KEEP
@@ -62,7 +62,7 @@ def read_place(layout: ModelLayout, budget: Budget) -> Place:
         gpu_memory_utilization=budget.gpu_memory_utilization,
         max_num_seqs=budget.max_num_seqs,
     )
-    served, notes = read_served(layout, settings)
+    served, notes = read_served_model(layout, settings)
     server = Server(settings=settings, kv_heads=served.cache.kv_heads)
     return Place(budget=budget, server=server, served=served, notes=tuple(notes))
 

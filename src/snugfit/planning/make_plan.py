@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,15 +122,39 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
     started = time.monotonic()
     scores, statistics = _scores(prepared, work, progress)
     seconds["scoring"] = time.monotonic() - started
-    choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
-    started = time.monotonic()
+    with _keeping_scores(prepared):
+        record, statistics = _plan_with(model, prepared, scores, statistics, seconds, work, progress)
+        _write(record, scores, statistics, prepared, directory)
+    return record
+
+
+@contextmanager
+def _keeping_scores(prepared: Prepared) -> Iterator[None]:
+    """Errors behind the scoring leave the scores, so that another budget can have them."""
     try:
-        context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
+        yield
+    except Unfinished:
+        raise
     except UserError as error:
         if prepared.scores is not None:
             raise
-        remedy = f"{error.remedy} The scores are kept: another budget with the same `output_dir` reuses them."
+        remedy = f"{error.remedy} The scores are kept: the same `output_dir` with other options reuses them."
         raise Unfinished(error.what, code=error.code, where=error.where, remedy=remedy.strip()) from None
+
+
+def _plan_with(
+    model: str | Path,
+    prepared: Prepared,
+    scores: Scores,
+    statistics: Statistics | None,
+    seconds: dict[str, float],
+    work: Path,
+    progress: Progress,
+) -> tuple[PlanRecord, Statistics | None]:
+    """The record of the plan that scores give, and the statistics that it was measured with."""
+    choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
+    started = time.monotonic()
+    context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
     controls = find_controls(prepared.layout, choices.everything, space, scores, context)
     seconds["search"] = time.monotonic() - started
     named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
@@ -159,9 +184,7 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
         notes=prepared.notes,
         seconds=seconds,
     )
-    record = record_of(outcome)
-    _write(record, scores, statistics, prepared, directory)
-    return record
+    return record_of(outcome), statistics
 
 
 def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:

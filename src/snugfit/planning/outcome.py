@@ -188,8 +188,8 @@ def _notes(found: Outcome) -> list[str]:
     weight_only = dict.fromkeys(one.label for one in found.mix.options.values() if _is_weight_only(one))
     if weight_only:
         notes.append(
-            f"{', '.join(weight_only)} run weight-only: prompts are processed at the speed of 16 bits; "
-            "`menu` can leave them out"
+            f"weight-only here: {', '.join(weight_only)}, so prompts are processed at the speed of 16 bits; `menu` can "
+            "leave them out"
         )
     measured = found.measured.get(found.chosen, ())
     at = next((one for one in measured if one.context == found.context and not one.text), None)

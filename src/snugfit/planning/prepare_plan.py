@@ -94,7 +94,7 @@ class Prepared:
             formats=self.formats,
             rounding=self.request.rounding,
             target=self.target,
-            kv_cache="fp8" in self.choices.space.limits,
+            kv_cache=not self.choices.fp8_kept,  # also where this budget needs none: scores are for others, too
             seed=self.request.seed,
         )
         check_settings(settings)

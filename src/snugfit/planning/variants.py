@@ -236,7 +236,7 @@ class LayerVariants:
             names = [name for name in group.weights if (roles[name] == experts.DOWN) == is_down]
             fmt = found[names[0]].format
             scales = [s for n in names if (s := self._input_scale(n, found[n], amax.get(n))) is not None]
-            quantizers.append(emulate.experts_quantizer(fmt, scales, self._subject.target))
+            quantizers.append(emulate.experts_quantizer(fmt, emulate.largest_scale(scales), self._subject.target))
         return quantizers[0], quantizers[1]
 
 

@@ -9,8 +9,7 @@ serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.measured import Measured, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
+from snugfit.records.norm_folds import NormFold
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import LayerStatistics
 from snugfit.records.statistics_file import ExpertCalibration
@@ -57,7 +57,10 @@ class UnitTensor:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPass:
-    """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device."""
+    """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device.
+
+    `norm_folds` takes what the method notes.
+    """
 
     plan: Plan
     skeleton: Skeleton
@@ -67,6 +70,7 @@ class LayerPass:
     states: tuple[forward_pass.States, forward_pass.States]
     device: torch.device
     experts: ExpertCalibration
+    norm_folds: list[NormFold] = field(default_factory=list)
 
     @property
     def prefix(self) -> str:
@@ -191,6 +195,8 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
         targets=targets,
         experts=run.skeleton.experts.get(run.index),
         run=_runner(run, layer),
+        copied=frozenset(name for group in held if group.has_codes for name in group.tensors),
+        note=run.norm_folds.append,
     )
     return held, method.observe(observed)
 
@@ -198,12 +204,11 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
 def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
     """What passes the samples through a resident layer."""
 
-    def pass_samples(before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None) -> None:
-        count = len(run.batches)
-        if max_tokens is not None:
-            ends = accumulate(sum(batch.lengths) for batch in run.batches)
-            count = next((n for n, end in enumerate(ends, 1) if end >= max_tokens), count)
-        forward_pass.run_layer(layer, run.index, run.batches[:count], before, states=(run.states[0], None))
+    def pass_samples(
+        before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None, spread: int = 1
+    ) -> None:
+        batches = run.batches if max_tokens is None else forward_pass.some_batches(run.batches, max_tokens, spread)
+        forward_pass.run_layer(layer, run.index, batches, before, states=(run.states[0], None))
 
     return pass_samples
 
@@ -309,7 +314,9 @@ class _WatchedLayer:
             return None
         up = self._expert_quantizer((experts.GATE, experts.UP), formats, scales)
         down = self._expert_quantizer((experts.DOWN,), formats, scales)
-        cap = run.experts.max_forced_tokens if run.experts.all_experts else None
+        # without a range to measure, experts that the router did not choose would run for nothing
+        measured = run.plan.recipe is None or run.plan.needs_activations
+        cap = run.experts.max_forced_tokens if run.experts.all_experts and measured else None
         tokens = sum(sum(batch.lengths) for batch in run.batches)
         observer = ExpertObserver(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
         moments = self._expert_moments
@@ -325,7 +332,8 @@ class _WatchedLayer:
         names = [n for (_, role, what), n in self._mixture.names.items() if what == "weight" and role in roles]
         modules = [module for name in names if (module := name.removesuffix(".weight")) in formats]
         given = [scale for module in modules if (scale := scales.get(module)) is not None]
-        return emulate.experts_quantizer(formats[modules[0]] if modules else None, given, "marlin")
+        fmt = formats[modules[0]] if modules else None
+        return emulate.experts_quantizer(fmt, emulate.largest_scale(given), "marlin")
 
     def before(self, batch: forward_pass.Batch) -> None:
         """A batch is about to pass."""

@@ -14,6 +14,7 @@ from snugfit.data.dataset import Dataset, with_defaults
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.formats import inputs
+from snugfit.inspection.doctor import check_files
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
 from snugfit.methods import kernels
 from snugfit.model.layout import read_layout
@@ -22,7 +23,7 @@ from snugfit.quantization.other_recipe import adopt_recipe
 from snugfit.quantization.plan import Plan, lay_out
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, headroom_of, prepare
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, run_layers, statistics_of
+from snugfit.quantization.run import Run, norm_folds_of, run_layers, statistics_of
 from snugfit.quantization.trials import Tried, run_trials
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
 from snugfit.records.base import as_json
@@ -36,7 +37,7 @@ from snugfit.records.statistics_file import (
 from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
-from snugfit.storage.shards import index_of
+from snugfit.storage.shards import file_digests, index_of
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
 
@@ -148,8 +149,12 @@ def quantize(
             "target": prepared.target,
             "input_headroom": prepared.plan.input_headroom,
         }
-        record = _record(tried, destination, left_out, arguments)
+        others = _other_files(directory, tried.outcome.files)
+        record = replace(_record(tried, destination, left_out, arguments), other_files=others)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+        for finding in check_files(directory, small_files=False):
+            if finding.severity != "note":
+                progress.message(f"doctor: {finding.fault}: {finding.where}: {finding.what}")
     return record
 
 
@@ -237,6 +242,13 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     return tuple(sorted({*not_copied(source), *(known & set(OTHER_QUANTIZATION_FILES))}))
 
 
+def _other_files(directory: Path, weight_files: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of every finished file beside the weights and the record, which is written last."""
+    apart = {*weight_files, LOCK_NAME, RECORD_FILE}
+    names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
+    return file_digests(directory, [n for n in names if n not in apart and not n.startswith(f"{WORK_NAME}/")])
+
+
 def _write_config(plan: Plan, directory: Path) -> None:
     """Write config and index."""
     (directory / "config.json").write_text(as_json(plan.config), encoding="utf-8")
@@ -292,6 +304,7 @@ def _record(
         versions=versions(),
         estimates={key: {"estimated": value, "actual": actual[key]} for key, value in estimated.items()},
         resumed=resumed,
+        norm_folds=norm_folds_of(run),
     )
 
 

@@ -27,6 +27,7 @@ from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.recalled import observe_recalled
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.write import write_unit
+from snugfit.records.norm_folds import NormFold
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics import layer_from_json, layer_to_json
 from snugfit.records.statistics_file import DatasetUsed, Statistics
@@ -103,8 +104,8 @@ def run_layers(run: Run) -> Outcome:
                 with clock("write"):
                     records = write_unit(plan, number, tensors, measured, writer)
                 tensors.clear()  # before the next layer is read: one is in memory at a time
+                commits.start(records, measured, writer, layer, states[number % 2] if run.runs_layers else None)
                 del layer, roundings
-                commits.start(records, measured, writer, states[number % 2] if run.runs_layers else None)
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
                     expected = _expect(run, number, started)
@@ -260,11 +261,17 @@ class _Commits:
         self._last: Future[None] | None = None
 
     def start(
-        self, records: Sequence[TensorRecord], measured: Measured, writer: ShardWriter, states: StateFile | None
+        self,
+        records: Sequence[TensorRecord],
+        measured: Measured,
+        writer: ShardWriter,
+        layer: LayerPass | None,
+        states: StateFile | None,
     ) -> None:
         """Record a unit as soon as the writes that were started for it are done."""
         wait, tensors = writer.pending_writes(), [asdict(record) for record in records]
         statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
+        norm_folds = [] if layer is None else [asdict(fold) for fold in layer.norm_folds]
         before = self._last
 
         def commit() -> None:
@@ -273,7 +280,7 @@ class _Commits:
             written = wait()
             pieces = [] if states is None else states.wait()
             entry = {"tensors": tensors, "statistics": statistics, "written": written, "states": pieces}
-            self._finished.commit(entry)
+            self._finished.commit(entry | {"norm_folds": norm_folds})
 
         self._last = self._pool.submit(commit)
 
@@ -281,6 +288,12 @@ class _Commits:
         """Until the last unit is recorded; raises what went wrong."""
         if self._last is not None:
             self._last.result()
+
+
+def norm_folds_of(run: Run) -> tuple[NormFold, ...]:
+    """What became of norms before routed experts, layer by layer; empty if no way tried to fold them."""
+    found = [fold for entry in run.finished.entries for fold in entry.get("norm_folds", ())]
+    return tuple(NormFold(**fold | {"readers": tuple(fold["readers"])}) for fold in found)
 
 
 def statistics_of(run: Run) -> Statistics:

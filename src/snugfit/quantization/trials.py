@@ -22,11 +22,13 @@ from pathlib import Path
 from snugfit.errors import UserError
 from snugfit.evaluation.held_out import HeldOut, segments
 from snugfit.evaluation.saturation import InputWatch, SeenInputs
+from snugfit.machine import fix_cublas_workspace
 from snugfit.quantization.learned import learn
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import FinishedUnits, read_json, replace_json
-from snugfit.quantization.run import LATE_ERRORS, Outcome, Run, run_layers
+from snugfit.quantization.run import LATE_ERRORS, Outcome, Run, norm_folds_of, run_layers
 from snugfit.quantization.ways import Way
+from snugfit.records.norm_folds import summary
 from snugfit.records.saturation import InputSaturation
 from snugfit.records.trials import Measured, Trial, judge
 from snugfit.storage.staging import WORK_NAME
@@ -51,11 +53,16 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
     """
     prepared = run.prepared
     assert prepared.held_out is not None
+    if any(way.learns for way in prepared.ways):
+        fix_cublas_workspace()
     tokens, files = segments(prepared.held_out.samples, prepared.held_out.shares)
     held_out: HeldOut | None = None
     found: list[Measured] = []
+    trials: list[Trial] = []
     winner = ""
     for way in prepared.ways:
+        if way.unless in {trial.name for trial in trials if trial.kept}:
+            continue
         known = _recalled(run.work, way)
         if known is None:
             if held_out is None:
@@ -73,9 +80,7 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
         trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
         winner = [trial.name for trial in trials if trial.kept][-1]
-        for other in prepared.ways[: len(found)]:
-            if other.name != winner:
-                _forget_weights(run.work, other)
+        _forget_losers(run, [one.name for one in found if one.name != winner])
     best = next(way for way in prepared.ways if way.name == winner)
     inner = _run_of(run, best)
     content = read_json(_file(run.work, best))
@@ -105,6 +110,8 @@ def _try(run: Run, way: Way, champion: Way | None, held_out: HeldOut, write_conf
     inner = _run_of(run, way)
     outcome = learn(inner, _run_of(run, champion)) if way.learns and champion else run_layers(inner)
     write_config(inner.directory)
+    if folds := norm_folds_of(inner):
+        run.progress.message(f"{way.name}: {summary(folds)}")
     watch = InputWatch()
     with run.clock("trials"):
         kl = held_out.divergences(inner.directory, watch)
@@ -174,6 +181,12 @@ def _recalled(work: Path, way: Way) -> Measured | None:
         return Measured(str(one["name"]), tuple(map(float, one["kl"])), float(one["seconds"]))
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _forget_losers(run: Run, names: Sequence[str]) -> None:
+    for way in run.prepared.ways:
+        if way.name in names:
+            _forget_weights(run.work, way)
 
 
 def _forget_weights(work: Path, way: Way) -> None:

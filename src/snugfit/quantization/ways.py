@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +15,7 @@ from snugfit.methods.expert_folds import Product
 from snugfit.methods.learned_scales import LEARNED_FORMATS
 from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
-from snugfit.model.experts import why_not_linear_in_up
+from snugfit.model.experts import DOWN, why_not_linear_in_up
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.plan import Plan
 from snugfit.recipes.assignment import Assignment
@@ -24,9 +24,9 @@ FAST, GOOD, BEST = EFFORTS = ("fast", "good", "best")
 HELD_OUT_EVERY = 8  # one of so many samples of each file is held out
 FEWEST_SAMPLES = 8
 DESCENT_SWEEPS = 2
-# block scales for each calibration token, above which they learn the samples by heart: 44 lowered the KL of other
-# texts by a sixth, 630 raised that of one of two (docs/effort.md)
-MOST_LEARNED_PER_TOKEN = 200
+# block scales for each calibration token, above which steps follow the noise of their samples: 44 and 87 lowered the KL
+# of other texts by a sixth and an eighth, 180 raised it, 630 raised that of one text (docs/effort.md)
+MOST_LEARNED_PER_TOKEN = 100
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,13 @@ class Way:
 
     With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
     `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears, of
-    what can be folded, and of what gives the weight of a linear.
+    what can be folded, and of what gives the weight of a linear. Where the way `unless` was kept this one is not tried.
     """
 
     name: str
     method: Method
     learns: bool = False
+    unless: str = ""
     recall: Callable[[Mapping[str, Tensor], Sequence[Product], Callable[[str], Tensor]], Any] | None = None
 
 
@@ -54,14 +55,19 @@ def ways_of(
     target: str,
     *,
     samples_run: bool,
+    tokens: int = 0,
     recalls: bool = False,
     folds_experts: bool = False,
+    folds_norms: bool = False,
 ) -> tuple[Way, ...]:
     """The ways that a run of this effort tries, the simplest first; `target` is the engine profile to be good under.
 
+    GPTQ has weighted scales, too. Where there are `tokens` enough for its matrices it is tried first, and weighted
+    scales alone only if it was not kept.
+
     `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
-    (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, and folds only
-    inside of each (`folds_experts`: some can).
+    (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, but folds inside
+    of each (`folds_experts`: some can), and last, by itself, one of the norm before them (`folds_norms`: some may).
     """
     if effort == FAST and recalls:
         method = Calibrated(target, folds=True, expert_folds=True)
@@ -71,22 +77,20 @@ def ways_of(
     weighted = Way("weighted", Calibrated(target))
     if effort == FAST:
         return (weighted,)
-    ways = [PLAIN, weighted]
-    if not _linears(plan):
-        return (
-            (*ways, Way("weighted+expert-folds", Calibrated(target, expert_folds=True))) if folds_experts else (*ways,)
-        )
-    ways += [
-        Way("gptq", Calibrated(target, gptq=True)),
-        Way("gptq+folds", Calibrated(target, gptq=True, folds=True)),
-    ]
-    name = "gptq+folds"
+    ways, name, options = [PLAIN, weighted], "weighted", dict[str, Any]()
+    if _linears(plan):
+        gptq = Way("gptq", Calibrated(target, gptq=True))
+        ways = [*ways, gptq] if tokens < _widest(plan) else [PLAIN, gptq, replace(weighted, unless=gptq.name)]
+        ways.append(Way("gptq+folds", Calibrated(target, gptq=True, folds=True)))
+        name, options = "gptq+folds", {"gptq": True, "folds": True}
     if folds_experts:
-        name = "gptq+folds+expert-folds"
-        ways.append(Way(name, Calibrated(target, gptq=True, folds=True, expert_folds=True)))
-    if effort == BEST:
-        descent = Calibrated(target, gptq=True, folds=True, expert_folds=folds_experts, sweeps=DESCENT_SWEEPS)
-        ways.append(Way(f"{name}+descent", descent))
+        name, options["expert_folds"] = f"{name}+expert-folds", True
+        ways.append(Way(name, Calibrated(target, **options)))
+    if effort == BEST and _linears(plan):
+        name, options["sweeps"] = f"{name}+descent", DESCENT_SWEEPS
+        ways.append(Way(name, Calibrated(target, **options)))
+    if folds_norms:
+        ways.append(Way(f"{name}+norm-folds", Calibrated(target, norm_folds=True, **options)))
     return tuple(ways)
 
 
@@ -104,9 +108,26 @@ def why_no_expert_folds(plan: Plan, skeleton: Skeleton) -> str | None:
     return None if not reasons else min(reasons)
 
 
+def may_fold_norms(plan: Plan, skeleton: Skeleton) -> bool:
+    """Whether a layer has routed experts of which all that reads their inputs follows the effort."""
+    return any(
+        all(
+            (a := plan.assignments.get(f"{plan.decoder}.{number}.{name}")) is not None and a.follows_effort
+            for (_, role, parameter), name in mixture.names.items()
+            if parameter == "weight" and role != DOWN
+        )
+        for number, mixture in skeleton.experts.items()
+    )
+
+
 def _linears(plan: Plan) -> dict[str, Assignment]:
     """What is decided of weights, but routed experts', that follow the effort."""
     return {name: a for name, a in plan.assignments.items() if a.follows_effort and ".experts." not in name}
+
+
+def _widest(plan: Plan) -> int:
+    """The most input features that a linear has which follows the effort."""
+    return max((plan.weights.tensors[name].shape[-1] for name in _linears(plan)), default=0)
 
 
 def few_tokens_note(plan: Plan, tokens: int) -> list[str]:
@@ -114,7 +135,7 @@ def few_tokens_note(plan: Plan, tokens: int) -> list[str]:
 
     GPTQ damps it, and the gate judges what comes of that.
     """
-    widest = max((plan.weights.tensors[name].shape[-1] for name in _linears(plan)), default=0)
+    widest = _widest(plan)
     if tokens >= widest:
         return []
     return [f"{tokens:,} calibration tokens for linears of up to {widest:,} input features: GPTQ needs more of them"]
@@ -137,7 +158,7 @@ def why_not_learned(plan: Plan, skeleton: Skeleton, tokens: int) -> str:
     scales = sum(_scales(plan, name) for name in learned_weights(plan))
     if scales > MOST_LEARNED_PER_TOKEN * tokens:
         enough = -(-scales // MOST_LEARNED_PER_TOKEN)
-        return f"{scales:,} of them would learn {tokens:,} tokens by heart: give {enough:,} or more"
+        return f"{scales:,} of them would follow the noise of {tokens:,} tokens: give {enough:,} or more"
     return ""
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from snugfit.records.base import as_json, without_nan
+from snugfit.records.base import Number, as_json, without_nan
 
 PLAN_SCHEMA = "snugfit.plan/1"
 PLAN_FILE, RECIPE_FILE = "plan.json", "recipe.yaml"
@@ -48,8 +48,8 @@ class PlanLimit:
 class Expected:
     """A KL that scores expect, and its standard error; both NaN where a format was not scored."""
 
-    kl: float
-    error: float
+    kl: Number
+    error: Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,12 +60,12 @@ class ProvenKl:
     expect at this context, NaN where they do not say.
     """
 
-    kl: float
-    error: float
+    kl: Number
+    error: Number
     tokens: int
     context: int | None
     text: str = ""
-    expected: float = math.nan
+    expected: Number = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class PlannedGroup:
     label: str
     arithmetic: str
     bytes: int
-    cost: float
+    cost: Number
     why: str
     refused: Mapping[str, str]
 

@@ -131,7 +131,9 @@ def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
     shown = [p for p in record.points if p.kind != "frontier"]
     if narrow:
         shown = [p for p in shown if p.measured or (p.fits and p.kind in ("plan", "alternative"))]
-        rest = [p for p in record.points if p.kind in ("built-in", "byte-matched") and p.fits and p not in shown]
+        rest = [
+            p for p in record.points if p.kind in ("built-in", "uniform", "byte-matched") and p.fits and p not in shown
+        ]
         shown += sorted(rest, key=lambda p: (math.isnan(p.expected.kl), p.expected.kl))[:3]
     contexts = list(dict.fromkeys((m.context, m.text) for p in shown for m in p.measured if not m.text))
     contexts = contexts if len(contexts) > 2 else contexts[1:]  # all is the same as the only one

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from snugfit.engines.gpus import COMMON, GENERATIONS, Generation
 from snugfit.engines.kernels import linear_kernel
+from snugfit.engines.loading import Loading, worst_loading
 from snugfit.engines.memory import EngineMemory
 from snugfit.formats.spec import TensorFormat
 from snugfit.storage.safetensors_header import TensorInfo
@@ -141,6 +142,13 @@ def longest_context(model: ServedModel, weight_bytes: int, settings: ServeSettin
     budget, pool = _memory(model, weight_bytes, settings, settings.tensor_parallel_size, fp8)
     available = budget.cache_bytes
     return pool.max_context(available, model.max_positions, settings.max_num_seqs) if available > 0 else 0
+
+
+def loading_status(tensors: Sequence[PlannedTensor], settings: ServeSettings) -> dict[Generation, Loading]:
+    """Generation -> how it is known that the engine loads these weights there."""
+    generations: Sequence[Generation] = (settings.gpu.generation,) if settings.gpu.generation else COMMON
+    formats = dict.fromkeys(kernel_format(tensor.format) for tensor in tensors if tensor.format is not None)
+    return {generation: worst_loading(settings.engine.engine, formats, generation) for generation in generations}
 
 
 def weight_bytes_per_gpu(tensors: Sequence[PlannedTensor], tp: int, kv_heads: int | None) -> int:
