@@ -157,15 +157,7 @@ def score_samples(
         compared.mkdir(exist_ok=True)
         units = FinishedUnits(compared, identity | {"plans": [dict(plan.choice) for plan in plans]})
         points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
-    groups = []
-    for group in subject.groups.values():
-        measured = group.name not in costs
-        if measured:
-            costs[group.name] = _measured_cost(group.name, points)
-        groups.append(_scored(group, measured=measured))
-    if settings.kv_cache and (cache := _measured_cost(KV_CACHE, points)):
-        costs[KV_CACHE] = cache
-        groups.append(ScoredGroup(name=KV_CACHE, layer=None, role=KV_CACHE, elements=0, measured=True))
+    groups = _with_measured(subject, costs, points, settings)
     source = samples.dataset
     return Scores(
         snugfit=__version__,
@@ -185,6 +177,22 @@ def score_samples(
         points=tuple(points),
         versions=versions(),
     )
+
+
+def _with_measured(
+    subject: Subject, costs: dict[str, dict[str, Cost]], points: Sequence[Point], settings: ScoreSettings
+) -> list[ScoredGroup]:
+    """All groups for the record; what was measured alone is added to `costs`."""
+    groups = []
+    for group in subject.groups.values():
+        measured = group.name not in costs
+        if measured:
+            costs[group.name] = _measured_cost(group.name, points)
+        groups.append(_scored(group, measured=measured))
+    if settings.kv_cache and (cache := _measured_cost(KV_CACHE, points)):
+        costs[KV_CACHE] = cache
+        groups.append(ScoredGroup(name=KV_CACHE, layer=None, role=KV_CACHE, elements=0, measured=True))
+    return groups
 
 
 def _identity(
