@@ -46,14 +46,15 @@ class _Magnitudes:
         self._amax: Tensor | None = None
         self._histogram: Tensor | None = None
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in inputs [n, K]."""
+    def add(self, inputs: Tensor, first: int | None = None) -> None:
+        """Take in inputs [n, K]; `first` is the number of the first among all that come, if not in their order."""
         if not len(inputs):
             return
+        first = self._tokens if first is None else first
         low, high = inputs.aminmax()
         seen = torch.maximum(high, -low).float().abs()
         self._amax = seen if self._amax is None else torch.maximum(self._amax, seen)
-        bins = inputs[-self._tokens % SAMPLED :: SAMPLED].float().abs().reshape(-1).view(torch.int32) >> SHIFT
+        bins = inputs[-first % SAMPLED :: SAMPLED].float().abs().reshape(-1).view(torch.int32) >> SHIFT
         counts = torch.bincount(bins, minlength=BINS)
         self._histogram = counts if self._histogram is None else self._histogram + counts
         self._tokens += len(inputs)
@@ -77,7 +78,13 @@ class ExpertObserver(NoHooks):
         self._inputs = inputs
         self._stride = 0 if not cap else max(1, -(-tokens // cap))
         self._valid: Tensor | None = None
+        self._rows: tuple[int, ...] = ()
         self._seen = 0
+        # of experts that run some at a time, by the rows of a batch: its first number, and its tokens' largest inputs;
+        # where among all inputs of down each expert's begin
+        self._begun: dict[tuple[int, ...], tuple[int, Tensor]] = {}
+        self._firsts: dict[tuple[int, ...], list[int]] = {}
+        self._expected = 0
         # of the pass that is under way: each token's largest input, whether it is real, its number among real ones
         self._sizes = self._real = self._numbers = torch.empty(0)
         self._counts: Tensor | None = None
@@ -86,7 +93,7 @@ class ExpertObserver(NoHooks):
 
     def before(self, batch: Batch) -> None:
         """Tell which tokens of the coming batch are real."""
-        self._valid = batch.valid
+        self._valid, self._rows = batch.valid, batch.rows
 
     def begin(self, hidden: Tensor, count: int) -> None:
         """A pass of hidden states [tokens, K] through `count` experts begins."""
@@ -100,6 +107,24 @@ class ExpertObserver(NoHooks):
         if self._counts is None:
             self._counts = torch.zeros(2, count, dtype=torch.int64, device=hidden.device)
             self._amax = torch.zeros(2, 2, count, device=hidden.device)  # forced, down
+
+    def expect(self, index: Tensor) -> None:
+        """Experts of each token [tokens, k] of the pass that has begun, where they will run some at a time."""
+        assert self._counts is not None
+        real = int(self._real.sum())
+        self._begun[self._rows] = self._seen - real, self._sizes
+        count = self._counts.shape[1]
+        routed = torch.bincount(index[self._real].reshape(-1), minlength=count)[:count]
+        ends = (routed.cumsum(0) + self._expected).tolist()
+        self._firsts[self._rows] = [self._expected, *ends[:-1]]
+        self._expected = ends[-1]
+
+    def again(self, inputs: Tensor, count: int) -> None:  # noqa: ARG002
+        """The batch comes to the next of its experts."""
+        whole = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+        self._real = whole if self._valid is None else self._valid.reshape(-1)
+        first, self._sizes = self._begun[self._rows]
+        self._numbers = self._real.cumsum(0) - 1 + first
 
     def first(self, hidden: Tensor) -> Tensor:
         """Inputs of all gate and up projections [tokens, K]."""
@@ -120,7 +145,8 @@ class ExpertObserver(NoHooks):
             self._counts[kind, expert] += len(mine)
             self._amax[kind, :, expert] = torch.maximum(self._amax[kind, :, expert], found)
             if not forced:
-                self._down.add(mine)
+                firsts = self._firsts.get(self._rows)
+                self._down.add(mine, None if firsts is None else firsts[expert])
         return self._inputs.second(expert, hidden, tokens, forced=forced)
 
     def forced(self, expert: int, routed: Tensor) -> Tensor | None:

@@ -71,6 +71,7 @@ def evaluate(
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,
     dtype: options.Dtype = None,
+    experts_per_group: options.ExpertsPerGroup = None,
     allow_long_context: Annotated[
         bool, typer.Option("--allow-long-context", help="Allow contexts beyond the positions of the model.")
     ] = False,
@@ -105,6 +106,7 @@ def evaluate(
             device=device,
             tokens_per_batch=tokens_per_batch,
             dtype=dtype,
+            experts_per_group=experts_per_group,
             allow_long_context=allow_long_context,
             progress=VerbProgress(ctx),
         )

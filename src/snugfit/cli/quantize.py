@@ -82,6 +82,7 @@ def quantize(
             f"that name neither this nor a scale rule. Default: {DEFAULT_INPUT_HEADROOM:g}.",
         ),
     ] = None,
+    experts_per_group: options.ExpertsPerGroup = None,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Write formats that no tested engine loads.")
     ] = False,
@@ -113,6 +114,7 @@ def quantize(
         "effort": effort,
         "target": target,
         "input_headroom": input_headroom,
+        "experts_per_group": experts_per_group,
         "allow_unverified": allow_unverified,
     }
     progress = VerbProgress(ctx)

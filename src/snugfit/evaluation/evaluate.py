@@ -16,7 +16,7 @@ from snugfit.data.texts import DEFAULT_CONTEXTS
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.evaluation.continuations import compare_continuations
 from snugfit.evaluation.evaluated_model import EvaluatedModel
-from snugfit.evaluation.gpu_memory import gpu_memory_errors, tokens_that_fit
+from snugfit.evaluation.gpu_memory import experts_that_fit, gpu_memory_errors, tokens_that_fit
 from snugfit.evaluation.measure import Found, Measurement, measure
 from snugfit.evaluation.plan import (
     METRICS_VERSION,
@@ -67,6 +67,7 @@ def evaluate(
     device: str | None = None,
     tokens_per_batch: int | None = None,
     dtype: str | None = None,
+    experts_per_group: int | None = None,
     allow_long_context: bool = False,
     progress: Progress = SILENT,
 ) -> EvalRecord:
@@ -77,14 +78,16 @@ def evaluate(
     of all models. `noise_floor`: "reference", "all" or "none", the models that are run a second time in wider
     arithmetic, on one chunk in eight. In conversations both models continue from the `continuations` positions where a
     model diverges most from the reference. A `server` is one more model, after the others. `dtype` ("bfloat16",
-    "float16", "float32") is what models are run in, by default each config's own. `allow_long_context` permits
-    contexts beyond the models' positions. Raises UserError for bad input, before the long work where possible.
+    "float16", "float32") is what models are run in, by default each config's own. Of a mixture, `experts_per_group`
+    routed experts of a layer are in memory at once (default: all, or as many as there is memory for).
+    `allow_long_context` permits contexts beyond the models' positions. Raises UserError for bad input, before the long
+    work where possible.
     """
     clock = Clock()
     models, dataset = as_sequence(models), as_sequence(dataset)
     place = pick_device(device)
     reset_peak_gpu_bytes(place)
-    check_options(noise_floor, tokens_per_batch, continuations, reference_cache, reference)
+    check_options(noise_floor, tokens_per_batch, continuations, reference_cache, reference, experts_per_group)
     check_server(server, reference)
     if not dataset:
         progress.message(no_dataset_message("evaluation"))
@@ -108,6 +111,7 @@ def evaluate(
         plan, file = use_reference_cache(
             plan, reference_cache, noise_floor, served=server is not None, progress=progress
         )
+    plan = _in_groups(plan, experts_per_group, place, progress)
     batch = tokens_per_batch or tokens_that_fit(plan.models, place)
     if server is not None:
         with clock("ask"):
@@ -155,6 +159,20 @@ def evaluate(
         hardware=hardware(place),
         versions=versions(),
     )
+
+
+def _in_groups(plan: EvaluationPlan, asked: int | None, device: torch.device, progress: Progress) -> EvaluationPlan:
+    """The plan with routed experts in groups, where that is asked for or needed."""
+    size = asked or experts_that_fit(plan.models, device)
+    if size is None:
+        return plan
+    if asked is None:
+        progress.message(f"{size} routed experts of a layer are in memory at once: {device} has no memory for all")
+    candidates = tuple(replace(model, experts_per_group=size) for model in plan.candidates)
+    reference = plan.reference
+    if isinstance(reference, EvaluatedModel):
+        reference = replace(reference, experts_per_group=size)
+    return replace(plan, candidates=candidates, reference=reference)
 
 
 def _store(file: ReferenceFile, plan: EvaluationPlan, collector: Collector, results: Sequence[ContextFigures]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,9 +43,14 @@ class HeldOut:
         *,
         profile: str,
         tokens_per_batch: int,
+        experts_per_group: int | None = None,
     ) -> None:
-        """Open the original; it runs when the first candidate is measured. `profile` is that of candidates' inputs."""
-        self._original = open_model(original, activations="none")
+        """Open the original; it runs when the first candidate is measured. `profile` is that of candidates' inputs.
+
+        `experts_per_group` are the routed experts of a layer that are in memory at once, None for all.
+        """
+        self._experts = experts_per_group
+        self._original = replace(open_model(original, activations="none"), experts_per_group=experts_per_group)
         self._samples = samples
         self._device = device
         self._profile, self._tokens_per_batch = profile, tokens_per_batch
@@ -56,7 +62,7 @@ class HeldOut:
 
         `watch` sees what comes to the candidate's linears that have static scales of their inputs.
         """
-        model = open_model(candidate, activations=self._profile)
+        model = replace(open_model(candidate, activations=self._profile), experts_per_group=self._experts)
         if self._states is None:
             self._states = self._last_states(self._original)
         states = self._last_states(model, watch)

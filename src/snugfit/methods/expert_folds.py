@@ -86,7 +86,7 @@ def fold_experts(
         return ProductFolds()
     places = {
         f"{layer.prefix}{layer.experts.names[expert, DOWN, 'weight']}".removesuffix(".weight"): expert
-        for expert in range(experts.count(module))
+        for expert in range(1 + max(number for number, _, _ in layer.experts.names))  # not all may be in memory
     }
     return fold_products(
         _of_experts(layer, places, samples),

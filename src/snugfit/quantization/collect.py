@@ -37,6 +37,7 @@ def collect_statistics(
     dtype: str | None = None,
     moe_calibrate_all_experts: bool = True,
     max_forced_tokens: int = MAX_FORCED_TOKENS,
+    experts_per_group: int | None = None,
     restart: bool = False,
     force_resume: bool = False,
     progress: Progress = SILENT,
@@ -59,6 +60,7 @@ def collect_statistics(
             tokens_per_batch=tokens_per_batch,
             dtype=dtype,
             experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, MIN_TOKENS_PER_EXPERT),
+            experts_per_group=experts_per_group,
         )
         check_options(calibration)
         prepared = prepare(measure_only(read_layout(model)), calibration)

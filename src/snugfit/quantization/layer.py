@@ -23,9 +23,10 @@ from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import TensorFormat
 from snugfit.machine import give_back_memory
 from snugfit.methods.method import Method, ObservedLayer, Purpose, RunLayer, Target, WeightGroup
-from snugfit.model import emulate, experts, forward_pass, layers
+from snugfit.model import emulate, experts, forward_pass, layers, pieces
 from snugfit.model.assemble import Loaded
 from snugfit.model.layers import ExpertBuffers
+from snugfit.model.pieces import ExpertsInPieces
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.measured import Measured, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
@@ -45,7 +46,8 @@ class UnitTensor:
     `codes` are None for a tensor that stays in 16 bits; `weight_16bit` is what the layer runs with, None if it is not
     needed or is in the layer's expert buffers. `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the
     device; `input_scale` the multiplier of inputs that came with the source's codes; `scale_rule` how the scales of
-    codes were chosen, "" for the source's codes.
+    codes were chosen, "" for the source's codes. `begun`: all of it is being written but a scale of inputs that is yet
+    to be measured.
     """
 
     codes: QuantizedWeight | None = None
@@ -53,6 +55,21 @@ class UnitTensor:
     relative_error: Tensor | None = None
     input_scale: Tensor | None = None
     scale_rule: str = ""
+    begun: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPieces:
+    """Routed experts of a layer in pieces of `size`: with the source's weights (`exact`), and as they are chosen.
+
+    `read` gives an exact weight, `input_scales` the multipliers of inputs that come with codes that stay, by weight.
+    """
+
+    size: int
+    exact: ExpertsInPieces
+    chosen: ExpertsInPieces
+    read: experts.ReadExpert
+    input_scales: Callable[[], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +84,7 @@ class LayerPass:
     states: tuple[forward_pass.States, forward_pass.States]
     device: torch.device
     experts: ExpertCalibration
+    pieces: LayerPieces | None = None
 
     @property
     def prefix(self) -> str:
@@ -86,7 +104,8 @@ class LayerPass:
             relative = name.removeprefix(names.file_prefix)
             if relative in names.used and not self.buffers.has(name):
                 given[relative] = weight
-        return layers.resident_layer(self.skeleton, self.index, given, self.device)
+        size, read = (None, None) if self.pieces is None else (self.pieces.size, self.pieces.read)
+        return layers.resident_layer(self.skeleton, self.index, given, self.device, size=size, read=read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +127,16 @@ def load(plan: Plan, groups: Sequence[tuple[str, ...]], ahead: ReadAhead) -> Ite
             handled = 0
         assignment = plan.assignments.get(names[0])
         tensors = ahead.take(names)
-        if assignment is None or assignment.format is None:
-            yield LoadedGroup(tensors=tensors, target=None, has_codes=False)
-        else:
-            target = Target(format=assignment.format, scale_rule=assignment.scale_rule, objective=assignment.objective)
-            yield LoadedGroup(tensors=tensors, target=target, has_codes=assignment.keeps_codes)
+        target, has_codes = _target_of(plan, names[0]), assignment is not None and assignment.keeps_codes
+        yield LoadedGroup(tensors=tensors, target=target, has_codes=has_codes)
+
+
+def _target_of(plan: Plan, name: str) -> Target | None:
+    """How a tensor is to be quantized, None if it stays in 16 bits."""
+    one = plan.assignments.get(name)
+    if one is None or one.format is None:
+        return None
+    return Target(format=one.format, scale_rule=one.scale_rule, objective=one.objective)
 
 
 def choose(
@@ -163,7 +187,8 @@ def _for_method(
 def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method) -> tuple[Iterable[LoadedGroup], Any]:
     """The layer's groups, and what the method measures on the layer with its exact weights.
 
-    The layer's output is dropped: `propagate` makes the hidden states that count. All groups are in memory then. For a
+    The layer's output is dropped: `propagate` makes the hidden states that count. All groups are in memory then, but
+    for those of experts in pieces. For a
     method that observes nothing (or without samples) nothing runs, and the groups stay unread; the same for a layer
     that text does not run.
     """
@@ -179,6 +204,10 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
                 weights[name] = weight
             if group.target is not None and not group.has_codes:
                 targets[name] = group.target
+    for name in () if run.pieces is None else run.plan.unit_of_layer(run.index):
+        target = _target_of(run.plan, name)
+        if target is not None and not run.plan.assignments[name].keeps_codes:
+            targets.setdefault(name, target)
     layer = run.resident(weights)
     names = run.skeleton.names_of_layer(run.index)
     parameters = {f"{run.prefix}{file_name}": name for file_name, name in names.parameters.items()}
@@ -203,7 +232,11 @@ def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
         if max_tokens is not None:
             ends = accumulate(sum(batch.lengths) for batch in run.batches)
             count = next((n for n, end in enumerate(ends, 1) if end >= max_tokens), count)
-        forward_pass.run_layer(layer, run.index, run.batches[:count], before, states=(run.states[0], None))
+        states = run.states[0], None
+        if run.pieces is None:
+            forward_pass.run_layer(layer, run.index, run.batches[:count], before, states=states)
+        else:
+            pieces.run_layer(layer, run.index, run.batches[:count], before, run.pieces.exact, states=states)
 
     return pass_samples
 
@@ -230,7 +263,11 @@ def propagate(
             tensors[name] = replace(tensor, weight_16bit=None) if tensor.codes is not None else tensor
     layer = run.resident(weights)
     del weights
-    watched = _WatchedLayer(run, layer, {name: tensor.input_scale for name, tensor in tensors.items()}, roundings)
+    scales = {name: tensor.input_scale for name, tensor in tensors.items()}
+    if run.pieces is not None:
+        scales = {name: scales.get(name) for name in run.plan.unit_of_layer(run.index)}
+        scales.update(run.pieces.input_scales())
+    watched = _WatchedLayer(run, layer, scales, roundings)
     cache = KVAmax() if run.index in run.plan.observed_caches else None
 
     def before(batch: forward_pass.Batch) -> None:
@@ -238,7 +275,11 @@ def propagate(
         if cache is not None:
             cache.before(batch)
 
-    bad = forward_pass.run_layer(layer, run.index, run.batches, before, cache=cache, states=run.states)
+    if run.pieces is None:
+        bad = forward_pass.run_layer(layer, run.index, run.batches, before, cache=cache, states=run.states)
+    else:
+        chosen = run.pieces.chosen
+        bad = int(pieces.run_layer(layer, run.index, run.batches, before, chosen, cache=cache, states=run.states))
     if bad:
         total = sum(sum(batch.lengths) for batch in run.batches)
         raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,15 @@ from snugfit.methods.method import Method
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
-from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_learning, estimate_run
+from snugfit.quantization.division import Division, divide, read_ahead_bytes
+from snugfit.quantization.estimate import (
+    Estimate,
+    check_disk,
+    check_memory,
+    estimate_learning,
+    estimate_run,
+    largest_group,
+)
 from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan, groups_of
@@ -56,6 +65,7 @@ from snugfit.version import __version__
 # of NVFP4, one for a whole weight and one for its inputs, in any dialect
 _WEIGHT_SCALES = ("weight_global_scale", "weight_scale_2")
 _INPUT_SCALES = ("input_global_scale", "input_scale")
+GIVEN = "given"  # the way of a method that a caller brings
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
 
 
@@ -81,6 +91,7 @@ class Calibration:
     effort: str | None = None
     target: str = DEFAULT_PROFILE
     input_headroom: float | str | None = None
+    experts_per_group: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +101,8 @@ class PreparedRun:
     `dataset` is None if no samples are needed; `known` are statistics that take their place, `recalled` what they say
     of each layer. `effort` is None if no rule of the recipe follows it. `ways` are to be tried, if there are several,
     on the samples `held_out`, under the engine profile `target`; the run that this describes takes `way`. `learning` is
-    what the way that learns scales needs by itself, None without it.
+    what the way that learns scales needs by itself, None without it. `experts_per_group` are the routed experts of a
+    layer that are in memory at once, None for all.
     """
 
     plan: Plan
@@ -109,6 +121,7 @@ class PreparedRun:
     estimate: Estimate
     learning: Estimate | None
     notes: tuple[str, ...]
+    experts_per_group: int | None = None
 
     @property
     def method(self) -> Method:
@@ -118,6 +131,15 @@ class PreparedRun:
     def taking(self, way: Way) -> PreparedRun:
         """The run that takes one of `ways`."""
         return replace(self, way=way, ways=(way,))
+
+    def divisions(self) -> list[Division]:
+        """What is in memory together of each unit."""
+        runs, size = self.dataset is not None, self.experts_per_group
+        return [divide(self.plan, self.skeleton, number, size, runs=runs) for number in range(len(self.plan.units))]
+
+    def read_ahead_bytes(self, divisions: Sequence[Division]) -> int:
+        """Bytes of weights that are read while others are worked on; 0 on a CPU, for one group at a time."""
+        return read_ahead_bytes(self.plan, divisions) if self.device.type == "cuda" else 0
 
     def records(self) -> tuple[TensorRecord, ...]:
         """A record of each tensor, without what only the run can measure; its bytes are what will be written."""
@@ -190,6 +212,7 @@ def check_options(calibration: Calibration) -> None:
         ("num_samples", calibration.num_samples, 1),
         ("max_seq_length", calibration.max_seq_length, 2),
         ("tokens_per_batch", calibration.tokens_per_batch, 1),
+        ("experts_per_group", calibration.experts_per_group, 1),
         ("max_forced_tokens", calibration.experts.max_forced_tokens, 0),
         ("min_tokens_per_expert", calibration.experts.min_tokens_per_expert, 0),
     ):
@@ -294,16 +317,10 @@ def prepare(
         notes += few_tokens_note(plan, dataset.tokens)
     if effort == BEST and learning is None:
         notes.append(f"scales do not learn: {why_not_learned(plan, skeleton, dataset.tokens if dataset else 0)}")
-    estimate = estimate_run(
-        plan,
-        skeleton,
-        dataset,
-        device,
-        tokens_per_batch,
-        observes=any(way.method.observe is not None for way in ways),
-        correlates=any(way.method.correlates for way in ways),
-        copies=min(2, len(ways)),
+    estimate, size, said = _estimate(
+        partial(estimate_run, plan, skeleton, dataset, device, tokens_per_batch), ways, skeleton, device, calibration
     )
+    notes += said
     return PreparedRun(
         plan=plan,
         way=ways[0],
@@ -321,7 +338,33 @@ def prepare(
         estimate=estimate.beside(learning),
         learning=learning,
         notes=tuple(notes),
+        experts_per_group=size,
     )
+
+
+def _estimate(
+    estimate: Callable[..., Estimate],
+    ways: Sequence[Way],
+    skeleton: Skeleton,
+    device: torch.device,
+    calibration: Calibration,
+) -> tuple[Estimate, int | None, list[str]]:
+    """What the run will need; how many routed experts of a layer are in memory at once, all if these fit; notes."""
+    estimate = partial(
+        estimate,
+        observes=any(way.method.observe is not None for way in ways),
+        correlates=any(way.method.correlates for way in ways),
+        copies=min(2, len(ways)),
+    )
+    size = calibration.experts_per_group
+    found = estimate(experts_per_group=size)
+    if size is not None or any(way.name == GIVEN for way in ways) or found.fits(device):
+        return found, size, []
+    size = largest_group(skeleton, lambda number: estimate(experts_per_group=number).fits(device))
+    if size is None:
+        return found, None, []
+    note = f"experts_per_group is {size}: there is no memory for all routed experts of a layer at once"
+    return estimate(experts_per_group=size), size, [note]
 
 
 def _recall(
@@ -375,7 +418,7 @@ def _ways(
 ) -> tuple[tuple[Way, ...], Estimate | None]:
     """The ways to be tried, and what the one that learns scales needs; None without it."""
     if method is not None:
-        return (Way("given", method),), None
+        return (Way(GIVEN, method),), None
     folds = why_no_expert_folds(plan, skeleton) == ""
     samples = {"samples_run": dataset is not None, "recalls": recalls}
     ways = ways_of(plan, effort, calibration.target, **samples, folds_experts=folds)

@@ -64,6 +64,7 @@ def quantize(
     effort: str | None = None,
     target: str = DEFAULT_PROFILE,
     input_headroom: float | str | None = None,
+    experts_per_group: int | None = None,
     allow_unverified: bool = False,
     restart: bool = False,
     force_resume: bool = False,
@@ -83,6 +84,8 @@ def quantize(
     `statistics` "fast"): the better two try several ways and keep the one that has the least KL to the original on
     held-out samples, with inputs rounded as under the engine profile `target`. The range of NVFP4's input scales goes
     to `input_headroom` times the largest calibrated input ("amax": once), where no rule says otherwise.
+    Of a mixture, `experts_per_group` routed experts of a layer are in memory at once (default: all, or as many as there
+    is memory for); the result is the same.
     `allow_unverified` writes formats that no tested engine loads.
 
     `output_dir` appears whole or not at all. A run that was stopped resumes after its last whole layer with the same
@@ -110,6 +113,7 @@ def quantize(
             effort=effort,
             target=target,
             input_headroom=input_headroom,
+            experts_per_group=experts_per_group,
             allow_unverified=allow_unverified,
         )
         prepared.check_resources(destination, restart=restart, force_resume=force_resume)
@@ -147,6 +151,7 @@ def quantize(
             "effort": prepared.effort,
             "target": prepared.target,
             "input_headroom": prepared.plan.input_headroom,
+            "experts_per_group": prepared.experts_per_group,
         }
         record = _record(tried, destination, left_out, arguments)
         (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
@@ -172,6 +177,7 @@ def plan_quantization(
     effort: str | None = None,
     target: str = DEFAULT_PROFILE,
     input_headroom: float | str | None = None,
+    experts_per_group: int | None = None,
     allow_unverified: bool = False,
 ) -> PreparedRun:
     """Decide and check everything that `quantize` would do with these arguments, and write nothing: a dry run.
@@ -195,6 +201,7 @@ def plan_quantization(
         effort=effort,
         target=target,
         input_headroom=input_headroom,
+        experts_per_group=experts_per_group,
     )
     check_options(calibration)
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from snugfit.machine import Clock
 from snugfit.model import forward_pass, layers
 from snugfit.model.assemble import read_single
 from snugfit.model.hidden_states import StateFile
+from snugfit.model.pieces import ScratchFile
 from snugfit.progress import Progress
-from snugfit.quantization.estimate import read_ahead_bytes
+from snugfit.quantization.division import Division
 from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, load, observe, propagate
 from snugfit.quantization.measured import NOTHING_MEASURED, Measured
-from snugfit.quantization.plan import groups_of
+from snugfit.quantization.pieces import PiecewiseExperts
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.recalled import observe_recalled
@@ -84,26 +86,12 @@ def run_layers(run: Run) -> Outcome:
                 step()
             with clock("embed"):
                 _embed(run, transfer, batches, states)
-            groups = [groups_of(plan, unit, runs=run.runs_layers and n > 0) for n, unit in enumerate(plan.units)]
-            coming = [group for unit in groups[first:] for group in unit]
-            ahead = ReadAhead(transfer, plan.weights, coming, read_ahead_bytes(plan, prepared.device))
+            work = _open_work(run, first, batches, states, transfer, writer, stack)
             commits = _Commits(run.finished, stack)
             for number in range(first, len(plan.units)):
                 started = time.perf_counter()
-                layer = _layer_run(run, number, batches, states)
-                with clock("weights"):
-                    loaded, observed = _observe(run, number, layer, load(plan, groups[number], ahead))
-                    roundings = prepared.method.input_roundings(observed)
-                    tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
-                    del loaded, observed  # before the next layer is observed
-                if number > 1:
-                    commits.wait()  # this layer's states overwrite those of the layer before the last
-                with clock("forward"):
-                    measured = _measure(run, number, layer, states, tensors, roundings)
-                with clock("write"):
-                    records = write_unit(plan, number, tensors, measured, writer)
-                tensors.clear()  # before the next layer is read: one is in memory at a time
-                del layer, roundings
+                # a layer's states overwrite those of the layer before the last
+                records, measured = work.quantize(number, commits.wait if number > 1 else None)
                 commits.start(records, measured, writer, states[number % 2] if run.runs_layers else None)
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
@@ -144,23 +132,108 @@ def _batches(run: Run) -> list[forward_pass.Batch]:
     return forward_pass.make_batches(prepared.dataset.samples, prepared.tokens_per_batch, prepared.device, pads=causal)
 
 
-def _layer_run(
-    run: Run, number: int, batches: Sequence[forward_pass.Batch], states: Sequence[StateFile]
-) -> LayerPass | None:
-    """What running the layer of unit `number` takes; None if no samples pass it."""
-    if not number or not run.runs_layers:
-        return None
-    states[(number - 1) % 2].prefetch()
+@dataclass(kw_only=True)
+class _Work:
+    """What the work on units takes: samples, their hidden states, and what reads and writes weights."""
+
+    run: Run
+    batches: Sequence[forward_pass.Batch]
+    states: Sequence[StateFile]
+    divisions: Sequence[Division]
+    transfer: Transfer
+    ahead: ReadAhead
+    writer: ShardWriter
+    scratch: ScratchFile | None
+
+    def quantize(self, number: int, before_forward: Callable[[], None] | None) -> tuple[list[TensorRecord], Measured]:
+        """Load, observe, choose and propagate unit `number`, and begin to write it.
+
+        `before_forward` is called before hidden states are written.
+        """
+        run, prepared, plan = self.run, self.run.prepared, self.run.prepared.plan
+        layer = self._layer(number)
+        pieces = self._pieces(number, layer)
+        if layer is not None and pieces is not None and self.scratch is not None:
+            layer = replace(layer, pieces=pieces.of_layer(self.scratch))
+        with run.clock("weights"):
+            groups = load(plan, self.divisions[number].groups, self.ahead)
+            loaded, observed = _observe(run, number, layer, groups)
+            roundings = prepared.method.input_roundings(observed)
+            tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
+            if pieces is not None:
+                pieces.observed = observed
+            del groups, loaded, observed  # before the next layer is observed
+        if before_forward is not None:
+            before_forward()
+        with run.clock("forward"):
+            measured = _measure(run, number, layer, self.states, tensors, roundings)
+        if pieces is not None:
+            tensors |= pieces.tensors if layer is not None else pieces.without_samples()
+        with run.clock("write"):
+            return write_unit(plan, number, tensors, measured, self.writer), measured
+
+    def _layer(self, number: int) -> LayerPass | None:
+        """What running the layer of unit `number` takes; None if no samples pass it."""
+        prepared, pieces = self.run.prepared, self.divisions[number].pieces
+        if not number or not self.run.runs_layers:
+            return None
+        self.states[(number - 1) % 2].prefetch()
+        size = len(pieces[0].experts) if pieces else None
+        return LayerPass(
+            plan=prepared.plan,
+            skeleton=prepared.skeleton,
+            index=number - 1,
+            buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device, size),
+            batches=self.batches,
+            states=(self.states[(number - 1) % 2], self.states[number % 2]),
+            device=prepared.device,
+            experts=prepared.experts,
+        )
+
+    def _pieces(self, number: int, layer: LayerPass | None) -> PiecewiseExperts | None:
+        """The experts of a unit in pieces; None if they are in one."""
+        prepared = self.run.prepared
+        if not self.divisions[number].pieces:
+            return None
+        recalls = prepared.known is not None and prepared.way.recall is not None
+        return PiecewiseExperts(
+            plan=prepared.plan,
+            skeleton=prepared.skeleton,
+            number=number,
+            division=self.divisions[number],
+            transfer=self.transfer,
+            buffers=None if layer is None else layer.buffers,
+            ahead=self.ahead,
+            writer=self.writer,
+            method=prepared.method,
+            observe=partial(_observe, self.run, number, None) if recalls else None,
+        )
+
+
+def _open_work(
+    run: Run,
+    first: int,
+    batches: Sequence[forward_pass.Batch],
+    states: Sequence[StateFile],
+    transfer: Transfer,
+    writer: ShardWriter,
+    stack: ExitStack,
+) -> _Work:
+    """The work on units from `first` on; their weights begin to be read."""
     prepared = run.prepared
-    return LayerPass(
-        plan=prepared.plan,
-        skeleton=prepared.skeleton,
-        index=number - 1,
-        buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device),
+    divisions, scratch = prepared.divisions(), None
+    if run.runs_layers and any(one.pieces for one in divisions):
+        scratch = stack.enter_context(ScratchFile(run.work / "experts", transfer))
+    coming = [group for unit in divisions[first:] for group in unit.coming]
+    return _Work(
+        run=run,
         batches=batches,
-        states=(states[(number - 1) % 2], states[number % 2]),
-        device=prepared.device,
-        experts=prepared.experts,
+        states=states,
+        divisions=divisions,
+        transfer=transfer,
+        ahead=ReadAhead(transfer, prepared.plan.weights, coming, prepared.read_ahead_bytes(divisions)),
+        writer=writer,
+        scratch=scratch,
     )
 
 

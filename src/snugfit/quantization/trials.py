@@ -96,6 +96,7 @@ def _open_held_out(prepared: PreparedRun) -> HeldOut:
         prepared.device,
         profile=prepared.target,
         tokens_per_batch=prepared.tokens_per_batch,
+        experts_per_group=prepared.experts_per_group,
     )
 
 

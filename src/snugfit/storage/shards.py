@@ -139,6 +139,11 @@ class ShardWriter:
         place = self._files[shard.name], shard.offsets[name]
         self._started[name] = self._transfer.copy(checkpoint, name, *place, infinite=infinite)
 
+    def drain(self) -> None:
+        """Wait for the writes started since the last call of `pending_writes`; raises what went wrong."""
+        for write in self._started.values():
+            write.result()
+
     def pending_writes(self) -> Callable[[], dict[str, list[int]]]:
         """The writes started since the last call, as a function that waits until the files hold them.
 
