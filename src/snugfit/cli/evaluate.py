@@ -9,6 +9,7 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, reporting
+from snugfit.distributed import is_main_to_be
 from snugfit.errors import UserError, plain
 from snugfit.token_counts import parse_token_list
 
@@ -110,6 +111,8 @@ def evaluate(
             allow_long_context=allow_long_context,
             progress=VerbProgress(ctx),
         )
+        if not is_main_to_be():
+            return
         plots = [] if output_dir is None else write_results(record, output_dir)
     with reporting(output_dir):
         from snugfit.report.tables import evaluation_sheets

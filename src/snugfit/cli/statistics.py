@@ -9,6 +9,7 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, Verbs, keeping, kept_layers, reporting
+from snugfit.distributed import is_main_to_be
 from snugfit.errors import plain
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS
 
@@ -69,6 +70,8 @@ def collect(
             force_resume=force_resume,
             progress=VerbProgress(ctx),
         )
+    if not is_main_to_be():
+        return
     with reporting(output_dir):
         _print_statistics(found, as_json=as_json)
 

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.data import texts
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.data.texts import DEFAULT_CONTEXTS
 from snugfit.engines.profiles import DEFAULT_PROFILE
+from snugfit.errors import UserError
 from snugfit.evaluation.continuations import compare_continuations
 from snugfit.evaluation.evaluated_model import EvaluatedModel
 from snugfit.evaluation.gpu_memory import experts_that_fit, gpu_memory_errors, tokens_that_fit
@@ -51,6 +53,7 @@ from snugfit.version import __version__
 DEFAULT_CONTINUATIONS = 5
 
 
+@distributed.together
 def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
@@ -89,19 +92,25 @@ def evaluate(
     reset_peak_gpu_bytes(place)
     check_options(noise_floor, tokens_per_batch, continuations, reference_cache, reference, experts_per_group)
     check_server(server, reference)
+    progress = progress if distributed.is_main() else SILENT
+    if server is not None and distributed.world_size() > 1:
+        what, remedy = "one process alone asks a server.", "Start it without torchrun."
+        raise UserError(what, code="option-conflict", where="server", remedy=remedy)
     if not dataset:
         progress.message(no_dataset_message("evaluation"))
     with clock("prepare"):
-        plan = make_plan(
-            models,
-            reference,
-            dataset,
-            contexts,
-            max_chunks=max_chunks,
-            max_tokens=max_tokens,
-            activations=activations,
-            arithmetic=pick_dtype(dtype),
-            allow_long_context=allow_long_context,
+        plan = distributed.in_all(
+            lambda: make_plan(
+                models,
+                reference,
+                dataset,
+                contexts,
+                max_chunks=max_chunks,
+                max_tokens=max_tokens,
+                activations=activations,
+                arithmetic=pick_dtype(dtype),
+                allow_long_context=allow_long_context,
+            )
         )
         for note in plan.notes:
             progress.message(note)
@@ -112,7 +121,7 @@ def evaluate(
             plan, reference_cache, noise_floor, served=server is not None, progress=progress
         )
     plan = _in_groups(plan, experts_per_group, place, progress)
-    batch = tokens_per_batch or tokens_that_fit(plan.models, place)
+    batch = tokens_per_batch or min(distributed.gather(tokens_that_fit(plan.models, place)))
     if server is not None:
         with clock("ask"):
             plan = replace(plan, served=ask_server(server, plan.groups, plan.models[0].vocabulary, progress))
@@ -125,11 +134,11 @@ def evaluate(
         progress.message(f"activations were rounded by slower kernels, to the same bits ({problem})")
     with clock("summarize"):
         results = summarize(plan, measurements, found)
-        if file is not None and collector is not None and not file.path.exists():
+        if file is not None and collector is not None and distributed.is_main() and not file.path.exists():
             progress.message(_store(file, plan, collector, results))
     with clock("continue"), gpu_memory_errors(place, "Set `continuations` to 0, or free memory of the GPU."):
-        continued = _continue(plan, measurements, found, continuations, place)
-    return EvalRecord(
+        continued = _continue(plan, measurements, found, continuations, place) if distributed.is_main() else ()
+    record = EvalRecord(
         snugfit=__version__,
         arguments={
             "models": [str(path) for path in models],
@@ -159,11 +168,13 @@ def evaluate(
         hardware=hardware(place),
         versions=versions(),
     )
+    return distributed.from_main(record)
 
 
 def _in_groups(plan: EvaluationPlan, asked: int | None, device: torch.device, progress: Progress) -> EvaluationPlan:
     """The plan with routed experts in groups, where that is asked for or needed."""
-    size = asked or experts_that_fit(plan.models, device)
+    fits = distributed.gather(asked or experts_that_fit(plan.models, device))
+    size = min((one for one in fits if one is not None), default=None)
     if size is None:
         return plan
     if asked is None:

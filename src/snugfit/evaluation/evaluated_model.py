@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.dialects.dialect import Dialect
 from snugfit.dialects.headers import by_module, holds_codes
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
@@ -185,14 +186,16 @@ def last_states(
     advance: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
     watch: InputWatch | None = None,
+    shared: bool = False,
 ) -> list[Tensor]:
     """The last layer's output for each row at its `positions` (int64 [n]): [n, H] each, on the CPU or a GPU.
 
     One decoder layer is in memory at a time; `advance` is called after each. `warn` receives a message that names
     the first layer whose hidden states are not finite. `watch` sees the inputs of linears with static scales of these.
+    Rows that are `shared` among processes have [0] in those that do not run them.
     """
     batches = pass_layers(
-        model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn, watch=watch
+        model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn, watch=watch, shared=shared
     )
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     size = sum(len(wanted) for wanted in positions) * sum(batch.hidden[0, 0].nbytes for batch in batches[:1])
@@ -214,9 +217,13 @@ def pass_layers(
     advance: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
     watch: InputWatch | None = None,
+    shared: bool = False,
 ) -> list[forward_pass.Batch]:
-    """Rows in batches, passed through all decoder layers; `warn` and `watch` as in `last_states`."""
+    """Rows in batches, passed through all decoder layers; `warn`, `watch` and `shared` as in `last_states`."""
     batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
+    if shared:
+        some = distributed.block(len(batches))
+        batches = batches[some.start : some.stop]
     prefixes = {
         index: f"{model.skeleton.stored_layers_name}.{index}"
         for index in range(len(model.skeleton.layers))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from snugfit import distributed
 from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.evaluation.measure import LOGITS, SLICE
@@ -66,13 +67,23 @@ class HeldOut:
         if self._states is None:
             self._states = self._last_states(self._original)
         states = self._last_states(model, watch)
+        if watch is not None:
+            watch.share()
         heads = open_head(self._original, self._device), open_head(model, self._device)
-        return [mean for pair in zip(self._states, states, strict=True) for mean in self._means(heads, pair)]
+        pairs = zip(self._states, states, strict=True)
+        means = distributed.merged({n: self._means(heads, pair) for n, pair in enumerate(pairs) if len(pair[0])})
+        return [mean for n in range(len(states)) for mean in means[n]]
 
     def _last_states(self, model: EvaluatedModel, watch: InputWatch | None = None) -> list[Tensor]:
         positions = [torch.arange(len(sample) - 1) for sample in self._samples]
         return last_states(
-            model, self._samples, positions, self._device, tokens_per_batch=self._tokens_per_batch, watch=watch
+            model,
+            self._samples,
+            positions,
+            self._device,
+            tokens_per_batch=self._tokens_per_batch,
+            watch=watch,
+            shared=True,
         )
 
     def _means(self, heads: tuple[Callable[[Tensor], Tensor], ...], states: tuple[Tensor, Tensor]) -> list[float]:

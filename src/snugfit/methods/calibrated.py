@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.calibration.moments import ExpertMoments, Moments, MomentsObserver
 from snugfit.engines.fused import group_modules
 from snugfit.formats import int4, mxfp4, nvfp4
@@ -140,7 +141,9 @@ class Calibrated:
                 mixture.before(batch)
 
         layer.run(before)
-        found = observer.result()
+        found = observer.shared_result()
+        if mixture is not None:
+            mixture.share()
         by_file = {
             name: found[module] for group in groups if (module := layer.linears[group[0]]) in found for name in group
         }
@@ -184,10 +187,18 @@ class Calibrated:
         chosen: list[tuple[Fold, Tensor]] = []
         if self.folds:
             by_module = {module: targets[name] for name, module in layer.linears.items() if name in targets}
-            for fold in folding.find_folds(layer, targets.__contains__):
-                if fold.consumers[0] in found and self._is_same(layer, fold):
-                    factors = self._best_factors(layer.module, fold, found[fold.consumers[0]], by_module)
-                    chosen += [] if factors is None else [(fold, factors)]
+            can = [
+                fold
+                for fold in folding.find_folds(layer, targets.__contains__)
+                if fold.consumers[0] in found and self._is_same(layer, fold)
+            ]
+            can = distributed.from_main(can)
+            mine = range(distributed.rank(), len(can), distributed.world_size())
+            searched = {
+                n: self._best_factors(layer.module, can[n], found[can[n].consumers[0]], by_module) for n in mine
+            }
+            factors = distributed.merged(searched)
+            chosen = [(fold, one) for n, fold in enumerate(can) if (one := factors[n]) is not None]
         scaling = folding.scale(layer.module, chosen, layer.dtypes)
         ranges = {}
         for group in groups:
@@ -197,7 +208,7 @@ class Calibrated:
                 if module in scaling.inputs and seen.sample is not None:
                     amax = float((seen.sample.float() / scaling.inputs[module]).abs().amax())
                 ranges[group[0]] = amax
-        return scaling, ranges
+        return scaling, distributed.from_main(ranges)
 
     def _is_same(self, layer: ObservedLayer, fold: Fold) -> bool:
         """Whether the layer stays the same function; tried once for layers that are built alike."""

@@ -9,13 +9,14 @@ serves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.calibration.moments import ExpertMoments, MomentsObserver
 from snugfit.calibration.observers import ExpertObserver, InputObserver, KVAmax
 from snugfit.engines.fused import group_modules
@@ -28,6 +29,7 @@ from snugfit.model.assemble import Loaded
 from snugfit.model.layers import ExpertBuffers
 from snugfit.model.pieces import ExpertsInPieces
 from snugfit.model.skeleton import Skeleton
+from snugfit.quantization import exchange as sharing
 from snugfit.quantization.measured import Measured, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
@@ -74,7 +76,11 @@ class LayerPieces:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPass:
-    """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device."""
+    """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device.
+
+    Of a run on several processes, `batches` are those of this one out of `all_batches`, and `owners` says which process
+    reads, chooses and writes each tensor of the layer, of which `names` are in memory all the time.
+    """
 
     plan: Plan
     skeleton: Skeleton
@@ -85,6 +91,9 @@ class LayerPass:
     device: torch.device
     experts: ExpertCalibration
     pieces: LayerPieces | None = None
+    all_batches: Sequence[forward_pass.Batch] = ()
+    names: Sequence[str] = ()
+    owners: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def prefix(self) -> str:
@@ -204,7 +213,10 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
                 weights[name] = weight
             if group.target is not None and not group.has_codes:
                 targets[name] = group.target
-    for name in () if run.pieces is None else run.plan.unit_of_layer(run.index):
+    sharing.send_experts(run.buffers, run.names, run.owners)
+    outside = [name for name in run.names if not run.buffers.has(name)]
+    sharing.send_tensors(run.plan, outside, run.owners, weights, run.device)
+    for name in run.plan.unit_of_layer(run.index):  # also of experts in pieces, and of other processes
         target = _target_of(run.plan, name)
         if target is not None and not run.plan.assignments[name].keeps_codes:
             targets.setdefault(name, target)
@@ -224,19 +236,36 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
     return held, method.observe(observed)
 
 
+def exchange(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> None:
+    """Give all processes the 16-bit weights that one of them has chosen, and multipliers of inputs that come along."""
+    if distributed.world_size() == 1:
+        return
+    mine = {name: one.input_scale.cpu() for name, one in tensors.items() if one.input_scale is not None}
+    scales = {name: scale for found in distributed.gather(mine) for name, scale in found.items()}
+    sharing.send_experts(run.buffers, run.names, run.owners)
+    outside = [name for name in run.names if not run.buffers.has(name)]
+    held = {name: one.weight_16bit for name, one in tensors.items() if one.weight_16bit is not None}
+    sharing.send_tensors(run.plan, outside, run.owners, held, run.device)
+    for name in run.names:
+        if not sharing.is_mine(run.owners, name):
+            scale = scales.get(name)
+            scale = None if scale is None else scale.to(run.device)
+            tensors[name] = UnitTensor(weight_16bit=held.get(name), input_scale=scale, begun=True)
+
+
 def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
     """What passes the samples through a resident layer."""
 
     def pass_samples(before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None) -> None:
-        count = len(run.batches)
+        batches, states = run.batches, (run.states[0], None)
         if max_tokens is not None:
-            ends = accumulate(sum(batch.lengths) for batch in run.batches)
-            count = next((n for n, end in enumerate(ends, 1) if end >= max_tokens), count)
-        states = run.states[0], None
+            every = run.all_batches or run.batches
+            ends = accumulate(sum(batch.lengths) for batch in every)
+            batches = every[: next((n for n, end in enumerate(ends, 1) if end >= max_tokens), len(every))]
         if run.pieces is None:
-            forward_pass.run_layer(layer, run.index, run.batches[:count], before, states=states)
+            forward_pass.run_layer(layer, run.index, batches, before, states=states)
         else:
-            pieces.run_layer(layer, run.index, run.batches[:count], before, run.pieces.exact, states=states)
+            pieces.run_layer(layer, run.index, batches, before, run.pieces.exact, states=states)
 
     return pass_samples
 
@@ -252,10 +281,7 @@ def propagate(
     hidden states on.
     """
     if run.is_skipped:
-        for batch in run.batches:
-            run.states[1].write(batch, run.states[0].read(batch))
-        nothing = LayerStatistics({}, {}, None)
-        return ranges_of(run.plan, run.skeleton, run.index, nothing, run.experts)
+        return _hand_on(run)
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.weight_16bit is not None:
@@ -280,11 +306,23 @@ def propagate(
     else:
         chosen = run.pieces.chosen
         bad = int(pieces.run_layer(layer, run.index, run.batches, before, chosen, cache=cache, states=run.states))
+    bad = sum(distributed.gather(bad))
     if bad:
-        total = sum(sum(batch.lengths) for batch in run.batches)
+        total = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])
+    watched.share()
+    if cache is not None:
+        cache.share()
     found = watched.result(cache.amax if cache else None)
     return ranges_of(run.plan, run.skeleton, run.index, found, run.experts)
+
+
+def _hand_on(run: LayerPass) -> Measured:
+    """Hand hidden states on through a layer that text does not run."""
+    for batch in run.batches:
+        run.states[1].write(batch, run.states[0].read(batch))
+    nothing = LayerStatistics({}, {}, None)
+    return ranges_of(run.plan, run.skeleton, run.index, nothing, run.experts)
 
 
 def _linears_of(run: LayerPass, layer: nn.Module) -> dict[str, str]:
@@ -351,7 +389,7 @@ class _WatchedLayer:
         up = self._expert_quantizer((experts.GATE, experts.UP), formats, scales)
         down = self._expert_quantizer((experts.DOWN,), formats, scales)
         cap = run.experts.max_forced_tokens if run.experts.all_experts else None
-        tokens = sum(sum(batch.lengths) for batch in run.batches)
+        tokens = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         observer = ExpertObserver(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
         moments = self._expert_moments
         hooks = observer if moments is None else experts.Watching(observer, moments)
@@ -377,12 +415,20 @@ class _WatchedLayer:
         if self._experts is not None:
             self._experts.before(batch)
 
+    def share(self) -> None:
+        """Take in what all processes have measured."""
+        self._inputs.share()
+        if self._experts is not None:
+            self._experts.share()
+        if self._expert_moments is not None:
+            self._expert_moments.share()
+
     def result(self, cache: tuple[float, float] | None) -> LayerStatistics:
         """What was measured, under the file's names; `cache` is the largest cached key and value."""
         seen = {self._prefix + group[0]: self._inputs.result(self._linears[group[0]]) for group in self._groups}
         inputs = {name: one for name, one in seen.items() if one is not None}
         if self._moments is not None:
-            moments = {name: one.squares for name, one in self._moments.result().items()}
+            moments = {name: one.squares for name, one in self._moments.shared_result().items()}
             for group in self._groups:
                 if (name := self._prefix + group[0]) in inputs and (module := self._linears[group[0]]) in moments:
                     inputs[name] = replace(inputs[name], squares=encode_squares(moments[module].cpu()))

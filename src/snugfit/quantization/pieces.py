@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,8 @@ from snugfit.model.assemble import read_single
 from snugfit.model.layers import ExpertBuffers
 from snugfit.model.pieces import ExpertsInPieces, Scratch
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.division import Division, Piece
+from snugfit.quantization import exchange
+from snugfit.quantization.division import Division, Groups, Piece
 from snugfit.quantization.layer import LayerPieces, LoadedGroup, UnitTensor, choose, load
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
@@ -42,6 +43,7 @@ class PiecewiseExperts:
     ahead: ReadAhead
     writer: ShardWriter
     method: Method
+    owners: Mapping[str, int] = field(default_factory=dict)
     observe: Callable[[Iterable[LoadedGroup]], tuple[Iterable[LoadedGroup], Any]] | None = None
     observed: Any = None
     tensors: dict[str, UnitTensor] = field(default_factory=dict)
@@ -50,27 +52,35 @@ class PiecewiseExperts:
         """Fill the buffers with the source's experts, piece after piece."""
         for piece in self.division.pieces:
             buffers = self._buffers_of(piece)
-            coming = ReadAhead(self.transfer, self.plan.weights, piece.groups, 0)
-            for group in load(self.plan, piece.groups, coming):
+            mine = self._mine(piece)
+            coming = ReadAhead(self.transfer, self.plan.weights, mine, 0)
+            for group in load(self.plan, mine, coming):
                 for name in list(group.tensors):
                     loaded = group.tensors.pop(name)
                     buffers.copy_in(name, loaded.in_dtype(dtype_of(self.plan.weights.tensors[name])))
+            exchange.send_experts(buffers, piece.names, self.owners)
             yield piece.experts
 
     def chosen(self) -> Iterator[range]:
         """Choose codes of piece after piece, begin to write them, and leave what runs in the buffers."""
         for piece in self.division.pieces:
             buffers = None if self.buffers is None else self._buffers_of(piece)
-            groups: Iterable[LoadedGroup] = load(self.plan, piece.groups, self.ahead)
+            groups: Iterable[LoadedGroup] = load(self.plan, self._mine(piece), self.ahead)
             observed = self.observed
             if self.observe is not None:
                 groups, observed = self.observe(groups)
             made = choose(self.plan, groups, self.method, buffers, observed)
             self.writer.drain()  # of the piece before
             self.tensors |= write_early(self.plan, made, self.writer)
+            if buffers is not None:
+                exchange.send_experts(buffers, piece.names, self.owners)
             del groups, observed, made
             yield piece.experts
         self.tensors |= {name: UnitTensor() for name in self.division.whole}
+
+    def _mine(self, piece: Piece) -> Groups:
+        """The groups of a piece that this process has."""
+        return tuple(group for group in piece.groups if exchange.is_mine(self.owners, group[0]))
 
     def without_samples(self) -> dict[str, UnitTensor]:
         """All that is chosen, where no samples run."""

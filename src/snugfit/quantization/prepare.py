@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from snugfit import distributed
 from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.data.set_samples import notes_on_sources
@@ -131,6 +132,11 @@ class PreparedRun:
     def taking(self, way: Way) -> PreparedRun:
         """The run that takes one of `ways`."""
         return replace(self, way=way, ways=(way,))
+
+    def agreed(self) -> PreparedRun:
+        """The same with what all processes of the run can hold."""
+        sizes = [size for size in distributed.gather(self.experts_per_group) if size is not None]
+        return replace(self, experts_per_group=min(sizes, default=None))
 
     def divisions(self) -> list[Division]:
         """What is in memory together of each unit."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.data.dataset import Dataset, with_defaults
 from snugfit.engines.profiles import DEFAULT_PROFILE
@@ -21,7 +22,7 @@ from snugfit.progress import SILENT, Progress
 from snugfit.quantization.other_recipe import adopt_recipe
 from snugfit.quantization.plan import Plan, lay_out
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, headroom_of, prepare
-from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.resume import open_finished
 from snugfit.quantization.run import Run, run_layers, statistics_of
 from snugfit.quantization.trials import Tried, run_trials
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
@@ -44,6 +45,7 @@ from snugfit.version import __version__
 OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
+@distributed.together
 def quantize(
     model: str | Path,
     recipe: str | Path | LoadedRecipe,
@@ -93,8 +95,11 @@ def quantize(
     starts again. Raises UserError for bad input.
     """
     clock, destination = Clock(), Path(output_dir)
-    with clock("prepare"):
-        check_stageable(destination)
+    progress = progress if distributed.is_main() else SILENT
+
+    def prepare_here() -> PreparedRun:
+        if distributed.is_main():
+            check_stageable(destination)
         prepared = plan_quantization(
             model,
             recipe,
@@ -116,13 +121,18 @@ def quantize(
             experts_per_group=experts_per_group,
             allow_unverified=allow_unverified,
         )
-        prepared.check_resources(destination, restart=restart, force_resume=force_resume)
+        place = destination if distributed.is_main() else None
+        prepared.check_resources(place, restart=restart, force_resume=force_resume)
+        return prepared
+
+    with clock("prepare"):
+        prepared = distributed.in_all(prepare_here).agreed()
     prepared.report(progress)
     reset_peak_gpu_bytes(prepared.device)
     with resumable(destination, restart=restart) as (directory, work):
-        if adopt_recipe(directory, work, prepared.identity(), prepared.plan.shards):
+        if distributed.is_main() and adopt_recipe(directory, work, prepared.identity(), prepared.plan.shards):
             progress.message("the finished layers stay: this recipe differs in later ones alone")
-        finished = FinishedUnits(work, prepared.identity(), force=force_resume)
+        finished = open_finished(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
         if len(prepared.ways) > 1:
             tried = run_trials(run, lambda folder: _write_config(prepared.plan, folder))
@@ -132,9 +142,9 @@ def quantize(
         for problem in (*kernels.kernel_problems(), *inputs.kernel_problems()):
             progress.message(f"a slower way took the place of a kernel, with the same bits ({problem})")
         with clock("finish"):
-            left_out = _write_other_files(prepared.plan, directory)
+            left_out = _write_other_files(prepared.plan, directory) if distributed.is_main() else ()
             found = prepared.known if prepared.dataset is None else statistics_of(run)
-            if found is not None and prepared.plan.needs_activations:
+            if found is not None and prepared.plan.needs_activations and distributed.is_main():
                 (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
         limits = with_defaults(as_sequence(dataset), num_samples, max_seq_length)
         arguments = {
@@ -152,9 +162,11 @@ def quantize(
             "target": prepared.target,
             "input_headroom": prepared.plan.input_headroom,
             "experts_per_group": prepared.experts_per_group,
+            "processes": distributed.world_size(),
         }
-        record = _record(tried, destination, left_out, arguments)
-        (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+        record = distributed.from_main(_record(tried, destination, left_out, arguments))
+        if distributed.is_main():
+            (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
     return record
 
 

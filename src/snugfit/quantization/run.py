@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.machine import Clock
 from snugfit.model import forward_pass, layers
@@ -21,7 +22,8 @@ from snugfit.model.hidden_states import StateFile
 from snugfit.model.pieces import ScratchFile
 from snugfit.progress import Progress
 from snugfit.quantization.division import Division
-from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, load, observe, propagate
+from snugfit.quantization.exchange import is_mine, owners_of
+from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, exchange, load, observe, propagate
 from snugfit.quantization.measured import NOTHING_MEASURED, Measured
 from snugfit.quantization.pieces import PiecewiseExperts
 from snugfit.quantization.prepare import PreparedRun
@@ -76,7 +78,7 @@ def run_layers(run: Run) -> Outcome:
         with ExitStack() as stack:
             step = stack.enter_context(run.progress.bar(len(plan.units), "layers"))
             transfer = stack.enter_context(Transfer(prepared.device))
-            writer = stack.enter_context(ShardWriter(run.directory, plan.shards, transfer))
+            writer = stack.enter_context(_open_writer(run, transfer))
             batches = _batches(run)
             states = _state_files(run, batches, transfer, stack)
             with clock("check"):
@@ -87,20 +89,20 @@ def run_layers(run: Run) -> Outcome:
             with clock("embed"):
                 _embed(run, transfer, batches, states)
             work = _open_work(run, first, batches, states, transfer, writer, stack)
-            commits = _Commits(run.finished, stack)
+            commits = _Commits(run.finished, writer, stack)
             for number in range(first, len(plan.units)):
                 started = time.perf_counter()
+                if distributed.world_size() > 1 and prepared.method.observe is not None:
+                    commits.wait()  # what a method observes may be other processes' hidden states
                 # a layer's states overwrite those of the layer before the last
                 records, measured = work.quantize(number, commits.wait if number > 1 else None)
-                commits.start(records, measured, writer, states[number % 2] if run.runs_layers else None)
+                commits.start(records, measured, states[number % 2] if run.runs_layers else None)
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
                     expected = _expect(run, number, started)
             with clock("finish"):
                 commits.wait()
-                for file in states:
-                    file.path.unlink()
-                return Outcome(files=writer.finish(), resumed=first, expected_seconds=expected)
+                return Outcome(files=_finish(states, writer), resumed=first, expected_seconds=expected)
     except torch.OutOfMemoryError as error:
         raise Unfinished(
             f"out of GPU memory ({str(error).splitlines()[0]}).",
@@ -112,6 +114,24 @@ def run_layers(run: Run) -> Outcome:
         if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or run.finished.done < 2:
             raise
         raise _kept(run, error) from None
+
+
+def _open_writer(run: Run, transfer: Transfer) -> ShardWriter:
+    """What writes to the weight files; the main process makes them."""
+    if not distributed.is_main():
+        distributed.barrier()
+    writer = ShardWriter(run.directory, run.prepared.plan.shards, transfer, digests=distributed.is_main())
+    if distributed.is_main():
+        distributed.barrier()
+    return writer
+
+
+def _finish(states: Sequence[StateFile], writer: ShardWriter) -> dict[str, str]:
+    """Remove the files of hidden states and close the weight files; SHA-256 by name."""
+    distributed.barrier()
+    for file in states if distributed.is_main() else ():
+        file.path.unlink()
+    return distributed.from_main(writer.finish())
 
 
 def _kept(run: Run, error: UserError) -> Unfinished:
@@ -140,6 +160,7 @@ class _Work:
     batches: Sequence[forward_pass.Batch]
     states: Sequence[StateFile]
     divisions: Sequence[Division]
+    owners: Sequence[Mapping[str, int]]
     transfer: Transfer
     ahead: ReadAhead
     writer: ShardWriter
@@ -156,10 +177,13 @@ class _Work:
         if layer is not None and pieces is not None and self.scratch is not None:
             layer = replace(layer, pieces=pieces.of_layer(self.scratch))
         with run.clock("weights"):
-            groups = load(plan, self.divisions[number].groups, self.ahead)
+            mine = [group for group in self.divisions[number].groups if is_mine(self.owners[number], group[0])]
+            groups = load(plan, mine, self.ahead)
             loaded, observed = _observe(run, number, layer, groups)
             roundings = prepared.method.input_roundings(observed)
             tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
+            if layer is not None:
+                exchange(layer, tensors)
             if pieces is not None:
                 pieces.observed = observed
             del groups, loaded, observed  # before the next layer is observed
@@ -170,7 +194,7 @@ class _Work:
         if pieces is not None:
             tensors |= pieces.tensors if layer is not None else pieces.without_samples()
         with run.clock("write"):
-            return write_unit(plan, number, tensors, measured, self.writer), measured
+            return write_unit(plan, number, tensors, measured, self.writer, self.owners[number]), measured
 
     def _layer(self, number: int) -> LayerPass | None:
         """What running the layer of unit `number` takes; None if no samples pass it."""
@@ -184,7 +208,10 @@ class _Work:
             skeleton=prepared.skeleton,
             index=number - 1,
             buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device, size),
-            batches=self.batches,
+            batches=_mine(self.batches),
+            all_batches=self.batches,
+            names=[name for group in self.divisions[number].groups for name in group],
+            owners=self.owners[number],
             states=(self.states[(number - 1) % 2], self.states[number % 2]),
             device=prepared.device,
             experts=prepared.experts,
@@ -206,6 +233,7 @@ class _Work:
             ahead=self.ahead,
             writer=self.writer,
             method=prepared.method,
+            owners=self.owners[number],
             observe=partial(_observe, self.run, number, None) if recalls else None,
         )
 
@@ -222,14 +250,18 @@ def _open_work(
     """The work on units from `first` on; their weights begin to be read."""
     prepared = run.prepared
     divisions, scratch = prepared.divisions(), None
+    correlates = prepared.method.correlates
+    owners = [owners_of(prepared.plan, n, one, correlates=correlates) for n, one in enumerate(divisions)]
     if run.runs_layers and any(one.pieces for one in divisions):
-        scratch = stack.enter_context(ScratchFile(run.work / "experts", transfer))
-    coming = [group for unit in divisions[first:] for group in unit.coming]
+        scratch = stack.enter_context(ScratchFile(run.work / f"experts-{distributed.rank()}", transfer))
+    units = list(zip(divisions, owners, strict=True))[first:]
+    coming = [group for unit, owner in units for group in unit.coming if is_mine(owner, group[0])]
     return _Work(
         run=run,
         batches=batches,
         states=states,
         divisions=divisions,
+        owners=owners,
         transfer=transfer,
         ahead=ReadAhead(transfer, prepared.plan.weights, coming, prepared.read_ahead_bytes(divisions)),
         writer=writer,
@@ -272,6 +304,12 @@ def _expect(run: Run, number: int, started: float) -> float:
     return run.clock.seconds["total"] + left
 
 
+def _mine(batches: Sequence[forward_pass.Batch]) -> Sequence[forward_pass.Batch]:
+    """The batches that pass through the layers in this process."""
+    some = distributed.block(len(batches))
+    return batches[some.start : some.stop]
+
+
 def _state_files(
     run: Run, batches: Sequence[forward_pass.Batch], transfer: Transfer, stack: ExitStack
 ) -> list[StateFile]:
@@ -280,7 +318,8 @@ def _state_files(
         return []
     skeleton = run.prepared.skeleton
     shape = skeleton.hidden_size, skeleton.dtype
-    files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer) for n in range(2))
+    mine = _mine(batches)
+    files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer, mine) for n in range(2))
     return [stack.enter_context(file) for file in files]
 
 
@@ -290,10 +329,12 @@ def _check_finished(run: Run, writer: ShardWriter, states: Sequence[StateFile]) 
     if not finished.done:
         return
     good = 0
-    while good < finished.done and writer.holds(finished.entries[good]["written"]):
-        good += 1
-    while states and 0 < good < units and not states[(good - 1) % 2].holds(finished.entries[good - 1]["states"]):
-        good -= 1
+    if distributed.is_main():
+        while good < finished.done and writer.holds(finished.entries[good]["written"]):
+            good += 1
+        while states and 0 < good < units and not states[(good - 1) % 2].holds(finished.entries[good - 1]["states"]):
+            good -= 1
+    good = distributed.from_main(good)
     # layers that pass more than hidden states on (Gemma 4's shared keys and values) run from the first one
     if run.prepared.skeleton.carries_state and run.runs_layers and good < units:
         good = 0
@@ -309,10 +350,10 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
     prepared = run.prepared
     if not run.runs_layers or run.finished.done == len(prepared.plan.units):
         return
-    fresh = run.finished.done == 0
+    fresh, mine = run.finished.done == 0, {batch.number for batch in _mine(batches)}
 
     def keep(batch: forward_pass.Batch, hidden: torch.Tensor) -> None:
-        if fresh:
+        if fresh and batch.number in mine:
             states[0].write(batch, hidden)
 
     def read(name: str) -> torch.Tensor:
@@ -325,18 +366,20 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
 
 
 class _Commits:
-    """Records each unit as finished once it is in the files, while the next one is worked on."""
+    """Records each unit as finished once it is in the files, while the next one is worked on.
 
-    def __init__(self, finished: FinishedUnits, stack: ExitStack) -> None:
-        self._finished = finished
+    Of several processes all have a part of it, which they put together over connections of their own.
+    """
+
+    def __init__(self, finished: FinishedUnits, writer: ShardWriter, stack: ExitStack) -> None:
+        self._finished, self._writer = finished, writer
+        self._group = distributed.side_group()
         self._pool = stack.enter_context(ThreadPoolExecutor(1))
         self._last: Future[None] | None = None
 
-    def start(
-        self, records: Sequence[TensorRecord], measured: Measured, writer: ShardWriter, states: StateFile | None
-    ) -> None:
+    def start(self, records: Sequence[TensorRecord], measured: Measured, states: StateFile | None) -> None:
         """Record a unit as soon as the writes that were started for it are done."""
-        wait, tensors = writer.pending_writes(), [asdict(record) for record in records]
+        wait, tensors = self._writer.pending_writes(), [asdict(record) for record in records]
         statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
         before = self._last
 
@@ -345,10 +388,21 @@ class _Commits:
                 before.result()  # done; if it failed, so does this
             written = wait()
             pieces = [] if states is None else states.wait()
-            entry = {"tensors": tensors, "statistics": statistics, "written": written, "states": pieces}
-            self._finished.commit(entry)
+            self._finished.commit(self._of_all(tensors, statistics, written, pieces))
 
         self._last = self._pool.submit(commit)
+
+    def _of_all(self, tensors: Any, statistics: Any, written: dict[str, list[int]], pieces: Any) -> dict[str, Any]:
+        """The entry of a unit, made of what all processes have done."""
+        parts = distributed.gather((tensors, written, pieces), self._group)
+        others = [name for _, names, _ in parts for name in names if name not in written]
+        self._writer.accept(others)
+        return {
+            "tensors": [record for records, _, _ in parts for record in records],
+            "statistics": statistics,
+            "written": {name: crcs for _, names, _ in parts for name, crcs in names.items()},
+            "states": [piece for *_, some in parts for piece in some],
+        }
 
     def wait(self) -> None:
         """Until the last unit is recorded; raises what went wrong."""

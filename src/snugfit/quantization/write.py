@@ -8,9 +8,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from snugfit import distributed
 from snugfit.dialects import compressed_tensors
 from snugfit.formats.nvfp4 import input_global_scale
 from snugfit.model.names import may_be_infinite
+from snugfit.quantization.exchange import is_mine
 from snugfit.quantization.layer import UnitTensor
 from snugfit.quantization.measured import Measured
 from snugfit.quantization.plan import Plan
@@ -20,12 +22,17 @@ from snugfit.storage.shards import ShardWriter
 
 
 def write_unit(
-    plan: Plan, number: int, tensors: Mapping[str, UnitTensor], measured: Measured, writer: ShardWriter
+    plan: Plan,
+    number: int,
+    tensors: Mapping[str, UnitTensor],
+    measured: Measured,
+    writer: ShardWriter,
+    owners: Mapping[str, int],
 ) -> list[TensorRecord]:
-    """Start to write all tensors of unit `number`, and the scales of its FP8 KV cache; their records."""
-    names = [name for name in plan.units[number] if name in plan.outputs]
+    """Start to write the tensors of unit `number` that this process has, and scales of an FP8 KV cache; records."""
+    names = [name for name in plan.units[number] if name in plan.outputs and is_mine(owners, name)]
     records = [_write(plan, name, tensors.get(name), measured, writer) for name in names]
-    return records + _write_kv_scales(plan, number - 1, measured, writer)
+    return records + (_write_kv_scales(plan, number - 1, measured, writer) if distributed.is_main() else [])
 
 
 def write_early(plan: Plan, tensors: Mapping[str, UnitTensor], writer: ShardWriter) -> dict[str, UnitTensor]:
