@@ -211,7 +211,7 @@ def test_torchrun_itself(source: Source, rows: Path, tmp_path: Path) -> None:
     """The command line under torchrun: one report, the bytes of one process, and a refusal with exit code."""
     model = str(source("qwen3_moe"))
     quantize(model, "nvfp4-moe-four-over-six", output_dir=tmp_path / "one", **OPTIONS | {"dataset": [rows]})
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
     command += ["snugfit", "quantize", model, "-r", "nvfp4-moe-four-over-six", "-o", str(tmp_path / "many")]
     command += ["--dataset", str(rows), "--device", "cpu", "--tokens-per-batch", "130", "--min-tokens-per-expert", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

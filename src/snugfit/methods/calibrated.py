@@ -33,6 +33,8 @@ from snugfit.methods.folds import Fold, Scaling
 from snugfit.methods.gptq import Steps, feedback_of, round_weight
 from snugfit.methods.integer_scales import integer_scales
 from snugfit.methods.method import Choice, ObservedLayer, Purpose, Target, WeightGroup
+from snugfit.methods.powers_of_two import block_scales as block_scales_of_two
+from snugfit.methods.powers_of_two import exact_global_scale
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
 from snugfit.model import emulate, experts
@@ -360,6 +362,9 @@ def choose_scales(
     `dtype` is that of the model, in which INT4 stores its scales.
     """
     if fmt.name in ("nvfp4", "nvfp4a16"):
+        exact = exact_global_scale(weights.values())
+        if exact is not None:
+            return {name: _nvfp4_under(block_scales_of_two(weight, exact), exact) for name, weight in weights.items()}
         amax = torch.stack([largest_magnitude(weight) for weight in weights.values()]).amax()
         shared = global_scale(amax, "weighted")
         return {name: _nvfp4(weight, shared, importance) for name, weight in weights.items()}
@@ -369,7 +374,10 @@ def choose_scales(
 
 
 def _nvfp4(weight: Tensor, shared: Tensor, importance: Tensor) -> Scales:
-    scales = block_scales(weight, shared, "weighted", "mse", importance)
+    return _nvfp4_under(block_scales(weight, shared, "weighted", "mse", importance), shared)
+
+
+def _nvfp4_under(scales: Tensor, shared: Tensor) -> Scales:
     step = (scales.float() * shared).repeat_interleave(NVFP4_BLOCK, dim=1)
     return Scales(Steps("e2m1", step), lambda values: nvfp4.quantize(values, scales, shared))
 
