@@ -204,7 +204,7 @@ def run(given: dict[str, Any]) -> None:
         distributed.barrier()
         begin = time.perf_counter()
         record = quantize(**given)
-        seconds = record.seconds | {"total": time.perf_counter() - begin}
+        seconds = dict(record.seconds) | {"total": time.perf_counter() - begin}
         peaks = distributed.gather(peak_rss_bytes())
     if int(os.environ.get("RANK", "0")) == 0:
         found = {"seconds": seconds, "trials": [(t.name, t.kl, t.kept) for t in record.trials], "peak_rss": peaks}
@@ -268,9 +268,9 @@ def workers(parent: int) -> list[int]:
 
 def brief(one: dict[str, Any]) -> str:
     if "error" in one:
-        return "failed: " + one["error"][-300:]
+        return f"failed: {one['error'][-300:]}"
     extra = f", {one['ratio']:.2f} times as fast, {one['differs']}" if "ratio" in one else ""
-    return f"{one['seconds']['total']:.2f} s{extra} {json.dumps(one['seconds'])}"
+    return f"{one['seconds']['total']:.2f} s{extra} " + json.dumps(one["seconds"])
 
 
 def say(text: str) -> None:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,10 @@ def test_the_same_files(
     assert [record["arguments"]["processes"] for record in records] == [1, processes]
 
 
+def _quantize(model: Path, options: dict[str, Any], _: int) -> None:
+    quantize(model, "nvfp4-fp8-hybrid", **options)
+
+
 def test_gptq_on_several_processes(source: Source, rows: Path, tmp_path: Path) -> None:
     """Under effort `good` E[x x^T] is added in another order: few codes differ, and the gate decides the same.
 
@@ -102,8 +107,8 @@ def test_gptq_on_several_processes(source: Source, rows: Path, tmp_path: Path) -
     options = OPTIONS | {"dataset": [rows], "effort": "good", "output_dir": tmp_path / "one"}
     one = quantize(source("llama"), "nvfp4-fp8-hybrid", **options)
     for name in ("many", "again"):
-        more = options | {"output_dir": tmp_path / name}
-        assert in_ranks(2, lambda _, given=more: quantize(source("llama"), "nvfp4-fp8-hybrid", **given)) == [0, 0]
+        work = partial(_quantize, source("llama"), options | {"output_dir": tmp_path / name})
+        assert in_ranks(2, work) == [0, 0]
     assert files_of(tmp_path / "many") == files_of(tmp_path / "again")
     record = json.loads((tmp_path / "many" / RECORD_FILE).read_text())
     assert [trial["name"] for trial in record["trials"]] == [trial.name for trial in one.trials]

@@ -22,7 +22,7 @@ from snugfit.quantization.division import Division, divide, read_ahead_bytes
 from snugfit.quantization.plan import Plan
 from snugfit.storage.files import PIECE_BYTES
 from snugfit.storage.staging import occupied_bytes
-from snugfit.storage.transfer import COPIERS, WORKERS
+from snugfit.storage.transfer import CONNECTIONS, COPIERS, REMOTE_AHEAD_BYTES, WORKERS
 
 # copies in fp32 of a slice of weights while it is rounded
 _COPIES = 6
@@ -96,11 +96,12 @@ def estimate_run(
     tokens = dataset.tokens if dataset else 0
     longest = max(map(len, dataset.samples)) if dataset else 0
     batch = min(tokens, max(tokens_per_batch, longest))
-    moving = (2 * WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
+    readers = WORKERS[device.type] if plan.checkpoint.remote is None else CONNECTIONS
+    moving = (readers + WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
     in_flight = 2 * IN_FLIGHT * batch * hidden  # hidden states read ahead and written behind
     runs = dataset is not None
     divisions = [divide(plan, skeleton, n, experts_per_group, runs=runs) for n in range(len(plan.units))]
-    ahead = read_ahead_bytes(plan, divisions) if device.type == "cuda" else 0
+    ahead = ahead_of(plan, divisions, device)
     work = embeddings = 0
     for number, unit in enumerate(plan.units):
         if number:
@@ -174,6 +175,16 @@ def _correlations(plan: Plan, unit: tuple[str, ...]) -> int:
     squares = [4 * group[0][-1] ** 2 for group in shapes]
     group = max((sum(4 * n * k for n, k in group) for group in shapes), default=0)
     return sum(squares) + _SQUARES * max(squares, default=0) + _GROUPS * group
+
+
+def ahead_of(plan: Plan, divisions: Sequence[Division], device: torch.device) -> int:
+    """Bytes of weights that are read while others are worked on: a layer for a GPU, some of a model on the Hub, or 0.
+
+    0 stands for one group at a time, which a disk has in time.
+    """
+    if device.type == "cuda":
+        return read_ahead_bytes(plan, divisions)
+    return 0 if plan.checkpoint.remote is None else min(REMOTE_AHEAD_BYTES, read_ahead_bytes(plan, divisions))
 
 
 def largest_group(skeleton: Skeleton, fits: Callable[[int], bool]) -> int | None:

@@ -25,9 +25,10 @@ from snugfit.methods.method import Method
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
-from snugfit.quantization.division import Division, divide, read_ahead_bytes
+from snugfit.quantization.division import Division, divide
 from snugfit.quantization.estimate import (
     Estimate,
+    ahead_of,
     check_disk,
     check_memory,
     estimate_learning,
@@ -144,8 +145,8 @@ class PreparedRun:
         return [divide(self.plan, self.skeleton, number, size, runs=runs) for number in range(len(self.plan.units))]
 
     def read_ahead_bytes(self, divisions: Sequence[Division]) -> int:
-        """Bytes of weights that are read while others are worked on; 0 on a CPU, for one group at a time."""
-        return read_ahead_bytes(self.plan, divisions) if self.device.type == "cuda" else 0
+        """Bytes of weights that are read while others are worked on; 0 for one group at a time."""
+        return ahead_of(self.plan, divisions, self.device)
 
     def records(self) -> tuple[TensorRecord, ...]:
         """A record of each tensor, without what only the run can measure; its bytes are what will be written."""

@@ -77,7 +77,8 @@ def run_layers(run: Run) -> Outcome:
     try:
         with ExitStack() as stack:
             step = stack.enter_context(run.progress.bar(len(plan.units), "layers"))
-            transfer = stack.enter_context(Transfer(prepared.device))
+            remote = plan.checkpoint.remote is not None
+            transfer = stack.enter_context(Transfer(prepared.device, remote=remote))
             writer = stack.enter_context(_open_writer(run, transfer))
             batches = _batches(run)
             states = _state_files(run, batches, transfer, stack)
@@ -97,6 +98,9 @@ def run_layers(run: Run) -> Outcome:
                 # a layer's states overwrite those of the layer before the last
                 records, measured = work.quantize(number, commits.wait if number > 1 else None)
                 commits.start(records, measured, states[number % 2] if run.runs_layers else None)
+                if remote and number == first:  # with a lost network something should be there to resume from
+                    commits.wait()
+                    work.ahead.widen(prepared.read_ahead_bytes(work.divisions))
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
                     expected = _expect(run, number, started)
@@ -255,6 +259,7 @@ def _open_work(
     if run.runs_layers and any(one.pieces for one in divisions):
         scratch = stack.enter_context(ScratchFile(run.work / f"experts-{distributed.rank()}", transfer))
     units = list(zip(divisions, owners, strict=True))[first:]
+    budget = prepared.read_ahead_bytes(divisions) if prepared.plan.checkpoint.remote is None else 0
     coming = [group for unit, owner in units for group in unit.coming if is_mine(owner, group[0])]
     return _Work(
         run=run,
@@ -263,7 +268,7 @@ def _open_work(
         divisions=divisions,
         owners=owners,
         transfer=transfer,
-        ahead=ReadAhead(transfer, prepared.plan.weights, coming, prepared.read_ahead_bytes(divisions)),
+        ahead=ReadAhead(transfer, prepared.plan.weights, coming, budget),
         writer=writer,
         scratch=scratch,
     )
