@@ -5,9 +5,9 @@
 
 Writes a dense model of Mistral-Nemo's shape and a mixture of Qwen3-30B-A3B's (128 experts a layer), random weights, and
 36 rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
-a short run that compiles kernels. Files are compared with those of the first number: equal, or the share of tensors and
-bytes that differ. Then runs of the exact recipe on all processes are killed, a random process at a random time, and
-resumed until they end; their files must be those of an undisturbed run. WORK/ranks.json has it all.
+a run of a small model that compiles kernels. Files are compared with those of the first number: equal, or the share of
+tensors and bytes that differ. Then runs of the exact recipe on all processes are killed, a random process at a random
+time, and resumed; their files must be those of an undisturbed run. WORK/ranks.json has it all.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ def main() -> None:
     rows = make_rows(options)
     models = {"dense": make_dense(options), "mixture": make_mixture(options)}
     recipes = {"dense": "nvfp4-fp8-hybrid", "mixture": "nvfp4-moe"}
-    start(options, max(options.processes), models["mixture"], "nvfp4-moe", "fast", rows, "warm-up")
+    small = write_model(options, "small", TINY.config(2), TINY.tensors(2))
+    found["warm_up"] = start(options, max(options.processes), small, "nvfp4-fp8-hybrid", "good", rows, "warm-up")
+    say(f"warm-up: {brief(found['warm_up'])}")
     for kind, model in models.items():
         for effort in options.efforts:
             first: dict[str, Any] | None = None
