@@ -32,6 +32,9 @@ def pick_device(wanted: str | None) -> torch.device:
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
         remedy = "Set `device` to cpu, cuda or cuda:N."
         raise UserError(f"unknown device {name!r}.", code="option-invalid", where="device", remedy=remedy)
+    if distributed.asked_for() > 1 and wanted not in (None, "cpu", "cuda"):
+        what, remedy = f"{name} is one GPU, and each process takes one of its own.", "Set `device` to cuda or cpu."
+        raise UserError(what, code="option-conflict", where="device", remedy=remedy)
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

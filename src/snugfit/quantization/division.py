@@ -39,13 +39,18 @@ class Division:
         return [*self.groups, *(group for piece in self.pieces for group in piece.groups)]
 
 
-def divide(plan: Plan, skeleton: Skeleton, number: int, size: int | None, *, runs: bool) -> Division:
-    """Unit `number` with its experts in pieces of `size`; in one piece without experts, or without more than that.
+def groups_of_units(plan: Plan, *, runs: bool) -> list[list[tuple[str, ...]]]:
+    """The groups of each unit in the order of the file; `runs`: samples pass the layers."""
+    return [groups_of(plan, unit, runs=runs and number > 0) for number, unit in enumerate(plan.units)]
 
-    `runs`: samples pass the layer. One that text does not run is in one piece.
+
+def divide(
+    plan: Plan, skeleton: Skeleton, number: int, groups: Sequence[tuple[str, ...]], size: int | None
+) -> Division:
+    """Unit `number`, of these groups, with its experts in pieces of `size`; or in one piece, if they are not more.
+
+    A layer that text does not run is in one piece.
     """
-    runs = runs and number > 0
-    groups = groups_of(plan, plan.units[number], runs=runs)
     mixture = skeleton.experts.get(number - 1)
     if mixture is None or size is None or number - 1 in skeleton.skipped:
         return Division(tuple(groups))

@@ -18,7 +18,7 @@ from snugfit.machine import free_bytes, rss_bytes
 from snugfit.methods.rounding import SLICE
 from snugfit.model.hidden_states import IN_FLIGHT
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.division import Division, divide, read_ahead_bytes
+from snugfit.quantization.division import Division, divide, groups_of_units, read_ahead_bytes
 from snugfit.quantization.plan import Plan
 from snugfit.storage.files import PIECE_BYTES
 from snugfit.storage.staging import occupied_bytes
@@ -82,12 +82,13 @@ def estimate_run(
     correlates: bool = False,
     copies: int = 1,
     experts_per_group: int | None = None,
+    groups: Sequence[Sequence[tuple[str, ...]]] | None = None,
 ) -> Estimate:
     """Peaks of a run from shapes alone, on top of what this process holds now.
 
     With `observes` a method holds the exact weights of a layer, with `correlates` second moments of its inputs too.
     `copies` of the result are on the disk at once. `experts_per_group` routed experts of a layer are in memory at once,
-    None for all.
+    None for all. `groups` are those of each unit, if they are known already.
     """
     tensors = plan.weights.tensors
     itemsize = max((tensors[name].bytes // max(1, tensors[name].elements) for name in plan.assignments), default=2)
@@ -100,7 +101,8 @@ def estimate_run(
     moving = (readers + WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
     in_flight = 2 * IN_FLIGHT * batch * hidden  # hidden states read ahead and written behind
     runs = dataset is not None
-    divisions = [divide(plan, skeleton, n, experts_per_group, runs=runs) for n in range(len(plan.units))]
+    groups = groups_of_units(plan, runs=runs) if groups is None else groups
+    divisions = [divide(plan, skeleton, n, some, experts_per_group) for n, some in enumerate(groups)]
     ahead = ahead_of(plan, divisions, device)
     work = embeddings = 0
     for number, unit in enumerate(plan.units):

@@ -25,7 +25,7 @@ from snugfit.methods.method import Method
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
-from snugfit.quantization.division import Division, divide
+from snugfit.quantization.division import Division, divide, groups_of_units
 from snugfit.quantization.estimate import (
     Estimate,
     ahead_of,
@@ -141,8 +141,9 @@ class PreparedRun:
 
     def divisions(self) -> list[Division]:
         """What is in memory together of each unit."""
-        runs, size = self.dataset is not None, self.experts_per_group
-        return [divide(self.plan, self.skeleton, number, size, runs=runs) for number in range(len(self.plan.units))]
+        groups = groups_of_units(self.plan, runs=self.dataset is not None)
+        size = self.experts_per_group
+        return [divide(self.plan, self.skeleton, number, some, size) for number, some in enumerate(groups)]
 
     def read_ahead_bytes(self, divisions: Sequence[Division]) -> int:
         """Bytes of weights that are read while others are worked on; 0 for one group at a time."""
@@ -325,7 +326,12 @@ def prepare(
     if effort == BEST and learning is None:
         notes.append(f"scales do not learn: {why_not_learned(plan, skeleton, dataset.tokens if dataset else 0)}")
     estimate, size, said = _estimate(
-        partial(estimate_run, plan, skeleton, dataset, device, tokens_per_batch), ways, skeleton, device, calibration
+        partial(estimate_run, plan, skeleton, dataset, device, tokens_per_batch),
+        ways,
+        skeleton,
+        device,
+        calibration,
+        groups_of_units(plan, runs=dataset is not None),
     )
     notes += said
     return PreparedRun(
@@ -355,6 +361,7 @@ def _estimate(
     skeleton: Skeleton,
     device: torch.device,
     calibration: Calibration,
+    groups: Sequence[Sequence[tuple[str, ...]]],
 ) -> tuple[Estimate, int | None, list[str]]:
     """What the run will need; how many routed experts of a layer are in memory at once, all if these fit; notes."""
     estimate = partial(
@@ -362,6 +369,7 @@ def _estimate(
         observes=any(way.method.observe is not None for way in ways),
         correlates=any(way.method.correlates for way in ways),
         copies=min(2, len(ways)),
+        groups=groups,
     )
     size = calibration.experts_per_group
     found = estimate(experts_per_group=size)
