@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -311,8 +311,9 @@ def _observed(model: EvaluatedModel, index: int, batches: Sequence[Batch], devic
     linears = _linears(model, index, layer)
     names = model.skeleton.names_of_layer(index).parameters
 
-    def run(before: Callable[[Batch], None], *, max_tokens: int | None = None) -> None:
-        _pass(layer, index, list(_first(batches, max_tokens)), before)
+    def run(before: Callable[[Batch], None], *, max_tokens: int | None = None, spread: int = 1) -> None:
+        some = batches if max_tokens is None else forward_pass.some_batches(batches, max_tokens, spread)
+        _pass(layer, index, some, before)
 
     return ObservedLayer(
         module=layer,
@@ -324,16 +325,6 @@ def _observed(model: EvaluatedModel, index: int, batches: Sequence[Batch], devic
         experts=None,
         run=run,
     )
-
-
-def _first(batches: Sequence[Batch], max_tokens: int | None) -> Iterator[Batch]:
-    """The first batches that hold so many tokens."""
-    held = 0
-    for batch in batches:
-        if max_tokens is not None and held >= max_tokens:
-            return
-        held += sum(batch.lengths)
-        yield batch
 
 
 def _synchronize(device: torch.device) -> None:

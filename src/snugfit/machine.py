@@ -63,6 +63,11 @@ def pick_dtype(name: str | None) -> torch.dtype | None:
     return found
 
 
+def fix_cublas_workspace() -> None:
+    """Have cuBLAS add in one order under torch's strict determinism; it asks for that before its first product."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def free_bytes(device: torch.device) -> int:
     """Free memory of the device; for the CPU the memory that Linux calls available, on other systems half of all.
 

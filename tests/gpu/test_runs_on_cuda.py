@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import snugfit
 from conftest import MakeTiny
+from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.evaluation.evaluated_model import last_states, open_model
 from snugfit.quantization import run as run_module
@@ -191,3 +192,15 @@ def test_bounded_attention_gives_the_same_states(cuda: torch.device, llama: Path
     there = last_states(model, rows, places, cuda)
     for a, b in zip(here, there, strict=True):
         assert torch.allclose(a, b.cpu(), atol=1e-4, rtol=1e-3)
+
+
+def test_learned_scales_are_the_same_twice(cuda: torch.device, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Two runs of effort best write the same bytes: backward passes of attention add in one order."""
+    wide: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    model = make_tiny("llama", **wide, num_attention_heads=4, num_key_value_heads=2)
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((512,) * 16, stop=60))
+    for name in ("once", "twice"):
+        record = quantize_on("cuda", model, "nvfp4", tmp_path / name, rows, effort="best")
+        assert [trial.name for trial in record.trials][-1] == "learned"
+    once, twice = (tensors_of(tmp_path / name) for name in ("once", "twice"))
+    assert all(torch.equal(once[name].view(torch.uint8), twice[name].view(torch.uint8)) for name in once)

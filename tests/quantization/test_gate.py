@@ -21,7 +21,7 @@ from helpers.tiny_mixtures import rewrite
 from snugfit.methods.calibrated import Calibrated
 from snugfit.methods.folds import Fold
 from snugfit.quantization.quantize import plan_quantization, quantize
-from snugfit.quantization.ways import DESCENT_SWEEPS, Way
+from snugfit.quantization.ways import DESCENT_SWEEPS, PLAIN, Way
 from snugfit.records.quantize import QuantizeRecord
 
 PROFILE = "vllm-blackwell"
@@ -85,7 +85,7 @@ def test_smoothing_that_only_hurts_is_left_out(
     exact = changed(model, tmp_path / "exact", on_the_grid)
     record = run(exact, tmp_path / "out", rows, recipe, target="marlin")
     assert [(trial.name, trial.kept) for trial in record.trials] == [
-        ("plain", True), ("weighted", False), ("gptq", False), ("gptq+folds", False)
+        ("plain", True), ("gptq", False), ("weighted", False), ("gptq+folds", False)
     ]  # fmt: skip
     assert all(trial.kl == 0 for trial in record.trials)
     method = Calibrated("marlin", gptq=True, folds=True)
@@ -124,6 +124,34 @@ def test_folds_that_hurt_the_model_are_refused(
     assert contents(tmp_path / "out") == contents(tmp_path / "gptq")
 
 
+def test_a_way_that_a_kept_one_contains_is_not_tried(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weighted scales alone are tried only where GPTQ was not kept."""
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((260,) * 16, stop=60))
+    weighted = Way("weighted", Calibrated("marlin"), unless="gptq")
+    for sweeps, kept in ((0, True), (-1, False)):
+        monkeypatch.setattr(Calibrated, "_choose", _spoiled(Calibrated._choose))
+        gptq = Way("gptq", Calibrated("marlin", gptq=True, sweeps=sweeps))
+        try_ways(monkeypatch, PLAIN, gptq, weighted)
+        record = run(model, tmp_path / f"out{sweeps}", rows, "nvfp4a16", target="marlin")
+        assert [(trial.name, trial.kept) for trial in record.trials][:2] == [("plain", True), ("gptq", kept)]
+        assert [trial.name for trial in record.trials][2:] == ([] if kept else ["weighted"])
+        monkeypatch.undo()
+
+
+def _spoiled(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """What chooses codes, of weights of the other sign where `sweeps` are -1."""
+
+    def spoil(self: Calibrated, group: Any, *given: Any) -> Any:
+        if self.sweeps == -1:
+            for name in group.weights:
+                group.weights[name] = -group.weights[name]
+        return choose(self, group, *given)
+
+    return spoil
+
+
 # --- inputs that say little
 
 
@@ -139,6 +167,8 @@ def test_too_few_tokens_for_a_hessian(model: Path, tmp_path: Path) -> None:
     assert kept == sorted(kept, reverse=True)
     assert all(math.isfinite(trial.kl) for trial in record.trials)
     enough = write_rows(tmp_path / "enough.jsonl", random_rows((20,) * 8, stop=60))
+    first = plan_quantization(model, "nvfp4", dataset=[enough], **OPTIONS).ways
+    assert [(way.name, way.unless) for way in first][1:3] == [("gptq", ""), ("weighted", "gptq")]
     for recipe, effort in (("nvfp4", "fast"), ("nvfp4", "good"), ("fp8-dynamic", "good")):
         dataset = [few] if effort == "fast" or recipe != "nvfp4" else [enough]
         options = OPTIONS | {"effort": effort}
@@ -174,7 +204,8 @@ def silent(tensors: dict[str, Tensor]) -> None:
 def test_inputs_that_say_little(change: Change, recipe: str, model: Path, rows: Path, tmp_path: Path) -> None:
     """Dead channels, equal ones and layers without inputs go through every way: finite, and no worse than plain."""
     record = run(changed(model, tmp_path / "model", change), tmp_path / "out", rows, recipe)
-    assert len(record.trials) == 4
+    kept = {trial.name: trial.kept for trial in record.trials}
+    assert kept.keys() == {"plain", "gptq", "gptq+folds"} | (set() if kept["gptq"] else {"weighted"})
     assert all(math.isfinite(trial.kl) for trial in record.trials)
     plain, best = record.trials[0].kl, [trial.kl for trial in record.trials if trial.kept][-1]
     assert best <= plain

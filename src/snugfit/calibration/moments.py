@@ -172,11 +172,19 @@ class _Sums:
 
 
 def add_gram(gram: Tensor, inputs: Tensor) -> None:
-    """Add X^T X of inputs X [n, K] to the lower triangle of `gram`, fp32 [K, K]; in fp32."""
-    exact = inputs.float()
+    """Add X^T X of inputs X [n, K] to the lower triangle of `gram`, fp32 [K, K]; in fp32.
+
+    On CUDA values of 16 bits are multiplied as they are: their products are exact in fp32, in which they are added.
+    """
+    narrow = inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16)
+    exact = inputs if narrow else inputs.float()
     for start in range(0, gram.shape[0], _COLUMNS):
         stop = min(start + _COLUMNS, gram.shape[0])
-        gram[start:stop, :stop].addmm_(exact[:, start:stop].t(), exact[:, :stop])
+        left, right = exact[:, start:stop].t(), exact[:, :stop]
+        if narrow:
+            gram[start:stop, :stop] += torch.mm(left, right, out_dtype=torch.float32)
+        else:
+            gram[start:stop, :stop].addmm_(left, right)
 
 
 class _Spread:

@@ -104,7 +104,10 @@ class _Magnitudes:
             self._add_apart(self._apart, inputs, first)
             return
         bins = inputs[-first % SAMPLED :: SAMPLED].float().abs().reshape(-1).view(torch.int32) >> SHIFT
-        counts = torch.bincount(bins, minlength=BINS)
+        if bins.is_cuda:  # bincount would wait for the GPU
+            counts = torch.histc(bins.float(), BINS, min=0, max=BINS).to(torch.int64)
+        else:
+            counts = torch.bincount(bins, minlength=BINS)
         self._histogram = counts if self._histogram is None else self._histogram + counts
 
     def _add_apart(self, apart: dict[int, Tensor], inputs: Tensor, first: int) -> None:

@@ -40,7 +40,8 @@ from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
 from snugfit.model import emulate, experts
 from snugfit.model.experts import DOWN
 
-SCANNED_TOKENS = 8192  # that fold strengths and ranges of inputs are chosen on
+SCANNED_TOKENS = 8192  # that fold strengths and ranges of inputs are chosen on,
+SCANNED_BATCHES = 4  # of so many batches at least, spread over all: samples of one file stand together
 HEADROOM = 2.0  # of the range of 4-bit inputs over the largest one that was scanned
 SEARCHED_ROWS = 1024  # output features that fold strengths are tried on
 SEARCHED_ROWS_OF_EXPERT = 256
@@ -184,7 +185,7 @@ class Calibrated:
     ) -> tuple[Scaling, dict[str, float]]:
         """The folds that help, on a few samples, and the largest input of each group under them."""
         observer = MomentsObserver(layer.module, {layer.linears[g[0]]: False for g in groups}, sampled=True)
-        layer.run(observer.before, max_tokens=SCANNED_TOKENS)
+        layer.run(observer.before, max_tokens=SCANNED_TOKENS, spread=SCANNED_BATCHES)
         found = observer.result()
         chosen: list[tuple[Fold, Tensor]] = []
         if self.folds:

@@ -26,6 +26,7 @@ from snugfit.formats import grids
 from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX
 
 BLOCKS = 128  # of a program of the searches
+GROUPS = 64  # of integers, the same
 ROWS = 4  # of a program of the column loops, a warp each
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # on a CPU: multiply-adds are not fused there, so divisions it is
 
@@ -381,28 +382,35 @@ def _search_int4(
     WEIGHTED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """BLOCKS groups of SIZE a program; features are read anew for each candidate, from the cache."""
+    """BLOCKS groups of SIZE a program, eight lanes a group; features are read anew for each candidate, from the cache.
+
+    Lane i adds up features i, i + 8, ...; the eight sums are then added in order, each fetched by a sum of bits with
+    zeros.
+    """
     number = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     every = rows.to(tl.int64) * groups
     inside = number < every
     group = (number % groups).to(tl.int32)
-    first = number // groups * features + group * SIZE
+    lane = tl.arange(0, 8)
+    place = (number // groups * features + group * SIZE)[:, None] + lane[None, :]
+    of_factors = (group * SIZE)[:, None] + lane[None, :]
+    both = inside[:, None] & (lane < 8)[None, :]
     lowest = tl.full([BLOCKS], float("inf"), tl.float32)
     best = tl.zeros([BLOCKS], tl.int32)
     for candidate in range(candidates):
-        step = tl.load(scales + candidate * every + number, mask=inside, other=1.0)
-        zero = tl.load(zeros + candidate * every + number, mask=inside, other=0.0)
+        step = tl.load(scales + candidate * every + number, mask=inside, other=1.0)[:, None]
+        zero = tl.load(zeros + candidate * every + number, mask=inside, other=0.0)[:, None]
+        parts = tl.zeros([BLOCKS, 8], tl.float32)
+        for j in range(SIZE // 8):
+            value = _load(weight, place + 8 * j, both)
+            error = _nearest_int4(tl.div_rn(value, step + tl.zeros_like(value)), zero) * step - value
+            square = error * error
+            if WEIGHTED:
+                square = square * _load(factors, of_factors + 8 * j, both)
+            parts += square
         loss = tl.zeros([BLOCKS], tl.float32)
-        for i in range(8):
-            part = tl.zeros([BLOCKS], tl.float32)
-            for j in range(SIZE // 8):
-                value = _load(weight, first + (8 * j + i), inside)
-                error = _nearest_int4(tl.div_rn(value, step), zero) * step - value
-                square = error * error
-                if WEIGHTED:
-                    square = square * _load(factors, group * SIZE + (8 * j + i), inside)
-                part += square
-            loss += part
+        for i in tl.static_range(8):
+            loss += _number(tl.sum(tl.where((lane == i)[None, :], _bits(parts), 0), axis=1))
         better = loss < lowest
         lowest = tl.where(better, loss, lowest)
         best = tl.where(better, candidate, best)
@@ -558,7 +566,7 @@ def best_scales(weight: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor |
     candidates, rows, groups = scales.shape
     chosen = torch.empty(rows, groups, dtype=torch.uint8, device=source.device)
     with _place(source):
-        _search_int4[(triton.cdiv(rows * groups, BLOCKS),)](
+        _search_int4[(triton.cdiv(rows * groups, GROUPS),)](
             source,
             source if factors is None else factors.contiguous(),
             scales.contiguous(),
@@ -570,7 +578,7 @@ def best_scales(weight: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor |
             candidates,
             SIZE=source.shape[1] // groups,
             WEIGHTED=factors is not None,
-            BLOCKS=BLOCKS,
+            BLOCKS=GROUPS,
             num_warps=4,
             enable_fp_fusion=False,
         )

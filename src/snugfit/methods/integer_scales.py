@@ -43,11 +43,8 @@ def _choose(
     weight: Tensor, group_size: int, factors: Tensor | None, *, symmetric: bool, kernels: Kernels | None
 ) -> tuple[Tensor, Tensor | None]:
     low, high = ranges(weight.float().unflatten(1, (-1, group_size)))
-    candidates = [
-        scales_of_ranges(low * factor, high * factor, symmetric=symmetric, dtype=weight.dtype) for factor in FACTORS
-    ]
-    scales = torch.stack([scale for scale, _ in candidates])
-    zeros = None if symmetric else torch.stack([zero for _, zero in candidates if zero is not None])
+    factor_of = torch.tensor(FACTORS, dtype=torch.float32, device=low.device).view(-1, 1, 1)
+    scales, zeros = scales_of_ranges(low * factor_of, high * factor_of, symmetric=symmetric, dtype=weight.dtype)
     fp32_zeros = torch.zeros_like(scales, dtype=torch.float32) if zeros is None else zeros.float()
     search = plain_best_scales if kernels is None else kernels.best_scales
     best = search(weight, scales.float(), fp32_zeros, factors).unsqueeze(0).to(torch.int64)

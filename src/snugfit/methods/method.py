@@ -82,10 +82,11 @@ class Purpose:
 class RunLayer(Protocol):
     """Passes samples through an observed layer; what comes out of it is dropped."""
 
-    def __call__(self, before: Callable[[Batch], None], *, max_tokens: int | None = None) -> None:
+    def __call__(self, before: Callable[[Batch], None], *, max_tokens: int | None = None, spread: int = 1) -> None:
         """Call `before` ahead of each batch (`batch.valid` says which tokens are real), then run the layer on it.
 
-        With `max_tokens` it ends behind the first batches that hold so many tokens.
+        With `max_tokens` it ends behind the first batches that hold so many tokens; with a `spread` of n > 1 it takes
+        at least n batches, evenly spread over all.
         """
 
 

@@ -87,6 +87,17 @@ def make_batches(
     return batches
 
 
+def some_batches(batches: Sequence[Batch], tokens: int, spread: int = 1) -> list[Batch]:
+    """The fewest batches that hold so many tokens: the first ones, with a `spread` at least so many, evenly spread."""
+    count = min(spread, len(batches))
+    while True:
+        places = range(count) if spread == 1 else [(2 * n + 1) * len(batches) // (2 * count) for n in range(count)]
+        found = [batches[place] for place in places]
+        if count == len(batches) or sum(sum(batch.lengths) for batch in found) >= tokens:
+            return found
+        count += 1
+
+
 def _width(row: Sequence[int]) -> int:
     """The length that a sample is padded to: each width costs masks of its own, eight lie between doublings."""
     multiple = max(ROW_MULTIPLE, 1 << max(0, len(row).bit_length() - 4))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -256,12 +255,12 @@ def exchange(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> None:
 def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
     """What passes the samples through a resident layer."""
 
-    def pass_samples(before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None) -> None:
+    def pass_samples(
+        before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None, spread: int = 1
+    ) -> None:
         batches, states = run.batches, (run.states[0], None)
-        if max_tokens is not None:
-            every = run.all_batches or run.batches
-            ends = accumulate(sum(batch.lengths) for batch in every)
-            batches = every[: next((n for n, end in enumerate(ends, 1) if end >= max_tokens), len(every))]
+        if max_tokens is not None:  # the same in all processes
+            batches = forward_pass.some_batches(run.all_batches or run.batches, max_tokens, spread)
         if run.pieces is None:
             forward_pass.run_layer(layer, run.index, batches, before, states=states)
         else:

@@ -60,14 +60,23 @@ STATE_NAME = "learned-scales.safetensors"
 
 def learn(run: Run, champion: Run) -> Outcome:
     """Write the champion's files with learned scales into the run's directory; their entries and digests."""
-    with run.clock("learning"), _deterministic(run.prepared.device):
+    device = run.prepared.device
+    with run.clock("learning"):
         try:
-            scales = _train(run, champion.directory)
+            try:
+                with _deterministic(device, strictly=True):
+                    scales = _train(run, champion.directory)
+            except RuntimeError as error:
+                if device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                run.progress.message(f"learned scales will differ from run to run: {str(error).partition(chr(10))[0]}")
+                with _deterministic(device, strictly=False):
+                    scales = _train(run, champion.directory)
         except torch.OutOfMemoryError as error:
             raise Unfinished(
                 f"out of GPU memory ({str(error).splitlines()[0]}).",
                 code="gpu-memory-insufficient",
-                where=str(run.prepared.device),
+                where=str(device),
                 remedy='Run the same command where more is free, or set `effort="good"` and `restart`.',
             ) from None
     return _write(run, champion, scales)
@@ -264,15 +273,18 @@ def _generator(seed: int) -> torch.Generator:
 
 
 @contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
-    """On a GPU, backward passes that add in one order."""
+def _deterministic(device: torch.device, *, strictly: bool) -> Iterator[None]:
+    """On a GPU, backward passes that add in one order: attention's does so only if torch is to be strict about it.
+
+    A RuntimeError is raised then for what can add in no fixed order.
+    """
     if device.type == "cpu":
         yield
         return
     before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic  # a module that is an object
     filled = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    torch.use_deterministic_algorithms(mode=True, warn_only=not strictly)
     settings.fill_uninitialized_memory = False
     try:
         with warnings.catch_warnings():  # cuBLAS wants a setting that it needs with several streams alone

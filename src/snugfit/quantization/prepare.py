@@ -69,6 +69,8 @@ _WEIGHT_SCALES = ("weight_global_scale", "weight_scale_2")
 _INPUT_SCALES = ("input_global_scale", "input_scale")
 GIVEN = "given"  # the way of a method that a caller brings
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
+# a GPU takes more tokens of narrow layers, whose kernels it would wait for otherwise: inputs of a linear, and tokens
+VALUES_PER_BATCH, MOST_TOKENS_PER_BATCH = 1 << 26, 1 << 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,7 +307,7 @@ def prepare(
     # each scale is a request to the Hub, too many for a dry run
     _check_copied_scales(plan, every_expert=plan.checkpoint.remote is None)
     recalled, said = (None, []) if known is None else _recall(plan, skeleton, known, calibration)
-    tokens_per_batch = calibration.tokens_per_batch or TOKENS_PER_BATCH[device.type]
+    tokens_per_batch = calibration.tokens_per_batch or _tokens_per_batch(plan, device)
     notes, held_out = [*_notes(plan, calibration, dataset, known), *said], None
     if effort in (GOOD, BEST):
         problem = missing or why_no_trials(plan, skeleton, dataset)
@@ -317,7 +319,7 @@ def prepare(
     recalls = known is not None and known.has_squares
     ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device, recalls=recalls)
     if held_out is not None:
-        names = ", ".join(way.name for way in ways)
+        names = ", ".join(f"{way.name} (unless {way.unless} is kept)" if way.unless else way.name for way in ways)
         notes.append(f"to be tried on {len(held_out.samples)} held-out samples as under {calibration.target}: {names}")
         if why := why_no_expert_folds(plan, skeleton):
             notes.append(f"up and down of routed experts are not folded: {why}")
@@ -400,6 +402,18 @@ def _recall(
     return found, [f"{len(unknown)} weights get plain scales: these statistics have no E[x^2] of theirs ({unknown[0]})"]
 
 
+def _tokens_per_batch(plan: Plan, device: torch.device) -> int:
+    """How many tokens pass a layer at once."""
+    least = TOKENS_PER_BATCH[device.type]
+    if device.type == "cpu":
+        return least
+    tensors = plan.weights.tensors
+    widest = max(
+        (max(tensors[name].shape) for unit in plan.units[1:] for name in unit if tensors[name].shape), default=1
+    )
+    return max(least, min(MOST_TOKENS_PER_BATCH, VALUES_PER_BATCH // widest // least * least))
+
+
 def _load(
     plan: Plan, calibration: Calibration, effort: str | None, *, needed: bool
 ) -> tuple[Dataset | None, UserError | None]:
@@ -435,8 +449,15 @@ def _ways(
     if method is not None:
         return (Way(GIVEN, method),), None
     folds = why_no_expert_folds(plan, skeleton) == ""
-    samples = {"samples_run": dataset is not None, "recalls": recalls}
-    ways = ways_of(plan, effort, calibration.target, **samples, folds_experts=folds)
+    ways = ways_of(
+        plan,
+        effort,
+        calibration.target,
+        samples_run=dataset is not None,
+        tokens=dataset.tokens if dataset else 0,
+        recalls=recalls,
+        folds_experts=folds,
+    )
     if effort != BEST or dataset is None or why_not_learned(plan, skeleton, dataset.tokens):
         return ways, None
     return (*ways, LEARNED), estimate_learning(plan, skeleton, learned_weights(plan), dataset, device)

@@ -23,6 +23,7 @@ from snugfit import distributed
 from snugfit.errors import UserError
 from snugfit.evaluation.held_out import HeldOut, segments
 from snugfit.evaluation.saturation import InputWatch, SeenInputs
+from snugfit.machine import fix_cublas_workspace
 from snugfit.quantization.learned import learn
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import open_finished, read_json, replace_json
@@ -52,11 +53,16 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
     """
     prepared = run.prepared
     assert prepared.held_out is not None
+    if any(way.learns for way in prepared.ways):
+        fix_cublas_workspace()
     tokens, files = segments(prepared.held_out.samples, prepared.held_out.shares)
     held_out: HeldOut | None = None
     found: list[Measured] = []
+    trials: list[Trial] = []
     winner = ""
     for way in prepared.ways:
+        if way.unless in {trial.name for trial in trials if trial.kept}:
+            continue
         known = distributed.from_main(_recalled(run.work, way))
         if known is None:
             if held_out is None:
@@ -74,17 +80,13 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
         trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
         winner = [trial.name for trial in trials if trial.kept][-1]
-        for other in prepared.ways[: len(found)] if distributed.is_main() else ():
-            if other.name != winner:
-                _forget_weights(run.work, other)
+        if distributed.is_main():
+            _forget_losers(run, [one.name for one in found if one.name != winner])
     best = next(way for way in prepared.ways if way.name == winner)
     inner = _run_of(run, best)
     content = distributed.from_main(read_json(_file(run.work, best)))
     outcome = Outcome(**content["outcome"])
-    for name in outcome.files if distributed.is_main() else ():
-        made = inner.directory / name
-        if made.exists():  # or it was moved before a kill
-            made.replace(run.directory / name)
+    _move_files(inner, outcome, run.directory)
     saturation = tuple(InputSaturation(**site) for site in content["saturation"])
     return Tried(run=inner, outcome=outcome, trials=tuple(trials), saturation=saturation)
 
@@ -182,6 +184,20 @@ def _recalled(work: Path, way: Way) -> Measured | None:
         return Measured(str(one["name"]), tuple(map(float, one["kl"])), float(one["seconds"]))
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _move_files(run: Run, outcome: Outcome, directory: Path) -> None:
+    """Move the weight files of a way to where the result belongs."""
+    for name in outcome.files if distributed.is_main() else ():
+        made = run.directory / name
+        if made.exists():  # or it was moved before a kill
+            made.replace(directory / name)
+
+
+def _forget_losers(run: Run, names: Sequence[str]) -> None:
+    for way in run.prepared.ways:
+        if way.name in names:
+            _forget_weights(run.work, way)
 
 
 def _forget_weights(work: Path, way: Way) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -25,9 +25,9 @@ FAST, GOOD, BEST = EFFORTS = ("fast", "good", "best")
 HELD_OUT_EVERY = 8  # one of so many samples of each file is held out
 FEWEST_SAMPLES = 8
 DESCENT_SWEEPS = 2
-# block scales for each calibration token, above which they learn the samples by heart: 44 lowered the KL of other
-# texts by a sixth, 630 raised that of one of two (docs/effort.md)
-MOST_LEARNED_PER_TOKEN = 200
+# block scales for each calibration token, above which steps follow the noise of their samples: 44 and 87 lowered the KL
+# of other texts by a sixth and an eighth, 180 raised it, 630 raised that of one text (docs/effort.md)
+MOST_LEARNED_PER_TOKEN = 100
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,13 @@ class Way:
 
     With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
     `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears, of
-    what can be folded, and of what gives the weight of a linear.
+    what can be folded, and of what gives the weight of a linear. Where the way `unless` was kept this one is not tried.
     """
 
     name: str
     method: Method
     learns: bool = False
+    unless: str = ""
     recall: Callable[[Mapping[str, Tensor], Sequence[Product], Callable[[str], Tensor]], Any] | None = None
 
 
@@ -55,10 +56,14 @@ def ways_of(
     target: str,
     *,
     samples_run: bool,
+    tokens: int = 0,
     recalls: bool = False,
     folds_experts: bool = False,
 ) -> tuple[Way, ...]:
     """The ways that a run of this effort tries, the simplest first; `target` is the engine profile to be good under.
+
+    GPTQ has weighted scales, too. Where there are `tokens` enough for its matrices it is tried first, and weighted
+    scales alone only if it was not kept.
 
     `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
     (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, and folds only
@@ -77,10 +82,9 @@ def ways_of(
         return (
             (*ways, Way("weighted+expert-folds", Calibrated(target, expert_folds=True))) if folds_experts else (*ways,)
         )
-    ways += [
-        Way("gptq", Calibrated(target, gptq=True)),
-        Way("gptq+folds", Calibrated(target, gptq=True, folds=True)),
-    ]
+    gptq = Way("gptq", Calibrated(target, gptq=True))
+    ways = [*ways, gptq] if tokens < _widest(plan) else [PLAIN, gptq, replace(weighted, unless=gptq.name)]
+    ways.append(Way("gptq+folds", Calibrated(target, gptq=True, folds=True)))
     name = "gptq+folds"
     if folds_experts:
         name = "gptq+folds+expert-folds"
@@ -110,12 +114,17 @@ def _linears(plan: Plan) -> dict[str, Assignment]:
     return {name: a for name, a in plan.assignments.items() if a.follows_effort and ".experts." not in name}
 
 
+def _widest(plan: Plan) -> int:
+    """The most input features that a linear has which follows the effort."""
+    return max((plan.weights.tensors[name].shape[-1] for name in _linears(plan)), default=0)
+
+
 def few_tokens_note(plan: Plan, tokens: int) -> list[str]:
     """A note if there are fewer calibration tokens than a linear has input features: E[x x^T] is singular then.
 
     GPTQ damps it, and the gate judges what comes of that.
     """
-    widest = max((plan.weights.tensors[name].shape[-1] for name in _linears(plan)), default=0)
+    widest = _widest(plan)
     if tokens >= widest:
         return []
     return [f"{tokens:,} calibration tokens for linears of up to {widest:,} input features: GPTQ needs more of them"]
@@ -140,7 +149,7 @@ def why_not_learned(plan: Plan, skeleton: Skeleton, tokens: int) -> str:
     scales = sum(_scales(plan, name) for name in learned_weights(plan))
     if scales > MOST_LEARNED_PER_TOKEN * tokens:
         enough = -(-scales // MOST_LEARNED_PER_TOKEN)
-        return f"{scales:,} of them would learn {tokens:,} tokens by heart: give {enough:,} or more"
+        return f"{scales:,} of them would follow the noise of {tokens:,} tokens: give {enough:,} or more"
     return ""
 
 
