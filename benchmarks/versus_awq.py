@@ -4,11 +4,11 @@
 
 MODEL is a mixture that both can run: demo/upcycle_smollm2.py or tests/fixtures/tiny-mixture; --layers cuts it to its
 first layers beforehand. Every round runs, one after the other, snugfit's recipe fp8-int4-awq with effort good (weighted
-scales and folds inside experts, each kept only if held-out KL falls), and the same folds from E[x^2] alone (collect,
-then effort fast: both are timed); llm-compressor's AWQModifier with the folds that it makes of Qwen3-MoE (norm into
-router and experts, up_proj into down_proj) and with the one into down_proj alone; and its plain rounding. Each run is a
-process of its own, whose imports are left out of the seconds. Then the same code reads all files and takes their KL to
-MODEL on text that none has seen. Prints two Markdown tables and, last, one JSON line.
+scales, folds inside experts and of the norm before them, each kept only if held-out KL falls), and folds inside experts
+from E[x^2] alone (collect, then effort fast: both are timed); llm-compressor's AWQModifier with the folds that it makes
+of Qwen3-MoE (norm into router and experts, up_proj into down_proj) and with the one into down_proj alone; and its plain
+rounding. Each run is a process of its own, whose imports are left out of the seconds. Then the same code reads all
+files and takes their KL to MODEL on text that none has seen. Prints two Markdown tables and, last, one JSON line.
 """
 
 from __future__ import annotations

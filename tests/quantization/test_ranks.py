@@ -100,16 +100,11 @@ def _quantize(model: Path, options: dict[str, Any], _: int) -> None:
 
 
 def test_gptq_on_several_processes(source: Source, rows: Path, tmp_path: Path) -> None:
-    """Under effort `good` E[x x^T] is added in another order: few codes differ, and the gate decides the same.
-
-    Two runs of as many processes give the same bytes.
-    """
+    """Under effort `good` E[x x^T] is added in another order: few codes differ, and the gate decides the same."""
     options = OPTIONS | {"dataset": [rows], "effort": "good", "output_dir": tmp_path / "one"}
     one = quantize(source("llama"), "nvfp4-fp8-hybrid", **options)
-    for name in ("many", "again"):
-        work = partial(_quantize, source("llama"), options | {"output_dir": tmp_path / name})
-        assert in_ranks(2, work) == [0, 0]
-    assert files_of(tmp_path / "many") == files_of(tmp_path / "again")
+    work = partial(_quantize, source("llama"), options | {"output_dir": tmp_path / "many"})
+    assert in_ranks(2, work) == [0, 0]
     record = json.loads((tmp_path / "many" / RECORD_FILE).read_text())
     assert [trial["name"] for trial in record["trials"]] == [trial.name for trial in one.trials]
     for mine, theirs in zip(one.trials, record["trials"], strict=True):
@@ -209,6 +204,17 @@ def test_a_world_of_one() -> None:
     total = sums.total()
     assert total is not None
     assert total.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_same_number_of_processes(family: str, source: Source, rows: Path, tmp_path: Path) -> None:
+    """Two runs of three processes give the same bytes under effort `good`."""
+    options = OPTIONS | {"dataset": [rows], "effort": "good"}
+    for name in ("many", "again"):
+        work = partial(_quantize, source(family), options | {"output_dir": tmp_path / name})
+        assert in_ranks(3, work) == [0, 0, 0]
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "again")
 
 
 @pytest.mark.slow

@@ -187,10 +187,12 @@ def add_gram(gram: Tensor, inputs: Tensor) -> None:
             gram[start:stop, :stop].addmm_(left, right)
 
 
-class _Spread:
+class EvenSample:
     """Some of the inputs [K] that came, evenly spread over all: where too many were kept, every second one goes."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = SAMPLED_OF_EXPERT) -> None:
+        """Keep `count` or more of them, up to twice as many."""
+        self._count = count
         self._parts: list[Tensor] = []
         self._seen = self._kept = 0
         self._stride = 1
@@ -201,7 +203,7 @@ class _Spread:
         self._seen += len(inputs)
         self._kept += len(part)
         self._parts.append(part)
-        while self._kept > 2 * SAMPLED_OF_EXPERT:
+        while self._kept > 2 * self._count:
             whole = torch.cat(self._parts)[::2].clone()
             self._parts, self._kept, self._stride = [whole], len(whole), 2 * self._stride
 
@@ -218,7 +220,7 @@ class ExpertMoments(NoHooks):
 
     def __init__(self, *, sampled: bool = False) -> None:
         self._sampled = sampled
-        self._samples: dict[int, _Spread] = {}
+        self._samples: dict[int, EvenSample] = {}
         self._valid: Tensor | None = None
         self._hidden = torch.empty(0)
         self._real: Tensor | None = None
@@ -267,7 +269,7 @@ class ExpertMoments(NoHooks):
         self._samples = {}
         for found in distributed.gather(mine):
             for expert, rows in found.items():
-                self._samples.setdefault(expert, _Spread()).add(rows.to(distributed.device()))
+                self._samples.setdefault(expert, EvenSample()).add(rows.to(distributed.device()))
 
     def begin(self, hidden: Tensor, count: int) -> None:
         """A pass of hidden states [tokens, K] through `count` experts begins."""
@@ -289,7 +291,7 @@ class ExpertMoments(NoHooks):
             self._down[expert] += hidden[real].float().square().sum(0)
             self._counts[expert] += len(tokens) if self._real is None else self._real[tokens].sum()
             if self._sampled:
-                self._samples.setdefault(expert, _Spread()).add(hidden[real])
+                self._samples.setdefault(expert, EvenSample()).add(hidden[real])
         return hidden
 
     def samples(self) -> dict[int, Tensor]:

@@ -14,36 +14,14 @@ from typing import Any
 
 from snugfit.data.python_docs import calibration_topics
 
-_MODULES = (
-    *(
-        "argparse",
-        "ast",
-        "asyncio.base_events",
-        "bisect",
-        "calendar",
-        "cmd",
-        "collections",
-        "concurrent.futures.thread",
-    ),
-    *("configparser", "contextlib", "copy", "csv", "dataclasses", "datetime", "decimal", "difflib", "email.message"),
-    *("enum", "fnmatch", "fractions", "functools", "gettext", "glob", "graphlib", "gzip", "heapq", "html.parser"),
-    *("http.client", "http.server", "inspect", "ipaddress", "json.decoder", "json.encoder", "logging", "mailbox"),
-    *("numbers", "optparse", "pathlib", "pickle", "plistlib", "pprint", "queue", "random", "sched", "selectors"),
-    *(
-        "shelve",
-        "shlex",
-        "shutil",
-        "smtplib",
-        "socket",
-        "socketserver",
-        "statistics",
-        "string",
-        "subprocess",
-        "tarfile",
-    ),
-    *("tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "traceback", "types", "typing"),
-    *("unittest.mock", "urllib.parse", "urllib.request", "uuid", "weakref", "xml.dom.minidom", "zipfile"),
-)
+_LIBRARY = """
+    argparse ast asyncio.base_events bisect calendar cmd collections concurrent.futures.thread configparser
+    contextlib copy csv dataclasses datetime decimal difflib email.message enum fnmatch fractions functools gettext
+    glob graphlib gzip heapq html.parser http.client http.server inspect ipaddress json.decoder json.encoder logging
+    mailbox numbers optparse pathlib pickle plistlib pprint queue random sched selectors shelve shlex shutil smtplib
+    socket socketserver statistics string subprocess tarfile tempfile textwrap threading timeit tokenize trace
+    traceback types typing unittest.mock urllib.parse urllib.request uuid weakref xml.dom.minidom zipfile
+"""
 _TYPES = (str, bytes, list, dict, set, frozenset, tuple, int, float, complex, memoryview)
 
 
@@ -55,7 +33,7 @@ def topics() -> list[dict[str, Any]]:
 def library() -> list[dict[str, Any]]:
     """Code: modules of Python's standard library; `name` and `text`."""
     rows = []
-    for name in _MODULES:
+    for name in _LIBRARY.split():
         spec = util.find_spec(name)
         if spec is not None and spec.origin and spec.origin.endswith(".py"):
             rows.append({"name": name, "text": Path(spec.origin).read_text(encoding="utf-8")})

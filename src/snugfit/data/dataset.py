@@ -32,6 +32,7 @@ class Dataset:
 
     `shares` are the numbers of samples of each file or source, in order; empty: all are of one. `uses` says what each
     source of a set gave, and `set_digest` is SHA-256 of the set's text; without a set they are empty and None.
+    `max_seq_length` are the tokens that a sample may have; 0 where samples came by themselves.
     """
 
     samples: tuple[tuple[int, ...], ...]
@@ -40,6 +41,7 @@ class Dataset:
     shares: tuple[int, ...] = field(default=(), compare=False)
     uses: tuple[SourceUse, ...] = field(default=(), compare=False)
     set_digest: str | None = field(default=None, compare=False)
+    max_seq_length: int = field(default=0, compare=False)
 
     @property
     def tokens(self) -> int:
@@ -98,13 +100,15 @@ def load_dataset(
     vocabulary: int | None = None,
     positions: int | None = None,
     shuffle_seed: int | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Dataset:
     """At most `num_samples` samples of at most `max_seq_length` tokens for the model in directory `model_dir`.
 
     Every file gives an equal share, from its beginning, or with `shuffle_seed` drawn from all of it, in random order;
     no files: Python's documentation topics. One set in their place says by itself how many samples of what length it
     has, cut at the model's `positions`; what is given here goes before what it says. `vocabulary` (None: unknown)
-    bounds token ids. UserError where a file holds no text, or too little for one sample.
+    bounds token ids. `tokenizer` is the model's, if it was opened before. UserError where a file holds no text, or too
+    little for one sample.
     """
     for name, value, least in (("num_samples", num_samples, 1), ("max_seq_length", max_seq_length, MIN_TOKENS)):
         if value is not None and value < least:
@@ -114,7 +118,7 @@ def load_dataset(
                 where=name,
                 remedy=f"Set `{name}` to {least} or more.",
             )
-    tokenizer = Tokenizer(model_dir)
+    tokenizer = tokenizer or Tokenizer(model_dir)
     if (one := the_set(files)) is not None:
         request = DrawRequest(
             num_samples=num_samples,
@@ -130,7 +134,7 @@ def load_dataset(
     if not files:
         text = python_docs.python_topics("calibration")
         source = python_docs.SOURCES["calibration"]
-        return make_dataset(list(reader.cut(text, num_samples, source)), source)
+        return replace(make_dataset(list(reader.cut(text, num_samples, source)), source), max_seq_length=length)
     samples: list[list[int]] = []
     shares: list[int] = []
     for place, file in enumerate(files):
@@ -139,7 +143,8 @@ def load_dataset(
         found = list(reader.read_file(file, share)) if share else []
         shares.append(len(found))
         samples += found
-    return make_dataset(samples, ", ".join(file.name for file in files), shares)
+    of_all = make_dataset(samples, ", ".join(file.name for file in files), shares)
+    return replace(of_all, max_seq_length=length)
 
 
 def the_set(files: Sequence[str | Path]) -> str | Path | None:
@@ -184,4 +189,4 @@ def check_files(files: Sequence[str | Path]) -> None:
 def _of_set(loaded: LoadedSet, tokenizer: Tokenizer, request: DrawRequest) -> Dataset:
     drawn, uses = draw_set(loaded, tokenizer, request)
     found = make_dataset([sample.ids for sample in drawn], loaded.name, [use.samples for use in uses])
-    return replace(found, uses=tuple(uses), set_digest=loaded.digest)
+    return replace(found, uses=tuple(uses), set_digest=loaded.digest, max_seq_length=request.length(loaded))

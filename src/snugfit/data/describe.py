@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from snugfit.arguments import as_sequence
-from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset, the_set, with_defaults
-from snugfit.data.set_samples import DrawRequest
+from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
 from snugfit.data.sets import load_set
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.errors import UserError
@@ -55,6 +54,7 @@ def describe_dataset(
     if output_dir is not None:
         check_stageable(Path(output_dir))
     folder, vocabulary, positions = _model_facts(model)
+    tokenizer = Tokenizer(folder)
     found = load_dataset(
         folder,
         [Path(file) for file in files],
@@ -63,11 +63,9 @@ def describe_dataset(
         shuffle_seed=shuffle_seed,
         vocabulary=vocabulary,
         positions=positions,
+        tokenizer=tokenizer,
     )
-    length = with_defaults(files, num_samples, max_seq_length)[1]
-    if (one := the_set(files)) is not None:
-        length = DrawRequest(max_seq_length=max_seq_length, positions=positions).length(load_set(one))
-    record = _record(found, Tokenizer(folder), name=_name(model), files=files, length=length or 0)
+    record = _record(found, tokenizer, name=_name(model), files=files)
     parts = [found]
     if every is not None:
         kept, out = hold_out(found, every)
@@ -123,9 +121,7 @@ def _name(model: str | Path) -> str:
     return str(model) if is_hub_id(model) else Path(model).resolve().name
 
 
-def _record(
-    found: Dataset, tokenizer: Tokenizer, *, name: str, files: Sequence[str | Path], length: int
-) -> DatasetRecord:
+def _record(found: Dataset, tokenizer: Tokenizer, *, name: str, files: Sequence[str | Path]) -> DatasetRecord:
     uses = found.uses or _plain_uses(found, files)
     rows = [len(sample) for sample in found.samples]
     return DatasetRecord(
@@ -136,7 +132,7 @@ def _record(
         digest=found.digest,
         num_samples=len(rows),
         tokens=found.tokens,
-        max_seq_length=length,
+        max_seq_length=found.max_seq_length,
         sources=uses,
         categories=_shares(uses, [use.category or NOT_SAID for use in uses]),
         languages=_shares(uses, [use.language or NOT_SAID for use in uses]),

@@ -6,7 +6,7 @@ least error of the consumers' outputs under real rounding of weights and inputs,
 second moments of the inputs of every linear. Scales are chosen under E[x^2], values by GPTQ under E[x x^T].
 
 Routed experts get scales weighted by what the router sends each of them, if asked for also folds of their own
-(methods/expert_folds.py), and no GPTQ.
+(methods/expert_folds.py) and of the norm before them (methods/mixture_folds.py), and no GPTQ.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from snugfit.methods.folds import Fold, Scaling
 from snugfit.methods.gptq import Steps, feedback_of, round_weight
 from snugfit.methods.integer_scales import integer_scales
 from snugfit.methods.method import Choice, ObservedLayer, Purpose, Target, WeightGroup
+from snugfit.methods.mixture_folds import fold_norm
 from snugfit.methods.powers_of_two import block_scales as block_scales_of_two
 from snugfit.methods.powers_of_two import exact_global_scale
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
@@ -78,22 +79,34 @@ class Observed:
 
     def scaled(self, name: str, weight: Tensor) -> Tensor:
         """fp32 [N, K]: the weight of the file's tensor `name` under the folds."""
+        return self.scaling.weight(self._module(name), weight)
+
+    def folded(self, name: str, tensor: Tensor) -> Tensor | None:
+        """What folds make of the file's tensor `name`, in its dtype; None: nothing."""
+        new = self.scaling.tensors.get(self.parameters.get(name, ""))
+        if new is None and tensor.dim() > 1 and self._module(name) in {*self.scaling.inputs, *self.scaling.outputs}:
+            new = self.scaled(name, tensor).to(tensor.dtype)
+        return new
+
+    def _module(self, name: str) -> str:
+        """What the scaling calls the linear, or the router, that has the file's tensor `name` as its weight."""
         linear = name.removesuffix(".weight")
-        return self.scaling.weight(self.modules.get(linear, linear), weight)
+        return self.modules.get(linear) or self.parameters.get(name, linear).removesuffix(".weight")
 
 
 @dataclass
 class Calibrated:
     """Weighted scales; with `gptq` also values by GPTQ, then `sweeps` of coordinate descent; with `folds` smoothing.
 
-    `expert_folds` smooths inside routed experts, which `gptq`, `sweeps` and `folds` leave alone. `profile` names the
-    engine's arithmetic of inputs (engines/profiles.py) that the choice is made for.
+    `expert_folds` smooths inside routed experts, `norm_folds` before them; `gptq`, `sweeps` and `folds` leave both
+    alone. `profile` names the engine's arithmetic of inputs (engines/profiles.py) that the choice is made for.
     """
 
     profile: str
     gptq: bool = False
     folds: bool = False
     expert_folds: bool = False
+    norm_folds: bool = False
     sweeps: int = 0
     _verified: dict[Any, bool] = field(default_factory=dict)
 
@@ -106,7 +119,7 @@ class Calibrated:
     @property
     def scale_rule_of_experts(self) -> str:
         """What records say of routed experts that this method quantized."""
-        return "weighted+folds" if self.expert_folds else "weighted"
+        return "weighted+folds" if self.expert_folds or self.norm_folds else "weighted"
 
     @property
     def correlates(self) -> bool:
@@ -126,6 +139,7 @@ class Calibrated:
         if not wanted and mixture is None:
             return None
         groups = group_modules(wanted)
+        before_experts = fold_norm(layer, self._outputs) if self.norm_folds and mixture is not None else Scaling()
         scaling = Scaling()
         ranges: dict[str, float] = {}
         rounds = self.gptq and any(self._rounds_inputs(target.format) for target in wanted.values())
@@ -158,7 +172,7 @@ class Calibrated:
         return Observed(
             moments=by_file,
             expert_moments=expert_moments,
-            scaling=scaling,
+            scaling=scaling.beside(before_experts),
             roundings=roundings,
             modules=layer.linears,
             parameters=layer.parameters,
@@ -248,16 +262,10 @@ class Calibrated:
         def error(scale: Tensor | None) -> float:
             scaled = weight if scale is None else weight * scale
             importance = moments.squares if scale is None else moments.squares / scale.square()
-            found = choose_scales({"": scaled}, fmt, importance)[""].steps
-            rounded = nearest(scaled, found.step, found.zero, found.grid)
             if inputs is None or exact is None:
-                return float((rounded - scaled).square_().sum(0) @ importance)
+                return float((_rounded(scaled, fmt, importance) - scaled).square_().sum(0) @ importance)
             scaled_inputs = inputs if scale is None else inputs / scale
-            amax = float(scaled_inputs.abs().amax())
-            quantizer = self._quantizer(fmt, amax)
-            return float(
-                ((scaled_inputs if quantizer is None else quantizer(scaled_inputs)) @ rounded.t() - exact).norm()
-            )
+            return float((self._outputs(scaled_inputs, scaled, fmt, importance) - exact).norm())
 
         best, least = None, error(None)
         for exponents in STRENGTHS:
@@ -265,6 +273,12 @@ class Calibrated:
             if (found := error(fold.to_consumer(factors))) < least:
                 best, least = factors, found
         return best
+
+    def _outputs(self, inputs: Tensor, weight: Tensor, fmt: TensorFormat, importance: Tensor) -> Tensor:
+        """What rounded weights, fp32 [N, K], put out on rounded inputs [n, K]."""
+        if (quantizer := self._quantizer(fmt, float(inputs.abs().amax()))) is not None:
+            inputs = quantizer(inputs)
+        return inputs @ _rounded(weight, fmt, importance).t()
 
     def _quantizer(self, fmt: TensorFormat, amax: float) -> emulate.Quantizer | None:
         scale = nvfp4.input_global_scale(HEADROOM * amax) if fmt.input_kind == "nvfp4" and amax > 0 else None
@@ -295,6 +309,7 @@ class Calibrated:
             if group.target is None:
                 yield from _kept(group, observed)
             elif group.target.scale_rule != EFFORT or observed is None:
+                _fold(group, observed)
                 yield from ROUND_TO_NEAREST.choose([group], purpose)
             else:
                 yield from self._choose(group, group.target, observed, purpose)
@@ -305,9 +320,7 @@ class Calibrated:
         moments = observed.moments.get(first)
         importance = observed.expert_moments.get(first) if moments is None else moments.squares
         if importance is None:  # nothing came to it
-            for name in names:
-                weight = group.weights[name]
-                group.weights[name] = observed.scaled(name, weight).to(weight.dtype)
+            _fold(group, observed)
             yield from ROUND_TO_NEAREST.choose([group], purpose)
             return
         feedback = gram = None
@@ -336,8 +349,21 @@ def _kept(group: WeightGroup, observed: Observed | None) -> Iterator[Choice]:
     """Tensors that stay, with the values that folds give them."""
     for name in list(group.weights):
         tensor = group.weights.pop(name)
-        new = None if observed is None else observed.scaling.tensors.get(observed.parameters.get(name, ""))
+        new = None if observed is None else observed.folded(name, tensor)
         yield Choice(name=name, codes=None, weight_16bit=tensor if new is None else new, changed=new is not None)
+
+
+def _fold(group: WeightGroup, observed: Observed | None) -> None:
+    """Give a group's weights the values that folds give them, in their dtype."""
+    for name, weight in group.weights.items():
+        if observed is not None and (new := observed.folded(name, weight)) is not None:
+            group.weights[name] = new
+
+
+def _rounded(weight: Tensor, fmt: TensorFormat, importance: Tensor) -> Tensor:
+    """A weight, fp32 [N, K], rounded to the nearest codes under scales chosen by E[x^2] [K]."""
+    found = choose_scales({"": weight}, fmt, importance)[""].steps
+    return nearest(weight, found.step, found.zero, found.grid)
 
 
 def squares_of_experts(layer: ObservedLayer, means: tuple[Tensor, Tensor] | None) -> dict[str, Tensor]:

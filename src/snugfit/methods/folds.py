@@ -128,16 +128,21 @@ def _norms_before(layer: ObservedLayer, linears: Mapping[str, str]) -> dict[str,
     watch = _Watch()
     handles = []
     for name, module in layer.module.named_modules():
-        own = {parameter for parameter, _ in module.named_parameters(recurse=False)}
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(watch.reads(name)))
-        elif "norm" in type(module).__name__.lower() and "weight" in own and own <= {"weight", "bias"}:
+        elif is_norm(module):
             handles.append(module.register_forward_hook(watch.makes(name)))
     layer.run(lambda _: None, max_tokens=_CHECKED_TOKENS)
     for handle in handles:
         handle.remove()
     known = set(linears.values())
     return {one: norm for norm, found in watch.readers.items() if found <= known for one in found}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm with a weight, and nothing more than a bias beside it."""
+    own = {name for name, _ in module.named_parameters(recurse=False)}
+    return "norm" in type(module).__name__.lower() and "weight" in own and own <= {"weight", "bias"}
 
 
 class _Watch:
@@ -245,7 +250,7 @@ def scale(
         if fold.is_norm:
             weight = producer.weight
             assert isinstance(weight, Tensor)
-            offset = _offset(producer)
+            offset = offset_of(producer)
             whole = weight.float() + offset
             name = f"{fold.producer}.weight"
             new = (whole / factors - offset).to(dtypes.get(name, weight.dtype))
@@ -263,7 +268,7 @@ def scale(
     return found
 
 
-def _offset(norm: nn.Module) -> float:
+def offset_of(norm: nn.Module) -> float:
     """What a norm adds to its weight before it multiplies by it: 1 for Gemma's and Qwen3-Next's, 0 for others."""
     weight = norm.weight
     assert isinstance(weight, Tensor)

@@ -22,6 +22,7 @@ from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.experts import ExpertNames
 from snugfit.model.forward_pass import Batch
+from snugfit.records.norm_folds import NormFold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +99,7 @@ class ObservedLayer:
     of all its tensors but experts' to the module's, and `dtypes` the latter to dtypes in the file. `targets` says of
     each weight that is to be quantized how, by the file's full name. `experts` describes its routed experts, which are
     no linears: `snugfit.model.experts.hook` shows their inputs; None if it has none; `prefix` is what the file's names
-    begin with.
+    begin with. `copied` are the weights whose codes in the file stay. `note` takes what the record is to say of a fold.
     """
 
     module: nn.Module
@@ -109,6 +110,8 @@ class ObservedLayer:
     targets: Mapping[str, Target]
     experts: ExpertNames | None
     run: RunLayer
+    copied: frozenset[str] = frozenset()
+    note: Callable[[NormFold], None] = lambda _: None
 
 
 class Method(Protocol):

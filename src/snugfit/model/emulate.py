@@ -265,8 +265,8 @@ def read_expert_inputs(
 
 
 def _inputs_of(kinds: Mapping[bool, TensorFormat], scales: Mapping[bool, list[Tensor]], profile: str) -> ExpertInputs:
-    shared = {is_down: _largest(some) if some else None for is_down, some in scales.items()}
-    quantizers = [experts_quantizer(kinds.get(is_down), scales[is_down], profile) for is_down in (False, True)]
+    shared = {is_down: largest_scale(some) for is_down, some in scales.items()}
+    quantizers = [experts_quantizer(kinds.get(is_down), shared[is_down], profile) for is_down in (False, True)]
     ranges = [
         None if (kind := kinds.get(is_down)) is None else input_range(kind, shared[is_down])
         for is_down in (False, True)
@@ -274,9 +274,9 @@ def _inputs_of(kinds: Mapping[bool, TensorFormat], scales: Mapping[bool, list[Te
     return ExpertInputs(quantizers[0], quantizers[1], (ranges[0], ranges[1]))
 
 
-def experts_quantizer(fmt: TensorFormat | None, scales: Sequence[Tensor], profile: str) -> Quantizer | None:
-    """What rounds the inputs of all experts' projections of a kind, under their largest scale; None: nothing does."""
-    return None if fmt is None else input_quantizer(fmt, profile, _largest(scales) if scales else None)
+def experts_quantizer(fmt: TensorFormat | None, scale: Tensor | None, profile: str) -> Quantizer | None:
+    """What rounds the inputs of all experts' projections of a kind, under their `largest_scale`; None: nothing does."""
+    return None if fmt is None else input_quantizer(fmt, profile, scale)
 
 
 def read_layer(
@@ -470,8 +470,10 @@ def _together(sizes: Mapping[_Projections, int], limit: int) -> Iterator[list[_P
         yield some
 
 
-def _largest(scales: Sequence[Tensor]) -> Tensor:
-    """The largest of multipliers (the first number of each tensor), without waiting for a GPU."""
+def largest_scale(scales: Sequence[Tensor]) -> Tensor | None:
+    """The largest of multipliers (the first number of each tensor), without waiting for a GPU; None of none."""
+    if not scales:
+        return None
     stacked = torch.stack(list(scales))
     return stacked.index_select(0, stacked.view(len(stacked), -1)[:, 0].argmax().view(1))[0]
 
@@ -500,7 +502,9 @@ def _shared_input_scale(dialect: Dialect, fmt: TensorFormat, scales: Sequence[Te
     """The multiplier of the inputs of a fused group whose members have `scales`."""
     if fmt.input_kind == "nvfp4":
         return dialect.fused_global_scale(scales)
-    return _largest(scales) if fmt.input_kind == "fp8-tensor" else scales[-1]
+    largest = largest_scale(scales) if fmt.input_kind == "fp8-tensor" else scales[-1]
+    assert largest is not None
+    return largest
 
 
 def _under_one_global_scale(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _Member]:

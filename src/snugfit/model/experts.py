@@ -228,6 +228,11 @@ def hold_some(module: nn.Module, size: int, read: ReadExpert | None = None) -> N
         module.__dict__[_READ] = read
 
 
+def holds_some(module: nn.Module) -> bool:
+    """Whether the module's parameters hold some experts at a time."""
+    return _READ in module.__dict__
+
+
 def weight_of(module: nn.Module, expert: int, role: str) -> Tensor:
     """The weight [N, K] of one expert's projection: a view of the module's parameter, or read if it holds few."""
     read: ReadExpert | None = module.__dict__.get(_READ)

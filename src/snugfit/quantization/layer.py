@@ -32,6 +32,7 @@ from snugfit.quantization import exchange as sharing
 from snugfit.quantization.measured import Measured, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
+from snugfit.records.norm_folds import NormFold
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import LayerStatistics
 from snugfit.records.statistics_file import ExpertCalibration
@@ -78,7 +79,8 @@ class LayerPass:
     """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device.
 
     Of a run on several processes, `batches` are those of this one out of `all_batches`, and `owners` says which process
-    reads, chooses and writes each tensor of the layer, of which `names` are in memory all the time.
+    reads, chooses and writes each tensor of the layer, of which `names` are in memory all the time. `norm_folds` takes
+    what the method notes.
     """
 
     plan: Plan
@@ -93,6 +95,7 @@ class LayerPass:
     all_batches: Sequence[forward_pass.Batch] = ()
     names: Sequence[str] = ()
     owners: Mapping[str, int] = field(default_factory=dict)
+    norm_folds: list[NormFold] = field(default_factory=list)
 
     @property
     def prefix(self) -> str:
@@ -231,6 +234,8 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
         targets=targets,
         experts=run.skeleton.experts.get(run.index),
         run=_runner(run, layer),
+        copied=frozenset(name for group in held if group.has_codes for name in group.tensors),
+        note=run.norm_folds.append,
     )
     return held, method.observe(observed)
 
@@ -387,7 +392,9 @@ class _WatchedLayer:
             return None
         up = self._expert_quantizer((experts.GATE, experts.UP), formats, scales)
         down = self._expert_quantizer((experts.DOWN,), formats, scales)
-        cap = run.experts.max_forced_tokens if run.experts.all_experts else None
+        # without a range to measure, experts that the router did not choose would run for nothing
+        measured = run.plan.recipe is None or run.plan.needs_activations
+        cap = run.experts.max_forced_tokens if run.experts.all_experts and measured else None
         tokens = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         observer = ExpertObserver(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
         moments = self._expert_moments
@@ -403,7 +410,8 @@ class _WatchedLayer:
         names = [n for (_, role, what), n in self._mixture.names.items() if what == "weight" and role in roles]
         modules = [module for name in names if (module := name.removesuffix(".weight")) in formats]
         given = [scale for module in modules if (scale := scales.get(module)) is not None]
-        return emulate.experts_quantizer(formats[modules[0]] if modules else None, given, "marlin")
+        fmt = formats[modules[0]] if modules else None
+        return emulate.experts_quantizer(fmt, emulate.largest_scale(given), "marlin")
 
     def before(self, batch: forward_pass.Batch) -> None:
         """A batch is about to pass."""

@@ -50,6 +50,7 @@ from snugfit.quantization.ways import (
     Way,
     few_tokens_note,
     learned_weights,
+    may_fold_norms,
     ways_of,
     why_no_expert_folds,
     why_no_trials,
@@ -457,6 +458,7 @@ def _ways(
         tokens=dataset.tokens if dataset else 0,
         recalls=recalls,
         folds_experts=folds,
+        folds_norms=may_fold_norms(plan, skeleton),
     )
     if effort != BEST or dataset is None or why_not_learned(plan, skeleton, dataset.tokens):
         return ways, None

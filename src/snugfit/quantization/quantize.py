@@ -23,7 +23,7 @@ from snugfit.quantization.other_recipe import adopt_recipe
 from snugfit.quantization.plan import Plan, lay_out
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, headroom_of, prepare
 from snugfit.quantization.resume import open_finished
-from snugfit.quantization.run import Run, run_layers, statistics_of
+from snugfit.quantization.run import Run, norm_folds_of, run_layers, statistics_of
 from snugfit.quantization.trials import Tried, run_trials
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
 from snugfit.records.base import as_json
@@ -311,6 +311,7 @@ def _record(
         versions=versions(),
         estimates={key: {"estimated": value, "actual": actual[key]} for key, value in estimated.items()},
         resumed=resumed,
+        norm_folds=norm_folds_of(run),
     )
 
 

@@ -31,6 +31,7 @@ from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.recalled import observe_recalled
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.write import write_unit
+from snugfit.records.norm_folds import NormFold
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics import layer_from_json, layer_to_json
 from snugfit.records.statistics_file import DatasetUsed, Statistics
@@ -96,8 +97,8 @@ def run_layers(run: Run) -> Outcome:
                 if distributed.world_size() > 1 and prepared.method.observe is not None:
                     commits.wait()  # what a method observes may be other processes' hidden states
                 # a layer's states overwrite those of the layer before the last
-                records, measured = work.quantize(number, commits.wait if number > 1 else None)
-                commits.start(records, measured, states[number % 2] if run.runs_layers else None)
+                records, measured, folds = work.quantize(number, commits.wait if number > 1 else None)
+                commits.start(records, measured, folds, states[number % 2] if run.runs_layers else None)
                 if remote and number == first:  # with a lost network something should be there to resume from
                     commits.wait()
                     work.ahead.widen(prepared.read_ahead_bytes(work.divisions))
@@ -170,8 +171,10 @@ class _Work:
     writer: ShardWriter
     scratch: ScratchFile | None
 
-    def quantize(self, number: int, before_forward: Callable[[], None] | None) -> tuple[list[TensorRecord], Measured]:
-        """Load, observe, choose and propagate unit `number`, and begin to write it.
+    def quantize(
+        self, number: int, before_forward: Callable[[], None] | None
+    ) -> tuple[list[TensorRecord], Measured, Sequence[NormFold]]:
+        """Load, observe, choose and propagate unit `number`, and begin to write it; what the method noted comes last.
 
         `before_forward` is called before hidden states are written.
         """
@@ -198,7 +201,8 @@ class _Work:
         if pieces is not None:
             tensors |= pieces.tensors if layer is not None else pieces.without_samples()
         with run.clock("write"):
-            return write_unit(plan, number, tensors, measured, self.writer, self.owners[number]), measured
+            records = write_unit(plan, number, tensors, measured, self.writer, self.owners[number])
+        return records, measured, () if layer is None else layer.norm_folds
 
     def _layer(self, number: int) -> LayerPass | None:
         """What running the layer of unit `number` takes; None if no samples pass it."""
@@ -382,10 +386,17 @@ class _Commits:
         self._pool = stack.enter_context(ThreadPoolExecutor(1))
         self._last: Future[None] | None = None
 
-    def start(self, records: Sequence[TensorRecord], measured: Measured, states: StateFile | None) -> None:
+    def start(
+        self,
+        records: Sequence[TensorRecord],
+        measured: Measured,
+        norm_folds: Sequence[NormFold],
+        states: StateFile | None,
+    ) -> None:
         """Record a unit as soon as the writes that were started for it are done."""
         wait, tensors = self._writer.pending_writes(), [asdict(record) for record in records]
         statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
+        folds = [asdict(fold) for fold in norm_folds]
         before = self._last
 
         def commit() -> None:
@@ -393,7 +404,8 @@ class _Commits:
                 before.result()  # done; if it failed, so does this
             written = wait()
             pieces = [] if states is None else states.wait()
-            self._finished.commit(self._of_all(tensors, statistics, written, pieces))
+            entry = self._of_all(tensors, statistics, written, pieces)
+            self._finished.commit(entry | {"norm_folds": folds})
 
         self._last = self._pool.submit(commit)
 
@@ -413,6 +425,12 @@ class _Commits:
         """Until the last unit is recorded; raises what went wrong."""
         if self._last is not None:
             self._last.result()
+
+
+def norm_folds_of(run: Run) -> tuple[NormFold, ...]:
+    """What became of norms before routed experts, layer by layer; empty if no way tried to fold them."""
+    found = [fold for entry in run.finished.entries for fold in entry.get("norm_folds", ())]
+    return tuple(NormFold(**fold | {"readers": tuple(fold["readers"])}) for fold in found)
 
 
 def statistics_of(run: Run) -> Statistics:

@@ -27,8 +27,9 @@ from snugfit.machine import fix_cublas_workspace
 from snugfit.quantization.learned import learn
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import open_finished, read_json, replace_json
-from snugfit.quantization.run import LATE_ERRORS, Outcome, Run, run_layers
+from snugfit.quantization.run import LATE_ERRORS, Outcome, Run, norm_folds_of, run_layers
 from snugfit.quantization.ways import Way
+from snugfit.records.norm_folds import summary
 from snugfit.records.saturation import InputSaturation
 from snugfit.records.trials import Measured, Trial, judge
 from snugfit.storage.staging import WORK_NAME
@@ -111,6 +112,8 @@ def _try(run: Run, way: Way, champion: Way | None, held_out: HeldOut, write_conf
     if distributed.is_main():
         write_config(inner.directory)
     distributed.barrier()
+    if folds := norm_folds_of(inner):
+        run.progress.message(f"{way.name}: {summary(folds)}")
     watch = InputWatch()
     with run.clock("trials"):
         kl = held_out.divergences(inner.directory, watch)

@@ -16,7 +16,7 @@ from snugfit.methods.expert_folds import Product
 from snugfit.methods.learned_scales import LEARNED_FORMATS
 from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
-from snugfit.model.experts import why_not_linear_in_up
+from snugfit.model.experts import DOWN, why_not_linear_in_up
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.plan import Plan
 from snugfit.recipes.assignment import Assignment
@@ -59,6 +59,7 @@ def ways_of(
     tokens: int = 0,
     recalls: bool = False,
     folds_experts: bool = False,
+    folds_norms: bool = False,
 ) -> tuple[Way, ...]:
     """The ways that a run of this effort tries, the simplest first; `target` is the engine profile to be good under.
 
@@ -66,8 +67,8 @@ def ways_of(
     scales alone only if it was not kept.
 
     `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
-    (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, and folds only
-    inside of each (`folds_experts`: some can).
+    (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, but folds inside
+    of each (`folds_experts`: some can), and last, by itself, one of the norm before them (`folds_norms`: some may).
     """
     if effort == FAST and recalls:
         method = Calibrated(target, folds=True, expert_folds=True)
@@ -77,21 +78,20 @@ def ways_of(
     weighted = Way("weighted", Calibrated(target))
     if effort == FAST:
         return (weighted,)
-    ways = [PLAIN, weighted]
-    if not _linears(plan):
-        return (
-            (*ways, Way("weighted+expert-folds", Calibrated(target, expert_folds=True))) if folds_experts else (*ways,)
-        )
-    gptq = Way("gptq", Calibrated(target, gptq=True))
-    ways = [*ways, gptq] if tokens < _widest(plan) else [PLAIN, gptq, replace(weighted, unless=gptq.name)]
-    ways.append(Way("gptq+folds", Calibrated(target, gptq=True, folds=True)))
-    name = "gptq+folds"
+    ways, name, options = [PLAIN, weighted], "weighted", dict[str, Any]()
+    if _linears(plan):
+        gptq = Way("gptq", Calibrated(target, gptq=True))
+        ways = [*ways, gptq] if tokens < _widest(plan) else [PLAIN, gptq, replace(weighted, unless=gptq.name)]
+        ways.append(Way("gptq+folds", Calibrated(target, gptq=True, folds=True)))
+        name, options = "gptq+folds", {"gptq": True, "folds": True}
     if folds_experts:
-        name = "gptq+folds+expert-folds"
-        ways.append(Way(name, Calibrated(target, gptq=True, folds=True, expert_folds=True)))
-    if effort == BEST:
-        descent = Calibrated(target, gptq=True, folds=True, expert_folds=folds_experts, sweeps=DESCENT_SWEEPS)
-        ways.append(Way(f"{name}+descent", descent))
+        name, options["expert_folds"] = f"{name}+expert-folds", True
+        ways.append(Way(name, Calibrated(target, **options)))
+    if effort == BEST and _linears(plan):
+        name, options["sweeps"] = f"{name}+descent", DESCENT_SWEEPS
+        ways.append(Way(name, Calibrated(target, **options)))
+    if folds_norms:
+        ways.append(Way(f"{name}+norm-folds", Calibrated(target, norm_folds=True, **options)))
     return tuple(ways)
 
 
@@ -107,6 +107,18 @@ def why_no_expert_folds(plan: Plan, skeleton: Skeleton) -> str | None:
         )
     }
     return None if not reasons else min(reasons)
+
+
+def may_fold_norms(plan: Plan, skeleton: Skeleton) -> bool:
+    """Whether a layer has routed experts of which all that reads their inputs follows the effort."""
+    return any(
+        all(
+            (a := plan.assignments.get(f"{plan.decoder}.{number}.{name}")) is not None and a.follows_effort
+            for (_, role, parameter), name in mixture.names.items()
+            if parameter == "weight" and role != DOWN
+        )
+        for number, mixture in skeleton.experts.items()
+    )
 
 
 def _linears(plan: Plan) -> dict[str, Assignment]:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from snugfit.records.base import as_json, without_nan
+from snugfit.records.norm_folds import NormFold
 from snugfit.records.saturation import InputSaturation
 from snugfit.records.trials import Trial
 
@@ -47,7 +48,8 @@ class QuantizeRecord:
     an earlier run had done, and what differed from it; None for a run in one piece. `trials` are the ways that were
     tried on the samples `held_out`, in order, of which the last one kept is the result; none for a run that had one.
     `input_saturation` compares held-out inputs with the range of each static input scale of the result; empty without
-    such scales, and without `held_out`.
+    such scales, and without `held_out`. `norm_folds` says of each layer with routed experts whether the norm
+    before them was folded, and how that was checked; empty where the result comes of a way that does not try it.
     """
 
     snugfit: str
@@ -73,6 +75,7 @@ class QuantizeRecord:
     versions: Mapping[str, str]
     estimates: Mapping[str, Any]
     resumed: Mapping[str, Any] | None = None
+    norm_folds: tuple[NormFold, ...] = ()
     schema: str = QUANTIZE_SCHEMA
 
     def to_json(self) -> str:
