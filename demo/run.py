@@ -1,6 +1,8 @@
 """The main job on a real model: quantize SmolLM2-135M with the hybrid recipe and print what it saved and what it cost.
 
-python demo/run.py MODEL OUTPUT      (OUTPUT is replaced)
+python demo/run.py MODEL OUTPUT      (OUTPUT and OUTPUT-report are replaced)
+
+The last lines name its model card and its page.
 """
 
 from __future__ import annotations
@@ -25,26 +27,37 @@ WIDTH = 110
 
 def main(model: Path, output: Path) -> None:
     """Quantize, measure both models, print one table."""
-    shutil.rmtree(output, ignore_errors=True)
+    results, published = output.with_name(f"{output.name}-results"), output.with_name(f"{output.name}-report")
+    for folder in (output, results, published):
+        shutil.rmtree(folder, ignore_errors=True)
     output.parent.mkdir(parents=True, exist_ok=True)
     progress = snugfit.TerminalProgress()
     record = snugfit.quantize(
         model, RECIPE, output_dir=output, num_samples=NUM_SAMPLES, max_seq_length=MAX_SEQ_LENGTH, progress=progress
     )
     begin = time.perf_counter()
-    original, blackwell = evaluate(model, output, "vllm-blackwell", progress)
-    _, earlier = evaluate(model, output, "marlin", progress)
+    found = {profile: evaluate(model, output, profile, progress) for profile in ("vllm-blackwell", "marlin")}
+    original, blackwell = found["vllm-blackwell"].contexts[0].models
+    earlier = found["marlin"].contexts[0].models[1]
     seconds = time.perf_counter() - begin
     console = Console(width=WIDTH)
     console.print(result_table(record, original, blackwell, earlier))
     console.print("\n".join(notes(record, original, seconds)))
+    results.mkdir()
+    for profile, result in found.items():
+        (results / f"{profile}.json").write_text(result.to_json(), encoding="utf-8")
+    snugfit.make_report(
+        [output, *(results / f"{profile}.json" for profile in found)],
+        output_dir=published,
+        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        license="apache-2.0",
+    )
+    print(f"Model card: {published / 'README.md'}\nPage: {published / 'index.html'}")
 
 
-def evaluate(
-    model: Path, output: Path, activations: str, progress: snugfit.Progress
-) -> tuple[ModelFigures, ModelFigures]:
+def evaluate(model: Path, output: Path, activations: str, progress: snugfit.Progress) -> snugfit.EvalRecord:
     """The original and the quantized model on text that calibration has not seen, under an activation profile."""
-    record = snugfit.evaluate(
+    return snugfit.evaluate(
         [output],
         reference=model,
         contexts=[MAX_SEQ_LENGTH],
@@ -53,8 +66,6 @@ def evaluate(
         noise_floor="reference" if activations == "vllm-blackwell" else "none",
         progress=progress,
     )
-    original, quantized = record.contexts[0].models
-    return original, quantized
 
 
 def result_table(

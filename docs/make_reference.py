@@ -1,4 +1,4 @@
-"""Write docs/reference.md (every `--help`) and docs/errors.md (every error code): `make reference`."""
+"""Write docs/reference.md (every `--help`), docs/errors.md and docs/faults.md (every code): `make reference`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer.main
 
 from snugfit.cli.app import app
 from snugfit.errors import CODES
+from snugfit.records.doctor import FAULTS, Fault
 
 FOLDER = Path(__file__).parent
 WIDTH = 100
@@ -42,6 +43,22 @@ def errors() -> str:
     )
 
 
+def faults() -> str:
+    """The table of what `doctor` can find."""
+    rows = "".join(_row(code, fault) for code, fault in FAULTS.items())
+    return (
+        "# Faults\n\nMade by `make reference` from `snugfit.records.doctor.FAULTS`: what [`snugfit doctor`](doctor.md)"
+        " can find.\nOf faults that are marked lossless `snugfit repair` corrects those that the record calls"
+        " `repairable`.\n\n| code | severity | lossless | meaning | remedy |\n|---|---|---|---|---|\n" + rows
+    )
+
+
+def _row(code: str, fault: Fault) -> str:
+    remedy = fault.remedy.replace("`repair`", "`snugfit repair`").replace("`evaluate`", "`snugfit eval`")
+    return f"| `{code}` | {fault.severity} | {'yes' if fault.lossless else ''} | {fault.meaning} | {remedy} |\n"
+
+
 if __name__ == "__main__":
     (FOLDER / "reference.md").write_text(reference(), encoding="utf-8")
     (FOLDER / "errors.md").write_text(errors(), encoding="utf-8")
+    (FOLDER / "faults.md").write_text(faults(), encoding="utf-8")

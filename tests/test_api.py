@@ -28,11 +28,15 @@ VERBS_OF: dict[str, tuple[Callable[..., Any], set[str], set[str]]] = {
     "statistics collect": (snugfit.collect_statistics, {"as_json"}, set()),
     "statistics import": (snugfit.import_statistics, set(), set()),
     "inspect": (snugfit.inspect, {"as_json"}, set()),
+    "doctor": (snugfit.doctor, {"github", "as_json"}, set()),
+    "repair": (snugfit.repair, {"dry_run", "as_json"}, set()),
     "fit": (snugfit.fit, {"as_json"}, set()),
     "eval": (snugfit.evaluate, {"output_dir", "server_model", "top_logprobs", "server_log", "as_json"}, set()),
     "tasks": (snugfit.run_tasks, {"output_dir", "as_json"}, set()),
     "dataset show": (snugfit.describe_dataset, {"as_json"}, set()),
     "dataset compare": (snugfit.compare_datasets, {"as_json"}, set()),
+    "report": (snugfit.make_report, {"as_json"}, set()),
+    "push": (snugfit.push, {"as_json"}, set()),
     "compare": (snugfit.compare, {"output_dir", "as_json"}, set()),
 }
 

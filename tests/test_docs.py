@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from make_reference import errors, reference
+from make_reference import errors, faults, reference
 from snugfit.data.builtin import SOURCES
 from snugfit.data.formatters import FORMATTERS
 from snugfit.data.sets import DatasetSet, Source, builtin_sets, parse_set
@@ -20,9 +20,12 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src/snugfit"
 
 
-@pytest.mark.parametrize(("page", "made"), [("reference.md", reference), ("errors.md", errors)])
+PAGES = [("reference.md", reference), ("errors.md", errors), ("faults.md", faults)]
+
+
+@pytest.mark.parametrize(("page", "made"), PAGES)
 def test_a_page_is_what_the_code_says(page: str, made: object) -> None:
-    """docs/reference.md is every `--help`, docs/errors.md every code; `make reference` writes both."""
+    """docs/reference.md is every `--help`, docs/errors.md and faults.md every code; `make reference` writes them."""
     assert callable(made)
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made(), "run `make reference`"
 
@@ -51,7 +54,16 @@ def test_the_page_of_datasets() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "docs/usage.md", "docs/support.md", "docs/mixtures.md", "docs/python.md", "docs/datasets.md"],
+    [
+        "README.md",
+        "docs/usage.md",
+        "docs/support.md",
+        "docs/mixtures.md",
+        "docs/python.md",
+        "docs/datasets.md",
+        "docs/doctor.md",
+        "docs/report.md",
+    ],
 )
 def test_pages_name_options_that_there_are(page: str) -> None:
     """Every option of a page is one of a verb's, of pip's or of a script's."""

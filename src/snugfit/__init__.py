@@ -16,40 +16,62 @@ from typing import TYPE_CHECKING, Any
 from snugfit.version import __version__
 
 if TYPE_CHECKING:
+    from snugfit.benchmarking.bench import bench, write_bench
+    from snugfit.benchmarking.imported import import_bench
+    from snugfit.benchmarking.plan import BenchOptions
     from snugfit.data.describe import describe_dataset
     from snugfit.errors import UserError
     from snugfit.evaluation.compare import compare, write_comparison
     from snugfit.evaluation.evaluate import evaluate, write_results
     from snugfit.evaluation.served import ServerOptions
     from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
+    from snugfit.hosting.serve import Measures, ServeOptions, serve
+    from snugfit.inspection.doctor import doctor
     from snugfit.inspection.inspect import inspect
+    from snugfit.inspection.repair import plan_repair, repair
     from snugfit.planning.fit import fit
     from snugfit.progress import Progress, TerminalProgress
+    from snugfit.publishing.push import PushPlan, push
+    from snugfit.publishing.report import make_report
     from snugfit.quantization.collect import collect_statistics
     from snugfit.quantization.compare_datasets import compare_datasets
     from snugfit.quantization.import_statistics import import_statistics
     from snugfit.quantization.prepare import PreparedRun
     from snugfit.quantization.quantize import plan_quantization, quantize
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
+    from snugfit.records.bench import BenchRecord
     from snugfit.records.comparison import CompareRecord
     from snugfit.records.dataset import DatasetComparison, DatasetRecord
+    from snugfit.records.doctor import DoctorRecord, Finding, RepairRecord
     from snugfit.records.evaluation import EvalRecord, TasksRecord
     from snugfit.records.fit import FitRecord
     from snugfit.records.inspection import Inspection
     from snugfit.records.quantize import QuantizeRecord, TensorRecord
+    from snugfit.records.report import ReportRecord
+    from snugfit.records.serve import ServeRecord
     from snugfit.records.statistics_file import Statistics, load_statistics
 
 __all__ = [
+    "BenchOptions",
+    "BenchRecord",
     "CompareRecord",
     "DatasetComparison",
     "DatasetRecord",
+    "DoctorRecord",
     "EvalRecord",
+    "Finding",
     "FitRecord",
     "Inspection",
     "LoadedRecipe",
+    "Measures",
     "PreparedRun",
     "Progress",
+    "PushPlan",
     "QuantizeRecord",
+    "RepairRecord",
+    "ReportRecord",
+    "ServeOptions",
+    "ServeRecord",
     "ServerOptions",
     "Statistics",
     "TasksRecord",
@@ -58,20 +80,29 @@ __all__ = [
     "TerminalProgress",
     "UserError",
     "__version__",
+    "bench",
     "collect_statistics",
     "compare",
     "compare_datasets",
     "describe_dataset",
+    "doctor",
     "evaluate",
     "fit",
+    "import_bench",
     "import_statistics",
     "inspect",
     "list_recipes",
     "load_recipe",
     "load_statistics",
+    "make_report",
     "plan_quantization",
+    "plan_repair",
+    "push",
     "quantize",
+    "repair",
     "run_tasks",
+    "serve",
+    "write_bench",
     "write_comparison",
     "write_results",
     "write_tasks",
@@ -79,27 +110,39 @@ __all__ = [
 
 # module -> the public names that it defines; a test holds this equal to the imports above
 _MODULES = {
+    "benchmarking.bench": ("bench", "write_bench"),
+    "benchmarking.imported": ("import_bench",),
+    "benchmarking.plan": ("BenchOptions",),
     "data.describe": ("describe_dataset",),
     "errors": ("UserError",),
     "evaluation.compare": ("compare", "write_comparison"),
     "evaluation.evaluate": ("evaluate", "write_results"),
     "evaluation.served": ("ServerOptions",),
     "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
+    "hosting.serve": ("Measures", "ServeOptions", "serve"),
+    "inspection.doctor": ("doctor",),
     "inspection.inspect": ("inspect",),
+    "inspection.repair": ("plan_repair", "repair"),
     "planning.fit": ("fit",),
     "progress": ("Progress", "TerminalProgress"),
+    "publishing.push": ("PushPlan", "push"),
+    "publishing.report": ("make_report",),
     "quantization.collect": ("collect_statistics",),
     "quantization.import_statistics": ("import_statistics",),
     "quantization.compare_datasets": ("compare_datasets",),
     "quantization.prepare": ("PreparedRun",),
     "quantization.quantize": ("plan_quantization", "quantize"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
+    "records.bench": ("BenchRecord",),
     "records.comparison": ("CompareRecord",),
     "records.dataset": ("DatasetComparison", "DatasetRecord"),
+    "records.doctor": ("DoctorRecord", "Finding", "RepairRecord"),
     "records.evaluation": ("EvalRecord", "TasksRecord"),
     "records.fit": ("FitRecord",),
     "records.inspection": ("Inspection",),
     "records.quantize": ("QuantizeRecord", "TensorRecord"),
+    "records.report": ("ReportRecord",),
+    "records.serve": ("ServeRecord",),
     "records.statistics_file": ("Statistics", "load_statistics"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -89,6 +89,7 @@ CODES: Mapping[str, str] = {
     "reference-invalid": "A stored reference is damaged, or is of another version.",
     "reference-mismatch": "A stored reference was made for other texts or contexts.",
     "result-invalid": "A result file is damaged, is of another version, or is not a result.",
+    "record-changed": "A record was changed after it was written, or has no digest.",
     "results-mismatch": "Two results have nothing in common that can be compared.",
     "task-unknown": "There is no benchmark task of this name.",
     "task-unusable": "A benchmark task cannot be loaded, or cannot be run here.",

@@ -114,6 +114,10 @@ OFFERED: dict[str, set[str]] = {
         "--dtype",
         "--json",
     },
+    "report": {
+        *("runs", "--output-dir", "-o", "--base-model", "--license", "--quantized-by", "--repo", "--json"),
+    },
+    "push": {"directory", "repo", "--report", "--private", "--public", "--dry-run", "--json"},
     "compare": {"a", "b", "--model-a", "--model-b", "--output-dir", "-o", "--json"},
     "statistics collect": {
         "model",

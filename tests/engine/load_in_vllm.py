@@ -12,6 +12,7 @@ kernels refuse.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -39,8 +40,20 @@ def sums_of_experts(model: Any, torch: Any) -> dict[str, dict[str, int]]:
     return found
 
 
+def digests_of_parameters(model: Any, torch: Any) -> dict[str, str]:
+    """A digest of the bytes of every parameter."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().contiguous().reshape(-1).view(torch.uint8).cpu()
+        found[name] = hashlib.sha256(flat.numpy().tobytes()).hexdigest()[:16]
+    return found
+
+
 def load(path: str) -> dict[str, Any]:
-    """Every linear of the loaded model by name and its scheme, None where it is not quantized; what experts loaded."""
+    """Every linear of the loaded model by name and its scheme, None where it is not quantized; what experts loaded.
+
+    `parameters` are digests of what all parameters hold before vLLM repacks them.
+    """
     arguments: Any = importlib.import_module("vllm.engine.arg_utils")
     config: Any = importlib.import_module("vllm.config")
     loader: Any = importlib.import_module("vllm.model_executor.model_loader")
@@ -56,10 +69,12 @@ def load(path: str) -> dict[str, Any]:
         torch: Any = importlib.import_module("torch")
         base: Any = importlib.import_module("vllm.model_executor.model_loader.base_loader")
         experts: dict[str, dict[str, int]] = {}
+        parameters: dict[str, str] = {}
         repack = base.process_weights_after_loading
 
         def note(model: Any, *args: Any) -> None:
             experts.update(sums_of_experts(model, torch))
+            parameters.update(digests_of_parameters(model, torch))
             if not experts:  # their kernels may be for other processors than this
                 repack(model, *args)
 
@@ -73,7 +88,7 @@ def load(path: str) -> dict[str, Any]:
     linears = {n for n, module in modules.items() if isinstance(module, linear.LinearBase)}
     schemes = {name: found for name, found in schemes.items() if name in linears or found is not None}
     named = {name: None if scheme is None else type(scheme).__name__ for name, scheme in schemes.items()}
-    return {"linears": named, "experts": experts}
+    return {"linears": named, "experts": experts, "parameters": parameters}
 
 
 def main() -> None:

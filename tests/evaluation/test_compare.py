@@ -30,6 +30,7 @@ from helpers.results import (
 )
 from snugfit.evaluation.compare import compare, write_comparison
 from snugfit.evaluation.significance import holm, mcnemar, paired_bootstrap, tokens_to_settle, unpaired_z
+from snugfit.records.base import DIGEST, content_digest
 from snugfit.records.comparison import CompareRecord
 from snugfit.report.comparison import comparison_csv, comparison_markdown
 
@@ -356,6 +357,7 @@ def test_json_is_one_document_that_makes_the_record_again(tmp_path: Path) -> Non
     document = json.loads(record.to_json())
     assert document["schema"] == "snugfit.compare/1"
     assert document["arguments"]["seed"] == 0
+    assert document.pop(DIGEST) == content_digest(document)
     assert document == json.loads(json.dumps(asdict(record)))
     assert set(document) == set(CompareRecord.__dataclass_fields__)
 

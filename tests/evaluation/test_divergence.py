@@ -150,3 +150,50 @@ def test_a_pair_without_a_formula_is_a_defect() -> None:
     with pytest.raises(AssertionError, match="ServedTop"):
         diverge(top, top)
     assert isinstance(softmax(torch.zeros(1, 2)), Softmax)
+
+
+# The expected acceptance rate: the overlap of two predictions.
+
+
+def plain_overlap(p: Tensor, q: Tensor) -> Tensor:
+    return torch.minimum(torch.softmax(p.double(), -1), torch.softmax(q.double(), -1)).sum(-1)
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-3, 0.3, 3.0])
+def test_overlap_of_complete_predictions(gap: float) -> None:
+    """It is sum min(p, q) in fp64 to 1e-6, the same both ways, 1 for equal predictions, and 1 - total variation."""
+    p, q = pair(gap=gap)
+    found = diverge(softmax(p), softmax(q)).overlap.double()
+    assert torch.allclose(found, plain_overlap(p, q), atol=1e-6)
+    assert torch.allclose(found, diverge(softmax(q), softmax(p)).overlap.double(), atol=1e-6)
+    assert bool((found <= 1).all())
+    if gap == 0:
+        assert torch.allclose(found, torch.ones_like(found), atol=1e-6)
+
+
+def test_overlap_by_hand() -> None:
+    """Two tokens with 0.9 and 0.1 against 0.6 and 0.4 overlap by 0.7."""
+    p, q = (torch.tensor([[share, 1 - share]]).log() for share in (0.9, 0.6))
+    assert diverge(softmax(p), softmax(q)).overlap.item() == pytest.approx(0.7, abs=1e-6)
+
+
+def test_overlap_with_a_stored_reference_is_unbiased() -> None:
+    """Its mean over many samples of the tail is the exact overlap."""
+    p, q = pair(tokens=6, vocabulary=5000, gap=0.5)
+    reference, other, targets = softmax(p), softmax(q), torch.arange(6)
+    found = torch.stack([diverge(condense(reference, targets, seed=seed), other).overlap for seed in range(200)])
+    error = found.double().std(0) / math.sqrt(200)
+    assert bool(((found.double().mean(0) - plain_overlap(p, q)).abs() < 4 * error + 1e-6).all())
+
+
+def test_overlap_with_a_server_is_an_upper_bound() -> None:
+    """Tokens that a server does not name count as one: never less than the exact overlap, equal if all are named."""
+    p, q = pair(tokens=20, vocabulary=300, gap=1.0)
+    exact = plain_overlap(p, q)
+    for k in (1, 8, 300):
+        best = torch.log_softmax(q, -1).topk(k)
+        served = ServedTop(best.indices, best.values, torch.zeros(20))
+        found = diverge(softmax(p), served).overlap.double()
+        assert bool((found >= exact - 1e-6).all())
+        if k == 300:
+            assert torch.allclose(found, exact, atol=1e-6)

@@ -48,6 +48,7 @@ def random_tokens(count: int, seed: int = 0) -> TokenFigures:
         confidence=rng.uniform(0, 1, count),
         same_top=rng.integers(0, 2, count).astype(float),
         change=rng.normal(0, 0.1, count),
+        overlap=rng.uniform(0, 1, count),
     )
 
 
@@ -87,6 +88,7 @@ def test_means_and_their_errors() -> None:
             reverse=[2 * value for value in kl],
             same_top=[1, 0, 1, 1, 1, 0],
             change=[0.5, -0.5, 0, 0, 0.25, 0.25],
+            overlap=[1, 0.5, 0.75, 0.25, 1, 0],
         ),
         group,
         reference=tokens([1] * 6, confidence=[0.5] * 6),
@@ -106,6 +108,8 @@ def test_means_and_their_errors() -> None:
     assert found.reverse_kl.standard_error == pytest.approx(2 * by_hand)
     assert found.same_top == pytest.approx(4 / 6)
     assert found.same_top_error == pytest.approx(ratio_error([1, 3, 0], [2, 3, 1]))
+    assert found.acceptance == pytest.approx(3.5 / 6)
+    assert found.acceptance_error == pytest.approx(ratio_error([1.5, 2, 0], [2, 3, 1]))
     assert found.rms_change == pytest.approx(math.sqrt((0.25 + 0.25 + 0.0625 + 0.0625) / 6))
     assert (found.kl_kind, found.kl_sampling_error, found.nonfinite) == ("exact", None, 0)
 
@@ -134,7 +138,7 @@ def test_the_change_of_loss_is_paired() -> None:
     """Its error is of the chunks' differences: what all models find hard in a chunk does not count."""
     base, group = tokens([1, 2, 8, 9, 10, 3], confidence=[0.5] * 6), group_of(2, 3, 1)
     kl = [0.0] * 6
-    found = tokens([1.5, 2, 8.25, 9.25, 10.5, 3.75], kl=kl, reverse=kl, same_top=kl, change=kl)
+    found = tokens([1.5, 2, 8.25, 9.25, 10.5, 3.75], kl=kl, reverse=kl, same_top=kl, change=kl, overlap=kl)
     result = model_figures("q", found, group, reference=base)
     assert result.loss_change == pytest.approx(2.25 / 6)
     assert result.loss_change_error == pytest.approx(ratio_error([0.5, 1, 0.75], [2, 3, 1]))
@@ -171,7 +175,9 @@ def test_the_reference_has_no_divergence() -> None:
 @pytest.mark.parametrize(("kind", "expected"), [("exact", None), ("lower bound", None), ("estimate", math.sqrt(7) / 4)])
 def test_an_estimate_has_a_sampling_error(kind: KLKind, expected: float | None) -> None:
     """Variances of tokens add up to one error of the mean where KL is an estimate, and only there."""
-    found = tokens([1] * 4, kl=[1] * 4, reverse=[1] * 4, same_top=[1] * 4, change=[0] * 4, variance=[1, 2, 4, 0])
+    found = tokens(
+        [1] * 4, kl=[1] * 4, reverse=[1] * 4, same_top=[1] * 4, change=[0] * 4, overlap=[1] * 4, variance=[1, 2, 4, 0]
+    )
     result = model_figures("q", found, group_of(2, 2), reference=found, kl_kind=kind)
     assert result.kl_kind == kind
     assert result.kl_sampling_error == (None if expected is None else pytest.approx(expected))
@@ -211,7 +217,7 @@ def test_bins_by_position() -> None:
     """Each bin has the tokens of its positions in all chunks, with means and errors of its own; empty ones are out."""
     positions = np.array([1, 2, 3, 9, 1, 3, 8])
     loss, kl = [1, 2, 3, 4, 5, 6, 7], [0.5, 1, 0, 0.25, 1.5, 2, 0.75]
-    found = tokens(loss, kl=kl, reverse=kl, same_top=[1, 1, 0, 1, 0, 1, 1], change=[0] * 7)
+    found = tokens(loss, kl=kl, reverse=kl, same_top=[1, 1, 0, 1, 0, 1, 1], change=[0] * 7, overlap=[1] * 7)
     result = model_figures("q", found, GroupTokens([4, 3], positions), reference=tokens(loss, confidence=[1] * 7))
     assert [(b.low, b.high, b.tokens) for b in result.by_position] == [(1, 2, 2), (2, 4, 3), (8, 16, 2)]
     middle = result.by_position[1]  # losses 2 and 3 of the first chunk, 6 of the second
@@ -232,7 +238,9 @@ def test_bins_by_confidence() -> None:
     """Bins hold their lower edge, the last one its upper edge too; whose confidence it is, is the reference's."""
     reference = tokens([1] * 10, confidence=[0.0, 0.05, 0.125, 0.25, 0.5, 0.75, 0.95, 0.995, 1.0, 1.0])
     kl = [0.5, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    found = tokens([1] * 10, confidence=[0.3] * 10, kl=kl, reverse=kl, same_top=[1] * 10, change=[0] * 10)
+    found = tokens(
+        [1] * 10, confidence=[0.3] * 10, kl=kl, reverse=kl, same_top=[1] * 10, change=[0] * 10, overlap=[1] * 10
+    )
     result = model_figures("q", found, group_of(5, 5), reference=reference)
     assert [(b.low, b.high) for b in result.by_confidence] == list(itertools.pairwise(CONFIDENCE_EDGES))
     assert [(b.tokens, b.kl) for b in result.by_confidence] == [
@@ -295,7 +303,9 @@ def test_nothing_finite_at_all() -> None:
 def test_a_floor_is_of_some_chunks() -> None:
     """Chunks that were not run again, and tokens that are not finite, do not count."""
     kl = [0.5, 0.25, 9, 9, 1, np.nan]
-    found = tokens([1] * 6, [True, True, True, True, True, False], kl=kl, same_top=[1, 0, 0, 0, 1, 0])
+    found = tokens(
+        [1] * 6, [True, True, True, True, True, False], kl=kl, same_top=[1, 0, 0, 0, 1, 0], overlap=[1, 0, 0, 0, 1, 0]
+    )
     floor = floor_figures(found, group_of(2, 2, 2), [0, 2], "float32")
     assert floor is not None
     assert floor.kl == pytest.approx(1.75 / 3)

@@ -358,6 +358,46 @@ STORED_CONFIG: Mapping[str, Mapping[str, Any]] = {
 }
 
 
+# --- what doctor and repair read
+
+
+def make_doctor(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """Any of the damages of headers, indexes, configs and quantizations, looked at by doctor and corrected."""
+    make = rng.choice((make_header, make_index, make_loose, make_config, make_quantization, make_quantization))
+    make(rng, root, shared)
+    model = str(root / "model")
+    doctor = ["doctor", model]
+    doctor += rng.choice(([], ["--gpu", "H100"], ["--gpu", "RTX 5090", "--tp", "2"], ["--engine", "sglang"]))
+    doctor += rng.choice((["--json"], ["--json"], ["--github"], []))
+    dialect = rng.choice(([], [], ["--dialect", "modelopt"], ["--dialect", "compressed-tensors"]))
+    repair = ["repair", model, *dialect, *rng.choice((["--json"], []))]
+    # models of true size are holes, and would be written as zeros
+    large = sum(file.stat().st_size for file in (root / "model").glob("*.safetensors") if file.is_file()) > 100_000_000
+    return [doctor, [*repair, *(["--dry-run"] if large or rng.random() < 0.5 else ["-o", str(root / "out")])]]
+
+
+def make_values(rng: random.Random, root: Path, shared: Path) -> list[Command]:
+    """A quantized model whose bytes or small files are damaged: its values are read, and its base beside it."""
+    model = root / "model"
+    shutil.copytree(shared / "quantized", model)
+    file = model / rng.choice((SINGLE, SINGLE, "tokenizer_config.json", "tokenizer.json", "generation_config.json"))
+    content = file.read_bytes()
+    if file.name == SINGLE and rng.random() < 0.8:  # behind the header: codes and scales
+        changed, start = bytearray(content), 8 + struct.unpack("<Q", content[:8])[0]
+        for _ in range(rng.choice((1, 10, 1000))):
+            changed[rng.randrange(start, len(changed))] = rng.choice((0, 0x7F, 0x80, 0xFF, rng.randrange(256)))
+        file.write_bytes(changed)
+    elif file.name == SINGLE or rng.random() < 0.3:
+        file.write_bytes(spoil_bytes(rng, content))
+    else:
+        words = ("added_tokens", "added_tokens_decoder", "eos_token", "eos_token_id", "chat_template", "content", "id")
+        file.write_bytes(spoil_json(rng, json.loads(content), words))
+    doctor = ["doctor", str(model), "--values", rng.choice(("sample", "all")), *rng.choice((["--json"], []))]
+    doctor += rng.choice(([], ["--base", str(shared / "model")]))
+    repair = ["repair", str(model), "-o", str(root / "out"), *rng.choice(([], ["--dialect", "modelopt"]))]
+    return [doctor, repair]
+
+
 # --- recipes
 
 
@@ -428,6 +468,123 @@ def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
         (model / "snugfit-record.json").write_bytes(spoil_json(rng, record, ("snugfit", "recipe")))
         commands.append(["inspect", str(model), *rng.choice(([], ["--json"]))])
     return commands
+
+
+def _change_leaves(rng: random.Random, document: dict[str, Any]) -> None:
+    """Some texts and numbers become others of their type, which readers of types alone accept."""
+    places: list[tuple[Any, Any]] = []
+    stack: list[Any] = [document]
+    while stack:
+        node = stack.pop()
+        for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+            if isinstance(value, dict | list):
+                stack.append(value)
+            elif key != "schema":
+                places.append((node, key))
+    for node, key in rng.sample(places, min(len(places), rng.choice((1, 2, 5, 30)))):
+        value = node[key]
+        if isinstance(value, str):
+            node[key] = rng.choice(
+                ("", "a", "../..", "A" * 5000, "<script>", "|", "`", "\x00", "\ud800", "{{x}}", "٣", "-1")
+            )
+        elif isinstance(value, bool):
+            node[key] = not value
+        elif isinstance(value, int):
+            node[key] = rng.choice((0, 1, -1, 7, 2**31, 2**63, 10**30, -(10**30)))
+        elif isinstance(value, float):
+            node[key] = rng.choice((0.0, -1.0, 1e-300, 1e308, -1e308, 0.5, None))
+
+
+def make_record(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """Records of every kind of which one is damaged, most of them with a digest that fits: a report, and its upload."""
+    import helpers.report_runs as made
+    import snugfit.publishing.report as publishing
+    from snugfit.records.base import content_digest
+    from snugfit.report.plots import draw
+
+    # drawing takes most of the time, and is the same for most damages
+    publishing.draw = draw if rng.random() < 0.04 else lambda _plot, _folder: []  # type: ignore[assignment, attr-defined]
+    runs = made.write_runs(root / "runs")
+    file = next(rng.choice(runs).glob("*.json"))
+    content = file.read_bytes()
+    document = json.loads(content)
+    words = (
+        "schema",
+        "record_digest",
+        "tensors",
+        "shape",
+        "bytes",
+        "format",
+        "contexts",
+        "models",
+        "kl",
+        "cells",
+        "runs",
+    )
+    more = (
+        "groups",
+        "points",
+        "arguments",
+        "dataset",
+        "sources",
+        "name",
+        "target",
+        "files",
+        "snugfit.plan/1",
+        document["schema"],
+    )
+    spoiled = spoil_bytes(rng, content) if rng.random() < 0.1 else spoil_json(rng, document, (*words, *more))
+    if rng.random() < 0.5:
+        _change_leaves(rng, document)
+        spoiled = dump(document).encode("utf-8", "surrogatepass")
+    if rng.random() < 0.8:
+        try:
+            changed = json.loads(spoiled)
+            changed["record_digest"] = content_digest(changed)
+            spoiled = dump(changed).encode("utf-8", "surrogatepass")
+        except (AttributeError, ValueError, TypeError, RecursionError):
+            pass
+    file.write_bytes(spoiled)
+    given = list(map(str, runs if rng.random() < 0.5 else [file.parent, *rng.sample(runs, 2)]))
+    options = rng.choice(([], ["--license", "mit", "--repo", "me/made-up"], ["--json"]))
+    out = str(root / "report")
+    push = [
+        "push",
+        rng.choice((str(file.parent), out)),
+        "me/made-up",
+        "--dry-run",
+        *rng.choice(([], ["--report", out])),
+    ]
+    return [["report", *given, "-o", out, *options], push]
+
+
+def make_bench(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
+    """A result of another tool, or a record of `bench`, that is damaged, read by `bench --import`."""
+    from snugfit.benchmarking.bench import write_bench
+    from snugfit.benchmarking.imported import import_bench
+
+    files = sorted((Path(__file__).parents[1] / "fixtures" / "bench").glob("*.json"))
+    source = rng.choice(files)
+    if rng.random() < 0.3:
+        write_bench(import_bench(source), root / "own")
+        source = root / "own" / "bench.json"
+    content = source.read_bytes()
+    words = (
+        "schema",
+        "runs",
+        "cells",
+        "benchmarks",
+        "metrics",
+        "completed",
+        "request_count",
+        "values",
+        "status",
+        "avg",
+    )
+    file = root / "result.json"
+    file.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words))
+    out = rng.choice(([], ["-o", str(root / "out")]))
+    return [["bench", "--import", str(file), *rng.choice(([], ["--json"])), *out]]
 
 
 # --- runs
@@ -698,10 +855,14 @@ TARGETS: Mapping[str, Target] = {
     "loose": Target(make_loose, 300),
     "config": Target(make_config, 2400),
     "quantization": Target(make_quantization, 1200),
+    "doctor": Target(make_doctor, 1200),
     "recipe": Target(make_recipe, 1400),
     "result": Target(make_result, 600),
+    "record": Target(make_record, 400, heavy=True),
+    "bench": Target(make_bench, 400),
     "rows": Target(make_rows, 150, heavy=True),
     "set": Target(make_set, 400, heavy=True),
+    "values": Target(make_values, 150, heavy=True),
     "run": Target(make_run, 250, heavy=True),
     "unfinished": Target(make_unfinished, 100, heavy=True),
     "statistics": Target(make_statistics, 250, heavy=True),

@@ -165,7 +165,8 @@ def check(command: Command, outcome: Outcome, before: dict[str, Any], root: Path
     if outcome.trace:
         yield f"{outcome.code}: {outcome.trace.strip().splitlines()[-1][:300]}"
         return
-    if outcome.code not in (0, 2):
+    answers = (0, 1) if command[0] == "doctor" else (0,)  # 1: it found a fault
+    if outcome.code not in (*answers, 2):
         yield f"exit code {outcome.code}: {outcome.stderr[-300:]}"
     if "Traceback" in outcome.stderr:
         yield "a traceback on stderr"
@@ -174,7 +175,7 @@ def check(command: Command, outcome: Outcome, before: dict[str, Any], root: Path
         yield f"changed or removed {changed[:3]}"
     resumable = False
     allowed = "" if out is None or "--dry-run" in command else Path(out).name
-    if outcome.code == 0:
+    if outcome.code in answers:
         yield from _check_answer(command, outcome, shared)
     else:
         yield from _check_message(outcome, root)
@@ -224,6 +225,8 @@ def _check_answer(command: Command, outcome: Outcome, shared: Path) -> Iterator[
     except ValueError as error:
         yield f"no JSON on stdout: {error}"
         return
+    if command[0] == "doctor" and (document["verdict"] == "sound") is not (outcome.code == 0):
+        yield f"exit code {outcome.code} for {document['verdict']}"
     if command[0] != "quantize":
         return
     if document["bytes"] != sum(tensor["bytes"] for tensor in document["tensors"]):

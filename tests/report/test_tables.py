@@ -254,7 +254,7 @@ def test_the_csv(record: EvalRecord) -> None:
     base, plain, small, _, served, bad = csv.DictReader(io.StringIO(to_csv(record)))
     assert {key for key, value in base.items() if not value} == {
         *("kl", "kl_error", "kl_kind", "kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_p999", "kl_max"),
-        *("reverse_kl", "same_top", "rms_change", "loss_change", "loss_change_error"),
+        *("reverse_kl", "same_top", "rms_change", "loss_change", "loss_change_error", "acceptance", "acceptance_error"),
     }
     assert (base["context"], base["model"], base["tokens"], base["floor_kl"]) == ("1024", "base", "1234", "0.0012")
     assert (plain["kl"], plain["kl_error"], plain["kl_p999"], plain["kl_max"]) == ("0.125", "0.0625", "0.4", "0.5")

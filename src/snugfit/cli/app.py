@@ -6,7 +6,22 @@ from typing import Annotated
 
 import typer
 
-from snugfit.cli import compare, dataset, evaluate, fit, inspect, quantize, recipes, statistics, tasks
+from snugfit.cli import (
+    bench,
+    compare,
+    dataset,
+    doctor,
+    evaluate,
+    fit,
+    inspect,
+    push,
+    quantize,
+    recipes,
+    report,
+    serve,
+    statistics,
+    tasks,
+)
 from snugfit.cli.errors import Verbs
 from snugfit.version import __version__
 
@@ -31,10 +46,16 @@ def main(
 
 app.command()(inspect.inspect)
 app.command()(fit.fit)
+app.command()(doctor.doctor)
+app.command()(doctor.repair)
 app.command()(quantize.quantize)
 app.command(name="eval")(evaluate.evaluate)
 app.command()(tasks.tasks)
 app.command()(compare.compare)
+app.command()(serve.serve)
+app.command()(bench.bench)
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(statistics.app, name="statistics")
 app.command()(recipes.recipes)
+app.command()(report.report)
+app.command()(push.push)

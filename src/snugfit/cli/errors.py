@@ -8,6 +8,7 @@ error is one line on stderr, `snugfit: WHERE: WHAT REMEDY [code]`, with exit cod
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +30,18 @@ VERBS: Mapping[str, str] = {
     "load_statistics": "statistics show",
     "merge_statistics": "statistics merge",
     "inspect": "inspect",
+    "doctor": "doctor",
+    "repair": "repair",
+    "plan_repair": "repair --dry-run",
     "fit": "fit",
     "evaluate": "eval",
     "run_tasks": "tasks",
     "compare": "compare",
+    "make_report": "report",
+    "push": "push",
+    "bench": "bench",
+    "import_bench": "bench --import",
+    "serve": "serve",
     "describe_dataset": "dataset",
     "compare_datasets": "dataset compare",
     "list_recipes": "recipes",
@@ -121,6 +130,20 @@ def describe(error: UserError, names: Mapping[str, tuple[str, str]]) -> str:
     place = f"{where}: " if where else ""
     remedy = f" {as_options(error.remedy, names)}" if error.remedy else ""
     return f"{place}{as_options(error.what, names)}{remedy} [{error.code}]"
+
+
+@contextmanager
+def termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end a run as Ctrl-C does: what was measured is kept, and what was started is stopped."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -56,6 +56,16 @@ def evaluate(
         int,
         typer.Option(min=0, metavar="NUMBER", help="Positions in chat logs from which both models continue greedily."),
     ] = 5,
+    answers: Annotated[
+        int,
+        typer.Option(min=0, metavar="NUMBER", help="Questions that all models answer greedily: length, repetition."),
+    ] = 0,
+    questions: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="With --answers: your questions, one a line.")
+    ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=8, metavar="TOKENS", help="With --answers: tokens of an answer at most.")
+    ] = 192,
     server: Annotated[str | None, typer.Option(metavar="URL", help="URL of a vLLM server to evaluate.")] = None,
     server_model: Annotated[str | None, typer.Option(metavar="NAME", help="Which of the server's models.")] = None,
     top_logprobs: Annotated[
@@ -103,6 +113,9 @@ def evaluate(
             noise_floor=noise_floor,
             reference_cache=reference_cache,
             continuations=continuations,
+            answers=answers,
+            questions=questions,
+            answer_tokens=answer_tokens,
             server=served,
             device=device,
             tokens_per_batch=tokens_per_batch,

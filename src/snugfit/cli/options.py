@@ -114,3 +114,11 @@ Activations = Annotated[
     Profile, typer.Option("--activations", help="What the engine does to the inputs of linear layers.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the record as one JSON document.")]
+
+
+def required(output_dir: Path | None) -> Path:
+    """The output directory; UserError without one."""
+    if output_dir is None:
+        remedy = "Name a new directory, or add `dry_run`."
+        raise UserError("an output directory is required.", code="option-missing", where="output_dir", remedy=remedy)
+    return output_dir

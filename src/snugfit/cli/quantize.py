@@ -125,9 +125,7 @@ def quantize(
         again = {"restart": restart, "force_resume": force_resume}
         _print_plan(model, recipe, output_dir, settings, again, progress, as_json=as_json)
         return
-    if output_dir is None:
-        remedy = "Name a new directory, or add `dry_run`."
-        raise UserError("an output directory is required.", code="option-missing", where="output_dir", remedy=remedy)
+    output_dir = options.required(output_dir)
     with keeping(kept_layers(output_dir)):
         from snugfit.quantization.quantize import quantize as run
 

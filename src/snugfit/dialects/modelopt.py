@@ -123,7 +123,9 @@ def _weight_only(
 ) -> dict[str, TensorFormat]:
     """The formats, NVFP4 without 4-bit inputs if no module has an input_scale or no config group quantizes inputs."""
     groups = details.get("config_groups")
-    asked = [g.get("input_activations") for g in groups.values()] if isinstance(groups, dict) else [True]
+    asked: list[Any] = [True]
+    if isinstance(groups, dict):
+        asked = [group.get("input_activations") for group in groups.values() if isinstance(group, dict)]
     w4a4 = [m for m, fmt in found.items() if fmt.name == "nvfp4" and holds_codes(parts.get(m, {}))]
     if any(asked) and any("input_scale" in parts[module] for module in w4a4):
         return found

@@ -219,6 +219,7 @@ class Targets:
         for target, group in pairs:
             self._by_name.setdefault(target, group)
         self._by_pattern = [(_compiled(target, where), group) for target, group in pairs if target.startswith("re:")]
+        self._by_class = [group for target, group in pairs if target == "Linear"]
         self._ignored = frozenset(target for target in ignored if not target.startswith("re:"))
         self._ignored_common = frozenset(map(common_name, self._ignored)) - {""}
         self._ignored_patterns = [_compiled(target, where) for target in ignored if target.startswith("re:")]
@@ -232,6 +233,14 @@ class Targets:
             return None
         found = (group for pattern, group in self._by_pattern if pattern.begins(module))
         return self._by_name.get(module) or next(found, None) or self._by_name.get(kind)
+
+    def groups_of(self, module: str) -> list[Mapping[str, Any]]:
+        """All groups that target a linear as closely as the one of `group_of`: by name or pattern, else by class."""
+        if self.group_of(module) is None:
+            return []
+        named = [self._by_name[module]] if module in self._by_name else []
+        named += [group for pattern, group in self._by_pattern if pattern.begins(module)]
+        return named or self._by_class
 
     def leaves_plain(self, module: str) -> bool:
         """Whether a module with a plain weight stays so although `group_of` has a group for it.

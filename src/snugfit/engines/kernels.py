@@ -67,6 +67,7 @@ _VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
     "fp8-block": {
         "ampere": _MARLIN8,
         "ada": Kernel("Triton", "W8A8"),
+        # 0.24 on an H100 ran CUTLASS's block kernel, in a build without DeepGEMM: docs/serving.md
         "hopper": Kernel("DeepGEMM", "W8A8"),
         "blackwell": Kernel("DeepGEMM", "W8A8"),
         "blackwell-consumer": _CUTLASS8,

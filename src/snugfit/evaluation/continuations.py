@@ -75,7 +75,7 @@ def compare_continuations(
                     text=decode([one.chunk.ids[one.position]]),
                     reference_continuation=decode(of_reference[one.prompt]),
                     model_continuation=decode(ids),
-                    same_tokens=_shared_beginning(of_reference[one.prompt], ids),
+                    same_tokens=shared_beginning(of_reference[one.prompt], ids),
                 )
             )
     return tuple(result)
@@ -96,7 +96,7 @@ def largest_divergences(
     return chosen
 
 
-def _shared_beginning(a: Sequence[int], b: Sequence[int]) -> int:
+def shared_beginning(a: Sequence[int], b: Sequence[int]) -> int:
     """The number of tokens that two continuations share from their beginning."""
     return next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 

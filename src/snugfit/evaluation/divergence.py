@@ -90,8 +90,10 @@ class ServedTop(_Top):
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL(P || Q) and KL(Q || P) [n] in nats, whether [n] Q's most likely token is (one of) P's.
+    """KL(P || Q) and KL(Q || P) [n] in nats, whether [n] Q's most likely token is (one of) P's, and their overlap.
 
+    `overlap` [n] is sum min(p, q): the probability with which speculative decoding accepts a token that Q drafts for P
+    (Leviathan et al. 2023, arXiv 2211.17192); an upper bound where Q is served.
     Where KL is an unbiased estimate, `variance` [n] is that of its sampling and `bound` [n] a lower bound without
     sampling; both are None otherwise.
     """
@@ -99,6 +101,7 @@ class Divergence:
     kl: Tensor
     reverse: Tensor
     same_top: Tensor
+    overlap: Tensor
     variance: Tensor | None = None
     bound: Tensor | None = None
 
@@ -137,7 +140,8 @@ def _exact(of: Softmax, other: Softmax) -> Divergence:
     kl = torch.linalg.vecdot(of.weights, gap).div_(of.total).sub_(shift)
     reverse = torch.linalg.vecdot(other.weights, gap).div_(other.total).neg_().add_(shift)
     same = of.logits.gather(-1, other.top.unsqueeze(-1)).squeeze(-1) >= 0  # ties: any of the largest will do
-    return Divergence(kl.clamp_(min=0), reverse.clamp_(min=0), same)
+    shared = torch.minimum(of.weights, other.weights * (of.total / other.total).unsqueeze(-1)).sum(-1).div_(of.total)
+    return Divergence(kl.clamp_(min=0), reverse.clamp_(min=0), same, shared.clamp_(max=1))
 
 
 def _estimated(of: StoredTop, other: Softmax) -> Divergence:
@@ -158,7 +162,8 @@ def _estimated(of: StoredTop, other: Softmax) -> Divergence:
     variance = of.tail.square() * sample_gap.var(-1) / sample_gap.shape[-1]
     best = torch.where(of.logprobs == of.logprobs[:, :1], of.ids, -1)
     same = (best == other.top.unsqueeze(-1)).any(-1)
-    return Divergence(kl, reverse, same, variance, bound)
+    shared = torch.minimum(p, q).sum(-1) + of.tail * sample_gap.neg().exp().clamp(max=1).mean(-1)
+    return Divergence(kl, reverse, same, shared.clamp(0, 1), variance, bound)
 
 
 def _bounded(of: Softmax, other: ServedTop) -> Divergence:
@@ -172,7 +177,8 @@ def _bounded(of: Softmax, other: ServedTop) -> Divergence:
     kl = (p * gap).sum(-1) + _one_term(rest_p, rest_q)
     reverse = -(q * gap).sum(-1) + _one_term(rest_q, rest_p)
     same = of.logits.gather(-1, ids[:, :1]).squeeze(-1) >= 0
-    return Divergence(kl.clamp(min=0), reverse.clamp(min=0), same)
+    shared = torch.minimum(p, q).sum(-1) + torch.minimum(rest_p, rest_q)
+    return Divergence(kl.clamp(min=0), reverse.clamp(min=0), same, shared.clamp(0, 1))
 
 
 def _one_term(p: Tensor, q: Tensor) -> Tensor:

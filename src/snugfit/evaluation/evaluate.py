@@ -16,6 +16,7 @@ from snugfit.data.python_docs import no_dataset_message
 from snugfit.data.texts import DEFAULT_CONTEXTS
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
+from snugfit.evaluation.answers import ANSWER_TOKENS, answer_all, answer_figures, choose_questions
 from snugfit.evaluation.continuations import compare_continuations
 from snugfit.evaluation.evaluated_model import EvaluatedModel
 from snugfit.evaluation.gpu_memory import experts_that_fit, gpu_memory_errors, tokens_that_fit
@@ -66,6 +67,9 @@ def evaluate(
     noise_floor: str = "reference",
     reference_cache: str | Path | None = None,
     continuations: int = DEFAULT_CONTINUATIONS,
+    answers: int = 0,
+    questions: str | Path | None = None,
+    answer_tokens: int = ANSWER_TOKENS,
     server: ServerOptions | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
@@ -80,11 +84,12 @@ def evaluate(
     its predictions in). `dataset`: texts, JSONL or Parquet files, folders; or a set. `activations`: the engine profile
     of all models. `noise_floor`: "reference", "all" or "none", the models that are run a second time in wider
     arithmetic, on one chunk in eight. In conversations both models continue from the `continuations` positions where a
-    model diverges most from the reference. A `server` is one more model, after the others. `dtype` ("bfloat16",
-    "float16", "float32") is what models are run in, by default each config's own. Of a mixture, `experts_per_group`
-    routed experts of a layer are in memory at once (default: all, or as many as there is memory for).
-    `allow_long_context` permits contexts beyond the models' positions. Raises UserError for bad input, before the long
-    work where possible.
+    model diverges most from the reference. With `answers` all models, and the server, answer that many `questions` (a
+    file with one a line, by default built-in ones) greedily, `answer_tokens` each at most. A `server` is one more
+    model, after the others. `dtype` ("bfloat16", "float16", "float32") is what models are run in, by default each
+    config's own. Of a mixture, `experts_per_group` routed experts of a layer are in memory at once (default: all, or
+    as many as there is memory for). `allow_long_context` permits contexts beyond the models' positions. Raises
+    UserError for bad input, before the long work where possible.
     """
     clock = Clock()
     models, dataset = as_sequence(models), as_sequence(dataset)
@@ -96,6 +101,7 @@ def evaluate(
     if server is not None and distributed.world_size() > 1:
         what, remedy = "one process alone asks a server.", "Start it without torchrun."
         raise UserError(what, code="option-conflict", where="server", remedy=remedy)
+    asked = choose_questions(answers, questions, answer_tokens, reference)
     if not dataset:
         progress.message(no_dataset_message("evaluation"))
     with clock("prepare"):
@@ -138,6 +144,9 @@ def evaluate(
             progress.message(_store(file, plan, collector, results))
     with clock("continue"), gpu_memory_errors(place, "Set `continuations` to 0, or free memory of the GPU."):
         continued = _continue(plan, measurements, found, continuations, place) if distributed.is_main() else ()
+    asked = asked if distributed.is_main() else ()
+    with clock("answer"), gpu_memory_errors(place, "Set `answers` to 0, or free memory of the GPU."):
+        answered = answer_all(plan, asked, answer_tokens, server, place, progress) if asked else ()
     record = EvalRecord(
         snugfit=__version__,
         arguments={
@@ -150,6 +159,8 @@ def evaluate(
             "activations": activations,
             "noise_floor": noise_floor,
             "continuations": continuations,
+            "answers": answers,
+            "answer_tokens": answer_tokens,
             "server": None if plan.served is None else plan.served.description.url,
             "allow_long_context": allow_long_context,
             "device": str(place),
@@ -167,6 +178,8 @@ def evaluate(
         peak_gpu_bytes=peak_gpu_bytes(place),
         hardware=hardware(place),
         versions=versions(),
+        answers=answered,
+        answer_figures=answer_figures(answered, answer_tokens, plan.reference is not None),
     )
     return distributed.from_main(record)
 

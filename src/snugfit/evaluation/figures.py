@@ -72,6 +72,7 @@ def model_figures(
     if reference is not None:
         settled["loss_change"], settled["loss_change_error"] = _loss_change(group, part, reference)
         settled["same_top"], settled["same_top_error"] = group.mean(part["same_top"], finite)
+        settled["acceptance"], settled["acceptance_error"] = group.mean(part["overlap"], finite)
         settled["rms_change"] = math.sqrt(group.mean(part["change"] ** 2, finite)[0])
     return ModelFigures(
         name=name,
@@ -253,6 +254,7 @@ def _in_fp64(found: TokenFigures) -> dict[str, NDArray[np.float64]]:
         "reverse": found.reverse,
         "same_top": found.same_top,
         "change": found.change,
+        "overlap": found.overlap,
         "variance": found.variance,
         "bound": found.bound,
     }

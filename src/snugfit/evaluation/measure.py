@@ -210,6 +210,7 @@ def _write(figures: TokenFigures, prediction: Prediction, reference: Prediction 
         divergence = diverge(reference, prediction)
         finite = finite & reference.finite & divergence.kl.isfinite() & divergence.reverse.isfinite()
         found |= {"kl": divergence.kl, "reverse": divergence.reverse, "same_top": divergence.same_top}
+        found["overlap"] = divergence.overlap
         found["change"] = (-loss).exp() - (-reference.loss(piece.targets)).exp()
         if divergence.variance is not None and divergence.bound is not None:
             found |= {"variance": divergence.variance, "bound": divergence.bound}

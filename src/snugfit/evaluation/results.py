@@ -59,9 +59,9 @@ def _read(file: Path) -> EvalRecord | TasksRecord:
     schema = document.get("schema") if isinstance(document, dict) else None
     try:
         if schema == EVAL_SCHEMA:
-            return _checked_eval(TypeAdapter(EvalRecord).validate_json(raw, strict=True), file)
+            return checked_eval(TypeAdapter(EvalRecord).validate_json(raw, strict=True), file)
         if schema == TASKS_SCHEMA:
-            return _checked_tasks(TypeAdapter(TasksRecord).validate_json(raw, strict=True), file)
+            return checked_tasks(TypeAdapter(TasksRecord).validate_json(raw, strict=True), file)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
@@ -74,8 +74,8 @@ def _read(file: Path) -> EvalRecord | TasksRecord:
     raise _invalid(what, file, "Use the snugfit that wrote it, or make the file again.")
 
 
-def _checked_eval(found: EvalRecord, file: Path) -> EvalRecord:
-    """`found`, if its names are distinct and its lists have the same lengths."""
+def checked_eval(found: EvalRecord, file: Path) -> EvalRecord:
+    """`found`, if its names are distinct and its lists have the same lengths; else UserError."""
     if not found.contexts:
         raise _invalid("no context was evaluated.", file)
     _refuse_repeats([str(context.context) for context in found.contexts], "context", file)
@@ -91,8 +91,8 @@ def _checked_eval(found: EvalRecord, file: Path) -> EvalRecord:
     return found
 
 
-def _checked_tasks(found: TasksRecord, file: Path) -> TasksRecord:
-    """`found`, if each metric occurs once and an accuracy's scores are 0, 1 or missing."""
+def checked_tasks(found: TasksRecord, file: Path) -> TasksRecord:
+    """`found`, if each metric occurs once and an accuracy's scores are 0, 1 or missing; else UserError."""
     _refuse_repeats([f"{task.task}, {task.metric}" for task in found.tasks], "task", file)
     for task in found.tasks:
         if not task.items:

@@ -14,9 +14,9 @@ Array = NDArray[np.float32]
 class TokenFigures:
     """Figures of a group's scored tokens, in order, nats; NaN where a chunk was not measured.
 
-    `change`: of the true token's probability. Where KL is an estimate, `variance` is that of its sampling and `bound` a
-    lower bound without sampling. `finite` is false where logits of this model, or of the one it is compared with, or
-    their divergence, were NaN or infinite.
+    `change`: of the true token's probability. `overlap`: sum min(p, q) with the reference's prediction. Where KL is an
+    estimate, `variance` is that of its sampling and `bound` a lower bound without sampling. `finite` is false where
+    logits of this model, or of the one it is compared with, or their divergence, were NaN or infinite.
     """
 
     loss: Array
@@ -26,6 +26,7 @@ class TokenFigures:
     reverse: Array
     same_top: Array
     change: Array
+    overlap: Array
     variance: Array
     bound: Array
 
@@ -44,6 +45,7 @@ def blank_figures(tokens: int) -> TokenFigures:
         reverse=nothing(),
         same_top=nothing(),
         change=nothing(),
+        overlap=nothing(),
         variance=nothing(),
         bound=nothing(),
     )

@@ -187,14 +187,15 @@ class ModelLayout:
     @cached_property
     def packed(self) -> Mapping[str, list[Packed]]:
         """The weights that each module's tensors stand for, with the shapes that they have unpacked."""
-        found = dict(self._packed)
+        found = dict(self.packed_headers)
         for module, fmt in self.formats.items():
             if fmt.name in ("int4", "int8"):  # integer codes state their width in the config alone
                 found[module] = weights_of(_headers(self.modules[module]), int(fmt.name.removeprefix("int")))
         return found
 
     @cached_property
-    def _packed(self) -> Mapping[str, list[Packed]]:
+    def packed_headers(self) -> Mapping[str, list[Packed]]:
+        """As `packed`, by the headers alone: with a damaged config, too."""
         bits = bits_of(self.quantization)
         return {module: weights_of(_headers(tensors), bits) for module, tensors in self.modules.items()}
 
@@ -214,13 +215,13 @@ class ModelLayout:
             return self.unreadable
         headers = {name: (tensor.dtype, tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
         try:
-            return self.dialect.read_formats(list(self._linears()), headers)
+            return self.dialect.read_formats(list(self.linears()), headers)
         except UserError as error:
             return error
 
-    def _linears(self) -> Iterator[str]:
+    def linears(self) -> Iterator[str]:
         """Modules that are linears as far as names and shapes say."""
-        for module, packed in self._packed.items():
+        for module, packed in self.packed_headers.items():
             if len(packed) != 1 or packed[0].parameter != "weight" or len(packed[0].shape) != 2:
                 continue
             parsed = parse_name(f"{module}.weight", packed[0].shape, self.decoder)

@@ -141,7 +141,7 @@ def logical_weights(checkpoint: Checkpoint, dialect: Dialect, method: str) -> Lo
             if name != next(iter(parts.values())):
                 what, remedy = f"{module} has both {' and '.join(_CODES)}.", "Remove one of the two tensors."
                 raise UserError(what, code="tensor-duplicate", where=str(checkpoint.path), remedy=remedy)
-            tensors[weight] = TensorInfo(weight, wide, _shape_of(checkpoint, fmt, parts))
+            tensors[weight] = TensorInfo(weight, wide, weight_shape(checkpoint, fmt, parts))
             origins[weight] = Origin(parts, fmt)
         elif name in stacked.stacked:
             tensors |= {single: stacked.tensors[single] for single in stacked.stacked[name]}
@@ -285,7 +285,7 @@ def _scale_owners(checkpoint: Checkpoint, formats: Mapping[str, TensorFormat]) -
     return owners
 
 
-def _shape_of(checkpoint: Checkpoint, fmt: TensorFormat, parts: Mapping[str, str]) -> tuple[int, int]:
+def weight_shape(checkpoint: Checkpoint, fmt: TensorFormat, parts: Mapping[str, str]) -> tuple[int, int]:
     """The shape of the weight that these tensors hold; UserError where a scale does not fit the codes."""
     codes, *others = (checkpoint.tensors[part] for part in parts.values())
     scale = next(tensor for tensor in others if tensor.name.rpartition(".")[2].startswith("weight_scale"))

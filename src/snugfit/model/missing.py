@@ -23,6 +23,11 @@ _CORE = re.compile(r"norm|embed|wte|wpe|ln_|head|output")
 _UNKNOWN_ROLES = ("other", "linear")
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a tensor is one that models compute from their config, as its name says."""
+    return _BUFFERS.fullmatch(name) is not None
+
+
 def unneeded(checkpoint: Checkpoint, decoder: str, num_layers: int, *, tied: bool) -> tuple[str, ...]:
     """Missing tensors that nothing needs: computed ones, a tied head, prediction layers, and names like no other."""
     if not checkpoint.missing:
@@ -33,7 +38,7 @@ def unneeded(checkpoint: Checkpoint, decoder: str, num_layers: int, *, tied: boo
 
     def is_needed(name: str) -> bool:
         parsed = parse_name(name, (1, 1), decoder)
-        if _BUFFERS.fullmatch(name) or is_prediction_head(name) or (tied and parsed.role == "lm_head"):
+        if is_buffer(name) or is_prediction_head(name) or (tied and parsed.role == "lm_head"):
             return False
         if parsed.layer is not None and parsed.layer >= num_layers:
             return False

@@ -85,7 +85,7 @@ def candidates_of(source: Source, asked: Sequence[str]) -> tuple[list[Candidate]
     `asked` are the recipes to try; none: all built-in ones, those for mixtures of experts only if the model is one.
     """
     layout = source.layout
-    candidates = [_as_it_is(source)]
+    candidates = [as_it_is(source)]
     if layout.blockers:
         error = layout.blockers[0].error
         if asked:
@@ -125,7 +125,7 @@ def shortest(names: Iterable[str]) -> str:
     return min(names, key=lambda name: (len(name), name))
 
 
-def _as_it_is(source: Source) -> Candidate:
+def as_it_is(source: Source) -> Candidate:
     """The file's own weights."""
     layout = source.layout
     tensors = tuple(

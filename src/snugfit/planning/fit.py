@@ -10,6 +10,7 @@ from snugfit.engines.gpus import COMMON, GENERATIONS
 from snugfit.engines.kernels import attention_kernel
 from snugfit.engines.memory import ENGINE_NAMES, ENGINES, EngineMemory
 from snugfit.errors import UserError
+from snugfit.inspection.doctor import check_layout
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.positions import max_positions
 from snugfit.model.support import encoder_decoder
@@ -33,6 +34,7 @@ from snugfit.vram.fit import (
     bits_per_weight,
     fit_weights,
     kernel_labels,
+    loading_status,
     serving_error,
     total_weight_bytes,
 )
@@ -83,12 +85,21 @@ def fit(
     layout = read_layout(model)
     for error in encoder_decoder(layout.checkpoint):
         raise error
-    served, notes = _read_model(layout, settings)
+    served, notes = read_served_model(layout, settings)
     source = read_source(layout)
     candidates, more_notes = candidates_of(source, list(map(str, as_sequence(recipes))))
+    more_notes += _faults(layout)
     elements = source.elements()
     rows = sorted((_row(candidate, elements, served, settings) for candidate in candidates), key=_rank)
     return _record(layout.checkpoint.name, arguments, settings, served, rows, (*notes, *more_notes))
+
+
+def _faults(layout: ModelLayout) -> list[str]:
+    """What `doctor` finds in the headers of a checkpoint that is quantized already."""
+    if not layout.method:
+        return []
+    found = (finding for finding in check_layout(layout) if finding.severity != "note")
+    return [f"doctor: {f.severity} ({f.fault}): {f.where}: {f.what}" for f in found]
 
 
 def _engine(name: str, gpu_memory_utilization: float | None, max_num_seqs: int) -> EngineMemory:
@@ -122,7 +133,7 @@ def _at_least_one(name: str, value: int) -> int:
     return value
 
 
-def _read_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
+def read_served_model(layout: ModelLayout, settings: ServeSettings) -> tuple[ServedModel, list[str]]:
     """Shapes from config.json, and remarks on them; UserError where the model cannot be served as asked."""
     for blocker in layout.blockers:
         if blocker.error.code == "config-invalid":
@@ -218,6 +229,7 @@ def _row(candidate: Candidate, elements: Mapping[str, int], model: ServedModel, 
             _cache("fp8", scaled, fp8, model.cache.size(fp8=True, tp=tp).bytes_per_token),
         ),
         kernels={GENERATIONS[key]: labels for key, labels in kernel_labels(tensors, settings).items()},
+        loads={GENERATIONS[key]: status for key, status in loading_status(tensors, settings).items()},
     )
 
 

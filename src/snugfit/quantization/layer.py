@@ -310,8 +310,7 @@ def propagate(
     else:
         chosen = run.pieces.chosen
         bad = int(pieces.run_layer(layer, run.index, run.batches, before, chosen, cache=cache, states=run.states))
-    if distributed.world_size() > 1:
-        bad = sum(distributed.gather(bad))
+    bad = bad if distributed.world_size() == 1 else sum(distributed.gather(bad))
     if bad:
         total = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])

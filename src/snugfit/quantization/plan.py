@@ -29,15 +29,13 @@ from snugfit.model.tied import untied
 from snugfit.recipes.assignment import Assignment, runs_in_engines
 from snugfit.recipes.recipe import LoadedRecipe
 from snugfit.recipes.resolve import resolve
-from snugfit.records.quantize import TensorRecord
+from snugfit.records.quantize import DEQUANTIZED, KV_CACHE, PASSTHROUGH, TensorRecord
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.storage.shards import Shard, plan_shards
 
 # a thirty-second of the model, within these bounds: whole files are digested while others are written
 SHARD_BYTES = 500_000_000, 5_000_000_000
-PASSTHROUGH, DEQUANTIZED = "as it was", "dequantized"
-KV_CACHE = "fp8 KV cache"
 _FOUR_BITS = frozenset({"nvfp4", "nvfp4a16", "mxfp4", "int4"})
 
 

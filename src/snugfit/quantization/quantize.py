@@ -15,6 +15,7 @@ from snugfit.data.dataset import Dataset, with_defaults
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.formats import inputs
+from snugfit.inspection.doctor import check_files
 from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
 from snugfit.methods import kernels
 from snugfit.model.layout import read_layout
@@ -37,7 +38,7 @@ from snugfit.records.statistics_file import (
 from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
-from snugfit.storage.shards import index_of
+from snugfit.storage.shards import file_digests, index_of
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
 
@@ -164,10 +165,14 @@ def quantize(
             "experts_per_group": prepared.experts_per_group,
             "processes": distributed.world_size(),
         }
-        record = distributed.from_main(_record(tried, destination, left_out, arguments))
+        record = _record(tried, destination, left_out, arguments)
         if distributed.is_main():
+            record = replace(record, other_files=_other_files(directory, tried.outcome.files))
             (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
-    return record
+            for finding in check_files(directory, small_files=False):
+                if finding.severity != "note":
+                    progress.message(f"doctor: {finding.fault}: {finding.where}: {finding.what}")
+        return distributed.from_main(record)
 
 
 def plan_quantization(
@@ -254,6 +259,13 @@ def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     _write_config(plan, directory)
     (directory / RECIPE_FILE).write_text(plan.recipe.text, encoding="utf-8")
     return tuple(sorted({*not_copied(source), *(known & set(OTHER_QUANTIZATION_FILES))}))
+
+
+def _other_files(directory: Path, weight_files: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of every finished file beside the weights and the record, which is written last."""
+    apart = {*weight_files, LOCK_NAME, RECORD_FILE}
+    names = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
+    return file_digests(directory, [n for n in names if n not in apart and not n.startswith(f"{WORK_NAME}/")])
 
 
 def _write_config(plan: Plan, directory: Path) -> None:

@@ -1,10 +1,15 @@
-"""What all result files share: each is a frozen dataclass that states its schema and what made it, written as JSON."""
+"""What all result files share: each is a frozen dataclass that states its schema and what made it, written as JSON.
+
+The text of a record ends with a digest of everything before it, so that a record that was edited later shows it. It is
+no protection against forgery: who edits a record can compute it again.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 
@@ -21,8 +26,28 @@ class _NullIsNaN:
 Number = Annotated[float, _NullIsNaN()]  # a float that may be NaN or infinite: null in the file, NaN when read again
 
 
+SCHEMA, DIGEST = "schema", "record_digest"  # keys of every record
+OURS = "snugfit."  # every schema begins with it
+
+
+def is_record(document: Any) -> bool:
+    """Whether a JSON document is a record of this package, of whatever version."""
+    return isinstance(document, dict) and str(document.get(SCHEMA, "")).startswith(OURS)
+
+
+def content_digest(document: Mapping[str, Any]) -> str:
+    """SHA-256, hexadecimal, of all keys and values of a record but its digest; spaces and line ends do not count."""
+    content = {key: value for key, value in document.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
 def as_json(document: Any, *, allow_nan: bool = True) -> str:
-    """The JSON text of a document; half a surrogate pair, as in file names that are not UTF-8, is written escaped."""
+    """The JSON text of a document, of a record with its digest.
+
+    Half a surrogate pair, as in file names that are not UTF-8, is written escaped.
+    """
+    if is_record(document):
+        document = {**document, DIGEST: content_digest(document)}
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -135,6 +135,9 @@ class ModelFigures:
     "lower bound" (from a server's top tokens). `same_top` is the share of tokens whose most likely token is the
     reference's; `rms_change` the root mean square change of the true token's probability. `nonfinite` tokens had NaN or
     infinite logits and are left out of every figure of this model. An estimate's quantiles are of its lower bound.
+    `acceptance` is the expected acceptance rate of this model's drafts by the reference (speculative decoding): the
+    overlap sum min(p, q) of the two predictions, from 0 to 1, averaged over tokens (1 - total variation; Leviathan et
+    al. 2023, arXiv 2211.17192, corollary 3.6). Where `kl_kind` is "lower bound" it is an upper bound.
     `loss_change` is this model's loss minus the reference's, nats a token, its error of the paired differences; None
     for the reference, and where either has tokens left out.
     """
@@ -157,6 +160,8 @@ class ModelFigures:
     floor: Floor | None = None
     loss_change: Number | None = None
     loss_change_error: Number | None = None
+    acceptance: Number | None = None
+    acceptance_error: Number | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,10 +220,54 @@ class Continuation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A model's greedy answer to a question. `tokens` it has; `finished`: the model ended it, not the limit.
+
+    `repeated` is the share of its 4-token sequences that occurred in it before. `loops`: it ends in a piece of text
+    that stands there three times or more in a row. `same_tokens`: how many tokens it shares with the reference's answer
+    from the beginning; None for the reference, and without one.
+    """
+
+    model: str
+    question: str
+    text: str
+    tokens: int
+    finished: bool
+    repeated: Number
+    loops: bool
+    same_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerFigures:
+    """One model's greedy answers to all questions: means, with one standard error over questions.
+
+    `length_change` is its tokens over the reference's minus 1, of the sums; `repeated_change` its repeated share minus
+    the reference's, paired over questions. None for the reference, and errors of fewer than two questions.
+    """
+
+    model: str
+    questions: int
+    limit: int
+    tokens: Number
+    tokens_error: Number | None
+    repeated: Number
+    repeated_error: Number | None
+    loops: int
+    unfinished: int
+    length_change: Number | None = None
+    length_change_error: Number | None = None
+    repeated_change: Number | None = None
+    repeated_change_error: Number | None = None
+    same_tokens: Number | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalRecord:
     """A finished evaluation. Sizes in bytes, times in seconds, digests SHA-256.
 
-    `continuations` are of the conversations, each model's largest divergences first.
+    `continuations` are of the conversations, each model's largest divergences first. `answers` are greedy answers to
+    questions, the reference's first, where they were asked for; `answer_figures` has a line for each model.
     """
 
     snugfit: str
@@ -234,6 +283,8 @@ class EvalRecord:
     peak_gpu_bytes: int | None
     hardware: Mapping[str, Any]
     versions: Mapping[str, str]
+    answers: tuple[Answer, ...] = ()
+    answer_figures: tuple[AnswerFigures, ...] = ()
     schema: str = EVAL_SCHEMA
 
     def to_json(self) -> str:

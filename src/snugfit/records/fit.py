@@ -88,8 +88,9 @@ class FitCache:
 class FitRow:
     """One way to store the weights: the recipes that write it (none: the model as it is), with either KV cache.
 
-    `kernels` names what runs the weights, by GPU generation. Where `problem` says why this way is impossible, nothing
-    else is known.
+    `kernels` names what runs the weights, by GPU generation, `loads` how it is known that the engine loads them there:
+    "seen" running by this project, "read" in its source, or "no". Where `problem` says why this way is impossible,
+    nothing else is known.
     """
 
     name: str
@@ -100,6 +101,7 @@ class FitRow:
     bits_per_weight: float | None = None
     caches: tuple[FitCache, ...] = ()
     kernels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    loads: Mapping[str, str] = field(default_factory=dict)
     problem: str | None = None
 
     @property

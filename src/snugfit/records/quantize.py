@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from snugfit.records.base import as_json, without_nan
@@ -16,6 +16,8 @@ QUANTIZE_SCHEMA = "snugfit.quantize/1"
 # files of a quantized checkpoint that say how it was made
 RECORD_FILE = "snugfit-record.json"
 RECIPE_FILE = "snugfit-recipe.yaml"
+# formats of tensors that no rule quantized: in the source's dtype, or out of its codes in 16 bits; scales of a KV cache
+PASSTHROUGH, DEQUANTIZED, KV_CACHE = "as it was", "dequantized", "fp8 KV cache"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class QuantizeRecord:
     `input_saturation` compares held-out inputs with the range of each static input scale of the result; empty without
     such scales, and without `held_out`. `norm_folds` says of each layer with routed experts whether the norm
     before them was folded, and how that was checked; empty where the result comes of a way that does not try it.
+    `files` has the digest of each weight file, `other_files` those of all others but this record.
     """
 
     snugfit: str
@@ -76,6 +79,7 @@ class QuantizeRecord:
     estimates: Mapping[str, Any]
     resumed: Mapping[str, Any] | None = None
     norm_folds: tuple[NormFold, ...] = ()
+    other_files: Mapping[str, str] = field(default_factory=dict)
     schema: str = QUANTIZE_SCHEMA
 
     def to_json(self) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isnan
 
+from snugfit.records.base import Number
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputSaturation:
@@ -22,10 +24,10 @@ class InputSaturation:
     tokens: int
     saturated_tokens: int
     saturated_values: int
-    amax: float
-    ratio: float
-    range: float
-    calibrated_amax: float | None
+    amax: Number
+    ratio: Number
+    range: Number
+    calibrated_amax: Number | None
 
 
 def worst(sites: Sequence[InputSaturation]) -> InputSaturation:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
 
+from snugfit.records.base import Number
+
 MIN_GAIN = 2.0  # standard errors of the paired difference by which a later way has to be better
 
 
@@ -19,11 +21,11 @@ class Trial:
     """
 
     name: str
-    kl: float
-    error: float
+    kl: Number
+    error: Number
     tokens: int
-    gain: float | None
-    gain_error: float | None
+    gain: Number | None
+    gain_error: Number | None
     kept: bool
     seconds: float
 

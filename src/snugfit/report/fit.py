@@ -55,6 +55,9 @@ def fit_notes(record: FitRecord) -> list[str]:
         labels = dict.fromkeys(label for row in record.rows for label in row.kernels.get(generation, ()))
         kernels = (*labels, f"16-bit cache: {attention.auto}", f"FP8 cache: {attention.fp8}")
         lines.append(f"{generation}: {'; '.join(kernels)}")
+        seen = [row.name for row in record.rows if row.loads.get(generation) == "seen"]
+        if seen:
+            lines.append(f"seen running there: {', '.join(seen)}; the rest is read from the engine's source")
     problems: dict[str, list[str]] = {}
     for row in record.rows:
         if row.problem is not None:

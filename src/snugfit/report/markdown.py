@@ -23,3 +23,8 @@ def escape(text: str) -> str:
     """`text` as Markdown shows it unchanged, in one line; underscores within a word need no escape."""
     line = plain(re.sub(r"\s+", " ", text))
     return re.sub(r"[\\|*`<>\[\]~&]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", line)
+
+
+def unescape(text: str) -> str:
+    """Markdown of `escape`, with code in backticks, as plain text."""
+    return re.sub(r"\\([\\|*`<>\[\]~&_])|`", lambda match: match[1] or "", text)

@@ -14,12 +14,11 @@ from statistics import median
 
 from snugfit.records.statistics import SAMPLED, Coverage, ExpertStatistics, Outlier, Range
 from snugfit.records.statistics_file import Statistics
-from snugfit.report.plots import COLOURS, MARKERS, Line, Plot, Point, draw
+from snugfit.report.plots import Line, Plot, Point, draw, line_of
 from snugfit.report.tables import Sheet
 
 NARROW_ROWS = 12  # rows of a table for the terminal
 CSV_COLUMNS = ("layer", "projection", "tokens", "amax", "p999", "amax_over_p999")
-_LINE_STYLES = ("-", "--", ":", "-.")
 _LAYERS = "decoder layer"
 
 
@@ -205,7 +204,7 @@ def _outlier_plot(statistics: Statistics, outliers: Sequence[Outlier]) -> Plot:
     for outlier in outliers:
         if outlier.ratio > 0 and math.isfinite(outlier.ratio):
             points.setdefault(outlier.projection, []).append((float(outlier.layer), outlier.ratio, None))
-    lines = tuple(_line(label, number, found) for number, (label, found) in enumerate(points.items()))
+    lines = tuple(line_of(label, number, found) for number, (label, found) in enumerate(points.items()))
     label = "largest input over the 99.9th percentile"
     return _plot("outliers-by-layer", label, statistics, lines)
 
@@ -216,20 +215,9 @@ def _coverage_plot(statistics: Statistics, coverage: Sequence[Coverage]) -> Plot
         "median": [(float(c.layer), float(c.routed.median), None) for c in coverage],
         "least": [(float(c.layer), float(c.routed.least), None) for c in coverage],
     }
-    lines = tuple(_line(label, number, found) for number, (label, found) in enumerate(rows.items()) if found)
+    lines = tuple(line_of(label, number, found) for number, (label, found) in enumerate(rows.items()) if found)
     label = "tokens routed to an expert"
     return _plot("tokens-by-layer", label, statistics, lines)
-
-
-def _line(label: str, number: int, points: Sequence[Point]) -> Line:
-    """A line that differs from the others in colour and marker, and in its dashes once these repeat."""
-    style = {
-        "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": _LINE_STYLES[number // len(COLOURS) % len(_LINE_STYLES)],
-    }
-    shown = f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with a leading _ out of legends
-    return Line(shown, style, tuple(points))
 
 
 def _title(statistics: Statistics) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # colours that colour-blind readers can distinguish (Okabe and Ito); the reference is black
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8B5A2B")
 MARKERS = "osD^vPX*"
+LINE_STYLES = ("-", "--", ":", "-.")
 LENGTHS = "context length, tokens"
 POSITIONS = "position in the context (bins of powers of two, from)"
 KL = "KL to the reference, nats a token"
@@ -37,7 +38,10 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """One plot; `name` is its file's. `by_layer`: x are numbers of layers, and y is always logarithmic."""
+    """One plot; `name` is its file's. `by_layer`: x are numbers of layers, and y is always logarithmic.
+
+    `linear`: x is no number of tokens, and both axes are linear.
+    """
 
     name: str
     x_label: str
@@ -47,10 +51,16 @@ class Plot:
     floors: tuple[Line, ...] = ()
     caption: str = "bands: one standard error over chunks"
     by_layer: bool = False
+    linear: bool = False
 
 
 def write_plots(record: EvalRecord, directory: Path) -> list[str]:
-    """Write perplexity and KL by context length, and KL (else perplexity) by position; returns the files' names.
+    """Write the plots of an evaluation; returns the files' names."""
+    return [file for plot in plots_of(record) for file in draw(plot, directory)]
+
+
+def plots_of(record: EvalRecord) -> list[Plot]:
+    """Perplexity and KL by context length, and KL (else perplexity) by position; none without lines.
 
     By position: the longest context and, in a file that ends in -chat, chat and rows.
     """
@@ -59,7 +69,7 @@ def write_plots(record: EvalRecord, directory: Path) -> list[str]:
     longest = [max(texts, key=lambda context: context.context)] if texts else []
     for context in (*longest, *(context for context in record.contexts if not context.context)):
         plots += _by_position(record, context)
-    return [file for plot in plots if plot.lines for file in draw(plot, directory)]
+    return [plot for plot in plots if plot.lines]
 
 
 def _by_context(record: EvalRecord, texts: Sequence[ContextFigures]) -> list[Plot]:
@@ -137,6 +147,14 @@ def _styled(
     return tuple(lines)
 
 
+def line_of(label: str, number: int, points: Sequence[Point], **style: Any) -> Line:
+    """A line in the colour, marker and dashes of its number among the lines of a plot."""
+    dashes = LINE_STYLES[number // len(COLOURS) % len(LINE_STYLES)]
+    look = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "linestyle": dashes}
+    shown = f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with a leading _ out of legends
+    return Line(shown, look | style, tuple(points))
+
+
 def _span(counts: Sequence[int]) -> str:
     low, high = min(counts), max(counts)
     return f"{low:,}" if low == high else f"{low:,} to {high:,}"
@@ -174,7 +192,7 @@ def _draw_lines(figure: Figure, plot: Plot) -> None:
         _mark_break(panels)
     else:
         both = [*values, *floors]
-        wide = plot.y_label != KL and max(both) > LOG_RATIO * min(both)
+        wide = plot.y_label != KL and not plot.linear and max(both) > LOG_RATIO * min(both)
         _scale(panels[0], both, logarithmic=min(both) > 0 and (bool(floors) or wide or plot.by_layer))
         if plot.by_layer and min(both) <= 0:
             _scale_from_zero(panels[0], max(both))
@@ -247,13 +265,15 @@ def _mark_break(panels: Sequence[Axes]) -> None:
 def _label(figure: Figure, panels: Sequence[Axes], plot: Plot) -> None:
     """Ticks of x, labels, title, and a legend beside the lines, in the order of their last points."""
     ticks = sorted({x for line in plot.lines for x, _, _ in line.points})
-    if plot.by_layer:
+    if plot.linear:
+        ticks = list(panels[-1].get_xticks())[1:-1]
+    elif plot.by_layer:
         step = max(1, math.ceil((ticks[-1] - ticks[0]) / 16))
         ticks = [float(x) for x in range(round(ticks[0]), round(ticks[-1]) + 1, step)]
     else:
         panels[-1].set_xscale("log", base=2)
     size = 9 if len(ticks) < 14 else 7
-    panels[-1].set_xticks(ticks, [f"{x:,.0f}" for x in ticks], fontsize=size)
+    panels[-1].set_xticks(ticks, [_plain(x) if plot.linear else f"{x:,.0f}" for x in ticks], fontsize=size)
     for axes in panels:
         axes.minorticks_off()
         axes.grid(visible=True, color="0.9")

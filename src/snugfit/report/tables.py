@@ -25,9 +25,22 @@ CSV_COLUMNS = (
     *("context", "model", "chunks", "tokens", "perplexity", "perplexity_error", "kl", "kl_error", "kl_kind"),
     *("kl_median", "kl_p90", "kl_p95", "kl_p99", "kl_p999", "kl_max", "reverse_kl", "same_top", "rms_change"),
     *("floor_kl", "floor_error", "floor_tokens", "nonfinite", "loss_change", "loss_change_error"),
+    *("acceptance", "acceptance_error"),
 )
 COMPARED = (  # columns that only a record with a reference has
-    *("KL", "floor", "loss - reference", "median", "p99", "p99.9", "max", "reverse KL", "same top", "RMS dp"),
+    *(
+        "KL",
+        "floor",
+        "loss - reference",
+        "median",
+        "p99",
+        "p99.9",
+        "max",
+        "reverse KL",
+        "same top",
+        "acceptance",
+        "RMS dp",
+    ),
 )
 TERMINAL = ("context", "model", "perplexity", "KL", "floor", "same top", "not finite")  # 80 columns
 TERMINAL_PAIRS = ("context", "A", "B", "figure", "A - B", "p (Holm)")
@@ -56,7 +69,7 @@ def evaluation_sheets(record: EvalRecord) -> list[Sheet]:
     sheets = [_by_context(record, narrow=True)]
     if any(context.pairs for context in record.contexts):
         sheets.append(_pairs(record, narrow=True))
-    return sheets
+    return [*sheets, *([_answers(record)] if record.answer_figures else [])]
 
 
 def all_sheets(record: EvalRecord) -> list[Sheet]:
@@ -74,7 +87,7 @@ def all_sheets(record: EvalRecord) -> list[Sheet]:
             found = [m.by_confidence for m in context.models]
             title = f"By the reference's largest probability, {name}"
             sheets.append(_bins(title, "probability", context, labels, found))
-    return sheets
+    return [*sheets, *([_answers(record)] if record.answer_figures else [])]
 
 
 def task_sheet(record: TasksRecord) -> Sheet:
@@ -124,6 +137,8 @@ def to_csv(record: EvalRecord) -> str:
                     model.nonfinite,
                     model.loss_change,
                     model.loss_change_error,
+                    model.acceptance,
+                    model.acceptance_error,
                 ]
             )
     return output.getvalue()
@@ -185,6 +200,8 @@ def _figures(model: ModelFigures, reference_floor: float | None) -> dict[str, st
             cells["p99.9"] = ""
         cells["reverse KL"] = f"{bound}{model.reverse_kl.mean:.4f}" if model.reverse_kl else ""
         cells["same top"] = "" if model.same_top is None else f"{model.same_top:.2%}"
+        accepted = "<= " if model.kl_kind == "lower bound" else ""
+        cells["acceptance"] = "" if model.acceptance is None else f"{accepted}{model.acceptance:.2%}"
         cells["RMS dp"] = "" if model.rms_change is None else f"{model.rms_change:.4f}"
     return cells | {"not finite": str(model.nonfinite or "")}
 
@@ -196,6 +213,7 @@ def _by_context_note(record: EvalRecord, *, narrow: bool) -> str:
         parts = ["Errors are one standard error over chunks. KL needs a reference, the original model."]
     elif not narrow:
         parts.append("Loss - reference: candidate minus reference, its error of the differences chunk by chunk.")
+        parts.append("Acceptance: the share of its draft tokens that the reference would accept, sum min(p, q).")
         parts.append("RMS dp: root mean square change of the true token's probability.")
     if other_text(record):
         parts.append("Each length has other text: a limit of tokens instead of chunks gives all lengths the same text.")
@@ -228,6 +246,31 @@ def _side_by_side(record: EvalRecord) -> Sheet:
         for context in record.contexts
     )
     return Sheet("Perplexity by context length", ("context", *names), rows)
+
+
+def _answers(record: EvalRecord) -> Sheet:
+    """Length and repetition of the greedy answers."""
+    rows = []
+    for one in record.answer_figures:
+        length = "" if one.length_change is None else f"{one.length_change:+.1%}"
+        if one.length_change_error is not None:
+            length += f" +- {one.length_change_error:.1%}"
+        change = (
+            ""
+            if one.repeated_change is None
+            else with_error(one.repeated_change, one.repeated_change_error, 4, sign="+")
+        )
+        shared = "" if one.same_tokens is None else f"{one.same_tokens:.1f}"
+        cells = with_error(one.tokens, one.tokens_error, 1), length, with_error(one.repeated, one.repeated_error, 4)
+        rows.append((one.model, *cells, change, str(one.loops), str(one.unfinished), shared))
+    headings = ("model", "tokens", "length", "repeated", "repeated - reference", "loops", "unfinished", "same tokens")
+    first = record.answer_figures[0]
+    note = (
+        f"Greedy answers to {first.questions} questions, at most {first.limit} tokens. Length: tokens against the "
+        "reference's. Repeated: share of 4-token sequences that occurred before in the answer. Loops: answers that end "
+        "in a repeated piece. Same tokens: shared with the reference's answer from its beginning."
+    )
+    return Sheet("Greedy answers", headings, tuple(rows), 1, note)
 
 
 def _pairs(record: EvalRecord, *, narrow: bool = False) -> Sheet:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 
 from snugfit.records.evaluation import KernelReport
+from snugfit.records.serve import ServeTaken
 
 ENGINE = re.compile(r"LLM engine \(v([^)\s]+)\) with config: (.*)")
 VERSION = re.compile(r"(?:\[api_(?:server|utils)\.py:\d+\]|vLLM API server).*\bversion (\d[\w.+]*)")
@@ -82,3 +83,37 @@ def _choice(line: str) -> tuple[str, str] | None:
 def _value(settings: dict[str, str], name: str) -> str | None:
     value = settings.get(name, "None").strip("'\"")
     return None if value == "None" else value
+
+
+# figures of memory in the logs of vLLM (0.19 to 0.32; Aphrodite's are the same) and of SGLang 0.5; the last line counts
+_GIB_FIGURES = {
+    "weight_bytes": (
+        re.compile(r"Model loading took ([\d.]+) Gi?B"),
+        re.compile(r"Load weight end\..*mem usage=([\d.]+) GB"),
+    ),
+    "cache_bytes": (re.compile(r"Available KV cache memory: ([\d.]+) GiB"),),
+    "graph_bytes": (
+        re.compile(r"Graph capturing finished in .*took (-?[\d.]+) GiB"),
+        re.compile(r"Capture cuda graph end\..*mem usage=([\d.]+) GB"),
+    ),
+}
+_TOKENS = (re.compile(r"KV cache size: ([\d,]+) tokens"), re.compile(r"\bmax_total_num_tokens=(\d+)"))
+
+
+def memory_from_log(text: str) -> ServeTaken:
+    """The memory that an engine says it took; None for what its log does not say."""
+    lines = COLOUR.sub("", text)
+    sizes = {name: _last(patterns, lines) for name, patterns in _GIB_FIGURES.items()}
+    tokens = _last(_TOKENS, lines)
+    return ServeTaken(
+        **{name: None if value is None else int(float(value) * 1024**3) for name, value in sizes.items()},
+        cache_tokens=None if tokens is None else int(tokens.replace(",", "")),
+    )
+
+
+def _last(patterns: tuple[re.Pattern[str], ...], text: str) -> str | None:
+    """What the first pattern with a match finds last."""
+    for pattern in patterns:
+        if found := pattern.findall(text):
+            return str(found[-1])
+    return None

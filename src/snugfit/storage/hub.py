@@ -105,7 +105,7 @@ def open_hub(name: str, revision: str | None) -> Checkpoint:
     model = name if revision is None else f"{name}@{revision}"
     if constants.HF_HUB_OFFLINE:
         return _open_cached(name, revision, model)
-    with _no_bars():
+    with no_bars():
         commit, sizes = _repo_info(name, revision, model)
         small = [file for file in CONFIGS if file in sizes]
         small += [file for file in RECORDS if (sizes.get(file) or MAX_RECORD_BYTES) < MAX_RECORD_BYTES]
@@ -147,7 +147,7 @@ def fetch_other_files(checkpoint: Checkpoint, *, to_copy: bool = False) -> Check
         return checkpoint
     known = frozenset(checkpoint.other_files)
     names = [name for name in checkpoint.other_files if is_copied(name, known) and (to_copy or not is_weights(name))]
-    with _no_bars():
+    with no_bars():
         _download(remote.name, remote.revision, [CONFIG_NAME, *names], remote.name)
     return checkpoint
 
@@ -323,7 +323,7 @@ def _without_password(url: str) -> str:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Without huggingface_hub's progress bars: these files are small."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()

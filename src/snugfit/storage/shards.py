@@ -53,10 +53,10 @@ def plan_shards(tensors: Sequence[TensorInfo], max_shard_bytes: int) -> list[Sha
         filled += tensor.bytes
     total = len(parts)
     names = [SINGLE_NAME] if total == 1 else [f"model-{n:05d}-of-{total:05d}.safetensors" for n in range(1, total + 1)]
-    return [_lay_out(name, part) for name, part in zip(names, parts, strict=True)]
+    return [lay_out(name, part) for name, part in zip(names, parts, strict=True)]
 
 
-def _lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
+def lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
     """One shard, byte for byte as safetensors' own writer lays it out: by dtype, largest first, then by name."""
     ordered = sorted(tensors, key=lambda t: (-SERIAL_ORDER.index(t.dtype), t.name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -196,7 +196,7 @@ class ShardWriter:
             shard = self._shard_of[name].name
             self._left[shard] -= 1
             if not self._left[shard] and self._with_digests:
-                self._digests[shard] = self._digester.submit(_digest, self._directory / shard)
+                self._digests[shard] = self._digester.submit(file_digest, self._directory / shard)
 
     def finish(self) -> dict[str, str]:
         """Close every shard; SHA-256 by file name. AssertionError for a planned tensor that was not written.
@@ -212,7 +212,7 @@ class ShardWriter:
             return {}
         with self._lock:
             for name in self._shards.keys() - self._digests.keys():  # without tensors
-                self._digests[name] = self._digester.submit(_digest, self._directory / name)
+                self._digests[name] = self._digester.submit(file_digest, self._directory / name)
         found = {name: self._digests[name].result() for name in self._shards}
         for flush in self._flushes:
             flush.result()
@@ -250,7 +250,7 @@ def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
 def file_digests(directory: Path, names: Sequence[str]) -> dict[str, str]:
     """SHA-256 of files, hexadecimal, by name."""
     with ThreadPoolExecutor(max_workers=4) as pool:
-        return dict(zip(names, pool.map(lambda name: _digest(directory / name), names), strict=True))
+        return dict(zip(names, pool.map(lambda name: file_digest(directory / name), names), strict=True))
 
 
 def crc_of(handle: int, offset: int, size: int) -> list[int]:
@@ -259,7 +259,7 @@ def crc_of(handle: int, offset: int, size: int) -> list[int]:
     return [zlib.crc32(os.pread(handle, length, start)) for start, length in pieces]
 
 
-def _digest(file: Path) -> str:
+def file_digest(file: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

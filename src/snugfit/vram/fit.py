@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from snugfit.engines.gpus import COMMON, GENERATIONS, Generation
 from snugfit.engines.kernels import linear_kernel
+from snugfit.engines.loading import Loading, worst_loading
 from snugfit.engines.memory import EngineMemory
 from snugfit.formats.spec import TensorFormat
 from snugfit.storage.safetensors_header import TensorInfo
@@ -125,6 +126,13 @@ def kernel_labels(tensors: Sequence[PlannedTensor], settings: ServeSettings) -> 
             labels[f"{label}: {kernel.name} ({kernel.arithmetic})" if kernel else f"{label}: no kernel"] = None
         found[generation] = tuple(labels)
     return found
+
+
+def loading_status(tensors: Sequence[PlannedTensor], settings: ServeSettings) -> dict[Generation, Loading]:
+    """Generation -> how it is known that the engine loads these weights there."""
+    generations: Sequence[Generation] = (settings.gpu.generation,) if settings.gpu.generation else COMMON
+    formats = dict.fromkeys(kernel_format(tensor.format) for tensor in tensors if tensor.format is not None)
+    return {generation: worst_loading(settings.engine.engine, formats, generation) for generation in generations}
 
 
 def weight_bytes_per_gpu(tensors: Sequence[PlannedTensor], tp: int, kv_heads: int | None) -> int:

@@ -1,0 +1,96 @@
+"""How each engine's server is started: its module, its options by purpose, its settings in the environment, as data.
+
+vLLM's options are those of `vllm serve` (0.24 and 0.32), Aphrodite's of its `endpoints/openai/api_server.py` (April
+2026), SGLang's of its server_args.py (0.5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """One engine: `python -m MODULE`, or a `command` of its own, then options.
+
+    `model`, `context` and the others are the option's names, () for the model as a bare argument. `ready` is the page
+    that answers when the engine does. `environment` are settings that are given unless the user has others.
+    """
+
+    name: str
+    module: str
+    command: tuple[str, ...]
+    model: tuple[str, ...]
+    served_name: str
+    context: str
+    sequences: str
+    share: str
+    cache_dtype: str
+    fp8_cache: str
+    parallel: str
+    ready: str = "/health"
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+_VLLM = Launch(
+    name="vllm",
+    module="vllm.entrypoints.openai.api_server",
+    command=("vllm", "serve"),
+    model=("--model",),
+    served_name="--served-model-name",
+    context="--max-model-len",
+    sequences="--max-num-seqs",
+    share="--gpu-memory-utilization",
+    cache_dtype="--kv-cache-dtype",
+    fp8_cache="fp8",
+    parallel="--tensor-parallel-size",
+    environment={"VLLM_NO_USAGE_STATS": "1"},
+)
+_APHRODITE = Launch(
+    name="aphrodite",
+    module="aphrodite.endpoints.openai.api_server",
+    command=("aphrodite", "run"),
+    model=("--model",),
+    served_name="--served-model-name",
+    context="--max-model-len",
+    sequences="--max-num-seqs",
+    share="--gpu-memory-utilization",
+    cache_dtype="--kv-cache-dtype",
+    fp8_cache="fp8",
+    parallel="--tensor-parallel-size",
+)
+_SGLANG = Launch(
+    name="sglang",
+    module="sglang.launch_server",
+    command=("python3", "-m", "sglang.launch_server"),
+    model=("--model-path",),
+    served_name="--served-model-name",
+    context="--context-length",
+    sequences="--max-running-requests",
+    share="--mem-fraction-static",
+    cache_dtype="--kv-cache-dtype",
+    fp8_cache="fp8_e4m3",
+    parallel="--tp-size",
+)
+LAUNCHES: Mapping[str, Launch] = {
+    "vllm": _VLLM,
+    "vllm-0.24": _VLLM,
+    "vllm-0.19": _VLLM,
+    "aphrodite": _APHRODITE,
+    "sglang": _SGLANG,
+}
+
+
+def given(option: str, extra: Sequence[str]) -> bool:
+    """Whether `extra` has this option: `--name value`, `--name=value`, or with underscores."""
+    names = {option, option.replace("-", "_").replace("__", "--", 1)}
+    return any(part.split("=", 1)[0] in names for part in extra)
+
+
+def asks_for_fp8_cache(launch: Launch, extra: Sequence[str]) -> bool:
+    """Whether `extra` asks the engine for a KV cache in FP8."""
+    values = [part.split("=", 1)[1] for part in extra if "=" in part and given(launch.cache_dtype, [part])]
+    values += [value for name, value in pairwise(extra) if "=" not in name and given(launch.cache_dtype, [name])]
+    return any(value.startswith("fp8") for value in values)

@@ -1,0 +1,51 @@
+"""What each engine loads of the files that snugfit writes, on which GPU: seen running, read in its source, or not.
+
+"seen": this project ran the engine on such a file and GPU (docs/engines.md). "read": its source, or its documentation,
+has a reader and a kernel for it. "no": neither. vLLM and Aphrodite read compressed-tensors by the same code
+(compressed_tensors.py: _get_scheme_from_parts); Aphrodite's is that of April 2026. SGLang's reader is its own: weights
+in groups by WNA16, FP8 by channel and block, NVFP4 by CUTLASS or FlashInfer on Blackwell. Later sources of SGLang also
+have Marlin for NVFP4 and MXFP4 on sm80, sm90 and sm120 (compressed_tensors_w4a4_nvfp4_marlin.py,
+compressed_tensors_w4a16_mxfp4.py); which release brought them was not found, so they are "no" here. Both refuse fused
+weights whose global scales differ, which snugfit never writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from snugfit.engines.gpus import Generation
+from snugfit.engines.kernels import LINEAR, linear_kernel
+
+Loading = Literal["seen", "read", "no"]
+# formats of weights, in the words of engines/kernels.py
+FORMATS = ("bf16", "fp8-channel", "fp8-block", "nvfp4", "nvfp4a16", "mxfp4", "int4")
+# vLLM 0.24 on an H100 (docs/engines.md, docs/serving.md), by engine and generation
+_SEEN = {("vllm", "hopper"): frozenset({"bf16", "fp8-channel", "fp8-block", "nvfp4", "mxfp4", "int4"})}
+_WORST: tuple[Loading, ...] = ("seen", "read", "no")
+
+
+def loading(engine: str, fmt: str, generation: Generation) -> Loading:
+    """Whether an engine of engines/kernels.py loads this format on such a GPU, and how that is known."""
+    if linear_kernel(engine, fmt, generation) is None:
+        return "no"
+    return "seen" if fmt in _SEEN.get((engine, generation), ()) else "read"
+
+
+def worst_loading(engine: str, formats: Iterable[str], generation: Generation) -> Loading:
+    """That of a file with these formats: as little as is known of any of them."""
+    found = [loading(engine, fmt, generation) for fmt in formats]
+    return max(found, key=_WORST.index, default="read")
+
+
+def loading_table() -> list[tuple[str, str, Generation, Loading, str]]:
+    """Engine, format, generation, how it is known, and the kernel ("" without), for every combination."""
+    rows: list[tuple[str, str, Generation, Loading, str]] = []
+    for engine, by_format in LINEAR.items():
+        generations = tuple(by_format["bf16"])
+        for fmt in FORMATS:
+            for generation in generations:
+                kernel = linear_kernel(engine, fmt, generation)
+                name = "" if kernel is None else f"{kernel.name} ({kernel.arithmetic})"
+                rows.append((engine, fmt, generation, loading(engine, fmt, generation), name))
+    return rows

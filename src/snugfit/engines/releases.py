@@ -1,0 +1,152 @@
+"""How engines read a checkpoint: what they refuse, and what they take without a word, as data with versions.
+
+vLLM's facts are read from its releases 0.24.0 and 0.32.0 (layers/quantization/compressed_tensors, kv_cache.py,
+model_loader/default_loader.py, config/model.py); of 0.33.0 the release of compressed-tensors that it pins, the rest is
+taken for 0.32's. transformers' are from 5.23 with compressed-tensors 0.20. `benchmarks/engine_facts.py` reads an
+installed engine again and prints what differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+# keys of QuantizationArgs, which forbids others, in compressed-tensors 0.17 to 0.20
+ARGUMENT_KEYS: frozenset[str] = frozenset(
+    {
+        *("num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder"),
+        *("scale_dtype", "zp_dtype", "observer", "observer_kwargs"),
+    }
+)
+# keys of QuantizationScheme, one config group, which forbids others; vLLM does not build this class
+SCHEME_KEYS: frozenset[str] = frozenset({"targets", "weights", "input_activations", "output_activations", "format"})
+# orders of columns with groups of their own, beside `true`
+GROUP_ORDERS: frozenset[str] = frozenset({"group", "dynamic"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRelease:
+    """One release of an engine, and how it reads files.
+
+    `kernels` is its name in engines/kernels.py, "" where it emulates. `compressed_tensors` is the release of that
+    library that it has, "" where it reads such files by code of its own. With `forbids_scheme_keys` it checks the keys
+    of config groups, with `forbids_argument_keys` those of their arguments. `refuses_group_order`: actorder "group"
+    stops it. `drops_own_head`: a head that config.json ties is dropped although it differs from the embeddings.
+    `expert_leaves`: names under which it looks up the format of every family's gate, up and down, () for the file's.
+    `refuses_unknown_experts`: expert tensors of unknown names stop it, they are not passed over.
+    `loads_consolidated`: consolidated*.safetensors takes the place of the indexed files. `loads_loose`: without an
+    index it loads every safetensors file at the top. `follows_index`: it looks up each tensor's file in the index, and
+    does not read all tensors of all files that the index names.
+    """
+
+    name: str
+    title: str
+    kernels: str
+    compressed_tensors: str
+    forbids_argument_keys: bool
+    forbids_scheme_keys: bool
+    refuses_group_order: bool
+    drops_own_head: bool
+    expert_leaves: tuple[str, ...]
+    refuses_unknown_experts: bool
+    loads_consolidated: bool
+    loads_loose: bool
+    follows_index: bool
+
+
+_VLLM_033 = EngineRelease(
+    name="vllm-0.33",
+    title="vLLM 0.33",
+    kernels="vllm",
+    compressed_tensors="0.17",
+    forbids_argument_keys=True,
+    forbids_scheme_keys=False,
+    refuses_group_order=True,
+    drops_own_head=False,
+    expert_leaves=(),
+    refuses_unknown_experts=False,
+    loads_consolidated=True,
+    loads_loose=True,
+    follows_index=False,
+)
+_VLLM_032 = replace(_VLLM_033, name="vllm-0.32", title="vLLM 0.32")
+_VLLM_024 = replace(
+    _VLLM_033,
+    name="vllm-0.24",
+    title="vLLM 0.24",
+    refuses_group_order=False,
+    drops_own_head=True,
+    expert_leaves=("gate_proj", "up_proj", "down_proj"),
+    refuses_unknown_experts=True,
+)
+# SGLang has code of its own for these files, derived from vLLM's: that it drops such a head was read in its model
+# classes, the other rows are taken over from vLLM and not looked up
+_SGLANG = EngineRelease(
+    name="sglang",
+    title="SGLang 0.5",
+    kernels="sglang",
+    compressed_tensors="",
+    forbids_argument_keys=True,
+    forbids_scheme_keys=False,
+    refuses_group_order=False,
+    drops_own_head=True,
+    expert_leaves=(),
+    refuses_unknown_experts=False,
+    loads_consolidated=False,
+    loads_loose=True,
+    follows_index=False,
+)
+_TRANSFORMERS = EngineRelease(
+    name="transformers",
+    title="transformers 5 with compressed-tensors 0.20",
+    kernels="",
+    compressed_tensors="0.20",
+    forbids_argument_keys=True,
+    forbids_scheme_keys=True,
+    refuses_group_order=True,
+    drops_own_head=False,
+    expert_leaves=(),
+    refuses_unknown_experts=False,
+    loads_consolidated=False,
+    loads_loose=False,
+    follows_index=True,
+)
+RELEASES: Mapping[str, EngineRelease] = {
+    release.name: release for release in (_VLLM_024, _VLLM_032, _VLLM_033, _SGLANG, _TRANSFORMERS)
+}
+# what a user may name besides the releases: an engine without a version stands for all its releases here
+ENGINES: Mapping[str, tuple[str, ...]] = {
+    "vllm": ("vllm-0.24", "vllm-0.32", "vllm-0.33"),
+    **{name: (name,) for name in RELEASES},
+}
+
+# model_type -> (name of the module above `experts`, leaves of gate, down and up) under which engines read experts one
+# by one; other names are refused (vLLM 0.24) or passed over without a word (0.32)
+_MLP = ("mlp", ("gate_proj", "down_proj", "up_proj"))
+EXPERT_NAMES: Mapping[str, tuple[str, tuple[str, str, str]]] = {
+    "mixtral": ("block_sparse_moe", ("w1", "w2", "w3")),
+    "phimoe": ("block_sparse_moe", ("w1", "w2", "w3")),
+    "minimax_m2": ("block_sparse_moe", ("w1", "w2", "w3")),
+    "lfm2_moe": ("feed_forward", ("w1", "w2", "w3")),
+    "jamba": ("feed_forward", ("gate_proj", "down_proj", "up_proj")),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "qwen3_next", "qwen3_5_moe_text", "qwen3_vl_moe_text"), _MLP),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "olmoe", "dots1"), _MLP),
+    **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe"), _MLP),
+}
+# model_type -> name of a part of its layers in the file -> the name under which vLLM looks up formats of linears in it
+LOOKED_UP: Mapping[str, Mapping[str, str]] = {
+    "minimax_m2": {"block_sparse_moe": "mlp"},
+    "granitemoehybrid": {"mamba": "mixer"},
+    "lfm2": {"conv": "short_conv"},
+    "lfm2_moe": {"conv": "short_conv"},
+}
+# linears of multi-token prediction that are built without a quantization config (vLLM 0.32: deepseek_mtp.py,
+# glm4_moe_mtp.py and others; DeepSeek's eh_proj is a torch.nn.Linear there)
+PREDICTION_PLAIN: frozenset[str] = frozenset({"eh_proj"})
+# families whose routers vLLM builds with a quantization config (0.24 and 0.32: qwen3_moe.py, lfm2_moe.py; seen to load
+# in FP8); transformers' are no linears
+ROUTERS_READ: frozenset[str] = frozenset({"qwen3_moe", "qwen3_vl_moe_text", "lfm2_moe"})
+# the only formats of embeddings that vLLM loads: integers, weight-only, in groups or channels
+EMBEDDING_FORMATS: frozenset[str] = frozenset({"int4", "int8"})
+# of files in the layout of Mistral's own code
+CONSOLIDATED = "consolidated"

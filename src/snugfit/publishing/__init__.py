@@ -1,0 +1,1 @@
+"""Publish a quantized model: report, card, page, and the upload."""

@@ -1,0 +1,271 @@
+"""`serve` with a stand-in for an engine: flags, questions, measures, refusals, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from conftest import MakeTiny
+from helpers import fake_engine
+from helpers.errors import raises
+from snugfit.benchmarking.plan import BenchOptions
+from snugfit.cli.app import app
+from snugfit.engines.launch import LAUNCHES, asks_for_fp8_cache, given
+from snugfit.engines.refusals import REFUSALS, explain
+from snugfit.hosting.engine import make_start
+from snugfit.hosting.serve import Measures, ServeOptions, serve
+from snugfit.records.serve import ServeRecord
+from snugfit.serving.questions import QUESTIONS, language_of
+
+
+@pytest.fixture(scope="module")
+def source(make_tiny: MakeTiny) -> Path:
+    return make_tiny("llama")
+
+
+@pytest.fixture
+def model(source: Path, tmp_path: Path) -> Path:
+    """A tiny model in a directory of its own."""
+    return Path(shutil.copytree(source, tmp_path / "model"))
+
+
+def fake(kind: str) -> str:
+    return shlex.join([sys.executable, fake_engine.__file__, kind])
+
+
+def options(kind: str = "serves", **more: object) -> ServeOptions:
+    return ServeOptions(**{"command": fake(kind), "gpu": "16GiB", "start_seconds": 60.0, **more})  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def path_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stand-in imports the helpers."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+
+
+def left(model: Path) -> list[int]:
+    """The processes of the stand-in that still live."""
+    pids = [int(pid) for pid in (model / "pids").read_text(encoding="utf-8").split()]
+    return [pid for pid in pids if alive(pid)]
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    for _ in range(100):  # a killed orphan stays a zombie until init reads its end
+        if not status.exists() or status.read_text(encoding="utf-8").rpartition(")")[2].split()[0] == "Z":
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_serve_asks_measures_and_stops(model: Path, tmp_path: Path) -> None:
+    """The record has answers, prediction beside what the log says, and the results; no process is left."""
+    out = tmp_path / "out"
+    measures = Measures(bench=BenchOptions(prefill=(64,), depths=(), concurrency=(2,), prompt_tokens=32, repeats=2))
+    record = serve(model, output_dir=out, options=options(), measures=measures)
+    assert record.started
+    assert [answer.verdict for answer in record.answers] == ["answers"] * 3
+    assert record.taken.weight_bytes == int(1.5 * 2**30)
+    assert record.taken.cache_tokens == 123_456
+    assert record.taken.graph_bytes == 2**28
+    assert record.predicted is not None
+    assert record.predicted.cache_tokens is not None
+    assert record.predicted.weight_bytes < record.predicted.cache_bytes
+    assert record.engine_version == "0.24.0"
+    assert record.results == {"bench": "bench/bench.json"}
+    bench = json.loads((out / "bench" / "bench.json").read_text(encoding="utf-8"))
+    assert [cell["status"] for cell in bench["runs"][0]["cells"]] == ["measured", "measured"]
+    assert bench["runs"][0]["server"]["memory"]["kv_cache_tokens"] == 123_456
+    stored = json.loads((out / "serve.json").read_text(encoding="utf-8"))
+    assert stored["schema"] == "snugfit.serve/1"
+    assert "KV cache size" in (out / record.log).read_text(encoding="utf-8")
+    assert left(model) == []
+
+
+def test_bad_answers_are_named(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A looping model loops in the record."""
+    monkeypatch.setenv("FAKE_CHAT", "Well. " + "It is what it is. " * 9)
+    record = serve(model, output_dir=tmp_path / "out", options=options())
+    assert {answer.verdict for answer in record.answers} == {"loops"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "known", "words"), [("refuses", True, "other processes"), ("unknown", False, "not known")]
+)
+def test_a_refusal_is_explained(model: Path, tmp_path: Path, kind: str, known: bool, words: str) -> None:
+    """The record says why the engine did not start, in plain words, and the log is kept."""
+    out = tmp_path / "out"
+    record = serve(model, output_dir=out, options=options(kind))
+    assert not record.started
+    assert record.refusal is not None
+    assert record.refusal.known == known
+    assert words in record.refusal.reason
+    assert "Error" in record.refusal.line
+    assert (out / "engine.log").read_text(encoding="utf-8")
+    assert "REFUSED" in (out / "serve.md").read_text(encoding="utf-8")
+    assert left(model) == []
+
+
+def test_a_silent_engine_is_stopped(model: Path, tmp_path: Path) -> None:
+    """An engine that does not answer in time is a refusal, and is ended with its children."""
+    record = serve(model, output_dir=tmp_path / "out", options=options("silent", start_seconds=3.0))
+    assert record.refusal is not None
+    assert "in time" in record.refusal.reason
+    assert left(model) == []
+
+
+def test_an_interrupt_keeps_the_record(model: Path, tmp_path: Path) -> None:
+    """Ctrl-C while the server runs: record and log are there, marked, and the server is stopped."""
+
+    def interrupt(_: str) -> None:
+        raise KeyboardInterrupt
+
+    record = serve(model, output_dir=tmp_path / "out", options=options(), hold=interrupt)
+    assert record.started
+    assert record.stopped == "interrupted"
+    assert (tmp_path / "out" / "serve.json").is_file()
+    assert left(model) == []
+
+
+def test_a_failed_measurement_keeps_the_others(model: Path, tmp_path: Path) -> None:
+    """Where `eval` cannot be done, the benchmark before it is kept, and the record says what failed."""
+    bench = BenchOptions(prefill=(32,), depths=(), concurrency=(), repeats=1)
+    measures = Measures(bench=bench, reference=model, dataset=[tmp_path / "nowhere"])
+    record = serve(model, output_dir=tmp_path / "out", options=options(), measures=measures)
+    assert record.results == {"bench": "bench/bench.json"}
+    assert record.stopped is not None
+    assert "nowhere" in record.stopped
+
+
+def test_flags_are_those_that_are_needed(model: Path, tmp_path: Path) -> None:
+    """A context is passed on, the user's own options replace ours, and nothing that is not needed is given."""
+    serve(model, options=options(context=32, max_num_seqs=4, extra=("--max-num-seqs=9", "--enforce-eager")))
+    given_options = (model / "options").read_text(encoding="utf-8").splitlines()
+    assert given_options[given_options.index("--max-model-len") + 1] == "32"
+    assert "--max-num-seqs=9" in given_options
+    assert "4" not in given_options
+    assert "--kv-cache-dtype" not in given_options
+    serve(model, options=options())
+    assert "--max-model-len" not in (model / "options").read_text(encoding="utf-8")
+
+
+def test_bad_input_starts_nothing(model: Path, tmp_path: Path) -> None:
+    """Unknown engines, languages and models, and commands that do not exist, are errors before anything is written."""
+    out = tmp_path / "out"
+    with raises("option-invalid", where="engine"):
+        serve(model, output_dir=out, options=options(engine="vllm-9"))
+    with raises("option-invalid", where="language"):
+        serve(model, output_dir=out, options=options(language="xx"))
+    with raises("model-not-found"):
+        serve(tmp_path / "nothing", output_dir=out, options=options())
+    with raises("model-not-found", where=str(tmp_path / "nothing")):
+        serve(model, output_dir=out, options=options(), measures=Measures(reference=tmp_path / "nothing"))
+    with raises("option-missing", where="output_dir"):
+        serve(model, options=options(), measures=Measures(tasks=("piqa",)))
+    with raises("option-conflict", where="command"):
+        serve(model, output_dir=out, options=options(python=sys.executable))
+    with raises("option-invalid", where=str(tmp_path / "no-such-engine")):
+        serve(model, output_dir=out, options=options(command=str(tmp_path / "no-such-engine")))
+    with raises("option-invalid", where="gpu"):
+        serve(model, output_dir=out, options=options(gpu="RTX 9999"))
+    assert not out.exists()
+
+
+def test_the_command_line(model: Path, tmp_path: Path) -> None:
+    """`snugfit serve` prints the reason of a refusal and ends with 2; options of bench alone have no effect."""
+    arguments = ["serve", str(model), "--gpu", "16GiB", "--command", fake("refuses"), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*arguments, "--", "--enforce-eager"])
+    assert result.exit_code == 2
+    assert "other processes hold memory" in result.output
+    assert "--enforce-eager" in (model / "options").read_text(encoding="utf-8")
+    result = CliRunner().invoke(app, ["serve", str(model), "--repeats", "3"])
+    assert result.exit_code == 2
+    assert "[option-conflict]" in result.output
+
+
+def test_commands_of_each_engine() -> None:
+    """Every engine's command names the model, the port and the flags by its own options."""
+    for name, launch in LAUNCHES.items():
+        start = make_start(
+            launch, "M", python="/env/python", command=None, port=7, options=[launch.context, "64"], extra=[]
+        )
+        assert start.command[:3] == ("/env/python", "-m", launch.module), name
+        assert "M" in start.command
+        assert start.command[-2:] == (launch.context, "64")
+        assert start.url == "http://127.0.0.1:7"
+    assert given("--max-model-len", ["--max_model_len=8"])
+    vllm = LAUNCHES["vllm"]
+    assert asks_for_fp8_cache(vllm, ["--kv-cache-dtype", "fp8"])
+    assert asks_for_fp8_cache(vllm, ["--x", "--kv-cache-dtype=fp8_e4m3"])
+    assert not asks_for_fp8_cache(vllm, ["--kv-cache-dtype", "auto", "fp8"])
+    assert not given("--max-model-len", ["--max-model-lens"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/usr/bin/python3: No module named vllm", "not installed"),
+        ("python3: Error while finding module specification for 'vllm.entrypoints.openai.api_server'", "not installed"),
+        ("api_server.py: error: unrecognized arguments: --frobnicate", "does not have one of the options"),
+        ("ValueError: No available memory for the cache blocks. Try increasing", "nothing is left for a KV cache"),
+        ("ValueError: 5.0 GiB KV cache is needed, which is larger than the available KV cache memory", "beside"),
+        ("ValidationError: User-specified max_model_len (99999) is greater than the derived max_model_len", "longer"),
+        ("ValueError: Model architectures ['FooForCausalLM'] are not supported for now.", "no code for the model"),
+        ("RuntimeError: Quantization scheme is not supported for the current GPU. Min capability: 75", "too old"),
+        ("ValueError: Failed to find a kernel that can implement the NVFP4 linear layer. Reasons:", "no kernel"),
+        ("ValueError: Found different quantization schemes for the shards of qkv_proj", "stored in different formats"),
+        ("NotImplementedError: No compressed-tensors compatible scheme was found for layer_name='x'", "does not know"),
+        ("ValueError: Unknown quantization method: foo. Must be one of", "does not know this way"),
+        ("ValueError: There is no module or parameter named 'model.x' in LlamaForCausalLM", "names"),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "did not suffice"),
+        ("RuntimeError: Failed to infer device type, please set the environment variable", "finds no GPU"),
+        ("OSError: [Errno 98] Address already in use", "this port"),
+    ],
+)  # fmt: skip
+def test_refusals_are_known(line: str, words: str) -> None:
+    """What engines say when they refuse a file is explained, wherever in the log it stands."""
+    found, refusal = explain(
+        f"INFO starting\n(EngineCore pid=7) {line}\nRuntimeError: Engine core initialization failed."
+    )
+    assert refusal is not None
+    assert words in refusal.reason
+    assert line[-40:] in found
+
+
+def test_every_refusal_has_a_remedy() -> None:
+    """Reasons are sentences' parts without a full stop, remedies are sentences."""
+    for refusal in REFUSALS:
+        assert not refusal.reason.endswith(".")
+        assert refusal.remedy.endswith(".")
+
+
+def test_language_of_the_card(tmp_path: Path) -> None:
+    """Questions are in the first language of the model's card that has some; else in English."""
+    assert language_of(tmp_path) == "en"
+    card = tmp_path / "README.md"
+    for front, expected in (
+        ("language: de", "de"),
+        ("language:\n- fr\n- en", "fr"),
+        ("language: [ja]", "ja"),
+        ("x: 1", "en"),
+    ):
+        card.write_text(f"---\n{front}\n---\n# Model\nlanguage: zh\n", encoding="utf-8")
+        assert language_of(tmp_path) == expected
+    assert all(len(questions) == 3 for questions in QUESTIONS.values())
+
+
+def test_the_record_reads_back(model: Path, tmp_path: Path) -> None:
+    """serve.json is a record of its schema."""
+    from pydantic import TypeAdapter
+
+    record = serve(model, output_dir=tmp_path / "out", options=options("refuses"))
+    raw = (tmp_path / "out" / "serve.json").read_text(encoding="utf-8")
+    assert TypeAdapter(ServeRecord).validate_json(raw, strict=True) == record
