@@ -176,7 +176,7 @@ class Transport(httpx.AsyncBaseTransport):
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         """What the engine answers."""
         raw = await request.aread()
-        body = json.loads(raw) if raw else None
+        body: Any = json.loads(raw) if raw else None
         path = request.url.path
         if self.engine.dead:
             raise httpx.ConnectError("refused")
@@ -238,7 +238,7 @@ async def _one_request(engine: MockEngine, reader: asyncio.StreamReader, writer:
     method, path, *_ = head.split(" ")
     lengths = [line.split(":")[1] for line in head.split("\r\n") if line.lower().startswith("content-length:")]
     raw = await reader.readexactly(int(lengths[0])) if lengths else b""
-    body = json.loads(raw) if raw else None
+    body: Any = json.loads(raw) if raw else None
     if engine.dead:
         return False
     if path.startswith("/v1/completions"):
