@@ -22,6 +22,7 @@ CODES: Mapping[str, str] = {
     "memory-insufficient": "The run needs more main memory than is free.",
     "gpu-memory-insufficient": "The run needs more GPU memory than is free.",
     "disk-insufficient": "The run needs more disk space than is free.",
+    "rank-lost": "Another process of a run on several ranks ended, or cannot be reached.",
     # files
     "system-error": "The operating system refused to read or write (disk full, permission, a lost device).",
     "file-missing": "A required file does not exist.",

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snugfit import distributed
 from snugfit.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,9 +27,14 @@ def pick_device(wanted: str | None) -> torch.device:
     import torch
 
     name = wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and distributed.asked_for() > 1:
+        name = f"cuda:{distributed.local_rank()}"
     if not re.fullmatch(r"cpu|cuda(:\d{1,4})?", name):
         remedy = "Set `device` to cpu, cuda or cuda:N."
         raise UserError(f"unknown device {name!r}.", code="option-invalid", where="device", remedy=remedy)
+    if distributed.asked_for() > 1 and wanted not in (None, "cpu", "cuda"):
+        what, remedy = f"{name} is one GPU, and each process takes one of its own.", "Set `device` to cuda or cpu."
+        raise UserError(what, code="option-conflict", where="device", remedy=remedy)
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -63,7 +69,10 @@ def fix_cublas_workspace() -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device; for the CPU the memory that Linux calls available, on other systems half of all."""
+    """Free memory of the device; for the CPU the memory that Linux calls available, on other systems half of all.
+
+    Of several processes on this machine each has its part of the CPU's.
+    """
     import torch
 
     if device.type == "cuda":
@@ -72,8 +81,8 @@ def free_bytes(device: torch.device) -> int:
     if table.exists():
         available = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text(encoding="ascii"))
         if available:
-            return int(available.group(1)) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+            return int(available.group(1)) * 1024 // distributed.local_size()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * distributed.local_size())
 
 
 def reset_peak_gpu_bytes(device: torch.device) -> None:

@@ -126,8 +126,8 @@ class _Large(_Handler):
             self.close_connection = True
         elif fault == "whole":
             self.answer(200, content)
-        elif fault == "drop":
-            half = content[first : first + (last + 1 - first) // 2]
+        elif fault.startswith("drop"):  # "drop 17": after 17 bytes, else half of what was asked for
+            half = content[first : first + int(fault[4:] or (last + 1 - first) // 2)]
             span = f"bytes {first}-{last}/{len(content)}"
             self.send_response(206)
             self.send_header("Content-Length", str(last + 1 - first))

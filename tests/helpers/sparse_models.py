@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 Storage = Literal["fp8", "bf16"]
 Tensor = tuple[str, str, tuple[int, ...]]  # name, safetensors dtype, shape
@@ -190,8 +193,45 @@ def _minimax_tensors(storage: Storage) -> Iterator[Tensor]:
     yield "lm_head.weight", "BF16", (c["vocab_size"], hidden)
 
 
-def _deepseek_tensors(storage: Storage) -> Iterator[Tensor]:
-    c = DEEPSEEK_V3
+def deepseek_v3_layers(
+    directory: Path, *, experts: int = 256, vocabulary: int = 4096, values_of_experts: int = 2
+) -> Path:
+    """DeepSeek-V3's shape with two layers, one dense and one of 256 experts, in FP8: 12 GB, of which few are on disk.
+
+    All weights outside the experts have values, of the experts the first `values_of_experts`; the others are zeros.
+    """
+    changed = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    changed |= {"vocab_size": vocabulary, "n_routed_experts": experts}
+    config = DEEPSEEK_V3 | changed | {"quantization_config": dict(FP8)}
+    found = write_sparse_model(directory, config, list(_deepseek_tensors("fp8", config)))
+    number = re.compile(r"\.experts\.(\d+)\.")
+    generator = np.random.default_rng(0)
+    for file in sorted(found.glob("*.safetensors")):
+        with file.open("r+b") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+            for name, info in header.items():
+                expert = number.search(name)
+                if name == "__metadata__" or (expert and int(expert[1]) >= values_of_experts):
+                    continue
+                stream.seek(8 + length + info["data_offsets"][0])
+                stream.write(_values(generator, info["dtype"], math.prod(info["shape"]), norm="norm" in name))
+    return found
+
+
+def _values(generator: np.random.Generator, dtype: str, count: int, *, norm: bool) -> bytes:
+    """Random codes and numbers that weights have; ones for norms."""
+    if dtype == "F8_E4M3":
+        codes = generator.integers(0, 256, count, dtype=np.uint8)
+        codes[codes & 0x7F == 0x7F] = 0
+        return codes.tobytes()
+    if dtype == "F32":
+        return generator.uniform(1e-4, 3e-4, count).astype(np.float32).tobytes()
+    numbers = np.ones(count, np.float32) if norm else generator.normal(0, 0.02, count).astype(np.float32)
+    return (numbers.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # bfloat16
+
+
+def _deepseek_tensors(storage: Storage, c: dict[str, Any] = DEEPSEEK_V3) -> Iterator[Tensor]:
     hidden, layers = c["hidden_size"], c["num_hidden_layers"]
     yield "model.embed_tokens.weight", "BF16", (c["vocab_size"], hidden)
     for layer in range(layers + c["num_nextn_predict_layers"]):
@@ -203,13 +243,12 @@ def _deepseek_tensors(storage: Storage) -> Iterator[Tensor]:
             yield f"{prefix}.eh_proj.weight", "BF16", (hidden, 2 * hidden)
             yield f"{prefix}.shared_head.norm.weight", "BF16", (hidden,)
             yield f"{prefix}.shared_head.head.weight", "BF16", (c["vocab_size"], hidden)
-        yield from _deepseek_layer(prefix, storage, dense=layer < c["first_k_dense_replace"])
+        yield from _deepseek_layer(prefix, storage, c, dense=layer < c["first_k_dense_replace"])
     yield "model.norm.weight", "BF16", (hidden,)
     yield "lm_head.weight", "BF16", (c["vocab_size"], hidden)
 
 
-def _deepseek_layer(prefix: str, storage: Storage, *, dense: bool) -> Iterator[Tensor]:
-    c = DEEPSEEK_V3
+def _deepseek_layer(prefix: str, storage: Storage, c: dict[str, Any], *, dense: bool) -> Iterator[Tensor]:
     hidden, heads = c["hidden_size"], c["num_attention_heads"]
     wide = c["qk_nope_head_dim"] + c["qk_rope_head_dim"]
     yield f"{prefix}.input_layernorm.weight", "BF16", (hidden,)

@@ -14,17 +14,20 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 import snugfit
+import snugfit.quantization.run as run_module
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.hub_server import COMMIT, Hub, files_of, serve
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
+from snugfit.quantization.layer import choose as choose_codes
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE
 from snugfit.storage import http_ranges as ranges
 from snugfit.storage.staging import units_done
+from snugfit.storage.transfer import REMOTE_AHEAD_BYTES
 
 RECIPE = "nvfp4-fp8-hybrid-four-over-six"
 
@@ -61,10 +64,11 @@ def local(model: Path, token_rows: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def contents(directory: Path) -> dict[str, bytes]:
-    """All files except the record, which has times; statistics without the model's name, which differs."""
+    """All files except the record, which has times; statistics without the model's name and a digest, which differ."""
     found = {name: content for name, content in files_of(directory).items() if name != RECORD_FILE}
     statistics = json.loads(found[STATISTICS_FILE])
-    found[STATISTICS_FILE] = json.dumps({k: v for k, v in statistics.items() if k != "model"}).encode()
+    same = {k: v for k, v in statistics.items() if k not in ("model", "record_digest")}
+    found[STATISTICS_FILE] = json.dumps(same).encode()
     return found
 
 
@@ -91,6 +95,24 @@ def test_faults_that_pass_change_nothing(hub: Hub, token_rows: Path, local: dict
     quantize("org/name", RECIPE, output_dir=tmp_path / "out", dataset=[token_rows], device="cpu")
     assert not hub.faults
     assert contents(tmp_path / "out") == local
+
+
+def test_weights_are_on_their_way_while_others_are_worked_on(
+    hub: Hub, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights of later layers are asked for before the first one is chosen, and never more than a bounded part."""
+    asked: list[int] = []
+    real = choose_codes
+
+    def choose(*arguments: Any) -> Any:
+        asked.append(len(hub.ranges()))
+        return real(*arguments)
+
+    monkeypatch.setattr(run_module, "choose", choose)
+    plan = plan_quantization("org/name", RECIPE, dataset=[token_rows], device="cpu")
+    assert 0 < plan.read_ahead_bytes(plan.divisions()) <= REMOTE_AHEAD_BYTES
+    quantize("org/name", RECIPE, output_dir=tmp_path / "out", dataset=[token_rows], device="cpu")
+    assert asked[2] - asked[1] > len(plan.divisions()[1].coming)  # more than the first layer's
 
 
 def test_a_lost_network_loses_nothing(hub: Hub, token_rows: Path, local: dict[str, bytes], tmp_path: Path) -> None:

@@ -290,6 +290,17 @@ def test_a_range_continues_where_it_broke_off(hub: Hub) -> None:
     assert hub.ranges() == [f"bytes={tensor.offset}-{end}", f"bytes={middle}-{end}"]
 
 
+def test_a_line_that_drops_at_any_byte(hub: Hub, tiny: Path) -> None:
+    """Wherever in a tensor the line is cut, and again in what is left, it arrives whole."""
+    remote, local = open_headers("org/name"), open_checkpoint(tiny)
+    name = min(local.tensors, key=lambda n: local.tensors[n].bytes)
+    expected = read_tensor(local, name)
+    for place in range(local.tensors[name].bytes):
+        hub.faults.extend([f"drop {place}", "drop 1"])
+        assert torch.equal(read_tensor(remote, name), expected)
+        hub.faults.clear()
+
+
 @pytest.mark.parametrize("fault", ["none", "503", "429"])
 def test_faults_that_stay(fault: str, hub: Hub) -> None:
     """When nothing helps, the error names the file and the number of tries."""

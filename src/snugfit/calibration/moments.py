@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.model.experts import NoHooks
 from snugfit.model.forward_pass import Batch, real_tokens
 
@@ -31,11 +32,17 @@ class Moments:
 
 
 class MomentsObserver:
-    """Adds up moments of the inputs of watched linears over all real tokens."""
+    """Adds up moments of the inputs of watched linears over all real tokens.
+
+    Several processes that each see some of the batches get the same from `shared_result`: sums over a batch are added
+    in the order of the batches, so that they are those of one process, to the bit; Gram matrices are added in the order
+    of the processes.
+    """
 
     def __init__(self, layer: nn.Module, modules: Mapping[str, bool], *, sampled: bool = False) -> None:
         """Watch `modules` (names relative to `layer`) from now on; a Gram matrix is made where the value is True."""
         self._valid: Tensor | None = None
+        self._number = 0
         self._sums = {name: _Sums(gram=gram, sampled=sampled) for name, gram in modules.items()}
         self._handles = [
             layer.get_submodule(name).register_forward_pre_hook(self._hook(sums)) for name, sums in self._sums.items()
@@ -43,13 +50,19 @@ class MomentsObserver:
 
     def _hook(self, sums: _Sums):  # type: ignore[no-untyped-def]  # noqa: ANN202
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            sums.add(real_tokens(args[0], self._valid))
+            sums.add(real_tokens(args[0], self._valid), self._number)
 
         return hook
 
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
-        self._valid = batch.valid
+        self._valid, self._number = batch.valid, getattr(batch, "number", 0)
+
+    def shared_result(self) -> dict[str, Moments]:
+        """As `result`, of the batches of all processes, which all call it."""
+        for sums in self._sums.values():
+            sums.share()
+        return self.result()
 
     def result(self) -> dict[str, Moments]:
         """What was added up, by module; those that no token reached are missing. The hooks are removed."""
@@ -58,23 +71,54 @@ class MomentsObserver:
         return {name: sums.result() for name, sums in self._sums.items() if sums.tokens}
 
 
+class BatchSums:
+    """A sum over batches, in their order; where several processes share them, its terms until `share` is called."""
+
+    def __init__(self) -> None:
+        self._shared = distributed.world_size() > 1
+        self._terms: list[tuple[int, Tensor]] = []
+        self._total: Tensor | None = None
+        self.device = distributed.device()
+
+    def add(self, term: Tensor, number: int) -> None:
+        """Add what comes of batch `number`."""
+        if self._shared:
+            self._terms.append((number, term))
+        else:
+            self._total = term if self._total is None else self._total + term
+
+    def share(self) -> None:
+        """Add the terms of all processes, which all call it."""
+        found = distributed.gather([(number, term.cpu()) for number, term in self._terms])
+        self._terms, self._shared = [], False
+        for number, term in sorted((term for some in found for term in some), key=lambda term: term[0]):
+            self.add(term.to(self.device), number)
+
+    def total(self) -> Tensor | None:
+        """The sum, of this process alone before `share`; None if nothing came."""
+        total = self._total
+        for _, term in self._terms:
+            total = term if total is None else total + term
+        return total
+
+
 class _Sums:
     """Moments under way."""
 
     def __init__(self, *, gram: bool, sampled: bool) -> None:
         self._with_gram, self._sampled = gram, sampled
         self._gram: Tensor | None = None
-        self._squares: Tensor | None = None
+        self._squares = BatchSums()
         self._amax: Tensor | None = None
-        self._samples: list[Tensor] = []
+        self._samples: list[tuple[int, Tensor]] = []
         self.tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in inputs [n, K]."""
+    def add(self, inputs: Tensor, number: int = 0) -> None:
+        """Take in inputs [n, K] of batch `number`."""
         if not len(inputs):
             return
         if self._sampled:
-            self._samples.append(inputs[:: max(1, len(inputs) // SAMPLED_TOKENS)].clone())
+            self._samples.append((number, inputs[:: max(1, len(inputs) // SAMPLED_TOKENS)].clone()))
         low, high = inputs.aminmax()
         amax = torch.maximum(high, -low).float()
         self._amax = amax if self._amax is None else torch.maximum(self._amax, amax)
@@ -83,9 +127,30 @@ class _Sums:
                 self._gram = torch.zeros(inputs.shape[1], inputs.shape[1], device=inputs.device)
             add_gram(self._gram, inputs)
         else:
-            squares = inputs.float().square().sum(0)
-            self._squares = squares if self._squares is None else self._squares + squares
+            self._squares.add(inputs.float().square().sum(0), number)
         self.tokens += len(inputs)
+
+    def share(self) -> None:
+        """Take in what all processes have taken in."""
+        if distributed.world_size() == 1:
+            return
+        self._squares.share()
+        device = None if self._amax is None else self._amax.device
+        width = 0 if self._gram is None else len(self._gram)
+        samples = [(number, sample.cpu()) for number, sample in self._samples]
+        found = distributed.gather((self.tokens, None if self._amax is None else float(self._amax), samples, width))
+        self.tokens = sum(tokens for tokens, *_ in found)
+        if not self.tokens:
+            return
+        device = self._squares.device if device is None else device
+        self._amax = torch.tensor(max(amax for _, amax, *_ in found if amax is not None), device=device)
+        parts = [part for _, _, some, _ in found for part in some]
+        self._samples = [(number, part.to(device)) for number, part in sorted(parts, key=lambda part: part[0])]
+        width = max(width for *_, width in found)
+        if width:
+            if self._gram is None:
+                self._gram = torch.zeros(width, width, device=device)
+            distributed.add_up(self._gram)
 
     def result(self) -> Moments:
         """Means over all tokens."""
@@ -96,11 +161,12 @@ class _Sums:
             gram += gram.tril(-1).t()
             squares = gram.diagonal().clone()
         else:
-            assert self._squares is not None
-            squares = self._squares / self.tokens
+            total = self._squares.total()
+            assert total is not None
+            squares = total / self.tokens
         sample = None
         if self._samples:
-            sample = torch.cat(self._samples)
+            sample = torch.cat([part for _, part in self._samples])
             sample = sample[:: max(1, len(sample) // SAMPLED_TOKENS)]
         return Moments(squares, gram, self.tokens, sample, float(self._amax))
 
@@ -161,10 +227,49 @@ class ExpertMoments(NoHooks):
         self._gate_up: Tensor | None = None
         self._down: Tensor | None = None
         self._counts: Tensor | None = None
+        self._number = 0
+        # of several processes, each batch's own sums until `share` is called
+        self._apart: dict[int, tuple[Tensor, Tensor | None, Tensor]] | None = (
+            {} if distributed.world_size() > 1 else None
+        )
 
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
-        self._valid = batch.valid
+        self._keep()
+        self._valid, self._number = batch.valid, getattr(batch, "number", 0)
+        if self._apart is not None:
+            self._gate_up, self._down, self._counts = self._apart.get(self._number, (None, None, None))
+
+    def _keep(self) -> None:
+        """Put the sums of a batch aside, where they are kept one by one."""
+        if self._apart is not None and self._gate_up is not None and self._counts is not None:
+            self._apart[self._number] = self._gate_up, self._down, self._counts
+
+    def share(self) -> None:
+        """Take in what all processes have taken in, which all call it."""
+        if self._apart is None:
+            return
+        self._keep()
+        mine = [
+            (number, gate_up.cpu(), None if down is None else down.cpu(), counts.cpu())
+            for number, (gate_up, down, counts) in self._apart.items()
+        ]
+        self._apart = self._gate_up = self._down = self._counts = None
+        device = distributed.device()
+        for _, *terms in sorted((one for some in distributed.gather(mine) for one in some), key=lambda one: one[0]):
+            gate_up, down, counts = (None if term is None else term.to(device) for term in terms)
+            self._gate_up = gate_up if self._gate_up is None or gate_up is None else self._gate_up + gate_up
+            self._down = down if self._down is None else (self._down if down is None else self._down + down)
+            self._counts = counts if self._counts is None or counts is None else self._counts + counts
+        if self._sampled:
+            self._share_samples()
+
+    def _share_samples(self) -> None:
+        mine = {expert: spread.result().cpu() for expert, spread in self._samples.items()}
+        self._samples = {}
+        for found in distributed.gather(mine):
+            for expert, rows in found.items():
+                self._samples.setdefault(expert, EvenSample()).add(rows.to(distributed.device()))
 
     def begin(self, hidden: Tensor, count: int) -> None:
         """A pass of hidden states [tokens, K] through `count` experts begins."""

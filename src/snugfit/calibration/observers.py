@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.model.cache import NoCache
 from snugfit.model.experts import NoHooks
 from snugfit.model.forward_pass import Batch, real_tokens
@@ -19,54 +20,123 @@ class InputObserver:
     def __init__(self, layer: nn.Module, modules: Iterable[str]) -> None:
         """Watch `modules` (names relative to `layer`) from now on."""
         self._found: dict[str, _Magnitudes] = {}
+        self._modules = tuple(modules)
         self._valid: Tensor | None = None
-        for name in modules:
+        self._first = 0
+        for name in self._modules:
             self._watch(layer.get_submodule(name), name)
 
     def before(self, batch: Batch) -> None:
         """Tell which tokens of the coming batch are real."""
-        self._valid = batch.valid
+        self._valid, self._first = batch.valid, batch.first
+        if distributed.world_size() > 1:  # other processes have the batches before it
+            for found in self._found.values():
+                found.go_to(batch.first)
+
+    def share(self) -> None:
+        """Take in what all processes have seen, which all call it."""
+        for name in self._modules:
+            self._found.setdefault(name, _Magnitudes()).share()
 
     def _watch(self, module: nn.Module, name: str) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self._found.setdefault(name, _Magnitudes()).add(real_tokens(args[0], self._valid))
+            if name not in self._found:
+                self._found[name] = _Magnitudes()
+                if distributed.world_size() > 1:
+                    self._found[name].go_to(self._first)
+            self._found[name].add(real_tokens(args[0], self._valid))
 
         module.register_forward_pre_hook(hook)
 
     def result(self, name: str) -> InputStatistics | None:
         """What was seen of a module; None where nothing came."""
-        return self._found[name].result() if name in self._found else None
+        return self._found[name].result() if name in self._found and self._found[name].tokens else None
 
 
 class _Magnitudes:
     """Adds up what `InputStatistics` holds; its numbers stay on the device until they are asked for."""
 
     def __init__(self) -> None:
-        self._tokens = 0
+        self.tokens = 0
+        self._next = 0  # the number of the next input among all
         self._amax: Tensor | None = None
         self._histogram: Tensor | None = None
+        # by batch: how many came, and their histograms [SAMPLED, BINS] by place modulo SAMPLED
+        self._batch = 0
+        self._counts: dict[int, int] = {}
+        self._apart: dict[int, Tensor] | None = None
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in inputs [n, K]."""
+    def go_to(self, number: int) -> None:
+        """The next input has this number among all."""
+        self._next = number
+
+    def go_to_batch(self, number: int) -> None:
+        """The next inputs are the first ones of a batch; how many come before is known when all processes share."""
+        if self._apart is None:
+            self._apart = {}
+        self._batch, self._next = number, self._counts.get(number, 0)
+
+    def share(self) -> None:
+        """Take in what all processes have taken in, which all call it."""
+        if distributed.world_size() == 1:
+            return
+        amax = None if self._amax is None else self._amax.cpu()
+        if self._apart is not None:
+            self._histogram = self._in_order(self._apart)
+        found = distributed.gather((self.tokens, amax, None if self._histogram is None else self._histogram.cpu()))
+        self.tokens = sum(tokens for tokens, *_ in found)
+        largest = [one for _, one, _ in found if one is not None]
+        counts = [one for *_, one in found if one is not None]
+        if self.tokens:
+            self._amax, self._histogram = torch.stack(largest).amax(), torch.stack(counts).sum(0)
+
+    def add(self, inputs: Tensor, first: int | None = None) -> None:
+        """Take in inputs [n, K]; `first` is the number of the first among all that come, if not in their order."""
         if not len(inputs):
             return
+        first = self._next if first is None else first
         low, high = inputs.aminmax()
         seen = torch.maximum(high, -low).float().abs()
         self._amax = seen if self._amax is None else torch.maximum(self._amax, seen)
-        bins = inputs[-self._tokens % SAMPLED :: SAMPLED].float().abs().reshape(-1).view(torch.int32) >> SHIFT
+        self.tokens += len(inputs)
+        self._next += len(inputs)
+        if self._apart is not None:
+            self._add_apart(self._apart, inputs, first)
+            return
+        bins = inputs[-first % SAMPLED :: SAMPLED].float().abs().reshape(-1).view(torch.int32) >> SHIFT
         if bins.is_cuda:  # bincount would wait for the GPU
             counts = torch.histc(bins.float(), BINS, min=0, max=BINS).to(torch.int64)
         else:
             counts = torch.bincount(bins, minlength=BINS)
         self._histogram = counts if self._histogram is None else self._histogram + counts
-        self._tokens += len(inputs)
+
+    def _add_apart(self, apart: dict[int, Tensor], inputs: Tensor, first: int) -> None:
+        bins = inputs.float().abs().view(torch.int32) >> SHIFT
+        places = (torch.arange(len(inputs), device=inputs.device) + first) % SAMPLED
+        flat = (bins + BINS * places[:, None]).reshape(-1)
+        counts = torch.bincount(flat, minlength=SAMPLED * BINS).view(SAMPLED, BINS)
+        apart[self._batch] = counts if self._batch not in apart else apart[self._batch] + counts
+        self._counts[self._batch] = self._counts.get(self._batch, 0) + len(inputs)
+
+    def _in_order(self, apart: dict[int, Tensor]) -> Tensor | None:
+        """The histogram of one in SAMPLED inputs of all, of those that came here."""
+        mine, found, first = distributed.rank(), None, 0
+        counts = [
+            (number, rank) for rank, some in enumerate(distributed.gather(self._counts)) for number in some.items()
+        ]
+        for (number, count), rank in sorted(counts):
+            if rank == mine:
+                part = apart[number][-first % SAMPLED]
+                found = part if found is None else found + part
+            first += count
+        return found
 
     def result(self) -> InputStatistics:
         """All that was taken in."""
         if self._amax is None or self._histogram is None:
             return InputStatistics(0, 0.0, {})
         counts = self._histogram.tolist()
-        return InputStatistics(self._tokens, float(self._amax), {n: count for n, count in enumerate(counts) if count})
+        return InputStatistics(self.tokens, float(self._amax), {n: count for n, count in enumerate(counts) if count})
 
 
 class ExpertObserver(NoHooks):
@@ -80,7 +150,13 @@ class ExpertObserver(NoHooks):
         self._inputs = inputs
         self._stride = 0 if not cap else max(1, -(-tokens // cap))
         self._valid: Tensor | None = None
+        self._rows: tuple[int, ...] = ()
         self._seen = 0
+        # of experts that run some at a time, by the rows of a batch: its first number, and its tokens' largest inputs;
+        # where among all inputs of down each expert's begin
+        self._begun: dict[tuple[int, ...], tuple[int, Tensor]] = {}
+        self._firsts: dict[tuple[int, ...], list[int]] = {}
+        self._expected = 0
         # of the pass that is under way: each token's largest input, whether it is real, its number among real ones
         self._sizes = self._real = self._numbers = torch.empty(0)
         self._counts: Tensor | None = None
@@ -89,7 +165,23 @@ class ExpertObserver(NoHooks):
 
     def before(self, batch: Batch) -> None:
         """Tell which tokens of the coming batch are real."""
-        self._valid = batch.valid
+        self._valid, self._rows = batch.valid, batch.rows
+        if distributed.world_size() > 1:  # other processes have the batches before it
+            self._seen, self._expected = batch.first, 0
+            self._gate_up.go_to(batch.first)
+            self._down.go_to_batch(batch.number)
+
+    def share(self) -> None:
+        """Take in what all processes have seen, which all call it."""
+        if distributed.world_size() == 1:
+            return
+        mine = None if self._counts is None or self._amax is None else (self._counts.cpu(), self._amax.cpu())
+        found = [one for one in distributed.gather(mine) if one is not None]
+        if found:
+            self._counts = torch.stack([counts for counts, _ in found]).sum(0)
+            self._amax = torch.stack([amax for _, amax in found]).amax(0)
+        self._gate_up.share()
+        self._down.share()
 
     def begin(self, hidden: Tensor, count: int) -> None:
         """A pass of hidden states [tokens, K] through `count` experts begins."""
@@ -103,6 +195,24 @@ class ExpertObserver(NoHooks):
         if self._counts is None:
             self._counts = torch.zeros(2, count, dtype=torch.int64, device=hidden.device)
             self._amax = torch.zeros(2, 2, count, device=hidden.device)  # forced, down
+
+    def expect(self, index: Tensor) -> None:
+        """Experts of each token [tokens, k] of the pass that has begun, where they will run some at a time."""
+        assert self._counts is not None
+        real = int(self._real.sum())
+        self._begun[self._rows] = self._seen - real, self._sizes
+        count = self._counts.shape[1]
+        routed = torch.bincount(index[self._real].reshape(-1), minlength=count)[:count]
+        ends = (routed.cumsum(0) + self._expected).tolist()
+        self._firsts[self._rows] = [self._expected, *ends[:-1]]
+        self._expected = ends[-1]
+
+    def again(self, inputs: Tensor, count: int) -> None:  # noqa: ARG002
+        """The batch comes to the next of its experts."""
+        whole = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+        self._real = whole if self._valid is None else self._valid.reshape(-1)
+        first, self._sizes = self._begun[self._rows]
+        self._numbers = self._real.cumsum(0) - 1 + first
 
     def first(self, hidden: Tensor) -> Tensor:
         """Inputs of all gate and up projections [tokens, K]."""
@@ -123,7 +233,8 @@ class ExpertObserver(NoHooks):
             self._counts[kind, expert] += len(mine)
             self._amax[kind, :, expert] = torch.maximum(self._amax[kind, :, expert], found)
             if not forced:
-                self._down.add(mine)
+                firsts = self._firsts.get(self._rows)
+                self._down.add(mine, None if firsts is None else firsts[expert])
         return self._inputs.second(expert, hidden, tokens, forced=forced)
 
     def forced(self, expert: int, routed: Tensor) -> Tensor | None:
@@ -175,6 +286,15 @@ class KVAmax(NoCache):
             keys, values = torch.maximum(self._largest[0], keys), torch.maximum(self._largest[1], values)
         self._largest = keys, values
         return key_states, value_states
+
+    def share(self) -> None:
+        """Take in what all processes have seen, which all call it."""
+        if distributed.world_size() == 1:
+            return
+        mine = None if self._largest is None else tuple(one.cpu() for one in self._largest)
+        found = [one for one in distributed.gather(mine) if one is not None]
+        if found:
+            self._largest = torch.stack([one[0] for one in found]).amax(), torch.stack([one[1] for one in found]).amax()
 
     @property
     def amax(self) -> tuple[float, float] | None:

@@ -17,8 +17,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from snugfit.distributed import OtherRankError, is_main_to_be, rank_prefix
 from snugfit.errors import UserError, plain
-from snugfit.progress import TerminalProgress
+from snugfit.progress import SILENT, TerminalProgress
 
 # function of the Python API -> verb
 VERBS: Mapping[str, str] = {
@@ -62,6 +63,8 @@ class Verbs(TyperGroup):
             if type(error) is not typer.BadParameter or error.param is None:
                 raise  # a missing option: the usage is the better answer
             shown = UserError(error.message, code="option-invalid", where=error.param.name or "")
+        except OtherRankError:
+            raise typer.Exit(2) from None
         except UserError as error:
             shown = error
         except OSError as error:
@@ -70,7 +73,7 @@ class Verbs(TyperGroup):
             typer.echo("snugfit: stopped; nothing was written.", err=True)
             raise typer.Exit(130) from None
         names = option_names(self.commands[ctx.invoked_subcommand])
-        typer.echo(f"snugfit: {describe(shown, names)}", err=True)
+        typer.echo(f"snugfit: {rank_prefix()}{describe(shown, names)}", err=True)
         raise typer.Exit(2)
 
 
@@ -82,7 +85,14 @@ class VerbProgress(TerminalProgress):
 
     def message(self, text: str) -> None:
         """Print one line to stderr."""
-        typer.echo(plain(as_options(text, self._names)), err=True)
+        if is_main_to_be():
+            typer.echo(plain(as_options(text, self._names)), err=True)
+
+    @contextmanager
+    def bar(self, total: int, description: str) -> Iterator[Callable[[], None]]:
+        """A bar of the main process."""
+        with (super().bar if is_main_to_be() else SILENT.bar)(total, description) as advance:
+            yield advance
 
 
 def option_names(command: Any) -> dict[str, tuple[str, str]]:

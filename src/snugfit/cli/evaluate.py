@@ -9,6 +9,7 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, reporting
+from snugfit.distributed import is_main_to_be
 from snugfit.errors import UserError, plain
 from snugfit.token_counts import parse_token_list
 
@@ -81,6 +82,7 @@ def evaluate(
     device: options.Device = None,
     tokens_per_batch: options.TokensPerBatch = None,
     dtype: options.Dtype = None,
+    experts_per_group: options.ExpertsPerGroup = None,
     allow_long_context: Annotated[
         bool, typer.Option("--allow-long-context", help="Allow contexts beyond the positions of the model.")
     ] = False,
@@ -118,9 +120,12 @@ def evaluate(
             device=device,
             tokens_per_batch=tokens_per_batch,
             dtype=dtype,
+            experts_per_group=experts_per_group,
             allow_long_context=allow_long_context,
             progress=VerbProgress(ctx),
         )
+        if not is_main_to_be():
+            return
         plots = [] if output_dir is None else write_results(record, output_dir)
     with reporting(output_dir):
         from snugfit.report.tables import evaluation_sheets

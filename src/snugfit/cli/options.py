@@ -97,6 +97,15 @@ MaxForcedTokens = Annotated[
         help="Tokens at most that an expert sees in a layer in addition to those routed to it.",
     ),
 ]
+ExpertsPerGroup = Annotated[
+    int | None,
+    typer.Option(
+        "--experts-per-group",
+        min=1,
+        metavar="NUMBER",
+        help="Routed experts of a layer that are in memory at once. Default: all, or as many as there is memory for.",
+    ),
+]
 Restart = Annotated[bool, typer.Option("--restart", help="Discard an unfinished run and start again.")]
 ForceResume = Annotated[
     bool, typer.Option("--force-resume", help="Resume on another machine, library version or batch.")

@@ -10,6 +10,7 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
+from snugfit.distributed import is_main_to_be
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError, plain
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
@@ -82,6 +83,7 @@ def quantize(
             f"that name neither this nor a scale rule. Default: {DEFAULT_INPUT_HEADROOM:g}.",
         ),
     ] = None,
+    experts_per_group: options.ExpertsPerGroup = None,
     allow_unverified: Annotated[
         bool, typer.Option("--allow-unverified", help="Write formats that no tested engine loads.")
     ] = False,
@@ -113,9 +115,12 @@ def quantize(
         "effort": effort,
         "target": target,
         "input_headroom": input_headroom,
+        "experts_per_group": experts_per_group,
         "allow_unverified": allow_unverified,
     }
     progress = VerbProgress(ctx)
+    if dry_run and not is_main_to_be():
+        return
     if dry_run:
         again = {"restart": restart, "force_resume": force_resume}
         _print_plan(model, recipe, output_dir, settings, again, progress, as_json=as_json)
@@ -133,6 +138,8 @@ def quantize(
             progress=progress,
             **settings,
         )
+    if not is_main_to_be():
+        return
     with reporting(output_dir):
         from snugfit.report.terminal import print_saturation, print_totals, print_trials
 

@@ -9,6 +9,7 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, Verbs, keeping, kept_layers, reporting
+from snugfit.distributed import is_main_to_be
 from snugfit.errors import plain
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS
 
@@ -39,6 +40,7 @@ def collect(
     dtype: options.Dtype = None,
     moe_calibrate_all_experts: options.CalibrateAllExperts = True,
     max_forced_tokens: options.MaxForcedTokens = MAX_FORCED_TOKENS,
+    experts_per_group: options.ExpertsPerGroup = None,
     restart: options.Restart = False,
     force_resume: options.ForceResume = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the statistics as one JSON document.")] = False,
@@ -63,10 +65,13 @@ def collect(
             dtype=dtype,
             moe_calibrate_all_experts=moe_calibrate_all_experts,
             max_forced_tokens=max_forced_tokens,
+            experts_per_group=experts_per_group,
             restart=restart,
             force_resume=force_resume,
             progress=VerbProgress(ctx),
         )
+    if not is_main_to_be():
+        return
     with reporting(output_dir):
         _print_statistics(found, as_json=as_json)
 

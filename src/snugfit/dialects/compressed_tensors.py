@@ -105,7 +105,7 @@ def encode(quantized: QuantizedWeight, input_scale: Tensor | None = None) -> dic
             "weight_scale": quantized.block_scale,
             "weight_global_scale": quantized.global_scale.reciprocal().reshape(1),
         }
-        return parts | ({INPUT_SCALE: input_scale.reciprocal().reshape(1)} if input_scale is not None else {})
+        return parts | ({} if input_scale is None else encode_input_scale(input_scale))
     if isinstance(quantized, FP8Weight):
         inputs = {} if input_scale is None else {"input_scale": input_scale.reshape(1).float()}
         return {"weight": quantized.codes, "weight_scale": quantized.scale} | inputs
@@ -122,6 +122,11 @@ def encode(quantized: QuantizedWeight, input_scale: Tensor | None = None) -> dic
     if quantized.zero_point is None:
         return parts
     return parts | {"weight_zero_point": pack_int4(quantized.zero_point, dim=0)}
+
+
+def encode_input_scale(multiplier: Tensor) -> dict[str, Tensor]:
+    """Suffix -> tensor as written, of the static multiplier of NVFP4 activations."""
+    return {INPUT_SCALE: multiplier.reciprocal().reshape(1)}
 
 
 def suffixes(fmt: TensorFormat, parts: Container[str]) -> tuple[str, ...]:
@@ -158,15 +163,14 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWei
         weight = NVFP4Weight(
             parts["weight_packed"], parts["weight_scale"], parts["weight_global_scale"].reshape(()).reciprocal()
         )
-        scale = parts.get(INPUT_SCALE)
-        return weight, None if scale is None else scale.reshape(()).reciprocal()
+        return weight, input_scale(fmt, parts)
     if fmt.name == "mxfp4":
         return MXFP4Weight(parts["weight_packed"], parts["weight_scale"]), None
     if fmt.name in ("fp8", "fp8-dynamic", "fp8-block"):
         scale, block = parts["weight_scale"], fmt.weight_block
         quantized = FP8Weight(parts["weight"], scale if block else scale.reshape(-1, 1), block)
-        return quantized, _static_input(parts)
-    return _decode_integers(fmt, parts), _static_input(parts)
+        return quantized, input_scale(fmt, parts)
+    return _decode_integers(fmt, parts), input_scale(fmt, parts)
 
 
 def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> QuantizedWeight:
@@ -193,10 +197,14 @@ def _decode_integers(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Quantize
     return IntegerWeight(unpack_integers(parts["weight_packed"], shape, bits=bits), scale, zero_point, group_index)
 
 
-def _static_input(parts: Mapping[str, Tensor]) -> Tensor | None:
+def input_scale(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Tensor | None:
+    """The static multiplier of the inputs, as `decode` gives it."""
     import torch
 
-    if "input_scale" not in parts:
+    if fmt.name in ("nvfp4", "nvfp4a16"):
+        divisor = parts.get(INPUT_SCALE)
+        return None if divisor is None else divisor.reshape(()).reciprocal()
+    if fmt.name == "mxfp4" or "input_scale" not in parts:
         return None
     scale = parts["input_scale"].reshape(()).float()
     zero_point = parts.get("input_zero_point")

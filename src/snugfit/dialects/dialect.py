@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 MODELOPT_FILE = "hf_quant_config.json"
 _MISMATCH_REMEDY = "Config and weights do not belong together."
 _SCALES = ("_scale", "_scale_2", "_scale_inv")
+_OF_INPUTS = ("input_", "activation_")
 # one number for a whole weight or input
 _GLOBAL_SCALES = ("weight_global_scale", "input_global_scale", "weight_scale_2", "input_scale", "activation_scale")
 
@@ -44,6 +45,9 @@ class FileFormat(Protocol):
 
     def decode(self, fmt: TensorFormat, parts: Mapping[str, Tensor], /) -> tuple[QuantizedWeight, Tensor | None]:
         """Weight and static multiplier of the inputs, from a module's tensors."""
+
+    def input_scale(self, fmt: TensorFormat, parts: Mapping[str, Tensor], /) -> Tensor | None:
+        """Static multiplier of the inputs, from those tensors alone that speak of inputs."""
 
     def fused_global_scale(self, scales: Sequence[Tensor], /) -> Tensor:
         """The multiplier that vLLM gives all members of a fused group."""
@@ -108,6 +112,17 @@ class Dialect:
         suffixes = self._needed(module, fmt, _SuffixesOf(module, tensors))
         return {suffix: f"{module}.{suffix}" for suffix in suffixes}
 
+    def input_part_names(self, module: str, fmt: TensorFormat, tensors: Container[str]) -> dict[str, str]:
+        """Those of `part_names` that speak of the module's inputs."""
+        names = self.part_names(module, fmt, tensors)
+        return {suffix: name for suffix, name in names.items() if suffix.startswith(_OF_INPUTS)}
+
+    def input_scale(self, module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Tensor | None:
+        """The static multiplier that `decode` gives, from the tensors of `input_part_names`; the same errors."""
+        assert self.file_format is not None, "a 16-bit checkpoint has no codes"
+        self._check_scales(module, fmt, parts)
+        return self.file_format.input_scale(fmt, parts)
+
     def decode(
         self, module: str, fmt: TensorFormat, parts: Mapping[str, Tensor]
     ) -> tuple[QuantizedWeight, Tensor | None]:
@@ -150,7 +165,11 @@ class Dialect:
                     where=self.where,
                     remedy="Quantize the model again: its calibration did not reach this module.",
                 )
-        if fmt.name == "mxfp4" and bool((parts["weight_scale"].view(torch.uint8) == E8M0_NAN).any()):
+        if (
+            fmt.name == "mxfp4"
+            and "weight_scale" in parts
+            and bool((parts["weight_scale"].view(torch.uint8) == E8M0_NAN).any())
+        ):
             raise UserError(
                 f"{module}.weight_scale holds NaN scales.",
                 code="scale-invalid",

@@ -53,10 +53,15 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWei
     scale = parts[_first(WEIGHT_SCALES, parts)]
     if scale.itemsize == 1:  # E8M0, also as plain bytes
         scale = powers_of_two(scale)
-    given = parts.get(_first(INPUT_SCALES, parts))
     block = fmt.weight_block
     quantized = FP8Weight(parts["weight"], scale if block else scale.reshape(-1, 1), block)
-    return quantized, None if given is None else given.reshape(()).float()
+    return quantized, input_scale(fmt, parts)
+
+
+def input_scale(_fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Tensor | None:
+    """The static multiplier of the inputs, as `decode` gives it."""
+    given = parts.get(_first(INPUT_SCALES, parts))
+    return None if given is None else given.reshape(()).float()
 
 
 def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:

@@ -67,9 +67,7 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWei
     from snugfit.formats.fp8 import FP8Weight
     from snugfit.formats.nvfp4 import NVFP4Weight
 
-    given = parts.get("input_scale")
-    inputs = None if given is None else given.reshape(()).float()
-    scale = parts["weight_scale"]
+    inputs, scale = input_scale(fmt, parts), parts["weight_scale"]
     if fmt.name in ("nvfp4", "nvfp4a16"):
         return NVFP4Weight(parts["weight"], scale, parts["weight_scale_2"].reshape(()).float()), inputs
     if fmt.weight_block is not None:
@@ -77,6 +75,12 @@ def decode(fmt: TensorFormat, parts: Mapping[str, Tensor]) -> tuple[QuantizedWei
         grid = scale.reshape(-(-parts["weight"].shape[0] // fmt.weight_block[0]), -1)
         return FP8Weight(parts["weight"], grid, fmt.weight_block), inputs
     return FP8Weight(parts["weight"], scale.reshape(-1, 1)), inputs
+
+
+def input_scale(_fmt: TensorFormat, parts: Mapping[str, Tensor]) -> Tensor | None:
+    """The static multiplier of the inputs, as `decode` gives it."""
+    given = parts.get("input_scale")
+    return None if given is None else given.reshape(()).float()
 
 
 def fused_global_scale(scales: Sequence[Tensor]) -> Tensor:

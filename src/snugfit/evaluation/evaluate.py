@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.data import texts
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.data.texts import DEFAULT_CONTEXTS
 from snugfit.engines.profiles import DEFAULT_PROFILE
+from snugfit.errors import UserError
 from snugfit.evaluation.answers import ANSWER_TOKENS, answer_all, answer_figures, choose_questions
 from snugfit.evaluation.continuations import compare_continuations
 from snugfit.evaluation.evaluated_model import EvaluatedModel
-from snugfit.evaluation.gpu_memory import gpu_memory_errors, tokens_that_fit
+from snugfit.evaluation.gpu_memory import experts_that_fit, gpu_memory_errors, tokens_that_fit
 from snugfit.evaluation.measure import Found, Measurement, measure
 from snugfit.evaluation.plan import (
     METRICS_VERSION,
@@ -52,6 +54,7 @@ from snugfit.version import __version__
 DEFAULT_CONTINUATIONS = 5
 
 
+@distributed.together
 def evaluate(
     models: str | Path | Sequence[str | Path],
     *,
@@ -71,6 +74,7 @@ def evaluate(
     device: str | None = None,
     tokens_per_batch: int | None = None,
     dtype: str | None = None,
+    experts_per_group: int | None = None,
     allow_long_context: bool = False,
     progress: Progress = SILENT,
 ) -> EvalRecord:
@@ -83,29 +87,36 @@ def evaluate(
     model diverges most from the reference. With `answers` all models, and the server, answer that many `questions` (a
     file with one a line, by default built-in ones) greedily, `answer_tokens` each at most. A `server` is one more
     model, after the others. `dtype` ("bfloat16", "float16", "float32") is what models are run in, by default each
-    config's own. `allow_long_context` permits contexts beyond the models' positions. Raises UserError for bad input,
-    before the long work where possible.
+    config's own. Of a mixture, `experts_per_group` routed experts of a layer are in memory at once (default: all, or
+    as many as there is memory for). `allow_long_context` permits contexts beyond the models' positions. Raises
+    UserError for bad input, before the long work where possible.
     """
     clock = Clock()
     models, dataset = as_sequence(models), as_sequence(dataset)
     place = pick_device(device)
     reset_peak_gpu_bytes(place)
-    check_options(noise_floor, tokens_per_batch, continuations, reference_cache, reference)
+    check_options(noise_floor, tokens_per_batch, continuations, reference_cache, reference, experts_per_group)
     check_server(server, reference)
+    progress = progress if distributed.is_main() else SILENT
+    if server is not None and distributed.world_size() > 1:
+        what, remedy = "one process alone asks a server.", "Start it without torchrun."
+        raise UserError(what, code="option-conflict", where="server", remedy=remedy)
     asked = choose_questions(answers, questions, answer_tokens, reference)
     if not dataset:
         progress.message(no_dataset_message("evaluation"))
     with clock("prepare"):
-        plan = make_plan(
-            models,
-            reference,
-            dataset,
-            contexts,
-            max_chunks=max_chunks,
-            max_tokens=max_tokens,
-            activations=activations,
-            arithmetic=pick_dtype(dtype),
-            allow_long_context=allow_long_context,
+        plan = distributed.in_all(
+            lambda: make_plan(
+                models,
+                reference,
+                dataset,
+                contexts,
+                max_chunks=max_chunks,
+                max_tokens=max_tokens,
+                activations=activations,
+                arithmetic=pick_dtype(dtype),
+                allow_long_context=allow_long_context,
+            )
         )
         for note in plan.notes:
             progress.message(note)
@@ -115,7 +126,8 @@ def evaluate(
         plan, file = use_reference_cache(
             plan, reference_cache, noise_floor, served=server is not None, progress=progress
         )
-    batch = tokens_per_batch or tokens_that_fit(plan.models, place)
+    plan = _in_groups(plan, experts_per_group, place, progress)
+    batch = tokens_per_batch or min(distributed.gather(tokens_that_fit(plan.models, place)))
     if server is not None:
         with clock("ask"):
             plan = replace(plan, served=ask_server(server, plan.groups, plan.models[0].vocabulary, progress))
@@ -128,13 +140,14 @@ def evaluate(
         progress.message(f"activations were rounded by slower kernels, to the same bits ({problem})")
     with clock("summarize"):
         results = summarize(plan, measurements, found)
-        if file is not None and collector is not None and not file.path.exists():
+        if file is not None and collector is not None and distributed.is_main() and not file.path.exists():
             progress.message(_store(file, plan, collector, results))
     with clock("continue"), gpu_memory_errors(place, "Set `continuations` to 0, or free memory of the GPU."):
-        continued = _continue(plan, measurements, found, continuations, place)
+        continued = _continue(plan, measurements, found, continuations, place) if distributed.is_main() else ()
+    asked = asked if distributed.is_main() else ()
     with clock("answer"), gpu_memory_errors(place, "Set `answers` to 0, or free memory of the GPU."):
         answered = answer_all(plan, asked, answer_tokens, server, place, progress) if asked else ()
-    return EvalRecord(
+    record = EvalRecord(
         snugfit=__version__,
         arguments={
             "models": [str(path) for path in models],
@@ -168,6 +181,22 @@ def evaluate(
         answers=answered,
         answer_figures=answer_figures(answered, answer_tokens, plan.reference is not None),
     )
+    return distributed.from_main(record)
+
+
+def _in_groups(plan: EvaluationPlan, asked: int | None, device: torch.device, progress: Progress) -> EvaluationPlan:
+    """The plan with routed experts in groups, where that is asked for or needed."""
+    fits = distributed.gather(asked or experts_that_fit(plan.models, device))
+    size = min((one for one in fits if one is not None), default=None)
+    if size is None:
+        return plan
+    if asked is None:
+        progress.message(f"{size} routed experts of a layer are in memory at once: {device} has no memory for all")
+    candidates = tuple(replace(model, experts_per_group=size) for model in plan.candidates)
+    reference = plan.reference
+    if isinstance(reference, EvaluatedModel):
+        reference = replace(reference, experts_per_group=size)
+    return replace(plan, candidates=candidates, reference=reference)
 
 
 def _store(file: ReferenceFile, plan: EvaluationPlan, collector: Collector, results: Sequence[ContextFigures]) -> str:

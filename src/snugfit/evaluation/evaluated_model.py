@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.dialects.dialect import Dialect
 from snugfit.dialects.headers import by_module, holds_codes
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
@@ -18,7 +19,7 @@ from snugfit.errors import UserError
 from snugfit.evaluation.saturation import InputWatch
 from snugfit.formats.spec import TensorFormat
 from snugfit.machine import free_bytes
-from snugfit.model import emulate, experts, forward_pass, layers, transformers_api
+from snugfit.model import emulate, experts, forward_pass, layers, pieces, transformers_api
 from snugfit.model.layer_stubs import token_embeddings
 from snugfit.model.layout import read_layout
 from snugfit.model.skeleton import Skeleton, build_skeleton, check_decoder, check_shapes
@@ -37,6 +38,7 @@ class EvaluatedModel:
 
     `formats` are those of the quantized modules, `kv_cache` is the declared format of keys and values, None for the
     model's own. `notes` say where config.json and tensors disagree, and what engines take in place of missing scales.
+    `experts_per_group` are the routed experts of a layer that are in memory at once, None for all.
     """
 
     name: str
@@ -47,6 +49,7 @@ class EvaluatedModel:
     kv_cache: str | None
     activations: str
     notes: tuple[str, ...] = ()
+    experts_per_group: int | None = None
 
     @property
     def arithmetic(self) -> torch.dtype:
@@ -183,14 +186,16 @@ def last_states(
     advance: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
     watch: InputWatch | None = None,
+    shared: bool = False,
 ) -> list[Tensor]:
     """The last layer's output for each row at its `positions` (int64 [n]): [n, H] each, on the CPU or a GPU.
 
     One decoder layer is in memory at a time; `advance` is called after each. `warn` receives a message that names
     the first layer whose hidden states are not finite. `watch` sees the inputs of linears with static scales of these.
+    Rows that are `shared` among processes have [0] in those that do not run them.
     """
     batches = pass_layers(
-        model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn, watch=watch
+        model, rows, device, tokens_per_batch=tokens_per_batch, advance=advance, warn=warn, watch=watch, shared=shared
     )
     states: list[Tensor] = [torch.empty(0)] * len(rows)
     size = sum(len(wanted) for wanted in positions) * sum(batch.hidden[0, 0].nbytes for batch in batches[:1])
@@ -212,9 +217,13 @@ def pass_layers(
     advance: Callable[[], None] = lambda: None,
     warn: Callable[[str], None] = lambda _: None,
     watch: InputWatch | None = None,
+    shared: bool = False,
 ) -> list[forward_pass.Batch]:
-    """Rows in batches, passed through all decoder layers; `warn` and `watch` as in `last_states`."""
+    """Rows in batches, passed through all decoder layers; `warn`, `watch` and `shared` as in `last_states`."""
     batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
+    if shared:
+        some = distributed.block(len(batches))
+        batches = batches[some.start : some.stop]
     prefixes = {
         index: f"{model.skeleton.stored_layers_name}.{index}"
         for index in range(len(model.skeleton.layers))
@@ -230,16 +239,48 @@ def pass_layers(
         finite.add("the embeddings", torch.tensor(forward_pass.nonfinite_tokens(batches)))
         for index in range(len(model.skeleton.layers)):
             if index in prefixes:
-                layer, cache = resident_layer(model, index, device, read, watch)
-                read.expect(*_next(coming))
-                before = None if watch is None else watch.before
-                finite.add(prefixes[index], forward_pass.queue_layer(layer, index, batches, before, cache=cache))
-                del layer  # before the next is read
+                finite.add(prefixes[index], _run_layer(model, index, batches, device, read, watch, _next(coming)))
             advance()
     finite.check()
     for batch in batches:
         batch.calls.clear()
     return batches
+
+
+def _run_layer(
+    model: EvaluatedModel,
+    index: int,
+    batches: Sequence[forward_pass.Batch],
+    device: torch.device,
+    read: TensorReader,
+    watch: InputWatch | None,
+    coming: Sequence[str],
+) -> Tensor:
+    """Pass batches through a layer; `coming` is the name of the next one, whose weights are read meanwhile."""
+    mixture, size = model.skeleton.experts.get(index), model.experts_per_group
+    before = None if watch is None else watch.before
+    total = 0 if mixture is None else 1 + max(expert for expert, _, _ in mixture.names)
+    if mixture is None or size is None or size >= total:
+        layer, cache = resident_layer(model, index, device, read, watch)
+        read.expect(*coming)
+        return forward_pass.queue_layer(layer, index, batches, before, cache=cache)
+    buffers = layers.expert_buffers(model.skeleton, index, device, size)
+    layer, cache = resident_layer(model, index, device, read, watch, buffers)
+    prefix = f"{model.skeleton.stored_layers_name}.{index}"
+    given = model.formats, model.activations, device, read
+
+    def fill() -> Iterator[range]:
+        for start in range(0, total, size):
+            some = range(start, min(total, start + size))
+            emulate.read_experts(
+                model.checkpoint, model.dialect, prefix, mixture, buffers.of(index, some), *given, numbers=some
+            )
+            yield some
+
+    experts_in_pieces = pieces.ExpertsInPieces(
+        module=mixture.module, total=total, fill=fill, scratch=pieces.ScratchMemory(device)
+    )
+    return pieces.run_layer(layer, index, batches, before, experts_in_pieces, cache=cache)
 
 
 def _next(coming: deque[str]) -> tuple[str, ...]:
@@ -363,10 +404,12 @@ def resident_layer(
     device: torch.device,
     read: ReadTensor | None = None,
     watch: InputWatch | None = None,
+    some: layers.ExpertBuffers | None = None,
 ) -> tuple[nn.Module, emulate.FP8Cache | None]:
     """Decoder layer `index` on `device`, its inputs rounded as the engine does, and the cache that rounds its keys.
 
-    `read` reads tensors, by default to the CPU. `watch` sees the inputs before they are rounded.
+    `read` reads tensors, by default to the CPU. `watch` sees the inputs before they are rounded. The memory of its
+    experts is `some`, to be filled, if that is given.
     """
     skeleton = model.skeleton
     prefix = f"{skeleton.stored_layers_name}.{index}"
@@ -384,14 +427,20 @@ def resident_layer(
         read,
         ranges,
     )
-    mixture, inputs = skeleton.experts.get(index), None
-    if mixture is not None:
+    mixture, inputs, size = skeleton.experts.get(index), None, None
+    if mixture is not None and some is not None:
+        size = len(next(iter(some.stacked.values())))
+        inputs = emulate.read_expert_inputs(
+            model.checkpoint, model.dialect, prefix, mixture, model.formats, model.activations, device
+        )
+        weights |= some.stacked
+    elif mixture is not None:
         buffers = layers.expert_buffers(skeleton, index, device)
         inputs = emulate.read_experts(
             model.checkpoint, model.dialect, prefix, mixture, buffers, model.formats, model.activations, device, read
         )
         weights |= buffers.stacked
-    layer = layers.resident_layer(skeleton, index, weights, device)
+    layer = layers.resident_layer(skeleton, index, weights, device, size=size)
     modules = names.modules
     if watch is not None and ranges is not None:
         watch.linears(layer, f"{prefix}.", modules, ranges)

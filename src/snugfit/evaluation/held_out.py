@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from snugfit import distributed
 from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.evaluation.measure import LOGITS, SLICE
@@ -42,9 +44,14 @@ class HeldOut:
         *,
         profile: str,
         tokens_per_batch: int,
+        experts_per_group: int | None = None,
     ) -> None:
-        """Open the original; it runs when the first candidate is measured. `profile` is that of candidates' inputs."""
-        self._original = open_model(original, activations="none")
+        """Open the original; it runs when the first candidate is measured. `profile` is that of candidates' inputs.
+
+        `experts_per_group` are the routed experts of a layer that are in memory at once, None for all.
+        """
+        self._experts = experts_per_group
+        self._original = replace(open_model(original, activations="none"), experts_per_group=experts_per_group)
         self._samples = samples
         self._device = device
         self._profile, self._tokens_per_batch = profile, tokens_per_batch
@@ -56,17 +63,27 @@ class HeldOut:
 
         `watch` sees what comes to the candidate's linears that have static scales of their inputs.
         """
-        model = open_model(candidate, activations=self._profile)
+        model = replace(open_model(candidate, activations=self._profile), experts_per_group=self._experts)
         if self._states is None:
             self._states = self._last_states(self._original)
         states = self._last_states(model, watch)
+        if watch is not None:
+            watch.share()
         heads = open_head(self._original, self._device), open_head(model, self._device)
-        return [mean for pair in zip(self._states, states, strict=True) for mean in self._means(heads, pair)]
+        pairs = zip(self._states, states, strict=True)
+        means = distributed.merged({n: self._means(heads, pair) for n, pair in enumerate(pairs) if len(pair[0])})
+        return [mean for n in range(len(states)) for mean in means[n]]
 
     def _last_states(self, model: EvaluatedModel, watch: InputWatch | None = None) -> list[Tensor]:
         positions = [torch.arange(len(sample) - 1) for sample in self._samples]
         return last_states(
-            model, self._samples, positions, self._device, tokens_per_batch=self._tokens_per_batch, watch=watch
+            model,
+            self._samples,
+            positions,
+            self._device,
+            tokens_per_batch=self._tokens_per_batch,
+            watch=watch,
+            shared=True,
         )
 
     def _means(self, heads: tuple[Callable[[Tensor], Tensor], ...], states: tuple[Tensor, Tensor]) -> list[float]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from snugfit import distributed
 from snugfit.evaluation.chunks import Chunk, ChunkGroup
 from snugfit.evaluation.divergence import Prediction, diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, outer_weights
@@ -72,7 +73,9 @@ def measure(
 ) -> Found:
     """Figures of every measurement on every group, in order.
 
-    `keep(chunk, first, prediction)` is given the reference's predictions of scored tokens first.. as they pass.
+    `keep(chunk, first, prediction)` is given the reference's predictions of scored tokens first.. as they pass. Several
+    processes share the chunks, unless there is a `keep`: all get all figures, those of one process but for noise
+    floors, whose few chunks are in other batches.
     """
     found = {one: [blank_figures(sum(group.target_counts)) for group in groups] for one in measurements}
     chunks = [chunk for group in groups for chunk in group.chunks]
@@ -86,14 +89,44 @@ def measure(
 
     with progress.bar(_steps(measurements, passes), "evaluating") as advance:
         for part in passes:
-            states = {one: _states(one, part, device, tokens_per_batch, advance, warn) for one in measurements}
+            mine = None if keep is not None else _my_chunks(measurements, part, tokens_per_batch)
+            states = {one: _states(one, part, device, tokens_per_batch, advance, warn, mine) for one in measurements}
             heads = _heads(measurements, device)
-            for chunk in part:
+            for chunk in part if mine is None else [chunk for chunk in part if chunk.number in mine]:
                 for piece, logits in _logits(measurements, chunk, states, heads, device):
                     _record(measurements, None, None, logits, piece, found, keep)
                 advance()
             del states, heads  # before the next pass needs the memory
+            if mine is not None:
+                _share(found, measurements, [chunk for chunk in part if chunk.number in mine])
     return found
+
+
+def _my_chunks(
+    measurements: Sequence[Measurement], chunks: Sequence[Chunk], tokens_per_batch: int
+) -> frozenset[int] | None:
+    """Numbers of the chunks that this process measures, None for all: those of a block of the batches of all."""
+    model = next((one.model for one in measurements if one.model is not None and one.chunks is None), None)
+    if distributed.world_size() == 1 or model is None:
+        return None
+    rows, pads = [chunk.ids for chunk in chunks], model.skeleton.is_causal
+    batches = forward_pass.make_batches(rows, tokens_per_batch, torch.device("cpu"), pads=pads)
+    some = distributed.block(len(batches))
+    return frozenset(chunks[row].number for batch in batches[some.start : some.stop] for row in batch.rows)
+
+
+def _share(found: Found, measurements: Sequence[Measurement], chunks: Sequence[Chunk]) -> None:
+    """Give all processes the figures of `chunks`, which this one has measured."""
+    mine = []
+    for number, one in enumerate(measurements):
+        for chunk in chunks:
+            where = slice(chunk.first, chunk.first + len(chunk.target_positions))
+            arrays = vars(found[one][chunk.group])
+            mine.append((number, chunk.group, where, {name: array[where] for name, array in arrays.items()}))
+    for others in distributed.gather(mine):
+        for number, group, where, arrays in others:
+            for name, values in arrays.items():
+                vars(found[measurements[number]][group])[name][where] = values
 
 
 def _steps(measurements: Sequence[Measurement], passes: Sequence[Sequence[Chunk]]) -> int:
@@ -196,9 +229,13 @@ def _states(
     tokens_per_batch: int,
     advance: Callable[[], None],
     warn: Callable[[str], None],
+    mine: frozenset[int] | None,
 ) -> dict[int, Tensor]:
-    """Hidden states that predict the scored tokens, by the chunk's number."""
+    """Hidden states that predict the scored tokens, by the chunk's number; of the chunks that are `mine`, if given."""
     chosen = [chunk for chunk in chunks if one.includes(chunk)]
+    shared = mine is not None and one.chunks is None  # in the batches of one process
+    if mine is not None and not shared:
+        chosen = [chunk for chunk in chosen if chunk.number in mine]
     if one.model is None or not chosen:
         return {}
     states = last_states(
@@ -209,6 +246,7 @@ def _states(
         tokens_per_batch=tokens_per_batch,
         advance=advance,
         warn=warn,
+        shared=shared,
     )
     return {chunk.number: values for chunk, values in zip(chosen, states, strict=True)}
 

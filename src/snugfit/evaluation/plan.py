@@ -227,12 +227,17 @@ def check_options(
     continuations: int,
     reference_cache: str | Path | None,
     reference: str | Path | None,
+    experts_per_group: int | None = None,
 ) -> None:
     """UserError for values that options cannot have, or that exclude each other; nothing is read."""
     if noise_floor not in NOISE_FLOORS:
         known = f"Known: {', '.join(NOISE_FLOORS)}."
         raise UserError(f"unknown: {noise_floor!r}.", code="option-invalid", where="noise_floor", remedy=known)
-    limits = (("tokens_per_batch", tokens_per_batch, 1), ("continuations", continuations, 0))
+    limits = (
+        ("tokens_per_batch", tokens_per_batch, 1),
+        ("continuations", continuations, 0),
+        ("experts_per_group", experts_per_group, 1),
+    )
     for name, value, least in limits:
         if value is not None and value < least:
             raise UserError(f"must be >= {least}, got {value}.", code="option-invalid", where=name)
@@ -340,5 +345,6 @@ def _floor_measurement(plan: EvaluationPlan, one: Measurement, model: EvaluatedM
         activations=model.activations,
         arithmetic=OTHER_ARITHMETIC[model.arithmetic],
     )
+    again = replace(again, experts_per_group=model.experts_per_group)
     numbers = (group.chunks[place].number for group in plan.groups for place in floor_chunks(group))
     return Measurement(name=one.name, kind="noise floor", model=again, compared_with=one, chunks=frozenset(numbers))

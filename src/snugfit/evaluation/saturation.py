@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.engines.fused import group_modules
 from snugfit.model.emulate import ExpertInputs
 from snugfit.model.experts import DOWN, ExpertNames, NoHooks, Watching
@@ -82,6 +83,11 @@ class InputWatch:
         """Mask [B, T] of the batch's real tokens, None if all are real."""
         return self._valid
 
+    def share(self) -> None:
+        """Take in what all processes have seen, which all call it."""
+        for sums in self._sums.values():
+            sums.share()
+
     def result(self) -> list[SeenInputs]:
         """What was seen under each scale, in the order of the layers; scales that nothing came to are missing."""
         return [sums.result(*names) for names, sums in self._sums.items() if sums.tokens]
@@ -130,6 +136,18 @@ class _Sums:
             found = torch.stack((beyond, (inputs.abs() > limit).sum()))
             self._found = found if self._found is None else self._found + found
         self.tokens += len(inputs)
+
+    def share(self) -> None:
+        """Take in what all processes have taken in."""
+        if distributed.world_size() == 1:
+            return
+        amax, found = (None if one is None else one.cpu() for one in (self._amax, self._found))
+        parts = distributed.gather((self.tokens, amax, found))
+        self.tokens = sum(tokens for tokens, _, _ in parts)
+        largest = [one for _, one, _ in parts if one is not None]
+        counts = [one for _, _, one in parts if one is not None]
+        self._amax = torch.stack(largest).amax() if largest else None
+        self._found = torch.stack(counts).sum(0) if counts else None
 
     def result(self, module: str, weight: str) -> SeenInputs:
         """All that was taken in."""

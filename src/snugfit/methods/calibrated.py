@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.calibration.moments import ExpertMoments, Moments, MomentsObserver
 from snugfit.engines.fused import group_modules
 from snugfit.formats import int4, mxfp4, nvfp4
@@ -33,6 +34,8 @@ from snugfit.methods.gptq import Steps, feedback_of, round_weight
 from snugfit.methods.integer_scales import integer_scales
 from snugfit.methods.method import Choice, ObservedLayer, Purpose, Target, WeightGroup
 from snugfit.methods.mixture_folds import fold_norm
+from snugfit.methods.powers_of_two import block_scales as block_scales_of_two
+from snugfit.methods.powers_of_two import exact_global_scale
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
 from snugfit.model import emulate, experts
@@ -155,7 +158,9 @@ class Calibrated:
                 mixture.before(batch)
 
         layer.run(before)
-        found = observer.result()
+        found = observer.shared_result()
+        if mixture is not None:
+            mixture.share()
         by_file = {
             name: found[module] for group in groups if (module := layer.linears[group[0]]) in found for name in group
         }
@@ -199,10 +204,18 @@ class Calibrated:
         chosen: list[tuple[Fold, Tensor]] = []
         if self.folds:
             by_module = {module: targets[name] for name, module in layer.linears.items() if name in targets}
-            for fold in folding.find_folds(layer, targets.__contains__):
-                if fold.consumers[0] in found and self._is_same(layer, fold):
-                    factors = self._best_factors(layer.module, fold, found[fold.consumers[0]], by_module)
-                    chosen += [] if factors is None else [(fold, factors)]
+            can = [
+                fold
+                for fold in folding.find_folds(layer, targets.__contains__)
+                if fold.consumers[0] in found and self._is_same(layer, fold)
+            ]
+            can = distributed.from_main(can)
+            mine = range(distributed.rank(), len(can), distributed.world_size())
+            searched = {
+                n: self._best_factors(layer.module, can[n], found[can[n].consumers[0]], by_module) for n in mine
+            }
+            factors = distributed.merged(searched)
+            chosen = [(fold, one) for n, fold in enumerate(can) if (one := factors[n]) is not None]
         scaling = folding.scale(layer.module, chosen, layer.dtypes)
         ranges = {}
         for group in groups:
@@ -212,7 +225,7 @@ class Calibrated:
                 if module in scaling.inputs and seen.sample is not None:
                     amax = float((seen.sample.float() / scaling.inputs[module]).abs().amax())
                 ranges[group[0]] = amax
-        return scaling, ranges
+        return scaling, distributed.from_main(ranges)
 
     def _is_same(self, layer: ObservedLayer, fold: Fold) -> bool:
         """Whether the layer stays the same function; tried once for layers that are built alike."""
@@ -376,6 +389,9 @@ def choose_scales(
     `dtype` is that of the model, in which INT4 stores its scales.
     """
     if fmt.name in ("nvfp4", "nvfp4a16"):
+        exact = exact_global_scale(weights.values())
+        if exact is not None:
+            return {name: _nvfp4_under(block_scales_of_two(weight, exact), exact) for name, weight in weights.items()}
         amax = torch.stack([largest_magnitude(weight) for weight in weights.values()]).amax()
         shared = global_scale(amax, "weighted")
         return {name: _nvfp4(weight, shared, importance) for name, weight in weights.items()}
@@ -385,7 +401,10 @@ def choose_scales(
 
 
 def _nvfp4(weight: Tensor, shared: Tensor, importance: Tensor) -> Scales:
-    scales = block_scales(weight, shared, "weighted", "mse", importance)
+    return _nvfp4_under(block_scales(weight, shared, "weighted", "mse", importance), shared)
+
+
+def _nvfp4_under(scales: Tensor, shared: Tensor) -> Scales:
     step = (scales.float() * shared).repeat_interleave(NVFP4_BLOCK, dim=1)
     return Scales(Steps("e2m1", step), lambda values: nvfp4.quantize(values, scales, shared))
 

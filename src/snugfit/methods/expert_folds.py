@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.calibration.moments import Moments
 from snugfit.formats.spec import EFFORT, TensorFormat
 from snugfit.methods.folds import Fold, Scaling
@@ -58,9 +59,10 @@ def fold_products(
     """The folds that help, each found by itself.
 
     `weight` gives the weight of a linear [N, K], `squares` are E[x^2] [K] of inputs, both by the file's names. `search`
-    gives the best factors [K] for the weight of down, None for no fold.
+    gives the best factors [K] for the weight of down, None for no fold. Several processes, which all call it, get what
+    all of them find; each may have some of the products.
     """
-    found = ProductFolds()
+    factors_of: dict[str, tuple[str, Tensor]] = {}
     for one in products:
         if one.down in squares:
             sample = one.rows if one.rows is not None and len(one.rows) >= FEWEST_ROWS else None
@@ -68,7 +70,10 @@ def fold_products(
             fold = Fold(one.up, (one.down,), is_norm=False)
             factors = search(fold, weight(one.down).float(), one.format, moments)
             if factors is not None:
-                found.scaling.inputs[one.down] = found.scaling.outputs[one.up] = factors
+                factors_of[one.down] = one.up, factors
+    found = ProductFolds()
+    for down, (up, factors) in distributed.merged(factors_of).items():
+        found.scaling.inputs[down] = found.scaling.outputs[up] = factors
     return found
 
 
@@ -86,10 +91,11 @@ def fold_experts(
         return ProductFolds()
     places = {
         f"{layer.prefix}{layer.experts.names[expert, DOWN, 'weight']}".removesuffix(".weight"): expert
-        for expert in range(experts.count(module))
+        for expert in range(1 + max(number for number, _, _ in layer.experts.names))  # not all may be in memory
     }
+    products = list(_of_experts(layer, places, samples))
     return fold_products(
-        _of_experts(layer, places, samples),
+        products[distributed.rank() :: distributed.world_size()],
         lambda name: experts.weight_of(module, places[name], DOWN),
         squares,
         search,

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.calibration.moments import drawn_together
 from snugfit.calibration.routes import Routes, routes_of
 from snugfit.formats.grids import powers_of_two
@@ -71,6 +72,11 @@ def fold_norm(layer: ObservedLayer, outputs: RoundedOutputs) -> Scaling:
     assert layer.experts is not None
     targets = expert_targets(layer)
     if any(target is None for target in targets.values()):
+        return Scaling()
+    if distributed.world_size() > 1 or experts.holds_some(layer.module.get_submodule(layer.experts.module)):
+        layer.note(
+            NormFold(layer=layer.prefix[:-1], reason="one process with all experts in memory folds it, no other")
+        )
         return Scaling()
     readers = find_readers(layer)
     if isinstance(readers, str):

@@ -11,6 +11,7 @@ from torch import Tensor
 from snugfit.formats import fp8, int4, mxfp4, nvfp4
 from snugfit.formats.quantized_weight import QuantizedWeight, dequantize, stack
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
+from snugfit.methods import powers_of_two
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
 
@@ -20,6 +21,7 @@ Rounder = Callable[[Group, TensorFormat, str, str], Round]
 
 # values rounded at once; the fp32 temporaries are several times as large
 SLICE = {"cpu": 1 << 22, "cuda": 1 << 24}
+ABSMAX = "absmax"  # the rule that a recipe names to get no other scales
 _SLICE_MULTIPLE = 128  # output features of a slice are a multiple of those of a block of scales
 
 
@@ -38,6 +40,9 @@ class Rounded:
 
 
 def _nvfp4(weights: Group, _: TensorFormat, scale_rule: str, objective: str) -> Round:
+    exact = None if scale_rule == ABSMAX else powers_of_two.exact_global_scale(weights.values())
+    if exact is not None:  # no rule could do better
+        return lambda weight: nvfp4.quantize(weight, powers_of_two.block_scales(weight, exact), exact)
     amax = torch.stack([largest_magnitude(weight) for weight in weights.values()]).amax()
     shared = global_scale(amax, scale_rule)  # of all members of the group
     return lambda weight: nvfp4.quantize(weight, block_scales(weight, shared, scale_rule, objective), shared)

@@ -75,6 +75,8 @@ def quantize_inputs(layer: nn.Module, quantizers: Mapping[str, Quantizer]) -> No
 class _SharedRounding:
     """A forward pre-hook that rounds an input once for all fused partners, and drops it with the last partner."""
 
+    rounds_inputs = True  # which hooks that watch do not
+
     def __init__(self, quantizer: Quantizer, *, partners: int) -> None:
         self._quantizer = quantizer
         self._partners = partners
@@ -189,8 +191,9 @@ def read_experts(
     profile: str,
     device: torch.device = CPU,
     read: ReadTensor | None = None,
+    numbers: range | None = None,
 ) -> ExpertInputs:
-    """Fill `buffers` with a layer's routed experts, dequantized; the result rounds their inputs.
+    """Fill `buffers` with a layer's routed experts, or those of `numbers`, dequantized; the result rounds their inputs.
 
     Engines give all experts of a layer one scale for the inputs of gate and up and one for those of down, the largest
     multiplier in the file (engines/mixtures.py); so does this, but for profile "none", which rounds nothing. `read`
@@ -198,7 +201,8 @@ def read_experts(
     """
     stacks, read = buffers.skeleton.stacks, read or partial(read_tensor, checkpoint)
     quantized: dict[_Projections, list[str]] = {}
-    for (expert, role, parameter), name in mixture.names.items():
+    wanted = range(1 + max(expert for expert, _, _ in mixture.names)) if numbers is None else numbers
+    for (expert, role, parameter), name in ((key, one) for key, one in mixture.names.items() if key[0] in wanted):
         full = f"{prefix}.{name}"
         if parameter == "weight" and full.removesuffix(".weight") in formats:
             quantized.setdefault((expert, role == experts.DOWN), []).append(full)
@@ -228,6 +232,39 @@ def read_experts(
                 kinds.setdefault(key[1], members[name].format)
                 scale = members[name].input_scale
                 scales[key[1]] += [] if scale is None else [scale]
+    return _inputs_of(kinds, scales, profile)
+
+
+def read_expert_inputs(
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    prefix: str,
+    mixture: experts.ExpertNames,
+    formats: Mapping[str, TensorFormat],
+    profile: str,
+    device: torch.device = CPU,
+) -> ExpertInputs:
+    """What rounds the inputs of a layer's routed experts, as `read_experts` gives it; no weights are read."""
+    members: dict[_Projections, list[tuple[TensorFormat, Tensor | None]]] = {}
+    for (expert, role, parameter), name in mixture.names.items():
+        module = f"{prefix}.{name}".removesuffix(".weight")
+        if parameter == "weight" and module in formats:
+            names = dialect.input_part_names(module, formats[module], checkpoint.tensors)
+            parts = {suffix: read_tensor(checkpoint, part).to(device) for suffix, part in names.items()}
+            one = formats[module], dialect.input_scale(module, formats[module], parts)
+            members.setdefault((expert, role == experts.DOWN), []).append(one)
+    kinds: dict[bool, TensorFormat] = {}
+    scales: dict[bool, list[Tensor]] = {True: [], False: []}
+    for (_, is_down), group in members.items():
+        given = [scale for _, scale in group if scale is not None]
+        kinds.setdefault(is_down, group[0][0])
+        if profile != NO_EMULATION and len(group) > 1 and given and all(one == group[0][0] for one, _ in group):
+            given = [_shared_input_scale(dialect, group[0][0], given)]
+        scales[is_down] += given
+    return _inputs_of(kinds, scales, profile)
+
+
+def _inputs_of(kinds: Mapping[bool, TensorFormat], scales: Mapping[bool, list[Tensor]], profile: str) -> ExpertInputs:
     shared = {is_down: largest_scale(some) for is_down, some in scales.items()}
     quantizers = [experts_quantizer(kinds.get(is_down), shared[is_down], profile) for is_down in (False, True)]
     ranges = [
@@ -453,16 +490,21 @@ def _as_one(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _M
         return members
     inputs = [member.input_scale for member in members.values() if member.input_scale is not None]
     if inputs:
-        shared: Tensor | None
-        if fmt.input_kind == "nvfp4":
-            shared = dialect.fused_global_scale(inputs)
-        else:
-            shared = largest_scale(inputs) if fmt.input_kind == "fp8-tensor" else inputs[-1]
+        shared = _shared_input_scale(dialect, fmt, inputs)
         members = {name: replace(member, input_scale=shared) for name, member in members.items()}
     if fmt.name in ("nvfp4", "nvfp4a16"):
         return _under_one_global_scale(dialect, members)
     whole = fmt.name == "fp8" and fmt.group_size == 0 and fmt.block is None
     return _under_one_scale(members) if whole and fmt.input_kind != "none" else members
+
+
+def _shared_input_scale(dialect: Dialect, fmt: TensorFormat, scales: Sequence[Tensor]) -> Tensor:
+    """The multiplier of the inputs of a fused group whose members have `scales`."""
+    if fmt.input_kind == "nvfp4":
+        return dialect.fused_global_scale(scales)
+    largest = largest_scale(scales) if fmt.input_kind == "fp8-tensor" else scales[-1]
+    assert largest is not None
+    return largest
 
 
 def _under_one_global_scale(dialect: Dialect, members: Mapping[str, _Member]) -> Mapping[str, _Member]:

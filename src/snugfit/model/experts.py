@@ -11,7 +11,8 @@ choose, whose output is dropped.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
 from typing import Protocol
@@ -31,6 +32,11 @@ CHECKED_TOKENS = 16
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # forced through an expert at once
 _HOOKS = "_snugfit_hooks"
 _SUM_DTYPES = "_snugfit_sum_dtypes"
+_READ, _INSTEAD = "_snugfit_read", "_snugfit_instead"
+
+ReadExpert = Callable[[int, str], Tensor]  # number and role -> weight [N, K]
+# takes the place of an experts module's forward: module, hidden states [tokens, K], indices and weights [tokens, k]
+Instead = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 class ExpertHooks(Protocol):
@@ -44,6 +50,12 @@ class ExpertHooks(Protocol):
 
     def begin(self, hidden: Tensor, count: int) -> None:
         """A pass of hidden states [tokens, K] through `count` experts begins."""
+
+    def expect(self, index: Tensor) -> None:
+        """Experts of each token [tokens, k] of the pass that has begun, where they will run some at a time."""
+
+    def again(self, inputs: Tensor, count: int) -> None:
+        """What `begin` and `first` had as the hidden states of a batch comes to the next of its experts."""
 
     def forced(self, expert: int, routed: Tensor) -> Tensor | None:
         """Tokens [n] to send through an expert in addition to those `routed` [m] to it, if any."""
@@ -62,6 +74,13 @@ class NoHooks:
 
     def begin(self, hidden: Tensor, count: int) -> None:
         """Nothing to prepare."""
+
+    def expect(self, index: Tensor) -> None:
+        """Nothing to note."""
+
+    def again(self, inputs: Tensor, count: int) -> None:
+        """As `begin`."""
+        self.begin(inputs, count)
 
     def forced(self, expert: int, routed: Tensor) -> Tensor | None:  # noqa: ARG002
         """None."""
@@ -88,6 +107,16 @@ class Watching(NoHooks):
         """Both begin."""
         self._watcher.begin(hidden, count)
         self._hooks.begin(hidden, count)
+
+    def expect(self, index: Tensor) -> None:
+        """Both note it."""
+        self._watcher.expect(index)
+        self._hooks.expect(index)
+
+    def again(self, inputs: Tensor, count: int) -> None:
+        """Both resume."""
+        self._watcher.again(inputs, count)
+        self._hooks.again(inputs, count)
 
     def forced(self, expert: int, routed: Tensor) -> Tensor | None:
         """What the hooks force."""
@@ -167,17 +196,20 @@ def shapes(module: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
     return found
 
 
-def buffers(module: nn.Module, device: torch.device) -> tuple[dict[str, Tensor], dict[tuple[int, str, str], Tensor]]:
-    """Empty memory for the module's parameters, which hold all experts, and views of each expert's part of it.
+def buffers(
+    module: nn.Module, device: torch.device, size: int | None = None
+) -> tuple[dict[str, Tensor], dict[tuple[int, str, str], Tensor]]:
+    """Empty memory for the module's parameters, which hold all experts or `size` of them, and views of it.
 
-    Parts, by (expert, role, parameter), are views: weights [N, K], biases [N].
+    Views, by (place of an expert, role, parameter), are weights [N, K], biases [N].
     """
     whole = {}
     for name in sorted(parameters(module)):
         empty = module.get_parameter(name)
-        whole[name] = torch.empty(empty.shape, dtype=empty.dtype, device=device)
+        shape = (size or len(empty), *empty.shape[1:])
+        whole[name] = torch.empty(shape, dtype=empty.dtype, device=device)
     parts: dict[tuple[int, str, str], Tensor] = {}
-    for expert in range(count(module)):
+    for expert in range(size or count(module)):
         for (role, parameter), (name, rows) in _places(module).items():
             mine = whole[name][expert]
             parts[expert, role, parameter] = (mine.t() if module.is_transposed and parameter == "weight" else mine)[
@@ -186,8 +218,26 @@ def buffers(module: nn.Module, device: torch.device) -> tuple[dict[str, Tensor],
     return whole, parts
 
 
+def hold_some(module: nn.Module, size: int, read: ReadExpert | None = None) -> None:
+    """Let the module's parameters hold `size` experts, without data; `read` gives weights of others."""
+    for name in parameters(module):
+        whole = module.get_parameter(name)
+        some = torch.empty(size, *whole.shape[1:], dtype=whole.dtype, device="meta")
+        setattr(module, name, nn.Parameter(some, requires_grad=False))
+    if read is not None:
+        module.__dict__[_READ] = read
+
+
+def holds_some(module: nn.Module) -> bool:
+    """Whether the module's parameters hold some experts at a time."""
+    return _READ in module.__dict__
+
+
 def weight_of(module: nn.Module, expert: int, role: str) -> Tensor:
-    """The weight [N, K] of one expert's projection: a view of the module's parameter."""
+    """The weight [N, K] of one expert's projection: a view of the module's parameter, or read if it holds few."""
+    read: ReadExpert | None = module.__dict__.get(_READ)
+    if read is not None:
+        return read(expert, role)
     name, rows = _places(module)[role, "weight"]
     whole = module.get_parameter(name).data[expert]
     return (whole.t() if module.is_transposed else whole)[rows]
@@ -247,13 +297,48 @@ def _places(module: nn.Module) -> dict[tuple[str, str], tuple[str, slice]]:
 
 def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the module's own forward gives for hidden states [tokens, K], indices and weights [tokens, k] of experts."""
-    hooks: ExpertHooks | None = self.__dict__.get(_HOOKS)
+    instead: Instead | None = self.__dict__.get(_INSTEAD)
+    if instead is not None:
+        return instead(self, hidden_states, top_k_index, top_k_weights)
+    dtype = _sum_dtype(self, hidden_states, top_k_index, top_k_weights)
+    return _run(self, hidden_states, top_k_index, top_k_weights, hooks_of(self), dtype)
+
+
+def hooks_of(module: nn.Module) -> ExpertHooks | None:
+    """What receives what passes through the experts `module`."""
+    found: ExpertHooks | None = module.__dict__.get(_HOOKS)
+    return found
+
+
+@contextmanager
+def instead_of(module: nn.Module, function: Instead) -> Iterator[None]:
+    """Let `function` take the place of the experts' forward."""
+    module.__dict__[_INSTEAD] = function
+    try:
+        yield
+    finally:
+        del module.__dict__[_INSTEAD]
+
+
+def sum_dtype_of_some(module: nn.Module, hidden: Tensor, weights: Tensor) -> torch.dtype:
+    """The dtype in which a module adds up what experts give, checked on those few that its parameters hold.
+
+    `hidden` [tokens, K] and `weights` [tokens, k] are those of a pass; each token gets other experts of the few.
+    """
+    size = count(module)
+    choices = min(weights.shape[1], max(2, size))  # of one expert two terms, else nothing is added up
+    tokens = torch.arange(len(hidden[:CHECKED_TOKENS]), device=hidden.device)
+    index = (tokens[:, None] + torch.arange(choices, device=hidden.device)) % size
+    return _sum_dtype(module, hidden[:CHECKED_TOKENS], index, weights[:CHECKED_TOKENS, :choices])
+
+
+def _sum_dtype(self: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> torch.dtype:
     known: _SumDtypes = self.__dict__.setdefault(_SUM_DTYPES, _SumDtypes())
-    kind = _kind(self, hidden_states, top_k_weights)
-    dtype = known.get(kind) or _checked(self, hidden_states, top_k_index, top_k_weights)
+    kind = _kind(self, hidden, weights)
+    dtype = known.get(kind) or _checked(self, hidden, index, weights)
     if dtype is not None:
         known[kind] = dtype
-    return _run(self, hidden_states, top_k_index, top_k_weights, hooks, dtype or hidden_states.dtype)
+    return dtype or hidden.dtype
 
 
 class _SumDtypes(dict[tuple[object, ...], torch.dtype]):
@@ -279,35 +364,50 @@ def _run(
     hooks: ExpertHooks | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    experts, tokens = count(self), len(hidden)
     inputs = hidden
     if hooks is not None:
-        hooks.begin(hidden, experts)
+        hooks.begin(hidden, count(self))
         inputs = hooks.first(hidden)
     result = torch.zeros_like(hidden, dtype=dtype)
+    add_up(self, inputs, index, weights, hooks, result, range(count(self)))
+    return result.to(hidden.dtype)
+
+
+def add_up(
+    self: nn.Module,
+    inputs: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    hooks: ExpertHooks | None,
+    result: Tensor,
+    some: range,
+) -> None:
+    """Add to `result` [tokens, K] what `some` experts, which the module's parameters hold, make of `inputs`.
+
+    All experts one after another, or in several such calls, give the same bits.
+    """
+    tokens = len(inputs)
     # by expert, within it in the order in which eager code finds them: by place among the k, then by token
     chosen = index.t().reshape(-1)
     order = torch.argsort(chosen, stable=True)
-    ends = torch.bincount(chosen, minlength=experts)[:experts].cumsum(0).tolist()
+    ends = [0, *torch.bincount(chosen, minlength=some.stop)[: some.stop].cumsum(0).tolist()]
     places_of_all, tokens_of_all = order // tokens, order % tokens
-    start = 0
-    for expert, end in enumerate(ends):
-        places, routed = places_of_all[start:end], tokens_of_all[start:end]
-        start = end
+    for expert in some:
+        held = expert - some.start
+        places, routed = (found[ends[expert] : ends[expert + 1]] for found in (places_of_all, tokens_of_all))
         if len(routed):
-            middle = _middle(self, expert, inputs[routed])
+            middle = _middle(self, held, inputs[routed])
             if hooks is not None:
                 middle = hooks.second(expert, middle, routed, forced=False)
-            out = _linear(self, "down_proj", expert, middle)
+            out = _linear(self, "down_proj", held, middle)
             if getattr(self, "has_post_expert_norm", False):
                 out = self.post_expert_norm(out)  # type: ignore[operator]
             out = out * weights[routed, places, None]
             result.index_add_(0, routed, out.to(result.dtype))
         more = None if hooks is None else hooks.forced(expert, routed)
         if hooks is not None and more is not None:
-            for part in more.split(CHUNK_TOKENS[hidden.device.type]):
-                hooks.second(expert, _middle(self, expert, inputs[part]), part, forced=True)
-    return result.to(hidden.dtype)
+            for part in more.split(CHUNK_TOKENS[inputs.device.type]):
+                hooks.second(expert, _middle(self, held, inputs[part]), part, forced=True)
 
 
 def _middle(self: nn.Module, expert: int, inputs: Tensor) -> Tensor:

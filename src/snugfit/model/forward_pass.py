@@ -26,7 +26,8 @@ ROW_MULTIPLE = 64  # ragged rows are padded to a multiple of this or of an eight
 class Batch:
     """Samples under way: token ids [B, T] padded on the right, their true lengths, hidden states [B, T, H].
 
-    `rows` are the samples' places in the dataset, `calls` what each layer is called with.
+    `rows` are the samples' places in the dataset, `calls` what each layer is called with. `number` is the batch's place
+    among all, `first` the number of its first real token among those of all.
     """
 
     rows: tuple[int, ...]
@@ -34,6 +35,8 @@ class Batch:
     lengths: tuple[int, ...]
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    number: int = 0
+    first: int = 0
 
     @property
     def valid(self) -> Tensor | None:
@@ -68,7 +71,7 @@ def make_batches(
     width_of = _width if pads else len
     order = sorted(range(len(rows)), key=lambda r: (-width_of(rows[r]), r))
     batches: list[Batch] = []
-    start = 0
+    start = first = 0
     while start < len(order):
         width = width_of(rows[order[start]])
         size = max(1, tokens_per_batch // width)
@@ -77,8 +80,10 @@ def make_batches(
         if len(set(lengths)) == 1:
             width = lengths[0]  # nothing to pad
         padded = [[*rows[r], *([0] * (width - len(rows[r])))] for r in members]
-        batches.append(Batch(tuple(members), torch.tensor(padded, dtype=torch.int64, device=device), lengths))
+        tokens = torch.tensor(padded, dtype=torch.int64, device=device)
+        batches.append(Batch(tuple(members), tokens, lengths, number=len(batches), first=first))
         start += len(members)
+        first += sum(lengths)
     return batches
 
 

@@ -29,9 +29,15 @@ class StateFile:
     """Hidden states [rows, tokens, H] of `dtype` in a file, read and written by batch, in any order."""
 
     def __init__(
-        self, path: Path, batches: Sequence[Batch], width: int, dtype: torch.dtype, transfer: Transfer
+        self,
+        path: Path,
+        batches: Sequence[Batch],
+        width: int,
+        dtype: torch.dtype,
+        transfer: Transfer,
+        mine: Sequence[Batch] | None = None,
     ) -> None:
-        """Open or make the file for rows of `width` values a token."""
+        """Open or make the file for rows of `width` values a token; `mine` are read ahead, by default all batches."""
         self.path = path
         self._transfer = transfer
         self._width, self._dtype = width, dtype
@@ -41,7 +47,7 @@ class StateFile:
             size = sum(batch.lengths) * width * dtype.itemsize
             self._places[batch.rows] = end, size
             end += size
-        self._order = [batch.rows for batch in batches]
+        self._order = [batch.rows for batch in (batches if mine is None else mine)]
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._written: dict[tuple[int, ...], PendingTransfer[list[int]]] = {}
         self._ahead: dict[tuple[int, ...], PendingTransfer[Tensor]] = {}
@@ -84,7 +90,7 @@ class StateFile:
         """A batch's states [B, T, H] on the device of its tokens, zeros in the place of pads; the next are begun."""
         self._begin(batch.rows)
         flat = self._ahead.pop(batch.rows).result()
-        place = self._order.index(batch.rows)
+        place = self._order.index(batch.rows) if batch.rows in self._order else len(self._order)
         for rows in self._order[place + 1 : place + 1 + IN_FLIGHT]:
             self._begin(rows)
         shape = (*batch.tokens.shape, self._width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,24 @@ class ExpertBuffers:
     """Memory for a layer's routed experts, as its module holds them, filled expert by expert.
 
     `stacked` are the module's parameters by name relative to the layer; `per_expert` are views of single experts'
-    tensors by the file's full names.
+    tensors by the file's full names. Buffers of a few experts hold `some` of them at a time.
     """
 
     stacked: Mapping[str, Tensor]
     per_expert: Mapping[str, Tensor]
     skeleton: Skeleton
+    parts: Mapping[tuple[int, str, str], Tensor] = field(default_factory=dict)
+
+    def of(self, index: int, some: range) -> ExpertBuffers:
+        """The same memory, as that of `some` experts of decoder layer `index`."""
+        names = self.skeleton.experts[index].names
+        prefix = f"{self.skeleton.stored_layers_name}.{index}"
+        held = {
+            f"{prefix}.{names[some.start + place, role, parameter]}": part
+            for (place, role, parameter), part in self.parts.items()
+            if place < len(some)
+        }
+        return replace(self, per_expert=held)
 
     def has(self, name: str) -> bool:
         """Whether the buffers hold a tensor of the file, of one expert or of all."""
@@ -39,33 +51,41 @@ class ExpertBuffers:
             self.per_expert[name].copy_(_as_values(tensor, self.per_expert[name].dtype, name))
             return True
         singles = self.skeleton.stacks.stacked.get(name, ())
-        for single in singles:
+        for single in (one for one in singles if one in self.per_expert):
             part = part_of(self.skeleton.stacks.origins[single], tensor)
             self.per_expert[single].copy_(_as_values(part, self.per_expert[single].dtype, name))
         return bool(singles)
 
 
-def expert_buffers(skeleton: Skeleton, index: int, device: torch.device) -> ExpertBuffers:
-    """Buffers for the routed experts of decoder layer `index`, empty ones if it has none."""
+def expert_buffers(skeleton: Skeleton, index: int, device: torch.device, size: int | None = None) -> ExpertBuffers:
+    """Buffers for the routed experts of decoder layer `index`, empty ones if it has none; of `size` experts or all."""
     mixture = skeleton.experts.get(index)
     if mixture is None:
         return ExpertBuffers({}, {}, skeleton)
-    stacked, per_expert = experts.buffers(skeleton.layers[index].get_submodule(mixture.module), device)
-    prefix = f"{skeleton.stored_layers_name}.{index}"
-    return ExpertBuffers(
-        {f"{mixture.module}.{name}": tensor for name, tensor in stacked.items()},
-        {f"{prefix}.{mixture.names[key]}": part for key, part in per_expert.items()},
-        skeleton,
-    )
+    stacked, parts = experts.buffers(skeleton.layers[index].get_submodule(mixture.module), device, size)
+    whole = {f"{mixture.module}.{name}": tensor for name, tensor in stacked.items()}
+    held = ExpertBuffers(whole, {}, skeleton, parts)
+    return held if size else held.of(index, range(experts.count(skeleton.layers[index].get_submodule(mixture.module))))
 
 
-def resident_layer(skeleton: Skeleton, index: int, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+def resident_layer(
+    skeleton: Skeleton,
+    index: int,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    *,
+    size: int | None = None,
+    read: experts.ReadExpert | None = None,
+) -> nn.Module:
     """A copy of decoder layer `index` with `weights` (names as in the file, relative to the layer) on `device`.
 
-    Routed experts come as their module's parameters (`expert_buffers`).
+    Routed experts come as their module's parameters (`expert_buffers`), which hold `size` of them or all; then `read`
+    gives the weights of any (`experts.weight_of`).
     """
     empty = skeleton.layers[index]
     layer = copy.deepcopy(empty, {id(parameter): parameter for parameter in empty.parameters()})  # all are replaced
+    if size is not None:
+        experts.hold_some(layer.get_submodule(skeleton.experts[index].module), size, read)
     names = skeleton.names_of_layer(index).parameters
     given = {names.get(name, name): tensor for name, tensor in weights.items()}
     fill(layer, given, where=f"{skeleton.stored_layers_name}.{index}")

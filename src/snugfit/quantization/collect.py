@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.machine import Clock
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.plan import measure_only
-from snugfit.quantization.prepare import Calibration, check_options, prepare
-from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, prepare
+from snugfit.quantization.resume import open_finished
 from snugfit.quantization.run import Run, run_layers, statistics_of
 from snugfit.records.statistics_file import (
     MAX_FORCED_TOKENS,
@@ -24,6 +25,7 @@ from snugfit.report.outliers import write_outliers
 from snugfit.storage.staging import check_stageable, resumable
 
 
+@distributed.together
 def collect_statistics(
     model: str | Path,
     *,
@@ -37,6 +39,7 @@ def collect_statistics(
     dtype: str | None = None,
     moe_calibrate_all_experts: bool = True,
     max_forced_tokens: int = MAX_FORCED_TOKENS,
+    experts_per_group: int | None = None,
     restart: bool = False,
     force_resume: bool = False,
     progress: Progress = SILENT,
@@ -48,8 +51,11 @@ def collect_statistics(
     are those of `quantize`. Raises UserError for bad input.
     """
     clock, destination = Clock(), Path(output_dir)
-    with clock("prepare"):
-        check_stageable(destination)
+    progress = progress if distributed.is_main() else SILENT
+
+    def prepare_here() -> PreparedRun:
+        if distributed.is_main():
+            check_stageable(destination)
         calibration = Calibration(
             dataset=as_sequence(dataset),
             num_samples=num_samples,
@@ -59,16 +65,23 @@ def collect_statistics(
             tokens_per_batch=tokens_per_batch,
             dtype=dtype,
             experts=ExpertCalibration(moe_calibrate_all_experts, max_forced_tokens, MIN_TOKENS_PER_EXPERT),
+            experts_per_group=experts_per_group,
         )
         check_options(calibration)
         prepared = prepare(measure_only(read_layout(model)), calibration)
-        prepared.check_resources(destination, restart=restart, force_resume=force_resume)
+        place = destination if distributed.is_main() else None
+        prepared.check_resources(place, restart=restart, force_resume=force_resume)
+        return prepared
+
+    with clock("prepare"):
+        prepared = distributed.in_all(prepare_here).agreed()
     prepared.report(progress)
     with resumable(destination, restart=restart) as (directory, work):
-        finished = FinishedUnits(work, prepared.identity(), force=force_resume)
+        finished = open_finished(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
         run_layers(run)
         found = statistics_of(run)
-        (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
-        write_outliers(found, directory)
+        if distributed.is_main():
+            (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
+            write_outliers(found, directory)
     return found

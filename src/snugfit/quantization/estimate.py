@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ from snugfit.machine import free_bytes, rss_bytes
 from snugfit.methods.rounding import SLICE
 from snugfit.model.hidden_states import IN_FLIGHT
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.plan import Plan, groups_of
+from snugfit.quantization.division import Division, divide, groups_of_units, read_ahead_bytes
+from snugfit.quantization.plan import Plan
 from snugfit.storage.files import PIECE_BYTES
 from snugfit.storage.staging import occupied_bytes
-from snugfit.storage.transfer import COPIERS, WORKERS
+from snugfit.storage.transfer import CONNECTIONS, COPIERS, REMOTE_AHEAD_BYTES, WORKERS
 
 # copies in fp32 of a slice of weights while it is rounded
 _COPIES = 6
@@ -32,6 +34,8 @@ _SQUARES, _GROUPS = 4, 5
 LEARNED_TOKENS = 4096
 LEARNED_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
 _LEARNED_STATES, _LEARNED_WIDTHS, _LEARNED_COPIES = 16, 10, 6
+_SUM_BYTES = 4  # of a value that experts add up
+_PADS = 1.25  # of tokens in batches of several lengths
 _HEAP = 340_000_000  # at most what the C library keeps of experts' many small tensors meanwhile (measured)
 _CUDA_HOST = 750_000_000  # what the GPU's libraries take of main memory once they work (torch 2.11, CUDA 13)
 
@@ -50,6 +54,12 @@ class Estimate:
             return self
         gpu = None if self.gpu is None else max(self.gpu, other.gpu or 0)
         return Estimate(ram=max(self.ram, other.ram), gpu=gpu, disk=max(self.disk, other.disk))
+
+    def fits(self, device: torch.device) -> bool:
+        """Whether there is enough memory and GPU memory now."""
+        return self.ram - rss_bytes() <= free_bytes(torch.device("cpu")) and (
+            self.gpu is None or self.gpu <= free_bytes(device)
+        )
 
     def line(self) -> str:
         """One line for people."""
@@ -71,11 +81,14 @@ def estimate_run(
     observes: bool = False,
     correlates: bool = False,
     copies: int = 1,
+    experts_per_group: int | None = None,
+    groups: Sequence[Sequence[tuple[str, ...]]] | None = None,
 ) -> Estimate:
     """Peaks of a run from shapes alone, on top of what this process holds now.
 
     With `observes` a method holds the exact weights of a layer, with `correlates` second moments of its inputs too.
-    `copies` of the result are on the disk at once.
+    `copies` of the result are on the disk at once. `experts_per_group` routed experts of a layer are in memory at once,
+    None for all. `groups` are those of each unit, if they are known already.
     """
     tensors = plan.weights.tensors
     itemsize = max((tensors[name].bytes // max(1, tensors[name].elements) for name in plan.assignments), default=2)
@@ -84,13 +97,17 @@ def estimate_run(
     tokens = dataset.tokens if dataset else 0
     longest = max(map(len, dataset.samples)) if dataset else 0
     batch = min(tokens, max(tokens_per_batch, longest))
-    moving = (2 * WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
+    readers = WORKERS[device.type] if plan.checkpoint.remote is None else CONNECTIONS
+    moving = (readers + WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
     in_flight = 2 * IN_FLIGHT * batch * hidden  # hidden states read ahead and written behind
-    ahead = read_ahead_bytes(plan, device)
+    runs = dataset is not None
+    groups = groups_of_units(plan, runs=runs) if groups is None else groups
+    divisions = [divide(plan, skeleton, n, some, experts_per_group) for n, some in enumerate(groups)]
+    ahead = ahead_of(plan, divisions, device)
     work = embeddings = 0
     for number, unit in enumerate(plan.units):
         if number:
-            layer = _layer_bytes(plan, unit, runs=dataset is not None)
+            layer = _layer_bytes(plan, skeleton, unit, divisions[number], runs=runs)
             group = 0 if ahead else layer.group  # read ahead
             rounding = layer.values + 2 * layer.codes + layer.group + group + _COPIES * 4 * SLICE[device.type]
             activations = 0
@@ -98,7 +115,9 @@ def estimate_run(
                 width = max((max(tensors[name].shape) for name in unit if name in plan.assignments), default=0)
                 activations = batch * (_STATES * hidden + (_WIDTHS * width + layer.rounded_inputs) * itemsize)
                 activations += in_flight
-            exact = (layer.values if observes else 0) + (_correlations(plan, unit) if correlates else 0)
+                if divisions[number].pieces:  # what comes to experts, and what they add up
+                    activations += 2 * batch * (hidden + _SUM_BYTES * skeleton.hidden_size)
+            exact = (layer.exact if observes else 0) + (_correlations(plan, unit) if correlates else 0)
             work = max(work, ahead + exact + max(rounding, layer.values + 2 * layer.codes + group + activations))
             continue
         quantized = [name for name in unit if (a := plan.assignments.get(name)) and a.format and not a.keeps_codes]
@@ -107,6 +126,8 @@ def estimate_run(
         if dataset is not None:
             embeddings = max((tensors[name].bytes for name in unit if "embed" in name), default=0)
     disk = copies * sum(shard.bytes for shard in plan.shards) + 2 * tokens * hidden
+    if runs and any(one.pieces for one in divisions):
+        disk += int(_PADS * tokens * (hidden + _SUM_BYTES * skeleton.hidden_size))
     routed = (sum(tensors[name].bytes for name in unit if ".experts." in name) for unit in plan.units[1:])
     heap = min(_HEAP, max(routed, default=0))
     now, peak = rss_bytes() + heap, max(embeddings, work)
@@ -158,34 +179,63 @@ def _correlations(plan: Plan, unit: tuple[str, ...]) -> int:
     return sum(squares) + _SQUARES * max(squares, default=0) + _GROUPS * group
 
 
-def read_ahead_bytes(plan: Plan, device: torch.device) -> int:
-    """Bytes of weights that are read while others are worked on: for a GPU a whole layer, else one group."""
-    layers = (sum(plan.weights.file_bytes(name) for name in unit) for unit in plan.units[1:])
-    return max(layers) if device.type == "cuda" else 0
+def ahead_of(plan: Plan, divisions: Sequence[Division], device: torch.device) -> int:
+    """Bytes of weights that are read while others are worked on: a layer for a GPU, some of a model on the Hub, or 0.
+
+    0 stands for one group at a time, which a disk has in time.
+    """
+    if device.type == "cuda":
+        return read_ahead_bytes(plan, divisions)
+    return 0 if plan.checkpoint.remote is None else min(REMOTE_AHEAD_BYTES, read_ahead_bytes(plan, divisions))
+
+
+def largest_group(skeleton: Skeleton, fits: Callable[[int], bool]) -> int | None:
+    """The largest number of routed experts in memory at once that `fits`; None without experts, or where none fits."""
+    most = max((1 + max(e for e, _, _ in mixture.names) for mixture in skeleton.experts.values()), default=0) - 1
+    least = 0
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least or None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer:
     """Of a decoder layer: bytes of its 16-bit weights if it runs, of its codes, of its largest fused group.
 
+    `exact` are the bytes that a method holds that observes the layer. Of experts in pieces one piece counts.
     `rounded_inputs` is the largest number of values a token that a hook holds rounded for the partners of a group.
     """
 
     values: int
+    exact: int
     codes: int
     group: int
     rounded_inputs: int
 
 
-def _layer_bytes(plan: Plan, unit: tuple[str, ...], *, runs: bool) -> _Layer:
-    tensors = plan.weights.tensors
-    values = sum(tensors[name].bytes for name in unit) if runs else 0
-    codes = sum(info.bytes for name in unit if name in plan.assignments for info in plan.outputs[name])
-    groups = [sum(tensors[name].bytes for name in group) for group in groups_of(plan, unit, runs=runs)]
+def _layer_bytes(plan: Plan, skeleton: Skeleton, unit: tuple[str, ...], division: Division, *, runs: bool) -> _Layer:
+    tensors, parts = plan.weights.tensors, skeleton.stacks.tensors
+    in_pieces = {*division.whole, *(name for piece in division.pieces for name in piece.names)}
+    rest = [name for name in unit if name not in in_pieces]
+    sizes = [sum(tensors[n].bytes for n in p.names) + sum(parts[n].bytes for n in p.parts) for p in division.pieces]
+    whole, piece = sum(tensors[name].bytes for name in rest), max(sizes, default=0)
+    codes = max((_code_bytes(plan, one.names) for one in division.pieces), default=0)
+    groups = [sum(tensors[name].bytes for name in group) for group in division.coming]
     modules = [name.removesuffix(".weight") for name in unit if name in plan.assignments]
     shared = [group[0] for group in group_modules(modules) if len(group) > 1]
     rounded = max((tensors[f"{module}.weight"].shape[-1] for module in shared), default=0)
-    return _Layer(values=values, codes=codes, group=max(groups, default=0), rounded_inputs=rounded)
+    return _Layer(
+        values=whole + piece if runs else 0,
+        exact=whole if runs else whole + piece,
+        codes=_code_bytes(plan, rest) + codes,
+        group=max(groups, default=0),
+        rounded_inputs=rounded,
+    )
+
+
+def _code_bytes(plan: Plan, names: Sequence[str]) -> int:
+    return sum(info.bytes for name in names if name in plan.assignments for info in plan.outputs[name])
 
 
 def check_memory(estimate: Estimate, device: torch.device, remedy: str = "") -> None:

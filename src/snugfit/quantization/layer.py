@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.calibration.moments import ExpertMoments, MomentsObserver
 from snugfit.calibration.observers import ExpertObserver, InputObserver, KVAmax
 from snugfit.engines.fused import group_modules
@@ -22,10 +23,12 @@ from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import TensorFormat
 from snugfit.machine import give_back_memory
 from snugfit.methods.method import Method, ObservedLayer, Purpose, RunLayer, Target, WeightGroup
-from snugfit.model import emulate, experts, forward_pass, layers
+from snugfit.model import emulate, experts, forward_pass, layers, pieces
 from snugfit.model.assemble import Loaded
 from snugfit.model.layers import ExpertBuffers
+from snugfit.model.pieces import ExpertsInPieces
 from snugfit.model.skeleton import Skeleton
+from snugfit.quantization import exchange as sharing
 from snugfit.quantization.measured import Measured, not_finite, ranges_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
@@ -45,7 +48,8 @@ class UnitTensor:
     `codes` are None for a tensor that stays in 16 bits; `weight_16bit` is what the layer runs with, None if it is not
     needed or is in the layer's expert buffers. `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the
     device; `input_scale` the multiplier of inputs that came with the source's codes; `scale_rule` how the scales of
-    codes were chosen, "" for the source's codes.
+    codes were chosen, "" for the source's codes. `begun`: all of it is being written but a scale of inputs that is yet
+    to be measured.
     """
 
     codes: QuantizedWeight | None = None
@@ -53,13 +57,30 @@ class UnitTensor:
     relative_error: Tensor | None = None
     input_scale: Tensor | None = None
     scale_rule: str = ""
+    begun: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPieces:
+    """Routed experts of a layer in pieces of `size`: with the source's weights (`exact`), and as they are chosen.
+
+    `read` gives an exact weight, `input_scales` the multipliers of inputs that come with codes that stay, by weight.
+    """
+
+    size: int
+    exact: ExpertsInPieces
+    chosen: ExpertsInPieces
+    read: experts.ReadExpert
+    input_scales: Callable[[], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPass:
     """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device.
 
-    `norm_folds` takes what the method notes.
+    Of a run on several processes, `batches` are those of this one out of `all_batches`, and `owners` says which process
+    reads, chooses and writes each tensor of the layer, of which `names` are in memory all the time. `norm_folds` takes
+    what the method notes.
     """
 
     plan: Plan
@@ -70,6 +91,10 @@ class LayerPass:
     states: tuple[forward_pass.States, forward_pass.States]
     device: torch.device
     experts: ExpertCalibration
+    pieces: LayerPieces | None = None
+    all_batches: Sequence[forward_pass.Batch] = ()
+    names: Sequence[str] = ()
+    owners: Mapping[str, int] = field(default_factory=dict)
     norm_folds: list[NormFold] = field(default_factory=list)
 
     @property
@@ -90,7 +115,8 @@ class LayerPass:
             relative = name.removeprefix(names.file_prefix)
             if relative in names.used and not self.buffers.has(name):
                 given[relative] = weight
-        return layers.resident_layer(self.skeleton, self.index, given, self.device)
+        size, read = (None, None) if self.pieces is None else (self.pieces.size, self.pieces.read)
+        return layers.resident_layer(self.skeleton, self.index, given, self.device, size=size, read=read)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,11 +138,16 @@ def load(plan: Plan, groups: Sequence[tuple[str, ...]], ahead: ReadAhead) -> Ite
             handled = 0
         assignment = plan.assignments.get(names[0])
         tensors = ahead.take(names)
-        if assignment is None or assignment.format is None:
-            yield LoadedGroup(tensors=tensors, target=None, has_codes=False)
-        else:
-            target = Target(format=assignment.format, scale_rule=assignment.scale_rule, objective=assignment.objective)
-            yield LoadedGroup(tensors=tensors, target=target, has_codes=assignment.keeps_codes)
+        target, has_codes = _target_of(plan, names[0]), assignment is not None and assignment.keeps_codes
+        yield LoadedGroup(tensors=tensors, target=target, has_codes=has_codes)
+
+
+def _target_of(plan: Plan, name: str) -> Target | None:
+    """How a tensor is to be quantized, None if it stays in 16 bits."""
+    one = plan.assignments.get(name)
+    if one is None or one.format is None:
+        return None
+    return Target(format=one.format, scale_rule=one.scale_rule, objective=one.objective)
 
 
 def choose(
@@ -167,7 +198,8 @@ def _for_method(
 def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method) -> tuple[Iterable[LoadedGroup], Any]:
     """The layer's groups, and what the method measures on the layer with its exact weights.
 
-    The layer's output is dropped: `propagate` makes the hidden states that count. All groups are in memory then. For a
+    The layer's output is dropped: `propagate` makes the hidden states that count. All groups are in memory then, but
+    for those of experts in pieces. For a
     method that observes nothing (or without samples) nothing runs, and the groups stay unread; the same for a layer
     that text does not run.
     """
@@ -183,6 +215,13 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
                 weights[name] = weight
             if group.target is not None and not group.has_codes:
                 targets[name] = group.target
+    sharing.send_experts(run.buffers, run.names, run.owners)
+    outside = [name for name in run.names if not run.buffers.has(name)]
+    sharing.send_tensors(run.plan, outside, run.owners, weights, run.device)
+    for name in run.plan.unit_of_layer(run.index):  # also of experts in pieces, and of other processes
+        target = _target_of(run.plan, name)
+        if target is not None and not run.plan.assignments[name].keeps_codes:
+            targets.setdefault(name, target)
     layer = run.resident(weights)
     names = run.skeleton.names_of_layer(run.index)
     parameters = {f"{run.prefix}{file_name}": name for file_name, name in names.parameters.items()}
@@ -201,14 +240,36 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
     return held, method.observe(observed)
 
 
+def exchange(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> None:
+    """Give all processes the 16-bit weights that one of them has chosen, and multipliers of inputs that come along."""
+    if distributed.world_size() == 1:
+        return
+    mine = {name: one.input_scale.cpu() for name, one in tensors.items() if one.input_scale is not None}
+    scales = {name: scale for found in distributed.gather(mine) for name, scale in found.items()}
+    sharing.send_experts(run.buffers, run.names, run.owners)
+    outside = [name for name in run.names if not run.buffers.has(name)]
+    held = {name: one.weight_16bit for name, one in tensors.items() if one.weight_16bit is not None}
+    sharing.send_tensors(run.plan, outside, run.owners, held, run.device)
+    for name in run.names:
+        if not sharing.is_mine(run.owners, name):
+            scale = scales.get(name)
+            scale = None if scale is None else scale.to(run.device)
+            tensors[name] = UnitTensor(weight_16bit=held.get(name), input_scale=scale, begun=True)
+
+
 def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
     """What passes the samples through a resident layer."""
 
     def pass_samples(
         before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None, spread: int = 1
     ) -> None:
-        batches = run.batches if max_tokens is None else forward_pass.some_batches(run.batches, max_tokens, spread)
-        forward_pass.run_layer(layer, run.index, batches, before, states=(run.states[0], None))
+        batches, states = run.batches, (run.states[0], None)
+        if max_tokens is not None:  # the same in all processes
+            batches = forward_pass.some_batches(run.all_batches or run.batches, max_tokens, spread)
+        if run.pieces is None:
+            forward_pass.run_layer(layer, run.index, batches, before, states=states)
+        else:
+            pieces.run_layer(layer, run.index, batches, before, run.pieces.exact, states=states)
 
     return pass_samples
 
@@ -224,10 +285,7 @@ def propagate(
     hidden states on.
     """
     if run.is_skipped:
-        for batch in run.batches:
-            run.states[1].write(batch, run.states[0].read(batch))
-        nothing = LayerStatistics({}, {}, None)
-        return ranges_of(run.plan, run.skeleton, run.index, nothing, run.experts)
+        return _hand_on(run)
     weights: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if tensor.weight_16bit is not None:
@@ -235,7 +293,11 @@ def propagate(
             tensors[name] = replace(tensor, weight_16bit=None) if tensor.codes is not None else tensor
     layer = run.resident(weights)
     del weights
-    watched = _WatchedLayer(run, layer, {name: tensor.input_scale for name, tensor in tensors.items()}, roundings)
+    scales = {name: tensor.input_scale for name, tensor in tensors.items()}
+    if run.pieces is not None:
+        scales = {name: scales.get(name) for name in run.plan.unit_of_layer(run.index)}
+        scales.update(run.pieces.input_scales())
+    watched = _WatchedLayer(run, layer, scales, roundings)
     cache = KVAmax() if run.index in run.plan.observed_caches else None
 
     def before(batch: forward_pass.Batch) -> None:
@@ -243,12 +305,28 @@ def propagate(
         if cache is not None:
             cache.before(batch)
 
-    bad = forward_pass.run_layer(layer, run.index, run.batches, before, cache=cache, states=run.states)
+    if run.pieces is None:
+        bad = forward_pass.run_layer(layer, run.index, run.batches, before, cache=cache, states=run.states)
+    else:
+        chosen = run.pieces.chosen
+        bad = int(pieces.run_layer(layer, run.index, run.batches, before, chosen, cache=cache, states=run.states))
+    bad = bad if distributed.world_size() == 1 else sum(distributed.gather(bad))
     if bad:
-        total = sum(sum(batch.lengths) for batch in run.batches)
+        total = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])
+    watched.share()
+    if cache is not None:
+        cache.share()
     found = watched.result(cache.amax if cache else None)
     return ranges_of(run.plan, run.skeleton, run.index, found, run.experts)
+
+
+def _hand_on(run: LayerPass) -> Measured:
+    """Hand hidden states on through a layer that text does not run."""
+    for batch in run.batches:
+        run.states[1].write(batch, run.states[0].read(batch))
+    nothing = LayerStatistics({}, {}, None)
+    return ranges_of(run.plan, run.skeleton, run.index, nothing, run.experts)
 
 
 def _linears_of(run: LayerPass, layer: nn.Module) -> dict[str, str]:
@@ -317,7 +395,7 @@ class _WatchedLayer:
         # without a range to measure, experts that the router did not choose would run for nothing
         measured = run.plan.recipe is None or run.plan.needs_activations
         cap = run.experts.max_forced_tokens if run.experts.all_experts and measured else None
-        tokens = sum(sum(batch.lengths) for batch in run.batches)
+        tokens = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         observer = ExpertObserver(emulate.ExpertInputs(up, down), cap=cap, tokens=tokens)
         moments = self._expert_moments
         hooks = observer if moments is None else experts.Watching(observer, moments)
@@ -344,12 +422,20 @@ class _WatchedLayer:
         if self._experts is not None:
             self._experts.before(batch)
 
+    def share(self) -> None:
+        """Take in what all processes have measured."""
+        self._inputs.share()
+        if self._experts is not None:
+            self._experts.share()
+        if self._expert_moments is not None:
+            self._expert_moments.share()
+
     def result(self, cache: tuple[float, float] | None) -> LayerStatistics:
         """What was measured, under the file's names; `cache` is the largest cached key and value."""
         seen = {self._prefix + group[0]: self._inputs.result(self._linears[group[0]]) for group in self._groups}
         inputs = {name: one for name, one in seen.items() if one is not None}
         if self._moments is not None:
-            moments = {name: one.squares for name, one in self._moments.result().items()}
+            moments = {name: one.squares for name, one in self._moments.shared_result().items()}
             for group in self._groups:
                 if (name := self._prefix + group[0]) in inputs and (module := self._linears[group[0]]) in moments:
                     inputs[name] = replace(inputs[name], squares=encode_squares(moments[module].cpu()))

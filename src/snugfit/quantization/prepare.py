@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from snugfit import distributed
 from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.data.set_samples import notes_on_sources
@@ -23,7 +25,16 @@ from snugfit.methods.method import Method
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
-from snugfit.quantization.estimate import Estimate, check_disk, check_memory, estimate_learning, estimate_run
+from snugfit.quantization.division import Division, divide, groups_of_units
+from snugfit.quantization.estimate import (
+    Estimate,
+    ahead_of,
+    check_disk,
+    check_memory,
+    estimate_learning,
+    estimate_run,
+    largest_group,
+)
 from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan, groups_of
@@ -57,6 +68,7 @@ from snugfit.version import __version__
 # of NVFP4, one for a whole weight and one for its inputs, in any dialect
 _WEIGHT_SCALES = ("weight_global_scale", "weight_scale_2")
 _INPUT_SCALES = ("input_global_scale", "input_scale")
+GIVEN = "given"  # the way of a method that a caller brings
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 8192}
 # a GPU takes more tokens of narrow layers, whose kernels it would wait for otherwise: inputs of a linear, and tokens
 VALUES_PER_BATCH, MOST_TOKENS_PER_BATCH = 1 << 26, 1 << 15
@@ -84,6 +96,7 @@ class Calibration:
     effort: str | None = None
     target: str = DEFAULT_PROFILE
     input_headroom: float | str | None = None
+    experts_per_group: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +106,8 @@ class PreparedRun:
     `dataset` is None if no samples are needed; `known` are statistics that take their place, `recalled` what they say
     of each layer. `effort` is None if no rule of the recipe follows it. `ways` are to be tried, if there are several,
     on the samples `held_out`, under the engine profile `target`; the run that this describes takes `way`. `learning` is
-    what the way that learns scales needs by itself, None without it.
+    what the way that learns scales needs by itself, None without it. `experts_per_group` are the routed experts of a
+    layer that are in memory at once, None for all.
     """
 
     plan: Plan
@@ -112,6 +126,7 @@ class PreparedRun:
     estimate: Estimate
     learning: Estimate | None
     notes: tuple[str, ...]
+    experts_per_group: int | None = None
 
     @property
     def method(self) -> Method:
@@ -121,6 +136,21 @@ class PreparedRun:
     def taking(self, way: Way) -> PreparedRun:
         """The run that takes one of `ways`."""
         return replace(self, way=way, ways=(way,))
+
+    def agreed(self) -> PreparedRun:
+        """The same with what all processes of the run can hold."""
+        sizes = [size for size in distributed.gather(self.experts_per_group) if size is not None]
+        return replace(self, experts_per_group=min(sizes, default=None))
+
+    def divisions(self) -> list[Division]:
+        """What is in memory together of each unit."""
+        groups = groups_of_units(self.plan, runs=self.dataset is not None)
+        size = self.experts_per_group
+        return [divide(self.plan, self.skeleton, number, some, size) for number, some in enumerate(groups)]
+
+    def read_ahead_bytes(self, divisions: Sequence[Division]) -> int:
+        """Bytes of weights that are read while others are worked on; 0 for one group at a time."""
+        return ahead_of(self.plan, divisions, self.device)
 
     def records(self) -> tuple[TensorRecord, ...]:
         """A record of each tensor, without what only the run can measure; its bytes are what will be written."""
@@ -193,6 +223,7 @@ def check_options(calibration: Calibration) -> None:
         ("num_samples", calibration.num_samples, 1),
         ("max_seq_length", calibration.max_seq_length, 2),
         ("tokens_per_batch", calibration.tokens_per_batch, 1),
+        ("experts_per_group", calibration.experts_per_group, 1),
         ("max_forced_tokens", calibration.experts.max_forced_tokens, 0),
         ("min_tokens_per_expert", calibration.experts.min_tokens_per_expert, 0),
     ):
@@ -297,16 +328,15 @@ def prepare(
         notes += few_tokens_note(plan, dataset.tokens)
     if effort == BEST and learning is None:
         notes.append(f"scales do not learn: {why_not_learned(plan, skeleton, dataset.tokens if dataset else 0)}")
-    estimate = estimate_run(
-        plan,
+    estimate, size, said = _estimate(
+        partial(estimate_run, plan, skeleton, dataset, device, tokens_per_batch),
+        ways,
         skeleton,
-        dataset,
         device,
-        tokens_per_batch,
-        observes=any(way.method.observe is not None for way in ways),
-        correlates=any(way.method.correlates for way in ways),
-        copies=min(2, len(ways)),
+        calibration,
+        groups_of_units(plan, runs=dataset is not None),
     )
+    notes += said
     return PreparedRun(
         plan=plan,
         way=ways[0],
@@ -324,7 +354,35 @@ def prepare(
         estimate=estimate.beside(learning),
         learning=learning,
         notes=tuple(notes),
+        experts_per_group=size,
     )
+
+
+def _estimate(
+    estimate: Callable[..., Estimate],
+    ways: Sequence[Way],
+    skeleton: Skeleton,
+    device: torch.device,
+    calibration: Calibration,
+    groups: Sequence[Sequence[tuple[str, ...]]],
+) -> tuple[Estimate, int | None, list[str]]:
+    """What the run will need; how many routed experts of a layer are in memory at once, all if these fit; notes."""
+    estimate = partial(
+        estimate,
+        observes=any(way.method.observe is not None for way in ways),
+        correlates=any(way.method.correlates for way in ways),
+        copies=min(2, len(ways)),
+        groups=groups,
+    )
+    size = calibration.experts_per_group
+    found = estimate(experts_per_group=size)
+    if size is not None or any(way.name == GIVEN for way in ways) or found.fits(device):
+        return found, size, []
+    size = largest_group(skeleton, lambda number: estimate(experts_per_group=number).fits(device))
+    if size is None:
+        return found, None, []
+    note = f"experts_per_group is {size}: there is no memory for all routed experts of a layer at once"
+    return estimate(experts_per_group=size), size, [note]
 
 
 def _recall(
@@ -390,7 +448,7 @@ def _ways(
 ) -> tuple[tuple[Way, ...], Estimate | None]:
     """The ways to be tried, and what the one that learns scales needs; None without it."""
     if method is not None:
-        return (Way("given", method),), None
+        return (Way(GIVEN, method),), None
     folds = why_no_expert_folds(plan, skeleton) == ""
     ways = ways_of(
         plan,

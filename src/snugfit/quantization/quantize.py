@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.data.dataset import Dataset, with_defaults
 from snugfit.engines.profiles import DEFAULT_PROFILE
@@ -22,7 +23,7 @@ from snugfit.progress import SILENT, Progress
 from snugfit.quantization.other_recipe import adopt_recipe
 from snugfit.quantization.plan import Plan, lay_out
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, headroom_of, prepare
-from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.resume import open_finished
 from snugfit.quantization.run import Run, norm_folds_of, run_layers, statistics_of
 from snugfit.quantization.trials import Tried, run_trials
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
@@ -45,6 +46,7 @@ from snugfit.version import __version__
 OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
 
+@distributed.together
 def quantize(
     model: str | Path,
     recipe: str | Path | LoadedRecipe,
@@ -65,6 +67,7 @@ def quantize(
     effort: str | None = None,
     target: str = DEFAULT_PROFILE,
     input_headroom: float | str | None = None,
+    experts_per_group: int | None = None,
     allow_unverified: bool = False,
     restart: bool = False,
     force_resume: bool = False,
@@ -84,6 +87,8 @@ def quantize(
     `statistics` "fast"): the better two try several ways and keep the one that has the least KL to the original on
     held-out samples, with inputs rounded as under the engine profile `target`. The range of NVFP4's input scales goes
     to `input_headroom` times the largest calibrated input ("amax": once), where no rule says otherwise.
+    Of a mixture, `experts_per_group` routed experts of a layer are in memory at once (default: all, or as many as there
+    is memory for); the result is the same.
     `allow_unverified` writes formats that no tested engine loads.
 
     `output_dir` appears whole or not at all. A run that was stopped resumes after its last whole layer with the same
@@ -91,8 +96,11 @@ def quantize(
     starts again. Raises UserError for bad input.
     """
     clock, destination = Clock(), Path(output_dir)
-    with clock("prepare"):
-        check_stageable(destination)
+    progress = progress if distributed.is_main() else SILENT
+
+    def prepare_here() -> PreparedRun:
+        if distributed.is_main():
+            check_stageable(destination)
         prepared = plan_quantization(
             model,
             recipe,
@@ -111,15 +119,21 @@ def quantize(
             effort=effort,
             target=target,
             input_headroom=input_headroom,
+            experts_per_group=experts_per_group,
             allow_unverified=allow_unverified,
         )
-        prepared.check_resources(destination, restart=restart, force_resume=force_resume)
+        place = destination if distributed.is_main() else None
+        prepared.check_resources(place, restart=restart, force_resume=force_resume)
+        return prepared
+
+    with clock("prepare"):
+        prepared = distributed.in_all(prepare_here).agreed()
     prepared.report(progress)
     reset_peak_gpu_bytes(prepared.device)
     with resumable(destination, restart=restart) as (directory, work):
-        if adopt_recipe(directory, work, prepared.identity(), prepared.plan.shards):
+        if distributed.is_main() and adopt_recipe(directory, work, prepared.identity(), prepared.plan.shards):
             progress.message("the finished layers stay: this recipe differs in later ones alone")
-        finished = FinishedUnits(work, prepared.identity(), force=force_resume)
+        finished = open_finished(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
         if len(prepared.ways) > 1:
             tried = run_trials(run, lambda folder: _write_config(prepared.plan, folder))
@@ -129,9 +143,9 @@ def quantize(
         for problem in (*kernels.kernel_problems(), *inputs.kernel_problems()):
             progress.message(f"a slower way took the place of a kernel, with the same bits ({problem})")
         with clock("finish"):
-            left_out = _write_other_files(prepared.plan, directory)
+            left_out = _write_other_files(prepared.plan, directory) if distributed.is_main() else ()
             found = prepared.known if prepared.dataset is None else statistics_of(run)
-            if found is not None and prepared.plan.needs_activations:
+            if found is not None and prepared.plan.needs_activations and distributed.is_main():
                 (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
         limits = with_defaults(as_sequence(dataset), num_samples, max_seq_length)
         arguments = {
@@ -148,14 +162,17 @@ def quantize(
             "effort": prepared.effort,
             "target": prepared.target,
             "input_headroom": prepared.plan.input_headroom,
+            "experts_per_group": prepared.experts_per_group,
+            "processes": distributed.world_size(),
         }
-        others = _other_files(directory, tried.outcome.files)
-        record = replace(_record(tried, destination, left_out, arguments), other_files=others)
-        (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
-        for finding in check_files(directory, small_files=False):
-            if finding.severity != "note":
-                progress.message(f"doctor: {finding.fault}: {finding.where}: {finding.what}")
-    return record
+        record = _record(tried, destination, left_out, arguments)
+        if distributed.is_main():
+            record = replace(record, other_files=_other_files(directory, tried.outcome.files))
+            (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
+            for finding in check_files(directory, small_files=False):
+                if finding.severity != "note":
+                    progress.message(f"doctor: {finding.fault}: {finding.where}: {finding.what}")
+        return distributed.from_main(record)
 
 
 def plan_quantization(
@@ -177,6 +194,7 @@ def plan_quantization(
     effort: str | None = None,
     target: str = DEFAULT_PROFILE,
     input_headroom: float | str | None = None,
+    experts_per_group: int | None = None,
     allow_unverified: bool = False,
 ) -> PreparedRun:
     """Decide and check everything that `quantize` would do with these arguments, and write nothing: a dry run.
@@ -200,6 +218,7 @@ def plan_quantization(
         effort=effort,
         target=target,
         input_headroom=input_headroom,
+        experts_per_group=experts_per_group,
     )
     check_options(calibration)
     loaded = recipe if isinstance(recipe, LoadedRecipe) else load_recipe(recipe)

@@ -35,6 +35,11 @@ class ReadAhead:
             checkpoint = self._weights.checkpoint
             self._coming.append((size, {piece: self._transfer.read(checkpoint, *piece) for piece in pieces}))
 
+    def widen(self, budget: int) -> None:
+        """Read ahead at most `budget` bytes from now on."""
+        self._budget = budget
+        self._start()
+
     def take(self, group: Sequence[str]) -> dict[str, Loaded]:
         """The next group's tensors on the device; UserError for NaN, and for infinite values of weights and scales."""
         _, coming = self._coming.popleft()

@@ -67,7 +67,7 @@ def observe_recalled(
     groups: Iterable[LoadedGroup],
     device: torch.device,
 ) -> tuple[Iterable[LoadedGroup], Any]:
-    """The groups of decoder layer `index`, and what its way makes of statistics; all groups are in memory then."""
+    """Groups of decoder layer `index`, and what its way makes of statistics of them; all are in memory then."""
     assert way.recall is not None
     squares = {name: one.to(device) for name, one in recalled_squares(plan, skeleton, index, known).items()}
     held = list(groups)
@@ -77,7 +77,8 @@ def observe_recalled(
         name = f"{linear}.weight"
         return places[name].tensors[name].in_dtype(dtype_of(plan.weights.tensors[name]))
 
-    return held, way.recall(squares, products_of(plan, skeleton, index), weight)
+    products = [one for one in products_of(plan, skeleton, index) if f"{one.down}.weight" in places]
+    return held, way.recall(squares, products, weight)
 
 
 def products_of(plan: Plan, skeleton: Skeleton, index: int) -> list[Product]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from snugfit import distributed
 from snugfit.errors import Unfinished
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.staging import WORK_NAME, unit_name
@@ -89,15 +90,31 @@ class FinishedUnits:
         return len(self.entries)
 
     def commit(self, entry: Mapping[str, Any]) -> None:
-        """Record that the next unit is finished; what `entry` describes must be in its files."""
-        replace_json(self._folder / unit_name(len(self.entries)), {"entry": entry, "digest": _digest(entry)})
+        """Record that the next unit is finished; what `entry` describes must be in its files.
+
+        Of several processes, which all call it, the main one writes it down.
+        """
+        if distributed.is_main():
+            replace_json(self._folder / unit_name(len(self.entries)), {"entry": entry, "digest": _digest(entry)})
         self.entries.append(dict(entry))
 
     def go_back(self, done: int) -> None:
         """Forget all units but the first `done`."""
         for number in reversed(range(done, len(self.entries))):  # a kill leaves no gap
-            (self._folder / unit_name(number)).unlink()
+            if distributed.is_main():
+                (self._folder / unit_name(number)).unlink()
         del self.entries[done:]
+
+
+def open_finished(folder: Path, identity: Mapping[str, Any], *, force: bool = False) -> FinishedUnits:
+    """The finished units of a run's work folder, in each of its processes: the main one opens it first."""
+    if distributed.is_main():
+        found = distributed.in_all(lambda: FinishedUnits(folder, identity, force=force))
+    else:
+        distributed.in_all(lambda: None)
+        found = FinishedUnits(folder, identity, force=True)
+    distributed.barrier()
+    return found
 
 
 def work_folder(output_dir: Path) -> Path:

@@ -6,22 +6,26 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.machine import Clock
 from snugfit.model import forward_pass, layers
 from snugfit.model.assemble import read_single
 from snugfit.model.hidden_states import StateFile
+from snugfit.model.pieces import ScratchFile
 from snugfit.progress import Progress
-from snugfit.quantization.estimate import read_ahead_bytes
-from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, load, observe, propagate
+from snugfit.quantization.division import Division
+from snugfit.quantization.exchange import is_mine, owners_of
+from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, exchange, load, observe, propagate
 from snugfit.quantization.measured import NOTHING_MEASURED, Measured
-from snugfit.quantization.plan import groups_of
+from snugfit.quantization.pieces import PiecewiseExperts
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.recalled import observe_recalled
@@ -74,8 +78,9 @@ def run_layers(run: Run) -> Outcome:
     try:
         with ExitStack() as stack:
             step = stack.enter_context(run.progress.bar(len(plan.units), "layers"))
-            transfer = stack.enter_context(Transfer(prepared.device))
-            writer = stack.enter_context(ShardWriter(run.directory, plan.shards, transfer))
+            remote = plan.checkpoint.remote is not None
+            transfer = stack.enter_context(Transfer(prepared.device, remote=remote))
+            writer = stack.enter_context(_open_writer(run, transfer))
             batches = _batches(run)
             states = _state_files(run, batches, transfer, stack)
             with clock("check"):
@@ -85,35 +90,24 @@ def run_layers(run: Run) -> Outcome:
                 step()
             with clock("embed"):
                 _embed(run, transfer, batches, states)
-            groups = [groups_of(plan, unit, runs=run.runs_layers and n > 0) for n, unit in enumerate(plan.units)]
-            coming = [group for unit in groups[first:] for group in unit]
-            ahead = ReadAhead(transfer, plan.weights, coming, read_ahead_bytes(plan, prepared.device))
-            commits = _Commits(run.finished, stack)
+            work = _open_work(run, first, batches, states, transfer, writer, stack)
+            commits = _Commits(run.finished, writer, stack)
             for number in range(first, len(plan.units)):
                 started = time.perf_counter()
-                layer = _layer_run(run, number, batches, states)
-                with clock("weights"):
-                    loaded, observed = _observe(run, number, layer, load(plan, groups[number], ahead))
-                    roundings = prepared.method.input_roundings(observed)
-                    tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
-                    del loaded, observed  # before the next layer is observed
-                if number > 1:
-                    commits.wait()  # this layer's states overwrite those of the layer before the last
-                with clock("forward"):
-                    measured = _measure(run, number, layer, states, tensors, roundings)
-                with clock("write"):
-                    records = write_unit(plan, number, tensors, measured, writer)
-                tensors.clear()  # before the next layer is read: one is in memory at a time
-                commits.start(records, measured, writer, layer, states[number % 2] if run.runs_layers else None)
-                del layer, roundings
+                if distributed.world_size() > 1 and prepared.method.observe is not None:
+                    commits.wait()  # what a method observes may be other processes' hidden states
+                # a layer's states overwrite those of the layer before the last
+                records, measured, folds = work.quantize(number, commits.wait if number > 1 else None)
+                commits.start(records, measured, folds, states[number % 2] if run.runs_layers else None)
+                if remote and number == first:  # with a lost network something should be there to resume from
+                    commits.wait()
+                    work.ahead.widen(prepared.read_ahead_bytes(work.divisions))
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
                     expected = _expect(run, number, started)
             with clock("finish"):
                 commits.wait()
-                for file in states:
-                    file.path.unlink()
-                return Outcome(files=writer.finish(), resumed=first, expected_seconds=expected)
+                return Outcome(files=_finish(states, writer), resumed=first, expected_seconds=expected)
     except torch.OutOfMemoryError as error:
         raise Unfinished(
             f"out of GPU memory ({str(error).splitlines()[0]}).",
@@ -125,6 +119,24 @@ def run_layers(run: Run) -> Outcome:
         if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or run.finished.done < 2:
             raise
         raise _kept(run, error) from None
+
+
+def _open_writer(run: Run, transfer: Transfer) -> ShardWriter:
+    """What writes to the weight files; the main process makes them."""
+    if not distributed.is_main():
+        distributed.barrier()
+    writer = ShardWriter(run.directory, run.prepared.plan.shards, transfer, digests=distributed.is_main())
+    if distributed.is_main():
+        distributed.barrier()
+    return writer
+
+
+def _finish(states: Sequence[StateFile], writer: ShardWriter) -> dict[str, str]:
+    """Remove the files of hidden states and close the weight files; SHA-256 by name."""
+    distributed.barrier()
+    for file in states if distributed.is_main() else ():
+        file.path.unlink()
+    return distributed.from_main(writer.finish())
 
 
 def _kept(run: Run, error: UserError) -> Unfinished:
@@ -145,23 +157,124 @@ def _batches(run: Run) -> list[forward_pass.Batch]:
     return forward_pass.make_batches(prepared.dataset.samples, prepared.tokens_per_batch, prepared.device, pads=causal)
 
 
-def _layer_run(
-    run: Run, number: int, batches: Sequence[forward_pass.Batch], states: Sequence[StateFile]
-) -> LayerPass | None:
-    """What running the layer of unit `number` takes; None if no samples pass it."""
-    if not number or not run.runs_layers:
-        return None
-    states[(number - 1) % 2].prefetch()
+@dataclass(kw_only=True)
+class _Work:
+    """What the work on units takes: samples, their hidden states, and what reads and writes weights."""
+
+    run: Run
+    batches: Sequence[forward_pass.Batch]
+    states: Sequence[StateFile]
+    divisions: Sequence[Division]
+    owners: Sequence[Mapping[str, int]]
+    transfer: Transfer
+    ahead: ReadAhead
+    writer: ShardWriter
+    scratch: ScratchFile | None
+
+    def quantize(
+        self, number: int, before_forward: Callable[[], None] | None
+    ) -> tuple[list[TensorRecord], Measured, Sequence[NormFold]]:
+        """Load, observe, choose and propagate unit `number`, and begin to write it; what the method noted comes last.
+
+        `before_forward` is called before hidden states are written.
+        """
+        run, prepared, plan = self.run, self.run.prepared, self.run.prepared.plan
+        layer = self._layer(number)
+        pieces = self._pieces(number, layer)
+        if layer is not None and pieces is not None and self.scratch is not None:
+            layer = replace(layer, pieces=pieces.of_layer(self.scratch))
+        with run.clock("weights"):
+            mine = [group for group in self.divisions[number].groups if is_mine(self.owners[number], group[0])]
+            groups = load(plan, mine, self.ahead)
+            loaded, observed = _observe(run, number, layer, groups)
+            roundings = prepared.method.input_roundings(observed)
+            tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
+            if layer is not None:
+                exchange(layer, tensors)
+            if pieces is not None:
+                pieces.observed = observed
+            del groups, loaded, observed  # before the next layer is observed
+        if before_forward is not None:
+            before_forward()
+        with run.clock("forward"):
+            measured = _measure(run, number, layer, self.states, tensors, roundings)
+        if pieces is not None:
+            tensors |= pieces.tensors if layer is not None else pieces.without_samples()
+        with run.clock("write"):
+            records = write_unit(plan, number, tensors, measured, self.writer, self.owners[number])
+        return records, measured, () if layer is None else layer.norm_folds
+
+    def _layer(self, number: int) -> LayerPass | None:
+        """What running the layer of unit `number` takes; None if no samples pass it."""
+        prepared, pieces = self.run.prepared, self.divisions[number].pieces
+        if not number or not self.run.runs_layers:
+            return None
+        self.states[(number - 1) % 2].prefetch()
+        size = len(pieces[0].experts) if pieces else None
+        return LayerPass(
+            plan=prepared.plan,
+            skeleton=prepared.skeleton,
+            index=number - 1,
+            buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device, size),
+            batches=_mine(self.batches),
+            all_batches=self.batches,
+            names=[name for group in self.divisions[number].groups for name in group],
+            owners=self.owners[number],
+            states=(self.states[(number - 1) % 2], self.states[number % 2]),
+            device=prepared.device,
+            experts=prepared.experts,
+        )
+
+    def _pieces(self, number: int, layer: LayerPass | None) -> PiecewiseExperts | None:
+        """The experts of a unit in pieces; None if they are in one."""
+        prepared = self.run.prepared
+        if not self.divisions[number].pieces:
+            return None
+        recalls = prepared.known is not None and prepared.way.recall is not None
+        return PiecewiseExperts(
+            plan=prepared.plan,
+            skeleton=prepared.skeleton,
+            number=number,
+            division=self.divisions[number],
+            transfer=self.transfer,
+            buffers=None if layer is None else layer.buffers,
+            ahead=self.ahead,
+            writer=self.writer,
+            method=prepared.method,
+            owners=self.owners[number],
+            observe=partial(_observe, self.run, number, None) if recalls else None,
+        )
+
+
+def _open_work(
+    run: Run,
+    first: int,
+    batches: Sequence[forward_pass.Batch],
+    states: Sequence[StateFile],
+    transfer: Transfer,
+    writer: ShardWriter,
+    stack: ExitStack,
+) -> _Work:
+    """The work on units from `first` on; their weights begin to be read."""
     prepared = run.prepared
-    return LayerPass(
-        plan=prepared.plan,
-        skeleton=prepared.skeleton,
-        index=number - 1,
-        buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device),
+    divisions, scratch = prepared.divisions(), None
+    correlates = prepared.method.correlates
+    owners = [owners_of(prepared.plan, n, one, correlates=correlates) for n, one in enumerate(divisions)]
+    if run.runs_layers and any(one.pieces for one in divisions):
+        scratch = stack.enter_context(ScratchFile(run.work / f"experts-{distributed.rank()}", transfer))
+    units = list(zip(divisions, owners, strict=True))[first:]
+    budget = prepared.read_ahead_bytes(divisions) if prepared.plan.checkpoint.remote is None else 0
+    coming = [group for unit, owner in units for group in unit.coming if is_mine(owner, group[0])]
+    return _Work(
+        run=run,
         batches=batches,
-        states=(states[(number - 1) % 2], states[number % 2]),
-        device=prepared.device,
-        experts=prepared.experts,
+        states=states,
+        divisions=divisions,
+        owners=owners,
+        transfer=transfer,
+        ahead=ReadAhead(transfer, prepared.plan.weights, coming, budget),
+        writer=writer,
+        scratch=scratch,
     )
 
 
@@ -200,6 +313,12 @@ def _expect(run: Run, number: int, started: float) -> float:
     return run.clock.seconds["total"] + left
 
 
+def _mine(batches: Sequence[forward_pass.Batch]) -> Sequence[forward_pass.Batch]:
+    """The batches that pass through the layers in this process."""
+    some = distributed.block(len(batches))
+    return batches[some.start : some.stop]
+
+
 def _state_files(
     run: Run, batches: Sequence[forward_pass.Batch], transfer: Transfer, stack: ExitStack
 ) -> list[StateFile]:
@@ -208,7 +327,8 @@ def _state_files(
         return []
     skeleton = run.prepared.skeleton
     shape = skeleton.hidden_size, skeleton.dtype
-    files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer) for n in range(2))
+    mine = _mine(batches)
+    files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer, mine) for n in range(2))
     return [stack.enter_context(file) for file in files]
 
 
@@ -218,10 +338,12 @@ def _check_finished(run: Run, writer: ShardWriter, states: Sequence[StateFile]) 
     if not finished.done:
         return
     good = 0
-    while good < finished.done and writer.holds(finished.entries[good]["written"]):
-        good += 1
-    while states and 0 < good < units and not states[(good - 1) % 2].holds(finished.entries[good - 1]["states"]):
-        good -= 1
+    if distributed.is_main():
+        while good < finished.done and writer.holds(finished.entries[good]["written"]):
+            good += 1
+        while states and 0 < good < units and not states[(good - 1) % 2].holds(finished.entries[good - 1]["states"]):
+            good -= 1
+    good = distributed.from_main(good)
     # layers that pass more than hidden states on (Gemma 4's shared keys and values) run from the first one
     if run.prepared.skeleton.carries_state and run.runs_layers and good < units:
         good = 0
@@ -237,10 +359,10 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
     prepared = run.prepared
     if not run.runs_layers or run.finished.done == len(prepared.plan.units):
         return
-    fresh = run.finished.done == 0
+    fresh, mine = run.finished.done == 0, {batch.number for batch in _mine(batches)}
 
     def keep(batch: forward_pass.Batch, hidden: torch.Tensor) -> None:
-        if fresh:
+        if fresh and batch.number in mine:
             states[0].write(batch, hidden)
 
     def read(name: str) -> torch.Tensor:
@@ -253,10 +375,14 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
 
 
 class _Commits:
-    """Records each unit as finished once it is in the files, while the next one is worked on."""
+    """Records each unit as finished once it is in the files, while the next one is worked on.
 
-    def __init__(self, finished: FinishedUnits, stack: ExitStack) -> None:
-        self._finished = finished
+    Of several processes all have a part of it, which they put together over connections of their own.
+    """
+
+    def __init__(self, finished: FinishedUnits, writer: ShardWriter, stack: ExitStack) -> None:
+        self._finished, self._writer = finished, writer
+        self._group = distributed.side_group()
         self._pool = stack.enter_context(ThreadPoolExecutor(1))
         self._last: Future[None] | None = None
 
@@ -264,14 +390,13 @@ class _Commits:
         self,
         records: Sequence[TensorRecord],
         measured: Measured,
-        writer: ShardWriter,
-        layer: LayerPass | None,
+        norm_folds: Sequence[NormFold],
         states: StateFile | None,
     ) -> None:
         """Record a unit as soon as the writes that were started for it are done."""
-        wait, tensors = writer.pending_writes(), [asdict(record) for record in records]
+        wait, tensors = self._writer.pending_writes(), [asdict(record) for record in records]
         statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
-        norm_folds = [] if layer is None else [asdict(fold) for fold in layer.norm_folds]
+        folds = [asdict(fold) for fold in norm_folds]
         before = self._last
 
         def commit() -> None:
@@ -279,10 +404,22 @@ class _Commits:
                 before.result()  # done; if it failed, so does this
             written = wait()
             pieces = [] if states is None else states.wait()
-            entry = {"tensors": tensors, "statistics": statistics, "written": written, "states": pieces}
-            self._finished.commit(entry | {"norm_folds": norm_folds})
+            entry = self._of_all(tensors, statistics, written, pieces)
+            self._finished.commit(entry | {"norm_folds": folds})
 
         self._last = self._pool.submit(commit)
+
+    def _of_all(self, tensors: Any, statistics: Any, written: dict[str, list[int]], pieces: Any) -> dict[str, Any]:
+        """The entry of a unit, made of what all processes have done."""
+        parts = distributed.gather((tensors, written, pieces), self._group)
+        others = [name for _, names, _ in parts for name in names if name not in written]
+        self._writer.accept(others)
+        return {
+            "tensors": [record for records, _, _ in parts for record in records],
+            "statistics": statistics,
+            "written": {name: crcs for _, names, _ in parts for name, crcs in names.items()},
+            "states": [piece for *_, some in parts for piece in some],
+        }
 
     def wait(self) -> None:
         """Until the last unit is recorded; raises what went wrong."""

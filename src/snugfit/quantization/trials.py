@@ -19,13 +19,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from snugfit import distributed
 from snugfit.errors import UserError
 from snugfit.evaluation.held_out import HeldOut, segments
 from snugfit.evaluation.saturation import InputWatch, SeenInputs
 from snugfit.machine import fix_cublas_workspace
 from snugfit.quantization.learned import learn
 from snugfit.quantization.prepare import PreparedRun
-from snugfit.quantization.resume import FinishedUnits, read_json, replace_json
+from snugfit.quantization.resume import open_finished, read_json, replace_json
 from snugfit.quantization.run import LATE_ERRORS, Outcome, Run, norm_folds_of, run_layers
 from snugfit.quantization.ways import Way
 from snugfit.records.norm_folds import summary
@@ -63,7 +64,7 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
     for way in prepared.ways:
         if way.unless in {trial.name for trial in trials if trial.kept}:
             continue
-        known = _recalled(run.work, way)
+        known = distributed.from_main(_recalled(run.work, way))
         if known is None:
             if held_out is None:
                 held_out = _open_held_out(prepared)
@@ -80,15 +81,13 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
         trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
         winner = [trial.name for trial in trials if trial.kept][-1]
-        _forget_losers(run, [one.name for one in found if one.name != winner])
+        if distributed.is_main():
+            _forget_losers(run, [one.name for one in found if one.name != winner])
     best = next(way for way in prepared.ways if way.name == winner)
     inner = _run_of(run, best)
-    content = read_json(_file(run.work, best))
+    content = distributed.from_main(read_json(_file(run.work, best)))
     outcome = Outcome(**content["outcome"])
-    for name in outcome.files:
-        made = inner.directory / name
-        if made.exists():  # or it was moved before a kill
-            made.replace(run.directory / name)
+    _move_files(inner, outcome, run.directory)
     saturation = tuple(InputSaturation(**site) for site in content["saturation"])
     return Tried(run=inner, outcome=outcome, trials=tuple(trials), saturation=saturation)
 
@@ -101,6 +100,7 @@ def _open_held_out(prepared: PreparedRun) -> HeldOut:
         prepared.device,
         profile=prepared.target,
         tokens_per_batch=prepared.tokens_per_batch,
+        experts_per_group=prepared.experts_per_group,
     )
 
 
@@ -109,19 +109,23 @@ def _try(run: Run, way: Way, champion: Way | None, held_out: HeldOut, write_conf
     started = time.perf_counter()
     inner = _run_of(run, way)
     outcome = learn(inner, _run_of(run, champion)) if way.learns and champion else run_layers(inner)
-    write_config(inner.directory)
+    if distributed.is_main():
+        write_config(inner.directory)
+    distributed.barrier()
     if folds := norm_folds_of(inner):
         run.progress.message(f"{way.name}: {summary(folds)}")
     watch = InputWatch()
     with run.clock("trials"):
         kl = held_out.divergences(inner.directory, watch)
+        distributed.barrier()  # nobody reads it any more
     measured = Measured(way.name, tuple(kl), time.perf_counter() - started)
     content = {
         "measured": asdict(measured),
         "outcome": asdict(outcome),
         "saturation": [asdict(site) for site in _beside_calibration(watch.result(), inner)],
     }
-    replace_json(_file(run.work, way), content)
+    if distributed.is_main():
+        replace_json(_file(run.work, way), content)
     return measured
 
 
@@ -149,7 +153,8 @@ def _beside_calibration(found: Sequence[SeenInputs], run: Run) -> list[InputSatu
 def _failed(run: Run, way: Way, count: int) -> Measured:
     """Note that a way gave nothing that could be measured on the `count` segments."""
     measured = Measured(way.name, (math.nan,) * count, 0.0)
-    replace_json(_file(run.work, way), {"measured": asdict(measured), "saturation": []})
+    if distributed.is_main():
+        replace_json(_file(run.work, way), {"measured": asdict(measured), "saturation": []})
     return measured
 
 
@@ -158,8 +163,9 @@ def _run_of(run: Run, way: Way) -> Run:
     prepared = run.prepared.taking(way)
     directory = _folder(run.work, way)
     work = directory / WORK_NAME
-    work.mkdir(parents=True, exist_ok=True)
-    finished = FinishedUnits(work, prepared.identity(), force=True)  # the whole run's identity was checked
+    if distributed.is_main():
+        work.mkdir(parents=True, exist_ok=True)
+    finished = open_finished(work, prepared.identity(), force=True)  # the whole run's identity was checked
     return Run(
         prepared=prepared, directory=directory, work=work, finished=finished, clock=run.clock, progress=run.progress
     )
@@ -181,6 +187,14 @@ def _recalled(work: Path, way: Way) -> Measured | None:
         return Measured(str(one["name"]), tuple(map(float, one["kl"])), float(one["seconds"]))
     except (KeyError, TypeError, ValueError):
         return None
+
+
+def _move_files(run: Run, outcome: Outcome, directory: Path) -> None:
+    """Move the weight files of a way to where the result belongs."""
+    for name in outcome.files if distributed.is_main() else ():
+        made = run.directory / name
+        if made.exists():  # or it was moved before a kill
+            made.replace(directory / name)
 
 
 def _forget_losers(run: Run, names: Sequence[str]) -> None:

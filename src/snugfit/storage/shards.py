@@ -84,10 +84,14 @@ class ShardWriter:
     another may call the functions that `pending_writes` returns, so the state that both change is under a lock.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], transfer: Transfer) -> None:
-        """Create the shard files at their full size, headers written; files that have both stay as they are."""
+    def __init__(self, directory: Path, shards: Sequence[Shard], transfer: Transfer, *, digests: bool = True) -> None:
+        """Create the shard files at their full size, headers written; files that have both stay as they are.
+
+        Without `digests` others write to the same files, and one of them computes the digests.
+        """
         self._transfer = transfer
         self._directory = directory
+        self._with_digests = digests
         self._shards = {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -139,6 +143,11 @@ class ShardWriter:
         place = self._files[shard.name], shard.offsets[name]
         self._started[name] = self._transfer.copy(checkpoint, name, *place, infinite=infinite)
 
+    def drain(self) -> None:
+        """Wait for the writes started since the last call of `pending_writes`; raises what went wrong."""
+        for write in self._started.values():
+            write.result()
+
     def pending_writes(self) -> Callable[[], dict[str, list[int]]]:
         """The writes started since the last call, as a function that waits until the files hold them.
 
@@ -174,7 +183,7 @@ class ShardWriter:
         return crc_of(self._files[shard.name], shard.offsets[name], self._missing[name].bytes)
 
     def accept(self, names: Iterable[str]) -> None:
-        """Count tensors that an earlier run wrote as written."""
+        """Count tensors that an earlier run wrote, or another process of this one, as written."""
         names = list(names)
         for name in names:
             del self._missing[name]
@@ -186,13 +195,21 @@ class ShardWriter:
         for name in names:
             shard = self._shard_of[name].name
             self._left[shard] -= 1
-            if not self._left[shard]:
+            if not self._left[shard] and self._with_digests:
                 self._digests[shard] = self._digester.submit(file_digest, self._directory / shard)
 
     def finish(self) -> dict[str, str]:
-        """Close every shard; SHA-256 by file name. AssertionError for a planned tensor that was not written."""
+        """Close every shard; SHA-256 by file name. AssertionError for a planned tensor that was not written.
+
+        Nothing without digests; what this process wrote is on the disk then.
+        """
         if self._missing or self._started or self._pending:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
+        if not self._with_digests:
+            for handle in self._files.values():
+                os.fdatasync(handle)
+            self.close()
+            return {}
         with self._lock:
             for name in self._shards.keys() - self._digests.keys():  # without tensors
                 self._digests[name] = self._digester.submit(file_digest, self._directory / name)

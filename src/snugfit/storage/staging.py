@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 
 LOCK_NAME = ".snugfit-lock"
@@ -40,21 +41,43 @@ def resumable(target: Path, *, restart: bool = False) -> Iterator[tuple[Path, Pa
     is finished, and by `restart`, which removes an earlier run first. UserError where TARGET exists, where another run
     is writing it, and where an earlier run's files hold a link.
     """
-    with _locked(target) as partial:
-        work = partial / WORK_NAME
-        if restart or not work.is_dir() or not any(work.iterdir()):
-            _clear(partial)
-        else:
-            _check_no_links(partial)
-        work.mkdir(exist_ok=True)
+    if not distributed.is_main():
+        with _beside_main(target) as found:
+            yield found
+        return
+    with contextlib.ExitStack() as stack:
+        partial, work = distributed.in_all(lambda: _prepare(stack.enter_context(_locked(target)), restart=restart))
         try:
             yield partial, work
+            distributed.barrier()
             _finish(partial, target)
+            distributed.barrier()
         except BaseException as error:
             bad_input = isinstance(error, UserError) and not isinstance(error, Unfinished)
             if bad_input or not units_done(partial):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
+
+
+def _prepare(partial: Path, *, restart: bool) -> tuple[Path, Path]:
+    """TARGET.partial and the folder of an unfinished run in it, which stays unless `restart`."""
+    work = partial / WORK_NAME
+    if restart or not work.is_dir() or not any(work.iterdir()):
+        _clear(partial)
+    else:
+        _check_no_links(partial)
+    work.mkdir(exist_ok=True)
+    return partial, work
+
+
+@contextlib.contextmanager
+def _beside_main(target: Path) -> Iterator[tuple[Path, Path]]:
+    """What `resumable` gives in processes that are not the main one, which makes it and removes it."""
+    distributed.in_all(lambda: None)  # the folder exists
+    partial = target.with_name(target.name + ".partial")
+    yield partial, partial / WORK_NAME
+    distributed.barrier()
+    distributed.barrier()  # the result is in its place
 
 
 @contextlib.contextmanager

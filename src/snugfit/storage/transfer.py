@@ -23,6 +23,8 @@ from snugfit.storage.files import PIECE_BYTES, read_fully, write_fully
 from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
+CONNECTIONS = 8  # to the Hub: a request waits for the other side more than for this one
+REMOTE_AHEAD_BYTES = 256_000_000  # of weights on the Hub that are read while others are worked on
 COPIERS = {"cpu": 1, "cuda": 3}  # for copies from file to file
 PACK_BYTES = 4 << 20  # of small tensors that are read at once
 _ALIGNED = 512  # bytes, as torch aligns tensors on a GPU: where one begins decides which kernels run it
@@ -67,10 +69,11 @@ class Transfer:
     For a GPU each thread has a stream of its own and a buffer of one piece in page-locked memory.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, remote: bool = False) -> None:
+        """Threads for `device`; with `remote` as many connections as a server on the network needs to keep busy."""
         self.device = device
         # separate pools: a read that the run waits for must not queue behind writes
-        self._readers = ThreadPoolExecutor(WORKERS[device.type])
+        self._readers = ThreadPoolExecutor(CONNECTIONS if remote else WORKERS[device.type])
         self._writers = ThreadPoolExecutor(WORKERS[device.type])
         self._copiers = ThreadPoolExecutor(COPIERS[device.type])
         self._local = threading.local()

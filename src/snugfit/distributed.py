@@ -1,0 +1,256 @@
+"""Several processes that work on one run, started by torchrun: who this one is, and what they say to each other.
+
+One process is a world of one: every function here works without torchrun, and then imports no torch. Results are put
+together in the order of the ranks, so that a run gives the same bits each time.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from snugfit.errors import Unfinished, UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PATIENCE = timedelta(hours=6)  # that one rank may work while others wait
+_PIECE = 1 << 26  # values that are added up at once
+
+Result = TypeVar("Result")
+Key = TypeVar("Key")
+Parameters = ParamSpec("Parameters")
+
+
+class OtherRankError(UserError):
+    """The error of another rank, which reports it."""
+
+
+def asked_for() -> int:
+    """Number of processes that torchrun started, 1 without it."""
+    given = os.environ.get("WORLD_SIZE", "1")
+    return int(given) if "RANK" in os.environ and given.isdecimal() else 1
+
+
+def world_size() -> int:
+    """Number of processes that have joined."""
+    return int(_torch().get_world_size()) if _has_joined() else 1
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(_torch().get_rank()) if _has_joined() else 0
+
+
+def local_rank() -> int:
+    """The number of this process on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if asked_for() > 1 else 0
+
+
+def local_size() -> int:
+    """Number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if asked_for() > 1 else 1
+
+
+def is_main() -> bool:
+    """Whether this is the process that reports, and writes what belongs to all."""
+    return rank() == 0
+
+
+def is_main_to_be() -> bool:
+    """As `is_main`, also before processes have joined."""
+    return int(os.environ.get("RANK", "0")) == 0 if asked_for() > 1 else True
+
+
+def rank_prefix() -> str:
+    """What a message of another than the main process begins with."""
+    return "" if is_main_to_be() else f"rank {os.environ['RANK']}: "
+
+
+@contextmanager
+def joined(device: str | None = None) -> Iterator[None]:
+    """The processes that torchrun started work together inside, over NCCL for `device` cuda, over gloo for cpu.
+
+    Nothing happens without torchrun, and where they have joined already.
+    """
+    if asked_for() == 1 or _has_joined():
+        yield
+        return
+    import torch
+
+    cuda = device != "cpu" and torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank())
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    yield
+    torch.distributed.destroy_process_group()  # not behind an error: it could wait for a process that has ended
+
+
+def device() -> Any:
+    """The torch device of this process's part of a run: its GPU if processes have joined over NCCL, else the CPU."""
+    import torch
+
+    if world_size() > 1 and "nccl" in str(_torch().get_backend_config()):
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def together(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function that all processes which torchrun started call, and that joins them; `device` is its parameter."""
+
+    @wraps(function)
+    def run(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        device = options.get("device")
+        with joined(device if isinstance(device, str) else None):
+            return function(*arguments, **options)
+
+    return run
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    gather(None)
+
+
+def gather(value: Result, group: Any = None) -> list[Result]:
+    """The values of all processes, in the order of their ranks; they are pickled, so tensors should be on the CPU."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    with _lost_ranks():
+        _torch().all_gather_object(found, value, group=group)
+    return found
+
+
+def from_main(value: Result) -> Result:
+    """The main process's value."""
+    if world_size() == 1:
+        return value
+    held: list[Any] = [value if is_main() else None]
+    with _lost_ranks():
+        _torch().broadcast_object_list(held, src=0)
+    found: Result = held[0]
+    return found
+
+
+def merged(found: Mapping[Key, Result]) -> dict[Key, Result]:
+    """What all processes have found, by keys that differ; tensors in it travel by the CPU, and are on this device."""
+    if world_size() == 1:
+        return dict(found)
+    return {key: _moved(value, device()) for one in gather(_moved(dict(found), "cpu")) for key, value in one.items()}
+
+
+def _moved(value: Any, where: Any) -> Any:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(where)
+    if isinstance(value, dict):
+        return {key: _moved(one, where) for key, one in value.items()}
+    if isinstance(value, tuple) and type(value) is tuple:
+        return tuple(_moved(one, where) for one in value)
+    return value
+
+
+def send(tensor: Tensor, owner: int) -> None:
+    """Give all processes the `tensor` of process `owner`, in place."""
+    if world_size() > 1 and tensor.numel():
+        import torch
+
+        whole = tensor.contiguous()
+        with _lost_ranks():
+            _torch().broadcast(whole.view(-1).view(torch.uint8), src=owner)
+        if whole.data_ptr() != tensor.data_ptr() or whole.stride() != tensor.stride():
+            tensor.copy_(whole)
+
+
+def add_up(tensor: Tensor) -> None:
+    """Replace a contiguous tensor by the sum of all processes', added in the order of their ranks."""
+    if world_size() == 1:
+        return
+    import torch
+
+    for part in tensor.view(-1).split(_PIECE):
+        total = torch.zeros_like(part)
+        for owner in range(world_size()):
+            term = part.clone()
+            send(term, owner)
+            total += term
+        part.copy_(total)
+
+
+def in_all(work: Callable[[], Result]) -> Result:
+    """What `work` gives in this process; if it raises a UserError in any, all raise one, which the main one reports."""
+    if world_size() == 1:
+        return work()
+    error: UserError | None = None
+    found: Any = None
+    try:
+        found = work()
+    except UserError as raised:
+        error = raised
+    errors = gather(None if error is None else (type(error), error.what, error.code, error.where, error.remedy))
+    first = next((one for one in errors if one is not None), None)
+    if first is None:
+        result: Result = found
+        return result
+    kind, what, code, where, remedy = first
+    if is_main():
+        raise kind(what, code=code, where=where, remedy=remedy) from None
+    raise OtherRankError(what, code=code, where=where, remedy=remedy) from None
+
+
+def share(costs: Sequence[int], processes: int | None = None) -> list[int]:
+    """Which process does each of several pieces of work: in their order, the one that has the least to do so far."""
+    loads = [0] * (processes or world_size())
+    owners = []
+    for cost in costs:
+        owner = loads.index(min(loads))
+        loads[owner] += max(1, cost)
+        owners.append(owner)
+    return owners
+
+
+def block(count: int) -> range:
+    """Which of `count` things in a row this process has: all have a block of them."""
+    return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
+def side_group() -> Any:
+    """A group of all processes for another thread; None for a world of one. All processes must ask for it."""
+    return _torch().new_group(backend="gloo", timeout=_PATIENCE) if world_size() > 1 else None
+
+
+def _torch() -> Any:
+    import torch
+
+    return torch.distributed
+
+
+def _has_joined() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    return bool(_torch().is_available() and _torch().is_initialized())
+
+
+@contextmanager
+def _lost_ranks() -> Iterator[None]:
+    """What torch raises where another process has ended, as an error that says so."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise Unfinished(
+            f"another process of this run ended, or cannot be reached ({str(error).splitlines()[0][:200]}).",
+            code="rank-lost",
+            where=f"rank {rank()}",
+            remedy="Its own message says why; run the same command to resume.",
+        ) from None

@@ -1,0 +1,234 @@
+"""A run on several processes: the files and figures of one process, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import MakeTiny
+from helpers.killed import KILLED
+from helpers.ranks import in_ranks
+from helpers.tiny_families import random_rows, write_rows
+from helpers.tiny_mixtures import make_mixture
+from snugfit import distributed
+from snugfit.calibration.moments import BatchSums
+from snugfit.evaluation.evaluate import evaluate
+from snugfit.model import forward_pass
+from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.quantize import quantize
+from snugfit.records.quantize import RECORD_FILE
+from snugfit.records.statistics_file import STATISTICS_FILE
+
+ROWS = random_rows([64] * 12 + [40, 33] * 4)  # of several lengths: batches are padded
+OPTIONS: dict[str, Any] = {"device": "cpu", "tokens_per_batch": 130, "min_tokens_per_expert": 0}
+Source = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples as a file."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Source:
+    """Gives a tiny model of a family, made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = (
+                make_tiny("llama")
+                if family == "llama"
+                else make_mixture(family, tmp_path_factory.mktemp(family) / "model")
+            )
+        return made[family]
+
+    return make
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file but the record, which has times."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != RECORD_FILE}
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "effort", "processes", "size"),
+    [
+        ("qwen3_moe", "nvfp4-moe-four-over-six", None, 4, None),
+        ("deepseek_v3", "nvfp4-moe", "fast", 2, 3),  # weighted by E[x^2], experts in pieces
+        ("llama", "nvfp4-fp8-hybrid", "fast", 2, None),
+        ("llama", "fp8-int4-absmax", None, 2, None),  # no samples
+    ],
+)
+def test_the_same_files(
+    family: str,
+    recipe: str,
+    effort: str | None,
+    processes: int,
+    size: int | None,
+    source: Source,
+    rows: Path,
+    tmp_path: Path,
+) -> None:
+    """Exact recipes and effort `fast` give the bytes of one process, statistics too, and the records of tensors."""
+    options = OPTIONS | {"dataset": [rows], "effort": effort}
+    quantize(source(family), recipe, output_dir=tmp_path / "one", **options)
+
+    def work(_: int) -> None:
+        quantize(source(family), recipe, output_dir=tmp_path / "many", experts_per_group=size, **options)
+
+    assert in_ranks(processes, work) == [0] * processes
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+    records = [json.loads((tmp_path / name / RECORD_FILE).read_text()) for name in ("one", "many")]
+    assert records[0]["tensors"] == records[1]["tensors"]
+    assert [record["arguments"]["processes"] for record in records] == [1, processes]
+
+
+def _quantize(model: Path, options: dict[str, Any], _: int) -> None:
+    quantize(model, "nvfp4-fp8-hybrid", **options)
+
+
+def test_gptq_on_several_processes(source: Source, rows: Path, tmp_path: Path) -> None:
+    """Under effort `good` E[x x^T] is added in another order: few codes differ, and the gate decides the same."""
+    options = OPTIONS | {"dataset": [rows], "effort": "good", "output_dir": tmp_path / "one"}
+    one = quantize(source("llama"), "nvfp4-fp8-hybrid", **options)
+    work = partial(_quantize, source("llama"), options | {"output_dir": tmp_path / "many"})
+    assert in_ranks(2, work) == [0, 0]
+    record = json.loads((tmp_path / "many" / RECORD_FILE).read_text())
+    assert [trial["name"] for trial in record["trials"]] == [trial.name for trial in one.trials]
+    for mine, theirs in zip(one.trials, record["trials"], strict=True):
+        assert theirs["kl"] == pytest.approx(mine.kl, rel=0.05)
+        assert theirs["kept"] == mine.kept
+    pairs = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "many")]
+    assert pairs[0].keys() == pairs[1].keys()
+    raw = [torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in pair.values()]) for pair in pairs]
+    assert float((raw[0] != raw[1]).float().mean()) < 0.02
+
+
+def test_the_same_statistics(source: Source, rows: Path, tmp_path: Path) -> None:
+    """Ranges, tokens and E[x^2] that three processes measure are those of one, to the bit."""
+    options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "tokens_per_batch": 130}
+    collect_statistics(source("qwen3_moe"), output_dir=tmp_path / "one", **options)
+    model = source("qwen3_moe")
+    assert in_ranks(3, lambda _: collect_statistics(model, output_dir=tmp_path / "many", **options)) == [0] * 3
+    assert (tmp_path / "one" / STATISTICS_FILE).read_bytes() == (tmp_path / "many" / STATISTICS_FILE).read_bytes()
+
+
+def test_a_process_that_dies(source: Source, rows: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The others stop with an error that says so, and the run resumes with another number of processes."""
+    model, recipe, options = source("qwen3_moe"), "nvfp4-moe-four-over-six", OPTIONS | {"dataset": [rows]}
+    quantize(model, recipe, output_dir=tmp_path / "one", **options)
+
+    def dies(rank: int) -> None:
+        original, count = forward_pass.call_layer, 0
+
+        def call(*arguments: Any, **more: Any) -> Any:
+            nonlocal count
+            count += 1
+            if rank == 1 and count == 6:  # in the second layer
+                os._exit(KILLED)
+            return original(*arguments, **more)
+
+        forward_pass.call_layer = call
+        quantize(model, recipe, output_dir=tmp_path / "many", **options)
+
+    assert in_ranks(3, dies) == [2, KILLED, 2]
+    assert "rank-lost" in capfd.readouterr().err
+    assert (tmp_path / "many.partial").is_dir()
+    assert in_ranks(2, lambda _: quantize(model, recipe, output_dir=tmp_path / "many", **options)) == [0, 0]
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+
+
+def test_an_error_is_reported_once(source: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What all processes refuse the main one reports; nothing is left behind."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").write_text("")
+    assert in_ranks(2, lambda _: quantize(source("llama"), "nvfp4", output_dir=tmp_path / "out", **OPTIONS)) == [2, 2]
+    errors = capfd.readouterr().err
+    assert "rank 0: UserError output-exists" in errors
+    assert "rank 1: OtherRankError output-exists" in errors
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_eval_on_several_processes(source: Source, rows: Path, tmp_path: Path) -> None:
+    """`eval` gives the figures of one process, for two models and their divergence."""
+    model, recipe, options = source("llama"), "nvfp4-fp8-hybrid-four-over-six", OPTIONS | {"dataset": [rows]}
+    quantize(model, recipe, output_dir=tmp_path / "out", **options)
+    given: dict[str, Any] = {"reference": model, "dataset": [rows], "contexts": [32], "noise_floor": "none"}
+    given |= {"device": "cpu", "tokens_per_batch": 130}
+    one = evaluate(tmp_path / "out", **given)
+
+    def work(rank: int) -> None:
+        record = evaluate(tmp_path / "out", **given)
+        (tmp_path / f"{rank}.json").write_text(record.to_json())
+
+    assert in_ranks(2, work) == [0, 0]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found["contexts"] == json.loads(one.to_json())["contexts"]
+
+
+def test_work_is_shared_out() -> None:
+    """Each piece of work has one process, and none has much more than the others."""
+    costs = [5, 9, 1, 1, 7, 3, 3, 8, 2, 2] * 4
+    owners = distributed.share(costs, 3)
+    loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(3)]
+    assert max(loads) - min(loads) <= max(costs)
+    assert distributed.share([1, 2, 3]) == [0, 0, 0]
+    assert distributed.block(7) == range(7)
+
+
+def test_a_world_of_one() -> None:
+    """Without torchrun every function gives what this process has."""
+    assert (distributed.world_size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
+    tensor = torch.arange(3.0)
+    distributed.add_up(tensor)
+    distributed.send(tensor, 0)
+    assert tensor.tolist() == [0.0, 1.0, 2.0]
+    assert distributed.gather(1) == [1]
+    assert distributed.merged({"a": 1}) == {"a": 1}
+    sums = BatchSums()
+    for number in range(3):
+        sums.add(torch.full((2,), float(number)), number)
+    total = sums.total()
+    assert total is not None
+    assert total.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_same_number_of_processes(family: str, source: Source, rows: Path, tmp_path: Path) -> None:
+    """Two runs of three processes give the same bytes under effort `good`."""
+    options = OPTIONS | {"dataset": [rows], "effort": "good"}
+    for name in ("many", "again"):
+        work = partial(_quantize, source(family), options | {"output_dir": tmp_path / name})
+        assert in_ranks(3, work) == [0, 0, 0]
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "again")
+
+
+@pytest.mark.slow
+def test_torchrun_itself(source: Source, rows: Path, tmp_path: Path) -> None:
+    """The command line under torchrun: one report, the bytes of one process, and a refusal with exit code."""
+    model = str(source("qwen3_moe"))
+    quantize(model, "nvfp4-moe-four-over-six", output_dir=tmp_path / "one", **OPTIONS | {"dataset": [rows]})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    command += ["snugfit", "quantize", model, "-r", "nvfp4-moe-four-over-six", "-o", str(tmp_path / "many")]
+    command += ["--dataset", str(rows), "--device", "cpu", "--tokens-per-batch", "130", "--min-tokens-per-expert", "0"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    assert done.stdout.count("peak memory") == 1
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+    again = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert again.returncode != 0
+    assert again.stderr.count("output-exists") == 1
