@@ -24,6 +24,7 @@ def test_a_file_is_as_known_as_its_least_known_format() -> None:
     """A mix is seen only where all of its formats are, and does not load where one does not."""
     assert worst_loading("vllm", ["nvfp4", "fp8-channel"], "hopper") == "seen"
     assert worst_loading("vllm", ["nvfp4", "nvfp4a16"], "hopper") == "read"
-    assert worst_loading("sglang", ["fp8-channel", "nvfp4"], "ada") == "no"
+    assert worst_loading("sglang", ["fp8-channel", "mxfp4"], "ada") == "no"
+    assert worst_loading("sglang", ["fp8-channel", "nvfp4"], "ada") == "read"
     assert worst_loading("aphrodite", ["nvfp4"], "hopper") == "read"
     assert len(loading_table()) == len(LINEAR) * len(FORMATS) * len(GENERATIONS)

@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from snugfit.benchmarking.plan import BenchOptions
 from snugfit.cli.app import app
 from snugfit.engines.launch import LAUNCHES, asks_for_fp8_cache, given
 from snugfit.engines.refusals import REFUSALS, explain
+from snugfit.hosting import guard
 from snugfit.hosting.engine import make_start
 from snugfit.hosting.serve import Measures, ServeOptions, serve
 from snugfit.records.serve import ServeRecord
@@ -133,6 +135,43 @@ def test_an_interrupt_keeps_the_record(model: Path, tmp_path: Path) -> None:
     assert record.stopped == "interrupted"
     assert (tmp_path / "out" / "serve.json").is_file()
     assert left(model) == []
+
+
+_STARTER = """\
+import sys
+from pathlib import Path
+from snugfit.hosting.engine import Start, running
+start = Start(command=tuple(sys.argv[2:]), environment={}, port=int(sys.argv[-1]), ready="/health")
+with running(start, Path(sys.argv[1]), start_seconds=600):
+    pass
+"""
+
+
+def test_a_killed_starter_leaves_no_engine(tmp_path: Path) -> None:
+    """Where this process is killed (SIGKILL), a guard ends the engine and its children."""
+    engine = [sys.executable, fake_engine.__file__, "silent", str(tmp_path), "--port", "9"]
+    starter = subprocess.Popen([sys.executable, "-c", _STARTER, str(tmp_path / "log"), *engine])
+    pids = tmp_path / "pids"
+    for _ in range(600):
+        if pids.exists() and len(pids.read_text(encoding="utf-8").split()) == 2:
+            break
+        time.sleep(0.05)
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids.read_text(encoding="utf-8").split())
+    starter.kill()
+    starter.wait()
+    assert left(tmp_path) == []
+
+
+def test_the_guard_keeps_out_of_an_orderly_end() -> None:
+    """After a word from its starter, and without a process id, the guard ends nothing."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    try:
+        for words in (f"{other.pid}\nstopped\n", "stopped\n", ""):
+            subprocess.run([sys.executable, "-I", guard.__file__], input=words.encode(), check=True, timeout=20)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_failed_measurement_keeps_the_others(model: Path, tmp_path: Path) -> None:

@@ -410,8 +410,8 @@ def test_engines_differ(nemo: Path) -> None:
         assert run("fit", nemo, "--gpu", "RTX 4090", "--engine", engine).stdout
     many = fit(nemo, "RTX 4090", engine="aphrodite", max_num_seqs=2)
     assert many.engine.title == "Aphrodite 0.10"
-    problem = row_of(fit(nemo, "RTX 4090", engine="sglang").rows, "nvfp4").problem or ""
-    assert [word for word in ("SGLang 0.5", "nvfp4", "Ada") if word not in problem] == []
+    problem = row_of(fit(nemo, "RTX 4090", engine="sglang").rows, "mxfp4").problem or ""
+    assert [word for word in ("SGLang 0.5", "mxfp4", "Ada") if word not in problem] == []
 
 
 BAD: list[tuple[dict[str, Any], str, str, str]] = [

@@ -290,11 +290,11 @@ def test_a_gpu_that_is_too_small_names_the_context_that_works(make_tiny: MakeTin
 
 
 def test_a_format_without_a_kernel_is_not_on_the_menu(make_tiny: MakeTiny) -> None:
-    """SGLang has no kernel for NVFP4 on Hopper, and vLLM's NVFP4 there is NVFP4A16; a refusal has its reason."""
+    """SGLang has no linear kernel for MXFP4, and vLLM's NVFP4 there is NVFP4A16; a refusal has its reason."""
     layout = read_layout(make_tiny(hidden_size=128, intermediate_size=256))
     sglang = choices_of(layout, gpu="H100", context=256, engine="sglang").space.menus[0]
-    assert {"nvfp4", "mxfp4"} <= set(sglang.refused)
-    assert "kernel" in sglang.refused["nvfp4"]
+    assert "kernel" in sglang.refused["mxfp4"]
+    assert sglang.option("nvfp4").arithmetic == "W4A16"
     vllm = choices_of(layout, gpu="H100", context=256, menu=()).space.menus[0]
     assert [one.format for one in vllm.options] == [KEEP, "nvfp4", "fp8-dynamic", "int4", "mxfp4"]
     assert vllm.option("nvfp4").arithmetic == "W4A16"

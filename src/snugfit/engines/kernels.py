@@ -3,9 +3,9 @@
 vLLM's facts are read from its priority lists and from each kernel's own `is_supported`, versions 0.24 and 0.32
 (model_executor/kernels/linear/__init__.py and below, layers/fused_moe/oracle/, platforms/cuda.py), for the kernels in
 its CUDA wheel (CUTLASS, Marlin, FlashInfer, DeepGEMM), without b12x and Humming, which are separate packages. `seen`
-marks a kernel that this project saw running. SGLang's facts are from its docs (advanced_features/quantization.md).
-Aphrodite 0.10 and later is vLLM's code under another name, 0.10 of late 2025, the sync of April 2026 that of vLLM 0.20;
-its lists are vLLM's.
+marks a kernel that this project saw running. SGLang's facts are read in its release 0.5.23 (srt/layers/quantization/:
+compressed_tensors/compressed_tensors.py and schemes/, fp4_utils.py, fp8_utils.py). Aphrodite 0.10 and later is vLLM's
+code under another name; where the lists of its release 0.24.1 choose otherwise than vLLM 0.32's is below.
 """
 
 from __future__ import annotations
@@ -110,12 +110,30 @@ _VLLM_EXPERTS: Mapping[str, Mapping[Generation, Kernel]] = {
     # gpt-oss has a separate list: Triton's kernels on Hopper
     "mxfp4": {"blackwell": Kernel("FlashInfer TRTLLM", "W4A8"), "blackwell-consumer": _MARLIN4},
 }
-# SGLang 0.5: --fp8-gemm-backend and --fp4-gemm-backend "auto"; NVFP4 "Blackwell/SM100+" only
+# 0.24.1 has FlashInfer's weight-only kernel before CUTLASS's, and a kernel of sm100 for INT4 before Marlin
+_APHRODITE_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
+    **_VLLM_LINEAR,
+    "nvfp4": {**_VLLM_LINEAR["nvfp4"], "blackwell-consumer": Kernel("FlashInfer CuTe DSL", "W4A16")},
+    "int4": {**_VLLM_LINEAR["int4"], "blackwell": Kernel("Swordfish", "W4A16")},
+}
+# SGLang 0.5.23, --fp8-gemm-backend and --fp4-gemm-backend "auto". It has no scheme for mxfp4-pack-quantized
 _SGLANG_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
     "bf16": _VLLM_LINEAR["bf16"],
+    # CompressedTensorsW4A4Fp4 asks for sm100; older GPUs run its files as CompressedTensorsW4A16Fp4, from 0.5.22 on
     "nvfp4": {
-        "blackwell": _FLASHINFER4,
-        "blackwell-consumer": Kernel("FlashInfer cuDNN", "W4A4"),
+        "ampere": _MARLIN4,
+        "ada": _MARLIN4,
+        "hopper": _MARLIN4,
+        "blackwell": Kernel("FlashInfer CuTe DSL", "W4A4"),
+        "blackwell-consumer": _FLASHINFER4,
+    },
+    # from 0.5.22 on; FlashInfer has no such kernel in its CUTLASS back end, the default on sm120
+    "nvfp4a16": {
+        "ampere": _MARLIN4,
+        "ada": _MARLIN4,
+        "hopper": _MARLIN4,
+        "blackwell": Kernel("FlashInfer CuTe DSL", "W4A16"),
+        "blackwell-consumer": _MARLIN4,
     },
     "fp8-channel": {
         "ampere": _MARLIN8,
@@ -124,18 +142,18 @@ _SGLANG_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
         "blackwell": _CUTLASS8,
         "blackwell-consumer": _CUTLASS8,
     },
+    # before sm89 CompressedTensorsW8A16Fp8 takes over, which refuses scales of blocks
     "fp8-block": {
-        "ampere": _MARLIN8,
         "ada": Kernel("Triton", "W8A8"),
         "hopper": Kernel("DeepGEMM", "W8A8"),
         "blackwell": Kernel("DeepGEMM", "W8A8"),
-        "blackwell-consumer": Kernel("Triton", "W8A8"),
+        "blackwell-consumer": _CUTLASS8,
     },
     "int4": dict.fromkeys(("ampere", "ada", "hopper", "blackwell", "blackwell-consumer"), _MARLIN4),
 }
 LINEAR: Mapping[str, Mapping[str, Mapping[Generation, Kernel]]] = {
     "vllm": _VLLM_LINEAR,
-    "aphrodite": _VLLM_LINEAR,
+    "aphrodite": _APHRODITE_LINEAR,
     "sglang": _SGLANG_LINEAR,
 }
 EXPERTS: Mapping[str, Mapping[str, Mapping[Generation, Kernel]]] = {

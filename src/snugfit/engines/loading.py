@@ -2,10 +2,9 @@
 
 "seen": this project ran the engine on such a file and GPU (docs/engines.md). "read": its source, or its documentation,
 has a reader and a kernel for it. "no": neither. vLLM and Aphrodite read compressed-tensors by the same code
-(compressed_tensors.py: _get_scheme_from_parts); Aphrodite's is that of April 2026. SGLang's reader is its own: weights
-in groups by WNA16, FP8 by channel and block, NVFP4 by CUTLASS or FlashInfer on Blackwell. Later sources of SGLang also
-have Marlin for NVFP4 and MXFP4 on sm80, sm90 and sm120 (compressed_tensors_w4a4_nvfp4_marlin.py,
-compressed_tensors_w4a16_mxfp4.py); which release brought them was not found, so they are "no" here. Both refuse fused
+(compressed_tensors.py: _get_scheme_from_parts; Aphrodite's is that of its release 0.24.1). SGLang's reader is its own,
+here that of 0.5.23: 0.5.22 brought weight-only NVFP4, for NVFP4 before Blackwell too; 0.5.21 and earlier have NVFP4 on
+Blackwell alone. It has no linear layer in MXFP4, and FP8 in blocks from sm89 on. Its weight-only NVFP4 refuses fused
 weights whose global scales differ, which snugfit never writes.
 """
 

@@ -8,20 +8,22 @@ import shlex
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, cast
 
 import httpx
 
 from snugfit.engines.launch import Launch, given
 from snugfit.engines.refusals import explain
 from snugfit.errors import UserError
+from snugfit.hosting import guard
 from snugfit.records.serve import EngineRefusal
 
 POLL_SECONDS = 0.5
-STOP_SECONDS = 30.0  # from the first signal to the last
 HOST = "127.0.0.1"
 
 
@@ -111,7 +113,7 @@ def running(
     UserError where the command does not exist, RefusedError where the server ends or is silent for `start_seconds`.
     """
     began = time.monotonic()
-    with log.open("wb") as stream:
+    with _guarded() as guards, log.open("wb") as stream:
         try:
             process = subprocess.Popen(  # noqa: S603  # the user's own command
                 start.command,
@@ -128,11 +130,29 @@ def running(
                 where=start.command[0],
                 remedy="Give the engine's interpreter as `python`, or its `command`.",
             ) from None
-    try:
-        _wait(start, process, log, began + start_seconds, sleep)
-        yield time.monotonic() - began
-    finally:
-        stop(process)
+        try:
+            guards(process.pid)
+            _wait(start, process, log, began + start_seconds, sleep)
+            yield time.monotonic() - began
+        finally:
+            stop(process)
+
+
+@contextlib.contextmanager
+def _guarded() -> Iterator[Callable[[int], None]]:
+    """A process that ends an engine, named by its process id, if this process is killed before the end of the block."""
+    command = (sys.executable, "-I", guard.__file__)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0, start_new_session=True) as process:  # noqa: S603
+        pipe = cast("IO[bytes]", process.stdin)
+
+        def say(words: str) -> None:
+            with contextlib.suppress(OSError):  # somebody ended the guard
+                pipe.write(f"{words}\n".encode())
+
+        try:
+            yield lambda pid: say(str(pid))
+        finally:
+            say("stopped")
 
 
 def _wait(
@@ -167,7 +187,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
+                process.wait(guard.STOP_SECONDS)
     finally:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)  # the group outlives its leader while a child lives

@@ -243,10 +243,13 @@ def speed_plots(records: Sequence[BenchRecord]) -> list[Plot]:
     """Prefill by length, throughput by users, decoding by depth: a line for each server."""
     runs = [run for record in records for run in record.runs]
     wanted: tuple[tuple[str, str, str, str, Callable[[BenchCell], float], str], ...] = (
-        ("prefill", "prefill", "prefill-by-length", "prompt tokens a second", _length, LENGTHS),
+        ("prefill", "prefill", "prefill-by-length", "prompt tokens a second", _length, "prompt length, tokens"),
         ("load", "throughput", "throughput-by-users", "output tokens a second, all users", _users, "users at once"),
         ("decode", "decode", "decode-by-depth", "tokens a second of one user", _length, LENGTHS),
     )
+    places = {engine_name(run.server.engine, run.server.version): None for run in runs}
+    gpus = {run.server.memory.gpu: None for run in runs}
+    title = " on ".join(filter(None, (next(iter(one)) for one in (places, gpus) if len(one) == 1)))
     plots = []
     for kind, figure, name, label, x_of, x_label in wanted:
         lines = []
@@ -255,7 +258,8 @@ def speed_plots(records: Sequence[BenchRecord]) -> list[Plot]:
             if points:
                 lines.append(line_of(run.server.name, number, points))
         if lines and max(len(line.points) for line in lines) > 1:
-            plots.append(Plot(name=name, x_label=x_label, y_label=label, title="", lines=tuple(lines), caption=BANDS))
+            shown = {"x_label": x_label, "y_label": label, "title": title, "caption": BANDS}
+            plots.append(Plot(name=name, lines=tuple(lines), **shown))
     return plots
 
 
