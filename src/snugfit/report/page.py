@@ -23,7 +23,7 @@ _DASHES = {"--": "7 4", ":": "2 4", "-.": "7 4 2 4"}
 _LOSSES = ("evaluation", "pairs", "tasks", "comparison", "answers")
 _SPEED = ("prefill", "decode", "load", "ratios")
 _CALIBRATION = ("calibration", "trials", "saturation", "experts", "outliers")
-_LONG = 60  # characters from which a cell of text gets a wide column
+_LONG = 36  # characters from which a cell of text gets a wide column
 
 
 def page(collection: Collection, tables: Sequence[Table], plots: Sequence[Plot]) -> str:

@@ -258,8 +258,8 @@ def speed_plots(records: Sequence[BenchRecord]) -> list[Plot]:
             if points:
                 lines.append(line_of(run.server.name, number, points))
         if lines and max(len(line.points) for line in lines) > 1:
-            shown = {"x_label": x_label, "y_label": label, "title": title, "caption": BANDS}
-            plots.append(Plot(name=name, lines=tuple(lines), **shown))
+            drawn = tuple(lines)
+            plots.append(Plot(name=name, x_label=x_label, y_label=label, title=title, lines=drawn, caption=BANDS))
     return plots
 
 
