@@ -33,12 +33,13 @@ def test_tried_means_this_file() -> None:
     """A benchmark of the original, or of another file, does not count; a start that failed neither."""
     checkpoint = QuantizedCheckpoint(record=quantize_record(), kv_cache="fp8")
     found = Collection(checkpoints=(checkpoint,), benches=(bench_record(("made-up", "other")),), max_positions=4096)
-    vllm, sglang, aphrodite, _ = how_to_serve(found)
+    vllm, sglang, aphrodite, transformers = how_to_serve(found)
     assert vllm.tried == ()
     assert vllm.seen != ()
     assert vllm.text == "vllm serve made-up-hybrid --max-model-len 4096 --kv-cache-dtype fp8"
     assert sglang.text.endswith("--context-length 4096 --kv-cache-dtype fp8_e4m3")
     assert aphrodite.seen == ()
+    assert transformers.seen == ("transformers 5.17 with compressed-tensors on a CPU",)
     use = KernelUse(engine="sglang", generation="Ada", format="nvfp4", kernel=None, arithmetic=None, seen=False)
     found = Collection(
         checkpoints=(checkpoint,), serves=(serve_record(),), kernels=(use,), hub=Hub(repo="me/made-up-hybrid")

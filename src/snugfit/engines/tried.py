@@ -33,8 +33,8 @@ TRIED: tuple[Tried, ...] = (
     ),
     Tried(
         engine="transformers",
-        title="transformers with compressed-tensors",
-        version="5.17",
+        title="transformers",
+        version="5.17 with compressed-tensors",
         hardware="a CPU",
         formats=("nvfp4", "nvfp4a16", "fp8-dynamic", "int4"),
     ),

@@ -163,7 +163,7 @@ def _context(tokens: int, most: int | None) -> str:
 
 def _kernels(collection: Collection) -> Iterator[Table]:
     """Which kernel runs each format on each generation of GPUs, a table for each engine with kernels of its own."""
-    names = {"vllm": "vLLM and Aphrodite", "sglang": "SGLang"}
+    names = {"vllm": "vLLM", "aphrodite": "Aphrodite", "sglang": "SGLang"}
     for engine, title in names.items():
         uses = [use for use in collection.kernels if use.engine == engine]
         formats = list(dict.fromkeys(use.format for use in uses))
