@@ -262,6 +262,8 @@ def test_commands_of_each_engine() -> None:
         ("ValueError: Failed to find a kernel that can implement the NVFP4 linear layer. Reasons:", "no kernel"),
         ("ValueError: Found different quantization schemes for the shards of qkv_proj", "stored in different formats"),
         ("NotImplementedError: No compressed-tensors compatible scheme was found for layer_name='x'", "does not know"),
+        ("ValueError: Unsupported weight strategy=block, supported strategies are [channel, tensor]", "no kernel"),
+        ("NotImplementedError: Activation-quantized float4 is only supported in the NVFP4 layout", "does not know one"),
         ("ValueError: Unknown quantization method: foo. Must be one of", "does not know this way"),
         ("ValueError: There is no module or parameter named 'model.x' in LlamaForCausalLM", "names"),
         ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", "did not suffice"),

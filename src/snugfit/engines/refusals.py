@@ -1,6 +1,6 @@
 """Why engines refuse a file: lines of their logs -> the reason in plain words, and what to do, as data.
 
-The patterns are made from the raise statements of vLLM 0.24 and 0.32 (Aphrodite's are the same), and from SGLang 0.5.
+The patterns are made from the raise statements of vLLM 0.24 and 0.32 (Aphrodite's are the same), and from SGLang 0.5.23.
 The first entry with a match in the log explains it, so that the cause comes before its consequences.
 """
 
@@ -82,7 +82,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     _refusal(
         r"Failed to find a kernel that can implement|No .*[kK]ernel.* (?:found|available) for"
-        r"|NotImplementedError: No .* backend",
+        r"|NotImplementedError: No .* backend|Unsupported weight strategy=",
         "the engine has no kernel for one of the file's formats on this device",
         "Use another format or engine: docs/engines.md has what loads where.",
     ),
@@ -92,7 +92,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "Quantize again with a recipe that does not split fused groups: `inspect` names them.",
     ),
     _refusal(
-        r"No compressed-tensors compatible scheme was found",
+        r"No compressed-tensors compatible scheme was found|Activation-quantized float4 is only supported in",
         "the engine's reader of compressed-tensors does not know one of the file's formats",
         "Use a newer engine, or another format.",
     ),
