@@ -1,6 +1,6 @@
 """Why engines refuse a file: lines of their logs -> the reason in plain words, and what to do, as data.
 
-The patterns are made from the raise statements of vLLM 0.24 and 0.32 (Aphrodite's are the same), and from SGLang 0.5.23.
+The patterns are made from the raise statements of vLLM 0.24, 0.32 (Aphrodite's are the same), SGLang 0.5.23.
 The first entry with a match in the log explains it, so that the cause comes before its consequences.
 """
 
