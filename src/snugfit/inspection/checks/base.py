@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -85,18 +85,18 @@ class Pair:
 
     def __init__(self, evidence: Evidence, base: ModelLayout) -> None:
         mine, self.base = _readable(evidence), base.weights
-        renamed = _renamed_experts(evidence, mine, base)
-        self.mine = _with_names(mine, renamed)
-        self._of_file, self._own_names = mine, {new: old for old, new in renamed.items()}
-        self.both = [name for name in self.mine.tensors if name in self.base.tensors]
         unread = {
             name: module.parsed.layer
             for name, module in evidence.modules.items()
             if module.stored and f"{name}.weight" not in mine.origins
         }
+        renamed = _renamed_experts(evidence, (*mine.tensors, *(f"{name}.weight" for name in unread)), base)
+        self.mine = _with_names(mine, renamed)
+        self._of_file, self._own_names = mine, {new: old for old, new in renamed.items()}
         self.unread_layers = frozenset(unread.values())
-        left_out = {n for n in (*mine.tensors, *base.weights.tensors) if n.rpartition(".")[0] in unread}
-        self.both = [name for name in self.both if name not in left_out]
+        modules = {*unread, *(renamed.get(f"{name}.weight", "").rpartition(".")[0] for name in unread)}
+        left_out = {n for n in (*self.mine.tensors, *self.base.tensors) if n.rpartition(".")[0] in modules}
+        self.both = [name for name in self.mine.tensors if name in self.base.tensors and name not in left_out]
         copies = {*base.tied.copies, *evidence.layout.tied.copies, *left_out}
         self.lost = [
             n for n in self.base.tensors if n not in self.mine.tensors and n not in copies and not is_buffer(n)
@@ -138,11 +138,11 @@ class Pair:
         return lambda: logical_slices(weights, name)
 
 
-def _renamed_experts(evidence: Evidence, mine: LogicalWeights, base: ModelLayout) -> dict[str, str]:
+def _renamed_experts(evidence: Evidence, names: Iterable[str], base: ModelLayout) -> dict[str, str]:
     """Weights of experts that the base has under its family's other names -> the base's name."""
     kinds = [kind for kind in model_types(evidence.checkpoint.config) if kind in EXPERT_NAMES]
     found: dict[str, str] = {}
-    for name in mine.tensors:
+    for name in names:
         module, _, leaf = name.rpartition(".")
         if not kinds or ".experts." not in module or name in base.weights.tensors:
             continue
