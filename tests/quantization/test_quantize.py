@@ -207,10 +207,10 @@ def test_one_layer_is_in_memory_at_a_time(
     counts: list[int] = []
     build = layers.resident_layer
 
-    def watched(*args: Any) -> torch.nn.Module:
+    def watched(*args: Any, **options: Any) -> torch.nn.Module:
         gc.collect()
         counts.append(sum(ref() is not None for ref in alive))
-        layer = build(*args)
+        layer = build(*args, **options)
         alive[:] = [weakref.ref(layer), *(weakref.ref(parameter) for parameter in layer.parameters())]
         return layer
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from snugfit.dialects.packed import Packed, is_cache_scale, serves
@@ -191,13 +192,18 @@ def describe_layer(weights: Iterable[Weight], kind: str) -> str:
     return " + ".join(words) or ("nothing" if not members else "other weights")
 
 
-def names_without_tensors(contents: Contents) -> list[str]:
-    """Modules that the quantization config leaves out by name, and that no tensor belongs to."""
-    lists = [contents.layout.quantization.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules")]
+def names_without_tensors(layout: ModelLayout, contents: Contents | None = None) -> list[str]:
+    """Modules that the quantization config leaves out by name, and that no tensor belongs to.
+
+    `contents` are read where they are not given and names of modules alone do not decide.
+    """
+    lists = [layout.quantization.get(key) for key in ("ignore", "modules_to_not_convert", "exclude_modules")]
     names = [str(entry) for given in lists if isinstance(given, list) for entry in given]
     names = [name for name in names if not (name.startswith("re:") or any(mark in name for mark in "*?["))]
+    names = _not_modules(layout, names)
     if not names:
         return []
+    contents = contents or read_contents(layout)
     known: set[str] = {"lm_head"}  # a tied one has no tensor
     tails: set[str] = set()  # of modules in towers, whose prefixes differ between files and transformers' modules
     for weight in contents.weights:
@@ -208,6 +214,21 @@ def names_without_tensors(contents: Contents) -> list[str]:
         tails.update(_tail(weight.name))
     unknown = [name for name in names if name not in known and common_name(name) not in known]
     return [n for n in unknown if tails.isdisjoint(_tail(n)) and not any(n in w.name for w in contents.weights)]
+
+
+def _not_modules(layout: ModelLayout, names: Sequence[str]) -> list[str]:
+    """The names that are no module, no part of a module's name, and no parameter but weights."""
+    modules = sorted(layout.modules)
+    suffixes = {suffix for tensors in layout.modules.values() for suffix in tensors}
+    parts = {part for module in modules for part in module.split(".")} | {"lm_head"}
+    parts |= {suffix for suffix in suffixes if "weight" not in suffix and not serves(suffix)}
+
+    def is_known(name: str) -> bool:
+        above = bisect_left(modules, f"{name}.")
+        holds = above < len(modules) and modules[above].startswith(f"{name}.")
+        return holds or name in parts or name in layout.modules
+
+    return [name for name in names if not is_known(name)]
 
 
 def _tail(name: str) -> tuple[str, ...]:

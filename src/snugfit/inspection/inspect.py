@@ -394,7 +394,7 @@ def _problems(contents: Contents, architecture: Architecture, fused: Sequence[Fu
         if group.mixed:
             more = f" and {len(group.mixed) - 1} more" if len(group.mixed) > 1 else ""
             yield f"{', '.join(group.members)} of {group.mixed[0]}{more} are stored differently; engines fuse them"
-    absent = names_without_tensors(contents)
+    absent = names_without_tensors(contents.layout, contents)
     if absent:
         more = f" and {len(absent) - 3} more" if len(absent) > 3 else ""
         yield f"the quantization config leaves out {', '.join(absent[:3])}{more}, which no tensor belongs to"

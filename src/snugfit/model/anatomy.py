@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from snugfit.errors import UserError
 
@@ -56,6 +57,7 @@ def split_at_number(name: str) -> tuple[str, int | None, str]:
     return (name, None, "") if match is None else (name[: match.start()], int(match.group(1)), name[match.end() :])
 
 
+@lru_cache(maxsize=1 << 17)  # a large model's names are asked for by every recipe
 def is_tower(name: str) -> bool:
     """Whether a module outside the decoder layers belongs to a tower or to what joins it to the model."""
     return _TOWER.search(name.lower()) is not None and not is_prediction_head(name)

@@ -10,6 +10,7 @@ model_executor/layers/mamba/mamba_utils.py, each model's get_mamba_state_shape_f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from snugfit.errors import UserError
 
@@ -87,12 +88,12 @@ class ModelCache:
     query_heads: int
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def attention(self) -> tuple[AttentionCache, ...]:
         """The attention caches of the layers that have one."""
         return tuple(layer[0] for layer in self.layers if layer[0] is not None)
 
-    @property
+    @cached_property
     def states(self) -> tuple[StateCache, ...]:
         """The states of the layers that have one."""
         return tuple(layer[1] for layer in self.layers if layer[1] is not None)

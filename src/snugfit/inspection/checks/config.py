@@ -10,7 +10,7 @@ from snugfit.dialects.targets import common_name
 from snugfit.engines.releases import ARGUMENT_KEYS, EXPERT_NAMES, GROUP_ORDERS, LOOKED_UP, SCHEME_KEYS, EngineRelease
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
-from snugfit.inspection.contents import names_without_tensors, read_contents
+from snugfit.inspection.contents import names_without_tensors
 from snugfit.inspection.evidence import COMPRESSED, Evidence, Module, finding
 from snugfit.model.logical_weights import model_types
 from snugfit.patterns import Pattern
@@ -201,7 +201,7 @@ def unmatched(evidence: Evidence) -> Iterator[Finding]:
 
 def unmatched_ignores(evidence: Evidence) -> list[str]:
     """Entries of `ignore` that name nothing in the file."""
-    return [*names_without_tensors(read_contents(evidence.layout)), *_unmatched_patterns(evidence)]
+    return [*names_without_tensors(evidence.layout), *_unmatched_patterns(evidence)]
 
 
 def _unmatched_patterns(evidence: Evidence) -> list[str]:
