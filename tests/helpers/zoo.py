@@ -379,7 +379,14 @@ def renamed_experts(patient: Patient) -> None:
     for name in [name for name in patient.tensors if ".experts." in name]:
         new = re.sub(r"\.(w[123])\.", lambda match: f".{names[match[1]]}.", name)
         patient.tensors[new] = patient.tensors.pop(name)
-    patient.group("int-4")["targets"] = [r"re:.*experts\.\d+\.(gate|up|down)_proj$"]
+    patient.group("int-4")["targets"] = [r"re:.*experts\.\d+\.(gate_proj|up_proj|down_proj|w1|w2|w3)$"]
+
+
+def head_under_a_class(patient: Patient) -> None:
+    """As llm-compressor writes a quantized head: the target is the class Linear."""
+    patient.as_fp8("lm_head")
+    patient.group("float-8")["targets"] = ["Linear"]
+    patient.quantization["ignore"] = []
 
 
 def stacked_experts(patient: Patient) -> None:
@@ -647,6 +654,7 @@ def _cases() -> Iterator[Case]:
     yield Case("target-missing", "int4", untargeted_down, lossless=True)
     yield Case("target-missing", "int4", ignored_although_stored, lossless=True)
     yield Case("target-not-looked-up", "minimax_m2", targets_in_file_names, lossless=True)
+    yield Case("target-not-looked-up", "fp8", head_under_a_class, lossless=True)
     yield Case("target-unmatched", "nvfp4", needless_target, lossless=True)
     yield Case("ignore-unmatched", "nvfp4", needless_ignore, lossless=True)
     yield Case("ignore-incomplete", "fp8", plain_down, lossless=True)

@@ -248,8 +248,11 @@ class Targets:
         llm-compressor writes the names of modules into `ignore`, and transformers writes tensors under others; and its
         target Linear means a class, which a table of embeddings is not of.
         """
-        named = module in self._by_name or any(pattern.begins(module) for pattern, _ in self._by_pattern)
-        return common_name(module) in self._ignored_common or (not named and _is_table(module))
+        return common_name(module) in self._ignored_common or (not self.names(module) and _is_table(module))
+
+    def names(self, module: str) -> bool:
+        """Whether a target matches a module by its name or a pattern, and not by its class alone."""
+        return module in self._by_name or any(pattern.begins(module) for pattern, _ in self._by_pattern)
 
 
 def common_name(module: str) -> str:

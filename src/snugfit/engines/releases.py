@@ -1,9 +1,12 @@
 """How engines read a checkpoint: what they refuse, and what they take without a word, as data with versions.
 
-vLLM's facts are read from its releases 0.24.0 and 0.32.0 (layers/quantization/compressed_tensors, kv_cache.py,
-model_loader/default_loader.py, config/model.py); of 0.33.0 the release of compressed-tensors that it pins, the rest is
-taken for 0.32's. transformers' are from 5.23 with compressed-tensors 0.20. `benchmarks/engine_facts.py` reads an
-installed engine again and prints what differs.
+vLLM's facts are read from its releases 0.24.0, 0.32.0 and 0.33.0 (below vllm/model_executor: layers/quantization/
+compressed_tensors/, layers/quantization/kv_cache.py, model_loader/default_loader.py, models/mixtral.py and the other
+families'; vllm/config/model.py). SGLang's are read from 0.5.23, which pins compressed-tensors 0.18 (below
+sglang/srt: layers/quantization/compressed_tensors/compressed_tensors.py and utils.py, model_loader/loader.py and
+weight_utils.py, arg_groups/model_path_hook.py, models/llama.py, mixtral.py, olmoe.py, qwen3_moe.py). transformers' are
+from 5.23 with compressed-tensors 0.20. `benchmarks/engine_facts.py` reads an installed engine again and prints what
+differs.
 """
 
 from __future__ import annotations
@@ -29,14 +32,16 @@ class EngineRelease:
     """One release of an engine, and how it reads files.
 
     `kernels` is its name in engines/kernels.py, "" where it emulates. `compressed_tensors` is the release of that
-    library that it has, "" where it reads such files by code of its own. With `forbids_scheme_keys` it checks the keys
-    of config groups, with `forbids_argument_keys` those of their arguments. `refuses_group_order`: actorder "group"
-    stops it. `drops_own_head`: a head that config.json ties is dropped although it differs from the embeddings.
-    `expert_leaves`: names under which it looks up the format of every family's gate, up and down, () for the file's.
-    `refuses_unknown_experts`: expert tensors of unknown names stop it, they are not passed over.
-    `loads_consolidated`: consolidated*.safetensors takes the place of the indexed files. `loads_loose`: without an
-    index it loads every safetensors file at the top. `follows_index`: it looks up each tensor's file in the index, and
-    does not read all tensors of all files that the index names.
+    library that it has. With `forbids_scheme_keys` it checks the keys of config groups, with `forbids_argument_keys`
+    those of their arguments. `refuses_group_order`: actorder "group" stops it. `drops_own_head`: a head that
+    config.json ties is dropped although it differs from the embeddings. `head_by_name`: a target that is the class
+    Linear does not reach the output head, which needs one of its name. `expert_leaves`: names under which it looks up
+    the format of every family's gate, up and down, () for the file's. `refuses_unknown_experts`: expert tensors of
+    unknown names stop it, they are not passed over (where families differ, False). `renames_experts`: families of
+    EXPERT_NAMES whose experts it also reads under gate_proj, up_proj and down_proj; it looks up their format under the
+    family's names. `loads_consolidated`: consolidated*.safetensors takes the place of the indexed files. `loads_loose`:
+    without an index it loads every safetensors file at the top. `follows_index`: it looks up each tensor's file in the
+    index, and does not read all tensors of all files that the index names.
     """
 
     name: str
@@ -47,8 +52,10 @@ class EngineRelease:
     forbids_scheme_keys: bool
     refuses_group_order: bool
     drops_own_head: bool
+    head_by_name: bool
     expert_leaves: tuple[str, ...]
     refuses_unknown_experts: bool
+    renames_experts: frozenset[str]
     loads_consolidated: bool
     loads_loose: bool
     follows_index: bool
@@ -63,8 +70,10 @@ _VLLM_033 = EngineRelease(
     forbids_scheme_keys=False,
     refuses_group_order=True,
     drops_own_head=False,
+    head_by_name=True,
     expert_leaves=(),
     refuses_unknown_experts=False,
+    renames_experts=frozenset({"mixtral"}),
     loads_consolidated=True,
     loads_loose=True,
     follows_index=False,
@@ -76,22 +85,26 @@ _VLLM_024 = replace(
     title="vLLM 0.24",
     refuses_group_order=False,
     drops_own_head=True,
+    head_by_name=True,
     expert_leaves=("gate_proj", "up_proj", "down_proj"),
     refuses_unknown_experts=True,
+    renames_experts=frozenset(),
 )
-# SGLang has code of its own for these files, derived from vLLM's: that it drops such a head was read in its model
-# classes, the other rows are taken over from vLLM and not looked up
+# SGLang's Mixtral and Qwen3-MoE pass over experts of unknown names, its OLMoE stops. A consolidated file is loaded
+# beside the others only where no index and more files than model.safetensors are there
 _SGLANG = EngineRelease(
     name="sglang",
     title="SGLang 0.5",
     kernels="sglang",
-    compressed_tensors="",
+    compressed_tensors="0.18",
     forbids_argument_keys=True,
     forbids_scheme_keys=False,
     refuses_group_order=False,
     drops_own_head=True,
-    expert_leaves=(),
+    head_by_name=True,
+    expert_leaves=("gate_proj", "up_proj", "down_proj"),
     refuses_unknown_experts=False,
+    renames_experts=frozenset(),
     loads_consolidated=False,
     loads_loose=True,
     follows_index=False,
@@ -105,8 +118,10 @@ _TRANSFORMERS = EngineRelease(
     forbids_scheme_keys=True,
     refuses_group_order=True,
     drops_own_head=False,
+    head_by_name=False,
     expert_leaves=(),
     refuses_unknown_experts=False,
+    renames_experts=frozenset(),
     loads_consolidated=False,
     loads_loose=False,
     follows_index=True,

@@ -18,8 +18,8 @@ from snugfit.inspection.evidence import Evidence, read_weight_map, releases
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.records.doctor import DoctorRecord, Finding
-from snugfit.storage.lenient import open_leniently
-from snugfit.storage.open import is_hub_id, open_headers
+from snugfit.storage.lenient import open_hub_leniently, open_leniently
+from snugfit.storage.open import fetch_small_files, is_hub_id, open_headers
 from snugfit.vram.budget import Gpu
 from snugfit.vram.request import parse_gpu
 
@@ -55,6 +55,13 @@ CHECKS: tuple[Check, ...] = (
 )
 # errors of opening a checkpoint that are findings: its files are there, and damaged
 _DAMAGE = frozenset({"weights-missing", "header-invalid", "file-damaged", "index-invalid", "tensor-duplicate"})
+# faults of a file whose tensors are not all there
+_OF_ABSENCE = frozenset(
+    {
+        *("config-mismatch", "config-stale", "layers-missing", "experts-missing", "scale-missing", "tensor-lost"),
+        *("scale-extra", "target-unmatched", "ignore-unmatched"),
+    }
+)
 # faults that make others certain, which are then not reported
 _HIDES: dict[str, frozenset[str]] = {
     "config-stale": frozenset({"scale-extra"}),
@@ -65,12 +72,8 @@ _HIDES: dict[str, frozenset[str]] = {
     "unquantized-by-engine": frozenset({"target-missing"}),
     "prediction-quantized": frozenset({"target-missing"}),
     "quantization-undeclared": frozenset({"scale-extra", "experts-stacked"}),
-    "shard-missing": frozenset(
-        {"config-mismatch", "layers-missing", "experts-missing", "scale-missing", "tensor-lost", "scale-extra"}
-    ),
-    "shard-damaged": frozenset(
-        {"config-mismatch", "layers-missing", "experts-missing", "scale-missing", "tensor-lost", "scale-extra"}
-    ),
+    "shard-missing": _OF_ABSENCE,
+    "shard-damaged": _OF_ABSENCE,
 }
 
 
@@ -161,8 +164,13 @@ def inverted_scales(evidence: Evidence) -> list[Finding]:
 def without_consequences(findings: Iterable[Finding]) -> list[Finding]:
     """The findings without those that another one makes certain."""
     found = list(findings)
-    hidden = {fault for finding in found for fault in _HIDES.get(finding.fault, ())}
-    return [finding for finding in found if finding.fault not in hidden]
+    hidden: dict[str, set[str]] = {}  # fault -> engines for which another one makes it certain
+    for finding in found:
+        for fault in _HIDES.get(finding.fault, ()):
+            hidden.setdefault(fault, set()).update(finding.affected)
+    return [
+        finding for finding in found if finding.fault not in hidden or set(finding.affected) - hidden[finding.fault]
+    ]
 
 
 def open_evidence(
@@ -179,13 +187,16 @@ def open_evidence(
     try:
         opened = open_headers(checkpoint)
     except UserError as error:
-        if error.code not in _DAMAGE or is_hub_id(checkpoint):
+        if error.code not in _DAMAGE:
             raise
     if opened is not None:
         weight_map = read_weight_map(opened)
     else:
-        leniently = open_leniently(Path(checkpoint))
+        of_hub = is_hub_id(checkpoint)
+        leniently = open_hub_leniently(str(checkpoint)) if of_hub else open_leniently(Path(checkpoint))
         opened, damage, weight_map = leniently.checkpoint, leniently.damage, leniently.weight_map
+    if small_files and opened.remote is not None:
+        fetch_small_files(opened, texts.READ, limit=texts.MAX_BYTES)
     return Evidence(
         layout=read_layout(opened),
         engines=names,
@@ -256,7 +267,5 @@ def _not_checked(evidence: Evidence, how: str, base: ModelLayout | None) -> Iter
         yield "values, because shards are damaged"
     if base is None:
         yield "the original: `base` compares with it"
-    if layout.checkpoint.remote is not None:
-        yield "special tokens and chat template of a model on the Hub"
     if evidence.gpu is None:
         yield "kernels: `gpu` says which of them run"

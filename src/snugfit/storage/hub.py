@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -105,6 +105,31 @@ def open_hub(name: str, revision: str | None) -> Checkpoint:
     model = name if revision is None else f"{name}@{revision}"
     if constants.HF_HUB_OFFLINE:
         return _open_cached(name, revision, model)
+    listed = list_hub(name, revision)
+    config = read_config(listed.snapshot)
+    weight_map = None
+    if INDEX_NAME in listed.sizes:
+        weight_map = parse_index(read_file(listed.snapshot, INDEX_NAME), where=f"{model}/{INDEX_NAME}")
+    shards = _shards(weight_map, listed.sizes, model)
+    files = with_cache(listed, shards)
+    headers = _read_headers(files, shards, weight_map or {})
+    tensors = merge_headers(headers, where=model)
+    missing = check_index(weight_map, tensors, where=f"{model}/{INDEX_NAME}")
+    others = tuple(sorted(file for file in files.sizes if file not in {*shards, INDEX_NAME, CONFIG_NAME}))
+    return Checkpoint(
+        path=files.snapshot,
+        config=config,
+        tensors=tensors,
+        shards=tuple(shards),
+        other_files=others,
+        missing=missing,
+        remote=files,
+    )
+
+
+def list_hub(name: str, revision: str | None) -> HubFiles:
+    """The files of org/name, its configs and records downloaded; UserError where there is no config.json."""
+    model = name if revision is None else f"{name}@{revision}"
     with no_bars():
         commit, sizes = _repo_info(name, revision, model)
         small = [file for file in CONFIGS if file in sizes]
@@ -115,26 +140,30 @@ def open_hub(name: str, revision: str | None) -> Checkpoint:
                 what, remedy = "an adapter without its model.", f"To quantize the model with it, {MERGE}."
             raise UserError(what, code="config-missing", where=model, remedy=remedy)
         snapshot = _download(name, commit, small, model).parent
-    config = read_config(snapshot)
-    weight_map = None
-    if INDEX_NAME in sizes:
-        weight_map = parse_index(read_file(snapshot, INDEX_NAME), where=f"{model}/{INDEX_NAME}")
-    shards = _shards(weight_map, sizes, model)
-    cached = frozenset(shard for shard in shards if _is_whole(name, commit, shard, sizes[shard]))
-    files = HubFiles(name=name, revision=commit, sizes=sizes, snapshot=snapshot, cached=cached)
-    headers = _read_headers(files, shards, weight_map or {})
-    tensors = merge_headers(headers, where=model)
-    missing = check_index(weight_map, tensors, where=f"{model}/{INDEX_NAME}")
-    others = tuple(sorted(file for file in sizes if file not in {*shards, INDEX_NAME, CONFIG_NAME}))
-    return Checkpoint(
-        path=snapshot,
-        config=config,
-        tensors=tensors,
-        shards=tuple(shards),
-        other_files=others,
-        missing=missing,
-        remote=files,
-    )
+    return HubFiles(name=name, revision=commit, sizes=sizes, snapshot=snapshot, cached=frozenset())
+
+
+def with_cache(files: HubFiles, shards: Iterable[str]) -> HubFiles:
+    """The same files, with those of `shards` that the cache holds whole."""
+    name, commit, sizes = files.name, files.revision, files.sizes
+    return replace(files, cached=frozenset(shard for shard in shards if _is_whole(name, commit, shard, sizes[shard])))
+
+
+def cached_snapshot(name: str, revision: str | None) -> Path | None:
+    """With HF_HUB_OFFLINE the directory of a cached model, None without one and while the Hub may be asked."""
+    found = try_to_load_from_cache(name, CONFIG_NAME, revision=revision) if constants.HF_HUB_OFFLINE else None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def fetch_files(checkpoint: Checkpoint, names: Iterable[str], *, limit: int) -> None:
+    """Download those of `names` that a model on the Hub has, and that are no larger than `limit` bytes, to its path."""
+    remote = checkpoint.remote
+    if not isinstance(remote, HubFiles):
+        return
+    wanted = [name for name in names if name in checkpoint.other_files and (remote.sizes[name] or 0) <= limit]
+    if wanted:
+        with no_bars():
+            _download(remote.name, remote.revision, wanted, remote.name)
 
 
 def fetch_other_files(checkpoint: Checkpoint, *, to_copy: bool = False) -> Checkpoint:
@@ -150,6 +179,22 @@ def fetch_other_files(checkpoint: Checkpoint, *, to_copy: bool = False) -> Check
     with no_bars():
         _download(remote.name, remote.revision, [CONFIG_NAME, *names], remote.name)
     return checkpoint
+
+
+def try_headers(
+    files: HubFiles, shards: Sequence[str], weight_map: Mapping[str, str], codes: frozenset[str]
+) -> dict[str, list[StoredTensor] | UserError]:
+    """The tensors of each shard, or its error where that has one of `codes`; other errors are raised."""
+
+    def read(shard: str) -> list[StoredTensor] | UserError:
+        try:
+            return _read_headers(files, [shard], {n: file for n, file in weight_map.items() if file == shard})[shard]
+        except UserError as error:
+            if error.code not in codes:
+                raise
+            return error.at(error.where)  # without its traceback, which holds the header's bytes
+
+    return dict(zip(shards, _in_threads(read, shards, HEADER_WORKERS), strict=True))
 
 
 def read_remote_header(checkpoint: Checkpoint, file: str) -> list[StoredTensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from snugfit.storage.checkpoint import Checkpoint, open_directory, read_header
@@ -39,6 +40,14 @@ def open_headers(model: str | Path) -> Checkpoint:
     from snugfit.storage.hub import open_hub
 
     return open_hub(match[1], match[2])
+
+
+def fetch_small_files(checkpoint: Checkpoint, names: Iterable[str], *, limit: int) -> None:
+    """Download those of `names` that a model on the Hub has, at most `limit` bytes each; a directory has them."""
+    if checkpoint.remote is not None:
+        from snugfit.storage.hub import fetch_files
+
+        fetch_files(checkpoint, names, limit=limit)
 
 
 def read_file_header(checkpoint: Checkpoint, file: str) -> list[StoredTensor]:

@@ -32,20 +32,25 @@ def formats(evidence: Evidence) -> Iterator[Finding]:
     """Plain weights that the config targets, codes that it does not, and codes of another format than it says."""
     if evidence.dialect not in READ[1:] or evidence.layout.unreadable is not None:
         return
-    plain, untargeted, other = [], [], []
+    plain: list[str] = []
+    heads: list[str] = []  # plain, and under a target that is a class
+    untargeted, other = [], []
     for name, module in evidence.modules.items():
         if module.refused and module.stored:
             continue
         if not module.stored:
             if module.asked is not None or _left_out_of_list(module, evidence):
-                plain.append(name)
+                classed = evidence.targets is not None and not evidence.targets.names(name)
+                (heads if classed and module.parsed.role == "lm_head" else plain).append(name)
         elif module.asked is None:
             untargeted.append(name)
         elif not fits(module, module.asked):
             other.append(name)
-    fmt = evidence.modules[plain[0]].asked if plain else None
-    what = f"its weight is plain, and the config makes it {fmt.label() if fmt else evidence.dialect}."
-    yield from finding("ignore-incomplete", plain, what, evidence.affected())
+    by_class = [release for release in evidence.engines if not release.head_by_name]
+    for places, affected in ((plain, evidence.affected()), (heads, evidence.affected(by_class))):
+        fmt = evidence.modules[places[0]].asked if places else None
+        what = f"its weight is plain, and the config makes it {fmt.label() if fmt else evidence.dialect}."
+        yield from finding("ignore-incomplete", places, what, affected)
     what = "its weight is stored as codes, and no target of the config names it, or `ignore` does."
     yield from finding("target-missing", untargeted, what, evidence.affected())
     if other:

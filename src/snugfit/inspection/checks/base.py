@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from snugfit.dialects.packed import is_cache_scale
+from snugfit.engines.releases import EXPERT_NAMES
 from snugfit.formats.spec import TensorFormat
-from snugfit.inspection.checks.texts import TOKENIZERS, read_json
+from snugfit.inspection.checks.groups import EXPERT_LEAVES, read_name
+from snugfit.inspection.checks.texts import MAX_BYTES, TOKENIZERS, read_json
 from snugfit.inspection.checks.values import sample_of
 from snugfit.inspection.evidence import Evidence, finding
 from snugfit.model.layout import ModelLayout
-from snugfit.model.logical_weights import LogicalWeights, Origin
+from snugfit.model.logical_weights import LogicalWeights, Origin, model_types
 from snugfit.model.missing import is_buffer
 from snugfit.progress import SILENT, Progress
 from snugfit.records.doctor import Finding
 from snugfit.storage.checkpoint import Checkpoint, read_range
 from snugfit.storage.files import PIECE_BYTES, read_file
+from snugfit.storage.open import fetch_small_files
 from snugfit.storage.safetensors_header import StoredTensor, TensorInfo
 
 if TYPE_CHECKING:
@@ -75,12 +78,26 @@ def limit_of(fmt: TensorFormat | None) -> float:
 
 
 class Pair:
-    """A checkpoint's weights beside the base's, by the names that recipes see."""
+    """A checkpoint's weights beside the base's, by the names that recipes see; experts by those of the base.
+
+    `unread_layers` are the layers that hold weights in a format without a reader: these are not compared.
+    """
 
     def __init__(self, evidence: Evidence, base: ModelLayout) -> None:
-        self.mine, self.base = _readable(evidence), base.weights
-        self.both = [name for name in self.mine.tensors if name in self.base.tensors]
-        copies = {*base.tied.copies, *evidence.layout.tied.copies}
+        mine, self.base = _readable(evidence), base.weights
+        unread = {
+            name: module.parsed.layer
+            for name, module in evidence.modules.items()
+            if module.stored and f"{name}.weight" not in mine.origins
+        }
+        renamed = _renamed_experts(evidence, (*mine.tensors, *(f"{name}.weight" for name in unread)), base)
+        self.mine = _with_names(mine, renamed)
+        self._of_file, self._own_names = mine, {new: old for old, new in renamed.items()}
+        self.unread_layers = frozenset(unread.values())
+        modules = {*unread, *(renamed.get(f"{name}.weight", "").rpartition(".")[0] for name in unread)}
+        left_out = {n for n in (*self.mine.tensors, *self.base.tensors) if n.rpartition(".")[0] in modules}
+        self.both = [name for name in self.mine.tensors if name in self.base.tensors and name not in left_out]
+        copies = {*base.tied.copies, *evidence.layout.tied.copies, *left_out}
         self.lost = [
             n for n in self.base.tensors if n not in self.mine.tensors and n not in copies and not is_buffer(n)
         ]
@@ -90,7 +107,7 @@ class Pair:
             if name not in self.base.tensors and name not in copies and not is_cache_scale(*name.rpartition(".")[::2])
         ]
         self.norms = frozenset(name for name, parsed in evidence.layout.names.items() if parsed.role == "norm")
-        self.layers = {name: parsed.layer for name, parsed in evidence.layout.names.items()}
+        self.layers = {renamed.get(name, name): parsed.layer for name, parsed in evidence.layout.names.items()}
 
     def format_of(self, name: str) -> TensorFormat | None:
         """The format in which the checkpoint stores a weight, None for plain numbers."""
@@ -108,7 +125,7 @@ class Pair:
 
     def values(self, name: str) -> Callable[[], Slices]:
         """Reads the checkpoint's weight."""
-        return self._reader(self.mine, name)
+        return self._reader(self._of_file, self._own_names.get(name, name))
 
     def base_values(self, name: str) -> Callable[[], Slices]:
         """Reads the base's weight."""
@@ -119,6 +136,33 @@ class Pair:
         from snugfit.model.weight_values import logical_slices
 
         return lambda: logical_slices(weights, name)
+
+
+def _renamed_experts(evidence: Evidence, names: Iterable[str], base: ModelLayout) -> dict[str, str]:
+    """Weights of experts that the base has under its family's other names -> the base's name."""
+    kinds = [kind for kind in model_types(evidence.checkpoint.config) if kind in EXPERT_NAMES]
+    found: dict[str, str] = {}
+    for name in names:
+        module, _, leaf = name.rpartition(".")
+        if not kinds or ".experts." not in module or name in base.weights.tensors:
+            continue
+        likely = (read_name(module, kinds[-1], leaves) for leaves in EXPERT_LEAVES)
+        other = next((f"{new}.{leaf}" for new in likely if f"{new}.{leaf}" in base.weights.tensors), None)
+        if other is not None:
+            found[name] = other
+    return found
+
+
+def _with_names(weights: LogicalWeights, renamed: Mapping[str, str]) -> LogicalWeights:
+    """The same weights under other names."""
+    stored = weights.checkpoint.tensors
+    also = {new: stored[old] for old, new in renamed.items() if old in stored}
+    return replace(
+        weights,
+        checkpoint=replace(weights.checkpoint, tensors={**stored, **also}),
+        tensors={renamed.get(name, name): tensor for name, tensor in weights.tensors.items()},
+        origins={renamed.get(name, name): origin for name, origin in weights.origins.items()},
+    )
 
 
 def _readable(evidence: Evidence) -> LogicalWeights:
@@ -206,7 +250,10 @@ def judged(evidence: Evidence, pair: Pair, found: Compared) -> Iterator[Finding]
     folded = _folded(pair, found)
     what = f"{folded[0] if folded else ''} is the base's with gains of its features: a method folded scales into it."
     yield from finding("base-folded", folded, what, affected)
-    explained = set(folded)
+    open_norms = [] if folded else _open_norms(pair, found)
+    what = "its values are not the base's; what it feeds has no reader here, so it may have taken gains from that."
+    yield from finding("base-folded", open_norms, what, affected)
+    explained = {*folded, *open_norms}
     kept = {name: wrong for name, wrong in found.kept.items() if name not in explained}
     yield from finding("base-kept-differs", list(kept), next(iter(kept.values()), ""), affected)
     far = {name: apart for name, apart in found.far.items() if name not in explained}
@@ -230,6 +277,13 @@ def judged(evidence: Evidence, pair: Pair, found: Compared) -> Iterator[Finding]
         scaled = apart.scaled <= limit_of(fmt) and abs(apart.gain - 1) > _GAIN
         what += f": it is {apart.gain:.4g} times the base's." if scaled else "."
         yield from finding("base-weight-far", left, what, affected)
+
+
+def _open_norms(pair: Pair, found: Compared) -> list[str]:
+    """Norms that differ where nobody can tell whether the weights behind them took the gains."""
+    layers = pair.unread_layers
+    changed = [name for name in found.kept if name in found.other_values and name in pair.norms]
+    return [name for name in changed if pair.layers.get(name) in layers or (pair.layers.get(name) is None and layers)]
 
 
 def _folded(pair: Pair, found: Compared) -> list[str]:
@@ -314,8 +368,10 @@ def _shown(value: Any) -> str:
 
 def files(evidence: Evidence, base: ModelLayout) -> Iterator[Finding]:
     """Tokenizer files, chat template and generation config that are missing or not the base's."""
-    if evidence.checkpoint.remote is not None or base.checkpoint.remote is not None or not evidence.small_files:
+    if not evidence.small_files:
         return
+    for checkpoint in (evidence.checkpoint, base.checkpoint):
+        fetch_small_files(checkpoint, _FILES, limit=MAX_BYTES)
     names = [name for name in _FILES if name in base.checkpoint.other_files]
     lost = [name for name in names if name not in evidence.checkpoint.other_files]
     other = [name for name in names if name not in lost and not _same_file(evidence.checkpoint, base.checkpoint, name)]
@@ -325,7 +381,10 @@ def files(evidence: Evidence, base: ModelLayout) -> Iterator[Finding]:
 
 
 def _same_file(mine: Checkpoint, base: Checkpoint, name: str) -> bool:
-    one, other = read_file(mine.path, name), read_file(base.path, name)
+    try:
+        one, other = read_file(mine.path, name), read_file(base.path, name)
+    except FileNotFoundError:  # on the Hub, and too large to download
+        return True
     if one == other:
         return True
     return name.endswith(".json") and bool(found := read_json(mine, name)) and found == read_json(base, name)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from snugfit.dialects.targets import common_name
-from snugfit.engines.releases import ARGUMENT_KEYS, GROUP_ORDERS, LOOKED_UP, SCHEME_KEYS
+from snugfit.engines.releases import ARGUMENT_KEYS, EXPERT_NAMES, GROUP_ORDERS, LOOKED_UP, SCHEME_KEYS, EngineRelease
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.inspection.contents import names_without_tensors
-from snugfit.inspection.evidence import COMPRESSED, Evidence, finding
+from snugfit.inspection.evidence import COMPRESSED, Evidence, Module, finding
 from snugfit.model.logical_weights import model_types
 from snugfit.patterns import Pattern
 from snugfit.records.doctor import Finding
@@ -134,27 +134,44 @@ def lookups(evidence: Evidence) -> Iterator[Finding]:
     targets = evidence.targets
     if targets is None:
         return
-    aliases = {part: name for kind in model_types(evidence.checkpoint.config) for part, name in _aliases(kind)}
+    kinds = model_types(evidence.checkpoint.config)
     for release in evidence.engines:
-        if not release.name.startswith("vllm"):
+        if not release.kernels:
             continue
-        lost = []
+        lost = {}
         for name, module in evidence.quantized.items():
-            other = looked_up_as(name, module.parsed.role, aliases, release.expert_leaves)
+            alias = _looked_up(module, release, kinds)
             try:
-                same = other == name or targets.group_of(other) is not None
+                same = alias == name or targets.group_of(alias) is not None
             except UserError:
                 return
             if not same and evidence.is_in_layers(module):
-                lost.append(name)
+                lost[name] = alias
         if lost:
-            alias = looked_up_as(lost[0], evidence.modules[lost[0]].parsed.role, aliases, release.expert_leaves)
-            what = f"{release.title} looks up its format as {alias}, which no target matches, and builds it in 16 bits."
-            yield from finding("target-not-looked-up", lost, what, [release.title])
+            alias = next(iter(lost.values()))
+            does = "builds it in 16 bits" if release.kernels == "vllm" else "stops"
+            what = f"{release.title} looks up its format as {alias}, which no target matches, and {does}."
+            yield from finding("target-not-looked-up", list(lost), what, [release.title])
+    readers = [release for release in evidence.engines if release.head_by_name]
+    heads = [
+        name
+        for name, module in evidence.quantized.items()
+        if module.parsed.role == "lm_head" and not targets.names(name)
+    ]
+    what = "it is stored as codes under the target Linear; these engines look for one of its name, and build 16 bits."
+    yield from finding("target-not-looked-up", heads, what, evidence.affected(readers))
 
 
-def _aliases(kind: str) -> list[tuple[str, str]]:
-    return list(LOOKED_UP.get(kind, {}).items())
+def _looked_up(module: Module, release: EngineRelease, kinds: Sequence[str]) -> str:
+    """The name under which a release looks up the format of a linear of a model of these types."""
+    vllm = release.kernels == "vllm"
+    aliases = {part: name for kind in kinds if vllm for part, name in LOOKED_UP.get(kind, {}).items()}
+    leaves = release.expert_leaves
+    own = next((kind for kind in kinds if kind in release.renames_experts), None)
+    if own is not None:
+        gate, down, up = EXPERT_NAMES[own][1]
+        leaves = (gate, up, down)
+    return looked_up_as(module.name, module.parsed.role, aliases, leaves)
 
 
 def looked_up_as(name: str, role: str, aliases: Mapping[str, str], expert_leaves: tuple[str, ...]) -> str:

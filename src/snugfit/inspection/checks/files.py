@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from snugfit.engines.releases import CONSOLIDATED
 from snugfit.inspection.evidence import Evidence, file_name, finding
@@ -17,7 +18,8 @@ _KINDS = {"missing": "shard-missing", "shard": "shard-damaged", "twice": "tensor
 
 def damaged_files(evidence: Evidence) -> Iterator[Finding]:
     """Shards that are missing or cut off, tensors stored twice, and an index that cannot be read."""
-    root = evidence.checkpoint.path
+    remote = evidence.checkpoint.remote
+    root = evidence.checkpoint.path if remote is None else Path(remote.name)
     for kind, error in evidence.damage:
         fault = _KINDS.get(kind)
         where = file_name(error.where, root)
@@ -69,8 +71,12 @@ def files_beside(evidence: Evidence) -> Iterator[Finding]:
         for name in names
         if re.fullmatch(r"[^/]+\.safetensors", name) and name not in consolidated and evidence.weight_map is None
     ]
+    if not loose and evidence.weight_map is None and consolidated not in ([], [f"{CONSOLIDATED}.safetensors"]):
+        # a reader that passes over consolidated.safetensors alone takes its shards for weights of the model
+        loose = consolidated
     if loose:
-        readers = [release for release in evidence.engines if release.loads_loose]
+        taken = loose is consolidated
+        readers = [r for r in evidence.engines if r.loads_loose and not (taken and r.loads_consolidated)]
         what = f"no {INDEX_NAME} says which files belong to the model, so {loose[0]} is loaded beside its weights."
         yield from finding("files-beside", loose, what, evidence.affected(readers))
     if ADAPTER_CONFIG in names:

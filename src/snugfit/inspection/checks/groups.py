@@ -65,21 +65,28 @@ def expert_names(evidence: Evidence) -> Iterator[Finding]:
         if module.parsed.expert is not None and evidence.is_in_layers(module) and read_name(name, kind) != name
     ]
     above, leaves = EXPERT_NAMES[kind]
-    refusing = [release for release in evidence.engines if release.refuses_unknown_experts]
-    silent = [release for release in evidence.engines if not release.refuses_unknown_experts]
-    for readers, does in ((refusing, "refuses the file"), (silent, "may pass over them without a word")):
+    also = {read_name(name, kind, _ALSO_READ) for name in wrong} == set(wrong)
+    readers = [release for release in evidence.engines if not (also and kind in release.renames_experts)]
+    refusing = [release for release in readers if release.refuses_unknown_experts]
+    silent = [release for release in readers if not release.refuses_unknown_experts]
+    for some, does in ((refusing, "refuses the file"), (silent, "may pass over them without a word")):
         names = f"{above}.experts.N.{{{','.join(leaves)}}}"
         what = f"experts of {kind} are read under the names {names}; with others, this engine {does}."
-        yield from finding("experts-unread", wrong, what, evidence.affected(readers))
+        yield from finding("experts-unread", wrong, what, evidence.affected(some))
 
 
 # leaf -> its place among gate, down and up
 _LEAVES = {"gate_proj": 0, "down_proj": 1, "up_proj": 2, "w1": 0, "w2": 1, "w3": 2}
+# what some releases read in families whose experts have other names
+_ALSO_READ = ("gate_proj", "down_proj", "up_proj")
+# all names of gate, down and up that files have
+EXPERT_LEAVES = (_ALSO_READ, ("w1", "w2", "w3"))
 
 
-def read_name(name: str, kind: str) -> str:
-    """The name under which engines read the module of a routed expert of the family `kind`."""
-    above, leaves = EXPERT_NAMES[kind]
+def read_name(name: str, kind: str, leaves: tuple[str, str, str] | None = None) -> str:
+    """The name under which engines read the module of a routed expert of the family `kind`, or with other `leaves`."""
+    above, usual = EXPERT_NAMES[kind]
+    leaves = leaves or usual
     head, _, tail = name.partition(".experts.")
     stem, _, _ = head.rpartition(".")
     number, _, leaf = tail.partition(".")

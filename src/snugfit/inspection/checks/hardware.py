@@ -50,4 +50,5 @@ def shapes(evidence: Evidence) -> Iterator[Finding]:
         if error is not None:
             found.append(name)
             what = what or f"{error}."
-    yield from finding("shape-refused", found, what, evidence.affected(servers))
+    remedy = "Quantize these weights in another format: one GPU is the least." if tp == 1 else ""
+    yield from finding("shape-refused", found, what, evidence.affected(servers), remedy=remedy)

@@ -16,7 +16,9 @@ TOKENIZERS = (
     *("tokenizer.tiktoken", "qwen.tiktoken", "tiktoken.model", "sentencepiece.bpe.model"),
 )
 GENERATION, SETTINGS, TEMPLATE = "generation_config.json", "tokenizer_config.json", "chat_template.jinja"
-_MAX_BYTES = 50_000_000
+VOCABULARY = "tokenizer.json"
+READ = (GENERATION, SETTINGS, TEMPLATE, VOCABULARY)
+MAX_BYTES = 50_000_000
 
 
 def tokenizer(evidence: Evidence) -> Iterator[Finding]:
@@ -29,7 +31,7 @@ def tokenizer(evidence: Evidence) -> Iterator[Finding]:
 
 def special_tokens(evidence: Evidence) -> Iterator[Finding]:
     """Special tokens beyond the vocabulary, and tokens that end a generation and no answer."""
-    if not evidence.small_files or evidence.checkpoint.remote is not None:
+    if not evidence.small_files:
         return
     checkpoint = evidence.checkpoint
     generation = read_json(checkpoint, GENERATION)
@@ -87,7 +89,7 @@ def _end_ids(config: Mapping[str, Any]) -> list[int]:
 def _template(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str:
     """The text of all chat templates, "" without one."""
     try:
-        return read_file(checkpoint.path, TEMPLATE, limit=_MAX_BYTES).decode("utf-8", "replace")
+        return read_file(checkpoint.path, TEMPLATE, limit=MAX_BYTES).decode("utf-8", "replace")
     except (FileNotFoundError, UserError):
         given = settings.get("chat_template")
     if isinstance(given, list):
@@ -99,7 +101,7 @@ def _template(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> str:
 def _contents(checkpoint: Checkpoint, settings: Mapping[str, Any]) -> dict[int, str]:
     """Id -> text of the special tokens that tokenizer.json or tokenizer_config.json list."""
     found: dict[int, str] = {}
-    added = read_json(checkpoint, "tokenizer.json").get("added_tokens")
+    added = read_json(checkpoint, VOCABULARY).get("added_tokens")
     for entry in added if isinstance(added, list) else []:
         if isinstance(entry, dict) and isinstance(entry.get("id"), int) and isinstance(entry.get("content"), str):
             found[entry["id"]] = entry["content"]
@@ -120,6 +122,6 @@ def _text_of(entry: object) -> str | None:
 def read_json(checkpoint: Checkpoint, name: str) -> Mapping[str, Any]:
     """A small JSON file of the checkpoint, {} where it is missing or not readable."""
     try:
-        return parse_json_object(read_file(checkpoint.path, name, limit=_MAX_BYTES))
+        return parse_json_object(read_file(checkpoint.path, name, limit=MAX_BYTES))
     except (FileNotFoundError, OSError, UserError, ValueError, RecursionError):
         return {}

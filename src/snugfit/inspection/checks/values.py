@@ -251,7 +251,8 @@ def shared_scales(evidence: Evidence, found: Survey) -> Iterator[Finding]:
                 differing.append(f"{group[0]}.{suffix}")
                 shown = ", ".join(f"{name.rpartition('.')[2]} {value:g}" for name, value in known.items())
                 what = what or f"{suffix} is {shown}: vLLM takes the largest for all of them."
-    yield from finding("fused-scales-differ", differing, what, evidence.affected())
+    servers = evidence.affected(release for release in evidence.engines if release.kernels)
+    yield from finding("fused-scales-differ", differing, what, servers)
     layers: dict[tuple[str, str], set[float]] = {}
     for name, value in found.globals.items():
         module, suffix = _split(name)
@@ -261,7 +262,7 @@ def shared_scales(evidence: Evidence, found: Survey) -> Iterator[Finding]:
             layers.setdefault((above, kind), set()).add(value)
     places = [f"{above}.experts" for (above, _), values in layers.items() if len(values) > 1]
     what = "experts of a layer have different scales of inputs: some back ends of vLLM take one for all."
-    yield from finding("experts-scales-differ", list(dict.fromkeys(places)), what, evidence.affected())
+    yield from finding("experts-scales-differ", list(dict.fromkeys(places)), what, servers)
 
 
 def cache_values(evidence: Evidence, found: Survey) -> Iterator[Finding]:
