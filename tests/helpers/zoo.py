@@ -39,6 +39,7 @@ RECIPES = {
     "nvfp4": "nvfp4-four-over-six",
     "fp8": "fp8-dynamic",
     "int4": "int4-w4a16-absmax",
+    "mxfp4": "mxfp4-absmax",
 }
 
 
@@ -685,7 +686,7 @@ def _cases() -> Iterator[Case]:
     yield Case("tokenizer-missing", "nvfp4", no_tokenizer, edits_files=True)
     yield Case("token-out-of-range", "nvfp4", end_beyond_the_vocabulary, edits_files=True)
     yield Case("eos-never-emitted", "nvfp4", end_that_no_answer_has, edits_files=True)
-    yield Case("kernel-missing", "nvfp4", nothing, {"gpu": "H100", "engine": "sglang"})
+    yield Case("kernel-missing", "mxfp4", nothing, {"gpu": "H100", "engine": "sglang"})
     yield Case("shape-refused", "fp8", nothing, {"tensor_parallel_size": 3})
     yield from _value_cases()
     yield from _base_cases()
