@@ -7,9 +7,10 @@ import random
 import pytest
 
 from snugfit.model.names import TensorName, parse_name
-from snugfit.planning.recipe_text import WeightFormat, kind_of, layer_runs, recipe_text
+from snugfit.planning.recipe_text import WeightFormat, kind_of, recipe_text
 from snugfit.recipes.recipe import parse_recipe
 from snugfit.recipes.resolve import resolve
+from snugfit.records.plan import layer_runs
 from snugfit.storage.safetensors_header import TensorInfo
 
 LAYERS = 7

@@ -24,7 +24,7 @@ from snugfit.progress import SILENT, Progress
 from snugfit.records.bench import BenchMemory, BenchRecord, BenchRun, BenchServer
 from snugfit.report.bench import bench_csv, bench_markdown
 from snugfit.serving.client import Server, connect
-from snugfit.serving.engine_log import memory_from_log
+from snugfit.serving.engine_log import memory_from_log, read_log
 from snugfit.serving.nvml import GpuMemory, read_gpu
 from snugfit.storage.staging import staged
 from snugfit.version import __version__
@@ -58,7 +58,7 @@ def bench(
     """
     clock = Clock()
     options = options or BenchOptions()
-    log = None if server_log is None else _read_log(Path(server_log))
+    log = None if server_log is None else read_log(Path(server_log))
     seed = secrets.randbelow(2**32) if seed is None else seed
     for name, value in (("timeout", timeout), ("max_seconds", max_seconds)):
         if value is not None and value <= 0:
@@ -162,15 +162,3 @@ def _memory(
             )
         )
     return result
-
-
-def _read_log(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror}).",
-            code="file-unreadable",
-            where=str(path),
-            remedy="Give the server's log as `server_log`, or leave it out.",
-        ) from None

@@ -37,9 +37,7 @@ def doctor(
             "Default: all.",
         ),
     ] = None,
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "--tp", min=1, metavar="NUMBER", help="Number of such GPUs.")
-    ] = 1,
+    tensor_parallel_size: options.TensorParallelSize = 1,
     github: Annotated[bool, typer.Option("--github", help="Print annotations of GitHub Actions.")] = False,
     as_json: options.AsJson = False,
 ) -> None:

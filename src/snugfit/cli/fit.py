@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -22,19 +22,13 @@ def fit(
             parser=options.tokens(), metavar="TOKENS", help="Context that must fit, such as 32k. Default: the longest."
         ),
     ] = None,
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "--tp", min=1, metavar="NUMBER", help="Number of such GPUs.")
-    ] = 1,
+    tensor_parallel_size: options.TensorParallelSize = 1,
     engine: Annotated[
-        Literal["vllm", "vllm-0.24", "vllm-0.19", "aphrodite", "sglang"],
+        options.Engine,
         typer.Option(help="Engine that serves the model (aphrodite: single user)."),
     ] = "vllm",
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="The engine's share of a GPU. Default: its own.")
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, metavar="NUMBER", help="Number of sequences of that length at once.")
-    ] = 1,
+    gpu_memory_utilization: options.GpuMemoryUtilization = None,
+    max_num_seqs: options.MaxNumSeqs = 1,
     recipes: Annotated[
         list[str] | None,
         typer.Option("--recipe", "-r", metavar="NAME", help="Only these: built-in names or YAML files."),

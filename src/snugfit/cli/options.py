@@ -70,6 +70,18 @@ ShuffleSeed = Annotated[
         help="Draw the samples at random from all of each file. Default: from its beginning, or as the set says.",
     ),
 ]
+Engine = Literal["vllm", "vllm-0.24", "vllm-0.19", "aphrodite", "sglang"]
+TensorParallelSize = Annotated[
+    int, typer.Option("--tensor-parallel-size", "--tp", min=1, metavar="NUMBER", help="Number of such GPUs.")
+]
+GpuMemoryUtilization = Annotated[
+    float | None,
+    typer.Option("--gpu-memory-utilization", metavar="SHARE", help="The engine's share of a GPU. Default: its own."),
+]
+MaxNumSeqs = Annotated[
+    int,
+    typer.Option("--max-num-seqs", min=1, metavar="NUMBER", help="Number of sequences of that length at once."),
+]
 Device = Annotated[
     str | None, typer.Option("--device", metavar="NAME", help="cpu, cuda or cuda:N. Default: cuda if available.")
 ]

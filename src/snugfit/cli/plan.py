@@ -41,18 +41,10 @@ def plan(
         int | None,
         typer.Option(parser=options.tokens(), metavar="TOKENS", help="Context that must fit beside the weights."),
     ] = None,
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "--tp", min=1, metavar="NUMBER", help="Number of such GPUs.")
-    ] = 1,
-    engine: Annotated[
-        Literal["vllm", "vllm-0.24", "vllm-0.19", "aphrodite", "sglang"], typer.Option(help="Engine, as in `fit`.")
-    ] = "vllm",
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="The engine's share of a GPU. Default: its own.")
-    ] = None,
-    max_num_seqs: Annotated[
-        int, typer.Option(min=1, metavar="NUMBER", help="Number of sequences of that length at once.")
-    ] = 1,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    engine: Annotated[options.Engine, typer.Option(help="Engine, as in `fit`.")] = "vllm",
+    gpu_memory_utilization: options.GpuMemoryUtilization = None,
+    max_num_seqs: options.MaxNumSeqs = 1,
     bytes: Annotated[  # noqa: A002  # the option's name
         int | None,
         typer.Option(parser=_size, metavar="SIZE", help="All weights in at most so many bytes (9.7GB)."),

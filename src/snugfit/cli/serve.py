@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,9 +25,7 @@ def serve(
     extra: Annotated[
         list[str] | None, typer.Argument(metavar="-- OPTIONS", help="Options for the engine, which replace its flags.")
     ] = None,
-    engine: Annotated[
-        Literal["vllm", "vllm-0.24", "vllm-0.19", "aphrodite", "sglang"], typer.Option(help="The engine.")
-    ] = "vllm",
+    engine: Annotated[options.Engine, typer.Option(help="The engine.")] = "vllm",
     python: Annotated[
         str | None, typer.Option(metavar="PATH", help="Interpreter of the environment that has the engine.")
     ] = None,
@@ -42,12 +40,8 @@ def serve(
         int | None,
         typer.Option(parser=options.tokens(), metavar="TOKENS", help="Context. Default: the longest that fits."),
     ] = None,
-    tensor_parallel_size: Annotated[
-        int, typer.Option("--tensor-parallel-size", "--tp", min=1, metavar="NUMBER", help="Number of such GPUs.")
-    ] = 1,
-    gpu_memory_utilization: Annotated[
-        float | None, typer.Option(metavar="SHARE", help="The engine's share of a GPU. Default: its own.")
-    ] = None,
+    tensor_parallel_size: options.TensorParallelSize = 1,
+    gpu_memory_utilization: options.GpuMemoryUtilization = None,
     max_num_seqs: Annotated[
         int | None, typer.Option(min=1, metavar="NUMBER", help="Sequences at once. Default: the engine's own.")
     ] = None,

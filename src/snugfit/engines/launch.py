@@ -7,7 +7,7 @@ vLLM's options are those of `vllm serve` (0.24 and 0.32), Aphrodite's of its `en
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 
@@ -48,18 +48,12 @@ _VLLM = Launch(
     parallel="--tensor-parallel-size",
     environment={"VLLM_NO_USAGE_STATS": "1"},
 )
-_APHRODITE = Launch(
+_APHRODITE = replace(  # its options are vLLM's
+    _VLLM,
     name="aphrodite",
     module="aphrodite.endpoints.openai.api_server",
     command=("aphrodite", "run"),
-    model=("--model",),
-    served_name="--served-model-name",
-    context="--max-model-len",
-    sequences="--max-num-seqs",
-    share="--gpu-memory-utilization",
-    cache_dtype="--kv-cache-dtype",
-    fp8_cache="fp8",
-    parallel="--tensor-parallel-size",
+    environment={},
 )
 _SGLANG = Launch(
     name="sglang",

@@ -14,6 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from snugfit.engines.fused import LOOKED_UP_AS
+from snugfit.engines.mixtures import EXPERTS_LOOKED_UP_AS
+
 # keys of QuantizationArgs, which forbids others, in compressed-tensors 0.17 to 0.20
 ARGUMENT_KEYS: frozenset[str] = frozenset(
     {
@@ -148,12 +151,13 @@ EXPERT_NAMES: Mapping[str, tuple[str, tuple[str, str, str]]] = {
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "olmoe", "dots1"), _MLP),
     **dict.fromkeys(("glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "hunyuan_v1_moe"), _MLP),
 }
-# model_type -> name of a part of its layers in the file -> the name under which vLLM looks up formats of linears in it
+# model_type -> names of parts of its layers in the file -> the names under which vLLM looks up formats of linears in
+# them (engines/fused.py, engines/mixtures.py)
 LOOKED_UP: Mapping[str, Mapping[str, str]] = {
-    "minimax_m2": {"block_sparse_moe": "mlp"},
-    "granitemoehybrid": {"mamba": "mixer"},
-    "lfm2": {"conv": "short_conv"},
-    "lfm2_moe": {"conv": "short_conv"},
+    "minimax_m2": EXPERTS_LOOKED_UP_AS,
+    "granitemoehybrid": {"mamba": LOOKED_UP_AS["mamba"]},
+    "lfm2": {"conv": LOOKED_UP_AS["conv"]},
+    "lfm2_moe": {"conv": LOOKED_UP_AS["conv"]},
 }
 # linears of multi-token prediction that are built without a quantization config (vLLM 0.32: deepseek_mtp.py,
 # glm4_moe_mtp.py and others; DeepSeek's eh_proj is a torch.nn.Linear there)

@@ -18,7 +18,7 @@ from snugfit.progress import SILENT, Progress
 from snugfit.records.evaluation import EvaluatedServer
 from snugfit.serving.answers import FULL, PromptLogprobs
 from snugfit.serving.client import NotFiniteError, Server, connect, find_top
-from snugfit.serving.engine_log import kernels_from_log
+from snugfit.serving.engine_log import kernels_from_log, read_log
 from snugfit.serving.journal import Journal
 
 DEFAULT_TOP_LOGPROBS = 256
@@ -66,7 +66,7 @@ def ask_server(
 
     UserError where the server cannot do it, ServerLostError where it stops answering: the journal keeps its answers.
     """
-    log = _read_log(options.log)
+    log = None if options.log is None else read_log(options.log)
     chunks = [chunk for group in groups for chunk in group.chunks]
     with connect(options.url, model=options.model) as server:
         server.check_length(max(len(chunk.ids) for chunk in chunks))
@@ -136,17 +136,3 @@ def _check_vocabulary(server: Server, answer: PromptLogprobs, vocabulary: int) -
             where=server.url,
             remedy="Give the original of the served model as `reference`.",
         )
-
-
-def _read_log(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror}).",
-            code="file-unreadable",
-            where=str(path),
-            remedy="Give the server's log as `server_log`, or leave it out.",
-        ) from None

@@ -15,6 +15,7 @@ from snugfit.formats.spec import KEEP
 from snugfit.model.names import EXPERTS, KEPT_ROLES, LINEAR, ROLE_SETS, SHARED_EXPERTS, TensorName
 from snugfit.recipes.recipe import Rule, parse_recipe
 from snugfit.recipes.resolve import Matcher
+from snugfit.records.plan import layer_runs
 
 # names of which YAML makes nothing but text
 _PLAIN = re.compile(r"[a-z]+(-[\w.]+)+", re.ASCII)
@@ -93,17 +94,6 @@ def recipe_text(
     text = "\n".join(lines) + "\n"
     parse_recipe(text, where=name)
     return text
-
-
-def layer_runs(layers: Iterable[int]) -> str:
-    """Numbers of layers as a rule writes them: "0..3, 7, 9..11"."""
-    runs: list[list[int]] = []
-    for number in sorted(set(layers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in runs)
 
 
 # kind -> layer -> (a weight of this kind in this layer, its format)

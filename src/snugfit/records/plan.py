@@ -7,7 +7,7 @@ token.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 from snugfit.records.base import Number, as_json, without_nan
@@ -202,3 +202,14 @@ class PlanDifferences:
         """The differences as one JSON document."""
         found = asdict(self)
         return as_json({"schema": found.pop("schema"), **found})
+
+
+def layer_runs(layers: Iterable[int]) -> str:
+    """Numbers of layers as a rule writes them: "0..3, 7, 9..11"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(layers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in runs)

@@ -8,9 +8,7 @@ the c, and the factors by which costs were fitted to plans that were measured.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
@@ -19,11 +17,19 @@ from typing import Any
 
 from snugfit.errors import UserError
 from snugfit.records.base import as_json
+from snugfit.records.json_file import FileKind, load_file, save_file, validated
 from snugfit.records.statistics_file import DatasetUsed
 
 SCORES_SCHEMA = "snugfit.scores/1"
 SCORES_FILE = "snugfit-scores.json"
-MAX_BYTES = 1_000_000_000
+_KIND = FileKind(
+    content="scores",
+    file_name=SCORES_FILE,
+    schemas=(SCORES_SCHEMA,),
+    max_bytes=1_000_000_000,
+    code="scores-invalid",
+    remedy="Give a file of scores that `plan` wrote.",
+)
 MAX_SLOPE = 20.0
 KEEP = "keep"
 KV_CACHE = "kv_cache"  # the group of all keys and values, whose one format is fp8
@@ -225,45 +231,12 @@ def _not_scored(what: str, where: str) -> UserError:
 
 def load_scores(path: Path) -> Scores:
     """Scores from a file, or from a directory that holds one; UserError for a file that is anything else."""
-    file = path / SCORES_FILE if path.is_dir() else path
-    remedy = "Give a file of scores that `plan` wrote."
-
-    def refusal(what: str) -> UserError:
-        return UserError(what, code="scores-invalid", where=str(file), remedy=remedy)
-
-    try:
-        if not file.is_file():
-            raise UserError("no such file.", code="file-missing", where=str(file), remedy=remedy)
-        if file.stat().st_size > MAX_BYTES:
-            raise refusal(f"a file of scores has at most {MAX_BYTES:,} bytes, this one {file.stat().st_size:,}.")
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or error})."
-        raise UserError(what, code="file-unreadable", where=str(file), remedy="Check its permissions.") from None
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise refusal(f"not valid JSON ({_one_line(error)}).") from None
-    if not isinstance(document, dict) or document.get("schema") != SCORES_SCHEMA:
-        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise refusal(f"schema {found!r} is not {SCORES_SCHEMA}.")
-    try:
-        return _parse(document)
-    except ValueError as error:
-        raise refusal(f"broken scores ({_one_line(error)}).") from None
+    return load_file(path, _KIND, _parse)
 
 
 def save_scores(found: Scores, file: Path) -> None:
     """Write a new file, whole or not at all; UserError where it exists or cannot be written."""
-    if os.path.lexists(file):
-        remedy = "Remove it, or choose another file."
-        raise UserError("the output exists already.", code="output-exists", where=str(file), remedy=remedy)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(found.to_json(), encoding="utf-8")
-        partial.rename(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        what = f"cannot be written ({error.strerror or error})."
-        raise UserError(what, code="output-not-writable", where=str(file), remedy="Choose another file.") from None
+    save_file(found.to_json(), file)
 
 
 def check_model(found: Scores, header_digest: str, fingerprint: str, *, where: str) -> None:
@@ -275,13 +248,7 @@ def check_model(found: Scores, header_digest: str, fingerprint: str, *, where: s
 
 def _parse(document: Mapping[str, Any]) -> Scores:
     """ValueError, with the key, for a document of another structure or with values out of range."""
-    from pydantic import ValidationError
-
-    try:
-        found: Scores = _reader().validate_python(document)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    found = validated(Scores, document)
     _check(found)
     return found
 
@@ -318,14 +285,3 @@ def _check_lists(where: str, found: Sequence[Cost | Point] | Any, buckets: int) 
             raise ValueError(f"{where}: needs one number for each bucket")
         if not all(map(math.isfinite, (*one.kl, *one.error))) or min(one.error) < 0:
             raise ValueError(f"{where}: numbers must be finite, errors >= 0")
-
-
-@lru_cache(maxsize=1)
-def _reader() -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Scores)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

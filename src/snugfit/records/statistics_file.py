@@ -6,16 +6,14 @@ Files of the same model and settings can be merged, as if one run had measured a
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from snugfit.errors import UserError
 from snugfit.records.base import as_json
+from snugfit.records.json_file import FileKind, load_file, save_file, validated
 from snugfit.records.statistics import (
     COUNT_LIMIT,
     LayerStatistics,
@@ -30,6 +28,14 @@ STATISTICS_SCHEMA, SQUARES_SCHEMA = "snugfit.statistics/1", "snugfit.statistics/
 STATISTICS_FILE = "snugfit-statistics.json"
 # E[x^2] of 384 experts in 60 layers of hidden size 7,168 takes 1.1 GB
 MAX_BYTES, MAX_LAYERS = 4_000_000_000, 10_000
+_KIND = FileKind(
+    content="statistics",
+    file_name=STATISTICS_FILE,
+    schemas=(STATISTICS_SCHEMA, SQUARES_SCHEMA),
+    max_bytes=MAX_BYTES,
+    code="statistics-invalid",
+    remedy="Give a file that `collect_statistics` or `quantize` wrote.",
+)
 MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT = 32_768, 32
 
 
@@ -115,58 +121,17 @@ def text_digest(text: str) -> str:
 
 def load_statistics(path: Path) -> Statistics:
     """Statistics from a file, or from a directory that holds one; UserError for a file that is anything else."""
-    file = path
-    remedy = "Give a file that `collect_statistics` or `quantize` wrote."
-
-    def refusal(what: str) -> UserError:
-        return UserError(what, code="statistics-invalid", where=str(file), remedy=remedy)
-
-    try:
-        file = path / STATISTICS_FILE if path.is_dir() else path
-        if not file.is_file():
-            raise UserError("no such file.", code="file-missing", where=str(file), remedy=remedy)
-        if file.stat().st_size > MAX_BYTES:
-            raise refusal(f"a file of statistics has at most {MAX_BYTES:,} bytes, this one {file.stat().st_size:,}.")
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        what = f"cannot be read ({error.strerror or error})."
-        raise UserError(what, code="file-unreadable", where=str(file), remedy="Check its permissions.") from None
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise refusal(f"not valid JSON ({_one_line(error)}).") from None
-    if not isinstance(document, dict) or document.get("schema") not in (STATISTICS_SCHEMA, SQUARES_SCHEMA):
-        found = document.get("schema") if isinstance(document, dict) else type(document).__name__
-        raise refusal(f"schema {found!r} is neither {STATISTICS_SCHEMA} nor {SQUARES_SCHEMA}.")
-    try:
-        return _parse(document)
-    except ValueError as error:
-        raise refusal(f"broken statistics ({_one_line(error)}).") from None
+    return load_file(path, _KIND, _parse)
 
 
 def save_statistics(found: Statistics, file: Path) -> None:
     """Write a new file, whole or not at all; UserError where it exists or cannot be written."""
-    if os.path.lexists(file):
-        remedy = "Remove it, or choose another file."
-        raise UserError("the output exists already.", code="output-exists", where=str(file), remedy=remedy)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(found.to_json(), encoding="utf-8")
-        partial.rename(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        what = f"cannot be written ({error.strerror or error})."
-        remedy = "Choose another file."
-        raise UserError(what, code="output-not-writable", where=str(file), remedy=remedy) from None
+    save_file(found.to_json(), file)
 
 
 def _parse(document: Mapping[str, Any]) -> Statistics:
     """ValueError, with the key, for a document of another structure or with values out of range."""
-    from pydantic import ValidationError
-
-    try:
-        found: Statistics = _reader().validate_python(document)
-    except ValidationError as error:
-        first = error.errors(include_input=False, include_url=False)[0]
-        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    found = validated(Statistics, document)
     counts = [n for one in found.datasets for n in (one.num_samples, one.tokens)]
     if not counts or not all(0 <= n < COUNT_LIMIT for n in counts):
         raise ValueError(f"datasets: needs at least one, with counts >= 0 and < {COUNT_LIMIT}")
@@ -178,17 +143,6 @@ def _parse(document: Mapping[str, Any]) -> Statistics:
         except ValueError as error:
             raise ValueError(f"layers.{number}: {error}") from None
     return found
-
-
-@lru_cache(maxsize=1)
-def _reader() -> Any:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(Statistics)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def merge_statistics(parts: Sequence[tuple[str, Statistics]]) -> Statistics:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from snugfit.errors import plain
 from snugfit.model.names import role_order
-from snugfit.records.plan import PlanDifferences, PlannedGroup, PlanPoint, PlanRecord, ProvenKl
+from snugfit.records.plan import PlanDifferences, PlannedGroup, PlanPoint, PlanRecord, ProvenKl, layer_runs
 from snugfit.report.markdown import escape
 from snugfit.report.plots import COLOURS, KL, draw_figure
 from snugfit.report.tables import Sheet
@@ -111,7 +111,7 @@ def group_sheet(record: PlanRecord) -> Sheet:
     for role, label in order:
         groups = found[role, label]
         arithmetic = groups[0].arithmetic
-        layers = _runs([group.layer for group in groups if group.layer is not None])
+        layers = layer_runs([group.layer for group in groups if group.layer is not None])
         cost = math.fsum(group.cost for group in groups)
         size = sum(group.bytes for group in groups)
         rows.append((role, layers or "-", label, arithmetic or "-", f"{size / 10**6:,.2f}", _kl(cost)))
@@ -312,16 +312,6 @@ def _role_place(role: str) -> int:
     if role in _ROLES:
         return _ROLES.index(role)
     return len(_ROLES) + (100 if role == "lm_head" else role_order(role))
-
-
-def _runs(layers: Sequence[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(set(layers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ", ".join(str(low) if low == high else f"{low}..{high}" for low, high in runs)
 
 
 def _longest(measured: Sequence[ProvenKl]) -> ProvenKl | None:

@@ -11,7 +11,9 @@ such as attention on a CPU or linear layers that are not quantized, is not repor
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
+from snugfit.errors import UserError
 from snugfit.records.evaluation import KernelReport
 from snugfit.records.serve import ServeTaken
 
@@ -43,6 +45,19 @@ PATTERNS = {  # a line belongs to the first kind with a pattern that matches it
 }
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 GENERIC = " for mixed-precision linear"
+
+
+def read_log(path: Path) -> str:
+    """The text of a server's log; UserError for a file that cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(
+            f"cannot be read ({error.strerror}).",
+            code="file-unreadable",
+            where=str(path),
+            remedy="Give the server's log as `server_log`, or leave it out.",
+        ) from None
 
 
 def kernels_from_log(text: str) -> KernelReport:
