@@ -224,11 +224,7 @@ def pass_layers(
     if shared:
         some = distributed.block(len(batches))
         batches = batches[some.start : some.stop]
-    prefixes = {
-        index: f"{model.skeleton.stored_layers_name}.{index}"
-        for index in range(len(model.skeleton.layers))
-        if index not in model.skeleton.skipped
-    }
+    prefixes = {index: f"{model.skeleton.stored_layers_name}.{index}" for index in model.skeleton.ran}
     coming = deque(prefixes.values())
     finite = _FirstNotFinite(model, warn)
     with TensorReader(model.checkpoint, device) as read, bounded_attention(model.arithmetic, device):

@@ -117,7 +117,7 @@ def embed(
     `weights` are the embeddings and everything else outside the layers, by full name; the head is not needed. `keep`
     receives the hidden states batch by batch; without it they stay in the batch.
     """
-    wanted = [number for number in range(len(skeleton.layers)) if number not in skeleton.skipped]
+    wanted = skeleton.ran
     numbers: list[int] = []
     calls: list[tuple[Tensor, tuple[Any, ...], dict[str, Any]]] = []
 

@@ -85,6 +85,11 @@ class Skeleton:
     stacks: LogicalWeights
 
     @property
+    def ran(self) -> tuple[int, ...]:
+        """The numbers of the layers that text runs, in order."""
+        return tuple(number for number in range(len(self.layers)) if number not in self.skipped)
+
+    @property
     def config(self) -> Any:
         """transformers' config of the language model."""
         return self.model.config.get_text_config()  # type: ignore[union-attr,operator]

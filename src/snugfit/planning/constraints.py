@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import KEEP
 from snugfit.model.names import TensorName
 from snugfit.planning.menu import GroupMenu
-from snugfit.recipes.recipe import Selector, format_problems, invalid_recipe, selector_problems
+from snugfit.recipes.recipe import Selector, explain, format_problems, invalid_recipe, one_or_many, selector_problems
 from snugfit.recipes.resolve import Matcher
 from snugfit.strict_yaml import YamlDocument, load_yaml, read_yaml_text
 
@@ -45,7 +44,7 @@ class ConstraintRule(Selector):
     @field_validator("format", "without", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return value if value is None or isinstance(value, (list, tuple)) else (value,)
+        return one_or_many(value)
 
 
 class Constraints(BaseModel):
@@ -83,7 +82,8 @@ def load_constraints(path: str | Path) -> LoadedConstraints:
     try:
         found = Constraints.model_validate(document.value)
     except ValidationError as error:
-        raise _explain(error, document) from None
+        rule_keys = [one.alias or name for name, one in ConstraintRule.model_fields.items()]
+        raise explain(error, document, Constraints.model_fields, rule_keys, _EXAMPLE) from None
     for number, rule in enumerate(found.rules):
         _check(rule, number, document)
     lines = tuple(document.line_of("rules", number) for number in range(len(found.rules)))
@@ -143,17 +143,3 @@ def _check(rule: ConstraintRule, number: int, document: YamlDocument) -> None:
         problems.append(invalid_recipe("a rule needs `format` or `not`.", "", remedy))
     for problem in problems:
         raise problem.at(document.place_of("rules", number, *((problem.where,) if problem.where else ())))
-
-
-def _explain(error: ValidationError, document: YamlDocument) -> UserError:
-    """The most helpful of pydantic's errors, at its line."""
-    errors = error.errors()
-    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    place = document.place_of(*first["loc"])
-    if first["type"] == "extra_forbidden":
-        inside = ("role", "name", "layers", "format", "not")
-        known = inside if len(first["loc"]) > 1 else tuple(Constraints.model_fields)
-        near = get_close_matches(str(first["loc"][-1]), known, n=1)
-        remedy = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
-        return invalid_recipe("unknown key.", place, remedy)
-    return invalid_recipe(f"{first['msg']}.", place, _EXAMPLE)

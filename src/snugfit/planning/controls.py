@@ -11,7 +11,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import EXPERTS
-from snugfit.planning.groups import HEAD, find_groups
+from snugfit.planning.groups import HEAD
 from snugfit.planning.menu import Bytes, GroupMenu, Option
 from snugfit.planning.search import Limit, Mix, Space, make_mix, within
 from snugfit.quantization.plan import decide
@@ -47,9 +47,8 @@ def find_controls(
 
     `everything` are the options of all formats, `space` those that the menu and the constraints leave.
     """
-    options = {menu.group.name: {one.label: one for one in menu.options} for menu in everything}
     found: list[Control] = []
-    plain = [*_built_in(layout, options, space), *_uniform(everything, space)]
+    plain = [*_built_in(layout, everything, space), *_uniform(everything, space)]
     for name, chosen, cache, recipe in (*plain, *_with_head(plain, everything)):
         mix = make_mix(chosen, cache, space.outside[cache], scores, context)
         if any(_key(other.mix) == _key(mix) for other in found):
@@ -68,14 +67,18 @@ def strongest(controls: Sequence[Control]) -> Control | None:
 
 
 def _strength(control: Control) -> tuple[float, int, str]:
-    kl = control.mix.predicted.kl
-    return (math.inf if math.isnan(kl) else kl), -control.mix.bytes.served, control.name
+    return or_last(control.mix.predicted.kl), -control.mix.bytes.served, control.name
+
+
+def or_last(kl: float) -> float:
+    """A KL by which to sort: NaN comes behind all others."""
+    return math.inf if math.isnan(kl) else kl
 
 
 _Choice = tuple[str, Mapping[str, Option], str, str | None]
 
 
-def _built_in(layout: ModelLayout, options: Mapping[str, Mapping[str, Option]], space: Space) -> Iterator[_Choice]:
+def _built_in(layout: ModelLayout, everything: Sequence[GroupMenu], space: Space) -> Iterator[_Choice]:
     """The built-in recipes that this model and engine can run; of those that store the same the plainest name."""
     mixture = any(name.routed for name in layout.names.values())
     for name in sorted(builtin_names(), key=lambda name: (len(name), name)):
@@ -85,36 +88,25 @@ def _built_in(layout: ModelLayout, options: Mapping[str, Mapping[str, Option]], 
         cache = loaded.recipe.kv_cache or KEEP
         if cache not in space.outside:
             continue
-        chosen = _chosen_by(layout, loaded, options)
+        chosen = _chosen_by(layout, loaded, everything)
         if chosen is not None:
             yield name, chosen, cache, name
 
 
-def _chosen_by(
-    layout: ModelLayout, recipe: LoadedRecipe, options: Mapping[str, Mapping[str, Option]]
-) -> dict[str, Option] | None:
+def _chosen_by(layout: ModelLayout, recipe: LoadedRecipe, everything: Sequence[GroupMenu]) -> dict[str, Option] | None:
     """The option of each group that a recipe takes; None where it cannot be run or is no choice by groups."""
     try:
         assignments = decide(layout, recipe).assignments
     except UserError:
         return None
-    labels: dict[str, set[str]] = {}
-    group_of = _group_of(layout)
-    for name, assignment in assignments.items():
-        if name in group_of:
-            labels.setdefault(group_of[name], set()).add(assignment.label())
     found: dict[str, Option] = {}
-    for group, by_label in options.items():
-        used = labels.get(group, {KEEP})
-        if len(used) != 1 or (label := next(iter(used))) not in by_label:
+    for menu in everything:
+        used = {assignments[name].label() for name in menu.group.weights if name in assignments} or {KEEP}
+        option = next((one for one in reversed(menu.options) if {one.label} == used), None)
+        if option is None:
             return None
-        found[group] = by_label[label]
+        found[menu.group.name] = option
     return found
-
-
-def _group_of(layout: ModelLayout) -> Mapping[str, str]:
-    """The group of each weight."""
-    return {name: group.name for group in find_groups(layout) for name in group.weights}
 
 
 def _uniform(everything: Sequence[GroupMenu], space: Space) -> Iterator[_Choice]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from snugfit.planning.menu import GroupMenu, Option
-from snugfit.planning.search import Mix, Space, choice_for_scores
+from snugfit.planning.search import NOT_SCORED, Mix, Space, choice_for_scores
 from snugfit.records.plan import PlannedGroup
 from snugfit.records.scores import KEEP, KV_CACHE, Scores, saturate
 
@@ -57,13 +57,15 @@ def planned_groups(space: Space, scores: Scores, mix: Mix) -> tuple[PlannedGroup
 
 def cache_reasons(mix: Mix, scores: Scores, reasons: Mapping[str, str]) -> dict[str, str]:
     """What each kind of KV cache costs, or why it is not offered."""
-    found = {}
-    for cache, reason in reasons.items():
-        cost = scores.cost(KV_CACHE, cache, mix.context) if cache != KEEP and scores.has(KV_CACHE, cache) else 0.0
-        found[cache] = reason or (f"costs {nats(cost)} nats" if cache != KEEP else "costs nothing")
-        if not reason and cache != KEEP and not scores.has(KV_CACHE, cache):
-            found[cache] = "it was not scored"
-    return found
+
+    def cost_of(cache: str) -> str:
+        if cache == KEEP:
+            return "costs nothing"
+        if not scores.has(KV_CACHE, cache):
+            return NOT_SCORED
+        return f"costs {nats(scores.cost(KV_CACHE, cache, mix.context))} nats"
+
+    return {cache: reason or cost_of(cache) for cache, reason in reasons.items()}
 
 
 def nats(value: float) -> str:

@@ -93,7 +93,7 @@ class GradientPass:
                 remedy="Choose a recipe by `evaluate` instead.",
             )
         self._batches = forward_pass.make_batches([row.ids for row in rows], tokens_per_batch, device)
-        self._ran = [index for index in range(len(skeleton.layers)) if index not in skeleton.skipped]
+        self._ran = skeleton.ran
 
     def run(self, finished: FinishedUnits) -> dict[tuple[str, str], Sums]:
         """The sums of every group in every format, by the group's and the format's name.

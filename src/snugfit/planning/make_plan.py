@@ -19,14 +19,14 @@ from snugfit.planning.controls import find_controls
 from snugfit.planning.limits import impossible
 from snugfit.planning.outcome import Outcome, record_of
 from snugfit.planning.plan_cost import check_resources, estimate_prepared
-from snugfit.planning.prepare_plan import ALTERNATIVES, Prepared, changes, prepare_plan, request_of
+from snugfit.planning.prepare_plan import ALTERNATIVES, Prepared, prepare_plan, request_of
 from snugfit.planning.proving import not_proven, prove_mixes
 from snugfit.planning.search import Limit, Mix, Space, least_bytes, least_kl, scored
 from snugfit.planning.space import Choices
 from snugfit.progress import SILENT, Progress
 from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord, ProvenKl
 from snugfit.records.scores import SCORES_FILE, Scores, save_scores
-from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics
+from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics, save_statistics
 from snugfit.report.plan import plan_markdown, write_plan_plots
 from snugfit.storage.staging import check_stageable, resumable
 
@@ -193,10 +193,10 @@ def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix]
     UserError where no mix keeps the budget, and where the model as it is does it best.
     """
     context, found, space = _search(choices, scores, count)
-    if not changes(found[0]):
+    if not found[0].formats:
         what = "the best mix is the model as it is: nothing has to be quantized."
         raise UserError(what, code="recipe-changes-nothing", where="max_kl", remedy="Ask for less, or allow more KL.")
-    return context, [mix for mix in found if changes(mix)], space
+    return context, [mix for mix in found if mix.formats], space
 
 
 def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
@@ -305,8 +305,6 @@ def _write(
     record: PlanRecord, scores: Scores, statistics: Statistics | None, prepared: Prepared, directory: Path
 ) -> None:
     """All files of the result."""
-    from snugfit.records.statistics_file import save_statistics
-
     (directory / RECIPE_FILE).write_text(record.recipe, encoding="utf-8")
     (directory / PLAN_FILE).write_text(record.to_json(), encoding="utf-8")
     for name in (SCORES_FILE, STATISTICS_FILE):

@@ -10,7 +10,7 @@ from snugfit.planning.controls import Control
 from snugfit.planning.explain import cache_reasons, planned_groups, size
 from snugfit.planning.limits import Budget, context_beside, served_elements
 from snugfit.planning.menu import Option
-from snugfit.planning.search import Limit, Mix, Space, least_amount, least_kl
+from snugfit.planning.search import NOT_SCORED, Limit, Mix, Space, least_amount, least_kl, within
 from snugfit.planning.space import FP8, Choices, check_bytes, recipe_of_mix
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import (
@@ -100,8 +100,8 @@ def _recipe(found: Outcome) -> tuple[str, str]:
     control = next((c for c in found.controls if c.name == found.verdict.control), None) if refused else None
     model = found.choices.layout.checkpoint.name
     if control is not None and control.recipe is not None:
-        marks = [f"CONTROL, not a plan: {line}" for line in (found.verdict.statement,)]
-        return control.name, "".join(f"# {mark}\n" for mark in marks) + load_recipe(control.recipe).text
+        mark = f"# CONTROL, not a plan: {found.verdict.statement}\n"
+        return control.name, mark + load_recipe(control.recipe).text
     mix = found.mix if control is None else control.mix
     name = "a-plan" if control is None else "a-control"
     words = f"{size(mix.bytes.file)}, expected KL {mix.predicted.kl:.4f} at {found.context:,} tokens"
@@ -136,8 +136,7 @@ def _point(
     formats: dict[str, int] = {}
     for one in mix.options.values():
         formats[one.label] = formats.get(one.label, 0) + one.bytes.file
-    limits = found.space.limits.get(mix.kv_cache, ())
-    keeps = all(limit.amount(mix.bytes) <= limit.bytes for limit in limits) and mix.kv_cache in found.space.limits
+    keeps = mix.kv_cache in found.space.limits and within(mix, found.space.limits[mix.kv_cache])
     return PlanPoint(
         name=name,
         kind=kind,
@@ -180,9 +179,7 @@ def _notes(found: Outcome) -> list[str]:
             f"positions beyond {last:,} are expected to cost what those before {last:,} do: `max_seq_length` "
             "scores longer contexts"
         )
-    unscored = sorted(
-        {fmt for menu in found.space.menus for fmt, why in menu.refused.items() if why == "it was not scored"}
-    )
+    unscored = sorted({fmt for menu in found.space.menus for fmt, why in menu.refused.items() if why == NOT_SCORED})
     if unscored:
         notes.append(f"not scored, and so not on the menu of some weights: {', '.join(unscored)}")
     weight_only = dict.fromkeys(one.label for one in found.mix.options.values() if _is_weight_only(one))

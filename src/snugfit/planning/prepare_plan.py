@@ -16,7 +16,7 @@ from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
 from snugfit.planning.limits import Budget, impossible, read_place
-from snugfit.planning.search import Mix, least_amount, make_mix, scored, within
+from snugfit.planning.search import least_amount, make_mix, scored, within
 from snugfit.planning.space import Choices, read_choices
 from snugfit.records.scores import KEEP, Scores, check_model, load_scores
 from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics
@@ -211,11 +211,6 @@ def _check_needed(choices: Choices) -> None:
         what = f"the model fits as it is ({mix.bytes.file:,} bytes): nothing has to be quantized."
         where = next(iter(space.limits[KEEP])).name
         raise UserError(what, code="recipe-changes-nothing", where=where, remedy="Ask for less.")
-
-
-def changes(mix: Mix) -> bool:
-    """Whether a mix is anything but the model as it is."""
-    return mix.kv_cache != KEEP or any(one.format != KEEP for one in mix.options.values())
 
 
 def _statistics_beside(given: Path, scores: Scores) -> Statistics | None:

@@ -218,14 +218,14 @@ def _measure(
     strata = {key: number for number, key in enumerate(dict.fromkeys((s.context, s.text) for s in segments))}
     files = [strata[segments[place].context, segments[place].text] for place in mine]
     parts = [Tried(one, tuple(kl[one][place] for place in mine), 0.0) for one in (control, name)]
-    first, second = judge(parts, tokens, files)
+    _, second = judge(parts, tokens, files)
     same = name == control
     return Measured(
         context=context,
         text=text,
         tokens=sum(tokens),
-        kl=second.kl if not same else first.kl,
-        error=second.error if not same else first.error,
+        kl=second.kl,
+        error=second.error,
         gain=None if same else second.gain,
         gain_error=None if same else second.gain_error,
     )

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from snugfit.planning.controls import BUILT_IN, Control, strongest
+from snugfit.planning.controls import BUILT_IN, Control, or_last, strongest
 from snugfit.planning.prepare_plan import ProofSettings, default_contexts
 from snugfit.planning.proof import prove
 from snugfit.planning.search import Mix, choice_for_scores
@@ -34,7 +34,7 @@ def to_measure(candidates: Sequence[tuple[str, Mix]], controls: Sequence[Control
     """The candidates, the strongest control, and the built-in recipes that fit, each way of storing once."""
     fitting = [control for control in controls if control.fits]
     best = strongest(controls)
-    built_in = sorted((c for c in fitting if c.kind == BUILT_IN), key=lambda c: (_or_last(c.mix), c.name))
+    built_in = sorted((c for c in fitting if c.kind == BUILT_IN), key=lambda c: (or_last(c.mix.predicted.kl), c.name))
     found = list(candidates)
     for control in ([best] if best else []) + built_in[:MOST_BUILT_IN]:
         if all(control.mix.formats != mix.formats for _, mix in found):
@@ -91,23 +91,15 @@ def not_proven(controls: Sequence[Control], reason: str) -> PlanVerdict:
 
 def choice_to_measure(scores: Scores, mix: Mix) -> dict[str, str]:
     """The formats of a mix; what is kept is named where engines round its inputs all the same."""
-    found = choice_for_scores(scores, mix.options, KEEP)
-    costly = {name for name, fmt in found.items() if fmt == KEEP and KEEP not in scores.costs.get(name, {})}
-    return {name: fmt for name, fmt in found.items() if name not in costly} | (
-        {} if mix.kv_cache == KEEP else {"kv_cache": mix.kv_cache}
-    )
-
-
-def _or_last(mix: Mix) -> float:
-    return math.inf if math.isnan(mix.predicted.kl) else mix.predicted.kl
+    kept = [name for name, one in mix.options.items() if one.format == KEEP and KEEP in scores.costs.get(name, {})]
+    return mix.formats | dict.fromkeys(kept, KEEP)
 
 
 def _rank(proof: Proof, name: str, candidates: Sequence[tuple[str, Mix]]) -> tuple[bool, float, int]:
     """Sort key of candidates: those that beat the control first, then by measured KL, then in their order."""
     plan = proof.plan(name)
-    kl = plan.overall.kl
     order = [candidate for candidate, _ in candidates].index(name)
-    return not plan.beats_control, math.inf if math.isnan(kl) else kl, order
+    return not plan.beats_control, or_last(plan.overall.kl), order
 
 
 def _measured(proof: Proof, name: str, mix: Mix, scores: Scores) -> tuple[ProvenKl, ...]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from snugfit.formats.spec import KEEP
 from snugfit.model.names import EXPERTS, KEPT_ROLES, LINEAR, ROLE_SETS, SHARED_EXPERTS, TensorName
-from snugfit.recipes.recipe import Rule, parse_recipe
+from snugfit.recipes.recipe import Rule
 from snugfit.recipes.resolve import Matcher
 from snugfit.records.plan import layer_runs
 
@@ -91,9 +91,7 @@ def recipe_text(
     for head, fmt in heads:
         role = names[head].role
         lines += _Draft((role,), "", None, fmt).lines()
-    text = "\n".join(lines) + "\n"
-    parse_recipe(text, where=name)
-    return text
+    return "\n".join(lines) + "\n"
 
 
 # kind -> layer -> (a weight of this kind in this layer, its format)

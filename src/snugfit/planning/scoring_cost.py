@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from snugfit.evaluation.divergence import diverge, softmax
-from snugfit.evaluation.evaluated_model import embedding_weights, open_head, open_model, outer_weights
+from snugfit.evaluation.evaluated_model import EvaluatedModel, embedding_weights, open_head, open_model, outer_weights
 from snugfit.machine import pick_device
 from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch
@@ -72,19 +72,20 @@ def estimate_scoring(
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     groups = find_groups(layout)
-    skeleton = open_model(layout.checkpoint.path, activations="none").skeleton
+    model = open_model(layout.checkpoint.path, activations="none")
+    skeleton = model.skeleton
     plans = count_plans(layout, groups, settings)
     spread, own = _variant_forwards(layout, groups, settings, skeleton)
     held = _held_bytes(layout, settings, skeleton, per_batch)
     state = samples.total * skeleton.hidden_size
-    layers = len(skeleton.layers) - len(skeleton.skipped)
+    layers = len(skeleton.ran)
     disk = (layers + 1) * state * skeleton.dtype.itemsize + 2 * state * 4
     disk = max(disk, 2 * (plans + 1) * state * skeleton.dtype.itemsize)
     proof_disk = 2 * (proof[0] + 1) * proof[1] * skeleton.hidden_size * skeleton.dtype.itemsize
     on_gpu = where.type == "cuda"
     seconds, proof_seconds = None, None
     if timed:
-        rates = _Rates(layout, groups, samples, settings, where, per_batch)
+        rates = _Rates(model, layout, groups, samples, settings, where, per_batch)
         seconds = rates.seconds(layers, samples.total, plans, spread=spread, own=own)
         proof_seconds = rates.of_plans(layers, *proof) if proof[0] else 0.0
     return ScoringEstimate(
@@ -112,7 +113,6 @@ def _variant_forwards(
     layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings, skeleton: Skeleton
 ) -> tuple[float, float]:
     """Forward passes that variants of groups cost: of whole layers, and of their groups alone."""
-    ran = len(skeleton.layers) - len(skeleton.skipped)
     elements = sum(group.elements for group in groups if group.layer is not None)
     spread, own = 0.0, 0.0
     for group in groups:
@@ -122,7 +122,7 @@ def _variant_forwards(
         if group.role in OWN_TOKEN:
             own += count * group.elements / max(1, elements)
         else:
-            spread += count / ran
+            spread += count / len(skeleton.ran)
     return spread, own
 
 
@@ -145,6 +145,7 @@ class _Rates:
 
     def __init__(
         self,
+        model: EvaluatedModel,
         layout: ModelLayout,
         groups: tuple[Group, ...],
         samples: Samples,
@@ -152,15 +153,13 @@ class _Rates:
         device: torch.device,
         per_batch: int,
     ) -> None:
-        model = open_model(layout.checkpoint.path, activations="none")
-        skeleton = model.skeleton
-        ran = [index for index in range(len(skeleton.layers)) if index not in skeleton.skipped]
+        ran = model.skeleton.ran
         index = ran[len(ran) // 2]
         subject = Subject(
             model=model,
             layout=layout,
             groups={group.name: group for group in groups},
-            statistics=_ones(layout, skeleton, groups, index),
+            statistics=_ones(layout, model.skeleton, groups, index),
             rounding=settings.rounding,
             target=settings.target,
         )

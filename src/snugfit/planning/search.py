@@ -17,9 +17,8 @@ from snugfit.planning.knapsack import Problem, Row, solve
 from snugfit.planning.menu import Bytes, GroupMenu, Option
 from snugfit.records.scores import KEEP, KV_CACHE, Predicted, Scores, saturate
 
-CACHES = (KEEP, "fp8")
+NOT_SCORED = "it was not scored"  # why a group cannot have a format of the menu, or a plan an FP8 cache
 _ROUNDS = 8
-_KINDS = ("gpu", "served", "file", "disk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ def scored(space: Space, scores: Scores) -> Space:
             what = f"no score of {name} in {wanted}."
             remedy = "Score the model again with these formats, or leave `scores` out."
             raise UserError(what, code="scores-mismatch", where="scores", remedy=remedy)
-        refused = dict(menu.refused) | {one.format: "it was not scored" for one in menu.options if one not in options}
+        refused = dict(menu.refused) | {one.format: NOT_SCORED for one in menu.options if one not in options}
         menus.append(GroupMenu(group=menu.group, options=options, refused=refused))
     offered, left = (
         [one.format for menu in some for one in menu.options if one.format != KEEP] for some in (space.menus, menus)
@@ -145,12 +144,6 @@ def least_amount(space: Space, limit: Limit, cache: str) -> int:
     """The least that a mix can count against one limit, whatever it loses."""
     least = sum(min(limit.amount(one.bytes) for one in menu.options) for menu in space.menus)
     return limit.amount(space.outside[cache]) + least
-
-
-def mix_of(space: Space, scores: Scores | None, context: int, formats: Mapping[str, str], cache: str) -> Mix:
-    """The mix that these formats make; groups that are not named are kept. KeyError for a format not on the menu."""
-    options = {menu.group.name: menu.option(formats.get(menu.group.name, KEEP)) for menu in space.menus}
-    return make_mix(options, cache, space.outside[cache], scores, context)
 
 
 def make_mix(options: Mapping[str, Option], cache: str, outside: Bytes, scores: Scores | None, context: int) -> Mix:

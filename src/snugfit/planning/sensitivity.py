@@ -223,17 +223,15 @@ def _scored(group: Group, *, measured: bool) -> ScoredGroup:
 def costs_of(sums: Mapping[tuple[str, str], Sums], samples: Samples) -> dict[str, dict[str, Cost]]:
     """Costs by group and format: the mean over the scored tokens of each bucket, and its error."""
     found: dict[str, dict[str, Cost]] = {}
-    counts = [row.count for row in samples.rows]
     for (name, fmt), one in sums.items():
-        found.setdefault(name, {})[fmt] = Cost(*_by_bucket(one.costs, counts, samples))
+        found.setdefault(name, {})[fmt] = Cost(*_by_bucket(one.costs, samples))
     return found
 
 
-def _by_bucket(
-    values: Sequence[float], counts: Sequence[int], samples: Samples
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _by_bucket(values: Sequence[float], samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Means over the tokens of each bucket of sums over rows, and their standard errors by the rows' differences."""
     means, errors = [], []
+    counts = [row.count for row in samples.rows]
     for bucket in range(len(samples.edges)):
         mine = [place for place, number in enumerate(samples.buckets) if number == bucket]
         total = sum(counts[place] for place in mine)
@@ -319,7 +317,7 @@ def _measure(
         replace_json(file, known)
     points = []
     for plan in plans:
-        kl, error = _by_bucket(known[plan.name], [row.count for row in samples.rows], samples)
+        kl, error = _by_bucket(known[plan.name], samples)
         if not np.isfinite(kl).all():
             continue
         points.append(Point(name=plan.name, formats=dict(plan.choice), kl=kl, error=error))

@@ -10,14 +10,14 @@ from pathlib import Path
 from snugfit.engines.gpus import CARDS, GENERATIONS, Card
 from snugfit.engines.kernels import linear_kernel
 from snugfit.engines.loading import loading
-from snugfit.engines.memory import ENGINES, MIB
+from snugfit.engines.memory import ENGINES
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.candidates import Candidate, as_it_is, read_source
 from snugfit.planning.fit import read_served_model
 from snugfit.report.collection import KernelUse, ServedFit
-from snugfit.vram.budget import Gpu
 from snugfit.vram.fit import FitResult, PlannedTensor, ServedModel, ServeSettings, fit_weights, serving_error
+from snugfit.vram.request import gpu_of
 from snugfit.vram.weights import is_expert, kernel_format
 
 # engine -> its memory rules, for one sequence and for more
@@ -94,7 +94,7 @@ def _alike(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
 def _settings(card: Card, engine: str, gpus: int, sequences: int) -> ServeSettings:
     name = "aphrodite-many" if engine == "aphrodite" and sequences > 1 else engine
     return ServeSettings(
-        gpu=Gpu(card.reported_mib * MIB, card.name, card.multiprocessors, card.generation),
+        gpu=gpu_of(card),
         engine=ENGINES[name],
         tensor_parallel_size=gpus,
         gpu_memory_utilization=None,

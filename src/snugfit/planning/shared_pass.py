@@ -79,8 +79,7 @@ class SharedPass:
         self._subject, self._rows, self._device = subject, rows, device
         self._plans = {ORIGINAL: Assigned(name=ORIGINAL), **{plan.name: plan for plan in plans}}
         self._tokens_per_batch, self._folder, self._progress = tokens_per_batch, folder, progress
-        skeleton = subject.model.skeleton
-        self._ran = [index for index in range(len(skeleton.layers)) if index not in skeleton.skipped]
+        self._ran = subject.model.skeleton.ran
         self._branches = self._branch()
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import resources
@@ -52,6 +52,11 @@ AMAX = "amax"  # `input_headroom` 1
 _SEE_EXAMPLES = "`list_recipes` shows examples."
 
 
+def one_or_many(value: Any) -> Any:
+    """A value of a list may be written without the list."""
+    return value if value is None or isinstance(value, (list, tuple)) else (value,)
+
+
 class Selector(BaseModel):
     """Which weights a rule is about, as written. Unknown keys are errors."""
 
@@ -64,7 +69,7 @@ class Selector(BaseModel):
     @field_validator("role", mode="before")
     @classmethod
     def _one_or_many_roles(cls, value: Any) -> Any:
-        return value if value is None or isinstance(value, (list, tuple)) else (value,)
+        return one_or_many(value)
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -93,7 +98,7 @@ class Rule(Selector):
     @field_validator("group_size", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
-        return value if value is None or isinstance(value, (list, tuple)) else (value,)
+        return one_or_many(value)
 
 
 class Recipe(BaseModel):
@@ -171,7 +176,7 @@ def parse_recipe(text: str, *, where: str) -> LoadedRecipe:
     try:
         recipe = Recipe.model_validate(document.value)
     except ValidationError as error:
-        raise _explain(error, document) from None
+        raise explain(error, document, Recipe.model_fields, Rule.model_fields, _SEE_EXAMPLES) from None
     for number, rule in enumerate(recipe.rules):
         for problem in _problems(rule):
             key = (problem.where,) if problem.where else ()
@@ -260,8 +265,10 @@ def invalid_recipe(what: str, where: str, remedy: str) -> UserError:
     return UserError(what, code="recipe-invalid", where=where, remedy=remedy)
 
 
-def _explain(error: ValidationError, document: YamlDocument) -> UserError:
-    """The most helpful of pydantic's errors, at its line."""
+def explain(
+    error: ValidationError, document: YamlDocument, keys: Collection[str], rule_keys: Collection[str], see: str
+) -> UserError:
+    """The most helpful of pydantic's errors, at its line, for a document with `keys` whose rules have `rule_keys`."""
     errors = error.errors()
     # a misspelt required key gives two errors, the missing key and the unknown one; the unknown one helps more
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
@@ -270,8 +277,8 @@ def _explain(error: ValidationError, document: YamlDocument) -> UserError:
         given = repr(first["input"]) if isinstance(first["input"], str) else "of this type"
         return invalid_recipe(f"unknown kv_cache {given}.", place, f"Known: fp8, {KEEP}.")
     if first["type"] == "extra_forbidden":
-        fields = Rule.model_fields if len(first["loc"]) > 1 else Recipe.model_fields
-        near = get_close_matches(str(first["loc"][-1]), list(fields), n=1)
-        remedy = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(fields)}."
+        known = rule_keys if len(first["loc"]) > 1 else keys
+        near = get_close_matches(str(first["loc"][-1]), known, n=1)
+        remedy = f"Did you mean {near[0]}?" if near else f"Known keys: {', '.join(known)}."
         return invalid_recipe("unknown key.", place, remedy)
-    return invalid_recipe(f"{first['msg']}.", place, _SEE_EXAMPLES)
+    return invalid_recipe(f"{first['msg']}.", place, see)

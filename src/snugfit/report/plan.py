@@ -44,8 +44,8 @@ _ROLES = ("qkv", "q", "k", "v", "qkv_a", "attention", "o", "gate_up", "gate", "u
 
 
 def plan_lines(record: PlanRecord) -> list[str]:
-    """What a terminal shows beside the tables: the budget, the plan, the verdict, what to do next."""
-    lines = [f"{record.model}: {budget_words(record)}", *_fits(record)]
+    """What a terminal shows above the tables: the budget, and what the plan takes of it."""
+    lines = [f"{record.model}: {budget_words(record)}", _fits(record)]
     return [plain(line) for line in lines]
 
 
@@ -91,14 +91,14 @@ def budget_words(record: PlanRecord) -> str:
     return ", ".join(parts)
 
 
-def _fits(record: PlanRecord) -> list[str]:
+def _fits(record: PlanRecord) -> str:
     point = record.plan
     parts = [f"{point.bytes / 10**9:.3f} GB, {point.bits_per_weight:.2f} bits a weight"]
     parts.append(f"KV cache in {'FP8' if record.kv_cache == 'fp8' else '16 bits'}")
     if point.max_context is not None:
         parts.append(f"up to {point.max_context:,} tokens fit")
     parts += [f"{limit.used / max(1, limit.bytes):.1%} of what `{limit.name}` leaves" for limit in record.limits]
-    return [", ".join(parts)]
+    return ", ".join(parts)
 
 
 def group_sheet(record: PlanRecord) -> Sheet:

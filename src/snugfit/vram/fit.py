@@ -134,14 +134,13 @@ def most_weight_bytes(model: ServedModel, settings: ServeSettings, *, fp8: bool)
     Without a wanted context it is at least `MIN_CONTEXT`, as in `fit_weights`.
     """
     budget, pool = _memory(model, 0, settings, settings.tensor_parallel_size, fp8)
-    return budget.cache_bytes - pool.bytes_needed(_wanted(model, settings), settings.max_num_seqs)
+    return _headroom(model, budget, pool, settings)
 
 
 def longest_context(model: ServedModel, weight_bytes: int, settings: ServeSettings, *, fp8: bool) -> int:
     """Tokens of the longest context beside `weight_bytes` on each GPU; 0 where not one token fits."""
     budget, pool = _memory(model, weight_bytes, settings, settings.tensor_parallel_size, fp8)
-    available = budget.cache_bytes
-    return pool.max_context(available, model.max_positions, settings.max_num_seqs) if available > 0 else 0
+    return _longest(model, budget, pool, settings)
 
 
 def loading_status(tensors: Sequence[PlannedTensor], settings: ServeSettings) -> dict[Generation, Loading]:
@@ -171,19 +170,25 @@ def _fit_on(
 ) -> FitResult:
     weight_bytes = weight_bytes_per_gpu(tensors, tp, model.cache.kv_heads)
     budget, pool = _memory(model, weight_bytes, settings, tp, fp8)
-    available, sequences = budget.cache_bytes, settings.max_num_seqs
     return FitResult(
         weight_bytes=weight_bytes,
         budget=budget,
         pool=pool,
-        max_context=pool.max_context(available, model.max_positions, sequences) if available > 0 else 0,
-        headroom_bytes=available - pool.bytes_needed(_wanted(model, settings), sequences),
+        max_context=_longest(model, budget, pool, settings),
+        headroom_bytes=_headroom(model, budget, pool, settings),
     )
 
 
-def _wanted(model: ServedModel, settings: ServeSettings) -> int:
-    """Tokens of context that have to fit."""
-    return settings.context or min(MIN_CONTEXT, model.max_positions)
+def _longest(model: ServedModel, budget: Budget, pool: BlockPool, settings: ServeSettings) -> int:
+    """Tokens of the longest context; 0 where not one token fits."""
+    available = budget.cache_bytes
+    return pool.max_context(available, model.max_positions, settings.max_num_seqs) if available > 0 else 0
+
+
+def _headroom(model: ServedModel, budget: Budget, pool: BlockPool, settings: ServeSettings) -> int:
+    """Bytes that the context which has to fit leaves; negative where it does not fit."""
+    wanted = settings.context or min(MIN_CONTEXT, model.max_positions)
+    return budget.cache_bytes - pool.bytes_needed(wanted, settings.max_num_seqs)
 
 
 def _memory(

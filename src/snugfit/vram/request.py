@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from snugfit.engines.gpus import CARDS, find_card, similar_cards
+from snugfit.engines.gpus import CARDS, Card, find_card, similar_cards
 from snugfit.engines.memory import GIB, MIB
 from snugfit.errors import UserError
 from snugfit.vram.budget import Gpu
@@ -19,7 +19,7 @@ def parse_gpu(text: str) -> Gpu:
     """A size as CUDA reports it (16GiB, 24G, 15.48 GiB) or a card's name (RTX 5090); UserError for neither."""
     card = find_card(text)
     if card is not None:
-        return Gpu(card.reported_mib * MIB, card.name, card.multiprocessors, card.generation)
+        return gpu_of(card)
     match = _SIZE.fullmatch(text.lower())
     if match is None or match[2] not in _UNITS:
         near = similar_cards(text)
@@ -31,6 +31,11 @@ def parse_gpu(text: str) -> Gpu:
         remedy = f"Give a size from {MIN_GIB}GiB to {MAX_GIB}GiB."
         raise UserError(f"no GPU has {text}.", code="option-invalid", where="gpu", remedy=remedy)
     return Gpu(int(size), note=_sold_size_note(int(size)))
+
+
+def gpu_of(card: Card) -> Gpu:
+    """The GPU that a card of the table is, with the memory that it reports."""
+    return Gpu(card.reported_mib * MIB, card.name, card.multiprocessors, card.generation)
 
 
 def _sold_size_note(size: int) -> str | None:
