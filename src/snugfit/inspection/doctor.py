@@ -127,7 +127,7 @@ def doctor(
         values_read=read,
         compared=compared,
         errors=errors,
-        findings=tuple(without_consequences(found)),
+        findings=tuple(finding.listed() for finding in without_consequences(found)),
         not_checked=tuple(_not_checked(evidence, how, original)),
     )
 

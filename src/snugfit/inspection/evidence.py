@@ -23,7 +23,7 @@ from snugfit.model.language_config import layer_count
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import check_experts, check_layers
-from snugfit.records.doctor import FAULTS, MAX_PLACES, Finding
+from snugfit.records.doctor import FAULTS, Finding
 from snugfit.storage.checkpoint import INDEX_NAME, Checkpoint, parse_index
 from snugfit.storage.files import read_file
 from snugfit.storage.safetensors_header import StoredTensor
@@ -251,7 +251,7 @@ def finding(
         remedy=remedy or kind.remedy,
         repairable=kind.lossless if repairable is None else repairable,
         count=len(places),
-        places=tuple(places[:MAX_PLACES]),
+        places=tuple(places),
     )
 
 

@@ -91,8 +91,8 @@ def _record(plan: _Plan, model: str, rewritten: tuple[str, ...], linked: tuple[s
     left = {(finding.fault, finding.where) for finding in plan.after}
     return RepairRecord(
         model=model,
-        repaired=tuple(f for f in plan.before if (f.fault, f.where) not in left and f.repairable),
-        left=plan.after,
+        repaired=tuple(f.listed() for f in plan.before if (f.fault, f.where) not in left and f.repairable),
+        left=tuple(finding.listed() for finding in plan.after),
         dialect=plan.dialect,
         renamed=len(plan.changes.renamed),
         rewritten=rewritten,
