@@ -20,10 +20,10 @@ from snugfit.model.logical_weights import LogicalWeights, Origin, model_types
 from snugfit.model.missing import is_buffer
 from snugfit.progress import SILENT, Progress
 from snugfit.records.doctor import Finding
-from snugfit.storage.checkpoint import Checkpoint, read_range
-from snugfit.storage.files import PIECE_BYTES, read_file
+from snugfit.storage.checkpoint import Checkpoint, are_equal
+from snugfit.storage.files import read_file
 from snugfit.storage.open import fetch_small_files
-from snugfit.storage.safetensors_header import StoredTensor, TensorInfo
+from snugfit.storage.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
     from snugfit.model.weight_values import Distance, Slices
@@ -224,20 +224,7 @@ def differing(mine: Checkpoint, base: Checkpoint, name: str) -> str:
     one, other = mine.tensors[name], base.tensors[name]
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return f"it is {one.dtype} {list(one.shape)}, the base's {other.dtype} {list(other.shape)}."
-    return "" if _same_bytes((mine, one), (base, other)) else "its values are not the base's."
-
-
-def _same_bytes(first: tuple[Checkpoint, StoredTensor], second: tuple[Checkpoint, StoredTensor]) -> bool:
-    for start in range(0, first[1].bytes, PIECE_BYTES):
-        size = min(PIECE_BYTES, first[1].bytes - start)
-        pieces = []
-        for checkpoint, tensor in (first, second):
-            piece = bytearray(size)
-            read_range(checkpoint, tensor, start, memoryview(piece))
-            pieces.append(piece)
-        if pieces[0] != pieces[1]:
-            return False
-    return True
+    return "" if are_equal((mine, one), (base, other)) else "its values are not the base's."
 
 
 def judged(evidence: Evidence, pair: Pair, found: Compared) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from snugfit.dialects.dialect import GLOBAL_SCALES, INPUT_GLOBALS, WEIGHT_GLOBALS
 from snugfit.dialects.packed import is_cache_scale
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
@@ -22,9 +23,6 @@ from snugfit.storage.safetensors_header import StoredTensor
 if TYPE_CHECKING:
     from snugfit.model.weight_values import Magnitudes, ScaleValues
 
-# one number for a whole weight or for its inputs
-WEIGHT_GLOBALS = ("weight_global_scale", "weight_scale_2")
-INPUT_GLOBALS = ("input_global_scale", "input_scale", "activation_scale")
 _SCALES = ("weight_scale", "weight_scale_inv")
 NVFP4_RANGE = 6.0 * 448.0  # the largest code times the largest block scale
 # of a sound weight: its largest magnitude, and that which a global scale implies, where blocks use all of their range
@@ -115,7 +113,7 @@ def _is_whole(evidence: Evidence, module: Module) -> bool:
 
 
 def _globals_of(module: Module) -> Iterator[StoredTensor]:
-    for suffix in (*WEIGHT_GLOBALS, *INPUT_GLOBALS):
+    for suffix in GLOBAL_SCALES:
         tensor = module.parts.get(suffix)
         if tensor is not None and tensor.elements == 1 and tensor.dtype in ("F32", "F16", "BF16"):
             yield tensor
