@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from snugfit.dialects.packed import is_cache_scale
 from snugfit.engines.releases import EXPERT_NAMES
 from snugfit.formats.spec import TensorFormat
+from snugfit.inspection.checks.agreement import needed_suffixes
 from snugfit.inspection.checks.groups import EXPERT_LEAVES, read_name
 from snugfit.inspection.checks.texts import MAX_BYTES, TOKENIZERS, read_json
 from snugfit.inspection.checks.values import sample_of
@@ -170,8 +171,6 @@ def _readable(evidence: Evidence) -> LogicalWeights:
     weights = evidence.layout.weights
     if weights.origins or not evidence.quantized:
         return weights
-    from snugfit.inspection.checks.agreement import needed_suffixes
-
     tensors: dict[str, TensorInfo] = {}
     origins: dict[str, Origin] = {}
     for name, tensor in evidence.checkpoint.tensors.items():

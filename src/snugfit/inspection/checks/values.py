@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 from snugfit.dialects.dialect import GLOBAL_SCALES, INPUT_GLOBALS, WEIGHT_GLOBALS
 from snugfit.dialects.packed import is_cache_scale
+from snugfit.dialects.rename import COMPRESSED
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
-from snugfit.inspection.checks.agreement import needed_suffixes
-from snugfit.inspection.evidence import COMPRESSED, Evidence, Module, finding
+from snugfit.inspection.checks.agreement import is_whole, needed_suffixes
+from snugfit.inspection.evidence import Evidence, Module, finding
 from snugfit.model.names import may_be_infinite
 from snugfit.progress import SILENT, Progress
 from snugfit.records.doctor import Finding
@@ -65,7 +66,7 @@ def survey(evidence: Evidence, values: str, progress: Progress = SILENT) -> Surv
 
     found = Survey()
     checkpoint, sampled = evidence.checkpoint, values == "sample"
-    sound = {name: m for name, m in evidence.quantized.items() if _is_whole(evidence, m)}
+    sound = {n: m for n, m in evidence.quantized.items() if m.asked is not None and is_whole(evidence, m, m.asked)}
     chosen = sample_of(sound) if sampled else list(sound)
     counted = chosen if sampled and checkpoint.remote is not None else list(sound)
     numbers = [tensor for name in counted for tensor in _globals_of(sound[name])]
@@ -95,21 +96,6 @@ def survey(evidence: Evidence, values: str, progress: Progress = SILENT) -> Surv
             found.plain[name] = reader.magnitudes(reader.plain_slices(checkpoint, name))
             advance()
     return found
-
-
-def _is_whole(evidence: Evidence, module: Module) -> bool:
-    """Whether all tensors that a module's format needs are in the file, in shapes that fit."""
-    from snugfit.model.logical_weights import weight_shape
-
-    assert module.asked is not None
-    suffixes = needed_suffixes(evidence.layout.dialect, module, module.asked)
-    if any(suffix not in module.parts for suffix in suffixes):
-        return False
-    try:
-        weight_shape(evidence.checkpoint, module.asked, {suffix: f"{module.name}.{suffix}" for suffix in suffixes})
-    except UserError:
-        return False
-    return True
 
 
 def _globals_of(module: Module) -> Iterator[StoredTensor]:
