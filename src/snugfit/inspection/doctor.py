@@ -138,14 +138,14 @@ def check_headers(evidence: Evidence) -> Iterator[Finding]:
         yield from check(evidence)
 
 
-def check_files(directory: Path) -> tuple[Finding, ...]:
-    """What the header checks find in a directory that lacks its small files, for all engines: `quantize` ends so."""
-    evidence = open_evidence(directory, releases([*RELEASES]), small_files=False)
+def check_files(directory: Path, *, small_files: bool = True) -> tuple[Finding, ...]:
+    """What the header checks find in a directory, for all engines: `quantize` ends with this."""
+    evidence = open_evidence(directory, releases([*RELEASES]), small_files=small_files)
     return tuple(without_consequences(check_headers(evidence)))
 
 
 def check_layout(layout: ModelLayout) -> tuple[Finding, ...]:
-    """As `check_files`, of a model whose layout is read already: `fit` ends so."""
+    """As `check_files`, of a model whose layout is read already: `fit` ends with this."""
     index = read_weight_map(layout.checkpoint)
     evidence = Evidence(layout=layout, engines=releases([*RELEASES]), weight_map=index, small_files=False)
     return tuple(without_consequences(check_headers(evidence)))

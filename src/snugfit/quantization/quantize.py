@@ -169,7 +169,7 @@ def quantize(
         if distributed.is_main():
             record = replace(record, other_files=_other_files(directory, tried.outcome.files))
             (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
-            for finding in check_files(directory):
+            for finding in check_files(directory, small_files=False):
                 if finding.severity != "note":
                     progress.message(f"doctor: {finding.fault}: {finding.where}: {finding.what}")
         return distributed.from_main(record)
