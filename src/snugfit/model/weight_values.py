@@ -72,23 +72,25 @@ def stored_slices(
     assert dialect.file_format is not None
     for start in range(0, codes.shape[0], step):
         stop = min(start + step, codes.shape[0])
-        found = {suffix: _cut(checkpoint, suffix, part, codes, start, stop) for suffix, part in parts.items()}
+        found = {
+            suffix: _cut(checkpoint, suffix, part, codes.shape[0], block, start, stop) for suffix, part in parts.items()
+        }
         if "weight_shape" in found:
             found["weight_shape"] = torch.tensor([stop - start, int(found["weight_shape"].flatten()[1])])
         quantized, _ = dialect.file_format.decode(fmt, found)
         yield dequantize(quantized)
 
 
-def _cut(checkpoint: Checkpoint, suffix: str, part: StoredTensor, codes: StoredTensor, start: int, stop: int) -> Tensor:
-    """What a slice of output features needs of one of a module's tensors."""
-    rows = codes.shape[0]
+def _cut(
+    checkpoint: Checkpoint, suffix: str, part: StoredTensor, rows: int, block: int, start: int, stop: int
+) -> Tensor:
+    """What a slice of output features needs of one of a module's tensors, whose scales are of `block` features."""
     side = part.shape[0] if part.shape else 1
     if suffix in _WHOLE or side == 1 < rows or not part.shape:
         return read_tensor(checkpoint, part.name)
-    # zero points are packed along the outputs, blocks of FP8 hold several
-    ratio = -(-rows // side)
-    if ratio > 1:
-        ratio = 1 << (ratio - 1).bit_length() if suffix == "weight_zero_point" else ratio
+    ratio = block if suffix in ("weight_scale", "weight_scale_inv") else 1
+    if suffix == "weight_zero_point":  # packed along the outputs
+        ratio = 1 << (-(-rows // side) - 1).bit_length()
     return _read_rows(checkpoint, part, start // ratio, -(-stop // ratio))
 
 
