@@ -82,6 +82,14 @@ def test_fp8_releases_are_sound(kind: fp8_sources.Kind, dense: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("kind", ["hf-block", "ct-block"])
+def test_blocks_at_the_edge_of_a_large_weight(kind: fp8_sources.Kind, make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Weights of more rows than are read at once, whose last block is smaller, are compared as they are."""
+    source = add_tokenizer(make_tiny("llama", **WIDE | {"intermediate_size": 1100}))
+    made = fp8_sources.as_fp8(source, tmp_path / "out", kind)
+    assert notes(made, base=source, engine="transformers") == set()
+
+
+@pytest.mark.parametrize("kind", ["hf-block", "ct-block"])
 def test_fp8_mixtures_are_sound(kind: fp8_sources.Kind, tmp_path: Path) -> None:
     """DeepSeek's FP8, layers of multi-token prediction included, and llm-compressor's of the same model."""
     source = add_tokenizer(make_mixture("deepseek_v3", tmp_path / "source", wide=True))

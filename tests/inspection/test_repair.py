@@ -13,13 +13,13 @@ import torch
 
 from helpers.errors import raises
 from helpers.tiny_families import all_tensors, same
-from helpers.zoo import CASES, Case, head_under_a_class, spoil
+from helpers.zoo import CASES, Case, head_under_a_class, inverted_globals, spoil
 from inspection.conftest import Sound
 from snugfit.dialects.rename import inverted, widened
 from snugfit.inspection.doctor import doctor, open_evidence
 from snugfit.inspection.repair import plan_repair, repair
 from snugfit.model.weight_values import stored_slices
-from snugfit.records.doctor import REPAIR_SCHEMA
+from snugfit.records.doctor import MAX_PLACES, REPAIR_SCHEMA
 
 # the same damage is read as a sample and as a whole: one of them is enough
 LOSSLESS = [case for case in CASES if case.lossless and case.asked.get("values") != "sample"]
@@ -78,6 +78,17 @@ def test_a_lossless_fault_is_gone(case: Case, sound: Sound, tmp_path: Path) -> N
     again = repair(tmp_path / "out", output_dir=tmp_path / "again")
     assert (again.repaired, again.left, again.rewritten, again.left_out) == ((), (), (), ())
     assert digests(tmp_path / "again") == digests(tmp_path / "out")
+
+
+def test_a_fault_at_more_places_than_a_record_lists(sound: Sound, tmp_path: Path) -> None:
+    """Every global scale of a mixture is turned round, and the record names the first of them."""
+    case = Case("global-scale-inverted", "mixtral", inverted_globals)
+    spoiled = spoil(case, sound["mixtral"][0], tmp_path / "spoiled")
+    record = repair(spoiled, output_dir=tmp_path / "out")
+    assert [(f.count > MAX_PLACES, len(f.places)) for f in record.repaired] == [(True, MAX_PLACES)]
+    one, other = linears(sound["mixtral"][0]), linears(tmp_path / "out")
+    assert all(torch.allclose(one[name], other[name]) for name in one)
+    assert doctor(tmp_path / "out", values="all").findings == ()
 
 
 def test_names_of_experts_come_back(sound: Sound, tmp_path: Path) -> None:

@@ -29,7 +29,9 @@ _MISMATCH_REMEDY = "Config and weights do not belong together."
 _SCALES = ("_scale", "_scale_2", "_scale_inv")
 _OF_INPUTS = ("input_", "activation_")
 # one number for a whole weight or input
-_GLOBAL_SCALES = ("weight_global_scale", "input_global_scale", "weight_scale_2", "input_scale", "activation_scale")
+WEIGHT_GLOBALS = ("weight_global_scale", "weight_scale_2")
+INPUT_GLOBALS = ("input_global_scale", "input_scale", "activation_scale")
+GLOBAL_SCALES = (*WEIGHT_GLOBALS, *INPUT_GLOBALS)
 
 
 class FileFormat(Protocol):
@@ -157,7 +159,7 @@ class Dialect:
             if not suffix.endswith(_SCALES) or not tensor.is_floating_point():
                 continue
             values = tensor.float()
-            sound = values.isfinite() & (values > 0) if suffix in _GLOBAL_SCALES else values.isfinite()
+            sound = values.isfinite() & (values > 0) if suffix in GLOBAL_SCALES else values.isfinite()
             if not sound.all():
                 raise UserError(
                     f"{module}.{suffix} holds {float(values[~sound][0])}, so an engine would compute garbage.",
@@ -227,7 +229,7 @@ def _have_sound_scales(modules: Iterable[tuple[TensorFormat, Mapping[str, Tensor
     for fmt, parts in modules:
         for suffix, tensor in parts.items():
             if suffix.endswith(_SCALES) and tensor.is_floating_point():
-                kind = "global" if suffix in _GLOBAL_SCALES else "scale"
+                kind = "global" if suffix in GLOBAL_SCALES else "scale"
                 alike.setdefault((kind, tensor.dtype), []).append(tensor.reshape(-1).view(torch.uint8))
             elif fmt.name == "mxfp4" and suffix == "weight_scale":
                 alike.setdefault(("exponent", torch.uint8), []).append(tensor.reshape(-1).view(torch.uint8))

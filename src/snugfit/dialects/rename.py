@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from snugfit.dialects.compressed_tensors import quantization_config
 from snugfit.dialects.headers import Headers
 from snugfit.dialects.modelopt import FORMATS
 from snugfit.errors import UserError
@@ -73,11 +72,9 @@ def _to_ct(suffix: str, dtype: str, shape: tuple[int, ...], fmt: TensorFormat) -
         name = "weight_global_scale" if suffix == "weight_scale_2" else "input_global_scale"
         return Part(name, "F32", (1,), inverted(dtype))
     if suffix == "weight_scale" and not nvfp4:
-        side = math.prod(shape)
-        grid = tuple(entry for entry in shape if entry != 1) if len(shape) == 4 else shape
-        new = grid if fmt.weight_block is not None else (1,) if fmt.name == "fp8" else (side, 1)
-        if fmt.weight_block is not None and len(shape) == 4:
-            new = (shape[0], shape[2])
+        new: tuple[int, ...] = (1,) if fmt.name == "fp8" else (math.prod(shape), 1)
+        if fmt.weight_block is not None:
+            new = (shape[0], shape[2]) if len(shape) == 4 else shape
         return Part(suffix, "F32", new, widened(dtype))
     return Part(suffix, "F32", (1,), widened(dtype)) if suffix == "input_scale" else Part(suffix, dtype, shape)
 
@@ -135,8 +132,3 @@ def modelopt_config(
 
 def _layer(algorithm: str) -> dict[str, Any]:
     return {"quant_algo": algorithm} | ({"group_size": 16} if "NVFP4" in algorithm else {})
-
-
-def compressed_config(formats: Mapping[str, TensorFormat], ignore: Sequence[str], kv_cache: bool) -> dict[str, Any]:
-    """The quantization_config of the same weights in compressed-tensors' dialect."""
-    return quantization_config(formats, ignore, "fp8" if kv_cache else None)

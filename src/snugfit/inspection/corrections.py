@@ -13,12 +13,12 @@ from snugfit.engines.kv_cache import unknown_scales
 from snugfit.engines.releases import EXPERT_NAMES
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, TensorFormat
-from snugfit.inspection.checks.agreement import needed_suffixes
+from snugfit.inspection.checks.agreement import is_whole, needed_suffixes
 from snugfit.inspection.checks.cache import renamed_scales
 from snugfit.inspection.checks.config import unknown_keys, unmatched_ignores, unmatched_targets
 from snugfit.inspection.checks.groups import read_name
 from snugfit.inspection.evidence import Evidence, Module, fits
-from snugfit.model.logical_weights import model_types, weight_shape
+from snugfit.model.logical_weights import model_types
 from snugfit.model.tied import untied
 from snugfit.records.doctor import Finding
 from snugfit.storage.safetensors_header import TensorInfo
@@ -37,6 +37,11 @@ class Corrections:
     renamed: dict[str, str] = field(default_factory=dict)
     replaced: dict[str, tuple[TensorInfo, Callable[[bytes], bytes]]] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
+
+    @property
+    def modules(self) -> dict[str, str]:
+        """New names of modules whose tensors are renamed."""
+        return {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in self.renamed.items()}
 
     def quantization(self) -> dict[str, Any]:
         """The quantization config inside the new config, {} without one."""
@@ -88,16 +93,11 @@ def _drop_quantization(config: dict[str, Any]) -> None:
 
 def _drop_keys(quantization: dict[str, Any]) -> None:
     """Remove keys that compressed-tensors forbids; their values have no reader."""
-    for path in [key for keys in unknown_keys(quantization) for key in keys]:
-        level: Any = quantization.get("config_groups")
-        for group_name in [name for name in level if path.startswith(f"config_groups.{name}.")]:
-            rest = path.removeprefix(f"config_groups.{group_name}.")
-            group = level[group_name]
-            part, _, key = rest.partition(".")
-            if rest in group:
-                group.pop(rest)
-            elif isinstance(group.get(part), dict):
-                group[part].pop(key, None)
+    for path in [path for paths in unknown_keys(quantization) for path in paths]:
+        level: Any = quantization["config_groups"]
+        for key in path[:-1]:
+            level = level.get(key, {})  # the whole part may be gone
+        level.pop(path[-1], None)
 
 
 def _expert_names(evidence: Evidence) -> dict[str, str]:
@@ -140,22 +140,11 @@ def _format_of(evidence: Evidence, module: Module) -> TensorFormat | None:
     if not groups:
         schemes = list(evidence.schemes.values()) if evidence.targets is not None else [module.asked or ""]
     known = [scheme for scheme in dict.fromkeys(schemes) if isinstance(scheme, TensorFormat)]
-    candidates = [scheme for scheme in known if _holds(evidence, module, scheme)]
+    candidates = [scheme for scheme in known if fits(module, scheme) and is_whole(evidence, module, scheme)]
     # with the scale of inputs that only one of them has
     most = max((len(needed_suffixes(evidence.layout.dialect, module, fmt)) for fmt in candidates), default=0)
     fullest = [fmt for fmt in candidates if len(needed_suffixes(evidence.layout.dialect, module, fmt)) == most]
     return fullest[0] if len(fullest) == 1 else None
-
-
-def _holds(evidence: Evidence, module: Module, fmt: TensorFormat) -> bool:
-    suffixes = needed_suffixes(evidence.layout.dialect, module, fmt)
-    if not fits(module, fmt) or any(suffix not in module.parts for suffix in suffixes):
-        return False
-    try:
-        weight_shape(evidence.checkpoint, fmt, {suffix: f"{module.name}.{suffix}" for suffix in suffixes})
-    except UserError:
-        return False
-    return True
 
 
 def plain_linears(evidence: Evidence) -> list[str]:
@@ -178,7 +167,7 @@ def _rewrite_groups(evidence: Evidence, found: Corrections) -> None:
     quantization = found.quantization()
     if formats is None or not formats or evidence.dialect != COMPRESSED:
         return
-    modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in found.renamed.items()}
+    modules = found.modules
     named = {modules.get(name, name): fmt for name, fmt in formats.items()}
     try:
         made = quantization_config(named, [modules.get(name, name) for name in plain_linears(evidence)])

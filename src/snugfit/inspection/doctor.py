@@ -106,10 +106,10 @@ def doctor(
     found = list(check_headers(evidence))
     read = compared = 0
     errors: tuple[tuple[str, int, float, float, str], ...] = ()
-    if how != "none" and not _unreadable(evidence):
+    if how != "none" and not evidence.torn:
         more, read = _check_values(evidence, how, progress)
         found += more
-    if original is not None and not _unreadable(evidence):
+    if original is not None and not evidence.torn:
         more, compared, errors = _check_base(evidence, original, how, progress)
         found += more
     layout = evidence.layout
@@ -127,7 +127,7 @@ def doctor(
         values_read=read,
         compared=compared,
         errors=errors,
-        findings=tuple(without_consequences(found)),
+        findings=tuple(finding.listed() for finding in without_consequences(found)),
         not_checked=tuple(_not_checked(evidence, how, original)),
     )
 
@@ -138,14 +138,14 @@ def check_headers(evidence: Evidence) -> Iterator[Finding]:
         yield from check(evidence)
 
 
-def check_files(checkpoint: str | Path, *, small_files: bool = True) -> tuple[Finding, ...]:
-    """What the header checks find in a directory or a layout, for all engines: `quantize` and `fit` end with this."""
-    evidence = open_evidence(checkpoint, releases([*RELEASES]), small_files=small_files)
+def check_files(directory: Path, *, small_files: bool = True) -> tuple[Finding, ...]:
+    """What the header checks find in a directory, for all engines: `quantize` ends with this."""
+    evidence = open_evidence(directory, releases([*RELEASES]), small_files=small_files)
     return tuple(without_consequences(check_headers(evidence)))
 
 
 def check_layout(layout: ModelLayout) -> tuple[Finding, ...]:
-    """As `check_files`, of a model whose layout is read already."""
+    """As `check_files`, of a model whose layout is read already: `fit` ends with this."""
     index = read_weight_map(layout.checkpoint)
     evidence = Evidence(layout=layout, engines=releases([*RELEASES]), weight_map=index, small_files=False)
     return tuple(without_consequences(check_headers(evidence)))
@@ -229,11 +229,6 @@ def _engines(asked: Sequence[str | Path]) -> tuple[EngineRelease, ...]:
     return releases([release for name in names for release in ENGINES[name]])
 
 
-def _unreadable(evidence: Evidence) -> bool:
-    """Whether there are values that cannot be told apart from damage."""
-    return any(kind in ("missing", "shard", "twice") for kind, _ in evidence.damage)
-
-
 def _check_values(evidence: Evidence, how: str, progress: Progress) -> tuple[list[Finding], int]:
     from snugfit.inspection.checks import values
 
@@ -263,7 +258,7 @@ def _not_checked(evidence: Evidence, how: str, base: ModelLayout | None) -> Iter
         yield "values: `values` finds scales that are zero, NaN, defaults or upside down"
     elif how == "sample":
         yield "values of weights outside the sample"
-    if _unreadable(evidence):
+    if evidence.torn:
         yield "values, because shards are damaged"
     if base is None:
         yield "the original: `base` compares with it"

@@ -13,6 +13,7 @@ from typing import Any
 
 from snugfit.dialects.headers import holds_codes
 from snugfit.dialects.packed import Packed
+from snugfit.dialects.rename import COMPRESSED, MODELOPT
 from snugfit.dialects.schemes import parse_scheme
 from snugfit.dialects.targets import Targets, common_name
 from snugfit.engines.releases import RELEASES, EngineRelease
@@ -20,16 +21,16 @@ from snugfit.engines.unquantized import unquantized
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.model.language_config import layer_count
-from snugfit.model.layout import ModelLayout
+from snugfit.model.layout import ModelLayout, headers_of
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import check_experts, check_layers
-from snugfit.records.doctor import FAULTS, MAX_PLACES, Finding
+from snugfit.records.doctor import FAULTS, Finding
 from snugfit.storage.checkpoint import INDEX_NAME, Checkpoint, parse_index
 from snugfit.storage.files import read_file
 from snugfit.storage.safetensors_header import StoredTensor
 from snugfit.vram.budget import Gpu
 
-COMPRESSED, MODELOPT, HUGGING_FACE = "compressed-tensors", "modelopt", "fp8"
+HUGGING_FACE = "fp8"
 READ = ("", COMPRESSED, MODELOPT, HUGGING_FACE)  # dialects whose tensors have known names
 
 
@@ -48,11 +49,6 @@ class Module:
     stored: bool
     asked: TensorFormat | None
     refused: str = ""
-
-    @property
-    def headers(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Suffix -> (dtype, shape)."""
-        return {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in self.parts.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +71,11 @@ class Evidence:
     def checkpoint(self) -> Checkpoint:
         """The checkpoint."""
         return self.layout.checkpoint
+
+    @property
+    def torn(self) -> tuple[UserError, ...]:
+        """Damage of shards, from which values cannot be told apart; not that of an index."""
+        return tuple(error for kind, error in self.damage if kind != "index")
 
     @property
     def quantization(self) -> Mapping[str, Any]:
@@ -131,13 +132,12 @@ class Evidence:
         for name in names:
             packed = self.layout.packed_headers[name][0]
             parts = self.layout.modules[name]
-            headers = {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in parts.items()}
             found[name] = Module(
                 name,
                 parts,
                 packed,
                 parse_name(f"{name}.weight", packed.shape, self.layout.decoder),
-                holds_codes(headers),
+                holds_codes(headers_of(parts)),
                 asked.get(name),
                 refused.get(name, ""),
             )
@@ -159,9 +159,7 @@ class Evidence:
             return self._targeted(names, targets)
         if file_format is None or self.layout.unreadable is not None or self.dialect == COMPRESSED:
             return {}, {}
-        headers = {
-            name: {suffix: (t.dtype, t.shape) for suffix, t in self.layout.modules[name].items()} for name in names
-        }
+        headers = {name: headers_of(self.layout.modules[name]) for name in names}
         try:
             return file_format.formats_of(self.quantization, names, headers, where=""), {}
         except UserError:
@@ -182,7 +180,7 @@ class Evidence:
             parts = self.layout.modules[name]
             try:
                 group = targets.group_of(name)
-                plain = not holds_codes({suffix: (t.dtype, t.shape) for suffix, t in parts.items()})
+                plain = not holds_codes(headers_of(parts))
                 if group is None or (plain and targets.leaves_plain(name)):
                     continue
             except UserError as error:  # a pattern that takes too long
@@ -251,7 +249,7 @@ def finding(
         remedy=remedy or kind.remedy,
         repairable=kind.lossless if repairable is None else repairable,
         count=len(places),
-        places=tuple(places[:MAX_PLACES]),
+        places=tuple(places),
     )
 
 

@@ -12,15 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from snugfit.dialects.dialect import MODELOPT_FILE
-from snugfit.dialects.rename import COMPRESSED, MODELOPT, compressed_config, modelopt_config, translated
+from snugfit.dialects.compressed_tensors import quantization_config
+from snugfit.dialects.dialect import MODELOPT_FILE, read_quant_config
+from snugfit.dialects.rename import COMPRESSED, MODELOPT, modelopt_config, translated
 from snugfit.engines.releases import RELEASES
 from snugfit.errors import UserError
 from snugfit.inspection.checks.agreement import needed_suffixes
 from snugfit.inspection.corrections import Corrections, correct, known_formats, plain_linears
 from snugfit.inspection.doctor import check_headers, inverted_scales, open_evidence, without_consequences
 from snugfit.inspection.evidence import Evidence, releases
-from snugfit.model.layout import read_layout
+from snugfit.model.layout import headers_of, read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.records.base import as_json
 from snugfit.records.doctor import Finding, RepairRecord
@@ -29,8 +30,6 @@ from snugfit.storage.open import is_hub_id
 from snugfit.storage.rewrite import Changes, changed_tensors, link_or_copy, rewrite_shards
 from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.storage.staging import check_stageable, staged
-
-_DAMAGED = frozenset({"missing", "shard", "twice"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +90,8 @@ def _record(plan: _Plan, model: str, rewritten: tuple[str, ...], linked: tuple[s
     left = {(finding.fault, finding.where) for finding in plan.after}
     return RepairRecord(
         model=model,
-        repaired=tuple(f for f in plan.before if (f.fault, f.where) not in left and f.repairable),
-        left=plan.after,
+        repaired=tuple(f.listed() for f in plan.before if (f.fault, f.where) not in left and f.repairable),
+        left=tuple(finding.listed() for finding in plan.after),
         dialect=plan.dialect,
         renamed=len(plan.changes.renamed),
         rewritten=rewritten,
@@ -108,18 +107,17 @@ def _plan(checkpoint: str | Path, dialect: str | None) -> _Plan:
         remedy = "Download it first (hf download), and give its directory."
         raise UserError(what, code="model-not-found", where=str(checkpoint), remedy=remedy)
     evidence = open_evidence(checkpoint, releases([*RELEASES]))
-    for kind, error in evidence.damage:
-        if kind in _DAMAGED:
-            raise error
-    before = without_consequences([*check_headers(evidence), *inverted_scales(evidence)])
+    for error in evidence.torn:
+        raise error
+    inverted = inverted_scales(evidence)
+    before = without_consequences([*check_headers(evidence), *inverted])
     found = correct(evidence, before)
-    hf_quant_config = _own_file(evidence)
+    hf_quant_config = read_quant_config(evidence.checkpoint.path)
     if dialect is not None and evidence.dialect != dialect:
         config, hf_quant_config = _translate(evidence, dialect, found)
     else:
         config = found.config
-    replaced = dict(found.replaced)
-    changes = Changes(renamed=found.renamed, replaced=replaced)
+    changes = Changes(renamed=found.renamed, replaced=found.replaced)
     tensors = changed_tensors(evidence.checkpoint, changes)
     if len(tensors) < len(evidence.checkpoint.tensors):
         what = "two tensors would have one name."
@@ -133,8 +131,7 @@ def _plan(checkpoint: str | Path, dialect: str | None) -> _Plan:
         damage=(),
         weight_map=None if evidence.weight_map is None else {name: tensor.file for name, tensor in tensors.items()},
     )
-    fixed = set(found.replaced)
-    values = [f for f in inverted_scales(evidence) if not set(f.places) <= fixed]
+    values = [finding for finding in inverted if not found.replaced.keys() >= {*finding.places}]
     return _Plan(
         evidence=evidence,
         changes=changes,
@@ -145,13 +142,6 @@ def _plan(checkpoint: str | Path, dialect: str | None) -> _Plan:
         before=tuple(before),
         after=tuple(without_consequences([*check_headers(after), *values])),
     )
-
-
-def _own_file(evidence: Evidence) -> Mapping[str, Any] | None:
-    """ModelOpt's file of the source, as it is."""
-    from snugfit.dialects.dialect import read_quant_config
-
-    return read_quant_config(evidence.checkpoint.path)
 
 
 def _translate(evidence: Evidence, dialect: str, found: Corrections) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
@@ -166,11 +156,11 @@ def _translate(evidence: Evidence, dialect: str, found: Corrections) -> tuple[di
     if not formats:
         what = "the format of some weight is open, so it cannot be written in another dialect."
         raise UserError(what, code="quantization-invalid", where=str(evidence.checkpoint.path), remedy="See `doctor`.")
-    modules = {old.rpartition(".")[0]: new.rpartition(".")[0] for old, new in found.renamed.items()}
+    modules = found.modules
     for name, fmt in formats.items():
         module = evidence.modules[name]
         suffixes = needed_suffixes(evidence.layout.dialect, module, fmt)
-        headers = {suffix: module.headers[suffix] for suffix in suffixes}
+        headers = headers_of({suffix: module.parts[suffix] for suffix in suffixes})
         for suffix, part in translated(fmt, headers, dialect, where=name).items():
             old = f"{name}.{suffix}"
             new = f"{modules.get(name, name)}.{part.suffix}"
@@ -188,7 +178,7 @@ def _translate(evidence: Evidence, dialect: str, found: Corrections) -> tuple[di
     if dialect == MODELOPT:
         made, own = modelopt_config(named, ignore, cache)
         return config | {"quantization_config": made}, own
-    return config | {"quantization_config": compressed_config(named, ignore, cache)}, None
+    return config | {"quantization_config": quantization_config(named, ignore, "fp8" if cache else None)}, None
 
 
 def _same(raw: bytes) -> bytes:

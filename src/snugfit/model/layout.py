@@ -190,14 +190,14 @@ class ModelLayout:
         found = dict(self.packed_headers)
         for module, fmt in self.formats.items():
             if fmt.name in ("int4", "int8"):  # integer codes state their width in the config alone
-                found[module] = weights_of(_headers(self.modules[module]), int(fmt.name.removeprefix("int")))
+                found[module] = weights_of(headers_of(self.modules[module]), int(fmt.name.removeprefix("int")))
         return found
 
     @cached_property
     def packed_headers(self) -> Mapping[str, list[Packed]]:
         """As `packed`, by the headers alone: with a damaged config, too."""
         bits = bits_of(self.quantization)
-        return {module: weights_of(_headers(tensors), bits) for module, tensors in self.modules.items()}
+        return {module: weights_of(headers_of(tensors), bits) for module, tensors in self.modules.items()}
 
     @property
     def formats(self) -> Mapping[str, TensorFormat]:
@@ -362,5 +362,6 @@ def _unknown_scales(checkpoint: Checkpoint, decoder: str) -> Iterator[UserError]
         )
 
 
-def _headers(tensors: Mapping[str, StoredTensor]) -> Headers:
+def headers_of(tensors: Mapping[str, StoredTensor]) -> Headers:
+    """Suffix -> (dtype, shape) of a module's tensors."""
     return {suffix: (tensor.dtype, tensor.shape) for suffix, tensor in tensors.items()}

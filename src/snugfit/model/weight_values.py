@@ -12,17 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from snugfit.dialects.dialect import Dialect
+from snugfit.dialects.dialect import GLOBAL_SCALES, Dialect
+from snugfit.formats.grids import powers_of_two
 from snugfit.formats.quantized_weight import dequantize
-from snugfit.formats.spec import E8M0_NAN, TensorFormat
-from snugfit.model.assemble import read_single
+from snugfit.formats.spec import TensorFormat
+from snugfit.model.assemble import OUTPUTS, read_single
 from snugfit.model.logical_weights import LogicalWeights
-from snugfit.storage.checkpoint import Checkpoint, read_range
-from snugfit.storage.safetensors_header import TORCH_NAMES, StoredTensor
+from snugfit.storage.checkpoint import Checkpoint, read_range, read_tensor
+from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 
-OUTPUTS = 1024  # out_features that are dequantized at once
-_WHOLE = ("weight_global_scale", "weight_scale_2", "input_scale", "input_global_scale", "activation_scale")
-
+_WHOLE = frozenset({*GLOBAL_SCALES, "weight_shape", "weight_g_idx"})  # they concern all output features
 # rows that are looked for in another weight: their number, the cosine of equal ones, the share that must be found
 _PROBES, _ALIKE, _MOST = 32, 0.9, 0.9
 
@@ -31,42 +30,34 @@ Slices = Iterator[Tensor]  # fp32 [some out_features, K], in order
 
 @dataclass(frozen=True, kw_only=True)
 class ScaleValues:
-    """What a tensor of scales holds: numbers of its values of some kinds, and the first."""
+    """What a tensor of scales holds: numbers of its values of some kinds."""
 
     elements: int
     not_finite: int
     zeros: int
     negative: int
     ones: int
-    first: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Magnitudes:
-    """Root mean square and largest magnitude of a weight; `finite` False where some value is not."""
+    """Largest magnitude of a weight; `finite` False where some value is not."""
 
-    rms: float
     amax: float
     finite: bool
 
 
 def read_scales(checkpoint: Checkpoint, name: str) -> ScaleValues:
     """The values of a tensor of scales; plain bytes are exponents (E8M0)."""
-    tensor = checkpoint.tensors[name]
-    stored = _read_rows(checkpoint, tensor, 0, None)
-    if tensor.dtype in ("U8", "F8_E8M0"):
-        exponents = stored.view(torch.uint8)
-        values = torch.where(exponents == E8M0_NAN, torch.nan, torch.exp2(exponents.float() - 127.0))
-    else:
-        values = stored.float()
-    values = values.flatten()
+    stored = read_tensor(checkpoint, name)
+    exponents = checkpoint.tensors[name].dtype in ("U8", "F8_E8M0")
+    values = powers_of_two(stored) if exponents else stored.float()
     return ScaleValues(
         elements=values.numel(),
         not_finite=int((~values.isfinite()).sum()),
         zeros=int((values == 0).sum()),
         negative=int((values < 0).sum()),
         ones=int((values == 1).sum()),
-        first=float(values[0]) if values.numel() else math.nan,
     )
 
 
@@ -81,41 +72,43 @@ def stored_slices(
     assert dialect.file_format is not None
     for start in range(0, codes.shape[0], step):
         stop = min(start + step, codes.shape[0])
-        found = {suffix: _cut(checkpoint, suffix, part, codes, start, stop) for suffix, part in parts.items()}
+        found = {
+            suffix: _cut(checkpoint, suffix, part, codes.shape[0], block, start, stop) for suffix, part in parts.items()
+        }
         if "weight_shape" in found:
             found["weight_shape"] = torch.tensor([stop - start, int(found["weight_shape"].flatten()[1])])
         quantized, _ = dialect.file_format.decode(fmt, found)
         yield dequantize(quantized)
 
 
-def _cut(checkpoint: Checkpoint, suffix: str, part: StoredTensor, codes: StoredTensor, start: int, stop: int) -> Tensor:
-    """What a slice of output features needs of one of a module's tensors."""
-    rows = codes.shape[0]
+def _cut(
+    checkpoint: Checkpoint, suffix: str, part: StoredTensor, rows: int, block: int, start: int, stop: int
+) -> Tensor:
+    """What a slice of output features needs of one of a module's tensors, whose scales are of `block` features."""
     side = part.shape[0] if part.shape else 1
-    if suffix in _WHOLE or suffix in ("weight_shape", "weight_g_idx") or side == 1 < rows or not part.shape:
-        return _read_rows(checkpoint, part, 0, None)
-    # zero points are packed along the outputs, blocks of FP8 hold several
-    ratio = -(-rows // side)
-    if ratio > 1:
-        ratio = 1 << (ratio - 1).bit_length() if suffix == "weight_zero_point" else ratio
+    if suffix in _WHOLE or side == 1 < rows or not part.shape:
+        return read_tensor(checkpoint, part.name)
+    ratio = block if suffix in ("weight_scale", "weight_scale_inv") else 1
+    if suffix == "weight_zero_point":  # packed along the outputs
+        ratio = 1 << (-(-rows // side) - 1).bit_length()
     return _read_rows(checkpoint, part, start // ratio, -(-stop // ratio))
 
 
-def _read_rows(checkpoint: Checkpoint, tensor: StoredTensor, start: int, stop: int | None) -> Tensor:
-    """Entries `start` to `stop` along the first axis of a tensor of the file (None: to its end)."""
-    stop = stop if stop is not None else (tensor.shape[0] if tensor.shape else 1)
-    shape = (stop - start, *tensor.shape[1:]) if tensor.shape else ()
-    row = tensor.bytes // max(1, tensor.shape[0] if tensor.shape else 1)
+def _read_rows(checkpoint: Checkpoint, tensor: StoredTensor, start: int, stop: int) -> Tensor:
+    """Entries `start` to `stop` along the first axis of a tensor of the file."""
+    row = tensor.bytes // max(1, tensor.shape[0])
     buffer = torch.empty(row * (stop - start), dtype=torch.uint8)
     read_range(checkpoint, tensor, row * start, memoryview(buffer.numpy()))  # type: ignore[arg-type]
-    dtype: torch.dtype = getattr(torch, TORCH_NAMES[tensor.dtype])
-    return buffer.view(dtype).view(shape)
+    return buffer.view(dtype_of(tensor)).view(stop - start, *tensor.shape[1:])
 
 
 def plain_slices(checkpoint: Checkpoint, name: str) -> Slices:
     """A plain tensor of the file as fp32 [rows, everything else]."""
     tensor = checkpoint.tensors[name]
-    rows = tensor.shape[0] if tensor.shape else 1
+    if not tensor.shape:
+        yield read_tensor(checkpoint, name).reshape(1, 1).float()
+        return
+    rows = tensor.shape[0]
     width = max(1, tensor.elements // max(1, rows))
     step = max(1, OUTPUTS * 8192 // width)
     for start in range(0, rows, step):
@@ -134,17 +127,15 @@ def logical_slices(weights: LogicalWeights, name: str) -> Slices:
 
 
 def magnitudes(slices: Slices) -> Magnitudes:
-    """Root mean square and largest magnitude, over the finite values."""
-    squares, count, largest, finite = 0.0, 0, 0.0, True
+    """The largest magnitude of the finite values."""
+    largest, finite = 0.0, True
     for part in slices:
         sound = part.isfinite()
         if not bool(sound.all()):
             finite = False
             part = torch.where(sound, part, 0.0)  # noqa: PLW2901
-        squares += float(part.double().square().sum())
-        count += part.numel()
         largest = max(largest, float(part.abs().max())) if part.numel() else largest
-    return Magnitudes(rms=math.sqrt(squares / max(1, count)), amax=largest, finite=finite)
+    return Magnitudes(amax=largest, finite=finite)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,4 +233,4 @@ def _aligned(first: Slices, second: Slices) -> Iterator[tuple[Tensor, Tensor]]:
 
 def scalars(checkpoint: Checkpoint, names: Iterable[str]) -> Mapping[str, float]:
     """The values of tensors of one number each, in any float dtype."""
-    return {name: float(_read_rows(checkpoint, checkpoint.tensors[name], 0, None).flatten()[0]) for name in names}
+    return {name: float(read_tensor(checkpoint, name)) for name in names}

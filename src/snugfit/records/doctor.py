@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from snugfit.records.base import as_json, without_nan
@@ -209,8 +209,8 @@ FAULTS: Mapping[str, Fault] = {
 class Finding:
     """One fault at one or more places.
 
-    `fault` is its code, a key of FAULTS. `where` is the first place, `places` are the first of `count`. `affected` are
-    engines by title, on a GPU where that matters. With `repairable` `repair` corrects it.
+    `fault` is its code, a key of FAULTS. `where` is the first place, `places` are all of them, in a record the first of
+    `count`. `affected` are engines by title, on a GPU where that matters. With `repairable` `repair` corrects it.
     """
 
     fault: str
@@ -222,6 +222,10 @@ class Finding:
     repairable: bool
     count: int = 1
     places: tuple[str, ...] = ()
+
+    def listed(self) -> Finding:
+        """As records list it: with its first places alone."""
+        return replace(self, places=self.places[:MAX_PLACES])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,12 +44,15 @@ def _as_options(text: str) -> str:
 
 
 def _described(finding: Finding, engines: int) -> Iterator[str]:
-    more = f" and {finding.count - 1:,} more" if finding.count > 1 else ""
-    yield f"[{finding.severity}] {finding.fault}: {finding.where}{more}"
+    yield f"[{finding.severity}] {finding.fault}: {finding.where}{_more(finding)}"
     yield f"    {finding.what}"
     whom = "all engines" if len(finding.affected) == engines > _EVERY else ", ".join(finding.affected)
     yield f"    affected: {whom}"
     yield f"    remedy: {_remedy(finding)}"
+
+
+def _more(finding: Finding) -> str:
+    return f" and {finding.count - 1:,} more" if finding.count > 1 else ""
 
 
 def _remedy(finding: Finding) -> str:
@@ -62,8 +65,7 @@ def print_annotations(record: DoctorRecord) -> None:
     for finding in record.findings:
         title = _escaped(f"{finding.fault} ({finding.severity})", in_property=True)
         place = _escaped(finding.where, in_property=True)
-        more = f" and {finding.count - 1:,} more" if finding.count > 1 else ""
-        body = f"{finding.where}{more}: {finding.what} {_remedy(finding)} [{', '.join(finding.affected)}]"
+        body = f"{finding.where}{_more(finding)}: {finding.what} {_remedy(finding)} [{', '.join(finding.affected)}]"
         print_lines(f"::{_LEVELS[finding.severity]} file={place},title={title}::{_escaped(body)}")
     print_lines(f"{record.model}: {record.verdict}")
 
@@ -77,8 +79,7 @@ def _escaped(text: str, *, in_property: bool = False) -> str:
 def print_repair(record: RepairRecord) -> None:
     """Print what was corrected, what is left, and what became of the files."""
     for finding in record.repaired:
-        more = f" and {finding.count - 1:,} more" if finding.count > 1 else ""
-        print_lines(f"repaired: {finding.fault}: {finding.where}{more}")
+        print_lines(f"repaired: {finding.fault}: {finding.where}{_more(finding)}")
     for finding in record.left:
         print_lines(f"left: {finding.fault}: {finding.where}: {finding.what}")
     print_lines(

@@ -117,14 +117,19 @@ def merge_headers(headers: Mapping[str, list[StoredTensor]], *, where: str) -> d
     for shard, found in headers.items():
         for tensor in found:
             if tensor.name in tensors:
-                raise UserError(
-                    f"tensor {tensor.name} is also in {tensors[tensor.name].file}.",
-                    code="tensor-duplicate",
-                    where=f"{where}/{shard}",
-                    remedy="Download the checkpoint again: two shards disagree.",
-                )
+                raise stored_twice(tensor, tensors[tensor.name], where=f"{where}/{shard}")
             tensors[tensor.name] = tensor
     return tensors
+
+
+def stored_twice(tensor: StoredTensor, first: StoredTensor, *, where: str) -> UserError:
+    """The error for a tensor that another shard holds as well."""
+    return UserError(
+        f"tensor {tensor.name} is also in {first.file}.",
+        code="tensor-duplicate",
+        where=where,
+        remedy="Download the checkpoint again: two shards disagree.",
+    )
 
 
 def read_header(file: Path) -> list[StoredTensor]:
@@ -240,16 +245,26 @@ def have_same_bytes(checkpoint: Checkpoint, first: str, second: str) -> bool:
     one, other = checkpoint.tensors[first], checkpoint.tensors[second]
     if one.bytes != other.bytes:
         return False
-    piece, starts = PIECE_BYTES, range(0, one.bytes, PIECE_BYTES)
-    if checkpoint.remote is not None:
-        piece = min(_SAMPLE_BYTES, one.bytes)
-        last = one.bytes - piece
-        starts = range(0, last + 1, max(1, last // 3))
-    for start in starts:
-        size = min(piece, one.bytes - start)
+    pair = (checkpoint, one), (checkpoint, other)
+    if checkpoint.remote is None:
+        return are_equal(*pair)
+    piece = min(_SAMPLE_BYTES, one.bytes)
+    last = one.bytes - piece
+    return are_equal(*pair, range(0, last + 1, max(1, last // 3)), piece)
+
+
+def are_equal(
+    first: tuple[Checkpoint, StoredTensor],
+    second: tuple[Checkpoint, StoredTensor],
+    starts: Iterable[int] | None = None,
+    piece: int = PIECE_BYTES,
+) -> bool:
+    """Whether two tensors of as many bytes hold the same; with `starts` only `piece` bytes from each of these on."""
+    total = first[1].bytes
+    for start in range(0, total, piece) if starts is None else starts:
         found = []
-        for tensor in (one, other):
-            buffer = bytearray(size)
+        for checkpoint, tensor in (first, second):
+            buffer = bytearray(min(piece, total - start))
             read_range(checkpoint, tensor, start, memoryview(buffer))
             found.append(buffer)
         if found[0] != found[1]:

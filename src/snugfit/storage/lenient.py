@@ -18,6 +18,7 @@ from snugfit.storage.checkpoint import (
     parse_index,
     read_config,
     read_header,
+    stored_twice,
 )
 from snugfit.storage.files import list_files, read_file
 from snugfit.storage.safetensors_header import StoredTensor
@@ -132,25 +133,12 @@ def _merge(headers: Headers, place: str) -> tuple[dict[str, StoredTensor], list[
             continue
         for tensor in found:
             if tensor.name in tensors:
-                damage.append(("twice", _twice(place, tensor, tensors[tensor.name])))
+                error = stored_twice(tensor, tensors[tensor.name], where=f"{place}/{tensor.file}")
+                damage.append(("twice", error))
             tensors.setdefault(tensor.name, tensor)
     return tensors, damage
-
-
-def misplaced(checkpoint: Checkpoint, weight_map: dict[str, str]) -> list[str]:
-    """Tensors that the index sends to another file than the one that holds them, or does not name."""
-    return [name for name, tensor in checkpoint.tensors.items() if weight_map.get(name) != tensor.file]
 
 
 def _missing(place: str, name: str) -> UserError:
     what = "the index names this shard, and it does not exist."
     return UserError(what, code="weights-missing", where=f"{place}/{name}", remedy="Download it.")
-
-
-def _twice(place: str, tensor: StoredTensor, first: StoredTensor) -> UserError:
-    return UserError(
-        f"tensor {tensor.name} is also in {first.file}.",
-        code="tensor-duplicate",
-        where=f"{place}/{tensor.file}",
-        remedy="Download the checkpoint again: two shards disagree.",
-    )

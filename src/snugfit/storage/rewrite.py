@@ -1,4 +1,4 @@
-"""Writes a checkpoint's shards into another directory with some tensors renamed, replaced or left out, as bytes.
+"""Writes a checkpoint's shards into another directory with some tensors renamed or replaced, as bytes.
 
 A shard in which nothing changes shares its bytes with the source by a hard link, or is copied where the disk cannot.
 """
@@ -21,25 +21,22 @@ from snugfit.storage.shards import lay_out
 class Changes:
     """What becomes of tensors, by their names in the source.
 
-    `renamed` gives new names, `dropped` are left out, `replaced` get another dtype, shape and content (from the bytes
-    of the old one) under the name in it.
+    `renamed` gives new names, `replaced` get another dtype, shape and content (from the bytes of the old one) under the
+    name in it.
     """
 
     renamed: Mapping[str, str] = field(default_factory=dict)
-    dropped: frozenset[str] = frozenset()
     replaced: Mapping[str, tuple[TensorInfo, Callable[[bytes], bytes]]] = field(default_factory=dict)
 
-    def target(self, tensor: StoredTensor) -> TensorInfo | None:
-        """The tensor as it is written, None where it is left out."""
-        if tensor.name in self.dropped:
-            return None
+    def target(self, tensor: StoredTensor) -> TensorInfo:
+        """The tensor as it is written."""
         if tensor.name in self.replaced:
             return self.replaced[tensor.name][0]
         return TensorInfo(self.renamed.get(tensor.name, tensor.name), tensor.dtype, tensor.shape)
 
     def touches(self, name: str) -> bool:
         """Whether a tensor changes."""
-        return name in self.renamed or name in self.dropped or name in self.replaced
+        return name in self.renamed or name in self.replaced
 
 
 def changed_tensors(checkpoint: Checkpoint, changes: Changes) -> dict[str, StoredTensor]:
@@ -47,22 +44,23 @@ def changed_tensors(checkpoint: Checkpoint, changes: Changes) -> dict[str, Store
     found = {}
     for tensor in checkpoint.tensors.values():
         info = changes.target(tensor)
-        if info is not None:
-            found[info.name] = StoredTensor(info.name, info.dtype, info.shape, tensor.file, tensor.offset)
+        found[info.name] = StoredTensor(info.name, info.dtype, info.shape, tensor.file, tensor.offset)
     return found
 
 
 def rewrite_shards(checkpoint: Checkpoint, directory: Path, changes: Changes) -> tuple[list[str], list[str]]:
-    """Write every shard with a tensor left into `directory`: names of those written anew, and of those linked."""
+    """Write every shard into `directory`: names of those written anew, and of those linked."""
+    inside: dict[str, list[StoredTensor]] = {shard: [] for shard in checkpoint.shards}
+    for tensor in checkpoint.tensors.values():
+        inside[tensor.file].append(tensor)
     rewritten, linked = [], []
-    for shard in checkpoint.shards:
-        inside = [tensor for tensor in checkpoint.tensors.values() if tensor.file == shard]
-        if not any(changes.touches(tensor.name) for tensor in inside):
+    for shard, tensors in inside.items():
+        if any(changes.touches(tensor.name) for tensor in tensors):
+            _write(checkpoint, tensors, directory / shard, changes)
+            rewritten.append(shard)
+        else:
             link_or_copy(checkpoint.path, shard, directory)
             linked.append(shard)
-        elif any(changes.target(tensor) is not None for tensor in inside):
-            _write(checkpoint, inside, directory / shard, changes)
-            rewritten.append(shard)
     return rewritten, linked
 
 
@@ -78,15 +76,14 @@ def link_or_copy(source: Path, name: str, directory: Path) -> None:
 
 
 def _write(checkpoint: Checkpoint, inside: list[StoredTensor], file: Path, changes: Changes) -> None:
-    sources = {info.name: tensor for tensor in inside if (info := changes.target(tensor)) is not None}
-    infos = [info for tensor in inside if (info := changes.target(tensor)) is not None]
-    shard = lay_out(file.name, infos)
+    targets = [changes.target(tensor) for tensor in inside]
+    shard = lay_out(file.name, targets)
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         os.ftruncate(handle, shard.bytes)
         write_fully(handle, 0, shard.header)
-        for name, tensor in sources.items():
-            offset = shard.offsets[name]
+        for tensor, target in zip(inside, targets, strict=True):
+            offset = shard.offsets[target.name]
             if tensor.name in changes.replaced:
                 whole = bytearray(tensor.bytes)
                 read_range(checkpoint, tensor, 0, memoryview(whole))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from snugfit.dialects.dialect import Dialect
 from snugfit.dialects.packed import is_cache_scale
@@ -12,6 +12,7 @@ from snugfit.inspection.evidence import HUGGING_FACE, READ, Evidence, Module, fi
 from snugfit.model.logical_weights import weight_shape
 from snugfit.model.names import KEPT_ROLES
 from snugfit.records.doctor import Finding
+from snugfit.storage.safetensors_header import StoredTensor
 
 _OF_WEIGHTS = (
     *("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale", "weight_zero_point"),
@@ -98,6 +99,18 @@ def needed_suffixes(dialect: Dialect, module: Module, fmt: TensorFormat) -> tupl
     return dialect.file_format.suffixes(fmt, module.parts)
 
 
+def is_whole(evidence: Evidence, module: Module, fmt: TensorFormat) -> bool:
+    """Whether all tensors that `fmt` needs of a module are in the file, in shapes that fit."""
+    needed = needed_suffixes(evidence.layout.dialect, module, fmt)
+    if any(suffix not in module.parts for suffix in needed):
+        return False
+    try:
+        weight_shape(evidence.checkpoint, fmt, {suffix: f"{module.name}.{suffix}" for suffix in needed})
+    except UserError:
+        return False
+    return True
+
+
 def extra_scales(evidence: Evidence) -> Iterator[Finding]:
     """Scales whose weight is plain or missing."""
     if evidence.layout.unreadable is not None or evidence.dialect not in READ:
@@ -112,6 +125,6 @@ def extra_scales(evidence: Evidence) -> Iterator[Finding]:
     yield from finding("scale-extra", found, what, evidence.affected())
 
 
-def _stacked(parts: object) -> bool:
+def _stacked(parts: Mapping[str, StoredTensor]) -> bool:
     """Whether a module holds codes of several experts, whose scales are counted elsewhere."""
-    return isinstance(parts, dict) and any(len(tensor.shape) > 2 for tensor in parts.values())
+    return any(len(tensor.shape) > 2 for tensor in parts.values())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from snugfit.dialects.packed import is_cache_scale
 from snugfit.engines.releases import EXPERT_NAMES
 from snugfit.formats.spec import TensorFormat
+from snugfit.inspection.checks.agreement import needed_suffixes
 from snugfit.inspection.checks.groups import EXPERT_LEAVES, read_name
 from snugfit.inspection.checks.texts import MAX_BYTES, TOKENIZERS, read_json
 from snugfit.inspection.checks.values import sample_of
@@ -20,10 +21,10 @@ from snugfit.model.logical_weights import LogicalWeights, Origin, model_types
 from snugfit.model.missing import is_buffer
 from snugfit.progress import SILENT, Progress
 from snugfit.records.doctor import Finding
-from snugfit.storage.checkpoint import Checkpoint, read_range
-from snugfit.storage.files import PIECE_BYTES, read_file
+from snugfit.storage.checkpoint import Checkpoint, are_equal
+from snugfit.storage.files import read_file
 from snugfit.storage.open import fetch_small_files
-from snugfit.storage.safetensors_header import StoredTensor, TensorInfo
+from snugfit.storage.safetensors_header import TensorInfo
 
 if TYPE_CHECKING:
     from snugfit.model.weight_values import Distance, Slices
@@ -170,8 +171,6 @@ def _readable(evidence: Evidence) -> LogicalWeights:
     weights = evidence.layout.weights
     if weights.origins or not evidence.quantized:
         return weights
-    from snugfit.inspection.checks.agreement import needed_suffixes
-
     tensors: dict[str, TensorInfo] = {}
     origins: dict[str, Origin] = {}
     for name, tensor in evidence.checkpoint.tensors.items():
@@ -224,20 +223,7 @@ def differing(mine: Checkpoint, base: Checkpoint, name: str) -> str:
     one, other = mine.tensors[name], base.tensors[name]
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return f"it is {one.dtype} {list(one.shape)}, the base's {other.dtype} {list(other.shape)}."
-    return "" if _same_bytes((mine, one), (base, other)) else "its values are not the base's."
-
-
-def _same_bytes(first: tuple[Checkpoint, StoredTensor], second: tuple[Checkpoint, StoredTensor]) -> bool:
-    for start in range(0, first[1].bytes, PIECE_BYTES):
-        size = min(PIECE_BYTES, first[1].bytes - start)
-        pieces = []
-        for checkpoint, tensor in (first, second):
-            piece = bytearray(size)
-            read_range(checkpoint, tensor, start, memoryview(piece))
-            pieces.append(piece)
-        if pieces[0] != pieces[1]:
-            return False
-    return True
+    return "" if are_equal((mine, one), (base, other)) else "its values are not the base's."
 
 
 def judged(evidence: Evidence, pair: Pair, found: Compared) -> Iterator[Finding]:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from snugfit.dialects.rename import COMPRESSED
 from snugfit.dialects.targets import common_name
 from snugfit.engines.releases import ARGUMENT_KEYS, EXPERT_NAMES, GROUP_ORDERS, LOOKED_UP, SCHEME_KEYS, EngineRelease
 from snugfit.errors import UserError
 from snugfit.formats.spec import TensorFormat
 from snugfit.inspection.contents import names_without_tensors
-from snugfit.inspection.evidence import COMPRESSED, Evidence, Module, finding
+from snugfit.inspection.evidence import Evidence, Module, finding
 from snugfit.model.logical_weights import model_types
 from snugfit.patterns import Pattern
 from snugfit.records.doctor import Finding
@@ -68,23 +69,25 @@ def unknown_fields(evidence: Evidence) -> Iterator[Finding]:
         (scheme_keys, SCHEME_KEYS, [release for release in evidence.engines if release.forbids_scheme_keys]),
         (argument_keys, ARGUMENT_KEYS, [release for release in evidence.engines if release.forbids_argument_keys]),
     ):
-        places = [f"{evidence.config_file}.{key}" for key in keys]
-        what = f"{', '.join(keys[:3])} is no key that compressed-tensors knows there ({', '.join(sorted(known))})."
+        names = [".".join(("config_groups", *path)) for path in keys]
+        places = [f"{evidence.config_file}.{name}" for name in names]
+        what = f"{', '.join(names[:3])} is no key that compressed-tensors knows there ({', '.join(sorted(known))})."
         yield from finding("field-unknown", places, what, evidence.affected(readers))
 
 
-def unknown_keys(quantization: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Paths of the keys that compressed-tensors forbids: those of config groups, and those of arguments."""
-    schemes, arguments = [], []
+def unknown_keys(quantization: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[tuple[str, ...]]]:
+    """Paths below config_groups of keys that compressed-tensors forbids: those of groups, and those of arguments."""
+    schemes: list[tuple[str, ...]] = []
+    arguments: list[tuple[str, ...]] = []
     groups = quantization.get("config_groups")
     for name, group in groups.items() if isinstance(groups, dict) else ():
         if not isinstance(group, dict):
             continue
-        schemes += [f"config_groups.{name}.{key}" for key in group if key not in SCHEME_KEYS]
+        schemes += [(name, key) for key in group if key not in SCHEME_KEYS]
         for part in _ARGUMENTS:
             given = group.get(part)
             if isinstance(given, dict):
-                arguments += [f"config_groups.{name}.{part}.{key}" for key in given if key not in ARGUMENT_KEYS]
+                arguments += [(name, part, key) for key in given if key not in ARGUMENT_KEYS]
     return schemes, arguments
 
 

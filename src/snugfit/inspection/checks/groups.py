@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from snugfit.dialects.packed import WIDE
 from snugfit.engines.fused import group_modules
 from snugfit.engines.releases import EXPERT_NAMES
 from snugfit.inspection.evidence import Evidence, Module, finding
@@ -96,15 +95,12 @@ def read_name(name: str, kind: str, leaves: tuple[str, str, str] | None = None) 
 
 def stacked_codes(evidence: Evidence) -> Iterator[Finding]:
     """Codes of all experts of a layer in one tensor, in a dialect whose readers want them one by one."""
-    if evidence.layout.method in ("", "mxfp4") and not evidence.quantization:
-        return
-    if evidence.layout.method == "mxfp4":
+    if evidence.layout.method == "mxfp4" or not evidence.quantization:
         return
     found = [
         name
         for name, tensor in evidence.checkpoint.tensors.items()
         if len(tensor.shape) > 2
-        and tensor.dtype not in WIDE
         and tensor.dtype in ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2")
         and "experts" in name.split(".")
         and not name.endswith((MXFP4_BLOCKS, "_scales", "_scale", "_scale_inv"))

@@ -9,11 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from snugfit.dialects.dialect import GLOBAL_SCALES, INPUT_GLOBALS, WEIGHT_GLOBALS
 from snugfit.dialects.packed import is_cache_scale
+from snugfit.dialects.rename import COMPRESSED
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
-from snugfit.inspection.checks.agreement import needed_suffixes
-from snugfit.inspection.evidence import COMPRESSED, Evidence, Module, finding
+from snugfit.inspection.checks.agreement import is_whole, needed_suffixes
+from snugfit.inspection.evidence import Evidence, Module, finding
 from snugfit.model.names import may_be_infinite
 from snugfit.progress import SILENT, Progress
 from snugfit.records.doctor import Finding
@@ -22,9 +24,6 @@ from snugfit.storage.safetensors_header import StoredTensor
 if TYPE_CHECKING:
     from snugfit.model.weight_values import Magnitudes, ScaleValues
 
-# one number for a whole weight or for its inputs
-WEIGHT_GLOBALS = ("weight_global_scale", "weight_scale_2")
-INPUT_GLOBALS = ("input_global_scale", "input_scale", "activation_scale")
 _SCALES = ("weight_scale", "weight_scale_inv")
 NVFP4_RANGE = 6.0 * 448.0  # the largest code times the largest block scale
 # of a sound weight: its largest magnitude, and that which a global scale implies, where blocks use all of their range
@@ -67,7 +66,7 @@ def survey(evidence: Evidence, values: str, progress: Progress = SILENT) -> Surv
 
     found = Survey()
     checkpoint, sampled = evidence.checkpoint, values == "sample"
-    sound = {name: m for name, m in evidence.quantized.items() if _is_whole(evidence, m)}
+    sound = {n: m for n, m in evidence.quantized.items() if m.asked is not None and is_whole(evidence, m, m.asked)}
     chosen = sample_of(sound) if sampled else list(sound)
     counted = chosen if sampled and checkpoint.remote is not None else list(sound)
     numbers = [tensor for name in counted for tensor in _globals_of(sound[name])]
@@ -99,23 +98,8 @@ def survey(evidence: Evidence, values: str, progress: Progress = SILENT) -> Surv
     return found
 
 
-def _is_whole(evidence: Evidence, module: Module) -> bool:
-    """Whether all tensors that a module's format needs are in the file, in shapes that fit."""
-    from snugfit.model.logical_weights import weight_shape
-
-    assert module.asked is not None
-    suffixes = needed_suffixes(evidence.layout.dialect, module, module.asked)
-    if any(suffix not in module.parts for suffix in suffixes):
-        return False
-    try:
-        weight_shape(evidence.checkpoint, module.asked, {suffix: f"{module.name}.{suffix}" for suffix in suffixes})
-    except UserError:
-        return False
-    return True
-
-
 def _globals_of(module: Module) -> Iterator[StoredTensor]:
-    for suffix in (*WEIGHT_GLOBALS, *INPUT_GLOBALS):
+    for suffix in GLOBAL_SCALES:
         tensor = module.parts.get(suffix)
         if tensor is not None and tensor.elements == 1 and tensor.dtype in ("F32", "F16", "BF16"):
             yield tensor
