@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from snugfit.errors import Unfinished, UserError
 from snugfit.progress import SILENT, Progress
-from snugfit.publishing.metadata import is_repo
+from snugfit.publishing.metadata import CARD, check_repo
 from snugfit.records.base import DIGEST
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.records.reading import parse_record, read_document
@@ -19,7 +19,6 @@ from snugfit.storage.files import check_inside
 from snugfit.storage.hub_upload import RemoteState, read_remote, stale_weights, upload
 from snugfit.storage.shards import file_digest
 
-CARD = "README.md"
 GIVE_A_RUN = "Give the directory that `quantize` wrote, or one that `make_report` wrote."
 
 
@@ -82,9 +81,7 @@ def push(
     UserError for a directory that no finished run wrote, a file that is missing or was changed, a report of another
     checkpoint, a repository that holds other weights, and an upload that is refused. The same call resumes.
     """
-    if not is_repo(repo):
-        what = f"must be org/name, got {repo!r}."
-        raise UserError(what, code="option-invalid", where="repo", remedy="Give the id of a repository on the Hub.")
+    check_repo("repo", repo)
     wanted, left_out = _wanted(Path(directory), None if report is None else Path(report))
     files = tuple(_checked(wanted, progress))
     try:
@@ -101,7 +98,7 @@ def push(
         return plan
     paths = {file.name: Path(file.path) for file in files}
     url = upload(repo, paths, private=private, message="Upload by snugfit", progress=progress)
-    return PushPlan(**{**vars(plan), "url": url})
+    return replace(plan, url=url)
 
 
 def _check_remote(remote: RemoteState, repo: str, files: tuple[PushedFile, ...], *, private: bool) -> None:
