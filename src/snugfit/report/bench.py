@@ -122,26 +122,10 @@ def _load(run: BenchRun, cells: Sequence[BenchCell]) -> Sheet:
 
 def _ratios(record: BenchRecord) -> Sheet:
     first, second = (run.server.name for run in record.runs[:2])
-    rows = tuple((_label(one), one.figure.replace("_", " "), _interval(one), str(one.pairs)) for one in record.ratios)
+    rows = tuple((one.label, one.figure.replace("_", " "), _interval(one), str(one.pairs)) for one in record.ratios)
     title = f"{second} over {first}"
     note = "Geometric means over repeats in turn, [95 % interval]; rates above 1: the second is faster."
     return Sheet(title, ("test", "figure", "ratio", "pairs"), rows, 2, note)
-
-
-def _label(one: BenchRatio) -> str:
-    cell = BenchCell(
-        kind=one.kind,
-        prompt_tokens=one.prompt_tokens,
-        output_tokens=one.output_tokens,
-        concurrency=one.concurrency,
-        status="measured",
-        requests=0,
-        errors=0,
-        error_messages={},
-        repeats=0,
-        seconds=0,
-    )
-    return cell.label
 
 
 def _interval(one: BenchRatio) -> str:
