@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from snugfit.records.bench import BenchCell, BenchRatio, BenchRecord, BenchRun, Distribution
-from snugfit.report.markdown import escape
+from snugfit.report.markdown import markdown_report
 from snugfit.report.tables import Sheet
 
 _FIGURES = ("prefill", "first_token", "decode", "between_tokens", "latency", "throughput", "total_throughput")
@@ -53,8 +53,7 @@ def bench_lines(record: BenchRecord) -> list[str]:
 
 def bench_markdown(record: BenchRecord) -> str:
     """The report."""
-    sheets = (sheet.to_markdown() for sheet in bench_sheets(record))
-    return "\n".join(["# Speed", "", *sheets, *(f"- {escape(line)}" for line in bench_lines(record))]).rstrip() + "\n"
+    return markdown_report("Speed", (sheet.to_markdown() for sheet in bench_sheets(record)), bench_lines(record))
 
 
 def bench_csv(record: BenchRecord) -> str:
