@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
 from snugfit.errors import UserError
 from snugfit.records.bench import (
     BENCH_SCHEMA,
@@ -26,6 +24,7 @@ from snugfit.records.bench import (
     CellKind,
     Distribution,
 )
+from snugfit.records.reading import parse_record
 from snugfit.version import __version__
 
 _KNOWN = "Give a result of `vllm bench serve --save-result`, guidellm, aiperf, or a bench.json."
@@ -52,7 +51,7 @@ def import_bench(path: str | Path) -> BenchRecord:
     if not isinstance(document, dict):
         raise _invalid("it holds no object.", file)
     if str(document.get("schema")).partition("/")[0] == BENCH_SCHEMA.partition("/")[0]:
-        return _own(raw, document, file)
+        return _own(document, file)
     for matches, read in _READERS:
         if matches(document):
             return _record(read(_Reader(file), document))
@@ -110,16 +109,8 @@ def _invalid(what: str, file: Path) -> UserError:
     return UserError(what, code="result-invalid", where=str(file), remedy=_KNOWN)
 
 
-def _own(raw: str, document: Mapping[str, Any], file: Path) -> BenchRecord:
-    if document.get("schema") != BENCH_SCHEMA:
-        what = f"its schema is {document.get('schema')!r}, but snugfit {__version__} reads {BENCH_SCHEMA!r}."
-        raise _invalid(what, file)
-    try:
-        found = TypeAdapter(BenchRecord).validate_json(raw, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise _invalid(f"{key or 'the document'}: {first['msg']}.", file) from None
+def _own(document: Mapping[str, Any], file: Path) -> BenchRecord:
+    found: BenchRecord = parse_record(document, str(file))
     if not found.runs or (found.ratios and len(found.runs) != 2):
         raise _invalid("its runs and ratios do not belong together.", file)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,64 +98,68 @@ def serve(
     _check(model, options, measures, output_dir)
     if output_dir is None:
         folder = Path(tempfile.mkdtemp(prefix="snugfit-serve-"))
-        return _serve(model, folder, options, measures, hold, progress, keeps=False)
+        return _serve(_Job(model, folder, options, measures, progress), hold, keeps=False)
     with staged(Path(output_dir)) as folder:
-        record = _serve(model, folder, options, measures, hold, progress, keeps=True)
+        record = _serve(_Job(model, folder, options, measures, progress), hold, keeps=True)
         (folder / "serve.json").write_text(record.to_json(), encoding="utf-8")
         (folder / "serve.md").write_text(serve_markdown(record), encoding="utf-8")
     return record
 
 
-def _serve(
-    model: str | Path,
-    folder: Path,
-    options: ServeOptions,
-    measures: Measures,
-    hold: Callable[[str], None] | None,
-    progress: Progress,
-    *,
-    keeps: bool,
-) -> ServeRecord:
-    """The run, its files in `folder`; without `keeps` that is a folder for the log alone."""
-    clock = Clock()
+@dataclass(frozen=True)
+class _Job:
+    """What is served, how, what is measured, and the folder of the engine's log and the results."""
+
+    model: str | Path
+    folder: Path
+    options: ServeOptions
+    measures: Measures
+    progress: Progress
+    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def log(self) -> Path:
+        """The engine's log."""
+        return self.folder / LOG
+
+
+@dataclass
+class _Seen:
+    """What a run showed: of the server, and why it ended early."""
+
+    answers: tuple[ServeAnswer, ...] = ()
+    version: str | None = None
+    results: dict[str, str] = field(default_factory=dict)
+    refusal: EngineRefusal | None = None
+    started: bool = False
+    stopped: str | None = None
+    gpu_used: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def _serve(job: _Job, hold: Callable[[str], None] | None, *, keeps: bool) -> ServeRecord:
+    """The run, its files in the job's folder; without `keeps` that is a folder for the log alone."""
+    model, options, seen = job.model, job.options, _Seen()
     launch = _launch(options)
-    notes: list[str] = []
-    gpu = _gpu(options, notes)
-    fitted = None if gpu is None else _fit(model, gpu, options, notes)
+    gpu = _gpu(options, seen.notes)
+    fitted = None if gpu is None else _fit(model, gpu, options, seen.notes)
     row = None if fitted is None else _as_it_is(fitted)
     predicted = (
         None if fitted is None or row is None else _predict(fitted, row, fp8=asks_for_fp8_cache(launch, options.extra))
     )
     start = _start(launch, model, options, fitted, predicted)
-    for note in notes:
-        progress.message(note)
-    progress.message(" ".join(start.command))
-    log, seen = folder / LOG, _Seen()
-    try:
-        with ExitStack() as stack:
-            with clock("start"):
-                seconds = stack.enter_context(running(start, log, start_seconds=options.start_seconds))
-            seen.started = True
-            progress.message(f"{start.url} answers after {seconds:.0f} s")
-            _look(start, model, options, measures, folder, log, seen, clock, notes, progress)
-            if hold is not None:
-                hold(start.url)
-    except RefusedError as error:
-        seen.refusal = error.refusal
-    except KeyboardInterrupt:
-        seen.stopped = INTERRUPTED
-    except UserError as error:
-        if not seen.started:
-            raise
-        seen.stopped = str(error)  # of a measurement: what was done before it is kept
-    text = log.read_text(encoding="utf-8", errors="replace")
+    for note in seen.notes:
+        job.progress.message(note)
+    job.progress.message(" ".join(start.command))
+    _run(start, job, hold, seen)
+    text = job.log.read_text(encoding="utf-8", errors="replace")
     kernels = kernels_from_log(text)
     return ServeRecord(
         snugfit=__version__,
         model=Path(model).name if not is_hub_id(model) else str(model),
         engine=launch.name,
         engine_version=kernels.engine_version or seen.version,
-        arguments=_arguments(options, measures),
+        arguments=_arguments(options, job.measures),
         command=start.command,
         gpu=gpu,
         formats=() if row is None else row.formats,
@@ -167,23 +171,31 @@ def _serve(
         kernels=kernels or KernelReport(),
         answers=seen.answers,
         results=seen.results,
-        seconds=clock.seconds,
-        log=LOG if keeps else str(log),
-        notes=tuple(notes),
+        seconds=job.clock.seconds,
+        log=LOG if keeps else str(job.log),
+        notes=tuple(seen.notes),
     )
 
 
-class _Seen:
-    """What a running server showed."""
-
-    def __init__(self) -> None:
-        self.answers: tuple[ServeAnswer, ...] = ()
-        self.version: str | None = None
-        self.results: dict[str, str] = {}
-        self.refusal: EngineRefusal | None = None
-        self.started = False
-        self.stopped: str | None = None
-        self.gpu_used: int | None = None
+def _run(start: Start, job: _Job, hold: Callable[[str], None] | None, seen: _Seen) -> None:
+    """Start the engine, look at it, hold it and stop it; what ended that early is in `seen`."""
+    try:
+        with ExitStack() as stack:
+            with job.clock("start"):
+                seconds = stack.enter_context(running(start, job.log, start_seconds=job.options.start_seconds))
+            seen.started = True
+            job.progress.message(f"{start.url} answers after {seconds:.0f} s")
+            _look(start.url, job, seen)
+            if hold is not None:
+                hold(start.url)
+    except RefusedError as error:
+        seen.refusal = error.refusal
+    except KeyboardInterrupt:
+        seen.stopped = INTERRUPTED
+    except UserError as error:
+        if not seen.started:
+            raise
+        seen.stopped = str(error)  # of a measurement: what was done before it is kept
 
 
 def _launch(options: ServeOptions) -> Launch:
@@ -312,84 +324,66 @@ def _start(
     )
 
 
-def _look(
-    start: Start,
-    model: str | Path,
-    options: ServeOptions,
-    measures: Measures,
-    folder: Path,
-    log: Path,
-    seen: _Seen,
-    clock: Clock,
-    notes: list[str],
-    progress: Progress,
-) -> None:
+def _look(url: str, job: _Job, seen: _Seen) -> None:
     """Ask the questions, read the GPU's memory, run the measures."""
-    with connect(start.url, timeout=300.0) as server:
+    with connect(url, timeout=300.0) as server:
         seen.version = server.version
-        held = read_gpu(options.gpu_index)
+        held = read_gpu(job.options.gpu_index)
         seen.gpu_used = held.used_bytes if isinstance(held, GpuMemory) else None
-        language = options.language or language_of(Path(model))
-        with clock("questions"):
+        language = job.options.language or language_of(Path(job.model))
+        with job.clock("questions"):
             seen.answers, remarks = ask(server, QUESTIONS[language])
-        notes += remarks
+        seen.notes += remarks
         for answer in seen.answers:
-            progress.message(f"{answer.verdict}: {answer.question} -> {answer.text.strip()!r}")
-        _measure(server, model, options, measures, folder, log, seen, clock, progress)
+            job.progress.message(f"{answer.verdict}: {answer.question} -> {answer.text.strip()!r}")
+        _measure(server, job, seen)
 
 
-def _measure(
-    server: Server,
-    model: str | Path,
-    options: ServeOptions,
-    measures: Measures,
-    folder: Path,
-    log: Path,
-    seen: _Seen,
-    clock: Clock,
-    progress: Progress,
-) -> None:
+def _measure(server: Server, job: _Job, seen: _Seen) -> None:
+    """Run what was asked for on the server; its files go below the job's folder."""
+    measures = job.measures
     if measures.bench is not None:
-        with clock("bench"):
+        with job.clock("bench"):
             record = run_bench(
                 server.url,
                 options=measures.bench,
-                server_log=log,
-                gpu_index=options.gpu_index,
-                progress=progress,
+                server_log=job.log,
+                gpu_index=job.options.gpu_index,
+                progress=job.progress,
             )
-        write_bench(record, folder / "bench")
+        write_bench(record, job.folder / "bench")
         seen.results["bench"] = "bench/bench.json"
-        if record.stopped == "interrupted":
+        if record.stopped == INTERRUPTED:
             raise KeyboardInterrupt
     if measures.reference is not None:
-        with clock("eval"):
-            _evaluate(server, measures, folder, log, progress)
+        with job.clock("eval"):
+            _evaluate(server, job)
         seen.results["eval"] = "eval/eval.json"
     if measures.tasks:
         from snugfit.evaluation.tasks import run_tasks, write_tasks
 
-        with clock("tasks"):
-            write_tasks(run_tasks(model, measures.tasks, server=server.url, progress=progress), folder / "tasks")
+        with job.clock("tasks"):
+            found = run_tasks(job.model, measures.tasks, server=server.url, progress=job.progress)
+            write_tasks(found, job.folder / "tasks")
         seen.results["tasks"] = "tasks/tasks.json"
 
 
-def _evaluate(server: Server, measures: Measures, folder: Path, log: Path, progress: Progress) -> None:
+def _evaluate(server: Server, job: _Job) -> None:
     from snugfit.evaluation.evaluate import evaluate, write_results
     from snugfit.evaluation.served import ServerOptions
 
-    journal = folder / "eval.journal"
+    journal = job.folder / "eval.journal"
     record = evaluate(
         (),
-        reference=measures.reference,
-        dataset=measures.dataset,
-        contexts=measures.contexts,
-        max_chunks=measures.max_chunks,
+        reference=job.measures.reference,
+        dataset=job.measures.dataset,
+        contexts=job.measures.contexts,
+        max_chunks=job.measures.max_chunks,
         noise_floor="none",
-        server=ServerOptions(url=server.url, journal=journal, log=log),
-        progress=progress,
+        server=ServerOptions(url=server.url, journal=journal, log=job.log),
+        progress=job.progress,
     )
-    write_results(record, folder / "eval")
+    write_results(record, job.folder / "eval")
     journal.unlink(missing_ok=True)
 
 

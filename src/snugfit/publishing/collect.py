@@ -23,7 +23,7 @@ from snugfit.records.reading import MAKE_AGAIN, parse_record, read_document
 from snugfit.records.report import REPORT_SCHEMA
 from snugfit.records.serve import ServeRecord
 from snugfit.records.statistics_file import SQUARES_SCHEMA, STATISTICS_SCHEMA, load_statistics, text_digest
-from snugfit.report.collection import CalibrationStatistics, Collection, QuantizedCheckpoint, Source
+from snugfit.report.collection import CalibrationStatistics, Collection, QuantizedCheckpoint, Source, last_part
 from snugfit.report.outliers import coverage_of, outliers_of
 from snugfit.storage.checkpoint import header_digest, open_directory
 
@@ -197,15 +197,10 @@ def _check_one_model(found: _Found) -> None:
     known = set(_names(found))
     if not known:
         known = {record.model for record in found.fits}
-    known |= {_last(name) for name in known}
+    known |= {last_part(name) for name in known}
     for kind, names in _named(found):
-        if known and not any(name in known or _last(name) in known for name in names):
+        if known and not any(name in known or last_part(name) in known for name in names):
             raise _mixed(f"{kind} of {names[0]}, but the other records are of {', '.join(sorted(known))}.")
-
-
-def _last(name: str) -> str:
-    """The last part of a path or a Hub id."""
-    return name.rstrip("/").rpartition("/")[2]
 
 
 def _mixed(what: str) -> UserError:

@@ -13,6 +13,7 @@ import yaml
 from snugfit.errors import UserError
 from snugfit.report.collection import Collection, Hub
 
+CARD = "README.md"
 MAX_CARD_BYTES = 4_000_000
 _BLOCK = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -35,12 +36,13 @@ def hub_metadata(
 
     UserError for an option that the Hub would not take.
     """
-    _check_repo("base_model", base_model)
-    _check_repo("repo", repo)
+    for where, name in (("base_model", base_model), ("repo", repo)):
+        if name is not None:
+            check_repo(where, name)
     _check("license", license_id, _LICENSE, "an id of the Hub's list, such as apache-2.0")
     _check("quantized_by", quantized_by, _USER, "the name of a user or organization on the Hub")
     one = collection.checkpoint
-    stated = base_metadata(Path(one.folder) / "README.md") if one is not None and one.folder is not None else Hub()
+    stated = base_metadata(Path(one.folder) / CARD) if one is not None and one.folder is not None else Hub()
     source = one.record.source if one is not None and is_repo(one.record.source) else None
     found = replace(
         stated,
@@ -60,8 +62,9 @@ def is_repo(name: str) -> bool:
     return _REPO.fullmatch(name) is not None and len(name) <= MAX_TEXT and not any(x in name for x in ("--", ".."))
 
 
-def _check_repo(where: str, name: str | None) -> None:
-    if name is not None and not is_repo(name):
+def check_repo(where: str, name: str) -> None:
+    """UserError for a name that is not org/name; `where` is the parameter that holds it."""
+    if not is_repo(name):
         what = f"must be org/name, got {name!r}."
         raise UserError(what, code="option-invalid", where=where, remedy="Give the id of a repository on the Hub.")
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from snugfit.errors import Unfinished, UserError
 from snugfit.progress import SILENT, Progress
-from snugfit.publishing.metadata import is_repo
+from snugfit.publishing.metadata import CARD, check_repo
 from snugfit.records.base import DIGEST
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.records.reading import parse_record, read_document
@@ -19,7 +19,6 @@ from snugfit.storage.files import check_inside
 from snugfit.storage.hub_upload import RemoteState, read_remote, stale_weights, upload
 from snugfit.storage.shards import file_digest
 
-CARD = "README.md"
 GIVE_A_RUN = "Give the directory that `quantize` wrote, or one that `make_report` wrote."
 
 
@@ -82,9 +81,7 @@ def push(
     UserError for a directory that no finished run wrote, a file that is missing or was changed, a report of another
     checkpoint, a repository that holds other weights, and an upload that is refused. The same call resumes.
     """
-    if not is_repo(repo):
-        what = f"must be org/name, got {repo!r}."
-        raise UserError(what, code="option-invalid", where="repo", remedy="Give the id of a repository on the Hub.")
+    check_repo("repo", repo)
     wanted, left_out = _wanted(Path(directory), None if report is None else Path(report))
     files = tuple(_checked(wanted, progress))
     try:
@@ -101,7 +98,7 @@ def push(
         return plan
     paths = {file.name: Path(file.path) for file in files}
     url = upload(repo, paths, private=private, message="Upload by snugfit", progress=progress)
-    return PushPlan(**{**vars(plan), "url": url})
+    return replace(plan, url=url)
 
 
 def _check_remote(remote: RemoteState, repo: str, files: tuple[PushedFile, ...], *, private: bool) -> None:
@@ -134,8 +131,7 @@ def _wanted(directory: Path, report: Path | None) -> tuple[dict[str, _Wanted], l
         raise UserError(what, code="option-invalid", where=str(directory), remedy="Run the same command to resume it.")
     if (directory / RECORD_FILE).is_file():
         record, digest = _record(directory, RECORD_FILE, QuantizeRecord)
-        found = dict(_files_of(directory, record, RECORD_FILE))
-        left = _others(directory, found)
+        found, left = _listed(directory, record, RECORD_FILE)
         if found.pop(CARD, None) is not None and report is None:
             left.append(f"{CARD} (the original's card: make one with `make_report`)")
         if report is not None:
@@ -143,16 +139,15 @@ def _wanted(directory: Path, report: Path | None) -> tuple[dict[str, _Wanted], l
             if made.checkpoint_digest != digest:
                 what = f"it is the report of another run than {directory}."
                 raise UserError(what, code="models-mismatch", where=str(report), remedy="Make the report again.")
-            more = dict(_files_of(report, made, REPORT_FILE))
-            left += _others(report, more)
-            found |= more
+            of_report, not_listed = _listed(report, made, REPORT_FILE)
+            found |= of_report
+            left += not_listed
         return found, left
     if report is not None:
         what, remedy = "has no effect on a directory without a checkpoint.", "Leave `report` out."
         raise UserError(what, code="option-conflict", where="report", remedy=remedy)
     made, _ = _record(directory, REPORT_FILE, ReportRecord)
-    found = dict(_files_of(directory, made, REPORT_FILE))
-    return found, _others(directory, found)
+    return _listed(directory, made, REPORT_FILE)
 
 
 def _record(folder: Path, name: str, kind: type) -> tuple[Any, str]:
@@ -168,6 +163,13 @@ def _record(folder: Path, name: str, kind: type) -> tuple[Any, str]:
     return record, str(document[DIGEST])
 
 
+def _listed(folder: Path, record: QuantizeRecord | ReportRecord, own: str) -> tuple[dict[str, _Wanted], list[str]]:
+    """The files of a directory that its record lists, and the names of those that it does not."""
+    found = dict(_files_of(folder, record, own))
+    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
+    return found, sorted(name for name in names if name not in found)
+
+
 def _files_of(folder: Path, record: QuantizeRecord | ReportRecord, own: str) -> Iterator[tuple[str, _Wanted]]:
     """Every file that a record lists, and the record itself."""
     listed: Mapping[str, str] = record.files
@@ -180,12 +182,6 @@ def _files_of(folder: Path, record: QuantizeRecord | ReportRecord, own: str) -> 
             raise UserError(what, code="file-outside-model", where=str(folder / own), remedy=GIVE_A_RUN)
         yield name, _Wanted(folder, name, None if name == CARD else digest)
     yield own, _Wanted(folder, own, None)
-
-
-def _others(folder: Path, found: Mapping[str, _Wanted]) -> list[str]:
-    """Files of a directory that no record lists."""
-    names = (str(file.relative_to(folder)) for file in folder.rglob("*") if not file.is_dir())
-    return sorted(name for name in names if name not in found)
 
 
 def _checked(wanted: Mapping[str, _Wanted], progress: Progress) -> Iterator[PushedFile]:

@@ -77,10 +77,7 @@ class BenchCell:
     @property
     def label(self) -> str:
         """The setting in llama-benchy's notation: pp4096, tg128 @ d4096, tg128 @ d1024 c8."""
-        if self.kind == "prefill":
-            return f"pp{self.prompt_tokens}"
-        users = f" c{self.concurrency}" if self.kind == "load" else ""
-        return f"tg{self.output_tokens} @ d{self.prompt_tokens}{users}"
+        return _label(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +139,18 @@ class BenchRatio:
     low: Number | None
     high: Number | None
     pairs: int
+
+    @property
+    def label(self) -> str:
+        """The setting, as `BenchCell.label`."""
+        return _label(self)
+
+
+def _label(one: BenchCell | BenchRatio) -> str:
+    if one.kind == "prefill":
+        return f"pp{one.prompt_tokens}"
+    users = f" c{one.concurrency}" if one.kind == "load" else ""
+    return f"tg{one.output_tokens} @ d{one.prompt_tokens}{users}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -98,6 +98,9 @@ def parse_record(document: Mapping[str, Any], where: str) -> Any:
         key = ".".join(map(str, first["loc"]))
         what = f"{key or 'the document'}: {first['msg']}."
         raise UserError(what, code="result-invalid", where=where, remedy=MAKE_AGAIN) from None
+    except RecursionError:
+        what = "it is nested too deeply."
+        raise UserError(what, code="result-invalid", where=where, remedy=MAKE_AGAIN) from None
 
 
 @lru_cache(maxsize=16)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from snugfit.records.bench import BenchCell, BenchRatio, BenchRecord, BenchRun, Distribution
-from snugfit.report.markdown import escape
+from snugfit.report.markdown import markdown_report
 from snugfit.report.tables import Sheet
 
 _FIGURES = ("prefill", "first_token", "decode", "between_tokens", "latency", "throughput", "total_throughput")
@@ -53,8 +53,7 @@ def bench_lines(record: BenchRecord) -> list[str]:
 
 def bench_markdown(record: BenchRecord) -> str:
     """The report."""
-    sheets = (sheet.to_markdown() for sheet in bench_sheets(record))
-    return "\n".join(["# Speed", "", *sheets, *(f"- {escape(line)}" for line in bench_lines(record))]).rstrip() + "\n"
+    return markdown_report("Speed", (sheet.to_markdown() for sheet in bench_sheets(record)), bench_lines(record))
 
 
 def bench_csv(record: BenchRecord) -> str:
@@ -122,26 +121,10 @@ def _load(run: BenchRun, cells: Sequence[BenchCell]) -> Sheet:
 
 def _ratios(record: BenchRecord) -> Sheet:
     first, second = (run.server.name for run in record.runs[:2])
-    rows = tuple((_label(one), one.figure.replace("_", " "), _interval(one), str(one.pairs)) for one in record.ratios)
+    rows = tuple((one.label, one.figure.replace("_", " "), _interval(one), str(one.pairs)) for one in record.ratios)
     title = f"{second} over {first}"
     note = "Geometric means over repeats in turn, [95 % interval]; rates above 1: the second is faster."
     return Sheet(title, ("test", "figure", "ratio", "pairs"), rows, 2, note)
-
-
-def _label(one: BenchRatio) -> str:
-    cell = BenchCell(
-        kind=one.kind,
-        prompt_tokens=one.prompt_tokens,
-        output_tokens=one.output_tokens,
-        concurrency=one.concurrency,
-        status="measured",
-        requests=0,
-        errors=0,
-        error_messages={},
-        repeats=0,
-        seconds=0,
-    )
-    return cell.label
 
 
 def _interval(one: BenchRatio) -> str:

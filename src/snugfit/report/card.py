@@ -9,7 +9,7 @@ from typing import Any
 from snugfit.engines.gpus import CARDS
 from snugfit.records.evaluation import EvalRecord, EvaluatedCheckpoint, EvaluatedServer, ModelFigures
 from snugfit.records.saturation import worst
-from snugfit.report.collection import Collection, QuantizedCheckpoint, counted, stated
+from snugfit.report.collection import Collection, QuantizedCheckpoint, counted, last_part, stated
 from snugfit.report.figures import uses_four_over_six
 from snugfit.report.markdown import escape
 from snugfit.report.plots import Plot
@@ -179,7 +179,7 @@ def _loss_facts(record: EvalRecord, one: QuantizedCheckpoint) -> list[tuple[str,
     texts = [context for context in record.contexts if context.context] or list(record.contexts)
     context = max(texts, key=lambda entry: entry.context)
     served = {
-        c.name for c in record.candidates if isinstance(c, EvaluatedServer) and _last(c.root or c.model) == one.name
+        c.name for c in record.candidates if isinstance(c, EvaluatedServer) and last_part(c.root or c.model) == one.name
     }
     mine = next((model for model in context.models if model.name == one.name or model.name in served), None)
     if mine is None or record.reference is None:
@@ -197,10 +197,6 @@ def _loss_facts(record: EvalRecord, one: QuantizedCheckpoint) -> list[tuple[str,
     if mine.same_top is not None and math.isfinite(mine.same_top):
         lines.append(("Same most likely token", number(mine.same_top, "percent")))
     return lines
-
-
-def _last(path: str) -> str:
-    return path.rstrip("/").rpartition("/")[2]
 
 
 def _with_error(model: ModelFigures) -> str:

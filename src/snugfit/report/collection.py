@@ -68,7 +68,6 @@ class Hub:
     license_link: str | None = None
     quantized_by: str | None = None
     languages: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
     pipeline_tag: str | None = None
     repo: str | None = None
 
@@ -150,6 +149,11 @@ class Collection:
             for candidate in record.candidates:
                 if isinstance(candidate, EvaluatedServer):
                     yield candidate
+
+
+def last_part(name: str) -> str:
+    """The last part of a path or a Hub id."""
+    return name.rstrip("/").rpartition("/")[2]
 
 
 def stated(mapping: Mapping[str, Any] | None, key: str) -> str:

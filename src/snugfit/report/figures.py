@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from snugfit.records.evaluation import EvalRecord, EvaluatedServer
 from snugfit.report.collection import Collection, QuantizedCheckpoint
 from snugfit.report.plan_tables import plan_plots
 from snugfit.report.plots import KL, Line, Plot, Point, line_of, plots_of
 from snugfit.report.speed import speed_plots
+from snugfit.report.table import numbered, size_unit
 from snugfit.report.weights import LayerWeight, layers_of
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of a 4-bit float
@@ -20,18 +22,13 @@ def figures_of(collection: Collection) -> list[Plot]:
     """All plots of a report, in the order of the card; none without lines."""
     plots = [plot for one in collection.checkpoints for plot in _by_layer(one, collection)]
     for number, record in enumerate(collection.evals):
-        ending = f"-{number + 1}" if number else ""
-        plots += [_renamed(plot, ending) for plot in plots_of(record)]
-        plots += [_renamed(plot, ending) for plot in _against_bytes(record)]
+        found = [*plots_of(record), *_against_bytes(record)]
+        plots += [replace(plot, name=numbered(plot.name, number)) for plot in found]
     plots += plan_plots(collection.plans)
     plots += speed_plots(collection.benches)
     if collection.checkpoint is not None and uses_four_over_six(collection.checkpoint):
         plots.append(rounding_plot())
     return [plot for plot in plots if plot.lines]
-
-
-def _renamed(plot: Plot, ending: str) -> Plot:
-    return Plot(**{**vars(plot), "name": plot.name + ending})
 
 
 def _by_layer(one: QuantizedCheckpoint, collection: Collection) -> Iterator[Plot]:
@@ -51,13 +48,12 @@ def _by_layer(one: QuantizedCheckpoint, collection: Collection) -> Iterator[Plot
                 found.append(line_of(name, number, known))
         return tuple(found)
 
-    ending = f"-{place + 1}" if place else ""
     for figure, name, label in (
         ("relative_error", "error-by-layer", "relative error of the weights"),
         ("bits", "bits-by-layer", "bits a weight, scales included"),
     ):
         yield Plot(
-            name=f"{name}{ending}",
+            name=numbered(name, place),
             x_label="decoder layer",
             y_label=label,
             title=f"{one.name}, recipe {one.record.recipe}",
@@ -79,7 +75,7 @@ def _against_bytes(record: EvalRecord) -> Iterator[Plot]:
     if not texts:
         return
     longest = max(texts, key=lambda context: context.context)
-    unit, factor = ("GB", 1e9) if max(sizes.values(), default=0) >= 1e9 else ("MB", 1e6)
+    unit, factor = size_unit(max(sizes.values(), default=0))
     first = 0 if record.reference is None else 1  # colours are those of other plots
     lines = [
         line_of(

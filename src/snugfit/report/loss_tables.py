@@ -8,7 +8,7 @@ from pathlib import Path
 
 from snugfit.records.evaluation import MIN_CHUNKS_FOR_P, EvalRecord, EvaluatedServer
 from snugfit.report.collection import Collection, counted, stated
-from snugfit.report.table import Cell, Column, Table
+from snugfit.report.table import Cell, Column, Table, numbered
 from snugfit.report.tables import MIN_TOKENS_FOR_P999, context_name
 
 Rows = list[Mapping[str, Cell]]
@@ -64,7 +64,7 @@ def _evaluations(collection: Collection) -> Iterator[Table]:
                     }
                 )
         yield Table(
-            name="evaluation" if not number else f"evaluation-{number + 1}",
+            name=numbered("evaluation", number),
             title=f"Perplexity and KL: {evaluation_title(record)}",
             columns=(
                 Column(key="context", heading="context"),
@@ -106,7 +106,7 @@ def _pairs(collection: Collection) -> Iterator[Table]:
             for pair in context.pairs
         ]
         yield Table(
-            name="pairs" if not number else f"pairs-{number + 1}",
+            name=numbered("pairs", number),
             title="Candidates against each other",
             columns=(
                 Column(key="context", heading="context"),
@@ -155,7 +155,7 @@ def _answers(collection: Collection) -> Iterator[Table]:
     """Repetition and length of greedy answers."""
     for number, record in enumerate(collection.evals):
         yield Table(
-            name="answers" if not number else f"answers-{number + 1}",
+            name=numbered("answers", number),
             title="Greedy answers: length and repetition",
             columns=(
                 Column(key="model", heading="model"),
@@ -197,7 +197,7 @@ def _comparisons(collection: Collection) -> Iterator[Table]:
         a = record.a.tasks_model or record.a.eval_model or "A"
         b = record.b.tasks_model or record.b.eval_model or "B"
         yield Table(
-            name="comparison" if not number else f"comparison-{number + 1}",
+            name=numbered("comparison", number),
             title=f"Is the difference real? {a} minus {b}",
             columns=(
                 Column(key="name", heading="task or context"),

@@ -14,6 +14,11 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, le
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [headings, marks, *rows])
 
 
+def markdown_report(title: str, tables: Iterable[str], lines: Iterable[str]) -> str:
+    """A whole document: its title, tables that are Markdown already, and below them a list of lines of plain text."""
+    return "\n".join([f"# {title}", "", *tables, *(f"- {escape(line)}" for line in lines)]).rstrip() + "\n"
+
+
 def escape_bars(cell: str) -> str:
     """A cell that may be bold, with its bars escaped."""
     return cell.replace("|", "\\|")

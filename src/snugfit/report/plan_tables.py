@@ -7,15 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from snugfit.records.plan import PlanPoint, PlanRecord, ProvenKl
 from snugfit.report.plots import KL, Plot, Point, line_of
-from snugfit.report.table import Cell, Column, Table
+from snugfit.report.table import Cell, Column, Table, numbered, size_unit
 
 
 def plan_tables(records: Sequence[PlanRecord]) -> Iterator[Table]:
     """For each plan a table of the points that were compared, and one of its groups."""
     for number, record in enumerate(records):
-        ending = f"-{number + 1}" if number else ""
         yield Table(
-            name=f"plan{ending}",
+            name=numbered("plan", number),
             title=f"Plan for {record.model}: what was compared",
             columns=(
                 Column(key="name", heading="mix"),
@@ -33,7 +32,7 @@ def plan_tables(records: Sequence[PlanRecord]) -> Iterator[Table]:
             note=f"{record.verdict.statement} Nats a token on held-out text; ± is one standard error.".strip(),
         )
         yield Table(
-            name=f"plan-groups{ending}",
+            name=numbered("plan-groups", number),
             title=f"Plan for {record.model}: its groups",
             columns=(
                 Column(key="name", heading="group", form="code"),
@@ -87,7 +86,7 @@ def plan_plots(records: Sequence[PlanRecord]) -> list[Plot]:
     plots = []
     for number, record in enumerate(records):
         largest = max((point.bytes for point in record.points), default=0)
-        unit, factor = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+        unit, factor = size_unit(largest)
         measured = [(point, whole) for point in record.points if (whole := _whole(point)) and math.isfinite(whole.kl)]
         lines = [
             line_of(point.name, place, [(point.bytes / factor, whole.kl, _known(whole.error))], linestyle="none")
@@ -103,7 +102,7 @@ def plan_plots(records: Sequence[PlanRecord]) -> list[Plot]:
         if lines:
             plots.append(
                 Plot(
-                    name=f"plan-kl-against-bytes{f'-{number + 1}' if number else ''}",
+                    name=numbered("plan-kl-against-bytes", number),
                     x_label=f"size of the weights, {unit}",
                     y_label=KL,
                     title=f"Plan for {record.model}",

@@ -9,8 +9,8 @@ from typing import Any
 from snugfit.report.collection import CalibrationStatistics, Collection, QuantizedCheckpoint, counted, stated
 from snugfit.report.loss_tables import ERRORS, loss_tables
 from snugfit.report.plan_tables import plan_tables
-from snugfit.report.speed import speed_tables, started_table
-from snugfit.report.table import Cell, Column, Table, without_empty
+from snugfit.report.speed import ENGINE_TITLES, speed_tables, started_table
+from snugfit.report.table import Cell, Column, Table, numbered, without_empty
 from snugfit.report.weights import components_of, layers_of, spans
 from snugfit.report.words import why
 
@@ -80,14 +80,13 @@ def _formats(collection: Collection) -> Iterator[Table]:
                     "scale_rule": ", ".join(component.scale_rules),
                     "bits": component.bits if component.weights else None,
                     "bytes": component.bytes,
-                    "tensors": component.tensors,
                     "relative_error": component.relative_error,
                     "why": why(component, components, one.record),
                 }
             )
         rows = [{key: value or None for key, value in row.items()} for row in rows]
         yield Table(
-            name="formats" if not number else f"formats-{number + 1}",
+            name=numbered("formats", number),
             title=f"Components of {one.name}",
             columns=(
                 Column(key="component", heading="component"),
@@ -107,7 +106,7 @@ def _formats(collection: Collection) -> Iterator[Table]:
 def _layers(collection: Collection) -> Iterator[Table]:
     for number, one in enumerate(collection.checkpoints):
         yield Table(
-            name="layers" if not number else f"layers-{number + 1}",
+            name=numbered("layers", number),
             title="Bits and error by layer" if not number else f"Bits and error by layer: {one.name}",
             columns=(
                 Column(key="layer", heading="layer", form="count"),
@@ -163,8 +162,7 @@ def _context(tokens: int, most: int | None) -> str:
 
 def _kernels(collection: Collection) -> Iterator[Table]:
     """Which kernel runs each format on each generation of GPUs, a table for each engine with kernels of its own."""
-    names = {"vllm": "vLLM", "aphrodite": "Aphrodite", "sglang": "SGLang"}
-    for engine, title in names.items():
+    for engine, title in ENGINE_TITLES.items():
         uses = [use for use in collection.kernels if use.engine == engine]
         formats = list(dict.fromkeys(use.format for use in uses))
         rows: dict[str, dict[str, Cell]] = {}

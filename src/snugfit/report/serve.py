@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from snugfit.records.serve import ServeRecord
-from snugfit.report.markdown import escape
+from snugfit.report.markdown import markdown_report
 from snugfit.report.tables import Sheet
 
 
@@ -44,8 +44,7 @@ def serve_lines(record: ServeRecord) -> list[str]:
 
 def serve_markdown(record: ServeRecord) -> str:
     """The report."""
-    sheets = (sheet.to_markdown() for sheet in serve_sheets(record))
-    return "\n".join(["# Served", "", *sheets, *(f"- {escape(line)}" for line in serve_lines(record))]).rstrip() + "\n"
+    return markdown_report("Served", (sheet.to_markdown() for sheet in serve_sheets(record)), serve_lines(record))
 
 
 def _memory_rows(record: ServeRecord) -> list[tuple[str, str, str, str]]:

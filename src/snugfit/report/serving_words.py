@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from snugfit.engines.tried import seen_with
 from snugfit.records.quantize import DEQUANTIZED, KV_CACHE, PASSTHROUGH
-from snugfit.report.collection import Collection
+from snugfit.report.collection import Collection, last_part
 
 _PLAIN = (PASSTHROUGH, DEQUANTIZED, KV_CACHE)
 
@@ -85,7 +85,7 @@ def _tried(collection: Collection, engine: str) -> tuple[str, ...]:
     found: dict[str, None] = {}
 
     def note(model: str, name: str | None, version: str | None, gpu: str | None) -> None:
-        known = {model, model.rstrip("/").rpartition("/")[2]}
+        known = {model, last_part(model)}
         if name is not None and name.lower() == engine and version and known & names:
             found[f"{version} on {gpu}" if gpu else version] = None
 

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from snugfit.records.bench import BenchCell, BenchRecord, BenchRun, Distribution
 from snugfit.records.serve import ServeRecord
+from snugfit.report.collection import last_part
 from snugfit.report.plots import LENGTHS, Plot, Point, line_of
 from snugfit.report.table import Cell, Column, Table
 
 MEDIANS = "Medians; quartiles beside them."
 BANDS = "medians; bands: half the distance between the quartiles"
-_ENGINES = {"vllm": "vLLM", "sglang": "SGLang", "aphrodite": "Aphrodite"}
+ENGINE_TITLES = {"vllm": "vLLM", "aphrodite": "Aphrodite", "sglang": "SGLang"}
 _PREFIX_CACHE = {
     "counted": "the server's counters of prefix-cache hits did not move",
     "unique": "no two prompts begin alike; the server reports no cache hits",
@@ -43,7 +44,7 @@ def speed_tables(records: Sequence[BenchRecord]) -> Iterator[Table]:
 
 def engine_name(name: str | None, version: str | None) -> str:
     """An engine and its version as tables write them; "" where neither is known."""
-    shown = _ENGINES.get((name or "").lower(), name)
+    shown = ENGINE_TITLES.get((name or "").lower(), name)
     return " ".join(filter(None, (shown, version)))
 
 
@@ -69,7 +70,7 @@ def _cells_table(
     shown: list[Column] = []
     for column in columns:
         shown.append(column)
-        if f"{column.key}_p25" in _KEYS_WITH_QUARTILES:
+        if column.key in _WITH_QUARTILES:
             low, high = (Column(key=f"{column.key}_{q}", heading=h, form=column.form) for q, h in _QUARTILES)
             shown += [low, high]
     notes = [MEDIANS, *_notes(runs, kind)]
@@ -89,7 +90,7 @@ def _cells_table(
 
 
 _QUARTILES = (("p25", "25 %"), ("p75", "75 %"))
-_KEYS_WITH_QUARTILES = frozenset({"prefill_p25", "decode_p25", "throughput_p25"})
+_WITH_QUARTILES = frozenset({"prefill", "decode", "throughput"})
 
 
 def _notes(runs: Sequence[tuple[BenchRecord, BenchRun]], kind: str) -> Iterator[str]:
@@ -118,7 +119,6 @@ def _row(run: BenchRun, cell: BenchCell) -> Mapping[str, Cell]:
         "requests": cell.requests,
         "errors": cell.errors or None,
         "status": None if cell.status == "measured" else f"{cell.status}: {cell.reason or ''}".rstrip(": "),
-        "prefix_hits": cell.prefix_hits,
     }
     if cell.status == "refused":
         return row  # its figures are of the cache
@@ -205,7 +205,7 @@ def started_table(records: Sequence[ServeRecord]) -> Table:
         sound = sum(answer.verdict == "answers" for answer in record.answers)
         rows.append(
             {
-                "model": record.model.rstrip("/").rpartition("/")[2],
+                "model": last_part(record.model),
                 "engine": engine_name(record.engine, record.engine_version),
                 "gpu": record.gpu,
                 "started": record.started,

@@ -6,7 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from snugfit.engines.memory import GIB
@@ -59,7 +59,7 @@ class Table:
     def shown(self) -> Table:
         """The table without columns in which every cell is empty."""
         columns = tuple(c for c in self.columns if any(row.get(c.key) is not None for row in self.rows))
-        return Table(name=self.name, title=self.title, columns=columns, rows=self.rows, note=self.note)
+        return replace(self, columns=columns)
 
     def cells(self) -> list[list[str]]:
         """Every cell as plain text."""
@@ -141,6 +141,16 @@ def size(value: float) -> str:
         if abs(value) >= factor:
             return f"{value / factor:,.1f} {unit}" if unit != "GB" else f"{value / factor:,.2f} {unit}"
     return f"{value:,.0f} bytes"
+
+
+def size_unit(largest: float) -> tuple[str, float]:
+    """The unit of an axis of bytes up to `largest`, and its bytes."""
+    return ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
+
+
+def numbered(name: str, place: int) -> str:
+    """The name of the table or plot of the record at `place` among those of its kind: NAME, NAME-2, NAME-3, ..."""
+    return f"{name}-{place + 1}" if place else name
 
 
 def without_empty(tables: Sequence[Table]) -> list[Table]:

@@ -351,13 +351,18 @@ def _check_access(response: httpx.Response, url: str) -> None:
     raise UserError(what, code="server-refused", where=url, remedy=remedy)
 
 
+def error_in(document: Any) -> Any:
+    """What a JSON answer says of a failure, however deep servers put it; the document itself where it says nothing."""
+    for name in ("error", "message", "detail"):
+        if isinstance(document, dict) and name in document:
+            document = document[name]
+    return document
+
+
 def _message(response: httpx.Response) -> str:
     """The server's own message about a failure, in one line of at most 500 characters."""
     response.read()
-    said: Any = _object(response)
-    for name in ("error", "message", "detail"):
-        if isinstance(said, dict) and name in said:
-            said = said[name]
+    said = error_in(_object(response))
     if not said:
         said = response.text or response.reason_phrase
     return " ".join((said if isinstance(said, str) else json.dumps(said)).split())[:500]

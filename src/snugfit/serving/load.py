@@ -15,6 +15,8 @@ from typing import Any
 
 import httpx
 
+from snugfit.serving.client import error_in
+
 LONGEST_MESSAGE = 160
 _NO_ANSWER = (httpx.ConnectError, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError, httpx.CloseError)
 
@@ -180,10 +182,7 @@ def _count(value: Any) -> int | None:
 def _said(text: str) -> str:
     """A server's message in one short line."""
     try:
-        found: Any = json.loads(text)
-        for name in ("error", "message", "detail"):
-            if isinstance(found, dict) and name in found:
-                found = found[name]
+        found = error_in(json.loads(text))
         text = found if isinstance(found, str) else json.dumps(found)
     except ValueError:
         pass
