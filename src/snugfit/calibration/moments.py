@@ -56,7 +56,7 @@ class MomentsObserver:
 
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
-        self._valid, self._number = batch.valid, getattr(batch, "number", 0)
+        self._valid, self._number = batch.valid, batch.number
 
     def shared_result(self) -> dict[str, Moments]:
         """As `result`, of the batches of all processes, which all call it."""
@@ -236,7 +236,7 @@ class ExpertMoments(NoHooks):
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
         self._keep()
-        self._valid, self._number = batch.valid, getattr(batch, "number", 0)
+        self._valid, self._number = batch.valid, batch.number
         if self._apart is not None:
             self._gate_up, self._down, self._counts = self._apart.get(self._number, (None, None, None))
 
