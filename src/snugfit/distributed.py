@@ -221,6 +221,12 @@ def block(count: int) -> range:
     return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
 
 
+def mine(things: Sequence[Result]) -> Sequence[Result]:
+    """The `block` of things that this process has."""
+    some = block(len(things))
+    return things[some.start : some.stop]
+
+
 def side_group() -> Any:
     """A group of all processes for another thread; None for a world of one. All processes must ask for it."""
     return _torch().new_group(backend="gloo", timeout=_PATIENCE) if world_size() > 1 else None

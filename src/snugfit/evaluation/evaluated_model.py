@@ -222,8 +222,7 @@ def pass_layers(
     """Rows in batches, passed through all decoder layers; `warn`, `watch` and `shared` as in `last_states`."""
     batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
     if shared:
-        some = distributed.block(len(batches))
-        batches = batches[some.start : some.stop]
+        batches = list(distributed.mine(batches))
     prefixes = {
         index: f"{model.skeleton.stored_layers_name}.{index}"
         for index in range(len(model.skeleton.layers))
