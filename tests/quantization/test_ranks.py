@@ -95,6 +95,16 @@ def test_the_same_files(
     assert [record["arguments"]["processes"] for record in records] == [1, processes]
 
 
+def test_more_processes_than_batches(source: Source, tmp_path: Path) -> None:
+    """A process that has no samples of a mixture takes part in all that is shared: the bytes are those of one."""
+    few = write_rows(tmp_path / "few.jsonl", random_rows([64, 64]))
+    options = OPTIONS | {"dataset": [few], "tokens_per_batch": 64}
+    model, recipe = source("qwen3_moe"), "nvfp4-moe-four-over-six"
+    quantize(model, recipe, output_dir=tmp_path / "one", **options)
+    assert in_ranks(3, lambda _: quantize(model, recipe, output_dir=tmp_path / "many", **options)) == [0] * 3
+    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+
+
 def _quantize(model: Path, options: dict[str, Any], _: int) -> None:
     quantize(model, "nvfp4-fp8-hybrid", **options)
 

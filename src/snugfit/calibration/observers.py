@@ -56,7 +56,8 @@ class InputObserver:
 class _Magnitudes:
     """Adds up what `InputStatistics` holds; its numbers stay on the device until they are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_batch: bool = False) -> None:
+        """With `by_batch` inputs come in no order but that of `go_to_batch`, in all processes: also without batches."""
         self.tokens = 0
         self._next = 0  # the number of the next input among all
         self._amax: Tensor | None = None
@@ -64,7 +65,7 @@ class _Magnitudes:
         # by batch: how many came, and their histograms [SAMPLED, BINS] by place modulo SAMPLED
         self._batch = 0
         self._counts: dict[int, int] = {}
-        self._apart: dict[int, Tensor] | None = None
+        self._apart: dict[int, Tensor] | None = {} if by_batch else None
 
     def go_to(self, number: int) -> None:
         """The next input has this number among all."""
@@ -72,8 +73,6 @@ class _Magnitudes:
 
     def go_to_batch(self, number: int) -> None:
         """The next inputs are the first ones of a batch; how many come before is known when all processes share."""
-        if self._apart is None:
-            self._apart = {}
         self._batch, self._next = number, self._counts.get(number, 0)
 
     def share(self) -> None:
@@ -161,7 +160,7 @@ class ExpertObserver(NoHooks):
         self._sizes = self._real = self._numbers = torch.empty(0)
         self._counts: Tensor | None = None
         self._amax: Tensor | None = None
-        self._gate_up, self._down = _Magnitudes(), _Magnitudes()
+        self._gate_up, self._down = _Magnitudes(), _Magnitudes(by_batch=distributed.world_size() > 1)
 
     def before(self, batch: Batch) -> None:
         """Tell which tokens of the coming batch are real."""
