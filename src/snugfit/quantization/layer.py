@@ -240,17 +240,14 @@ def exchange(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> None:
     """Give all processes the 16-bit weights that one of them has chosen, and multipliers of inputs that come along."""
     if distributed.world_size() == 1:
         return
-    mine = {name: one.input_scale.cpu() for name, one in tensors.items() if one.input_scale is not None}
-    scales = {name: scale for found in distributed.gather(mine) for name, scale in found.items()}
+    scales = distributed.merged({name: one.input_scale for name, one in tensors.items() if one.input_scale is not None})
     sharing.send_experts(run.buffers, run.names, run.owners)
     outside = [name for name in run.names if not run.buffers.has(name)]
     held = {name: one.weight_16bit for name, one in tensors.items() if one.weight_16bit is not None}
     sharing.send_tensors(run.plan, outside, run.owners, held, run.device)
     for name in run.names:
         if not sharing.is_mine(run.owners, name):
-            scale = scales.get(name)
-            scale = None if scale is None else scale.to(run.device)
-            tensors[name] = UnitTensor(weight_16bit=held.get(name), input_scale=scale)
+            tensors[name] = UnitTensor(weight_16bit=held.get(name), input_scale=scales.get(name))
 
 
 def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
@@ -306,7 +303,7 @@ def propagate(
     else:
         chosen = run.pieces.chosen
         bad = int(pieces.run_layer(layer, run.index, run.batches, before, chosen, cache=cache, states=run.states))
-    bad = bad if distributed.world_size() == 1 else sum(distributed.gather(bad))
+    bad = sum(distributed.gather(bad))
     if bad:
         total = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])
