@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
@@ -118,13 +118,29 @@ def barrier() -> None:
 
 
 def gather(value: Result, group: Any = None) -> list[Result]:
-    """The values of all processes, in the order of their ranks; they are pickled, so tensors should be on the CPU."""
+    """The values of all processes, in the order of their ranks; those of several have their tensors on the CPU."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()
     with _lost_ranks():
-        _torch().all_gather_object(found, value, group=group)
+        _torch().all_gather_object(found, _moved(value, "cpu"), group=group)
     return found
+
+
+def largest(found: Iterable[Tensor | None]) -> Tensor | None:
+    """The elementwise largest of gathered tensors of one shape; None of none."""
+    import torch
+
+    given = [one for one in found if one is not None]
+    return torch.stack(given).amax(0) if given else None
+
+
+def added(found: Iterable[Tensor | None]) -> Tensor | None:
+    """The sum of gathered counts of one shape; None of none."""
+    import torch
+
+    given = [one for one in found if one is not None]
+    return torch.stack(given).sum(0) if given else None
 
 
 def from_main(value: Result) -> Result:
@@ -139,10 +155,10 @@ def from_main(value: Result) -> Result:
 
 
 def merged(found: Mapping[Key, Result]) -> dict[Key, Result]:
-    """What all processes have found, by keys that differ; tensors in it travel by the CPU, and are on this device."""
+    """What all processes have found, by keys that differ; tensors in it are on this device."""
     if world_size() == 1:
         return dict(found)
-    return {key: _moved(value, device()) for one in gather(_moved(dict(found), "cpu")) for key, value in one.items()}
+    return {key: _moved(value, device()) for one in gather(dict(found)) for key, value in one.items()}
 
 
 def _moved(value: Any, where: Any) -> Any:
@@ -152,8 +168,8 @@ def _moved(value: Any, where: Any) -> Any:
         return value.to(where)
     if isinstance(value, dict):
         return {key: _moved(one, where) for key, one in value.items()}
-    if isinstance(value, tuple) and type(value) is tuple:
-        return tuple(_moved(one, where) for one in value)
+    if type(value) in (list, tuple):
+        return type(value)(_moved(one, where) for one in value)
     return value
 
 
@@ -219,6 +235,12 @@ def share(costs: Sequence[int], processes: int | None = None) -> list[int]:
 def block(count: int) -> range:
     """Which of `count` things in a row this process has: all have a block of them."""
     return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
+
+
+def mine(things: Sequence[Result]) -> Sequence[Result]:
+    """The `block` of things that this process has."""
+    some = block(len(things))
+    return things[some.start : some.stop]
 
 
 def side_group() -> Any:

@@ -19,8 +19,8 @@ FEATURES = 24
 def batch(lengths: tuple[int, ...] | None) -> Any:
     """What an observer asks of a batch of these lengths, padded to 10 tokens; None: nothing is padded."""
     if lengths is None:
-        return SimpleNamespace(valid=None)
-    return SimpleNamespace(valid=torch.arange(10) < torch.tensor(lengths)[:, None])
+        return SimpleNamespace(valid=None, number=0)
+    return SimpleNamespace(valid=torch.arange(10) < torch.tensor(lengths)[:, None], number=0)
 
 
 def observe(parts: list[tuple[Tensor, tuple[int, ...] | None]], **modules: bool) -> dict[str, Moments]:

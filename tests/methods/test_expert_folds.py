@@ -176,7 +176,7 @@ def test_samples_are_spread_over_all_routed_tokens() -> None:
     for number in range(batches):
         valid = torch.ones(1, length, dtype=torch.bool)
         valid[0, -2:] = False
-        moments.before(SimpleNamespace(valid=valid))  # type: ignore[arg-type]
+        moments.before(SimpleNamespace(valid=valid, number=0))  # type: ignore[arg-type]
         moments.begin(torch.zeros(length, 4), count)
         tokens = torch.arange(length)
         inputs = (number * length + tokens).float().unsqueeze(1).expand(-1, 3)

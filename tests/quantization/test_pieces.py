@@ -53,11 +53,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return make
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The content of every file but the record, which has times."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != RECORD_FILE}
-
-
 def records_of(folder: Path) -> Any:
     """What the record says of tensors and of the gate, but for seconds."""
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
@@ -86,7 +81,7 @@ def test_the_same_files(
     options |= {"allow_unverified": True, "min_tokens_per_expert": 0}
     for name, size in (("whole", None), ("pieces", 3)):
         quantize(source(family), recipe, output_dir=tmp_path / name, experts_per_group=size, **options)
-    assert files_of(tmp_path / "pieces") == files_of(tmp_path / "whole")
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
     assert records_of(tmp_path / "pieces") == records_of(tmp_path / "whole")
 
 
@@ -100,7 +95,7 @@ def test_experts_that_stay_in_stacked_files(source: Source, rows: Path, tmp_path
     options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "allow_unverified": True}
     for name, size in (("whole", None), ("pieces", 1)):
         quantize(source("granitemoe"), recipe, output_dir=tmp_path / name, experts_per_group=size, **options)
-    assert files_of(tmp_path / "pieces") == files_of(tmp_path / "whole")
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
 
 
 def test_the_same_statistics_and_a_run_from_them(source: Source, rows: Path, tmp_path: Path) -> None:
@@ -113,7 +108,7 @@ def test_the_same_statistics_and_a_run_from_them(source: Source, rows: Path, tmp
     known: dict[str, Any] = {"statistics": tmp_path / "whole", "device": "cpu", "min_tokens_per_expert": 0}
     for name, size in (("a", None), ("b", 3)):
         quantize(model, "fp8-int4-awq", output_dir=tmp_path / name, experts_per_group=size, **known)
-    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert records_of(tmp_path / "a") == records_of(tmp_path / "b")
 
 
@@ -153,7 +148,7 @@ def test_a_killed_run_resumes_with_other_groups(source: Source, rows: Path, tmp_
     assert in_child(dies) == KILLED
     assert any(name.endswith("unit-00001.json") for name in map(str, contents(tmp_path / "pieces.partial")))
     quantize(model, recipe, output_dir=tmp_path / "pieces", experts_per_group=5, **options)
-    assert files_of(tmp_path / "pieces") == files_of(tmp_path / "whole")
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
 
 
 def test_groups_are_chosen_by_free_memory(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

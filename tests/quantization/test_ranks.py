@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import MakeTiny
-from helpers.killed import KILLED
+from helpers.killed import KILLED, contents
 from helpers.ranks import in_ranks
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
@@ -57,11 +57,6 @@ def source(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Sou
     return make
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    """The content of every file but the record, which has times."""
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != RECORD_FILE}
-
-
 @pytest.mark.parametrize(
     ("family", "recipe", "effort", "processes", "size"),
     [
@@ -89,10 +84,20 @@ def test_the_same_files(
         quantize(source(family), recipe, output_dir=tmp_path / "many", experts_per_group=size, **options)
 
     assert in_ranks(processes, work) == [0] * processes
-    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
     records = [json.loads((tmp_path / name / RECORD_FILE).read_text()) for name in ("one", "many")]
     assert records[0]["tensors"] == records[1]["tensors"]
     assert [record["arguments"]["processes"] for record in records] == [1, processes]
+
+
+def test_more_processes_than_batches(source: Source, tmp_path: Path) -> None:
+    """A process that has no samples of a mixture takes part in all that is shared: the bytes are those of one."""
+    few = write_rows(tmp_path / "few.jsonl", random_rows([64, 64]))
+    options = OPTIONS | {"dataset": [few], "tokens_per_batch": 64}
+    model, recipe = source("qwen3_moe"), "nvfp4-moe-four-over-six"
+    quantize(model, recipe, output_dir=tmp_path / "one", **options)
+    assert in_ranks(3, lambda _: quantize(model, recipe, output_dir=tmp_path / "many", **options)) == [0] * 3
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 def _quantize(model: Path, options: dict[str, Any], _: int) -> None:
@@ -147,7 +152,7 @@ def test_a_process_that_dies(source: Source, rows: Path, tmp_path: Path, capfd: 
     assert "rank-lost" in capfd.readouterr().err
     assert (tmp_path / "many.partial").is_dir()
     assert in_ranks(2, lambda _: quantize(model, recipe, output_dir=tmp_path / "many", **options)) == [0, 0]
-    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 
 def test_an_error_is_reported_once(source: Source, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -214,7 +219,7 @@ def test_the_same_number_of_processes(family: str, source: Source, rows: Path, t
     for name in ("many", "again"):
         work = partial(_quantize, source(family), options | {"output_dir": tmp_path / name})
         assert in_ranks(3, work) == [0, 0, 0]
-    assert files_of(tmp_path / "many") == files_of(tmp_path / "again")
+    assert contents(tmp_path / "many") == contents(tmp_path / "again")
 
 
 @pytest.mark.slow
@@ -228,7 +233,7 @@ def test_torchrun_itself(source: Source, rows: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     assert done.stdout.count("peak memory") == 1
-    assert files_of(tmp_path / "many") == files_of(tmp_path / "one")
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
     again = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
     assert again.returncode != 0
     assert again.stderr.count("output-exists") == 1

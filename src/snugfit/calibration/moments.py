@@ -56,7 +56,7 @@ class MomentsObserver:
 
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
-        self._valid, self._number = batch.valid, getattr(batch, "number", 0)
+        self._valid, self._number = batch.valid, batch.number
 
     def shared_result(self) -> dict[str, Moments]:
         """As `result`, of the batches of all processes, which all call it."""
@@ -89,7 +89,7 @@ class BatchSums:
 
     def share(self) -> None:
         """Add the terms of all processes, which all call it."""
-        found = distributed.gather([(number, term.cpu()) for number, term in self._terms])
+        found = distributed.gather(self._terms)
         self._terms, self._shared = [], False
         for number, term in sorted((term for some in found for term in some), key=lambda term: term[0]):
             self.add(term.to(self.device), number)
@@ -135,15 +135,13 @@ class _Sums:
         if distributed.world_size() == 1:
             return
         self._squares.share()
-        device = None if self._amax is None else self._amax.device
         width = 0 if self._gram is None else len(self._gram)
-        samples = [(number, sample.cpu()) for number, sample in self._samples]
-        found = distributed.gather((self.tokens, None if self._amax is None else float(self._amax), samples, width))
+        found = distributed.gather((self.tokens, self._amax, self._samples, width))
         self.tokens = sum(tokens for tokens, *_ in found)
         if not self.tokens:
             return
-        device = self._squares.device if device is None else device
-        self._amax = torch.tensor(max(amax for _, amax, *_ in found if amax is not None), device=device)
+        device = distributed.device()
+        self._amax = distributed.largest(amax for _, amax, *_ in found)
         parts = [part for _, _, some, _ in found for part in some]
         self._samples = [(number, part.to(device)) for number, part in sorted(parts, key=lambda part: part[0])]
         width = max(width for *_, width in found)
@@ -236,7 +234,7 @@ class ExpertMoments(NoHooks):
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
         self._keep()
-        self._valid, self._number = batch.valid, getattr(batch, "number", 0)
+        self._valid, self._number = batch.valid, batch.number
         if self._apart is not None:
             self._gate_up, self._down, self._counts = self._apart.get(self._number, (None, None, None))
 
@@ -250,10 +248,7 @@ class ExpertMoments(NoHooks):
         if self._apart is None:
             return
         self._keep()
-        mine = [
-            (number, gate_up.cpu(), None if down is None else down.cpu(), counts.cpu())
-            for number, (gate_up, down, counts) in self._apart.items()
-        ]
+        mine = [(number, *sums) for number, sums in self._apart.items()]
         self._apart = self._gate_up = self._down = self._counts = None
         device = distributed.device()
         for _, *terms in sorted((one for some in distributed.gather(mine) for one in some), key=lambda one: one[0]):
@@ -265,7 +260,7 @@ class ExpertMoments(NoHooks):
             self._share_samples()
 
     def _share_samples(self) -> None:
-        mine = {expert: spread.result().cpu() for expert, spread in self._samples.items()}
+        mine = {expert: spread.result() for expert, spread in self._samples.items()}
         self._samples = {}
         for found in distributed.gather(mine):
             for expert, rows in found.items():

@@ -56,7 +56,8 @@ class InputObserver:
 class _Magnitudes:
     """Adds up what `InputStatistics` holds; its numbers stay on the device until they are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, by_batch: bool = False) -> None:
+        """With `by_batch` inputs come in no order but that of `go_to_batch`, in all processes: also without batches."""
         self.tokens = 0
         self._next = 0  # the number of the next input among all
         self._amax: Tensor | None = None
@@ -64,7 +65,7 @@ class _Magnitudes:
         # by batch: how many came, and their histograms [SAMPLED, BINS] by place modulo SAMPLED
         self._batch = 0
         self._counts: dict[int, int] = {}
-        self._apart: dict[int, Tensor] | None = None
+        self._apart: dict[int, Tensor] | None = {} if by_batch else None
 
     def go_to(self, number: int) -> None:
         """The next input has this number among all."""
@@ -72,23 +73,18 @@ class _Magnitudes:
 
     def go_to_batch(self, number: int) -> None:
         """The next inputs are the first ones of a batch; how many come before is known when all processes share."""
-        if self._apart is None:
-            self._apart = {}
         self._batch, self._next = number, self._counts.get(number, 0)
 
     def share(self) -> None:
         """Take in what all processes have taken in, which all call it."""
         if distributed.world_size() == 1:
             return
-        amax = None if self._amax is None else self._amax.cpu()
         if self._apart is not None:
             self._histogram = self._in_order(self._apart)
-        found = distributed.gather((self.tokens, amax, None if self._histogram is None else self._histogram.cpu()))
-        self.tokens = sum(tokens for tokens, *_ in found)
-        largest = [one for _, one, _ in found if one is not None]
-        counts = [one for *_, one in found if one is not None]
-        if self.tokens:
-            self._amax, self._histogram = torch.stack(largest).amax(), torch.stack(counts).sum(0)
+        found = distributed.gather((self.tokens, self._amax, self._histogram))
+        self.tokens = sum(tokens for tokens, _, _ in found)
+        self._amax = distributed.largest(amax for _, amax, _ in found)
+        self._histogram = distributed.added(histogram for _, _, histogram in found)
 
     def add(self, inputs: Tensor, first: int | None = None) -> None:
         """Take in inputs [n, K]; `first` is the number of the first among all that come, if not in their order."""
@@ -161,7 +157,7 @@ class ExpertObserver(NoHooks):
         self._sizes = self._real = self._numbers = torch.empty(0)
         self._counts: Tensor | None = None
         self._amax: Tensor | None = None
-        self._gate_up, self._down = _Magnitudes(), _Magnitudes()
+        self._gate_up, self._down = _Magnitudes(), _Magnitudes(by_batch=distributed.world_size() > 1)
 
     def before(self, batch: Batch) -> None:
         """Tell which tokens of the coming batch are real."""
@@ -175,11 +171,9 @@ class ExpertObserver(NoHooks):
         """Take in what all processes have seen, which all call it."""
         if distributed.world_size() == 1:
             return
-        mine = None if self._counts is None or self._amax is None else (self._counts.cpu(), self._amax.cpu())
-        found = [one for one in distributed.gather(mine) if one is not None]
-        if found:
-            self._counts = torch.stack([counts for counts, _ in found]).sum(0)
-            self._amax = torch.stack([amax for _, amax in found]).amax(0)
+        found = distributed.gather((self._counts, self._amax))
+        self._counts = distributed.added(counts for counts, _ in found)
+        self._amax = distributed.largest(amax for _, amax in found)
         self._gate_up.share()
         self._down.share()
 
@@ -291,10 +285,9 @@ class KVAmax(NoCache):
         """Take in what all processes have seen, which all call it."""
         if distributed.world_size() == 1:
             return
-        mine = None if self._largest is None else tuple(one.cpu() for one in self._largest)
-        found = [one for one in distributed.gather(mine) if one is not None]
-        if found:
-            self._largest = torch.stack([one[0] for one in found]).amax(), torch.stack([one[1] for one in found]).amax()
+        found = [one for one in distributed.gather(self._largest) if one is not None]
+        keys, values = (distributed.largest(one[kind] for one in found) for kind in (0, 1))
+        self._largest = None if keys is None or values is None else (keys, values)
 
     @property
     def amax(self) -> tuple[float, float] | None:

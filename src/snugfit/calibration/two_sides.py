@@ -19,6 +19,7 @@ class _Part:
     """The tokens of a batch that one group of samples has: as a batch shows its real ones."""
 
     valid: Tensor
+    number: int
 
 
 def parts_of(batch: Batch, first: int) -> tuple[Any, Any]:
@@ -27,7 +28,7 @@ def parts_of(batch: Batch, first: int) -> tuple[Any, Any]:
     width = batch.tokens.shape[1]
     mask = torch.ones(len(batch.rows), width, dtype=torch.bool, device=batch.tokens.device) if real is None else real
     before = torch.tensor([row < first for row in batch.rows], device=mask.device)[:, None]
-    return _Part(mask & before), _Part(mask & ~before)
+    return _Part(mask & before, batch.number), _Part(mask & ~before, batch.number)
 
 
 class TwoSides:

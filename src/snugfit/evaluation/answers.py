@@ -96,10 +96,7 @@ def answer_all(
     with progress.bar((len(models) + (server is not None)) * len(prompts), "answering") as advance:
         for model in models:
             ends = _ends(model.skeleton.config)
-            rows = []
-            for prompt in prompts:
-                rows.append(continue_greedily(model, [prompt], device, tokens=limit)[0])
-                advance()
+            rows = continue_greedily(model, prompts, device, tokens=limit, advance=advance)
             if model is reference:
                 of_reference = rows
             finished = [bool(row) and row[-1] in ends for row in rows]

@@ -103,12 +103,17 @@ def shared_beginning(a: Sequence[int], b: Sequence[int]) -> int:
 
 @torch.no_grad()
 def continue_greedily(
-    model: EvaluatedModel, prompts: Sequence[Sequence[int]], device: torch.device, *, tokens: int = CONTINUATION_TOKENS
+    model: EvaluatedModel,
+    prompts: Sequence[Sequence[int]],
+    device: torch.device,
+    *,
+    tokens: int = CONTINUATION_TOKENS,
+    advance: Callable[[], None] = lambda: None,
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, `tokens` long unless the model ends it, under its engine profile.
 
     Layers stay in memory where all of them fit into half of the free memory; otherwise each is read again for every
-    token.
+    token. `advance` is called after each prompt.
     """
     from transformers import GenerationConfig
 
@@ -121,6 +126,7 @@ def continue_greedily(
         ids = torch.tensor([list(prompt)], device=device)
         output = module.generate(ids, generation_config=settings, attention_mask=torch.ones_like(ids))  # type: ignore[operator]
         results.append([int(token) for token in output[0, len(prompt) :]])
+        advance()
     return results
 
 

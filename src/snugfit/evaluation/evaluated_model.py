@@ -222,8 +222,7 @@ def pass_layers(
     """Rows in batches, passed through all decoder layers; `warn`, `watch` and `shared` as in `last_states`."""
     batches = forward_pass.make_batches(rows, tokens_per_batch, device, pads=model.skeleton.is_causal)
     if shared:
-        some = distributed.block(len(batches))
-        batches = batches[some.start : some.stop]
+        batches = list(distributed.mine(batches))
     prefixes = {index: f"{model.skeleton.stored_layers_name}.{index}" for index in model.skeleton.ran}
     coming = deque(prefixes.values())
     finite = _FirstNotFinite(model, warn)
@@ -255,8 +254,7 @@ def _run_layer(
     """Pass batches through a layer; `coming` is the name of the next one, whose weights are read meanwhile."""
     mixture, size = model.skeleton.experts.get(index), model.experts_per_group
     before = None if watch is None else watch.before
-    total = 0 if mixture is None else 1 + max(expert for expert, _, _ in mixture.names)
-    if mixture is None or size is None or size >= total:
+    if mixture is None or size is None or size >= mixture.count:
         layer, cache = resident_layer(model, index, device, read, watch)
         read.expect(*coming)
         return forward_pass.queue_layer(layer, index, batches, before, cache=cache)
@@ -266,15 +264,14 @@ def _run_layer(
     given = model.formats, model.activations, device, read
 
     def fill() -> Iterator[range]:
-        for start in range(0, total, size):
-            some = range(start, min(total, start + size))
+        for some in experts.in_groups(mixture.count, size):
             emulate.read_experts(
                 model.checkpoint, model.dialect, prefix, mixture, buffers.of(index, some), *given, numbers=some
             )
             yield some
 
     experts_in_pieces = pieces.ExpertsInPieces(
-        module=mixture.module, total=total, fill=fill, scratch=pieces.ScratchMemory(device)
+        module=mixture.module, total=mixture.count, fill=fill, scratch=pieces.ScratchMemory(device)
     )
     return pieces.run_layer(layer, index, batches, before, experts_in_pieces, cache=cache)
 

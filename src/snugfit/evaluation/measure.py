@@ -111,8 +111,7 @@ def _my_chunks(
         return None
     rows, pads = [chunk.ids for chunk in chunks], model.skeleton.is_causal
     batches = forward_pass.make_batches(rows, tokens_per_batch, torch.device("cpu"), pads=pads)
-    some = distributed.block(len(batches))
-    return frozenset(chunks[row].number for batch in batches[some.start : some.stop] for row in batch.rows)
+    return frozenset(chunks[row].number for batch in distributed.mine(batches) for row in batch.rows)
 
 
 def _share(found: Found, measurements: Sequence[Measurement], chunks: Sequence[Chunk]) -> None:

@@ -141,13 +141,10 @@ class _Sums:
         """Take in what all processes have taken in."""
         if distributed.world_size() == 1:
             return
-        amax, found = (None if one is None else one.cpu() for one in (self._amax, self._found))
-        parts = distributed.gather((self.tokens, amax, found))
+        parts = distributed.gather((self.tokens, self._amax, self._found))
         self.tokens = sum(tokens for tokens, _, _ in parts)
-        largest = [one for _, one, _ in parts if one is not None]
-        counts = [one for _, _, one in parts if one is not None]
-        self._amax = torch.stack(largest).amax() if largest else None
-        self._found = torch.stack(counts).sum(0) if counts else None
+        self._amax = distributed.largest(amax for _, amax, _ in parts)
+        self._found = distributed.added(found for _, _, found in parts)
 
     def result(self, module: str, weight: str) -> SeenInputs:
         """All that was taken in."""

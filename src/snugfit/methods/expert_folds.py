@@ -91,7 +91,7 @@ def fold_experts(
         return ProductFolds()
     places = {
         f"{layer.prefix}{layer.experts.names[expert, DOWN, 'weight']}".removesuffix(".weight"): expert
-        for expert in range(1 + max(number for number, _, _ in layer.experts.names))  # not all may be in memory
+        for expert in range(layer.experts.count)  # not all may be in memory
     }
     products = list(_of_experts(layer, places, samples))
     return fold_products(

@@ -15,7 +15,7 @@ the mixture runs on one batch alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -234,7 +234,7 @@ def _searched(layer: ObservedLayer, readers: Readers, routes: Routes) -> tuple[l
     assert layer.experts is not None
     module = layer.module.get_submodule(layer.experts.module)
     number = experts.count(module)
-    roles = sorted({role for role, parameter in experts.shapes(module) if parameter == "weight" and role != DOWN})
+    roles = _roles(module)
     (fmt,) = {target for target in expert_targets(layer).values() if target is not None}
     rows_of_one = max(FEWEST_SEARCHED_ROWS, SEARCHED_ROWS // number)
     tokens = [(routes.sampled_experts == one).any(1) for one in range(number)]
@@ -315,12 +315,20 @@ def _apply_and_compare(
     return replace(note, reason=what)
 
 
+def _roles(module: nn.Module) -> list[str]:
+    """The roles of the experts' projections that read the norm."""
+    return sorted({role for role, parameter in experts.shapes(module) if parameter == "weight" and role != DOWN})
+
+
+def _expert_weights(module: nn.Module) -> Iterator[Tensor]:
+    """The weights [N, K] of all experts that read the norm, which are views."""
+    roles = _roles(module)
+    return (experts.weight_of(module, expert, role) for expert in range(experts.count(module)) for role in roles)
+
+
 def _multiply_experts(module: nn.Module, factors: Tensor) -> None:
-    for expert in range(experts.count(module)):
-        for role, parameter in experts.shapes(module):
-            if parameter == "weight" and role != DOWN:
-                weight = experts.weight_of(module, expert, role)
-                weight.copy_(weight.float() * factors)
+    for weight in _expert_weights(module):
+        weight.copy_(weight.float() * factors)
 
 
 def _can_multiply(layer: ObservedLayer, scaling: Scaling, module: nn.Module, factors: Tensor) -> bool:
@@ -330,11 +338,7 @@ def _can_multiply(layer: ObservedLayer, scaling: Scaling, module: nn.Module, fac
         for name in scaling.inputs
         for one in [layer.module.get_submodule(name).get_parameter("weight")]
     ]
-    for expert in range(experts.count(module)):
-        for role, parameter in experts.shapes(module):
-            if parameter == "weight" and role != DOWN:
-                weight = experts.weight_of(module, expert, role)
-                weights.append((weight, weight.dtype))
+    weights += [(weight, weight.dtype) for weight in _expert_weights(module)]
     return all(
         torch.equal((weight.float() * factors).to(weight.dtype).to(dtype).float() / factors, weight.float())
         for weight, dtype in weights

@@ -201,7 +201,7 @@ def read_experts(
     """
     stacks, read = buffers.skeleton.stacks, read or partial(read_tensor, checkpoint)
     quantized: dict[_Projections, list[str]] = {}
-    wanted = range(1 + max(expert for expert, _, _ in mixture.names)) if numbers is None else numbers
+    wanted = range(mixture.count) if numbers is None else numbers
     for (expert, role, parameter), name in ((key, one) for key, one in mixture.names.items() if key[0] in wanted):
         full = f"{prefix}.{name}"
         if parameter == "weight" and full.removesuffix(".weight") in formats:

@@ -196,6 +196,11 @@ def shapes(module: nn.Module) -> dict[tuple[str, str], tuple[int, ...]]:
     return found
 
 
+def in_groups(total: int, size: int) -> Iterator[range]:
+    """The numbers of `total` experts, `size` at a time."""
+    return (range(start, min(total, start + size)) for start in range(0, total, size))
+
+
 def buffers(
     module: nn.Module, device: torch.device, size: int | None = None
 ) -> tuple[dict[str, Tensor], dict[tuple[int, str, str], Tensor]]:
@@ -458,6 +463,11 @@ class ExpertNames:
 
     module: str
     names: Mapping[tuple[int, str, str], str]
+
+    @property
+    def count(self) -> int:
+        """Number of experts, however many of them are in memory."""
+        return 1 + max(expert for expert, _, _ in self.names)
 
     @property
     def file_module(self) -> str:

@@ -62,10 +62,11 @@ def expert_buffers(skeleton: Skeleton, index: int, device: torch.device, size: i
     mixture = skeleton.experts.get(index)
     if mixture is None:
         return ExpertBuffers({}, {}, skeleton)
-    stacked, parts = experts.buffers(skeleton.layers[index].get_submodule(mixture.module), device, size)
+    module = skeleton.layers[index].get_submodule(mixture.module)
+    stacked, parts = experts.buffers(module, device, size)
     whole = {f"{mixture.module}.{name}": tensor for name, tensor in stacked.items()}
     held = ExpertBuffers(whole, {}, skeleton, parts)
-    return held if size else held.of(index, range(experts.count(skeleton.layers[index].get_submodule(mixture.module))))
+    return held if size else held.of(index, range(experts.count(module)))
 
 
 def resident_layer(

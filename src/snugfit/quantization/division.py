@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from snugfit.model import experts
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.plan import Plan, groups_of
 
@@ -54,11 +55,11 @@ def divide(
     mixture = skeleton.experts.get(number - 1)
     if mixture is None or size is None or number - 1 in skeleton.skipped:
         return Division(tuple(groups))
-    prefix = f"{plan.decoder}.{number - 1}."
-    expert_of = {prefix + name: expert for (expert, _, _), name in mixture.names.items()}
-    total = 1 + max(expert_of.values())
+    total = mixture.count
     if size >= total:
         return Division(tuple(groups))
+    prefix = f"{plan.decoder}.{number - 1}."
+    expert_of = {prefix + name: expert for (expert, _, _), name in mixture.names.items()}
     stacked = skeleton.stacks.stacked
     whole = tuple(group[0] for group in groups if group[0] in stacked)
     of_experts: list[list[tuple[str, ...]]] = [[] for _ in range(total)]
@@ -78,7 +79,7 @@ def divide(
             tuple(group for expert in some for group in of_experts[expert]),
             tuple(single for expert in some for single in parts[expert]),
         )
-        for some in (range(start, min(total, start + size)) for start in range(0, total, size))
+        for some in experts.in_groups(total, size)
     )
     return Division(tuple(rest), pieces, whole)
 

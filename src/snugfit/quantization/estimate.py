@@ -191,7 +191,7 @@ def ahead_of(plan: Plan, divisions: Sequence[Division], device: torch.device) ->
 
 def largest_group(skeleton: Skeleton, fits: Callable[[int], bool]) -> int | None:
     """The largest number of routed experts in memory at once that `fits`; None without experts, or where none fits."""
-    most = max((1 + max(e for e, _, _ in mixture.names) for mixture in skeleton.experts.values()), default=0) - 1
+    most = max((mixture.count for mixture in skeleton.experts.values()), default=0) - 1
     least = 0
     while least < most:
         middle = (least + most + 1) // 2

@@ -207,21 +207,17 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
         return groups, None
     held = list(groups)
     weights: dict[str, Tensor] = {}
-    targets: dict[str, Target] = {}
     for group in held:
         for name, loaded in group.tensors.items():
             weight = loaded.in_dtype(dtype_of(run.plan.weights.tensors[name]))
             if not run.buffers.copy_in(name, weight):
                 weights[name] = weight
-            if group.target is not None and not group.has_codes:
-                targets[name] = group.target
     sharing.send_experts(run.buffers, run.names, run.owners)
     outside = [name for name in run.names if not run.buffers.has(name)]
     sharing.send_tensors(run.plan, outside, run.owners, weights, run.device)
-    for name in run.plan.unit_of_layer(run.index):  # also of experts in pieces, and of other processes
-        target = _target_of(run.plan, name)
-        if target is not None and not run.plan.assignments[name].keeps_codes:
-            targets.setdefault(name, target)
+    unit = run.plan.unit_of_layer(run.index)  # with experts in pieces, and what other processes have
+    copied = frozenset(name for name in unit if (one := run.plan.assignments.get(name)) and one.keeps_codes)
+    targets = {name: _target_of(run.plan, name) for name in unit if name not in copied}
     layer = run.resident(weights)
     names = run.skeleton.names_of_layer(run.index)
     parameters = {f"{run.prefix}{file_name}": name for file_name, name in names.parameters.items()}
@@ -231,10 +227,10 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
         linears={f"{run.prefix}{file_name}": module for file_name, module in _linears_of(run, layer).items()},
         parameters=parameters,
         dtypes={parameters[name]: weight.dtype for name, weight in weights.items() if name in parameters},
-        targets=targets,
+        targets={name: target for name, target in targets.items() if target is not None},
         experts=run.skeleton.experts.get(run.index),
         run=_runner(run, layer),
-        copied=frozenset(name for group in held if group.has_codes for name in group.tensors),
+        copied=copied,
         note=run.norm_folds.append,
     )
     return held, method.observe(observed)
@@ -244,17 +240,14 @@ def exchange(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> None:
     """Give all processes the 16-bit weights that one of them has chosen, and multipliers of inputs that come along."""
     if distributed.world_size() == 1:
         return
-    mine = {name: one.input_scale.cpu() for name, one in tensors.items() if one.input_scale is not None}
-    scales = {name: scale for found in distributed.gather(mine) for name, scale in found.items()}
+    scales = distributed.merged({name: one.input_scale for name, one in tensors.items() if one.input_scale is not None})
     sharing.send_experts(run.buffers, run.names, run.owners)
     outside = [name for name in run.names if not run.buffers.has(name)]
     held = {name: one.weight_16bit for name, one in tensors.items() if one.weight_16bit is not None}
     sharing.send_tensors(run.plan, outside, run.owners, held, run.device)
     for name in run.names:
         if not sharing.is_mine(run.owners, name):
-            scale = scales.get(name)
-            scale = None if scale is None else scale.to(run.device)
-            tensors[name] = UnitTensor(weight_16bit=held.get(name), input_scale=scale, begun=True)
+            tensors[name] = UnitTensor(weight_16bit=held.get(name), input_scale=scales.get(name))
 
 
 def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
@@ -310,7 +303,7 @@ def propagate(
     else:
         chosen = run.pieces.chosen
         bad = int(pieces.run_layer(layer, run.index, run.batches, before, chosen, cache=cache, states=run.states))
-    bad = bad if distributed.world_size() == 1 else sum(distributed.gather(bad))
+    bad = sum(distributed.gather(bad))
     if bad:
         total = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])

@@ -216,7 +216,7 @@ class _Work:
             skeleton=prepared.skeleton,
             index=number - 1,
             buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device, size),
-            batches=_mine(self.batches),
+            batches=distributed.mine(self.batches),
             all_batches=self.batches,
             names=[name for group in self.divisions[number].groups for name in group],
             owners=self.owners[number],
@@ -313,12 +313,6 @@ def _expect(run: Run, number: int, started: float) -> float:
     return run.clock.seconds["total"] + left
 
 
-def _mine(batches: Sequence[forward_pass.Batch]) -> Sequence[forward_pass.Batch]:
-    """The batches that pass through the layers in this process."""
-    some = distributed.block(len(batches))
-    return batches[some.start : some.stop]
-
-
 def _state_files(
     run: Run, batches: Sequence[forward_pass.Batch], transfer: Transfer, stack: ExitStack
 ) -> list[StateFile]:
@@ -327,7 +321,7 @@ def _state_files(
         return []
     skeleton = run.prepared.skeleton
     shape = skeleton.hidden_size, skeleton.dtype
-    mine = _mine(batches)
+    mine = distributed.mine(batches)
     files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer, mine) for n in range(2))
     return [stack.enter_context(file) for file in files]
 
@@ -359,7 +353,7 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
     prepared = run.prepared
     if not run.runs_layers or run.finished.done == len(prepared.plan.units):
         return
-    fresh, mine = run.finished.done == 0, {batch.number for batch in _mine(batches)}
+    fresh, mine = run.finished.done == 0, {batch.number for batch in distributed.mine(batches)}
 
     def keep(batch: forward_pass.Batch, hidden: torch.Tensor) -> None:
         if fresh and batch.number in mine:
