@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -216,6 +217,22 @@ def test_bad_input_starts_nothing(model: Path, tmp_path: Path) -> None:
     with raises("option-invalid", where="gpu"):
         serve(model, output_dir=out, options=options(gpu="RTX 9999"))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"), [({"command": "no-such-engine"}, "option-invalid"), ({"gpu": "RTX 9999"}, "option-invalid")]
+)
+def test_bad_input_leaves_no_temporary_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: dict[str, str], code: str
+) -> None:
+    """Without an output directory bad input leaves no folder for the log, and a run that starts names its log there."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with raises(code):
+        serve(model, options=options(**bad))
+    assert list(folder.iterdir()) == []
+    assert Path(serve(model, options=options("refuses")).log).is_relative_to(folder)
 
 
 def test_the_command_line(model: Path, tmp_path: Path) -> None:

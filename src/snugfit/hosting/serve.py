@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,24 @@ def serve(
     """
     options, measures = options or ServeOptions(), measures or Measures()
     _check(model, options, measures, output_dir)
-    if output_dir is None:
-        folder = Path(tempfile.mkdtemp(prefix="snugfit-serve-"))
-        return _serve(_Job(model, folder, options, measures, progress), hold, keeps=False)
-    with staged(Path(output_dir)) as folder:
-        record = _serve(_Job(model, folder, options, measures, progress), hold, keeps=True)
-        (folder / "serve.json").write_text(record.to_json(), encoding="utf-8")
-        (folder / "serve.md").write_text(serve_markdown(record), encoding="utf-8")
+    keeps = output_dir is not None
+    with _log_folder() if output_dir is None else staged(Path(output_dir)) as folder:
+        record = _serve(_Job(model, folder, options, measures, progress), hold, keeps=keeps)
+        if keeps:
+            (folder / "serve.json").write_text(record.to_json(), encoding="utf-8")
+            (folder / "serve.md").write_text(serve_markdown(record), encoding="utf-8")
     return record
+
+
+@contextmanager
+def _log_folder() -> Iterator[Path]:
+    """A temporary folder for the engine's log, which stays; removed where anything goes wrong, as `staged` does."""
+    folder = Path(tempfile.mkdtemp(prefix="snugfit-serve-"))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
+from snugfit.storage.files import with_parents
 
 LOCK_NAME = ".snugfit-lock"
 WORK_NAME = ".snugfit-work"  # files that a run needs to resume; removed when it ends
@@ -84,16 +85,16 @@ def _beside_main(target: Path) -> Iterator[tuple[Path, Path]]:
 def _locked(target: Path) -> Iterator[Path]:
     """TARGET.partial, created where it is missing, locked for this process alone."""
     partial = _partial_of(target)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise _not_writable(partial, f"cannot be written ({error.strerror}).") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(with_parents(partial))
+            partial.mkdir(exist_ok=True)
+            lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise _not_writable(partial, f"cannot be written ({error.strerror}).") from None
+        stack.callback(os.close, lock)
         _lock(lock, partial)
         yield partial
-    finally:
-        os.close(lock)
 
 
 def _lock(file: int, partial: Path) -> None:
