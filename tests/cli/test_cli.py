@@ -294,16 +294,31 @@ def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
 # --- what is offered
 
 
-def test_no_verb_or_option_appears_unannounced() -> None:
-    """The verbs and their options are exactly those spelled out in this file."""
+def all_verbs() -> dict[str, Any]:
+    """Every command by its name, also those below another."""
     given: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     verbs: dict[str, Any] = {}
     for name, one in given.items():
         inside = getattr(one, "commands", None)
         verbs |= {name: one} if inside is None else {f"{name} {verb}": command for verb, command in inside.items()}
+    return verbs
+
+
+def test_every_number_of_tokens_is_written_alike() -> None:
+    """Each option that counts tokens takes 1k and 2,048 in every verb."""
+    counted = [(verb, one) for verb, c in all_verbs().items() for one in c.params if one.metavar == "TOKENS"]
+    assert len(counted) > 20
+    for verb, option in counted:
+        for text, number in (("1k", 1024), ("2,048", 2048)):
+            context = all_verbs()[verb].make_context(verb, [option.opts[0], text], resilient_parsing=True)
+            assert context.params[option.name] == number, (verb, option.name)
+
+
+def test_no_verb_or_option_appears_unannounced() -> None:
+    """The verbs and their options are exactly those spelled out in this file."""
     offered = {
         verb: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for verb, command in verbs.items()
+        for verb, command in all_verbs().items()
     }
     assert {verb: options - {"--help"} for verb, options in offered.items()} == OFFERED
 
@@ -386,6 +401,10 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
         ("eval x", "--activations", "hopper"),
         ("eval x", "--noise-floor", "candidates"),
         ("eval x", "--continuations", "-1"),
+        ("eval x", "--answer-tokens", "7"),
+        ("bench http://x", "--output-tokens", "1"),
+        ("serve x --bench", "--output-tokens", "1"),
+        ("serve x --bench", "--prompt-tokens", "0"),
         ("tasks x --tasks y", "--limit", "0"),
         ("tasks x --tasks y", "--activations", "hopper"),
         ("fit x --gpu 16GiB", "--engine", "tgi"),

@@ -22,9 +22,12 @@ def tokens(minimum: int = 1) -> Callable[[str | int], int]:
         if minimum == 0 and text == "0":
             return 0
         try:
-            return parse_tokens(text)
+            found = parse_tokens(text)
         except UserError as error:
             raise typer.BadParameter(f"{error.what} {error.remedy}") from None
+        if found < minimum:
+            raise typer.BadParameter(f"{text} is not in the range x>={minimum}.")
+        return found
 
     return token_count
 

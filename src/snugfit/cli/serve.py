@@ -56,10 +56,11 @@ def serve(
     depths: Annotated[str | None, typer.Option(metavar="TOKENS,...", help="With --bench: depths.")] = None,
     concurrency: Annotated[str | None, typer.Option(metavar="NUMBER,...", help="With --bench: users.")] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="TOKENS", help="With --bench: prompts of several users.")
+        int | None,
+        typer.Option(parser=options.tokens(), metavar="TOKENS", help="With --bench: prompts of several users."),
     ] = None,
     output_tokens: Annotated[
-        int | None, typer.Option(min=2, metavar="TOKENS", help="With --bench: tokens of an answer.")
+        int | None, typer.Option(parser=options.tokens(2), metavar="TOKENS", help="With --bench: tokens of an answer.")
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, metavar="NUMBER", help="With --bench: repeats.")] = None,
     reference: Annotated[
