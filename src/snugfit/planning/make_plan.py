@@ -210,7 +210,7 @@ def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix
     if budget.max_kl is None:
         found = least_kl(space, scores, context, count=count, distance=distance)
         if not found:
-            raise impossible(space, choices.place)
+            raise impossible(space, choices.place, choices.is_fp8)
         return context, found, space
     smallest = least_bytes(space, scores, context, budget.max_kl)
     if smallest is None:
@@ -257,7 +257,7 @@ def _longest(choices: Choices, scores: Scores) -> int:
 def _too_lossy(found: Sequence[Mix], choices: Choices) -> UserError:
     """Why no mix has at most the KL that was asked for."""
     if not found:
-        return impossible(choices.space, choices.place)
+        return impossible(choices.space, choices.place, choices.is_fp8)
     least = found[0].predicted.kl
     what = f"every mix that fits is expected to lose more than {choices.place.budget.max_kl:g} nats a token."
     remedy = f"The least that works is `max_kl={least * 1.001:.3g}`."

@@ -192,7 +192,7 @@ def _check_possible(choices: Choices) -> None:
         if all(least_amount(spaces, limit, cache) <= limit.bytes for limit in limits)
     ]
     if not fitting:
-        raise impossible(spaces, choices.place)
+        raise impossible(spaces, choices.place, choices.is_fp8)
     _check_needed(choices)
 
 
