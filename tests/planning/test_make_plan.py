@@ -261,6 +261,32 @@ def test_bad_input_leaves_nothing(
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_scores_of_several_files_are_merged(model: Path, tmp_path: Path) -> None:
+    """Formats that were scored apart are chosen from together; the same file twice is refused by its path."""
+    layout = read_layout(model)
+    files = [save(made_up_scores(layout, formats=(fmt,)), tmp_path / fmt) for fmt in ("nvfp4", "fp8-dynamic")]
+    options: dict[str, Any] = {"bits_per_weight": 7.5, "context": 256, "prove": False}
+    plan(model, output_dir=tmp_path / "out", scores=files, **options)
+    merged = load_scores(tmp_path / "out")
+    assert merged.formats == ("nvfp4", "fp8-dynamic")
+    assert all({"nvfp4", "fp8-dynamic"} <= set(costs) for name, costs in merged.costs.items() if "layers" in name)
+    with raises("scores-mismatch", where=str(files[0])):
+        plan(model, output_dir=tmp_path / "no", scores=[files[0], files[0]], **options)
+    arguments = [argument for file in files for argument in ("--scores", str(file))]
+    command = [
+        "plan",
+        str(model),
+        "--bits-per-weight",
+        "7.5",
+        "--context",
+        "256",
+        "--dry-run",
+        "--no-prove",
+        *arguments,
+    ]
+    assert CliRunner().invoke(app, command).exit_code == 0
+
+
 def test_scores_of_another_model_are_refused(make_tiny: MakeTiny, model: Path, tmp_path: Path) -> None:
     """A file of scores belongs to one model's headers and weights."""
     other = read_layout(make_tiny(num_hidden_layers=2, hidden_size=128, intermediate_size=256))

@@ -68,8 +68,11 @@ def plan(
         Path | None, typer.Option(metavar="PATH", help="YAML with rules that the plan has to keep.")
     ] = None,
     scores: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Scores of an earlier plan of this model (its directory or file)."),
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Scores of an earlier plan of this model (its directory or file); repeatable: they are merged.",
+        ),
     ] = None,
     dataset: options.Dataset = None,
     max_seq_length: Annotated[
@@ -144,7 +147,7 @@ def plan(
         "max_kl": max_kl,
         "menu": tuple(part.strip() for part in menu.split(",")) if menu else (),
         "constraints": constraints,
-        "scores": scores,
+        "scores": scores or (),
         "dataset": dataset or (),
         "max_seq_length": max_seq_length,
         "num_tokens": num_tokens,

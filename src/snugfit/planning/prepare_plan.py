@@ -15,6 +15,7 @@ from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
+from snugfit.planning.damage import merge_scores
 from snugfit.planning.limits import Budget, impossible, read_place
 from snugfit.planning.search import least_amount, make_mix, scored, within
 from snugfit.planning.space import Choices, read_choices
@@ -50,7 +51,7 @@ class PlanRequest:
     budget: Budget
     menu: tuple[str, ...] = ()
     constraints: str | Path | None = None
-    scores: str | Path | None = None
+    scores: Sequence[str | Path] = ()
     dataset: Sequence[str | Path] = ()
     max_seq_length: int | None = None
     num_tokens: int | None = None
@@ -112,8 +113,9 @@ def request_of(**given: Any) -> PlanRequest:
         device=given.pop("device", None),
         tokens_per_batch=given.pop("tokens_per_batch", None),
     )
-    menu, dataset = (tuple(as_sequence(given.pop(name, ()))) for name in ("menu", "dataset"))
-    return PlanRequest(budget=Budget(**budget), menu=tuple(map(str, menu)), dataset=dataset, proof=proof, **given)
+    menu, dataset, scores = (tuple(as_sequence(given.pop(name, ()) or ())) for name in ("menu", "dataset", "scores"))
+    given |= {"menu": tuple(map(str, menu)), "dataset": dataset, "scores": scores}
+    return PlanRequest(budget=Budget(**budget), proof=proof, **given)
 
 
 def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
@@ -133,10 +135,11 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
     generation = place.server.settings.gpu.generation if place.server.settings else None
     fitting = _PROFILE_OF.get(generation or "", DEFAULT_PROFILE)
     found, statistics, notes = None, None, list(place.notes)
-    if request.scores is not None:
-        found = load_scores(Path(request.scores))
+    if request.scores:
+        found = merge_scores([(str(given), load_scores(Path(given))) for given in request.scores])
         check_model(found, header_digest(layout.checkpoint), fingerprint(layout.checkpoint), where="scores")
-        statistics = _statistics_beside(Path(request.scores), found)
+        beside = (_statistics_beside(Path(given), found) for given in request.scores)
+        statistics = next((one for one in beside if one is not None), None)
         if request.target not in (None, found.target):
             what = f"these scores were made for {found.target}, not {request.target}."
             raise UserError(what, code="scores-mismatch", where="scores", remedy="Score again, or leave `target` out.")
