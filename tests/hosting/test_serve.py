@@ -313,6 +313,10 @@ def test_language_of_the_card(tmp_path: Path) -> None:
         ("language: de", "de"),
         ("language:\n- fr\n- en", "fr"),
         ("language: [ja]", "ja"),
+        ("tags:\n- x\nlanguage:\n  - 'zh-Hant'\n  - en", "zh"),
+        ("language: [xx, es, de]", "es"),
+        ("language: [", "en"),
+        ("language: 7", "en"),
         ("x: 1", "en"),
     ):
         card.write_text(f"---\n{front}\n---\n# Model\nlanguage: zh\n", encoding="utf-8")

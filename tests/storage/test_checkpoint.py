@@ -24,7 +24,7 @@ from snugfit.errors import UserError
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header, read_tensor
 from snugfit.storage.open import open_checkpoint
 from snugfit.storage.safetensors_header import DTYPE_BYTES, TORCH_NAMES, TensorInfo
-from snugfit.storage.shards import ShardWriter, file_digests, index_of, plan_shards
+from snugfit.storage.shards import ShardWriter, file_digests, index_text, plan_shards
 from snugfit.storage.staging import (
     LOCK_NAME,
     WORK_NAME,
@@ -60,7 +60,8 @@ def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int =
         writer.pending_writes()()
         writer.finish()
     if len(shards) > 1:
-        (directory / INDEX_NAME).write_text(json.dumps(index_of(shards)), encoding="utf-8")
+        text = index_text((shard.name, tensor) for shard in shards for tensor in shard.tensors)
+        (directory / INDEX_NAME).write_text(text, encoding="utf-8")
     return [shard.name for shard in shards]
 
 

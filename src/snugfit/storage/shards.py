@@ -240,11 +240,12 @@ class ShardWriter:
         self._files.clear()
 
 
-def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json for these shards."""
-    total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+def index_text(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
+    """The text of model.safetensors.index.json for tensors, each with the name of its file."""
+    files = sorted((tensor.name, file, tensor.bytes) for file, tensor in tensors)
+    total = sum(size for _, _, size in files)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: file for name, file, _ in files}}
+    return json.dumps(index, indent=2) + "\n"
 
 
 def file_digests(directory: Path, names: Sequence[str]) -> dict[str, str]:
