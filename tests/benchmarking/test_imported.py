@@ -50,7 +50,7 @@ def test_a_record_reads_back(tmp_path: Path) -> None:
     """What `bench` wrote is read again as it was, and one of another version is refused."""
     record = import_bench(FIXTURES / "vllm.json")
     write_bench(record, tmp_path / "out")
-    assert import_bench(tmp_path / "out" / "bench.json") == record
+    assert import_bench(tmp_path / "out" / "bench.json") == import_bench(tmp_path / "out") == record
     document = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
     file = tmp_path / "other.json"
     changes: list[dict[str, Any]] = [

@@ -314,6 +314,13 @@ def test_every_number_of_tokens_is_written_alike() -> None:
             assert context.params[option.name] == number, (verb, option.name)
 
 
+@pytest.mark.parametrize(("text", "size"), [("5", 5 * 10**9), ("0.5", 5 * 10**8), ("5GB", 5 * 10**9), ("2GiB", 2**31)])
+def test_sizes_of_shards_are_written_as_other_sizes(text: str, size: int) -> None:
+    """A size with its unit, or a number of GB."""
+    context = all_verbs()["quantize"].make_context("quantize", ["--max-shard-size", text], resilient_parsing=True)
+    assert context.params["max_shard_size"] == size
+
+
 def test_no_verb_or_option_appears_unannounced() -> None:
     """The verbs and their options are exactly those spelled out in this file."""
     offered = {

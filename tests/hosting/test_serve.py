@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -18,13 +19,16 @@ from typer.testing import CliRunner
 from conftest import MakeTiny
 from helpers import fake_engine
 from helpers.errors import raises
+from helpers.tiny_families import random_rows, write_rows
 from snugfit.benchmarking.plan import BenchOptions
 from snugfit.cli.app import app
 from snugfit.engines.launch import LAUNCHES, asks_for_fp8_cache, given
 from snugfit.engines.refusals import REFUSALS, explain
+from snugfit.errors import UserError
 from snugfit.hosting import guard
 from snugfit.hosting.engine import make_start
-from snugfit.hosting.serve import Measures, ServeOptions, serve
+from snugfit.hosting.request import Measures, ServeOptions
+from snugfit.hosting.serve import serve
 from snugfit.records.serve import ServeRecord
 from snugfit.serving.questions import QUESTIONS, language_of
 
@@ -178,11 +182,12 @@ def test_the_guard_keeps_out_of_an_orderly_end() -> None:
 def test_a_failed_measurement_keeps_the_others(model: Path, tmp_path: Path) -> None:
     """Where `eval` cannot be done, the benchmark before it is kept, and the record says what failed."""
     bench = BenchOptions(prefill=(32,), depths=(), concurrency=(), repeats=1)
-    measures = Measures(bench=bench, reference=model, dataset=[tmp_path / "nowhere"])
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((40, 40), stop=60))
+    measures = Measures(bench=bench, reference=model, dataset=[rows], contexts=(32,))
     record = serve(model, output_dir=tmp_path / "out", options=options(), measures=measures)
     assert record.results == {"bench": "bench/bench.json"}
     assert record.stopped is not None
-    assert "nowhere" in record.stopped
+    assert "not what vLLM answers" in record.stopped
 
 
 def test_flags_are_those_that_are_needed(model: Path, tmp_path: Path) -> None:
@@ -216,7 +221,23 @@ def test_bad_input_starts_nothing(model: Path, tmp_path: Path) -> None:
         serve(model, output_dir=out, options=options(command=str(tmp_path / "no-such-engine")))
     with raises("option-invalid", where="gpu"):
         serve(model, output_dir=out, options=options(gpu="RTX 9999"))
+    with raises("option-invalid", where="start_seconds"):
+        serve(model, output_dir=out, options=options(start_seconds=math.nan))
+    for asked, code, where in (
+        ({"bench": BenchOptions(output_tokens=1)}, "option-invalid", "output_tokens"),
+        ({"bench": BenchOptions(prefill=(), depths=(), concurrency=())}, "option-missing", "prefill"),
+        ({"dataset": ["book.txt"]}, "option-conflict", "dataset"),
+        ({"contexts": (64,)}, "option-conflict", "contexts"),
+        ({"max_chunks": 3}, "option-conflict", "max_chunks"),
+        ({"reference": model, "dataset": [tmp_path / "nowhere"]}, None, str(tmp_path / "nowhere")),
+        ({"reference": model, "contexts": (10**6,)}, None, None),
+    ):
+        with pytest.raises(UserError) as caught:
+            serve(model, output_dir=out, options=options(), measures=Measures(**asked))
+        assert code in (None, caught.value.code)
+        assert where in (None, caught.value.where)
     assert not out.exists()
+    assert not (model / "pids").exists()
 
 
 @pytest.mark.parametrize(

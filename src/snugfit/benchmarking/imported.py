@@ -31,12 +31,12 @@ _MOST = 10**12  # no count or time of a sound file is larger
 
 
 def import_bench(path: str | Path) -> BenchRecord:
-    """The record of a file that another tool, or snugfit, wrote.
+    """The record of a file that another tool, or snugfit, wrote; of a directory its bench.json.
 
     UserError for a file of another kind, for one whose figures are missing or impossible, and for a record of ours that
     was changed after it was written.
     """
-    file = Path(path)
+    file = Path(path) / "bench.json" if Path(path).is_dir() else Path(path)
     document = read_json(file, _KNOWN)
     if not isinstance(document, dict):
         raise _invalid("it holds no object.", file)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from snugfit.byte_counts import parse_bytes
 from snugfit.errors import UserError
 from snugfit.token_counts import parse_tokens
 
@@ -30,6 +31,14 @@ def tokens(minimum: int = 1) -> Callable[[str | int], int]:
         return found
 
     return token_count
+
+
+def size(given: str | int) -> int:
+    """A parser of a number of bytes: 9.74GB, 9GiB; typer passes defaults through it as well."""
+    try:
+        return parse_bytes(str(given), where="")
+    except UserError as error:
+        raise typer.BadParameter(f"{error.what} {error.remedy}") from None
 
 
 Model = Annotated[

@@ -67,8 +67,8 @@ def serve(
         Path | None, typer.Option(metavar="PATH", help="The original: evaluate the server against it.")
     ] = None,
     dataset: options.Dataset = None,
-    eval_context: Annotated[
-        str, typer.Option(metavar="TOKENS,...", help="With --reference: context lengths.")
+    contexts: Annotated[
+        str, typer.Option("--eval-context", metavar="TOKENS,...", help="With --reference: context lengths.")
     ] = "2048",
     max_chunks: Annotated[
         int | None, typer.Option(min=1, metavar="NUMBER", help="With --reference: chunks at most.")
@@ -81,7 +81,7 @@ def serve(
 
     Flags are those that this file, GPU and context need. An engine that refuses the file is explained in plain words.
     """
-    from snugfit.hosting.serve import Measures, ServeOptions
+    from snugfit.hosting.request import Measures, ServeOptions
     from snugfit.hosting.serve import serve as run
     from snugfit.storage.staging import check_stageable
 
@@ -114,7 +114,7 @@ def serve(
                 ),
                 reference=reference,
                 dataset=dataset or (),
-                contexts=parse_token_list(eval_context, where="eval_context"),
+                contexts=parse_token_list(contexts, where="contexts"),
                 max_chunks=max_chunks,
                 tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
             ),

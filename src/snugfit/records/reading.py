@@ -63,7 +63,7 @@ def read_json(file: Path, remedy: str) -> Any:
     try:
         raw = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise _unreadable(error, file) from None
+        raise _unreadable(error, file, remedy) from None
     except UnicodeDecodeError as error:
         raise UserError(f"not JSON: {error}.", code="json-invalid", where=str(file), remedy=remedy) from None
     return _parse(raw, file, remedy)
@@ -76,9 +76,9 @@ def _parse(text: str, file: Path, remedy: str) -> Any:
         raise UserError(f"not JSON: {error}.", code="json-invalid", where=str(file), remedy=remedy) from None
 
 
-def _unreadable(error: OSError, file: Path) -> UserError:
+def _unreadable(error: OSError, file: Path, remedy: str = "Check its permissions.") -> UserError:
     what = f"cannot be read ({error.strerror or error})."
-    return UserError(what, code="file-unreadable", where=str(file), remedy="Check its permissions.")
+    return UserError(what, code="file-unreadable", where=str(file), remedy=remedy)
 
 
 def parse_record(document: Mapping[str, Any], where: str) -> Any:
