@@ -694,7 +694,7 @@ def test_adapters_and_loose_weights_of_a_source(make_tiny: MakeTiny, tmp_path: P
 
 @pytest.mark.parametrize("place", ["out", "deep/out", "../MODEL/out", "link"])
 def test_an_output_inside_the_model_is_refused(place: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
-    """An output in the model's own directory, through a link too, is refused by each verb that runs the model."""
+    """An output in the model's own directory, through a link too, is refused by each verb that reads the model."""
     source = make_tiny("llama", num_hidden_layers=1)
     (tmp_path / "link").symlink_to(source)
     target = tmp_path / "link" / "out" if place == "link" else source / place.replace("MODEL", source.name)
@@ -709,6 +709,10 @@ def test_an_output_inside_the_model_is_refused(place: str, make_tiny: MakeTiny, 
         ("eval", source, "-o", target, "--dataset", rows),
         ("eval", tmp_path / "other", "--reference", source, "-o", target, "--dataset", rows),
         ("tasks", source, "--tasks", "piqa", "-o", target),
+        ("dataset", rows, "--model", source, "-o", target),
+        ("report", source, "-o", target),
+        ("statistics", "merge", source, "-o", target),
+        ("statistics", "import", rows, "--model", source, "-o", target),
     ):
         result = CliRunner().invoke(app, [*map(str, arguments)])
         assert failed_with(result, "output-not-writable", target)

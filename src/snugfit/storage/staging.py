@@ -135,16 +135,9 @@ def _tidy(target: Path) -> None:
 
 
 def check_stageable(target: Path, *, models: Iterable[str | Path | None] = ()) -> None:
-    """UserError where `staged` would refuse TARGET or could not write it, and inside a model; nothing is created.
-
-    What lies in a model's directory is one of its files: the next run would copy it. Of `models` those without
-    config.json do not count: results, and ids of the Hub.
-    """
+    """UserError where `staged` would refuse TARGET or could not write it, and inside a model; nothing is created."""
     partial = _partial_of(target)
-    for model in models:
-        if model and (Path(model) / "config.json").is_file() and target.resolve().is_relative_to(Path(model).resolve()):
-            what, remedy = f"inside the model's own directory, {model}.", "Choose another `output_dir`, outside of it."
-            raise UserError(what, code="output-not-writable", where=str(target), remedy=remedy)
+    check_outside(target, models)
     check_folder(partial)
     if not (partial / LOCK_NAME).is_file():
         return
@@ -156,6 +149,17 @@ def check_stageable(target: Path, *, models: Iterable[str | Path | None] = ()) -
         _lock(lock, partial)
     finally:
         os.close(lock)
+
+
+def check_outside(target: Path, models: Iterable[str | Path | None]) -> None:
+    """UserError for an output inside a model, whose files are all that lies there: the next run would copy it.
+
+    Of `models` those without config.json do not count: results, and ids of the Hub.
+    """
+    for model in models:
+        if model and (Path(model) / "config.json").is_file() and target.resolve().is_relative_to(Path(model).resolve()):
+            what, remedy = f"inside the model's own directory, {model}.", "Choose another output, outside of it."
+            raise UserError(what, code="output-not-writable", where=str(target), remedy=remedy)
 
 
 def check_folder(folder: Path, *, remedy: str = "Choose another `output_dir`.") -> None:
