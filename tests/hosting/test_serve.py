@@ -221,11 +221,17 @@ def test_bad_input_starts_nothing(model: Path, tmp_path: Path) -> None:
         serve(model, output_dir=out, options=options(command=str(tmp_path / "no-such-engine")))
     with raises("option-invalid", where="gpu"):
         serve(model, output_dir=out, options=options(gpu="RTX 9999"))
-    with raises("option-invalid", where="start_seconds"):
-        serve(model, output_dir=out, options=options(start_seconds=math.nan))
+    for name, value in (
+        ("start_seconds", math.nan),
+        *(("gpu_index", -1), ("context", 0), ("tensor_parallel_size", 0), ("max_num_seqs", 0)),
+        *(("port", 0), ("port", 65536)),
+    ):
+        with raises("option-invalid", where=name):
+            serve(model, output_dir=out, options=options(**{name: value}))
     for asked, code, where in (
         ({"bench": BenchOptions(output_tokens=1)}, "option-invalid", "output_tokens"),
         ({"bench": BenchOptions(prefill=(), depths=(), concurrency=())}, "option-missing", "prefill"),
+        ({"bench": BenchOptions(prompt_tokens=0)}, "option-invalid", "prompt_tokens"),
         ({"dataset": ["book.txt"]}, "option-conflict", "dataset"),
         ({"contexts": (64,)}, "option-conflict", "contexts"),
         ({"max_chunks": 3}, "option-conflict", "max_chunks"),

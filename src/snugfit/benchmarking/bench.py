@@ -63,6 +63,7 @@ def bench(
     for name, value in (("timeout", timeout), ("max_seconds", max_seconds)):
         if value is not None and not value > 0:
             raise UserError(f"must be > 0, got {value:g}.", code="option-invalid", where=name)
+    make_settings(options, None)  # what no server could do
     with ExitStack() as stack:
         urls = [(server, server_model), *([(against, against_model)] if against is not None else [])]
         servers = [stack.enter_context(connect(url, model=model, timeout=30.0)) for url, model in urls]

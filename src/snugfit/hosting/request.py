@@ -14,6 +14,7 @@ from snugfit.storage.open import is_hub_id
 
 START_SECONDS = 1200.0
 CONTEXTS = (2048,)
+LAST_PORT = 65535
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +67,18 @@ def check_request(model: str | Path, options: ServeOptions, measures: Measures, 
         raise UserError(
             f"no questions in {options.language!r}.", code="option-invalid", where="language", remedy=remedy
         )
+    for name, least in (
+        ("gpu_index", 0),
+        ("context", 1),
+        ("tensor_parallel_size", 1),
+        ("max_num_seqs", 1),
+        ("port", 1),
+    ):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise UserError(f"must be >= {least}, got {given}.", code="option-invalid", where=name)
+    if options.port is not None and options.port > LAST_PORT:
+        raise UserError(f"must be <= {LAST_PORT}, got {options.port}.", code="option-invalid", where="port")
     if not options.start_seconds > 0:
         raise UserError(f"must be > 0, got {options.start_seconds:g}.", code="option-invalid", where="start_seconds")
     if output_dir is None and (measures.bench or measures.reference is not None or measures.tasks):

@@ -123,6 +123,8 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
     if request.alternatives < 0:
         what = f"must be >= 0, got {request.alternatives}."
         raise UserError(what, code="option-invalid", where="alternatives", remedy="0 lists none.")
+    if (batch := request.proof.tokens_per_batch) is not None and batch < 1:
+        raise UserError(f"must be >= 1, got {batch}.", code="option-invalid", where="tokens_per_batch")
     loaded = LoadedConstraints() if request.constraints is None else load_constraints(request.constraints)
     layout = read_layout(model)
     layout.check_quantizable()
@@ -171,7 +173,11 @@ def _read_texts(
     if scores is None or (request.prove and statistics is None):
         from snugfit.planning.samples import read_samples
 
-        samples = read_samples(layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens)
+        asked = {"context": request.max_seq_length, "num_tokens": request.num_tokens}
+        try:
+            samples = read_samples(layout, request.dataset, **asked)
+        except UserError as error:
+            raise error.at("max_seq_length" if error.where == "context" else error.where) from None
     if request.prove:
         from snugfit.planning.proof import read_held_out
 
