@@ -227,7 +227,7 @@ def test_bad_input_starts_nothing(model: Path, tmp_path: Path) -> None:
         *(("port", 0), ("port", 65536)),
     ):
         with raises("option-invalid", where=name):
-            serve(model, output_dir=out, options=options(**{name: value}))
+            serve(model, output_dir=out, options=options("serves", **{name: value}))
     for asked, code, where in (
         ({"bench": BenchOptions(output_tokens=1)}, "option-invalid", "output_tokens"),
         ({"bench": BenchOptions(prefill=(), depths=(), concurrency=())}, "option-missing", "prefill"),
