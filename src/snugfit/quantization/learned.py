@@ -222,8 +222,13 @@ def _open(run: Run, directory: Path) -> _Model:
     )
 
 
+def steps_of(batches: int) -> int:
+    """How many steps learning has with so many batches."""
+    return min(STEPS, PASSES * batches)
+
+
 def _schedule(batches: int) -> Schedule:
-    steps = min(STEPS, PASSES * batches)
+    steps = steps_of(batches)
     return Schedule(steps, min(MAX_RATE, 2 * TRAVEL / steps))
 
 
