@@ -83,6 +83,11 @@ class Rehearsal:
         self.tokens = sum(batch.tokens.numel() for batch in self.batches)
         self.run_tokens = sum(batch.tokens.numel() for batch in self._real)
 
+    @property
+    def names(self) -> list[str]:
+        """The tensors that are read."""
+        return [name for group in self._division.coming for name in group]
+
     def _divisions(self) -> tuple[Division, Division]:
         """What is worked on of the layer, and what the run has in memory of it together."""
         prepared, number = self._prepared, self.number
@@ -137,7 +142,8 @@ class Rehearsal:
 
     def time(self, way: Way) -> LayerTime:
         """What a way takes of the layer."""
-        watch = Watch(self.device, self._times_of(None, 1) if self.batches else 0.0)
+        tried = len(self._division.pieces[0].experts) if self._division.pieces else None
+        watch = Watch(self.device, self._times_of(None, 1) if self.batches else 0.0, tried)
         method = Timed(copy.deepcopy(way.method), watch, self._times_of)
         prepared = replace(self._prepared, experts=self._few_forced()).taking(replace(way, method=method))
         taken = self._work(prepared, watch)
@@ -225,7 +231,7 @@ class Rehearsal:
         pieces, share, in_pieces = self._division.pieces, 1.0, bool(self._of_run.pieces)
         if pieces:
             share = pieces[-1].experts.stop / len(pieces[0].experts)
-        weights, passes, last = taken + watch.more, Seconds(), Seconds()
+        weights, passes, last = taken + watch.more + watch.of_experts * (share - 1), Seconds(), Seconds()
         for one in (*watch.observing, watch.last):
             weights -= one.whole
             rest = one.whole - one.experts - one.filling

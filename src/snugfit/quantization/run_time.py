@@ -18,7 +18,8 @@ import torch
 from snugfit import distributed
 from snugfit.errors import UserError
 from snugfit.evaluation.times import prediction_time
-from snugfit.machine import Seconds, free_bytes, now, timed
+from snugfit.machine import NO_TIME, Seconds, free_bytes, now, timed
+from snugfit.model.assemble import Piece, pieces_of
 from snugfit.model.forward_pass import make_batches
 from snugfit.progress import duration
 from snugfit.quantization.estimate import LEARNED_TOKENS
@@ -34,6 +35,8 @@ TIMED_BYTES = 1 << 26  # that are read, and written, to measure rates
 HEAD_VALUES, HEAD_TOKENS = 1 << 23, 64  # of an output head that stands for the model's
 _LEARNED_PASSES = 4  # of both heads: predictions, their KL, and its gradient
 _MADE = 3  # times that the weights of a layer are made of codes in a step of learning
+SHORT = "this run will take less than a minute"
+SHORT_SECONDS = 0.05  # of roughly as many seconds nothing is measured
 # rough rates, to know whether a run is long enough for a better estimate: operations and bytes a second
 ROUGH_OPERATIONS, ROUGH_BYTES = {"cpu": 5e10, "cuda": 1e14}, 1e9
 
@@ -64,15 +67,23 @@ def rough_seconds(prepared: PreparedRun) -> float:
 def estimate_run_time(prepared: PreparedRun, folder: Path | None = None) -> RunTime | None:
     """What the run will take on this machine as it is now; None where its layer cannot be tried.
 
-    Reads the weights of one layer at most, and runs them on some tokens; of a model on the Hub 32 MB are read. The
+    Reads the weights of one layer at most, and runs them on some tokens; of a model on the Hub 64 MB are read. The
     rate of writing is that of `folder`, which is left as it was. The estimate is of a whole run, not of what is left
     of an unfinished one, and knows nothing of what several processes send each other.
     """
     try:
         with distributed.alone(), Transfer(prepared.device, remote=prepared.plan.checkpoint.remote is not None) as io:
             return _Estimate(prepared, io, folder).result()
-    except (UserError, OSError):  # the run says what is wrong
+    except (UserError, OSError, torch.OutOfMemoryError):  # the run says what is wrong
         return None
+
+
+def expected_line(prepared: PreparedRun, folder: Path | None = None) -> str:
+    """One line for people: what a run will take."""
+    if rough_seconds(prepared) < SHORT_SECONDS:
+        return SHORT
+    found = estimate_run_time(prepared, folder)
+    return "the time that this run will take is not known" if found is None else found.line()
 
 
 class _Estimate:
@@ -81,26 +92,26 @@ class _Estimate:
     def __init__(self, prepared: PreparedRun, transfer: Transfer, folder: Path | None) -> None:
         self._prepared, self._plan = prepared, prepared.plan
         self._device, self._processes = prepared.device, distributed.asked_for()
-        self._read_rate = self._reading(transfer)
-        self._write = _writing(transfer, folder)
+        self._write = _writing(transfer, folder, min(TIMED_BYTES // 2, prepared.plan.bytes))
         self._rehearsal = Rehearsal(prepared, transfer, self._processes)
+        self._read_rate = self._reading(transfer)
         self._layers = _values(self._plan, range(1, len(self._plan.units))) / max(
             1, _values(self._plan, [self._rehearsal.number])
         )
 
     def _reading(self, transfer: Transfer) -> float:
-        """Bytes a second of the source, as they come in the order of the file."""
-        checkpoint, size, names = self._plan.checkpoint, 0, list[str]()
-        limit = TIMED_BYTES if checkpoint.remote is None else TIMED_BYTES // 2
-        for name, info in checkpoint.tensors.items():
-            if 1 << 16 < info.bytes <= limit - size:
-                names.append(name)
-                size += info.bytes
+        """Bytes a second of the layer's weights, read for the first time."""
+        weights, size, found = self._plan.weights, 0, list[Piece]()
+        limit = TIMED_BYTES if weights.checkpoint.remote is None else TIMED_BYTES // 2
+        for name in self._rehearsal.names:
+            if size + weights.file_bytes(name) <= limit:
+                found += pieces_of(weights, name)
+                size += weights.file_bytes(name)
         started = now(self._device)
-        for pending in [transfer.read(checkpoint, name) for name in names]:
+        for pending in [transfer.read(weights.checkpoint, *piece) for piece in found]:
             pending.result()
         taken = now(self._device) - started
-        return size / max(1e-9, taken.wall) if names else math.inf
+        return size / max(1e-9, taken.wall) if found else math.inf
 
     def result(self) -> RunTime:
         """What the run takes."""
@@ -119,21 +130,20 @@ class _Estimate:
             if any(way.learns for way in prepared.ways):
                 found.append(("learned", self._learned(slowest, predictions) + judged))
         basis = f"by a layer on {self._rehearsal.tokens:,} tokens" if self._rehearsal.batches else "by a layer"
-        rates = f"reading at {self._read_rate / 1e9:.1f} GB/s" if self._read_rate < math.inf else ""
+        if self._read_rate < math.inf:
+            basis += f", reading {self._read_rate / 1e6:,.0f} MB/s"
         if self._write is not None:
-            rates += f", writing at {1e-9 / max(1e-12, self._write.wall):.1f} GB/s"
-        skipped = "".join(f", {way.name} if {way.unless} is not kept is more" for way in prepared.ways if way.unless)
-        return RunTime(
-            seconds=sum((one for _, one in found), Seconds()),
-            ways=tuple(found),
-            basis=f"{basis}, {rates.removeprefix(', ')}{skipped}",
+            basis += f", writing {1e-6 / max(1e-12, self._write.wall):,.0f} MB/s"
+        basis += "".join(
+            f"; {way.name}, if {way.unless} is not kept, takes longer" for way in prepared.ways if way.unless
         )
+        return RunTime(seconds=sum((one for _, one in found), NO_TIME), ways=tuple(found), basis=basis)
 
     def _of_way(self, time: LayerTime, *, first: bool) -> Seconds:
         """Of quantizing the model in one way; only the first one reads a source that fits into memory from the disk."""
         share = self._layers / self._processes
         work = time.weights * share + time.passes * self._layers
-        read, written = self._source_bytes() / self._read_rate, Seconds()
+        read, written = self._source_bytes() / self._read_rate, NO_TIME
         if not first and self._source_bytes() < free_bytes(torch.device("cpu")):
             read = 0.0
         if self._write is not None:
@@ -179,12 +189,12 @@ def _values(plan: Plan, units: Sequence[int]) -> int:
     return sum(plan.weights.tensors[name].elements for number in units for name in plan.units[number])
 
 
-def _writing(transfer: Transfer, folder: Path | None) -> Seconds | None:
-    """Seconds to write a byte to a folder, flush it and digest it; None where nothing can be written."""
+def _writing(transfer: Transfer, folder: Path | None, size: int) -> Seconds | None:
+    """Seconds to write a byte to a folder, flush it and digest it, of `size` of them; None where none can be."""
     place = next((one for one in (folder or Path.cwd()).absolute().parents if one.is_dir()), None)
     if folder is None or place is None or not os.access(place, os.W_OK):
         return None
-    data = torch.randint(0, 255, (TIMED_BYTES // 2,), dtype=torch.uint8).to(transfer.device)
+    data = torch.arange(-(-size // 8)).view(torch.uint8).to(transfer.device)
     with tempfile.NamedTemporaryFile(dir=place) as file:
 
         def work() -> None:

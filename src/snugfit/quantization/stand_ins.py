@@ -49,17 +49,19 @@ class Pass:
 class Watch:
     """The passes of a layer while it is worked on."""
 
-    def __init__(self, device: torch.device, times: float) -> None:
-        self.device, self.times = device, times
+    def __init__(self, device: torch.device, times: float, tried: int | None = None) -> None:
+        """`tried` are the first of the routed experts, on which alone work is done; None for all."""
+        self.device, self.times, self.tried = device, times, tried
         self.begin()
 
     def begin(self) -> None:
         """Work on the layer begins."""
         self.observing: list[Pass] = []
         self.last = Pass(self.times)
-        self.more = Seconds()
+        self.more = self.of_experts = Seconds()
         self._current: Pass | None = None
         self._started: Seconds | None = None
+        self._behind = Seconds()
 
     @property
     def current(self) -> Pass:
@@ -73,7 +75,12 @@ class Watch:
         run()
         self._current.whole = now(self.device) - started
         self.observing.append(self._current)
-        self._current = None
+        self._current, self._behind = None, now(self.device)
+
+    def observed(self) -> None:
+        """All is observed: behind the last pass experts are searched for folds."""
+        if self.observing:
+            self.of_experts = now(self.device) - self._behind
 
     def reads(self) -> None:
         """Hidden states are read: the first ones begin the last pass, if no other is under way."""
@@ -184,7 +191,13 @@ class Timed:
             self._watch.observe(times, lambda: layer.run(before, max_tokens=max_tokens, spread=spread))
 
         assert self._method.observe is not None
-        return self._method.observe(replace(layer, run=run))
+        names = None if layer.experts is None else layer.experts.names
+        if names is not None and layer.experts is not None and self._watch.tried is not None:
+            some = {key: name for key, name in names.items() if key[0] < self._watch.tried}
+            layer = replace(layer, experts=replace(layer.experts, names=some))
+        found = self._method.observe(replace(layer, run=run))
+        self._watch.observed()
+        return found
 
     def choose(self, groups: Iterable[WeightGroup], purpose: Purpose) -> Iterator[Choice]:
         """As the method; parts of large weights are rounded, and these run as they are."""
@@ -204,7 +217,7 @@ class Timed:
             taken = now(self._watch.device) - started
             deep = self.correlates and group.target.scale_rule == EFFORT
             cut = [(min(n, rows), min(k, columns)) for n, k in shapes]
-            self._watch.more += taken * (_work(shapes, deep=deep) / _work(cut, deep=deep) - 1)
+            self._watch.more += taken * (work_of(shapes, deep=deep) / work_of(cut, deep=deep) - 1)
             for name in list(group.weights):
                 yield Choice(name=name, codes=None, weight_16bit=group.weights.pop(name))
 
@@ -227,7 +240,7 @@ class Timed:
         return (rows if values <= VALUES[kind] else max(1, share // _OUTPUTS) * _OUTPUTS), columns
 
 
-def _work(shapes: Iterable[tuple[int, ...]], *, deep: bool) -> float:
+def work_of(shapes: Iterable[tuple[int, ...]], *, deep: bool) -> float:
     """What the rounding of a group [N, K] grows with; `deep` by GPTQ."""
     shapes = list(shapes)
     width = shapes[0][1]
