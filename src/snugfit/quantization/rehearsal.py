@@ -41,7 +41,7 @@ from snugfit.storage.safetensors_header import dtype_of
 from snugfit.storage.shards import ShardWriter
 from snugfit.storage.transfer import Transfer
 
-OPERATIONS = {"cpu": 10**10, "cuda": 10**14}  # of a forward pass of the timed tokens, about
+OPERATIONS = {"cpu": 15 * 10**9, "cuda": 10**14}  # of a forward pass of the timed tokens, about
 FEWEST_TOKENS = 64
 EXPERT_BYTES = {"cpu": 1 << 27, "cuda": 1 << 31}  # of experts that are worked on, about
 QUICK = 3.0  # CPU seconds below which the work is done a second time, behind what it compiles and allocates once
@@ -235,7 +235,7 @@ class Rehearsal:
         for one in (*watch.observing, watch.last):
             weights -= one.whole
             rest = one.whole - one.experts - one.filling
-            if pieces and not in_pieces:  # without pieces the layer passes once
+            if pieces and not in_pieces and not one.once:  # without pieces the layer passes once
                 rest *= 0.5
             last = (rest + one.experts * share) * one.times
             passes += last

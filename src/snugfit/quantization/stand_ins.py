@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ class Pass:
     """
 
     times: float
+    once: bool = False
     whole: Seconds = NO_TIME
     experts: Seconds = NO_TIME
     filling: Seconds = NO_TIME
@@ -68,9 +70,9 @@ class Watch:
         """The pass that is under way."""
         return self._current or self.last
 
-    def observe(self, times: float, run: Callable[[], None]) -> None:
-        """Time a pass of the layer with exact weights."""
-        self._current = Pass(times)
+    def observe(self, times: float, run: Callable[[], None], *, once: bool) -> None:
+        """Time a pass of the layer with exact weights, which it passes `once` also where experts are in pieces."""
+        self._current = Pass(times, once)
         started = now(self.device)
         run()
         self._current.whole = now(self.device) - started
@@ -186,9 +188,16 @@ class Timed:
         self.input_roundings = method.input_roundings
 
     def _observe(self, layer: ObservedLayer) -> Any:
-        def run(before: Callable[[Batch], None], *, max_tokens: int | None = None, spread: int = 1) -> None:
+        def run(
+            before: Callable[[Batch], None],
+            *,
+            max_tokens: int | None = None,
+            spread: int = 1,
+            with_experts: bool = True,
+        ) -> None:
             times = self._times_of(max_tokens, spread)
-            self._watch.observe(times, lambda: layer.run(before, max_tokens=max_tokens, spread=spread))
+            run_it = partial(layer.run, before, max_tokens=max_tokens, spread=spread, with_experts=with_experts)
+            self._watch.observe(times, run_it, once=not with_experts)
 
         assert self._method.observe is not None
         names = None if layer.experts is None else layer.experts.names
