@@ -181,7 +181,7 @@ class _Estimate:
         passes = steps / len(batches)  # of all tokens
         backward = self._rehearsal.backward(learned_weights(self._plan))
         layers = ((time.forward + backward) * passes + time.decode * (_MADE * steps) + time.forward) * self._layers
-        return layers + predictions * (_LEARNED_PASSES * data.tokens * passes)
+        return layers + predictions * (_LEARNED_PASSES * data.tokens * passes / self._processes)
 
 
 def _values(plan: Plan, units: Sequence[int]) -> int:
