@@ -42,8 +42,8 @@ from snugfit.storage.shards import ShardWriter
 from snugfit.storage.transfer import Transfer
 
 OPERATIONS = {"cpu": 15 * 10**9, "cuda": 10**14}  # of a forward pass of the timed tokens, about
-FEWEST_TOKENS = 64
-EXPERT_BYTES = {"cpu": 1 << 27, "cuda": 1 << 31}  # of experts that are worked on, about
+FEWEST_TOKENS = 128
+EXPERT_BYTES = {"cpu": 1 << 25, "cuda": 1 << 31}  # of experts that are worked on, about
 QUICK = 3.0  # CPU seconds below which the work is done a second time, behind what it compiles and allocates once
 
 
@@ -113,7 +113,7 @@ class Rehearsal:
         prepared = self._prepared
         if prepared.dataset is None:
             return []
-        size = 2 * sum(prepared.plan.weights.tensors[name].elements for name in prepared.plan.units[self.number])
+        size = 2 * sum(prepared.plan.weights.tensors[name].elements for name in self.names)
         most = max(FEWEST_TOKENS, OPERATIONS[self.device.type] // max(1, size))
         most = min(most, prepared.tokens_per_batch, prepared.dataset.tokens)
         rows: list[Sequence[int]] = []
