@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from snugfit.quantization.import_statistics import import_statistics
     from snugfit.quantization.prepare import PreparedRun
     from snugfit.quantization.quantize import plan_quantization, quantize
+    from snugfit.quantization.run_time import RunTime, estimate_run_time
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
     from snugfit.records.bench import BenchRecord
     from snugfit.records.comparison import CompareRecord
@@ -76,6 +77,7 @@ __all__ = [
     "QuantizeRecord",
     "RepairRecord",
     "ReportRecord",
+    "RunTime",
     "ServeOptions",
     "ServeRecord",
     "ServerOptions",
@@ -93,6 +95,7 @@ __all__ = [
     "describe_dataset",
     "diff_plans",
     "doctor",
+    "estimate_run_time",
     "evaluate",
     "fit",
     "import_bench",
@@ -144,6 +147,7 @@ _MODULES = {
     "quantization.compare_datasets": ("compare_datasets",),
     "quantization.prepare": ("PreparedRun",),
     "quantization.quantize": ("plan_quantization", "quantize"),
+    "quantization.run_time": ("RunTime", "estimate_run_time"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
     "records.bench": ("BenchRecord",),
     "records.comparison": ("CompareRecord",),

@@ -106,7 +106,11 @@ def quantize(
     restart: options.Restart = False,
     force_resume: options.ForceResume = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; read no weights, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, print the plan and what it takes; read one layer at most, write nothing.",
+        ),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -182,8 +186,9 @@ def _print_plan(
     *,
     as_json: bool,
 ) -> None:
-    """The plan and its estimate on stdout, then the refusal of a run for which the machine has too little."""
+    """The plan and its estimate on stdout, then the refusal of a run that this machine cannot do, or its time."""
     from snugfit.quantization.quantize import plan_quantization
+    from snugfit.quantization.run_time import expected_line
     from snugfit.report.terminal import print_plan
     from snugfit.storage.staging import check_stageable
 
@@ -196,3 +201,5 @@ def _print_plan(
         print_plan(plan.records(), as_json)
         typer.echo(plan.estimate.line(), err=as_json)
     plan.check_resources(output_dir, **again)
+    with reporting():
+        typer.echo(expected_line(plan, output_dir), err=as_json)

@@ -27,7 +27,7 @@ from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.methods import folds as folding
 from snugfit.methods.columns import nearest
-from snugfit.methods.expert_folds import Product, fold_experts, fold_products
+from snugfit.methods.expert_folds import Product, fold_experts, fold_products, sent_before
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.folds import Fold, Scaling
 from snugfit.methods.gptq import Steps, feedback_of, round_weight
@@ -135,7 +135,7 @@ class Calibrated:
         }
         mixture = None
         if layer.experts is not None and any(t.scale_rule == EFFORT for n, t in layer.targets.items() if "expert" in n):
-            mixture = ExpertMoments(sampled=self.expert_folds)
+            mixture = ExpertMoments()
         if not wanted and mixture is None:
             return None
         groups = group_modules(wanted)
@@ -148,6 +148,8 @@ class Calibrated:
             folding.apply(layer.module, scaling)
         roundings = self._roundings(layer, ranges) if self.gptq else {}
         emulate.quantize_inputs(layer.module, {layer.linears[name]: one for name, one in roundings.items()})
+        if mixture is not None and self.expert_folds:
+            mixture = ExpertMoments(sampled=True, before=sent_before(layer))
         observer = MomentsObserver(layer.module, {layer.linears[group[0]]: self.gptq for group in groups})
         if mixture is not None and layer.experts is not None:
             experts.hook(layer.module.get_submodule(layer.experts.module), mixture)

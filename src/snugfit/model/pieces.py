@@ -128,6 +128,7 @@ def run_layer(
                 continue
             raise _unsupported(layer, "does not run its experts")
     for some in pieces.fill():
+        experts.filled(module, len(some))
         for batch in batches:
             kept.start(batch, before)
             kept.add(some)

@@ -254,12 +254,16 @@ def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
     """What passes the samples through a resident layer."""
 
     def pass_samples(
-        before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None, spread: int = 1
+        before: Callable[[forward_pass.Batch], None],
+        *,
+        max_tokens: int | None = None,
+        spread: int = 1,
+        with_experts: bool = True,
     ) -> None:
         batches, states = run.batches, (run.states[0], None)
         if max_tokens is not None:  # the same in all processes
             batches = forward_pass.some_batches(run.all_batches or run.batches, max_tokens, spread)
-        if run.pieces is None:
+        if run.pieces is None or not with_experts:
             forward_pass.run_layer(layer, run.index, batches, before, states=states)
         else:
             pieces.run_layer(layer, run.index, batches, before, run.pieces.exact, states=states)

@@ -19,7 +19,7 @@ from snugfit.machine import Clock
 from snugfit.model import forward_pass, layers
 from snugfit.model.assemble import read_single
 from snugfit.model.hidden_states import StateFile
-from snugfit.model.pieces import ScratchFile
+from snugfit.model.pieces import Scratch, ScratchFile
 from snugfit.progress import Progress
 from snugfit.quantization.division import Division
 from snugfit.quantization.exchange import is_mine, owners_of
@@ -158,7 +158,7 @@ def _batches(run: Run) -> list[forward_pass.Batch]:
 
 
 @dataclass(kw_only=True)
-class _Work:
+class Work:
     """What the work on units takes: samples, their hidden states, and what reads and writes weights."""
 
     run: Run
@@ -169,7 +169,7 @@ class _Work:
     transfer: Transfer
     ahead: ReadAhead
     writer: ShardWriter
-    scratch: ScratchFile | None
+    scratch: Scratch | None
 
     def quantize(
         self, number: int, before_forward: Callable[[], None] | None
@@ -254,10 +254,11 @@ def _open_work(
     transfer: Transfer,
     writer: ShardWriter,
     stack: ExitStack,
-) -> _Work:
+) -> Work:
     """The work on units from `first` on; their weights begin to be read."""
     prepared = run.prepared
-    divisions, scratch = prepared.divisions(), None
+    divisions = prepared.divisions()
+    scratch: Scratch | None = None
     correlates = prepared.method.correlates
     owners = [owners_of(prepared.plan, n, one, correlates=correlates) for n, one in enumerate(divisions)]
     if run.runs_layers and any(one.pieces for one in divisions):
@@ -265,7 +266,7 @@ def _open_work(
     units = list(zip(divisions, owners, strict=True))[first:]
     budget = prepared.read_ahead_bytes(divisions) if prepared.plan.checkpoint.remote is None else 0
     coming = [group for unit, owner in units for group in unit.coming if is_mine(owner, group[0])]
-    return _Work(
+    return Work(
         run=run,
         batches=batches,
         states=states,

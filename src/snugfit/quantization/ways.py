@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from snugfit import distributed
 from snugfit.data.dataset import Dataset
 from snugfit.errors import UserError
 from snugfit.methods.calibrated import Calibrated
@@ -150,8 +149,6 @@ def learned_weights(plan: Plan) -> frozenset[str]:
 
 def why_not_learned(plan: Plan, skeleton: Skeleton, tokens: int) -> str:
     """Why scales cannot learn at the model's output from so many calibration `tokens`; empty if they can."""
-    if distributed.asked_for() > 1:
-        return "they learn in a run of one process alone"
     if skeleton.experts:
         return "gradients do not pass through routed experts"
     if skeleton.carries_state:
