@@ -25,6 +25,10 @@ from snugfit.model.forward_pass import Batch
 from snugfit.records.norm_folds import NormFold
 
 
+# what passes a layer where some tokens are enough: so many, of so many samples at least
+SOME_TOKENS, SOME_SAMPLES = 4096, 4
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """How weights are to be quantized: their format, and the rule and objective by which scales are chosen.
@@ -83,11 +87,11 @@ class Purpose:
 class RunLayer(Protocol):
     """Passes samples through an observed layer; what comes out of it is dropped."""
 
-    def __call__(self, before: Callable[[Batch], None], *, max_tokens: int | None = None, spread: int = 1) -> None:
+    def __call__(self, before: Callable[[Batch], None], *, max_tokens: int | None = None) -> None:
         """Call `before` ahead of each batch (`batch.valid` says which tokens are real), then run the layer on it.
 
-        With `max_tokens` it ends behind the first batches that hold so many tokens; with a `spread` of n > 1 it takes
-        at least n batches, evenly spread over all.
+        With `max_tokens` it ends behind the first batches that hold so many tokens, out of samples that are spread over
+        all and hold SOME_TOKENS, if there are as many.
         """
 
 

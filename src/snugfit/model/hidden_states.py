@@ -42,15 +42,19 @@ class StateFile:
         self._transfer = transfer
         self._width, self._dtype = width, dtype
         self._places: dict[tuple[int, ...], tuple[int, int]] = {}
+        self._rows: dict[int, tuple[int, int]] = {}
         end = 0
         for batch in batches:
-            size = sum(batch.lengths) * width * dtype.itemsize
-            self._places[batch.rows] = end, size
-            end += size
+            start = end
+            for row, length in zip(batch.rows, batch.lengths, strict=True):
+                size = length * width * dtype.itemsize
+                self._rows[row] = end, size
+                end += size
+            self._places[batch.rows] = start, end - start
         self._order = [batch.rows for batch in (batches if mine is None else mine)]
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._written: dict[tuple[int, ...], PendingTransfer[list[int]]] = {}
-        self._ahead: dict[tuple[int, ...], PendingTransfer[Tensor]] = {}
+        self._ahead: dict[tuple[int, ...], list[PendingTransfer[Tensor]]] = {}
 
     def write(self, batch: Batch, hidden: Tensor) -> None:
         """Begin to store a batch's states [B, T, H]; `wait` waits for it."""
@@ -79,17 +83,27 @@ class StateFile:
             self._begin(rows)
 
     def _begin(self, rows: tuple[int, ...]) -> None:
-        if rows not in self._ahead:
-            if rows in self._written:
-                self._written[rows].result()
-            start, size = self._places[rows]
-            shape = size // (self._width * self._dtype.itemsize), self._width
-            self._ahead[rows] = self._transfer.read_file(self._handle, start, shape, self._dtype)
+        if rows in self._ahead:
+            return
+        places = [self._places[rows]] if rows in self._places else [self._rows[row] for row in rows]
+        for others, written in self._written.items():
+            if others == rows or (rows not in self._places and not {*rows}.isdisjoint(others)):
+                written.result()
+        self._ahead[rows] = [
+            self._transfer.read_file(
+                self._handle, start, (size // (self._width * self._dtype.itemsize), self._width), self._dtype
+            )
+            for start, size in places
+        ]
 
     def read(self, batch: Batch) -> Tensor:
-        """A batch's states [B, T, H] on the device of its tokens, zeros in the place of pads; the next are begun."""
+        """A batch's states [B, T, H] on the device of its tokens, zeros in the place of pads; the next are begun.
+
+        A batch may be one of those that the file was made for, or hold any samples of these.
+        """
         self._begin(batch.rows)
-        flat = self._ahead.pop(batch.rows).result()
+        parts = [pending.result() for pending in self._ahead.pop(batch.rows)]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
         place = self._order.index(batch.rows) if batch.rows in self._order else len(self._order)
         for rows in self._order[place + 1 : place + 1 + IN_FLIGHT]:
             self._begin(rows)
@@ -113,7 +127,7 @@ class StateFile:
         """Wait for what is under way and close the file."""
         for written in self._written.values():
             written.cancel()
-        for ahead in self._ahead.values():
+        for ahead in (one for some in self._ahead.values() for one in some):
             ahead.cancel()
         if self._handle >= 0:
             os.close(self._handle)

@@ -320,7 +320,9 @@ def prepare(
     recalls = known is not None and known.has_squares
     ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device, recalls=recalls)
     if held_out is not None:
-        names = ", ".join(f"{way.name} (unless {way.unless} is kept)" if way.unless else way.name for way in ways)
+        names = ", ".join(
+            f"{way.name} (unless {' or '.join(way.unless)} is kept)" if way.unless else way.name for way in ways
+        )
         notes.append(f"to be tried on {len(held_out.samples)} held-out samples as under {calibration.target}: {names}")
         if why := why_no_expert_folds(plan, skeleton):
             notes.append(f"up and down of routed experts are not folded: {why}")

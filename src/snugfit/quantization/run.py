@@ -16,6 +16,7 @@ import torch
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.machine import Clock
+from snugfit.methods.method import SOME_SAMPLES, SOME_TOKENS
 from snugfit.model import forward_pass, layers
 from snugfit.model.assemble import read_single
 from snugfit.model.hidden_states import StateFile
@@ -82,6 +83,7 @@ def run_layers(run: Run) -> Outcome:
             transfer = stack.enter_context(Transfer(prepared.device, remote=remote))
             writer = stack.enter_context(_open_writer(run, transfer))
             batches = _batches(run)
+            some = _some(run, batches)
             states = _state_files(run, batches, transfer, stack)
             with clock("check"):
                 _check_finished(run, writer, states)
@@ -89,8 +91,8 @@ def run_layers(run: Run) -> Outcome:
             for _ in range(first):
                 step()
             with clock("embed"):
-                _embed(run, transfer, batches, states)
-            work = _open_work(run, first, batches, states, transfer, writer, stack)
+                _embed(run, transfer, batches, some, states)
+            work = _open_work(run, first, batches, some, states, transfer, writer, stack)
             commits = _Commits(run.finished, writer, stack)
             for number in range(first, len(plan.units)):
                 started = time.perf_counter()
@@ -157,12 +159,30 @@ def _batches(run: Run) -> list[forward_pass.Batch]:
     return forward_pass.make_batches(prepared.dataset.samples, prepared.tokens_per_batch, prepared.device, pads=causal)
 
 
+def _some(run: Run, batches: Sequence[forward_pass.Batch]) -> list[forward_pass.Batch]:
+    """Batches of a few samples, spread over all, for a method that observes."""
+    prepared = run.prepared
+    if prepared.dataset is None or prepared.method.observe is None:
+        return []
+    if prepared.skeleton.carries_state:  # which only batches have that pass every layer
+        return forward_pass.some_batches(batches, SOME_TOKENS, SOME_SAMPLES)
+    return forward_pass.spread_batches(
+        prepared.dataset.samples,
+        SOME_TOKENS,
+        SOME_SAMPLES,
+        min(prepared.tokens_per_batch, SOME_TOKENS // 2),  # one of them is enough for some questions
+        prepared.device,
+        pads=prepared.skeleton.is_causal,
+    )
+
+
 @dataclass(kw_only=True)
 class _Work:
     """What the work on units takes: samples, their hidden states, and what reads and writes weights."""
 
     run: Run
     batches: Sequence[forward_pass.Batch]
+    some: Sequence[forward_pass.Batch]
     states: Sequence[StateFile]
     divisions: Sequence[Division]
     owners: Sequence[Mapping[str, int]]
@@ -217,6 +237,7 @@ class _Work:
             index=number - 1,
             buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device, size),
             batches=distributed.mine(self.batches),
+            some=self.some,
             all_batches=self.batches,
             names=[name for group in self.divisions[number].groups for name in group],
             owners=self.owners[number],
@@ -250,6 +271,7 @@ def _open_work(
     run: Run,
     first: int,
     batches: Sequence[forward_pass.Batch],
+    some: Sequence[forward_pass.Batch],
     states: Sequence[StateFile],
     transfer: Transfer,
     writer: ShardWriter,
@@ -268,6 +290,7 @@ def _open_work(
     return _Work(
         run=run,
         batches=batches,
+        some=some,
         states=states,
         divisions=divisions,
         owners=owners,
@@ -348,15 +371,22 @@ def _check_finished(run: Run, writer: ShardWriter, states: Sequence[StateFile]) 
     run.progress.message(f"resuming after {done}, from {run.directory}")
 
 
-def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], states: Sequence[StateFile]) -> None:
+def _embed(
+    run: Run,
+    transfer: Transfer,
+    batches: Sequence[forward_pass.Batch],
+    some: Sequence[forward_pass.Batch],
+    states: Sequence[StateFile],
+) -> None:
     """Find what every layer is called with; and the first layer's hidden states, unless an earlier run passed it."""
     prepared = run.prepared
     if not run.runs_layers or run.finished.done == len(prepared.plan.units):
         return
-    fresh, mine = run.finished.done == 0, {batch.number for batch in distributed.mine(batches)}
+    kept = {id(batch) for batch in distributed.mine(batches)} if run.finished.done == 0 else set()
+    every = [*batches, *(batch for batch in some if all(batch is not one for one in batches))]
 
     def keep(batch: forward_pass.Batch, hidden: torch.Tensor) -> None:
-        if fresh and batch.number in mine:
+        if id(batch) in kept:
             states[0].write(batch, hidden)
 
     def read(name: str) -> torch.Tensor:
@@ -365,7 +395,7 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
         return transfer.read(prepared.plan.checkpoint, name).result()
 
     weights = layers.outer_weights(prepared.skeleton, prepared.plan.checkpoint, head=False, read=read)
-    forward_pass.embed(prepared.skeleton, weights, batches, prepared.device, keep)
+    forward_pass.embed(prepared.skeleton, weights, every, prepared.device, keep)
 
 
 class _Commits:
@@ -388,7 +418,7 @@ class _Commits:
         states: StateFile | None,
     ) -> None:
         """Record a unit as soon as the writes that were started for it are done."""
-        wait, tensors = self._writer.pending_writes(), [asdict(record) for record in records]
+        wait, tensors = self._writer.pending_writes(), [dict(vars(record)) for record in records]
         statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
         folds = [asdict(fold) for fold in norm_folds]
         before = self._last

@@ -62,7 +62,7 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
     trials: list[Trial] = []
     winner = ""
     for way in prepared.ways:
-        if way.unless in {trial.name for trial in trials if trial.kept}:
+        if any(trial.kept and trial.name in way.unless for trial in trials):
             continue
         known = distributed.from_main(_recalled(run.work, way))
         if known is None:
