@@ -144,7 +144,7 @@ class Operations(TorchDispatchMode):
     """Counts operations of torch by the stage that the clock of a run is in."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.stage = "-"
         self.counts: dict[str, Counter[str]] = {}
 

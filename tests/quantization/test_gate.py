@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def test_smoothing_that_only_hurts_is_left_out(
 def test_folds_that_hurt_the_model_are_refused(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If layers keep folds that make the output worse, the gate does not keep the way that has them."""
+    """If layers keep folds that make the output worse, the gate keeps the way without them, whichever comes first."""
     generator = torch.Generator().manual_seed(0)
 
     def strong(self: Calibrated, module: Any, fold: Fold, moments: Any, targets: Any) -> Tensor:
@@ -122,6 +123,12 @@ def test_folds_that_hurt_the_model_are_refused(
     assert last.gain_error is not None
     assert last.gain < -2 * last.gain_error
     assert contents(tmp_path / "out") == contents(tmp_path / "gptq")
+    try_ways(monkeypatch, PLAIN, FOLDS, replace(GPTQ, unless=("gptq+folds",)))
+    record = run(model, tmp_path / "again", rows)
+    assert [(trial.name, trial.kept) for trial in record.trials] == [
+        ("plain", True), ("gptq+folds", False), ("gptq", True)
+    ]  # fmt: skip
+    assert contents(tmp_path / "again") == contents(tmp_path / "gptq")
 
 
 def test_a_way_that_a_kept_one_contains_is_not_tried(
@@ -162,7 +169,7 @@ def test_too_few_tokens_for_a_hessian(model: Path, tmp_path: Path) -> None:
     assert "42" in note
     assert "128" in note
     record = run(model, tmp_path / "out", few)
-    assert [trial.name for trial in record.trials] [:3] == ["plain", "weighted", "gptq+folds"]
+    assert [trial.name for trial in record.trials][:3] == ["plain", "weighted", "gptq+folds"]
     kept = [trial.kl for trial in record.trials if trial.kept]
     assert kept == sorted(kept, reverse=True)
     assert all(math.isfinite(trial.kl) for trial in record.trials)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -346,6 +347,41 @@ def test_killed_while_the_winner_moves(
     run(model, out, texts, progress=spy)
     assert not any(line.startswith("trying") for line in spy.lines)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_few_samples_measure_what_needs_no_more(
+    model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain codes are tried with a few samples; a file that keeps them is made with all, also behind a kill."""
+    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    out, said = tmp_path / "out", "plain, with all samples"
+    try_ways(monkeypatch, PLAIN, GPTQ)
+    spy = Spy(tmp_path / "gptq")
+    record = run(model, tmp_path / "gptq", texts, progress=spy)
+    assert [trial.kept for trial in record.trials] == [True, True]
+    assert said not in spy.lines
+    assert spy.most == 1  # weights that are made with a few samples are not kept
+    assert weights_of(tmp_path / "gptq") == alone(model, tmp_path / "alone", texts, GPTQ)
+    try_ways(monkeypatch, PLAIN, BAD)
+
+    class Stops(Spy):
+        """Ends the process when plain codes are made again."""
+
+        def message(self, text: str) -> None:
+            """Look, or end."""
+            if text == said:
+                os._exit(KILLED)
+            super().message(text)
+
+    assert in_child(lambda: run(model, out, texts, progress=Stops(out))) == KILLED
+    spy = Spy(out)
+    record = run(model, out, texts, progress=spy)
+    assert [trial.kept for trial in record.trials] == [True, False]
+    assert said in spy.lines
+    assert not any(line.startswith("trying") for line in spy.lines)
+    assert weights_of(out) == alone(model, tmp_path / "plain", texts, PLAIN)
+    assert {tensor.input_amax for tensor in record.tensors if tensor.format == "nvfp4"} != {None}
+    assert record.input_saturation
 
 
 def test_other_ways_do_not_resume(

@@ -40,12 +40,18 @@ class MomentsObserver:
     """
 
     def __init__(
-        self, layer: nn.Module, modules: Mapping[str, bool], *, sampled: bool = False, ends: bool = False, calls: int = 0
+        self,
+        layer: nn.Module,
+        modules: Mapping[str, bool],
+        *,
+        sampled: bool = False,
+        ends: bool = False,
+        calls: int = 0,
     ) -> None:
         """Watch `modules` (names relative to `layer`) from now on; a Gram matrix is made where the value is True.
 
-        If it `ends` a batch's pass, nothing behind the last call of a watched module runs: behind `calls` of them, which
-        the first batch tells where they are 0.
+        If it `ends` a batch's pass, nothing behind the last call of a watched module runs: behind `calls` of them,
+        which the first batch tells where they are 0.
         """
         self._valid: Tensor | None = None
         self._number = self._seen = 0

@@ -268,8 +268,9 @@ class Calibrated:
         def error(scale: Tensor, amax: float) -> Tensor:
             scaled, importance = weight * scale, moments.squares / scale.square()
             if inputs is None or exact is None:
-                return (_rounded(scaled, fmt, importance) - scaled).square_().sum(0) @ importance
-            return (self._outputs(inputs / scale, scaled, fmt, importance, amax) - exact).norm()
+                found: Tensor = (_rounded(scaled, fmt, importance) - scaled).square_().sum(0) @ importance
+                return found
+            return torch.linalg.vector_norm(self._outputs(inputs / scale, scaled, fmt, importance, amax) - exact)
 
         errors = torch.stack([error(*one) for one in zip(scales, ranges, strict=True)]).tolist()
         best, least = None, errors[0]
@@ -281,7 +282,7 @@ class Calibrated:
     def _outputs(
         self, inputs: Tensor, weight: Tensor, fmt: TensorFormat, importance: Tensor, amax: float | None = None
     ) -> Tensor:
-        """What rounded weights, fp32 [N, K], put out on rounded inputs [n, K]; `amax` is the latter's largest magnitude."""
+        """What rounded weights, fp32 [N, K], put out on rounded inputs [n, K] of largest magnitude `amax`, if known."""
         if (quantizer := self._quantizer(fmt, float(inputs.abs().amax()) if amax is None else amax)) is not None:
             inputs = quantizer(inputs)
         return inputs @ _rounded(weight, fmt, importance).t()

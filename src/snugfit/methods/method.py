@@ -24,7 +24,6 @@ from snugfit.model.experts import ExpertNames
 from snugfit.model.forward_pass import Batch
 from snugfit.records.norm_folds import NormFold
 
-
 # what passes a layer where some tokens are enough: so many, of so many samples at least
 SOME_TOKENS, SOME_SAMPLES = 4096, 4
 

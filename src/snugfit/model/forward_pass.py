@@ -98,6 +98,16 @@ def some_batches(batches: Sequence[Batch], tokens: int, spread: int = 1) -> list
         count += 1
 
 
+def spread_places(rows: Sequence[Sequence[int]], tokens: int, least: int) -> list[int]:
+    """Places of the fewest samples, evenly spread over all, that hold so many tokens and are `least` at least."""
+    count = min(least, len(rows))
+    while True:
+        places = [(2 * n + 1) * len(rows) // (2 * count) for n in range(count)]
+        if count == len(rows) or sum(len(rows[place]) for place in places) >= tokens:
+            return places
+        count += 1
+
+
 def spread_batches(
     rows: Sequence[Sequence[int]],
     tokens: int,
@@ -107,13 +117,8 @@ def spread_batches(
     *,
     pads: bool = True,
 ) -> list[Batch]:
-    """Batches of the fewest samples, evenly spread over all, that hold so many tokens and are `least` at least."""
-    count = min(least, len(rows))
-    while True:
-        places = [(2 * n + 1) * len(rows) // (2 * count) for n in range(count)]
-        if count == len(rows) or sum(len(rows[place]) for place in places) >= tokens:
-            break
-        count += 1
+    """Batches of the samples at `spread_places`."""
+    places = spread_places(rows, tokens, least)
     batches = make_batches([rows[place] for place in places], tokens_per_batch, device, pads=pads)
     for batch in batches:
         batch.rows = tuple(places[row] for row in batch.rows)

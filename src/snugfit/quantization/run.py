@@ -127,7 +127,8 @@ def _open_writer(run: Run, transfer: Transfer) -> ShardWriter:
     """What writes to the weight files; the main process makes them."""
     if not distributed.is_main():
         distributed.barrier()
-    writer = ShardWriter(run.directory, run.prepared.plan.shards, transfer, digests=distributed.is_main())
+    shards, lasts = run.prepared.plan.shards, not run.prepared.has_few
+    writer = ShardWriter(run.directory, shards, transfer, digests=distributed.is_main(), lasts=lasts)
     if distributed.is_main():
         distributed.barrier()
     return writer

@@ -36,8 +36,8 @@ class Way:
 
     With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
     `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears, of
-    what can be folded, and of what gives the weight of a linear. Where one of the ways `unless` was kept this one is not
-    tried.
+    what can be folded, and of what gives the weight of a linear. Where one of the ways `unless` was kept this one is
+    not tried.
     """
 
     name: str
@@ -83,11 +83,9 @@ def ways_of(
     ways, name, options = [PLAIN, weighted], "weighted", dict[str, Any]()
     if _linears(plan):
         name, options = "gptq+folds", {"gptq": True, "folds": True}
-        folds, alone = Way(name, Calibrated(target, **options)), Way("gptq", Calibrated(target, gptq=True), unless=(name,))
-        if tokens < _widest(plan):
-            ways = [PLAIN, weighted, folds, alone]
-        else:
-            ways = [PLAIN, folds, alone, replace(weighted, unless=(name, alone.name))]
+        gptq = [Way(name, Calibrated(target, **options)), Way("gptq", Calibrated(target, gptq=True), unless=(name,))]
+        few = tokens < _widest(plan)
+        ways = [*ways, *gptq] if few else [PLAIN, *gptq, replace(weighted, unless=(name, "gptq"))]
     if folds_experts:
         name, options["expert_folds"] = f"{name}+expert-folds", True
         ways.append(Way(name, Calibrated(target, **options)))
