@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,17 +103,10 @@ def test_smoothing_that_only_hurts_is_left_out(
 def test_folds_that_hurt_the_model_are_refused(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If layers keep folds that make the output worse, the gate keeps the way without them, whichever comes first."""
-    generator = torch.Generator().manual_seed(0)
-
-    def strong(self: Calibrated, module: Any, fold: Fold, moments: Any, targets: Any) -> Tensor:
-        del self, moments, targets
-        features = len(module.get_parameter(f"{fold.producer}.weight"))
-        return torch.exp(torch.randn(features, generator=generator))
-
+    """If layers keep folds that make the output worse, the gate does not keep the way that has them."""
     try_ways(monkeypatch, GPTQ)
     run(model, tmp_path / "gptq", rows)
-    monkeypatch.setattr(Calibrated, "_best_factors", strong)
+    monkeypatch.setattr(Calibrated, "_best_factors", _strong())
     try_ways(monkeypatch, GPTQ, FOLDS)
     record = run(model, tmp_path / "out", rows)
     assert [trial.kept for trial in record.trials] == [True, False]
@@ -123,12 +115,31 @@ def test_folds_that_hurt_the_model_are_refused(
     assert last.gain_error is not None
     assert last.gain < -2 * last.gain_error
     assert contents(tmp_path / "out") == contents(tmp_path / "gptq")
-    try_ways(monkeypatch, PLAIN, FOLDS, replace(GPTQ, unless=("gptq+folds",)))
-    record = run(model, tmp_path / "again", rows)
+
+
+def test_gptq_alone_is_tried_where_its_folds_lost(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds that make the output worse than plain codes do not keep a model from GPTQ."""
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((260,) * 16, stop=60))
+    folds = Way("gptq+folds", Calibrated("marlin", gptq=True, folds=True))
+    alone = Way("gptq", Calibrated("marlin", gptq=True), unless=(folds.name,))
+    monkeypatch.setattr(Calibrated, "_best_factors", _strong())
+    try_ways(monkeypatch, PLAIN, folds, alone)
+    record = run(model, tmp_path / "out", rows, "nvfp4a16", target="marlin")
     assert [(trial.name, trial.kept) for trial in record.trials] == [
         ("plain", True), ("gptq+folds", False), ("gptq", True)
     ]  # fmt: skip
-    assert contents(tmp_path / "again") == contents(tmp_path / "gptq")
+
+
+def _strong() -> Callable[..., Tensor]:
+    """What chooses factors of folds that are far from any use."""
+    generator = torch.Generator().manual_seed(0)
+
+    def strong(self: Calibrated, module: Any, fold: Fold, moments: Any, targets: Any) -> Tensor:
+        del self, moments, targets
+        features = len(module.get_parameter(f"{fold.producer}.weight"))
+        return torch.exp(torch.randn(features, generator=generator))
+
+    return strong
 
 
 def test_a_way_that_a_kept_one_contains_is_not_tried(
