@@ -109,6 +109,7 @@ class PreparedRun:
     on the samples `held_out`, under the engine profile `target`; the run that this describes takes `way`. `learning` is
     what the way that learns scales needs by itself, None without it. `experts_per_group` are the routed experts of a
     layer that are in memory at once, None for all. A run that `has_few` of its samples makes files that do not last.
+    One that `holds_states` has hidden states in the GPU's memory.
     """
 
     plan: Plan
@@ -129,6 +130,7 @@ class PreparedRun:
     notes: tuple[str, ...]
     experts_per_group: int | None = None
     has_few: bool = False
+    holds_states: bool = False
 
     @property
     def method(self) -> Method:
@@ -158,8 +160,9 @@ class PreparedRun:
 
     def agreed(self) -> PreparedRun:
         """The same with what all processes of the run can hold."""
-        sizes = [size for size in distributed.gather(self.experts_per_group) if size is not None]
-        return replace(self, experts_per_group=min(sizes, default=None))
+        found = distributed.gather((self.experts_per_group, self.holds_states))
+        size = min((size for size, _ in found if size is not None), default=None)
+        return replace(self, experts_per_group=size, holds_states=all(holds for _, holds in found))
 
     def divisions(self) -> list[Division]:
         """What is in memory together of each unit."""
@@ -358,6 +361,7 @@ def prepare(
         groups_of_units(plan, runs=dataset is not None),
     )
     notes += said
+    with_states = estimate.with_states(skeleton, dataset, device)
     return PreparedRun(
         plan=plan,
         way=ways[0],
@@ -372,10 +376,11 @@ def prepare(
         dataset=dataset,
         known=known,
         recalled=recalled,
-        estimate=estimate.beside(learning),
+        estimate=(with_states or estimate).beside(learning),
         learning=learning,
         notes=tuple(notes),
         experts_per_group=size,
+        holds_states=with_states is not None,
     )
 
 
