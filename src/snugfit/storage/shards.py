@@ -84,14 +84,23 @@ class ShardWriter:
     another may call the functions that `pending_writes` returns, so the state that both change is under a lock.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], transfer: Transfer, *, digests: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shards: Sequence[Shard],
+        transfer: Transfer,
+        *,
+        digests: bool = True,
+        lasts: bool = True,
+    ) -> None:
         """Create the shard files at their full size, headers written; files that have both stay as they are.
 
-        Without `digests` others write to the same files, and one of them computes the digests.
+        Without `digests` others write to the same files, and one of them computes the digests. Files that do not last
+        have no digests, and nothing has the disk take them.
         """
         self._transfer = transfer
         self._directory = directory
-        self._with_digests = digests
+        self._with_digests, self._lasts = digests and lasts, lasts
         self._shards = {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
@@ -169,7 +178,7 @@ class ShardWriter:
 
     def _start_flush(self, files: set[str]) -> None:
         """Have the disk begin with these files, unless it is still busy; nothing waits for it before the end."""
-        if all(flush.done() for flush in self._flushes):
+        if self._lasts and all(flush.done() for flush in self._flushes):
             for flush in self._flushes:
                 flush.result()  # the system reports an error of the disk once
             self._flushes = [self._flusher.submit(os.fdatasync, self._files[name]) for name in files]
@@ -206,7 +215,7 @@ class ShardWriter:
         if self._missing or self._started or self._pending:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
         if not self._with_digests:
-            for handle in self._files.values():
+            for handle in self._files.values() if self._lasts else ():
                 os.fdatasync(handle)
             self.close()
             return {}
