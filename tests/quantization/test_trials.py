@@ -373,7 +373,10 @@ def test_few_samples_measure_what_needs_no_more(
                 os._exit(KILLED)
             super().message(text)
 
-    assert in_child(lambda: run(model, out, texts, progress=Stops(out))) == KILLED
+    def work() -> None:
+        run(model, out, texts, progress=Stops(out))
+
+    assert in_child(work) == KILLED
     spy = Spy(out)
     record = run(model, out, texts, progress=spy)
     assert [trial.kept for trial in record.trials] == [True, False]

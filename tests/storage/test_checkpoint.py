@@ -165,6 +165,33 @@ def test_a_pending_write_stops_the_run(tmp_path: Path) -> None:
         assert writer.finish() == file_digests(tmp_path, [SINGLE_NAME])
 
 
+@pytest.mark.parametrize("lasts", [True, False])
+@pytest.mark.parametrize(("small", "most"), [(-1, 1), (40, 1), (40, 3), (1 << 20, 64)])
+def test_tensors_written_in_one_job(
+    small: int, most: int, lasts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many small tensors share a job, files and CRC-32s are those of tensors that were written alone."""
+    monkeypatch.setattr("snugfit.storage.shards.MOST_SMALL", most)
+    tensors = every_dtype()
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    monkeypatch.setattr("snugfit.storage.shards.SMALL_BYTES", -1)
+    write(expected, tensors)
+    monkeypatch.setattr("snugfit.storage.shards.SMALL_BYTES", small)
+    shards = plan_shards(infos(tensors), 10**9)
+    with Transfer(torch.device("cpu")) as transfer:
+        with ShardWriter(tmp_path, shards, transfer, lasts=lasts) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            written = writer.pending_writes()()
+            found = writer.finish()
+        assert found == (file_digests(expected, [SINGLE_NAME]) if lasts else {})
+        assert (tmp_path / SINGLE_NAME).read_bytes() == (expected / SINGLE_NAME).read_bytes()
+        with ShardWriter(tmp_path, shards, transfer) as writer:
+            assert written.keys() == tensors.keys()
+            assert writer.holds(written)
+
+
 @pytest.mark.parametrize("files", [1, 3])
 def test_tensors_read_at_once_are_those_read_alone(files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small neighbours share a job, empty and large tensors have their own; all have their bytes, dtypes and shapes."""

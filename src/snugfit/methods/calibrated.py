@@ -269,10 +269,12 @@ class Calibrated:
 
         def error(scale: Tensor, amax: float) -> Tensor:
             scaled, importance = weight * scale, moments.squares / scale.square()
+            found: Tensor
             if inputs is None or exact is None:
-                found: Tensor = (_rounded(scaled, fmt, importance) - scaled).square_().sum(0) @ importance
-                return found
-            return torch.linalg.vector_norm(self._outputs(inputs / scale, scaled, fmt, importance, amax) - exact)
+                found = (_rounded(scaled, fmt, importance) - scaled).square_().sum(0) @ importance
+            else:
+                found = torch.linalg.vector_norm(self._outputs(inputs / scale, scaled, fmt, importance, amax) - exact)
+            return found
 
         errors = torch.stack([error(*one) for one in zip(scales, ranges, strict=True)]).tolist()
         best, least = None, errors[0]
