@@ -10,6 +10,7 @@ import typer
 from snugfit.byte_counts import parse_bytes
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, reporting
+from snugfit.distributed import is_main_to_be
 from snugfit.errors import UserError, plain
 from snugfit.token_counts import parse_token_list
 
@@ -126,6 +127,8 @@ def plan(
     Measures what each weight's format costs, finds the best mix under the budget, and proves it on held-out text. The
     result is a recipe for `snugfit quantize`. With `--from` the plan of a quantized checkpoint is read instead.
     """
+    if not is_main_to_be() and (dry_run or from_checkpoint is not None or diff is not None):
+        return
     if from_checkpoint is not None or diff is not None:
         _read(ctx, from_checkpoint, diff, model, output_dir, as_json=as_json)
         return
@@ -173,6 +176,8 @@ def plan(
         from snugfit.planning.make_plan import plan as run
 
         record = run(model, output_dir=output_dir, restart=restart, progress=progress, **settings)
+    if not is_main_to_be():
+        return
     with reporting(output_dir):
         if as_json:
             typer.echo(record.to_json(), nl=False)

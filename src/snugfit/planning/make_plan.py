@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
-from snugfit.planning.controls import find_controls
+from snugfit.planning.controls import Control, find_controls
 from snugfit.planning.limits import impossible
 from snugfit.planning.outcome import Outcome, record_of
 from snugfit.planning.plan_cost import check_resources, estimate_prepared
-from snugfit.planning.prepare_plan import ALTERNATIVES, Prepared, prepare_plan, request_of
+from snugfit.planning.prepare_plan import ALTERNATIVES, PlanRequest, Prepared, prepare_plan, request_of
 from snugfit.planning.proving import not_proven, prove_mixes
 from snugfit.planning.search import Limit, Mix, Space, least_bytes, least_kl, scored
 from snugfit.planning.space import Choices
@@ -33,6 +34,7 @@ from snugfit.storage.staging import check_stageable, resumable
 _SEARCHED_CONTEXTS = 24  # that are tried for the longest one
 
 
+@distributed.together
 def plan(
     model: str | Path,
     *,
@@ -75,7 +77,8 @@ def plan(
     controls are measured on `held_out` (default: topics that scoring leaves out) unless `prove` is False.
 
     A plan that does not beat its control is refused: the record's verdict says so, and recipe.yaml is the control's.
-    A run that was killed resumes with the same arguments. UserError for bad input and for a budget that no mix keeps.
+    A run that was killed resumes with the same arguments. Processes that torchrun started share the scoring and the
+    proof, and each returns the record. UserError for bad input and for a budget that no mix keeps.
     """
     request = request_of(
         gpu=gpu,
@@ -106,14 +109,22 @@ def plan(
         seed=seed,
     )
     folder = Path(output_dir)
-    check_stageable(folder, models=[model])
-    prepared = prepare_plan(model, request)
+    progress = progress if distributed.is_main() else SILENT
+    prepared = distributed.in_all(lambda: _prepare(model, request, folder))
     for note in prepared.notes:
         progress.message(note)
-    estimate = estimate_prepared(prepared, timed=False)
-    check_resources(estimate, folder, device)
     with resumable(folder, restart=restart) as (directory, work):
         return _run(model, prepared, directory, work, progress)
+
+
+def _prepare(model: str | Path, request: PlanRequest, folder: Path) -> Prepared:
+    """Everything that can be refused before the long work."""
+    if distributed.is_main():
+        check_stageable(folder, models=[model])
+    prepared = prepare_plan(model, request)
+    estimate = estimate_prepared(prepared, timed=False)
+    check_resources(estimate, folder, request.proof.device)
+    return prepared
 
 
 def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, progress: Progress) -> PlanRecord:
@@ -123,8 +134,8 @@ def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, pro
     scores, statistics = _scores(prepared, work, progress)
     seconds["scoring"] = time.monotonic() - started
     with _keeping_scores(prepared):
-        record, statistics = _plan_with(model, prepared, scores, statistics, seconds, work, progress)
-        _write(record, scores, statistics, prepared, directory)
+        record, measured = _plan_with(model, prepared, scores, statistics, seconds, work, progress)
+        distributed.by_main(lambda: _write(record, scores, measured, prepared, directory))
     return record
 
 
@@ -133,7 +144,7 @@ def _keeping_scores(prepared: Prepared) -> Iterator[None]:
     """Errors behind the scoring leave the scores, so that another budget can have them."""
     try:
         yield
-    except Unfinished:
+    except (Unfinished, distributed.OtherRankError):
         raise
     except UserError as error:
         if prepared.scores is not None:
@@ -153,9 +164,13 @@ def _plan_with(
 ) -> tuple[PlanRecord, Statistics | None]:
     """The record of the plan that scores give, and the statistics that it was measured with."""
     choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
+
+    def find() -> tuple[int, list[Mix], Space, list[Control]]:
+        context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
+        return context, candidates, space, find_controls(prepared.layout, choices.everything, space, scores, context)
+
     started = time.monotonic()
-    context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
-    controls = find_controls(prepared.layout, choices.everything, space, scores, context)
+    context, candidates, space, controls = distributed.by_main(find)
     seconds["search"] = time.monotonic() - started
     named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
     started = time.monotonic()
@@ -184,7 +199,7 @@ def _plan_with(
         notes=prepared.notes,
         seconds=seconds,
     )
-    return record_of(outcome), statistics
+    return distributed.by_main(lambda: record_of(outcome)), statistics
 
 
 def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
@@ -282,7 +297,7 @@ def _scores(prepared: Prepared, work: Path, progress: Progress) -> tuple[Scores,
         tokens_per_batch=request.proof.tokens_per_batch,
         progress=progress,
     )
-    return found, load_statistics(work / "scores" / STATISTICS_NAME)
+    return found, distributed.in_all(lambda: load_statistics(work / "scores" / STATISTICS_NAME))
 
 
 def _calibrated(prepared: Prepared, work: Path, progress: Progress) -> Statistics:

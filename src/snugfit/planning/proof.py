@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.data import texts
 from snugfit.data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ from snugfit.machine import pick_device
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.positions import max_positions
 from snugfit.planning.shared_pass import Array, Assigned, SharedPass
-from snugfit.planning.variants import PLAIN, open_subject
+from snugfit.planning.variants import PLAIN, Subject, open_subject
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.records.evaluation import TextRecord
@@ -49,6 +50,7 @@ class _Segment:
     tokens: int
 
 
+@distributed.together
 def prove(
     model: str | Path,
     plans: Sequence[Assigned],
@@ -73,16 +75,21 @@ def prove(
     With `scores` each plan's predicted KL is in the result. Hidden states are in files in `work_dir` meanwhile.
     UserError for bad input, and where the control's predictions are not finite.
     """
-    layout = read_layout(model)
     controls = (control,) if isinstance(control, str) else tuple(control)
     for one in controls:
         check_plans(plans, one)
-    groups, records = read_held_out(layout, as_sequence(dataset), contexts, max_tokens)
+
+    def open_here() -> tuple[Subject, tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
+        layout = read_layout(model)
+        chunks, described = read_held_out(layout, as_sequence(dataset), contexts, max_tokens)
+        return open_subject(layout, statistics, rounding=rounding, target=target), chunks, described
+
+    subject, groups, records = distributed.in_all(open_here)
     folder = Path(work_dir)
     folder.mkdir(parents=True, exist_ok=True)
     where = pick_device(device)
     found = SharedPass(
-        open_subject(layout, statistics, rounding=rounding, target=target),
+        subject,
         [chunk.ids for group in groups for chunk in group.chunks],
         plans,
         where,
@@ -90,8 +97,12 @@ def prove(
         folder=folder,
         progress=progress,
     ).divergences()
-    best = controls[0] if len(controls) == 1 else _strongest(controls, groups, found)
-    return judge_plans(plans, best, groups, found, records, rounding=rounding, target=target, scores=scores)
+
+    def judge_here() -> Proof:
+        best = controls[0] if len(controls) == 1 else _strongest(controls, groups, found)
+        return judge_plans(plans, best, groups, found, records, rounding=rounding, target=target, scores=scores)
+
+    return distributed.by_main(judge_here)
 
 
 def read_held_out(

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
@@ -36,7 +37,7 @@ from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subje
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
-from snugfit.quantization.resume import FinishedUnits, read_json, replace_json, stamps
+from snugfit.quantization.resume import FinishedUnits, open_finished, read_json, replace_json, stamps
 from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores
 from snugfit.records.statistics_file import DatasetUsed
 from snugfit.storage.checkpoint import fingerprint, header_digest
@@ -61,6 +62,7 @@ class ScoreSettings:
     seed: int = 0
 
 
+@distributed.together
 def score_model(
     model: str | Path,
     *,
@@ -89,10 +91,14 @@ def score_model(
         kv_cache=kv_cache,
         seed=seed,
     )
-    check_settings(settings)
-    layout = read_layout(model)
-    layout.check_quantizable()
-    samples = read_samples(layout, as_sequence(dataset), context=context, num_tokens=num_tokens)
+
+    def read_here() -> tuple[ModelLayout, Samples]:
+        check_settings(settings)
+        layout = read_layout(model)
+        layout.check_quantizable()
+        return layout, read_samples(layout, as_sequence(dataset), context=context, num_tokens=num_tokens)
+
+    layout, samples = distributed.in_all(read_here)
     return score_samples(
         layout,
         samples,
@@ -135,13 +141,14 @@ def score_samples(
     identity = _identity(layout, samples, settings, where, per_batch)
     folder = work_dir / "gradients"
     folder.mkdir(exist_ok=True)
-    finished = FinishedUnits(folder, identity)
+    finished = open_finished(folder, identity)
     statistics = calibrate(
         layout, samples.dataset, work_dir, device=device, tokens_per_batch=per_batch, progress=progress
     )
-    subject = open_subject(layout, statistics, rounding=settings.rounding, target=settings.target)
-    with deterministic(where):
-        sums = GradientPass(
+
+    def open_here() -> tuple[Subject, GradientPass]:
+        subject = open_subject(layout, statistics, rounding=settings.rounding, target=settings.target)
+        return subject, GradientPass(
             subject,
             samples.rows,
             (*settings.formats, KEEP),
@@ -150,15 +157,30 @@ def score_samples(
             folder=folder,
             seed=settings.seed,
             progress=progress,
-        ).run(finished)
+        )
+
+    subject, gradients = distributed.in_all(open_here)
+    with deterministic(where):
+        sums = gradients.run(finished)
         costs = costs_of(sums, samples)
         plans = plans_to_measure(subject, costs, settings)
         compared = work_dir / "plans"
         compared.mkdir(exist_ok=True)
-        units = FinishedUnits(compared, identity | {"plans": [dict(plan.choice) for plan in plans]})
+        units = open_finished(compared, identity | {"plans": [dict(plan.choice) for plan in plans]})
         points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
+    return distributed.by_main(lambda: _scores(subject, samples, settings, costs, points))
+
+
+def _scores(
+    subject: Subject,
+    samples: Samples,
+    settings: ScoreSettings,
+    costs: dict[str, dict[str, Cost]],
+    points: Sequence[Point],
+) -> Scores:
+    """The record of what was measured, with the model of damage that is fitted to it."""
+    layout, source = subject.layout, samples.dataset
     groups = _with_measured(subject, costs, points, settings)
-    source = samples.dataset
     return Scores(
         snugfit=__version__,
         model=layout.checkpoint.name,
@@ -302,7 +324,7 @@ def _measure(
     """KL of each plan by bucket; what an earlier run measured is read from POINTS_NAME."""
     file = folder / POINTS_NAME
     names = [plan.name for plan in plans]
-    known = read_json(file)
+    known = distributed.from_main(read_json(file))
     if not isinstance(known, dict) or list(known) != names:
         found = SharedPass(
             subject,
@@ -314,7 +336,8 @@ def _measure(
             progress=progress,
         ).divergences(finished)
         known = {name: list(map(_scored_sum, found[name], samples.rows)) for name in names}
-        replace_json(file, known)
+        if distributed.is_main():
+            replace_json(file, known)
     points = []
     for plan in plans:
         kl, error = _by_bucket(known[plan.name], samples)

@@ -2,7 +2,7 @@
 
 Each layer's exact weights are read once; every plan's layer is made of them, and run on that plan's own hidden states.
 Plans that agree in all layers so far share their hidden states. Nothing is written but hidden states, in files that
-are removed at the end.
+are removed at the end. Of several processes each has a block of the samples' batches.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from snugfit import distributed
 from snugfit.evaluation.divergence import Softmax, diverge, softmax
 from snugfit.evaluation.evaluated_model import Outer, bounded_attention, embedding_weights, open_head, outer_weights
 from snugfit.evaluation.measure import LOGITS, SLICE
@@ -93,15 +94,16 @@ class SharedPass:
             advance = stack.enter_context(self._progress.bar(len(self._ran) + 1, "comparing plans"))
             read = stack.enter_context(TensorReader(self._subject.model.checkpoint, self._device))
             batches = self._batches()
+            mine = {number: distributed.mine(some) for number, some in batches.items()}
             done = self._done(finished, transfer, batches)
             for _ in range(done):
                 advance()
             before = self._files(stack, transfer, done, batches)
-            self._embed(batches, None if done else before, read)
+            self._embed(mine, None if done else before, read)
             for step, index in enumerate(self._ran[done:], done):
                 after = self._files(stack, transfer, step + 1, batches)
-                self._pass_layer(index, self._branches[step + 1], before, after, batches, read)
-                pieces = {number: file.wait() for number, file in after.items()}
+                self._pass_layer(index, self._branches[step + 1], before, after, mine, read)
+                pieces = {number: distributed.in_order(file.wait()) for number, file in after.items()}
                 if finished is not None:
                     finished.commit({"states": {str(number): found for number, found in pieces.items()}})
                 for file in before.values():
@@ -109,10 +111,11 @@ class SharedPass:
                 before = after
                 advance()
             names = {name: branch.number for name, branch in self._branches[-1].items()}
-            found = self._compare({name: before[number] for name, number in names.items()}, batches[0])
+            found = self._compare({name: before[number] for name, number in names.items()}, mine[0])
             advance()
-        for path in self._folder.glob("plan-states-*"):
+        for path in self._folder.glob("plan-states-*") if distributed.is_main() else ():
             path.unlink()
+        distributed.barrier()  # another pass may begin there
         return found
 
     def _branch(self) -> list[dict[str, _Branch]]:
@@ -144,11 +147,11 @@ class SharedPass:
                 )
         return found
 
-    def _of(self, batches: Mapping[int, list[Batch]], number: int) -> list[Batch]:
+    def _of(self, batches: Mapping[int, Sequence[Batch]], number: int) -> Sequence[Batch]:
         return batches[number] if self._subject.model.skeleton.carries_state else batches[0]
 
     def _files(
-        self, stack: ExitStack, transfer: Transfer, step: int, batches: Mapping[int, list[Batch]]
+        self, stack: ExitStack, transfer: Transfer, step: int, batches: Mapping[int, Sequence[Batch]]
     ) -> dict[int, StateFile]:
         """The files of the states before layer `step`, by the branch's number."""
         skeleton = self._subject.model.skeleton
@@ -156,26 +159,32 @@ class SharedPass:
         return {
             number: stack.enter_context(
                 StateFile(
-                    self._folder / f"plan-states-{step % 2}-{number}", self._of(batches, number), *shape, transfer
+                    self._folder / f"plan-states-{step % 2}-{number}",
+                    self._of(batches, number),
+                    *shape,
+                    transfer,
+                    distributed.mine(self._of(batches, number)),
                 )
             )
             for number in dict.fromkeys(branch.number for branch in self._branches[step].values())
         }
 
-    def _done(self, finished: FinishedUnits | None, transfer: Transfer, batches: Mapping[int, list[Batch]]) -> int:
+    def _done(self, finished: FinishedUnits | None, transfer: Transfer, batches: Mapping[int, Sequence[Batch]]) -> int:
         """The number of layers whose states are in the files."""
         if finished is None or not finished.done:
             return 0
         with ExitStack() as stack:
             files = self._files(stack, transfer, finished.done, batches)
             entry = finished.entries[-1]["states"]
-            held = len(entry) == len(files) and all(files[int(n)].holds(pieces) for n, pieces in entry.items())
+            held = distributed.by_main(
+                lambda: len(entry) == len(files) and all(files[int(n)].holds(some) for n, some in entry.items())
+            )
         if not held or self._subject.model.skeleton.carries_state:
             finished.go_back(0)
         return finished.done
 
     def _embed(
-        self, batches: Mapping[int, list[Batch]], files: Mapping[int, StateFile] | None, read: TensorReader
+        self, batches: Mapping[int, Sequence[Batch]], files: Mapping[int, StateFile] | None, read: TensorReader
     ) -> None:
         """Find what layers are called with, and the first states unless `files` is None."""
         skeleton = self._subject.model.skeleton
@@ -194,12 +203,12 @@ class SharedPass:
         branches: Mapping[str, _Branch],
         before: Mapping[int, StateFile],
         after: Mapping[int, StateFile],
-        batches: Mapping[int, list[Batch]],
+        batches: Mapping[int, Sequence[Batch]],
         read: TensorReader,
     ) -> None:
         """Run decoder layer `index` of each branch, from its parent's file to its own."""
         variants = LayerVariants(self._subject, index, self._device, read)
-        most = free_bytes(self._device) // VARIANTS_SHARE
+        most = min(distributed.gather(free_bytes(self._device))) // VARIANTS_SHARE
         with bounded_attention(self._subject.model.arithmetic, self._device):
             for branch in dict.fromkeys(branches.values()):
                 variants.forget(above=most)
@@ -209,7 +218,7 @@ class SharedPass:
                 forward_pass.run_layer(layer, index, self._of(batches, branch.number), cache=cache, states=states)
 
     def _compare(self, files: Mapping[str, StateFile], batches: Sequence[Batch]) -> dict[str, list[Array]]:
-        """KL of each token, from the last hidden states of each plan."""
+        """KL of each token of all samples, from the last hidden states of each plan in this process's batches."""
         heads = _heads(self._subject, self._plans, self._device)
         found = {name: [np.empty(len(row) - 1, np.float32) for row in self._rows] for name in self._plans if name}
         for batch in batches:
@@ -220,6 +229,10 @@ class SharedPass:
             for position, row in enumerate(batch.rows):
                 states = {name: hidden[id(file)][position] for name, file in files.items()}
                 self._compare_row(row, states, heads, found)
+        mine = [(row, {name: kl[row] for name, kl in found.items()}) for batch in batches for row in batch.rows]
+        for row, measured in distributed.in_order(mine):
+            for name, kl in measured.items():
+                found[name][row] = kl
         return found
 
     def _compare_row(
