@@ -31,8 +31,9 @@ from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import class_of, fit_damage
 from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
 from snugfit.planning.groups import HEAD, Group
+from snugfit.planning.measured_plans import measure_plans
 from snugfit.planning.samples import Samples, read_samples
-from snugfit.planning.shared_pass import Array, Assigned, SharedPass
+from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
@@ -326,15 +327,16 @@ def _measure(
     names = [plan.name for plan in plans]
     known = distributed.from_main(read_json(file))
     if not isinstance(known, dict) or list(known) != names:
-        found = SharedPass(
+        found = measure_plans(
             subject,
             [row.ids for row in samples.rows],
             plans,
             device,
             tokens_per_batch=tokens_per_batch,
             folder=folder,
+            finished=finished,
             progress=progress,
-        ).divergences(finished)
+        )
         known = {name: list(map(_scored_sum, found[name], samples.rows)) for name in names}
         if distributed.is_main():
             replace_json(file, known)

@@ -49,7 +49,7 @@ class Assigned:
 
 
 @dataclass(frozen=True)
-class _Branch:
+class Branch:
     """Hidden states behind a layer that one or several plans share: which states they come from, and how.
 
     `number` names the file, `parent` that of the states before the layer. `choice` are the formats of the layer's
@@ -60,6 +60,27 @@ class _Branch:
     parent: int
     choice: tuple[tuple[str, str], ...] = ()
     cached: bool = False
+
+
+def branches_of(
+    plans: Sequence[Assigned], layers: Sequence[Sequence[str]], *, own: bool = False
+) -> list[dict[str, Branch]]:
+    """The branch of the original and of each plan at the first layer and behind each: one of all until they differ.
+
+    `layers` are the names of each layer's groups. `own`: where layers pass more on than hidden states, each plan has
+    its own.
+    """
+    everything = [Assigned(name=ORIGINAL), *plans]
+    steps = [{plan.name: Branch(place if own else 0, 0) for place, plan in enumerate(everything)}]
+    for mine in layers:
+        known: dict[tuple[Any, ...], Branch] = {}
+        step = {}
+        for plan in everything:
+            choice = tuple((group, plan.choice[group]) for group in mine if group in plan.choice)
+            key = steps[-1][plan.name].number, choice, KV_CACHE in plan.choice
+            step[plan.name] = known.setdefault(key, Branch(len(known), *key))
+        steps.append(step)
+    return steps
 
 
 class SharedPass:
@@ -81,7 +102,8 @@ class SharedPass:
         self._plans = {ORIGINAL: Assigned(name=ORIGINAL), **{plan.name: plan for plan in plans}}
         self._tokens_per_batch, self._folder, self._progress = tokens_per_batch, folder, progress
         self._ran = subject.model.skeleton.ran
-        self._branches = self._branch()
+        layers = [subject.by_layer.get(index, ()) for index in self._ran]
+        self._branches = branches_of(plans, layers, own=subject.model.skeleton.carries_state)
 
     @torch.no_grad()
     def divergences(self, finished: FinishedUnits | None = None) -> dict[str, list[Array]]:
@@ -103,11 +125,15 @@ class SharedPass:
             for step, index in enumerate(self._ran[done:], done):
                 after = self._files(stack, transfer, step + 1, batches)
                 self._pass_layer(index, self._branches[step + 1], before, after, mine, read)
-                pieces = {number: distributed.in_order(file.wait()) for number, file in after.items()}
+                pieces = distributed.gather({number: file.wait() for number, file in after.items()})
                 if finished is not None:
-                    finished.commit({"states": {str(number): found for number, found in pieces.items()}})
+                    states = {str(number): [one for some in pieces for one in some[number]] for number in after}
+                    finished.commit({"plans": list(self._plans), "states": states})
                 for file in before.values():
                     file.close()
+                    if distributed.is_main():
+                        file.path.unlink(missing_ok=True)
+                distributed.barrier()  # files behind the next layer have these names
                 before = after
                 advance()
             names = {name: branch.number for name, branch in self._branches[-1].items()}
@@ -117,24 +143,6 @@ class SharedPass:
             path.unlink()
         distributed.barrier()  # another pass may begin there
         return found
-
-    def _branch(self) -> list[dict[str, _Branch]]:
-        """The branch of each plan at the first layer and behind each: one of all until they differ.
-
-        Where layers pass more on than hidden states, each plan has its own.
-        """
-        own = self._subject.model.skeleton.carries_state
-        steps = [{name: _Branch(place if own else 0, 0) for place, name in enumerate(self._plans)}]
-        for index in self._ran:
-            mine = self._subject.by_layer.get(index, ())
-            known: dict[tuple[Any, ...], _Branch] = {}
-            step = {}
-            for name, plan in self._plans.items():
-                choice = tuple((group, plan.choice[group]) for group in mine if group in plan.choice)
-                key = steps[-1][name].number, choice, KV_CACHE in plan.choice
-                step[name] = known.setdefault(key, _Branch(len(known), *key))
-            steps.append(step)
-        return steps
 
     def _batches(self) -> dict[int, list[Batch]]:
         """The batches that each branch runs on, by its number: all the same, unless layers pass more on."""
@@ -200,7 +208,7 @@ class SharedPass:
     def _pass_layer(
         self,
         index: int,
-        branches: Mapping[str, _Branch],
+        branches: Mapping[str, Branch],
         before: Mapping[int, StateFile],
         after: Mapping[int, StateFile],
         batches: Mapping[int, Sequence[Batch]],
