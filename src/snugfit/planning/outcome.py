@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
+from snugfit import distributed
 from snugfit.formats.spec import FORMATS
 from snugfit.planning.controls import Control
 from snugfit.planning.explain import cache_reasons, nats, planned_groups, size
@@ -83,6 +84,7 @@ def record_of(found: Outcome) -> PlanRecord:
         recipe=recipe,
         notes=(*found.notes, *_notes(found)),
         seconds=dict(found.seconds),
+        processes=distributed.world_size(),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snugfit import distributed
 from snugfit.machine import pick_device
 from snugfit.planning.controls import find_controls
 from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of
@@ -21,7 +22,8 @@ class PlanEstimate:
     """What planning will take: bytes at most, seconds by what takes them (None: nothing was timed), and remarks.
 
     `gpu_bytes` is None without a GPU. `mixes` are measured in the proof, on `held_out_tokens`; `scored_tokens` and
-    `forwards` (passes of all of them) are those of scoring, 0 where scores are reused.
+    `forwards` (passes of all of them) are those of scoring, 0 where scores are reused. Of several `processes`, which
+    share the work, each takes so much memory.
     """
 
     memory_bytes: int
@@ -33,6 +35,7 @@ class PlanEstimate:
     held_out_tokens: int
     scoring_seconds: float | None
     proof_seconds: float | None
+    processes: int
     notes: tuple[str, ...]
 
     def line(self) -> str:
@@ -40,6 +43,8 @@ class PlanEstimate:
         total = (self.scoring_seconds or 0.0) + (self.proof_seconds or 0.0)
         parts = [_duration(total), f"{self.memory_bytes / 1e9:.1f} GB of memory"]
         parts += [] if self.gpu_bytes is None else [f"{self.gpu_bytes / 1e9:.1f} GB of GPU memory"]
+        if self.processes > 1:
+            parts[-1] += f" in each of {self.processes} processes"
         parts.append(f"{self.disk_bytes / 1e9:.2f} GB of disk")
         steps = []
         if self.scored_tokens:
@@ -87,6 +92,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool) -> PlanEstimate:
         held_out_tokens=prepared.held_out_tokens,
         scoring_seconds=found.seconds if scoring and found else 0.0,
         proof_seconds=found.proof_seconds if found else 0.0,
+        processes=distributed.asked_for(),
         notes=prepared.notes,
     )
 

@@ -1,7 +1,8 @@
 """What scoring a model costs in time, memory and disk, before it begins: from shapes, and from one layer that is timed.
 
 Times are those of a layer in the middle of the model on one batch of real samples: forwards, backwards, the rounding of
-its weights to each format, and forwards with rounded inputs; and of the output head. Sizes come from shapes.
+its weights to each format, and forwards with rounded inputs; and of the output head. Sizes come from shapes. Of several
+processes each runs its part of the batches and rounds its part of the weights; all read every layer.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from snugfit import distributed
 from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, embedding_weights, open_head, open_model, outer_weights
-from snugfit.machine import pick_device
+from snugfit.machine import pick_device, processors
 from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
@@ -41,8 +43,8 @@ TIMED_TOKENS = 4096
 class ScoringEstimate:
     """What scoring will take: `tokens` in all rows, passes of all of them (`forwards`, a backward pass counts as one).
 
-    `memory_bytes` are of main memory, `gpu_bytes` of a GPU's (0 without), `disk_bytes` of the work folder's disk.
-    `seconds` are None if nothing was timed. A proof takes its own.
+    `memory_bytes` are of main memory, `gpu_bytes` of a GPU's (0 without), of each process; `disk_bytes` of the work
+    folder's disk. `seconds` are None if nothing was timed. A proof takes its own.
     """
 
     tokens: int
@@ -165,7 +167,9 @@ class _Rates:
         )
         self._device = device
         batch = self._batch(_rows(samples, min(per_batch, TIMED_TOKENS)), subject, per_batch)
-        self._tokens = sum(batch.lengths)
+        all_batches = forward_pass.make_batches([row.ids for row in samples.rows], per_batch, torch.device("cpu"))
+        self._tokens, self._per_batch = sum(batch.lengths), per_batch
+        self._processes, self._batches = distributed.asked_for(), len(all_batches)
         variants = LayerVariants(subject, index, device)
         hidden = batch.hidden
 
@@ -237,16 +241,34 @@ class _Rates:
 
     def seconds(self, layers: int, tokens: int, plans: int, *, spread: float, own: float) -> float:
         """Of all of scoring."""
-        passes = tokens / self._tokens * layers
+        mine = tokens * largest_share(self._batches, self._processes)
+        passes = mine / self._tokens * layers
         forwards = 2 * self._forward + self._backward + (plans + 1 + spread + own) * self._rounded
         # for calibration, forwards, backwards and the plans that are measured; variants for the last two
-        layers_made = layers * (4 * self._load + 2 * self._rounding + plans * self._copy)
-        return passes * forwards + layers_made + (plans + 3) * tokens * self._head
+        layers_made = layers * (4 * self._load + 2 * self._rounding / self._processes + plans * self._copy)
+        return crowding(self._device) * (passes * forwards + layers_made + (plans + 3) * mine * self._head)
 
     def of_plans(self, layers: int, plans: int, tokens: int) -> float:
         """Of measuring plans, beside the original, whose weights are rounded in about two formats."""
-        passes = tokens / self._tokens * layers
-        return passes * (plans + 1) * self._rounded + layers * self._rounding + (plans + 2) * tokens * self._head
+        mine = tokens * largest_share(-(-tokens // self._per_batch), self._processes)
+        passes = mine / self._tokens * layers
+        rounding = layers * self._rounding / self._processes
+        return crowding(self._device) * (
+            passes * (plans + 1) * self._rounded + rounding + (plans + 2) * mine * self._head
+        )
+
+
+def largest_share(batches: int, processes: int) -> float:
+    """The part of so many batches that the process with the most of them has."""
+    return -(-batches // processes) / max(1, batches)
+
+
+def crowding(device: torch.device) -> float:
+    """How many times longer work takes where this machine's processes have more threads than it has processors."""
+    if device.type == "cuda":
+        return 1.0
+    alone = max(1.0, torch.get_num_threads() / processors())
+    return max(1.0, distributed.local_size() * torch.get_num_threads() / processors()) / alone
 
 
 def _rows(samples: Samples, tokens: int) -> list[tuple[int, ...]]:

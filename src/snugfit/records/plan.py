@@ -137,7 +137,7 @@ class PlanRecord:
 
     `scores` names the file of scores and `scored_on` its samples; `context` is the length for which KL is expected.
     `points` are the plan, its alternatives, the controls and the built-in recipes. `written` is the name of the point
-    whose recipe was written: the plan's, or the control's if the plan was refused.
+    whose recipe was written: the plan's, or the control's if the plan was refused. `processes` shared the work.
     """
 
     snugfit: str
@@ -162,6 +162,7 @@ class PlanRecord:
     recipe: str
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    processes: int = 1
     schema: str = PLAN_SCHEMA
 
     @property
