@@ -27,7 +27,7 @@ from snugfit.planning.sensitivity import ScoreSettings, score_model, score_sampl
 from snugfit.planning.shared_pass import Assigned, SharedPass, branches_of
 from snugfit.planning.variants import LayerVariants, open_subject
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.records.scores import Scores, check_model, load_scores, save_scores
+from snugfit.records.scores import KV_CACHE, Scores, cache_of_layer, check_model, load_scores, save_scores
 from snugfit.storage.checkpoint import fingerprint, header_digest
 
 CPU = torch.device("cpu")
@@ -94,6 +94,20 @@ def test_best_plan_is_the_best_of_all_measured(model: Path, scores: Scores, tmp_
     errors = [abs(predicted[name] / measured[name] - 1) for name in measured]
     assert np.mean(errors) < 0.1
     assert max(errors) < 0.25
+
+
+def test_an_fp8_cache_is_scored_by_layer(model: Path, scores: Scores, tmp_path: Path) -> None:
+    """Layers' costs add up to what the whole cache costs, each within a factor of two of what it costs alone."""
+    names = [cache_of_layer(layer) for layer in range(2)]
+    costs = [scores.costs[name]["fp8"].kl[0] for name in names]
+    whole = scores.costs[KV_CACHE]["fp8"].kl[0]
+    assert sum(costs) == pytest.approx(whole)
+    plans = [Assigned(name=name, choice={name: "fp8"}) for name in (*names, KV_CACHE)]
+    plans.append(Assigned(name="all", choice=dict.fromkeys(names, "fp8")))
+    measured = measure(model, plans, tmp_path)
+    assert measured["all"] == measured[KV_CACHE] == pytest.approx(whole, rel=1e-5)
+    assert all(0.5 < cost / measured[name] < 2 for name, cost in zip(names, costs, strict=True))
+    assert scores.predict(dict.fromkeys(names, "fp8"), 64).kl == pytest.approx(scores.predict({KV_CACHE: "fp8"}, 64).kl)
 
 
 def test_prediction_is_between_keeping_all_and_the_ceiling(scores: Scores) -> None:
@@ -252,8 +266,8 @@ def test_an_estimate_says_what_scoring_takes(model: Path, scores: Scores, tmp_pa
     steps = branches_of([Assigned(name=point.name, choice=point.formats) for point in scores.points], layers)
     ran = sum(len({branch.number for branch in step.values()}) for step in steps[1:]) / len(layers)
     assert found.tokens == part.total
-    # attention's variants run whole layers, others their part of one; random mixes agree in a layer by chance
-    assert 3 + len(FORMATS) < found.forwards - ran < 3 + 2 * len(FORMATS) + 0.5
+    # variants of attention and the FP8 cache run whole layers, others their part; mixes agree in a layer by chance
+    assert 4 + len(FORMATS) < found.forwards - ran < 4 + 2 * len(FORMATS) + 0.5
     assert found.seconds is not None
     assert found.seconds > 0
     assert found.disk_bytes > 0

@@ -27,12 +27,14 @@ from snugfit.errors import UserError
 from snugfit.evaluation.evaluated_model import bounded_attention, embedding_weights, open_head, outer_weights
 from snugfit.machine import free_bytes
 from snugfit.model import forward_pass
+from snugfit.model.emulate import FP8Cache
 from snugfit.model.forward_pass import Batch, Head
 from snugfit.model.hidden_states import StateFile
 from snugfit.planning.groups import EXPERTS, SHARED, Group
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.records.scores import cache_of_layer
 from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
 
@@ -80,9 +82,11 @@ class GradientPass:
         tokens_per_batch: int,
         folder: Path,
         seed: int,
+        kv_cache: bool = False,
         progress: Progress = SILENT,
     ) -> None:
-        """Files go to `folder`, which holds those of one pass alone."""
+        """Files go to `folder`, which holds those of one pass alone. With `kv_cache` FP8 caches are scored, too."""
+        self._kv_cache = kv_cache
         self._subject, self._rows, self._formats, self._device = subject, rows, formats, device
         self._folder, self._seed, self._progress = folder, seed, progress
         skeleton = subject.model.skeleton
@@ -201,7 +205,11 @@ class GradientPass:
         for chunk in chunks:
             watched = _Watched(self._subject, variants)
             watched.prepare(chunk)
-            spread = watched.spread()
+            spread: list[tuple[tuple[str, str], nn.Module, FP8Cache | None]] = [
+                (key, layer, None) for key, layer in watched.spread().items()
+            ]
+            if chunk is chunks[-1] and self._kv_cache and (cache := variants.kv_cache()) is not None:
+                spread.append(((cache_of_layer(index), "fp8"), variants.exact, cache))
             for batch in self._mine:
                 hidden = states.read(batch).requires_grad_()
                 gradient = gradients[0].read(batch)
@@ -215,9 +223,9 @@ class GradientPass:
                     first = torch.zeros_like(hidden) if found[0] is None else found[0]
                     gradients[1].write(batch, first.float())
                 watched.add(batch, found[1:], partial(_add, sums, self._rows))
-                for key, layer in spread.items():
+                for key, layer, cache in spread:
                     with torch.no_grad():
-                        change = forward_pass.call_layer(layer, index, batch, hidden.detach())
+                        change = forward_pass.call_layer(layer, index, batch, hidden.detach(), cache)
                         change = change.float().sub_(output.detach())
                         _add(sums, self._rows, key, batch, torch.linalg.vecdot(change, gradient))
             variants.forget()

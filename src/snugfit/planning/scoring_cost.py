@@ -156,7 +156,7 @@ def _variant_forwards(
 ) -> tuple[float, float]:
     """Forward passes that variants of groups cost: of whole layers, and of their groups alone."""
     elements = sum(group.elements for group in groups if group.layer is not None)
-    spread, own = 0.0, 0.0
+    spread, own = float(settings.kv_cache), 0.0
     for group in groups:
         if group.layer is None:
             continue
