@@ -119,6 +119,8 @@ def test_every_group_says_why(made: tuple[Path, PlanRecord]) -> None:
     assert all(group.why for group in record.groups)
     assert all(group.cost == 0 for group in record.groups if group.format == KEEP)
     assert all(group.cost > 0 for group in record.groups if group.format != KEEP)
+    simple = [point for point in record.points if point.name.startswith("mix in runs of 2 layers")]
+    assert all(point.rules > 0 and point.measured for point in simple)
     head = next(group for group in record.groups if group.role == "lm_head")
     assert "output head" in head.refused["nvfp4"]
 

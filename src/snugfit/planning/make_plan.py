@@ -18,11 +18,11 @@ from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.planning.controls import Control, find_controls
 from snugfit.planning.limits import impossible
-from snugfit.planning.outcome import Outcome, record_of
+from snugfit.planning.outcome import RUNS_OF, Outcome, record_of
 from snugfit.planning.plan_cost import check_resources, estimate_prepared
 from snugfit.planning.prepare_plan import ALTERNATIVES, PlanRequest, Prepared, prepare_plan, request_of
 from snugfit.planning.proving import not_proven, prove_mixes
-from snugfit.planning.search import Limit, Mix, Space, least_bytes, least_kl, scored
+from snugfit.planning.search import Limit, Mix, Space, least_bytes, least_kl, scored, simplest_near
 from snugfit.planning.space import Choices
 from snugfit.progress import SILENT, Progress
 from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord, ProvenKl
@@ -165,14 +165,15 @@ def _plan_with(
     """The record of the plan that scores give, and the statistics that it was measured with."""
     choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
 
-    def find() -> tuple[int, list[Mix], Space, list[Control]]:
+    def find() -> tuple[int, list[tuple[str, Mix]], Space, list[Control]]:
         context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
-        return context, candidates, space, find_controls(prepared.layout, choices.everything, space, scores, context)
+        named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
+        named += _simpler(space, scores, candidates) if prepared.request.alternatives else []
+        return context, named, space, find_controls(prepared.layout, choices.everything, space, scores, context)
 
     started = time.monotonic()
-    context, candidates, space, controls = distributed.by_main(find)
+    context, named, space, controls = distributed.by_main(find)
     seconds["search"] = time.monotonic() - started
-    named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
     started = time.monotonic()
     measured: Mapping[str, tuple[ProvenKl, ...]] = {}
     if prepared.request.prove:
@@ -214,9 +215,18 @@ def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix]
     return context, [mix for mix in found if mix.formats], space
 
 
+def _simpler(space: Space, scores: Scores, candidates: Sequence[Mix]) -> list[tuple[str, Mix]]:
+    """A mix with fewer rules than the best one and hardly more KL, by its name, if it is none of the candidates."""
+    found = simplest_near(space, scores, candidates[0])
+    if found is None or any(found[1].formats == mix.formats for mix in candidates):
+        return []
+    length, mix = found
+    return [(f"{RUNS_OF}{length} layers", mix)]
+
+
 def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
     budget, space = choices.place.budget, choices.space
-    distance = max(1, len(space.menus) // 12)
+    distance = max(1, len(space.decisions) // 12)
     if budget.longest:  # of the mixes at that context the one of least KL
         context = _longest(choices, scores)
         space = choices.at(context)

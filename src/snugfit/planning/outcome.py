@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from snugfit import distributed
 from snugfit.formats.spec import FORMATS
 from snugfit.planning.controls import Control
-from snugfit.planning.explain import cache_reasons, planned_groups, size
+from snugfit.planning.explain import cache_reasons, nats, planned_groups, size
 from snugfit.planning.limits import Budget, context_beside, served_elements
 from snugfit.planning.menu import Option
 from snugfit.planning.search import NOT_SCORED, Limit, Mix, Space, least_amount, least_kl, within
@@ -27,6 +27,7 @@ from snugfit.records.scores import KEEP, Scores
 from snugfit.version import __version__
 
 FRONTIER_POINTS = 12
+RUNS_OF = "mix in runs of "  # with what the name of a simpler mix begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +125,11 @@ def _points(found: Outcome) -> Iterator[PlanPoint]:
     """The plan first, then alternatives, controls and the frontier."""
     for name, mix in sorted(found.candidates, key=lambda pair: pair[0] != found.chosen):
         plan = name == found.chosen
-        yield _point(found, name, "plan" if plan else "alternative", mix, recipe="recipe.yaml" if plan else None)
+        point = _point(found, name, "plan" if plan else "alternative", mix, recipe="recipe.yaml" if plan else None)
+        yield replace(point, rules=_rules(found, mix))
     for control in found.controls:
-        yield _point(found, control.name, control.kind, control.mix, recipe=control.recipe, fits=control.fits)
+        point = _point(found, control.name, control.kind, control.mix, recipe=control.recipe, fits=control.fits)
+        yield replace(point, rules=len(load_recipe(control.recipe).recipe.rules) if control.recipe else 0)
     for number, mix in enumerate(_frontier(found)):
         yield _point(found, f"frontier {number}", "frontier", mix)
 
@@ -154,6 +157,14 @@ def _point(
         measured=found.measured.get(name, ()),
         differs=sum(one.format != plan.options[group].format for group, one in mix.options.items()),
     )
+
+
+def _rules(found: Outcome, mix: Mix) -> int:
+    """How many rules the recipe of a mix has."""
+    recipe = recipe_of_mix(
+        found.choices.layout, mix.options, found.choices.everything, fp8_cache=mix.kv_cache == FP8, name="a-mix"
+    )
+    return len(recipe.recipe.rules)
 
 
 def _frontier(found: Outcome) -> list[Mix]:
@@ -184,6 +195,7 @@ def _notes(found: Outcome) -> list[str]:
     unscored = sorted({fmt for menu in found.space.menus for fmt, why in menu.refused.items() if why == NOT_SCORED})
     if unscored:
         notes.append(f"not scored, and so not on the menu of some weights: {', '.join(unscored)}")
+    notes += _note_of_simpler(found)
     weight_only = dict.fromkeys(one.label for one in found.mix.options.values() if _is_weight_only(one))
     if weight_only:
         notes.append(
@@ -196,6 +208,17 @@ def _notes(found: Outcome) -> list[str]:
     if most is not None and at is not None and at.kl > most:
         notes.append(f"the measured KL at {found.context:,} tokens is {at.kl:.4f}, above `max_kl`: ask for less")
     return notes
+
+
+def _note_of_simpler(found: Outcome) -> Iterator[str]:
+    """What the mix in runs of layers saves and costs, where it is not the plan itself."""
+    for name, mix in found.candidates:
+        if name.startswith(RUNS_OF) and name != found.chosen:
+            rules = f"{_rules(found, mix)} rules in place of {_rules(found, found.mix)}"
+            more = nats(mix.predicted.kl - found.mix.predicted.kl)
+            length = name.removeprefix(RUNS_OF).split()[0]
+            asked = f"`run_length: {length}` in `constraints` asks for it"
+            yield f"a simpler plan, {name}, has {rules} and is expected to cost {more} nats more; {asked}"
 
 
 def _is_weight_only(one: Option) -> bool:

@@ -115,7 +115,9 @@ def _mixes(prepared: Prepared) -> int:
     """How many mixes will be measured beside the original, at most."""
     choices = prepared.choices
     controls = find_controls(prepared.layout, choices.everything, choices.space, None, 1)
-    candidates = prepared.request.alternatives + 1
+    alternatives, layers = prepared.request.alternatives, prepared.layout.num_layers
+    simpler = alternatives > 0 and choices.space.run_length is None and layers > 1
+    candidates = alternatives + 1 + int(simpler)
     return candidates + len(to_measure([], controls))
 
 

@@ -9,6 +9,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.planning.constraints import LoadedConstraints, constrained
+from snugfit.planning.decisions import narrowed
 from snugfit.planning.limits import Place, limits_of
 from snugfit.planning.menu import Bytes, GroupMenu, Option, read_menu, sizes_outside
 from snugfit.planning.recipe_text import WeightFormat, recipe_text
@@ -59,16 +60,18 @@ def read_choices(
     loaded = constraints or LoadedConstraints()
     everything = read_menu(layout, tuple(FORMATS), place.server)
     menus = read_menu(layout, menu, place.server)
-    menus = constrained(menus, loaded, layout.names, layout.num_layers)
+    asked = loaded.constraints
+    menus = narrowed(constrained(menus, loaded, layout.names, layout.num_layers), asked.run_length, loaded.where)
     kept = kept_cache(layout) is not None
     outside, caches = _outside(layout, everything, place, loaded, fp8_kept=kept)
     limits = {cache: limits_of(layout, place, fp8=kept or cache == FP8) for cache in outside}
-    allowed = loaded.constraints.max_formats
     return Choices(
         layout=layout,
         place=place,
         constraints=loaded,
-        space=Space(menus=menus, outside=outside, limits=limits, max_formats=allowed),
+        space=Space(
+            menus=menus, outside=outside, limits=limits, max_formats=asked.max_formats, run_length=asked.run_length
+        ),
         everything=everything,
         caches=caches,
         fp8_kept=kept,

@@ -96,7 +96,8 @@ class PlanPoint:
 
     `recipe` is the file or the name of the recipe that writes it, None where none was written; `formats` are the bytes
     of groups by format. `fits` says whether it keeps all limits, `differs` in how many groups it differs from the plan
-    (-1: nobody compared). `measured` is empty for what was not built.
+    (-1: nobody compared), `rules` is the number of its recipe's rules (0: nobody counted). `measured` is empty for what
+    was not built.
     """
 
     name: str
@@ -112,6 +113,7 @@ class PlanPoint:
     expected: Expected
     measured: tuple[ProvenKl, ...] = ()
     differs: int = -1
+    rules: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

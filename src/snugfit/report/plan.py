@@ -144,11 +144,12 @@ def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
         cache = "FP8" if point.kv_cache == "fp8" else "16 bits"
         expected = _kl(point.expected.kl, point.expected.error)
         fits = "yes" if point.fits else "no"
-        rows.append((name, point.kind, cache, f"{point.bytes / 10**6:,.1f}", fits, expected, *measured))
+        rules = str(point.rules) if point.rules else "-"
+        rows.append((name, point.kind, cache, rules, f"{point.bytes / 10**6:,.1f}", fits, expected, *measured))
     headings = [f"measured, {_context(context)}" for context, _ in contexts]
     return Sheet(
         title="KL to the original",
-        headings=("mix", "kind", "KV cache", "MB", "fits", f"expected, {record.context:,} tokens", *headings),
+        headings=("mix", "kind", "KV cache", "rules", "MB", "fits", f"expected, {record.context:,} tokens", *headings),
         rows=tuple(rows),
         left=3,
         note="KL in nats a token, with one standard error; the mix in bold is the recipe that was written",
