@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.planning.controls import Control, find_controls
@@ -115,7 +117,7 @@ def plan(
     prepared = distributed.in_all(lambda: _prepare(model, request, folder))
     for note in prepared.notes:
         progress.message(note)
-    with resumable(folder, restart=restart) as (directory, work):
+    with resumable(folder, restart=restart) as (directory, work), _full_gpu():
         return _run(model, prepared, directory, work, progress, force_resume=force_resume)
 
 
@@ -141,6 +143,20 @@ def _run(
         record, measured = _plan_with(model, prepared, scores, statistics, seconds, work, progress)
         distributed.by_main(lambda: _write(record, scores, measured, prepared, directory))
     return record
+
+
+@contextmanager
+def _full_gpu() -> Iterator[None]:
+    """A GPU without enough memory stops a run, which can resume."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Unfinished(
+            f"out of GPU memory ({str(error).splitlines()[0]}).",
+            code="gpu-memory-insufficient",
+            where="device",
+            remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
+        ) from None
 
 
 @contextmanager
