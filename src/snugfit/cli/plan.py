@@ -202,7 +202,7 @@ def _print_estimate(model: str, output_dir: Path | None, settings: dict[str, Any
 
     if output_dir is not None:
         check_stageable(output_dir, models=[model])
-    estimate = estimate_plan(model, **settings)
+    estimate = estimate_plan(model, output_dir=output_dir, **settings)
     for note in estimate.notes:
         progress.message(note)
     with reporting():

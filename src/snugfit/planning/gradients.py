@@ -187,17 +187,8 @@ class GradientPass:
                 step = max(1, LOGITS[self._device.type] // model.vocabulary)
                 for low in range(start, length - 1, step):
                     part = slice(low, min(low + step, length - 1))
-                    found[place, part] = self._gradient(head, hidden[place, part], row, low)
+                    found[place, part] = loss_gradient(head, hidden[place, part], self._seed, row, low)
             gradients.write(batch, found)
-
-    def _gradient(self, head: Head, hidden: Tensor, row: int, start: int) -> Tensor:
-        """Of the summed loss of some tokens at their hidden states [n, H]."""
-        with torch.enable_grad():
-            part = hidden.detach().clone().requires_grad_()
-            predicted = head(part.unsqueeze(0))[0].float().log_softmax(-1)
-            loss = -predicted.gather(-1, draw(predicted.detach(), self._seed, row, start)).sum()
-            (gradient,) = torch.autograd.grad(loss, part)
-        return gradient.float()
 
     def _backward(
         self, number: int, states: StateFile, gradients: tuple[StateFile, StateFile], read: TensorReader
@@ -347,6 +338,16 @@ def _add(
     for part, values in zip(parts, found, strict=True):
         for row, value in zip(batch.rows, values, strict=True):
             part[row] += value
+
+
+def loss_gradient(head: Head, hidden: Tensor, seed: int, row: int, start: int) -> Tensor:
+    """The gradient of the summed loss of some tokens at their hidden states [n, H]; see `draw`."""
+    with torch.enable_grad():
+        part = hidden.detach().clone().requires_grad_()
+        predicted = head(part.unsqueeze(0))[0].float().log_softmax(-1)
+        loss = -predicted.gather(-1, draw(predicted.detach(), seed, row, start)).sum()
+        (gradient,) = torch.autograd.grad(loss, part)
+    return gradient.float()
 
 
 def draw(predicted: Tensor, seed: int, row: int, start: int) -> Tensor:

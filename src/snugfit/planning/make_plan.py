@@ -126,7 +126,7 @@ def _prepare(model: str | Path, request: PlanRequest, folder: Path) -> Prepared:
     if distributed.is_main():
         check_stageable(folder, models=[model])
     prepared = prepare_plan(model, request)
-    estimate = estimate_prepared(prepared, timed=False)
+    estimate = estimate_prepared(prepared, timed=False, folder=folder)
     check_resources(estimate, folder, request.proof.device)
     return prepared
 

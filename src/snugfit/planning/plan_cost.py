@@ -21,9 +21,9 @@ from snugfit.quantization.estimate import Estimate, check_disk, check_memory
 class PlanEstimate:
     """What planning will take: bytes at most, seconds by what takes them (None: nothing was timed), and remarks.
 
-    `gpu_bytes` is None without a GPU. `mixes` are measured in the proof, on `held_out_tokens`; `scored_tokens` and
-    `forwards` (passes of all of them) are those of scoring, 0 where scores are reused. Of several `processes`, which
-    share the work, each takes so much memory.
+    `gpu_bytes` is None without a GPU. `mixes` are measured in the proof, on `held_out_tokens`, in `proof_passes` over
+    the layers; `scored_tokens` and `forwards` (passes of all of them) are those of scoring, 0 where scores are reused.
+    Of several `processes`, which share the work, each takes so much memory.
     """
 
     memory_bytes: int
@@ -32,6 +32,7 @@ class PlanEstimate:
     scored_tokens: int
     forwards: float
     mixes: int
+    proof_passes: int
     held_out_tokens: int
     scoring_seconds: float | None
     proof_seconds: float | None
@@ -52,20 +53,24 @@ class PlanEstimate:
             steps.append(f"scoring {_duration(self.scoring_seconds)}, {passes}")
         if self.mixes:
             passes = f"{self.mixes} mixes on {self.held_out_tokens:,} tokens"
+            passes += f" in {self.proof_passes} passes" if self.proof_passes > 1 else ""
             steps.append(f"proof {_duration(self.proof_seconds)}, {passes}")
         return f"planning takes about {', '.join(parts)}{' (' + '; '.join(steps) + ')' if steps else ''}"
 
 
-def estimate_plan(model: str | Path, *, timed: bool = True, **options: Any) -> PlanEstimate:
+def estimate_plan(
+    model: str | Path, *, timed: bool = True, output_dir: str | Path | None = None, **options: Any
+) -> PlanEstimate:
     """What `plan` with these arguments would take; everything that it checks is checked.
 
     With `timed` one layer of the model is read and run on a few tokens. UserError as in `plan`.
     """
-    return estimate_prepared(prepare_plan(model, request_of(**options)), timed=timed)
+    folder = None if output_dir is None else Path(output_dir)
+    return estimate_prepared(prepare_plan(model, request_of(**options)), timed=timed, folder=folder)
 
 
-def estimate_prepared(prepared: Prepared, *, timed: bool) -> PlanEstimate:
-    """What a prepared run will take."""
+def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = None) -> PlanEstimate:
+    """What a prepared run will take that writes to `folder`."""
     request = prepared.request
     mixes = _mixes(prepared) if request.prove else 0
     proof = mixes, prepared.held_out_tokens
@@ -79,6 +84,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool) -> PlanEstimate:
             tokens_per_batch=request.proof.tokens_per_batch,
             timed=timed,
             proof=proof,
+            folder=folder,
         )
     scoring = prepared.scores is None and found is not None
     on_gpu = pick_device(request.proof.device).type == "cuda"
@@ -89,6 +95,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool) -> PlanEstimate:
         scored_tokens=found.tokens if scoring and found else 0,
         forwards=found.forwards if scoring and found else 0.0,
         mixes=mixes,
+        proof_passes=found.proof_passes if found else 0,
         held_out_tokens=prepared.held_out_tokens,
         scoring_seconds=found.seconds if scoring and found else 0.0,
         proof_seconds=found.proof_seconds if found else 0.0,

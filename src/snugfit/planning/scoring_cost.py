@@ -8,9 +8,10 @@ processes each runs its part of the batches and rounds its part of the weights; 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,18 +19,22 @@ from torch import Tensor
 from snugfit import distributed
 from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, embedding_weights, open_head, open_model, outer_weights
+from snugfit.evaluation.measure import LOGITS as LOGITS_AT_ONCE
+from snugfit.evaluation.measure import SLICE
 from snugfit.machine import pick_device, processors
 from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
 from snugfit.model.skeleton import Skeleton
-from snugfit.planning.damage import class_of
-from snugfit.planning.gradients import LOGITS, OWN_TOKEN
-from snugfit.planning.groups import EXPERTS, HEAD, Group, find_groups
+from snugfit.planning.gradients import LOGITS, OWN_TOKEN, loss_gradient
+from snugfit.planning.groups import EXPERTS, Group, find_groups
+from snugfit.planning.measured_plans import disk_budget, divide_plans, most_files
 from snugfit.planning.samples import Samples
-from snugfit.planning.sensitivity import MIXED_PLANS, ScoreSettings
+from snugfit.planning.sensitivity import ScoreSettings, plans_to_measure
+from snugfit.planning.shared_pass import Assigned, branches_of
 from snugfit.planning.variants import LayerVariants, Subject, scored_formats
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.records.scores import KEEP, KV_CACHE, Cost
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerStatistics
 from snugfit.records.statistics_file import Statistics
@@ -37,6 +42,7 @@ from snugfit.records.statistics_file import Statistics
 OVERHEAD_BYTES = 1 << 30  # libraries, and what they hold on a GPU
 INSIDE = 24  # hidden states' worth of values that a layer keeps of a token for its backward pass, about
 TIMED_TOKENS = 4096
+TIMED_RUNS, TIMED_SECONDS, TIMED_PLANS = 5, 1.0, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,7 @@ class ScoringEstimate:
     disk_bytes: int
     seconds: float | None
     proof_disk_bytes: int = 0
+    proof_passes: int = 0
     proof_seconds: float | None = None
 
 
@@ -66,49 +73,82 @@ def estimate_scoring(
     tokens_per_batch: int | None = None,
     timed: bool = True,
     proof: tuple[int, int] = (0, 0),
+    folder: Path | None = None,
 ) -> ScoringEstimate:
     """Estimate `score_samples`; with `timed` a layer is read and run, which takes about as long as one of scoring's.
 
-    `proof` are plans that are measured on so many tokens afterwards.
+    `proof` are plans that are measured on so many tokens afterwards. What is free on the disk of `folder`, by default
+    the current one, decides in how many passes plans are measured.
     """
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     groups = find_groups(layout)
     model = open_model(layout.checkpoint.path, activations="none")
     skeleton = model.skeleton
-    plans = count_plans(layout, groups, settings)
+    budget = disk_budget(folder or Path())
+    plans = _plans(model, layout, groups, settings)
     spread, own = _variant_forwards(layout, groups, settings, skeleton)
     held = _held_bytes(layout, settings, skeleton, per_batch)
-    state = samples.total * skeleton.hidden_size
-    layers = len(skeleton.ran)
-    disk = (layers + 1) * state * skeleton.dtype.itemsize + 2 * state * 4
-    disk = max(disk, 2 * (plans + 1) * state * skeleton.dtype.itemsize)
-    proof_disk = 2 * (proof[0] + 1) * proof[1] * skeleton.hidden_size * skeleton.dtype.itemsize
+    width, layers = skeleton.hidden_size * skeleton.dtype.itemsize, len(skeleton.ran)
+    named = [[g.name for g in groups if g.layer == index] for index in skeleton.ran]
+    work = _work_of(plans, named, budget // max(1, samples.total * width), own=skeleton.carries_state)
+    mixes = [Assigned(name=f"{number}", choice=dict.fromkeys(named[0], f"{number}")) for number in range(proof[0])]
+    proven = _work_of(mixes, named, budget // max(1, proof[1] * width), own=True)
+    disk = (layers + 1) * samples.total * width + 2 * samples.total * skeleton.hidden_size * 4
     on_gpu = where.type == "cuda"
     seconds, proof_seconds = None, None
     if timed:
         rates = _Rates(model, layout, groups, samples, settings, where, per_batch)
-        seconds = rates.seconds(layers, samples.total, plans, spread=spread, own=own)
-        proof_seconds = rates.of_plans(layers, *proof) if proof[0] else 0.0
+        seconds = rates.seconds(layers, samples.total, work, spread=spread, own=own)
+        proof_seconds = rates.of_plans(layers, proof[1], proven) if mixes else 0.0
     return ScoringEstimate(
         tokens=samples.total,
-        forwards=4 + spread + own + plans,
+        forwards=3 + spread + own + work.forwards,
         memory_bytes=OVERHEAD_BYTES + (0 if on_gpu else held),
         gpu_bytes=OVERHEAD_BYTES + held if on_gpu else 0,
-        disk_bytes=disk,
+        disk_bytes=max(disk, work.files * samples.total * width),
         seconds=seconds,
-        proof_disk_bytes=proof_disk,
+        proof_disk_bytes=proven.files * proof[1] * width if mixes else 0,
+        proof_passes=proven.passes if mixes else 0,
         proof_seconds=proof_seconds,
     )
 
 
-def count_plans(layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings) -> int:
-    """How many plans will be measured."""
-    count = MIXED_PLANS if len(settings.formats) > 1 else 0
-    for fmt in settings.formats:
-        kinds = {class_of(g.role) for g in groups if g.role != HEAD and scored_formats(layout, g, [fmt])}
-        count += 1 + len(kinds) if kinds else 0
-    return count + int(settings.kv_cache)
+@dataclass(frozen=True)
+class _PlanWork:
+    """What measuring plans takes: passes over the layers, forward passes of all tokens, files of states at once."""
+
+    plans: int
+    passes: int
+    forwards: float
+    files: int
+
+
+def _work_of(plans: Sequence[Assigned], layers: Sequence[Sequence[str]], held: int, *, own: bool) -> _PlanWork:
+    """Measuring plans of a model with these groups in its layers, beside the original, in `held` files at most."""
+    passes = divide_plans(plans, layers, held, own=own) if plans else []
+    steps = [branches_of(part, layers, own=own) for part in passes]
+    ran = sum(len({branch.number for branch in step.values()}) for part in steps for step in part[1:])
+    files = max((most_files(part) for part in steps), default=0)
+    return _PlanWork(len(plans), len(passes), ran / max(1, len(layers)), files)
+
+
+def _plans(
+    model: EvaluatedModel, layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings
+) -> list[Assigned]:
+    """The plans that scoring will measure; an FP8 cache among them wherever one is asked for."""
+    scored = {g.name: scored_formats(layout, g, (*settings.formats, KEEP)) for g in groups if g.layer is not None}
+    nothing = Cost((), ())
+    subject = Subject(
+        model=model,
+        layout=layout,
+        groups={group.name: group for group in groups},
+        statistics=_ones(layout, model.skeleton, groups, model.skeleton.ran[0]),
+        rounding=settings.rounding,
+        target=settings.target,
+    )
+    found = plans_to_measure(subject, {name: dict.fromkeys(some, nothing) for name, some in scored.items()}, settings)
+    return [*found, Assigned(name=KV_CACHE, choice={KV_CACHE: "fp8"})] if settings.kv_cache else found
 
 
 def _variant_forwards(
@@ -183,14 +223,14 @@ class _Rates:
                 output = forward_pass.call_layer(variants.exact, index, batch, start)
                 torch.autograd.grad(output, start, torch.ones_like(output))
 
-        self._forward = self._time(forward, twice=True)
-        self._backward = self._time(backward, twice=True)
+        self._forward = self._time(forward, often=True)
+        self._backward = self._time(backward, often=True)
         names = subject.by_layer.get(index, ())
         choices = [
             {name: fmt for name in names if scored_formats(layout, subject.groups[name], [fmt])}
             for fmt in settings.formats
         ]
-        self._load = self._time(lambda: LayerVariants(subject, index, device), twice=True)
+        self._load = self._time(lambda: LayerVariants(subject, index, device), often=True)
         self._rounding, self._rounded, self._copy = 0.0, 0.0, 0.0
         for choice in choices:
             self._time(partial(variants.layer, choice))  # kernels are compiled, or read
@@ -203,7 +243,9 @@ class _Rates:
                 with torch.no_grad():
                     forward_pass.call_layer(one, index, batch, hidden)
 
-            self._rounded += self._time(rounded, twice=True) / len(choices)
+            self._rounded += self._time(rounded, often=True) / len(choices)
+        self._scored = sum(samples.tokens) / samples.total
+        self._loss = self._time_loss(subject, hidden)  # first, as in a run: it takes the most memory
         self._head = self._time_head(subject, hidden)
 
     def _batch(self, rows: list[tuple[int, ...]], subject: Subject, per_batch: int) -> Batch:
@@ -212,50 +254,62 @@ class _Rates:
         forward_pass.embed(skeleton, embedding_weights(subject.model), batches[:1], self._device)
         return batches[0]
 
-    def _time(self, work: Callable[[], object], *, twice: bool = False) -> float:
-        """Seconds of `work`; with `twice` of its second run."""
-        for _ in range(1 + twice):
+    def _time(self, work: Callable[[], object], *, often: bool = False) -> float:
+        """Seconds of `work`; with `often` the least of runs behind the first, up to TIMED_RUNS within TIMED_SECONDS."""
+        found: list[float] = []
+        while not found or (often and (len(found) < 2 or (len(found) < TIMED_RUNS and sum(found) < TIMED_SECONDS))):
             self._wait()
             started = time.perf_counter()
             work()
             self._wait()
-            seconds = time.perf_counter() - started
-        return seconds
+            found.append(time.perf_counter() - started)
+        return min(found[1:] or found)
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
+    def _time_loss(self, subject: Subject, hidden: Tensor) -> float:
+        """Seconds that the gradient of one token's loss takes."""
+        outer = outer_weights(subject.model, self._device)
+        head = open_head(subject.model, self._device, outer, gradients=True)
+        part = hidden[0, : max(1, LOGITS[self._device.type] // subject.model.vocabulary)]
+        return self._time(lambda: loss_gradient(head, part, 0, 0, 0), often=True) / len(part)
+
     def _time_head(self, subject: Subject, hidden: Tensor) -> float:
         """Seconds that the predictions of one token and their KL take."""
         head = open_head(subject.model, self._device, outer_weights(subject.model, self._device))
-        count = max(1, min(hidden.shape[1], LOGITS[self._device.type] // subject.model.vocabulary))
+        at_once = min(LOGITS_AT_ONCE, SLICE[self._device.type]) // subject.model.vocabulary
+        count = max(1, min(hidden.shape[1], at_once))
         part = hidden[:1, :count]
 
         @torch.no_grad()
-        def work() -> None:
-            one = softmax(head(part)[0])
-            diverge(one, one)
+        def work() -> None:  # as plans are compared: memory is taken and given back in that order
+            exact = softmax(head(part)[0])
+            for _ in range(TIMED_PLANS):
+                other = softmax(head(part)[0])
+                diverge(exact, other)
 
-        return self._time(work, twice=True) / count
+        return self._time(work, often=True) / count / (TIMED_PLANS + 1)
 
-    def seconds(self, layers: int, tokens: int, plans: int, *, spread: float, own: float) -> float:
+    def seconds(self, layers: int, tokens: int, work: _PlanWork, *, spread: float, own: float) -> float:
         """Of all of scoring."""
         mine = tokens * largest_share(self._batches, self._processes)
-        passes = mine / self._tokens * layers
-        forwards = 2 * self._forward + self._backward + (plans + 1 + spread + own) * self._rounded
-        # for calibration, forwards, backwards and the plans that are measured; variants for the last two
-        layers_made = layers * (4 * self._load + 2 * self._rounding / self._processes + plans * self._copy)
-        return crowding(self._device) * (passes * forwards + layers_made + (plans + 3) * mine * self._head)
+        forwards = 2 * self._forward + self._backward + (spread + own) * self._rounded
+        # for calibration, forwards and backwards; variants for backwards
+        made = layers * (3 * self._load + self._rounding / self._processes)
+        alone = mine / self._tokens * layers * forwards + made + self._scored * mine * self._loss
+        return crowding(self._device) * (alone + self._measuring(layers, mine, work))
 
-    def of_plans(self, layers: int, plans: int, tokens: int) -> float:
-        """Of measuring plans, beside the original, whose weights are rounded in about two formats."""
+    def of_plans(self, layers: int, tokens: int, work: _PlanWork) -> float:
+        """Of measuring plans on so many tokens, beside the original."""
         mine = tokens * largest_share(-(-tokens // self._per_batch), self._processes)
-        passes = mine / self._tokens * layers
-        rounding = layers * self._rounding / self._processes
-        return crowding(self._device) * (
-            passes * (plans + 1) * self._rounded + rounding + (plans + 2) * mine * self._head
-        )
+        return crowding(self._device) * self._measuring(layers, mine, work)
+
+    def _measuring(self, layers: int, tokens: float, work: _PlanWork) -> float:
+        made = work.passes * (self._load + self._rounding / self._processes) + work.plans * self._copy
+        heads = (work.plans + work.passes) * tokens * self._head
+        return tokens / self._tokens * layers * work.forwards * self._rounded + layers * made + heads
 
 
 def largest_share(batches: int, processes: int) -> float:
