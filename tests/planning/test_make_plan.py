@@ -20,6 +20,7 @@ from snugfit.cli.app import app
 from snugfit.errors import Unfinished
 from snugfit.model.layout import read_layout
 from snugfit.planning import make_plan
+from snugfit.planning.gradients import GradientPass
 from snugfit.planning.groups import find_groups
 from snugfit.planning.limits import Budget, context_beside, read_place
 from snugfit.planning.make_plan import plan
@@ -219,6 +220,26 @@ def test_scores_outlive_a_budget_that_cannot_be(model: Path, texts: dict[str, An
     scored = {file: file.stat().st_mtime_ns for file in (tmp_path / "out.partial").rglob("unit-*.json")}
     assert scored
     plan(model, max_kl=10.0, **impossible)
+    assert (tmp_path / "out" / "recipe.yaml").is_file()
+
+
+def test_a_full_gpu_stops_a_run_that_resumes(
+    model: Path, texts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is finished stays where memory runs out, and a smaller batch goes on behind it if that is forced."""
+    options = {**texts, "output_dir": tmp_path / "out", "prove": False, "bits_per_weight": 10, "menu": "fp8-dynamic"}
+    with monkeypatch.context() as patched:
+
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        patched.setattr(GradientPass, "_begin", full)
+        with raises("gpu-memory-insufficient", where="device"):
+            plan(model, **options)
+    assert list((tmp_path / "out.partial").rglob("unit-*.json"))
+    with raises("machine-differs"):
+        plan(model, tokens_per_batch=64, **options)
+    plan(model, tokens_per_batch=64, force_resume=True, **options)
     assert (tmp_path / "out" / "recipe.yaml").is_file()
 
 

@@ -141,10 +141,15 @@ def test_a_killed_run_ends_in_the_same_bytes(
 
 
 def test_another_setting_needs_another_folder(model: Path, tmp_path: Path) -> None:
-    """A work folder of other formats is refused rather than mixed up."""
-    score(model, tmp_path, formats=("fp8-dynamic",))
+    """A work folder of other formats is refused rather than mixed up, one of another machine unless that is forced."""
+    made = score(model, tmp_path, formats=("fp8-dynamic",))
     with raises("run-differs"):
         score(model, tmp_path)
+    options = {"device": "cpu", "tokens_per_batch": 128}
+    again = read_layout(model), samples(), ScoreSettings(formats=("fp8-dynamic",)), tmp_path
+    with raises("machine-differs"):
+        score_samples(*again, **options)  # type: ignore[arg-type]
+    assert score_samples(*again, force_resume=True, **options) == made  # type: ignore[arg-type]
 
 
 def test_scores_survive_their_file(model: Path, make_tiny: MakeTiny, scores: Scores, tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def plan(
     tokens_per_batch: options.TokensPerBatch = None,
     seed: Annotated[int, typer.Option(metavar="NUMBER", help="Seed of what is drawn at random.")] = 0,
     restart: options.Restart = False,
+    force_resume: options.ForceResume = False,
     from_checkpoint: Annotated[
         str | None,
         typer.Option("--from", metavar="CHECKPOINT", help="Read the plan of a quantized checkpoint as a recipe."),
@@ -175,7 +176,14 @@ def plan(
     with keeping(lambda: f"{partial} keeps what is finished" if partial.exists() else ""):
         from snugfit.planning.make_plan import plan as run
 
-        record = run(model, output_dir=output_dir, restart=restart, progress=progress, **settings)
+        record = run(
+            model,
+            output_dir=output_dir,
+            restart=restart,
+            force_resume=force_resume,
+            progress=progress,
+            **settings,
+        )
     if not is_main_to_be():
         return
     with reporting(output_dir):

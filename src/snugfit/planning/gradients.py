@@ -119,15 +119,15 @@ class GradientPass:
             self._check(finished, states, gradients)
             for _ in range(finished.done):
                 advance()
-            self._embed(read, None if finished.done else states[0])
+            distributed.in_all(lambda: self._embed(read, None if finished.done else states[0]))
             for number in range(finished.done, len(self._ran)):
-                self._forward(number, states, read)
+                distributed.in_all(partial(self._forward, number, states, read))
                 pieces = [file.wait() for file in (states[number + 1], states[0])]
                 parts = distributed.in_order(pieces[0]), distributed.in_order(pieces[1] if not number else [])
                 finished.commit({"states": parts[0], "embedded": parts[1]})
                 advance()
             if finished.done == len(self._ran):
-                self._begin(states[-1], gradients[0])
+                distributed.in_all(lambda: self._begin(states[-1], gradients[0]))
                 finished.commit({"states": distributed.in_order(gradients[0].wait())})
                 advance()
             for place in range(finished.done - len(self._ran) - 1, len(self._ran)):
@@ -199,7 +199,7 @@ class GradientPass:
     ) -> list[Any]:
         """Sums of the groups of a layer; its gradients go from one file to the other."""
         index = self._ran[number]
-        variants = LayerVariants(self._subject, index, self._device, read)
+        variants = distributed.in_all(lambda: LayerVariants(self._subject, index, self._device, read))
         sums: dict[tuple[str, str], _RowSums] = {}
         chunks = self._chunks(variants)
         for chunk in chunks:

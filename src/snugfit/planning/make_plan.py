@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.planning.controls import Control, find_controls
@@ -66,6 +68,7 @@ def plan(
     tokens_per_batch: int | None = None,
     seed: int = 0,
     restart: bool = False,
+    force_resume: bool = False,
     progress: Progress = SILENT,
 ) -> PlanRecord:
     """The mix of formats that loses least under a budget, as a recipe, with scores, a record and plots in `output_dir`.
@@ -77,7 +80,8 @@ def plan(
     controls are measured on `held_out` (default: topics that scoring leaves out) unless `prove` is False.
 
     A plan that does not beat its control is refused: the record's verdict says so, and recipe.yaml is the control's.
-    A run that was killed resumes with the same arguments. Processes that torchrun started share the scoring and the
+    A run that was killed resumes with the same arguments, on another machine, library version or batch only with
+    `force_resume`; `restart` starts again. Processes that torchrun started share the scoring and the
     proof, and each returns the record. UserError for bad input and for a budget that no mix keeps.
     """
     request = request_of(
@@ -113,8 +117,8 @@ def plan(
     prepared = distributed.in_all(lambda: _prepare(model, request, folder))
     for note in prepared.notes:
         progress.message(note)
-    with resumable(folder, restart=restart) as (directory, work):
-        return _run(model, prepared, directory, work, progress)
+    with resumable(folder, restart=restart) as (directory, work), _full_gpu():
+        return _run(model, prepared, directory, work, progress, force_resume=force_resume)
 
 
 def _prepare(model: str | Path, request: PlanRequest, folder: Path) -> Prepared:
@@ -127,16 +131,32 @@ def _prepare(model: str | Path, request: PlanRequest, folder: Path) -> Prepared:
     return prepared
 
 
-def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, progress: Progress) -> PlanRecord:
+def _run(
+    model: str | Path, prepared: Prepared, directory: Path, work: Path, progress: Progress, *, force_resume: bool
+) -> PlanRecord:
     """The long work, and the files of the result."""
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    scores, statistics = _scores(prepared, work, progress)
+    scores, statistics = _scores(prepared, work, progress, force_resume=force_resume)
     seconds["scoring"] = time.monotonic() - started
     with _keeping_scores(prepared):
         record, measured = _plan_with(model, prepared, scores, statistics, seconds, work, progress)
         distributed.by_main(lambda: _write(record, scores, measured, prepared, directory))
     return record
+
+
+@contextmanager
+def _full_gpu() -> Iterator[None]:
+    """A GPU without enough memory stops a run, which can resume."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Unfinished(
+            f"out of GPU memory ({str(error).splitlines()[0]}).",
+            code="gpu-memory-insufficient",
+            where="device",
+            remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
+        ) from None
 
 
 @contextmanager
@@ -290,7 +310,9 @@ def _too_lossy(found: Sequence[Mix], choices: Choices) -> UserError:
     return UserError(what, code="plan-impossible", where="max_kl", remedy=remedy)
 
 
-def _scores(prepared: Prepared, work: Path, progress: Progress) -> tuple[Scores, Statistics | None]:
+def _scores(
+    prepared: Prepared, work: Path, progress: Progress, *, force_resume: bool
+) -> tuple[Scores, Statistics | None]:
     """The scores that were given, or new ones with the statistics that they were made with."""
     if prepared.scores is not None:
         return prepared.scores, prepared.statistics
@@ -306,6 +328,7 @@ def _scores(prepared: Prepared, work: Path, progress: Progress) -> tuple[Scores,
         work / "scores",
         device=request.proof.device,
         tokens_per_batch=request.proof.tokens_per_batch,
+        force_resume=force_resume,
         progress=progress,
     )
     return found, distributed.in_all(lambda: load_statistics(work / "scores" / STATISTICS_NAME))

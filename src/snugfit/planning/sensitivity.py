@@ -133,16 +133,17 @@ def score_samples(
     *,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    force_resume: bool = False,
     progress: Progress = SILENT,
 ) -> Scores:
-    """`score_model` on rows that are read already."""
+    """`score_model` on rows that are read already; `force_resume` takes what another machine or version finished."""
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     work_dir.mkdir(parents=True, exist_ok=True)
     identity = _identity(layout, samples, settings, where, per_batch)
     folder = work_dir / "gradients"
     folder.mkdir(exist_ok=True)
-    finished = open_finished(folder, identity)
+    finished = open_finished(folder, identity, force=force_resume)
     statistics = calibrate(
         layout, samples.dataset, work_dir, device=device, tokens_per_batch=per_batch, progress=progress
     )
@@ -169,7 +170,8 @@ def score_samples(
         plans = plans_to_measure(subject, costs, settings)
         compared = work_dir / "plans"
         compared.mkdir(exist_ok=True)
-        units = open_finished(compared, identity | {"plans": [dict(plan.choice) for plan in plans]})
+        compares = identity | {"plans": [dict(plan.choice) for plan in plans]}
+        units = open_finished(compared, compares, force=force_resume)
         points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
     return distributed.by_main(lambda: _scores(subject, samples, settings, costs, caches, points))
 

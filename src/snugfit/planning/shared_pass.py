@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ class SharedPass:
             for _ in range(done):
                 advance()
             before = self._files(stack, transfer, done, batches)
-            self._embed(mine, None if done else before, read)
+            distributed.in_all(lambda: self._embed(mine, None if done else before, read))
             for step, index in enumerate(self._ran[done:], done):
                 after = self._files(stack, transfer, step + 1, batches)
                 self._pass_layer(index, self._branches[step + 1], before, after, mine, read)
@@ -216,19 +217,24 @@ class SharedPass:
         read: TensorReader,
     ) -> None:
         """Run decoder layer `index` of each branch, from its parent's file to its own."""
-        variants = LayerVariants(self._subject, index, self._device, read)
+        variants = distributed.in_all(lambda: LayerVariants(self._subject, index, self._device, read))
         most = min(distributed.gather(free_bytes(self._device))) // VARIANTS_SHARE
+        wanted = dict.fromkeys(pair for branch in branches.values() for pair in branch.choice)
+        elements = sum(self._subject.groups[name].elements for name, _ in wanted)
+        if elements * self._subject.model.skeleton.dtype.itemsize <= most:
+            variants.make(wanted)  # all at once: processes share many pieces of work better than few
         with bounded_attention(self._subject.model.arithmetic, self._device):
             for branch in dict.fromkeys(branches.values()):
                 variants.forget(above=most)
                 layer = variants.layer(dict(branch.choice))
                 cache = variants.kv_cache() if branch.cached else None
                 states = before[branch.parent], after[branch.number]
-                forward_pass.run_layer(layer, index, self._of(batches, branch.number), cache=cache, states=states)
+                run = partial(forward_pass.run_layer, layer, index, self._of(batches, branch.number))
+                distributed.in_all(partial(run, cache=cache, states=states))
 
     def _compare(self, files: Mapping[str, StateFile], batches: Sequence[Batch]) -> dict[str, list[Array]]:
         """KL of each token of all samples, from the last hidden states of each plan in this process's batches."""
-        heads = _heads(self._subject, self._plans, self._device)
+        heads = distributed.in_all(lambda: _heads(self._subject, self._plans, self._device))
         found = {name: [np.empty(len(row) - 1, np.float32) for row in self._rows] for name in self._plans if name}
         for batch in batches:
             hidden: dict[int, Tensor] = {}
