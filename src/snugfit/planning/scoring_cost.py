@@ -196,7 +196,8 @@ class _Rates:
         per_batch: int,
     ) -> None:
         ran = model.skeleton.ran
-        index = ran[len(ran) // 2]
+        # where later layers use what earlier ones pass on, only the first runs alone
+        index = ran[0 if model.skeleton.carries_state else len(ran) // 2]
         subject = Subject(
             model=model,
             layout=layout,
