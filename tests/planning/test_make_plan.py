@@ -22,12 +22,14 @@ from snugfit.model.layout import read_layout
 from snugfit.planning import make_plan
 from snugfit.planning.gradients import GradientPass
 from snugfit.planning.groups import find_groups
+from snugfit.planning.limits import Budget, context_beside, read_place
 from snugfit.planning.make_plan import plan
 from snugfit.planning.plan_cost import estimate_plan
 from snugfit.quantization.plan import lay_out
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import PlanRecord
 from snugfit.records.scores import KEEP, load_scores
+from snugfit.report.plan import next_commands
 
 MakeTiny = Callable[..., Path]
 FILES = {
@@ -252,6 +254,33 @@ def test_a_gpu_decides_on_menu_and_profile(model: Path, tmp_path: Path) -> None:
     assert found.budget.gpu_title == "H100"
     assert any("vllm-blackwell" in note for note in found.notes)
     assert set(found.kv_caches) == {KEEP, "fp8"}
+
+
+def test_layers_that_keep_a_16_bit_cache_are_told_to_the_engine(
+    make_tiny: MakeTiny, texts: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where memory is left beside an FP8 cache, the costliest layers keep 16 bits, and the command says so."""
+    small = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 2**24}
+    model = make_tiny(**small)
+    add_tokenizer(model)
+    layout = read_layout(model)
+    scores = made_up_scores(layout, cache=3.0, cache_of_layers=(1.0, 0.5, 1.0, 0.5), edges=(64,))
+    options: dict[str, Any] = {key: texts[key] for key in ("dataset", "held_out", "num_tokens", "device")}
+    options |= {"scores": save(scores, tmp_path / "scores.json"), "gpu": "8GiB", "max_seq_length": 64}
+    place = read_place(layout, Budget(gpu="8GiB", context=1000))
+    whole, half = (context_beside(place, 600_000, fp8=True, kept_layers=kept) or 0 for kept in ((), (0, 2)))
+    assert whole > half
+    measured = plan(model, output_dir=tmp_path / "measured", context=half, **options)
+    assert any(point.cache_kept_in and point.measured for point in measured.points)
+    found = plan(model, output_dir=tmp_path / "out", context=half, prove=False, **options)
+    assert found.plan.cache_kept_in == (0, 2)
+    assert found.kv_cache == "fp8"
+    assert (found.plan.max_context or 0) >= half
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert recipe.recipe.kv_cache == "fp8"
+    assert "--kv-cache-dtype-skip-layers 0 2" in recipe.text
+    assert "--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0 2" in next_commands(found, "MODEL", "recipe.yaml")[0]
+    assert "layers 0, 2 in 16 bits" in (tmp_path / "out" / "plan.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from snugfit.planning.limits import Budget, context_beside, impossible, read_pla
 from snugfit.planning.search import Mix, least_amount, least_bytes, least_kl, make_mix, scored, simplest_near, within
 from snugfit.planning.space import Choices, check_bytes, read_choices, recipe_of_mix
 from snugfit.quantization.plan import lay_out
-from snugfit.records.scores import KEEP
+from snugfit.records.scores import KEEP, cache_of_layer
 
 MakeTiny = Callable[..., Path]
 
@@ -182,6 +182,60 @@ def test_an_fp8_cache_and_weights_share_one_budget(make_tiny: MakeTiny) -> None:
         }
         caches.append(least_kl(space.with_limits(tight), scores, 512)[0].kv_cache)
     assert caches == ["fp8", KEEP]
+
+
+def test_the_costliest_layers_of_an_fp8_cache_may_keep_16_bits(make_tiny: MakeTiny) -> None:
+    """Layers whose FP8 cache costs most keep 16 bits where that costs less than what their bytes do for weights."""
+    layout = read_layout(make_tiny(num_hidden_layers=4, hidden_size=128, max_position_embeddings=2**24))
+    scores = made_up_scores(layout, cache=1.0, cache_of_layers=(0.1, 0.05, 0.7, 0.15), ceiling=1000.0)
+    choices = choices_of(layout, gpu="16GiB", context=4_000_000).with_mixed_caches(scores, 512)
+    one, two = "fp8 except layers 2", "fp8 except layers 2, 3"
+    assert set(choices.space.limits) == {KEEP, "fp8", one, two}
+    most = {cache: limits[0].bytes for cache, limits in choices.space.limits.items()}
+    a_layer = 4_000_000 * layout.config["num_key_value_heads"] * layout.config["hidden_size"] // 4 * 2
+    assert most["fp8"] - most[one] == pytest.approx(a_layer, rel=1e-3)
+    assert most["fp8"] - most[two] == pytest.approx(2 * a_layer, rel=1e-3)
+    assert choices.at(1000).limits[one][0].bytes > most[one]
+
+    def best(sizes: Mapping[str, int]) -> Mix:
+        limits = {
+            cache: tuple(replace(limit, bytes=sizes[cache]) for limit in choices.space.limits[cache]) for cache in sizes
+        }
+        outside = {cache: choices.space.outside[cache] for cache in sizes}
+        return least_kl(replace(choices.space, limits=limits, outside=outside), scores, 512)[0]
+
+    plenty = dict.fromkeys((KEEP, "fp8", one, two), 700_000)
+    assert best(plenty).kv_cache == KEEP
+    del plenty[KEEP]
+    found = best(plenty)
+    assert found.kv_cache == two
+    assert found.kept_caches == (2, 3)
+    weights = {name: option.format for name, option in found.options.items()}
+    expected = scores.predict(weights | {cache_of_layer(0): "fp8", cache_of_layer(1): "fp8"}, 512)
+    assert found.predicted.kl == pytest.approx(expected.kl)
+    least = least_amount(choices.space, choices.space.limits[two][0], two)
+    weights_cost = best({two: least}).predicted.kl - 0.15
+    assert weights_cost > 0.15
+    assert best(plenty | {two: least}).kv_cache == one
+
+
+def test_layers_keep_16_bits_only_where_it_is_known(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Not beside windows, where one cache is demanded, under an engine without the option, or without their scores."""
+    layout = read_layout(make_tiny(num_hidden_layers=4, max_position_embeddings=2**24))
+    scores = made_up_scores(layout, cache=1.0, cache_of_layers=(0.25,) * 4)
+    gpu: dict[str, Any] = {"gpu": "16GiB", "context": 4_000_000}
+    windows = read_layout(make_tiny("mistral", num_hidden_layers=4, sliding_window=64, max_position_embeddings=2**24))
+    demanded = constraints(tmp_path, "kv_cache: fp8")
+    for choices, word in (
+        (choices_of(windows, **gpu), "windows"),
+        (choices_of(layout, demanded, **gpu), "asked for"),
+        (choices_of(layout, engine="vllm-0.24", **gpu), "engine"),
+        (choices_of(layout, bytes=10**9), "GPU"),
+    ):
+        assert word in choices.why_not_mixed()
+        assert choices.with_mixed_caches(scores, 512) is choices
+    unscored = choices_of(layout, **gpu).with_mixed_caches(made_up_scores(layout), 512)
+    assert set(unscored.space.limits) == {KEEP, "fp8"}
 
 
 def test_labels_are_limited() -> None:

@@ -11,6 +11,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import EXPERTS
+from snugfit.planning.caches import kept_layers
 from snugfit.planning.groups import HEAD
 from snugfit.planning.menu import Bytes, GroupMenu, Option
 from snugfit.planning.search import Limit, Mix, Space, make_mix, within
@@ -120,7 +121,7 @@ def _uniform(everything: Sequence[GroupMenu], space: Space) -> Iterator[_Choice]
             )
             for menu in everything
         }
-        for cache in space.outside:
+        for cache in (one for one in space.outside if not kept_layers(one)):
             yield f"{fmt}{' with an FP8 cache' if cache != KEEP else ''}", chosen, cache, None
 
 

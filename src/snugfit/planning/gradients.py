@@ -23,16 +23,18 @@ import torch
 from torch import Tensor, nn
 
 from snugfit import distributed
-from snugfit.errors import UserError
 from snugfit.evaluation.evaluated_model import bounded_attention, embedding_weights, open_head, outer_weights
 from snugfit.machine import free_bytes
 from snugfit.model import forward_pass
+from snugfit.model.emulate import FP8Cache
 from snugfit.model.forward_pass import Batch, Head
 from snugfit.model.hidden_states import StateFile
+from snugfit.planning.carried import Carried
 from snugfit.planning.groups import EXPERTS, SHARED, Group
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.records.scores import cache_of_layer
 from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
 
@@ -80,19 +82,15 @@ class GradientPass:
         tokens_per_batch: int,
         folder: Path,
         seed: int,
+        kv_cache: bool = False,
         progress: Progress = SILENT,
     ) -> None:
-        """Files go to `folder`, which holds those of one pass alone."""
+        """Files go to `folder`, which holds those of one pass alone. With `kv_cache` FP8 caches are scored, too."""
+        self._kv_cache = kv_cache
         self._subject, self._rows, self._formats, self._device = subject, rows, formats, device
         self._folder, self._seed, self._progress = folder, seed, progress
         skeleton = subject.model.skeleton
-        if skeleton.carries_state:
-            raise UserError(
-                "layers of this family pass more on than hidden states, so gradients of one layer are not all of it.",
-                code="architecture-unsupported",
-                where=str(subject.layout.checkpoint.path),
-                remedy="Choose a recipe by `evaluate` instead.",
-            )
+        self._carries_state, self._carried = skeleton.carries_state, Carried()
         self._batches = forward_pass.make_batches([row.ids for row in rows], tokens_per_batch, device)
         self._mine = distributed.mine(self._batches)
         self._ran = skeleton.ran
@@ -147,7 +145,12 @@ class GradientPass:
         finished.go_back(distributed.by_main(lambda: self._held(finished, states, gradients)))
 
     def _held(self, finished: FinishedUnits, states: Sequence[StateFile], gradients: Sequence[StateFile]) -> int:
-        """How many of the finished steps can be continued from."""
+        """How many of the finished steps can be continued from.
+
+        None where layers pass on more than hidden states: that is in memory alone.
+        """
+        if self._carries_state:
+            return 0
         layers = len(self._ran)
         good = finished.done
         for number, entry in enumerate(finished.entries[:layers]):
@@ -201,25 +204,37 @@ class GradientPass:
         for chunk in chunks:
             watched = _Watched(self._subject, variants)
             watched.prepare(chunk)
-            spread = watched.spread()
+            spread: list[tuple[tuple[str, str], nn.Module, FP8Cache | None]] = [
+                (key, layer, None) for key, layer in watched.spread().items()
+            ]
+            if chunk is chunks[-1] and self._kv_cache and (cache := variants.kv_cache()) is not None:
+                spread.append(((cache_of_layer(index), "fp8"), variants.exact, cache))
             for batch in self._mine:
                 hidden = states.read(batch).requires_grad_()
                 gradient = gradients[0].read(batch)
+                visit = self._carried.visit(batch, index)
                 with torch.enable_grad():
-                    output = forward_pass.call_layer(watched.module, index, batch, hidden)
-                    outputs = watched.outputs()
+                    output = forward_pass.call_layer(watched.module, index, visit.batch, hidden)
+                    outputs, (passed, wanted) = watched.outputs(), visit.outputs()
                     found = torch.autograd.grad(
-                        output, [hidden, *outputs], gradient.to(output.dtype), allow_unused=True
+                        [output, *passed],
+                        [hidden, *visit.leaves, *outputs],
+                        [gradient.to(output.dtype), *wanted],
+                        allow_unused=True,
                     )
+                behind = 1 + len(visit.leaves)
                 if chunk is chunks[-1]:
                     first = torch.zeros_like(hidden) if found[0] is None else found[0]
                     gradients[1].write(batch, first.float())
-                watched.add(batch, found[1:], partial(_add, sums, self._rows))
-                for key, layer in spread.items():
+                    visit.keep(found[1:behind])
+                watched.add(batch, found[behind:], partial(_add, sums, self._rows))
+                for key, layer, cache in spread:
                     with torch.no_grad():
-                        change = forward_pass.call_layer(layer, index, batch, hidden.detach())
+                        other, mapping = visit.copy()
+                        change = forward_pass.call_layer(layer, index, other, hidden.detach(), cache)
                         change = change.float().sub_(output.detach())
-                        _add(sums, self._rows, key, batch, torch.linalg.vecdot(change, gradient))
+                        product = torch.linalg.vecdot(change, gradient) + visit.change(mapping)
+                        _add(sums, self._rows, key, batch, product)
             variants.forget()
         return [[*key, *parts] for key, parts in _of_all(sums).items()]
 

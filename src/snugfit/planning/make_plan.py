@@ -184,6 +184,7 @@ def _plan_with(
 ) -> tuple[PlanRecord, Statistics | None]:
     """The record of the plan that scores give, and the statistics that it was measured with."""
     choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
+    choices = choices.with_mixed_caches(scores, prepared.request.budget.context or scores.edges[-1])
 
     def find() -> tuple[int, list[tuple[str, Mix]], Space, list[Control]]:
         context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)

@@ -111,7 +111,7 @@ def _next_passes(
 ) -> list[list[Assigned]]:
     """The passes that are left; the first one is the one that was stopped, if one was."""
     skeleton = subject.model.skeleton
-    layers = [subject.by_layer.get(index, ()) for index in skeleton.ran]
+    layers = [subject.places(index) for index in skeleton.ran]
     started = finished.entries[-1].get("plans", []) if finished.done else []
     by_name = {plan.name: plan for plan in left}
     mine = [by_name[name] for name in started if name in by_name]

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from snugfit import distributed
+from snugfit.engines.launch import LAUNCHES
 from snugfit.formats.spec import FORMATS
+from snugfit.planning.caches import FP8
 from snugfit.planning.controls import Control
 from snugfit.planning.explain import cache_reasons, nats, planned_groups, size
 from snugfit.planning.limits import Budget, context_beside, served_elements
 from snugfit.planning.menu import Option
 from snugfit.planning.search import NOT_SCORED, Limit, Mix, Space, least_amount, least_kl, within
-from snugfit.planning.space import FP8, Choices, check_bytes, recipe_of_mix
+from snugfit.planning.space import Choices, check_bytes, recipe_of_mix
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import (
     Expected,
@@ -108,17 +110,26 @@ def _recipe(found: Outcome) -> tuple[str, str]:
     mix = found.mix if control is None else control.mix
     name = "a-plan" if control is None else "a-control"
     words = f"{size(mix.bytes.file)}, expected KL {mix.predicted.kl:.4f} at {found.context:,} tokens"
+    said = found.verdict.statement if control is None else f"CONTROL, not a plan: {found.verdict.statement}"
     recipe = recipe_of_mix(
         found.choices.layout,
         mix.options,
         found.choices.everything,
-        fp8_cache=mix.kv_cache == FP8,
+        fp8_cache=mix.kv_cache != KEEP,
         name=name,
         description=f"{'A plan' if control is None else 'A control, not a plan,'} for {model}: {words}.",
-        comments=[found.verdict.statement if control is None else f"CONTROL, not a plan: {found.verdict.statement}"],
+        comments=[*_cache_comment(found, mix), said],
     )
     check_bytes(found.choices.layout, mix, recipe)
     return (found.chosen if control is None else control.name), recipe.text
+
+
+def _cache_comment(found: Outcome, mix: Mix) -> Iterator[str]:
+    """What no recipe can say: the layers that keep 16 bits beside an FP8 cache."""
+    if mix.kept_caches:
+        option = LAUNCHES[found.budget.engine].skip_layers
+        layers = " ".join(map(str, mix.kept_caches))
+        yield f"keys and values of layers {layers} keep 16 bits, which no file can say: serve with {option} {layers}"
 
 
 def _points(found: Outcome) -> Iterator[PlanPoint]:
@@ -151,7 +162,10 @@ def _point(
         bytes=mix.bytes.file,
         bytes_per_gpu=mix.bytes.gpu,
         bits_per_weight=8 * mix.bytes.served / max(1, served_elements(choices.layout)),
-        max_context=context_beside(choices.place, mix.bytes.gpu, fp8=choices.is_fp8(mix.kv_cache)),
+        max_context=context_beside(
+            choices.place, mix.bytes.gpu, fp8=choices.is_fp8(mix.kv_cache), kept_layers=mix.kept_caches
+        ),
+        cache_kept_in=mix.kept_caches,
         fits=keeps if fits is None else fits,
         expected=Expected(mix.predicted.kl, mix.predicted.error),
         measured=found.measured.get(name, ()),
@@ -162,7 +176,7 @@ def _point(
 def _rules(found: Outcome, mix: Mix) -> int:
     """How many rules the recipe of a mix has."""
     recipe = recipe_of_mix(
-        found.choices.layout, mix.options, found.choices.everything, fp8_cache=mix.kv_cache == FP8, name="a-mix"
+        found.choices.layout, mix.options, found.choices.everything, fp8_cache=mix.kv_cache != KEEP, name="a-mix"
     )
     return len(recipe.recipe.rules)
 

@@ -161,7 +161,7 @@ def _variant_forwards(
 ) -> tuple[float, float]:
     """Forward passes that variants of groups cost: of whole layers, and of their groups alone."""
     elements = sum(group.elements for group in groups if group.layer is not None)
-    spread, own = 0.0, 0.0
+    spread, own = float(settings.kv_cache), 0.0
     for group in groups:
         if group.layer is None:
             continue
@@ -202,7 +202,8 @@ class _Rates:
         folder: Path,
     ) -> None:
         ran = model.skeleton.ran
-        index = ran[len(ran) // 2]
+        # where later layers use what earlier ones pass on, only the first runs alone
+        index = ran[0 if model.skeleton.carries_state else len(ran) // 2]
         subject = Subject(
             model=model,
             layout=layout,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from snugfit.errors import UserError
+from snugfit.planning.caches import kept_layers, scored_cache
 from snugfit.planning.decisions import Decision, decisions_of, narrowed
 from snugfit.planning.knapsack import Problem, Row, solve
 from snugfit.planning.menu import Bytes, GroupMenu, Option
@@ -85,13 +86,15 @@ class Mix:
         found = {name: one.format for name, one in self.options.items() if one.format != KEEP}
         return found if self.kv_cache == KEEP else {**found, KV_CACHE: self.kv_cache}
 
+    @property
+    def kept_caches(self) -> tuple[int, ...]:
+        """The layers that keep 16 bits beside an FP8 cache."""
+        return kept_layers(self.kv_cache)
+
 
 def choice_for_scores(scores: Scores, options: Mapping[str, Option], kv_cache: str) -> dict[str, str]:
     """The formats of all groups and the cache as `Scores.predict` takes them; what is kept counts, too."""
-    found = {name: one.format for name, one in options.items()}
-    if kv_cache != KEEP and scores.has(KV_CACHE, kv_cache):
-        found[KV_CACHE] = kv_cache
-    return found
+    return {name: one.format for name, one in options.items()} | scored_cache(scores, kv_cache)
 
 
 def scored(space: Space, scores: Scores) -> Space:
@@ -216,8 +219,8 @@ class _Task:
         self._space, self._scores, self._context, self._cache = space, scores, context, cache
         self._shares = scores.shares(context)
         self._costs = [[_terms(scores, one, fmt) for fmt in one.formats] for one in space.decisions]
-        scored_cache = cache != KEEP and scores.has(KV_CACHE, cache)
-        self._fixed = scores.terms(KV_CACHE, cache).kl if scored_cache else (0.0,) * len(self._shares)
+        held = [scores.terms(*pair).kl for pair in scored_cache(scores, cache).items()]
+        self._fixed = tuple(map(math.fsum, zip(*held, strict=True))) if held else (0.0,) * len(self._shares)
 
     def least_kl(self, before: Sequence[tuple[int, ...]], distance: int) -> tuple[int, ...] | None:
         """The options' places of the mix of least KL that differs enough from those `before`."""

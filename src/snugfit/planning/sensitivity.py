@@ -39,7 +39,7 @@ from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.quantization.resume import FinishedUnits, open_finished, read_json, replace_json, stamps
-from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores
+from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores, cache_of_layer
 from snugfit.records.statistics_file import DatasetUsed
 from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.version import __version__
@@ -158,6 +158,7 @@ def score_samples(
             tokens_per_batch=per_batch,
             folder=folder,
             seed=settings.seed,
+            kv_cache=settings.kv_cache,
             progress=progress,
         )
 
@@ -165,13 +166,14 @@ def score_samples(
     with deterministic(where):
         sums = gradients.run(finished)
         costs = costs_of(sums, samples)
+        caches = {name: costs.pop(name)["fp8"] for name in list(costs) if name.startswith(cache_of_layer(""))}
         plans = plans_to_measure(subject, costs, settings)
         compared = work_dir / "plans"
         compared.mkdir(exist_ok=True)
         compares = identity | {"plans": [dict(plan.choice) for plan in plans]}
         units = open_finished(compared, compares, force=force_resume)
         points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
-    return distributed.by_main(lambda: _scores(subject, samples, settings, costs, points))
+    return distributed.by_main(lambda: _scores(subject, samples, settings, costs, caches, points))
 
 
 def _scores(
@@ -179,11 +181,12 @@ def _scores(
     samples: Samples,
     settings: ScoreSettings,
     costs: dict[str, dict[str, Cost]],
+    caches: Mapping[str, Cost],
     points: Sequence[Point],
 ) -> Scores:
     """The record of what was measured, with the model of damage that is fitted to it."""
     layout, source = subject.layout, samples.dataset
-    groups = _with_measured(subject, costs, points, settings)
+    groups = _with_measured(subject, costs, caches, points, settings)
     return Scores(
         snugfit=__version__,
         model=layout.checkpoint.name,
@@ -205,9 +208,16 @@ def _scores(
 
 
 def _with_measured(
-    subject: Subject, costs: dict[str, dict[str, Cost]], points: Sequence[Point], settings: ScoreSettings
+    subject: Subject,
+    costs: dict[str, dict[str, Cost]],
+    caches: Mapping[str, Cost],
+    points: Sequence[Point],
+    settings: ScoreSettings,
 ) -> list[ScoredGroup]:
-    """All groups for the record; what was measured alone is added to `costs`."""
+    """All groups for the record; what was measured alone is added to `costs`.
+
+    Of an FP8 cache each layer costs a part of what was measured, in proportion to what gradients say (`caches`).
+    """
     groups = []
     for group in subject.groups.values():
         measured = group.name not in costs
@@ -216,8 +226,27 @@ def _with_measured(
         groups.append(_scored(group, measured=measured))
     if settings.kv_cache and (cache := _measured_cost(KV_CACHE, points)):
         costs[KV_CACHE] = cache
-        groups.append(ScoredGroup(name=KV_CACHE, layer=None, role=KV_CACHE, elements=0, measured=True))
+        costs |= {name: {"fp8": cost} for name, cost in _parts_of(cache["fp8"], caches).items()}
+        groups += [
+            ScoredGroup(name=name, layer=None, role=KV_CACHE, elements=0, measured=True) for name in (KV_CACHE, *caches)
+        ]
     return groups
+
+
+def _parts_of(whole: Cost, parts: Mapping[str, Cost]) -> dict[str, Cost]:
+    """A cost divided in the proportions of others; evenly where these are all 0."""
+    sums = [
+        fsum(max(0.0, value) for value in column) for column in zip(*(one.kl for one in parts.values()), strict=True)
+    ]
+
+    def share(one: Cost, bucket: int) -> float:
+        return max(0.0, one.kl[bucket]) / sums[bucket] if sums[bucket] > 0 else 1 / len(parts)
+
+    shares = {name: [share(one, bucket) for bucket in range(len(sums))] for name, one in parts.items()}
+    return {
+        name: Cost(*(tuple(s * v for s, v in zip(mine, values, strict=True)) for values in (whole.kl, whole.error)))
+        for name, mine in shares.items()
+    }
 
 
 def _identity(

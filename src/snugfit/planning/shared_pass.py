@@ -33,7 +33,7 @@ from snugfit.planning.groups import HEAD, Group, assignment_of
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.records.scores import KV_CACHE
+from snugfit.records.scores import KV_CACHE, cache_of_layer
 from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
 
@@ -78,7 +78,8 @@ def branches_of(
         step = {}
         for plan in everything:
             choice = tuple((group, plan.choice[group]) for group in mine if group in plan.choice)
-            key = steps[-1][plan.name].number, choice, KV_CACHE in plan.choice
+            cached = KV_CACHE in plan.choice or any(name.startswith(cache_of_layer("")) for name, _ in choice)
+            key = steps[-1][plan.name].number, choice, cached
             step[plan.name] = known.setdefault(key, Branch(len(known), *key))
         steps.append(step)
     return steps
@@ -103,7 +104,7 @@ class SharedPass:
         self._plans = {ORIGINAL: Assigned(name=ORIGINAL), **{plan.name: plan for plan in plans}}
         self._tokens_per_batch, self._folder, self._progress = tokens_per_batch, folder, progress
         self._ran = subject.model.skeleton.ran
-        layers = [subject.by_layer.get(index, ()) for index in self._ran]
+        layers = [subject.places(index) for index in self._ran]
         self._branches = branches_of(plans, layers, own=subject.model.skeleton.carries_state)
 
     @torch.no_grad()

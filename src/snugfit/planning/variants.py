@@ -34,6 +34,7 @@ from snugfit.quantization.measured import input_amax
 from snugfit.quantization.plan import Plan, measure_only, units_of
 from snugfit.quantization.recalled import recalled_squares
 from snugfit.recipes.assignment import NO_RULE, Assignment
+from snugfit.records.scores import cache_of_layer
 from snugfit.records.statistics_file import Statistics
 from snugfit.storage.tensor_reader import ReadTensor
 
@@ -73,6 +74,10 @@ class Subject:
         for name, group in self.groups.items():
             found.setdefault(group.layer, []).append(name)
         return {layer: tuple(names) for layer, names in found.items()}
+
+    def places(self, index: int) -> tuple[str, ...]:
+        """The names of all that a plan may decide in a layer: its groups, and its keys and values."""
+        return *self.by_layer.get(index, ()), cache_of_layer(index)
 
     def method(self) -> Method:
         """What chooses codes."""

@@ -96,8 +96,9 @@ class PlanPoint:
 
     `recipe` is the file or the name of the recipe that writes it, None where none was written; `formats` are the bytes
     of groups by format. `fits` says whether it keeps all limits, `differs` in how many groups it differs from the plan
-    (-1: nobody compared), `rules` is the number of its recipe's rules (0: nobody counted). `measured` is empty for what
-    was not built.
+    (-1: nobody compared), `rules` is the number of its recipe's rules (0: nobody counted). `cache_kept_in` are the
+    layers that keep 16 bits beside an FP8 cache, which an engine has to be told. `measured` is empty for what was not
+    built.
     """
 
     name: str
@@ -114,6 +115,7 @@ class PlanPoint:
     measured: tuple[ProvenKl, ...] = ()
     differs: int = -1
     rules: int = 0
+    cache_kept_in: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,11 @@ KEEP = "keep"
 KV_CACHE = "kv_cache"  # the group of all keys and values, whose one format is fp8
 
 
+def cache_of_layer(layer: int | str) -> str:
+    """The name of the group of one layer's keys and values; the costs of all layers' add up to that of KV_CACHE."""
+    return f"{KV_CACHE}/{layer}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoredGroup:
     """A group of weights (planning/groups.py), or KV_CACHE, whose `role` is its name.
