@@ -5,9 +5,9 @@
 
 The models are those of ranks.py with random weights; random tokens are scored in NVFP4, FP8 and INT4, and proven on
 others. After a plan of a small model, which compiles kernels, each number of processes plans each model, imports left
-out of the seconds. Scores, statistics, the recipe and every measured figure are compared with those of the first
-number: equal bytes, or the largest relative difference of a score and of a measured KL. Then runs on all processes are
-killed, a random process at a random time, and resumed. WORK/plan-ranks.json has it all.
+out of the seconds, beside what a dry run expects. Scores, statistics, the recipe and every measured figure are compared
+with those of the first number: equal bytes, or the largest relative difference of a score and of a measured KL. Then
+runs on all processes are killed, a random process at a random time, and resumed. WORK/plan-ranks.json has it all.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ def main() -> None:
                 continue
             name = f"{kind}-{count}"
             one = start(options, count, model, name) | {"model": kind, "processes": count}
+            one["estimated"] = estimate(options, count, model, f"{kind}-estimated")
             if first is None:
                 first = one
             elif "seconds" in one and "seconds" in first:
@@ -130,6 +131,16 @@ def start(options: argparse.Namespace, count: int, model: Path, name: str) -> di
     return result
 
 
+def estimate(options: argparse.Namespace, count: int, model: Path, name: str) -> dict[str, Any]:
+    """The seconds that a dry run of so many processes expects; it runs in one of them."""
+    given = json.loads(command(options, 1, model, name)[-1]) | {"estimated": True}
+    step = [sys.executable, str(HERE / "plan_ranks.py"), str(options.work), "--step", json.dumps(given)]
+    ranks = {} if count == 1 else {"RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    done = subprocess.run(step, check=False, capture_output=True, text=True, env=environment(options) | ranks)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(json.loads(lines[-1])) if lines else {"error": done.stderr[-500:]}
+
+
 def run(given: dict[str, Any]) -> None:
     """In one process: plan with everything imported beforehand; the main one prints what it took."""
     import torch
@@ -140,6 +151,12 @@ def run(given: dict[str, Any]) -> None:
     from snugfit.machine import peak_rss_bytes
     from snugfit.planning.make_plan import plan
 
+    if given.pop("estimated", False):
+        from snugfit.planning.plan_cost import estimate_plan
+
+        found = estimate_plan(**given)
+        print(json.dumps({"scoring": found.scoring_seconds, "proof": found.proof_seconds}))
+        return
     with distributed.joined(given["device"]):
         where = distributed.local_rank() if given["device"] == "cuda" else None
         if where is not None:

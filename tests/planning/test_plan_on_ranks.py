@@ -25,7 +25,7 @@ from snugfit.model.layout import read_layout
 from snugfit.planning import make_plan
 from snugfit.planning.make_plan import plan
 from snugfit.planning.plan_cost import estimate_plan
-from snugfit.planning.scoring_cost import crowding, largest_share
+from snugfit.planning.shared_cost import crowding, largest_share, seconds_of_states
 
 Options = dict[str, Any]
 
@@ -194,11 +194,19 @@ def test_the_estimate_counts_processes(dense: Path, options: Options, monkeypatc
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setattr("snugfit.planning.scoring_cost.processors", lambda: 2)
+    monkeypatch.setattr("snugfit.planning.shared_cost.processors", lambda: 2)
     assert crowding(torch.device("cpu")) == 2
     found = estimate_plan(dense, timed=False, **options)
     assert found.processes == 4
     assert "memory in each of 4 processes" in found.line()
+
+
+def test_the_disk_of_the_states_is_timed(tmp_path: Path) -> None:
+    """A batch's states are written and read where the run will have them, and nothing is left."""
+    (batch,) = forward_pass.make_batches([[1] * 64] * 4, 256, torch.device("cpu"))
+    batch.hidden = torch.zeros(4, 64, 32)
+    assert 0 < seconds_of_states(batch, torch.device("cpu"), tmp_path / "out.partial" / "work") < 10
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -332,7 +332,7 @@ def test_an_estimate_says_what_scoring_takes(model: Path, scores: Scores, tmp_pa
     assert found.disk_bytes > 0
     assert found.gpu_bytes == 0
     untimed = estimate_scoring(read_layout(model), part, settings, device="cpu", tokens_per_batch=256, timed=False)
-    assert untimed == replace(found, seconds=None, proof_seconds=None)
+    assert untimed == replace(found, seconds=None, proof_seconds=None, first_seconds=None)
 
 
 def test_an_estimate_knows_how_many_passes_a_disk_takes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

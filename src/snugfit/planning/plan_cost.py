@@ -87,6 +87,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
             folder=folder,
         )
     scoring = prepared.scores is None and found is not None
+    first = (found.first_seconds if found else None) or 0.0
     on_gpu = pick_device(request.proof.device).type == "cuda"
     return PlanEstimate(
         memory_bytes=found.memory_bytes if found else 0,
@@ -97,11 +98,15 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
         mixes=mixes,
         proof_passes=found.proof_passes if found else 0,
         held_out_tokens=prepared.held_out_tokens,
-        scoring_seconds=found.seconds if scoring and found else 0.0,
-        proof_seconds=found.proof_seconds if found else 0.0,
+        scoring_seconds=_with(found.seconds, first) if scoring and found else 0.0,
+        proof_seconds=_with(found.proof_seconds, 0.0 if scoring else first) if found else 0.0,
         processes=distributed.asked_for(),
         notes=prepared.notes,
     )
+
+
+def _with(seconds: float | None, more: float) -> float | None:
+    return None if seconds is None else seconds + more
 
 
 def _samples(prepared: Prepared) -> Samples:

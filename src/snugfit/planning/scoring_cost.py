@@ -21,7 +21,7 @@ from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, embedding_weights, open_head, open_model, outer_weights
 from snugfit.evaluation.measure import LOGITS as LOGITS_AT_ONCE
 from snugfit.evaluation.measure import SLICE
-from snugfit.machine import pick_device, processors
+from snugfit.machine import pick_device
 from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
@@ -31,6 +31,7 @@ from snugfit.planning.groups import EXPERTS, Group, find_groups
 from snugfit.planning.measured_plans import disk_budget, divide_plans, most_files
 from snugfit.planning.samples import Samples
 from snugfit.planning.sensitivity import ScoreSettings, plans_to_measure
+from snugfit.planning.shared_cost import crowding, largest_share, seconds_of_states
 from snugfit.planning.shared_pass import Assigned, branches_of
 from snugfit.planning.variants import LayerVariants, Subject, scored_formats
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
@@ -50,7 +51,8 @@ class ScoringEstimate:
     """What scoring will take: `tokens` in all rows, passes of all of them (`forwards`, a backward pass counts as one).
 
     `memory_bytes` are of main memory, `gpu_bytes` of a GPU's (0 without), of each process; `disk_bytes` of the work
-    folder's disk. `seconds` are None if nothing was timed. A proof takes its own.
+    folder's disk. `seconds` are None if nothing was timed; a proof takes its own, and `first_seconds` is what a process
+    takes more when it does things for the first time.
     """
 
     tokens: int
@@ -62,6 +64,7 @@ class ScoringEstimate:
     proof_disk_bytes: int = 0
     proof_passes: int = 0
     proof_seconds: float | None = None
+    first_seconds: float | None = None
 
 
 def estimate_scoring(
@@ -96,9 +99,10 @@ def estimate_scoring(
     proven = _work_of(mixes, named, budget // max(1, proof[1] * width), own=True)
     disk = (layers + 1) * samples.total * width + 2 * samples.total * skeleton.hidden_size * 4
     on_gpu = where.type == "cuda"
-    seconds, proof_seconds = None, None
+    seconds, proof_seconds, first_seconds = None, None, None
     if timed:
-        rates = _Rates(model, layout, groups, samples, settings, where, per_batch)
+        rates = _Rates(model, layout, groups, samples, settings, where, per_batch, folder or Path())
+        first_seconds = rates.first
         seconds = rates.seconds(layers, samples.total, work, spread=spread, own=own)
         proof_seconds = rates.of_plans(layers, proof[1], proven) if mixes else 0.0
     return ScoringEstimate(
@@ -111,6 +115,7 @@ def estimate_scoring(
         proof_disk_bytes=proven.files * proof[1] * width if mixes else 0,
         proof_passes=proven.passes if mixes else 0,
         proof_seconds=proof_seconds,
+        first_seconds=first_seconds,
     )
 
 
@@ -194,6 +199,7 @@ class _Rates:
         settings: ScoreSettings,
         device: torch.device,
         per_batch: int,
+        folder: Path,
     ) -> None:
         ran = model.skeleton.ran
         # where later layers use what earlier ones pass on, only the first runs alone
@@ -206,13 +212,14 @@ class _Rates:
             rounding=settings.rounding,
             target=settings.target,
         )
-        self._device = device
+        self._device, self.first = device, 0.0
         batch = self._batch(_rows(samples, min(per_batch, TIMED_TOKENS)), subject, per_batch)
         all_batches = forward_pass.make_batches([row.ids for row in samples.rows], per_batch, torch.device("cpu"))
         self._tokens, self._per_batch = sum(batch.lengths), per_batch
         self._processes, self._batches = distributed.asked_for(), len(all_batches)
         variants = LayerVariants(subject, index, device)
         hidden = batch.hidden
+        self._states = seconds_of_states(batch, device, folder)
 
         def forward() -> None:
             with torch.no_grad():
@@ -234,9 +241,11 @@ class _Rates:
         self._load = self._time(lambda: LayerVariants(subject, index, device), often=True)
         self._rounding, self._rounded, self._copy = 0.0, 0.0, 0.0
         for choice in choices:
-            self._time(partial(variants.layer, choice))  # kernels are compiled, or read
+            first = self._time(partial(variants.layer, choice))  # kernels are compiled, or read
             variants.forget()
-            self._rounding += self._time(partial(variants.layer, choice))
+            second = self._time(partial(variants.layer, choice))
+            self.first += max(0.0, first - second)
+            self._rounding += second
             self._copy = max(self._copy, self._time(partial(variants.layer, choice)))
             layer = variants.layer(choice)
 
@@ -264,7 +273,9 @@ class _Rates:
             work()
             self._wait()
             found.append(time.perf_counter() - started)
-        return min(found[1:] or found)
+        least = min(found[1:] or found)
+        self.first += max(0.0, found[0] - least)
+        return least
 
     def _wait(self) -> None:
         if self._device.type == "cuda":
@@ -296,34 +307,29 @@ class _Rates:
     def seconds(self, layers: int, tokens: int, work: _PlanWork, *, spread: float, own: float) -> float:
         """Of all of scoring."""
         mine = tokens * largest_share(self._batches, self._processes)
-        forwards = 2 * self._forward + self._backward + (spread + own) * self._rounded
-        # for calibration, forwards and backwards; variants for backwards
-        made = layers * (3 * self._load + self._rounding / self._processes)
-        alone = mine / self._tokens * layers * forwards + made + self._scored * mine * self._loss
-        return crowding(self._device) * (alone + self._measuring(layers, mine, work))
+        # for calibration and forwards; backwards, with variants, states are read, and gradients in fp32 both ways
+        run = 2 * self._run(mine, tokens, self._forward, 1)
+        run += self._run(mine, tokens, self._backward + (spread + own) * self._rounded, 3)
+        made = 3 * self._load + self._rounding / self._processes
+        alone = layers * (run + made) + self._scored * mine * self._loss
+        return crowding(self._device) * (alone + self._measuring(layers, mine, tokens, work))
 
     def of_plans(self, layers: int, tokens: int, work: _PlanWork) -> float:
         """Of measuring plans on so many tokens, beside the original."""
         mine = tokens * largest_share(-(-tokens // self._per_batch), self._processes)
-        return crowding(self._device) * self._measuring(layers, mine, work)
+        return crowding(self._device) * self._measuring(layers, mine, tokens, work)
 
-    def _measuring(self, layers: int, tokens: float, work: _PlanWork) -> float:
+    def _measuring(self, layers: int, mine: float, tokens: int, work: _PlanWork) -> float:
         made = work.passes * (self._load + self._rounding / self._processes) + work.plans * self._copy
-        heads = (work.plans + work.passes) * tokens * self._head
-        return tokens / self._tokens * layers * work.forwards * self._rounded + layers * made + heads
+        heads = (work.plans + work.passes) * mine * self._head
+        return layers * (work.forwards * self._run(mine, tokens, self._rounded, 1) + made) + heads
 
+    def _run(self, mine: float, tokens: int, seconds: float, states: int) -> float:
+        """Of a layer that takes `seconds` a batch, of which `mine` of all tokens are this process's.
 
-def largest_share(batches: int, processes: int) -> float:
-    """The part of so many batches that the process with the most of them has."""
-    return -(-batches // processes) / max(1, batches)
-
-
-def crowding(device: torch.device) -> float:
-    """How many times longer work takes where this machine's processes have more threads than it has processors."""
-    if device.type == "cuda":
-        return 1.0
-    alone = max(1.0, torch.get_num_threads() / processors())
-    return max(1.0, distributed.local_size() * torch.get_num_threads() / processors()) / alone
+        Their states are on their way meanwhile, `states` times; all processes' go to one disk.
+        """
+        return max(mine * seconds, tokens * states * self._states) / self._tokens
 
 
 def _rows(samples: Samples, tokens: int) -> list[tuple[int, ...]]:
