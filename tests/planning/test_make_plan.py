@@ -256,6 +256,16 @@ def test_a_gpu_decides_on_menu_and_profile(model: Path, tmp_path: Path) -> None:
     assert set(found.kv_caches) == {KEEP, "fp8"}
 
 
+def test_a_model_of_one_layer(make_tiny: MakeTiny, texts: dict[str, Any], tmp_path: Path) -> None:
+    """One layer has no depth, no front half and no runs: it is scored, planned and proven all the same."""
+    model = make_tiny(num_hidden_layers=1, hidden_size=128, intermediate_size=128, dtype=torch.float32)
+    add_tokenizer(model)
+    found = plan(model, output_dir=tmp_path / "out", bits_per_weight=7.5, **texts | {"menu": ("nvfp4", "fp8-dynamic")})
+    assert found.plan.bits_per_weight <= 7.5
+    assert found.plan.measured
+    assert not any("runs of" in point.name for point in found.points)
+
+
 def test_layers_that_keep_a_16_bit_cache_are_told_to_the_engine(
     make_tiny: MakeTiny, texts: dict[str, Any], tmp_path: Path
 ) -> None:
