@@ -168,7 +168,8 @@ def test_scores_survive_their_file(model: Path, make_tiny: MakeTiny, scores: Sco
     with raises("output-exists"):
         save_scores(scores, file)
     text = file.read_text(encoding="utf-8")
-    for broken in (text[:-9], text.replace('"edges"', '"edge"'), text.replace("snugfit.scores/1", "snugfit.scores/9")):
+    changes = ('"edges"', '"edge"'), ("snugfit.scores/1", "snugfit.scores/9"), ('"kv_cache/1"', '"kv_cache/x"')
+    for broken in (text[:-9], *(text.replace(old, new) for old, new in changes)):
         file.write_text(broken, encoding="utf-8")
         with raises("scores-invalid"):
             load_scores(file)
