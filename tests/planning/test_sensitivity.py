@@ -169,8 +169,9 @@ def test_scores_survive_their_file(model: Path, make_tiny: MakeTiny, scores: Sco
     with raises("output-exists"):
         save_scores(scores, file)
     text = file.read_text(encoding="utf-8")
-    document = json.loads(text.replace('"edges"', '"edge"'))
-    for broken in (text[:-9], as_json(document), text.replace("snugfit.scores/1", "snugfit.scores/9")):
+    changes = ('"edges"', '"edge"'), ('"kv_cache/1"', '"kv_cache/x"')
+    documents = [as_json(json.loads(text.replace(old, new))) for old, new in changes]
+    for broken in (text[:-9], *documents, text.replace("snugfit.scores/1", "snugfit.scores/9")):
         file.write_text(broken, encoding="utf-8")
         with raises("scores-invalid"):
             load_scores(file)
