@@ -17,7 +17,7 @@ from conftest import MakeTiny
 from helpers.killed import KILLED
 from helpers.plan_scores import made_up_scores, save
 from helpers.ranks import in_ranks
-from helpers.tiny_families import random_rows, write_rows
+from helpers.tiny_families import FAMILIES, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.model import forward_pass
@@ -207,6 +207,19 @@ def test_the_disk_of_the_states_is_timed(tmp_path: Path) -> None:
     batch.hidden = torch.zeros(4, 64, 32)
     assert 0 < seconds_of_states(batch, torch.device("cpu"), tmp_path / "out.partial" / "work") < 10
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_family_that_shares_keys(make_tiny: MakeTiny, options: Options, tmp_path: Path) -> None:
+    """Gemma 4, whose later layers use keys and values of earlier ones, has the plan of one process, also resumed."""
+    model = make_tiny("gemma4_text", **FAMILIES["gemma4_text"])
+    add_tokenizer(model)
+    given = {**options, "menu": ("fp8-dynamic",), "bits_per_weight": 12.0}
+    plan(model, output_dir=tmp_path / "one", **given)
+    work = _dies_at(40, lambda: plan(model, output_dir=tmp_path / "many", **given))
+    assert in_ranks(2, work) == [2, KILLED]
+    assert in_ranks(3, lambda _: plan(model, output_dir=tmp_path / "many", **given)) == [0] * 3
+    assert same(tmp_path / "many", tmp_path / "one")
 
 
 @pytest.mark.slow

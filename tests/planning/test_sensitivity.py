@@ -29,6 +29,7 @@ from snugfit.planning.sensitivity import ScoreSettings, score_model, score_sampl
 from snugfit.planning.shared_pass import Assigned, SharedPass, branches_of
 from snugfit.planning.variants import LayerVariants, open_subject
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.records.base import as_json
 from snugfit.records.scores import KV_CACHE, Scores, cache_of_layer, check_model, load_scores, save_scores
 from snugfit.storage.checkpoint import fingerprint, header_digest
 
@@ -168,16 +169,18 @@ def test_scores_survive_their_file(model: Path, make_tiny: MakeTiny, scores: Sco
     with raises("output-exists"):
         save_scores(scores, file)
     text = file.read_text(encoding="utf-8")
-    changes = ('"edges"', '"edge"'), ("snugfit.scores/1", "snugfit.scores/9"), ('"kv_cache/1"', '"kv_cache/x"')
-    for broken in (text[:-9], *(text.replace(old, new) for old, new in changes)):
+    changes = ('"edges"', '"edge"'), ('"kv_cache/1"', '"kv_cache/x"')
+    documents = [as_json(json.loads(text.replace(old, new))) for old, new in changes]
+    for broken in (text[:-9], *documents, text.replace("snugfit.scores/1", "snugfit.scores/9")):
         file.write_text(broken, encoding="utf-8")
         with raises("scores-invalid"):
             load_scores(file)
     document = json.loads(text)
     document["damage"][0]["ceiling"] = -1
-    file.write_text(json.dumps(document), encoding="utf-8")
-    with raises("scores-invalid"):
-        load_scores(file)
+    for changed, code in ((as_json(document), "scores-invalid"), (json.dumps(document), "record-changed")):
+        file.write_text(changed, encoding="utf-8")
+        with raises(code):
+            load_scores(file)
     with raises("scores-mismatch", where="lm_head.x"):
         scores.predict({"lm_head.x": "nvfp4"}, 64)
     with raises("scores-mismatch"):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from snugfit.byte_counts import size
 from snugfit.planning.decisions import Decision
 from snugfit.planning.menu import GroupMenu
 from snugfit.planning.search import NOT_SCORED, Mix, Space, choice_for_scores
@@ -146,11 +147,3 @@ def _why(decision: Decision, menu: GroupMenu, up: _Step | None, down: _Step | No
         parts.append(f"{down.format} would cost {nats(down.nats)} nats for {size(down.bytes)} less")
     together = f"layers {decision.layers} together: " if len(decision.menus) > 1 else ""
     return f"{together}{'; '.join(parts)}"
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 from snugfit import distributed
+from snugfit.byte_counts import size
 from snugfit.engines.launch import LAUNCHES
 from snugfit.formats.spec import FORMATS
 from snugfit.planning.caches import FP8
 from snugfit.planning.controls import Control
-from snugfit.planning.explain import cache_reasons, nats, planned_groups, size
+from snugfit.planning.explain import cache_reasons, nats, planned_groups
 from snugfit.planning.limits import Budget, context_beside, served_elements
 from snugfit.planning.menu import Option
 from snugfit.planning.search import NOT_SCORED, Limit, Mix, Space, least_amount, least_kl, within

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 from snugfit.engines.launch import LAUNCHES
 from snugfit.errors import UserError
-from snugfit.formats.spec import FORMATS, KEEP
+from snugfit.formats.spec import KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.planning.caches import FP8, costliest_layers, fp8_except, kept_layers
 from snugfit.planning.constraints import LoadedConstraints, constrained
 from snugfit.planning.decisions import narrowed
 from snugfit.planning.limits import Place, limits_of
-from snugfit.planning.menu import Bytes, GroupMenu, Option, read_menu, sizes_outside
+from snugfit.planning.menu import Bytes, GroupMenu, Option, on_menu, read_options, sizes_outside
 from snugfit.planning.recipe_text import WeightFormat, recipe_text
 from snugfit.planning.search import Mix, Space
 from snugfit.quantization.plan import decide, kept_cache
@@ -84,8 +84,8 @@ def read_choices(
     nothing, and an FP8 cache that is demanded and impossible.
     """
     loaded = constraints or LoadedConstraints()
-    everything = read_menu(layout, tuple(FORMATS), place.server)
-    menus = read_menu(layout, menu, place.server)
+    everything = read_options(layout, place.server)
+    menus = on_menu(everything, menu, place.server)
     asked = loaded.constraints
     menus = narrowed(constrained(menus, loaded, layout.names, layout.num_layers), asked.run_length, loaded.where)
     kept = kept_cache(layout) is not None
