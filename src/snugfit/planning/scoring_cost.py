@@ -233,12 +233,19 @@ class _Rates:
 
         self._forward = self._time(forward, often=True)
         self._backward = self._time(backward, often=True)
-        names = subject.by_layer.get(index, ())
+        self._load = self._time(lambda: LayerVariants(subject, index, device), often=True)
+        self._time_variants(subject, variants, batch, settings)
+        self._scored = sum(samples.tokens) / samples.total
+        self._loss = self._time_loss(subject, hidden)  # first, as in a run: it takes the most memory
+        self._head = self._time_head(subject, hidden)
+
+    def _time_variants(self, subject: Subject, variants: LayerVariants, batch: Batch, settings: ScoreSettings) -> None:
+        """Roundings of a layer to each format, and forwards with rounded weights and inputs."""
+        names = subject.by_layer.get(variants.index, ())
         choices = [
-            {name: fmt for name in names if scored_formats(layout, subject.groups[name], [fmt])}
+            {name: fmt for name in names if scored_formats(subject.layout, subject.groups[name], [fmt])}
             for fmt in settings.formats
         ]
-        self._load = self._time(lambda: LayerVariants(subject, index, device), often=True)
         self._rounding, self._rounded, self._copy = 0.0, 0.0, 0.0
         for choice in choices:
             first = self._time(partial(variants.layer, choice))  # kernels are compiled, or read
@@ -251,12 +258,9 @@ class _Rates:
 
             def rounded(one: torch.nn.Module = layer) -> None:
                 with torch.no_grad():
-                    forward_pass.call_layer(one, index, batch, hidden)
+                    forward_pass.call_layer(one, variants.index, batch, batch.hidden)
 
             self._rounded += self._time(rounded, often=True) / len(choices)
-        self._scored = sum(samples.tokens) / samples.total
-        self._loss = self._time_loss(subject, hidden)  # first, as in a run: it takes the most memory
-        self._head = self._time_head(subject, hidden)
 
     def _batch(self, rows: list[tuple[int, ...]], subject: Subject, per_batch: int) -> Batch:
         skeleton = subject.model.skeleton
