@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from kl_table import figures_of, paired_ratio, print_table, with_ratio
 from one_way import take_only
 from snugfit.evaluation.evaluate import evaluate

@@ -207,7 +207,9 @@ class Calibrated:
             by_module = {module: targets[name] for name, module in layer.linears.items() if name in targets}
             can = [
                 fold
-                for fold in folding.find_folds(layer, lambda name: name in targets and _gains_by_folds(targets[name]))
+                for fold in folding.find_folds(
+                    layer, lambda name: name in targets and folding.can_help(targets[name].format)
+                )
                 if fold.consumers[0] in found and self._is_same(layer, fold)
             ]
             can = distributed.from_main(can)
@@ -344,11 +346,6 @@ class Calibrated:
             elif purpose.runs:
                 kept = values.to(dtype)
             yield Choice(name=name, codes=codes, weight_16bit=kept, relative_error=relative, scale_rule=rule)
-
-
-def _gains_by_folds(target: Target) -> bool:
-    """Whether sizes of features matter to a format: E4M3's values are as near to each other at every size."""
-    return target.format.name != "fp8-dynamic"
 
 
 def _kept(group: WeightGroup, observed: Observed | None) -> Iterator[Choice]:
