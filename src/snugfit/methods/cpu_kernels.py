@@ -33,7 +33,6 @@ INFINITY = np.float32(np.inf)
 # adding and subtracting leaves what the grid of E2M1 has for magnitudes below 2, below 4, and from 4 on
 ROUND_HALVES, ROUND_ONES, ROUND_TWOS = np.float32(2**22), np.float32(2**23), np.float32(2**24)
 E4M3_TINY, E4M3_MAX, E4M3_NORMAL, E4M3_STEPS = (np.float32(number) for number in (2**-9, 448, 2**-6, 2**9))
-
 # adding and subtracting leaves what the grid of E4M3 has for numbers below 2**-5
 E4M3_OFFSET = np.float32(1.5 * 2**14)
 
