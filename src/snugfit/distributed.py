@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = timedelta(hours=6)  # that one rank may work while others wait
 _PIECE = 1 << 26  # values that are added up at once
+_apart = False
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -110,6 +111,17 @@ def together(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
             return function(*arguments, **options)
 
     return run
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What this process does inside it does by itself, as a world of one."""
+    global _apart  # noqa: PLW0603
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def barrier() -> None:
@@ -232,9 +244,10 @@ def share(costs: Sequence[int], processes: int | None = None) -> list[int]:
     return owners
 
 
-def block(count: int) -> range:
-    """Which of `count` things in a row this process has: all have a block of them."""
-    return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
+def block(count: int, process: int | None = None) -> range:
+    """Which of `count` things in a row a process has, by default this one: all have a block of them."""
+    number = rank() if process is None else process
+    return range(number * count // world_size(), (number + 1) * count // world_size())
 
 
 def mine(things: Sequence[Result]) -> Sequence[Result]:
@@ -255,7 +268,7 @@ def _torch() -> Any:
 
 
 def _has_joined() -> bool:
-    if "torch" not in sys.modules:
+    if _apart or "torch" not in sys.modules:
         return False
     return bool(_torch().is_available() and _torch().is_initialized())
 
