@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from snugfit.evaluation.evaluate import evaluate, write_results
     from snugfit.evaluation.served import ServerOptions
     from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
-    from snugfit.hosting.serve import Measures, ServeOptions, serve
+    from snugfit.hosting.request import Measures, ServeOptions
+    from snugfit.hosting.serve import serve
     from snugfit.inspection.doctor import doctor
     from snugfit.inspection.inspect import inspect
     from snugfit.inspection.repair import plan_repair, repair
@@ -130,7 +131,8 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate", "write_results"),
     "evaluation.served": ("ServerOptions",),
     "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
-    "hosting.serve": ("Measures", "ServeOptions", "serve"),
+    "hosting.request": ("Measures", "ServeOptions"),
+    "hosting.serve": ("serve",),
     "inspection.doctor": ("doctor",),
     "inspection.inspect": ("inspect",),
     "inspection.repair": ("plan_repair", "repair"),

@@ -244,9 +244,10 @@ def share(costs: Sequence[int], processes: int | None = None) -> list[int]:
     return owners
 
 
-def block(count: int) -> range:
-    """Which of `count` things in a row this process has: all have a block of them."""
-    return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
+def block(count: int, process: int | None = None) -> range:
+    """Which of `count` things in a row a process has, by default this one: all have a block of them."""
+    number = rank() if process is None else process
+    return range(number * count // world_size(), (number + 1) * count // world_size())
 
 
 def mine(things: Sequence[Result]) -> Sequence[Result]:

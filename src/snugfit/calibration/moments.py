@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from snugfit import distributed
 from snugfit.model.experts import NoHooks
-from snugfit.model.forward_pass import Batch, real_tokens
+from snugfit.model.forward_pass import Batch, Enough, real_tokens
 
 _COLUMNS = 512  # of a Gram matrix made at once: it is symmetric, so half of them are enough
 SAMPLED_TOKENS = 512  # inputs that are kept as they are
@@ -39,10 +39,23 @@ class MomentsObserver:
     of the processes.
     """
 
-    def __init__(self, layer: nn.Module, modules: Mapping[str, bool], *, sampled: bool = False) -> None:
-        """Watch `modules` (names relative to `layer`) from now on; a Gram matrix is made where the value is True."""
+    def __init__(
+        self,
+        layer: nn.Module,
+        modules: Mapping[str, bool],
+        *,
+        sampled: bool = False,
+        ends: bool = False,
+        calls: int = 0,
+    ) -> None:
+        """Watch `modules` (names relative to `layer`) from now on; a Gram matrix is made where the value is True.
+
+        If it `ends` a batch's pass, nothing behind the last call of a watched module runs: behind `calls` of them,
+        which the first batch tells where they are 0.
+        """
         self._valid: Tensor | None = None
-        self._number = 0
+        self._number = self._seen = 0
+        self._ends, self.calls = ends, calls
         self._sums = {name: _Sums(gram=gram, sampled=sampled) for name, gram in modules.items()}
         self._handles = [
             layer.get_submodule(name).register_forward_pre_hook(self._hook(sums)) for name, sums in self._sums.items()
@@ -51,12 +64,16 @@ class MomentsObserver:
     def _hook(self, sums: _Sums):  # type: ignore[no-untyped-def]  # noqa: ANN202
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             sums.add(real_tokens(args[0], self._valid), self._number)
+            self._seen += 1
+            if self._ends and self._seen == self.calls:
+                raise Enough
 
         return hook
 
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
         self._valid, self._number = batch.valid, batch.number
+        self.calls, self._seen = self.calls or self._seen, 0
 
     def shared_result(self) -> dict[str, Moments]:
         """As `result`, of the batches of all processes, which all call it."""
@@ -68,6 +85,7 @@ class MomentsObserver:
         """What was added up, by module; those that no token reached are missing. The hooks are removed."""
         for handle in self._handles:
             handle.remove()
+        self.calls = self.calls or self._seen
         return {name: sums.result() for name, sums in self._sums.items() if sums.tokens}
 
 

@@ -12,11 +12,22 @@ from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
 from snugfit.distributed import is_main_to_be
 from snugfit.engines.profiles import DEFAULT_PROFILE
-from snugfit.errors import UserError, plain
+from snugfit.errors import plain
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT
 
 GB = 10**9
+
+
+def _shard_size(given: str | int) -> int:
+    """The bytes of a `--max-shard-size`: a size as elsewhere, or a number of GB."""
+    try:
+        gigabytes = float(given)
+    except ValueError:
+        return options.size(given)
+    if not 0 < gigabytes < math.inf:
+        raise typer.BadParameter(f"must be > 0 GB, got {given}.")
+    return int(gigabytes * GB)
 
 
 def _headroom(given: str | float) -> float:
@@ -45,7 +56,12 @@ def quantize(
     tokens_per_batch: options.TokensPerBatch = None,
     dtype: options.Dtype = None,
     max_shard_size: Annotated[
-        float | None, typer.Option(metavar="GB", help="Largest weight file in GB (10^9). Default: 0.5 to 5, by size.")
+        int | None,
+        typer.Option(
+            parser=_shard_size,
+            metavar="SIZE",
+            help="Largest weight file, such as 5GB. Default: 0.5 to 5 GB, by size.",
+        ),
     ] = None,
     moe_calibrate_all_experts: options.CalibrateAllExperts = True,
     max_forced_tokens: options.MaxForcedTokens = MAX_FORCED_TOKENS,
@@ -111,7 +127,7 @@ def quantize(
         "device": device,
         "tokens_per_batch": tokens_per_batch,
         "dtype": dtype,
-        "max_shard_size": None if max_shard_size is None else _shard_bytes(max_shard_size),
+        "max_shard_size": max_shard_size,
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "max_forced_tokens": max_forced_tokens,
         "min_tokens_per_expert": min_tokens_per_expert,
@@ -187,9 +203,3 @@ def _print_plan(
     plan.check_resources(output_dir, **again)
     with reporting():
         typer.echo(expected_line(plan, output_dir), err=as_json)
-
-
-def _shard_bytes(gigabytes: float) -> int:
-    if not 0 < gigabytes < math.inf:
-        raise UserError(f"must be > 0 GB, got {gigabytes}.", code="option-invalid", where="max_shard_size")
-    return int(gigabytes * GB)

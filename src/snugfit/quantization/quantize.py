@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +38,7 @@ from snugfit.records.statistics_file import (
 from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
-from snugfit.storage.shards import file_digests, index_of
+from snugfit.storage.shards import file_digests, index_text
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
 
@@ -289,7 +288,7 @@ def _write_config(plan: Plan, directory: Path) -> None:
     """Write config and index."""
     (directory / "config.json").write_text(as_json(plan.config), encoding="utf-8")
     if len(plan.shards) > 1:
-        text = json.dumps(index_of(plan.shards), indent=2) + "\n"
+        text = index_text((shard.name, tensor) for shard in plan.shards for tensor in shard.tensors)
         (directory / INDEX_NAME).write_text(text, encoding="utf-8")
 
 

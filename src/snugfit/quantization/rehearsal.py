@@ -26,15 +26,15 @@ from snugfit.methods.method import ObservedLayer
 from snugfit.methods.round_to_nearest import RoundToNearest
 from snugfit.model import forward_pass, layers
 from snugfit.model.forward_pass import Batch
-from snugfit.model.hidden_states import StateFile
 from snugfit.progress import SILENT
 from snugfit.quantization.division import Division, Piece, divide, groups_of_units
 from snugfit.quantization.exchange import owners_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, Work
+from snugfit.quantization.run import Run, Work, some_of
 from snugfit.quantization.stand_ins import Groups, NoFiles, Scratch, States, Timed, Watch
+from snugfit.quantization.states import RunStates
 from snugfit.quantization.ways import Way
 from snugfit.records.statistics_file import ExpertCalibration
 from snugfit.storage.safetensors_header import dtype_of
@@ -133,17 +133,18 @@ class Rehearsal:
             return self._transfer.read(self._prepared.plan.checkpoint, name).result()
         return torch.zeros((), dtype=dtype_of(info), device=self.device).expand(info.shape)
 
-    def _times_of(self, max_tokens: int | None, spread: int) -> float:
+    def _times_of(self, max_tokens: int | None) -> float:
         """How many tokens a pass of the run has for each of the same pass here."""
         if max_tokens is None:
             return self.run_tokens / self.tokens
-        real, few = (forward_pass.some_batches(some, max_tokens, spread) for some in (self._all, self.batches))
+        some = some_of(self._prepared, self._all) or self._all
+        real, few = (forward_pass.some_batches(one, max_tokens) for one in (some, self.batches))
         return sum(b.tokens.numel() for b in real) / sum(b.tokens.numel() for b in few)
 
     def time(self, way: Way) -> LayerTime:
         """What a way takes of the layer."""
         tried = len(self._division.pieces[0].experts) if self._division.pieces else None
-        watch = Watch(self.device, self._times_of(None, 1) if self.batches else 0.0, tried)
+        watch = Watch(self.device, self._times_of(None) if self.batches else 0.0, tried)
         method = Timed(copy.deepcopy(way.method), watch, self._times_of)
         prepared = replace(self._prepared, experts=self._few_forced()).taking(replace(way, method=method))
         taken = self._work(prepared, watch)
@@ -154,6 +155,7 @@ class Rehearsal:
     def backward(self, learned: frozenset[str]) -> Seconds:
         """What a forward and a backward pass of all tokens takes, for gradients of the weights `learned`, too."""
         found: list[Seconds] = []
+        hidden = self._hidden()
 
         def observe(layer: ObservedLayer) -> None:
             names = [module for name, module in layer.linears.items() if f"{name}.weight" in learned]
@@ -162,7 +164,7 @@ class Rehearsal:
             def before(batch: Batch) -> None:
                 for weight in weights:
                     weight.requires_grad_()
-                found.append(backward_time(layer.module, self.number - 1, batch, batch.hidden, weights))
+                found.append(backward_time(layer.module, self.number - 1, batch, hidden[batch.rows], weights))
                 for weight in weights:
                     weight.requires_grad_(False)
 
@@ -183,7 +185,7 @@ class Rehearsal:
         plan, number, nowhere = prepared.plan, self.number, Path()
         divisions = [Division(())] * number + [self._division]
         owners = owners_of(plan, number, self._division, correlates=prepared.method.correlates)
-        states = cast("Sequence[StateFile]", [States(self._hidden(), watch)] * 2)
+        states = cast("RunStates", States(self._hidden(), watch))
         nothing = cast("FinishedUnits", None)
         work = Work(
             run=Run(
@@ -195,6 +197,7 @@ class Rehearsal:
                 progress=SILENT,
             ),
             batches=self.batches,
+            some=(),
             states=states,
             divisions=divisions,
             owners=[owners] * (number + 1),
@@ -205,7 +208,7 @@ class Rehearsal:
         )
         watch.begin()
         started = now(self.device)
-        work.quantize(number, None)
+        work.quantize(number, lambda: None)
         return now(self.device) - started
 
     def _hidden(self) -> dict[tuple[int, ...], Tensor]:

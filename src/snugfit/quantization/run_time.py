@@ -10,7 +10,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from snugfit.quantization.learned import steps_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.rehearsal import LayerTime, Rehearsal
-from snugfit.quantization.ways import learned_weights
+from snugfit.quantization.ways import Way, learned_weights
 from snugfit.storage.shards import file_digest
 from snugfit.storage.transfer import Transfer
 
@@ -120,7 +120,7 @@ class _Estimate:
         for way in prepared.ways:
             if way.unless or way.learns:
                 continue
-            times[way.name] = self._rehearsal.time(way)
+            times[way.name] = self._with_samples(way, self._rehearsal.time(way))
             found.append((way.name, self._of_way(times[way.name], first=not found)))
         slowest = max(times.values(), key=lambda one: one.forward.wall)
         if prepared.held_out is not None:
@@ -135,9 +135,20 @@ class _Estimate:
         if self._write is not None:
             basis += f", writing {1e-6 / max(1e-12, self._write.wall):,.0f} MB/s"
         basis += "".join(
-            f"; {way.name}, if {way.unless} is not kept, takes longer" for way in prepared.ways if way.unless
+            f"; {way.name}, if {' or '.join(way.unless)} is not kept, takes longer"
+            for way in prepared.ways
+            if way.unless
         )
         return RunTime(seconds=sum((one for _, one in found), NO_TIME), ways=tuple(found), basis=basis)
+
+    def _with_samples(self, way: Way, time: LayerTime) -> LayerTime:
+        """What a way takes with the samples that it has: a few, if these are enough."""
+        one = self._prepared.taking(way)
+        if not one.few_are_enough or one.dataset is None:
+            return time
+        few = one.on_few().dataset
+        assert few is not None
+        return replace(time, passes=time.passes * (few.tokens / one.dataset.tokens))
 
     def _of_way(self, time: LayerTime, *, first: bool) -> Seconds:
         """Of quantizing the model in one way; only the first one reads a source that fits into memory from the disk."""

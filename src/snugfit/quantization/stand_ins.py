@@ -101,11 +101,15 @@ class States:
     def __init__(self, hidden: Mapping[tuple[int, ...], Tensor], watch: Watch) -> None:
         self._hidden, self._watch = hidden, watch
 
-    def prefetch(self) -> None:
+    def prefetch(self, number: int) -> None:
         """Nothing to read."""
 
-    def start_again(self) -> None:
-        """Nothing to forget."""
+    def of(self, number: int) -> tuple[States, States]:  # noqa: ARG002
+        """Where a layer reads and writes."""
+        return self, self
+
+    def before_writing(self, number: int, recorded: Callable[[], None]) -> None:
+        """Nothing to make room for."""
 
     def read(self, batch: Batch) -> Tensor:
         """The states [B, T, H] of a batch."""
@@ -180,7 +184,7 @@ class Groups(ReadAhead):
 class Timed:
     """A method whose passes are watched, and that rounds parts of large weights."""
 
-    def __init__(self, method: Method, watch: Watch, times_of: Callable[[int | None, int], float]) -> None:
+    def __init__(self, method: Method, watch: Watch, times_of: Callable[[int | None], float]) -> None:
         self._method, self._watch, self._times_of = method, watch, times_of
         self.codes: list[QuantizedWeight] = []
         self.correlates = method.correlates
@@ -188,16 +192,9 @@ class Timed:
         self.input_roundings = method.input_roundings
 
     def _observe(self, layer: ObservedLayer) -> Any:
-        def run(
-            before: Callable[[Batch], None],
-            *,
-            max_tokens: int | None = None,
-            spread: int = 1,
-            with_experts: bool = True,
-        ) -> None:
-            times = self._times_of(max_tokens, spread)
-            run_it = partial(layer.run, before, max_tokens=max_tokens, spread=spread, with_experts=with_experts)
-            self._watch.observe(times, run_it, once=not with_experts)
+        def run(before: Callable[[Batch], None], *, max_tokens: int | None = None, with_experts: bool = True) -> None:
+            run_it = partial(layer.run, before, max_tokens=max_tokens, with_experts=with_experts)
+            self._watch.observe(self._times_of(max_tokens), run_it, once=not with_experts)
 
         assert self._method.observe is not None
         names = None if layer.experts is None else layer.experts.names
