@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+Grid = Literal["e2m1", "e4m3", "int4"]  # of values between which columns choose
 SMALL = 1 << 16  # values below which torch on a CPU is faster than starting a compiler
 CHECKED_ROWS = 8  # that are done both ways
 
@@ -43,12 +44,12 @@ class Kernels(Protocol):
         """uint8 [N, K/g]: the candidate with the least error for each group of integers."""
 
     def round_block(
-        self, target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, *, integers: bool
+        self, target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, *, grid: Grid
     ) -> Tensor:
         """Values of a block of columns, each making up for those before it."""
 
     def descend_block(
-        self, values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, *, integers: bool
+        self, values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, *, grid: Grid
     ) -> None:
         """A block of columns moved to its best values, one after another."""
 
