@@ -7,7 +7,8 @@ Writes a dense model of Mistral-Nemo's shape and a mixture of Qwen3-30B-A3B's (1
 36 rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
 runs of one layer of each that compile kernels. Files are compared with those of the first number: equal, or the share
 of tensors and bytes that differ. What `fast` made of the dense model is evaluated under each number of processes. An
-effort that several processes speed up less than --profile-below says runs once more with a profile of each process.
+effort other than `fast` that several processes speed up less than --profile-below says runs once more with a profile of
+each process.
 Then runs of the exact recipe on all processes are killed, a random process at a random time, and resumed; their files
 must be those of an undisturbed run. WORK/ranks.json has it all.
 """
@@ -64,9 +65,9 @@ def main() -> None:
     rows = make_rows(options)
     models = {"dense": make_dense(options, "dense", options.layers), "mixture": make_mixture(options, "mixture")}
     found["warm_up"] = warm_up(options, rows)
-    for kind in models:
+    for kind, model in models.items():
         for effort in options.efforts:
-            side_by_side(options, models[kind], kind, effort, rows, found)
+            side_by_side(options, model, kind, effort, rows, found)
     layers = options.kill_layers or options.layers
     found["kills"] = kills(options, make_dense(options, f"dense-{layers}", layers), rows)
     write(options, found)
@@ -92,7 +93,7 @@ def side_by_side(
         found["runs"].append(one)
         say(f"{kind}, {effort}, {count} processes: {brief(one)}")
         write(options, found)
-        if one.get("ratio", options.profile_below) < options.profile_below:
+        if effort != "fast" and one.get("ratio", options.profile_below) < options.profile_below:
             start(options, count, model, RECIPES[kind], effort, rows, f"{name}-profiled", profile=True)
             shutil.rmtree(options.work / f"{name}-profiled", ignore_errors=True)
     made = options.work / f"{kind}-{effort}-{options.processes[0]}"
