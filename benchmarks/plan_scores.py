@@ -123,7 +123,9 @@ def rival_plans(
     for method, found in json.loads(file.read_text(encoding="utf-8")).items():
         names, scores, sizes = [], [], []
         for one in found["stats"]:
-            menu = of_weight[f"{one['modules'][0]}.weight"]
+            menu = of_weight.get(f"{one['modules'][0]}.weight")
+            if menu is None:  # what it may not quantize, such as the output head
+                continue
             options = []
             for fmt, score in zip(one["formats"], one["scores"], strict=True):
                 ours = "nvfp4" if "NVFP4" in fmt else "fp8-dynamic" if "FP8" in fmt else "keep"

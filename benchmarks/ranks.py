@@ -48,6 +48,8 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=16, help="of the dense model")
     parser.add_argument("--mixture-layers", type=int, default=4)
+    parser.add_argument("--models", nargs="*", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--efforts", nargs="*", default=["fast", "good"])
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--kill-layers", type=int, help="of the dense model that is killed (default: --layers)")
@@ -63,15 +65,17 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"runs": [], "evaluations": []}
     rows = make_rows(options)
-    models = {"dense": make_dense(options, "dense", options.layers), "mixture": make_mixture(options, "mixture")}
-    found["warm_up"] = warm_up(options, rows)
+    made = {"dense": make_dense, "mixture": make_mixture}
+    models = {kind: made[kind](options) for kind in options.models}
+    found["warm_up"] = [] if options.no_warm_up else warm_up(options, rows)
     for kind, model in models.items():
         for effort in options.efforts:
             side_by_side(options, model, kind, effort, rows, found)
-    layers = options.kill_layers or options.layers
-    found["kills"] = kills(options, make_dense(options, f"dense-{layers}", layers), rows)
+    if options.kills:
+        layers = options.kill_layers or options.layers
+        found["kills"] = kills(options, make_dense(options, f"dense-{layers}", layers), rows)
     write(options, found)
-    say(json.dumps(found["kills"]))
+    say(json.dumps(found.get("kills")))
 
 
 def side_by_side(
@@ -147,13 +151,13 @@ def shape_of(options: argparse.Namespace) -> Shape:
     return NEMO if options.device == "cuda" else TINY
 
 
-def make_dense(options: argparse.Namespace, name: str, layers: int) -> Path:
+def make_dense(options: argparse.Namespace, name: str = "dense", layers: int | None = None) -> Path:
     """A dense model of Mistral-Nemo's shape."""
-    shape, layers = shape_of(options), layers if options.device == "cuda" else 2
+    shape, layers = shape_of(options), (layers or options.layers) if options.device == "cuda" else 2
     return write_model(options, name, shape.config(layers), shape.tensors(layers))
 
 
-def make_mixture(options: argparse.Namespace, name: str, layers: int | None = None) -> Path:
+def make_mixture(options: argparse.Namespace, name: str = "mixture", layers: int | None = None) -> Path:
     """A mixture of Qwen3-30B-A3B's layer shape."""
     large = options.device == "cuda"
     hidden, inner, experts, some = (2048, 768, 128, options.mixture_layers) if large else (128, 64, 16, 2)
