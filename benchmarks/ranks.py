@@ -1,14 +1,13 @@
 """One process beside several under torchrun: seconds, whether the files are the same, and runs that are killed.
 
-    python ranks.py WORK [--processes 1 2] [--layers 16] [--efforts fast good] [--kills 3] [--profile-below 1.7]
+    python ranks.py WORK [--processes 1 2] [--layers 16] [--efforts fast good] [--kills 3]
     python ranks.py WORK --device cpu          # a smoke test on tiny shapes
 
 Writes a dense model of Mistral-Nemo's shape and a mixture of Qwen3-30B-A3B's (128 experts a layer), random weights, and
 36 rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
 runs of one layer of each that compile kernels. Files are compared with those of the first number: equal, or the share
-of tensors and bytes that differ. What `fast` made of the dense model is evaluated under each number of processes. An
-effort other than `fast` that several processes speed up less than --profile-below says runs once more with a profile of
-each process.
+of tensors and bytes that differ. What `fast` made of the dense model is evaluated under each number of processes.
+WORK/NAME.RANK.txt says where the main thread of each process was, sampled 50 times a second.
 Then runs of the exact recipe on all processes are killed, a random process at a random time, and resumed; their files
 must be those of an undisturbed run. WORK/ranks.json has it all.
 """
@@ -16,19 +15,19 @@ must be those of an undisturbed run. WORK/ranks.json has it all.
 from __future__ import annotations
 
 import argparse
-import cProfile
-import io
 import json
 import os
-import pstats
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--kill-layers", type=int, help="of the dense model that is killed (default: --layers)")
     parser.add_argument("--kill-jobs", type=int, default=1, help="killed runs at once")
-    parser.add_argument("--profile-below", type=float, default=0.0, help="speed-up below which a run is profiled")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further run starts")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -97,9 +95,6 @@ def side_by_side(
         found["runs"].append(one)
         say(f"{kind}, {effort}, {count} processes: {brief(one)}")
         write(options, found)
-        if effort != "fast" and one.get("ratio", options.profile_below) < options.profile_below:
-            start(options, count, model, RECIPES[kind], effort, rows, f"{name}-profiled", profile=True)
-            shutil.rmtree(options.work / f"{name}-profiled", ignore_errors=True)
     made = options.work / f"{kind}-{effort}-{options.processes[0]}"
     if kind == "dense" and effort == "fast" and made.exists():
         for count in options.processes:
@@ -244,12 +239,11 @@ def start(
     name: str,
     *,
     gpu: int | None = None,
-    profile: bool = False,
 ) -> dict[str, Any]:
     """Quantize once; what the main process found. `gpu`: the only one that is seen."""
     shutil.rmtree(options.work / name, ignore_errors=True)
     given = arguments(options, model, recipe, effort, rows, name)
-    found = ask(options, count, {"profile": str(options.work / f"{name}.txt"), **given} if profile else given, gpu)
+    found = ask(options, count, {"samples": str(options.work / name), **given}, gpu)
     return found | {"output_dir": given["output_dir"]}
 
 
@@ -289,12 +283,43 @@ def run_eval(given: dict[str, Any]) -> None:
         print(json.dumps({"seconds": seconds, "kl": str(kl), "nll_by_chunk": nll}))
 
 
+@contextmanager
+def sampled(name: str | None) -> Iterator[None]:
+    """Note where this thread is, 50 times a second: its innermost four places in snugfit, and in all."""
+    if name is None:
+        yield
+        return
+    counts: Counter[str] = Counter()
+    ended, thread = threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            frame, own, leaf = sys._current_frames().get(thread), [], ""
+            while frame is not None and len(own) < 4:
+                code = frame.f_code
+                place = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
+                leaf = leaf or place
+                own += [place] if "snugfit" in code.co_filename else []
+                frame = frame.f_back
+            counts[" < ".join([leaf, *own])] += 1
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        lines = [f"{count * 0.02:7.2f} s  {place}" for place, count in counts.most_common(150)]
+        Path(f"{name}.{os.environ.get('RANK', '0')}.txt").write_text("\n".join(lines) + "\n")
+
+
 def run(given: dict[str, Any]) -> None:
     """In one process: quantize with everything imported beforehand; the main one prints what it found."""
     if "evaluate" in given:
         run_eval(given["evaluate"])
         return
-    profile = given.pop("profile", None)
+    samples = given.pop("samples", None)
     import torch
     import transformers.models.mistral.modeling_mistral
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
@@ -308,18 +333,11 @@ def run(given: dict[str, Any]) -> None:
             torch.zeros(1, device=f"cuda:{distributed.local_rank()}")
         distributed.barrier()
         begin = time.perf_counter()
-        with cProfile.Profile() if profile else nullcontext() as profiler:
+        with sampled(samples):
             record = quantize(**given)
         seconds = dict(record.seconds) | {"total": time.perf_counter() - begin}
         peaks = distributed.gather(peak_rss_bytes())
-    rank = int(os.environ.get("RANK", "0"))
-    if profiler is not None:
-        text = io.StringIO()
-        stats = pstats.Stats(profiler, stream=text)
-        stats.sort_stats("tottime").print_stats(60)
-        stats.sort_stats("cumtime").print_stats(120)
-        Path(f"{profile}.{rank}").write_text(text.getvalue())
-    if rank == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         found = {"seconds": seconds, "trials": [(t.name, t.kl, t.kept) for t in record.trials], "peak_rss": peaks}
         print(json.dumps(found | {"peak_gpu": record.peak_gpu_bytes, "estimates": dict(record.estimates)}))
 

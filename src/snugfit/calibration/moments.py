@@ -89,10 +89,10 @@ class BatchSums:
 
     def share(self) -> None:
         """Add the terms of all processes, which all call it."""
-        found = distributed.gather(self._terms)
+        found = distributed.gather_tensors(self._terms)
         self._terms, self._shared = [], False
-        for number, term in sorted((term for some in found for term in some), key=lambda term: term[0]):
-            self.add(term.to(self.device), number)
+        for number, term in sorted(found, key=lambda term: term[0]):
+            self.add(term, number)
 
     def total(self) -> Tensor | None:
         """The sum, of this process alone before `share`; None if nothing came."""
@@ -136,14 +136,14 @@ class _Sums:
             return
         self._squares.share()
         width = 0 if self._gram is None else len(self._gram)
-        found = distributed.gather((self.tokens, self._amax, self._samples, width))
+        found = distributed.gather((self.tokens, self._amax, width))
+        samples = distributed.gather_tensors(self._samples)
         self.tokens = sum(tokens for tokens, *_ in found)
         if not self.tokens:
             return
         device = distributed.device()
-        self._amax = distributed.largest(amax for _, amax, *_ in found)
-        parts = [part for _, _, some, _ in found for part in some]
-        self._samples = [(number, part.to(device)) for number, part in sorted(parts, key=lambda part: part[0])]
+        self._amax = distributed.largest(amax for _, amax, _ in found)
+        self._samples = sorted(samples, key=lambda part: part[0])
         width = max(width for *_, width in found)
         if width:
             if self._gram is None:
@@ -248,23 +248,26 @@ class ExpertMoments(NoHooks):
         if self._apart is None:
             return
         self._keep()
-        mine = [(number, *sums) for number, sums in self._apart.items()]
-        self._apart = self._gate_up = self._down = self._counts = None
-        device = distributed.device()
-        for _, *terms in sorted((one for some in distributed.gather(mine) for one in some), key=lambda one: one[0]):
-            gate_up, down, counts = (None if term is None else term.to(device) for term in terms)
-            self._gate_up = gate_up if self._gate_up is None or gate_up is None else self._gate_up + gate_up
-            self._down = down if self._down is None else (self._down if down is None else self._down + down)
-            self._counts = counts if self._counts is None or counts is None else self._counts + counts
+        mine = [
+            ((number, place), term)
+            for number, sums in self._apart.items()
+            for place, term in enumerate(sums)
+            if term is not None
+        ]
+        self._apart = None
+        totals: list[Tensor | None] = [None, None, None]
+        for (_, place), term in sorted(distributed.gather_tensors(mine), key=lambda one: one[0]):
+            before = totals[place]
+            totals[place] = term if before is None else before + term
+        self._gate_up, self._down, self._counts = totals
         if self._sampled:
             self._share_samples()
 
     def _share_samples(self) -> None:
-        mine = {expert: spread.result() for expert, spread in self._samples.items()}
+        mine = [(expert, spread.result()) for expert, spread in self._samples.items()]
         self._samples = {}
-        for found in distributed.gather(mine):
-            for expert, rows in found.items():
-                self._samples.setdefault(expert, EvenSample()).add(rows.to(distributed.device()))
+        for expert, rows in distributed.gather_tensors(mine):
+            self._samples.setdefault(expert, EvenSample()).add(rows)
 
     def begin(self, hidden: Tensor, count: int) -> None:
         """A pass of hidden states [tokens, K] through `count` experts begins."""
