@@ -15,7 +15,6 @@ import torch
 from typer.testing import CliRunner
 
 import snugfit.quantization.run
-import snugfit.storage.stripes
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, boundaries_of, contents, in_child, kill_at
@@ -330,25 +329,3 @@ def test_a_recipe_without_samples_resumes_too(model: Path, tmp_path: Path, monke
     assert record.resumed is not None
     quantize(model, "fp8-dynamic", output_dir=tmp_path / "one", device="cpu")
     assert contents(tmp_path / "out") == contents(tmp_path / "one")
-
-
-def test_hidden_states_in_several_files(
-    model: Path,
-    token_rows: Path,
-    uninterrupted: dict[str, bytes],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """States striped over files, as on a GPU, give the same bytes, also to a run that resumes from them."""
-    monkeypatch.setitem(snugfit.quantization.run.STATE_STRIPES, "cpu", 3)
-    monkeypatch.setattr(snugfit.storage.stripes, "PIECE_BYTES", 1000)
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_in_layer(patch, 1, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            run(model, out, token_rows)
-    assert units_done(partial_of(out)) == 2
-    states = sorted(file.name for file in (partial_of(out) / WORK_NAME).glob("states-*"))
-    assert states == [f"states-{place}{end}" for place in (0, 1) for end in ("", ".1", ".2")]
-    assert run(model, out, token_rows).resumed == {"units": 2, "differences": []}
-    assert contents(out) == uninterrupted

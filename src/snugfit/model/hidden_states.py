@@ -1,7 +1,5 @@
 """Hidden states of all samples on the disk: one file holds what a decoder layer reads, another what it writes.
 
-A file may be striped over several, which threads and processes write at the same time.
-
 The page cache holds them if it has space, so that a small model loses nothing; peak memory does not grow with the
 number of samples. The values of a sample are stored without pads, samples in the order of the batches, so that any
 batch size can read what another one wrote.
@@ -9,7 +7,7 @@ batch size can read what another one wrote.
 
 from __future__ import annotations
 
-import zlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -19,8 +17,7 @@ from torch import Tensor
 
 from snugfit.errors import UserError
 from snugfit.model.forward_pass import Batch
-from snugfit.storage.files import PIECE_BYTES
-from snugfit.storage.stripes import Stripes
+from snugfit.storage.shards import crc_of
 from snugfit.storage.transfer import PendingTransfer, Transfer
 
 IN_FLIGHT = 2  # batches read ahead, and batches written behind
@@ -39,12 +36,8 @@ class StateFile:
         dtype: torch.dtype,
         transfer: Transfer,
         mine: Sequence[Batch] | None = None,
-        stripes: int = 1,
     ) -> None:
-        """Open or make the file for rows of `width` values a token; `mine` are read ahead, by default all batches.
-
-        `stripes`: over how many files.
-        """
+        """Open or make the file for rows of `width` values a token; `mine` are read ahead, by default all batches."""
         self.path = path
         self._transfer = transfer
         self._width, self._dtype = width, dtype
@@ -55,7 +48,7 @@ class StateFile:
             self._places[batch.rows] = end, size
             end += size
         self._order = [batch.rows for batch in (batches if mine is None else mine)]
-        self._file = Stripes(path, stripes)
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._written: dict[tuple[int, ...], PendingTransfer[list[int]]] = {}
         self._ahead: dict[tuple[int, ...], PendingTransfer[Tensor]] = {}
 
@@ -74,7 +67,7 @@ class StateFile:
         valid = batch.valid
         flat = hidden.reshape(-1, self._width) if valid is None else hidden[valid]
         start, _ = self._places[batch.rows]
-        self._written[batch.rows] = self._transfer.write(self._file, start, flat.contiguous())
+        self._written[batch.rows] = self._transfer.write(self._handle, start, flat.contiguous())
 
     def wait(self) -> list[Piece]:
         """Wait until all is written; where each batch is, and its CRC-32s."""
@@ -91,7 +84,7 @@ class StateFile:
                 self._written[rows].result()
             start, size = self._places[rows]
             shape = size // (self._width * self._dtype.itemsize), self._width
-            self._ahead[rows] = self._transfer.read_file(self._file, start, shape, self._dtype)
+            self._ahead[rows] = self._transfer.read_file(self._handle, start, shape, self._dtype)
 
     def read(self, batch: Batch) -> Tensor:
         """A batch's states [B, T, H] on the device of its tokens, zeros in the place of pads; the next are begun."""
@@ -114,23 +107,7 @@ class StateFile:
 
     def holds(self, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> bool:
         """Whether the file holds these pieces, which `wait` returned."""
-        return all(self._crcs(start, size) == list(crcs) for start, size, crcs in pieces)
-
-    def _crcs(self, start: int, size: int) -> list[int] | None:
-        """The CRC-32 of each piece of a batch's bytes; None where the file ends before."""
-        found, buffer = [], memoryview(bytearray(min(size, PIECE_BYTES)))
-        for place in range(0, size, PIECE_BYTES):
-            piece = buffer[: min(PIECE_BYTES, size - place)]
-            try:
-                self._file.read(start + place, piece)
-            except EOFError:
-                return None
-            found.append(zlib.crc32(piece))
-        return found
-
-    def remove(self) -> None:
-        """Remove the file."""
-        self._file.unlink()
+        return all(crc_of(self._handle, start, size) == list(crcs) for start, size, crcs in pieces)
 
     def close(self) -> None:
         """Wait for what is under way and close the file."""
@@ -138,7 +115,9 @@ class StateFile:
             written.cancel()
         for ahead in self._ahead.values():
             ahead.cancel()
-        self._file.close()
+        if self._handle >= 0:
+            os.close(self._handle)
+            self._handle = -1
 
     def __enter__(self) -> Self:
         return self

@@ -132,7 +132,7 @@ class GradientPass:
                 finished.commit({"states": files[1].wait(), "sums": found})
                 advance()
         for file in (*states, *gradients):
-            file.remove()
+            file.path.unlink(missing_ok=True)
         return _sums(finished)
 
     def _file(self, stack: ExitStack, transfer: Transfer, name: str, dtype: torch.dtype | None = None) -> StateFile:

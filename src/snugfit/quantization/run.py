@@ -37,11 +37,8 @@ from snugfit.records.statistics import layer_from_json, layer_to_json
 from snugfit.records.statistics_file import DatasetUsed, Statistics
 from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.storage.shards import ShardWriter
-from snugfit.storage.transfer import WORKERS, Transfer
+from snugfit.storage.transfer import Transfer
 from snugfit.version import __version__
-
-# files that hold a layer's hidden states: as many as there are threads to write them
-STATE_STRIPES = WORKERS
 
 # errors that only the work on a layer can show
 LATE_ERRORS = frozenset({"activations-not-finite", "amax-invalid"})
@@ -97,8 +94,8 @@ def run_layers(run: Run) -> Outcome:
             commits = _Commits(run.finished, writer, stack)
             for number in range(first, len(plan.units)):
                 started = time.perf_counter()
-                if number > first and distributed.world_size() > 1 and prepared.method.observe is not None:
-                    _await_states(states[(number - 1) % 2])
+                if distributed.world_size() > 1 and prepared.method.observe is not None:
+                    commits.wait()  # what a method observes may be other processes' hidden states
                 # a layer's states overwrite those of the layer before the last
                 records, measured, folds = work.quantize(number, commits.wait if number > 1 else None)
                 commits.start(records, measured, folds, states[number % 2] if run.runs_layers else None)
@@ -134,17 +131,11 @@ def _open_writer(run: Run, transfer: Transfer) -> ShardWriter:
     return writer
 
 
-def _await_states(file: StateFile) -> None:
-    """Wait for the hidden states of all processes, which a method may observe."""
-    file.wait()
-    distributed.barrier()
-
-
 def _finish(states: Sequence[StateFile], writer: ShardWriter) -> dict[str, str]:
     """Remove the files of hidden states and close the weight files; SHA-256 by name."""
     distributed.barrier()
     for file in states if distributed.is_main() else ():
-        file.remove()
+        file.path.unlink()
     return distributed.from_main(writer.finish())
 
 
@@ -331,8 +322,7 @@ def _state_files(
     skeleton = run.prepared.skeleton
     shape = skeleton.hidden_size, skeleton.dtype
     mine = distributed.mine(batches)
-    stripes = STATE_STRIPES[run.prepared.device.type]
-    files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer, mine, stripes) for n in range(2))
+    files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer, mine) for n in range(2))
     return [stack.enter_context(file) for file in files]
 
 

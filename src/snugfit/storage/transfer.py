@@ -21,7 +21,6 @@ from snugfit.errors import Unfinished, UserError
 from snugfit.storage.checkpoint import Checkpoint, piece_of, read_range, read_whole
 from snugfit.storage.files import PIECE_BYTES, read_fully, write_fully
 from snugfit.storage.safetensors_header import StoredTensor, dtype_of
-from snugfit.storage.stripes import Stripes
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
 CONNECTIONS = 8  # to the Hub: a request waits for the other side more than for this one
@@ -126,7 +125,7 @@ class Transfer:
         return {tensor.name: pending(tensor, place) for tensor, place in zip(pack, places, strict=True)}
 
     def read_file(
-        self, handle: int | Stripes, offset: int, shape: tuple[int, ...], dtype: torch.dtype
+        self, handle: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> PendingTransfer[Tensor]:
         """Begin to read a tensor from an open file to the device."""
         return self._read(shape, dtype, lambda start, view: _read_run_file(handle, offset + start, view))
@@ -150,7 +149,7 @@ class Transfer:
 
         return PendingTransfer(_pieces(self._readers, flat.numel(), piece), lambda _: target)
 
-    def write(self, handle: int | Stripes, offset: int, tensor: Tensor) -> PendingTransfer[list[int]]:
+    def write(self, handle: int, offset: int, tensor: Tensor) -> PendingTransfer[list[int]]:
         """Begin to write a tensor to an open file; the result is the CRC-32 of each piece."""
         flat = _bytes_of(tensor.detach())
         ready = _record_event(tensor.device)
@@ -296,13 +295,10 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
-def _read_run_file(handle: int | Stripes, offset: int, view: memoryview) -> None:
+def _read_run_file(handle: int, offset: int, view: memoryview) -> None:
     """Read bytes that this run, or the one that it resumes, has written."""
     try:
-        if isinstance(handle, Stripes):
-            handle.read(offset, view)
-        else:
-            read_fully(handle, offset, view)
+        read_fully(handle, offset, view)
     except EOFError:
         raise Unfinished(
             "a file that this run has written ended early.",
@@ -311,10 +307,7 @@ def _read_run_file(handle: int | Stripes, offset: int, view: memoryview) -> None
         ) from None
 
 
-def _write_run_file(handle: int | Stripes, offset: int, raw: memoryview) -> int:
+def _write_run_file(handle: int, offset: int, raw: memoryview) -> int:
     """Write bytes; their CRC-32."""
-    if isinstance(handle, Stripes):
-        handle.write(offset, raw)
-    else:
-        write_fully(handle, offset, raw)
+    write_fully(handle, offset, raw)
     return zlib.crc32(raw)
