@@ -343,11 +343,11 @@ def test_layers_run_only_as_often_as_needed(
     tokens = 0
     real = forward_pass.run_layer
 
-    def counted(layer: nn.Module, index: int, batches: list[Batch], *arguments: Any, **options: Any) -> None:
+    def counted(layer: nn.Module, index: int, batches: list[Batch], *arguments: Any, **options: Any) -> int:
         nonlocal tokens
         runs.append(index)
         tokens += sum(sum(batch.lengths) for batch in batches)
-        real(layer, index, batches, *arguments, **options)
+        return real(layer, index, batches, *arguments, **options)
 
     monkeypatch.setattr(forward_pass, "run_layer", counted)
     run_method(model, "nvfp4-four-over-six", tmp_path / "out", rows, method)

@@ -702,11 +702,11 @@ def test_a_stopped_collection_goes_on(
     run_layer = forward_pass.run_layer
     seen: list[int] = []
 
-    def stop(layer: nn.Module, index: int, *args: Any, **kwargs: Any) -> None:
+    def stop(layer: nn.Module, index: int, *args: Any, **kwargs: Any) -> int:
         seen.append(index)
         if index == 1 and seen.count(1) == 1:
             raise KeyboardInterrupt
-        run_layer(layer, index, *args, **kwargs)
+        return run_layer(layer, index, *args, **kwargs)
 
     monkeypatch.setattr(forward_pass, "run_layer", stop)
     asked: dict[str, Any] = {"dataset": [rows["all"]], "device": "cpu", "tokens_per_batch": LENGTH}
