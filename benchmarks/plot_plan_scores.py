@@ -23,7 +23,9 @@ def at(result: Mapping[str, Any], plan: str, context: int, text: str = TEXT) -> 
 
 
 def contexts(result: Mapping[str, Any]) -> list[int]:
-    return sorted(int(context) for context in next(iter(result["predicted"].values())))
+    """Contexts that are predicted and measured."""
+    measured = {context for context, *_ in next(iter(result["measured"]["figures"].values()))}
+    return sorted(measured & {int(context) for context in next(iter(result["predicted"].values()))})
 
 
 def errors(result: Mapping[str, Any], prefix: str) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.float64]]]]:
