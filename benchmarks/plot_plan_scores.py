@@ -124,6 +124,8 @@ def plot(results: list[Mapping[str, Any]], file: Path) -> None:
         axis.fill_between(span, span / 1.2, span * 1.2, color="0.85", zorder=0)
         axis.set_title(result["model"])
         axis.set_xlabel("measured KL on held-out text")
+        axis.tick_params(axis="both", which="both", labelsize=6)
+        axis.tick_params(axis="x", which="both", labelrotation=60)
         axis.set_ylabel("predicted KL")
         axis.legend(fontsize=7)
     figure.tight_layout()

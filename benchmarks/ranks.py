@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--mixture-layers", type=int, default=4)
     parser.add_argument("--models", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--no-warm-up", action="store_true")
+    parser.add_argument("--no-eval", action="store_true")
     parser.add_argument("--efforts", nargs="*", default=["fast", "good"])
     parser.add_argument("--kills", type=int, default=3)
     parser.add_argument("--kill-layers", type=int, help="of the dense model that is killed (default: --layers)")
@@ -96,7 +97,7 @@ def side_by_side(
         say(f"{kind}, {effort}, {count} processes: {brief(one)}")
         write(options, found)
     made = options.work / f"{kind}-{effort}-{options.processes[0]}"
-    if kind == "dense" and effort == "fast" and made.exists():
+    if kind == "dense" and effort == "fast" and made.exists() and not options.no_eval:
         for count in options.processes:
             found["evaluations"].append(start_eval(options, count, model, made, rows))
             say(f"eval, {count} processes: {json.dumps(found['evaluations'][-1])[:300]}")
