@@ -295,7 +295,8 @@ def sampled(name: str | None) -> Iterator[None]:
 
     def watch() -> None:
         while not ended.wait(0.02):
-            frame, own, leaf = sys._current_frames().get(thread), [], ""
+            frame, leaf = sys._current_frames().get(thread), ""
+            own: list[str] = []
             while frame is not None and len(own) < 4:
                 code = frame.f_code
                 place = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
