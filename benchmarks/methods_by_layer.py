@@ -311,7 +311,10 @@ def _observed(model: EvaluatedModel, index: int, batches: Sequence[Batch], devic
     linears = _linears(model, index, layer)
     names = model.skeleton.names_of_layer(index).parameters
 
-    def run(before: Callable[[Batch], None], *, max_tokens: int | None = None, spread: int = 1) -> None:
+    def run(
+        before: Callable[[Batch], None], *, max_tokens: int | None = None, spread: int = 1, with_experts: bool = True
+    ) -> None:
+        assert with_experts
         some = batches if max_tokens is None else forward_pass.some_batches(batches, max_tokens, spread)
         _pass(layer, index, some, before)
 

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from snugfit.evaluation.evaluate import evaluate, write_results
     from snugfit.evaluation.served import ServerOptions
     from snugfit.evaluation.tasks import TasksRun, run_tasks, write_tasks
-    from snugfit.hosting.serve import Measures, ServeOptions, serve
+    from snugfit.hosting.request import Measures, ServeOptions
+    from snugfit.hosting.serve import serve
     from snugfit.inspection.doctor import doctor
     from snugfit.inspection.inspect import inspect
     from snugfit.inspection.repair import plan_repair, repair
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from snugfit.quantization.import_statistics import import_statistics
     from snugfit.quantization.prepare import PreparedRun
     from snugfit.quantization.quantize import plan_quantization, quantize
+    from snugfit.quantization.run_time import RunTime, estimate_run_time
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
     from snugfit.records.bench import BenchRecord
     from snugfit.records.comparison import CompareRecord
@@ -75,6 +77,7 @@ __all__ = [
     "QuantizeRecord",
     "RepairRecord",
     "ReportRecord",
+    "RunTime",
     "ServeOptions",
     "ServeRecord",
     "ServerOptions",
@@ -92,6 +95,7 @@ __all__ = [
     "describe_dataset",
     "diff_plans",
     "doctor",
+    "estimate_run_time",
     "evaluate",
     "fit",
     "import_bench",
@@ -127,7 +131,8 @@ _MODULES = {
     "evaluation.evaluate": ("evaluate", "write_results"),
     "evaluation.served": ("ServerOptions",),
     "evaluation.tasks": ("TasksRun", "run_tasks", "write_tasks"),
-    "hosting.serve": ("Measures", "ServeOptions", "serve"),
+    "hosting.request": ("Measures", "ServeOptions"),
+    "hosting.serve": ("serve",),
     "inspection.doctor": ("doctor",),
     "inspection.inspect": ("inspect",),
     "inspection.repair": ("plan_repair", "repair"),
@@ -142,6 +147,7 @@ _MODULES = {
     "quantization.compare_datasets": ("compare_datasets",),
     "quantization.prepare": ("PreparedRun",),
     "quantization.quantize": ("plan_quantization", "quantize"),
+    "quantization.run_time": ("RunTime", "estimate_run_time"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),
     "records.bench": ("BenchRecord",),
     "records.comparison": ("CompareRecord",),

@@ -1,4 +1,4 @@
-"""Numbers of bytes as people write them: 9740000000, 9.74GB (10^9), 9.07GiB (2^30), 120MB, 500 KiB."""
+"""Numbers of bytes as people write and read them: 9740000000, 9.74GB (10^9), 9.07GiB (2^30), 120MB, 500 KiB."""
 
 from __future__ import annotations
 
@@ -22,3 +22,11 @@ def parse_bytes(text: str, *, where: str) -> int:
         what = f"{text!r} is not a size."
         raise UserError(what, code="option-invalid", where=where, remedy="Write 9.74GB (10^9 bytes) or 9.07GiB (2^30).")
     return int(number)
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units: 269.0 MB, 14.80 GB."""
+    for unit, factor, digits in (("TB", 1e12, 2), ("GB", 1e9, 2), ("MB", 1e6, 1), ("kB", 1e3, 1)):
+        if abs(value) >= factor:
+            return f"{value / factor:,.{digits}f} {unit}"
+    return f"{value:,.0f} bytes"

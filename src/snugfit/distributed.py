@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = timedelta(hours=6)  # that one rank may work while others wait
 _PIECE = 1 << 26  # values that are added up at once
+_apart = False
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -122,11 +123,24 @@ def gather_tensors(mine: Iterable[tuple[Key, Tensor]]) -> list[tuple[Key, Tensor
     found = []
     for owner, some in enumerate(gather([(key, tensor.shape, tensor.dtype) for key, tensor in held])):
         for place, (key, shape, dtype) in enumerate(some):
-            own = owner == rank()
-            tensor = held[place][1].contiguous() if own else torch.empty(shape, dtype=dtype, device=device())
+            if owner == rank():
+                tensor = held[place][1].to(device()).contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=device())
             send(tensor, owner)
             found.append((key, tensor))
     return found
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """What this process does inside it does by itself, as a world of one."""
+    global _apart  # noqa: PLW0603
+    before, _apart = _apart, True
+    try:
+        yield
+    finally:
+        _apart = before
 
 
 def barrier() -> None:
@@ -249,9 +263,10 @@ def share(costs: Sequence[int], processes: int | None = None) -> list[int]:
     return owners
 
 
-def block(count: int) -> range:
-    """Which of `count` things in a row this process has: all have a block of them."""
-    return range(rank() * count // world_size(), (rank() + 1) * count // world_size())
+def block(count: int, process: int | None = None) -> range:
+    """Which of `count` things in a row a process has, by default this one: all have a block of them."""
+    number = rank() if process is None else process
+    return range(number * count // world_size(), (number + 1) * count // world_size())
 
 
 def mine(things: Sequence[Result]) -> Sequence[Result]:
@@ -272,7 +287,7 @@ def _torch() -> Any:
 
 
 def _has_joined() -> bool:
-    if "torch" not in sys.modules:
+    if _apart or "torch" not in sys.modules:
         return False
     return bool(_torch().is_available() and _torch().is_initialized())
 

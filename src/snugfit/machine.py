@@ -10,8 +10,9 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,11 +147,49 @@ def give_back_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """What work takes: seconds that pass, and seconds of all processors together that this process has."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall + other.wall, self.cpu + other.cpu)
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(self.wall - other.wall, self.cpu - other.cpu)
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(self.wall * factor, self.cpu * factor)
+
+
+NO_TIME = Seconds()
+
+
+def now(device: torch.device | None = None) -> Seconds:
+    """The clocks of this process, for differences; behind all work of a GPU `device`."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+    return Seconds(time.perf_counter(), time.process_time())
+
+
+def timed(work: Callable[[], object], device: torch.device, *, twice: bool = False) -> Seconds:
+    """What `work` on `device` takes; with `twice` its second run, behind the compilation of kernels."""
+    for _ in range(1 + twice):
+        started = now(device)
+        work()
+        taken = now(device) - started
+    return taken
+
+
 class Clock:
     """Adds up wall seconds by stage."""
 
     def __init__(self) -> None:
-        self.start = time.perf_counter()
+        self.start, self.start_cpu = time.perf_counter(), time.process_time()
         self.stages: dict[str, float] = {}
 
     @contextmanager
@@ -164,3 +203,8 @@ class Clock:
     def seconds(self) -> dict[str, float]:
         """Seconds of each stage, and `total` since the clock was made."""
         return self.stages | {"total": time.perf_counter() - self.start}
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Seconds of all processors together that this process has had since the clock was made."""
+        return time.process_time() - self.start_cpu

@@ -28,6 +28,15 @@ class Progress:
 SILENT = Progress()
 
 
+def duration(seconds: float | None) -> str:
+    """A time in words."""
+    if seconds is None:
+        return "an unknown time"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 class TerminalProgress(Progress):
     """Writes messages and progress bars to stderr."""
 

@@ -15,6 +15,7 @@ from helpers.errors import failed_with, raises
 from snugfit.benchmarking.bench import write_bench
 from snugfit.benchmarking.imported import import_bench
 from snugfit.cli.app import app
+from snugfit.records.base import DIGEST, as_json
 from snugfit.report.bench import bench_csv, bench_lines, bench_markdown
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "bench"
@@ -49,7 +50,7 @@ def test_a_record_reads_back(tmp_path: Path) -> None:
     """What `bench` wrote is read again as it was, and one of another version is refused."""
     record = import_bench(FIXTURES / "vllm.json")
     write_bench(record, tmp_path / "out")
-    assert import_bench(tmp_path / "out" / "bench.json") == record
+    assert import_bench(tmp_path / "out" / "bench.json") == import_bench(tmp_path / "out") == record
     document = json.loads((tmp_path / "out" / "bench.json").read_text(encoding="utf-8"))
     file = tmp_path / "other.json"
     changes: list[dict[str, Any]] = [
@@ -59,8 +60,21 @@ def test_a_record_reads_back(tmp_path: Path) -> None:
         {"runs": [{"cells": 1}]},
     ]
     for change in changes:
-        file.write_text(json.dumps(document | change), encoding="utf-8")
+        file.write_text(as_json(document | change), encoding="utf-8")
         with raises("result-invalid", where=file):
+            import_bench(file)
+
+
+def test_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
+    """Another number under the old digest, and a record without a digest, as `report` and `push` refuse them."""
+    write_bench(import_bench(FIXTURES / "vllm.json"), tmp_path / "out")
+    file = tmp_path / "out" / "bench.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    document["runs"][0]["cells"][0]["throughput"]["median"] *= 2
+    without_digest = {key: value for key, value in document.items() if key != DIGEST}
+    for changed in (document, without_digest):
+        file.write_text(json.dumps(changed), encoding="utf-8")
+        with raises("record-changed", where=file):
             import_bench(file)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from snugfit.calibration import moments
 from snugfit.calibration.moments import PRIOR_TOKENS, SAMPLED_TOKENS, ExpertMoments, Moments, MomentsObserver
+from snugfit.model.forward_pass import Enough
 
 FEATURES = 24
 
@@ -66,6 +67,24 @@ def test_moments_over_batches_with_padding(columns: int, dtype: torch.dtype, mon
     np.testing.assert_allclose(gram, real.T @ real / len(real), atol=1e-5)
     assert torch.equal(gram, gram.t())
     assert torch.equal(gram.diagonal(), found["a"].squares)
+
+
+@pytest.mark.parametrize("calls", [0, 3])
+def test_nothing_runs_behind_the_last_watched_call(calls: int) -> None:
+    """A batch's pass ends there, where the number of calls is known: from the second batch on, or at once."""
+    layer = nn.ModuleDict({name: nn.Linear(FEATURES, FEATURES) for name in ("a", "b")})
+    observer = MomentsObserver(layer, {"a": False, "b": False}, ends=True, calls=calls)
+    ended = 0
+    for _ in range(3):
+        observer.before(batch(None))
+        try:
+            for name in ("a", "b", "a"):
+                layer[name](torch.ones(1, 10, FEATURES))
+        except Enough:
+            ended += 1
+    assert ended == (3 if calls else 2)
+    assert {name: one.tokens for name, one in observer.result().items()} == {"a": 60, "b": 30}
+    assert observer.calls == 3
 
 
 def test_no_token_no_moments() -> None:

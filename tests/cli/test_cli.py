@@ -294,16 +294,38 @@ def bytes_of(dtype: str, shape: tuple[int, ...]) -> int:
 # --- what is offered
 
 
-def test_no_verb_or_option_appears_unannounced() -> None:
-    """The verbs and their options are exactly those spelled out in this file."""
+def all_verbs() -> dict[str, Any]:
+    """Every command by its name, also those below another."""
     given: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     verbs: dict[str, Any] = {}
     for name, one in given.items():
         inside = getattr(one, "commands", None)
         verbs |= {name: one} if inside is None else {f"{name} {verb}": command for verb, command in inside.items()}
+    return verbs
+
+
+def test_every_number_of_tokens_is_written_alike() -> None:
+    """Each option that counts tokens takes 1k and 2,048 in every verb."""
+    counted = [(verb, one) for verb, c in all_verbs().items() for one in c.params if one.metavar == "TOKENS"]
+    assert len(counted) > 20
+    for verb, option in counted:
+        for text, number in (("1k", 1024), ("2,048", 2048)):
+            context = all_verbs()[verb].make_context(verb, [option.opts[0], text], resilient_parsing=True)
+            assert context.params[option.name] == number, (verb, option.name)
+
+
+@pytest.mark.parametrize(("text", "size"), [("5", 5 * 10**9), ("0.5", 5 * 10**8), ("5GB", 5 * 10**9), ("2GiB", 2**31)])
+def test_sizes_of_shards_are_written_as_other_sizes(text: str, size: int) -> None:
+    """A size with its unit, or a number of GB."""
+    context = all_verbs()["quantize"].make_context("quantize", ["--max-shard-size", text], resilient_parsing=True)
+    assert context.params["max_shard_size"] == size
+
+
+def test_no_verb_or_option_appears_unannounced() -> None:
+    """The verbs and their options are exactly those spelled out in this file."""
     offered = {
         verb: {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
-        for verb, command in verbs.items()
+        for verb, command in all_verbs().items()
     }
     assert {verb: options - {"--help"} for verb, options in offered.items()} == OFFERED
 
@@ -386,6 +408,10 @@ def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
         ("eval x", "--activations", "hopper"),
         ("eval x", "--noise-floor", "candidates"),
         ("eval x", "--continuations", "-1"),
+        ("eval x", "--answer-tokens", "7"),
+        ("bench http://x", "--output-tokens", "1"),
+        ("serve x --bench", "--output-tokens", "1"),
+        ("serve x --bench", "--prompt-tokens", "0"),
         ("tasks x --tasks y", "--limit", "0"),
         ("tasks x --tasks y", "--activations", "hopper"),
         ("fit x --gpu 16GiB", "--engine", "tgi"),
@@ -668,7 +694,7 @@ def test_adapters_and_loose_weights_of_a_source(make_tiny: MakeTiny, tmp_path: P
 
 @pytest.mark.parametrize("place", ["out", "deep/out", "../MODEL/out", "link"])
 def test_an_output_inside_the_model_is_refused(place: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
-    """An output in the model's own directory, through a link too, is refused by each verb that runs the model."""
+    """An output in the model's own directory, through a link too, is refused by each verb that reads the model."""
     source = make_tiny("llama", num_hidden_layers=1)
     (tmp_path / "link").symlink_to(source)
     target = tmp_path / "link" / "out" if place == "link" else source / place.replace("MODEL", source.name)
@@ -683,6 +709,10 @@ def test_an_output_inside_the_model_is_refused(place: str, make_tiny: MakeTiny, 
         ("eval", source, "-o", target, "--dataset", rows),
         ("eval", tmp_path / "other", "--reference", source, "-o", target, "--dataset", rows),
         ("tasks", source, "--tasks", "piqa", "-o", target),
+        ("dataset", rows, "--model", source, "-o", target),
+        ("report", source, "-o", target),
+        ("statistics", "merge", source, "-o", target),
+        ("statistics", "import", rows, "--model", source, "-o", target),
     ):
         result = CliRunner().invoke(app, [*map(str, arguments)])
         assert failed_with(result, "output-not-writable", target)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from snugfit.benchmarking.plan import BenchOptions
-from snugfit.hosting.serve import Measures, ServeOptions, serve
+from snugfit.hosting.request import Measures, ServeOptions
+from snugfit.hosting.serve import serve
 from snugfit.quantization.quantize import quantize
 from snugfit.records.serve import ServeRecord
 

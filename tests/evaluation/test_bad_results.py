@@ -9,6 +9,7 @@ import pytest
 
 from helpers.refusals import put_file, refuse_verb, run
 from helpers.results import context, evals, model, task, write_eval, write_tasks
+from snugfit.records.base import as_json
 
 
 def compare(out: Path, code: str, a: Path, b: Path, *options: object) -> str:
@@ -56,13 +57,20 @@ def test_results_of_another_version(schema: str, pair: tuple[Path, Path], out: P
     assert repr(schema) in message
 
 
-@pytest.mark.parametrize("content", [b'{"schema": "snugfit.eval/1"}', b'\xef\xbb\xbf{"schema": "snugfit.eval/1"}'])
-def test_results_that_lack_something(content: bytes, pair: tuple[Path, Path], out: Path) -> None:
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_results_that_lack_something(mark: bytes, pair: tuple[Path, Path], out: Path) -> None:
     """A result without its parts, or as an editor saved it, is refused with the first that is wrong."""
-    file = put_file(out.parent / "c.json", content)
+    file = put_file(out.parent / "c.json", mark + as_json({"schema": "snugfit.eval/1"}).encode())
     message = compare(out, "result-invalid", file, pair[1])
     assert f"{file}: " in message
     assert ": :" not in message
+
+
+def test_results_that_were_edited(pair: tuple[Path, Path], out: Path) -> None:
+    """A result whose figures were edited is refused by its path, on either side."""
+    file = put_file(out.parent / "c.json", pair[0].read_text(encoding="utf-8").replace("8.5", "8.25"))
+    for sides in ((pair[1], file), (file, pair[1])):
+        assert f"{file}: " in compare(out, "record-changed", *sides)
 
 
 def test_directories_without_a_result(good: Path, pair: tuple[Path, Path], out: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from helpers.errors import raises
 from helpers.results import SHARED, base, context, model, task, write_eval, write_tasks
 from snugfit.evaluation.results import load_result
+from snugfit.records.base import DIGEST, as_json
 from snugfit.records.evaluation import (
     Bin,
     ContextFigures,
@@ -49,6 +52,8 @@ from snugfit.records.evaluation import (
 def test_files_that_are_not_results_are_refused(tmp_path: Path, text: str, code: str, names: str) -> None:
     """Broken JSON, another or newer schema, missing keys and wrong types: an error with the place and a remedy."""
     path = tmp_path / "x.json"
+    with suppress(ValueError, RecursionError):
+        text = as_json(json.loads(text))  # a record with the digest of what it holds
     path.write_text(text, encoding="utf-8")
     with raises(code, where=path) as caught:
         load_result(path)
@@ -101,6 +106,19 @@ def test_evaluations_that_do_not_hold_together_are_refused(
     with raises("result-invalid", where=tmp_path / "x.json") as caught:
         load_result(write_eval(tmp_path / "x.json", *contexts))
     assert names in caught.value.what
+
+
+@pytest.mark.parametrize("change", [{"value": 0.75}, {"items": {}}, {DIGEST: None}])
+def test_a_result_that_was_edited_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Another number, also an impossible one, under the old digest; and a result without one."""
+    path = write_tasks(tmp_path / "x.json", task("t", [1.0, 0.0]))
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if DIGEST in change:
+        del document[DIGEST]
+    document["tasks"][0] |= change
+    path.write_text(json.dumps(document), encoding="utf-8")
+    with raises("record-changed", where=path):
+        load_result(path)
 
 
 def test_missing_files_are_refused(tmp_path: Path) -> None:

@@ -49,6 +49,20 @@ def rng_of(target: str, number: int) -> random.Random:
     return random.Random(f"{SEED} {target} {number}")  # noqa: S311  # not for secrets
 
 
+def _with_digest(rng: random.Random, raw: bytes) -> bytes:
+    """A damaged record, mostly with the digest of what it now holds, so that what reads its fields sees the damage."""
+    from snugfit.records.base import DIGEST, content_digest
+
+    if rng.random() < 0.2:
+        return raw
+    try:
+        changed = json.loads(raw)
+        changed[DIGEST] = content_digest(changed)
+        return dump(changed).encode("utf-8", "surrogatepass")
+    except (AttributeError, ValueError, TypeError, RecursionError):
+        return raw
+
+
 def _verbs(rng: random.Random, model: Path) -> list[Command]:
     """Everything that reads headers alone."""
     inspect = ["inspect", str(model)]
@@ -459,7 +473,8 @@ def make_result(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
         "snugfit.eval/1",
         "snugfit.tasks/1",
     )
-    which.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words))
+    spoiled = spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words)
+    which.write_bytes(_with_digest(rng, spoiled))
     out = rng.choice(([], ["-o", str(root / "out")]))
     commands = [["compare", str(pair[0]), str(pair[1]), *rng.choice(([], ["--json"])), *out]]
     if rng.random() < 0.2:
@@ -496,9 +511,8 @@ def make_plan(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     elif kind < 0.9:
         words = ("kl", "error", "costs", "groups", "damage", "ceiling", "factors", "edges", "keep", "nvfp4", "kv_cache")
         broken = rng.random() < 0.3
-        scores.write_bytes(
-            spoil_bytes(rng, content.encode()) if broken else spoil_json(rng, json.loads(content), words)
-        )
+        spoiled = spoil_bytes(rng, content.encode()) if broken else spoil_json(rng, json.loads(content), words)
+        scores.write_bytes(_with_digest(rng, spoiled))
     budget = rng.choice(
         (["--bits-per-weight", "10"], ["--max-kl", "1"], ["--gpu", "16GiB", "--context", "64", "--bytes", "3MB"])
     )
@@ -536,7 +550,6 @@ def make_record(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     """Records of every kind of which one is damaged, most of them with a digest that fits: a report, and its upload."""
     import helpers.report_runs as made
     import snugfit.publishing.report as publishing
-    from snugfit.records.base import content_digest
     from snugfit.report.plots import draw
 
     # drawing takes most of the time, and is the same for most damages
@@ -574,14 +587,7 @@ def make_record(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     if rng.random() < 0.5:
         _change_leaves(rng, document)
         spoiled = dump(document).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.8:
-        try:
-            changed = json.loads(spoiled)
-            changed["record_digest"] = content_digest(changed)
-            spoiled = dump(changed).encode("utf-8", "surrogatepass")
-        except (AttributeError, ValueError, TypeError, RecursionError):
-            pass
-    file.write_bytes(spoiled)
+    file.write_bytes(_with_digest(rng, spoiled))
     given = list(map(str, runs if rng.random() < 0.5 else [file.parent, *rng.sample(runs, 2)]))
     options = rng.choice(([], ["--license", "mit", "--repo", "me/made-up"], ["--json"]))
     out = str(root / "report")
@@ -619,7 +625,8 @@ def make_bench(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
         "avg",
     )
     file = root / "result.json"
-    file.write_bytes(spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words))
+    spoiled = spoil_bytes(rng, content) if rng.random() < 0.3 else spoil_json(rng, json.loads(content), words)
+    file.write_bytes(_with_digest(rng, spoiled))
     out = rng.choice(([], ["-o", str(root / "out")]))
     return [["bench", "--import", str(file), *rng.choice(([], ["--json"])), *out]]
 
@@ -824,11 +831,11 @@ def make_statistics(rng: random.Random, root: Path, shared: Path) -> list[Comman
         file.write_bytes(spoil_bytes(rng, content))
     elif kind < 8:
         _spoil_figures(rng, document["layers"])
-        file.write_bytes(dump(document).encode("utf-8", "surrogatepass"))
+        file.write_bytes(_with_digest(rng, dump(document).encode("utf-8", "surrogatepass")))
     else:
         words = ("schema", "datasets", "num_samples", "layers", "inputs", "experts", "cache", "histogram", "routed")
         more = ("amax", "tokens", "snugfit.statistics/1", "0", "1", "7", "-1")
-        file.write_bytes(spoil_json(rng, document, (*words, *more)))
+        file.write_bytes(_with_digest(rng, spoil_json(rng, document, (*words, *more))))
     given = str(root if file.name.startswith("snugfit") else file)
     show = ["statistics", "show", given, *rng.choice(([], ["--json"]))]
     if rng.random() < 0.2:

@@ -47,6 +47,13 @@ def test_reads_and_writes_are_whole(cuda: torch.device, tmp_path: Path) -> None:
         assert os.pread(handle, len(raw), 5) == raw
         pieces = [raw[start : start + PIECE_BYTES] for start in range(0, len(raw), PIECE_BYTES)]
         assert written == [zlib.crc32(piece) for piece in pieces]
+        some = [found["small"], torch.arange(7), found["experts"], torch.empty(0, device=cuda), found["small"] * 2]
+        starts = [4 << 20, 1 << 20, 2 << 20, 0, 3 << 20]
+        places = [(handle, start, tensor) for start, tensor in zip(starts, some, strict=True)]
+        for (_, start, tensor), crcs in zip(places, transfer.write_many(places), strict=True):
+            raw = tensor.cpu().reshape(-1).view(torch.uint8).numpy().tobytes()
+            assert crcs.result() == ([zlib.crc32(raw)] if raw else [])
+            assert os.pread(handle, len(raw), start) == raw
     os.close(handle)
 
 

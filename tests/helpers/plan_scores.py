@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from snugfit.model.layout import ModelLayout
-from snugfit.planning.menu import read_menu
+from snugfit.planning.menu import Server, on_menu, read_options
 from snugfit.records.scores import KEEP, KV_CACHE, Cost, Damage, ScoredGroup, Scores
 from snugfit.records.statistics_file import DatasetUsed
 from snugfit.storage.checkpoint import fingerprint, header_digest
@@ -30,7 +30,7 @@ def made_up_scores(
 
     `grows` multiplies a role's costs from one bucket to the next; `cache` is what an FP8 cache costs, None: not scored.
     """
-    menus = read_menu(layout, formats)
+    menus = on_menu(read_options(layout, Server()), formats, Server())
     costs: dict[str, dict[str, Cost]] = {}
     for menu in menus:
         weight = 0.2 + zlib.crc32(menu.group.name.encode()) % 1000 / 250

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from snugfit.records.base import as_json
 
 COUNTS = [4, 4, 4, 4, 4, 2]
 SHARED = [8.0, 9.0, 7.0, 10.0, 8.0, 5.0]  # losses that every model has
@@ -50,7 +51,7 @@ def write_tasks(path: Path, *tasks: Mapping[str, Any], model: str = "m") -> Path
         "versions": {},
         "schema": "snugfit.tasks/1",
     }
-    path.write_text(json.dumps(document), encoding="utf-8")
+    path.write_text(as_json(document), encoding="utf-8")
     return path
 
 
@@ -101,7 +102,7 @@ def write_eval(path: Path, *contexts: Mapping[str, Any], **changes: Any) -> Path
         "versions": {},
         "schema": "snugfit.eval/1",
     }
-    path.write_text(json.dumps(document | changes), encoding="utf-8")
+    path.write_text(as_json(document | changes), encoding="utf-8")
     return path
 
 

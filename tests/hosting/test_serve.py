@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -17,13 +19,16 @@ from typer.testing import CliRunner
 from conftest import MakeTiny
 from helpers import fake_engine
 from helpers.errors import raises
+from helpers.tiny_families import random_rows, write_rows
 from snugfit.benchmarking.plan import BenchOptions
 from snugfit.cli.app import app
 from snugfit.engines.launch import LAUNCHES, asks_for_fp8_cache, given
 from snugfit.engines.refusals import REFUSALS, explain
+from snugfit.errors import UserError
 from snugfit.hosting import guard
 from snugfit.hosting.engine import make_start
-from snugfit.hosting.serve import Measures, ServeOptions, serve
+from snugfit.hosting.request import Measures, ServeOptions
+from snugfit.hosting.serve import serve
 from snugfit.records.serve import ServeRecord
 from snugfit.serving.questions import QUESTIONS, language_of
 
@@ -177,11 +182,12 @@ def test_the_guard_keeps_out_of_an_orderly_end() -> None:
 def test_a_failed_measurement_keeps_the_others(model: Path, tmp_path: Path) -> None:
     """Where `eval` cannot be done, the benchmark before it is kept, and the record says what failed."""
     bench = BenchOptions(prefill=(32,), depths=(), concurrency=(), repeats=1)
-    measures = Measures(bench=bench, reference=model, dataset=[tmp_path / "nowhere"])
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((40, 40), stop=60))
+    measures = Measures(bench=bench, reference=model, dataset=[rows], contexts=(32,))
     record = serve(model, output_dir=tmp_path / "out", options=options(), measures=measures)
     assert record.results == {"bench": "bench/bench.json"}
     assert record.stopped is not None
-    assert "nowhere" in record.stopped
+    assert "not what vLLM answers" in record.stopped
 
 
 def test_flags_are_those_that_are_needed(model: Path, tmp_path: Path) -> None:
@@ -215,7 +221,45 @@ def test_bad_input_starts_nothing(model: Path, tmp_path: Path) -> None:
         serve(model, output_dir=out, options=options(command=str(tmp_path / "no-such-engine")))
     with raises("option-invalid", where="gpu"):
         serve(model, output_dir=out, options=options(gpu="RTX 9999"))
+    for name, value in (
+        ("start_seconds", math.nan),
+        *(("gpu_index", -1), ("context", 0), ("tensor_parallel_size", 0), ("max_num_seqs", 0)),
+        *(("port", 0), ("port", 65536)),
+    ):
+        with raises("option-invalid", where=name):
+            serve(model, output_dir=out, options=options("serves", **{name: value}))
+    for asked, code, where in (
+        ({"bench": BenchOptions(output_tokens=1)}, "option-invalid", "output_tokens"),
+        ({"bench": BenchOptions(prefill=(), depths=(), concurrency=())}, "option-missing", "prefill"),
+        ({"bench": BenchOptions(prompt_tokens=0)}, "option-invalid", "prompt_tokens"),
+        ({"dataset": ["book.txt"]}, "option-conflict", "dataset"),
+        ({"contexts": (64,)}, "option-conflict", "contexts"),
+        ({"max_chunks": 3}, "option-conflict", "max_chunks"),
+        ({"reference": model, "dataset": [tmp_path / "nowhere"]}, None, str(tmp_path / "nowhere")),
+        ({"reference": model, "contexts": (10**6,)}, None, None),
+    ):
+        with pytest.raises(UserError) as caught:
+            serve(model, output_dir=out, options=options(), measures=Measures(**asked))
+        assert code in (None, caught.value.code)
+        assert where in (None, caught.value.where)
     assert not out.exists()
+    assert not (model / "pids").exists()
+
+
+@pytest.mark.parametrize(
+    ("bad", "code"), [({"command": "no-such-engine"}, "option-invalid"), ({"gpu": "RTX 9999"}, "option-invalid")]
+)
+def test_bad_input_leaves_no_temporary_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: dict[str, str], code: str
+) -> None:
+    """Without an output directory bad input leaves no folder for the log, and a run that starts names its log there."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with raises(code):
+        serve(model, options=options(**bad))
+    assert list(folder.iterdir()) == []
+    assert Path(serve(model, options=options("refuses")).log).is_relative_to(folder)
 
 
 def test_the_command_line(model: Path, tmp_path: Path) -> None:
@@ -296,6 +340,10 @@ def test_language_of_the_card(tmp_path: Path) -> None:
         ("language: de", "de"),
         ("language:\n- fr\n- en", "fr"),
         ("language: [ja]", "ja"),
+        ("tags:\n- x\nlanguage:\n  - 'zh-Hant'\n  - en", "zh"),
+        ("language: [xx, es, de]", "es"),
+        ("language: [", "en"),
+        ("language: 7", "en"),
         ("x: 1", "en"),
     ):
         card.write_text(f"---\n{front}\n---\n# Model\nlanguage: zh\n", encoding="utf-8")

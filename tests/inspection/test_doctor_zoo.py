@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers.zoo import CASES, Case, spoil
+from helpers.zoo import CASES, Case, Patient, spoil
 from inspection.conftest import Sound
 from snugfit.inspection.doctor import doctor
+from snugfit.model.config_defaults import PREDICTION_KEYS
 from snugfit.records.doctor import FAULTS, DoctorRecord
 
 
@@ -30,6 +31,22 @@ def test_a_fault_is_found_and_nothing_else(case: Case, sound: Sound, tmp_path: P
         assert finding.count >= 1
     assert record.exit_code == (0 if kind.severity == "note" else 1)
     assert record.verdict == ("sound" if kind.severity == "note" else kind.severity)
+
+
+@pytest.mark.parametrize("key", PREDICTION_KEYS)
+def test_prediction_is_stated_under_several_names(key: str, sound: Sound, tmp_path: Path) -> None:
+    """Each key by which a family states layers of prediction that its file has not; a number of 0 states none."""
+
+    def state(patient: Patient) -> None:
+        patient.config[key] = 1
+
+    def state_none(patient: Patient) -> None:
+        patient.config[key] = 0
+
+    folder = sound["minimax_m2"][0]
+    (finding,) = doctor(spoil(Case("prediction-lost", "minimax_m2", state), folder, tmp_path / "one")).findings
+    assert (finding.fault, finding.where) == ("prediction-lost", f"config.json: {key}")
+    assert not doctor(spoil(Case("prediction-lost", "minimax_m2", state_none), folder, tmp_path / "none")).findings
 
 
 def test_every_fault_has_a_case() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.fp8_sources import as_fp8
+from helpers.killed import contents
+from helpers.ranks import in_ranks
 from helpers.tiny_families import all_tensors, load, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from quantization.test_calibrated import Watched, run_method
+from snugfit.calibration import routes
+from snugfit.calibration.moments import EvenSample, joined
 from snugfit.formats.quantized_weight import dequantize
 from snugfit.methods import mixture_folds
 from snugfit.methods.calibrated import Calibrated
@@ -246,3 +251,70 @@ def test_the_line_for_people() -> None:
     assert "1 of 3" in line
     assert "30 tokens" in line
     assert line.endswith("layers.1: x")
+
+
+FOLDS = Calibrated("marlin", norm_folds=True, expert_folds=True)
+
+
+@pytest.fixture(scope="module")
+def loud_mixtures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives a mixture of a family whose norms have a few large features, made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = rewrite_norms(make_mixture(family, tmp_path_factory.mktemp(family) / "model"), loud)
+        return made[family]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("family", "processes", "size"),
+    [("qwen3_moe", 1, 3), ("qwen3_moe", 2, None), ("deepseek_v3", 1, 1), ("deepseek_v3", 4, 5)],
+)
+def test_in_pieces_and_on_several_processes(
+    family: str,
+    processes: int,
+    size: int | None,
+    loud_mixtures: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Folds before and inside experts are those of one process with all experts in memory: the same bytes and notes."""
+    samples = write_rows(tmp_path / "rows.jsonl", random_rows([100, 70, 64, 30, 3, 90] * 8, stop=64))
+    recipe = tmp_path / "a.yaml"
+    recipe.write_text(RECIPE, encoding="utf-8")
+    monkeypatch.setattr(prepare, "ways_of", lambda *_, **_options: (ways.Way("folds", FOLDS),))
+    monkeypatch.setattr(routes, "SAMPLED_OF_LAYER", 128)  # of which some are left out
+    options: dict[str, Any] = {"dataset": [samples], "num_samples": 64, "device": "cpu", "tokens_per_batch": 200}
+    options |= {"min_tokens_per_expert": 0, "effort": "good"}
+    quantize(loud_mixtures(family), recipe, output_dir=tmp_path / "one", **options)
+
+    def work(_: int) -> None:
+        quantize(loud_mixtures(family), recipe, output_dir=tmp_path / "other", experts_per_group=size, **options)
+
+    if processes == 1:
+        work(0)
+    else:
+        assert in_ranks(processes, work) == [0] * processes
+    assert contents(tmp_path / "other") == contents(tmp_path / "one")
+    records = [json.loads((tmp_path / name / "snugfit-record.json").read_text()) for name in ("one", "other")]
+    assert records[0]["norm_folds"] == records[1]["norm_folds"]
+    assert any(fold["norm"] and not fold["reason"] for fold in records[0]["norm_folds"])
+
+
+def test_samples_of_several_processes_are_those_of_one() -> None:
+    """Whatever part of the inputs a process has, all together keep what one would have kept."""
+    for total, cuts in ((1000, (0, 137, 138, 611, 1000)), (40, (0, 40, 40)), (129, (0, 128, 129))):
+        inputs = torch.arange(float(total))[:, None]
+        whole = EvenSample(16)
+        for part in inputs.split(37):
+            whole.add(part)
+        parts = []
+        for start, stop in pairwise(cuts):
+            mine = EvenSample(16, start)
+            for part in inputs[start:stop].split(23):
+                mine.add(part)
+            parts.append(mine)
+        assert torch.equal(joined([part.kept() for part in parts], 16), whole.kept().rows)

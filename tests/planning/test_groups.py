@@ -10,8 +10,9 @@ from conftest import MakeTiny
 from helpers.errors import raises
 from helpers.tiny_mixtures import MIXTURES, make_mixture
 from snugfit.engines.fused import group_modules
+from snugfit.errors import UserError
 from snugfit.model.layout import read_layout
-from snugfit.planning.groups import assignment_of, find_groups, why_not
+from snugfit.planning.groups import assignment_of, find_groups
 from snugfit.quantization.plan import decide
 from snugfit.recipes.recipe import parse_recipe
 
@@ -64,9 +65,11 @@ def test_formats_that_a_group_cannot_have(make_tiny: MakeTiny) -> None:
     """Shapes and engines exclude formats, with a reason; INT4 takes the largest group size that divides."""
     layout = read_layout(make_tiny("llama", num_hidden_layers=1, hidden_size=64, intermediate_size=128))
     groups = {group.role: group for group in find_groups(layout)}
-    assert "128" in why_not(layout, groups["qkv"], "fp8-block")
-    assert why_not(layout, groups["lm_head"], "fp8-dynamic") == ""
-    assert "fp8-dynamic" in why_not(layout, groups["lm_head"], "nvfp4")
+    for role, fmt, words in (("qkv", "fp8-block", "128"), ("lm_head", "nvfp4", "fp8-dynamic")):
+        with pytest.raises(UserError) as caught:
+            assignment_of(layout, groups[role], fmt)
+        assert words in caught.value.what
+    assert assignment_of(layout, groups["lm_head"], "fp8-dynamic")
     sizes = {role: next(iter(assignment_of(layout, groups[role], "int4").values())).label() for role in ("qkv", "down")}
     assert sizes == {"qkv": "int4-g64", "down": "int4-g128"}
     kept = assignment_of(layout, groups["qkv"], "keep")

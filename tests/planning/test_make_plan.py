@@ -239,6 +239,9 @@ def test_a_gpu_decides_on_menu_and_profile(model: Path, tmp_path: Path) -> None:
         ({"bytes": 1000}, "plan-impossible", "bytes"),
         ({"bits_per_weight": 8.0, "menu": "fp6"}, "option-invalid", "menu"),
         ({"bits_per_weight": 8.0, "alternatives": -1}, "option-invalid", "alternatives"),
+        ({"bits_per_weight": 8.0, "tokens_per_batch": 0}, "option-invalid", "tokens_per_batch"),
+        ({"bits_per_weight": 8.0, "max_seq_length": 8}, "option-invalid", "max_seq_length"),
+        ({"bits_per_weight": 8.0, "max_seq_length": 2**40}, "sequence-too-long", "max_seq_length"),
         ({"bits_per_weight": 8.0, "constraints": "none.yaml"}, "file-missing", None),
         ({"bits_per_weight": 8.0, "scores": "none.json"}, "file-missing", None),
         ({"bits_per_weight": 8.0, "target": "marlin", "scores": "scores.json"}, "scores-mismatch", "scores"),
@@ -259,6 +262,32 @@ def test_bad_input_leaves_nothing(
     assert where in (None, error.value.where)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_scores_of_several_files_are_merged(model: Path, tmp_path: Path) -> None:
+    """Formats that were scored apart are chosen from together; the same file twice is refused by its path."""
+    layout = read_layout(model)
+    files = [save(made_up_scores(layout, formats=(fmt,)), tmp_path / fmt) for fmt in ("nvfp4", "fp8-dynamic")]
+    options: dict[str, Any] = {"bits_per_weight": 7.5, "context": 256, "prove": False}
+    plan(model, output_dir=tmp_path / "out", scores=files, **options)
+    merged = load_scores(tmp_path / "out")
+    assert merged.formats == ("nvfp4", "fp8-dynamic")
+    assert all({"nvfp4", "fp8-dynamic"} <= set(costs) for name, costs in merged.costs.items() if "layers" in name)
+    with raises("scores-mismatch", where=str(files[0])):
+        plan(model, output_dir=tmp_path / "no", scores=[files[0], files[0]], **options)
+    arguments = [argument for file in files for argument in ("--scores", str(file))]
+    command = [
+        "plan",
+        str(model),
+        "--bits-per-weight",
+        "7.5",
+        "--context",
+        "256",
+        "--dry-run",
+        "--no-prove",
+        *arguments,
+    ]
+    assert CliRunner().invoke(app, command).exit_code == 0
 
 
 def test_scores_of_another_model_are_refused(make_tiny: MakeTiny, model: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from helpers.errors import raises
 from helpers.fp8_sources import as_fp8
 from helpers.plan_scores import made_up_scores, saturated
+from helpers.plans import write_headers
 from helpers.tiny_mixtures import make_mixture
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
@@ -22,7 +23,7 @@ from snugfit.planning.controls import find_controls, strongest
 from snugfit.planning.fit import fit
 from snugfit.planning.knapsack import Problem, Row, solve
 from snugfit.planning.limits import Budget, context_beside, impossible, read_place
-from snugfit.planning.search import Mix, least_bytes, least_kl, make_mix, scored, within
+from snugfit.planning.search import Mix, least_amount, least_bytes, least_kl, make_mix, scored, within
 from snugfit.planning.space import Choices, check_bytes, read_choices, recipe_of_mix
 from snugfit.quantization.plan import lay_out
 from snugfit.records.scores import KEEP
@@ -264,7 +265,7 @@ def test_impossible_budgets_name_the_nearest_that_works(budget: dict[str, Any], 
     choices = choices_of(layout, **budget)
     scores = made_up_scores(layout)
     assert least_kl(choices.space, scores, 512) == []
-    error = impossible(choices.space, choices.place)
+    error = impossible(choices.space, choices.place, choices.is_fp8)
     (name,) = budget
     assert (error.code, error.where) == ("plan-impossible", name)
     value = float(error.remedy.partition(f"{name}=")[2].partition("`")[0])
@@ -280,10 +281,24 @@ def test_a_gpu_that_is_too_small_names_the_context_that_works(make_tiny: MakeTin
     layout = read_layout(make_tiny(hidden_size=128, intermediate_size=256, max_position_embeddings=2**26))
     choices = choices_of(layout, gpu="16GiB", context=2**26)
     assert least_kl(choices.space, made_up_scores(layout), 512) == []
-    error = impossible(choices.space, choices.place)
+    error = impossible(choices.space, choices.place, choices.is_fp8)
     assert error.where == "gpu"
     context = int(error.remedy.partition("context=")[2].partition("`")[0])
     assert least_kl(choices_of(layout, gpu="16GiB", context=context).space, made_up_scores(layout), 512)
+
+
+def test_a_cache_that_stays_in_fp8_counts_as_fp8(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Of a source with an FP8 cache of its own the context is named that its cache leaves room for, not half of it."""
+    longest = 2**26
+    made = make_tiny(hidden_size=128, intermediate_size=256, max_position_embeddings=longest)
+    layout = read_layout(write_headers(made, "fp8-dynamic-fp8kv", tmp_path / "source"))
+    choices = choices_of(layout, gpu="16GiB", context=longest)
+    assert choices.fp8_kept
+    error = impossible(choices.space, choices.place, choices.is_fp8)
+    context = int(error.remedy.partition("context=")[2].partition("`")[0])
+    least = least_amount(choices.space, choices.space.limits[KEEP][0], KEEP)
+    assert context == context_beside(choices.place, least, fp8=True)
+    assert context > (context_beside(choices.place, least, fp8=False) or 0)
 
 
 # --- menus

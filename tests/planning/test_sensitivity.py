@@ -26,6 +26,7 @@ from snugfit.planning.sensitivity import ScoreSettings, score_model, score_sampl
 from snugfit.planning.shared_pass import Assigned, SharedPass
 from snugfit.planning.variants import LayerVariants, open_subject
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.records.base import as_json
 from snugfit.records.scores import Scores, check_model, load_scores, save_scores
 from snugfit.storage.checkpoint import fingerprint, header_digest
 
@@ -146,15 +147,17 @@ def test_scores_survive_their_file(model: Path, make_tiny: MakeTiny, scores: Sco
     with raises("output-exists"):
         save_scores(scores, file)
     text = file.read_text(encoding="utf-8")
-    for broken in (text[:-9], text.replace('"edges"', '"edge"'), text.replace("snugfit.scores/1", "snugfit.scores/9")):
+    document = json.loads(text.replace('"edges"', '"edge"'))
+    for broken in (text[:-9], as_json(document), text.replace("snugfit.scores/1", "snugfit.scores/9")):
         file.write_text(broken, encoding="utf-8")
         with raises("scores-invalid"):
             load_scores(file)
     document = json.loads(text)
     document["damage"][0]["ceiling"] = -1
-    file.write_text(json.dumps(document), encoding="utf-8")
-    with raises("scores-invalid"):
-        load_scores(file)
+    for changed, code in ((as_json(document), "scores-invalid"), (json.dumps(document), "record-changed")):
+        file.write_text(changed, encoding="utf-8")
+        with raises(code):
+            load_scores(file)
     with raises("scores-mismatch", where="lm_head.x"):
         scores.predict({"lm_head.x": "nvfp4"}, 64)
     with raises("scores-mismatch"):

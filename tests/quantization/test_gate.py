@@ -85,7 +85,7 @@ def test_smoothing_that_only_hurts_is_left_out(
     exact = changed(model, tmp_path / "exact", on_the_grid)
     record = run(exact, tmp_path / "out", rows, recipe, target="marlin")
     assert [(trial.name, trial.kept) for trial in record.trials] == [
-        ("plain", True), ("gptq", False), ("weighted", False), ("gptq+folds", False)
+        ("plain", True), ("gptq+folds", False), ("gptq", False), ("weighted", False)
     ]  # fmt: skip
     assert all(trial.kl == 0 for trial in record.trials)
     method = Calibrated("marlin", gptq=True, folds=True)
@@ -104,16 +104,9 @@ def test_folds_that_hurt_the_model_are_refused(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If layers keep folds that make the output worse, the gate does not keep the way that has them."""
-    generator = torch.Generator().manual_seed(0)
-
-    def strong(self: Calibrated, module: Any, fold: Fold, moments: Any, targets: Any) -> Tensor:
-        del self, moments, targets
-        features = len(module.get_parameter(f"{fold.producer}.weight"))
-        return torch.exp(torch.randn(features, generator=generator))
-
     try_ways(monkeypatch, GPTQ)
     run(model, tmp_path / "gptq", rows)
-    monkeypatch.setattr(Calibrated, "_best_factors", strong)
+    monkeypatch.setattr(Calibrated, "_best_factors", _strong())
     try_ways(monkeypatch, GPTQ, FOLDS)
     record = run(model, tmp_path / "out", rows)
     assert [trial.kept for trial in record.trials] == [True, False]
@@ -124,12 +117,37 @@ def test_folds_that_hurt_the_model_are_refused(
     assert contents(tmp_path / "out") == contents(tmp_path / "gptq")
 
 
+def test_gptq_alone_is_tried_where_its_folds_lost(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds that make the output worse than plain codes do not keep a model from GPTQ."""
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((260,) * 16, stop=60))
+    folds = Way("gptq+folds", Calibrated("marlin", gptq=True, folds=True))
+    alone = Way("gptq", Calibrated("marlin", gptq=True), unless=(folds.name,))
+    monkeypatch.setattr(Calibrated, "_best_factors", _strong())
+    try_ways(monkeypatch, PLAIN, folds, alone)
+    record = run(model, tmp_path / "out", rows, "nvfp4a16", target="marlin")
+    assert [(trial.name, trial.kept) for trial in record.trials] == [
+        ("plain", True), ("gptq+folds", False), ("gptq", True)
+    ]  # fmt: skip
+
+
+def _strong() -> Callable[..., Tensor]:
+    """What chooses factors of folds that are far from any use."""
+    generator = torch.Generator().manual_seed(0)
+
+    def strong(self: Calibrated, module: Any, fold: Fold, moments: Any, targets: Any) -> Tensor:
+        del self, moments, targets
+        features = len(module.get_parameter(f"{fold.producer}.weight"))
+        return torch.exp(torch.randn(features, generator=generator))
+
+    return strong
+
+
 def test_a_way_that_a_kept_one_contains_is_not_tried(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weighted scales alone are tried only where GPTQ was not kept."""
     rows = write_rows(tmp_path / "rows.jsonl", random_rows((260,) * 16, stop=60))
-    weighted = Way("weighted", Calibrated("marlin"), unless="gptq")
+    weighted = Way("weighted", Calibrated("marlin"), unless=("gptq+folds", "gptq"))
     for sweeps, kept in ((0, True), (-1, False)):
         monkeypatch.setattr(Calibrated, "_choose", _spoiled(Calibrated._choose))
         gptq = Way("gptq", Calibrated("marlin", gptq=True, sweeps=sweeps))
@@ -162,13 +180,15 @@ def test_too_few_tokens_for_a_hessian(model: Path, tmp_path: Path) -> None:
     assert "42" in note
     assert "128" in note
     record = run(model, tmp_path / "out", few)
-    assert [trial.name for trial in record.trials] == ["plain", "weighted", "gptq", "gptq+folds"]
+    assert [trial.name for trial in record.trials][:3] == ["plain", "weighted", "gptq+folds"]
     kept = [trial.kl for trial in record.trials if trial.kept]
     assert kept == sorted(kept, reverse=True)
     assert all(math.isfinite(trial.kl) for trial in record.trials)
     enough = write_rows(tmp_path / "enough.jsonl", random_rows((20,) * 8, stop=60))
     first = plan_quantization(model, "nvfp4", dataset=[enough], **OPTIONS).ways
-    assert [(way.name, way.unless) for way in first][1:3] == [("gptq", ""), ("weighted", "gptq")]
+    assert [(way.name, way.unless) for way in first][1:] == [
+        ("gptq+folds", ()), ("gptq", ("gptq+folds",)), ("weighted", ("gptq+folds", "gptq"))
+    ]  # fmt: skip
     for recipe, effort in (("nvfp4", "fast"), ("nvfp4", "good"), ("fp8-dynamic", "good")):
         dataset = [few] if effort == "fast" or recipe != "nvfp4" else [enough]
         options = OPTIONS | {"effort": effort}
@@ -205,7 +225,9 @@ def test_inputs_that_say_little(change: Change, recipe: str, model: Path, rows: 
     """Dead channels, equal ones and layers without inputs go through every way: finite, and no worse than plain."""
     record = run(changed(model, tmp_path / "model", change), tmp_path / "out", rows, recipe)
     kept = {trial.name: trial.kept for trial in record.trials}
-    assert kept.keys() == {"plain", "gptq", "gptq+folds"} | (set() if kept["gptq"] else {"weighted"})
+    assert kept.keys() >= {"plain", "gptq+folds"}
+    assert ("gptq" in kept) == (not kept["gptq+folds"])
+    assert ("weighted" in kept) == (not (kept["gptq+folds"] or kept["gptq"]))
     assert all(math.isfinite(trial.kl) for trial in record.trials)
     plain, best = record.trials[0].kl, [trial.kl for trial in record.trials if trial.kept][-1]
     assert best <= plain

@@ -341,15 +341,18 @@ def test_layers_run_only_as_often_as_needed(
     """Round-to-nearest runs each layer once over all samples; only a method that observes runs it again."""
     runs: list[int] = []
     tokens = 0
-    real = forward_pass.run_layer
 
-    def counted(layer: nn.Module, index: int, batches: list[Batch], *arguments: Any, **options: Any) -> int:
-        nonlocal tokens
-        runs.append(index)
-        tokens += sum(sum(batch.lengths) for batch in batches)
-        return real(layer, index, batches, *arguments, **options)
+    def counting(real: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(layer: nn.Module, index: int, batches: list[Batch], *arguments: Any, **options: Any) -> Any:
+            nonlocal tokens
+            runs.append(index)
+            tokens += sum(sum(batch.lengths) for batch in batches)
+            return real(layer, index, batches, *arguments, **options)
 
-    monkeypatch.setattr(forward_pass, "run_layer", counted)
+        return counted
+
+    for name in ("run_layer", "show_layer"):
+        monkeypatch.setattr(forward_pass, name, counting(getattr(forward_pass, name)))
     run_method(model, "nvfp4-four-over-six", tmp_path / "out", rows, method)
     assert runs == [index for index in range(3) for _ in range(passes)]
     assert tokens == 3 * passes * sum(LENGTHS)

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from conftest import MakeTiny
 from helpers.errors import raises
 from helpers.killed import KILLED, contents, in_child
+from helpers.ranks import in_ranks
 from helpers.tiny_families import FAMILIES, all_tensors, random_rows, same, write_rows
 from helpers.tiny_mixtures import MIXTURES
 from snugfit.machine import rss_bytes
@@ -24,7 +26,7 @@ from snugfit.progress import Progress
 from snugfit.quantization import learned
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.quantization.ways import LEARNED, PLAIN, learned_weights
-from snugfit.records.quantize import QuantizeRecord
+from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 
 HYBRID = "nvfp4-fp8-hybrid"
 PASSES, STEPS = 6, 24  # the rows make four batches
@@ -164,6 +166,47 @@ def test_a_kill_while_it_learns(
     assert any("resuming after" in line for line in messages.lines) == (step > 0)
     assert len(found) == STEPS - step
     assert contents(out) == contents(uninterrupted)
+
+
+def test_on_several_processes(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each batch every process has a part: a run that is killed ends in the bytes of one that is not.
+
+    One process has the same losses but for last bits, which Adam's steps make more of.
+    """
+    monkeypatch.setattr(learned, "SAVE_SECONDS", 0.0)
+
+    def work(out: Path, step: int | None, rank: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            kills = step is not None and rank == 1
+            found = losses(patch, lambda now: os._exit(KILLED) if kills and now == step else 1.0)
+            run(model, out, rows)
+        if not rank:
+            (tmp_path / f"{out.name}.json").write_text(json.dumps(found))
+
+    assert in_ranks(3, partial(work, tmp_path / "whole", None)) == [0, 0, 0]
+    assert in_ranks(3, partial(work, tmp_path / "killed", 10))[1] == KILLED
+    assert in_ranks(3, partial(work, tmp_path / "killed", None)) == [0, 0, 0]
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    trial = json.loads((tmp_path / "whole" / RECORD_FILE).read_text())["trials"][-1]
+    assert (trial["name"], trial["kept"]) == ("learned", True)
+    many, one = json.loads((tmp_path / "whole.json").read_text()), losses(monkeypatch)
+    run(model, tmp_path / "one", rows)
+    assert many[:2] == pytest.approx(one[:2], rel=1e-4)
+    assert many == pytest.approx(one, rel=0.1)
+
+
+def test_more_processes_than_samples_of_a_batch(model: Path, tmp_path: Path) -> None:
+    """A process that has nothing of a batch takes part in the step."""
+    few = write_rows(tmp_path / "rows.jsonl", random_rows([300] * 16))
+
+    def work(_: int) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(learned, "PASSES", 1)
+            run(model, tmp_path / "out", few)
+
+    assert in_ranks(2, work) == [0, 0]
+    trials = json.loads((tmp_path / "out" / RECORD_FILE).read_text())["trials"]
+    assert trials[-1]["name"] == "learned"
 
 
 @pytest.mark.parametrize("place", ["copyfile", "write_fully", "file_digests"])

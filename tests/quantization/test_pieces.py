@@ -18,11 +18,13 @@ from helpers.killed import KILLED, contents, in_child
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.cli.app import app
+from snugfit.evaluation import continuations, evaluated_model
+from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.evaluated_model import last_states, open_model
 from snugfit.evaluation.saturation import InputWatch
 from snugfit.machine import rss_bytes
-from snugfit.model import pieces
+from snugfit.model import experts, pieces
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.records.quantize import RECORD_FILE
@@ -56,11 +58,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def records_of(folder: Path) -> Any:
     """What the record says of tensors and of the gate, but for seconds."""
     record = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))
-    trials = [
-        {key: value for key, value in one.items() if key != "seconds"}
-        for one in record["trials"]
-        if not one["name"].endswith("norm-folds")  # which are for experts that are all in memory
-    ]
+    trials = [{key: value for key, value in one.items() if key != "seconds"} for one in record["trials"]]
     return record["tensors"], record["input_saturation"], trials
 
 
@@ -124,6 +122,33 @@ def test_the_same_hidden_states(activations: str, source: Source, rows: Path, tm
         some = last_states(few, ROWS, positions, CPU, tokens_per_batch=130, watch=watches[1])
         assert all(torch.equal(a, b) for a, b in zip(whole, some, strict=True))
         assert watches[0].result() == watches[1].result()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
+def test_the_same_continuations(
+    family: str, source: Source, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy continuations are the same, and no layer holds more experts than were asked for."""
+    options: dict[str, Any] = {"dataset": [rows], "allow_unverified": True}
+    quantize(source(family), "nvfp4-moe-four-over-six", output_dir=tmp_path / "out", **options)
+    held: list[int] = []
+    opened = evaluated_model.open_layer
+
+    def open_layer(model: Any, index: int, *rest: Any) -> Any:
+        found = opened(model, index, *rest)
+        if index in model.skeleton.experts:
+            held.append(experts.count(found[0].get_submodule(model.skeleton.experts[index].module)))
+        return found
+
+    monkeypatch.setattr(continuations, "open_layer", open_layer)
+    prompts = [row[:9] for row in ROWS[:2]]
+    for path in (source(family), tmp_path / "out"):
+        model = open_model(path)
+        whole = continue_greedily(model, prompts, CPU, tokens=5)
+        held.clear()
+        some = continue_greedily(replace(model, experts_per_group=3), prompts, CPU, tokens=5)
+        assert whole == some
+        assert set(held) == {3}
 
 
 def test_a_killed_run_resumes_with_other_groups(source: Source, rows: Path, tmp_path: Path) -> None:

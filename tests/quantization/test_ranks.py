@@ -62,6 +62,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Sou
     [
         ("qwen3_moe", "nvfp4-moe-four-over-six", None, 4, None),
         ("deepseek_v3", "nvfp4-moe", "fast", 2, 3),  # weighted by E[x^2], experts in pieces
+        ("mixtral", "fp8-int4-awq", "good", 2, 3),  # folds in and before experts, gated on held-out samples
         ("llama", "nvfp4-fp8-hybrid", "fast", 2, None),
         ("llama", "fp8-int4-absmax", None, 2, None),  # no samples
     ],
@@ -76,7 +77,7 @@ def test_the_same_files(
     rows: Path,
     tmp_path: Path,
 ) -> None:
-    """Exact recipes and effort `fast` give the bytes of one process, statistics too, and the records of tensors."""
+    """All but E[x x^T] is what one process finds: the same bytes, statistics, records of tensors, and verdicts."""
     options = OPTIONS | {"dataset": [rows], "effort": effort}
     quantize(source(family), recipe, output_dir=tmp_path / "one", **options)
 
@@ -88,6 +89,8 @@ def test_the_same_files(
     records = [json.loads((tmp_path / name / RECORD_FILE).read_text()) for name in ("one", "many")]
     assert records[0]["tensors"] == records[1]["tensors"]
     assert [record["arguments"]["processes"] for record in records] == [1, processes]
+    verdicts = [[(one["name"], one["kl"], one["kept"]) for one in record["trials"]] for record in records]
+    assert verdicts[0] == verdicts[1]
 
 
 def test_more_processes_than_batches(source: Source, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -137,8 +138,8 @@ def test_the_winner_is_written(recipe: str, model: Path, texts: list[Path], tmp_
     """The files are, byte for byte, those of a run that takes the winning way alone on the same samples."""
     prepared = plan_quantization(model, recipe, dataset=texts, effort="good", **OPTIONS)
     record = run(model, tmp_path / "out", texts, recipe)
-    assert [way.name for way in prepared.ways] == ["plain", "gptq", "weighted", "gptq+folds"]
-    assert [trial.name for trial in record.trials] == ["plain", "gptq", "gptq+folds"]  # GPTQ was kept
+    assert [way.name for way in prepared.ways] == ["plain", "gptq+folds", "gptq", "weighted"]
+    assert [trial.name for trial in record.trials] == ["plain", "gptq+folds"]  # which was kept
     winner = [trial.name for trial in record.trials if trial.kept][-1]
     assert winner.startswith("gptq")
     (way,) = (way for way in prepared.ways if way.name == winner)
@@ -214,7 +215,7 @@ def test_two_results_are_on_the_disk_at_most(model: Path, texts: list[Path], tmp
     spy = Spy(tmp_path / "out")
     run(model, tmp_path / "out", texts, progress=spy)
     assert spy.most == 2
-    assert sum(line.startswith("trying ") for line in spy.lines) == 3  # GPTQ is kept
+    assert sum(line.startswith("trying ") for line in spy.lines) == 2  # GPTQ with folds is kept
     assert any("held-out" in line and "gptq+folds" in line for line in spy.lines)
     good, fast = (
         plan_quantization(model, "nvfp4", dataset=texts, effort=effort, **OPTIONS) for effort in ("good", "fast")
@@ -346,6 +347,44 @@ def test_killed_while_the_winner_moves(
     run(model, out, texts, progress=spy)
     assert not any(line.startswith("trying") for line in spy.lines)
     assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_few_samples_measure_what_needs_no_more(
+    model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain codes are tried with a few samples; a file that keeps them is made with all, also behind a kill."""
+    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    out, said = tmp_path / "out", "plain, with all samples"
+    try_ways(monkeypatch, PLAIN, GPTQ)
+    spy = Spy(tmp_path / "gptq")
+    record = run(model, tmp_path / "gptq", texts, progress=spy)
+    assert [trial.kept for trial in record.trials] == [True, True]
+    assert said not in spy.lines
+    assert spy.most == 1  # weights that are made with a few samples are not kept
+    assert weights_of(tmp_path / "gptq") == alone(model, tmp_path / "alone", texts, GPTQ)
+    try_ways(monkeypatch, PLAIN, BAD)
+
+    class Stops(Spy):
+        """Ends the process when plain codes are made again."""
+
+        def message(self, text: str) -> None:
+            """Look, or end."""
+            if text == said:
+                os._exit(KILLED)
+            super().message(text)
+
+    def work() -> None:
+        run(model, out, texts, progress=Stops(out))
+
+    assert in_child(work) == KILLED
+    spy = Spy(out)
+    record = run(model, out, texts, progress=spy)
+    assert [trial.kept for trial in record.trials] == [True, False]
+    assert said in spy.lines
+    assert not any(line.startswith("trying") for line in spy.lines)
+    assert weights_of(out) == alone(model, tmp_path / "plain", texts, PLAIN)
+    assert {tensor.input_amax for tensor in record.tensors if tensor.format == "nvfp4"} != {None}
+    assert record.input_saturation
 
 
 def test_other_ways_do_not_resume(
@@ -506,7 +545,7 @@ def test_texts_with_a_tokenizer(make_tiny: MakeTiny, tmp_path: Path) -> None:
     prepared = plan_quantization(model, "nvfp4", dataset=[text], max_seq_length=32, **OPTIONS)
     assert prepared.effort == "good"
     record = quantize(model, "nvfp4", output_dir=tmp_path / "out", dataset=[text], max_seq_length=32, **OPTIONS)
-    assert {trial.name for trial in record.trials} >= {"plain", "gptq", "gptq+folds"}
+    assert {trial.name for trial in record.trials} >= {"plain", "gptq+folds"}
 
 
 @pytest.mark.parametrize(
@@ -522,9 +561,9 @@ def test_texts_with_a_tokenizer(make_tiny: MakeTiny, tmp_path: Path) -> None:
             "int4-w4a16",
             [
                 "plain",
+                "gptq+folds",
                 "gptq",
                 "weighted",
-                "gptq+folds",
                 "gptq+folds+expert-folds",
                 "gptq+folds+expert-folds+norm-folds",
             ],

@@ -25,6 +25,7 @@ from snugfit.errors import UserError
 from snugfit.model import forward_pass
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.quantize import quantize
+from snugfit.records.base import as_json
 from snugfit.records.squares import decode_squares
 from snugfit.records.statistics import (
     SAMPLED,
@@ -156,7 +157,7 @@ def edited(file: Path, folder: Path, edit: Edit) -> Path:
     document = json.loads((file / STATISTICS_FILE).read_text(encoding="utf-8"))
     edit(document)
     target = folder / "edited.json"
-    target.write_text(json.dumps(document), encoding="utf-8")
+    target.write_text(as_json(document), encoding="utf-8")
     return target
 
 

@@ -24,7 +24,7 @@ from snugfit.errors import UserError
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header, read_tensor
 from snugfit.storage.open import open_checkpoint
 from snugfit.storage.safetensors_header import DTYPE_BYTES, TORCH_NAMES, TensorInfo
-from snugfit.storage.shards import ShardWriter, file_digests, index_of, plan_shards
+from snugfit.storage.shards import ShardWriter, file_digests, index_text, plan_shards
 from snugfit.storage.staging import (
     LOCK_NAME,
     WORK_NAME,
@@ -60,7 +60,8 @@ def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int =
         writer.pending_writes()()
         writer.finish()
     if len(shards) > 1:
-        (directory / INDEX_NAME).write_text(json.dumps(index_of(shards)), encoding="utf-8")
+        text = index_text((shard.name, tensor) for shard in shards for tensor in shard.tensors)
+        (directory / INDEX_NAME).write_text(text, encoding="utf-8")
     return [shard.name for shard in shards]
 
 
@@ -162,6 +163,33 @@ def test_a_pending_write_stops_the_run(tmp_path: Path) -> None:
             written = [wait.result() for wait in [pool.submit(wait) for wait in waits]]
         assert [list(crcs) for crcs in written] == [["a"], ["b"]]
         assert writer.finish() == file_digests(tmp_path, [SINGLE_NAME])
+
+
+@pytest.mark.parametrize("lasts", [True, False])
+@pytest.mark.parametrize(("small", "most"), [(-1, 1), (40, 1), (40, 3), (1 << 20, 64)])
+def test_tensors_written_in_one_job(
+    small: int, most: int, lasts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many small tensors share a job, files and CRC-32s are those of tensors that were written alone."""
+    monkeypatch.setattr("snugfit.storage.shards.MOST_SMALL", most)
+    tensors = every_dtype()
+    expected = tmp_path / "expected"
+    expected.mkdir()
+    monkeypatch.setattr("snugfit.storage.shards.SMALL_BYTES", -1)
+    write(expected, tensors)
+    monkeypatch.setattr("snugfit.storage.shards.SMALL_BYTES", small)
+    shards = plan_shards(infos(tensors), 10**9)
+    with Transfer(torch.device("cpu")) as transfer:
+        with ShardWriter(tmp_path, shards, transfer, lasts=lasts) as writer:
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            written = writer.pending_writes()()
+            found = writer.finish()
+        assert found == (file_digests(expected, [SINGLE_NAME]) if lasts else {})
+        assert (tmp_path / SINGLE_NAME).read_bytes() == (expected / SINGLE_NAME).read_bytes()
+        with ShardWriter(tmp_path, shards, transfer) as writer:
+            assert written.keys() == tensors.keys()
+            assert writer.holds(written)
 
 
 @pytest.mark.parametrize("files", [1, 3])

@@ -61,8 +61,9 @@ def bench(
     log = None if server_log is None else read_log(Path(server_log))
     seed = secrets.randbelow(2**32) if seed is None else seed
     for name, value in (("timeout", timeout), ("max_seconds", max_seconds)):
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise UserError(f"must be > 0, got {value:g}.", code="option-invalid", where=name)
+    make_settings(options, None)  # what no server could do
     with ExitStack() as stack:
         urls = [(server, server_model), *([(against, against_model)] if against is not None else [])]
         servers = [stack.enter_context(connect(url, model=model, timeout=30.0)) for url, model in urls]

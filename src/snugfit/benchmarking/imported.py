@@ -6,7 +6,6 @@ Read are the summaries of vLLM 0.32 (`--save-result`), guidellm 0.8 (its JSON re
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from snugfit.records.bench import (
     CellKind,
     Distribution,
 )
-from snugfit.records.reading import parse_record
+from snugfit.records.reading import parse_record, read_json
 from snugfit.version import __version__
 
 _KNOWN = "Give a result of `vllm bench serve --save-result`, guidellm, aiperf, or a bench.json."
@@ -32,22 +31,13 @@ _MOST = 10**12  # no count or time of a sound file is larger
 
 
 def import_bench(path: str | Path) -> BenchRecord:
-    """The record of a file that another tool, or snugfit, wrote.
+    """The record of a file that another tool, or snugfit, wrote; of a directory its bench.json.
 
-    UserError for a file of another kind, and for one whose figures are missing or impossible.
+    UserError for a file of another kind, for one whose figures are missing or impossible, and for a record of ours that
+    was changed after it was written.
     """
-    file = Path(path)
-    try:
-        raw = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})."
-        raise UserError(what, code="file-unreadable", where=str(file), remedy=_KNOWN) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"not JSON: {error}.", code="json-invalid", where=str(file), remedy=_KNOWN) from None
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {error}.", code="json-invalid", where=str(file), remedy=_KNOWN) from None
+    file = Path(path) / "bench.json" if Path(path).is_dir() else Path(path)
+    document = read_json(file, _KNOWN)
     if not isinstance(document, dict):
         raise _invalid("it holds no object.", file)
     if str(document.get("schema")).partition("/")[0] == BENCH_SCHEMA.partition("/")[0]:

@@ -51,6 +51,8 @@ def make_settings(options: BenchOptions, longest: int | None) -> tuple[list[Sett
 
     UserError for numbers that no cell can have, and for lengths that were asked for and do not fit.
     """
+    if options.prompt_tokens < 1:
+        raise _invalid("prompt_tokens", "must be >= 1", options.prompt_tokens)
     if options.output_tokens < 2:
         raise _invalid("output_tokens", "a rate between tokens needs at least 2", options.output_tokens)
     if options.repeats < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from snugfit import distributed
 from snugfit.model.experts import NoHooks
-from snugfit.model.forward_pass import Batch, real_tokens
+from snugfit.model.forward_pass import Batch, Enough, real_tokens
 
 _COLUMNS = 512  # of a Gram matrix made at once: it is symmetric, so half of them are enough
 SAMPLED_TOKENS = 512  # inputs that are kept as they are
@@ -39,10 +39,23 @@ class MomentsObserver:
     of the processes.
     """
 
-    def __init__(self, layer: nn.Module, modules: Mapping[str, bool], *, sampled: bool = False) -> None:
-        """Watch `modules` (names relative to `layer`) from now on; a Gram matrix is made where the value is True."""
+    def __init__(
+        self,
+        layer: nn.Module,
+        modules: Mapping[str, bool],
+        *,
+        sampled: bool = False,
+        ends: bool = False,
+        calls: int = 0,
+    ) -> None:
+        """Watch `modules` (names relative to `layer`) from now on; a Gram matrix is made where the value is True.
+
+        If it `ends` a batch's pass, nothing behind the last call of a watched module runs: behind `calls` of them,
+        which the first batch tells where they are 0.
+        """
         self._valid: Tensor | None = None
-        self._number = 0
+        self._number = self._seen = 0
+        self._ends, self.calls = ends, calls
         self._sums = {name: _Sums(gram=gram, sampled=sampled) for name, gram in modules.items()}
         self._handles = [
             layer.get_submodule(name).register_forward_pre_hook(self._hook(sums)) for name, sums in self._sums.items()
@@ -51,12 +64,16 @@ class MomentsObserver:
     def _hook(self, sums: _Sums):  # type: ignore[no-untyped-def]  # noqa: ANN202
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             sums.add(real_tokens(args[0], self._valid), self._number)
+            self._seen += 1
+            if self._ends and self._seen == self.calls:
+                raise Enough
 
         return hook
 
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
         self._valid, self._number = batch.valid, batch.number
+        self.calls, self._seen = self.calls or self._seen, 0
 
     def shared_result(self) -> dict[str, Moments]:
         """As `result`, of the batches of all processes, which all call it."""
@@ -68,6 +85,7 @@ class MomentsObserver:
         """What was added up, by module; those that no token reached are missing. The hooks are removed."""
         for handle in self._handles:
             handle.remove()
+        self.calls = self.calls or self._seen
         return {name: sums.result() for name, sums in self._sums.items() if sums.tokens}
 
 
@@ -185,14 +203,34 @@ def add_gram(gram: Tensor, inputs: Tensor) -> None:
             gram[start:stop, :stop].addmm_(left, right)
 
 
-class EvenSample:
-    """Some of the inputs [K] that came, evenly spread over all: where too many were kept, every second one goes."""
+@dataclass(frozen=True)
+class Kept:
+    """Of the inputs number first ... end - 1 of a series the `rows` [n, K] whose number is a multiple of `stride`."""
 
-    def __init__(self, count: int = SAMPLED_OF_EXPERT) -> None:
-        """Keep `count` or more of them, up to twice as many."""
+    first: int
+    end: int
+    stride: int
+    rows: Tensor
+
+    def every(self, stride: int) -> Kept:
+        """The multiples of a larger stride."""
+        times = stride // self.stride
+        place = -(-self.first // self.stride)  # of the first row, among all multiples of its stride
+        return Kept(self.first, self.end, stride, self.rows[-place % times :: times].clone())
+
+
+class EvenSample:
+    """Some of the inputs [K] that came, evenly spread over all: where too many were kept, every second one goes.
+
+    Kept are those whose number is a multiple of the stride, the smallest power of two that leaves few enough.
+    """
+
+    def __init__(self, count: int = SAMPLED_OF_EXPERT, first: int = 0) -> None:
+        """Keep `count` or more of them, up to twice as many; `first` is the number of the first one that comes."""
         self._count = count
         self._parts: list[Tensor] = []
-        self._seen = self._kept = 0
+        self._first = self._seen = first
+        self._kept = 0
         self._stride = 1
 
     def add(self, inputs: Tensor) -> None:
@@ -202,23 +240,44 @@ class EvenSample:
         self._kept += len(part)
         self._parts.append(part)
         while self._kept > 2 * self._count:
-            whole = torch.cat(self._parts)[::2].clone()
-            self._parts, self._kept, self._stride = [whole], len(whole), 2 * self._stride
+            whole = self.kept().every(2 * self._stride).rows
+            self._stride *= 2
+            self._parts, self._kept = [whole], len(whole)
 
-    def result(self) -> Tensor:
-        """What was kept, [n, K]."""
-        return torch.cat(self._parts)
+    def kept(self) -> Kept:
+        """What was kept."""
+        return Kept(self._first, self._seen, self._stride, torch.cat(self._parts))
+
+
+def joined(parts: Sequence[Kept], count: int) -> Tensor:
+    """What one sample would have kept, [n, K], of a series of which several, in its order, have kept some."""
+    stride, total = 1, max(part.end for part in parts)
+    while -(-total // stride) > 2 * count:
+        stride *= 2
+    return torch.cat([part.every(stride).rows for part in parts])
+
+
+def even_samples(mine: Mapping[int, EvenSample], count: int = SAMPLED_OF_EXPERT) -> dict[int, Tensor]:
+    """What is kept of each of several series of inputs, of which all processes, which all call it, have parts."""
+    found: dict[int, list[Kept]] = {}
+    kept = {key: sample.kept() for key, sample in mine.items()}
+    stated = (((key, one.first, one.end, one.stride), one.rows) for key, one in kept.items())
+    for (key, first, end, stride), rows in distributed.gather_tensors(stated):
+        found.setdefault(key, []).append(Kept(first, end, stride, rows))
+    return {key: joined(parts, count) for key, parts in sorted(found.items())}
 
 
 class ExpertMoments(NoHooks):
     """Adds up E[x^2] of what comes to each routed expert of a layer: of gate and up, and of down.
 
-    With `sampled` it also keeps some of the inputs of each down projection. Tokens that are forced do not count.
+    With `sampled` it also keeps some of the inputs of each down projection. Tokens that are forced do not count. Of
+    several processes `before` says how many inputs of each expert come to those in front of this one.
     """
 
-    def __init__(self, *, sampled: bool = False) -> None:
-        self._sampled = sampled
-        self._samples: dict[int, EvenSample] = {}
+    def __init__(self, *, sampled: bool = False, before: Sequence[int] = ()) -> None:
+        self._sampled, self._before = sampled, before
+        self._watched: dict[int, EvenSample] = {}
+        self._samples: dict[int, Tensor] | None = None
         self._valid: Tensor | None = None
         self._hidden = torch.empty(0)
         self._real: Tensor | None = None
@@ -261,13 +320,7 @@ class ExpertMoments(NoHooks):
             totals[place] = term if before is None else before + term
         self._gate_up, self._down, self._counts = totals
         if self._sampled:
-            self._share_samples()
-
-    def _share_samples(self) -> None:
-        mine = [(expert, spread.result()) for expert, spread in self._samples.items()]
-        self._samples = {}
-        for expert, rows in distributed.gather_tensors(mine):
-            self._samples.setdefault(expert, EvenSample()).add(rows)
+            self._samples = even_samples(self._watched)
 
     def begin(self, hidden: Tensor, count: int) -> None:
         """A pass of hidden states [tokens, K] through `count` experts begins."""
@@ -289,12 +342,13 @@ class ExpertMoments(NoHooks):
             self._down[expert] += hidden[real].float().square().sum(0)
             self._counts[expert] += len(tokens) if self._real is None else self._real[tokens].sum()
             if self._sampled:
-                self._samples.setdefault(expert, EvenSample()).add(hidden[real])
+                first = self._before[expert] if self._before else 0
+                self._watched.setdefault(expert, EvenSample(first=first)).add(hidden[real])
         return hidden
 
     def samples(self) -> dict[int, Tensor]:
         """Some of the inputs of each expert's down projection [n, K], evenly spread, by expert."""
-        return {expert: spread.result() for expert, spread in self._samples.items()}
+        return even_samples(self._watched) if self._samples is None else self._samples
 
     def means(self) -> tuple[Tensor, Tensor] | None:
         """E[x^2] of each expert's gate and up, fp32 [E, K], and of its down, 0 without a token; None if none came."""

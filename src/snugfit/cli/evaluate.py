@@ -64,7 +64,8 @@ def evaluate(
         Path | None, typer.Option(metavar="PATH", help="With --answers: your questions, one a line.")
     ] = None,
     answer_tokens: Annotated[
-        int, typer.Option(min=8, metavar="TOKENS", help="With --answers: tokens of an answer at most.")
+        int,
+        typer.Option(parser=options.tokens(8), metavar="TOKENS", help="With --answers: tokens of an answer at most."),
     ] = 192,
     server: Annotated[str | None, typer.Option(metavar="URL", help="URL of a vLLM server to evaluate.")] = None,
     server_model: Annotated[str | None, typer.Option(metavar="NAME", help="Which of the server's models.")] = None,

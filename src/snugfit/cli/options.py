@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from snugfit.byte_counts import parse_bytes
 from snugfit.errors import UserError
 from snugfit.token_counts import parse_tokens
 
@@ -22,11 +23,22 @@ def tokens(minimum: int = 1) -> Callable[[str | int], int]:
         if minimum == 0 and text == "0":
             return 0
         try:
-            return parse_tokens(text)
+            found = parse_tokens(text)
         except UserError as error:
             raise typer.BadParameter(f"{error.what} {error.remedy}") from None
+        if found < minimum:
+            raise typer.BadParameter(f"{text} is not in the range x>={minimum}.")
+        return found
 
     return token_count
+
+
+def size(given: str | int) -> int:
+    """A parser of a number of bytes: 9.74GB, 9GiB; typer passes defaults through it as well."""
+    try:
+        return parse_bytes(str(given), where="")
+    except UserError as error:
+        raise typer.BadParameter(f"{error.what} {error.remedy}") from None
 
 
 Model = Annotated[

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from snugfit.byte_counts import parse_bytes
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, reporting
 from snugfit.errors import UserError, plain
@@ -17,14 +16,6 @@ if TYPE_CHECKING:
     from snugfit.records.plan import PlanRecord
 
 REFUSED = 1  # exit code of a plan that did not beat its control
-
-
-def _size(given: str | int) -> int:
-    """A parser of sizes; typer passes defaults through it as well."""
-    try:
-        return parse_bytes(str(given), where="bytes")
-    except UserError as error:
-        raise typer.BadParameter(f"{error.what} {error.remedy}") from None
 
 
 def plan(
@@ -47,13 +38,13 @@ def plan(
     max_num_seqs: options.MaxNumSeqs = 1,
     bytes: Annotated[  # noqa: A002  # the option's name
         int | None,
-        typer.Option(parser=_size, metavar="SIZE", help="All weights in at most so many bytes (9.7GB)."),
+        typer.Option(parser=options.size, metavar="SIZE", help="All weights in at most so many bytes (9.7GB)."),
     ] = None,
     bits_per_weight: Annotated[
         float | None, typer.Option(metavar="BITS", help="At most so many bits a weight, scales included.")
     ] = None,
     disk: Annotated[
-        int | None, typer.Option(parser=_size, metavar="SIZE", help="All files on at most so much disk.")
+        int | None, typer.Option(parser=options.size, metavar="SIZE", help="All files on at most so much disk.")
     ] = None,
     max_kl: Annotated[
         float | None,
@@ -68,8 +59,11 @@ def plan(
         Path | None, typer.Option(metavar="PATH", help="YAML with rules that the plan has to keep.")
     ] = None,
     scores: Annotated[
-        Path | None,
-        typer.Option(metavar="PATH", help="Scores of an earlier plan of this model (its directory or file)."),
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Scores of an earlier plan of this model (its directory or file); repeatable: they are merged.",
+        ),
     ] = None,
     dataset: options.Dataset = None,
     max_seq_length: Annotated[
@@ -144,7 +138,7 @@ def plan(
         "max_kl": max_kl,
         "menu": tuple(part.strip() for part in menu.split(",")) if menu else (),
         "constraints": constraints,
-        "scores": scores,
+        "scores": scores or (),
         "dataset": dataset or (),
         "max_seq_length": max_seq_length,
         "num_tokens": num_tokens,

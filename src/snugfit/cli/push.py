@@ -33,8 +33,8 @@ def push(
 
     Only the files that its record lists, each compared with its digest, in one commit. The same command resumes.
     """
+    from snugfit.byte_counts import size
     from snugfit.publishing.push import push as run
-    from snugfit.report.table import size
 
     plan = run(directory, repo, report=report, private=private, dry_run=dry_run, progress=VerbProgress(ctx))
     with reporting():

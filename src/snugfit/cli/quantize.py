@@ -12,11 +12,22 @@ from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, kept_layers, reporting
 from snugfit.distributed import is_main_to_be
 from snugfit.engines.profiles import DEFAULT_PROFILE
-from snugfit.errors import UserError, plain
+from snugfit.errors import plain
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
 from snugfit.records.statistics_file import MAX_FORCED_TOKENS, MIN_TOKENS_PER_EXPERT
 
 GB = 10**9
+
+
+def _shard_size(given: str | int) -> int:
+    """The bytes of a `--max-shard-size`: a size as elsewhere, or a number of GB."""
+    try:
+        gigabytes = float(given)
+    except ValueError:
+        return options.size(given)
+    if not 0 < gigabytes < math.inf:
+        raise typer.BadParameter(f"must be > 0 GB, got {given}.")
+    return int(gigabytes * GB)
 
 
 def _headroom(given: str | float) -> float:
@@ -45,7 +56,12 @@ def quantize(
     tokens_per_batch: options.TokensPerBatch = None,
     dtype: options.Dtype = None,
     max_shard_size: Annotated[
-        float | None, typer.Option(metavar="GB", help="Largest weight file in GB (10^9). Default: 0.5 to 5, by size.")
+        int | None,
+        typer.Option(
+            parser=_shard_size,
+            metavar="SIZE",
+            help="Largest weight file, such as 5GB. Default: 0.5 to 5 GB, by size.",
+        ),
     ] = None,
     moe_calibrate_all_experts: options.CalibrateAllExperts = True,
     max_forced_tokens: options.MaxForcedTokens = MAX_FORCED_TOKENS,
@@ -90,7 +106,11 @@ def quantize(
     restart: options.Restart = False,
     force_resume: options.ForceResume = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything and print the plan; read no weights, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Check everything, print the plan and what it takes; read one layer at most, write nothing.",
+        ),
     ] = False,
     as_json: options.AsJson = False,
 ) -> None:
@@ -107,7 +127,7 @@ def quantize(
         "device": device,
         "tokens_per_batch": tokens_per_batch,
         "dtype": dtype,
-        "max_shard_size": None if max_shard_size is None else _shard_bytes(max_shard_size),
+        "max_shard_size": max_shard_size,
         "moe_calibrate_all_experts": moe_calibrate_all_experts,
         "max_forced_tokens": max_forced_tokens,
         "min_tokens_per_expert": min_tokens_per_expert,
@@ -166,8 +186,9 @@ def _print_plan(
     *,
     as_json: bool,
 ) -> None:
-    """The plan and its estimate on stdout, then the refusal of a run for which the machine has too little."""
+    """The plan and its estimate on stdout, then the refusal of a run that this machine cannot do, or its time."""
     from snugfit.quantization.quantize import plan_quantization
+    from snugfit.quantization.run_time import expected_line
     from snugfit.report.terminal import print_plan
     from snugfit.storage.staging import check_stageable
 
@@ -180,9 +201,5 @@ def _print_plan(
         print_plan(plan.records(), as_json)
         typer.echo(plan.estimate.line(), err=as_json)
     plan.check_resources(output_dir, **again)
-
-
-def _shard_bytes(gigabytes: float) -> int:
-    if not 0 < gigabytes < math.inf:
-        raise UserError(f"must be > 0 GB, got {gigabytes}.", code="option-invalid", where="max_shard_size")
-    return int(gigabytes * GB)
+    with reporting():
+        typer.echo(expected_line(plan, output_dir), err=as_json)

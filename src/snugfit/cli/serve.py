@@ -56,18 +56,19 @@ def serve(
     depths: Annotated[str | None, typer.Option(metavar="TOKENS,...", help="With --bench: depths.")] = None,
     concurrency: Annotated[str | None, typer.Option(metavar="NUMBER,...", help="With --bench: users.")] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, metavar="TOKENS", help="With --bench: prompts of several users.")
+        int | None,
+        typer.Option(parser=options.tokens(), metavar="TOKENS", help="With --bench: prompts of several users."),
     ] = None,
     output_tokens: Annotated[
-        int | None, typer.Option(min=2, metavar="TOKENS", help="With --bench: tokens of an answer.")
+        int | None, typer.Option(parser=options.tokens(2), metavar="TOKENS", help="With --bench: tokens of an answer.")
     ] = None,
     repeats: Annotated[int | None, typer.Option(min=1, metavar="NUMBER", help="With --bench: repeats.")] = None,
     reference: Annotated[
         Path | None, typer.Option(metavar="PATH", help="The original: evaluate the server against it.")
     ] = None,
     dataset: options.Dataset = None,
-    eval_context: Annotated[
-        str, typer.Option(metavar="TOKENS,...", help="With --reference: context lengths.")
+    contexts: Annotated[
+        str, typer.Option("--eval-context", metavar="TOKENS,...", help="With --reference: context lengths.")
     ] = "2048",
     max_chunks: Annotated[
         int | None, typer.Option(min=1, metavar="NUMBER", help="With --reference: chunks at most.")
@@ -80,7 +81,7 @@ def serve(
 
     Flags are those that this file, GPU and context need. An engine that refuses the file is explained in plain words.
     """
-    from snugfit.hosting.serve import Measures, ServeOptions
+    from snugfit.hosting.request import Measures, ServeOptions
     from snugfit.hosting.serve import serve as run
     from snugfit.storage.staging import check_stageable
 
@@ -113,7 +114,7 @@ def serve(
                 ),
                 reference=reference,
                 dataset=dataset or (),
-                contexts=parse_token_list(eval_context, where="eval_context"),
+                contexts=parse_token_list(contexts, where="contexts"),
                 max_chunks=max_chunks,
                 tasks=[name.strip() for name in (tasks or "").split(",") if name.strip()],
             ),

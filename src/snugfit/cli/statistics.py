@@ -111,7 +111,9 @@ def merge(
     The result is what one run over all their samples would measure.
     """
     from snugfit.records.statistics_file import load_statistics, merge_statistics, save_statistics
+    from snugfit.storage.staging import check_outside
 
+    check_outside(output, files)
     found = merge_statistics([(str(file), load_statistics(file)) for file in files])
     save_statistics(found, output)
     with reporting(output):

@@ -52,7 +52,7 @@ def describe_dataset(
     check_files(files)
     every = None if held_out is None else 100 / parse_percent(held_out)
     if output_dir is not None:
-        check_stageable(Path(output_dir))
+        check_stageable(Path(output_dir), models=[model])
     folder, vocabulary, positions = _model_facts(model)
     tokenizer = Tokenizer(folder)
     found = load_dataset(

@@ -15,14 +15,16 @@ from itertools import pairwise
 class Launch:
     """One engine: `python -m MODULE`, or a `command` of its own, then options.
 
-    `model`, `context` and the others are the option's names, () for the model as a bare argument. `ready` is the page
-    that answers when the engine does. `environment` are settings that are given unless the user has others.
+    `model`, `context` and the others are the option's names; behind `command` the model's is `model_behind`, () for a
+    bare argument. `ready` is the page that answers when the engine does. `environment` are settings that are given
+    unless the user has others.
     """
 
     name: str
     module: str
     command: tuple[str, ...]
     model: tuple[str, ...]
+    model_behind: tuple[str, ...] = ()
     served_name: str
     context: str
     sequences: str
@@ -60,6 +62,7 @@ _SGLANG = Launch(
     module="sglang.launch_server",
     command=("python3", "-m", "sglang.launch_server"),
     model=("--model-path",),
+    model_behind=("--model-path",),
     served_name="--served-model-name",
     context="--context-length",
     sequences="--max-running-requests",

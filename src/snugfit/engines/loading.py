@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from snugfit.engines.gpus import Generation
-from snugfit.engines.kernels import LINEAR, linear_kernel
+from snugfit.engines.kernels import linear_kernel
 
 Loading = Literal["seen", "read", "no"]
 # formats of weights, in the words of engines/kernels.py
@@ -35,16 +35,3 @@ def worst_loading(engine: str, formats: Iterable[str], generation: Generation) -
     """That of a file with these formats: as little as is known of any of them."""
     found = [loading(engine, fmt, generation) for fmt in formats]
     return max(found, key=_WORST.index, default="read")
-
-
-def loading_table() -> list[tuple[str, str, Generation, Loading, str]]:
-    """Engine, format, generation, how it is known, and the kernel ("" without), for every combination."""
-    rows: list[tuple[str, str, Generation, Loading, str]] = []
-    for engine, by_format in LINEAR.items():
-        generations = tuple(by_format["bf16"])
-        for fmt in FORMATS:
-            for generation in generations:
-                kernel = linear_kernel(engine, fmt, generation)
-                name = "" if kernel is None else f"{kernel.name} ({kernel.arithmetic})"
-                rows.append((engine, fmt, generation, loading(engine, fmt, generation), name))
-    return rows

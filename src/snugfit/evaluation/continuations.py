@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.evaluation.chunks import Chunk, ChunkGroup
-from snugfit.evaluation.evaluated_model import EvaluatedModel, Outer, embedding_weights, outer_weights, resident_layer
+from snugfit.evaluation.evaluated_model import EvaluatedModel, Outer, embedding_weights, open_layer, outer_weights
 from snugfit.evaluation.token_figures import Array
 from snugfit.machine import free_bytes
-from snugfit.model import emulate, forward_pass, layers
+from snugfit.model import emulate, forward_pass, layers, pieces
 from snugfit.model.layer_stubs import LayerStub, Receive
 from snugfit.records.evaluation import Continuation
 
@@ -112,8 +112,8 @@ def continue_greedily(
 ) -> list[list[int]]:
     """The most likely continuation of each prompt, `tokens` long unless the model ends it, under its engine profile.
 
-    Layers stay in memory where all of them fit into half of the free memory; otherwise each is read again for every
-    token. `advance` is called after each prompt.
+    Layers stay in memory where all of them fit into half of the free memory; otherwise, and of layers whose experts are
+    in memory some at a time, each is read again for every token. `advance` is called after each prompt.
     """
     from transformers import GenerationConfig
 
@@ -147,15 +147,16 @@ def _whole_model(model: EvaluatedModel, device: torch.device) -> nn.Module:
 
 
 def _read_when_called(model: EvaluatedModel, device: torch.device, *, keep: bool) -> Receive:
-    held: list[tuple[nn.Module, Any]] = []
+    held: list[tuple[nn.Module, Any, None]] = []
 
     def receive(index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        layer, rounding = held[0] if held else resident_layer(model, index, device)
-        if keep and not held:
-            held.append((layer, rounding))
+        layer, rounding, in_pieces = held[0] if held else open_layer(model, index, device)
+        if keep and in_pieces is None and not held:
+            held.append((layer, rounding, None))
         if rounding is not None:
             kwargs = kwargs | {"past_key_values": _RoundedCache(kwargs["past_key_values"], rounding.update)}
-        output = layer(hidden, *args, **kwargs)
+        with pieces.filled_when_called(layer, in_pieces):
+            output = layer(hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 

@@ -252,12 +252,25 @@ def _run_layer(
     coming: Sequence[str],
 ) -> Tensor:
     """Pass batches through a layer; `coming` is the name of the next one, whose weights are read meanwhile."""
-    mixture, size = model.skeleton.experts.get(index), model.experts_per_group
     before = None if watch is None else watch.before
+    layer, cache, in_pieces = open_layer(model, index, device, read, watch)
+    if in_pieces is not None:
+        return pieces.run_layer(layer, index, batches, before, in_pieces, cache=cache)
+    read.expect(*coming)
+    return forward_pass.queue_layer(layer, index, batches, before, cache=cache)
+
+
+def open_layer(
+    model: EvaluatedModel,
+    index: int,
+    device: torch.device,
+    read: ReadTensor | None = None,
+    watch: InputWatch | None = None,
+) -> tuple[nn.Module, emulate.FP8Cache | None, pieces.ExpertsInPieces | None]:
+    """As `resident_layer`; where `experts_per_group` is fewer than the layer's experts, also what fills these."""
+    mixture, size = model.skeleton.experts.get(index), model.experts_per_group
     if mixture is None or size is None or size >= mixture.count:
-        layer, cache = resident_layer(model, index, device, read, watch)
-        read.expect(*coming)
-        return forward_pass.queue_layer(layer, index, batches, before, cache=cache)
+        return *resident_layer(model, index, device, read, watch), None
     buffers = layers.expert_buffers(model.skeleton, index, device, size)
     layer, cache = resident_layer(model, index, device, read, watch, buffers)
     prefix = f"{model.skeleton.stored_layers_name}.{index}"
@@ -270,10 +283,8 @@ def _run_layer(
             )
             yield some
 
-    experts_in_pieces = pieces.ExpertsInPieces(
-        module=mixture.module, total=mixture.count, fill=fill, scratch=pieces.ScratchMemory(device)
-    )
-    return pieces.run_layer(layer, index, batches, before, experts_in_pieces, cache=cache)
+    scratch = pieces.ScratchMemory(device)
+    return layer, cache, pieces.ExpertsInPieces(mixture.module, mixture.count, fill, scratch)
 
 
 def _next(coming: deque[str]) -> tuple[str, ...]:

@@ -5,18 +5,16 @@ Keys that this version does not know are ignored; null stands for NaN and infini
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from snugfit.errors import UserError
+from snugfit.records.base import SCHEMA
 from snugfit.records.evaluation import EVAL_SCHEMA, TASKS_SCHEMA, EvalRecord, TasksRecord
-from snugfit.version import __version__
+from snugfit.records.reading import parse_record, read_json
 
 GIVE_A_RESULT = "Give a result of `evaluate` or `run_tasks`: its directory, eval.json or tasks.json."
 MAKE_AGAIN = "Make the file again."
@@ -32,7 +30,10 @@ class Result:
 
 
 def load_result(path: str | Path) -> Result:
-    """A result file, or a directory's eval.json and tasks.json; UserError where it is missing, damaged or too new."""
+    """A result file, or a directory's eval.json and tasks.json.
+
+    UserError where it is missing or damaged, was changed after it was written, or is of another version.
+    """
     place = Path(path)
     files = [place / "eval.json", place / "tasks.json"] if place.is_dir() else [place]
     found = [_read(file) for file in files if file.is_file()]
@@ -50,28 +51,13 @@ def _invalid(what: str, where: Path, remedy: str = MAKE_AGAIN) -> UserError:
 
 
 def _read(file: Path) -> EvalRecord | TasksRecord:
-    try:
-        raw = file.read_bytes().decode("utf-8-sig")  # an editor may have put a byte order mark in front
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        what = f"not JSON: {error}."
-        raise UserError(what, code="json-invalid", where=str(file), remedy=GIVE_A_RESULT) from None
-    schema = document.get("schema") if isinstance(document, dict) else None
-    try:
-        if schema == EVAL_SCHEMA:
-            return checked_eval(TypeAdapter(EvalRecord).validate_json(raw, strict=True), file)
-        if schema == TASKS_SCHEMA:
-            return checked_tasks(TypeAdapter(TasksRecord).validate_json(raw, strict=True), file)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise _invalid(f"{key or 'the document'}: {first['msg']}.", file) from None
-    known = {name.partition("/")[0]: name for name in (EVAL_SCHEMA, TASKS_SCHEMA)}
-    wanted = known.get(str(schema).partition("/")[0])
-    if wanted is None:
-        raise _invalid(f"its schema is {schema!r}, not one of {', '.join(known.values())}.", file, GIVE_A_RESULT)
-    what = f"its schema is {schema!r}, but snugfit {__version__} reads {wanted!r}."
-    raise _invalid(what, file, "Use the snugfit that wrote it, or make the file again.")
+    document = read_json(file, GIVE_A_RESULT)
+    schema = document.get(SCHEMA) if isinstance(document, dict) else None
+    kinds = EVAL_SCHEMA, TASKS_SCHEMA
+    if str(schema).partition("/")[0] not in {kind.partition("/")[0] for kind in kinds}:
+        raise _invalid(f"its schema is {schema!r}, not one of {', '.join(kinds)}.", file, GIVE_A_RESULT)
+    record = parse_record(document, str(file))
+    return checked_eval(record, file) if isinstance(record, EvalRecord) else checked_tasks(record, file)
 
 
 def checked_eval(found: EvalRecord, file: Path) -> EvalRecord:

@@ -20,6 +20,7 @@ from snugfit.serving.answers import FULL, PromptLogprobs
 from snugfit.serving.client import NotFiniteError, Server, connect, find_top
 from snugfit.serving.engine_log import kernels_from_log, read_log
 from snugfit.serving.journal import Journal
+from snugfit.storage.files import with_parents
 
 DEFAULT_TOP_LOGPROBS = 256
 
@@ -74,8 +75,8 @@ def ask_server(
         rows = " ".join(group.digest for group in groups)
         key = {"model": server.model, "root": server.root, "engine": server.version, "rows": rows, "top": top}
         answers = []
-        options.journal.parent.mkdir(parents=True, exist_ok=True)
         with (
+            with_parents(options.journal),
             Journal.open(options.journal, key) as journal,
             progress.bar(len(chunks), "asking the server") as advance,
         ):

@@ -118,6 +118,13 @@ def run_tasks(
     )
 
 
+def check_served_tasks(tasks: Sequence[str]) -> None:
+    """UserError for what `run_tasks` would refuse of tasks on a server, before there is one."""
+    _check_extra("any")
+    with _quiet(SILENT):
+        check_tasks(load_tasks(tasks, seed=SEED)["tasks"], generates=True)
+
+
 def write_tasks(run: TasksRun, directory: str | Path) -> None:
     """Write tasks.json, samples.jsonl and lm_eval.json (its own figures) to a new directory, whole or not at all."""
     with staged(Path(directory)) as folder:

@@ -72,13 +72,13 @@ def make_start(
             parts = shlex.split(command)
         except ValueError as error:
             raise UserError(f"not a command ({error}).", code="option-invalid", where="command") from None
-        head = [*parts, *((*launch.model, model) if launch.name == "sglang" else (model,))]
+        head = [*parts, *launch.model_behind, model]
         if not parts:
             raise UserError("is empty.", code="option-invalid", where="command")
     elif python is not None:
         head = [python, "-m", launch.module, *launch.model, model]
     else:
-        head = [*launch.command, *(launch.model if launch.name == "sglang" else ()), model]
+        head = [*launch.command, *launch.model_behind, model]
     asked = next((extra[n + 1] for n, part in enumerate(extra[:-1]) if part == "--port"), None)
     chosen = port or (int(asked) if asked is not None and asked.isdecimal() else None) or _free_port()
     fixed = [*([] if given("--host", extra) else ["--host", HOST])]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ from typing import Any
 from snugfit.benchmarking.bench import bench as run_bench
 from snugfit.benchmarking.bench import write_bench
 from snugfit.benchmarking.measure import INTERRUPTED
-from snugfit.benchmarking.plan import BenchOptions
 from snugfit.engines.gpus import find_card
 from snugfit.engines.launch import LAUNCHES, Launch, asks_for_fp8_cache
 from snugfit.engines.memory import GIB
 from snugfit.errors import UserError
 from snugfit.hosting.engine import RefusedError, Start, make_start, running
 from snugfit.hosting.questions import ask
+from snugfit.hosting.request import Measures, ServeOptions, check_request
 from snugfit.machine import Clock
 from snugfit.planning.fit import fit
 from snugfit.progress import SILENT, Progress
@@ -34,47 +35,7 @@ from snugfit.storage.open import is_hub_id
 from snugfit.storage.staging import staged
 from snugfit.version import __version__
 
-START_SECONDS = 1200.0
 LOG = "engine.log"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measures:
-    """What is run on the server beside the questions: `bench` with options, `evaluate` against a reference, tasks.
-
-    `contexts`, `dataset` and `max_chunks` are those of `evaluate`; `tasks` are names for `run_tasks`.
-    """
-
-    bench: BenchOptions | None = None
-    reference: str | Path | None = None
-    dataset: Sequence[str | Path] = ()
-    contexts: Sequence[int] = (2048,)
-    max_chunks: int | None = None
-    tasks: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServeOptions:
-    """How the engine is started; None for the engine's own choice or a free port.
-
-    `python` is the interpreter of the engine's environment, or `command` what starts it ("vllm serve", "docker run
-    ..."). `gpu` is a card's name or a size for `fit`, by default the GPU that the driver names. `extra` are options for
-    the engine, which replace those chosen here.
-    """
-
-    engine: str = "vllm"
-    python: str | None = None
-    command: str | None = None
-    gpu: str | None = None
-    gpu_index: int = 0
-    context: int | None = None
-    tensor_parallel_size: int = 1
-    gpu_memory_utilization: float | None = None
-    max_num_seqs: int | None = None
-    port: int | None = None
-    start_seconds: float = START_SECONDS
-    language: str | None = None
-    extra: Sequence[str] = ()
 
 
 def serve(
@@ -95,15 +56,25 @@ def serve(
     a measurement that fails, one with `stopped`. UserError for bad input, before anything is started.
     """
     options, measures = options or ServeOptions(), measures or Measures()
-    _check(model, options, measures, output_dir)
-    if output_dir is None:
-        folder = Path(tempfile.mkdtemp(prefix="snugfit-serve-"))
-        return _serve(_Job(model, folder, options, measures, progress), hold, keeps=False)
-    with staged(Path(output_dir)) as folder:
-        record = _serve(_Job(model, folder, options, measures, progress), hold, keeps=True)
-        (folder / "serve.json").write_text(record.to_json(), encoding="utf-8")
-        (folder / "serve.md").write_text(serve_markdown(record), encoding="utf-8")
+    check_request(model, options, measures, output_dir)
+    keeps = output_dir is not None
+    with _log_folder() if output_dir is None else staged(Path(output_dir)) as folder:
+        record = _serve(_Job(model, folder, options, measures, progress), hold, keeps=keeps)
+        if keeps:
+            (folder / "serve.json").write_text(record.to_json(), encoding="utf-8")
+            (folder / "serve.md").write_text(serve_markdown(record), encoding="utf-8")
     return record
+
+
+@contextmanager
+def _log_folder() -> Iterator[Path]:
+    """A temporary folder for the engine's log, which stays; removed where anything goes wrong, as `staged` does."""
+    folder = Path(tempfile.mkdtemp(prefix="snugfit-serve-"))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @dataclass(frozen=True)
@@ -203,32 +174,6 @@ def _launch(options: ServeOptions) -> Launch:
         remedy = f"Known engines: {', '.join(LAUNCHES)}."
         raise UserError(f"unknown engine {options.engine!r}.", code="option-invalid", where="engine", remedy=remedy)
     return LAUNCHES[options.engine]
-
-
-def _check(model: str | Path, options: ServeOptions, measures: Measures, output_dir: str | Path | None) -> None:
-    if not is_hub_id(model) and not (Path(model) / "config.json").is_file():
-        raise UserError(
-            "there is no model here.", code="model-not-found", where=str(model), remedy="Give a directory or a Hub id."
-        )
-    if measures.reference is not None and not (Path(measures.reference) / "config.json").is_file():
-        raise UserError(
-            "there is no model here.",
-            code="model-not-found",
-            where=str(measures.reference),
-            remedy="Give the original model's directory as `reference`.",
-        )
-    if options.language is not None and options.language not in QUESTIONS:
-        remedy = f"Known: {', '.join(QUESTIONS)}."
-        raise UserError(
-            f"no questions in {options.language!r}.", code="option-invalid", where="language", remedy=remedy
-        )
-    if options.start_seconds <= 0:
-        raise UserError("must be > 0.", code="option-invalid", where="start_seconds")
-    if output_dir is None and (measures.bench or measures.reference is not None or measures.tasks):
-        what = "results are written beside the engine's log, and no directory is given."
-        raise UserError(what, code="option-missing", where="output_dir", remedy="Name a new directory.")
-    if measures.tasks and is_hub_id(model):
-        raise UserError("tasks need the model's files here.", code="option-conflict", where="tasks")
 
 
 def _gpu(options: ServeOptions, notes: list[str]) -> str | None:

@@ -26,6 +26,7 @@ from snugfit.inspection.contents import (
     names_without_tensors,
     read_contents,
 )
+from snugfit.model.config_defaults import PREDICTION_KEYS
 from snugfit.model.layout import NOT_CHECKED, ModelLayout, read_layout
 from snugfit.model.loose import taken_note
 from snugfit.model.names import role_order
@@ -200,7 +201,7 @@ def _architecture(contents: Contents) -> Architecture:
         vocabulary=number("vocab_size"),
         context=_context(layout),
         sliding_window=number("sliding_window") if config.get("use_sliding_window", True) else None,
-        prediction_layers=number("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers"),
+        prediction_layers=number(*PREDICTION_KEYS),
         tied_embeddings=tied or not any(w.part == "lm_head" for w in contents.weights),
     )
 

@@ -6,7 +6,6 @@ it appears, so that a record never promises what was not seen.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME
 from snugfit.storage.open import is_hub_id
 from snugfit.storage.rewrite import Changes, changed_tensors, link_or_copy, rewrite_shards
 from snugfit.storage.safetensors_header import TensorInfo
+from snugfit.storage.shards import index_text
 from snugfit.storage.staging import check_stageable, staged
 
 
@@ -202,9 +202,5 @@ def _write_index(plan: _Plan, directory: Path) -> None:
     names = {tensor.file for tensor in tensors.values()}
     if names == {SINGLE_NAME} and plan.evidence.weight_map is None:
         return
-    total = sum(tensor.bytes for tensor in tensors.values())
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: tensors[name].file for name in sorted(tensors)},
-    }
-    (directory / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    text = index_text((tensor.file, tensor) for tensor in tensors.values())
+    (directory / INDEX_NAME).write_text(text, encoding="utf-8")

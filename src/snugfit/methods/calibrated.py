@@ -27,12 +27,12 @@ from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.methods import folds as folding
 from snugfit.methods.columns import nearest
-from snugfit.methods.expert_folds import Product, fold_experts, fold_products
+from snugfit.methods.expert_folds import Product, fold_experts, fold_products, sent_before
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.folds import Fold, Scaling
 from snugfit.methods.gptq import Steps, feedback_of, round_weight
 from snugfit.methods.integer_scales import integer_scales
-from snugfit.methods.method import Choice, ObservedLayer, Purpose, Target, WeightGroup
+from snugfit.methods.method import SOME_TOKENS, Choice, ObservedLayer, Purpose, Target, WeightGroup
 from snugfit.methods.mixture_folds import fold_norm
 from snugfit.methods.powers_of_two import block_scales as block_scales_of_two
 from snugfit.methods.powers_of_two import exact_global_scale
@@ -41,10 +41,8 @@ from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
 from snugfit.model import emulate, experts
 from snugfit.model.experts import DOWN
 
-SCANNED_TOKENS = 8192  # that fold strengths and ranges of inputs are chosen on,
-SCANNED_BATCHES = 4  # of so many batches at least, spread over all: samples of one file stand together
 HEADROOM = 2.0  # of the range of 4-bit inputs over the largest one that was scanned
-SEARCHED_ROWS = 1024  # output features that fold strengths are tried on
+SEARCHED_ROWS = 512  # output features that fold strengths are tried on
 SEARCHED_ROWS_OF_EXPERT = 256
 # exponents (a, b) of s = x^a / w^b that are tried
 STRENGTHS = ((0.15, 0.35), (0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.25, 0.0), (0.5, 0.0))
@@ -135,20 +133,23 @@ class Calibrated:
         }
         mixture = None
         if layer.experts is not None and any(t.scale_rule == EFFORT for n, t in layer.targets.items() if "expert" in n):
-            mixture = ExpertMoments(sampled=self.expert_folds)
+            mixture = ExpertMoments()
         if not wanted and mixture is None:
             return None
         groups = group_modules(wanted)
         before_experts = fold_norm(layer, self._outputs) if self.norm_folds and mixture is not None else Scaling()
-        scaling = Scaling()
+        scaling, calls = Scaling(), 0
         ranges: dict[str, float] = {}
         rounds = self.gptq and any(self._rounds_inputs(target.format) for target in wanted.values())
         if (self.folds and wanted) or rounds:
-            scaling, ranges = self._scan(layer, groups, wanted)
+            scaling, ranges, calls = self._scan(layer, groups, wanted)
             folding.apply(layer.module, scaling)
         roundings = self._roundings(layer, ranges) if self.gptq else {}
         emulate.quantize_inputs(layer.module, {layer.linears[name]: one for name, one in roundings.items()})
-        observer = MomentsObserver(layer.module, {layer.linears[group[0]]: self.gptq for group in groups})
+        if mixture is not None and self.expert_folds:
+            mixture = ExpertMoments(sampled=True, before=sent_before(layer))
+        grams = {layer.linears[group[0]]: self.gptq for group in groups}
+        observer = MomentsObserver(layer.module, grams, ends=layer.experts is None, calls=calls)
         if mixture is not None and layer.experts is not None:
             experts.hook(layer.module.get_submodule(layer.experts.module), mixture)
 
@@ -196,10 +197,11 @@ class Calibrated:
 
     def _scan(
         self, layer: ObservedLayer, groups: Sequence[tuple[str, ...]], targets: Mapping[str, Target]
-    ) -> tuple[Scaling, dict[str, float]]:
-        """The folds that help, on a few samples, and the largest input of each group under them."""
-        observer = MomentsObserver(layer.module, {layer.linears[g[0]]: False for g in groups}, sampled=True)
-        layer.run(observer.before, max_tokens=SCANNED_TOKENS, spread=SCANNED_BATCHES)
+    ) -> tuple[Scaling, dict[str, float], int]:
+        """The folds that help, on a few samples, the largest input of each group under them, calls of these a batch."""
+        watched = {layer.linears[group[0]]: False for group in groups}
+        observer = MomentsObserver(layer.module, watched, sampled=True, ends=layer.experts is None)
+        layer.run(observer.before, max_tokens=SOME_TOKENS)
         found = observer.result()
         chosen: list[tuple[Fold, Tensor]] = []
         if self.folds:
@@ -225,7 +227,7 @@ class Calibrated:
                 if module in scaling.inputs and seen.sample is not None:
                     amax = float((seen.sample.float() / scaling.inputs[module]).abs().amax())
                 ranges[group[0]] = amax
-        return scaling, distributed.from_main(ranges)
+        return scaling, distributed.from_main(ranges), observer.calls
 
     def _is_same(self, layer: ObservedLayer, fold: Fold) -> bool:
         """Whether the layer stays the same function; tried once for layers that are built alike."""
@@ -259,24 +261,33 @@ class Calibrated:
         inputs = None if moments.sample is None else moments.sample.float()
         exact = None if inputs is None else inputs @ weight.t()
 
-        def error(scale: Tensor | None) -> float:
-            scaled = weight if scale is None else weight * scale
-            importance = moments.squares if scale is None else moments.squares / scale.square()
-            if inputs is None or exact is None:
-                return float((_rounded(scaled, fmt, importance) - scaled).square_().sum(0) @ importance)
-            scaled_inputs = inputs if scale is None else inputs / scale
-            return float((self._outputs(scaled_inputs, scaled, fmt, importance) - exact).norm())
+        squares = fold.to_producer(moments.squares)
+        tried = [folding.factors(squares, squares_of_weights, exponents) for exponents in STRENGTHS]
+        scales = torch.stack([torch.ones_like(weight[0]), *(fold.to_consumer(factors) for factors in tried)])
+        # a GPU is waited for twice: for the ranges of inputs, and for the errors
+        ranges = [0.0] * len(scales) if inputs is None else (inputs.abs().amax(0) / scales).amax(1).tolist()
 
-        best, least = None, error(None)
-        for exponents in STRENGTHS:
-            factors = folding.factors(fold.to_producer(moments.squares), squares_of_weights, exponents)
-            if (found := error(fold.to_consumer(factors))) < least:
+        def error(scale: Tensor, amax: float) -> Tensor:
+            scaled, importance = weight * scale, moments.squares / scale.square()
+            found: Tensor
+            if inputs is None or exact is None:
+                found = (_rounded(scaled, fmt, importance) - scaled).square_().sum(0) @ importance
+            else:
+                found = torch.linalg.vector_norm(self._outputs(inputs / scale, scaled, fmt, importance, amax) - exact)
+            return found
+
+        errors = torch.stack([error(*one) for one in zip(scales, ranges, strict=True)]).tolist()
+        best, least = None, errors[0]
+        for factors, found in zip(tried, errors[1:], strict=True):
+            if found < least:
                 best, least = factors, found
         return best
 
-    def _outputs(self, inputs: Tensor, weight: Tensor, fmt: TensorFormat, importance: Tensor) -> Tensor:
-        """What rounded weights, fp32 [N, K], put out on rounded inputs [n, K]."""
-        if (quantizer := self._quantizer(fmt, float(inputs.abs().amax()))) is not None:
+    def _outputs(
+        self, inputs: Tensor, weight: Tensor, fmt: TensorFormat, importance: Tensor, amax: float | None = None
+    ) -> Tensor:
+        """What rounded weights, fp32 [N, K], put out on rounded inputs [n, K] of largest magnitude `amax`, if known."""
+        if (quantizer := self._quantizer(fmt, float(inputs.abs().amax()) if amax is None else amax)) is not None:
             inputs = quantizer(inputs)
         return inputs @ _rounded(weight, fmt, importance).t()
 

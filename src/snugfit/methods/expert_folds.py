@@ -12,12 +12,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from snugfit import distributed
 from snugfit.calibration.moments import Moments
+from snugfit.calibration.routes import routes_of
 from snugfit.formats.spec import EFFORT, TensorFormat
 from snugfit.methods.folds import Fold, Scaling
 from snugfit.methods.method import ObservedLayer
@@ -100,6 +102,15 @@ def fold_experts(
         squares,
         search,
     )
+
+
+def sent_before(layer: ObservedLayer) -> list[int]:
+    """How many tokens of the processes in front of this one are sent to each expert; nothing in a world of one."""
+    if distributed.world_size() == 1 or layer.experts is None:
+        return []
+    module = layer.module.get_submodule(layer.experts.module)
+    routes = routes_of(module, partial(layer.run, with_experts=False))
+    return [] if routes is None else routes.sent_before(layer.experts.count)
 
 
 def _of_experts(layer: ObservedLayer, places: Mapping[str, int], samples: Mapping[int, Tensor]) -> Iterator[Product]:

@@ -65,9 +65,7 @@ def feedback_of(gram: Tensor, damping: float = DAMPING) -> Feedback | None:
     itself; then None: the inputs say nothing that could be used.
     """
     diagonal = gram.diagonal()
-    mean = float(diagonal.mean())
-    if not 0 < mean < float("inf"):
-        return None
+    mean = diagonal.mean()
     order = torch.argsort(diagonal, descending=True, stable=True)
     permuted = gram[order][:, order]
     while damping <= 1:
@@ -75,11 +73,15 @@ def feedback_of(gram: Tensor, damping: float = DAMPING) -> Feedback | None:
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         del damped
-        if not int(failed):
-            upper = lower.flip(0, 1)
-            factor = upper.div_(upper.diagonal().clone()).triu_(1)
-            if bool(factor.isfinite().all()):
-                return Feedback(order, factor.contiguous(), damping)
+        upper = lower.flip(0, 1)
+        factor = upper.div_(upper.diagonal().clone()).triu_(1)
+        some = (mean > 0) & mean.isfinite()
+        found = (failed == 0) & factor.isfinite().all()
+        has_inputs, is_sound = torch.stack([some, found]).tolist()  # a GPU is waited for once
+        if not has_inputs:
+            return None
+        if is_sound:
+            return Feedback(order, factor.contiguous(), damping)
         damping *= 10
     return None
 
@@ -111,27 +113,31 @@ def round_with_feedback(weight: Tensor, steps: Steps, feedback: Feedback) -> Ten
     order, factor = feedback.order, feedback.factor
     exact, step = weight[:, order], steps.step[:, order]
     zero = None if steps.zero is None else steps.zero[:, order]
-    values, errors = torch.empty_like(exact), torch.empty_like(exact)
-    columns = exact.shape[1]
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        target = exact[:, start:stop].clone(
-            memory_format=torch.contiguous_format
-        )  # even one that is the whole: it is overwritten
-        if start:
-            target = torch.addmm(target, errors[:, :start], factor[:start, start:stop])
-        found = round_block(
+    errors = torch.empty_like(exact)
+    zeros = None if zero is None else zero.split(BLOCK, dim=1)
+    found: list[Tensor] = []
+    start = 0
+    for number, parts in enumerate(zip(*(of.split(BLOCK, dim=1) for of in (exact, step, errors, factor)), strict=True)):
+        part, of_part, error, columns = parts
+        part, stop = part.contiguous(), start + part.shape[1]
+        # overwritten, even one that is the whole
+        target = torch.addmm(part, errors[:, :start], columns[:start]) if start else part.clone()
+        values = round_block(
             target,
-            exact[:, start:stop].contiguous(),
-            step[:, start:stop].contiguous(),
-            None if zero is None else zero[:, start:stop].contiguous(),
-            factor[start:stop, start:stop].contiguous(),
+            part,
+            of_part.contiguous(),
+            None if zeros is None else zeros[number].contiguous(),
+            columns[start:stop].contiguous(),
             steps.grid,
         )
-        values[:, start:stop] = found
-        errors[:, start:stop] = exact[:, start:stop] - found
-    result = torch.empty_like(values)
-    result[:, order] = values
+        torch.sub(part, values, out=error)
+        found.append(values)
+        start = stop
+    del errors
+    ordered = torch.cat(found, dim=1)
+    del found
+    result = torch.empty_like(exact)
+    result[:, order] = ordered
     return result
 
 

@@ -24,6 +24,9 @@ from snugfit.model.experts import ExpertNames
 from snugfit.model.forward_pass import Batch
 from snugfit.records.norm_folds import NormFold
 
+# what passes a layer where some tokens are enough: so many, of so many samples at least
+SOME_TOKENS, SOME_SAMPLES = 4096, 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
@@ -83,11 +86,15 @@ class Purpose:
 class RunLayer(Protocol):
     """Passes samples through an observed layer; what comes out of it is dropped."""
 
-    def __call__(self, before: Callable[[Batch], None], *, max_tokens: int | None = None, spread: int = 1) -> None:
+    def __call__(
+        self, before: Callable[[Batch], None], *, max_tokens: int | None = None, with_experts: bool = True
+    ) -> None:
         """Call `before` ahead of each batch (`batch.valid` says which tokens are real), then run the layer on it.
 
-        With `max_tokens` it ends behind the first batches that hold so many tokens; with a `spread` of n > 1 it takes
-        at least n batches, evenly spread over all.
+        With `max_tokens` it ends behind the first batches that hold so many tokens, out of samples that are spread over
+        all and hold SOME_TOKENS, if there are as many. Of several processes each runs its block of the batches, with
+        `max_tokens` all run the same. Without `with_experts` the caller has something else in the place of routed
+        experts, whose weights are not needed.
         """
 
 

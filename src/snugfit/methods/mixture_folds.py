@@ -17,13 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from snugfit import distributed
 from snugfit.calibration.moments import drawn_together
-from snugfit.calibration.routes import Routes, routes_of
+from snugfit.calibration.routes import Routes, routes_of, without_experts
 from snugfit.formats.grids import powers_of_two
 from snugfit.formats.spec import EFFORT, TensorFormat
 from snugfit.methods import folds as folding
@@ -43,6 +46,7 @@ LARGEST_POWER = 8  # factors are 2^-8 ... 2^8
 STRENGTHS = ((0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3))
 
 # what rounded weights [N, K] put out on rounded inputs [n, K], both fp32; scales are chosen under E[x^2] [K]
+Found = TypeVar("Found")
 RoundedOutputs = Callable[[Tensor, Tensor, TensorFormat, Tensor], Tensor]
 
 
@@ -73,11 +77,6 @@ def fold_norm(layer: ObservedLayer, outputs: RoundedOutputs) -> Scaling:
     targets = expert_targets(layer)
     if any(target is None for target in targets.values()):
         return Scaling()
-    if distributed.world_size() > 1 or experts.holds_some(layer.module.get_submodule(layer.experts.module)):
-        layer.note(
-            NormFold(layer=layer.prefix[:-1], reason="one process with all experts in memory folds it, no other")
-        )
-        return Scaling()
     readers = find_readers(layer)
     if isinstance(readers, str):
         layer.note(NormFold(layer=layer.prefix[:-1], reason=readers))
@@ -88,8 +87,10 @@ def fold_norm(layer: ObservedLayer, outputs: RoundedOutputs) -> Scaling:
         readers=tuple(_file_name(layer, f"{name}.weight") for name in readers.modules),
     )
     module = layer.module.get_submodule(layer.experts.module)
-    routes = routes_of(module, layer.run)
-    factors = None if routes is None else _best_factors(layer, readers, routes, outputs)
+    routes = _routes(layer, module)
+    factors = None
+    if routes is not None:
+        factors = _by_main(partial(_best_factors, layer, readers, routes, outputs))
     if routes is None or factors is None:
         layer.note(replace(note, reason="no strength makes outputs of the experts better"))
         return Scaling()
@@ -100,6 +101,15 @@ def fold_norm(layer: ObservedLayer, outputs: RoundedOutputs) -> Scaling:
         return Scaling()
     expert_inputs = dict.fromkeys(targets, factors)
     return scaling.beside(Scaling(inputs=expert_inputs))
+
+
+def _routes(layer: ObservedLayer, module: nn.Module) -> Routes | None:
+    return routes_of(module, partial(layer.run, with_experts=False))
+
+
+def _by_main(work: Callable[[], Found]) -> Found:
+    """What `work`, which talks to no other process, gives in the main one."""
+    return distributed.merged({0: work()} if distributed.is_main() else {})[0]
 
 
 def expert_targets(layer: ObservedLayer) -> dict[str, TensorFormat | None]:
@@ -125,7 +135,8 @@ def find_readers(layer: ObservedLayer) -> Readers | str:
             handles.append(module.register_forward_hook(watch.makes(name)))
         elif own:
             handles.append(module.register_forward_pre_hook(watch.reads(name), with_kwargs=True))
-    layer.run(lambda _: None, max_tokens=1)
+    with without_experts(layer.module.get_submodule(layer.experts.module)):
+        layer.run(lambda _: None, max_tokens=1, with_experts=False)
     for handle in handles:
         handle.remove()
     norms = watch.norms_of(layer.experts.module)
@@ -233,8 +244,8 @@ def _searched(layer: ObservedLayer, readers: Readers, routes: Routes) -> tuple[l
     """The readers whose outputs count, and the mean squares of all experts' weights by input feature [K]."""
     assert layer.experts is not None
     module = layer.module.get_submodule(layer.experts.module)
-    number = experts.count(module)
-    roles = _roles(module)
+    number = layer.experts.count
+    roles = experts.input_roles(module)
     (fmt,) = {target for target in expert_targets(layer).values() if target is not None}
     rows_of_one = max(FEWEST_SEARCHED_ROWS, SEARCHED_ROWS // number)
     tokens = [(routes.sampled_experts == one).any(1) for one in range(number)]
@@ -293,20 +304,20 @@ def _apply_and_compare(
     """Fold, and compare the layer with what it was; it is left as it was if anything changed."""
     assert layer.experts is not None
     module = layer.module.get_submodule(layer.experts.module)
-    if not _can_multiply(layer, scaling, module, factors):
+    if not _by_main(partial(_can_multiply, layer, scaling, module, factors)):
         return replace(note, reason="a weight that reads the norm cannot be multiplied exactly in its dtype")
     before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
     exact = _one_batch(layer)
     folding.apply(layer.module, scaling)
-    _multiply_experts(module, factors)
-    same = torch.equal(exact, _one_batch(layer))
-    again = routes_of(module, layer.run)
+    experts.multiply_inputs(module, factors)
+    same = all(distributed.gather(torch.equal(exact, _one_batch(layer))))
+    again = _routes(layer, module)
     assert again is not None
     changed = int((again.experts != routes.experts).any(1).sum())
     note = replace(note, tokens=len(again.experts), changed_tokens=changed)
     if same and not changed:
         return note
-    _multiply_experts(module, 1 / factors)
+    experts.multiply_inputs(module, 1 / factors)
     for name, data in before.items():
         layer.module.get_parameter(name).data = data
     what = (
@@ -315,33 +326,24 @@ def _apply_and_compare(
     return replace(note, reason=what)
 
 
-def _roles(module: nn.Module) -> list[str]:
-    """The roles of the experts' projections that read the norm."""
-    return sorted({role for role, parameter in experts.shapes(module) if parameter == "weight" and role != DOWN})
-
-
-def _expert_weights(module: nn.Module) -> Iterator[Tensor]:
-    """The weights [N, K] of all experts that read the norm, which are views."""
-    roles = _roles(module)
-    return (experts.weight_of(module, expert, role) for expert in range(experts.count(module)) for role in roles)
-
-
-def _multiply_experts(module: nn.Module, factors: Tensor) -> None:
-    for weight in _expert_weights(module):
-        weight.copy_(weight.float() * factors)
+def _expert_weights(layer: ObservedLayer, module: nn.Module) -> Iterator[Tensor]:
+    """The weights [N, K] of all experts that read the norm, one after another."""
+    assert layer.experts is not None
+    roles = experts.input_roles(module)
+    return (experts.weight_of(module, expert, role) for expert in range(layer.experts.count) for role in roles)
 
 
 def _can_multiply(layer: ObservedLayer, scaling: Scaling, module: nn.Module, factors: Tensor) -> bool:
     """Whether every weight that reads the norm is the same again when it was multiplied and divided."""
-    weights = [
+    weights = (
         (one.data, layer.dtypes.get(f"{name}.weight", one.dtype))
         for name in scaling.inputs
         for one in [layer.module.get_submodule(name).get_parameter("weight")]
-    ]
-    weights += [(weight, weight.dtype) for weight in _expert_weights(module)]
+    )
+    of_experts = ((weight, weight.dtype) for weight in _expert_weights(layer, module))
     return all(
         torch.equal((weight.float() * factors).to(weight.dtype).to(dtype).float() / factors, weight.float())
-        for weight, dtype in weights
+        for weight, dtype in chain(weights, of_experts)
     )
 
 

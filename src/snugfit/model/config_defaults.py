@@ -21,6 +21,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
 
 # keys under which configs state the number of routed experts of a layer
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "num_routed_experts")
+# keys under which configs state the number of layers of multi-token prediction
+PREDICTION_KEYS = ("num_nextn_predict_layers", "num_mtp_modules", "mtp_num_hidden_layers")
 
 _QWEN2 = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _LLAMA = {

@@ -11,7 +11,7 @@ choose, whose output is dropped.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import BuiltinFunctionType, FunctionType
@@ -32,7 +32,7 @@ CHECKED_TOKENS = 16
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}  # forced through an expert at once
 _HOOKS = "_snugfit_hooks"
 _SUM_DTYPES = "_snugfit_sum_dtypes"
-_READ, _INSTEAD = "_snugfit_read", "_snugfit_instead"
+_READ, _INSTEAD, _FACTORS = "_snugfit_read", "_snugfit_instead", "_snugfit_factors"
 
 ReadExpert = Callable[[int, str], Tensor]  # number and role -> weight [N, K]
 # takes the place of an experts module's forward: module, hidden states [tokens, K], indices and weights [tokens, k]
@@ -241,11 +241,50 @@ def holds_some(module: nn.Module) -> bool:
 def weight_of(module: nn.Module, expert: int, role: str) -> Tensor:
     """The weight [N, K] of one expert's projection: a view of the module's parameter, or read if it holds few."""
     read: ReadExpert | None = module.__dict__.get(_READ)
-    if read is not None:
-        return read(expert, role)
+    if read is None:
+        return _held_weight(module, expert, role)
+    name, _ = _places(module)[role, "weight"]
+    weight = read(expert, role).to(module.get_parameter(name).dtype)
+    factors = module.__dict__.get(_FACTORS) if role != DOWN else None
+    return weight if factors is None else (weight.float() * factors).to(weight.dtype)
+
+
+def _held_weight(module: nn.Module, place: int, role: str) -> Tensor:
+    """A view of the weight [N, K] of the expert that has this place in the module's parameters."""
     name, rows = _places(module)[role, "weight"]
-    whole = module.get_parameter(name).data[expert]
+    whole = module.get_parameter(name).data[place]
     return (whole.t() if module.is_transposed else whole)[rows]
+
+
+def multiply_inputs(module: nn.Module, factors: Tensor) -> None:
+    """Multiply the input features of all experts' gates and ups by `factors` [K].
+
+    Where the module's parameters hold some experts at a time, `filled` does it to those that come to be in memory.
+    """
+    if holds_some(module):
+        before = module.__dict__.get(_FACTORS)
+        module.__dict__[_FACTORS] = factors if before is None else before * factors
+        return
+    _multiply(module, range(count(module)), factors)
+
+
+def filled(module: nn.Module, number: int) -> None:
+    """The module's parameters, which hold some experts at a time, now have the exact weights of `number` of them."""
+    factors = module.__dict__.get(_FACTORS)
+    if factors is not None:
+        _multiply(module, range(number), factors)
+
+
+def _multiply(module: nn.Module, held: Iterable[int], factors: Tensor) -> None:
+    for place in held:
+        for role in input_roles(module):
+            weight = _held_weight(module, place, role)
+            weight.copy_(weight.float() * factors)
+
+
+def input_roles(module: nn.Module) -> list[str]:
+    """The roles of the experts' projections that read what comes to the experts."""
+    return sorted({role for role, parameter in shapes(module) if parameter == "weight" and role != DOWN})
 
 
 def why_not_linear_in_up(module: nn.Module) -> str:

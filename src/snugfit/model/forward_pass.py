@@ -98,6 +98,33 @@ def some_batches(batches: Sequence[Batch], tokens: int, spread: int = 1) -> list
         count += 1
 
 
+def spread_places(rows: Sequence[Sequence[int]], tokens: int, least: int) -> list[int]:
+    """Places of the fewest samples, evenly spread over all, that hold so many tokens and are `least` at least."""
+    count = min(least, len(rows))
+    while True:
+        places = [(2 * n + 1) * len(rows) // (2 * count) for n in range(count)]
+        if count == len(rows) or sum(len(rows[place]) for place in places) >= tokens:
+            return places
+        count += 1
+
+
+def spread_batches(
+    rows: Sequence[Sequence[int]],
+    tokens: int,
+    least: int,
+    tokens_per_batch: int,
+    device: torch.device,
+    *,
+    pads: bool = True,
+) -> list[Batch]:
+    """Batches of the samples at `spread_places`."""
+    places = spread_places(rows, tokens, least)
+    batches = make_batches([rows[place] for place in places], tokens_per_batch, device, pads=pads)
+    for batch in batches:
+        batch.rows = tuple(places[row] for row in batch.rows)
+    return batches
+
+
 def _width(row: Sequence[int]) -> int:
     """The length that a sample is padded to: each width costs masks of its own, eight lie between doublings."""
     multiple = max(ROW_MULTIPLE, 1 << max(0, len(row).bit_length() - 4))
@@ -251,6 +278,22 @@ def queue_layer(
                 states[1].write(batch, batch.hidden)
             batch.hidden = torch.empty(0)
     return torch.stack(bad).sum() if bad else torch.zeros((), dtype=torch.int64)
+
+
+class Enough(Exception):  # noqa: N818  # not an error
+    """Raised by a hook that has seen what it was to see of a batch: the rest of the layer need not run."""
+
+
+@torch.no_grad()
+def show_layer(
+    layer: nn.Module, index: int, batches: Sequence[Batch], before: Callable[[Batch], None], states: States
+) -> None:
+    """Pass every batch through a resident layer for its hooks to see, as far as these want; its output is dropped."""
+    for batch in batches:
+        hidden = states.read(batch)
+        before(batch)
+        with contextlib.suppress(Enough):
+            call_layer(layer, index, batch, hidden)
 
 
 def call_layer(layer: Callable[..., Any], index: int, batch: Batch, hidden: Tensor, cache: object = None) -> Tensor:

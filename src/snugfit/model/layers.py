@@ -84,7 +84,9 @@ def resident_layer(
     gives the weights of any (`experts.weight_of`).
     """
     empty = skeleton.layers[index]
-    layer = copy.deepcopy(empty, {id(parameter): parameter for parameter in empty.parameters()})  # all are replaced
+    # parameters are all replaced, and configs, which have hundreds of values, are only read
+    configs = [config for module in empty.modules() if (config := getattr(module, "config", None)) is not None]
+    layer = copy.deepcopy(empty, {id(shared): shared for shared in (*empty.parameters(), *configs)})
     if size is not None:
         experts.hold_some(layer.get_submodule(skeleton.experts[index].module), size, read)
     names = skeleton.names_of_layer(index).parameters

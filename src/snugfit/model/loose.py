@@ -18,7 +18,7 @@ from snugfit.model.names import parse_name
 from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.open import read_file_header
 
-# keys by which families state prediction layers: num_nextn_predict_layers, mtp_num_hidden_layers, num_mtp_modules
+# keys by which families state prediction layers, those of PREDICTION_KEYS (config_defaults.py) and others like them
 _STATES_PREDICTION = re.compile(r"(^|_)(mtp|nextn|multi_token)(_|$)")
 # files at the top that hold other weights: adapters, and the whole model in the layout of its makers
 _OTHER_WEIGHTS = ("adapter_", "consolidated")

@@ -88,7 +88,7 @@ class ScratchMemory:
         return self._held[key].to(self._device)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ExpertsInPieces:
     """Routed experts of a layer, some at a time: `module` is the name of their module in it, `total` their number.
 
@@ -128,6 +128,7 @@ def run_layer(
                 continue
             raise _unsupported(layer, "does not run its experts")
     for some in pieces.fill():
+        experts.filled(module, len(some))
         for batch in batches:
             kept.start(batch, before)
             kept.add(some)
@@ -137,6 +138,25 @@ def run_layer(
 
     with experts.instead_of(module, kept.replay):
         return queue_layer(layer, index, batches, start, cache=cache, states=states)
+
+
+@contextmanager
+def filled_when_called(layer: nn.Module, pieces: ExpertsInPieces | None) -> Iterator[None]:
+    """Let a layer fill its experts in each call, for calls that come one at a time; without `pieces` as it is."""
+    if pieces is None:
+        yield
+        return
+    total, fill = pieces.total, pieces.fill
+
+    def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        inputs, result = _begin(module, hidden, index, total), None
+        for some in fill():
+            result = _add_up(module, _Pass(index, weights, hidden, hidden.dtype), inputs, total, some, result)
+        assert result is not None
+        return result.to(hidden.dtype)
+
+    with experts.instead_of(layer.get_submodule(pieces.module), run):
+        yield
 
 
 class _Reached(Exception):  # noqa: N818  # not an error
@@ -151,6 +171,28 @@ class _Pass:
     weights: Tensor
     few: Tensor
     dtype: torch.dtype
+
+
+def _begin(module: nn.Module, hidden: Tensor, index: Tensor, total: int) -> Tensor:
+    """The inputs of gate and up for hidden states [tokens, K] that come to experts."""
+    hooks = experts.hooks_of(module)
+    if hooks is None:
+        return hidden
+    hooks.begin(hidden, total)
+    hooks.expect(index)
+    return hooks.first(hidden)
+
+
+def _add_up(module: nn.Module, known: _Pass, inputs: Tensor, total: int, some: range, result: Tensor | None) -> Tensor:
+    """`result`, None for the first, with what `some` experts, which the module's parameters hold, add to it."""
+    hooks = experts.hooks_of(module)
+    if hooks is not None:
+        hooks.again(inputs, total)
+    if result is None:
+        dtype = experts.sum_dtype_of_some(module, known.few, known.weights)
+        result = torch.zeros_like(inputs, dtype=dtype)
+    experts.add_up(module, inputs, known.index, known.weights, hooks, result, some)
+    return result
 
 
 class _Kept:
@@ -170,11 +212,7 @@ class _Kept:
 
     def stop(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Keep what comes to the experts, and end the forward pass."""
-        hooks, inputs = experts.hooks_of(module), hidden
-        if hooks is not None:
-            hooks.begin(hidden, self._pieces.total)
-            hooks.expect(index)
-            inputs = hooks.first(hidden)
+        inputs = _begin(module, hidden, index, self._pieces.total)
         few = hidden[: experts.CHECKED_TOKENS].clone()
         self._passes[self._rows] = _Pass(index.clone(), weights.clone(), few, hidden.dtype)
         self._scratch.put(("inputs", self._rows), inputs)
@@ -182,17 +220,10 @@ class _Kept:
 
     def add(self, some: range) -> None:
         """Run some experts on what came to them."""
-        known, hooks = self._passes[self._rows], experts.hooks_of(self._module)
         inputs = self._scratch.get(("inputs", self._rows))
-        if hooks is not None:
-            hooks.again(inputs, self._pieces.total)
-        if some.start:
-            result = self._scratch.get(("sums", self._rows))
-        else:
-            dtype = experts.sum_dtype_of_some(self._module, known.few, known.weights)
-            result = torch.zeros_like(inputs, dtype=dtype)
-        experts.add_up(self._module, inputs, known.index, known.weights, hooks, result, some)
-        self._scratch.put(("sums", self._rows), result)
+        sums = self._scratch.get(("sums", self._rows)) if some.start else None
+        sums = _add_up(self._module, self._passes[self._rows], inputs, self._pieces.total, some, sums)
+        self._scratch.put(("sums", self._rows), sums)
 
     def replay(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:  # noqa: ARG002
         """What the experts have added up for a batch."""

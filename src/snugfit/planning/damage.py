@@ -178,9 +178,12 @@ def merge_scores(parts: Sequence[tuple[str, Scores]]) -> Scores:
     """Scores of one model as one, each part with a name for messages.
 
     Parts of the same samples have different formats; parts of different samples have the same formats, and their costs
-    are averaged by tokens. The damage is fitted anew to all plans that were measured. UserError for other parts.
+    are averaged by tokens. The damage is fitted anew to all plans that were measured; a single part stays as it is.
+    UserError for other parts.
     """
     name, merged = parts[0]
+    if len(parts) == 1:
+        return merged
     for other, part in parts[1:]:
         _check_alike(other, part, name, merged)
         mine, others = ({one.digest for one in found.datasets} for found in (merged, part))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from snugfit.byte_counts import size
 from snugfit.planning.menu import GroupMenu, Option
 from snugfit.planning.search import NOT_SCORED, Mix, Space, choice_for_scores
 from snugfit.records.plan import PlannedGroup
@@ -131,11 +132,3 @@ def _why(menu: GroupMenu, up: _Step | None, down: _Step | None, price: float) ->
     if down is not None:
         parts.append(f"{down.option.format} would cost {nats(down.nats)} nats for {size(down.bytes)} less")
     return "; ".join(parts)
-
-
-def size(count: int) -> str:
-    """Bytes in the unit that suits them."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count} B"

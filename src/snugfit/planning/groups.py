@@ -141,12 +141,3 @@ def assignment_of(layout: ModelLayout, group: Group, fmt: str) -> Mapping[str, A
     settled = Assignment(one, EFFORT if fmt in PLAIN_RULES else FORMATS[fmt].scale_rules[0], "mse", 0)
     check_inputs(settled, others, group.name)
     return found | dict.fromkeys(others, settled)
-
-
-def why_not(layout: ModelLayout, group: Group, fmt: str) -> str:
-    """Why a group cannot have a format, "" if it can."""
-    try:
-        assignment_of(layout, group, fmt)
-    except UserError as error:
-        return error.what
-    return ""

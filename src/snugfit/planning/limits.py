@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from snugfit.engines.memory import GIB
@@ -12,7 +12,6 @@ from snugfit.model.layout import ModelLayout
 from snugfit.planning.fit import read_served_model, serve_settings
 from snugfit.planning.menu import Server
 from snugfit.planning.search import Limit, Space, least_amount
-from snugfit.records.scores import KEEP
 from snugfit.storage.other_files import is_copied
 from snugfit.vram.fit import ServedModel, longest_context, most_weight_bytes
 from snugfit.vram.weights import is_served
@@ -100,8 +99,11 @@ def context_beside(place: Place, weight_bytes: int, *, fp8: bool) -> int | None:
     return longest_context(place.served, weight_bytes, place.server.settings, fp8=fp8)
 
 
-def impossible(space: Space, place: Place) -> UserError:
-    """Why no mix on the menu keeps the limits: what is missing of each limit, and the nearest that works."""
+def impossible(space: Space, place: Place, is_fp8: Callable[[str], bool]) -> UserError:
+    """Why no mix on the menu keeps the limits: what is missing of each limit, and the nearest that works.
+
+    `is_fp8` says of a choice of the cache whether keys and values are then in FP8.
+    """
     cache = min(space.limits, key=lambda c: max((_missing(space, limit, c) for limit in space.limits[c]), default=0))
     short = [(limit, _missing(space, limit, cache)) for limit in space.limits[cache]]
     parts, works = [], []
@@ -109,12 +111,12 @@ def impossible(space: Space, place: Place) -> UserError:
         if missing <= 0:
             continue
         least = least_amount(space, limit, cache)
-        parts.append(f"{_words(limit, place)} {_size(least)} at least, and {_size(max(limit.bytes, 0))} are allowed")
-        works.append(_nearest(limit, least, missing, cache, place))
+        parts.append(f"{_words(limit, place)} {least:,} bytes at least, and {max(limit.bytes, 0):,} are allowed")
+        works.append(_nearest(limit, least, missing, place, fp8=is_fp8(cache)))
     if not parts:
         what = "no mix of formats keeps all limits and constraints together."
         return UserError(what, code="plan-impossible", where="constraints", remedy="Loosen one of them.")
-    with_cache = f" (with a KV cache in {'16 bits' if cache == KEEP else 'FP8'})" if len(space.limits) > 1 else ""
+    with_cache = f" (with a KV cache in {'FP8' if is_fp8(cache) else '16 bits'})" if len(space.limits) > 1 else ""
     what = f"no mix of formats fits{with_cache}: {'; '.join(parts)}."
     where = next(limit.name for limit, missing in short if missing > 0)
     return UserError(what, code="plan-impossible", where=where, remedy=" ".join(filter(None, works)))
@@ -134,11 +136,11 @@ def _words(limit: Limit, place: Place) -> str:
     }[limit.kind]
 
 
-def _nearest(limit: Limit, least: int, missing: int, cache: str, place: Place) -> str:
+def _nearest(limit: Limit, least: int, missing: int, place: Place, *, fp8: bool) -> str:
     """What to ask for instead: the value of the same parameter that just works."""
     if limit.kind == "gpu" and place.served is not None and place.server.settings is not None:
         settings = place.server.settings
-        context = longest_context(place.served, least, settings, fp8=cache != KEEP)
+        context = longest_context(place.served, least, settings, fp8=fp8)
         if context:
             return f"The longest that works is `context={context}`."
         reported = settings.gpu.reported_bytes
@@ -150,10 +152,6 @@ def _nearest(limit: Limit, least: int, missing: int, cache: str, place: Place) -
         return f"`bits_per_weight={-(-bits * 100 * least // max(1, limit.bytes)) / 100:g}` works."
     given = place.budget.disk if limit.name == "disk" else place.budget.bytes
     return f"`{limit.name}={(given or 0) + missing}` works."
-
-
-def _size(size: int) -> str:
-    return f"{size:,} bytes" if size < 10**7 else f"{size / 10**9:,.3f} GB"
 
 
 def _check(budget: Budget) -> None:

@@ -49,7 +49,7 @@ def plan(
     max_kl: float | None = None,
     menu: str | Sequence[str] = (),
     constraints: str | Path | None = None,
-    scores: str | Path | None = None,
+    scores: str | Path | Sequence[str | Path] = (),
     dataset: str | Path | Sequence[str | Path] = (),
     max_seq_length: int | None = None,
     num_tokens: int | None = None,
@@ -70,9 +70,10 @@ def plan(
 
     The budget: a GPU and a context as in `fit`, `bytes` of all weights, `bits_per_weight`, `disk`; with `max_kl` the
     smallest file of at most that KL, or on a GPU without a context the longest context. `menu` are formats (none: those
-    that the engine runs), `constraints` a YAML file. `scores` are reused from an earlier plan's directory or file, else
-    made on `dataset` in contexts up to `max_seq_length`, `num_tokens` for each bucket of positions. Candidates and
-    controls are measured on `held_out` (default: topics that scoring leaves out) unless `prove` is False.
+    that the engine runs), `constraints` a YAML file. `scores` are reused from an earlier plan's directory or file, or
+    merged of several (other formats on the same samples, or the same formats on other samples), else made on `dataset`
+    in contexts up to `max_seq_length`, `num_tokens` for each bucket of positions. Candidates and controls are measured
+    on `held_out` (default: topics that scoring leaves out) unless `prove` is False.
 
     A plan that does not beat its control is refused: the record's verdict says so, and recipe.yaml is the control's.
     A run that was killed resumes with the same arguments. UserError for bad input and for a budget that no mix keeps.
@@ -210,7 +211,7 @@ def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix
     if budget.max_kl is None:
         found = least_kl(space, scores, context, count=count, distance=distance)
         if not found:
-            raise impossible(space, choices.place)
+            raise impossible(space, choices.place, choices.is_fp8)
         return context, found, space
     smallest = least_bytes(space, scores, context, budget.max_kl)
     if smallest is None:
@@ -257,7 +258,7 @@ def _longest(choices: Choices, scores: Scores) -> int:
 def _too_lossy(found: Sequence[Mix], choices: Choices) -> UserError:
     """Why no mix has at most the KL that was asked for."""
     if not found:
-        return impossible(choices.space, choices.place)
+        return impossible(choices.space, choices.place, choices.is_fp8)
     least = found[0].predicted.kl
     what = f"every mix that fits is expected to lose more than {choices.place.budget.max_kl:g} nats a token."
     remedy = f"The least that works is `max_kl={least * 1.001:.3g}`."

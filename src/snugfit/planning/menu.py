@@ -8,8 +8,8 @@ it, tensor parallelism can split it, and the engine has a kernel for it on the G
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from snugfit.engines.gpus import GENERATIONS
 from snugfit.engines.kernels import Kernel, linear_kernel
@@ -103,21 +103,30 @@ class Server:
         return f"no kernel of {engine.title} is known for {kernel_format(fmt)} on {generation}"
 
 
-def read_menu(layout: ModelLayout, menu: Sequence[str] = (), server: Server | None = None) -> tuple[GroupMenu, ...]:
-    """The options of each group of a model, in the order of the groups, out of `menu` (formats; none: DEFAULT_MENU).
+def read_options(layout: ModelLayout, server: Server) -> tuple[GroupMenu, ...]:
+    """All options of each group of a model, in the order of the groups.
 
-    UserError for an unknown format, for a model that cannot be quantized or has no group, and where no group can have
-    any format of the menu.
+    UserError for a model that cannot be quantized or has no group.
     """
-    formats = _formats(menu, server or Server())
-    groups = find_groups(layout)
-    sizes = _Sizes(layout, server or Server())
-    found = tuple(_group_menu(layout, group, formats, sizes) for group in groups)
+    sizes = _Sizes(layout, server)
+    return tuple(_group_menu(layout, group, sizes) for group in find_groups(layout))
+
+
+def on_menu(everything: Sequence[GroupMenu], menu: Sequence[str], server: Server) -> tuple[GroupMenu, ...]:
+    """Of the options of each group those in `menu` (formats; none: DEFAULT_MENU), and what is kept.
+
+    UserError for an unknown format, and where no group can have any format of the menu.
+    """
+    formats, found = _formats(menu, server), []
+    for one in everything:
+        offered = {option.format: option for option in one.options}
+        options = tuple(offered[fmt] for fmt in (KEEP, *formats) if fmt in offered)
+        found.append(replace(one, options=options, refused={f: one.refused[f] for f in formats if f in one.refused}))
     if all(len(one.options) == 1 for one in found):
         reasons = dict.fromkeys(reason for one in found for reason in one.refused.values())
         what = f"no weight of this model can have a format of the menu: {'; '.join(reasons) or 'there is no linear'}."
         raise UserError(what, code="plan-impossible", where="menu", remedy=f"Formats: {', '.join(FORMATS)}.")
-    return found
+    return tuple(found)
 
 
 def sizes_outside(layout: ModelLayout, outputs: Mapping[str, Sequence[TensorInfo]], server: Server) -> Bytes:
@@ -148,10 +157,10 @@ def _formats(menu: Sequence[str], server: Server) -> tuple[str, ...]:
     return tuple(formats)
 
 
-def _group_menu(layout: ModelLayout, group: Group, formats: Iterable[str], sizes: _Sizes) -> GroupMenu:
+def _group_menu(layout: ModelLayout, group: Group, sizes: _Sizes) -> GroupMenu:
     kept = assignment_of(layout, group, KEEP)
     options, refused = [_option(group, KEEP, kept, sizes)], {}
-    for fmt in formats:
+    for fmt in FORMATS:
         try:
             found = assignment_of(layout, group, fmt)
             reason = _why_not(layout, group, found, sizes.server)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
+from snugfit.byte_counts import size
 from snugfit.formats.spec import FORMATS
 from snugfit.planning.controls import Control
-from snugfit.planning.explain import cache_reasons, planned_groups, size
+from snugfit.planning.explain import cache_reasons, planned_groups
 from snugfit.planning.limits import Budget, context_beside, served_elements
 from snugfit.planning.menu import Option
 from snugfit.planning.search import NOT_SCORED, Limit, Mix, Space, least_amount, least_kl, within

@@ -13,6 +13,7 @@ from snugfit.planning.proving import to_measure
 from snugfit.planning.samples import Samples, read_samples
 from snugfit.planning.scoring_cost import ScoringEstimate, estimate_scoring
 from snugfit.planning.sensitivity import ScoreSettings
+from snugfit.progress import duration
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory
 
 
@@ -38,16 +39,16 @@ class PlanEstimate:
     def line(self) -> str:
         """One line for a person who decides whether to wait."""
         total = (self.scoring_seconds or 0.0) + (self.proof_seconds or 0.0)
-        parts = [_duration(total), f"{self.memory_bytes / 1e9:.1f} GB of memory"]
+        parts = [duration(total), f"{self.memory_bytes / 1e9:.1f} GB of memory"]
         parts += [] if self.gpu_bytes is None else [f"{self.gpu_bytes / 1e9:.1f} GB of GPU memory"]
         parts.append(f"{self.disk_bytes / 1e9:.2f} GB of disk")
         steps = []
         if self.scored_tokens:
             passes = f"{self.forwards:.0f} passes of {self.scored_tokens:,} tokens"
-            steps.append(f"scoring {_duration(self.scoring_seconds)}, {passes}")
+            steps.append(f"scoring {duration(self.scoring_seconds)}, {passes}")
         if self.mixes:
             passes = f"{self.mixes} mixes on {self.held_out_tokens:,} tokens"
-            steps.append(f"proof {_duration(self.proof_seconds)}, {passes}")
+            steps.append(f"proof {duration(self.proof_seconds)}, {passes}")
         return f"planning takes about {', '.join(parts)}{' (' + '; '.join(steps) + ')' if steps else ''}"
 
 
@@ -118,11 +119,3 @@ def check_resources(estimate: PlanEstimate, output_dir: Path, device: str | None
     needs = Estimate(ram=estimate.memory_bytes, gpu=estimate.gpu_bytes, disk=estimate.disk_bytes)
     check_memory(needs, pick_device(device))
     check_disk(needs, output_dir)
-
-
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "an unknown time"
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

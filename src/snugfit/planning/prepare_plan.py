@@ -15,6 +15,7 @@ from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
+from snugfit.planning.damage import merge_scores
 from snugfit.planning.limits import Budget, impossible, read_place
 from snugfit.planning.search import least_amount, make_mix, scored, within
 from snugfit.planning.space import Choices, read_choices
@@ -50,7 +51,7 @@ class PlanRequest:
     budget: Budget
     menu: tuple[str, ...] = ()
     constraints: str | Path | None = None
-    scores: str | Path | None = None
+    scores: Sequence[str | Path] = ()
     dataset: Sequence[str | Path] = ()
     max_seq_length: int | None = None
     num_tokens: int | None = None
@@ -112,8 +113,9 @@ def request_of(**given: Any) -> PlanRequest:
         device=given.pop("device", None),
         tokens_per_batch=given.pop("tokens_per_batch", None),
     )
-    menu, dataset = (tuple(as_sequence(given.pop(name, ()))) for name in ("menu", "dataset"))
-    return PlanRequest(budget=Budget(**budget), menu=tuple(map(str, menu)), dataset=dataset, proof=proof, **given)
+    menu, dataset, scores = (tuple(as_sequence(given.pop(name, ()) or ())) for name in ("menu", "dataset", "scores"))
+    given |= {"menu": tuple(map(str, menu)), "dataset": dataset, "scores": scores}
+    return PlanRequest(budget=Budget(**budget), proof=proof, **given)
 
 
 def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
@@ -121,6 +123,8 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
     if request.alternatives < 0:
         what = f"must be >= 0, got {request.alternatives}."
         raise UserError(what, code="option-invalid", where="alternatives", remedy="0 lists none.")
+    if (batch := request.proof.tokens_per_batch) is not None and batch < 1:
+        raise UserError(f"must be >= 1, got {batch}.", code="option-invalid", where="tokens_per_batch")
     loaded = LoadedConstraints() if request.constraints is None else load_constraints(request.constraints)
     layout = read_layout(model)
     layout.check_quantizable()
@@ -133,10 +137,11 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
     generation = place.server.settings.gpu.generation if place.server.settings else None
     fitting = _PROFILE_OF.get(generation or "", DEFAULT_PROFILE)
     found, statistics, notes = None, None, list(place.notes)
-    if request.scores is not None:
-        found = load_scores(Path(request.scores))
+    if request.scores:
+        found = merge_scores([(str(given), load_scores(Path(given))) for given in request.scores])
         check_model(found, header_digest(layout.checkpoint), fingerprint(layout.checkpoint), where="scores")
-        statistics = _statistics_beside(Path(request.scores), found)
+        beside = (_statistics_beside(Path(given), found) for given in request.scores)
+        statistics = next((one for one in beside if one is not None), None)
         if request.target not in (None, found.target):
             what = f"these scores were made for {found.target}, not {request.target}."
             raise UserError(what, code="scores-mismatch", where="scores", remedy="Score again, or leave `target` out.")
@@ -168,7 +173,11 @@ def _read_texts(
     if scores is None or (request.prove and statistics is None):
         from snugfit.planning.samples import read_samples
 
-        samples = read_samples(layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens)
+        asked = {"context": request.max_seq_length, "num_tokens": request.num_tokens}
+        try:
+            samples = read_samples(layout, request.dataset, **asked)
+        except UserError as error:
+            raise error.at("max_seq_length" if error.where == "context" else error.where) from None
     if request.prove:
         from snugfit.planning.proof import read_held_out
 
@@ -192,7 +201,7 @@ def _check_possible(choices: Choices) -> None:
         if all(least_amount(spaces, limit, cache) <= limit.bytes for limit in limits)
     ]
     if not fitting:
-        raise impossible(spaces, choices.place)
+        raise impossible(spaces, choices.place, choices.is_fp8)
     _check_needed(choices)
 
 

@@ -6,17 +6,16 @@ its weights to each format, and forwards with rounded inputs; and of the output 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, embedding_weights, open_head, open_model, outer_weights
-from snugfit.machine import pick_device
+from snugfit.evaluation.times import backward_time, forward_time, prediction_time
+from snugfit.machine import pick_device, timed
 from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
@@ -169,37 +168,22 @@ class _Rates:
         variants = LayerVariants(subject, index, device)
         hidden = batch.hidden
 
-        def forward() -> None:
-            with torch.no_grad():
-                forward_pass.call_layer(variants.exact, index, batch, hidden)
-
-        def backward() -> None:
-            with torch.enable_grad():
-                start = hidden.detach().requires_grad_()
-                output = forward_pass.call_layer(variants.exact, index, batch, start)
-                torch.autograd.grad(output, start, torch.ones_like(output))
-
-        self._forward = self._time(forward, twice=True)
-        self._backward = self._time(backward, twice=True)
+        self._forward = forward_time(variants.exact, index, batch, hidden).wall
+        self._backward = backward_time(variants.exact, index, batch, hidden).wall
         names = subject.by_layer.get(index, ())
         choices = [
             {name: fmt for name in names if scored_formats(layout, subject.groups[name], [fmt])}
             for fmt in settings.formats
         ]
-        self._load = self._time(lambda: LayerVariants(subject, index, device), twice=True)
+        self._load = timed(lambda: LayerVariants(subject, index, device), device, twice=True).wall
         self._rounding, self._rounded, self._copy = 0.0, 0.0, 0.0
         for choice in choices:
-            self._time(partial(variants.layer, choice))  # kernels are compiled, or read
+            make = partial(variants.layer, choice)
+            make()  # kernels are compiled, or read
             variants.forget()
-            self._rounding += self._time(partial(variants.layer, choice))
-            self._copy = max(self._copy, self._time(partial(variants.layer, choice)))
-            layer = variants.layer(choice)
-
-            def rounded(one: torch.nn.Module = layer) -> None:
-                with torch.no_grad():
-                    forward_pass.call_layer(one, index, batch, hidden)
-
-            self._rounded += self._time(rounded, twice=True) / len(choices)
+            self._rounding += timed(make, device).wall
+            self._copy = max(self._copy, timed(make, device).wall)
+            self._rounded += forward_time(make(), index, batch, hidden).wall / len(choices)
         self._head = self._time_head(subject, hidden)
 
     def _batch(self, rows: list[tuple[int, ...]], subject: Subject, per_batch: int) -> Batch:
@@ -208,32 +192,11 @@ class _Rates:
         forward_pass.embed(skeleton, embedding_weights(subject.model), batches[:1], self._device)
         return batches[0]
 
-    def _time(self, work: Callable[[], object], *, twice: bool = False) -> float:
-        """Seconds of `work`; with `twice` of its second run."""
-        for _ in range(1 + twice):
-            self._wait()
-            started = time.perf_counter()
-            work()
-            self._wait()
-            seconds = time.perf_counter() - started
-        return seconds
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-
     def _time_head(self, subject: Subject, hidden: Tensor) -> float:
         """Seconds that the predictions of one token and their KL take."""
         head = open_head(subject.model, self._device, outer_weights(subject.model, self._device))
         count = max(1, min(hidden.shape[1], LOGITS[self._device.type] // subject.model.vocabulary))
-        part = hidden[:1, :count]
-
-        @torch.no_grad()
-        def work() -> None:
-            one = softmax(head(part)[0])
-            diverge(one, one)
-
-        return self._time(work, twice=True) / count
+        return prediction_time(head, hidden[:1, :count]).wall
 
     def seconds(self, layers: int, tokens: int, plans: int, *, spread: float, own: float) -> float:
         """Of all of scoring."""

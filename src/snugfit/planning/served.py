@@ -51,8 +51,10 @@ def served_fits(
     if candidate.problem is not None:
         raise UserError(candidate.problem, code="quantization-invalid", where=layout.config_file)
     candidate = replace(candidate, tensors=_alike(candidate.tensors))
+    # the shapes that each GPU of a number of them has, or why the heads cannot be split; one GPU needs no split
+    shapes = {gpus: _shapes(layout, gpus) for gpus in gpu_counts}
     found = [
-        _fit(layout, candidate, card, engine, gpus, count)
+        _fit(shapes[gpus], candidate, card, engine, gpus, count)
         for card in cards
         for engine in REPORTED_ENGINES
         for gpus in gpu_counts
@@ -103,7 +105,18 @@ def _settings(card: Card, engine: str, gpus: int, sequences: int) -> ServeSettin
     )
 
 
-def _fit(layout: ModelLayout, candidate: Candidate, card: Card, engine: str, gpus: int, sequences: int) -> ServedFit:
+def _shapes(layout: ModelLayout, gpus: int) -> ServedModel | str:
+    try:
+        return read_served_model(layout, _settings(CARDS[0], REPORTED_ENGINES[0], gpus, 1))[0]
+    except UserError as error:
+        if gpus == 1:
+            raise
+        return error.what  # its heads cannot be split
+
+
+def _fit(
+    served: ServedModel | str, candidate: Candidate, card: Card, engine: str, gpus: int, sequences: int
+) -> ServedFit:
     settings = _settings(card, engine, gpus, sequences)
     found = ServedFit(
         card=card.name,
@@ -115,12 +128,8 @@ def _fit(layout: ModelLayout, candidate: Candidate, card: Card, engine: str, gpu
         fp8=0,
         headroom_bytes=0,
     )
-    try:
-        served = read_served_model(layout, settings)[0]
-    except UserError as error:
-        if gpus == 1:
-            raise
-        return replace(found, problem=error.what)  # its heads cannot be split
+    if isinstance(served, str):
+        return replace(found, problem=served)
     problem = serving_error(served, candidate.tensors, settings, gpus)
     if problem is not None:
         return replace(found, problem=problem)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from snugfit.errors import UserError
-from snugfit.formats.spec import FORMATS, KEEP
+from snugfit.formats.spec import KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.planning.constraints import LoadedConstraints, constrained
 from snugfit.planning.limits import Place, limits_of
-from snugfit.planning.menu import Bytes, GroupMenu, Option, read_menu, sizes_outside
+from snugfit.planning.menu import Bytes, GroupMenu, Option, on_menu, read_options, sizes_outside
 from snugfit.planning.recipe_text import WeightFormat, recipe_text
 from snugfit.planning.search import Mix, Space
 from snugfit.quantization.plan import decide, kept_cache
@@ -57,8 +57,8 @@ def read_choices(
     nothing, and an FP8 cache that is demanded and impossible.
     """
     loaded = constraints or LoadedConstraints()
-    everything = read_menu(layout, tuple(FORMATS), place.server)
-    menus = read_menu(layout, menu, place.server)
+    everything = read_options(layout, place.server)
+    menus = on_menu(everything, menu, place.server)
     menus = constrained(menus, loaded, layout.names, layout.num_layers)
     kept = kept_cache(layout) is not None
     outside, caches = _outside(layout, everything, place, loaded, fp8_kept=kept)

@@ -12,17 +12,17 @@ from snugfit.evaluation.results import checked_eval, checked_tasks
 from snugfit.inspection.inspect import inspect
 from snugfit.planning.served import served_fits
 from snugfit.recipes.recipe import parse_recipe
-from snugfit.records.base import DIGEST, SCHEMA
+from snugfit.records.base import DIGEST, MAKE_AGAIN, SCHEMA
 from snugfit.records.bench import BenchRecord
 from snugfit.records.comparison import CompareRecord
 from snugfit.records.evaluation import EvalRecord, EvaluatedCheckpoint, TasksRecord
 from snugfit.records.fit import FitRecord
 from snugfit.records.plan import PlanRecord
 from snugfit.records.quantize import RECIPE_FILE, RECORD_FILE, QuantizeRecord
-from snugfit.records.reading import MAKE_AGAIN, parse_record, read_document
+from snugfit.records.reading import parse_record, read_document
 from snugfit.records.report import REPORT_SCHEMA
 from snugfit.records.serve import ServeRecord
-from snugfit.records.statistics_file import SQUARES_SCHEMA, STATISTICS_SCHEMA, load_statistics, text_digest
+from snugfit.records.statistics_file import SQUARES_SCHEMA, STATISTICS_SCHEMA, Statistics, load_statistics, text_digest
 from snugfit.report.collection import CalibrationStatistics, Collection, QuantizedCheckpoint, Source, last_part
 from snugfit.report.outliers import coverage_of, outliers_of
 from snugfit.storage.checkpoint import header_digest, open_directory
@@ -74,16 +74,15 @@ def _take(file: Path, found: _Found) -> bool:
     document = read_document(file)
     if document is None or document[SCHEMA] == REPORT_SCHEMA:
         return False
-    where, digest = str(file), str(document[DIGEST])
-    known = [source.digest for source in found.sources]
-    if digest in known:
+    of_statistics = document[SCHEMA] in _STATISTICS
+    record = load_statistics(file) if of_statistics else parse_record(document, str(file))
+    digest = document[DIGEST]
+    if digest in [source.digest for source in found.sources]:
         return True  # the same record twice
-    found.sources.append(Source(file=where, schema=str(document[SCHEMA]), digest=digest))
-    if document[SCHEMA] in _STATISTICS:
-        _take_statistics(file, found)
-        return True
-    record = parse_record(document, where)
-    if isinstance(record, QuantizeRecord):
+    found.sources.append(Source(file=str(file), schema=document[SCHEMA], digest=digest))
+    if isinstance(record, Statistics):
+        _take_statistics(record, found)
+    elif isinstance(record, QuantizeRecord):
         found.checkpoints.append(_checkpoint(record, file))
     elif isinstance(record, EvalRecord):
         found.evals.append(checked_eval(record, file))
@@ -118,9 +117,8 @@ def _take_plain(record: Any, found: _Found) -> None:
         found.serves.append(record)
 
 
-def _take_statistics(file: Path, found: _Found) -> None:
+def _take_statistics(statistics: Statistics, found: _Found) -> None:
     """Outliers and coverage of statistics; those of the first file alone."""
-    statistics = load_statistics(file)
     if found.statistics is not None:
         return
     found.statistics_digest = statistics.header_digest

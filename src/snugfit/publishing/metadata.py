@@ -8,17 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from snugfit.errors import UserError
 from snugfit.report.collection import Collection, Hub
+from snugfit.storage.model_card import card_languages, read_card
 
-CARD = "README.md"
-MAX_CARD_BYTES = 4_000_000
-_BLOCK = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 _REPO = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
-_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]+)?|multilingual|code")
 _USER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _URL = re.compile(r"https?://[^\s<>\"]{1,2000}")
 MAX_TEXT = 96  # characters of a name on the Hub
@@ -42,7 +37,7 @@ def hub_metadata(
     _check("license", license_id, _LICENSE, "an id of the Hub's list, such as apache-2.0")
     _check("quantized_by", quantized_by, _USER, "the name of a user or organization on the Hub")
     one = collection.checkpoint
-    stated = base_metadata(Path(one.folder) / CARD) if one is not None and one.folder is not None else Hub()
+    stated = base_metadata(Path(one.folder)) if one is not None and one.folder is not None else Hub()
     source = one.record.source if one is not None and is_repo(one.record.source) else None
     found = replace(
         stated,
@@ -74,24 +69,16 @@ def _check(where: str, value: str | None, pattern: re.Pattern[str], kind: str) -
         raise UserError(f"must be {kind}, got {value!r}.", code="option-invalid", where=where)
 
 
-def base_metadata(file: Path) -> Hub:
+def base_metadata(model: Path) -> Hub:
     """What the card of the original states about license, languages, tags and task; nothing where it is unreadable."""
-    try:
-        if file.is_symlink() or not file.is_file() or file.stat().st_size > MAX_CARD_BYTES:
-            return Hub()
-        block = _BLOCK.match(file.read_text(encoding="utf-8", errors="replace"))
-        data: Any = yaml.safe_load(block[1]) if block else None
-    except (OSError, yaml.YAMLError, ValueError, RecursionError):
-        return Hub()
-    if not isinstance(data, Mapping):
-        return Hub()
+    data = read_card(model)
     license_id = _text(data, "license", _LICENSE)
     other = license_id == "other"
     return Hub(
         license=license_id,
         license_name=_text(data, "license_name", _LICENSE) if other else None,
         license_link=_text(data, "license_link", _URL) if other else None,
-        languages=_texts(data, "language", _LANGUAGE),
+        languages=card_languages(data),
         pipeline_tag=_text(data, "pipeline_tag", _LICENSE),
     )
 
@@ -99,12 +86,6 @@ def base_metadata(file: Path) -> Hub:
 def _text(data: Mapping[str, Any], key: str, pattern: re.Pattern[str]) -> str | None:
     value = data.get(key)
     return value if isinstance(value, str) and pattern.fullmatch(value) else None
-
-
-def _texts(data: Mapping[str, Any], key: str, pattern: re.Pattern[str]) -> tuple[str, ...]:
-    value = data.get(key)
-    values = value if isinstance(value, list) else [value]
-    return tuple(dict.fromkeys(one for one in values if isinstance(one, str) and pattern.fullmatch(one)))
 
 
 def unknown_metadata(hub: Hub) -> tuple[str, ...]:

@@ -10,13 +10,14 @@ from typing import Any
 
 from snugfit.errors import Unfinished, UserError
 from snugfit.progress import SILENT, Progress
-from snugfit.publishing.metadata import CARD, check_repo
+from snugfit.publishing.metadata import check_repo
 from snugfit.records.base import DIGEST
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.records.reading import parse_record, read_document
 from snugfit.records.report import REPORT_FILE, ReportRecord
 from snugfit.storage.files import check_inside
 from snugfit.storage.hub_upload import RemoteState, read_remote, stale_weights, upload
+from snugfit.storage.model_card import CARD
 from snugfit.storage.shards import file_digest
 
 GIVE_A_RUN = "Give the directory that `quantize` wrote, or one that `make_report` wrote."

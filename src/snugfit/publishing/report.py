@@ -11,7 +11,7 @@ from snugfit.arguments import as_sequence
 from snugfit.progress import SILENT, Progress
 from snugfit.publishing.benchmarks import write_hub_results
 from snugfit.publishing.collect import collect
-from snugfit.publishing.metadata import CARD, hub_metadata, unknown_metadata
+from snugfit.publishing.metadata import hub_metadata, unknown_metadata
 from snugfit.records.report import REPORT_FILE, ReportRecord, ReportSource
 from snugfit.report.card import PAGE, card
 from snugfit.report.collection import Collection
@@ -20,8 +20,9 @@ from snugfit.report.page import page
 from snugfit.report.plots import Plot, draw
 from snugfit.report.report_tables import tables_of
 from snugfit.report.table import Table
+from snugfit.storage.model_card import CARD
 from snugfit.storage.shards import file_digests
-from snugfit.storage.staging import LOCK_NAME, staged
+from snugfit.storage.staging import LOCK_NAME, check_stageable, staged
 from snugfit.version import __version__
 
 
@@ -47,6 +48,7 @@ def make_report(
     written, of another version, or of different models.
     """
     places = as_sequence(runs)
+    check_stageable(Path(output_dir), models=places)
     found = collect(places)
     given = {"base_model": base_model, "license": license, "quantized_by": quantized_by, "repo": repo}
     hub = hub_metadata(found, base_model=base_model, license_id=license, quantized_by=quantized_by, repo=repo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ LEARNED_TOKENS = 4096
 LEARNED_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
 _LEARNED_STATES, _LEARNED_WIDTHS, _LEARNED_COPIES = 16, 10, 6
 _SUM_BYTES = 4  # of a value that experts add up
+_ROOM = 0.7  # of free GPU memory: what the peak with hidden states may take
 _PADS = 1.25  # of tokens in batches of several lengths
 _HEAP = 340_000_000  # at most what the C library keeps of experts' many small tensors meanwhile (measured)
 _CUDA_HOST = 750_000_000  # what the GPU's libraries take of main memory once they work (torch 2.11, CUDA 13)
@@ -54,6 +55,13 @@ class Estimate:
             return self
         gpu = None if self.gpu is None else max(self.gpu, other.gpu or 0)
         return Estimate(ram=max(self.ram, other.ram), gpu=gpu, disk=max(self.disk, other.disk))
+
+    def with_states(self, skeleton: Skeleton, dataset: Dataset | None, device: torch.device) -> Estimate | None:
+        """The peaks of a run that holds its samples' hidden states on a GPU; None where these want a roomier one."""
+        if self.gpu is None or dataset is None:
+            return None
+        gpu = self.gpu + dataset.tokens * skeleton.hidden_size * skeleton.dtype.itemsize
+        return replace(self, gpu=gpu) if gpu <= _ROOM * free_bytes(device) else None
 
     def fits(self, device: torch.device) -> bool:
         """Whether there is enough memory and GPU memory now."""

@@ -22,6 +22,7 @@ from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerS
 from snugfit.records.statistics_file import DatasetUsed, Statistics, save_statistics
 from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.storage.importance_matrix import Importance, ImportanceMatrix, read_importance_matrix
+from snugfit.storage.staging import check_outside
 from snugfit.version import __version__
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def import_statistics(
     serve weighted scales, for formats without input scales. `output` is a new file for them. Reads headers of the
     model and a few bytes of its weights. Raises UserError where names or shapes differ.
     """
+    check_outside(Path(output), [model])
     matrix = read_importance_matrix(Path(file))
     layout = read_layout(model)
     layout.check_quantizable()

@@ -78,6 +78,7 @@ class LayerPieces:
 class LayerPass:
     """What running a decoder layer takes: its samples, the files of hidden states before and behind it, the device.
 
+    `some` are batches of a few samples, spread over all, for what needs no more.
     Of a run on several processes, `batches` are those of this one out of `all_batches`, and `owners` says which process
     reads, chooses and writes each tensor of the layer, of which `names` are in memory all the time. `norm_folds` takes
     what the method notes.
@@ -92,6 +93,7 @@ class LayerPass:
     device: torch.device
     experts: ExpertCalibration
     pieces: LayerPieces | None = None
+    some: Sequence[forward_pass.Batch] = ()
     all_batches: Sequence[forward_pass.Batch] = ()
     names: Sequence[str] = ()
     owners: Mapping[str, int] = field(default_factory=dict)
@@ -254,15 +256,15 @@ def _runner(run: LayerPass, layer: nn.Module) -> RunLayer:
     """What passes the samples through a resident layer."""
 
     def pass_samples(
-        before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None, spread: int = 1
+        before: Callable[[forward_pass.Batch], None], *, max_tokens: int | None = None, with_experts: bool = True
     ) -> None:
-        batches, states = run.batches, (run.states[0], None)
+        batches = run.batches
         if max_tokens is not None:  # the same in all processes
-            batches = forward_pass.some_batches(run.all_batches or run.batches, max_tokens, spread)
-        if run.pieces is None:
-            forward_pass.run_layer(layer, run.index, batches, before, states=states)
+            batches = forward_pass.some_batches(run.some or run.all_batches or run.batches, max_tokens)
+        if run.pieces is None or not with_experts:
+            forward_pass.show_layer(layer, run.index, batches, before, run.states[0])
         else:
-            pieces.run_layer(layer, run.index, batches, before, run.pieces.exact, states=states)
+            pieces.run_layer(layer, run.index, batches, before, run.pieces.exact, states=(run.states[0], None))
 
     return pass_samples
 

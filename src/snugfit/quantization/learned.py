@@ -7,10 +7,13 @@ in the backward pass, so that of a batch one hidden state a layer and the inside
 
 The samples come in an order from a fixed seed, and what was learned is stored as it goes: a run that was killed
 anywhere ends in the same bytes. The original runs once, layer by layer, for its last hidden states.
+
+Of several processes each has some samples of every batch; gradients are added in the order of the processes.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -18,7 +21,7 @@ import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from snugfit import distributed
 from snugfit.errors import Unfinished
 from snugfit.evaluation.evaluated_model import (
     EvaluatedModel,
@@ -79,7 +83,15 @@ def learn(run: Run, champion: Run) -> Outcome:
                 where=str(device),
                 remedy='Run the same command where more is free, or set `effort="good"` and `restart`.',
             ) from None
-    return _write(run, champion, scales)
+    if distributed.is_main():
+        _write(run, champion, scales)
+    distributed.barrier()
+    run.finished.go_back(0)
+    for entry in champion.finished.entries:
+        run.finished.commit(entry | {"tensors": [_learned_record(tensor, scales) for tensor in entry["tensors"]]})
+    names = [shard.name for shard in run.prepared.plan.shards] if distributed.is_main() else []
+    files = distributed.from_main(file_digests(run.directory, names))
+    return Outcome(files=files, resumed=0, expected_seconds=None)
 
 
 def _train(run: Run, directory: Path) -> dict[str, Tensor]:
@@ -96,7 +108,7 @@ def _train(run: Run, directory: Path) -> dict[str, Tensor]:
         for step in range(steps):
             if step >= learned.step:
                 started = time.monotonic()
-                loss = model.gradients(model.batches[order[step]])
+                loss = model.gradients(order[step])
                 if loss is None:
                     run.progress.message(f"learning stopped after {step} steps: a gradient is not finite")
                     break
@@ -104,7 +116,7 @@ def _train(run: Run, directory: Path) -> dict[str, Tensor]:
                 learned.update()
                 if len(losses) == 2:  # the first one warms up
                     run.progress.time_left((time.monotonic() - started) * (steps - step - 1))
-                if time.monotonic() - last_saved > SAVE_SECONDS:
+                if distributed.is_main() and time.monotonic() - last_saved > SAVE_SECONDS:
                     _save(saved, learned)
                     last_saved = time.monotonic()
             advance()
@@ -113,7 +125,8 @@ def _train(run: Run, directory: Path) -> dict[str, Tensor]:
         first, last = (sum(part) / len(part) for part in passed)
         text = f"KL on calibration samples {first:.4f} in the first of {len(losses)} steps, {last:.4f} in the last"
         run.progress.message(f"learned {learned.size:,} block scales: {text}")
-    _save(saved, learned)
+    if distributed.is_main():
+        _save(saved, learned)
     return learned.result()
 
 
@@ -121,22 +134,43 @@ def _train(run: Run, directory: Path) -> dict[str, Tensor]:
 class _Model:
     """The champion with scales that learn, and what the original says of the samples.
 
-    `names` are the learned weights of each layer: the module's name of the weight -> the file's. `targets` are the
-    original's last hidden states, row by row.
+    `names` are the learned weights of each layer: the module's name of the weight -> the file's. `batches` are what
+    this process has of the batches, of which `tokens` says how long they are. `targets` are the original's last hidden
+    states, by row.
     """
 
     device: torch.device
     layers: Sequence[tuple[int, nn.Module, emulate.FP8Cache | None]]
     names: Mapping[int, Mapping[str, str]]
     learned: LearnedScales
-    batches: Sequence[Batch]
+    batches: Sequence[Batch | None]
+    tokens: Sequence[int]
     states: Mapping[tuple[int, ...], Tensor]
-    targets: Sequence[Tensor]
+    targets: Mapping[int, Tensor]
     heads: tuple[Head, Head]
     piece: int
 
-    def gradients(self, batch: Batch) -> float | None:
+    def gradients(self, number: int) -> float | None:
         """Add the gradient of a batch's mean KL to that of the scales; the KL, None if anything is not finite."""
+        batch, tokens = self.batches[number], self.tokens[number]
+        total, problem = torch.zeros((), dtype=torch.float64, device=self.device), None
+        try:
+            if batch is not None:
+                total = self._of_batch(batch)
+        except RuntimeError as error:  # of one process all have to know
+            if distributed.world_size() == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            problem = str(error)
+        found = distributed.gather((float(total), problem))
+        for text in (text for _, text in found if text is not None):
+            raise RuntimeError(text)
+        distributed.add_up(self.learned.gradient)
+        self.learned.gradient.div_(tokens)  # after the backward pass: float16 would lose small numbers
+        loss = sum(part for part, _ in found)
+        return loss / tokens if math.isfinite(loss) and bool(self.learned.gradient.isfinite().all()) else None
+
+    def _of_batch(self, batch: Batch) -> Tensor:
+        """The sum of the KL of this process's part of a batch, whose gradient is added to that of the scales."""
         hidden = self.states[batch.rows].to(self.device)
         with set_checkpoint_early_stop(enable=False):  # hooks count their calls
             for index, layer, cache in self.layers:
@@ -144,10 +178,7 @@ class _Model:
                 hidden = checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
             total, gradient = self._of_output(batch, hidden.detach())
             hidden.backward(gradient)
-        tokens = sum(batch.lengths)
-        self.learned.gradient.div_(tokens)  # after the backward pass: float16 would lose small numbers
-        finite = total.isfinite() & self.learned.gradient.isfinite().all()
-        return float(total) / tokens if bool(finite) else None
+        return total
 
     def _run(
         self, index: int, layer: nn.Module, cache: emulate.FP8Cache | None, batch: Batch, hidden: Tensor
@@ -187,10 +218,14 @@ def _open(run: Run, directory: Path) -> _Model:
     assert prepared.dataset is not None
     device = prepared.device
     samples = _shuffled(prepared.dataset.samples)
-    batches = forward_pass.make_batches(samples, LEARNED_TOKENS, device)
+    whole = forward_pass.make_batches(samples, LEARNED_TOKENS, device)
+    batches = [_mine(batch) for batch in whole]
+    own = [batch for batch in batches if batch is not None]
+    rows = sorted(row for batch in own for row in batch.rows)
     original = open_model(prepared.plan.checkpoint.path, activations="none")
-    positions = [torch.arange(len(sample)) for sample in samples]
-    targets = last_states(original, samples, positions, device, tokens_per_batch=prepared.tokens_per_batch)
+    some = [samples[row] for row in rows]
+    positions = [torch.arange(len(sample)) for sample in some]
+    last = last_states(original, some, positions, device, tokens_per_batch=prepared.tokens_per_batch) if some else []
     model = open_model(directory, activations=prepared.target)
     learns = learned_weights(prepared.plan)
     layers, names, codes = [], {}, {}
@@ -208,22 +243,37 @@ def _open(run: Run, directory: Path) -> _Model:
     def keep(batch: Batch, hidden: Tensor) -> None:
         states[batch.rows] = hidden.cpu()
 
-    forward_pass.embed(model.skeleton, embedding_weights(model), batches, device, keep)
+    forward_pass.embed(model.skeleton, embedding_weights(model), own, device, keep)
     return _Model(
         device=device,
         layers=layers,
         names=names,
         learned=LearnedScales(codes, _schedule(len(batches))),
         batches=batches,
+        tokens=[sum(batch.lengths) for batch in whole],
         states=states,
-        targets=targets,
+        targets=dict(zip(rows, last, strict=True)),
         heads=_heads(original, model, device),
         piece=max(1, LEARNED_LOGITS[device.type] // model.vocabulary),
     )
 
 
+def _mine(batch: Batch) -> Batch | None:
+    """This process's samples of a batch; None if there are more processes than samples."""
+    own = distributed.block(len(batch.rows))
+    if not own:
+        return None
+    part = slice(own.start, own.stop)
+    return replace(batch, rows=batch.rows[part], tokens=batch.tokens[part], lengths=batch.lengths[part])
+
+
+def steps_of(batches: int) -> int:
+    """How many steps learning has with so many batches."""
+    return min(STEPS, PASSES * batches)
+
+
 def _schedule(batches: int) -> Schedule:
-    steps = min(STEPS, PASSES * batches)
+    steps = steps_of(batches)
     return Schedule(steps, min(MAX_RATE, 2 * TRAVEL / steps))
 
 
@@ -257,19 +307,17 @@ def _drop(layer: nn.Module, name: str) -> None:
 
 def _shuffled(samples: Sequence[Sequence[int]]) -> list[Sequence[int]]:
     """The samples in an order in which those of one file are not together."""
-    return [samples[row] for row in torch.randperm(len(samples), generator=_generator(SEED)).tolist()]
+    return [
+        samples[row] for row in torch.randperm(len(samples), generator=torch.Generator().manual_seed(SEED)).tolist()
+    ]
 
 
 def _order(steps: int, batches: int) -> list[int]:
     """The batch of each step: all of them in an order of its own in each pass."""
-    generator, found = _generator(SEED + 1), list[int]()
+    generator, found = torch.Generator().manual_seed(SEED + 1), list[int]()
     while len(found) < steps:
         found += torch.randperm(batches, generator=generator).tolist()
     return found[:steps]
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @contextmanager
@@ -322,7 +370,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     return " ".join(str(zlib.crc32(state[name].numpy().data)) for name in sorted(state))
 
 
-def _write(run: Run, champion: Run, scales: Mapping[str, Tensor]) -> Outcome:
+def _write(run: Run, champion: Run, scales: Mapping[str, Tensor]) -> None:
     """The champion's files with these scales; every other byte stays."""
     plan = run.prepared.plan
     shards = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
@@ -336,12 +384,6 @@ def _write(run: Run, champion: Run, scales: Mapping[str, Tensor]) -> Outcome:
     finally:
         for handle in handles.values():
             os.close(handle)
-    run.finished.go_back(0)
-    for entry in champion.finished.entries:
-        run.finished.commit(entry | {"tensors": [_learned_record(tensor, scales) for tensor in entry["tensors"]]})
-    return Outcome(
-        files=file_digests(run.directory, [shard.name for shard in plan.shards]), resumed=0, expected_seconds=None
-    )
 
 
 def _overwrite(handle: int, shard: Shard, name: str, tensor: Tensor) -> None:

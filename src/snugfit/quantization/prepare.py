@@ -14,14 +14,15 @@ from typing import Any
 import torch
 
 from snugfit import distributed
-from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset
+from snugfit.data.dataset import Dataset, check_files, hold_out, load_dataset, make_dataset
 from snugfit.data.python_docs import no_dataset_message
 from snugfit.data.set_samples import notes_on_sources
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
 from snugfit.machine import hardware, pick_device, pick_dtype, versions
-from snugfit.methods.method import Method
+from snugfit.methods.method import SOME_SAMPLES, SOME_TOKENS, Method
+from snugfit.model.forward_pass import spread_places
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
@@ -107,7 +108,8 @@ class PreparedRun:
     of each layer. `effort` is None if no rule of the recipe follows it. `ways` are to be tried, if there are several,
     on the samples `held_out`, under the engine profile `target`; the run that this describes takes `way`. `learning` is
     what the way that learns scales needs by itself, None without it. `experts_per_group` are the routed experts of a
-    layer that are in memory at once, None for all.
+    layer that are in memory at once, None for all. A run that `has_few` of its samples makes files that do not last.
+    One that `holds_states` has hidden states in the GPU's memory.
     """
 
     plan: Plan
@@ -127,6 +129,8 @@ class PreparedRun:
     learning: Estimate | None
     notes: tuple[str, ...]
     experts_per_group: int | None = None
+    has_few: bool = False
+    holds_states: bool = False
 
     @property
     def method(self) -> Method:
@@ -137,10 +141,28 @@ class PreparedRun:
         """The run that takes one of `ways`."""
         return replace(self, way=way, ways=(way,))
 
+    @property
+    def few_are_enough(self) -> bool:
+        """Whether a few samples tell what the held-out KL of this run's way is.
+
+        So they do where nothing but ranges of inputs, which have headroom, comes from samples; experts need all.
+        """
+        known = self.way.learns or self.method.observe is not None or bool(self.skeleton.experts)
+        return not known and self.dataset is not None and self.dataset.tokens >= 2 * SOME_TOKENS
+
+    def on_few(self) -> PreparedRun:
+        """This run with a few of its samples, spread over all."""
+        assert self.dataset is not None
+        samples = self.dataset.samples
+        places = spread_places(samples, SOME_TOKENS, SOME_SAMPLES)
+        some = make_dataset([samples[place] for place in places], self.dataset.source)
+        return replace(self, dataset=some, has_few=True)
+
     def agreed(self) -> PreparedRun:
         """The same with what all processes of the run can hold."""
-        sizes = [size for size in distributed.gather(self.experts_per_group) if size is not None]
-        return replace(self, experts_per_group=min(sizes, default=None))
+        found = distributed.gather((self.experts_per_group, self.holds_states))
+        size = min((size for size, _ in found if size is not None), default=None)
+        return replace(self, experts_per_group=size, holds_states=all(holds for _, holds in found))
 
     def divisions(self) -> list[Division]:
         """What is in memory together of each unit."""
@@ -320,7 +342,9 @@ def prepare(
     recalls = known is not None and known.has_squares
     ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device, recalls=recalls)
     if held_out is not None:
-        names = ", ".join(f"{way.name} (unless {way.unless} is kept)" if way.unless else way.name for way in ways)
+        names = ", ".join(
+            f"{way.name} (unless {' or '.join(way.unless)} is kept)" if way.unless else way.name for way in ways
+        )
         notes.append(f"to be tried on {len(held_out.samples)} held-out samples as under {calibration.target}: {names}")
         if why := why_no_expert_folds(plan, skeleton):
             notes.append(f"up and down of routed experts are not folded: {why}")
@@ -337,6 +361,7 @@ def prepare(
         groups_of_units(plan, runs=dataset is not None),
     )
     notes += said
+    with_states = estimate.with_states(skeleton, dataset, device)
     return PreparedRun(
         plan=plan,
         way=ways[0],
@@ -351,10 +376,11 @@ def prepare(
         dataset=dataset,
         known=known,
         recalled=recalled,
-        estimate=estimate.beside(learning),
+        estimate=(with_states or estimate).beside(learning),
         learning=learning,
         notes=tuple(notes),
         experts_per_group=size,
+        holds_states=with_states is not None,
     )
 
 

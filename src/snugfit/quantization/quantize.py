@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.formats import inputs
 from snugfit.inspection.doctor import check_files
-from snugfit.machine import Clock, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
+from snugfit.machine import Clock, Seconds, hardware, peak_gpu_bytes, peak_rss_bytes, reset_peak_gpu_bytes, versions
 from snugfit.methods import kernels
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
@@ -25,6 +24,7 @@ from snugfit.quantization.plan import Plan, lay_out
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, headroom_of, prepare
 from snugfit.quantization.resume import open_finished
 from snugfit.quantization.run import Run, norm_folds_of, run_layers, statistics_of
+from snugfit.quantization.run_time import RunTime, estimate_run_time, rough_seconds
 from snugfit.quantization.trials import Tried, run_trials
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe
 from snugfit.records.base import as_json
@@ -38,10 +38,11 @@ from snugfit.records.statistics_file import (
 from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
-from snugfit.storage.shards import file_digests, index_of
+from snugfit.storage.shards import file_digests, index_text
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
 
+WORTH_AN_ESTIMATE = 20.0  # seconds that a run takes, roughly, below which they are not estimated before it
 # how the source was quantized by another tool; engines may read them in place of config.json
 OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 
@@ -129,6 +130,7 @@ def quantize(
     with clock("prepare"):
         prepared = distributed.in_all(prepare_here).agreed()
     prepared.report(progress)
+    expected = _expected(prepared, destination, clock, progress)
     reset_peak_gpu_bytes(prepared.device)
     with resumable(destination, restart=restart) as (directory, work):
         if distributed.is_main() and adopt_recipe(directory, work, prepared.identity(), prepared.plan.shards):
@@ -165,7 +167,7 @@ def quantize(
             "experts_per_group": prepared.experts_per_group,
             "processes": distributed.world_size(),
         }
-        record = _record(tried, destination, left_out, arguments)
+        record = _record(tried, destination, left_out, arguments, expected)
         if distributed.is_main():
             record = replace(record, other_files=_other_files(directory, tried.outcome.files))
             (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
@@ -245,6 +247,20 @@ def _check_file_names(plan: Plan) -> None:
             )
 
 
+def _expected(prepared: PreparedRun, destination: Path, clock: Clock, progress: Progress) -> RunTime | None:
+    """What the whole run will take, its preparation included; None for what is left of one, and for a short one."""
+    found = None
+    unfinished = destination.with_name(f"{destination.name}.partial").exists()
+    if distributed.is_main() and rough_seconds(prepared) > WORTH_AN_ESTIMATE and not unfinished:
+        with clock("estimate"):
+            found = estimate_run_time(prepared, destination)
+    found = distributed.from_main(found)
+    if found is None:
+        return None
+    progress.message(found.line())
+    return replace(found, seconds=found.seconds + Seconds(clock.seconds["total"], clock.cpu_seconds))
+
+
 def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:
     """Write config, index, recipe and every file of the source without weights; names of those not copied."""
     assert plan.recipe is not None
@@ -272,7 +288,7 @@ def _write_config(plan: Plan, directory: Path) -> None:
     """Write config and index."""
     (directory / "config.json").write_text(as_json(plan.config), encoding="utf-8")
     if len(plan.shards) > 1:
-        text = json.dumps(index_of(plan.shards), indent=2) + "\n"
+        text = index_text((shard.name, tensor) for shard in plan.shards for tensor in shard.tensors)
         (directory / INDEX_NAME).write_text(text, encoding="utf-8")
 
 
@@ -281,6 +297,7 @@ def _record(
     output_dir: Path,
     left_out: tuple[str, ...],
     arguments: Mapping[str, Any],
+    expected: RunTime | None,
 ) -> QuantizeRecord:
     run, outcome = tried.run, tried.outcome
     prepared, plan = run.prepared, run.prepared.plan
@@ -294,8 +311,12 @@ def _record(
         "peak_gpu_bytes": peak_gpu,
         "disk_bytes": occupied_bytes(run.directory),
         "seconds": seconds["total"],
+        "cpu_seconds": run.clock.cpu_seconds,
+        "seconds_by_second_layer": seconds["total"],
     }
-    estimated = prepared.estimate.as_record() | {"seconds": outcome.expected_seconds}
+    foreseen = {} if expected is None else {"seconds": expected.seconds.wall, "cpu_seconds": expected.seconds.cpu}
+    estimated = {"seconds": None, "cpu_seconds": None} | foreseen
+    estimated |= prepared.estimate.as_record() | {"seconds_by_second_layer": outcome.expected_seconds}
     resumed = {"units": outcome.resumed, "differences": run.finished.differences} if outcome.resumed else None
     data = prepared.dataset
     dataset = None if data is None else _described(data)

@@ -16,10 +16,10 @@ import torch
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.machine import Clock
+from snugfit.methods.method import SOME_SAMPLES, SOME_TOKENS
 from snugfit.model import forward_pass, layers
 from snugfit.model.assemble import read_single
-from snugfit.model.hidden_states import StateFile
-from snugfit.model.pieces import ScratchFile
+from snugfit.model.pieces import Scratch, ScratchFile
 from snugfit.progress import Progress
 from snugfit.quantization.division import Division
 from snugfit.quantization.exchange import is_mine, owners_of
@@ -30,6 +30,7 @@ from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.recalled import observe_recalled
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.states import RunStates, Saved, open_states
 from snugfit.quantization.write import write_unit
 from snugfit.records.norm_folds import NormFold
 from snugfit.records.quantize import TensorRecord
@@ -82,23 +83,25 @@ def run_layers(run: Run) -> Outcome:
             transfer = stack.enter_context(Transfer(prepared.device, remote=remote))
             writer = stack.enter_context(_open_writer(run, transfer))
             batches = _batches(run)
-            states = _state_files(run, batches, transfer, stack)
+            some = some_of(prepared, batches)
+            states = _open_states(run, batches, transfer, stack)
             with clock("check"):
                 _check_finished(run, writer, states)
             first = run.finished.done
             for _ in range(first):
                 step()
             with clock("embed"):
-                _embed(run, transfer, batches, states)
-            work = _open_work(run, first, batches, states, transfer, writer, stack)
+                _embed(run, transfer, batches, some, states)
+            work = _open_work(run, first, batches, some, states, transfer, writer, stack)
             commits = _Commits(run.finished, writer, stack)
             for number in range(first, len(plan.units)):
                 started = time.perf_counter()
-                if distributed.world_size() > 1 and prepared.method.observe is not None:
+                if distributed.world_size() > 1 and prepared.method.observe is not None and not prepared.holds_states:
                     commits.wait()  # what a method observes may be other processes' hidden states
-                # a layer's states overwrite those of the layer before the last
-                records, measured, folds = work.quantize(number, commits.wait if number > 1 else None)
-                commits.start(records, measured, folds, states[number % 2] if run.runs_layers else None)
+                records, measured, folds = work.quantize(number, commits.wait)
+                last = number == len(plan.units) - 1
+                saved = None if states is None or last else states.save(number, commits.wait)
+                commits.start(records, measured, folds, saved)
                 if remote and number == first:  # with a lost network something should be there to resume from
                     commits.wait()
                     work.ahead.widen(prepared.read_ahead_bytes(work.divisions))
@@ -116,7 +119,8 @@ def run_layers(run: Run) -> Outcome:
             remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
         ) from None
     except UserError as error:
-        if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or run.finished.done < 2:
+        done = sum(1 for entry in run.finished.entries if "states" in entry or not run.runs_layers)
+        if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or done < 2:
             raise
         raise _kept(run, error) from None
 
@@ -125,17 +129,18 @@ def _open_writer(run: Run, transfer: Transfer) -> ShardWriter:
     """What writes to the weight files; the main process makes them."""
     if not distributed.is_main():
         distributed.barrier()
-    writer = ShardWriter(run.directory, run.prepared.plan.shards, transfer, digests=distributed.is_main())
+    shards, lasts = run.prepared.plan.shards, not run.prepared.has_few
+    writer = ShardWriter(run.directory, shards, transfer, digests=distributed.is_main(), lasts=lasts)
     if distributed.is_main():
         distributed.barrier()
     return writer
 
 
-def _finish(states: Sequence[StateFile], writer: ShardWriter) -> dict[str, str]:
+def _finish(states: RunStates | None, writer: ShardWriter) -> dict[str, str]:
     """Remove the files of hidden states and close the weight files; SHA-256 by name."""
     distributed.barrier()
-    for file in states if distributed.is_main() else ():
-        file.path.unlink()
+    if states is not None and distributed.is_main():
+        states.remove()
     return distributed.from_main(writer.finish())
 
 
@@ -157,26 +162,43 @@ def _batches(run: Run) -> list[forward_pass.Batch]:
     return forward_pass.make_batches(prepared.dataset.samples, prepared.tokens_per_batch, prepared.device, pads=causal)
 
 
+def some_of(prepared: PreparedRun, batches: Sequence[forward_pass.Batch]) -> list[forward_pass.Batch]:
+    """Batches of a few samples, spread over all of those in `batches`, for a method that observes."""
+    if prepared.dataset is None or prepared.method.observe is None:
+        return []
+    if prepared.skeleton.carries_state:  # which only batches have that pass every layer
+        return forward_pass.some_batches(batches, SOME_TOKENS, SOME_SAMPLES)
+    return forward_pass.spread_batches(
+        prepared.dataset.samples,
+        SOME_TOKENS,
+        SOME_SAMPLES,
+        min(prepared.tokens_per_batch, SOME_TOKENS // 2),  # one of them is enough for some questions
+        prepared.device,
+        pads=prepared.skeleton.is_causal,
+    )
+
+
 @dataclass(kw_only=True)
-class _Work:
+class Work:
     """What the work on units takes: samples, their hidden states, and what reads and writes weights."""
 
     run: Run
     batches: Sequence[forward_pass.Batch]
-    states: Sequence[StateFile]
+    some: Sequence[forward_pass.Batch]
+    states: RunStates | None
     divisions: Sequence[Division]
     owners: Sequence[Mapping[str, int]]
     transfer: Transfer
     ahead: ReadAhead
     writer: ShardWriter
-    scratch: ScratchFile | None
+    scratch: Scratch | None
 
     def quantize(
-        self, number: int, before_forward: Callable[[], None] | None
+        self, number: int, recorded: Callable[[], None]
     ) -> tuple[list[TensorRecord], Measured, Sequence[NormFold]]:
         """Load, observe, choose and propagate unit `number`, and begin to write it; what the method noted comes last.
 
-        `before_forward` is called before hidden states are written.
+        `recorded` waits until all units before are recorded.
         """
         run, prepared, plan = self.run, self.run.prepared, self.run.prepared.plan
         layer = self._layer(number)
@@ -194,10 +216,10 @@ class _Work:
             if pieces is not None:
                 pieces.observed = observed
             del groups, loaded, observed  # before the next layer is observed
-        if before_forward is not None:
-            before_forward()
+        if self.states is not None:
+            self.states.before_writing(number, recorded)
         with run.clock("forward"):
-            measured = _measure(run, number, layer, self.states, tensors, roundings)
+            measured = _measure(run, number, layer, tensors, roundings)
         if pieces is not None:
             tensors |= pieces.tensors if layer is not None else pieces.without_samples()
         with run.clock("write"):
@@ -207,9 +229,9 @@ class _Work:
     def _layer(self, number: int) -> LayerPass | None:
         """What running the layer of unit `number` takes; None if no samples pass it."""
         prepared, pieces = self.run.prepared, self.divisions[number].pieces
-        if not number or not self.run.runs_layers:
+        if not number or self.states is None:
             return None
-        self.states[(number - 1) % 2].prefetch()
+        self.states.prefetch(number)
         size = len(pieces[0].experts) if pieces else None
         return LayerPass(
             plan=prepared.plan,
@@ -217,10 +239,11 @@ class _Work:
             index=number - 1,
             buffers=layers.expert_buffers(prepared.skeleton, number - 1, prepared.device, size),
             batches=distributed.mine(self.batches),
+            some=self.some,
             all_batches=self.batches,
             names=[name for group in self.divisions[number].groups for name in group],
             owners=self.owners[number],
-            states=(self.states[(number - 1) % 2], self.states[number % 2]),
+            states=self.states.of(number),
             device=prepared.device,
             experts=prepared.experts,
         )
@@ -250,14 +273,16 @@ def _open_work(
     run: Run,
     first: int,
     batches: Sequence[forward_pass.Batch],
-    states: Sequence[StateFile],
+    some: Sequence[forward_pass.Batch],
+    states: RunStates | None,
     transfer: Transfer,
     writer: ShardWriter,
     stack: ExitStack,
-) -> _Work:
+) -> Work:
     """The work on units from `first` on; their weights begin to be read."""
     prepared = run.prepared
-    divisions, scratch = prepared.divisions(), None
+    divisions = prepared.divisions()
+    scratch: Scratch | None = None
     correlates = prepared.method.correlates
     owners = [owners_of(prepared.plan, n, one, correlates=correlates) for n, one in enumerate(divisions)]
     if run.runs_layers and any(one.pieces for one in divisions):
@@ -265,9 +290,10 @@ def _open_work(
     units = list(zip(divisions, owners, strict=True))[first:]
     budget = prepared.read_ahead_bytes(divisions) if prepared.plan.checkpoint.remote is None else 0
     coming = [group for unit, owner in units for group in unit.coming if is_mine(owner, group[0])]
-    return _Work(
+    return Work(
         run=run,
         batches=batches,
+        some=some,
         states=states,
         divisions=divisions,
         owners=owners,
@@ -293,7 +319,6 @@ def _measure(
     run: Run,
     number: int,
     layer: LayerPass | None,
-    states: Sequence[StateFile],
     tensors: Any,
     roundings: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
 ) -> Measured:
@@ -302,7 +327,6 @@ def _measure(
         return run.prepared.recalled[number - 1]
     if layer is None:
         return NOTHING_MEASURED
-    states[number % 2].start_again()
     return propagate(layer, tensors, roundings)
 
 
@@ -313,20 +337,18 @@ def _expect(run: Run, number: int, started: float) -> float:
     return run.clock.seconds["total"] + left
 
 
-def _state_files(
+def _open_states(
     run: Run, batches: Sequence[forward_pass.Batch], transfer: Transfer, stack: ExitStack
-) -> list[StateFile]:
-    """The two files between which hidden states alternate."""
+) -> RunStates | None:
+    """The hidden states of a run's samples; None without samples."""
     if not run.runs_layers:
-        return []
-    skeleton = run.prepared.skeleton
-    shape = skeleton.hidden_size, skeleton.dtype
-    mine = distributed.mine(batches)
-    files = (StateFile(run.work / f"states-{n}", batches, *shape, transfer, mine) for n in range(2))
-    return [stack.enter_context(file) for file in files]
+        return None
+    prepared = run.prepared
+    shape = prepared.skeleton.hidden_size, prepared.skeleton.dtype
+    return open_states(run.work, batches, shape, prepared.device, transfer, stack, held=prepared.holds_states)
 
 
-def _check_finished(run: Run, writer: ShardWriter, states: Sequence[StateFile]) -> None:
+def _check_finished(run: Run, writer: ShardWriter, states: RunStates | None) -> None:
     """Read again what an earlier run wrote, and forget what the disk does not hold."""
     finished, units = run.finished, len(run.prepared.plan.units)
     if not finished.done:
@@ -335,29 +357,38 @@ def _check_finished(run: Run, writer: ShardWriter, states: Sequence[StateFile]) 
     if distributed.is_main():
         while good < finished.done and writer.holds(finished.entries[good]["written"]):
             good += 1
-        while states and 0 < good < units and not states[(good - 1) % 2].holds(finished.entries[good - 1]["states"]):
-            good -= 1
+        if states is not None and good < units:
+            good = states.resumable(finished.entries, good)
     good = distributed.from_main(good)
     # layers that pass more than hidden states on (Gemma 4's shared keys and values) run from the first one
     if run.prepared.skeleton.carries_state and run.runs_layers and good < units:
         good = 0
     finished.go_back(good)
+    if states is not None and good < units:
+        states.resume(finished.entries)
     for entry in finished.entries:
         writer.accept(entry["written"])
     done = f"{max(0, good - 1)} of {run.prepared.plan.num_layers} layers"
     run.progress.message(f"resuming after {done}, from {run.directory}")
 
 
-def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], states: Sequence[StateFile]) -> None:
+def _embed(
+    run: Run,
+    transfer: Transfer,
+    batches: Sequence[forward_pass.Batch],
+    some: Sequence[forward_pass.Batch],
+    states: RunStates | None,
+) -> None:
     """Find what every layer is called with; and the first layer's hidden states, unless an earlier run passed it."""
     prepared = run.prepared
-    if not run.runs_layers or run.finished.done == len(prepared.plan.units):
+    if states is None or run.finished.done == len(prepared.plan.units):
         return
-    fresh, mine = run.finished.done == 0, {batch.number for batch in distributed.mine(batches)}
+    kept, first = {id(batch) for batch in states.embedded(run.finished.done)}, states.first
+    every = [*batches, *(batch for batch in some if all(batch is not one for one in batches))]
 
     def keep(batch: forward_pass.Batch, hidden: torch.Tensor) -> None:
-        if fresh and batch.number in mine:
-            states[0].write(batch, hidden)
+        if id(batch) in kept:
+            first.write(batch, hidden)
 
     def read(name: str) -> torch.Tensor:
         if name in prepared.plan.weights.origins:  # FP8
@@ -365,7 +396,7 @@ def _embed(run: Run, transfer: Transfer, batches: Sequence[forward_pass.Batch], 
         return transfer.read(prepared.plan.checkpoint, name).result()
 
     weights = layers.outer_weights(prepared.skeleton, prepared.plan.checkpoint, head=False, read=read)
-    forward_pass.embed(prepared.skeleton, weights, batches, prepared.device, keep)
+    forward_pass.embed(prepared.skeleton, weights, every, prepared.device, keep)
 
 
 class _Commits:
@@ -385,10 +416,10 @@ class _Commits:
         records: Sequence[TensorRecord],
         measured: Measured,
         norm_folds: Sequence[NormFold],
-        states: StateFile | None,
+        saved: Saved | None,
     ) -> None:
-        """Record a unit as soon as the writes that were started for it are done."""
-        wait, tensors = self._writer.pending_writes(), [asdict(record) for record in records]
+        """Record a unit as soon as the writes that were started for it, and for hidden states, are done."""
+        wait, tensors = self._writer.pending_writes(), [dict(vars(record)) for record in records]
         statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
         folds = [asdict(fold) for fold in norm_folds]
         before = self._last
@@ -397,22 +428,21 @@ class _Commits:
             if before is not None:
                 before.result()  # done; if it failed, so does this
             written = wait()
-            pieces = [] if states is None else states.wait()
-            entry = self._of_all(tensors, statistics, written, pieces)
+            entry = self._of_all(tensors, statistics, written, None if saved is None else saved())
             self._finished.commit(entry | {"norm_folds": folds})
 
         self._last = self._pool.submit(commit)
 
-    def _of_all(self, tensors: Any, statistics: Any, written: dict[str, list[int]], pieces: Any) -> dict[str, Any]:
+    def _of_all(self, tensors: Any, statistics: Any, written: dict[str, list[int]], saved: Any) -> dict[str, Any]:
         """The entry of a unit, made of what all processes have done."""
-        parts = distributed.gather((tensors, written, pieces), self._group)
+        parts = distributed.gather((tensors, written, saved), self._group)
         others = [name for _, names, _ in parts for name in names if name not in written]
         self._writer.accept(others)
-        return {
+        states = {} if saved is None else saved | {"states": [piece for *_, one in parts for piece in one["states"]]}
+        return states | {
             "tensors": [record for records, _, _ in parts for record in records],
             "statistics": statistics,
             "written": {name: crcs for _, names, _ in parts for name, crcs in names.items()},
-            "states": [piece for *_, some in parts for piece in some],
         }
 
     def wait(self) -> None:

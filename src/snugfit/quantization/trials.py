@@ -6,6 +6,9 @@ place of an earlier one only if it is better beyond the error (records/trials.py
 once, so that two results are on the disk at most. The winner's files are moved to where the result belongs. A way
 behind the first that gives hidden states which are not finite has lost, too.
 
+A way for which samples do no more than give ranges of inputs is measured with a few of them, and made with all if it is
+kept in the end.
+
 What was measured stands in one file a way. Everything here follows from those files: a run that was killed anywhere
 ends the same.
 """
@@ -35,6 +38,7 @@ from snugfit.records.trials import Measured, Trial, judge
 from snugfit.storage.staging import WORK_NAME
 
 TRIALS_NAME = "trials"
+FEW = "-few"  # what the folder of a way that is made with a few samples ends with
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,21 +61,18 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
     if any(way.learns for way in prepared.ways):
         fix_cublas_workspace()
     tokens, files = segments(prepared.held_out.samples, prepared.held_out.shares)
-    held_out: HeldOut | None = None
+    trying = _Trying(run, write_config)
     found: list[Measured] = []
     trials: list[Trial] = []
-    winner = ""
+    champion: Way | None = None
     for way in prepared.ways:
-        if way.unless in {trial.name for trial in trials if trial.kept}:
+        if any(trial.kept and trial.name in way.unless for trial in trials):
             continue
-        known = distributed.from_main(_recalled(run.work, way))
+        known = distributed.from_main(_recalled(_folder(run, way)))
         if known is None:
-            if held_out is None:
-                held_out = _open_held_out(prepared)
             run.progress.message(f"trying {way.name}")
-            champion = next((one for one in prepared.ways if one.name == winner), None)
             try:
-                known = _try(run, way, champion, held_out, write_config)
+                known = trying.one(way, champion)
             except UserError as error:
                 if champion is None or error.code not in LATE_ERRORS:
                     raise
@@ -81,15 +82,61 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
         trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
         winner = [trial.name for trial in trials if trial.kept][-1]
+        champion = next(one for one in prepared.ways if one.name == winner)
         if distributed.is_main():
             _forget_losers(run, [one.name for one in found if one.name != winner])
-    best = next(way for way in prepared.ways if way.name == winner)
-    inner = _run_of(run, best)
-    content = distributed.from_main(read_json(_file(run.work, best)))
+    assert champion is not None
+    inner = trying.whole(champion)
+    content = distributed.from_main(read_json(_file(inner.directory)))
     outcome = Outcome(**content["outcome"])
     _move_files(inner, outcome, run.directory)
     saturation = tuple(InputSaturation(**site) for site in content["saturation"])
     return Tried(run=inner, outcome=outcome, trials=tuple(trials), saturation=saturation)
+
+
+class _Trying:
+    """Makes ways, and measures them on the held-out samples, which are opened when they are first asked for."""
+
+    def __init__(self, run: Run, write_config: Callable[[Path], None]) -> None:
+        self._run, self._write_config = run, write_config
+        self._held_out: HeldOut | None = None
+
+    def one(self, way: Way, champion: Way | None) -> Measured:
+        """Quantize one way, and measure it; a way that learns starts from the files of the `champion`."""
+        started = time.perf_counter()
+        start = self.whole(champion) if way.learns and champion else None
+        return self._measure(_run_of(self._run, way), start, started)
+
+    def whole(self, way: Way) -> Run:
+        """The run of a way with all samples; it is made now if the way was measured with a few."""
+        inner = _run_of(self._run, way, whole=True)
+        if distributed.from_main(_recalled(inner.directory)) is None:
+            self._run.progress.message(f"{way.name}, with all samples")
+            self._measure(inner, None, time.perf_counter())
+        return inner
+
+    def _measure(self, inner: Run, start: Run | None, started: float) -> Measured:
+        outcome = run_layers(inner) if start is None else learn(inner, start)
+        if distributed.is_main():
+            self._write_config(inner.directory)
+        distributed.barrier()
+        name = inner.prepared.way.name
+        if folds := norm_folds_of(inner):
+            inner.progress.message(f"{name}: {summary(folds)}")
+        watch = InputWatch()
+        self._held_out = self._held_out or _open_held_out(self._run.prepared)
+        with inner.clock("trials"):
+            kl = self._held_out.divergences(inner.directory, watch)
+            distributed.barrier()  # nobody reads it any more
+        measured = Measured(name, tuple(kl), time.perf_counter() - started)
+        content = {
+            "measured": asdict(measured),
+            "outcome": asdict(outcome),
+            "saturation": [asdict(site) for site in _beside_calibration(watch.result(), inner)],
+        }
+        if distributed.is_main():
+            replace_json(_file(inner.directory), content)
+        return measured
 
 
 def _open_held_out(prepared: PreparedRun) -> HeldOut:
@@ -102,31 +149,6 @@ def _open_held_out(prepared: PreparedRun) -> HeldOut:
         tokens_per_batch=prepared.tokens_per_batch,
         experts_per_group=prepared.experts_per_group,
     )
-
-
-def _try(run: Run, way: Way, champion: Way | None, held_out: HeldOut, write_config: Callable[[Path], None]) -> Measured:
-    """Quantize one way, and measure it; a way that learns starts from the files of the `champion`."""
-    started = time.perf_counter()
-    inner = _run_of(run, way)
-    outcome = learn(inner, _run_of(run, champion)) if way.learns and champion else run_layers(inner)
-    if distributed.is_main():
-        write_config(inner.directory)
-    distributed.barrier()
-    if folds := norm_folds_of(inner):
-        run.progress.message(f"{way.name}: {summary(folds)}")
-    watch = InputWatch()
-    with run.clock("trials"):
-        kl = held_out.divergences(inner.directory, watch)
-        distributed.barrier()  # nobody reads it any more
-    measured = Measured(way.name, tuple(kl), time.perf_counter() - started)
-    content = {
-        "measured": asdict(measured),
-        "outcome": asdict(outcome),
-        "saturation": [asdict(site) for site in _beside_calibration(watch.result(), inner)],
-    }
-    if distributed.is_main():
-        replace_json(_file(run.work, way), content)
-    return measured
 
 
 def _beside_calibration(found: Sequence[SeenInputs], run: Run) -> list[InputSaturation]:
@@ -154,14 +176,16 @@ def _failed(run: Run, way: Way, count: int) -> Measured:
     """Note that a way gave nothing that could be measured on the `count` segments."""
     measured = Measured(way.name, (math.nan,) * count, 0.0)
     if distributed.is_main():
-        replace_json(_file(run.work, way), {"measured": asdict(measured), "saturation": []})
+        replace_json(_file(_folder(run, way)), {"measured": asdict(measured), "saturation": []})
     return measured
 
 
-def _run_of(run: Run, way: Way) -> Run:
-    """The run that takes one way, in its own folder."""
+def _run_of(run: Run, way: Way, *, whole: bool = False) -> Run:
+    """The run that takes one way, in its own folder; with a few samples where these are enough, unless `whole`."""
     prepared = run.prepared.taking(way)
-    directory = _folder(run.work, way)
+    if prepared.few_are_enough and not whole:
+        prepared = prepared.on_few()
+    directory = _folder(run, way, whole=whole)
     work = directory / WORK_NAME
     if distributed.is_main():
         work.mkdir(parents=True, exist_ok=True)
@@ -171,17 +195,19 @@ def _run_of(run: Run, way: Way) -> Run:
     )
 
 
-def _folder(work: Path, way: Way) -> Path:
-    return work / TRIALS_NAME / way.name
+def _folder(run: Run, way: Way, *, whole: bool = False) -> Path:
+    few = run.prepared.taking(way).few_are_enough and not whole
+    return run.work / TRIALS_NAME / (f"{way.name}{FEW}" if few else way.name)
 
 
-def _file(work: Path, way: Way) -> Path:
-    return work / TRIALS_NAME / f"{way.name}.json"
+def _file(folder: Path) -> Path:
+    """Where it stands what was measured of the way in this folder."""
+    return folder.with_name(f"{folder.name}.json")
 
 
-def _recalled(work: Path, way: Way) -> Measured | None:
+def _recalled(folder: Path) -> Measured | None:
     """What was measured of a way before this run was stopped; None if it was not, or if the file is damaged."""
-    content = read_json(_file(work, way))
+    content = read_json(_file(folder))
     try:
         one, _ = content["measured"], [InputSaturation(**site) for site in content["saturation"]]
         return Measured(str(one["name"]), tuple(map(float, one["kl"])), float(one["seconds"]))
@@ -198,13 +224,14 @@ def _move_files(run: Run, outcome: Outcome, directory: Path) -> None:
 
 
 def _forget_losers(run: Run, names: Sequence[str]) -> None:
+    """Delete the weights of these ways, and all that were made with a few samples."""
     for way in run.prepared.ways:
-        if way.name in names:
-            _forget_weights(run.work, way)
+        for folder in {_folder(run, way), _folder(run, way, whole=True)}:
+            if way.name in names or folder.name.endswith(FEW):
+                _forget_weights(folder)
 
 
-def _forget_weights(work: Path, way: Way) -> None:
-    folder = _folder(work, way)
+def _forget_weights(folder: Path) -> None:
     for file in folder.glob("*.safetensors"):
         file.unlink()
     shutil.rmtree(folder / WORK_NAME, ignore_errors=True)

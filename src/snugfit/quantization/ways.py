@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from snugfit import distributed
 from snugfit.data.dataset import Dataset
 from snugfit.errors import UserError
 from snugfit.methods.calibrated import Calibrated
@@ -36,13 +35,14 @@ class Way:
 
     With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
     `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears, of
-    what can be folded, and of what gives the weight of a linear. Where the way `unless` was kept this one is not tried.
+    what can be folded, and of what gives the weight of a linear. Where one of the ways `unless` was kept this one is
+    not tried.
     """
 
     name: str
     method: Method
     learns: bool = False
-    unless: str = ""
+    unless: tuple[str, ...] = ()
     recall: Callable[[Mapping[str, Tensor], Sequence[Product], Callable[[str], Tensor]], Any] | None = None
 
 
@@ -63,8 +63,9 @@ def ways_of(
 ) -> tuple[Way, ...]:
     """The ways that a run of this effort tries, the simplest first; `target` is the engine profile to be good under.
 
-    GPTQ has weighted scales, too. Where there are `tokens` enough for its matrices it is tried first, and weighted
-    scales alone only if it was not kept.
+    GPTQ has weighted scales, too, and layers keep no fold that does not lower their error: so GPTQ with folds is tried
+    first, GPTQ alone only if that was not kept, and where there are `tokens` enough for its matrices weighted scales
+    alone only if neither was.
 
     `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
     (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, but folds inside
@@ -80,10 +81,10 @@ def ways_of(
         return (weighted,)
     ways, name, options = [PLAIN, weighted], "weighted", dict[str, Any]()
     if _linears(plan):
-        gptq = Way("gptq", Calibrated(target, gptq=True))
-        ways = [*ways, gptq] if tokens < _widest(plan) else [PLAIN, gptq, replace(weighted, unless=gptq.name)]
-        ways.append(Way("gptq+folds", Calibrated(target, gptq=True, folds=True)))
         name, options = "gptq+folds", {"gptq": True, "folds": True}
+        gptq = [Way(name, Calibrated(target, **options)), Way("gptq", Calibrated(target, gptq=True), unless=(name,))]
+        few = tokens < _widest(plan)
+        ways = [*ways, *gptq] if few else [PLAIN, *gptq, replace(weighted, unless=(name, "gptq"))]
     if folds_experts:
         name, options["expert_folds"] = f"{name}+expert-folds", True
         ways.append(Way(name, Calibrated(target, **options)))
@@ -150,8 +151,6 @@ def learned_weights(plan: Plan) -> frozenset[str]:
 
 def why_not_learned(plan: Plan, skeleton: Skeleton, tokens: int) -> str:
     """Why scales cannot learn at the model's output from so many calibration `tokens`; empty if they can."""
-    if distributed.asked_for() > 1:
-        return "they learn in a run of one process alone"
     if skeleton.experts:
         return "gradients do not pass through routed experts"
     if skeleton.carries_state:

@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
+from snugfit.errors import UserError
+
 
 class _NullIsNaN:
     """How pydantic reads a number that `without_nan` may have written as null; needs pydantic only when it reads."""
@@ -28,6 +30,7 @@ Number = Annotated[float, _NullIsNaN()]  # a float that may be NaN or infinite: 
 
 SCHEMA, DIGEST = "schema", "record_digest"  # keys of every record
 OURS = "snugfit."  # every schema begins with it
+MAKE_AGAIN = "Make the record again."
 
 
 def is_record(document: Any) -> bool:
@@ -39,6 +42,18 @@ def content_digest(document: Mapping[str, Any]) -> str:
     """SHA-256, hexadecimal, of all keys and values of a record but its digest; spaces and line ends do not count."""
     content = {key: value for key, value in document.items() if key != DIGEST}
     return hashlib.sha256(json.dumps(content, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def check_digest(document: Mapping[str, Any], where: str) -> None:
+    """UserError for a record without a digest, and for one whose digest is that of other content."""
+    stated = document.get(DIGEST)
+    try:
+        found = content_digest(document)
+    except (ValueError, RecursionError):
+        found = ""
+    if stated != found:
+        what = "it has no digest." if stated is None else "it was changed after it was written: its digest differs."
+        raise UserError(what, code="record-changed", where=where, remedy=MAKE_AGAIN)
 
 
 def as_json(document: Any, *, allow_nan: bool = True) -> str:

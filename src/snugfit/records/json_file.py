@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from snugfit.errors import UserError
+from snugfit.records.base import check_digest
 
 Content = TypeVar("Content")
 
@@ -33,7 +34,7 @@ class FileKind:
 def load_file(path: Path, kind: FileKind, parse: Callable[[Mapping[str, Any]], Content]) -> Content:
     """What `parse` makes of a file's document, or of the one in a directory; it raises ValueError for a broken one.
 
-    UserError for a file that is anything else.
+    UserError for a file that is anything else, and for a document that was changed after it was written.
     """
     file = path
 
@@ -57,6 +58,7 @@ def load_file(path: Path, kind: FileKind, parse: Callable[[Mapping[str, Any]], C
         found = document.get("schema") if isinstance(document, dict) else type(document).__name__
         known = "not " if len(kind.schemas) == 1 else "neither "
         raise refusal(f"schema {found!r} is {known}{' nor '.join(kind.schemas)}.")
+    check_digest(document, str(file))
     try:
         return parse(document)
     except ValueError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from snugfit.errors import UserError
-from snugfit.records.base import DIGEST, OURS, SCHEMA, content_digest, is_record
+from snugfit.records.base import MAKE_AGAIN, OURS, SCHEMA, check_digest, is_record
 from snugfit.records.bench import BENCH_SCHEMA, BenchRecord
 from snugfit.records.comparison import COMPARE_SCHEMA, CompareRecord
 from snugfit.records.evaluation import EVAL_SCHEMA, TASKS_SCHEMA, EvalRecord, TasksRecord
@@ -37,13 +37,12 @@ RECORDS: Mapping[str, type] = {
 }
 OURS_QUOTED = f'"{OURS}'
 MAX_BYTES = 1_000_000_000
-MAKE_AGAIN = "Make the record again."
 
 
 def read_document(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file if it is a record of this package with the digest that it states; else None.
+    """The JSON object in a file if it is a record of this package; else None. `parse_record` checks its digest.
 
-    UserError for a file that cannot be read, and for a record that was changed after it was written.
+    UserError for a file that cannot be read.
     """
     try:
         if file.stat().st_size > MAX_BYTES:
@@ -52,34 +51,38 @@ def read_document(file: Path) -> dict[str, Any] | None:
     except UnicodeDecodeError:
         return None
     except OSError as error:
-        what = f"cannot be read ({error.strerror or error})."
-        raise UserError(what, code="file-unreadable", where=str(file), remedy="Check its permissions.") from None
+        raise _unreadable(error, file) from None
     if OURS_QUOTED not in raw:
         return None  # a config, an index, a tokenizer
+    document = _parse(raw, file, MAKE_AGAIN)
+    return document if is_record(document) else None
+
+
+def read_json(file: Path, remedy: str) -> Any:
+    """The JSON document in a file that must hold one; UserError, with `remedy` for one that does not."""
     try:
-        document = json.loads(raw)
+        raw = file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise _unreadable(error, file, remedy) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"not JSON: {error}.", code="json-invalid", where=str(file), remedy=remedy) from None
+    return _parse(raw, file, remedy)
+
+
+def _parse(text: str, file: Path, remedy: str) -> Any:
+    try:
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"not JSON: {error}.", code="json-invalid", where=str(file), remedy=MAKE_AGAIN) from None
-    if not is_record(document):
-        return None
-    check_digest(document, str(file))
-    return dict(document)
+        raise UserError(f"not JSON: {error}.", code="json-invalid", where=str(file), remedy=remedy) from None
 
 
-def check_digest(document: Mapping[str, Any], where: str) -> None:
-    """UserError for a record without a digest, and for one whose digest is that of other content."""
-    stated = document.get(DIGEST)
-    try:
-        found = content_digest(document)
-    except (ValueError, RecursionError):
-        found = ""
-    if stated != found:
-        what = "it has no digest." if stated is None else "it was changed after it was written: its digest differs."
-        raise UserError(what, code="record-changed", where=where, remedy=MAKE_AGAIN)
+def _unreadable(error: OSError, file: Path, remedy: str = "Check its permissions.") -> UserError:
+    what = f"cannot be read ({error.strerror or error})."
+    return UserError(what, code="file-unreadable", where=str(file), remedy=remedy)
 
 
 def parse_record(document: Mapping[str, Any], where: str) -> Any:
-    """The record of a document; UserError for another version of its schema, and for fields of another type."""
+    """The record of a document; UserError for another version of its schema, another digest, fields of another type."""
     from pydantic import ValidationError
 
     schema = str(document.get(SCHEMA))
@@ -91,6 +94,7 @@ def parse_record(document: Mapping[str, Any], where: str) -> Any:
         )
         remedy = "Use the snugfit that wrote it, or make the record again."
         raise UserError(what, code="result-invalid", where=where, remedy=remedy)
+    check_digest(document, where)
     try:
         return _reader(schema).validate_json(json.dumps(document), strict=True)
     except ValidationError as error:

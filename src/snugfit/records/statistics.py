@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -160,13 +160,12 @@ def merge_layers(parts: Sequence[LayerStatistics]) -> LayerStatistics:
 
 def layer_to_json(layer: LayerStatistics) -> dict[str, Any]:
     """A layer for JSON, where keys of histograms become text, without the squares that were not measured."""
-    found = asdict(layer)
+    found: dict[str, Any] = {}
+    for kind, entries in (("inputs", layer.inputs), ("experts", layer.experts)):
+        found[kind] = {name: {k: v for k, v in vars(one).items() if v is not None} for name, one in entries.items()}
     for entry in found["inputs"].values():
         entry["histogram"] = {str(number): count for number, count in entry["histogram"].items()}
-    for entry in (*found["inputs"].values(), *found["experts"].values()):
-        for key in [key for key, value in entry.items() if value is None]:
-            del entry[key]
-    return found
+    return found | {"cache": layer.cache}
 
 
 def layer_from_json(document: Any) -> LayerStatistics:

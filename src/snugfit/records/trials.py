@@ -16,8 +16,9 @@ class Trial:
     """One way to quantize a model: KL to the original on held-out samples.
 
     `name` says what was done; `kl` is the mean in nats a token over `tokens` tokens, `error` its standard error over
-    segments. `gain` is how much lower it is than the KL of the way that was kept before it, segment by segment, with
-    `gain_error`; both None for the first. `kept`: it took that one's place. `seconds` is what it cost.
+    segments (plain codes may have been tried with the ranges of inputs that a few samples gave). `gain` is how much
+    lower it is than the KL of the way that was kept before it, segment by segment, with `gain_error`; both None for the
+    first. `kept`: it took that one's place. `seconds` is what it cost.
     """
 
     name: str

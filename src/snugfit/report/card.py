@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from snugfit.byte_counts import size
 from snugfit.engines.gpus import CARDS
 from snugfit.records.evaluation import EvalRecord, EvaluatedCheckpoint, EvaluatedServer, ModelFigures
 from snugfit.records.saturation import worst
@@ -14,7 +15,7 @@ from snugfit.report.figures import uses_four_over_six
 from snugfit.report.markdown import escape
 from snugfit.report.plots import Plot
 from snugfit.report.serving_words import formats_of, how_to_serve
-from snugfit.report.table import Column, Table, number, show, size
+from snugfit.report.table import Column, Table, number, show
 from snugfit.report.templating import render
 from snugfit.report.words import SCALE_RULE_WORDS, describe_format, own_words
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from snugfit.byte_counts import size
 from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS
 from snugfit.report.terminal import make_table, print_lines, print_sheet, print_table, safe_cell
 
@@ -24,7 +25,7 @@ def print_inspection(found: Inspection) -> None:
     sizes = "parameters each", "bytes each"
     table = make_table("layers", "what", "stored", *sizes, right=sizes)
     for run in found.layers:
-        cells = safe_cell(run.what), safe_cell(", ".join(run.stored)), _count(run.parameters), _size(run.bytes)
+        cells = safe_cell(run.what), safe_cell(", ".join(run.stored)), _count(run.parameters), size(run.bytes)
         table.add_row(ranges(run.layers), *cells)
     print_table(table)
     print_lines(*_remarks(found))
@@ -40,7 +41,7 @@ def _table_of_parts(found: Inspection) -> Table:
         stored = ", ".join(part.stored[:3]) + (", …" if len(part.stored) > 3 else "")
         shape = "x".join(map(str, part.shape)) if len(part.shape) > 1 else "many" * bool(part.names and not part.shape)
         share = f"{100 * part.bytes / max(found.bytes, 1):.1f} %"
-        cells = (names, f"{part.weights:,}", shape, stored, _count(part.parameters), _size(part.bytes), share)
+        cells = (names, f"{part.weights:,}", shape, stored, _count(part.parameters), size(part.bytes), share)
         table.add_row(part.part if part.part != last else "", *map(safe_cell, cells), safe_cell(_prospects(part)))
         last = part.part
     return table
@@ -78,7 +79,7 @@ def _summary(found: Inspection) -> list[str]:
     predicting = f" (and {_count(found.prediction_parameters)} of multi-token prediction)"
     more = predicting if found.prediction_parameters else ""
     bits = 8 * found.bytes / max(found.parameters + found.prediction_parameters, 1)
-    where = f"{_size(found.bytes)} in {found.files:,} file{'s' * (found.files > 1)}, {found.tensors:,} tensors"
+    where = f"{size(found.bytes)} in {found.files:,} file{'s' * (found.files > 1)}, {found.tensors:,} tensors"
     where += f", {bits:.2f} bits a parameter"
     heads = f"{a.heads} heads" if a.heads else ""
     if a.kv_heads:
@@ -202,14 +203,7 @@ def ranges(numbers: tuple[int, ...]) -> str:
 
 
 def _count(number: int) -> str:
-    for size, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if number >= size:
-            return f"{number / size:.1f}{unit}"
+    for factor, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= factor:
+            return f"{number / factor:.1f}{unit}"
     return str(number)
-
-
-def _size(number: int) -> str:
-    for size, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number} B"

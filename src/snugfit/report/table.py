@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from snugfit.byte_counts import size
 from snugfit.engines.memory import GIB
 from snugfit.report.markdown import escape
 
@@ -133,14 +134,6 @@ def number(value: float, form: Form, *, signed: bool = False) -> str:
     if form == "count":
         return f"{value:{sign},.0f}"
     return f"{value:{sign}g}"
-
-
-def size(value: float) -> str:
-    """Bytes in decimal units: 269.0 MB, 14.8 GB."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if abs(value) >= factor:
-            return f"{value / factor:,.1f} {unit}" if unit != "GB" else f"{value / factor:,.2f} {unit}"
-    return f"{value:,.0f} bytes"
 
 
 def size_unit(largest: float) -> tuple[str, float]:

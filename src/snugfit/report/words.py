@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from snugfit.byte_counts import size
 from snugfit.records.quantize import DEQUANTIZED, KV_CACHE, PASSTHROUGH, QuantizeRecord
-from snugfit.report.table import size
 from snugfit.report.weights import LINEARS, Component
 
 # format -> what it is; labels such as int4-g128 begin with the format's name

@@ -36,7 +36,7 @@ START_AGAIN = "Remove it to start again, or name another file."
 
 
 class Journal:
-    """An open journal, locked against other processes; a context manager.
+    """An open journal, locked against other processes; a context manager, which removes one that failed empty.
 
     `dropped` is how many bytes of a torn record were cut off when it was opened.
     """
@@ -76,7 +76,9 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
+        if failed and not self._records:
+            self.path.unlink(missing_ok=True)  # it keeps nothing, and another run may come
         self.close()
 
     def __len__(self) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
+
+from snugfit.storage.model_card import card_languages, read_card
 
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "en": ("What is the capital of France?", "Explain in two sentences why the sky is blue.", "Count from 1 to 10."),
@@ -42,17 +43,9 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
     "ar": ("ما هي عاصمة فرنسا؟", "اشرح في جملتين لماذا السماء زرقاء.", "عد من 1 إلى 10."),
 }
 DEFAULT_LANGUAGE = "en"
-_FRONT = re.compile(r"\A---\s*\n(.*?)\n---\s*$", re.DOTALL | re.MULTILINE)
-_LANGUAGE = re.compile(r"^language:\s*(?:\n\s*-\s*|\[?\s*)['\"]?([a-z]{2})\b", re.MULTILINE)
-_LONGEST_CARD = 1 << 20
 
 
 def language_of(model: Path) -> str:
     """The first language that the model's card (README.md) names and that has questions; else English."""
-    try:
-        with (model / "README.md").open(encoding="utf-8", errors="replace") as file:
-            front = _FRONT.match(file.read(_LONGEST_CARD))
-    except OSError:
-        return DEFAULT_LANGUAGE
-    found = _LANGUAGE.search(front[1] if front else "")
-    return found[1] if found and found[1] in QUESTIONS else DEFAULT_LANGUAGE
+    stated = (language.partition("-")[0] for language in card_languages(read_card(model)))
+    return next((language for language in stated if language in QUESTIONS), DEFAULT_LANGUAGE)

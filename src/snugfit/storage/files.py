@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,22 @@ OTHER_WEIGHTS = (
     *(".mlmodel", ".mlpackage", ".pte", ".litertlm", ".llamafile", ".engine"),
 )
 _SHARED_STORE = ".huggingface-shared-blobs"  # marks the store that all repos of a Hugging Face cache share
+
+
+@contextlib.contextmanager
+def with_parents(path: Path) -> Iterator[None]:
+    """Create the folders above `path` that are missing; at the end those that are still empty are removed again.
+
+    OSError where one cannot be created.
+    """
+    missing = [folder for folder in path.absolute().parents if not os.path.lexists(folder)]  # the deepest first
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for folder in missing:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def read_fully(fd: int, offset: int, view: memoryview) -> None:

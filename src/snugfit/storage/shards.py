@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from snugfit.storage.transfer import PendingTransfer, Transfer
 
+SMALL_BYTES, MOST_SMALL = 1 << 17, 64  # of a tensor that is written with others; so many in one job
+
 # safetensors' dtype order, which its writer sorts by, largest first
 SERIAL_ORDER = (
     *("BOOL", "F4", "F6_E2M3", "F6_E3M2", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
@@ -84,18 +86,28 @@ class ShardWriter:
     another may call the functions that `pending_writes` returns, so the state that both change is under a lock.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[Shard], transfer: Transfer, *, digests: bool = True) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        shards: Sequence[Shard],
+        transfer: Transfer,
+        *,
+        digests: bool = True,
+        lasts: bool = True,
+    ) -> None:
         """Create the shard files at their full size, headers written; files that have both stay as they are.
 
-        Without `digests` others write to the same files, and one of them computes the digests.
+        Without `digests` others write to the same files, and one of them computes the digests. Files that do not last
+        have no digests, and nothing has the disk take them.
         """
         self._transfer = transfer
         self._directory = directory
-        self._with_digests = digests
+        self._with_digests, self._lasts = digests and lasts, lasts
         self._shards = {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._started: dict[str, PendingTransfer[list[int]]] = {}  # since the last call of `pending_writes`
+        self._small: dict[str, Tensor] = {}  # to be written in one job, which costs more than their bytes
         self._digester = ThreadPoolExecutor(max_workers=4)
         self._flusher = ThreadPoolExecutor(max_workers=1)
         self._lock = threading.Lock()  # of the next four
@@ -128,8 +140,23 @@ class ShardWriter:
         if tuple(tensor.shape) != planned.shape or tensor.dtype != getattr(torch, TORCH_NAMES[planned.dtype]):
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {got}")
+        if tensor.nbytes <= SMALL_BYTES:
+            self._small[name] = tensor
+            if len(self._small) == MOST_SMALL:
+                self._start_small()
+            return
+        self._started[name] = self._transfer.write(*self._place(name), tensor)
+
+    def _place(self, name: str) -> tuple[int, int]:
+        """The open file that a tensor goes to, and where in it."""
         shard = self._shard_of[name]
-        self._started[name] = self._transfer.write(self._files[shard.name], shard.offsets[name], tensor)
+        return self._files[shard.name], shard.offsets[name]
+
+    def _start_small(self) -> None:
+        small, self._small = self._small, {}
+        if small:
+            places = [(*self._place(name), tensor) for name, tensor in small.items()]
+            self._started |= dict(zip(small, self._transfer.write_many(places), strict=True))
 
     def copy(self, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
         """Begin to copy a tensor from the source as it is, `infinite` values too if it may have some.
@@ -139,12 +166,11 @@ class ShardWriter:
         planned, found = self._missing.pop(name), checkpoint.tensors[name]
         if (planned.dtype, planned.shape) != (found.dtype, found.shape):
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {found.dtype} {found.shape}")
-        shard = self._shard_of[name]
-        place = self._files[shard.name], shard.offsets[name]
-        self._started[name] = self._transfer.copy(checkpoint, name, *place, infinite=infinite)
+        self._started[name] = self._transfer.copy(checkpoint, name, *self._place(name), infinite=infinite)
 
     def drain(self) -> None:
         """Wait for the writes started since the last call of `pending_writes`; raises what went wrong."""
+        self._start_small()
         for write in self._started.values():
             write.result()
 
@@ -153,6 +179,7 @@ class ShardWriter:
 
         It returns the CRC-32s of each tensor's pieces, and may be called in another thread.
         """
+        self._start_small()
         writes, self._started = self._started, {}
         with self._lock:
             self._pending.append(writes)
@@ -169,7 +196,7 @@ class ShardWriter:
 
     def _start_flush(self, files: set[str]) -> None:
         """Have the disk begin with these files, unless it is still busy; nothing waits for it before the end."""
-        if all(flush.done() for flush in self._flushes):
+        if self._lasts and all(flush.done() for flush in self._flushes):
             for flush in self._flushes:
                 flush.result()  # the system reports an error of the disk once
             self._flushes = [self._flusher.submit(os.fdatasync, self._files[name]) for name in files]
@@ -203,10 +230,10 @@ class ShardWriter:
 
         Nothing without digests; what this process wrote is on the disk then.
         """
-        if self._missing or self._started or self._pending:
+        if self._missing or self._small or self._started or self._pending:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
         if not self._with_digests:
-            for handle in self._files.values():
+            for handle in self._files.values() if self._lasts else ():
                 os.fdatasync(handle)
             self.close()
             return {}
@@ -240,11 +267,12 @@ class ShardWriter:
         self._files.clear()
 
 
-def index_of(shards: Sequence[Shard]) -> dict[str, Any]:
-    """The content of model.safetensors.index.json for these shards."""
-    total = sum(tensor.bytes for shard in shards for tensor in shard.tensors)
-    weight_map = {tensor.name: shard.name for shard in shards for tensor in shard.tensors}
-    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+def index_text(tensors: Iterable[tuple[str, TensorInfo]]) -> str:
+    """The text of model.safetensors.index.json for tensors, each with the name of its file."""
+    files = sorted((tensor.name, file, tensor.bytes) for file, tensor in tensors)
+    total = sum(size for _, _, size in files)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: file for name, file, _ in files}}
+    return json.dumps(index, indent=2) + "\n"
 
 
 def file_digests(directory: Path, names: Sequence[str]) -> dict[str, str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
+from snugfit.storage.files import with_parents
 
 LOCK_NAME = ".snugfit-lock"
 WORK_NAME = ".snugfit-work"  # files that a run needs to resume; removed when it ends
@@ -84,16 +85,16 @@ def _beside_main(target: Path) -> Iterator[tuple[Path, Path]]:
 def _locked(target: Path) -> Iterator[Path]:
     """TARGET.partial, created where it is missing, locked for this process alone."""
     partial = _partial_of(target)
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise _not_writable(partial, f"cannot be written ({error.strerror}).") from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(with_parents(partial))
+            partial.mkdir(exist_ok=True)
+            lock = os.open(partial / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise _not_writable(partial, f"cannot be written ({error.strerror}).") from None
+        stack.callback(os.close, lock)
         _lock(lock, partial)
         yield partial
-    finally:
-        os.close(lock)
 
 
 def _lock(file: int, partial: Path) -> None:
@@ -134,16 +135,9 @@ def _tidy(target: Path) -> None:
 
 
 def check_stageable(target: Path, *, models: Iterable[str | Path | None] = ()) -> None:
-    """UserError where `staged` would refuse TARGET or could not write it, and inside a model; nothing is created.
-
-    What lies in a model's directory is one of its files: the next run would copy it. Of `models` those without
-    config.json do not count: results, and ids of the Hub.
-    """
+    """UserError where `staged` would refuse TARGET or could not write it, and inside a model; nothing is created."""
     partial = _partial_of(target)
-    for model in models:
-        if model and (Path(model) / "config.json").is_file() and target.resolve().is_relative_to(Path(model).resolve()):
-            what, remedy = f"inside the model's own directory, {model}.", "Choose another `output_dir`, outside of it."
-            raise UserError(what, code="output-not-writable", where=str(target), remedy=remedy)
+    check_outside(target, models)
     check_folder(partial)
     if not (partial / LOCK_NAME).is_file():
         return
@@ -155,6 +149,17 @@ def check_stageable(target: Path, *, models: Iterable[str | Path | None] = ()) -
         _lock(lock, partial)
     finally:
         os.close(lock)
+
+
+def check_outside(target: Path, models: Iterable[str | Path | None]) -> None:
+    """UserError for an output inside a model, whose files are all that lies there: the next run would copy it.
+
+    Of `models` those without config.json do not count: results, and ids of the Hub.
+    """
+    for model in models:
+        if model and (Path(model) / "config.json").is_file() and target.resolve().is_relative_to(Path(model).resolve()):
+            what, remedy = f"inside the model's own directory, {model}.", "Choose another output, outside of it."
+            raise UserError(what, code="output-not-writable", where=str(target), remedy=remedy)
 
 
 def check_folder(folder: Path, *, remedy: str = "Choose another `output_dir`.") -> None:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any, Generic, Self, TypeVar
 
@@ -45,8 +46,8 @@ Result = TypeVar("Result")
 class PendingTransfer(Generic[Result]):
     """A read or write whose pieces are queued or running; `result` waits for all of them."""
 
-    pieces: list[Future[int]]
-    finish: Callable[[list[int]], Result]
+    pieces: Sequence[Future[Any]]
+    finish: Callable[[list[Any]], Result]
 
     def result(self) -> Result:
         """The tensor, or the CRC-32 of each piece; raises the first error of a piece."""
@@ -163,6 +164,31 @@ class Transfer:
 
         return PendingTransfer(_pieces(self._writers, flat.numel(), piece), list)
 
+    def write_many(self, places: Sequence[tuple[int, int, Tensor]]) -> list[PendingTransfer[list[int]]]:
+        """Begin to write tensors, each to an open file at an offset, in one job; together they take a piece at most."""
+        sources = [_bytes_of(tensor.detach()) for _, _, tensor in places]
+        ready = _record_event(self.device)
+
+        def job() -> list[list[int]]:
+            held = sources
+            if self.device.type == "cuda":
+                buffer, stream = self._thread_buffers()
+                held = list(buffer.split([len(source) for source in sources] + [PIECE_BYTES - total]))[:-1]
+
+                def fetch() -> None:
+                    for target, source in zip(held, sources, strict=True):
+                        target.copy_(source, non_blocking=True)
+
+                _run_on_stream(stream, ready, fetch)
+            return [
+                [_write_run_file(handle, offset, _raw(raw))] if len(raw) else []
+                for (handle, offset, _), raw in zip(places, held, strict=True)
+            ]
+
+        total = sum(map(len, sources))
+        found = self._writers.submit(job)
+        return [PendingTransfer([found], partial(_entry, number)) for number in range(len(places))]
+
     def copy(
         self, checkpoint: Checkpoint, name: str, handle: int, offset: int, *, infinite: bool = False
     ) -> PendingTransfer[list[int]]:
@@ -196,6 +222,11 @@ class Transfer:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _entry(number: int, results: list[list[list[int]]]) -> list[int]:
+    """One tensor's part of what a job gave."""
+    return results[0][number]
 
 
 def _packs(tensors: Sequence[StoredTensor]) -> list[list[StoredTensor]]:

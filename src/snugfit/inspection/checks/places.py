@@ -8,10 +8,9 @@ from snugfit.engines.fused import GATES
 from snugfit.engines.releases import EMBEDDING_FORMATS, PREDICTION_PLAIN, ROUTERS_READ
 from snugfit.inspection.evidence import Evidence, finding
 from snugfit.model.anatomy import is_prediction_head
+from snugfit.model.config_defaults import PREDICTION_KEYS
 from snugfit.model.logical_weights import model_types
 from snugfit.records.doctor import Finding
-
-_PREDICTION_KEYS = ("num_nextn_predict_layers", "mtp_num_hidden_layers")
 
 
 def plain_places(evidence: Evidence) -> Iterator[Finding]:
@@ -63,7 +62,7 @@ def prediction(evidence: Evidence) -> Iterator[Finding]:
         for name, parsed in layout.names.items()
         if is_prediction_head(name) or (parsed.layer is not None and parsed.layer >= layout.num_layers)
     ]
-    stated = next((key for key in _PREDICTION_KEYS if _count(layout.config.get(key))), None)
+    stated = next((key for key in PREDICTION_KEYS if _count(layout.config.get(key))), None)
     if stated is not None and not behind:
         what = f"{stated} is {layout.config[stated]}, and the file has no such layer: speculative decoding fails."
         yield from finding("prediction-lost", [f"config.json: {stated}"], what, evidence.affected())

@@ -1,0 +1,216 @@
+"""The seconds that a run will take, before it begins: from one layer that is worked on, and rates of this machine.
+
+Of each way one layer is timed (quantization/rehearsal.py); other layers take as much for each of their values. Reading
+and writing run beside the computation, so the largest of the three counts, at rates that are measured on some bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from snugfit import distributed
+from snugfit.errors import UserError
+from snugfit.evaluation.times import prediction_time
+from snugfit.machine import NO_TIME, Seconds, free_bytes, now, timed
+from snugfit.model.assemble import Piece, pieces_of
+from snugfit.model.forward_pass import make_batches
+from snugfit.progress import duration
+from snugfit.quantization.estimate import LEARNED_TOKENS
+from snugfit.quantization.learned import steps_of
+from snugfit.quantization.plan import Plan
+from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.rehearsal import LayerTime, Rehearsal
+from snugfit.quantization.ways import Way, learned_weights
+from snugfit.storage.shards import file_digest
+from snugfit.storage.transfer import Transfer
+
+TIMED_BYTES = 1 << 26  # that are read, and written, to measure rates
+HEAD_VALUES, HEAD_TOKENS = 1 << 23, 64  # of an output head that stands for the model's
+_LEARNED_PASSES = 4  # of both heads: predictions, their KL, and its gradient
+_MADE = 3  # times that the weights of a layer are made of codes in a step of learning
+SHORT = "this run will take less than a minute"
+SHORT_SECONDS = 0.05  # of roughly as many seconds nothing is measured
+# rough rates, to know whether a run is long enough for a better estimate: operations and bytes a second
+ROUGH_OPERATIONS, ROUGH_BYTES = {"cpu": 5e10, "cuda": 1e14}, 1e9
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunTime:
+    """What a run will take behind its preparation: in all, way by way, and what that rests on."""
+
+    seconds: Seconds
+    ways: tuple[tuple[str, Seconds], ...]
+    basis: str
+
+    def line(self) -> str:
+        """One line for people."""
+        each = "" if len(self.ways) < 2 else "".join(f"{name} {duration(one.wall)}, " for name, one in self.ways)
+        return f"this run will take about {duration(self.seconds.wall)} ({each}{self.basis})"
+
+
+def rough_seconds(prepared: PreparedRun) -> float:
+    """About what a run takes, of shapes alone; within a factor of several."""
+    plan, tokens = prepared.plan, prepared.dataset.tokens if prepared.dataset else 0
+    values = sum(plan.weights.tensors[name].elements for unit in plan.units[1:] for name in unit)
+    moved = sum(plan.weights.file_bytes(name) for unit in plan.units for name in unit)
+    operations = 2.0 * values * tokens / ROUGH_OPERATIONS[prepared.device.type]
+    return len(prepared.ways) * (operations + moved / ROUGH_BYTES) / distributed.asked_for()
+
+
+def estimate_run_time(prepared: PreparedRun, folder: Path | None = None) -> RunTime | None:
+    """What the run will take on this machine as it is now; None where its layer cannot be tried.
+
+    Reads the weights of one layer at most, and runs them on some tokens; of a model on the Hub 64 MB are read. The
+    rate of writing is that of `folder`, which is left as it was. The estimate is of a whole run, not of what is left
+    of an unfinished one, and knows nothing of what several processes send each other.
+    """
+    try:
+        with distributed.alone(), Transfer(prepared.device, remote=prepared.plan.checkpoint.remote is not None) as io:
+            return _Estimate(prepared, io, folder).result()
+    except (UserError, OSError, torch.OutOfMemoryError):  # the run says what is wrong
+        return None
+
+
+def expected_line(prepared: PreparedRun, folder: Path | None = None) -> str:
+    """One line for people: what a run will take."""
+    if rough_seconds(prepared) < SHORT_SECONDS:
+        return SHORT
+    found = estimate_run_time(prepared, folder)
+    return "the time that this run will take is not known" if found is None else found.line()
+
+
+class _Estimate:
+    """The rates of this machine, and what they make of a run."""
+
+    def __init__(self, prepared: PreparedRun, transfer: Transfer, folder: Path | None) -> None:
+        self._prepared, self._plan = prepared, prepared.plan
+        self._device, self._processes = prepared.device, distributed.asked_for()
+        self._write = _writing(transfer, folder, min(TIMED_BYTES // 2, prepared.plan.bytes))
+        self._rehearsal = Rehearsal(prepared, transfer, self._processes)
+        self._read_rate = self._reading(transfer)
+        self._layers = _values(self._plan, range(1, len(self._plan.units))) / max(
+            1, _values(self._plan, [self._rehearsal.number])
+        )
+
+    def _reading(self, transfer: Transfer) -> float:
+        """Bytes a second of the layer's weights, read for the first time."""
+        weights, size, found = self._plan.weights, 0, list[Piece]()
+        limit = TIMED_BYTES if weights.checkpoint.remote is None else TIMED_BYTES // 2
+        for name in self._rehearsal.names:
+            if size + weights.file_bytes(name) <= limit:
+                found += pieces_of(weights, name)
+                size += weights.file_bytes(name)
+        started = now(self._device)
+        for pending in [transfer.read(weights.checkpoint, *piece) for piece in found]:
+            pending.result()
+        taken = now(self._device) - started
+        return size / max(1e-9, taken.wall) if found else math.inf
+
+    def result(self) -> RunTime:
+        """What the run takes."""
+        prepared, found = self._prepared, list[tuple[str, Seconds]]()
+        times: dict[str, LayerTime] = {}
+        for way in prepared.ways:
+            if way.unless or way.learns:
+                continue
+            times[way.name] = self._with_samples(way, self._rehearsal.time(way))
+            found.append((way.name, self._of_way(times[way.name], first=not found)))
+        slowest = max(times.values(), key=lambda one: one.forward.wall)
+        if prepared.held_out is not None:
+            predictions = self._predictions()
+            judged = self._judged(slowest, predictions)
+            found = [(name, one + judged * (2 if number == 0 else 1)) for number, (name, one) in enumerate(found)]
+            if any(way.learns for way in prepared.ways):
+                found.append(("learned", self._learned(slowest, predictions) + judged))
+        basis = f"by a layer on {self._rehearsal.tokens:,} tokens" if self._rehearsal.batches else "by a layer"
+        if self._read_rate < math.inf:
+            basis += f", reading {self._read_rate / 1e6:,.0f} MB/s"
+        if self._write is not None:
+            basis += f", writing {1e-6 / max(1e-12, self._write.wall):,.0f} MB/s"
+        basis += "".join(
+            f"; {way.name}, if {' or '.join(way.unless)} is not kept, takes longer"
+            for way in prepared.ways
+            if way.unless
+        )
+        return RunTime(seconds=sum((one for _, one in found), NO_TIME), ways=tuple(found), basis=basis)
+
+    def _with_samples(self, way: Way, time: LayerTime) -> LayerTime:
+        """What a way takes with the samples that it has: a few, if these are enough."""
+        one = self._prepared.taking(way)
+        if not one.few_are_enough or one.dataset is None:
+            return time
+        few = one.on_few().dataset
+        assert few is not None
+        return replace(time, passes=time.passes * (few.tokens / one.dataset.tokens))
+
+    def _of_way(self, time: LayerTime, *, first: bool) -> Seconds:
+        """Of quantizing the model in one way; only the first one reads a source that fits into memory from the disk."""
+        share = self._layers / self._processes
+        work = time.weights * share + time.passes * self._layers
+        read, written = self._source_bytes() / self._read_rate, NO_TIME
+        if not first and self._source_bytes() < free_bytes(torch.device("cpu")):
+            read = 0.0
+        if self._write is not None:
+            written = self._write * (self._plan.bytes / self._processes)
+        return Seconds(max(work.wall, read, written.wall), work.cpu + written.cpu)
+
+    def _source_bytes(self) -> int:
+        weights = self._plan.weights
+        return sum(weights.file_bytes(name) for unit in self._plan.units for name in unit)
+
+    def _judged(self, time: LayerTime, predictions: Seconds) -> Seconds:
+        """Of one model on the held-out samples, and of its KL."""
+        held_out, data = self._prepared.held_out, self._prepared.dataset
+        assert held_out is not None
+        assert data is not None
+        share = held_out.tokens / max(1, data.tokens)
+        passes = (time.forward * share + time.decode) * self._layers
+        return passes + predictions * (2 * held_out.tokens / self._processes)
+
+    def _predictions(self) -> Seconds:
+        """Of one token: logits of the vocabulary, and their KL."""
+        skeleton = self._prepared.skeleton
+        width, count = skeleton.hidden_size, int(skeleton.config.vocab_size)
+        rows = max(1, min(count, HEAD_VALUES // width))
+        head = torch.randn(rows, width).to(self._device, skeleton.dtype)
+        hidden = torch.randn(1, HEAD_TOKENS, width).to(self._device, skeleton.dtype)
+        return prediction_time(lambda states: states @ head.t(), hidden) * (count / rows)
+
+    def _learned(self, time: LayerTime, predictions: Seconds) -> Seconds:
+        """Of learning scales at the model's output, and of the original's last hidden states."""
+        data = self._prepared.dataset
+        assert data is not None
+        batches = make_batches(data.samples, LEARNED_TOKENS, torch.device("cpu"))
+        steps = steps_of(len(batches))
+        passes = steps / len(batches)  # of all tokens
+        backward = self._rehearsal.backward(learned_weights(self._plan))
+        layers = ((time.forward + backward) * passes + time.decode * (_MADE * steps) + time.forward) * self._layers
+        return layers + predictions * (_LEARNED_PASSES * data.tokens * passes / self._processes)
+
+
+def _values(plan: Plan, units: Sequence[int]) -> int:
+    """What becomes of more values takes longer: those of all weights of units."""
+    return sum(plan.weights.tensors[name].elements for number in units for name in plan.units[number])
+
+
+def _writing(transfer: Transfer, folder: Path | None, size: int) -> Seconds | None:
+    """Seconds to write a byte to a folder, flush it and digest it, of `size` of them; None where none can be."""
+    place = next((one for one in (folder or Path.cwd()).absolute().parents if one.is_dir()), None)
+    if folder is None or place is None or not os.access(place, os.W_OK):
+        return None
+    data = torch.arange(-(-size // 8)).view(torch.uint8).to(transfer.device)
+    with tempfile.NamedTemporaryFile(dir=place) as file:
+
+        def work() -> None:
+            transfer.write(file.fileno(), 0, data).result()
+            os.fdatasync(file.fileno())
+            file_digest(Path(file.name))
+
+        return timed(work, transfer.device) * (1 / data.numel())

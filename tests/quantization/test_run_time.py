@@ -1,0 +1,199 @@
+"""The seconds that a run will take, before it begins: what is worked on for it, what it says, what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from conftest import MakeTiny
+from helpers.killed import contents
+from helpers.ranks import in_ranks
+from helpers.tiny_families import random_rows, write_rows
+from helpers.tiny_mixtures import make_mixture
+from snugfit.cli.app import app
+from snugfit.machine import Seconds
+from snugfit.methods.calibrated import Calibrated
+from snugfit.model import experts
+from snugfit.quantization import quantize as quantizing
+from snugfit.quantization import rehearsal, run_time, stand_ins
+from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.quantize import plan_quantization, quantize
+from snugfit.quantization.run_time import RunTime, estimate_run_time
+from snugfit.records.quantize import RECORD_FILE
+from snugfit.storage.transfer import Transfer
+
+ROWS = random_rows([64] * 10 + [40, 33] * 3)
+Source = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The samples as a file."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Source:
+    """Gives a tiny model of a family, made once."""
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            folder = tmp_path_factory.mktemp(family) / "model"
+            made[family] = make_tiny("llama") if family == "llama" else make_mixture(family, folder)
+        return made[family]
+
+    return make
+
+
+def prepared_run(model: Path, recipe: str, rows: Path, **options: Any) -> PreparedRun:
+    """A run on the CPU."""
+    fixed: dict[str, Any] = {"device": "cpu", "tokens_per_batch": 130, "min_tokens_per_expert": 0}
+    return plan_quantization(model, recipe, dataset=[rows], **fixed, **options)
+
+
+def time_of(prepared: PreparedRun, folder: Path) -> RunTime:
+    """The estimate, which is made."""
+    found = estimate_run_time(prepared, folder / "out")
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe", "effort", "size"),
+    [
+        ("llama", "nvfp4-fp8-hybrid", "fast", None),
+        ("llama", "nvfp4-fp8-hybrid", "best", None),
+        ("qwen3_moe", "nvfp4-moe-four-over-six", None, 2),
+        ("mixtral", "fp8-int4-awq", "good", None),
+    ],
+)
+def test_every_way_has_its_time(
+    family: str, recipe: str, effort: str | None, size: int | None, source: Source, rows: Path, tmp_path: Path
+) -> None:
+    """Of every way that is sure to be tried seconds are foreseen, they add up, and nothing is left on the disk."""
+    prepared = prepared_run(source(family), recipe, rows, effort=effort, experts_per_group=size)
+    found = time_of(prepared, tmp_path)
+    assert [name for name, _ in found.ways] == [way.name for way in prepared.ways if not way.unless]
+    assert all(one.wall > 0 and one.cpu > 0 for _, one in found.ways)
+    assert found.seconds.wall == pytest.approx(sum(one.wall for _, one in found.ways))
+    assert not list(tmp_path.iterdir())
+    assert found.line().startswith("this run will take about")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_one_layer_is_read(family: str, source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of the decoder layers one is read; of its many experts some."""
+    read: list[tuple[str, int | None]] = []
+    original = Transfer.read
+
+    def watched(self: Transfer, checkpoint: Any, name: str, expert: int | None = None) -> Any:
+        read.append((name, expert))
+        return original(self, checkpoint, name, expert)
+
+    monkeypatch.setattr(Transfer, "read", watched)
+    monkeypatch.setattr(rehearsal, "EXPERT_BYTES", {"cpu": 1})
+    prepared = prepared_run(source(family), "nvfp4-fp8-hybrid" if family == "llama" else "nvfp4-moe", rows)
+    time_of(prepared, tmp_path)
+    numbers = {name.split(".layers.")[1].split(".")[0] for name, _ in read if ".layers." in name}
+    assert len(numbers) == 1
+    if family == "qwen3_moe":
+        tried = {name.split(".experts.")[1].split(".")[0] for name, _ in read if ".experts." in name}
+        count = next(iter(prepared.skeleton.experts.values())).count
+        assert len(tried) < count
+
+
+def test_experts_that_are_not_tried_count(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """One expert stands for all of a layer: a clock that counts runs of experts gives the same."""
+    runs, found = 0, []
+    original = experts._middle
+
+    def counted(*arguments: Any) -> torch.Tensor:
+        nonlocal runs
+        runs += 1
+        return original(*arguments)
+
+    def ticks(_: object = None) -> Any:
+        return Seconds(float(runs), float(runs))
+
+    monkeypatch.setattr(experts, "_middle", counted)
+    for module in (stand_ins, rehearsal):
+        monkeypatch.setattr(module, "now", ticks)
+    for size in (1 << 30, 1):
+        monkeypatch.setattr(rehearsal, "EXPERT_BYTES", {"cpu": size})
+        prepared = prepared_run(source("mixtral"), "nvfp4-moe-four-over-six", rows)
+        with Transfer(torch.device("cpu")) as transfer:
+            trial = rehearsal.Rehearsal(prepared, transfer, 1)
+            found.append(trial.time(prepared.ways[0]).passes.wall)
+    assert found[0] > 0
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+
+
+def test_parts_of_large_weights_count_for_all(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Of weights that are large a part is rounded, and what rounding grows with makes up for the rest."""
+    seen: list[tuple[int, ...]] = []
+    original = Calibrated.choose
+
+    def watched(self: Calibrated, groups: Iterable[Any], purpose: Any) -> Any:
+        groups = list(groups)
+        seen.extend(tuple(w.shape) for g in groups if g.target is not None for w in g.weights.values())
+        return original(self, groups, purpose)
+
+    monkeypatch.setattr(Calibrated, "choose", watched)
+    monkeypatch.setattr(stand_ins, "VALUES", {"cpu": 1024})
+    monkeypatch.setattr(stand_ins, "FEATURES", {"cpu": 32})
+    time_of(prepared_run(source("llama"), "nvfp4", rows, effort="good"), tmp_path)
+    assert seen
+    assert all(columns <= 32 for _, columns in seen)
+    assert stand_ins.work_of([(256, 64)], deep=False) == 4 * stand_ins.work_of([(128, 32)], deep=False)
+    assert stand_ins.work_of([(128, 64)], deep=True) == 128 * 64**2 + 2 * 64**3
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_run_is_the_same(processes: int, source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A run that was timed before it began has the same bytes, and its record has both times side by side."""
+    options: dict[str, Any] = {"dataset": [rows], "device": "cpu", "tokens_per_batch": 130, "effort": "fast"}
+    model = source("llama")
+    quantize(model, "nvfp4-fp8-hybrid", output_dir=tmp_path / "plain", **options)
+    monkeypatch.setattr(quantizing, "WORTH_AN_ESTIMATE", 0.0)
+    if processes == 1:
+        quantize(model, "nvfp4-fp8-hybrid", output_dir=tmp_path / "timed", **options)
+    else:
+        work = lambda _: quantize(model, "nvfp4-fp8-hybrid", output_dir=tmp_path / "timed", **options)  # noqa: E731
+        assert in_ranks(processes, work) == [0] * processes
+    assert contents(tmp_path / "timed") == contents(tmp_path / "plain")
+    for name, timed in (("plain", False), ("timed", True)):
+        estimates = json.loads((tmp_path / name / RECORD_FILE).read_text(encoding="utf-8"))["estimates"]
+        for key in ("seconds", "cpu_seconds"):
+            assert (estimates[key]["estimated"] is not None) == timed
+            assert estimates[key]["actual"] > 0
+
+
+def test_a_layer_that_cannot_be_tried(source: Source, rows: Path, tmp_path: Path) -> None:
+    """Damaged weights are the run's to report: there is no time, and no error."""
+    model = tmp_path / "model"
+    shutil.copytree(source("llama"), model)
+    prepared = prepared_run(model, "nvfp4", rows, effort="fast")
+    file = next(model.glob("*.safetensors"))
+    with file.open("r+b") as stream:
+        stream.truncate(file.stat().st_size // 2)
+    assert estimate_run_time(prepared, tmp_path / "out") is None
+
+
+def test_a_dry_run_says_it(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A dry run prints the time, of a very small model that it is short, and writes nothing."""
+    command = ["quantize", str(source("llama")), "-r", "nvfp4", "--dry-run", "--dataset", str(rows), "--device", "cpu"]
+    command += ["-o", str(tmp_path / "out")]
+    assert "less than a minute" in CliRunner().invoke(app, command).stdout
+    monkeypatch.setattr(run_time, "SHORT_SECONDS", 0.0)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0
+    assert "this run will take about" in result.stdout
+    assert not list(tmp_path.iterdir())
