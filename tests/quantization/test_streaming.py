@@ -21,6 +21,7 @@ from helpers.hub_server import COMMIT, Hub, files_of, serve
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
+from snugfit.quantization import run_time, stand_ins
 from snugfit.quantization.layer import choose as choose_codes
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.records.quantize import RECORD_FILE
@@ -180,3 +181,18 @@ def test_datasets_are_compared_on_a_model_of_the_hub(hub: Hub, model: Path, tmp_
     expected = snugfit.compare_datasets(*files, model=directory, **options)
     assert (found.a.digest, found.b.digest) == (expected.a.digest, expected.b.digest)
     assert found.linears == expected.linears
+
+
+def test_the_time_of_a_model_on_the_hub(hub: Hub, token_rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Some of one layer is read to know how long a run takes, and nothing of the other layers."""
+    prepared = plan_quantization("org/name", RECIPE, dataset=[token_rows], device="cpu")
+    hub.requests.clear()
+    monkeypatch.setattr(stand_ins, "REMOTE_BYTES", 1 << 15)
+    monkeypatch.setattr(run_time, "TIMED_BYTES", 1 << 15)
+    found = run_time.estimate_run_time(prepared, tmp_path / "out")
+    assert found is not None
+    assert "reading" in found.line()
+    ends = [asked.removeprefix("bytes=").split("-") for asked in hub.ranges()]
+    sizes = [int(last) - int(first) + 1 for first, last in ends]
+    layer = sum(prepared.plan.weights.file_bytes(name) for name in prepared.plan.units[2])
+    assert 0 < sum(sizes) < layer

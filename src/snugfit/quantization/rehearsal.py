@@ -155,6 +155,7 @@ class Rehearsal:
     def backward(self, learned: frozenset[str]) -> Seconds:
         """What a forward and a backward pass of all tokens takes, for gradients of the weights `learned`, too."""
         found: list[Seconds] = []
+        hidden = self._hidden()
 
         def observe(layer: ObservedLayer) -> None:
             names = [module for name, module in layer.linears.items() if f"{name}.weight" in learned]
@@ -163,7 +164,7 @@ class Rehearsal:
             def before(batch: Batch) -> None:
                 for weight in weights:
                     weight.requires_grad_()
-                found.append(backward_time(layer.module, self.number - 1, batch, batch.hidden, weights))
+                found.append(backward_time(layer.module, self.number - 1, batch, hidden[batch.rows], weights))
                 for weight in weights:
                     weight.requires_grad_(False)
 
