@@ -41,15 +41,16 @@ from snugfit.planning.calibration import calibrate
 from snugfit.planning.constraints import load_constraints
 from snugfit.planning.controls import MATCHED, find_controls
 from snugfit.planning.limits import Budget, read_place
+from snugfit.planning.measured_plans import measure_plans, open_comparison
 from snugfit.planning.menu import GroupMenu
 from snugfit.planning.proof import judge_plans
 from snugfit.planning.samples import read_samples
 from snugfit.planning.scoring_cost import estimate_scoring
 from snugfit.planning.search import least_kl
 from snugfit.planning.sensitivity import ScoreSettings, score_samples
-from snugfit.planning.shared_pass import Assigned, SharedPass
+from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.space import read_choices
-from snugfit.planning.variants import open_subject
+from snugfit.planning.variants import Subject, open_subject
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.records.scores import Scores, load_scores
 from snugfit.records.statistics_file import Statistics
@@ -233,9 +234,7 @@ def measured(
     subject = open_subject(layout, statistics, rounding=args.rounding, target=args.target)
     rows = [chunk.ids for group in groups for chunk in group.chunks]
     started = time.perf_counter()
-    found = SharedPass(
-        subject, rows, plans, device, tokens_per_batch=TOKENS_PER_BATCH[device.type], folder=folder
-    ).divergences()
+    found = kl_of_plans(subject, rows, plans, device, folder / "held-out")
     seconds = time.perf_counter() - started
     control = plans[0].name
     proof = judge_plans(plans, control, groups, found, tuple(records), rounding=args.rounding, target=args.target)
@@ -255,6 +254,15 @@ def measured(
     return {"figures": figures, "bins": bins, "seconds": seconds, "tokens": sum(map(len, rows))}
 
 
+def kl_of_plans(
+    subject: Subject, rows: Sequence[Sequence[int]], plans: Sequence[Assigned], device: torch.device, folder: Path
+) -> dict[str, list[Array]]:
+    """KL of every token of each plan, in as many passes as the disk takes."""
+    finished = open_comparison(folder, {"plans": [[plan.name, dict(plan.choice)] for plan in plans]})
+    per_batch = TOKENS_PER_BATCH[device.type]
+    return measure_plans(subject, rows, plans, device, tokens_per_batch=per_batch, folder=folder, finished=finished)
+
+
 def alone(
     layout: ModelLayout, statistics: Statistics, scores: Scores, args: argparse.Namespace, folder: Path
 ) -> dict[str, list[float]]:
@@ -270,9 +278,7 @@ def alone(
         if group.layer is not None and scores.has(group.name, args.alone)
     ]
     rows = [row.ids for row in samples.rows]
-    found = SharedPass(
-        subject, rows, plans, device, tokens_per_batch=TOKENS_PER_BATCH[device.type], folder=folder
-    ).divergences()
+    found = kl_of_plans(subject, rows, plans, device, folder / "alone")
     result = {}
     for plan in plans:
         sums = [0.0] * len(samples.edges)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
 
 from snugfit.errors import Unfinished, UserError
 
@@ -183,6 +183,16 @@ def from_main(value: Result) -> Result:
         _torch().broadcast_object_list(held, src=0)
     found: Result = held[0]
     return found
+
+
+def by_main(work: Callable[[], Result]) -> Result:
+    """What `work` gives in the main process, which alone does it; its UserError is raised as `in_all` raises it."""
+    return cast("Result", from_main(in_all(lambda: work() if is_main() else None)))
+
+
+def in_order(things: Sequence[Result]) -> list[Result]:
+    """The things of all processes, those of the first one first."""
+    return [one for some in gather(list(things)) for one in some]
 
 
 def merged(found: Mapping[Key, Result]) -> dict[Key, Result]:

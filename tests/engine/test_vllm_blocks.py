@@ -115,3 +115,65 @@ def test_blocks_are_those_of_vllm(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     in_vllm = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))
     assert dict(zip(names, computed, strict=True)) == dict(zip(names, in_vllm, strict=True))
+
+
+# runs where vLLM is: layers, kept layers, heads, width -> tokens and bytes of a block, bytes of one sequence
+MIXED = """
+import contextlib, json, sys
+from types import SimpleNamespace as Space
+import torch
+import vllm.config.vllm as vllm_config
+from vllm.platforms.interface import Platform
+from vllm.v1 import kv_cache_interface as specs
+from vllm.v1.attention.backend import MultipleOf
+from vllm.v1.core import kv_cache_utils as utils
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+vllm_config.set_current_vllm_config = lambda *_, **__: contextlib.nullcontext()
+backend = Space(get_supported_kernel_block_sizes=lambda: [MultipleOf(16)], customize_spec=lambda spec: spec)
+found = []
+for case in json.load(open(sys.argv[1])):
+    cache = Space(cache_dtype="fp8", kv_cache_dtype_skip_layers=list(map(str, case["kept"])), block_size=16,
+                  mamba_page_size_padded=None, skip_page_size_padded=None, mamba_cache_mode="none",
+                  get_resolved_kv_cache_layout=lambda: KVCacheLayout["LBNHC"], num_gpu_blocks_override=None)
+    model = Space(dtype=torch.bfloat16, get_num_kv_heads=lambda _: case["heads"], get_head_size=lambda: case["width"],
+                  max_model_len=case["length"])
+    config = Space(
+        scheduler_config=Space(disable_hybrid_kv_cache_manager=False), max_in_flight_tokens=2048, cache_config=cache,
+        model_config=model, attention_config=Space(hisparse_config=None), speculative_config=None,
+        parallel_config=Space(decode_context_parallel_size=1, tensor_parallel_size=1))
+    Platform._align_heterogeneous_kv_block_size(config, backend)
+    layers = {
+        f"layer.{i}": specs.FullAttentionSpec(
+            block_size=cache.block_size, num_kv_heads=case["heads"], head_size=case["width"],
+            dtype=torch.bfloat16 if i in case["kept"] else torch.uint8)
+        for i in range(case["layers"])
+    }
+    groups = utils.get_kv_cache_groups(config, layers)
+    found.append([len(groups), cache.block_size, utils._pool_bytes_per_block(config, groups),
+                  utils._max_memory_usage_bytes_from_groups(config, groups)])
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def test_layers_that_keep_16_bits_are_those_of_vllm(tmp_path: Path) -> None:
+    """With `--kv-cache-dtype-skip-layers` beside an FP8 cache vLLM makes the same blocks and needs the same bytes."""
+    python = os.environ.get("SNUGFIT_VLLM_PYTHON")
+    assert python, "SNUGFIT_VLLM_PYTHON names a Python with vLLM: run `make engine`"
+    cases: list[dict[str, Any]] = []
+    computed = []
+    for config in (real.NEMO, real.LLAMA_8B, real.LLAMA_70B):
+        cache = read_cache(config)
+        one = cache.attention[0]
+        for kept in ([0], [0, 5, 7], list(range(len(cache.layers) // 2))):
+            pool = make_pool(cache, max_num_batched_tokens=2048, fp8=True, kept_layers=kept)
+            for length in LENGTHS:
+                shape = {"layers": len(cache.layers), "heads": one.kv_heads, "width": one.key_dim}
+                cases.append({**shape, "kept": kept, "length": length})
+                block = pool.groups[0].block_tokens
+                computed.append([1, block, pool.block_bytes, pool.blocks(length) * pool.block_bytes])
+    (tmp_path / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+    (tmp_path / "script.py").write_text(MIXED, encoding="utf-8")
+    command = [python, str(tmp_path / "script.py"), str(tmp_path / "cases.json"), str(tmp_path / "found.json")]
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8")) == computed

@@ -496,13 +496,13 @@ def make_plan(rng: random.Random, root: Path, _shared: Path) -> list[Command]:
     from snugfit.model.layout import read_layout
 
     text = (
-        "max_formats: 2\nkv_cache: keep\nrules:\n  - role: [q, k, v]\n    layers: '0..1, -1'\n"
+        "max_formats: 2\nrun_length: 2\nkv_cache: keep\nrules:\n  - role: [q, k, v]\n    layers: '0..1, -1'\n"
         "    format: [fp8-dynamic, keep]\n  - {role: down, not: mxfp4}\n  - {name: re:.*o_proj, not: [int4, nvfp4]}\n"
         "  - {name: '*.mlp.*', format: [nvfp4, fp8-dynamic, keep, int4]}\n"
     )
     model = BASES["16-bit"].write(root / "model")
     constraints, scores = root / "constraints.yaml", root / "scores.json"
-    content = made_up_scores(read_layout(model)).to_json()
+    content = made_up_scores(read_layout(model), cache_of_layers=(0.0005, 0.0005)).to_json()
     constraints.write_text(text, encoding="utf-8")
     scores.write_text(content, encoding="utf-8")
     kind = rng.random()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from snugfit.model.layout import ModelLayout
 from snugfit.planning.menu import Server, on_menu, read_options
-from snugfit.records.scores import KEEP, KV_CACHE, Cost, Damage, ScoredGroup, Scores
+from snugfit.records.scores import KEEP, KV_CACHE, Cost, Damage, ScoredGroup, Scores, cache_of_layer
 from snugfit.records.statistics_file import DatasetUsed
 from snugfit.storage.checkpoint import fingerprint, header_digest
 
@@ -25,10 +25,12 @@ def made_up_scores(
     grows: Mapping[str, float] | None = None,
     ceiling: float = 8.0,
     cache: float | None = 0.001,
+    cache_of_layers: Sequence[float] = (),
 ) -> Scores:
     """Scores of a model: each group has a weight of its own, decided by its name.
 
-    `grows` multiplies a role's costs from one bucket to the next; `cache` is what an FP8 cache costs, None: not scored.
+    `grows` multiplies a role's costs from one bucket to the next; `cache` is what an FP8 cache costs, None: not scored,
+    `cache_of_layers` what that of each layer does.
     """
     menus = on_menu(read_options(layout, Server()), formats, Server())
     costs: dict[str, dict[str, Cost]] = {}
@@ -49,6 +51,10 @@ def made_up_scores(
     if cache is not None:
         costs[KV_CACHE] = {"fp8": Cost((cache,) * len(edges), (1e-5,) * len(edges))}
         groups.append(ScoredGroup(name=KV_CACHE, layer=None, role=KV_CACHE, elements=0, measured=True))
+    for layer, cost in enumerate(cache_of_layers):
+        name = cache_of_layer(layer)
+        costs[name] = {"fp8": Cost((cost,) * len(edges), (1e-5,) * len(edges))}
+        groups.append(ScoredGroup(name=name, layer=None, role=KV_CACHE, elements=0, measured=True))
     damage = Damage(ceiling=ceiling, factors={}, error=0.05)
     return Scores(
         snugfit="0",

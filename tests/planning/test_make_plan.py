@@ -20,13 +20,16 @@ from snugfit.cli.app import app
 from snugfit.errors import Unfinished
 from snugfit.model.layout import read_layout
 from snugfit.planning import make_plan
+from snugfit.planning.gradients import GradientPass
 from snugfit.planning.groups import find_groups
+from snugfit.planning.limits import Budget, context_beside, read_place
 from snugfit.planning.make_plan import plan
 from snugfit.planning.plan_cost import estimate_plan
 from snugfit.quantization.plan import lay_out
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import PlanRecord
 from snugfit.records.scores import KEEP, load_scores
+from snugfit.report.plan import next_commands
 
 MakeTiny = Callable[..., Path]
 FILES = {
@@ -119,6 +122,8 @@ def test_every_group_says_why(made: tuple[Path, PlanRecord]) -> None:
     assert all(group.why for group in record.groups)
     assert all(group.cost == 0 for group in record.groups if group.format == KEEP)
     assert all(group.cost > 0 for group in record.groups if group.format != KEEP)
+    simple = [point for point in record.points if point.name.startswith("mix in runs of 2 layers")]
+    assert all(point.rules > 0 and point.measured for point in simple)
     head = next(group for group in record.groups if group.role == "lm_head")
     assert "output head" in head.refused["nvfp4"]
 
@@ -218,6 +223,26 @@ def test_scores_outlive_a_budget_that_cannot_be(model: Path, texts: dict[str, An
     assert (tmp_path / "out" / "recipe.yaml").is_file()
 
 
+def test_a_full_gpu_stops_a_run_that_resumes(
+    model: Path, texts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is finished stays where memory runs out, and a smaller batch goes on behind it if that is forced."""
+    options = {**texts, "output_dir": tmp_path / "out", "prove": False, "bits_per_weight": 10, "menu": "fp8-dynamic"}
+    with monkeypatch.context() as patched:
+
+        def full(*_: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+        patched.setattr(GradientPass, "_begin", full)
+        with raises("gpu-memory-insufficient", where="device"):
+            plan(model, **options)
+    assert list((tmp_path / "out.partial").rglob("unit-*.json"))
+    with raises("machine-differs"):
+        plan(model, tokens_per_batch=64, **options)
+    plan(model, tokens_per_batch=64, force_resume=True, **options)
+    assert (tmp_path / "out" / "recipe.yaml").is_file()
+
+
 def test_a_gpu_decides_on_menu_and_profile(model: Path, tmp_path: Path) -> None:
     """On Hopper NVFP4 is weight-only, so there is one of both, and the record names kernels and what fits."""
     file = save(made_up_scores(read_layout(model)), tmp_path / "scores.json")
@@ -229,6 +254,43 @@ def test_a_gpu_decides_on_menu_and_profile(model: Path, tmp_path: Path) -> None:
     assert found.budget.gpu_title == "H100"
     assert any("vllm-blackwell" in note for note in found.notes)
     assert set(found.kv_caches) == {KEEP, "fp8"}
+
+
+def test_a_model_of_one_layer(make_tiny: MakeTiny, texts: dict[str, Any], tmp_path: Path) -> None:
+    """One layer has no depth, no front half and no runs: it is scored, planned and proven all the same."""
+    model = make_tiny(num_hidden_layers=1, hidden_size=128, intermediate_size=128, dtype=torch.float32)
+    add_tokenizer(model)
+    found = plan(model, output_dir=tmp_path / "out", bits_per_weight=7.5, **texts | {"menu": ("nvfp4", "fp8-dynamic")})
+    assert found.plan.bits_per_weight <= 7.5
+    assert found.plan.measured
+    assert not any("runs of" in point.name for point in found.points)
+
+
+def test_layers_that_keep_a_16_bit_cache_are_told_to_the_engine(
+    make_tiny: MakeTiny, texts: dict[str, Any], tmp_path: Path
+) -> None:
+    """Where memory is left beside an FP8 cache, the costliest layers keep 16 bits, and the command says so."""
+    small = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 128, "max_position_embeddings": 2**24}
+    model = make_tiny(**small)
+    add_tokenizer(model)
+    layout = read_layout(model)
+    scores = made_up_scores(layout, cache=3.0, cache_of_layers=(1.0, 0.5, 1.0, 0.5), edges=(64,))
+    options: dict[str, Any] = {key: texts[key] for key in ("dataset", "held_out", "num_tokens", "device")}
+    options |= {"scores": save(scores, tmp_path / "scores.json"), "gpu": "8GiB", "max_seq_length": 64}
+    place = read_place(layout, Budget(gpu="8GiB", context=1000))
+    whole, half = (context_beside(place, 600_000, fp8=True, kept_layers=kept) or 0 for kept in ((), (0, 2)))
+    assert whole > half
+    measured = plan(model, output_dir=tmp_path / "measured", context=half, **options)
+    assert any(point.cache_kept_in and point.measured for point in measured.points)
+    found = plan(model, output_dir=tmp_path / "out", context=half, prove=False, **options)
+    assert found.plan.cache_kept_in == (0, 2)
+    assert found.kv_cache == "fp8"
+    assert (found.plan.max_context or 0) >= half
+    recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
+    assert recipe.recipe.kv_cache == "fp8"
+    assert "--kv-cache-dtype-skip-layers 0 2" in recipe.text
+    assert "--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0 2" in next_commands(found, "MODEL", "recipe.yaml")[0]
+    assert "layers 0, 2 in 16 bits" in (tmp_path / "out" / "plan.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

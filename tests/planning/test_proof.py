@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from snugfit.model.layout import read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.groups import find_groups
 from snugfit.planning.proof import judge_plans, prove
-from snugfit.planning.shared_pass import Assigned
+from snugfit.planning.shared_pass import Assigned, SharedPass
+from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.proof import Proof
 
 
@@ -59,6 +61,52 @@ def test_a_better_plan_wins_and_a_worse_one_is_refused(make_tiny: MakeTiny, tmp_
         prove(model, plans, dataset=files, **{**options, "control": "none"})  # type: ignore[arg-type]
     with raises("option-invalid", where="plans"):
         prove(model, [plans[0], plans[0]], dataset=files, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_killed_proof_ends_in_the_same_figures(
+    layers: int, make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped behind any layer, the same call goes on there, to the same figures; other plans start anew."""
+    model = make_tiny("llama", num_hidden_layers=2)
+    add_tokenizer(model)
+    layout = read_layout(model)
+    rows = torch.randint(3, 64, (8, 40), generator=torch.Generator().manual_seed(3)).tolist()
+    statistics = calibrate(layout, make_dataset(rows, "rows"), tmp_path / "statistics", device="cpu")
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"input_ids": row}) for row in rows), encoding="utf-8")
+    names = [group.name for group in find_groups(layout) if group.layer is not None]
+    plans = [Assigned(name=fmt, choice=dict.fromkeys(names, fmt)) for fmt in ("int4", "fp8-dynamic")]
+
+    def measure(folder: Path, plans: list[Assigned]) -> Proof:
+        options = {"control": "int4", "statistics": statistics, "dataset": [text], "device": "cpu"}
+        return prove(model, plans, work_dir=folder, **options)  # type: ignore[arg-type]
+
+    whole = measure(tmp_path / "whole", plans)
+    commit, passed = FinishedUnits.commit, SharedPass._pass_layer
+    ran: list[int] = []
+
+    def stopping(self: FinishedUnits, entry: Mapping[str, Any]) -> None:
+        commit(self, entry)
+        if self.done == layers:
+            raise KeyboardInterrupt
+
+    def counted(self: SharedPass, index: int, *arguments: Any) -> None:
+        ran.append(index)
+        passed(self, index, *arguments)
+
+    monkeypatch.setattr(FinishedUnits, "commit", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tmp_path / "work", plans)
+    monkeypatch.setattr(FinishedUnits, "commit", commit)
+    monkeypatch.setattr(SharedPass, "_pass_layer", counted)
+    assert measure(tmp_path / "work", plans) == whole
+    assert ran == [0, 1][layers:]
+    assert measure(tmp_path / "work", plans) == whole
+    assert ran == [0, 1][layers:]  # nothing is measured twice
+    one = measure(tmp_path / "work", plans[:1])
+    assert one.plans[0].overall.kl == whole.plans[0].overall.kl
+    assert ran == [*[0, 1][layers:], 0, 1]
 
 
 def judged(kl: Mapping[str, list[float]], contexts: list[int]) -> Proof:

@@ -20,13 +20,14 @@ from helpers.tiny_mixtures import make_mixture
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
 from snugfit.planning.controls import find_controls, strongest
+from snugfit.planning.explain import planned_groups
 from snugfit.planning.fit import fit
 from snugfit.planning.knapsack import Problem, Row, solve
 from snugfit.planning.limits import Budget, context_beside, impossible, read_place
-from snugfit.planning.search import Mix, least_amount, least_bytes, least_kl, make_mix, scored, within
+from snugfit.planning.search import Mix, least_amount, least_bytes, least_kl, make_mix, scored, simplest_near, within
 from snugfit.planning.space import Choices, check_bytes, read_choices, recipe_of_mix
 from snugfit.quantization.plan import lay_out
-from snugfit.records.scores import KEEP
+from snugfit.records.scores import KEEP, cache_of_layer
 
 MakeTiny = Callable[..., Path]
 
@@ -182,6 +183,60 @@ def test_an_fp8_cache_and_weights_share_one_budget(make_tiny: MakeTiny) -> None:
         }
         caches.append(least_kl(space.with_limits(tight), scores, 512)[0].kv_cache)
     assert caches == ["fp8", KEEP]
+
+
+def test_the_costliest_layers_of_an_fp8_cache_may_keep_16_bits(make_tiny: MakeTiny) -> None:
+    """Layers whose FP8 cache costs most keep 16 bits where that costs less than what their bytes do for weights."""
+    layout = read_layout(make_tiny(num_hidden_layers=4, hidden_size=128, max_position_embeddings=2**24))
+    scores = made_up_scores(layout, cache=1.0, cache_of_layers=(0.1, 0.05, 0.7, 0.15), ceiling=1000.0)
+    choices = choices_of(layout, gpu="16GiB", context=4_000_000).with_mixed_caches(scores, 512)
+    one, two = "fp8 except layers 2", "fp8 except layers 2, 3"
+    assert set(choices.space.limits) == {KEEP, "fp8", one, two}
+    most = {cache: limits[0].bytes for cache, limits in choices.space.limits.items()}
+    a_layer = 4_000_000 * layout.config["num_key_value_heads"] * layout.config["hidden_size"] // 4 * 2
+    assert most["fp8"] - most[one] == pytest.approx(a_layer, rel=1e-3)
+    assert most["fp8"] - most[two] == pytest.approx(2 * a_layer, rel=1e-3)
+    assert choices.at(1000).limits[one][0].bytes > most[one]
+
+    def best(sizes: Mapping[str, int]) -> Mix:
+        limits = {
+            cache: tuple(replace(limit, bytes=sizes[cache]) for limit in choices.space.limits[cache]) for cache in sizes
+        }
+        outside = {cache: choices.space.outside[cache] for cache in sizes}
+        return least_kl(replace(choices.space, limits=limits, outside=outside), scores, 512)[0]
+
+    plenty = dict.fromkeys((KEEP, "fp8", one, two), 700_000)
+    assert best(plenty).kv_cache == KEEP
+    del plenty[KEEP]
+    found = best(plenty)
+    assert found.kv_cache == two
+    assert found.kept_caches == (2, 3)
+    weights = {name: option.format for name, option in found.options.items()}
+    expected = scores.predict(weights | {cache_of_layer(0): "fp8", cache_of_layer(1): "fp8"}, 512)
+    assert found.predicted.kl == pytest.approx(expected.kl)
+    least = least_amount(choices.space, choices.space.limits[two][0], two)
+    weights_cost = best({two: least}).predicted.kl - 0.15
+    assert weights_cost > 0.15
+    assert best(plenty | {two: least}).kv_cache == one
+
+
+def test_layers_keep_16_bits_only_where_it_is_known(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Not beside windows, where one cache is demanded, under an engine without the option, or without their scores."""
+    layout = read_layout(make_tiny(num_hidden_layers=4, max_position_embeddings=2**24))
+    scores = made_up_scores(layout, cache=1.0, cache_of_layers=(0.25,) * 4)
+    gpu: dict[str, Any] = {"gpu": "16GiB", "context": 4_000_000}
+    windows = read_layout(make_tiny("mistral", num_hidden_layers=4, sliding_window=64, max_position_embeddings=2**24))
+    demanded = constraints(tmp_path, "kv_cache: fp8")
+    for choices, word in (
+        (choices_of(windows, **gpu), "windows"),
+        (choices_of(layout, demanded, **gpu), "asked for"),
+        (choices_of(layout, engine="vllm-0.24", **gpu), "engine"),
+        (choices_of(layout, bytes=10**9), "GPU"),
+    ):
+        assert word in choices.why_not_mixed()
+        assert choices.with_mixed_caches(scores, 512) is choices
+    unscored = choices_of(layout, **gpu).with_mixed_caches(made_up_scores(layout), 512)
+    assert set(unscored.space.limits) == {KEEP, "fp8"}
 
 
 def test_labels_are_limited() -> None:
@@ -378,6 +433,8 @@ def test_constraints_hold(make_tiny: MakeTiny, tmp_path: Path) -> None:
         ("rules:\n- {format: keep}", "recipe-invalid", "constraints.yaml:2: rules[0]"),
         ("rules:\n- {role: down, not: fp7}", "recipe-invalid", "constraints.yaml:2: rules[0].not"),
         ("max_formats: 0", "recipe-invalid", "constraints.yaml:1: max_formats"),
+        ("run_length: 0", "recipe-invalid", "constraints.yaml:1: run_length"),
+        ("run_length: 2.5", "recipe-invalid", "constraints.yaml:1: run_length"),
         ("- 1", "recipe-invalid", "constraints.yaml"),
         ("max_formats: [", "yaml-invalid", "constraints.yaml"),
         ("rules:\n- {role: experts, format: keep}", "recipe-rule-unmatched", "constraints.yaml:2: rules[0]"),
@@ -393,6 +450,93 @@ def test_constraints_that_cannot_be(text: str, code: str, where: str, make_tiny:
     with raises(code) as error:
         choices_of(read_layout(make_tiny()), constraints(tmp_path, text), bytes=10**9)
     assert where in error.value.where
+
+
+def test_the_best_mix_in_runs_of_layers_is_found(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """With `run_length` runs of layers, the last one shorter, have one format at each place: the best of all such."""
+    layout = read_layout(make_tiny(num_hidden_layers=3, hidden_size=128, intermediate_size=256))
+    loaded = constraints(
+        tmp_path, "run_length: 2\nrules:\n- {role: lm_head, format: keep}\n- {role: linear, not: keep}"
+    )
+    scores = made_up_scores(layout, grows={"qkv": 3.0, "down": 0.3})
+    menu = ("nvfp4", "fp8-dynamic")
+    choices = choices_of(layout, loaded, bytes=10**9, menu=menu)
+    assert [one.layers for one in choices.space.decisions if "down" in one.menus[0].group.name] == ["0..1", "2"]
+    mixes = []
+    for formats in itertools.product(*(one.formats for one in choices.space.decisions)):
+        options: dict[str, Any] = {}
+        for decision, fmt in zip(choices.space.decisions, formats, strict=True):
+            options |= decision.options(fmt)
+        mixes.append(make_mix(options, KEEP, choices.space.outside[KEEP], scores, 512))
+    assert len(mixes) == 2**8
+    sizes = sorted({mix.bytes.file for mix in mixes})
+    for size in sizes[:: max(1, len(sizes) // 8)]:
+        limited = choices_of(layout, loaded, bytes=size, menu=menu)
+        (found,) = least_kl(limited.space, scores, 512)
+        assert found.predicted.kl == pytest.approx(min(m.predicted.kl for m in mixes if m.bytes.file <= size), rel=1e-5)
+        assert found.bytes.file <= size
+        assert written_bytes(layout, limited, found) == found.bytes.file
+        for decision in limited.space.decisions:
+            assert len({found.options[one.group.name].format for one in decision.menus}) == 1
+    free = choices_of(layout, bytes=sizes[len(sizes) // 2], menu=menu)
+    assert least_kl(free.space, scores, 512)[0].predicted.kl < min(
+        m.predicted.kl for m in mixes if m.bytes.file <= sizes[len(sizes) // 2]
+    )
+
+
+def test_what_one_layer_cannot_have_its_run_cannot(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """A rule on one layer holds for its run, and says so; runs without a common format are refused with their place."""
+    layout = read_layout(make_tiny(num_hidden_layers=4))
+    loaded = constraints(tmp_path, "run_length: 2\nrules:\n- {role: down, layers: 1, not: nvfp4}")
+    menus = {menu.group.name: menu for menu in choices_of(layout, loaded, bytes=10**9).space.menus}
+    for layer in range(4):
+        menu = menus[f"model.layers.{layer}.mlp.down_proj"]
+        assert ("nvfp4" in [one.format for one in menu.options]) == (layer > 1)
+        assert ("layers 0..1" in menu.refused.get("nvfp4", "")) == (layer == 0)
+    impossible_runs = constraints(
+        tmp_path,
+        "run_length: 2\nrules:\n- {role: down, layers: 0, format: keep}\n- {role: down, layers: 1, format: nvfp4}",
+    )
+    with raises("plan-impossible", where=str(tmp_path / "constraints.yaml")) as error:
+        choices_of(layout, impossible_runs, bytes=10**9)
+    assert "0..1" in error.value.what
+
+
+def test_controls_in_runs_of_layers(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Where runs have one format, the byte-matched controls are of whole runs, and the reasons speak of runs."""
+    layout = read_layout(make_tiny(num_hidden_layers=6, hidden_size=128, intermediate_size=256))
+    scores = made_up_scores(layout)
+    choices = choices_of(layout, constraints(tmp_path, "run_length: 2"), bits_per_weight=9)
+    controls = [one for one in find_controls(layout, choices.everything, choices.space, scores, 512) if one.fits]
+    matched = [one for one in controls if one.kind == "byte-matched"]
+    assert matched
+    assert all("runs of 2 layers" in one.name for one in matched)
+    for one in matched:
+        for decision in choices.space.decisions:
+            assert len({one.mix.options[menu.group.name].format for menu in decision.menus}) == 1
+    (mix,) = least_kl(choices.space, scores, 512)
+    groups = planned_groups(choices.space, scores, mix)
+    assert all("layers 2..3 together" in group.why for group in groups if group.layer in (2, 3))
+    assert least_amount(choices.space, choices.space.limits[KEEP][0], KEEP) <= mix.bytes.served
+
+
+def test_a_simpler_mix_is_near_the_best(make_tiny: MakeTiny) -> None:
+    """The longest runs of layers within 10 % of the least expected KL are found, or runs of two; none of one layer."""
+    layout = read_layout(make_tiny(num_hidden_layers=8, hidden_size=128, intermediate_size=256))
+    scores = made_up_scores(layout)
+    choices = choices_of(layout, bits_per_weight=9)
+    (best,) = least_kl(choices.space, scores, 512)
+    found = simplest_near(choices.space, scores, best)
+    assert found is not None
+    length, simple = found
+    assert within(simple, choices.space.limits[KEEP])
+    assert simple.predicted.kl >= best.predicted.kl * (1 - 1e-6)
+    assert length == 2 or simple.predicted.kl <= 1.1 * best.predicted.kl
+    for decision in replace(choices.space, run_length=length).decisions:
+        assert len({simple.options[menu.group.name].format for menu in decision.menus}) == 1
+    single = choices_of(read_layout(make_tiny(num_hidden_layers=1)), bits_per_weight=9)
+    one = made_up_scores(single.layout)
+    assert simplest_near(single.space, one, least_kl(single.space, one, 512)[0]) is None
 
 
 # --- controls

@@ -38,7 +38,7 @@ from snugfit.storage.staging import resumable
 
 ASYMMETRIC = "name: a\nrules:\n- {role: linear, format: int4, group_size: 32, symmetric: false}\n"
 RECIPES: dict[str, LoadedRecipe] = {
-    **{name: load_recipe(name) for name in ("nvfp4", "nvfp4a16", "mxfp4", "int4-w4a16")},
+    **{name: load_recipe(name) for name in ("nvfp4", "nvfp4a16", "mxfp4", "int4-w4a16", "nvfp4-fp8-hybrid")},
     "int4-asymmetric": parse_recipe(ASYMMETRIC, where="a.yaml"),
 }
 PROFILE = "vllm-blackwell"

@@ -205,6 +205,8 @@ def test_a_world_of_one() -> None:
     distributed.send(tensor, 0)
     assert tensor.tolist() == [0.0, 1.0, 2.0]
     assert distributed.gather(1) == [1]
+    assert distributed.by_main(lambda: 1) == 1
+    assert distributed.in_order([1, 2]) == [1, 2]
     assert distributed.merged({"a": 1}) == {"a": 1}
     sums = BatchSums()
     for number in range(3):

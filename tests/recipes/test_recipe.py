@@ -28,6 +28,7 @@ LAYERS = 3
 
 FOS, ABSMAX = "four-over-six", "absmax"
 FP8 = ("fp8-dynamic", ABSMAX)
+FP8_ALONG = "fp8-dynamic", EFFORT  # beside rules that follow the effort
 NV, NV_FOS, NV_PLAIN = ("nvfp4", EFFORT), ("nvfp4", FOS), ("nvfp4", ABSMAX)
 # 64 is the largest group that divides the tiny model's 64 and 128 in_features
 INT4, INT4_PLAIN = ("int4-g64", EFFORT), ("int4-g64", ABSMAX)
@@ -38,9 +39,9 @@ BUILT_IN = {
     "fp8-block": (("fp8-block", ABSMAX),) * 3,
     "fp8-dynamic": (FP8, FP8, FP8),
     "fp8-dynamic-fp8kv": (FP8, FP8, FP8),
-    "fp8-int4": (FP8, INT4, INT4),
+    "fp8-int4": (FP8_ALONG, INT4, INT4),
     "fp8-int4-absmax": (FP8, INT4_PLAIN, INT4_PLAIN),
-    "fp8-int4-awq": (FP8, INT4, INT4),
+    "fp8-int4-awq": (FP8_ALONG, INT4, INT4),
     "int4-w4a16": (INT4, INT4, INT4),
     "int4-w4a16-absmax": (INT4_PLAIN, INT4_PLAIN, INT4_PLAIN),
     "mxfp4": (("mxfp4", EFFORT),) * 3,
@@ -48,16 +49,16 @@ BUILT_IN = {
     "nvfp4": (NV, NV, NV),
     "nvfp4-absmax": (NV_PLAIN, NV_PLAIN, NV_PLAIN),
     "nvfp4-four-over-six": (NV_FOS, NV_FOS, NV_FOS),
-    "nvfp4-fp8-attention": (FP8, NV, NV),
+    "nvfp4-fp8-attention": (FP8_ALONG, NV, NV),
     "nvfp4-fp8-attention-absmax": (FP8, NV_PLAIN, NV_PLAIN),
     "nvfp4-fp8-attention-four-over-six": (FP8, NV_FOS, NV_FOS),
-    "nvfp4-fp8-down": (NV, NV, FP8),
+    "nvfp4-fp8-down": (NV, NV, FP8_ALONG),
     "nvfp4-fp8-down-absmax": (NV_PLAIN, NV_PLAIN, FP8),
     "nvfp4-fp8-down-four-over-six": (NV_FOS, NV_FOS, FP8),
-    "nvfp4-fp8-hybrid": (FP8, NV, NV),
+    "nvfp4-fp8-hybrid": (FP8_ALONG, NV, NV),
     "nvfp4-fp8-hybrid-absmax": (FP8, NV_PLAIN, NV_PLAIN),
     "nvfp4-fp8-hybrid-four-over-six": (FP8, NV_FOS, NV_FOS),
-    "nvfp4-fp8-hybrid-fp8kv": (FP8, NV, NV),
+    "nvfp4-fp8-hybrid-fp8kv": (FP8_ALONG, NV, NV),
     "nvfp4-fp8-hybrid-fp8kv-four-over-six": (FP8, NV_FOS, NV_FOS),
     "nvfp4a16": (("nvfp4a16", EFFORT),) * 3,
     "nvfp4a16-four-over-six": (("nvfp4a16", FOS),) * 3,
@@ -158,8 +159,45 @@ def test_fp8_int4_awq_on_mixtures(shared: str | None) -> None:
     got = {name: (a.format.label() if a.format else "", a.scale_rule) for name, a in found.items()}
     mlp = {t.name for t in (*of_mixture(*leaves), *dense) if "attn" not in t.name and not (shared and shared in t.name)}
     others = {t.name for t in (*of_mixture(*leaves), *dense)} - mlp
-    assert got == dict.fromkeys(mlp, INT4) | dict.fromkeys(others, FP8)
+    assert got == dict.fromkeys(mlp, INT4) | dict.fromkeys(others, FP8_ALONG)
     assert all(a.format is None or a.format.name != "int4" or a.format.symmetric for a in found.values())
+
+
+def test_fp8_follows_the_effort_beside_others_alone(tensors: list[TensorInfo]) -> None:
+    """FP8 rules follow it where a rule for other weights does; a named scale rule stays, and so does FP8 by itself."""
+
+    def rules_of(attention: str, mlp: str) -> dict[str, str]:
+        found = settle([f"role: attention, {attention}", f"role: mlp, {mlp}"], tensors)
+        return {a.format.name: a.scale_rule for a in found.values() if a.format is not None}
+
+    fp8, exact = "format: fp8-dynamic", "format: fp8-dynamic, scale_rule: absmax"
+    assert rules_of(fp8, "format: nvfp4") == {"fp8-dynamic": EFFORT, "nvfp4": EFFORT}
+    assert rules_of(exact, "format: nvfp4") == {"fp8-dynamic": ABSMAX, "nvfp4": EFFORT}
+    assert rules_of(fp8, "format: nvfp4, scale_rule: absmax") == {"fp8-dynamic": ABSMAX, "nvfp4": ABSMAX}
+    assert rules_of(fp8, "format: keep") == rules_of(fp8, fp8) == {"fp8-dynamic": ABSMAX}
+
+
+def test_fp8_that_does_not_follow_the_effort(tensors: list[TensorInfo]) -> None:
+    """Heads, routed experts, and what is fused with a weight of a named scale rule have plain scales in any case."""
+    routed = of_mixture("mlp.experts.0", "mlp.experts.1")
+    head = TensorInfo("lm_head.weight", "BF16", (8, 64))
+    dense = [t for t in tensors if t.name != "lm_head.weight"]
+    rules = [
+        "role: q, format: fp8-dynamic, scale_rule: absmax",
+        "role: [k, v, o, lm_head, experts], format: fp8-dynamic",
+        "role: mlp, format: nvfp4",
+    ]
+    third = [t for t in _third(routed) if "mlp" in t.name]
+    found = settle(rules, [*(t for t in dense if ".layers.2.mlp" not in t.name), *third, head])
+    roles = {name.split(".")[-2]: a.scale_rule for name, a in found.items() if ".experts." not in name and a.format}
+    assert {role: rule for role, rule in roles.items() if role not in ("gate_proj", "up_proj", "down_proj")} == {
+        "q_proj": ABSMAX,
+        "k_proj": ABSMAX,
+        "v_proj": ABSMAX,
+        "o_proj": EFFORT,
+        "lm_head": ABSMAX,
+    }
+    assert {a.scale_rule for name, a in found.items() if ".experts." in name} == {ABSMAX}
 
 
 UPGRADED = """

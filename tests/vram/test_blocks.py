@@ -12,7 +12,7 @@ from helpers import real_configs as real
 from helpers.cache_sizes import bytes_at, reported_tokens
 from helpers.errors import raises
 from helpers.sparse_models import DEEPSEEK_V3
-from snugfit.vram.blocks import BlockGroup, BlockPool, make_pool
+from snugfit.vram.blocks import BlockGroup, BlockPool, make_pool, why_not_mixed
 from snugfit.vram.kv_cache_config import read_cache
 
 BATCH = 2048
@@ -68,6 +68,18 @@ def test_pages_of_other_sizes_have_longer_blocks() -> None:
     pool = pool_of(config)
     assert pool.block_bytes == 2 * 16 * 2 * 4 * 512 * 2
     assert set(pool.groups) == {BlockGroup(32, 512), BlockGroup(16)}
+
+
+def test_layers_that_keep_16_bits_beside_an_fp8_cache() -> None:
+    """Blocks have 32 tokens then, and each layer's page its own size; windows, states and latents are not computed."""
+    pool = pool_of(real.NEMO, fp8=True, kept_layers=(0, 5))
+    page = 32 * 2 * 8 * 128
+    assert pool.groups == (BlockGroup(32),)
+    assert pool.block_bytes == 38 * page + 2 * 2 * page
+    assert pool_of(real.NEMO, kept_layers=(0, 5)) == pool_of(real.NEMO)
+    assert why_not_mixed(read_cache(real.NEMO)) == ""
+    for config in (real.MISTRAL_7B_V01, real.QWEN3_NEXT_80B, DEEPSEEK_V3):
+        assert why_not_mixed(read_cache(config))
 
 
 def test_states_make_long_blocks() -> None:

@@ -9,6 +9,7 @@ import typer
 
 from snugfit.cli import options
 from snugfit.cli.errors import VerbProgress, keeping, reporting
+from snugfit.distributed import is_main_to_be
 from snugfit.errors import UserError, plain
 from snugfit.token_counts import parse_token_list
 
@@ -103,6 +104,7 @@ def plan(
     tokens_per_batch: options.TokensPerBatch = None,
     seed: Annotated[int, typer.Option(metavar="NUMBER", help="Seed of what is drawn at random.")] = 0,
     restart: options.Restart = False,
+    force_resume: options.ForceResume = False,
     from_checkpoint: Annotated[
         str | None,
         typer.Option("--from", metavar="CHECKPOINT", help="Read the plan of a quantized checkpoint as a recipe."),
@@ -120,6 +122,8 @@ def plan(
     Measures what each weight's format costs, finds the best mix under the budget, and proves it on held-out text. The
     result is a recipe for `snugfit quantize`. With `--from` the plan of a quantized checkpoint is read instead.
     """
+    if not is_main_to_be() and (dry_run or from_checkpoint is not None or diff is not None):
+        return
     if from_checkpoint is not None or diff is not None:
         _read(ctx, from_checkpoint, diff, model, output_dir, as_json=as_json)
         return
@@ -166,7 +170,16 @@ def plan(
     with keeping(lambda: f"{partial} keeps what is finished" if partial.exists() else ""):
         from snugfit.planning.make_plan import plan as run
 
-        record = run(model, output_dir=output_dir, restart=restart, progress=progress, **settings)
+        record = run(
+            model,
+            output_dir=output_dir,
+            restart=restart,
+            force_resume=force_resume,
+            progress=progress,
+            **settings,
+        )
+    if not is_main_to_be():
+        return
     with reporting(output_dir):
         if as_json:
             typer.echo(record.to_json(), nl=False)
@@ -183,7 +196,7 @@ def _print_estimate(model: str, output_dir: Path | None, settings: dict[str, Any
 
     if output_dir is not None:
         check_stageable(output_dir, models=[model])
-    estimate = estimate_plan(model, **settings)
+    estimate = estimate_plan(model, output_dir=output_dir, **settings)
     for note in estimate.notes:
         progress.message(note)
     with reporting():

@@ -16,7 +16,8 @@ class Launch:
     """One engine: `python -m MODULE`, or a `command` of its own, then options.
 
     `model`, `context` and the others are the option's names; behind `command` the model's is `model_behind`, () for a
-    bare argument. `ready` is the page that answers when the engine does. `environment` are settings that are given
+    bare argument. `skip_layers` names the layers that keep 16 bits beside an FP8 cache, "" where an engine was not seen
+    to have that. `ready` is the page that answers when the engine does. `environment` are settings that are given
     unless the user has others.
     """
 
@@ -32,6 +33,7 @@ class Launch:
     cache_dtype: str
     fp8_cache: str
     parallel: str
+    skip_layers: str = ""
     ready: str = "/health"
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -48,6 +50,7 @@ _VLLM = Launch(
     cache_dtype="--kv-cache-dtype",
     fp8_cache="fp8",
     parallel="--tensor-parallel-size",
+    skip_layers="--kv-cache-dtype-skip-layers",  # vLLM 0.32: config/cache.py, layers/attention/attention.py
     environment={"VLLM_NO_USAGE_STATS": "1"},
 )
 _APHRODITE = replace(  # its options are vLLM's
@@ -55,6 +58,7 @@ _APHRODITE = replace(  # its options are vLLM's
     name="aphrodite",
     module="aphrodite.endpoints.openai.api_server",
     command=("aphrodite", "run"),
+    skip_layers="",
     environment={},
 )
 _SGLANG = Launch(
@@ -73,8 +77,8 @@ _SGLANG = Launch(
 )
 LAUNCHES: Mapping[str, Launch] = {
     "vllm": _VLLM,
-    "vllm-0.24": _VLLM,
-    "vllm-0.19": _VLLM,
+    "vllm-0.24": replace(_VLLM, skip_layers=""),
+    "vllm-0.19": replace(_VLLM, skip_layers=""),
     "aphrodite": _APHRODITE,
     "sglang": _SGLANG,
 }

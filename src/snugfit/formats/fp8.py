@@ -38,9 +38,18 @@ def quantize(weight: Tensor) -> FP8Weight:
     Computed in fp32. An all-zero row takes the dtype's epsilon as its scale, as compressed-tensors does.
     """
     exact = weight.float()
-    scale = divide(exact.abs().amax(1, keepdim=True), E4M3_MAX).to(weight.dtype)
-    scale = torch.where(scale == 0, torch.finfo(weight.dtype).eps, scale)
-    return FP8Weight(to_e4m3(exact / scale.float()), scale)
+    return quantize_under(exact, channel_scale(exact, weight.dtype))
+
+
+def channel_scale(weight: Tensor, dtype: torch.dtype, larger: float = 1.0) -> Tensor:
+    """Scales [N, 1] in `dtype` of a weight, fp32 [N, K]: amax_row / 448, `larger` times; epsilon for a row of zeros."""
+    scale = (divide(weight.abs().amax(1, keepdim=True), E4M3_MAX) * larger).to(dtype)
+    return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
+
+
+def quantize_under(weight: Tensor, scale: Tensor) -> FP8Weight:
+    """Codes of `weight`, fp32 [N, K], under scales [N, 1]."""
+    return FP8Weight(to_e4m3(weight / scale.float()), scale)
 
 
 def quantize_blocks(weight: Tensor, block: tuple[int, int]) -> FP8Weight:

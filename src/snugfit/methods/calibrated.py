@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from snugfit import distributed
 from snugfit.calibration.moments import ExpertMoments, Moments, MomentsObserver
 from snugfit.engines.fused import group_modules
-from snugfit.formats import int4, mxfp4, nvfp4
+from snugfit.formats import fp8, int4, mxfp4, nvfp4
 from snugfit.formats.grids import powers_of_two
 from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.methods import folds as folding
+from snugfit.methods.channel_scales import channel_scales
 from snugfit.methods.columns import nearest
 from snugfit.methods.expert_folds import Product, fold_experts, fold_products, sent_before
 from snugfit.methods.exponents import block_exponents
@@ -208,7 +209,9 @@ class Calibrated:
             by_module = {module: targets[name] for name, module in layer.linears.items() if name in targets}
             can = [
                 fold
-                for fold in folding.find_folds(layer, targets.__contains__)
+                for fold in folding.find_folds(
+                    layer, lambda name: name in targets and folding.can_help(targets[name].format)
+                )
                 if fold.consumers[0] in found and self._is_same(layer, fold)
             ]
             can = distributed.from_main(can)
@@ -397,7 +400,7 @@ def choose_scales(
 ) -> dict[str, Scales]:
     """Scales of a fused group of weights, fp32 [N, K], each the best under `importance`, E[x^2] [K].
 
-    `dtype` is that of the model, in which INT4 stores its scales.
+    `dtype` is that of the model, in which INT4 and FP8 store their scales.
     """
     if fmt.name in ("nvfp4", "nvfp4a16"):
         exact = exact_global_scale(weights.values())
@@ -408,6 +411,8 @@ def choose_scales(
         return {name: _nvfp4(weight, shared, importance) for name, weight in weights.items()}
     if fmt.name == "mxfp4":
         return {name: _mxfp4(weight, importance) for name, weight in weights.items()}
+    if fmt.name == "fp8-dynamic":
+        return {name: _fp8(weight, importance, dtype) for name, weight in weights.items()}
     return {name: _int4(weight, fmt, importance, dtype) for name, weight in weights.items()}
 
 
@@ -424,6 +429,11 @@ def _mxfp4(weight: Tensor, importance: Tensor) -> Scales:
     exponents = block_exponents(weight, "weighted", importance)
     step = powers_of_two(exponents).repeat_interleave(MXFP4_BLOCK, dim=1)
     return Scales(Steps("e2m1", step), lambda values: mxfp4.quantize(values, exponents))
+
+
+def _fp8(weight: Tensor, importance: Tensor, dtype: torch.dtype) -> Scales:
+    scale = channel_scales(weight, dtype, importance)
+    return Scales(Steps("e4m3", scale.float().expand_as(weight)), lambda values: fp8.quantize_under(values, scale))
 
 
 def _int4(weight: Tensor, fmt: TensorFormat, importance: Tensor, dtype: torch.dtype) -> Scales:

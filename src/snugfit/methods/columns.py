@@ -5,15 +5,13 @@ Both functions work on each row by itself. Their plain form in torch is the defi
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-from snugfit.formats.grids import round_e2m1_magnitude
+from snugfit.formats.grids import E4M3_MAX, round_e2m1_magnitude, round_e4m3_
+from snugfit.methods.candidates import Grid
 from snugfit.methods.kernels import CHECKED_ROWS, Kernels, kernels_for
 
-Grid = Literal["e2m1", "int4"]
 MOST_COLUMNS = 128  # that kernels take
 
 
@@ -30,7 +28,7 @@ def round_block(
         return plain_round_block(target, exact, step, _first(zero, target), feedback, grid)
 
     def by(kernels: Kernels, target: Tensor, exact: Tensor, step: Tensor) -> Tensor:
-        return kernels.round_block(target, exact, step, _first(zero, target), feedback, integers=grid == "int4")
+        return kernels.round_block(target, exact, step, _first(zero, target), feedback, grid=grid)
 
     def few() -> tuple[Tensor, Tensor, Tensor]:
         return target[:CHECKED_ROWS].clone(), exact[:CHECKED_ROWS], step[:CHECKED_ROWS]
@@ -68,7 +66,7 @@ def descend_block(
         return values
 
     def by(kernels: Kernels, values: Tensor, gradient: Tensor, step: Tensor) -> Tensor:
-        kernels.descend_block(values, gradient, step, _first(zero, values), hessian, integers=grid == "int4")
+        kernels.descend_block(values, gradient, step, _first(zero, values), hessian, grid=grid)
         return values
 
     def few() -> tuple[Tensor, Tensor, Tensor]:
@@ -104,5 +102,7 @@ def nearest(target: Tensor, step: Tensor, zero: Tensor | None, grid: Grid) -> Te
     if grid == "e2m1":
         scaled = target / step
         return round_e2m1_magnitude(scaled.abs()).copysign_(scaled).mul_(step)
+    if grid == "e4m3":
+        return round_e4m3_((target / step).clamp_(-E4M3_MAX, E4M3_MAX)).mul_(step)
     offset = torch.zeros_like(step) if zero is None else zero
     return ((target / step + offset).round_().clamp_(-8, 7) - offset).mul_(step)

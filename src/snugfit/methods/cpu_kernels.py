@@ -20,7 +20,7 @@ from numba import njit, types
 from torch import Tensor
 
 from snugfit.formats.machine_code import ROWS, compiled, on_threads
-from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX
+from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX, Grid
 
 LANES = 64
 # values converted to fp32 at once, a row at least for each thread
@@ -32,6 +32,8 @@ INFINITY = np.float32(np.inf)
 # adding and subtracting leaves what the grid of E2M1 has for magnitudes below 2, below 4, and from 4 on
 ROUND_HALVES, ROUND_ONES, ROUND_TWOS = np.float32(2**22), np.float32(2**23), np.float32(2**24)
 E4M3_TINY, E4M3_MAX, E4M3_NORMAL, E4M3_STEPS = (np.float32(number) for number in (2**-9, 448, 2**-6, 2**9))
+# adding and subtracting leaves what the grid of E4M3 has for numbers below 2**-5
+E4M3_OFFSET = np.float32(1.5 * 2**14)
 
 _FLOATS_1 = types.Array(types.float32, 1, "C")
 _FLOATS_2 = types.Array(types.float32, 2, "C")
@@ -353,6 +355,18 @@ def _nearest_signed_e2m1(scaled: Any) -> Any:
 
 
 @njit(inline="always")  # type: ignore[untyped-decorator]
+def _nearest_e4m3(scaled: Any) -> Any:
+    scaled = -E4M3_MAX if scaled < -E4M3_MAX else scaled  # noqa: FURB136
+    scaled = E4M3_MAX if scaled > E4M3_MAX else scaled  # noqa: FURB136
+    magnitude = abs(scaled)
+    offset, bound = E4M3_OFFSET, E4M3_NORMAL * TWO
+    for _ in range(14):  # binades from 2**-5 to 2**8
+        offset = offset * TWO if magnitude >= bound else offset
+        bound = bound * TWO
+    return (scaled + offset) - offset
+
+
+@njit(inline="always")  # type: ignore[untyped-decorator]
 def _nearest_int4(scaled: Any, zero: Any) -> Any:
     code = np.rint(scaled + zero)
     code = LOWEST_CODE if code < LOWEST_CODE else code  # noqa: FURB136
@@ -360,7 +374,9 @@ def _nearest_int4(scaled: Any, zero: Any) -> Any:
     return code - zero
 
 
-def _round_kernel(*, integers: bool) -> Callable[..., None]:
+def _round_kernel(grid: Grid) -> Callable[..., None]:
+    integers, eighths = grid == "int4", grid == "e4m3"
+
     def round_columns(
         target: Any, exact: Any, step: Any, zero: Any, feedback: Any, start: Any, stop: Any, values: Any
     ) -> None:
@@ -378,6 +394,8 @@ def _round_kernel(*, integers: bool) -> Callable[..., None]:
                     scaled = inside[i, lane] / unit
                     if integers:
                         value = _nearest_int4(scaled, zero[row + lane, i]) * unit
+                    elif eighths:
+                        value = _nearest_e4m3(scaled) * unit
                     else:
                         value = _nearest_signed_e2m1(scaled) * unit
                     values[row + lane, i] = value
@@ -391,24 +409,26 @@ def _round_kernel(*, integers: bool) -> Callable[..., None]:
 
 
 @cache
-def _round(*, integers: bool) -> Callable[..., None]:
+def _round(grid: Grid) -> Callable[..., None]:
     arrays = [_FLOATS_2] * 5
-    return compiled(_round_kernel(integers=integers), *arrays, *ROWS, _FLOATS_2)
+    return compiled(_round_kernel(grid), *arrays, *ROWS, _FLOATS_2)
 
 
 def round_block(
-    target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, *, integers: bool
+    target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, *, grid: Grid
 ) -> Tensor:
     """See `snugfit.methods.columns.round_block`, which this equals bit for bit; 128 columns at most."""
-    kernel = _round(integers=integers)
+    kernel = _round(grid)
     values = torch.empty_like(exact, memory_format=torch.contiguous_format)
-    zeros = torch.zeros(1, 1) if not integers else torch.zeros_like(step) if zero is None else zero
+    zeros = torch.zeros(1, 1) if grid != "int4" else torch.zeros_like(step) if zero is None else zero
     arrays = [tensor.contiguous().numpy() for tensor in (target, exact, step, zeros, feedback)]
     on_threads(lambda start, stop: kernel(*arrays, start, stop, values.numpy()), len(target), LANES)
     return values
 
 
-def _descend_kernel(*, integers: bool) -> Callable[..., None]:
+def _descend_kernel(grid: Grid) -> Callable[..., None]:
+    integers, eighths = grid == "int4", grid == "e4m3"
+
     def descend_columns(values: Any, gradient: Any, step: Any, zero: Any, hessian: Any, start: Any, stop: Any) -> None:
         columns = values.shape[1]
         slope = np.empty((128, LANES), np.float32)
@@ -425,6 +445,8 @@ def _descend_kernel(*, integers: bool) -> Callable[..., None]:
                     scaled = (before - slope[i, lane] / curvature) / unit
                     if integers:
                         value = _nearest_int4(scaled, zero[row + lane, i]) * unit
+                    elif eighths:
+                        value = _nearest_e4m3(scaled) * unit
                     else:
                         value = _nearest_signed_e2m1(scaled) * unit
                     values[row + lane, i] = value
@@ -441,17 +463,17 @@ def _descend_kernel(*, integers: bool) -> Callable[..., None]:
 
 
 @cache
-def _descend(*, integers: bool) -> Callable[..., None]:
+def _descend(grid: Grid) -> Callable[..., None]:
     arrays = [_FLOATS_2] * 5
-    return compiled(_descend_kernel(integers=integers), *arrays, *ROWS)
+    return compiled(_descend_kernel(grid), *arrays, *ROWS)
 
 
 def descend_block(
-    values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, *, integers: bool
+    values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, *, grid: Grid
 ) -> None:
     """See `snugfit.methods.columns.descend_block`, which this equals bit for bit; contiguous, 128 columns at most."""
-    kernel = _descend(integers=integers)
-    zeros = torch.zeros(1, 1) if not integers else torch.zeros_like(step) if zero is None else zero
+    kernel = _descend(grid)
+    zeros = torch.zeros(1, 1) if grid != "int4" else torch.zeros_like(step) if zero is None else zero
     arrays = [values.numpy(), gradient.numpy()]
     arrays += [tensor.contiguous().numpy() for tensor in (step, zeros, hessian)]
     on_threads(lambda start, stop: kernel(*arrays, start, stop), len(values), LANES)

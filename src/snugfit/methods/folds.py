@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from snugfit.engines.fused import group_modules
+from snugfit.formats.spec import TensorFormat
 from snugfit.methods.method import ObservedLayer
 from snugfit.model.names import ROLES
 
@@ -81,6 +82,11 @@ class Scaling:
     def beside(self, other: Scaling) -> Scaling:
         """This one and another, of other weights."""
         return Scaling(self.inputs | other.inputs, self.outputs | other.outputs, self.tensors | other.tensors)
+
+
+def can_help(fmt: TensorFormat) -> bool:
+    """Whether sizes of features matter to a format: FP8's values are as near to each other at nearly every size."""
+    return fmt.name != "fp8-dynamic"
 
 
 def find_folds(layer: ObservedLayer, foldable: Callable[[str], bool]) -> list[Fold]:

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snugfit.formats import grids
-from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX
+from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX, Grid
 
 BLOCKS = 128  # of a program of the searches
 GROUPS = 64  # of integers, the same
@@ -43,6 +43,7 @@ _MAGNITUDE = tl.constexpr(0x7FFFFFFF)
 _EXPONENT = tl.constexpr(0x7F800000)
 _MANTISSA = tl.constexpr(0x7FFFFF)
 _ONE_MANTISSA_BIT = tl.constexpr(22 << 23)
+_THREE_MANTISSA_BITS = tl.constexpr(20 << 23)
 
 
 @triton.jit
@@ -86,6 +87,16 @@ def _whole(values):
     magnitude = tl.abs(values)
     rounded = (magnitude + _WHOLE) - _WHOLE
     return tl.where(magnitude < _WHOLE, _signed_as(rounded, values), values)
+
+
+@triton.jit
+def _nearest_e4m3(scaled):
+    """The E4M3 value nearest to numbers; zeros are positive."""
+    scaled = tl.where(scaled < -_E4M3_MAX, -_E4M3_MAX, scaled)
+    scaled = tl.where(scaled > _E4M3_MAX, _E4M3_MAX, scaled)
+    anchor = tl.maximum(tl.abs(scaled), _E4M3_NORMAL)
+    offset = _number((_bits(anchor) & _EXPONENT) + _THREE_MANTISSA_BITS) * 1.5
+    return (scaled + offset) - offset
 
 
 @triton.jit
@@ -418,14 +429,16 @@ def _search_int4(
 
 
 @triton.jit
-def _nearest(target, step, zeros, place, inside, INTEGERS: tl.constexpr, ZERO: tl.constexpr):
+def _nearest(target, step, zeros, place, inside, GRID: tl.constexpr, ZERO: tl.constexpr):
     """The value of the grid nearest to each target."""
     scaled = tl.div_rn(target, step)
-    if INTEGERS:
+    if GRID == "int4":
         zero = tl.zeros_like(step)
         if ZERO:
             zero = tl.load(zeros + place, mask=inside, other=0.0)
         return _nearest_int4(scaled, zero) * step
+    if GRID == "e4m3":
+        return _nearest_e4m3(scaled) * step
     return _nearest_signed_e2m1(scaled) * step
 
 
@@ -439,7 +452,7 @@ def _round_columns(
     values,
     rows,
     columns,
-    INTEGERS: tl.constexpr,
+    GRID: tl.constexpr,
     ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -454,7 +467,7 @@ def _round_columns(
         here = row * columns + i
         step = tl.load(steps + here, mask=inside, other=1.0)
         wanted = _number(tl.sum(tl.where((lane == i)[None, :], _bits(targets), 0), axis=1))
-        value = _nearest(wanted, step, zeros, here, inside, INTEGERS, ZERO)
+        value = _nearest(wanted, step, zeros, here, inside, GRID, ZERO)
         tl.store(values + here, value, mask=inside)
         error = tl.load(exact + here, mask=inside, other=0.0) - value
         behind = (lane > i) & (lane < columns)
@@ -471,7 +484,7 @@ def _descend_columns(
     hessian,
     rows,
     columns,
-    INTEGERS: tl.constexpr,
+    GRID: tl.constexpr,
     ZERO: tl.constexpr,
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -490,7 +503,7 @@ def _descend_columns(
         slope = _number(tl.sum(tl.where((lane == i)[None, :], _bits(slopes), 0), axis=1))
         curvature = tl.zeros_like(slope) + tl.load(hessian + i * columns + i)
         wanted = before - tl.div_rn(slope, curvature)
-        value = _nearest(wanted, step, zeros, here, inside, INTEGERS, ZERO)
+        value = _nearest(wanted, step, zeros, here, inside, GRID, ZERO)
         tl.store(values + here, value, mask=inside)
         factor = tl.load(hessian + i * columns + lane, mask=lane < columns, other=0.0)
         slopes = slopes + (value - before)[:, None] * factor[None, :]
@@ -586,7 +599,7 @@ def best_scales(weight: Tensor, scales: Tensor, zeros: Tensor, factors: Tensor |
 
 
 def round_block(
-    target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, *, integers: bool
+    target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, *, grid: Grid
 ) -> Tensor:
     """See `snugfit.methods.columns.round_block`; `target` is left as it is."""
     target, exact, step, feedback = (tensor.contiguous() for tensor in (target, exact, step, feedback))
@@ -602,7 +615,7 @@ def round_block(
             values,
             rows,
             columns,
-            INTEGERS=integers,
+            GRID=grid,
             ZERO=zero is not None,
             ROWS=ROWS,
             WIDTH=triton.next_power_of_2(columns),
@@ -613,7 +626,7 @@ def round_block(
 
 
 def descend_block(
-    values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, *, integers: bool
+    values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, *, grid: Grid
 ) -> None:
     """See `snugfit.methods.columns.descend_block`; `values` and `gradient` have no gaps."""
     rows, columns = values.shape
@@ -626,7 +639,7 @@ def descend_block(
             hessian.contiguous(),
             rows,
             columns,
-            INTEGERS=integers,
+            GRID=grid,
             ZERO=zero is not None,
             ROWS=ROWS,
             WIDTH=triton.next_power_of_2(columns),

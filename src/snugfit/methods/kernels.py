@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from snugfit.methods.candidates import Grid
+
 SMALL = 1 << 16  # values below which torch on a CPU is faster than starting a compiler
 CHECKED_ROWS = 8  # that are done both ways
 
@@ -43,12 +45,12 @@ class Kernels(Protocol):
         """uint8 [N, K/g]: the candidate with the least error for each group of integers."""
 
     def round_block(
-        self, target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, *, integers: bool
+        self, target: Tensor, exact: Tensor, step: Tensor, zero: Tensor | None, feedback: Tensor, *, grid: Grid
     ) -> Tensor:
         """Values of a block of columns, each making up for those before it."""
 
     def descend_block(
-        self, values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, *, integers: bool
+        self, values: Tensor, gradient: Tensor, step: Tensor, zero: Tensor | None, hessian: Tensor, *, grid: Grid
     ) -> None:
         """A block of columns moved to its best values, one after another."""
 

@@ -30,7 +30,7 @@ class RoundToNearest:
                     yield Choice(name=name, codes=None, weight_16bit=group.weights.pop(name))
                 continue
             fmt, rule = group.target.format, group.target.scale_rule
-            rule = PLAIN_RULES[fmt.name] if rule == EFFORT else rule
+            rule = PLAIN_RULES.get(fmt.name, fmt.spec.scale_rules[0]) if rule == EFFORT else rule
             settings = fmt, rule, group.target.objective
             for one in round_and_compare(group.weights, *settings, values=purpose.runs, into=purpose.buffers):
                 yield Choice(

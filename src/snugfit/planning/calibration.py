@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from snugfit import distributed
 from snugfit.data.dataset import Dataset
 from snugfit.machine import Clock
 from snugfit.model.layout import ModelLayout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.plan import measure_only
-from snugfit.quantization.prepare import Calibration, check_statistics, prepare
-from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.prepare import Calibration, PreparedRun, check_statistics, prepare
+from snugfit.quantization.resume import open_finished
 from snugfit.quantization.run import Run, run_layers, statistics_of
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, save_statistics
 
@@ -31,11 +32,10 @@ def calibrate(
     UserError for a folder with statistics of another model or of other samples.
     """
     file = folder / STATISTICS_NAME
+    known = distributed.from_main(file.exists())
     experts = ExpertCalibration(min_tokens_per_expert=0)
-    if file.exists():
-        found = load_statistics(file)
-        check_statistics(found, layout.checkpoint, samples, experts, where=str(file))
-        return found
+    if known:
+        return distributed.in_all(lambda: _load(file, layout, samples, experts))
     calibration = Calibration(
         num_samples=None,
         max_seq_length=None,
@@ -43,13 +43,24 @@ def calibrate(
         tokens_per_batch=tokens_per_batch,
         experts=experts,
     )
-    prepared = prepare(measure_only(layout), calibration, samples=samples)
-    prepared.check_resources()
+
+    def prepare_here() -> PreparedRun:
+        prepared = prepare(measure_only(layout), calibration, samples=samples)
+        prepared.check_resources()
+        return prepared
+
+    prepared = distributed.in_all(prepare_here).agreed()
     work = folder / "statistics"
     work.mkdir(parents=True, exist_ok=True)
-    finished = FinishedUnits(work, prepared.identity(), force=True)
+    finished = open_finished(work, prepared.identity(), force=True)
     run = Run(prepared=prepared, directory=work, work=work, finished=finished, clock=Clock(), progress=progress)
     run_layers(run)
     found = statistics_of(run)
-    save_statistics(found, file)
+    distributed.by_main(lambda: save_statistics(found, file))
+    return found
+
+
+def _load(file: Path, layout: ModelLayout, samples: Dataset, experts: ExpertCalibration) -> Statistics:
+    found = load_statistics(file)
+    check_statistics(found, layout.checkpoint, samples, experts, where=str(file))
     return found

@@ -1,6 +1,7 @@
 """What a user demands of a plan, as YAML in the vocabulary of recipes.
 
     max_formats: 2            # other than keep
+    run_length: 4             # layers that have one format at each place, counted from the first layer
     kv_cache: keep            # or fp8; without the key a plan may choose
     rules:
       - role: attention
@@ -53,6 +54,7 @@ class Constraints(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_formats: StrictInt | None = Field(default=None, ge=1)
+    run_length: StrictInt | None = Field(default=None, ge=1)
     kv_cache: Literal["keep", "fp8"] | None = None
     rules: tuple[ConstraintRule, ...] = ()
 
@@ -77,7 +79,7 @@ def load_constraints(path: str | Path) -> LoadedConstraints:
         raise UserError("no such file.", code="file-missing", where=str(path), remedy=_EXAMPLE)
     document = load_yaml(read_yaml_text(file), where=str(path))
     if not isinstance(document.value, dict):
-        what = "constraints must be a mapping with `rules`, `max_formats` or `kv_cache`."
+        what = f"constraints must be a mapping with {', '.join(f'`{key}`' for key in Constraints.model_fields)}."
         raise UserError(what, code="recipe-invalid", where=str(path), remedy=_EXAMPLE)
     try:
         found = Constraints.model_validate(document.value)

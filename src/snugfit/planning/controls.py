@@ -11,6 +11,7 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS, KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import EXPERTS
+from snugfit.planning.caches import kept_layers
 from snugfit.planning.groups import HEAD
 from snugfit.planning.menu import Bytes, GroupMenu, Option
 from snugfit.planning.search import Limit, Mix, Space, make_mix, within
@@ -120,7 +121,7 @@ def _uniform(everything: Sequence[GroupMenu], space: Space) -> Iterator[_Choice]
             )
             for menu in everything
         }
-        for cache in space.outside:
+        for cache in (one for one in space.outside if not kept_layers(one)):
             yield f"{fmt}{' with an FP8 cache' if cache != KEEP else ''}", chosen, cache, None
 
 
@@ -138,26 +139,32 @@ def _is_allowed(mix: Mix, space: Space) -> bool:
     options = {menu.group.name: menu.options for menu in space.menus}
     formats = {one.format for one in mix.options.values()} - {KEEP}
     few = space.max_formats is None or len(formats) <= space.max_formats
+    runs = (tuple(mix.options[menu.group.name].format for menu in one.menus) for one in space.decisions)
+    few = few and all(len(set(run)) == 1 for run in runs)
     return few and mix.kv_cache in space.limits and all(one in options[name] for name, one in mix.options.items())
 
 
 def _matched(found: Sequence[Control], space: Space, scores: Scores | None, context: int) -> Iterator[Control]:
-    """Of each pair the smaller one in some layers, the larger one in as many others as fit, evenly spread."""
-    layer_of = {menu.group.name: menu.group.layer for menu in space.menus}
-    by_layer = {control.name: _by_layer(control.mix, layer_of) for control in found if control.allowed}
+    """Of each pair the smaller one in some layers, the larger one in as many others as fit, evenly spread.
+
+    Where runs of layers have one format, whole runs.
+    """
+    length = space.run_length or 1
+    part_of = {m.group.name: None if m.group.layer is None else m.group.layer // length for m in space.menus}
+    by_part = {control.name: _by_part(control.mix, part_of) for control in found if control.allowed}
     known = {_key(control.mix) for control in found}
     for small, large in product(found, found):
         pair = small.allowed and small.fits and large.allowed and not large.fits
         if not pair or small.mix.kv_cache != large.mix.kv_cache:
             continue
-        if by_layer[small.name].get(None) != by_layer[large.name].get(None):
+        if by_part[small.name].get(None) != by_part[large.name].get(None):
             continue  # heads differ
         limits = space.limits[small.mix.kv_cache]
-        upgraded = _layers_that_fit(small.mix, by_layer[small.name], by_layer[large.name], limits)
+        upgraded = _parts_that_fit(small.mix, by_part[small.name], by_part[large.name], limits)
         if not upgraded:
             continue
         options = {
-            name: large.mix.options[name] if layer_of[name] in upgraded else one
+            name: large.mix.options[name] if part_of[name] in upgraded else one
             for name, one in small.mix.options.items()
         }
         cache = small.mix.kv_cache
@@ -165,10 +172,11 @@ def _matched(found: Sequence[Control], space: Space, scores: Scores | None, cont
         if _key(mix) in known or not _is_allowed(mix, space):
             continue
         known.add(_key(mix))
-        layers = sum(layer is not None for layer in by_layer[small.name])
+        parts = sum(part is not None for part in by_part[small.name])
         head = small.name.partition(_WITH_HEAD)[1:]
         names = [control.name.partition(_WITH_HEAD)[0] for control in (large, small)]
-        name = f"{names[0]} in {len(upgraded)} of {layers} layers, {names[1]} in the others{''.join(head)}"
+        what = "layers" if length == 1 else f"runs of {length} layers"
+        name = f"{names[0]} in {len(upgraded)} of {parts} {what}, {names[1]} in the others{''.join(head)}"
         yield Control(name=name, kind=MATCHED, mix=mix, recipe=None, allowed=True, fits=True)
 
 
@@ -177,36 +185,36 @@ def _key(mix: Mix) -> tuple[str, ...]:
     return mix.kv_cache, *(one.format for one in mix.options.values())
 
 
-def _by_layer(mix: Mix, layer_of: Mapping[str, int | None]) -> dict[int | None, Bytes]:
-    """Bytes of the groups of each layer, None for those outside the layers."""
+def _by_part(mix: Mix, part_of: Mapping[str, int | None]) -> dict[int | None, Bytes]:
+    """Bytes of the groups of each layer or run of layers, None for those outside the layers."""
     found: dict[int | None, Bytes] = {}
     for name, one in mix.options.items():
-        layer = layer_of[name]
-        found[layer] = found.get(layer, Bytes()) + one.bytes
+        part = part_of[name]
+        found[part] = found.get(part, Bytes()) + one.bytes
     return found
 
 
-def _layers_that_fit(
+def _parts_that_fit(
     mix: Mix, small: Mapping[int | None, Bytes], large: Mapping[int | None, Bytes], limits: Sequence[Limit]
 ) -> set[int]:
-    """As many evenly spread layers as can have the larger sizes under the limits; none where the mix grows by none."""
-    layers = sorted(layer for layer in small if layer is not None)
+    """As many evenly spread parts as can have the larger sizes under the limits; none where the mix grows by none."""
+    parts = sorted(part for part in small if part is not None)
 
     def fits(count: int) -> bool:
-        chosen = _spread(layers, count)
+        chosen = _spread(parts, count)
         return all(
             limit.amount(mix.bytes) + sum(limit.amount(large[n]) - limit.amount(small[n]) for n in chosen)
             <= limit.bytes
             for limit in limits
         )
 
-    low, high = 0, len(layers) - 1
+    low, high = 0, len(parts) - 1
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return _spread(layers, low) if low else set()
+    return _spread(parts, low) if low else set()
 
 
-def _spread(layers: Sequence[int], count: int) -> set[int]:
-    """`count` of the layers at even distances."""
-    return {layers[(2 * place + 1) * len(layers) // (2 * count)] for place in range(count)}
+def _spread(parts: Sequence[int], count: int) -> set[int]:
+    """`count` of the parts at even distances."""
+    return {parts[(2 * place + 1) * len(parts) // (2 * count)] for place in range(count)}

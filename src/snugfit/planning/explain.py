@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from snugfit.byte_counts import size
-from snugfit.planning.menu import GroupMenu, Option
+from snugfit.planning.decisions import Decision
+from snugfit.planning.menu import GroupMenu
 from snugfit.planning.search import NOT_SCORED, Mix, Space, choice_for_scores
 from snugfit.records.plan import PlannedGroup
 from snugfit.records.scores import KEEP, KV_CACHE, Scores, saturate
@@ -17,9 +18,9 @@ MB = 10**6
 
 @dataclass(frozen=True)
 class _Step:
-    """A change of one group's format: bytes and nats, both above 0."""
+    """A change of the format of what is decided as one: bytes and nats, both above 0."""
 
-    option: Option
+    format: str
     bytes: int
     nats: float
 
@@ -32,8 +33,12 @@ class _Step:
 def planned_groups(space: Space, scores: Scores, mix: Mix) -> tuple[PlannedGroup, ...]:
     """Each group of a mix with what its format costs and why it has it, in the order of the groups."""
     cost_of = _Costs(scores, mix)
-    ups = {menu.group.name: _best_up(menu, mix.options[menu.group.name], cost_of) for menu in space.menus}
-    price = max((step.rate for step in ups.values() if step is not None), default=0.0)
+    ups = [_best_up(one, mix, cost_of) for one in space.decisions]
+    price = max((step.rate for step in ups if step is not None), default=0.0)
+    reasons: dict[str, str] = {}
+    for one, up in zip(space.decisions, ups, strict=True):
+        down = _cheapest_down(one, mix, cost_of)
+        reasons |= {menu.group.name: _why(one, menu, up, down, price) for menu in one.menus}
     found = []
     for menu in space.menus:
         name = menu.group.name
@@ -49,7 +54,7 @@ def planned_groups(space: Space, scores: Scores, mix: Mix) -> tuple[PlannedGroup
                 arithmetic=chosen.arithmetic,
                 bytes=chosen.bytes.file,
                 cost=cost_of.of(name, chosen.format),
-                why=_why(menu, ups[name], _cheapest_down(menu, chosen, cost_of), price),
+                why=reasons[name],
                 refused=dict(menu.refused),
             )
         )
@@ -85,39 +90,48 @@ class _Costs:
 
     def of(self, group: str, fmt: str) -> float:
         """The expected KL with the group in the format less that with the group kept; NaN without a score."""
-        return self._kl(group, fmt) - self._kl(group, KEEP) if self._scores.has(group, fmt) else math.nan
+        return self.change({group: KEEP}, {group: fmt})
 
-    def _kl(self, group: str, fmt: str) -> float:
-        """The expected KL of the plan with one group in another format."""
-        new, old = self._scores.terms(group, fmt).kl, self._scores.terms(group, self._choice[group]).kl
-        buckets = zip(self._shares, self._totals, new, old, self._scores.damage, strict=True)
-        return math.fsum(
-            share * saturate(max(0.0, total + more - less), damage.ceiling)[0]
-            for share, total, more, less, damage in buckets
-        )
+    def change(self, old: Mapping[str, str], new: Mapping[str, str]) -> float:
+        """By how much the expected KL is higher with groups in `new` than in `old` formats; NaN without a score."""
+        if not all(self._scores.has(group, fmt) for some in (old, new) for group, fmt in some.items()):
+            return math.nan
+        return self._kl(new) - self._kl(old)
+
+    def _kl(self, formats: Mapping[str, str]) -> float:
+        """The expected KL of the plan with some groups in other formats."""
+        totals = list(self._totals)
+        for group, fmt in formats.items():
+            new, old = self._scores.terms(group, fmt).kl, self._scores.terms(group, self._choice[group]).kl
+            totals = [total + more - less for total, more, less in zip(totals, new, old, strict=True)]
+        buckets = zip(self._shares, totals, self._scores.damage, strict=True)
+        return math.fsum(share * saturate(max(0.0, total), damage.ceiling)[0] for share, total, damage in buckets)
 
 
-def _best_up(menu: GroupMenu, chosen: Option, costs: _Costs) -> _Step | None:
+def _best_up(decision: Decision, mix: Mix, costs: _Costs) -> _Step | None:
     """The format with more bytes that saves most nats a byte; None where none saves any."""
-    return max(_steps(menu, chosen, costs, sign=1), key=lambda step: step.rate, default=None)
+    return max(_steps(decision, mix, costs, sign=1), key=lambda step: step.rate, default=None)
 
 
-def _cheapest_down(menu: GroupMenu, chosen: Option, costs: _Costs) -> _Step | None:
+def _cheapest_down(decision: Decision, mix: Mix, costs: _Costs) -> _Step | None:
     """The format with fewer bytes that costs least nats a byte that it saves."""
-    return min(_steps(menu, chosen, costs, sign=-1), key=lambda step: step.rate, default=None)
+    return min(_steps(decision, mix, costs, sign=-1), key=lambda step: step.rate, default=None)
 
 
-def _steps(menu: GroupMenu, chosen: Option, costs: _Costs, *, sign: int) -> list[_Step]:
-    name, found = menu.group.name, []
-    for one in menu.options:
-        more = sign * (one.bytes.served - chosen.bytes.served)
-        saved = sign * (costs.of(name, chosen.format) - costs.of(name, one.format))
+def _steps(decision: Decision, mix: Mix, costs: _Costs, *, sign: int) -> list[_Step]:
+    now = {menu.group.name: mix.options[menu.group.name] for menu in decision.menus}
+    held = sum(one.bytes.served for one in now.values())
+    found = []
+    for fmt in decision.formats:
+        new = dict.fromkeys(now, fmt)
+        more = sign * (decision.sizes[fmt].served - held)
+        saved = sign * costs.change(new, {name: one.format for name, one in now.items()})
         if more > 0 and saved > 0:
-            found.append(_Step(one, more, saved))
+            found.append(_Step(fmt, more, saved))
     return found
 
 
-def _why(menu: GroupMenu, up: _Step | None, down: _Step | None, price: float) -> str:
+def _why(decision: Decision, menu: GroupMenu, up: _Step | None, down: _Step | None, price: float) -> str:
     if len(menu.options) == 1:
         reasons = "; ".join(f"{fmt}: {reason}" for fmt, reason in menu.refused.items())
         return f"no other format is possible{f' ({reasons})' if reasons else ''}"
@@ -126,9 +140,10 @@ def _why(menu: GroupMenu, up: _Step | None, down: _Step | None, price: float) ->
         first = up.rate >= price * 0.999
         others = "the first that more bytes would pay for" if first else f"other weights give {nats(price)}"
         rate = f"{nats(up.rate)} a MB, {others}"
-        parts.append(f"{up.option.format} would save {nats(up.nats)} nats for {size(up.bytes)} ({rate})")
+        parts.append(f"{up.format} would save {nats(up.nats)} nats for {size(up.bytes)} ({rate})")
     else:
         parts.append("no format loses less")
     if down is not None:
-        parts.append(f"{down.option.format} would cost {nats(down.nats)} nats for {size(down.bytes)} less")
-    return "; ".join(parts)
+        parts.append(f"{down.format} would cost {nats(down.nats)} nats for {size(down.bytes)} less")
+    together = f"layers {decision.layers} together: " if len(decision.menus) > 1 else ""
+    return f"{together}{'; '.join(parts)}"

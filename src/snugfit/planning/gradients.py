@@ -12,7 +12,7 @@ scored tokens of its sample. Experts are one function of their inputs, so nothin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,16 +22,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from snugfit.errors import UserError
+from snugfit import distributed
 from snugfit.evaluation.evaluated_model import bounded_attention, embedding_weights, open_head, outer_weights
 from snugfit.machine import free_bytes
 from snugfit.model import forward_pass
+from snugfit.model.emulate import FP8Cache
 from snugfit.model.forward_pass import Batch, Head
 from snugfit.model.hidden_states import StateFile
+from snugfit.planning.carried import Carried
 from snugfit.planning.groups import EXPERTS, SHARED, Group
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.records.scores import cache_of_layer
 from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
 
@@ -79,20 +82,17 @@ class GradientPass:
         tokens_per_batch: int,
         folder: Path,
         seed: int,
+        kv_cache: bool = False,
         progress: Progress = SILENT,
     ) -> None:
-        """Files go to `folder`, which holds those of one pass alone."""
+        """Files go to `folder`, which holds those of one pass alone. With `kv_cache` FP8 caches are scored, too."""
+        self._kv_cache = kv_cache
         self._subject, self._rows, self._formats, self._device = subject, rows, formats, device
         self._folder, self._seed, self._progress = folder, seed, progress
         skeleton = subject.model.skeleton
-        if skeleton.carries_state:
-            raise UserError(
-                "layers of this family pass more on than hidden states, so gradients of one layer are not all of it.",
-                code="architecture-unsupported",
-                where=str(subject.layout.checkpoint.path),
-                remedy="Choose a recipe by `evaluate` instead.",
-            )
+        self._carries_state, self._carried = skeleton.carries_state, Carried()
         self._batches = forward_pass.make_batches([row.ids for row in rows], tokens_per_batch, device)
+        self._mine = distributed.mine(self._batches)
         self._ran = skeleton.ran
 
     def run(self, finished: FinishedUnits) -> dict[tuple[str, str], Sums]:
@@ -113,35 +113,44 @@ class GradientPass:
             self._check(finished, states, gradients)
             for _ in range(finished.done):
                 advance()
-            self._embed(read, None if finished.done else states[0])
+            distributed.in_all(lambda: self._embed(read, None if finished.done else states[0]))
             for number in range(finished.done, len(self._ran)):
-                self._forward(number, states, read)
-                finished.commit(
-                    {"states": states[number + 1].wait(), "embedded": states[0].wait() if not number else []}
-                )
+                distributed.in_all(partial(self._forward, number, states, read))
+                pieces = [file.wait() for file in (states[number + 1], states[0])]
+                parts = distributed.in_order(pieces[0]), distributed.in_order(pieces[1] if not number else [])
+                finished.commit({"states": parts[0], "embedded": parts[1]})
                 advance()
             if finished.done == len(self._ran):
-                self._begin(states[-1], gradients[0])
-                finished.commit({"states": gradients[0].wait()})
+                distributed.in_all(lambda: self._begin(states[-1], gradients[0]))
+                finished.commit({"states": distributed.in_order(gradients[0].wait())})
                 advance()
             for place in range(finished.done - len(self._ran) - 1, len(self._ran)):
                 number = len(self._ran) - 1 - place
                 files = gradients[place % 2], gradients[(place + 1) % 2]
                 files[1].start_again()
                 found = self._backward(number, states[number], files, read)
-                finished.commit({"states": files[1].wait(), "sums": found})
+                finished.commit({"states": distributed.in_order(files[1].wait()), "sums": found})
                 advance()
-        for file in (*states, *gradients):
+        for file in (*states, *gradients) if distributed.is_main() else ():
             file.path.unlink(missing_ok=True)
         return _sums(finished)
 
     def _file(self, stack: ExitStack, transfer: Transfer, name: str, dtype: torch.dtype | None = None) -> StateFile:
         skeleton = self._subject.model.skeleton
         path, width = self._folder / name, skeleton.hidden_size
-        return stack.enter_context(StateFile(path, self._batches, width, dtype or skeleton.dtype, transfer))
+        return stack.enter_context(StateFile(path, self._batches, width, dtype or skeleton.dtype, transfer, self._mine))
 
     def _check(self, finished: FinishedUnits, states: Sequence[StateFile], gradients: Sequence[StateFile]) -> None:
         """Forget the layers whose files the disk does not hold any more."""
+        finished.go_back(distributed.by_main(lambda: self._held(finished, states, gradients)))
+
+    def _held(self, finished: FinishedUnits, states: Sequence[StateFile], gradients: Sequence[StateFile]) -> int:
+        """How many of the finished steps can be continued from.
+
+        None where layers pass on more than hidden states: that is in memory alone.
+        """
+        if self._carries_state:
+            return 0
         layers = len(self._ran)
         good = finished.done
         for number, entry in enumerate(finished.entries[:layers]):
@@ -151,7 +160,7 @@ class GradientPass:
                 break
         while good > layers and not gradients[(good - layers - 1) % 2].holds(finished.entries[good - 1]["states"]):
             good = min(good - 1, layers)  # the file of the layer before it was overwritten
-        finished.go_back(good)
+        return good
 
     def _embed(self, read: TensorReader, keep: StateFile | None) -> None:
         """Find what each layer is called with, and keep the first hidden states."""
@@ -161,19 +170,19 @@ class GradientPass:
             if keep is not None:
                 keep.write(batch, hidden)
 
-        forward_pass.embed(self._subject.model.skeleton, weights, self._batches, self._device, store)
+        forward_pass.embed(self._subject.model.skeleton, weights, self._mine, self._device, store)
 
     def _forward(self, number: int, states: Sequence[StateFile], read: TensorReader) -> None:
         index = self._ran[number]
         layer = LayerVariants(self._subject, index, self._device, read).exact
-        forward_pass.run_layer(layer, index, self._batches, states=(states[number], states[number + 1]))
+        forward_pass.run_layer(layer, index, self._mine, states=(states[number], states[number + 1]))
 
     def _begin(self, last: StateFile, gradients: StateFile) -> None:
         """The gradient of the loss at the last hidden states."""
         model = self._subject.model
         outer = outer_weights(model, self._device)
         head = open_head(model, self._device, outer, gradients=True)
-        for batch in self._batches:
+        for batch in self._mine:
             hidden = last.read(batch)
             found = torch.zeros_like(hidden, dtype=torch.float32)
             for place, row in enumerate(batch.rows):
@@ -181,55 +190,58 @@ class GradientPass:
                 step = max(1, LOGITS[self._device.type] // model.vocabulary)
                 for low in range(start, length - 1, step):
                     part = slice(low, min(low + step, length - 1))
-                    found[place, part] = self._gradient(head, hidden[place, part], row, low)
+                    found[place, part] = loss_gradient(head, hidden[place, part], self._seed, row, low)
             gradients.write(batch, found)
-
-    def _gradient(self, head: Head, hidden: Tensor, row: int, start: int) -> Tensor:
-        """Of the summed loss of some tokens at their hidden states [n, H]."""
-        with torch.enable_grad():
-            part = hidden.detach().clone().requires_grad_()
-            predicted = head(part.unsqueeze(0))[0].float().log_softmax(-1)
-            loss = -predicted.gather(-1, draw(predicted.detach(), self._seed, row, start)).sum()
-            (gradient,) = torch.autograd.grad(loss, part)
-        return gradient.float()
 
     def _backward(
         self, number: int, states: StateFile, gradients: tuple[StateFile, StateFile], read: TensorReader
     ) -> list[Any]:
         """Sums of the groups of a layer; its gradients go from one file to the other."""
         index = self._ran[number]
-        variants = LayerVariants(self._subject, index, self._device, read)
-        sums: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+        variants = distributed.in_all(lambda: LayerVariants(self._subject, index, self._device, read))
+        sums: dict[tuple[str, str], _RowSums] = {}
         chunks = self._chunks(variants)
         for chunk in chunks:
             watched = _Watched(self._subject, variants)
             watched.prepare(chunk)
-            spread = watched.spread()
-            for batch in self._batches:
+            spread: list[tuple[tuple[str, str], nn.Module, FP8Cache | None]] = [
+                (key, layer, None) for key, layer in watched.spread().items()
+            ]
+            if chunk is chunks[-1] and self._kv_cache and (cache := variants.kv_cache()) is not None:
+                spread.append(((cache_of_layer(index), "fp8"), variants.exact, cache))
+            for batch in self._mine:
                 hidden = states.read(batch).requires_grad_()
                 gradient = gradients[0].read(batch)
+                visit = self._carried.visit(batch, index)
                 with torch.enable_grad():
-                    output = forward_pass.call_layer(watched.module, index, batch, hidden)
-                    outputs = watched.outputs()
+                    output = forward_pass.call_layer(watched.module, index, visit.batch, hidden)
+                    outputs, (passed, wanted) = watched.outputs(), visit.outputs()
                     found = torch.autograd.grad(
-                        output, [hidden, *outputs], gradient.to(output.dtype), allow_unused=True
+                        [output, *passed],
+                        [hidden, *visit.leaves, *outputs],
+                        [gradient.to(output.dtype), *wanted],
+                        allow_unused=True,
                     )
+                behind = 1 + len(visit.leaves)
                 if chunk is chunks[-1]:
                     first = torch.zeros_like(hidden) if found[0] is None else found[0]
                     gradients[1].write(batch, first.float())
-                watched.add(batch, found[1:], partial(_add, sums, self._rows))
-                for key, layer in spread.items():
+                    visit.keep(found[1:behind])
+                watched.add(batch, found[behind:], partial(_add, sums, self._rows))
+                for key, layer, cache in spread:
                     with torch.no_grad():
-                        change = forward_pass.call_layer(layer, index, batch, hidden.detach())
+                        other, mapping = visit.copy()
+                        change = forward_pass.call_layer(layer, index, other, hidden.detach(), cache)
                         change = change.float().sub_(output.detach())
-                        _add(sums, self._rows, key, batch, torch.linalg.vecdot(change, gradient))
+                        product = torch.linalg.vecdot(change, gradient) + visit.change(mapping)
+                        _add(sums, self._rows, key, batch, product)
             variants.forget()
-        return [[*key, *parts] for key, parts in sums.items()]
+        return [[*key, *parts] for key, parts in _of_all(sums).items()]
 
     def _chunks(self, variants: LayerVariants) -> list[tuple[str, ...]]:
         """The formats in parts whose variants fit in memory together."""
         size = sum(parameter.nbytes for parameter in variants.exact.parameters())
-        fits = max(1, free_bytes(self._device) // VARIANTS_SHARE // max(1, size))
+        fits = max(1, min(distributed.gather(free_bytes(self._device))) // VARIANTS_SHARE // max(1, size))
         formats = self._formats
         return [tuple(formats[start : start + fits]) for start in range(0, len(formats), fits)]
 
@@ -257,12 +269,13 @@ class _Watched:
 
     def prepare(self, formats: Sequence[str]) -> None:
         """Make the variants of all groups in these formats."""
+        wanted = {group.name: scored_formats(self._subject.layout, group, formats) for group in self._groups}
+        self._variants.make((name, fmt) for name, some in wanted.items() for fmt in some)
         for group in self._groups:
-            wanted = scored_formats(self._subject.layout, group, formats)
             if group.role not in OWN_TOKEN:
-                self._spread[group.name] = wanted
+                self._spread[group.name] = wanted[group.name]
                 continue
-            for fmt in wanted:
+            for fmt in wanted[group.name]:
                 layer = self._variants.layer({group.name: fmt})
                 modules = [layer.get_submodule(module) for module in self._modules[group.name]]
                 self._rounded[group.name, fmt] = modules
@@ -309,8 +322,24 @@ class _Watched:
                 keep((name, fmt), batch, total)
 
 
+_RowSums = tuple[list[float], list[float]]  # of g . dY, and of costs, of each sample
+
+
+def _of_all(sums: Mapping[tuple[str, str], _RowSums]) -> dict[tuple[str, str], _RowSums]:
+    """The sums of all processes, of which each has its own samples; 0 stands for those of others."""
+    found: dict[tuple[str, str], _RowSums] = {}
+    for key, parts in distributed.in_order(list(sums.items())):
+        known = found.get(key)
+        found[key] = parts if known is None else (_both(known[0], parts[0]), _both(known[1], parts[1]))
+    return found
+
+
+def _both(first: Sequence[float], second: Sequence[float]) -> list[float]:
+    return [one + other for one, other in zip(first, second, strict=True)]
+
+
 def _add(
-    sums: dict[tuple[str, str], tuple[list[float], list[float]]],
+    sums: dict[tuple[str, str], _RowSums],
     rows: Sequence[ScoredRow],
     key: tuple[str, str],
     batch: Batch,
@@ -324,6 +353,16 @@ def _add(
     for part, values in zip(parts, found, strict=True):
         for row, value in zip(batch.rows, values, strict=True):
             part[row] += value
+
+
+def loss_gradient(head: Head, hidden: Tensor, seed: int, row: int, start: int) -> Tensor:
+    """The gradient of the summed loss of some tokens at their hidden states [n, H]; see `draw`."""
+    with torch.enable_grad():
+        part = hidden.detach().clone().requires_grad_()
+        predicted = head(part.unsqueeze(0))[0].float().log_softmax(-1)
+        loss = -predicted.gather(-1, draw(predicted.detach(), seed, row, start)).sum()
+        (gradient,) = torch.autograd.grad(loss, part)
+    return gradient.float()
 
 
 def draw(predicted: Tensor, seed: int, row: int, start: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 
 from snugfit.engines.memory import GIB
@@ -66,12 +66,17 @@ def read_place(layout: ModelLayout, budget: Budget) -> Place:
     return Place(budget=budget, server=server, served=served, notes=tuple(notes))
 
 
-def limits_of(layout: ModelLayout, place: Place, *, fp8: bool, context: int | None = None) -> tuple[Limit, ...]:
-    """The limits with a KV cache in 16 bits or FP8; `context` in place of the budget's, where the longest is sought."""
+def limits_of(
+    layout: ModelLayout, place: Place, *, fp8: bool, context: int | None = None, kept_layers: Container[int] = ()
+) -> tuple[Limit, ...]:
+    """The limits with a KV cache in 16 bits or FP8; `context` in place of the budget's, where the longest is sought.
+
+    Beside an FP8 cache `kept_layers` keep 16 bits.
+    """
     budget, found = place.budget, []
     if place.served is not None and place.server.settings is not None:
         settings = replace(place.server.settings, context=context or budget.context)
-        most = most_weight_bytes(place.served, settings, fp8=fp8)
+        most = most_weight_bytes(place.served, settings, fp8=fp8, kept_layers=kept_layers)
         found.append(Limit(name="gpu", kind="gpu", bytes=most))
     if budget.bytes is not None:
         found.append(Limit(name="bytes", kind="file", bytes=budget.bytes))
@@ -92,11 +97,11 @@ def served_elements(layout: ModelLayout) -> int:
     )
 
 
-def context_beside(place: Place, weight_bytes: int, *, fp8: bool) -> int | None:
+def context_beside(place: Place, weight_bytes: int, *, fp8: bool, kept_layers: Container[int] = ()) -> int | None:
     """The longest context beside so many bytes of weights on each GPU; None without a GPU."""
     if place.served is None or place.server.settings is None:
         return None
-    return longest_context(place.served, weight_bytes, place.server.settings, fp8=fp8)
+    return longest_context(place.served, weight_bytes, place.server.settings, fp8=fp8, kept_layers=kept_layers)
 
 
 def impossible(space: Space, place: Place, is_fp8: Callable[[str], bool]) -> UserError:

@@ -14,14 +14,17 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
+from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
-from snugfit.planning.controls import find_controls
+from snugfit.planning.controls import Control, find_controls
 from snugfit.planning.limits import impossible
-from snugfit.planning.outcome import Outcome, record_of
+from snugfit.planning.outcome import RUNS_OF, Outcome, record_of
 from snugfit.planning.plan_cost import check_resources, estimate_prepared
-from snugfit.planning.prepare_plan import ALTERNATIVES, Prepared, prepare_plan, request_of
+from snugfit.planning.prepare_plan import ALTERNATIVES, PlanRequest, Prepared, prepare_plan, request_of
 from snugfit.planning.proving import not_proven, prove_mixes
-from snugfit.planning.search import Limit, Mix, Space, least_bytes, least_kl, scored
+from snugfit.planning.search import Limit, Mix, Space, least_bytes, least_kl, scored, simplest_near
 from snugfit.planning.space import Choices
 from snugfit.progress import SILENT, Progress
 from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord, ProvenKl
@@ -33,6 +36,7 @@ from snugfit.storage.staging import check_stageable, resumable
 _SEARCHED_CONTEXTS = 24  # that are tried for the longest one
 
 
+@distributed.together
 def plan(
     model: str | Path,
     *,
@@ -64,6 +68,7 @@ def plan(
     tokens_per_batch: int | None = None,
     seed: int = 0,
     restart: bool = False,
+    force_resume: bool = False,
     progress: Progress = SILENT,
 ) -> PlanRecord:
     """The mix of formats that loses least under a budget, as a recipe, with scores, a record and plots in `output_dir`.
@@ -76,7 +81,9 @@ def plan(
     on `held_out` (default: topics that scoring leaves out) unless `prove` is False.
 
     A plan that does not beat its control is refused: the record's verdict says so, and recipe.yaml is the control's.
-    A run that was killed resumes with the same arguments. UserError for bad input and for a budget that no mix keeps.
+    A run that was killed resumes with the same arguments, on another machine, library version or batch only with
+    `force_resume`; `restart` starts again. Processes that torchrun started share the scoring and the
+    proof, and each returns the record. UserError for bad input and for a budget that no mix keeps.
     """
     request = request_of(
         gpu=gpu,
@@ -107,26 +114,50 @@ def plan(
         seed=seed,
     )
     folder = Path(output_dir)
-    check_stageable(folder, models=[model])
-    prepared = prepare_plan(model, request)
+    progress = progress if distributed.is_main() else SILENT
+    prepared = distributed.in_all(lambda: _prepare(model, request, folder))
     for note in prepared.notes:
         progress.message(note)
-    estimate = estimate_prepared(prepared, timed=False)
-    check_resources(estimate, folder, device)
-    with resumable(folder, restart=restart) as (directory, work):
-        return _run(model, prepared, directory, work, progress)
+    with resumable(folder, restart=restart) as (directory, work), _full_gpu():
+        return _run(model, prepared, directory, work, progress, force_resume=force_resume)
 
 
-def _run(model: str | Path, prepared: Prepared, directory: Path, work: Path, progress: Progress) -> PlanRecord:
+def _prepare(model: str | Path, request: PlanRequest, folder: Path) -> Prepared:
+    """Everything that can be refused before the long work."""
+    if distributed.is_main():
+        check_stageable(folder, models=[model])
+    prepared = prepare_plan(model, request)
+    estimate = estimate_prepared(prepared, timed=False, folder=folder)
+    check_resources(estimate, folder, request.proof.device)
+    return prepared
+
+
+def _run(
+    model: str | Path, prepared: Prepared, directory: Path, work: Path, progress: Progress, *, force_resume: bool
+) -> PlanRecord:
     """The long work, and the files of the result."""
     seconds: dict[str, float] = {}
     started = time.monotonic()
-    scores, statistics = _scores(prepared, work, progress)
+    scores, statistics = _scores(prepared, work, progress, force_resume=force_resume)
     seconds["scoring"] = time.monotonic() - started
     with _keeping_scores(prepared):
-        record, statistics = _plan_with(model, prepared, scores, statistics, seconds, work, progress)
-        _write(record, scores, statistics, prepared, directory)
+        record, measured = _plan_with(model, prepared, scores, statistics, seconds, work, progress)
+        distributed.by_main(lambda: _write(record, scores, measured, prepared, directory))
     return record
+
+
+@contextmanager
+def _full_gpu() -> Iterator[None]:
+    """A GPU without enough memory stops a run, which can resume."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Unfinished(
+            f"out of GPU memory ({str(error).splitlines()[0]}).",
+            code="gpu-memory-insufficient",
+            where="device",
+            remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
+        ) from None
 
 
 @contextmanager
@@ -134,7 +165,7 @@ def _keeping_scores(prepared: Prepared) -> Iterator[None]:
     """Errors behind the scoring leave the scores, so that another budget can have them."""
     try:
         yield
-    except Unfinished:
+    except (Unfinished, distributed.OtherRankError):
         raise
     except UserError as error:
         if prepared.scores is not None:
@@ -154,11 +185,17 @@ def _plan_with(
 ) -> tuple[PlanRecord, Statistics | None]:
     """The record of the plan that scores give, and the statistics that it was measured with."""
     choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
+    choices = choices.with_mixed_caches(scores, prepared.request.budget.context or scores.edges[-1])
+
+    def find() -> tuple[int, list[tuple[str, Mix]], Space, list[Control]]:
+        context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
+        named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
+        named += _simpler(space, scores, candidates) if prepared.request.alternatives else []
+        return context, named, space, find_controls(prepared.layout, choices.everything, space, scores, context)
+
     started = time.monotonic()
-    context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
-    controls = find_controls(prepared.layout, choices.everything, space, scores, context)
+    context, named, space, controls = distributed.by_main(find)
     seconds["search"] = time.monotonic() - started
-    named = [(f"mix {number}", mix) for number, mix in enumerate(candidates, 1)]
     started = time.monotonic()
     measured: Mapping[str, tuple[ProvenKl, ...]] = {}
     if prepared.request.prove:
@@ -185,7 +222,7 @@ def _plan_with(
         notes=prepared.notes,
         seconds=seconds,
     )
-    return record_of(outcome), statistics
+    return distributed.by_main(lambda: record_of(outcome)), statistics
 
 
 def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
@@ -200,9 +237,18 @@ def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix]
     return context, [mix for mix in found if mix.formats], space
 
 
+def _simpler(space: Space, scores: Scores, candidates: Sequence[Mix]) -> list[tuple[str, Mix]]:
+    """A mix with fewer rules than the best one and hardly more KL, by its name, if it is none of the candidates."""
+    found = simplest_near(space, scores, candidates[0])
+    if found is None or any(found[1].formats == mix.formats for mix in candidates):
+        return []
+    length, mix = found
+    return [(f"{RUNS_OF}{length} layers", mix)]
+
+
 def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
     budget, space = choices.place.budget, choices.space
-    distance = max(1, len(space.menus) // 12)
+    distance = max(1, len(space.decisions) // 12)
     if budget.longest:  # of the mixes at that context the one of least KL
         context = _longest(choices, scores)
         space = choices.at(context)
@@ -265,7 +311,9 @@ def _too_lossy(found: Sequence[Mix], choices: Choices) -> UserError:
     return UserError(what, code="plan-impossible", where="max_kl", remedy=remedy)
 
 
-def _scores(prepared: Prepared, work: Path, progress: Progress) -> tuple[Scores, Statistics | None]:
+def _scores(
+    prepared: Prepared, work: Path, progress: Progress, *, force_resume: bool
+) -> tuple[Scores, Statistics | None]:
     """The scores that were given, or new ones with the statistics that they were made with."""
     if prepared.scores is not None:
         return prepared.scores, prepared.statistics
@@ -281,9 +329,10 @@ def _scores(prepared: Prepared, work: Path, progress: Progress) -> tuple[Scores,
         work / "scores",
         device=request.proof.device,
         tokens_per_batch=request.proof.tokens_per_batch,
+        force_resume=force_resume,
         progress=progress,
     )
-    return found, load_statistics(work / "scores" / STATISTICS_NAME)
+    return found, distributed.in_all(lambda: load_statistics(work / "scores" / STATISTICS_NAME))
 
 
 def _calibrated(prepared: Prepared, work: Path, progress: Progress) -> Statistics:

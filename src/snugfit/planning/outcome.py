@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
+from snugfit import distributed
 from snugfit.byte_counts import size
+from snugfit.engines.launch import LAUNCHES
 from snugfit.formats.spec import FORMATS
+from snugfit.planning.caches import FP8
 from snugfit.planning.controls import Control
-from snugfit.planning.explain import cache_reasons, planned_groups
+from snugfit.planning.explain import cache_reasons, nats, planned_groups
 from snugfit.planning.limits import Budget, context_beside, served_elements
 from snugfit.planning.menu import Option
 from snugfit.planning.search import NOT_SCORED, Limit, Mix, Space, least_amount, least_kl, within
-from snugfit.planning.space import FP8, Choices, check_bytes, recipe_of_mix
+from snugfit.planning.space import Choices, check_bytes, recipe_of_mix
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import (
     Expected,
@@ -27,6 +30,7 @@ from snugfit.records.scores import KEEP, Scores
 from snugfit.version import __version__
 
 FRONTIER_POINTS = 12
+RUNS_OF = "mix in runs of "  # with what the name of a simpler mix begins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +87,7 @@ def record_of(found: Outcome) -> PlanRecord:
         recipe=recipe,
         notes=(*found.notes, *_notes(found)),
         seconds=dict(found.seconds),
+        processes=distributed.world_size(),
     )
 
 
@@ -106,26 +111,37 @@ def _recipe(found: Outcome) -> tuple[str, str]:
     mix = found.mix if control is None else control.mix
     name = "a-plan" if control is None else "a-control"
     words = f"{size(mix.bytes.file)}, expected KL {mix.predicted.kl:.4f} at {found.context:,} tokens"
+    said = found.verdict.statement if control is None else f"CONTROL, not a plan: {found.verdict.statement}"
     recipe = recipe_of_mix(
         found.choices.layout,
         mix.options,
         found.choices.everything,
-        fp8_cache=mix.kv_cache == FP8,
+        fp8_cache=mix.kv_cache != KEEP,
         name=name,
         description=f"{'A plan' if control is None else 'A control, not a plan,'} for {model}: {words}.",
-        comments=[found.verdict.statement if control is None else f"CONTROL, not a plan: {found.verdict.statement}"],
+        comments=[*_cache_comment(found, mix), said],
     )
     check_bytes(found.choices.layout, mix, recipe)
     return (found.chosen if control is None else control.name), recipe.text
+
+
+def _cache_comment(found: Outcome, mix: Mix) -> Iterator[str]:
+    """What no recipe can say: the layers that keep 16 bits beside an FP8 cache."""
+    if mix.kept_caches:
+        option = LAUNCHES[found.budget.engine].skip_layers
+        layers = " ".join(map(str, mix.kept_caches))
+        yield f"keys and values of layers {layers} keep 16 bits, which no file can say: serve with {option} {layers}"
 
 
 def _points(found: Outcome) -> Iterator[PlanPoint]:
     """The plan first, then alternatives, controls and the frontier."""
     for name, mix in sorted(found.candidates, key=lambda pair: pair[0] != found.chosen):
         plan = name == found.chosen
-        yield _point(found, name, "plan" if plan else "alternative", mix, recipe="recipe.yaml" if plan else None)
+        point = _point(found, name, "plan" if plan else "alternative", mix, recipe="recipe.yaml" if plan else None)
+        yield replace(point, rules=_rules(found, mix))
     for control in found.controls:
-        yield _point(found, control.name, control.kind, control.mix, recipe=control.recipe, fits=control.fits)
+        point = _point(found, control.name, control.kind, control.mix, recipe=control.recipe, fits=control.fits)
+        yield replace(point, rules=len(load_recipe(control.recipe).recipe.rules) if control.recipe else 0)
     for number, mix in enumerate(_frontier(found)):
         yield _point(found, f"frontier {number}", "frontier", mix)
 
@@ -147,12 +163,23 @@ def _point(
         bytes=mix.bytes.file,
         bytes_per_gpu=mix.bytes.gpu,
         bits_per_weight=8 * mix.bytes.served / max(1, served_elements(choices.layout)),
-        max_context=context_beside(choices.place, mix.bytes.gpu, fp8=choices.is_fp8(mix.kv_cache)),
+        max_context=context_beside(
+            choices.place, mix.bytes.gpu, fp8=choices.is_fp8(mix.kv_cache), kept_layers=mix.kept_caches
+        ),
+        cache_kept_in=mix.kept_caches,
         fits=keeps if fits is None else fits,
         expected=Expected(mix.predicted.kl, mix.predicted.error),
         measured=found.measured.get(name, ()),
         differs=sum(one.format != plan.options[group].format for group, one in mix.options.items()),
     )
+
+
+def _rules(found: Outcome, mix: Mix) -> int:
+    """How many rules the recipe of a mix has."""
+    recipe = recipe_of_mix(
+        found.choices.layout, mix.options, found.choices.everything, fp8_cache=mix.kv_cache != KEEP, name="a-mix"
+    )
+    return len(recipe.recipe.rules)
 
 
 def _frontier(found: Outcome) -> list[Mix]:
@@ -183,6 +210,7 @@ def _notes(found: Outcome) -> list[str]:
     unscored = sorted({fmt for menu in found.space.menus for fmt, why in menu.refused.items() if why == NOT_SCORED})
     if unscored:
         notes.append(f"not scored, and so not on the menu of some weights: {', '.join(unscored)}")
+    notes += _note_of_simpler(found)
     weight_only = dict.fromkeys(one.label for one in found.mix.options.values() if _is_weight_only(one))
     if weight_only:
         notes.append(
@@ -195,6 +223,17 @@ def _notes(found: Outcome) -> list[str]:
     if most is not None and at is not None and at.kl > most:
         notes.append(f"the measured KL at {found.context:,} tokens is {at.kl:.4f}, above `max_kl`: ask for less")
     return notes
+
+
+def _note_of_simpler(found: Outcome) -> Iterator[str]:
+    """What the mix in runs of layers saves and costs, where it is not the plan itself."""
+    for name, mix in found.candidates:
+        if name.startswith(RUNS_OF) and name != found.chosen:
+            rules = f"{_rules(found, mix)} rules in place of {_rules(found, found.mix)}"
+            more = nats(mix.predicted.kl - found.mix.predicted.kl)
+            length = name.removeprefix(RUNS_OF).split()[0]
+            asked = f"`run_length: {length}` in `constraints` asks for it"
+            yield f"a simpler plan, {name}, has {rules} and is expected to cost {more} nats more; {asked}"
 
 
 def _is_weight_only(one: Option) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from snugfit import distributed
 from snugfit.machine import pick_device
 from snugfit.planning.controls import find_controls
 from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of
@@ -21,8 +22,9 @@ from snugfit.quantization.estimate import Estimate, check_disk, check_memory
 class PlanEstimate:
     """What planning will take: bytes at most, seconds by what takes them (None: nothing was timed), and remarks.
 
-    `gpu_bytes` is None without a GPU. `mixes` are measured in the proof, on `held_out_tokens`; `scored_tokens` and
-    `forwards` (passes of all of them) are those of scoring, 0 where scores are reused.
+    `gpu_bytes` is None without a GPU. `mixes` are measured in the proof, on `held_out_tokens`, in `proof_passes` over
+    the layers; `scored_tokens` and `forwards` (passes of all of them) are those of scoring, 0 where scores are reused.
+    Of several `processes`, which share the work, each takes so much memory.
     """
 
     memory_bytes: int
@@ -31,9 +33,11 @@ class PlanEstimate:
     scored_tokens: int
     forwards: float
     mixes: int
+    proof_passes: int
     held_out_tokens: int
     scoring_seconds: float | None
     proof_seconds: float | None
+    processes: int
     notes: tuple[str, ...]
 
     def line(self) -> str:
@@ -41,6 +45,8 @@ class PlanEstimate:
         total = (self.scoring_seconds or 0.0) + (self.proof_seconds or 0.0)
         parts = [duration(total), f"{self.memory_bytes / 1e9:.1f} GB of memory"]
         parts += [] if self.gpu_bytes is None else [f"{self.gpu_bytes / 1e9:.1f} GB of GPU memory"]
+        if self.processes > 1:
+            parts[-1] += f" in each of {self.processes} processes"
         parts.append(f"{self.disk_bytes / 1e9:.2f} GB of disk")
         steps = []
         if self.scored_tokens:
@@ -48,20 +54,24 @@ class PlanEstimate:
             steps.append(f"scoring {duration(self.scoring_seconds)}, {passes}")
         if self.mixes:
             passes = f"{self.mixes} mixes on {self.held_out_tokens:,} tokens"
+            passes += f" in {self.proof_passes} passes" if self.proof_passes > 1 else ""
             steps.append(f"proof {duration(self.proof_seconds)}, {passes}")
         return f"planning takes about {', '.join(parts)}{' (' + '; '.join(steps) + ')' if steps else ''}"
 
 
-def estimate_plan(model: str | Path, *, timed: bool = True, **options: Any) -> PlanEstimate:
+def estimate_plan(
+    model: str | Path, *, timed: bool = True, output_dir: str | Path | None = None, **options: Any
+) -> PlanEstimate:
     """What `plan` with these arguments would take; everything that it checks is checked.
 
     With `timed` one layer of the model is read and run on a few tokens. UserError as in `plan`.
     """
-    return estimate_prepared(prepare_plan(model, request_of(**options)), timed=timed)
+    folder = None if output_dir is None else Path(output_dir)
+    return estimate_prepared(prepare_plan(model, request_of(**options)), timed=timed, folder=folder)
 
 
-def estimate_prepared(prepared: Prepared, *, timed: bool) -> PlanEstimate:
-    """What a prepared run will take."""
+def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = None) -> PlanEstimate:
+    """What a prepared run will take that writes to `folder`."""
     request = prepared.request
     mixes = _mixes(prepared) if request.prove else 0
     proof = mixes, prepared.held_out_tokens
@@ -75,8 +85,10 @@ def estimate_prepared(prepared: Prepared, *, timed: bool) -> PlanEstimate:
             tokens_per_batch=request.proof.tokens_per_batch,
             timed=timed,
             proof=proof,
+            folder=folder,
         )
     scoring = prepared.scores is None and found is not None
+    first = (found.first_seconds if found else None) or 0.0
     on_gpu = pick_device(request.proof.device).type == "cuda"
     return PlanEstimate(
         memory_bytes=found.memory_bytes if found else 0,
@@ -85,11 +97,17 @@ def estimate_prepared(prepared: Prepared, *, timed: bool) -> PlanEstimate:
         scored_tokens=found.tokens if scoring and found else 0,
         forwards=found.forwards if scoring and found else 0.0,
         mixes=mixes,
+        proof_passes=found.proof_passes if found else 0,
         held_out_tokens=prepared.held_out_tokens,
-        scoring_seconds=found.seconds if scoring and found else 0.0,
-        proof_seconds=found.proof_seconds if found else 0.0,
+        scoring_seconds=_with(found.seconds, first) if scoring and found else 0.0,
+        proof_seconds=_with(found.proof_seconds, 0.0 if scoring else first) if found else 0.0,
+        processes=distributed.asked_for(),
         notes=prepared.notes,
     )
+
+
+def _with(seconds: float | None, more: float) -> float | None:
+    return None if seconds is None else seconds + more
 
 
 def _samples(prepared: Prepared) -> Samples:
@@ -110,7 +128,9 @@ def _mixes(prepared: Prepared) -> int:
     """How many mixes will be measured beside the original, at most."""
     choices = prepared.choices
     controls = find_controls(prepared.layout, choices.everything, choices.space, None, 1)
-    candidates = prepared.request.alternatives + 1
+    alternatives, layers = prepared.request.alternatives, prepared.layout.num_layers
+    simpler = alternatives > 0 and choices.space.run_length is None and layers > 1
+    candidates = alternatives + 1 + int(simpler)
     return candidates + len(to_measure([], controls))
 
 

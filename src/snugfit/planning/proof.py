@@ -7,13 +7,18 @@ however good its prediction was.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.data import texts
 from snugfit.data.tokenizer import Tokenizer
@@ -21,19 +26,24 @@ from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.evaluation.chunks import Chunk, ChunkGroup, group_chunks
 from snugfit.evaluation.held_out import SEGMENT_TOKENS
-from snugfit.machine import pick_device
+from snugfit.machine import hardware, pick_device, versions
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.positions import max_positions
-from snugfit.planning.shared_pass import Array, Assigned, SharedPass
-from snugfit.planning.variants import PLAIN, open_subject
+from snugfit.planning.measured_plans import measure_plans, open_comparison
+from snugfit.planning.shared_pass import Array, Assigned
+from snugfit.planning.variants import PLAIN, Subject, open_subject
 from snugfit.progress import SILENT, Progress
+from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.quantization.resume import stamps
 from snugfit.records.evaluation import TextRecord
 from snugfit.records.proof import ALL_TEXTS, Measured, Proof, Proved
 from snugfit.records.scores import Predicted, Scores
 from snugfit.records.statistics_file import Statistics
 from snugfit.records.trials import MIN_GAIN, judge
 from snugfit.records.trials import Measured as Tried
+from snugfit.storage.checkpoint import header_digest
+from snugfit.version import __version__
 
 MAX_TOKENS = 16_384  # of all texts at each context, where no other number is asked for
 
@@ -49,6 +59,7 @@ class _Segment:
     tokens: int
 
 
+@distributed.together
 def prove(
     model: str | Path,
     plans: Sequence[Assigned],
@@ -70,28 +81,66 @@ def prove(
 
     `statistics` are what calibration found in the model, on other text than `dataset`'s (default: the half of Python's
     documentation topics that calibration leaves out). At most `max_tokens` tokens are taken at each of `contexts`.
-    With `scores` each plan's predicted KL is in the result. Hidden states are in files in `work_dir` meanwhile.
-    UserError for bad input, and where the control's predictions are not finite.
+    With `scores` each plan's predicted KL is in the result. Hidden states are in files in `work_dir`, which keeps what
+    is measured: a run that was stopped resumes behind its last layer, to the same figures. UserError for bad input, and
+    where the control's predictions are not finite.
     """
-    layout = read_layout(model)
     controls = (control,) if isinstance(control, str) else tuple(control)
     for one in controls:
         check_plans(plans, one)
-    groups, records = read_held_out(layout, as_sequence(dataset), contexts, max_tokens)
-    folder = Path(work_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+
+    def open_here() -> tuple[Subject, tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
+        layout = read_layout(model)
+        chunks, described = read_held_out(layout, as_sequence(dataset), contexts, max_tokens)
+        return open_subject(layout, statistics, rounding=rounding, target=target), chunks, described
+
+    subject, groups, records = distributed.in_all(open_here)
     where = pick_device(device)
-    found = SharedPass(
-        open_subject(layout, statistics, rounding=rounding, target=target),
-        [chunk.ids for group in groups for chunk in group.chunks],
-        plans,
-        where,
-        tokens_per_batch=tokens_per_batch or TOKENS_PER_BATCH[where.type],
-        folder=folder,
-        progress=progress,
-    ).divergences()
-    best = controls[0] if len(controls) == 1 else _strongest(controls, groups, found)
-    return judge_plans(plans, best, groups, found, records, rounding=rounding, target=target, scores=scores)
+    per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
+    rows = [chunk.ids for group in groups for chunk in group.chunks]
+    folder, decided = Path(work_dir), {"rounding": rounding, "target": target, "tokens_per_batch": per_batch}
+    finished = open_comparison(folder, decided | _identity(subject.layout, statistics, rows, plans, where))
+    with deterministic(where):
+        found = measure_plans(
+            subject,
+            rows,
+            plans,
+            where,
+            tokens_per_batch=per_batch,
+            folder=folder,
+            finished=finished,
+            progress=progress,
+        )
+
+    def judge_here() -> Proof:
+        best = controls[0] if len(controls) == 1 else _strongest(controls, groups, found)
+        return judge_plans(plans, best, groups, found, records, rounding=rounding, target=target, scores=scores)
+
+    return distributed.by_main(judge_here)
+
+
+def _identity(
+    layout: ModelLayout,
+    statistics: Statistics,
+    rows: Sequence[Sequence[int]],
+    plans: Sequence[Assigned],
+    device: torch.device,
+) -> dict[str, Any]:
+    """What decides the figures, beside settings."""
+    return {
+        "source": header_digest(layout.checkpoint),
+        "source_files": stamps(layout.checkpoint),
+        "statistics": _digest(statistics.to_json()),
+        "samples": _digest(json.dumps([list(map(int, row)) for row in rows])),
+        "plans": [[plan.name, dict(plan.choice)] for plan in plans],
+        "device": device.type,
+        "hardware": hardware(device),
+        "versions": versions() | {"snugfit": __version__},
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_held_out(

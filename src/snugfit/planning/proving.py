@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from snugfit.planning.caches import scored_cache
 from snugfit.planning.controls import BUILT_IN, Control, or_last, strongest
 from snugfit.planning.prepare_plan import ProofSettings, default_contexts
 from snugfit.planning.proof import prove
@@ -15,7 +16,7 @@ from snugfit.planning.shared_pass import Assigned
 from snugfit.progress import Progress
 from snugfit.records.plan import PlanVerdict, ProvenKl
 from snugfit.records.proof import Proof
-from snugfit.records.scores import KEEP, Scores
+from snugfit.records.scores import KEEP, KV_CACHE, Scores
 from snugfit.records.statistics_file import Statistics
 
 MOST_BUILT_IN = 6  # built-in recipes that are measured beside the strongest control, those of the least expected KL
@@ -92,7 +93,10 @@ def not_proven(controls: Sequence[Control], reason: str) -> PlanVerdict:
 def choice_to_measure(scores: Scores, mix: Mix) -> dict[str, str]:
     """The formats of a mix; what is kept is named where engines round its inputs all the same."""
     kept = [name for name, one in mix.options.items() if one.format == KEEP and KEEP in scores.costs.get(name, {})]
-    return mix.formats | dict.fromkeys(kept, KEEP)
+    found = mix.formats | dict.fromkeys(kept, KEEP)
+    if mix.kept_caches:  # its layers one by one
+        del found[KV_CACHE]
+    return found | (scored_cache(scores, mix.kv_cache) if mix.kept_caches else {})
 
 
 def _rank(proof: Proof, name: str, candidates: Sequence[tuple[str, Mix]]) -> tuple[bool, float, int]:

@@ -1,32 +1,41 @@
 """What scoring a model costs in time, memory and disk, before it begins: from shapes, and from one layer that is timed.
 
 Times are those of a layer in the middle of the model on one batch of real samples: forwards, backwards, the rounding of
-its weights to each format, and forwards with rounded inputs; and of the output head. Sizes come from shapes.
+its weights to each format, and forwards with rounded inputs; and of the output head. Sizes come from shapes. Of several
+processes each runs its part of the batches and rounds its part of the weights; all read every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from snugfit import distributed
+from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, embedding_weights, open_head, open_model, outer_weights
-from snugfit.evaluation.times import backward_time, forward_time, prediction_time
-from snugfit.machine import pick_device, timed
+from snugfit.evaluation.measure import LOGITS as LOGITS_AT_ONCE
+from snugfit.evaluation.measure import SLICE
+from snugfit.machine import pick_device
 from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
 from snugfit.model.skeleton import Skeleton
-from snugfit.planning.damage import class_of
-from snugfit.planning.gradients import LOGITS, OWN_TOKEN
-from snugfit.planning.groups import EXPERTS, HEAD, Group, find_groups
+from snugfit.planning.gradients import LOGITS, OWN_TOKEN, loss_gradient
+from snugfit.planning.groups import EXPERTS, Group, find_groups
+from snugfit.planning.measured_plans import disk_budget, divide_plans, most_files
 from snugfit.planning.samples import Samples
-from snugfit.planning.sensitivity import MIXED_PLANS, ScoreSettings
+from snugfit.planning.sensitivity import ScoreSettings, plans_to_measure
+from snugfit.planning.shared_cost import crowding, largest_share, seconds_of_states
+from snugfit.planning.shared_pass import Assigned, branches_of
 from snugfit.planning.variants import LayerVariants, Subject, scored_formats
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.records.scores import KEEP, KV_CACHE, Cost
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerStatistics
 from snugfit.records.statistics_file import Statistics
@@ -34,14 +43,16 @@ from snugfit.records.statistics_file import Statistics
 OVERHEAD_BYTES = 1 << 30  # libraries, and what they hold on a GPU
 INSIDE = 24  # hidden states' worth of values that a layer keeps of a token for its backward pass, about
 TIMED_TOKENS = 4096
+TIMED_RUNS, TIMED_SECONDS, TIMED_PLANS = 5, 1.0, 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringEstimate:
     """What scoring will take: `tokens` in all rows, passes of all of them (`forwards`, a backward pass counts as one).
 
-    `memory_bytes` are of main memory, `gpu_bytes` of a GPU's (0 without), `disk_bytes` of the work folder's disk.
-    `seconds` are None if nothing was timed. A proof takes its own.
+    `memory_bytes` are of main memory, `gpu_bytes` of a GPU's (0 without), of each process; `disk_bytes` of the work
+    folder's disk. `seconds` are None if nothing was timed; a proof takes its own, and `first_seconds` is what a process
+    takes more when it does things for the first time.
     """
 
     tokens: int
@@ -51,7 +62,9 @@ class ScoringEstimate:
     disk_bytes: int
     seconds: float | None
     proof_disk_bytes: int = 0
+    proof_passes: int = 0
     proof_seconds: float | None = None
+    first_seconds: float | None = None
 
 
 def estimate_scoring(
@@ -63,49 +76,84 @@ def estimate_scoring(
     tokens_per_batch: int | None = None,
     timed: bool = True,
     proof: tuple[int, int] = (0, 0),
+    folder: Path | None = None,
 ) -> ScoringEstimate:
     """Estimate `score_samples`; with `timed` a layer is read and run, which takes about as long as one of scoring's.
 
-    `proof` are plans that are measured on so many tokens afterwards.
+    `proof` are plans that are measured on so many tokens afterwards. What is free on the disk of `folder`, by default
+    the current one, decides in how many passes plans are measured.
     """
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     groups = find_groups(layout)
     model = open_model(layout.checkpoint.path, activations="none")
     skeleton = model.skeleton
-    plans = count_plans(layout, groups, settings)
+    budget = disk_budget(folder or Path())
+    plans = _plans(model, layout, groups, settings)
     spread, own = _variant_forwards(layout, groups, settings, skeleton)
     held = _held_bytes(layout, settings, skeleton, per_batch)
-    state = samples.total * skeleton.hidden_size
-    layers = len(skeleton.ran)
-    disk = (layers + 1) * state * skeleton.dtype.itemsize + 2 * state * 4
-    disk = max(disk, 2 * (plans + 1) * state * skeleton.dtype.itemsize)
-    proof_disk = 2 * (proof[0] + 1) * proof[1] * skeleton.hidden_size * skeleton.dtype.itemsize
+    width, layers = skeleton.hidden_size * skeleton.dtype.itemsize, len(skeleton.ran)
+    named = [[g.name for g in groups if g.layer == index] for index in skeleton.ran]
+    work = _work_of(plans, named, budget // max(1, samples.total * width), own=skeleton.carries_state)
+    mixes = [Assigned(name=f"{number}", choice=dict.fromkeys(named[0], f"{number}")) for number in range(proof[0])]
+    proven = _work_of(mixes, named, budget // max(1, proof[1] * width), own=True)
+    disk = (layers + 1) * samples.total * width + 2 * samples.total * skeleton.hidden_size * 4
     on_gpu = where.type == "cuda"
-    seconds, proof_seconds = None, None
+    seconds, proof_seconds, first_seconds = None, None, None
     if timed:
-        rates = _Rates(model, layout, groups, samples, settings, where, per_batch)
-        seconds = rates.seconds(layers, samples.total, plans, spread=spread, own=own)
-        proof_seconds = rates.of_plans(layers, *proof) if proof[0] else 0.0
+        rates = _Rates(model, layout, groups, samples, settings, where, per_batch, folder or Path())
+        first_seconds = rates.first
+        seconds = rates.seconds(layers, samples.total, work, spread=spread, own=own)
+        proof_seconds = rates.of_plans(layers, proof[1], proven) if mixes else 0.0
     return ScoringEstimate(
         tokens=samples.total,
-        forwards=4 + spread + own + plans,
+        forwards=3 + spread + own + work.forwards,
         memory_bytes=OVERHEAD_BYTES + (0 if on_gpu else held),
         gpu_bytes=OVERHEAD_BYTES + held if on_gpu else 0,
-        disk_bytes=disk,
+        disk_bytes=max(disk, work.files * samples.total * width),
         seconds=seconds,
-        proof_disk_bytes=proof_disk,
+        proof_disk_bytes=proven.files * proof[1] * width if mixes else 0,
+        proof_passes=proven.passes if mixes else 0,
         proof_seconds=proof_seconds,
+        first_seconds=first_seconds,
     )
 
 
-def count_plans(layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings) -> int:
-    """How many plans will be measured."""
-    count = MIXED_PLANS if len(settings.formats) > 1 else 0
-    for fmt in settings.formats:
-        kinds = {class_of(g.role) for g in groups if g.role != HEAD and scored_formats(layout, g, [fmt])}
-        count += 1 + len(kinds) if kinds else 0
-    return count + int(settings.kv_cache)
+@dataclass(frozen=True)
+class _PlanWork:
+    """What measuring plans takes: passes over the layers, forward passes of all tokens, files of states at once."""
+
+    plans: int
+    passes: int
+    forwards: float
+    files: int
+
+
+def _work_of(plans: Sequence[Assigned], layers: Sequence[Sequence[str]], held: int, *, own: bool) -> _PlanWork:
+    """Measuring plans of a model with these groups in its layers, beside the original, in `held` files at most."""
+    passes = divide_plans(plans, layers, held, own=own) if plans else []
+    steps = [branches_of(part, layers, own=own) for part in passes]
+    ran = sum(len({branch.number for branch in step.values()}) for part in steps for step in part[1:])
+    files = max((most_files(part) for part in steps), default=0)
+    return _PlanWork(len(plans), len(passes), ran / max(1, len(layers)), files)
+
+
+def _plans(
+    model: EvaluatedModel, layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings
+) -> list[Assigned]:
+    """The plans that scoring will measure; an FP8 cache among them wherever one is asked for."""
+    scored = {g.name: scored_formats(layout, g, (*settings.formats, KEEP)) for g in groups if g.layer is not None}
+    nothing = Cost((), ())
+    subject = Subject(
+        model=model,
+        layout=layout,
+        groups={group.name: group for group in groups},
+        statistics=_ones(layout, model.skeleton, groups, model.skeleton.ran[0]),
+        rounding=settings.rounding,
+        target=settings.target,
+    )
+    found = plans_to_measure(subject, {name: dict.fromkeys(some, nothing) for name, some in scored.items()}, settings)
+    return [*found, Assigned(name=KV_CACHE, choice={KV_CACHE: "fp8"})] if settings.kv_cache else found
 
 
 def _variant_forwards(
@@ -113,7 +161,7 @@ def _variant_forwards(
 ) -> tuple[float, float]:
     """Forward passes that variants of groups cost: of whole layers, and of their groups alone."""
     elements = sum(group.elements for group in groups if group.layer is not None)
-    spread, own = 0.0, 0.0
+    spread, own = float(settings.kv_cache), 0.0
     for group in groups:
         if group.layer is None:
             continue
@@ -151,9 +199,11 @@ class _Rates:
         settings: ScoreSettings,
         device: torch.device,
         per_batch: int,
+        folder: Path,
     ) -> None:
         ran = model.skeleton.ran
-        index = ran[len(ran) // 2]
+        # where later layers use what earlier ones pass on, only the first runs alone
+        index = ran[0 if model.skeleton.carries_state else len(ran) // 2]
         subject = Subject(
             model=model,
             layout=layout,
@@ -162,29 +212,55 @@ class _Rates:
             rounding=settings.rounding,
             target=settings.target,
         )
-        self._device = device
+        self._device, self.first = device, 0.0
         batch = self._batch(_rows(samples, min(per_batch, TIMED_TOKENS)), subject, per_batch)
-        self._tokens = sum(batch.lengths)
+        all_batches = forward_pass.make_batches([row.ids for row in samples.rows], per_batch, torch.device("cpu"))
+        self._tokens, self._per_batch = sum(batch.lengths), per_batch
+        self._processes, self._batches = distributed.asked_for(), len(all_batches)
         variants = LayerVariants(subject, index, device)
         hidden = batch.hidden
+        self._states = seconds_of_states(batch, device, folder)
 
-        self._forward = forward_time(variants.exact, index, batch, hidden).wall
-        self._backward = backward_time(variants.exact, index, batch, hidden).wall
-        names = subject.by_layer.get(index, ())
+        def forward() -> None:
+            with torch.no_grad():
+                forward_pass.call_layer(variants.exact, index, batch, hidden)
+
+        def backward() -> None:
+            with torch.enable_grad():
+                start = hidden.detach().requires_grad_()
+                output = forward_pass.call_layer(variants.exact, index, batch, start)
+                torch.autograd.grad(output, start, torch.ones_like(output))
+
+        self._forward = self._time(forward, often=True)
+        self._backward = self._time(backward, often=True)
+        self._load = self._time(lambda: LayerVariants(subject, index, device), often=True)
+        self._time_variants(subject, variants, batch, settings)
+        self._scored = sum(samples.tokens) / samples.total
+        self._loss = self._time_loss(subject, hidden)  # first, as in a run: it takes the most memory
+        self._head = self._time_head(subject, hidden)
+
+    def _time_variants(self, subject: Subject, variants: LayerVariants, batch: Batch, settings: ScoreSettings) -> None:
+        """Roundings of a layer to each format, and forwards with rounded weights and inputs."""
+        names = subject.by_layer.get(variants.index, ())
         choices = [
-            {name: fmt for name in names if scored_formats(layout, subject.groups[name], [fmt])}
+            {name: fmt for name in names if scored_formats(subject.layout, subject.groups[name], [fmt])}
             for fmt in settings.formats
         ]
-        self._load = timed(lambda: LayerVariants(subject, index, device), device, twice=True).wall
         self._rounding, self._rounded, self._copy = 0.0, 0.0, 0.0
         for choice in choices:
-            make = partial(variants.layer, choice)
-            make()  # kernels are compiled, or read
+            first = self._time(partial(variants.layer, choice))  # kernels are compiled, or read
             variants.forget()
-            self._rounding += timed(make, device).wall
-            self._copy = max(self._copy, timed(make, device).wall)
-            self._rounded += forward_time(make(), index, batch, hidden).wall / len(choices)
-        self._head = self._time_head(subject, hidden)
+            second = self._time(partial(variants.layer, choice))
+            self.first += max(0.0, first - second)
+            self._rounding += second
+            self._copy = max(self._copy, self._time(partial(variants.layer, choice)))
+            layer = variants.layer(choice)
+
+            def rounded(one: torch.nn.Module = layer) -> None:
+                with torch.no_grad():
+                    forward_pass.call_layer(one, variants.index, batch, batch.hidden)
+
+            self._rounded += self._time(rounded, often=True) / len(choices)
 
     def _batch(self, rows: list[tuple[int, ...]], subject: Subject, per_batch: int) -> Batch:
         skeleton = subject.model.skeleton
@@ -192,24 +268,72 @@ class _Rates:
         forward_pass.embed(skeleton, embedding_weights(subject.model), batches[:1], self._device)
         return batches[0]
 
+    def _time(self, work: Callable[[], object], *, often: bool = False) -> float:
+        """Seconds of `work`; with `often` the least of runs behind the first, up to TIMED_RUNS within TIMED_SECONDS."""
+        found: list[float] = []
+        while not found or (often and (len(found) < 2 or (len(found) < TIMED_RUNS and sum(found) < TIMED_SECONDS))):
+            self._wait()
+            started = time.perf_counter()
+            work()
+            self._wait()
+            found.append(time.perf_counter() - started)
+        least = min(found[1:] or found)
+        self.first += max(0.0, found[0] - least)
+        return least
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+    def _time_loss(self, subject: Subject, hidden: Tensor) -> float:
+        """Seconds that the gradient of one token's loss takes."""
+        outer = outer_weights(subject.model, self._device)
+        head = open_head(subject.model, self._device, outer, gradients=True)
+        part = hidden[0, : max(1, LOGITS[self._device.type] // subject.model.vocabulary)]
+        return self._time(lambda: loss_gradient(head, part, 0, 0, 0), often=True) / len(part)
+
     def _time_head(self, subject: Subject, hidden: Tensor) -> float:
         """Seconds that the predictions of one token and their KL take."""
         head = open_head(subject.model, self._device, outer_weights(subject.model, self._device))
-        count = max(1, min(hidden.shape[1], LOGITS[self._device.type] // subject.model.vocabulary))
-        return prediction_time(head, hidden[:1, :count]).wall
+        at_once = min(LOGITS_AT_ONCE, SLICE[self._device.type]) // subject.model.vocabulary
+        count = max(1, min(hidden.shape[1], at_once))
+        part = hidden[:1, :count]
 
-    def seconds(self, layers: int, tokens: int, plans: int, *, spread: float, own: float) -> float:
+        @torch.no_grad()
+        def work() -> None:  # as plans are compared: memory is taken and given back in that order
+            exact = softmax(head(part)[0])
+            for _ in range(TIMED_PLANS):
+                other = softmax(head(part)[0])
+                diverge(exact, other)
+
+        return self._time(work, often=True) / count / (TIMED_PLANS + 1)
+
+    def seconds(self, layers: int, tokens: int, work: _PlanWork, *, spread: float, own: float) -> float:
         """Of all of scoring."""
-        passes = tokens / self._tokens * layers
-        forwards = 2 * self._forward + self._backward + (plans + 1 + spread + own) * self._rounded
-        # for calibration, forwards, backwards and the plans that are measured; variants for the last two
-        layers_made = layers * (4 * self._load + 2 * self._rounding + plans * self._copy)
-        return passes * forwards + layers_made + (plans + 3) * tokens * self._head
+        mine = tokens * largest_share(self._batches, self._processes)
+        # for calibration and forwards; backwards, with variants, states are read, and gradients in fp32 both ways
+        run = 2 * self._run(mine, tokens, self._forward, 1)
+        run += self._run(mine, tokens, self._backward + (spread + own) * self._rounded, 3)
+        made = 3 * self._load + self._rounding / self._processes
+        alone = layers * (run + made) + self._scored * mine * self._loss
+        return crowding(self._device) * (alone + self._measuring(layers, mine, tokens, work))
 
-    def of_plans(self, layers: int, plans: int, tokens: int) -> float:
-        """Of measuring plans, beside the original, whose weights are rounded in about two formats."""
-        passes = tokens / self._tokens * layers
-        return passes * (plans + 1) * self._rounded + layers * self._rounding + (plans + 2) * tokens * self._head
+    def of_plans(self, layers: int, tokens: int, work: _PlanWork) -> float:
+        """Of measuring plans on so many tokens, beside the original."""
+        mine = tokens * largest_share(-(-tokens // self._per_batch), self._processes)
+        return crowding(self._device) * self._measuring(layers, mine, tokens, work)
+
+    def _measuring(self, layers: int, mine: float, tokens: int, work: _PlanWork) -> float:
+        made = work.passes * (self._load + self._rounding / self._processes) + work.plans * self._copy
+        heads = (work.plans + work.passes) * mine * self._head
+        return layers * (work.forwards * self._run(mine, tokens, self._rounded, 1) + made) + heads
+
+    def _run(self, mine: float, tokens: int, seconds: float, states: int) -> float:
+        """Of a layer that takes `seconds` a batch, of which `mine` of all tokens are this process's.
+
+        Their states are on their way meanwhile, `states` times; all processes' go to one disk.
+        """
+        return max(mine * seconds, tokens * states * self._states) / self._tokens
 
 
 def _rows(samples: Samples, tokens: int) -> list[tuple[int, ...]]:

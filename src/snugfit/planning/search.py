@@ -11,13 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from snugfit.errors import UserError
+from snugfit.planning.caches import kept_layers, scored_cache
+from snugfit.planning.decisions import Decision, decisions_of, narrowed
 from snugfit.planning.knapsack import Problem, Row, solve
 from snugfit.planning.menu import Bytes, GroupMenu, Option
 from snugfit.records.scores import KEEP, KV_CACHE, Predicted, Scores, saturate
 
 NOT_SCORED = "it was not scored"  # why a group cannot have a format of the menu, or a plan an FP8 cache
+NEAR = 1.1  # times the least expected KL: what a simpler mix may lose
+SHORTEST_RUN = 2
 _ROUNDS = 8
 
 
@@ -42,13 +47,20 @@ class Space:
     """What may be chosen: each group's options, what comes beside the groups, and the limits, by kind of KV cache.
 
     `outside` and `limits` have one entry for each cache that may be chosen ("keep" for 16 bits or what the source
-    declares, "fp8"). `max_formats` counts formats other than keep.
+    declares, "fp8"). `max_formats` counts formats other than keep. With `run_length` so many consecutive layers
+    have one format at each place.
     """
 
     menus: tuple[GroupMenu, ...]
     outside: Mapping[str, Bytes]
     limits: Mapping[str, tuple[Limit, ...]]
     max_formats: int | None = None
+    run_length: int | None = None
+
+    @cached_property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What is decided as one."""
+        return decisions_of(self.menus, self.run_length)
 
     def with_limits(self, limits: Mapping[str, tuple[Limit, ...]]) -> Space:
         """The same under other limits."""
@@ -74,13 +86,15 @@ class Mix:
         found = {name: one.format for name, one in self.options.items() if one.format != KEEP}
         return found if self.kv_cache == KEEP else {**found, KV_CACHE: self.kv_cache}
 
+    @property
+    def kept_caches(self) -> tuple[int, ...]:
+        """The layers that keep 16 bits beside an FP8 cache."""
+        return kept_layers(self.kv_cache)
+
 
 def choice_for_scores(scores: Scores, options: Mapping[str, Option], kv_cache: str) -> dict[str, str]:
     """The formats of all groups and the cache as `Scores.predict` takes them; what is kept counts, too."""
-    found = {name: one.format for name, one in options.items()}
-    if kv_cache != KEEP and scores.has(KV_CACHE, kv_cache):
-        found[KV_CACHE] = kv_cache
-    return found
+    return {name: one.format for name, one in options.items()} | scored_cache(scores, kv_cache)
 
 
 def scored(space: Space, scores: Scores) -> Space:
@@ -104,17 +118,18 @@ def scored(space: Space, scores: Scores) -> Space:
         raise UserError(what, code="scores-mismatch", where="scores", remedy=f"Scored: {', '.join(scores.formats)}.")
     caches = {cache for cache in space.outside if cache == KEEP or scores.has(KV_CACHE, cache)}
     return Space(
-        menus=tuple(menus),
+        menus=narrowed(menus, space.run_length, "scores"),
         outside={cache: size for cache, size in space.outside.items() if cache in caches},
         limits={cache: limits for cache, limits in space.limits.items() if cache in caches},
         max_formats=space.max_formats,
+        run_length=space.run_length,
     )
 
 
 def least_kl(space: Space, scores: Scores, context: int, *, count: int = 1, distance: int = 1) -> list[Mix]:
     """The mixes within the limits of which scores expect the least KL, best first; empty where none is.
 
-    Up to `count`, each different from those before it in the format of `distance` groups, or in the cache.
+    Up to `count`, each different from those before it in `distance` decisions, or in the cache.
     """
     found: list[Mix] = []
     for cache in space.limits:
@@ -140,9 +155,34 @@ def least_bytes(space: Space, scores: Scores, context: int, max_kl: float, kind:
     return min(found, key=lambda mix: (limit.amount(mix.bytes), mix.predicted.kl), default=None)
 
 
+def simplest_near(space: Space, scores: Scores, best: Mix) -> tuple[int, Mix] | None:
+    """The longest runs of layers with one format at each place that are expected to lose little more than `best`.
+
+    Their length, and their best mix; runs of two layers where all of them lose more. None where there are no runs.
+    """
+    layers = 1 + max((menu.group.layer for menu in space.menus if menu.group.layer is not None), default=0)
+    length = layers
+    while space.run_length is None and length > 1:
+        found = _in_runs(space, scores, best.context, length)
+        near = found is not None and found.predicted.kl <= NEAR * best.predicted.kl
+        if found is not None and (near or length == SHORTEST_RUN):
+            return (length, found) if found.formats != best.formats else None
+        length = max(SHORTEST_RUN, -(-length // 2)) if length > SHORTEST_RUN else 1
+    return None
+
+
+def _in_runs(space: Space, scores: Scores, context: int, length: int) -> Mix | None:
+    """The best mix in runs of so many layers; None where constraints or limits leave none."""
+    try:
+        runs = replace(space, menus=narrowed(space.menus, length, ""), run_length=length)
+    except UserError:
+        return None
+    return next(iter(least_kl(runs, scores, context)), None)
+
+
 def least_amount(space: Space, limit: Limit, cache: str) -> int:
     """The least that a mix can count against one limit, whatever it loses."""
-    least = sum(min(limit.amount(one.bytes) for one in menu.options) for menu in space.menus)
+    least = sum(min(limit.amount(one.sizes[fmt]) for fmt in one.formats) for one in space.decisions)
     return limit.amount(space.outside[cache]) + least
 
 
@@ -166,15 +206,21 @@ def _rank(mix: Mix) -> tuple[float, int]:
     return mix.predicted.kl, mix.bytes.file
 
 
+def _terms(scores: Scores, decision: Decision, fmt: str) -> tuple[float, ...]:
+    """What a decision's groups add in a format, by bucket."""
+    terms = [scores.terms(menu.group.name, fmt).kl for menu in decision.menus]
+    return tuple(map(math.fsum, zip(*terms, strict=True)))
+
+
 class _Task:
     """The search with one kind of KV cache."""
 
     def __init__(self, space: Space, scores: Scores, context: int, cache: str) -> None:
         self._space, self._scores, self._context, self._cache = space, scores, context, cache
         self._shares = scores.shares(context)
-        self._costs = [[scores.terms(menu.group.name, one.format).kl for one in menu.options] for menu in space.menus]
-        scored_cache = cache != KEEP and scores.has(KV_CACHE, cache)
-        self._fixed = scores.terms(KV_CACHE, cache).kl if scored_cache else (0.0,) * len(self._shares)
+        self._costs = [[_terms(scores, one, fmt) for fmt in one.formats] for one in space.decisions]
+        held = [scores.terms(*pair).kl for pair in scored_cache(scores, cache).items()]
+        self._fixed = tuple(map(math.fsum, zip(*held, strict=True))) if held else (0.0,) * len(self._shares)
 
     def least_kl(self, before: Sequence[tuple[int, ...]], distance: int) -> tuple[int, ...] | None:
         """The options' places of the mix of least KL that differs enough from those `before`."""
@@ -194,7 +240,7 @@ class _Task:
     def least_bytes(self, max_kl: float, kind: str) -> Mix | None:
         """The smallest mix of which scores expect at most `max_kl`."""
         limit = Limit(name="", kind=kind, bytes=0)
-        amounts = tuple(tuple(limit.amount(one.bytes) for one in menu.options) for menu in self._space.menus)
+        amounts = self._amounts(limit)
         largest = max(1, *(max(group) for group in amounts))
         costs = tuple(tuple(amount / largest for amount in group) for group in amounts)
         best: Mix | None = None
@@ -219,30 +265,33 @@ class _Task:
 
     def mix(self, places: Sequence[int]) -> Mix:
         """The mix with the options at these places."""
-        pairs = zip(self._space.menus, places, strict=True)
-        options = {menu.group.name: menu.options[place] for menu, place in pairs}
+        chosen: dict[str, Option] = {}
+        for decision, place in zip(self._space.decisions, places, strict=True):
+            chosen |= decision.options(decision.formats[place])
+        options = {menu.group.name: chosen[menu.group.name] for menu in self._space.menus}
         return make_mix(options, self._cache, self._space.outside[self._cache], self._scores, self._context)
 
     def _problem(
         self, costs: tuple[tuple[float, ...], ...], before: Sequence[tuple[int, ...]], distance: int
     ) -> Problem:
-        menus, outside = self._space.menus, self._space.outside[self._cache]
+        outside = self._space.outside[self._cache]
         rows = tuple(
-            Row(
-                amounts=tuple(tuple(limit.amount(one.bytes) for one in menu.options) for menu in menus),
-                limit=limit.bytes - limit.amount(outside),
-            )
+            Row(amounts=self._amounts(limit), limit=limit.bytes - limit.amount(outside))
             for limit in self._space.limits[self._cache]
         )
         return Problem(
             costs=costs,
             rows=rows,
-            labels=tuple(tuple(one.format for one in menu.options) for menu in menus),
+            labels=tuple(one.formats for one in self._space.decisions),
             max_labels=self._space.max_formats,
             free=KEEP,
             others=tuple(before),
             distance=distance,
         )
+
+    def _amounts(self, limit: Limit) -> tuple[tuple[int, ...], ...]:
+        """What each format of each decision counts against a limit."""
+        return tuple(tuple(limit.amount(one.sizes[fmt]) for fmt in one.formats) for one in self._space.decisions)
 
     def _linear(self, weights: Sequence[float]) -> tuple[tuple[float, ...], ...]:
         """Each option's cost in the linear form with these weights of buckets."""

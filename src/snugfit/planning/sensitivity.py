@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
@@ -30,14 +31,15 @@ from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import class_of, fit_damage
 from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
 from snugfit.planning.groups import HEAD, Group
+from snugfit.planning.measured_plans import measure_plans
 from snugfit.planning.samples import Samples, read_samples
-from snugfit.planning.shared_pass import Array, Assigned, SharedPass
+from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
-from snugfit.quantization.resume import FinishedUnits, read_json, replace_json, stamps
-from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores
+from snugfit.quantization.resume import FinishedUnits, open_finished, read_json, replace_json, stamps
+from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores, cache_of_layer
 from snugfit.records.statistics_file import DatasetUsed
 from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.version import __version__
@@ -61,6 +63,7 @@ class ScoreSettings:
     seed: int = 0
 
 
+@distributed.together
 def score_model(
     model: str | Path,
     *,
@@ -89,10 +92,14 @@ def score_model(
         kv_cache=kv_cache,
         seed=seed,
     )
-    check_settings(settings)
-    layout = read_layout(model)
-    layout.check_quantizable()
-    samples = read_samples(layout, as_sequence(dataset), context=context, num_tokens=num_tokens)
+
+    def read_here() -> tuple[ModelLayout, Samples]:
+        check_settings(settings)
+        layout = read_layout(model)
+        layout.check_quantizable()
+        return layout, read_samples(layout, as_sequence(dataset), context=context, num_tokens=num_tokens)
+
+    layout, samples = distributed.in_all(read_here)
     return score_samples(
         layout,
         samples,
@@ -126,22 +133,24 @@ def score_samples(
     *,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    force_resume: bool = False,
     progress: Progress = SILENT,
 ) -> Scores:
-    """`score_model` on rows that are read already."""
+    """`score_model` on rows that are read already; `force_resume` takes what another machine or version finished."""
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     work_dir.mkdir(parents=True, exist_ok=True)
     identity = _identity(layout, samples, settings, where, per_batch)
     folder = work_dir / "gradients"
     folder.mkdir(exist_ok=True)
-    finished = FinishedUnits(folder, identity)
+    finished = open_finished(folder, identity, force=force_resume)
     statistics = calibrate(
         layout, samples.dataset, work_dir, device=device, tokens_per_batch=per_batch, progress=progress
     )
-    subject = open_subject(layout, statistics, rounding=settings.rounding, target=settings.target)
-    with deterministic(where):
-        sums = GradientPass(
+
+    def open_here() -> tuple[Subject, GradientPass]:
+        subject = open_subject(layout, statistics, rounding=settings.rounding, target=settings.target)
+        return subject, GradientPass(
             subject,
             samples.rows,
             (*settings.formats, KEEP),
@@ -149,16 +158,35 @@ def score_samples(
             tokens_per_batch=per_batch,
             folder=folder,
             seed=settings.seed,
+            kv_cache=settings.kv_cache,
             progress=progress,
-        ).run(finished)
+        )
+
+    subject, gradients = distributed.in_all(open_here)
+    with deterministic(where):
+        sums = gradients.run(finished)
         costs = costs_of(sums, samples)
+        caches = {name: costs.pop(name)["fp8"] for name in list(costs) if name.startswith(cache_of_layer(""))}
         plans = plans_to_measure(subject, costs, settings)
         compared = work_dir / "plans"
         compared.mkdir(exist_ok=True)
-        units = FinishedUnits(compared, identity | {"plans": [dict(plan.choice) for plan in plans]})
+        compares = identity | {"plans": [dict(plan.choice) for plan in plans]}
+        units = open_finished(compared, compares, force=force_resume)
         points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
-    groups = _with_measured(subject, costs, points, settings)
-    source = samples.dataset
+    return distributed.by_main(lambda: _scores(subject, samples, settings, costs, caches, points))
+
+
+def _scores(
+    subject: Subject,
+    samples: Samples,
+    settings: ScoreSettings,
+    costs: dict[str, dict[str, Cost]],
+    caches: Mapping[str, Cost],
+    points: Sequence[Point],
+) -> Scores:
+    """The record of what was measured, with the model of damage that is fitted to it."""
+    layout, source = subject.layout, samples.dataset
+    groups = _with_measured(subject, costs, caches, points, settings)
     return Scores(
         snugfit=__version__,
         model=layout.checkpoint.name,
@@ -180,9 +208,16 @@ def score_samples(
 
 
 def _with_measured(
-    subject: Subject, costs: dict[str, dict[str, Cost]], points: Sequence[Point], settings: ScoreSettings
+    subject: Subject,
+    costs: dict[str, dict[str, Cost]],
+    caches: Mapping[str, Cost],
+    points: Sequence[Point],
+    settings: ScoreSettings,
 ) -> list[ScoredGroup]:
-    """All groups for the record; what was measured alone is added to `costs`."""
+    """All groups for the record; what was measured alone is added to `costs`.
+
+    Of an FP8 cache each layer costs a part of what was measured, in proportion to what gradients say (`caches`).
+    """
     groups = []
     for group in subject.groups.values():
         measured = group.name not in costs
@@ -191,8 +226,27 @@ def _with_measured(
         groups.append(_scored(group, measured=measured))
     if settings.kv_cache and (cache := _measured_cost(KV_CACHE, points)):
         costs[KV_CACHE] = cache
-        groups.append(ScoredGroup(name=KV_CACHE, layer=None, role=KV_CACHE, elements=0, measured=True))
+        costs |= {name: {"fp8": cost} for name, cost in _parts_of(cache["fp8"], caches).items()}
+        groups += [
+            ScoredGroup(name=name, layer=None, role=KV_CACHE, elements=0, measured=True) for name in (KV_CACHE, *caches)
+        ]
     return groups
+
+
+def _parts_of(whole: Cost, parts: Mapping[str, Cost]) -> dict[str, Cost]:
+    """A cost divided in the proportions of others; evenly where these are all 0."""
+    sums = [
+        fsum(max(0.0, value) for value in column) for column in zip(*(one.kl for one in parts.values()), strict=True)
+    ]
+
+    def share(one: Cost, bucket: int) -> float:
+        return max(0.0, one.kl[bucket]) / sums[bucket] if sums[bucket] > 0 else 1 / len(parts)
+
+    shares = {name: [share(one, bucket) for bucket in range(len(sums))] for name, one in parts.items()}
+    return {
+        name: Cost(*(tuple(s * v for s, v in zip(mine, values, strict=True)) for values in (whole.kl, whole.error)))
+        for name, mine in shares.items()
+    }
 
 
 def _identity(
@@ -302,19 +356,21 @@ def _measure(
     """KL of each plan by bucket; what an earlier run measured is read from POINTS_NAME."""
     file = folder / POINTS_NAME
     names = [plan.name for plan in plans]
-    known = read_json(file)
+    known = distributed.from_main(read_json(file))
     if not isinstance(known, dict) or list(known) != names:
-        found = SharedPass(
+        found = measure_plans(
             subject,
             [row.ids for row in samples.rows],
             plans,
             device,
             tokens_per_batch=tokens_per_batch,
             folder=folder,
+            finished=finished,
             progress=progress,
-        ).divergences(finished)
+        )
         known = {name: list(map(_scored_sum, found[name], samples.rows)) for name in names}
-        replace_json(file, known)
+        if distributed.is_main():
+            replace_json(file, known)
     points = []
     for plan in plans:
         kl, error = _by_bucket(known[plan.name], samples)

@@ -2,7 +2,7 @@
 
 Each layer's exact weights are read once; every plan's layer is made of them, and run on that plan's own hidden states.
 Plans that agree in all layers so far share their hidden states. Nothing is written but hidden states, in files that
-are removed at the end.
+are removed at the end. Of several processes each has a block of the samples' batches.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from snugfit import distributed
 from snugfit.evaluation.divergence import Softmax, diverge, softmax
 from snugfit.evaluation.evaluated_model import Outer, bounded_attention, embedding_weights, open_head, outer_weights
 from snugfit.evaluation.measure import LOGITS, SLICE
@@ -31,7 +33,7 @@ from snugfit.planning.groups import HEAD, Group, assignment_of
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.records.scores import KV_CACHE
+from snugfit.records.scores import KV_CACHE, cache_of_layer
 from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
 
@@ -48,7 +50,7 @@ class Assigned:
 
 
 @dataclass(frozen=True)
-class _Branch:
+class Branch:
     """Hidden states behind a layer that one or several plans share: which states they come from, and how.
 
     `number` names the file, `parent` that of the states before the layer. `choice` are the formats of the layer's
@@ -59,6 +61,28 @@ class _Branch:
     parent: int
     choice: tuple[tuple[str, str], ...] = ()
     cached: bool = False
+
+
+def branches_of(
+    plans: Sequence[Assigned], layers: Sequence[Sequence[str]], *, own: bool = False
+) -> list[dict[str, Branch]]:
+    """The branch of the original and of each plan at the first layer and behind each: one of all until they differ.
+
+    `layers` are the names of each layer's groups. `own`: where layers pass more on than hidden states, each plan has
+    its own.
+    """
+    everything = [Assigned(name=ORIGINAL), *plans]
+    steps = [{plan.name: Branch(place if own else 0, 0) for place, plan in enumerate(everything)}]
+    for mine in layers:
+        known: dict[tuple[Any, ...], Branch] = {}
+        step = {}
+        for plan in everything:
+            choice = tuple((group, plan.choice[group]) for group in mine if group in plan.choice)
+            cached = KV_CACHE in plan.choice or any(name.startswith(cache_of_layer("")) for name, _ in choice)
+            key = steps[-1][plan.name].number, choice, cached
+            step[plan.name] = known.setdefault(key, Branch(len(known), *key))
+        steps.append(step)
+    return steps
 
 
 class SharedPass:
@@ -80,7 +104,8 @@ class SharedPass:
         self._plans = {ORIGINAL: Assigned(name=ORIGINAL), **{plan.name: plan for plan in plans}}
         self._tokens_per_batch, self._folder, self._progress = tokens_per_batch, folder, progress
         self._ran = subject.model.skeleton.ran
-        self._branches = self._branch()
+        layers = [subject.places(index) for index in self._ran]
+        self._branches = branches_of(plans, layers, own=subject.model.skeleton.carries_state)
 
     @torch.no_grad()
     def divergences(self, finished: FinishedUnits | None = None) -> dict[str, list[Array]]:
@@ -93,45 +118,33 @@ class SharedPass:
             advance = stack.enter_context(self._progress.bar(len(self._ran) + 1, "comparing plans"))
             read = stack.enter_context(TensorReader(self._subject.model.checkpoint, self._device))
             batches = self._batches()
+            mine = {number: distributed.mine(some) for number, some in batches.items()}
             done = self._done(finished, transfer, batches)
             for _ in range(done):
                 advance()
             before = self._files(stack, transfer, done, batches)
-            self._embed(batches, None if done else before, read)
+            distributed.in_all(lambda: self._embed(mine, None if done else before, read))
             for step, index in enumerate(self._ran[done:], done):
                 after = self._files(stack, transfer, step + 1, batches)
-                self._pass_layer(index, self._branches[step + 1], before, after, batches, read)
-                pieces = {number: file.wait() for number, file in after.items()}
+                self._pass_layer(index, self._branches[step + 1], before, after, mine, read)
+                pieces = distributed.gather({number: file.wait() for number, file in after.items()})
                 if finished is not None:
-                    finished.commit({"states": {str(number): found for number, found in pieces.items()}})
+                    states = {str(number): [one for some in pieces for one in some[number]] for number in after}
+                    finished.commit({"plans": list(self._plans), "states": states})
                 for file in before.values():
                     file.close()
+                    if distributed.is_main():
+                        file.path.unlink(missing_ok=True)
+                distributed.barrier()  # files behind the next layer have these names
                 before = after
                 advance()
             names = {name: branch.number for name, branch in self._branches[-1].items()}
-            found = self._compare({name: before[number] for name, number in names.items()}, batches[0])
+            found = self._compare({name: before[number] for name, number in names.items()}, mine[0])
             advance()
-        for path in self._folder.glob("plan-states-*"):
+        for path in self._folder.glob("plan-states-*") if distributed.is_main() else ():
             path.unlink()
+        distributed.barrier()  # another pass may begin there
         return found
-
-    def _branch(self) -> list[dict[str, _Branch]]:
-        """The branch of each plan at the first layer and behind each: one of all until they differ.
-
-        Where layers pass more on than hidden states, each plan has its own.
-        """
-        own = self._subject.model.skeleton.carries_state
-        steps = [{name: _Branch(place if own else 0, 0) for place, name in enumerate(self._plans)}]
-        for index in self._ran:
-            mine = self._subject.by_layer.get(index, ())
-            known: dict[tuple[Any, ...], _Branch] = {}
-            step = {}
-            for name, plan in self._plans.items():
-                choice = tuple((group, plan.choice[group]) for group in mine if group in plan.choice)
-                key = steps[-1][name].number, choice, KV_CACHE in plan.choice
-                step[name] = known.setdefault(key, _Branch(len(known), *key))
-            steps.append(step)
-        return steps
 
     def _batches(self) -> dict[int, list[Batch]]:
         """The batches that each branch runs on, by its number: all the same, unless layers pass more on."""
@@ -144,11 +157,11 @@ class SharedPass:
                 )
         return found
 
-    def _of(self, batches: Mapping[int, list[Batch]], number: int) -> list[Batch]:
+    def _of(self, batches: Mapping[int, Sequence[Batch]], number: int) -> Sequence[Batch]:
         return batches[number] if self._subject.model.skeleton.carries_state else batches[0]
 
     def _files(
-        self, stack: ExitStack, transfer: Transfer, step: int, batches: Mapping[int, list[Batch]]
+        self, stack: ExitStack, transfer: Transfer, step: int, batches: Mapping[int, Sequence[Batch]]
     ) -> dict[int, StateFile]:
         """The files of the states before layer `step`, by the branch's number."""
         skeleton = self._subject.model.skeleton
@@ -156,26 +169,32 @@ class SharedPass:
         return {
             number: stack.enter_context(
                 StateFile(
-                    self._folder / f"plan-states-{step % 2}-{number}", self._of(batches, number), *shape, transfer
+                    self._folder / f"plan-states-{step % 2}-{number}",
+                    self._of(batches, number),
+                    *shape,
+                    transfer,
+                    distributed.mine(self._of(batches, number)),
                 )
             )
             for number in dict.fromkeys(branch.number for branch in self._branches[step].values())
         }
 
-    def _done(self, finished: FinishedUnits | None, transfer: Transfer, batches: Mapping[int, list[Batch]]) -> int:
+    def _done(self, finished: FinishedUnits | None, transfer: Transfer, batches: Mapping[int, Sequence[Batch]]) -> int:
         """The number of layers whose states are in the files."""
         if finished is None or not finished.done:
             return 0
         with ExitStack() as stack:
             files = self._files(stack, transfer, finished.done, batches)
             entry = finished.entries[-1]["states"]
-            held = len(entry) == len(files) and all(files[int(n)].holds(pieces) for n, pieces in entry.items())
+            held = distributed.by_main(
+                lambda: len(entry) == len(files) and all(files[int(n)].holds(some) for n, some in entry.items())
+            )
         if not held or self._subject.model.skeleton.carries_state:
             finished.go_back(0)
         return finished.done
 
     def _embed(
-        self, batches: Mapping[int, list[Batch]], files: Mapping[int, StateFile] | None, read: TensorReader
+        self, batches: Mapping[int, Sequence[Batch]], files: Mapping[int, StateFile] | None, read: TensorReader
     ) -> None:
         """Find what layers are called with, and the first states unless `files` is None."""
         skeleton = self._subject.model.skeleton
@@ -191,26 +210,32 @@ class SharedPass:
     def _pass_layer(
         self,
         index: int,
-        branches: Mapping[str, _Branch],
+        branches: Mapping[str, Branch],
         before: Mapping[int, StateFile],
         after: Mapping[int, StateFile],
-        batches: Mapping[int, list[Batch]],
+        batches: Mapping[int, Sequence[Batch]],
         read: TensorReader,
     ) -> None:
         """Run decoder layer `index` of each branch, from its parent's file to its own."""
-        variants = LayerVariants(self._subject, index, self._device, read)
-        most = free_bytes(self._device) // VARIANTS_SHARE
+        variants = distributed.in_all(lambda: LayerVariants(self._subject, index, self._device, read))
+        most = min(distributed.gather(free_bytes(self._device))) // VARIANTS_SHARE
+        groups = self._subject.groups  # a choice names caches, too
+        wanted = dict.fromkeys(pair for one in branches.values() for pair in one.choice if pair[0] in groups)
+        elements = sum(groups[name].elements for name, _ in wanted)
+        if elements * self._subject.model.skeleton.dtype.itemsize <= most:
+            variants.make(wanted)  # all at once: processes share many pieces of work better than few
         with bounded_attention(self._subject.model.arithmetic, self._device):
             for branch in dict.fromkeys(branches.values()):
                 variants.forget(above=most)
                 layer = variants.layer(dict(branch.choice))
                 cache = variants.kv_cache() if branch.cached else None
                 states = before[branch.parent], after[branch.number]
-                forward_pass.run_layer(layer, index, self._of(batches, branch.number), cache=cache, states=states)
+                run = partial(forward_pass.run_layer, layer, index, self._of(batches, branch.number))
+                distributed.in_all(partial(run, cache=cache, states=states))
 
     def _compare(self, files: Mapping[str, StateFile], batches: Sequence[Batch]) -> dict[str, list[Array]]:
-        """KL of each token, from the last hidden states of each plan."""
-        heads = _heads(self._subject, self._plans, self._device)
+        """KL of each token of all samples, from the last hidden states of each plan in this process's batches."""
+        heads = distributed.in_all(lambda: _heads(self._subject, self._plans, self._device))
         found = {name: [np.empty(len(row) - 1, np.float32) for row in self._rows] for name in self._plans if name}
         for batch in batches:
             hidden: dict[int, Tensor] = {}
@@ -220,6 +245,10 @@ class SharedPass:
             for position, row in enumerate(batch.rows):
                 states = {name: hidden[id(file)][position] for name, file in files.items()}
                 self._compare_row(row, states, heads, found)
+        mine = [(row, {name: kl[row] for name, kl in found.items()}) for batch in batches for row in batch.rows]
+        for row, measured in distributed.in_order(mine):
+            for name, kl in measured.items():
+                found[name][row] = kl
         return found
 
     def _compare_row(

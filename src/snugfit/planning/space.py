@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from snugfit.engines.launch import LAUNCHES
 from snugfit.errors import UserError
 from snugfit.formats.spec import KEEP
 from snugfit.model.layout import ModelLayout
+from snugfit.planning.caches import FP8, costliest_layers, fp8_except, kept_layers
 from snugfit.planning.constraints import LoadedConstraints, constrained
+from snugfit.planning.decisions import narrowed
 from snugfit.planning.limits import Place, limits_of
 from snugfit.planning.menu import Bytes, GroupMenu, Option, on_menu, read_options, sizes_outside
 from snugfit.planning.recipe_text import WeightFormat, recipe_text
 from snugfit.planning.search import Mix, Space
 from snugfit.quantization.plan import decide, kept_cache
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
-
-FP8 = "fp8"
+from snugfit.records.scores import Scores
+from snugfit.vram.blocks import why_not_mixed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +40,39 @@ class Choices:
 
     def is_fp8(self, cache: str) -> bool:
         """Whether keys and values are in FP8 under a choice of the cache."""
-        return cache == FP8 or self.fp8_kept
+        return cache != KEEP or self.fp8_kept
 
     def at(self, context: int) -> Space:
         """The space with the limits of another context."""
         limits = {
-            cache: limits_of(self.layout, self.place, fp8=self.is_fp8(cache), context=context)
+            cache: limits_of(
+                self.layout, self.place, fp8=self.is_fp8(cache), context=context, kept_layers=kept_layers(cache)
+            )
             for cache in self.space.limits
         }
         return self.space.with_limits(limits)
+
+    def with_mixed_caches(self, scores: Scores, context: int) -> Choices:
+        """The same with FP8 caches in which the layers that cost most keep 16 bits, where that can be had."""
+        if self.why_not_mixed() or FP8 not in self.space.limits:
+            return self
+        outside, limits = dict(self.space.outside), dict(self.space.limits)
+        for layers in costliest_layers(scores, context):
+            cache = fp8_except(layers)
+            outside[cache] = outside[FP8]
+            limits[cache] = limits_of(self.layout, self.place, fp8=True, kept_layers=layers)
+        return replace(self, space=replace(self.space, outside=outside, limits=limits))
+
+    def why_not_mixed(self) -> str:
+        """Why no layer may keep 16 bits beside an FP8 cache; "" if some may."""
+        served, budget = self.place.served, self.place.budget
+        if served is None:
+            return "without a GPU an FP8 cache saves nothing"
+        if self.fp8_kept or self.constraints.constraints.kv_cache is not None:
+            return "one kind of cache is asked for"
+        if not LAUNCHES[budget.engine].skip_layers:
+            return "this engine was not seen to keep 16 bits in some layers"
+        return why_not_mixed(served.cache)
 
 
 def read_choices(
@@ -59,16 +86,18 @@ def read_choices(
     loaded = constraints or LoadedConstraints()
     everything = read_options(layout, place.server)
     menus = on_menu(everything, menu, place.server)
-    menus = constrained(menus, loaded, layout.names, layout.num_layers)
+    asked = loaded.constraints
+    menus = narrowed(constrained(menus, loaded, layout.names, layout.num_layers), asked.run_length, loaded.where)
     kept = kept_cache(layout) is not None
     outside, caches = _outside(layout, everything, place, loaded, fp8_kept=kept)
     limits = {cache: limits_of(layout, place, fp8=kept or cache == FP8) for cache in outside}
-    allowed = loaded.constraints.max_formats
     return Choices(
         layout=layout,
         place=place,
         constraints=loaded,
-        space=Space(menus=menus, outside=outside, limits=limits, max_formats=allowed),
+        space=Space(
+            menus=menus, outside=outside, limits=limits, max_formats=asked.max_formats, run_length=asked.run_length
+        ),
         everything=everything,
         caches=caches,
         fp8_kept=kept,

@@ -7,14 +7,15 @@ rounded as the engine profile says, four-bit ones under the range that statistic
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from snugfit import distributed
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.evaluation.evaluated_model import EvaluatedModel, open_model, resident_layer
@@ -33,6 +34,7 @@ from snugfit.quantization.measured import input_amax
 from snugfit.quantization.plan import Plan, measure_only, units_of
 from snugfit.quantization.recalled import recalled_squares
 from snugfit.recipes.assignment import NO_RULE, Assignment
+from snugfit.records.scores import cache_of_layer
 from snugfit.records.statistics_file import Statistics
 from snugfit.storage.tensor_reader import ReadTensor
 
@@ -73,6 +75,10 @@ class Subject:
             found.setdefault(group.layer, []).append(name)
         return {layer: tuple(names) for layer, names in found.items()}
 
+    def places(self, index: int) -> tuple[str, ...]:
+        """The names of all that a plan may decide in a layer: its groups, and its keys and values."""
+        return *self.by_layer.get(index, ()), cache_of_layer(index)
+
     def method(self) -> Method:
         """What chooses codes."""
         return ROUND_TO_NEAREST if self.rounding == PLAIN else Calibrated(self.target)
@@ -88,6 +94,22 @@ class Variant:
     parameters: Mapping[str, Tensor]
     quantizers: Mapping[str, emulate.Quantizer]
     experts: emulate.ExpertInputs | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draft:
+    """A variant whose rounded weights have yet to be made.
+
+    `together` are the names of weights that are rounded as one, out of what is in `exact`; `places` is the memory of
+    the variant into which each goes; into `buffers` the method itself writes.
+    """
+
+    variant: Variant
+    target: Target | None = None
+    together: Sequence[tuple[str, ...]] = ()
+    exact: Mapping[str, Tensor] = field(default_factory=dict)
+    places: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class LayerVariants:
@@ -113,13 +135,43 @@ class LayerVariants:
         return self._mixture.module
 
     def variant(self, group: str, fmt: str) -> Variant:
-        """What a group of this layer has in a format."""
-        if (group, fmt) not in self._known:
-            one = self._subject.groups[group]
-            found = assignment_of(self._subject.layout, one, fmt)
-            make = self._experts if one.role == EXPERTS else self._linears
-            self._known[group, fmt] = make(one, found)
+        """What a group of this layer has in a format; several processes ask for the same."""
+        self.make([(group, fmt)])
         return self._known[group, fmt]
+
+    def make(self, wanted: Iterable[tuple[str, str]]) -> None:
+        """Make what groups have in formats, unless it is known.
+
+        Several processes, which all want the same, share the work: each rounds some of the weights, and gives them to
+        the others.
+        """
+        drafts = {key: self._draft(*key) for key in dict.fromkeys(wanted) if key not in self._known}
+        jobs = [(draft, names) for draft in drafts.values() for names in draft.together]
+        owners = distributed.share([sum(draft.places[name].numel() for name in names) for draft, names in jobs])
+        mine: dict[int, list[tuple[str, ...]]] = {}
+        for (draft, names), owner in zip(jobs, owners, strict=True):
+            if owner == distributed.rank():
+                mine.setdefault(id(draft), []).append(names)
+        for draft in drafts.values():
+            self._round(draft, mine.get(id(draft), ()))
+        for (draft, names), owner in zip(jobs, owners, strict=True):
+            for name in names:
+                distributed.send(draft.places[name], owner)
+        self._known |= {key: draft.variant for key, draft in drafts.items()}
+
+    def _draft(self, group: str, fmt: str) -> _Draft:
+        one = self._subject.groups[group]
+        found = assignment_of(self._subject.layout, one, fmt)
+        return (self._experts if one.role == EXPERTS else self._linears)(one, found)
+
+    def _round(self, draft: _Draft, together: Iterable[tuple[str, ...]]) -> None:
+        """Round some of a draft's weights; one group of them after another is in memory."""
+        target = draft.target
+        groups = (WeightGroup(weights={n: draft.exact[n].clone() for n in names}, target=target) for names in together)
+        purpose = Purpose(runs=True, buffers=draft.buffers, observed=self._observe())
+        for choice in self._subject.method().choose(groups, purpose):
+            if choice.weight_16bit is not None:
+                draft.places[choice.name].copy_(choice.weight_16bit)
 
     def forget(self, *, above: int = 0) -> None:
         """Free all variants if they hold more than `above` bytes."""
@@ -135,8 +187,9 @@ class LayerVariants:
         memo: dict[int, Any] = {id(parameter): parameter for parameter in self.exact.parameters()}
         layer = copy.deepcopy(self.exact, memo)
         quantizers: dict[str, emulate.Quantizer] = {}
+        self.make(mine.items())
         for name, fmt in mine.items():
-            variant = self.variant(name, fmt)
+            variant = self._known[name, fmt]
             for parameter, tensor in variant.parameters.items():
                 put(layer, parameter, tensor)
             quantizers |= variant.quantizers
@@ -168,18 +221,12 @@ class LayerVariants:
         plan = replace(self._subject.plan, assignments=found)
         return input_amax(plan, self.index, self._subject.statistics.layers[self.index], self._mixture)
 
-    def _linears(self, group: Group, found: Mapping[str, Assignment]) -> Variant:
+    def _linears(self, group: Group, found: Mapping[str, Assignment]) -> _Draft:
         """Linears that are modules of the layer."""
         modules = {name: self.module_of(name) for name in group.weights}
-        rounded = [name for name in group.weights if _is_rounded(found[name])]
-        weights = {name: self.exact.get_parameter(f"{modules[name]}.weight").data.clone() for name in rounded}
-        parameters: dict[str, Tensor] = {}
-        if weights:
-            one = WeightGroup(weights=weights, target=_target(found[rounded[0]]))
-            for choice in self._subject.method().choose([one], Purpose(runs=True, observed=self._observe())):
-                assert choice.weight_16bit is not None
-                dtype = self.exact.get_parameter(f"{modules[choice.name]}.weight").dtype
-                parameters[f"{modules[choice.name]}.weight"] = choice.weight_16bit.to(dtype)
+        rounded = tuple(name for name in group.weights if _is_rounded(found[name]))
+        exact = {name: self.exact.get_parameter(f"{modules[name]}.weight").data for name in rounded}
+        places = {name: torch.empty_like(weight) for name, weight in exact.items()}
         amax = self._amax(found)
         quantizers: dict[str, emulate.Quantizer] = {}
         for name, module in modules.items():
@@ -188,7 +235,17 @@ class LayerVariants:
             quantizer = None if fmt is None else emulate.input_quantizer(fmt, self._subject.target, scale)
             if quantizer is not None:
                 quantizers[module] = quantizer
-        return Variant(parameters=parameters, quantizers=quantizers)
+        parameters = {f"{modules[name]}.weight": weight for name, weight in places.items()}
+        variant = Variant(parameters=parameters, quantizers=quantizers)
+        if not rounded:
+            return _Draft(variant=variant)
+        return _Draft(
+            variant=variant,
+            target=_target(found[rounded[0]]),
+            together=(rounded,),
+            exact=exact,
+            places=places,
+        )
 
     def _input_scale(self, name: str, assignment: Assignment, amax: float | None) -> Tensor | None:
         """The static multiplier of a linear's inputs: by the calibrated range, or what came with the source's codes."""
@@ -202,30 +259,30 @@ class LayerVariants:
         _, scale = emulate.read_module(model.checkpoint, model.dialect, module, model.formats[module], shape)
         return None if scale is None else scale.to(self._device)
 
-    def _experts(self, group: Group, found: Mapping[str, Assignment]) -> Variant:
+    def _experts(self, group: Group, found: Mapping[str, Assignment]) -> _Draft:
         """Routed experts, which are 3-D parameters of one module."""
         assert self._mixture is not None
+        names = {f"{self._names.file_prefix}{name}": key for key, name in self._mixture.names.items()}
+        roles = {name: key[1] for name, key in names.items()}
+        inputs = emulate.ExpertInputs(*self._expert_quantizers(group, found, roles))
+        rounded = [name for name in group.weights if _is_rounded(found[name])]
+        if not rounded:
+            return _Draft(variant=Variant(parameters={}, quantizers={}, experts=inputs))
         module = self.exact.get_submodule(self.experts_module)
         whole, parts = experts.buffers(module, self._device)
-        names = {f"{self._names.file_prefix}{name}": key for key, name in self._mixture.names.items()}
-        views = {name: parts[key] for name, key in names.items()}
         for parameter, tensor in whole.items():
             tensor.copy_(module.get_parameter(parameter).data)
-        rounded = [name for name in group.weights if _is_rounded(found[name])]
-        weights = (  # made one after another
-            WeightGroup(
-                weights={f"{one}.weight": views[f"{one}.weight"].clone() for one in together},
-                target=_target(found[rounded[0]]),
-            )
-            for together in group_modules(name.removesuffix(".weight") for name in rounded)
+        views = {name: parts[key] for name, key in names.items()}
+        groups = group_modules(name.removesuffix(".weight") for name in rounded)
+        parameters = {f"{self.experts_module}.{name}": tensor for name, tensor in whole.items()}
+        return _Draft(
+            variant=Variant(parameters=parameters, quantizers={}, experts=inputs),
+            target=_target(found[rounded[0]]),
+            together=tuple(tuple(f"{one}.weight" for one in together) for together in groups),
+            exact=views,
+            places=views,
+            buffers=views,
         )
-        purpose = Purpose(runs=True, buffers=views, observed=self._observe())
-        for choice in self._subject.method().choose(weights, purpose):
-            if choice.weight_16bit is not None:
-                views[choice.name].copy_(choice.weight_16bit)
-        quantizers = self._expert_quantizers(group, found, {name: key[1] for name, key in names.items()})
-        parameters = {f"{self.experts_module}.{name}": tensor for name, tensor in whole.items()} if rounded else {}
-        return Variant(parameters=parameters, quantizers={}, experts=emulate.ExpertInputs(*quantizers))
 
     def _expert_quantizers(
         self, group: Group, found: Mapping[str, Assignment], roles: Mapping[str, str]

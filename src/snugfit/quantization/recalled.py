@@ -12,6 +12,7 @@ from snugfit.calibration.moments import drawn_together
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.methods.expert_folds import Product, is_linear_in_up
+from snugfit.methods.folds import can_help
 from snugfit.model.experts import DOWN, UP, why_not_linear_in_up
 from snugfit.model.names import ROLES
 from snugfit.model.skeleton import Skeleton
@@ -90,7 +91,7 @@ def _product(plan: Plan, up: str, down: str) -> Iterator[Product]:
     found = [plan.assignments.get(f"{name}.weight") for name in (up, down)]
     if all(one is not None and one.follows_effort for one in found) and found[1] is not None:
         fmt = found[1].format
-        if fmt is not None:
+        if fmt is not None and can_help(fmt):
             yield Product(up, down, fmt)
 
 

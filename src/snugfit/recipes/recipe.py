@@ -18,6 +18,7 @@ An nvfp4 rule may say how far the range of its input scales goes beyond the larg
 
 A rule may name its `scale_rule`, and then gets exactly that. One that names none follows the `effort` of the run, if
 its format has several ways to choose scales (nvfp4, nvfp4a16, mxfp4, int4); `effort` is no name of a scale rule.
+fp8-dynamic follows it beside such a rule for linears that are no routed experts; by itself it has plain scales.
 
 FP8 weights of the source keep their codes, bit for bit, if the rule says `keep` or an FP8 format (and not `requantize:
 true`); weights in NVFP4, MXFP4 or INT4 do if it says `keep` or that format.

@@ -96,7 +96,9 @@ class PlanPoint:
 
     `recipe` is the file or the name of the recipe that writes it, None where none was written; `formats` are the bytes
     of groups by format. `fits` says whether it keeps all limits, `differs` in how many groups it differs from the plan
-    (-1: nobody compared). `measured` is empty for what was not built.
+    (-1: nobody compared), `rules` is the number of its recipe's rules (0: nobody counted). `cache_kept_in` are the
+    layers that keep 16 bits beside an FP8 cache, which an engine has to be told. `measured` is empty for what was not
+    built.
     """
 
     name: str
@@ -112,6 +114,8 @@ class PlanPoint:
     expected: Expected
     measured: tuple[ProvenKl, ...] = ()
     differs: int = -1
+    rules: int = 0
+    cache_kept_in: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +139,7 @@ class PlanRecord:
 
     `scores` names the file of scores and `scored_on` its samples; `context` is the length for which KL is expected.
     `points` are the plan, its alternatives, the controls and the built-in recipes. `written` is the name of the point
-    whose recipe was written: the plan's, or the control's if the plan was refused.
+    whose recipe was written: the plan's, or the control's if the plan was refused. `processes` shared the work.
     """
 
     snugfit: str
@@ -160,6 +164,7 @@ class PlanRecord:
     recipe: str
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    processes: int = 1
     schema: str = PLAN_SCHEMA
 
     @property

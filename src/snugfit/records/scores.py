@@ -35,6 +35,11 @@ KEEP = "keep"
 KV_CACHE = "kv_cache"  # the group of all keys and values, whose one format is fp8
 
 
+def cache_of_layer(layer: int | str) -> str:
+    """The name of the group of one layer's keys and values; the costs of all layers' add up to that of KV_CACHE."""
+    return f"{KV_CACHE}/{layer}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ScoredGroup:
     """A group of weights (planning/groups.py), or KV_CACHE, whose `role` is its name.
@@ -265,6 +270,7 @@ def _check(found: Scores) -> None:
     names = [group.name for group in found.groups]
     if len({*names}) != len(names) or {*names} != {*found.costs}:
         raise ValueError("groups, costs: need the same groups, each once")
+    _check_caches(names)
     formats = {*found.formats, KEEP, "fp8"}
     for name, by_format in found.costs.items():
         if not formats.issuperset(by_format):
@@ -277,6 +283,12 @@ def _check(found: Scores) -> None:
             raise ValueError("damage: numbers must be >= 0 and finite")
         if not all(abs(slope) <= MAX_SLOPE for slope in damage.slopes.values()):
             raise ValueError(f"damage.slopes: must be within -{MAX_SLOPE:g} and {MAX_SLOPE:g}")
+
+
+def _check_caches(names: Sequence[str]) -> None:
+    layers = [name.removeprefix(cache_of_layer("")) for name in names if name.startswith(cache_of_layer(""))]
+    if not all(layer.isascii() and layer.isdecimal() and len(layer) < 9 for layer in layers):
+        raise ValueError(f"groups: {cache_of_layer('')} must be followed by a layer's number")
 
 
 def _check_lists(where: str, found: Sequence[Cost | Point] | Any, buckets: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snugfit.engines.launch import LAUNCHES
 from snugfit.errors import plain
 from snugfit.model.names import role_order
 from snugfit.records.plan import PlanDifferences, PlannedGroup, PlanPoint, PlanRecord, ProvenKl, layer_runs
@@ -63,7 +64,11 @@ def next_commands(record: PlanRecord, model: str, recipe: str) -> list[str]:
     budget = record.budget
     if budget.gpu is not None and budget.engine.startswith("vllm"):
         options = [f"vllm serve OUT --max-model-len {record.context}"]
-        options += ["--kv-cache-dtype fp8"] if _written(record).kv_cache == "fp8" else []
+        written = _written(record)
+        options += ["--kv-cache-dtype fp8"] if written.kv_cache == "fp8" else []
+        if written.cache_kept_in:
+            layers = " ".join(map(str, written.cache_kept_in))
+            options += [f"{LAUNCHES[budget.engine].skip_layers} {layers}"]
         tp, share = budget.tensor_parallel_size, budget.gpu_memory_utilization
         options += [f"--tensor-parallel-size {tp}"] if tp > 1 else []
         options += [] if share is None else [f"--gpu-memory-utilization {share:g}"]
@@ -94,11 +99,18 @@ def budget_words(record: PlanRecord) -> str:
 def _fits(record: PlanRecord) -> str:
     point = record.plan
     parts = [f"{point.bytes / 10**9:.3f} GB, {point.bits_per_weight:.2f} bits a weight"]
-    parts.append(f"KV cache in {'FP8' if record.kv_cache == 'fp8' else '16 bits'}")
+    parts.append(f"KV cache in {_cache(point)}")
     if point.max_context is not None:
         parts.append(f"up to {point.max_context:,} tokens fit")
     parts += [f"{limit.used / max(1, limit.bytes):.1%} of what `{limit.name}` leaves" for limit in record.limits]
     return ", ".join(parts)
+
+
+def _cache(point: PlanPoint) -> str:
+    """In what a point keeps keys and values."""
+    if point.kv_cache != "fp8":
+        return "16 bits"
+    return f"FP8, layers {layer_runs(point.cache_kept_in)} in 16 bits" if point.cache_kept_in else "FP8"
 
 
 def group_sheet(record: PlanRecord) -> Sheet:
@@ -141,14 +153,15 @@ def point_sheet(record: PlanRecord, *, narrow: bool = False) -> Sheet:
     for point in sorted(shown, key=lambda p: (p.kind != "plan", not p.fits, math.isnan(p.expected.kl), p.expected.kl)):
         measured = [_proven(point.measured, context, text) for context, text in contexts]
         name = f"**{point.name}**" if point.name == record.written else point.name
-        cache = "FP8" if point.kv_cache == "fp8" else "16 bits"
+        cache = _cache(point)
         expected = _kl(point.expected.kl, point.expected.error)
         fits = "yes" if point.fits else "no"
-        rows.append((name, point.kind, cache, f"{point.bytes / 10**6:,.1f}", fits, expected, *measured))
+        rules = str(point.rules) if point.rules else "-"
+        rows.append((name, point.kind, cache, rules, f"{point.bytes / 10**6:,.1f}", fits, expected, *measured))
     headings = [f"measured, {_context(context)}" for context, _ in contexts]
     return Sheet(
         title="KL to the original",
-        headings=("mix", "kind", "KV cache", "MB", "fits", f"expected, {record.context:,} tokens", *headings),
+        headings=("mix", "kind", "KV cache", "rules", "MB", "fits", f"expected, {record.context:,} tokens", *headings),
         rows=tuple(rows),
         left=3,
         note="KL in nats a token, with one standard error; the mix in bold is the recipe that was written",

@@ -17,6 +17,7 @@ where that divides, else by padding. All groups take blocks of one size from one
 from __future__ import annotations
 
 import math
+from collections.abc import Container
 from dataclasses import dataclass
 
 from snugfit.vram.kv_cache import AttentionCache, ModelCache, check_split
@@ -79,11 +80,37 @@ class _LayerKind:
     layers: int
 
 
+def why_not_mixed(cache: ModelCache) -> str:
+    """Why layers of a model cannot keep 16 bits beside an FP8 cache, or what they would take is not known; "" if known.
+
+    vLLM 0.32 pads pages of windows and states to the size of an FP8 page then (platforms/interface.py:
+    _align_heterogeneous_kv_block_size), which was not compared with its own figures; a latent's layout changes.
+    """
+    if cache.states or any(one.window is not None for one in cache.attention):
+        return "layers keep windows or states, whose pages an engine pads then in a way that was not measured"
+    if any(one.latent or one.index_bytes for one in cache.attention):
+        return "layers keep a latent or an index"
+    if len(set(cache.attention)) > 1:
+        return "layers differ in their heads"
+    return "" if len(cache.attention) > 1 else "there is one layer"
+
+
 def make_pool(
-    cache: ModelCache, *, max_num_batched_tokens: int, fp8: bool = False, tp: int = 1, state_blocks: int = 1
+    cache: ModelCache,
+    *,
+    max_num_batched_tokens: int,
+    fp8: bool = False,
+    tp: int = 1,
+    state_blocks: int = 1,
+    kept_layers: Container[int] = (),
 ) -> BlockPool:
-    """The pool of one of `tp` GPUs for a model's caches, in 16 bits or FP8; UserError where heads cannot be split."""
+    """The pool of one of `tp` GPUs for a model's caches, in 16 bits or FP8; UserError where heads cannot be split.
+
+    Beside an FP8 cache `kept_layers` keep 16 bits, where `why_not_mixed` has no reason against it.
+    """
     check_split(cache, tp)
+    if fp8 and kept_layers:
+        return _mixed_pool(cache, max_num_batched_tokens, tp, kept_layers)
     block_tokens = _block_tokens(cache, fp8, tp)
     kinds = _attention_kinds(cache.attention, block_tokens, fp8, tp)
     if len({kind.group for kind in kinds}) == 1 and not cache.states:
@@ -94,6 +121,19 @@ def make_pool(
         page_bytes = max(*(kind.page_bytes for kind in kinds), *(state.bytes(tp) for state in cache.states), 0)
         kinds.append(_LayerKind(page_bytes, BlockGroup(0, state_blocks=state_blocks), len(cache.states)))
     return _shared_pool(kinds, max_num_batched_tokens)
+
+
+def _mixed_pool(cache: ModelCache, max_num_batched_tokens: int, tp: int, kept_layers: Container[int]) -> BlockPool:
+    """All layers take a block together; it is so long that an FP8 page holds the 16-bit page of 16 tokens."""
+    wide, narrow = (cache.attention[0].bytes_per_token(fp8=fp8, tp=tp) for fp8 in (False, True))
+    block_tokens = BLOCK_TOKENS * math.ceil(wide / narrow)
+    token_bytes = sum(
+        layer.bytes_per_token(fp8=number not in kept_layers, tp=tp)
+        for number, (layer, _) in enumerate(cache.layers)
+        if layer is not None
+    )
+    block_bytes = block_tokens * token_bytes
+    return BlockPool(block_bytes, (BlockGroup(block_tokens),), max_num_batched_tokens)
 
 
 def _block_tokens(cache: ModelCache, fp8: bool, tp: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from snugfit.engines.gpus import COMMON, GENERATIONS, Generation
@@ -128,18 +128,23 @@ def kernel_labels(tensors: Sequence[PlannedTensor], settings: ServeSettings) -> 
     return found
 
 
-def most_weight_bytes(model: ServedModel, settings: ServeSettings, *, fp8: bool) -> int:
+def most_weight_bytes(
+    model: ServedModel, settings: ServeSettings, *, fp8: bool, kept_layers: Container[int] = ()
+) -> int:
     """Bytes of weights on each GPU beside which the wanted context fits, in a KV cache of 16 bits or FP8; may be < 0.
 
-    Without a wanted context it is at least `MIN_CONTEXT`, as in `fit_weights`.
+    Without a wanted context it is at least `MIN_CONTEXT`, as in `fit_weights`. Beside an FP8 cache `kept_layers`
+    keep 16 bits.
     """
-    budget, pool = _memory(model, 0, settings, settings.tensor_parallel_size, fp8)
+    budget, pool = _memory(model, 0, settings, settings.tensor_parallel_size, fp8, kept_layers)
     return _headroom(model, budget, pool, settings)
 
 
-def longest_context(model: ServedModel, weight_bytes: int, settings: ServeSettings, *, fp8: bool) -> int:
+def longest_context(
+    model: ServedModel, weight_bytes: int, settings: ServeSettings, *, fp8: bool, kept_layers: Container[int] = ()
+) -> int:
     """Tokens of the longest context beside `weight_bytes` on each GPU; 0 where not one token fits."""
-    budget, pool = _memory(model, weight_bytes, settings, settings.tensor_parallel_size, fp8)
+    budget, pool = _memory(model, weight_bytes, settings, settings.tensor_parallel_size, fp8, kept_layers)
     return _longest(model, budget, pool, settings)
 
 
@@ -192,7 +197,12 @@ def _headroom(model: ServedModel, budget: Budget, pool: BlockPool, settings: Ser
 
 
 def _memory(
-    model: ServedModel, weight_bytes: int, settings: ServeSettings, tp: int, fp8: bool
+    model: ServedModel,
+    weight_bytes: int,
+    settings: ServeSettings,
+    tp: int,
+    fp8: bool,
+    kept_layers: Container[int] = (),
 ) -> tuple[Budget, BlockPool]:
     """How one of `tp` GPUs is divided that holds `weight_bytes`, and its pool of cache blocks."""
     gpu, engine = settings.gpu, settings.engine
@@ -201,5 +211,10 @@ def _memory(
     )
     batch = max_num_batched_tokens(engine, gpu)
     return budget, make_pool(
-        model.cache, max_num_batched_tokens=batch, fp8=fp8, tp=tp, state_blocks=engine.state_blocks
+        model.cache,
+        max_num_batched_tokens=batch,
+        fp8=fp8,
+        tp=tp,
+        state_blocks=engine.state_blocks,
+        kept_layers=kept_layers,
     )
