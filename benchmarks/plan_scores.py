@@ -2,11 +2,15 @@
 
     python benchmarks/plan_scores.py MODEL OUT.json --calibration FILE... --held-out FILE... [--context 8192]
         [--formats nvfp4 ...] [--random 100] [--alone nvfp4] [--num-tokens 16384] [--max-tokens 32768]
+        [--held-out-contexts 512 2048 8192] [--alternatives 2] [--controls 100] [--no-measure]
         [--scores SCORES.json] [--rows ROWS.json] [--rival SCORES.json]
 
 Scores the model, chooses plans at the hybrid's bytes, 10 % below and 10 % above, for 2k and the longest context, with
 the byte-matched controls, and measures all of them and random plans on held-out text, in one pass. Bytes of everything
-outside the decoder layers stay. Results in one JSON; `benchmarks/plot_plan_scores.py` draws them.
+outside the decoder layers stay. --alternatives says how many more plans of a budget are measured, --controls how many
+mixes of built-in recipes, those of which least is expected first; every built-in recipe and uniform format is. Hidden
+states of all that is measured take disk: plans x tokens x hidden size x 4 bytes. Results in one JSON;
+`benchmarks/plot_plan_scores.py` draws them.
 
 With --rows it only writes the rows that are scored, for `benchmarks/autoquantize_worker.py`; what that finds is given
 as --rival: plans that its scores choose at the same real bytes are measured with the others.
@@ -35,7 +39,7 @@ from snugfit.machine import pick_device
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.constraints import load_constraints
-from snugfit.planning.controls import find_controls
+from snugfit.planning.controls import MATCHED, find_controls
 from snugfit.planning.limits import Budget, read_place
 from snugfit.planning.measured_plans import measure_plans, open_comparison
 from snugfit.planning.menu import GroupMenu
@@ -69,6 +73,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--alone", default="")
     parser.add_argument("--num-tokens", type=int, default=16384)
     parser.add_argument("--max-tokens", type=int, default=32768)
+    parser.add_argument("--held-out-contexts", type=int, nargs="+", help="default: 512, 2048 and --context")
+    parser.add_argument("--alternatives", type=int, default=2)
+    parser.add_argument("--controls", type=int, default=100)
+    parser.add_argument("--no-measure", action="store_true", help="score alone")
     parser.add_argument("--device")
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--scores", type=Path)
@@ -116,7 +124,9 @@ def rival_plans(
     for method, found in json.loads(file.read_text(encoding="utf-8")).items():
         names, scores, sizes = [], [], []
         for one in found["stats"]:
-            menu = of_weight[f"{one['modules'][0]}.weight"]
+            menu = of_weight.get(f"{one['modules'][0]}.weight")
+            if menu is None:  # what it may not quantize, such as the output head
+                continue
             options = []
             for fmt, score in zip(one["formats"], one["scores"], strict=True):
                 ours = "nvfp4" if "NVFP4" in fmt else "fp8-dynamic" if "FP8" in fmt else "keep"
@@ -152,7 +162,7 @@ def budget_plans(
     formats: Sequence[str],
     contexts: Sequence[int],
     folder: Path,
-    rival: Path | None,
+    args: argparse.Namespace,
 ) -> tuple[list[Assigned], list[dict[str, Any]]]:
     """Plans and controls at each budget and context, and a table of which is which."""
     plans: list[Assigned] = []
@@ -177,6 +187,7 @@ def budget_plans(
         one.bytes.file for name, one in hybrid.mix.options.items() if name not in head
     )
     budgets = {share: outside + int(share * (hybrid.mix.bytes.file - outside)) for share in SHARES}
+    rival: Path | None = args.rival
     inside = [menu for menu in everything.everything if menu.group.layer is not None]
     for method, share, choice in rival_plans(rival, inside, budgets, outside) if rival else ():
         table.append({"rival": method, "share": share, "plans": [(named(method, choice), budgets[share])]})
@@ -189,12 +200,15 @@ def budget_plans(
     for share, size in budgets.items():
         choices = read_choices(layout, read_place(layout, Budget(bytes=size)), formats, loaded)
         for context in contexts:
-            best = least_kl(choices.space, scores, context, count=3, distance=2)
+            best = least_kl(choices.space, scores, context, count=1 + args.alternatives, distance=2)
             controls = [
                 c
                 for c in find_controls(layout, choices.everything, choices.space, scores, context)
                 if c.fits and not (head & set(c.mix.formats)) and "kv_cache" not in c.mix.formats
             ]
+            mixes = [c for c in controls if c.kind == MATCHED]
+            least = sorted(mixes, key=lambda c: c.mix.predicted.kl)[: args.controls]
+            controls = [c for c in controls if c.kind != MATCHED or c in least]
             table.append(
                 {
                     "share": share,
@@ -212,7 +226,7 @@ def measured(
 ) -> dict[str, Any]:
     """KL of every plan on held-out text, by context and text."""
     device = pick_device(args.device)
-    contexts = [context for context in (512, 2048, args.context) if context <= args.context]
+    contexts = args.held_out_contexts or [one for one in (512, 2048, args.context) if one <= args.context]
     cut, records = texts.read_chunks(
         Tokenizer(layout.checkpoint.path), args.held_out, sorted(set(contexts)), max_tokens=args.max_tokens
     )
@@ -230,10 +244,11 @@ def measured(
     }
     # KL by position at the longest context, for the crossing
     bins: dict[str, list[float]] = {}
-    numbers = [place for place, row in enumerate(rows) if len(row) >= args.context]
-    for plan in plans:
-        joined = np.stack([found[plan.name][place][: args.context - 1] for place in numbers]).mean(0)
-        edges = [0, 512, 1024, 2048, 4096, args.context]
+    longest = max(contexts)
+    numbers = [place for place, row in enumerate(rows) if len(row) >= longest]
+    for plan in plans if numbers else ():
+        joined = np.stack([found[plan.name][place][: longest - 1] for place in numbers]).mean(0)
+        edges = [edge for edge in (0, 512, 1024, 2048, 4096) if edge < longest] + [longest]
         pairs = [(low, high) for low, high in itertools.pairwise(edges) if low < high]
         bins[plan.name] = [float(joined[low:high].mean()) for low, high in pairs]
     return {"figures": figures, "bins": bins, "seconds": seconds, "tokens": sum(map(len, rows))}
@@ -308,7 +323,7 @@ def main() -> None:
     }
     contexts = sorted({min(2048, args.context), args.context})
     try:
-        chosen, result["table"] = budget_plans(layout, scores, args.formats, contexts, folder, args.rival)
+        chosen, result["table"] = budget_plans(layout, scores, args.formats, contexts, folder, args)
     except Exception as error:
         print(f"no plans: {error!r}")
         chosen, result["table"] = [], []
@@ -319,6 +334,8 @@ def main() -> None:
         for plan in plans
     }
     args.out.write_text(json.dumps(result), encoding="utf-8")
+    if args.no_measure:
+        return
     result["measured"] = measured(layout, statistics, plans, args, folder)
     args.out.write_text(json.dumps(result), encoding="utf-8")
     print(f"{args.model.name}: {len(plans)} plans measured in {result['measured']['seconds']:.1f} s")

@@ -23,7 +23,9 @@ def at(result: Mapping[str, Any], plan: str, context: int, text: str = TEXT) -> 
 
 
 def contexts(result: Mapping[str, Any]) -> list[int]:
-    return sorted(int(context) for context in next(iter(result["predicted"].values())))
+    """Contexts that are predicted and measured."""
+    measured = {context for context, *_ in next(iter(result["measured"]["figures"].values()))}
+    return sorted(measured & {int(context) for context in next(iter(result["predicted"].values()))})
 
 
 def errors(result: Mapping[str, Any], prefix: str) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.float64]]]]:
@@ -122,6 +124,8 @@ def plot(results: list[Mapping[str, Any]], file: Path) -> None:
         axis.fill_between(span, span / 1.2, span * 1.2, color="0.85", zorder=0)
         axis.set_title(result["model"])
         axis.set_xlabel("measured KL on held-out text")
+        axis.tick_params(axis="both", which="both", labelsize=6)
+        axis.tick_params(axis="x", which="both", labelrotation=60)
         axis.set_ylabel("predicted KL")
         axis.legend(fontsize=7)
     figure.tight_layout()

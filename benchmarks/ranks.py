@@ -5,9 +5,11 @@
 
 Writes a dense model of Mistral-Nemo's shape and a mixture of Qwen3-30B-A3B's (128 experts a layer), random weights, and
 36 rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
-a run of a small model that compiles kernels. Files are compared with those of the first number: equal, or the share of
-tensors and bytes that differ. Then runs of the exact recipe on all processes are killed, a random process at a random
-time, and resumed; their files must be those of an undisturbed run. WORK/ranks.json has it all.
+runs of one layer of each that compile kernels. Files are compared with those of the first number: equal, or the share
+of tensors and bytes that differ. What `fast` made of the dense model is evaluated under each number of processes.
+WORK/NAME.RANK.txt says where the main thread of each process was, sampled 50 times a second.
+Then runs of the exact recipe on all processes are killed, a random process at a random time, and resumed; their files
+must be those of an undisturbed run. WORK/ranks.json has it all.
 """
 
 from __future__ import annotations
@@ -20,7 +22,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +36,7 @@ from gpu_speed import NEMO, TINY, Shape, write_weights
 
 HERE = Path(__file__).parent
 EXACT = "nvfp4-fp8-hybrid-four-over-six"
+RECIPES = {"dense": "nvfp4-fp8-hybrid", "mixture": "nvfp4-moe"}
 
 
 def main() -> None:
@@ -38,44 +47,90 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=16, help="of the dense model")
     parser.add_argument("--mixture-layers", type=int, default=4)
+    parser.add_argument("--models", nargs="*", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--no-warm-up", action="store_true")
+    parser.add_argument("--no-eval", action="store_true")
     parser.add_argument("--efforts", nargs="*", default=["fast", "good"])
     parser.add_argument("--kills", type=int, default=3)
+    parser.add_argument("--kill-layers", type=int, help="of the dense model that is killed (default: --layers)")
+    parser.add_argument("--kill-jobs", type=int, default=1, help="killed runs at once")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further run starts")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.step is not None:
         run(json.loads(options.step))
         return
-    deadline = time.monotonic() + options.budget
+    options.deadline = time.monotonic() + options.budget
     options.work.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"runs": []}
+    found: dict[str, Any] = {"runs": [], "evaluations": []}
     rows = make_rows(options)
-    models = {"dense": make_dense(options), "mixture": make_mixture(options)}
-    recipes = {"dense": "nvfp4-fp8-hybrid", "mixture": "nvfp4-moe"}
-    small = write_model(options, "small", TINY.config(2), TINY.tensors(2))
-    found["warm_up"] = start(options, max(options.processes), small, "nvfp4-fp8-hybrid", "good", rows, "warm-up")
-    say(f"warm-up: {brief(found['warm_up'])}")
+    made = {"dense": make_dense, "mixture": make_mixture}
+    models = {kind: made[kind](options) for kind in options.models}
+    found["warm_up"] = [] if options.no_warm_up else warm_up(options, rows)
     for kind, model in models.items():
         for effort in options.efforts:
-            first: dict[str, Any] | None = None
-            for count in options.processes:
-                if time.monotonic() > deadline:
-                    continue
-                one = start(options, count, model, recipes[kind], effort, rows, f"{kind}-{effort}-{count}")
-                one |= {"model": kind, "effort": effort, "processes": count}
-                if first is None:
-                    first = one
-                elif "seconds" in one and "seconds" in first:
-                    one["ratio"] = first["seconds"]["total"] / one["seconds"]["total"]
-                    one["differs"] = differences(Path(first["output_dir"]), Path(one["output_dir"]))
-                found["runs"].append(one)
-                say(f"{kind}, {effort}, {count} processes: {brief(one)}")
-                (options.work / "ranks.json").write_text(json.dumps(found, indent=2))
-            for count in options.processes:
-                shutil.rmtree(options.work / f"{kind}-{effort}-{count}", ignore_errors=True)
-    found["kills"] = kills(options, models["dense"], rows, deadline)
+            side_by_side(options, model, kind, effort, rows, found)
+    if options.kills:
+        layers = options.kill_layers or options.layers
+        found["kills"] = kills(options, make_dense(options, f"dense-{layers}", layers), rows)
+    write(options, found)
+    say(json.dumps(found.get("kills")))
+
+
+def side_by_side(
+    options: argparse.Namespace, model: Path, kind: str, effort: str, rows: Path, found: dict[str, Any]
+) -> None:
+    """One effort under each number of processes; what is found is added and written."""
+    first: dict[str, Any] | None = None
+    for count in options.processes:
+        if time.monotonic() > options.deadline:
+            break
+        name = f"{kind}-{effort}-{count}"
+        one = start(options, count, model, RECIPES[kind], effort, rows, name)
+        one |= {"model": kind, "effort": effort, "processes": count}
+        if first is None:
+            first = one
+        elif "seconds" in one and "seconds" in first:
+            one["ratio"] = first["seconds"]["total"] / one["seconds"]["total"]
+            one["differs"] = differences(Path(first["output_dir"]), Path(one["output_dir"]))
+        found["runs"].append(one)
+        say(f"{kind}, {effort}, {count} processes: {brief(one)}")
+        write(options, found)
+    made = options.work / f"{kind}-{effort}-{options.processes[0]}"
+    if kind == "dense" and effort == "fast" and made.exists() and not options.no_eval:
+        for count in options.processes:
+            found["evaluations"].append(start_eval(options, count, model, made, rows))
+            say(f"eval, {count} processes: {json.dumps(found['evaluations'][-1])[:300]}")
+        write(options, found)
+    for count in options.processes:
+        shutil.rmtree(options.work / f"{kind}-{effort}-{count}", ignore_errors=True)
+
+
+def warm_up(options: argparse.Namespace, rows: Path) -> list[dict[str, Any]]:
+    """One layer of each model, at the same time, one on each GPU; kernels stay compiled."""
+    shape = replace(shape_of(options), vocabulary=1024)
+    config, tensors = shape.config(1), shape.tensors(1)
+    models = [
+        (write_model(options, "dense-1", config, tensors), RECIPES["dense"]),
+        (make_mixture(options, "mixture-1", 1), RECIPES["mixture"]),
+    ]
+
+    def one(place: int) -> dict[str, Any]:
+        model, recipe = models[place]
+        return start(options, 1, model, recipe, "good", rows, f"warm-up-{place}", gpu=place % max(options.processes))
+
+    begin = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(one, range(len(models))))
+    for place, result in enumerate(found):
+        say(f"warm-up: {brief(result)}")
+        shutil.rmtree(options.work / f"warm-up-{place}", ignore_errors=True)
+    say(f"warm-ups took {time.monotonic() - begin:.1f} s with everything")
+    return found
+
+
+def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
     (options.work / "ranks.json").write_text(json.dumps(found, indent=2))
-    say(json.dumps(found["kills"]))
 
 
 def make_rows(options: argparse.Namespace) -> Path:
@@ -92,16 +147,17 @@ def shape_of(options: argparse.Namespace) -> Shape:
     return NEMO if options.device == "cuda" else TINY
 
 
-def make_dense(options: argparse.Namespace) -> Path:
+def make_dense(options: argparse.Namespace, name: str = "dense", layers: int | None = None) -> Path:
     """A dense model of Mistral-Nemo's shape."""
-    shape, layers = shape_of(options), options.layers if options.device == "cuda" else 2
-    return write_model(options, "dense", shape.config(layers), shape.tensors(layers))
+    shape, layers = shape_of(options), (layers or options.layers) if options.device == "cuda" else 2
+    return write_model(options, name, shape.config(layers), shape.tensors(layers))
 
 
-def make_mixture(options: argparse.Namespace) -> Path:
+def make_mixture(options: argparse.Namespace, name: str = "mixture", layers: int | None = None) -> Path:
     """A mixture of Qwen3-30B-A3B's layer shape."""
     large = options.device == "cuda"
-    hidden, inner, experts, layers = (2048, 768, 128, options.mixture_layers) if large else (128, 64, 16, 2)
+    hidden, inner, experts, some = (2048, 768, 128, options.mixture_layers) if large else (128, 64, 16, 2)
+    layers = layers or some
     config = shape_of(options).config(layers) | {
         "architectures": ["Qwen3MoeForCausalLM"],
         "model_type": "qwen3_moe",
@@ -136,7 +192,7 @@ def make_mixture(options: argparse.Namespace) -> Path:
             sizes[f"mlp.experts.{expert}.down_proj"] = hidden, inner
         tensors |= {f"{prefix}{name}.weight": size for name, size in sizes.items()}
     tensors |= {"model.norm.weight": (hidden,), "lm_head.weight": (config["vocab_size"], hidden)}
-    return write_model(options, "mixture", config, tensors)
+    return write_model(options, name, config, tensors)
 
 
 def write_model(
@@ -175,23 +231,97 @@ def environment(options: argparse.Namespace) -> dict[str, str]:
 
 
 def start(
-    options: argparse.Namespace, count: int, model: Path, recipe: str, effort: str | None, rows: Path, name: str
+    options: argparse.Namespace,
+    count: int,
+    model: Path,
+    recipe: str,
+    effort: str | None,
+    rows: Path,
+    name: str,
+    *,
+    gpu: int | None = None,
 ) -> dict[str, Any]:
-    """Quantize once; what the main process found."""
+    """Quantize once; what the main process found. `gpu`: the only one that is seen."""
     shutil.rmtree(options.work / name, ignore_errors=True)
     given = arguments(options, model, recipe, effort, rows, name)
+    found = ask(options, count, {"samples": str(options.work / name), **given}, gpu)
+    return found | {"output_dir": given["output_dir"]}
+
+
+def ask(options: argparse.Namespace, count: int, given: dict[str, Any], gpu: int | None = None) -> dict[str, Any]:
+    """What the main of `count` processes prints, and the seconds with everything; or the end of what they complain."""
+    seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    begin = time.monotonic()
     done = subprocess.run(
-        command(options, count, given), check=False, capture_output=True, text=True, env=environment(options)
+        command(options, count, given), check=False, capture_output=True, text=True, env=environment(options) | seen
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        return {"error": done.stderr[-2000:], "output_dir": given["output_dir"]}
+        return {"error": done.stderr[-2000:]}
     result: dict[str, Any] = json.loads(lines[-1])
-    return result | {"output_dir": given["output_dir"]}
+    return result | {"with_start": time.monotonic() - begin}
+
+
+def start_eval(options: argparse.Namespace, count: int, model: Path, made: Path, rows: Path) -> dict[str, Any]:
+    """Seconds and figures of `eval` of a result against its original."""
+    length = shape_of(options).length
+    given = {"models": [str(made)], "reference": str(model), "dataset": [str(rows)], "contexts": [length]}
+    batch = {} if options.device == "cuda" else {"tokens_per_batch": 2 * length}
+    found = ask(options, count, {"evaluate": given | batch | {"noise_floor": "none", "device": options.device}})
+    return {"processes": count, **found}
+
+
+def run_eval(given: dict[str, Any]) -> None:
+    """In one process of `eval`."""
+    from snugfit.evaluation.evaluate import evaluate
+
+    begin = time.perf_counter()
+    record = evaluate(**given)
+    if int(os.environ.get("RANK", "0")) == 0:
+        (figures,) = (one for one in record.contexts[0].models if one.kl is not None)
+        kl, nll = figures.kl, figures.nll_by_chunk
+        seconds = {"total": time.perf_counter() - begin, **record.seconds}
+        print(json.dumps({"seconds": seconds, "kl": str(kl), "nll_by_chunk": nll}))
+
+
+@contextmanager
+def sampled(name: str | None) -> Iterator[None]:
+    """Note where this thread is, 50 times a second: its innermost four places in snugfit, and in all."""
+    if name is None:
+        yield
+        return
+    counts: Counter[str] = Counter()
+    ended, thread = threading.Event(), threading.get_ident()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            frame, leaf = sys._current_frames().get(thread), ""
+            own: list[str] = []
+            while frame is not None and len(own) < 4:
+                code = frame.f_code
+                place = f"{Path(code.co_filename).name}:{frame.f_lineno} {code.co_name}"
+                leaf = leaf or place
+                own += [place] if "snugfit" in code.co_filename else []
+                frame = frame.f_back
+            counts[" < ".join([leaf, *own])] += 1
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+        lines = [f"{count * 0.02:7.2f} s  {place}" for place, count in counts.most_common(150)]
+        Path(f"{name}.{os.environ.get('RANK', '0')}.txt").write_text("\n".join(lines) + "\n")
 
 
 def run(given: dict[str, Any]) -> None:
     """In one process: quantize with everything imported beforehand; the main one prints what it found."""
+    if "evaluate" in given:
+        run_eval(given["evaluate"])
+        return
+    samples = given.pop("samples", None)
     import torch
     import transformers.models.mistral.modeling_mistral
     import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: F401
@@ -205,7 +335,8 @@ def run(given: dict[str, Any]) -> None:
             torch.zeros(1, device=f"cuda:{distributed.local_rank()}")
         distributed.barrier()
         begin = time.perf_counter()
-        record = quantize(**given)
+        with sampled(samples):
+            record = quantize(**given)
         seconds = dict(record.seconds) | {"total": time.perf_counter() - begin}
         peaks = distributed.gather(peak_rss_bytes())
     if int(os.environ.get("RANK", "0")) == 0:
@@ -229,36 +360,54 @@ def differences(a: Path, b: Path) -> dict[str, Any]:
     return {"tensors": tensors, "tensors_that_differ": bad_tensors, "share_of_bytes": bad / max(1, total)}
 
 
-def kills(options: argparse.Namespace, model: Path, rows: Path, deadline: float) -> list[dict[str, Any]]:
+def kills(options: argparse.Namespace, model: Path, rows: Path) -> list[dict[str, Any]]:
     """Runs of the exact recipe on all processes, of which a random one is killed at a random time, then resumed."""
-    count, found, generator = max(options.processes), [], random.Random(0)  # noqa: S311
+    count, generator = max(options.processes), random.Random(0)  # noqa: S311
     begin = time.monotonic()
-    start(options, count, model, EXACT, None, rows, "undisturbed")
+    undisturbed = start(options, count, model, EXACT, None, rows, "undisturbed")
     length = time.monotonic() - begin
-    for number in range(options.kills):
-        if time.monotonic() > deadline:
-            break
-        name = f"killed-{number}"
-        given = command(options, count, arguments(options, model, EXACT, None, rows, name))
-        shutil.rmtree(options.work / f"{name}.partial", ignore_errors=True)
-        process = subprocess.Popen(
-            given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(options)
-        )
-        time.sleep(generator.uniform(0.4, 0.95) * length)
-        victims = workers(process.pid)
-        if victims:
-            os.kill(generator.choice(victims), signal.SIGKILL)
-        code = process.wait()
-        units = len(list((options.work / f"{name}.partial").rglob("unit-*.json")))
-        again = subprocess.run(given, check=False, capture_output=True, text=True, env=environment(options))
-        same = None
-        if again.returncode == 0:
-            same = differences(options.work / "undisturbed", options.work / name)["share_of_bytes"] == 0
-        found.append({"first_exit": code, "units_kept": units, "second_exit": again.returncode, "same": same})
-        if again.returncode:
-            found[-1]["error"] = again.stderr[-500:]
-        say(f"kill {number}: {found[-1]}")
-        shutil.rmtree(options.work / name, ignore_errors=True)
+    say(f"undisturbed: {brief(undisturbed)}")
+    # the time until the work begins is mostly imports, and longer where several runs share the machine
+    work = undisturbed.get("seconds", {}).get("total", length / 2)
+    chosen = [(number, generator.random(), generator.random()) for number in range(options.kills)]
+
+    def one(chance: tuple[int, float, float]) -> dict[str, Any] | None:
+        number, moment, victim = chance
+        if time.monotonic() > options.deadline:
+            return None
+        given = arguments(options, model, EXACT, None, rows, f"killed-{number}")
+        return kill(options, command(options, count, given), Path(given["output_dir"]), work, (moment, victim))
+
+    with ThreadPoolExecutor(options.kill_jobs) as pool:
+        return [result for result in pool.map(one, chosen) if result is not None]
+
+
+def kill(
+    options: argparse.Namespace, given: list[str], out: Path, work: float, chance: tuple[float, float]
+) -> dict[str, Any]:
+    """One run killed at a share of its `work` seconds behind its first sign of life, and resumed."""
+    moment, victim = chance
+    partial = out.with_name(f"{out.name}.partial")
+    for folder in (out, partial):
+        shutil.rmtree(folder, ignore_errors=True)
+    process = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(options))
+    while not partial.exists() and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(moment * work)
+    victims = workers(process.pid)
+    if victims:
+        os.kill(victims[int(victim * len(victims))], signal.SIGKILL)
+    code = process.wait()
+    units = len(list(partial.rglob("unit-*.json")))
+    again = subprocess.run(given, check=False, capture_output=True, text=True, env=environment(options))
+    same = None
+    if again.returncode == 0:
+        same = differences(options.work / "undisturbed", out)["share_of_bytes"] == 0
+    found = {"first_exit": code, "units_kept": units, "second_exit": again.returncode, "same": same}
+    if again.returncode:
+        found["error"] = again.stderr[-500:]
+    say(f"{out.name}: {found}")
+    shutil.rmtree(out, ignore_errors=True)
     return found
 
 

@@ -113,6 +113,25 @@ def together(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
     return run
 
 
+def gather_tensors(mine: Iterable[tuple[Key, Tensor]]) -> list[tuple[Key, Tensor]]:
+    """The named tensors of all processes, on this device, in the order of the ranks; large ones go from GPU to GPU."""
+    held = list(mine)
+    if world_size() == 1:
+        return held
+    import torch
+
+    found = []
+    for owner, some in enumerate(gather([(key, tensor.shape, tensor.dtype) for key, tensor in held])):
+        for place, (key, shape, dtype) in enumerate(some):
+            if owner == rank():
+                tensor = held[place][1].to(device()).contiguous()
+            else:
+                tensor = torch.empty(shape, dtype=dtype, device=device())
+            send(tensor, owner)
+            found.append((key, tensor))
+    return found
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """What this process does inside it does by itself, as a world of one."""

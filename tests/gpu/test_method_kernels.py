@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from snugfit.methods import columns, exponents, integer_scales, kernels, scales
+from snugfit.methods.candidates import Grid
 
 pytestmark = pytest.mark.gpu
 
@@ -142,7 +143,7 @@ def test_columns_are_the_plain_ones(
     monkeypatch.setattr(kernels, "SMALL", 0)
     monkeypatch.setattr(kernels, "_checked", {})  # each case is checked against the definition on CUDA, too
     shape = rows, columns_in_block
-    names: dict[str, kernels.Grid] = {"e2m1": "e2m1", "e4m3": "e4m3"}
+    names: dict[str, Grid] = {"e2m1": "e2m1", "e4m3": "e4m3"}
     name = names.get(grid, "int4")
     zero = random(1, *shape).mul(3).round().clamp(-8, 7) if grid.endswith("points") else None
     exact, step = random(2, *shape), random(3, *shape).abs() * 0.3 + 0.02

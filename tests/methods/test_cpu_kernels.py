@@ -13,6 +13,7 @@ from torch import Tensor
 
 from snugfit.formats import machine_code
 from snugfit.methods import columns, cpu_kernels, exponents, integer_scales, kernels, scales
+from snugfit.methods.candidates import Grid
 
 RULES = tuple(scales.OFFSETS)
 K = 256
@@ -140,7 +141,7 @@ def test_integer_scales_are_the_plain_ones(
 def test_columns_are_the_plain_ones(grid: str, rows: int, columns_in_block: int) -> None:
     """Rounding with feedback, and descent after it, give the definition's values and gradients."""
     shape = rows, columns_in_block
-    names: dict[str, kernels.Grid] = {"e2m1": "e2m1", "e4m3": "e4m3"}
+    names: dict[str, Grid] = {"e2m1": "e2m1", "e4m3": "e4m3"}
     name = names.get(grid, "int4")
     zero = random(1, *shape).mul(3).round().clamp(-8, 7) if grid.endswith("points") else None
     exact, step = random(2, *shape), random(3, *shape).abs() * 0.3 + 0.02

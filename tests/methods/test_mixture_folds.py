@@ -271,7 +271,12 @@ def loud_mixtures(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], P
 
 @pytest.mark.parametrize(
     ("family", "processes", "size"),
-    [("qwen3_moe", 1, 3), ("qwen3_moe", 2, None), ("deepseek_v3", 1, 1), ("deepseek_v3", 4, 5)],
+    [
+        ("qwen3_moe", 1, 3),
+        ("deepseek_v3", 4, 5),
+        pytest.param("qwen3_moe", 2, None, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", 1, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_in_pieces_and_on_several_processes(
     family: str,

@@ -192,16 +192,16 @@ def test_fast_reads_weights_once_and_runs_layers_twice(
         taken.extend(names)
         return take(self, names)
 
-    def counting(real: Callable[..., Any]) -> Callable[..., Any]:
-        def counted_run(layer: nn.Module, index: int, *args: Any, **options: Any) -> Any:
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(layer: nn.Module, index: int, *args: Any, **options: Any) -> Any:
             passes.append(index)
             return real(layer, index, *args, **options)
 
-        return counted_run
+        return run
 
     monkeypatch.setattr(ReadAhead, "take", counted_take)
     for name in ("run_layer", "show_layer"):
-        monkeypatch.setattr(forward_pass, name, counting(getattr(forward_pass, name)))
+        monkeypatch.setattr(forward_pass, name, counted(getattr(forward_pass, name)))
     record = quantize(model, "nvfp4", output_dir=tmp_path / "out", dataset=[rows], effort="fast", **OPTIONS)
     assert len(taken) == len(set(taken))
     assert passes == [0, 0, 1, 1]

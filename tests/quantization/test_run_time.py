@@ -23,6 +23,7 @@ from snugfit.methods.calibrated import Calibrated
 from snugfit.model import experts
 from snugfit.quantization import quantize as quantizing
 from snugfit.quantization import rehearsal, run_time, stand_ins
+from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.quantization.run_time import RunTime, estimate_run_time
@@ -70,6 +71,8 @@ def time_of(prepared: PreparedRun, folder: Path) -> RunTime:
     ("family", "recipe", "effort", "size"),
     [
         ("llama", "nvfp4-fp8-hybrid", "fast", None),
+        ("llama", "fp8-int4-absmax", None, None),  # no samples
+        ("qwen3_moe", "fp8-int4-moe-absmax", None, 2),
         ("llama", "nvfp4-fp8-hybrid", "best", None),
         ("qwen3_moe", "nvfp4-moe-four-over-six", None, 2),
         ("mixtral", "fp8-int4-awq", "good", None),
@@ -197,3 +200,19 @@ def test_a_dry_run_says_it(source: Source, rows: Path, tmp_path: Path, monkeypat
     assert result.exit_code == 0
     assert "this run will take about" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_a_run_from_statistics(size: int | None, source: Source, rows: Path, tmp_path: Path) -> None:
+    """A run that takes statistics in place of samples has its time, experts in pieces too."""
+    model = source("mixtral")
+    collect_statistics(model, output_dir=tmp_path / "found", dataset=[rows], device="cpu", tokens_per_batch=130)
+    prepared = plan_quantization(
+        model,
+        "fp8-int4-awq",
+        statistics=tmp_path / "found",
+        device="cpu",
+        min_tokens_per_expert=0,
+        experts_per_group=size,
+    )
+    assert time_of(prepared, tmp_path).seconds.cpu > 0

@@ -107,10 +107,10 @@ class BatchSums:
 
     def share(self) -> None:
         """Add the terms of all processes, which all call it."""
-        found = distributed.gather(self._terms)
+        found = distributed.gather_tensors(self._terms)
         self._terms, self._shared = [], False
-        for number, term in sorted((term for some in found for term in some), key=lambda term: term[0]):
-            self.add(term.to(self.device), number)
+        for number, term in sorted(found, key=lambda term: term[0]):
+            self.add(term, number)
 
     def total(self) -> Tensor | None:
         """The sum, of this process alone before `share`; None if nothing came."""
@@ -154,14 +154,14 @@ class _Sums:
             return
         self._squares.share()
         width = 0 if self._gram is None else len(self._gram)
-        found = distributed.gather((self.tokens, self._amax, self._samples, width))
+        found = distributed.gather((self.tokens, self._amax, width))
+        samples = distributed.gather_tensors(self._samples)
         self.tokens = sum(tokens for tokens, *_ in found)
         if not self.tokens:
             return
         device = distributed.device()
-        self._amax = distributed.largest(amax for _, amax, *_ in found)
-        parts = [part for _, _, some, _ in found for part in some]
-        self._samples = [(number, part.to(device)) for number, part in sorted(parts, key=lambda part: part[0])]
+        self._amax = distributed.largest(amax for _, amax, _ in found)
+        self._samples = sorted(samples, key=lambda part: part[0])
         width = max(width for *_, width in found)
         if width:
             if self._gram is None:
@@ -261,11 +261,9 @@ def even_samples(mine: Mapping[int, EvenSample], count: int = SAMPLED_OF_EXPERT)
     """What is kept of each of several series of inputs, of which all processes, which all call it, have parts."""
     found: dict[int, list[Kept]] = {}
     kept = {key: sample.kept() for key, sample in mine.items()}
-    stated = [(key, one.first, one.end, one.stride, one.rows) for key, one in kept.items()]
-    for some in distributed.gather(stated):
-        for key, first, end, stride, rows in some:
-            where = rows.device if distributed.world_size() == 1 else distributed.device()
-            found.setdefault(key, []).append(Kept(first, end, stride, rows.to(where)))
+    stated = (((key, one.first, one.end, one.stride), one.rows) for key, one in kept.items())
+    for (key, first, end, stride), rows in distributed.gather_tensors(stated):
+        found.setdefault(key, []).append(Kept(first, end, stride, rows))
     return {key: joined(parts, count) for key, parts in sorted(found.items())}
 
 
@@ -309,14 +307,18 @@ class ExpertMoments(NoHooks):
         if self._apart is None:
             return
         self._keep()
-        mine = [(number, *sums) for number, sums in self._apart.items()]
-        self._apart = self._gate_up = self._down = self._counts = None
-        device = distributed.device()
-        for _, *terms in sorted((one for some in distributed.gather(mine) for one in some), key=lambda one: one[0]):
-            gate_up, down, counts = (None if term is None else term.to(device) for term in terms)
-            self._gate_up = gate_up if self._gate_up is None or gate_up is None else self._gate_up + gate_up
-            self._down = down if self._down is None else (self._down if down is None else self._down + down)
-            self._counts = counts if self._counts is None or counts is None else self._counts + counts
+        mine = [
+            ((number, place), term)
+            for number, sums in self._apart.items()
+            for place, term in enumerate(sums)
+            if term is not None
+        ]
+        self._apart = None
+        totals: list[Tensor | None] = [None, None, None]
+        for (_, place), term in sorted(distributed.gather_tensors(mine), key=lambda one: one[0]):
+            before = totals[place]
+            totals[place] = term if before is None else before + term
+        self._gate_up, self._down, self._counts = totals
         if self._sampled:
             self._samples = even_samples(self._watched)
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from snugfit.formats.grids import E4M3_MAX, round_e2m1_magnitude, round_e4m3_
-from snugfit.methods.kernels import CHECKED_ROWS, Grid, Kernels, kernels_for
+from snugfit.methods.candidates import Grid
+from snugfit.methods.kernels import CHECKED_ROWS, Kernels, kernels_for
 
 MOST_COLUMNS = 128  # that kernels take
 

@@ -20,8 +20,7 @@ from numba import njit, types
 from torch import Tensor
 
 from snugfit.formats.machine_code import ROWS, compiled, on_threads
-from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX
-from snugfit.methods.kernels import Grid
+from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX, Grid
 
 LANES = 64
 # values converted to fp32 at once, a row at least for each thread

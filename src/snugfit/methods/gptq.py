@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from snugfit.methods.candidates import Grid
 from snugfit.methods.columns import descend_block, nearest, round_block
-from snugfit.methods.kernels import Grid
 
 DAMPING = 0.05  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns between two matrix products

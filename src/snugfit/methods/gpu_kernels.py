@@ -23,8 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from snugfit.formats import grids
-from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX
-from snugfit.methods.kernels import Grid
+from snugfit.methods.candidates import EVERY_CODE, FOUR_OVER_SIX, Grid
 
 BLOCKS = 128  # of a program of the searches
 GROUPS = 64  # of integers, the same

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-Grid = Literal["e2m1", "e4m3", "int4"]  # of values between which columns choose
+from snugfit.methods.candidates import Grid
+
 SMALL = 1 << 16  # values below which torch on a CPU is faster than starting a compiler
 CHECKED_ROWS = 8  # that are done both ways
 

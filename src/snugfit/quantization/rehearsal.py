@@ -185,7 +185,7 @@ class Rehearsal:
         plan, number, nowhere = prepared.plan, self.number, Path()
         divisions = [Division(())] * number + [self._division]
         owners = owners_of(plan, number, self._division, correlates=prepared.method.correlates)
-        states = cast("RunStates", States(self._hidden(), watch))
+        states = cast("RunStates", States(self._hidden(), watch)) if self.batches else None
         nothing = cast("FinishedUnits", None)
         work = Work(
             run=Run(
