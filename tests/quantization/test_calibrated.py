@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from snugfit.machine import Clock
 from snugfit.methods.calibrated import Calibrated
 from snugfit.methods.method import Choice, Method, ObservedLayer, Purpose, WeightGroup
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
+from snugfit.model import forward_pass
 from snugfit.model.emulate import read_module
-from snugfit.model.forward_pass import run_layer
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
 from snugfit.quantization.plan import lay_out
@@ -192,12 +192,16 @@ def test_fast_reads_weights_once_and_runs_layers_twice(
         taken.extend(names)
         return take(self, names)
 
-    def counted_run(layer: nn.Module, index: int, *args: Any, **options: Any) -> int:
-        passes.append(index)
-        return run_layer(layer, index, *args, **options)
+    def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+        def run(layer: nn.Module, index: int, *args: Any, **options: Any) -> Any:
+            passes.append(index)
+            return real(layer, index, *args, **options)
+
+        return run
 
     monkeypatch.setattr(ReadAhead, "take", counted_take)
-    monkeypatch.setattr("snugfit.model.forward_pass.run_layer", counted_run)
+    for name in ("run_layer", "show_layer"):
+        monkeypatch.setattr(forward_pass, name, counted(getattr(forward_pass, name)))
     record = quantize(model, "nvfp4", output_dir=tmp_path / "out", dataset=[rows], effort="fast", **OPTIONS)
     assert len(taken) == len(set(taken))
     assert passes == [0, 0, 1, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -126,19 +127,18 @@ def test_squares_of_another_width_are_refused_at_once(models: dict[str, Path], t
     """E[x^2] with another number of features than the weight has is refused by the dry run."""
     known = statistics_of(models["llama"], tmp_path / "statistics")
     file = tmp_path / "statistics" / STATISTICS_FILE
-    layer = known.layers[1].inputs["model.layers.1.mlp.down_proj"]
-    assert layer.squares is not None
-    other = known.layers[1].inputs["model.layers.1.mlp.gate_proj"].squares
+    inputs = dict(known.layers[1].inputs)
+    other = inputs["model.layers.1.mlp.gate_proj"].squares
     assert other is not None
-    file.write_text(file.read_text("utf-8").replace(layer.squares, other), "utf-8")
+    inputs["model.layers.1.mlp.down_proj"] = replace(inputs["model.layers.1.mlp.down_proj"], squares=other)
+    layers = {**known.layers, 1: replace(known.layers[1], inputs=inputs)}
+    file.write_text(replace(known, layers=layers).to_json(), "utf-8")
     with raises("statistics-mismatch", where="model.layers.1.mlp.down_proj"):
         plan_quantization(models["llama"], RECIPE, statistics=file, device="cpu")
 
 
 def test_weights_without_squares_are_named(models: dict[str, Path], tmp_path: Path) -> None:
     """Weights whose inputs the statistics do not know get plain scales, and a dry run says so; the others weighted."""
-    from dataclasses import replace
-
     known = statistics_of(models["llama"], tmp_path / "statistics")
     inputs = dict(known.layers[1].inputs)
     inputs["model.layers.1.mlp.down_proj"] = replace(inputs["model.layers.1.mlp.down_proj"], squares=None)
@@ -166,8 +166,6 @@ def test_explicit_rules_take_no_part(models: dict[str, Path], tmp_path: Path) ->
 
 def test_an_importance_matrix_ignores_settings_of_experts(models: dict[str, Path], tmp_path: Path) -> None:
     """Which tokens were forced matters for ranges alone: statistics without these serve any setting."""
-    from dataclasses import replace
-
     known = statistics_of(models["qwen3_moe"], tmp_path / "statistics")
     plan = plan_of(models["qwen3_moe"], RECIPE)
     settings = ExpertCalibration(all_experts=False)

@@ -42,7 +42,7 @@ from snugfit.storage.shards import file_digests, index_text
 from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
 
-WORTH_AN_ESTIMATE = 20.0  # seconds that a run takes, roughly, below which they are not estimated before it
+WORTH_AN_ESTIMATE = 60.0  # seconds that a run takes, roughly, below which they are not estimated before it
 # how the source was quantized by another tool; engines may read them in place of config.json
 OTHER_QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 

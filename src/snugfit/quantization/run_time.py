@@ -38,7 +38,7 @@ _MADE = 3  # times that the weights of a layer are made of codes in a step of le
 SHORT = "this run will take less than a minute"
 SHORT_SECONDS = 0.05  # of roughly as many seconds nothing is measured
 # rough rates, to know whether a run is long enough for a better estimate: operations and bytes a second
-ROUGH_OPERATIONS, ROUGH_BYTES = {"cpu": 5e10, "cuda": 1e14}, 1e9
+ROUGH_OPERATIONS, ROUGH_BYTES = {"cpu": 5e10, "cuda": 2e14}, {"cpu": 1e9, "cuda": 4e9}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ def rough_seconds(prepared: PreparedRun) -> float:
     values = sum(plan.weights.tensors[name].elements for unit in plan.units[1:] for name in unit)
     moved = sum(plan.weights.file_bytes(name) for unit in plan.units for name in unit)
     operations = 2.0 * values * tokens / ROUGH_OPERATIONS[prepared.device.type]
-    return len(prepared.ways) * (operations + moved / ROUGH_BYTES) / distributed.asked_for()
+    return len(prepared.ways) * (operations + moved / ROUGH_BYTES[prepared.device.type]) / distributed.asked_for()
 
 
 def estimate_run_time(prepared: PreparedRun, folder: Path | None = None) -> RunTime | None:
