@@ -404,6 +404,25 @@ def test_a_small_gain_on_few_samples_is_measured_again(
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "exact")
 
 
+def test_ranges_without_room_take_all_samples(
+    model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranges end at the largest value that was seen, a few samples do not tell what all would give."""
+    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    cached = tmp_path / "cached.yaml"
+    cached.write_text("name: cached\nrules: [{role: linear, format: nvfp4}]\nkv_cache: fp8\n")
+
+    def few(recipe: str | Path, headroom: str | float | None) -> bool:
+        prepared = plan_quantization(
+            model, recipe, dataset=texts, effort="good", input_headroom=headroom, **OPTIONS | {"dtype": "float32"}
+        )
+        return prepared.few_are_enough
+
+    assert few("nvfp4", None)
+    assert not few("nvfp4", "amax")
+    assert not few(cached, None)
+
+
 def test_other_ways_do_not_resume(
     model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
