@@ -9,9 +9,8 @@ from typing import Any
 from snugfit import distributed
 from snugfit.machine import pick_device
 from snugfit.planning.controls import find_controls
-from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of
+from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of, samples_of
 from snugfit.planning.proving import to_measure
-from snugfit.planning.samples import Samples, read_samples
 from snugfit.planning.scoring_cost import ScoringEstimate, estimate_scoring
 from snugfit.planning.sensitivity import ScoreSettings
 from snugfit.progress import duration
@@ -79,7 +78,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
     if prepared.scores is None or mixes:
         found = estimate_scoring(
             prepared.layout,
-            prepared.samples or _samples(prepared),
+            prepared.samples or samples_of(prepared.layout, request),  # a layer is timed on some
             _settings(prepared),
             device=request.proof.device,
             tokens_per_batch=request.proof.tokens_per_batch,
@@ -108,12 +107,6 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
 
 def _with(seconds: float | None, more: float) -> float | None:
     return None if seconds is None else seconds + more
-
-
-def _samples(prepared: Prepared) -> Samples:
-    """Samples on which a layer is timed where scores and statistics are reused."""
-    request = prepared.request
-    return read_samples(prepared.layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens)
 
 
 def _settings(prepared: Prepared) -> ScoreSettings:
