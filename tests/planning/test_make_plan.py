@@ -239,6 +239,12 @@ def test_a_full_gpu_stops_a_run_that_resumes(
             plan(model, **options)
     assert list((tmp_path / "out.partial").rglob("unit-*.json"))
     with raises("machine-differs"):
+        estimate_plan(model, timed=False, tokens_per_batch=64, **options)
+    with raises("run-differs"):
+        estimate_plan(model, timed=False, **{**options, "num_tokens": 128})
+    estimate_plan(model, timed=False, restart=True, **{**options, "num_tokens": 128})
+    estimate_plan(model, timed=False, tokens_per_batch=64, force_resume=True, **options)
+    with raises("machine-differs"):
         plan(model, tokens_per_batch=64, **options)
     plan(model, tokens_per_batch=64, force_resume=True, **options)
     assert (tmp_path / "out" / "recipe.yaml").is_file()

@@ -332,7 +332,7 @@ def _scores(
     if prepared.scores is not None:
         return prepared.scores, prepared.statistics
     from snugfit.planning.calibration import STATISTICS_NAME
-    from snugfit.planning.sensitivity import score_samples
+    from snugfit.planning.sensitivity import SCORES, score_samples
 
     request = prepared.request
     assert prepared.samples is not None
@@ -340,13 +340,13 @@ def _scores(
         prepared.layout,
         prepared.samples,
         prepared.score_settings(),
-        work / "scores",
+        work / SCORES,
         device=request.proof.device,
         tokens_per_batch=request.proof.tokens_per_batch,
         force_resume=force_resume,
         progress=progress,
     )
-    return found, distributed.in_all(lambda: load_statistics(work / "scores" / STATISTICS_NAME))
+    return found, distributed.in_all(lambda: load_statistics(work / SCORES / STATISTICS_NAME))
 
 
 def _calibrated(prepared: Prepared, work: Path, progress: Progress) -> Statistics:

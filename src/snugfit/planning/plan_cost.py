@@ -12,9 +12,10 @@ from snugfit.planning.controls import find_controls
 from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of, samples_of
 from snugfit.planning.proving import to_measure
 from snugfit.planning.scoring_cost import ScoringEstimate, estimate_scoring
-from snugfit.planning.sensitivity import ScoreSettings
+from snugfit.planning.sensitivity import GRADIENTS, SCORES, ScoreSettings, identity_of
 from snugfit.progress import duration
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory
+from snugfit.quantization.resume import IDENTITY, FinishedUnits, work_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +60,31 @@ class PlanEstimate:
 
 
 def estimate_plan(
-    model: str | Path, *, timed: bool = True, output_dir: str | Path | None = None, **options: Any
+    model: str | Path,
+    *,
+    timed: bool = True,
+    output_dir: str | Path | None = None,
+    restart: bool = False,
+    force_resume: bool = False,
+    **options: Any,
 ) -> PlanEstimate:
     """What `plan` with these arguments would take; everything that it checks is checked.
 
     With `timed` one layer of the model is read and run on a few tokens. UserError as in `plan`.
     """
     folder = None if output_dir is None else Path(output_dir)
-    return estimate_prepared(prepare_plan(model, request_of(**options)), timed=timed, folder=folder)
+    prepared = prepare_plan(model, request_of(**options))
+    if folder is not None and not restart:
+        _check_resumable(prepared, work_folder(folder) / SCORES / GRADIENTS, force=force_resume)
+    return estimate_prepared(prepared, timed=timed, folder=folder)
+
+
+def _check_resumable(prepared: Prepared, folder: Path, *, force: bool) -> None:
+    """Raise what scoring would raise of an unfinished run whose gradients are in `folder`; write nothing."""
+    if prepared.samples is not None and prepared.scores is None and (folder / IDENTITY).exists():
+        proof = prepared.request.proof
+        decided = prepared.layout, prepared.samples, prepared.score_settings(), proof.device, proof.tokens_per_batch
+        FinishedUnits(folder, identity_of(*decided), force=force)
 
 
 def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = None) -> PlanEstimate:
