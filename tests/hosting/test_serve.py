@@ -228,6 +228,9 @@ def test_bad_input_starts_nothing(model: Path, tmp_path: Path) -> None:
     ):
         with raises("option-invalid", where=name):
             serve(model, output_dir=out, options=options("serves", **{name: value}))
+    for share in (0.0, 1.5, math.nan):
+        with raises("option-invalid", where="gpu_memory_utilization"):
+            serve(model, output_dir=out, options=options("serves", gpu=None, gpu_memory_utilization=share))
     for asked, code, where in (
         ({"bench": BenchOptions(output_tokens=1)}, "option-invalid", "output_tokens"),
         ({"bench": BenchOptions(prefill=(), depths=(), concurrency=())}, "option-missing", "prefill"),
@@ -235,6 +238,7 @@ def test_bad_input_starts_nothing(model: Path, tmp_path: Path) -> None:
         ({"dataset": ["book.txt"]}, "option-conflict", "dataset"),
         ({"contexts": (64,)}, "option-conflict", "contexts"),
         ({"max_chunks": 3}, "option-conflict", "max_chunks"),
+        ({"max_chunks": 0}, "option-conflict", "max_chunks"),
         ({"reference": model, "dataset": [tmp_path / "nowhere"]}, None, str(tmp_path / "nowhere")),
         ({"reference": model, "contexts": (10**6,)}, None, None),
     ):

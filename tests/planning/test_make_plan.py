@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,6 +239,12 @@ def test_a_full_gpu_stops_a_run_that_resumes(
             plan(model, **options)
     assert list((tmp_path / "out.partial").rglob("unit-*.json"))
     with raises("machine-differs"):
+        estimate_plan(model, timed=False, tokens_per_batch=64, **options)
+    with raises("run-differs"):
+        estimate_plan(model, timed=False, **{**options, "num_tokens": 128})
+    estimate_plan(model, timed=False, restart=True, **{**options, "num_tokens": 128})
+    estimate_plan(model, timed=False, tokens_per_batch=64, force_resume=True, **options)
+    with raises("machine-differs"):
         plan(model, tokens_per_batch=64, **options)
     plan(model, tokens_per_batch=64, force_resume=True, **options)
     assert (tmp_path / "out" / "recipe.yaml").is_file()
@@ -307,7 +314,9 @@ def test_layers_that_keep_a_16_bit_cache_are_told_to_the_engine(
         ({"bits_per_weight": 8.0, "constraints": "none.yaml"}, "file-missing", None),
         ({"bits_per_weight": 8.0, "scores": "none.json"}, "file-missing", None),
         ({"bits_per_weight": 8.0, "target": "marlin", "scores": "scores.json"}, "scores-mismatch", "scores"),
+        ({"bits_per_weight": 8.0, "rounding": "weighted", "scores": "scores.json"}, "scores-mismatch", "scores"),
         ({"bits_per_weight": 8.0, "menu": "mxfp4", "scores": "fp8.json"}, "scores-mismatch", "scores"),
+        ({"bits_per_weight": 5.5, "scores": "fp8.json"}, "plan-impossible", "bits_per_weight"),
     ],
 )
 def test_bad_input_leaves_nothing(
@@ -324,6 +333,28 @@ def test_bad_input_leaves_nothing(
     assert where in (None, error.value.where)
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_constraints_that_no_mix_keeps_are_refused_before_anything_is_run(
+    model: Path, texts: dict[str, Any], tmp_path: Path
+) -> None:
+    """One format cannot be two; a dry run says so, and texts that are too short by the names of `plan`."""
+    two = "max_formats: 1\nrules:\n  - {role: attention, format: nvfp4}\n  - {role: down, format: int4}\n"
+    (tmp_path / "two.yaml").write_text(two, encoding="utf-8")
+    with raises("plan-impossible", where="constraints"):
+        estimate_plan(model, max_kl=1.0, constraints=tmp_path / "two.yaml", **texts)
+    with raises("dataset-too-small", where="dataset") as error:
+        estimate_plan(model, bits_per_weight=8.0, **{**texts, "max_seq_length": 256})
+    assert "`max_seq_length`" in error.value.remedy
+
+
+@pytest.mark.parametrize("kl", [0.1232, 0.12345, 1.0, 9.996, 1e-5])
+def test_the_least_kl_that_is_named_is_not_below_what_works(kl: float) -> None:
+    """What the error asks for is rounded up to three digits."""
+    mix: Any = SimpleNamespace(predicted=SimpleNamespace(kl=kl))
+    choices: Any = SimpleNamespace(place=SimpleNamespace(budget=SimpleNamespace(max_kl=kl / 2)))
+    remedy = make_plan._too_lossy([mix], choices).remedy
+    assert kl * 1.001 <= float(remedy.partition("max_kl=")[2].partition("`")[0]) <= kl * 1.012
 
 
 def test_scores_of_several_files_are_merged(model: Path, tmp_path: Path) -> None:

@@ -17,12 +17,18 @@ from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.data.dataset import make_dataset
 from snugfit.evaluation.chunks import Chunk, ChunkGroup
 from snugfit.model.layout import read_layout
+from snugfit.planning import proving
 from snugfit.planning.calibration import calibrate
+from snugfit.planning.controls import Control
 from snugfit.planning.groups import find_groups
+from snugfit.planning.menu import Bytes, Option
 from snugfit.planning.proof import judge_plans, prove
+from snugfit.planning.proving import to_measure
+from snugfit.planning.search import Mix
 from snugfit.planning.shared_pass import Assigned, SharedPass
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.proof import Proof
+from snugfit.records.scores import Predicted
 
 
 def test_a_better_plan_wins_and_a_worse_one_is_refused(make_tiny: MakeTiny, tmp_path: Path) -> None:
@@ -135,6 +141,26 @@ def test_noise_is_no_win() -> None:
     assert [plan.beats_control for plan in found.plans] == [None, False, True]
     assert found.winner == "steady"
     assert found.plan("steady").overall.gain == pytest.approx(0.02)
+
+
+def test_a_plan_that_is_a_control_has_to_beat_the_others() -> None:
+    """Where the best control stores what the plan does, the next one is measured, and the verdict says so."""
+
+    def mix(fmt: str, kl: float) -> Mix:
+        options = {"group": Option(format=fmt, label=fmt, bytes=Bytes())}
+        return Mix(options=options, kv_cache="keep", bytes=Bytes(), context=128, predicted=Predicted(kl, 0.0))
+
+    kinds = {"uniform": mix("fp8-dynamic", 0.1), "matched": mix("int4", 0.2), "worse": mix("nvfp4", 0.3)}
+    controls = [
+        Control(name=name, kind="byte-matched", mix=one, recipe=None, allowed=True, fits=True)
+        for name, one in kinds.items()
+    ]
+    candidates = [("plan", mix("fp8-dynamic", 0.1))]
+    assert [name for name, _ in to_measure(candidates, controls)] == ["plan", "matched"]
+    proof = judged({"control": [0.5, 0.6, 0.4], "plan": [0.1, 0.2, 0.0]}, [128] * 3)
+    verdict = proving._verdict(proof, "plan", ["control"], "uniform")
+    assert verdict.accepted
+    assert verdict.statement.startswith("plan is uniform, and beats every other control: ")
 
 
 def test_a_plan_must_not_lose_at_any_context() -> None:

@@ -87,6 +87,17 @@ def test_experts_and_an_output_head_are_measured_too(tmp_path: Path) -> None:
     assert found["head"] > 0
 
 
+def test_another_machine_takes_what_is_measured_only_if_forced(tmp_path: Path) -> None:
+    """What another version finished of the same comparison is measured again, unless the caller forces it."""
+    first = {"plans": ["a"], "versions": {"torch": "1"}}
+    open_comparison(tmp_path, first).commit({"states": {}})
+    second = {**first, "versions": {"torch": "2"}}
+    assert open_comparison(tmp_path, second, force=True).done == 1
+    assert open_comparison(tmp_path, second | {"plans": ["b"]}, force=True).done == 0
+    open_comparison(tmp_path, second | {"plans": ["b"]}).commit({"states": {}})
+    assert open_comparison(tmp_path, first | {"plans": ["b"]}).done == 0
+
+
 def test_plans_are_divided_by_what_the_disk_holds() -> None:
     """Passes hold at most so many files of states, or one plan; plans that agree longest are together."""
     layers = [[f"{layer}"] for layer in range(4)]

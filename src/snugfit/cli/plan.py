@@ -161,7 +161,8 @@ def plan(
     }
     progress = VerbProgress(ctx)
     if dry_run:
-        _print_estimate(model, output_dir, settings, progress)
+        again = {"restart": restart, "force_resume": force_resume}
+        _print_estimate(model, output_dir, settings | again, progress)
         return
     if output_dir is None:
         remedy = "Name a new directory, or add `dry_run`."

@@ -67,20 +67,7 @@ def check_request(model: str | Path, options: ServeOptions, measures: Measures, 
         raise UserError(
             f"no questions in {options.language!r}.", code="option-invalid", where="language", remedy=remedy
         )
-    for name, least in (
-        ("gpu_index", 0),
-        ("context", 1),
-        ("tensor_parallel_size", 1),
-        ("max_num_seqs", 1),
-        ("port", 1),
-    ):
-        given = getattr(options, name)
-        if given is not None and given < least:
-            raise UserError(f"must be >= {least}, got {given}.", code="option-invalid", where=name)
-    if options.port is not None and options.port > LAST_PORT:
-        raise UserError(f"must be <= {LAST_PORT}, got {options.port}.", code="option-invalid", where="port")
-    if not options.start_seconds > 0:
-        raise UserError(f"must be > 0, got {options.start_seconds:g}.", code="option-invalid", where="start_seconds")
+    _check_numbers(options)
     if output_dir is None and (measures.bench or measures.reference is not None or measures.tasks):
         what = "results are written beside the engine's log, and no directory is given."
         raise UserError(what, code="option-missing", where="output_dir", remedy="Name a new directory.")
@@ -91,12 +78,36 @@ def check_request(model: str | Path, options: ServeOptions, measures: Measures, 
         _check_tasks(model, measures.tasks)
 
 
+def _check_numbers(options: ServeOptions) -> None:
+    """UserError for a number out of its range."""
+    for name, least in (
+        ("gpu_index", 0),
+        ("context", 1),
+        ("tensor_parallel_size", 1),
+        ("max_num_seqs", 1),
+        ("port", 1),
+    ):
+        given = getattr(options, name)
+        if given is not None and given < least:
+            raise UserError(f"must be >= {least}, got {given}.", code="option-invalid", where=name)
+    share = options.gpu_memory_utilization
+    if share is not None and not 0 < share <= 1:
+        what = f"must be > 0 and <= 1, got {share:g}."
+        raise UserError(what, code="option-invalid", where="gpu_memory_utilization")
+    if options.port is not None and options.port > LAST_PORT:
+        raise UserError(f"must be <= {LAST_PORT}, got {options.port}.", code="option-invalid", where="port")
+    if not options.start_seconds > 0:
+        raise UserError(f"must be > 0, got {options.start_seconds:g}.", code="option-invalid", where="start_seconds")
+
+
 def _check_evaluation(measures: Measures) -> None:
     """What `evaluate` would refuse of the reference and the texts."""
     if measures.reference is None:
         given = {"dataset": bool(measures.dataset), "contexts": tuple(measures.contexts) != CONTEXTS}
-        for name in (name for name, is_given in {**given, "max_chunks": measures.max_chunks}.items() if is_given):
-            raise UserError("has no effect without `reference`.", code="option-conflict", where=name)
+        given["max_chunks"] = measures.max_chunks is not None
+        for name in (name for name, is_given in given.items() if is_given):
+            what, remedy = "has no effect without `reference`.", "Give `reference`, or leave it out."
+            raise UserError(what, code="option-conflict", where=name, remedy=remedy)
         return
     if not (Path(measures.reference) / "config.json").is_file():
         raise UserError(

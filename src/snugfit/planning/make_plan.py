@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 
 import torch
@@ -141,7 +142,9 @@ def _run(
     scores, statistics = _scores(prepared, work, progress, force_resume=force_resume)
     seconds["scoring"] = time.monotonic() - started
     with _keeping_scores(prepared):
-        record, measured = _plan_with(model, prepared, scores, statistics, seconds, work, progress)
+        record, measured = _plan_with(
+            model, prepared, scores, statistics, seconds, work, progress, force_resume=force_resume
+        )
         distributed.by_main(lambda: _write(record, scores, measured, prepared, directory))
     return record
 
@@ -182,6 +185,8 @@ def _plan_with(
     seconds: dict[str, float],
     work: Path,
     progress: Progress,
+    *,
+    force_resume: bool,
 ) -> tuple[PlanRecord, Statistics | None]:
     """The record of the plan that scores give, and the statistics that it was measured with."""
     choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
@@ -202,7 +207,15 @@ def _plan_with(
         if statistics is None:
             statistics = _calibrated(prepared, work, progress)
         proven = prove_mixes(
-            model, named, controls, scores, statistics, work / "proof", prepared.request.proof, progress
+            model,
+            named,
+            controls,
+            scores,
+            statistics,
+            work / "proof",
+            prepared.request.proof,
+            progress,
+            force_resume=force_resume,
         )
         measured, verdict, chosen = proven.measured, proven.verdict, proven.plan
     else:
@@ -307,7 +320,8 @@ def _too_lossy(found: Sequence[Mix], choices: Choices) -> UserError:
         return impossible(choices.space, choices.place, choices.is_fp8)
     least = found[0].predicted.kl
     what = f"every mix that fits is expected to lose more than {choices.place.budget.max_kl:g} nats a token."
-    remedy = f"The least that works is `max_kl={least * 1.001:.3g}`."
+    works = Decimal(least * 1.001).normalize(Context(prec=3, rounding=ROUND_CEILING))
+    remedy = f"The least that works is `max_kl={float(works):g}`."
     return UserError(what, code="plan-impossible", where="max_kl", remedy=remedy)
 
 
@@ -318,7 +332,7 @@ def _scores(
     if prepared.scores is not None:
         return prepared.scores, prepared.statistics
     from snugfit.planning.calibration import STATISTICS_NAME
-    from snugfit.planning.sensitivity import score_samples
+    from snugfit.planning.sensitivity import SCORES, score_samples
 
     request = prepared.request
     assert prepared.samples is not None
@@ -326,13 +340,13 @@ def _scores(
         prepared.layout,
         prepared.samples,
         prepared.score_settings(),
-        work / "scores",
+        work / SCORES,
         device=request.proof.device,
         tokens_per_batch=request.proof.tokens_per_batch,
         force_resume=force_resume,
         progress=progress,
     )
-    return found, distributed.in_all(lambda: load_statistics(work / "scores" / STATISTICS_NAME))
+    return found, distributed.in_all(lambda: load_statistics(work / SCORES / STATISTICS_NAME))
 
 
 def _calibrated(prepared: Prepared, work: Path, progress: Progress) -> Statistics:

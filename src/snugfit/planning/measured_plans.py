@@ -92,11 +92,14 @@ def disk_budget(folder: Path) -> int:
     return shutil.disk_usage(there).free // DISK_SHARE
 
 
-def open_comparison(folder: Path, identity: Mapping[str, Any]) -> FinishedUnits:
-    """The finished units of this comparison in its folder; what another one left there is removed."""
+def open_comparison(folder: Path, identity: Mapping[str, Any], *, force: bool = False) -> FinishedUnits:
+    """The finished units of this comparison in its folder; what another one left there is removed.
+
+    `force` takes what another machine, library version or batch finished of it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        return open_finished(folder, identity)
+        return open_finished(folder, identity, force=force)
     except (Unfinished, distributed.OtherRankError):
         if distributed.is_main():
             for pattern in (IDENTITY, unit_name("*"), "plan-states-*", "divergences-*"):

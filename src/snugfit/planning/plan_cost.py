@@ -9,13 +9,13 @@ from typing import Any
 from snugfit import distributed
 from snugfit.machine import pick_device
 from snugfit.planning.controls import find_controls
-from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of
+from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of, samples_of
 from snugfit.planning.proving import to_measure
-from snugfit.planning.samples import Samples, read_samples
 from snugfit.planning.scoring_cost import ScoringEstimate, estimate_scoring
-from snugfit.planning.sensitivity import ScoreSettings
+from snugfit.planning.sensitivity import GRADIENTS, SCORES, ScoreSettings, identity_of
 from snugfit.progress import duration
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory
+from snugfit.quantization.resume import IDENTITY, FinishedUnits, work_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,14 +60,31 @@ class PlanEstimate:
 
 
 def estimate_plan(
-    model: str | Path, *, timed: bool = True, output_dir: str | Path | None = None, **options: Any
+    model: str | Path,
+    *,
+    timed: bool = True,
+    output_dir: str | Path | None = None,
+    restart: bool = False,
+    force_resume: bool = False,
+    **options: Any,
 ) -> PlanEstimate:
     """What `plan` with these arguments would take; everything that it checks is checked.
 
     With `timed` one layer of the model is read and run on a few tokens. UserError as in `plan`.
     """
     folder = None if output_dir is None else Path(output_dir)
-    return estimate_prepared(prepare_plan(model, request_of(**options)), timed=timed, folder=folder)
+    prepared = prepare_plan(model, request_of(**options))
+    if folder is not None and not restart:
+        _check_resumable(prepared, work_folder(folder) / SCORES / GRADIENTS, force=force_resume)
+    return estimate_prepared(prepared, timed=timed, folder=folder)
+
+
+def _check_resumable(prepared: Prepared, folder: Path, *, force: bool) -> None:
+    """Raise what scoring would raise of an unfinished run whose gradients are in `folder`; write nothing."""
+    if prepared.samples is not None and prepared.scores is None and (folder / IDENTITY).exists():
+        proof = prepared.request.proof
+        decided = prepared.layout, prepared.samples, prepared.score_settings(), proof.device, proof.tokens_per_batch
+        FinishedUnits(folder, identity_of(*decided), force=force)
 
 
 def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = None) -> PlanEstimate:
@@ -79,7 +96,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
     if prepared.scores is None or mixes:
         found = estimate_scoring(
             prepared.layout,
-            prepared.samples or _samples(prepared),
+            prepared.samples or samples_of(prepared.layout, request),  # a layer is timed on some
             _settings(prepared),
             device=request.proof.device,
             tokens_per_batch=request.proof.tokens_per_batch,
@@ -108,12 +125,6 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
 
 def _with(seconds: float | None, more: float) -> float | None:
     return None if seconds is None else seconds + more
-
-
-def _samples(prepared: Prepared) -> Samples:
-    """Samples on which a layer is timed where scores and statistics are reused."""
-    request = prepared.request
-    return read_samples(prepared.layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens)
 
 
 def _settings(prepared: Prepared) -> ScoreSettings:

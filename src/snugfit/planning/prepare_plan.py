@@ -17,7 +17,7 @@ from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
 from snugfit.planning.damage import merge_scores
 from snugfit.planning.limits import Budget, impossible, read_place
-from snugfit.planning.search import least_amount, make_mix, scored, within
+from snugfit.planning.search import any_mix, make_mix, scored, within
 from snugfit.planning.space import Choices, read_choices
 from snugfit.records.scores import KEEP, Scores, check_model, load_scores
 from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics
@@ -134,6 +134,7 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
     place = read_place(layout, request.budget)
     choices = read_choices(layout, place, request.menu, loaded)
     _check_possible(choices)
+    _check_needed(choices)
     generation = place.server.settings.gpu.generation if place.server.settings else None
     fitting = _PROFILE_OF.get(generation or "", DEFAULT_PROFILE)
     found, statistics, notes = None, None, list(place.notes)
@@ -147,7 +148,13 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
             raise UserError(what, code="scores-mismatch", where="scores", remedy="Score again, or leave `target` out.")
         if generation is not None and found.target != fitting:
             notes.append(f"the scores were made for {found.target}, but inputs are rounded as in {fitting} on this GPU")
+        if request.rounding not in ("plain", found.effort):
+            what = f"these scores were made with {found.effort} rounding, not {request.rounding}."
+            raise UserError(
+                what, code="scores-mismatch", where="scores", remedy="Score again, or leave `rounding` out."
+            )
         choices = replace(choices, space=scored(choices.space, found))
+        _check_possible(choices)
     target = found.target if found else request.target or fitting
     samples, held_out_tokens = _read_texts(layout, request, found, statistics)
     if generation is None and request.target is None and found is None:
@@ -171,13 +178,7 @@ def _read_texts(
     """The samples that a run needs, and the number of tokens of the proof; UserError for texts that do not suit it."""
     samples, tokens = None, 0
     if scores is None or (request.prove and statistics is None):
-        from snugfit.planning.samples import read_samples
-
-        asked = {"context": request.max_seq_length, "num_tokens": request.num_tokens}
-        try:
-            samples = read_samples(layout, request.dataset, **asked)
-        except UserError as error:
-            raise error.at("max_seq_length" if error.where == "context" else error.where) from None
+        samples = samples_of(layout, request)
     if request.prove:
         from snugfit.planning.proof import read_held_out
 
@@ -191,18 +192,23 @@ def _read_texts(
     return samples, tokens
 
 
+def samples_of(layout: ModelLayout, request: PlanRequest) -> Samples:
+    """The samples that a request names; UserError as `read_samples` raises it, by the names of `plan`."""
+    from snugfit.planning.samples import read_samples
+
+    try:
+        return read_samples(layout, request.dataset, context=request.max_seq_length, num_tokens=request.num_tokens)
+    except UserError as error:
+        where = "max_seq_length" if error.where == "context" else error.where
+        remedy = error.remedy.replace("`context`", "`max_seq_length`")
+        raise UserError(error.what, code=error.code, where=where, remedy=remedy) from None
+
+
 def _check_possible(choices: Choices) -> None:
-    """UserError where no mix keeps the limits, and where the model keeps all of them as it is."""
-    space, longest = choices.space, choices.place.budget.longest
-    spaces = choices.at(1) if longest else space
-    fitting = [
-        cache
-        for cache, limits in spaces.limits.items()
-        if all(least_amount(spaces, limit, cache) <= limit.bytes for limit in limits)
-    ]
-    if not fitting:
-        raise impossible(spaces, choices.place, choices.is_fp8)
-    _check_needed(choices)
+    """UserError where no mix keeps limits and constraints."""
+    space = choices.at(1) if choices.place.budget.longest else choices.space
+    if not any(any_mix(space, cache) for cache in space.limits):
+        raise impossible(space, choices.place, choices.is_fp8)
 
 
 def _check_needed(choices: Choices) -> None:

@@ -75,6 +75,7 @@ def prove(
     scores: Scores | None = None,
     device: str | None = None,
     tokens_per_batch: int | None = None,
+    force_resume: bool = False,
     progress: Progress = SILENT,
 ) -> Proof:
     """Measure `plans`, and say which of them is better than the one named `control`; of several names the best one.
@@ -82,8 +83,9 @@ def prove(
     `statistics` are what calibration found in the model, on other text than `dataset`'s (default: the half of Python's
     documentation topics that calibration leaves out). At most `max_tokens` tokens are taken at each of `contexts`.
     With `scores` each plan's predicted KL is in the result. Hidden states are in files in `work_dir`, which keeps what
-    is measured: a run that was stopped resumes behind its last layer, to the same figures. UserError for bad input, and
-    where the control's predictions are not finite.
+    is measured: a run that was stopped resumes behind its last layer, to the same figures; `force_resume` also takes
+    what another machine, library version or batch finished, which is measured again without it. UserError for bad
+    input, and where the control's predictions are not finite.
     """
     controls = (control,) if isinstance(control, str) else tuple(control)
     for one in controls:
@@ -99,7 +101,8 @@ def prove(
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     rows = [chunk.ids for group in groups for chunk in group.chunks]
     folder, decided = Path(work_dir), {"rounding": rounding, "target": target, "tokens_per_batch": per_batch}
-    finished = open_comparison(folder, decided | _identity(subject.layout, statistics, rows, plans, where))
+    identity = decided | _identity(subject.layout, statistics, rows, plans, where)
+    finished = open_comparison(folder, identity, force=force_resume)
     with deterministic(where):
         found = measure_plans(
             subject,

@@ -32,9 +32,9 @@ class Proven:
 
 
 def to_measure(candidates: Sequence[tuple[str, Mix]], controls: Sequence[Control]) -> list[tuple[str, Mix]]:
-    """The candidates, the strongest control, and the built-in recipes that fit, each way of storing once."""
-    fitting = [control for control in controls if control.fits]
-    best = strongest(controls)
+    """The candidates, the strongest other control, and the built-in recipes that fit, each way of storing once."""
+    fitting = [control for control in controls if control.fits and not _among(control, candidates)]
+    best = strongest(fitting)
     built_in = sorted((c for c in fitting if c.kind == BUILT_IN), key=lambda c: (or_last(c.mix.predicted.kl), c.name))
     found = list(candidates)
     for control in ([best] if best else []) + built_in[:MOST_BUILT_IN]:
@@ -52,6 +52,8 @@ def prove_mixes(
     work_dir: Path,
     settings: ProofSettings,
     progress: Progress,
+    *,
+    force_resume: bool = False,
 ) -> Proven:
     """Measure candidates and controls in one pass; the plan is the best candidate, if it beats the best control."""
     names = {name for name, _ in candidates}
@@ -71,11 +73,19 @@ def prove_mixes(
         target=scores.target,
         device=settings.device,
         tokens_per_batch=settings.tokens_per_batch,
+        force_resume=force_resume,
         progress=progress,
     )
     measured = {name: _measured(proof, name, mix, scores) for name, mix in mixes}
     plan = min(names, key=lambda name: _rank(proof, name, candidates))
-    return Proven(measured=measured, verdict=_verdict(proof, plan, rivals), plan=plan)
+    chosen = [(name, mix) for name, mix in candidates if name == plan]
+    same = next((control.name for control in controls if control.fits and _among(control, chosen)), None)
+    return Proven(measured=measured, verdict=_verdict(proof, plan, rivals, same), plan=plan)
+
+
+def _among(control: Control, mixes: Sequence[tuple[str, Mix]]) -> bool:
+    """Whether one of some mixes stores what a control does."""
+    return any(control.mix.formats == mix.formats for _, mix in mixes)
 
 
 def not_proven(controls: Sequence[Control], reason: str) -> PlanVerdict:
@@ -122,18 +132,22 @@ def _measured(proof: Proof, name: str, mix: Mix, scores: Scores) -> tuple[Proven
     return tuple(found)
 
 
-def _verdict(proof: Proof, plan: str, rivals: Sequence[str]) -> PlanVerdict:
+def _verdict(proof: Proof, plan: str, rivals: Sequence[str], same: str | None) -> PlanVerdict:
+    """The verdict on a plan; `same` is the control that stores what it does, if one does."""
     found = proof.plan(plan)
+    is_same, other = (f" is {same}, and", "other ") if same else ("", "")
     own = f"{found.overall.kl:.4f} +- {found.overall.error:.4f} nats a token on held-out text"
     if not rivals:
-        statement = f"{plan}: KL {own}; no control fits, so there is nothing to beat"
+        words = f" (which is {same})" if same else ""
+        statement = f"{plan}{words}: KL {own}; no {other}control fits, so there is nothing to beat"
         return PlanVerdict(accepted=True, control=None, gain=None, gain_error=None, statement=statement)
     control = proof.plan(proof.control)
     gain, error = found.overall.gain, found.overall.gain_error
     accepted = bool(found.beats_control)
     against = f"{control.overall.kl:.4f} of {proof.control}"
     if accepted:
-        statement = f"{plan} beats every control: KL {own} against {against}, lower by {gain:.4f} +- {error:.4f}"
+        beats = f"{plan}{is_same} beats every {other}control"
+        statement = f"{beats}: KL {own} against {against}, lower by {gain:.4f} +- {error:.4f}"
     else:
         statement = (
             f"refused: {plan} does not beat {proof.control} beyond the error: KL {own} against {against}, "

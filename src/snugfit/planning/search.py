@@ -186,6 +186,12 @@ def least_amount(space: Space, limit: Limit, cache: str) -> int:
     return limit.amount(space.outside[cache]) + least
 
 
+def any_mix(space: Space, cache: str) -> bool:
+    """Whether some mix keeps all limits and constraints together, whatever it loses."""
+    free = tuple((0.0,) * len(one.formats) for one in space.decisions)
+    return solve(_problem(space, cache, free)) is not None
+
+
 def make_mix(options: Mapping[str, Option], cache: str, outside: Bytes, scores: Scores | None, context: int) -> Mix:
     """A mix with its bytes and what scores expect of it; NaN where they lack one of its formats."""
     size = outside
@@ -204,6 +210,21 @@ def within(mix: Mix, limits: Sequence[Limit]) -> bool:
 
 def _rank(mix: Mix) -> tuple[float, int]:
     return mix.predicted.kl, mix.bytes.file
+
+
+def _problem(space: Space, cache: str, costs: tuple[tuple[float, ...], ...]) -> Problem:
+    """The knapsack of a space with one kind of KV cache, in which each format of each decision costs so much."""
+    outside = space.outside[cache]
+    rows = tuple(
+        Row(amounts=_amounts(space, limit), limit=limit.bytes - limit.amount(outside)) for limit in space.limits[cache]
+    )
+    labels = tuple(one.formats for one in space.decisions)
+    return Problem(costs=costs, rows=rows, labels=labels, max_labels=space.max_formats, free=KEEP)
+
+
+def _amounts(space: Space, limit: Limit) -> tuple[tuple[int, ...], ...]:
+    """What each format of each decision counts against a limit."""
+    return tuple(tuple(limit.amount(one.sizes[fmt]) for fmt in one.formats) for one in space.decisions)
 
 
 def _terms(scores: Scores, decision: Decision, fmt: str) -> tuple[float, ...]:
@@ -240,7 +261,7 @@ class _Task:
     def least_bytes(self, max_kl: float, kind: str) -> Mix | None:
         """The smallest mix of which scores expect at most `max_kl`."""
         limit = Limit(name="", kind=kind, bytes=0)
-        amounts = self._amounts(limit)
+        amounts = _amounts(self._space, limit)
         largest = max(1, *(max(group) for group in amounts))
         costs = tuple(tuple(amount / largest for amount in group) for group in amounts)
         best: Mix | None = None
@@ -274,24 +295,7 @@ class _Task:
     def _problem(
         self, costs: tuple[tuple[float, ...], ...], before: Sequence[tuple[int, ...]], distance: int
     ) -> Problem:
-        outside = self._space.outside[self._cache]
-        rows = tuple(
-            Row(amounts=self._amounts(limit), limit=limit.bytes - limit.amount(outside))
-            for limit in self._space.limits[self._cache]
-        )
-        return Problem(
-            costs=costs,
-            rows=rows,
-            labels=tuple(one.formats for one in self._space.decisions),
-            max_labels=self._space.max_formats,
-            free=KEEP,
-            others=tuple(before),
-            distance=distance,
-        )
-
-    def _amounts(self, limit: Limit) -> tuple[tuple[int, ...], ...]:
-        """What each format of each decision counts against a limit."""
-        return tuple(tuple(limit.amount(one.sizes[fmt]) for fmt in one.formats) for one in self._space.decisions)
+        return replace(_problem(self._space, self._cache, costs), others=tuple(before), distance=distance)
 
     def _linear(self, weights: Sequence[float]) -> tuple[tuple[float, ...], ...]:
         """Each option's cost in the linear form with these weights of buckets."""

@@ -46,6 +46,7 @@ from snugfit.version import __version__
 
 MIXED_PLANS = 2  # plans of random formats that are measured beside those of one format
 POINTS_NAME = "points.json"
+SCORES, GRADIENTS = "scores", "gradients"  # folders in a plan's work folder, one in the other
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +141,8 @@ def score_samples(
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     work_dir.mkdir(parents=True, exist_ok=True)
-    identity = _identity(layout, samples, settings, where, per_batch)
-    folder = work_dir / "gradients"
+    identity = identity_of(layout, samples, settings, device, tokens_per_batch)
+    folder = work_dir / GRADIENTS
     folder.mkdir(exist_ok=True)
     finished = open_finished(folder, identity, force=force_resume)
     statistics = calibrate(
@@ -249,10 +250,11 @@ def _parts_of(whole: Cost, parts: Mapping[str, Cost]) -> dict[str, Cost]:
     }
 
 
-def _identity(
-    layout: ModelLayout, samples: Samples, settings: ScoreSettings, device: torch.device, tokens_per_batch: int
+def identity_of(
+    layout: ModelLayout, samples: Samples, settings: ScoreSettings, device: str | None, tokens_per_batch: int | None
 ) -> dict[str, Any]:
-    """Everything that decides the scores."""
+    """Everything that decides the scores, as JSON."""
+    where = pick_device(device)
     return {
         "source": header_digest(layout.checkpoint),
         "source_files": stamps(layout.checkpoint),
@@ -263,9 +265,9 @@ def _identity(
         "target": settings.target,
         "kv_cache": settings.kv_cache,
         "seed": settings.seed,
-        "device": device.type,
-        "tokens_per_batch": tokens_per_batch,
-        "hardware": hardware(device),
+        "device": where.type,
+        "tokens_per_batch": tokens_per_batch or TOKENS_PER_BATCH[where.type],
+        "hardware": hardware(where),
         "versions": versions() | {"snugfit": __version__},
     }
 
