@@ -6,8 +6,8 @@ place of an earlier one only if it is better beyond the error (records/trials.py
 once, so that two results are on the disk at most. The winner's files are moved to where the result belongs. A way
 behind the first that gives hidden states which are not finite has lost, too.
 
-A way for which samples do no more than give ranges of inputs is measured with a few of them. It is made with all if it is
-kept in the end, or if the next way is not much better.
+A way for which samples do no more than give ranges of inputs is measured with a few of them. It is made with all if it
+is kept in the end, or if the next way is not much better.
 
 What was measured stands in one file a way. Everything here follows from those files: a run that was killed anywhere
 ends the same.
