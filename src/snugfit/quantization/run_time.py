@@ -74,7 +74,7 @@ def estimate_run_time(prepared: PreparedRun, folder: Path | None = None) -> RunT
     try:
         with distributed.alone(), Transfer(prepared.device, remote=prepared.plan.checkpoint.remote is not None) as io:
             return _Estimate(prepared, io, folder).result()
-    except (UserError, OSError, torch.OutOfMemoryError):  # the run says what is wrong
+    except (UserError, OSError, RuntimeError):  # the run says what is wrong; RuntimeError: also of too little memory
         return None
 
 
