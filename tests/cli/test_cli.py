@@ -105,7 +105,7 @@ OFFERED: dict[str, set[str]] = {
         *("--gpu-memory-utilization", "--max-num-seqs", "--bytes", "--bits-per-weight", "--disk", "--max-kl", "--menu"),
         *("--constraints", "--scores", "--dataset", "--max-seq-length", "--num-tokens", "--rounding", "--target"),
         *("--held-out", "--held-out-contexts", "--max-tokens", "--alternatives", "--prove", "--no-prove", "--device"),
-        *("--tokens-per-batch", "--seed", "--restart", "--from", "--diff", "--dry-run", "--json"),
+        *("--tokens-per-batch", "--seed", "--restart", "--force-resume", "--from", "--diff", "--dry-run", "--json"),
     },
     "fit": {
         "model",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import snugfit.quantization.run
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
-from helpers.killed import KILLED, contents, in_child, kill_at
+from helpers.killed import KILLED, boundaries_of, contents, in_child, kill_at
 from helpers.tiny_families import all_tensors, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.cli.app import app
@@ -219,11 +219,11 @@ def test_statistics_serve_every_factor(model: Path, rows: Path, tmp_path: Path) 
 
 def test_another_factor_does_not_resume(model: Path, rows: Path, tmp_path: Path) -> None:
     """An unfinished run is refused under another factor, which is named, and resumes under its own: the same bytes."""
-    made(tmp_path / "whole", model, rows, input_headroom=2)
+    found = boundaries_of(lambda: made(tmp_path / "whole", model, rows, input_headroom=2), tmp_path / "notes")
     out = tmp_path / "out"
 
     def work() -> None:
-        kill_at(14)
+        kill_at(found[-1] // 2)
         made(out, model, rows, input_headroom=2)
 
     assert in_child(work) == KILLED

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from conftest import MakeTiny
 from helpers.killed import KILLED, contents
 from helpers.ranks import in_ranks
-from helpers.tiny_families import random_rows, write_rows
+from helpers.tiny_families import FAMILIES, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit import distributed
 from snugfit.calibration.moments import BatchSums
@@ -122,6 +122,19 @@ def test_gptq_on_several_processes(source: Source, rows: Path, tmp_path: Path) -
     assert pairs[0].keys() == pairs[1].keys()
     raw = [torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in pair.values()]) for pair in pairs]
     assert float((raw[0] != raw[1]).float().mean()) < 0.02
+
+
+@pytest.mark.slow
+def test_layers_that_share_keys_and_values(make_tiny: MakeTiny, rows: Path, tmp_path: Path) -> None:
+    """What a kept layer passes on is there where a process observes a later one on batches of another process."""
+    model = make_tiny("gemma4_text", **FAMILIES["gemma4_text"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: a\nrules: [{layers: '1', format: keep}, {role: linear, format: nvfp4}]\n")
+    options = OPTIONS | {"dataset": [rows], "effort": "good"}
+    one = quantize(model, recipe, output_dir=tmp_path / "one", **options)
+    assert in_ranks(2, lambda _: quantize(model, recipe, output_dir=tmp_path / "many", **options)) == [0, 0]
+    trials = json.loads((tmp_path / "many" / RECORD_FILE).read_text())["trials"]
+    assert [trial["kl"] for trial in trials] == [pytest.approx(trial.kl, rel=0.05) for trial in one.trials]
 
 
 def test_the_same_statistics(source: Source, rows: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from helpers.killed import contents
 from helpers.ranks import in_ranks
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
+from snugfit import machine
 from snugfit.cli.app import app
 from snugfit.machine import Seconds
 from snugfit.methods.calibrated import Calibrated
@@ -188,6 +189,23 @@ def test_a_layer_that_cannot_be_tried(source: Source, rows: Path, tmp_path: Path
     with file.open("r+b") as stream:
         stream.truncate(file.stat().st_size // 2)
     assert estimate_run_time(prepared, tmp_path / "out") is None
+
+
+def test_a_kill_leaves_nothing(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """What is written to measure a rate has no name in the folder while it is there."""
+    seen: list[list[Path]] = []
+    original = machine.timed
+
+    def watched(work: Callable[[], object], *arguments: Any) -> Seconds:
+        def look() -> None:
+            work()
+            seen.append(list(tmp_path.iterdir()))
+
+        return original(look, *arguments)
+
+    monkeypatch.setattr(run_time, "timed", watched)
+    time_of(prepared_run(source("llama"), "nvfp4", rows, effort="fast"), tmp_path)
+    assert seen == [[]]
 
 
 def test_a_dry_run_says_it(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:

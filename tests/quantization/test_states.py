@@ -43,6 +43,20 @@ def hold(patch: pytest.MonkeyPatch, saved_every: float) -> None:
     patch.setattr(states, "SAVED_EVERY", saved_every)
 
 
+def fail_at_third_layer(patch: pytest.MonkeyPatch) -> None:
+    """Let the third layer show an error."""
+    calls = 0
+
+    def fails(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise UserError("not finite.", code="activations-not-finite", where="layer 2", remedy="Use bfloat16.")
+        return propagate(*arguments)
+
+    patch.setattr(snugfit.quantization.run, "propagate", fails)
+
+
 def run(model: Path, out: Path, rows: Path, effort: str | None = None, **more: Any) -> QuantizeRecord:
     recipe = "nvfp4-fp8-hybrid" if effort else "nvfp4-fp8-hybrid-four-over-six"
     return quantize(model, recipe, dataset=[rows], effort=effort, output_dir=out, **OPTIONS | more)
@@ -101,17 +115,28 @@ def test_what_an_error_keeps(
 ) -> None:
     """An error that only a layer shows keeps what can be resumed, and says so; without saved states nothing stays."""
     hold(monkeypatch, saved_every)
-    calls = 0
-
-    def fails(*arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise UserError("not finite.", code="activations-not-finite", where="layer 2", remedy="Use bfloat16.")
-        return propagate(*arguments)
-
-    monkeypatch.setattr(snugfit.quantization.run, "propagate", fails)
+    fail_at_third_layer(monkeypatch)
     with pytest.raises(UserError) as caught:
         run(llama, tmp_path / "out", rows)
     assert ("keeps the 2 finished layers" in caught.value.remedy) == (code == "kept")
     assert (tmp_path / "out.partial").exists() == (code == "kept")
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_resumes_where_there_is_another_room(
+    held: bool, llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes on in files behind layers whose states were held, and the other way round, with the same bytes."""
+    run(llama, tmp_path / "files", rows)
+    with monkeypatch.context() as patch:
+        if held:
+            hold(patch, 0)
+        fail_at_third_layer(patch)
+        with pytest.raises(UserError):
+            run(llama, tmp_path / "out", rows)
+    if not held:
+        hold(monkeypatch, 0)
+    record = run(llama, tmp_path / "out", rows)
+    assert record.resumed is not None
+    assert record.resumed["units"] == UNITS - 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "files")

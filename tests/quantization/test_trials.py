@@ -387,6 +387,42 @@ def test_few_samples_measure_what_needs_no_more(
     assert record.input_saturation
 
 
+def test_a_small_gain_on_few_samples_is_measured_again(
+    model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A way that gains little on one which a few samples measured has to gain on it with all samples, too."""
+    try_ways(monkeypatch, PLAIN, GPTQ)
+    exact = run(model, tmp_path / "exact", texts).trials
+    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    few = run(model, tmp_path / "few", texts).trials
+    assert few[0].kl != exact[0].kl
+    monkeypatch.setattr(snugfit.quantization.trials, "CLOSE", 10.0)
+    spy = Spy(tmp_path / "again")
+    again = run(model, tmp_path / "again", texts, progress=spy).trials
+    assert "plain, with all samples" in spy.lines
+    assert [replace(trial, seconds=0.0) for trial in again] == [replace(trial, seconds=0.0) for trial in exact]
+    assert weights_of(tmp_path / "again") == weights_of(tmp_path / "exact")
+
+
+def test_ranges_without_room_take_all_samples(
+    model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where ranges end at the largest value that was seen, a few samples do not tell what all would give."""
+    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    cached = tmp_path / "cached.yaml"
+    cached.write_text("name: cached\nrules: [{role: linear, format: nvfp4}]\nkv_cache: fp8\n")
+
+    def few(recipe: str | Path, headroom: str | float | None) -> bool:
+        prepared = plan_quantization(
+            model, recipe, dataset=texts, effort="good", input_headroom=headroom, **OPTIONS | {"dtype": "float32"}
+        )
+        return prepared.few_are_enough
+
+    assert few("nvfp4", None)
+    assert not few("nvfp4", "amax")
+    assert not few(cached, None)
+
+
 def test_other_ways_do_not_resume(
     model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -288,6 +288,7 @@ def propagate(
             tensors[name] = replace(tensor, weight_16bit=None) if tensor.codes is not None else tensor
     layer = run.resident(weights)
     del weights
+    _carry_on(run, layer)
     scales = {name: tensor.input_scale for name, tensor in tensors.items()}
     if run.pieces is not None:
         scales = {name: scales.get(name) for name in run.plan.unit_of_layer(run.index)}
@@ -314,6 +315,16 @@ def propagate(
         cache.share()
     found = watched.result(cache.amax if cache else None)
     return ranges_of(run.plan, run.skeleton, run.index, found, run.experts)
+
+
+def _carry_on(run: LayerPass, layer: nn.Module) -> None:
+    """Have a layer that passes more on than hidden states (Gemma 4's keys and values) do so for all that is observed.
+
+    Of several processes this one runs some of the others' batches where it observes, in this layer and later ones.
+    """
+    others = [batch for batch in run.some if all(batch is not one for one in run.batches)]
+    if others and run.skeleton.carries_state and run.pieces is None:
+        forward_pass.show_layer(layer, run.index, others, lambda _: None, run.states[0])
 
 
 def _hand_on(run: LayerPass) -> Measured:

@@ -145,10 +145,13 @@ class PreparedRun:
     def few_are_enough(self) -> bool:
         """Whether a few samples tell what the held-out KL of this run's way is.
 
-        So they do where nothing but ranges of inputs, which have headroom, comes from samples; experts need all.
+        So they do where nothing but ranges of inputs comes from samples, and these have headroom; experts need all.
         """
+        plan = self.plan
         known = self.way.learns or self.method.observe is not None or bool(self.skeleton.experts)
-        return not known and self.dataset is not None and self.dataset.tokens >= 2 * SOME_TOKENS
+        rooms = (plan.headroom_of(name) for name in plan.assignments)
+        tight = bool(plan.observed_caches) or any(room and room < DEFAULT_INPUT_HEADROOM for room in rooms)
+        return not known and not tight and self.dataset is not None and self.dataset.tokens >= 2 * SOME_TOKENS
 
     def on_few(self) -> PreparedRun:
         """This run with a few of its samples, spread over all."""

@@ -6,6 +6,7 @@ and writing run beside the computation, so the largest of the three counts, at r
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import tempfile
@@ -28,7 +29,6 @@ from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.rehearsal import LayerTime, Rehearsal
 from snugfit.quantization.ways import Way, learned_weights
-from snugfit.storage.shards import file_digest
 from snugfit.storage.transfer import Transfer
 
 TIMED_BYTES = 1 << 26  # that are read, and written, to measure rates
@@ -206,11 +206,12 @@ def _writing(transfer: Transfer, folder: Path | None, size: int) -> Seconds | No
     if folder is None or place is None or not os.access(place, os.W_OK):
         return None
     data = torch.arange(-(-size // 8)).view(torch.uint8).to(transfer.device)
-    with tempfile.NamedTemporaryFile(dir=place) as file:
+    with tempfile.TemporaryFile(dir=place) as file:  # without a name: a kill leaves nothing
 
         def work() -> None:
             transfer.write(file.fileno(), 0, data).result()
             os.fdatasync(file.fileno())
-            file_digest(Path(file.name))
+            file.seek(0)
+            hashlib.file_digest(file, "sha256")
 
         return timed(work, transfer.device) * (1 / data.numel())

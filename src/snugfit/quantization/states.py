@@ -77,6 +77,7 @@ class _InFiles:
 
     def __init__(self, files: Sequence[StateFile], mine: Sequence[Batch]) -> None:
         self._files, self._mine = files, mine
+        self._first = 0  # the file of the first states; another one if a device held them before
 
     def resumable(self, entries: Sequence[Mapping[str, Any]], done: int) -> int:
         while done and not _holds(self._files, entries[done - 1]):
@@ -84,29 +85,34 @@ class _InFiles:
         return done
 
     def resume(self, entries: Sequence[Mapping[str, Any]]) -> None:
-        pass
+        if entries:
+            self._first = (entries[-1]["states_file"] - (len(entries) - 1)) % 2
 
     def embedded(self, done: int) -> Sequence[Batch]:
         return () if done else self._mine
 
     @property
     def first(self) -> States:
-        return self._files[0]
+        return self._files[self._of(0)]
 
     def prefetch(self, number: int) -> None:
-        self._files[(number - 1) % 2].prefetch()
+        self._files[self._of(number - 1)].prefetch()
 
     def of(self, number: int) -> tuple[States, States]:
-        return self._files[(number - 1) % 2], self._files[number % 2]
+        return self._files[self._of(number - 1)], self._files[self._of(number)]
+
+    def _of(self, number: int) -> int:
+        """The file of the states behind unit `number`."""
+        return (self._first + number) % 2
 
     def before_writing(self, number: int, recorded: Callable[[], None]) -> None:
         if number > 1:  # they overwrite those of the layer before the last
             recorded()
         if number:
-            self._files[number % 2].start_again()
+            self._files[self._of(number)].start_again()
 
     def save(self, number: int, recorded: Callable[[], None]) -> Saved:  # noqa: ARG002
-        return _saved(self._files, number % 2)
+        return _saved(self._files, self._of(number))
 
     def remove(self) -> None:
         _remove(self._files)

@@ -6,8 +6,8 @@ place of an earlier one only if it is better beyond the error (records/trials.py
 once, so that two results are on the disk at most. The winner's files are moved to where the result belongs. A way
 behind the first that gives hidden states which are not finite has lost, too.
 
-A way for which samples do no more than give ranges of inputs is measured with a few of them, and made with all if it is
-kept in the end.
+A way for which samples do no more than give ranges of inputs is measured with a few of them. It is made with all if it is
+kept in the end, or if the next way is not much better.
 
 What was measured stands in one file a way. Everything here follows from those files: a run that was killed anywhere
 ends the same.
@@ -38,6 +38,7 @@ from snugfit.records.trials import Measured, Trial, judge
 from snugfit.storage.staging import WORK_NAME
 
 TRIALS_NAME = "trials"
+CLOSE = 0.1  # of the KL of a way that a few samples measured: a smaller gain on it is measured again with all
 FEW = "-few"  # what the folder of a way that is made with a few samples ends with
 
 
@@ -80,6 +81,9 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
                 known = _failed(run, way, len(tokens))
         found.append(known)
         trials = judge(found, tokens, files)
+        if champion is not None and _is_close(run, champion, trials):
+            found[[one.name for one in found].index(champion.name)] = trying.with_all(champion)
+            trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
         winner = [trial.name for trial in trials if trial.kept][-1]
         champion = next(one for one in prepared.ways if one.name == winner)
@@ -115,6 +119,12 @@ class _Trying:
             self._measure(inner, None, time.perf_counter())
         return inner
 
+    def with_all(self, way: Way) -> Measured:
+        """What is measured of a way with all samples."""
+        known = distributed.from_main(_recalled(self.whole(way).directory))
+        assert known is not None
+        return known
+
     def _measure(self, inner: Run, start: Run | None, started: float) -> Measured:
         outcome = run_layers(inner) if start is None else learn(inner, start)
         if distributed.is_main():
@@ -137,6 +147,13 @@ class _Trying:
         if distributed.is_main():
             replace_json(_file(inner.directory), content)
         return measured
+
+
+def _is_close(run: Run, champion: Way, trials: Sequence[Trial]) -> bool:
+    """Whether the last way took the place of one that a few samples measured, and gained little."""
+    before, last = next(trial for trial in trials if trial.name == champion.name), trials[-1]
+    small = last.kept and last.gain is not None and last.gain < CLOSE * before.kl
+    return small and run.prepared.taking(champion).few_are_enough
 
 
 def _open_held_out(prepared: PreparedRun) -> HeldOut:
