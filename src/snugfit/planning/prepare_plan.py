@@ -201,7 +201,7 @@ def samples_of(layout: ModelLayout, request: PlanRequest) -> Samples:
     except UserError as error:
         where = "max_seq_length" if error.where == "context" else error.where
         remedy = error.remedy.replace("`context`", "`max_seq_length`")
-        raise UserError(error.what, code=error.code, where=where, remedy=remedy) from None
+        raise type(error)(error.what, code=error.code, where=where, remedy=remedy) from None
 
 
 def _check_possible(choices: Choices) -> None:
