@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from helpers.errors import failed_with, raises
 from helpers.tiny_families import all_tensors, load, random_rows, same, write_rows
-from helpers.tiny_mixtures import make_mixture, rewrite
+from helpers.tiny_mixtures import Source, make_mixture, rewrite
 from quantization.test_mixtures import experts_of, from_nvfp4, in_pieces, role
 from snugfit.calibration.observers import ExpertObserver
 from snugfit.cli.app import app
@@ -40,7 +40,6 @@ ALONE = parse_recipe(
     where="a.yaml",
 )  # inputs of NVFP4 are not rounded while they are measured: what experts see is exact
 FAMILIES = ["mixtral", "granitemoe", "minimax_m2", "gpt_oss"]
-Source = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from conftest import TINY
 from helpers.tiny_families import VISION_LANGUAGE, all_tensors
+
+Source = Callable[[str], Path]  # a family -> its model's directory
 
 _SMALL: dict[str, Any] = {"num_hidden_layers": 2, "num_experts_per_tok": 2, "pad_token_id": 0}
 _HEADS: dict[str, Any] = {"head_dim": 16}

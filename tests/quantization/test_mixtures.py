@@ -23,7 +23,7 @@ from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, contents, in_child
 from helpers.plans import plan_of
 from helpers.tiny_families import all_tensors, load, random_rows, same, write_rows
-from helpers.tiny_mixtures import MIXTURES, make_mixture, rewrite
+from helpers.tiny_mixtures import MIXTURES, Source, make_mixture, rewrite
 from snugfit.calibration.observers import ExpertObserver
 from snugfit.cli.app import app
 from snugfit.dialects.schemes import parse_scheme
@@ -59,7 +59,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", random_rows([64] * 3 + [40, 33]))
 
 
-Source = Callable[[str], Path]
 Quantized = Callable[[str, str], Path]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typer.testing import CliRunner
 from helpers.errors import raises
 from helpers.killed import KILLED, contents, in_child
 from helpers.tiny_families import random_rows, write_rows
-from helpers.tiny_mixtures import make_mixture
+from helpers.tiny_mixtures import Source, make_mixture
 from snugfit.cli.app import app
 from snugfit.evaluation import continuations, evaluated_model
 from snugfit.evaluation.continuations import continue_greedily
@@ -33,26 +32,12 @@ from snugfit.records.statistics_file import STATISTICS_FILE
 CPU = torch.device("cpu")
 LENGTHS = [64] * 6 + [40, 33] * 2  # of several lengths: batches are padded
 ROWS = random_rows(LENGTHS)
-Source = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The samples as a file."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """Gives a tiny mixture of a family, made once."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = make_mixture(family, tmp_path_factory.mktemp(family) / "model")
-        return made[family]
-
-    return make
 
 
 def records_of(folder: Path) -> Any:

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from conftest import MakeTiny
 from helpers.killed import KILLED, contents
 from helpers.ranks import in_ranks
 from helpers.tiny_families import FAMILIES, random_rows, write_rows
-from helpers.tiny_mixtures import make_mixture
+from helpers.tiny_mixtures import Source
 from snugfit import distributed
 from snugfit.calibration.moments import BatchSums
 from snugfit.evaluation.evaluate import evaluate
@@ -31,30 +30,12 @@ from snugfit.records.statistics_file import STATISTICS_FILE
 
 ROWS = random_rows([64] * 12 + [40, 33] * 4)  # of several lengths: batches are padded
 OPTIONS: dict[str, Any] = {"device": "cpu", "tokens_per_batch": 130, "min_tokens_per_expert": 0}
-Source = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The samples as a file."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Source:
-    """Gives a tiny model of a family, made once."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            made[family] = (
-                make_tiny("llama")
-                if family == "llama"
-                else make_mixture(family, tmp_path_factory.mktemp(family) / "model")
-            )
-        return made[family]
-
-    return make
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import MakeTiny
 from helpers.killed import contents
 from helpers.ranks import in_ranks
 from helpers.tiny_families import random_rows, write_rows
-from helpers.tiny_mixtures import make_mixture
+from helpers.tiny_mixtures import Source
 from snugfit import machine
 from snugfit.cli.app import app
 from snugfit.machine import Seconds
@@ -32,27 +31,12 @@ from snugfit.records.quantize import RECORD_FILE
 from snugfit.storage.transfer import Transfer
 
 ROWS = random_rows([64] * 10 + [40, 33] * 3)
-Source = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The samples as a file."""
     return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", ROWS)
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, make_tiny: MakeTiny) -> Source:
-    """Gives a tiny model of a family, made once."""
-    made: dict[str, Path] = {}
-
-    def make(family: str) -> Path:
-        if family not in made:
-            folder = tmp_path_factory.mktemp(family) / "model"
-            made[family] = make_tiny("llama") if family == "llama" else make_mixture(family, folder)
-        return made[family]
-
-    return make
 
 
 def prepared_run(model: Path, recipe: str, rows: Path, **options: Any) -> PreparedRun:

@@ -13,6 +13,8 @@ from snugfit.machine import free_bytes
 from snugfit.model import experts
 
 TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 16384}  # at most
+# the remedy of a run that resumes
+MORE_TO_RESUME = "Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`."
 BYTES_PER_VALUE = 24  # of a layer's widest activations in flight: several of them in 16 bits, slices of them in fp32
 
 
@@ -62,12 +64,12 @@ def experts_that_fit(models: Sequence[EvaluatedModel], device: torch.device) -> 
 
 
 @contextmanager
-def gpu_memory_errors(device: torch.device, remedy: str) -> Iterator[None]:
-    """torch's error that a GPU's memory is full, as a UserError with this remedy."""
+def gpu_memory_errors(where: object, remedy: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """torch's error that a GPU's memory is full, as a UserError of this `kind`; `where` names the device."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         line = str(error).splitlines()[0]
-        raise UserError(
-            f"out of GPU memory ({line}).", code="gpu-memory-insufficient", where=str(device), remedy=remedy
+        raise kind(
+            f"out of GPU memory ({line}).", code="gpu-memory-insufficient", where=str(where), remedy=remedy
         ) from None

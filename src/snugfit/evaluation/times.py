@@ -13,16 +13,6 @@ from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch
 
 
-def forward_time(layer: nn.Module, index: int, batch: Batch, hidden: Tensor) -> Seconds:
-    """Seconds of a batch's `hidden` states [B, T, H] through decoder layer `index`."""
-
-    @torch.no_grad()
-    def forward() -> None:
-        forward_pass.call_layer(layer, index, batch, hidden)
-
-    return timed(forward, hidden.device, twice=True)
-
-
 def backward_time(
     layer: nn.Module, index: int, batch: Batch, hidden: Tensor, parameters: Sequence[Tensor] = ()
 ) -> Seconds:

@@ -15,10 +15,9 @@ from dataclasses import replace
 from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 
-import torch
-
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
+from snugfit.evaluation.gpu_memory import MORE_TO_RESUME, gpu_memory_errors
 from snugfit.planning.controls import Control, find_controls
 from snugfit.planning.limits import impossible
 from snugfit.planning.outcome import RUNS_OF, Outcome, record_of
@@ -119,7 +118,8 @@ def plan(
     prepared = distributed.in_all(lambda: _prepare(model, request, folder))
     for note in prepared.notes:
         progress.message(note)
-    with resumable(folder, restart=restart) as (directory, work), _full_gpu():
+    full_gpu = gpu_memory_errors("device", MORE_TO_RESUME, Unfinished)  # what is finished stays
+    with resumable(folder, restart=restart) as (directory, work), full_gpu:
         return _run(model, prepared, directory, work, progress, force_resume=force_resume)
 
 
@@ -147,20 +147,6 @@ def _run(
         )
         distributed.by_main(lambda: _write(record, scores, measured, prepared, directory))
     return record
-
-
-@contextmanager
-def _full_gpu() -> Iterator[None]:
-    """A GPU without enough memory stops a run, which can resume."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise Unfinished(
-            f"out of GPU memory ({str(error).splitlines()[0]}).",
-            code="gpu-memory-insufficient",
-            where="device",
-            remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
-        ) from None
 
 
 @contextmanager

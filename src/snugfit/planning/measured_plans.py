@@ -23,6 +23,7 @@ from snugfit.planning.shared_pass import Array, Assigned, Branch, SharedPass, br
 from snugfit.planning.variants import Subject
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.resume import IDENTITY, FinishedUnits, open_finished, read_json, replace_json
+from snugfit.storage.files import nearest_folder
 from snugfit.storage.staging import unit_name
 
 DISK_SHARE = 2  # hidden states take at most one part in so many of the free disk
@@ -88,8 +89,7 @@ def most_files(steps: Sequence[Mapping[str, Branch]]) -> int:
 
 def disk_budget(folder: Path) -> int:
     """Bytes that hidden states may take on the disk of a folder, which need not exist."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(there).free // DISK_SHARE
+    return shutil.disk_usage(nearest_folder(folder)).free // DISK_SHARE
 
 
 def open_comparison(folder: Path, identity: Mapping[str, Any], *, force: bool = False) -> FinishedUnits:

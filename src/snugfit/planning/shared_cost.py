@@ -13,6 +13,7 @@ from snugfit import distributed
 from snugfit.machine import processors
 from snugfit.model.forward_pass import Batch
 from snugfit.model.hidden_states import StateFile
+from snugfit.storage.files import nearest_folder
 from snugfit.storage.transfer import Transfer
 
 BYTES, FEWEST, MOST = 1 << 27, 2, 8  # that are written and read, and batches of them
@@ -40,11 +41,10 @@ def seconds_of_states(batch: Batch, device: torch.device, folder: Path) -> float
     count = min(MOST, max(FEWEST, BYTES // max(1, hidden.nbytes)))
     size = len(batch.rows)
     batches = [replace(batch, rows=tuple(range(n * size, (n + 1) * size))) for n in range(count)]
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     found = []
     try:
         with (
-            tempfile.TemporaryDirectory(dir=there, prefix=".snugfit-") as place,
+            tempfile.TemporaryDirectory(dir=nearest_folder(folder), prefix=".snugfit-") as place,
             Transfer(device) as transfer,
             StateFile(Path(place) / "states", batches, hidden.shape[-1], hidden.dtype, transfer) as file,
         ):

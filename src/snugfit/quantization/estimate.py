@@ -20,7 +20,7 @@ from snugfit.model.hidden_states import IN_FLIGHT
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.division import Division, divide, groups_of_units, read_ahead_bytes
 from snugfit.quantization.plan import Plan
-from snugfit.storage.files import PIECE_BYTES
+from snugfit.storage.files import PIECE_BYTES, nearest_folder
 from snugfit.storage.staging import occupied_bytes
 from snugfit.storage.transfer import CONNECTIONS, COPIERS, REMOTE_AHEAD_BYTES, WORKERS
 
@@ -267,7 +267,7 @@ def check_memory(estimate: Estimate, device: torch.device, remedy: str = "") -> 
 
 def check_disk(estimate: Estimate, output_dir: Path) -> None:
     """UserError if the disk of `output_dir` would not be enough; what an unfinished run wrote there counts as free."""
-    folder = next(folder for folder in output_dir.absolute().parents if folder.exists())
+    folder = nearest_folder(output_dir.absolute().parent)
     partial = output_dir.with_name(output_dir.name + ".partial")
     free = shutil.disk_usage(folder).free + occupied_bytes(partial)
     remedy = "Free some space, or choose an `output_dir` on another disk."

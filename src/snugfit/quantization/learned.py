@@ -43,6 +43,7 @@ from snugfit.evaluation.evaluated_model import (
     outer_weights,
     resident_layer,
 )
+from snugfit.evaluation.gpu_memory import gpu_memory_errors
 from snugfit.formats.int4 import INT4Weight
 from snugfit.formats.nvfp4 import NVFP4Weight
 from snugfit.methods.learned_scales import LearnedScales, ScaledCodes, Schedule
@@ -65,24 +66,17 @@ STATE_NAME = "learned-scales.safetensors"
 def learn(run: Run, champion: Run) -> Outcome:
     """Write the champion's files with learned scales into the run's directory; their entries and digests."""
     device = run.prepared.device
-    with run.clock("learning"):
+    remedy = 'Run the same command where more is free, or set `effort="good"` and `restart`.'
+    with run.clock("learning"), gpu_memory_errors(device, remedy, Unfinished):
         try:
-            try:
-                with deterministic(device, strictly=True):
-                    scales = _train(run, champion.directory)
-            except RuntimeError as error:
-                if device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                run.progress.message(f"learned scales will differ from run to run: {str(error).partition(chr(10))[0]}")
-                with deterministic(device, strictly=False):
-                    scales = _train(run, champion.directory)
-        except torch.OutOfMemoryError as error:
-            raise Unfinished(
-                f"out of GPU memory ({str(error).splitlines()[0]}).",
-                code="gpu-memory-insufficient",
-                where=str(device),
-                remedy='Run the same command where more is free, or set `effort="good"` and `restart`.',
-            ) from None
+            with deterministic(device, strictly=True):
+                scales = _train(run, champion.directory)
+        except RuntimeError as error:
+            if device.type == "cpu" or isinstance(error, torch.OutOfMemoryError):
+                raise
+            run.progress.message(f"learned scales will differ from run to run: {str(error).partition(chr(10))[0]}")
+            with deterministic(device, strictly=False):
+                scales = _train(run, champion.directory)
     if distributed.is_main():
         _write(run, champion, scales)
     distributed.barrier()

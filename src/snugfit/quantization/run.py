@@ -15,6 +15,7 @@ import torch
 
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
+from snugfit.evaluation.gpu_memory import MORE_TO_RESUME, gpu_memory_errors
 from snugfit.machine import Clock
 from snugfit.methods.method import SOME_SAMPLES, SOME_TOKENS
 from snugfit.model import forward_pass, layers
@@ -77,7 +78,7 @@ def run_layers(run: Run) -> Outcome:
     plan = prepared.plan
     expected = None
     try:
-        with ExitStack() as stack:
+        with gpu_memory_errors(prepared.device, MORE_TO_RESUME, Unfinished), ExitStack() as stack:
             step = stack.enter_context(run.progress.bar(len(plan.units), "layers"))
             remote = plan.checkpoint.remote is not None
             transfer = stack.enter_context(Transfer(prepared.device, remote=remote))
@@ -111,13 +112,6 @@ def run_layers(run: Run) -> Outcome:
             with clock("finish"):
                 commits.wait()
                 return Outcome(files=_finish(states, writer), resumed=first, expected_seconds=expected)
-    except torch.OutOfMemoryError as error:
-        raise Unfinished(
-            f"out of GPU memory ({str(error).splitlines()[0]}).",
-            code="gpu-memory-insufficient",
-            where=str(prepared.device),
-            remedy="Run the same command where more is free, or lower `tokens_per_batch` and set `force_resume`.",
-        ) from None
     except UserError as error:
         done = sum(1 for entry in run.finished.entries if "states" in entry or not run.runs_layers)
         if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or done < 2:

@@ -29,6 +29,7 @@ from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.rehearsal import LayerTime, Rehearsal
 from snugfit.quantization.ways import Way, learned_weights
+from snugfit.storage.files import nearest_folder
 from snugfit.storage.transfer import Transfer
 
 TIMED_BYTES = 1 << 26  # that are read, and written, to measure rates
@@ -202,8 +203,7 @@ def _values(plan: Plan, units: Sequence[int]) -> int:
 
 def _writing(transfer: Transfer, folder: Path | None, size: int) -> Seconds | None:
     """Seconds to write a byte to a folder, flush it and digest it, of `size` of them; None where none can be."""
-    place = next((one for one in (folder or Path.cwd()).absolute().parents if one.is_dir()), None)
-    if folder is None or place is None or not os.access(place, os.W_OK):
+    if folder is None or not os.access(place := nearest_folder(folder.absolute().parent), os.W_OK):
         return None
     data = torch.arange(-(-size // 8)).view(torch.uint8).to(transfer.device)
     with tempfile.TemporaryFile(dir=place) as file:  # without a name: a kill leaves nothing

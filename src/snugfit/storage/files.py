@@ -26,6 +26,11 @@ OTHER_WEIGHTS = (
 _SHARED_STORE = ".huggingface-shared-blobs"  # marks the store that all repos of a Hugging Face cache share
 
 
+def nearest_folder(path: Path) -> Path:
+    """`path` itself, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+
+
 @contextlib.contextmanager
 def with_parents(path: Path) -> Iterator[None]:
     """Create the folders above `path` that are missing; at the end those that are still empty are removed again.
