@@ -175,13 +175,13 @@ def added(found: Iterable[Tensor | None]) -> Tensor | None:
 
 
 def from_main(value: Result) -> Result:
-    """The main process's value."""
+    """The main process's value; tensors in it are on this device."""
     if world_size() == 1:
         return value
-    held: list[Any] = [value if is_main() else None]
+    held: list[Any] = [_moved(value, "cpu") if is_main() else None]
     with _lost_ranks():
         _torch().broadcast_object_list(held, src=0)
-    found: Result = held[0]
+    found: Result = _moved(held[0], device())
     return found
 
 
@@ -273,10 +273,10 @@ def share(costs: Sequence[int], processes: int | None = None) -> list[int]:
     return owners
 
 
-def block(count: int, process: int | None = None) -> range:
-    """Which of `count` things in a row a process has, by default this one: all have a block of them."""
-    number = rank() if process is None else process
-    return range(number * count // world_size(), (number + 1) * count // world_size())
+def block(count: int, process: int | None = None, processes: int | None = None) -> range:
+    """Which of `count` things in a row a process has, by default this one of all: each has a block of them."""
+    number, total = rank() if process is None else process, processes or world_size()
+    return range(number * count // total, (number + 1) * count // total)
 
 
 def mine(things: Sequence[Result]) -> Sequence[Result]:

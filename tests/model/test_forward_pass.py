@@ -43,7 +43,7 @@ def test_some_batches_are_the_first_or_spread_over_all(tokens: int, spread: int,
 )
 def test_few_samples_are_spread_over_all(tokens: int, least: int, places: list[int]) -> None:
     """As few as hold the tokens, at least so many, from the beginning to the end."""
-    assert spread_places([[1] * 10] * 8, tokens, least) == places
+    assert spread_places([10] * 8, tokens, least) == places
 
 
 @torch.no_grad()

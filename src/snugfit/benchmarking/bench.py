@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import platform
 import secrets
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from snugfit.benchmarking.plan import BenchOptions, make_settings
 from snugfit.benchmarking.target import Target, open_target
 from snugfit.engines.metrics import cache_tokens
 from snugfit.errors import UserError
-from snugfit.machine import Clock
+from snugfit.machine import Clock, processors
 from snugfit.progress import SILENT, Progress
 from snugfit.records.bench import BenchMemory, BenchRecord, BenchRun, BenchServer
 from snugfit.report.bench import bench_csv, bench_markdown
@@ -118,7 +117,6 @@ def _record(
         counted = any(cell.prefix_hits is not None for cell in cells)
         described = BenchServer(name=Path(one.model).name, memory=held, **one.describe())
         runs.append(BenchRun(server=described, cells=tuple(cells), prefix_cache="counted" if counted else "unique"))
-    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return BenchRecord(
         snugfit=__version__,
         tool="snugfit",
@@ -129,7 +127,7 @@ def _record(
         complete=found.stopped is None,
         stopped=found.stopped,
         seconds=clock.seconds,
-        hardware={"processor": platform.machine(), "processors": processors, "gpu": memory[0].gpu},
+        hardware={"processor": platform.machine(), "processors": processors(), "gpu": memory[0].gpu},
         versions={"python": platform.python_version(), "httpx": httpx.__version__},
         notes=(*notes, *found.notes),
     )

@@ -74,7 +74,7 @@ def routes_of(module: nn.Module, run: Callable[[Callable[[Batch], None]], None])
             run(before)
     finally:
         handle.remove()
-    everywhere = [one for some in distributed.gather(found) for one in some]
+    everywhere = distributed.in_order(found)
     if not everywhere:
         return None
     kept = even_samples(samples if found else {}, SAMPLED_OF_LAYER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +14,25 @@ from snugfit.model import forward_pass
 from snugfit.model.forward_pass import Batch
 
 
+@torch.no_grad()
+def forward(layer: nn.Module, index: int, batch: Batch, hidden: Tensor) -> None:
+    """Run a batch's `hidden` states [B, T, H] through decoder layer `index`."""
+    forward_pass.call_layer(layer, index, batch, hidden)
+
+
+@torch.enable_grad()
+def backward(layer: nn.Module, index: int, batch: Batch, hidden: Tensor, parameters: Sequence[Tensor] = ()) -> None:
+    """Run them forwards and backwards, for gradients of the layer's input and of its `parameters`."""
+    wanted = [hidden.detach().requires_grad_(), *parameters]
+    output = forward_pass.call_layer(layer, index, batch, wanted[0])
+    torch.autograd.grad(output, wanted, torch.ones_like(output))
+
+
 def backward_time(
     layer: nn.Module, index: int, batch: Batch, hidden: Tensor, parameters: Sequence[Tensor] = ()
 ) -> Seconds:
-    """Seconds of a forward and a backward pass: gradients of the layer's input, and of its `parameters`."""
-
-    def backward() -> None:
-        with torch.enable_grad():
-            wanted = [hidden.detach().requires_grad_(), *parameters]
-            output = forward_pass.call_layer(layer, index, batch, wanted[0])
-            torch.autograd.grad(output, wanted, torch.ones_like(output))
-
-    return timed(backward, hidden.device, twice=True)
+    """Seconds of `backward`."""
+    return timed(partial(backward, layer, index, batch, hidden, parameters), hidden.device, twice=True)
 
 
 def prediction_time(head: Callable[[Tensor], Tensor], hidden: Tensor) -> Seconds:

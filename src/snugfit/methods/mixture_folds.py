@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +45,6 @@ LARGEST_POWER = 8  # factors are 2^-8 ... 2^8
 STRENGTHS = ((0.25, 0.0), (0.5, 0.0), (0.75, 0.0), (1.0, 0.0), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3))
 
 # what rounded weights [N, K] put out on rounded inputs [n, K], both fp32; scales are chosen under E[x^2] [K]
-Found = TypeVar("Found")
 RoundedOutputs = Callable[[Tensor, Tensor, TensorFormat, Tensor], Tensor]
 
 
@@ -90,7 +88,7 @@ def fold_norm(layer: ObservedLayer, outputs: RoundedOutputs) -> Scaling:
     routes = _routes(layer, module)
     factors = None
     if routes is not None:
-        factors = _by_main(partial(_best_factors, layer, readers, routes, outputs))
+        factors = distributed.by_main(partial(_best_factors, layer, readers, routes, outputs))
     if routes is None or factors is None:
         layer.note(replace(note, reason="no strength makes outputs of the experts better"))
         return Scaling()
@@ -105,11 +103,6 @@ def fold_norm(layer: ObservedLayer, outputs: RoundedOutputs) -> Scaling:
 
 def _routes(layer: ObservedLayer, module: nn.Module) -> Routes | None:
     return routes_of(module, partial(layer.run, with_experts=False))
-
-
-def _by_main(work: Callable[[], Found]) -> Found:
-    """What `work`, which talks to no other process, gives in the main one."""
-    return distributed.merged({0: work()} if distributed.is_main() else {})[0]
 
 
 def expert_targets(layer: ObservedLayer) -> dict[str, TensorFormat | None]:
@@ -304,7 +297,7 @@ def _apply_and_compare(
     """Fold, and compare the layer with what it was; it is left as it was if anything changed."""
     assert layer.experts is not None
     module = layer.module.get_submodule(layer.experts.module)
-    if not _by_main(partial(_can_multiply, layer, scaling, module, factors)):
+    if not distributed.by_main(partial(_can_multiply, layer, scaling, module, factors)):
         return replace(note, reason="a weight that reads the norm cannot be multiplied exactly in its dtype")
     before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
     exact = _one_batch(layer)

@@ -89,21 +89,21 @@ def make_batches(
 
 def some_batches(batches: Sequence[Batch], tokens: int, spread: int = 1) -> list[Batch]:
     """The fewest batches that hold so many tokens: the first ones, with a `spread` at least so many, evenly spread."""
-    count = min(spread, len(batches))
-    while True:
-        places = range(count) if spread == 1 else [(2 * n + 1) * len(batches) // (2 * count) for n in range(count)]
-        found = [batches[place] for place in places]
-        if count == len(batches) or sum(sum(batch.lengths) for batch in found) >= tokens:
-            return found
+    held = [sum(batch.lengths) for batch in batches]
+    if spread > 1:
+        return [batches[place] for place in spread_places(held, tokens, spread)]
+    count = 1
+    while count < len(batches) and sum(held[:count]) < tokens:
         count += 1
+    return list(batches[:count])
 
 
-def spread_places(rows: Sequence[Sequence[int]], tokens: int, least: int) -> list[int]:
-    """Places of the fewest samples, evenly spread over all, that hold so many tokens and are `least` at least."""
-    count = min(least, len(rows))
+def spread_places(lengths: Sequence[int], tokens: int, least: int) -> list[int]:
+    """Places of the fewest of so many tokens each, evenly spread, that hold `tokens` and are `least` at least."""
+    count = min(least, len(lengths))
     while True:
-        places = [(2 * n + 1) * len(rows) // (2 * count) for n in range(count)]
-        if count == len(rows) or sum(len(rows[place]) for place in places) >= tokens:
+        places = [(2 * n + 1) * len(lengths) // (2 * count) for n in range(count)]
+        if count == len(lengths) or sum(lengths[place] for place in places) >= tokens:
             return places
         count += 1
 
@@ -118,7 +118,7 @@ def spread_batches(
     pads: bool = True,
 ) -> list[Batch]:
     """Batches of the samples at `spread_places`."""
-    places = spread_places(rows, tokens, least)
+    places = spread_places([len(row) for row in rows], tokens, least)
     batches = make_batches([rows[place] for place in places], tokens_per_batch, device, pads=pads)
     for batch in batches:
         batch.rows = tuple(places[row] for row in batch.rows)

@@ -7,8 +7,7 @@ processes each runs its part of the batches and rounds its part of the weights; 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from snugfit import distributed
+from snugfit import distributed, machine
 from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, embedding_weights, open_head, open_model, outer_weights
 from snugfit.evaluation.measure import LOGITS as LOGITS_AT_ONCE
 from snugfit.evaluation.measure import SLICE
+from snugfit.evaluation.times import backward, forward
 from snugfit.machine import pick_device
 from snugfit.model import forward_pass
+from snugfit.model.experts import ExpertNames
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
 from snugfit.model.skeleton import Skeleton
@@ -220,19 +221,8 @@ class _Rates:
         variants = LayerVariants(subject, index, device)
         hidden = batch.hidden
         self._states = seconds_of_states(batch, device, folder)
-
-        def forward() -> None:
-            with torch.no_grad():
-                forward_pass.call_layer(variants.exact, index, batch, hidden)
-
-        def backward() -> None:
-            with torch.enable_grad():
-                start = hidden.detach().requires_grad_()
-                output = forward_pass.call_layer(variants.exact, index, batch, start)
-                torch.autograd.grad(output, start, torch.ones_like(output))
-
-        self._forward = self._time(forward, often=True)
-        self._backward = self._time(backward, often=True)
+        self._forward = self._time(partial(forward, variants.exact, index, batch, hidden), often=True)
+        self._backward = self._time(partial(backward, variants.exact, index, batch, hidden), often=True)
         self._load = self._time(lambda: LayerVariants(subject, index, device), often=True)
         self._time_variants(subject, variants, batch, settings)
         self._scored = sum(samples.tokens) / samples.total
@@ -254,12 +244,7 @@ class _Rates:
             self.first += max(0.0, first - second)
             self._rounding += second
             self._copy = max(self._copy, self._time(partial(variants.layer, choice)))
-            layer = variants.layer(choice)
-
-            def rounded(one: torch.nn.Module = layer) -> None:
-                with torch.no_grad():
-                    forward_pass.call_layer(one, variants.index, batch, batch.hidden)
-
+            rounded = partial(forward, variants.layer(choice), variants.index, batch, batch.hidden)
             self._rounded += self._time(rounded, often=True) / len(choices)
 
     def _batch(self, rows: list[tuple[int, ...]], subject: Subject, per_batch: int) -> Batch:
@@ -272,18 +257,10 @@ class _Rates:
         """Seconds of `work`; with `often` the least of runs behind the first, up to TIMED_RUNS within TIMED_SECONDS."""
         found: list[float] = []
         while not found or (often and (len(found) < 2 or (len(found) < TIMED_RUNS and sum(found) < TIMED_SECONDS))):
-            self._wait()
-            started = time.perf_counter()
-            work()
-            self._wait()
-            found.append(time.perf_counter() - started)
+            found.append(machine.timed(work, self._device).wall)
         least = min(found[1:] or found)
         self.first += max(0.0, found[0] - least)
         return least
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
     def _time_loss(self, subject: Subject, hidden: Tensor) -> float:
         """Seconds that the gradient of one token's loss takes."""
@@ -355,7 +332,7 @@ def _ones(layout: ModelLayout, skeleton: Skeleton, groups: tuple[Group, ...], in
     mixture = skeleton.experts.get(index)
     if mixture is not None:
         name = f"{layout.decoder}.{index}.{mixture.file_module}"
-        experts[name] = _experts(layout, f"{layout.decoder}.{index}.", mixture.names)
+        experts[name] = _experts(layout, f"{layout.decoder}.{index}.", mixture)
     layer = LayerStatistics(inputs, experts)
     return Statistics(
         snugfit="",
@@ -375,11 +352,11 @@ def _inputs(width: int) -> InputStatistics:
     return InputStatistics(1, 1.0, {}, encode_squares(torch.ones(width)))
 
 
-def _experts(layout: ModelLayout, prefix: str, names: Mapping[tuple[int, str, str], str]) -> ExpertStatistics:
-    count = 1 + max(expert for expert, _, _ in names)
+def _experts(layout: ModelLayout, prefix: str, mixture: ExpertNames) -> ExpertStatistics:
+    count = mixture.count
     widths = {
         role: layout.weights.tensors[prefix + name].shape[-1]
-        for (expert, role, parameter), name in names.items()
+        for (expert, role, parameter), name in mixture.names.items()
         if expert == 0 and parameter == "weight"
     }
     one = (1.0,) * count

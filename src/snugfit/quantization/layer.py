@@ -322,8 +322,10 @@ def _carry_on(run: LayerPass, layer: nn.Module) -> None:
 
     Of several processes this one runs some of the others' batches where it observes, in this layer and later ones.
     """
+    if not run.skeleton.carries_state or run.pieces is not None:
+        return
     others = [batch for batch in run.some if all(batch is not one for one in run.batches)]
-    if others and run.skeleton.carries_state and run.pieces is None:
+    if others:
         forward_pass.show_layer(layer, run.index, others, lambda _: None, run.states[0])
 
 

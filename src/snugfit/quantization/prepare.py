@@ -157,7 +157,7 @@ class PreparedRun:
         """This run with a few of its samples, spread over all."""
         assert self.dataset is not None
         samples = self.dataset.samples
-        places = spread_places(samples, SOME_TOKENS, SOME_SAMPLES)
+        places = spread_places([len(sample) for sample in samples], SOME_TOKENS, SOME_SAMPLES)
         some = make_dataset([samples[place] for place in places], self.dataset.source)
         return replace(self, dataset=some, has_few=True)
 

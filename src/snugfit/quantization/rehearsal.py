@@ -12,13 +12,13 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from snugfit import distributed
 from snugfit.evaluation.times import backward_time
 from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
 from snugfit.machine import Clock, Seconds, now
@@ -76,12 +76,14 @@ class Rehearsal:
         self._prepared, self._transfer = prepared, transfer
         self.device = prepared.device
         self.number = typical_unit(prepared)
-        self._real = run_batches(prepared, processes)
-        self._all = run_batches(prepared, 1)
+        self._all = self._some = run_batches(prepared)
+        blocks = [distributed.block(len(self._all), number, processes) for number in range(processes)]
+        self.run_tokens = max(
+            sum(batch.tokens.numel() for batch in self._all[some.start : some.stop]) for some in blocks
+        )
         self._division, self._of_run = self._divisions()
         self.batches = self._few_batches()
         self.tokens = sum(batch.tokens.numel() for batch in self.batches)
-        self.run_tokens = sum(batch.tokens.numel() for batch in self._real)
 
     @property
     def names(self) -> list[str]:
@@ -137,12 +139,12 @@ class Rehearsal:
         """How many tokens a pass of the run has for each of the same pass here."""
         if max_tokens is None:
             return self.run_tokens / self.tokens
-        some = some_of(self._prepared, self._all) or self._all
-        real, few = (forward_pass.some_batches(one, max_tokens) for one in (some, self.batches))
+        real, few = (forward_pass.some_batches(some, max_tokens) for some in (self._some, self.batches))
         return sum(b.tokens.numel() for b in real) / sum(b.tokens.numel() for b in few)
 
     def time(self, way: Way) -> LayerTime:
         """What a way takes of the layer."""
+        self._some = some_of(self._prepared.taking(way), self._all) or self._all
         tried = len(self._division.pieces[0].experts) if self._division.pieces else None
         watch = Watch(self.device, self._times_of(None) if self.batches else 0.0, tried)
         method = Timed(copy.deepcopy(way.method), watch, self._times_of)
@@ -265,12 +267,9 @@ def _format_of(plan: Plan, name: str) -> str:
     return "" if assignment is None or assignment.format is None else assignment.format.name
 
 
-def run_batches(prepared: PreparedRun, processes: int) -> list[Batch]:
-    """The samples in batches, those of the process that has the most of them."""
+def run_batches(prepared: PreparedRun) -> list[Batch]:
+    """The samples in batches."""
     if prepared.dataset is None:
         return []
     samples, pads = prepared.dataset.samples, prepared.skeleton.is_causal
-    batches = forward_pass.make_batches(samples, prepared.tokens_per_batch, torch.device("cpu"), pads=pads)
-    bounds = [number * len(batches) // processes for number in range(processes + 1)]
-    blocks = [batches[start:stop] for start, stop in pairwise(bounds)]
-    return max(blocks, key=lambda block: sum(batch.tokens.numel() for batch in block))
+    return forward_pass.make_batches(samples, prepared.tokens_per_batch, torch.device("cpu"), pads=pads)

@@ -59,9 +59,8 @@ class RunTime:
 def rough_seconds(prepared: PreparedRun) -> float:
     """About what a run takes, of shapes alone; within a factor of several."""
     plan, tokens = prepared.plan, prepared.dataset.tokens if prepared.dataset else 0
-    values = sum(plan.weights.tensors[name].elements for unit in plan.units[1:] for name in unit)
-    moved = sum(plan.weights.file_bytes(name) for unit in plan.units for name in unit)
-    operations = 2.0 * values * tokens / ROUGH_OPERATIONS[prepared.device.type]
+    moved = _source_bytes(plan)
+    operations = 2.0 * _values(plan, range(1, len(plan.units))) * tokens / ROUGH_OPERATIONS[prepared.device.type]
     return len(prepared.ways) * (operations + moved / ROUGH_BYTES[prepared.device.type]) / distributed.asked_for()
 
 
@@ -93,6 +92,7 @@ class _Estimate:
     def __init__(self, prepared: PreparedRun, transfer: Transfer, folder: Path | None) -> None:
         self._prepared, self._plan = prepared, prepared.plan
         self._device, self._processes = prepared.device, distributed.asked_for()
+        self._source = _source_bytes(self._plan)
         self._write = _writing(transfer, folder, min(TIMED_BYTES // 2, prepared.plan.bytes))
         self._rehearsal = Rehearsal(prepared, transfer, self._processes)
         self._read_rate = self._reading(transfer)
@@ -155,16 +155,12 @@ class _Estimate:
         """Of quantizing the model in one way; only the first one reads a source that fits into memory from the disk."""
         share = self._layers / self._processes
         work = time.weights * share + time.passes * self._layers
-        read, written = self._source_bytes() / self._read_rate, NO_TIME
-        if not first and self._source_bytes() < free_bytes(torch.device("cpu")):
+        read, written = self._source / self._read_rate, NO_TIME
+        if not first and self._source < free_bytes(torch.device("cpu")):
             read = 0.0
         if self._write is not None:
             written = self._write * (self._plan.bytes / self._processes)
         return Seconds(max(work.wall, read, written.wall), work.cpu + written.cpu)
-
-    def _source_bytes(self) -> int:
-        weights = self._plan.weights
-        return sum(weights.file_bytes(name) for unit in self._plan.units for name in unit)
 
     def _judged(self, time: LayerTime, predictions: Seconds) -> Seconds:
         """Of one model on the held-out samples, and of its KL."""
@@ -199,6 +195,11 @@ class _Estimate:
 def _values(plan: Plan, units: Sequence[int]) -> int:
     """What becomes of more values takes longer: those of all weights of units."""
     return sum(plan.weights.tensors[name].elements for number in units for name in plan.units[number])
+
+
+def _source_bytes(plan: Plan) -> int:
+    """Bytes of all weights in the source's files."""
+    return sum(plan.weights.file_bytes(name) for unit in plan.units for name in unit)
 
 
 def _writing(transfer: Transfer, folder: Path | None, size: int) -> Seconds | None:

@@ -113,17 +113,19 @@ class _Trying:
 
     def whole(self, way: Way) -> Run:
         """The run of a way with all samples; it is made now if the way was measured with a few."""
-        inner = _run_of(self._run, way, whole=True)
-        if distributed.from_main(_recalled(inner.directory)) is None:
-            self._run.progress.message(f"{way.name}, with all samples")
-            self._measure(inner, None, time.perf_counter())
-        return inner
+        return self._made(way)[0]
 
     def with_all(self, way: Way) -> Measured:
         """What is measured of a way with all samples."""
-        known = distributed.from_main(_recalled(self.whole(way).directory))
-        assert known is not None
-        return known
+        return self._made(way)[1]
+
+    def _made(self, way: Way) -> tuple[Run, Measured]:
+        inner = _run_of(self._run, way, whole=True)
+        known = distributed.from_main(_recalled(inner.directory))
+        if known is None:
+            self._run.progress.message(f"{way.name}, with all samples")
+            known = self._measure(inner, None, time.perf_counter())
+        return inner, known
 
     def _measure(self, inner: Run, start: Run | None, started: float) -> Measured:
         outcome = run_layers(inner) if start is None else learn(inner, start)
@@ -200,7 +202,7 @@ def _failed(run: Run, way: Way, count: int) -> Measured:
 def _run_of(run: Run, way: Way, *, whole: bool = False) -> Run:
     """The run that takes one way, in its own folder; with a few samples where these are enough, unless `whole`."""
     prepared = run.prepared.taking(way)
-    if prepared.few_are_enough and not whole:
+    if _has_few(run, way, whole=whole):
         prepared = prepared.on_few()
     directory = _folder(run, way, whole=whole)
     work = directory / WORK_NAME
@@ -213,8 +215,11 @@ def _run_of(run: Run, way: Way, *, whole: bool = False) -> Run:
 
 
 def _folder(run: Run, way: Way, *, whole: bool = False) -> Path:
-    few = run.prepared.taking(way).few_are_enough and not whole
-    return run.work / TRIALS_NAME / (f"{way.name}{FEW}" if few else way.name)
+    return run.work / TRIALS_NAME / (f"{way.name}{FEW}" if _has_few(run, way, whole=whole) else way.name)
+
+
+def _has_few(run: Run, way: Way, *, whole: bool) -> bool:
+    return not whole and run.prepared.taking(way).few_are_enough
 
 
 def _file(folder: Path) -> Path:
