@@ -145,9 +145,13 @@ def _measured(folder: Path, numbers: Mapping[str, int], tokens: int) -> dict[str
 def _keep(folder: Path, numbers: Mapping[str, int], found: Mapping[str, Array], new: Mapping[str, Any]) -> None:
     """Write down what a pass measured."""
     if distributed.is_main():
+        known = read_json(folder / _INDEX)
+        index = dict(known) if isinstance(known, dict) else {}
         for name in new:
-            _file(folder, numbers[name]).write_bytes(found[name].astype(np.float32).tobytes())
-        replace_json(folder / _INDEX, {name: zlib.crc32(kl.astype(np.float32).tobytes()) for name, kl in found.items()})
+            data = found[name].astype(np.float32).tobytes()
+            _file(folder, numbers[name]).write_bytes(data)
+            index[name] = zlib.crc32(data)
+        replace_json(folder / _INDEX, index)
     distributed.barrier()
 
 

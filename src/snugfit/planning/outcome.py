@@ -228,8 +228,10 @@ def _notes(found: Outcome) -> list[str]:
 def _note_of_simpler(found: Outcome) -> Iterator[str]:
     """What the mix in runs of layers saves and costs, where it is not the plan itself."""
     for name, mix in found.candidates:
+        if not name.startswith(RUNS_OF) or name == found.chosen:
+            continue
         fewer = _rules(found, mix), _rules(found, found.mix)
-        if name.startswith(RUNS_OF) and name != found.chosen and fewer[0] < fewer[1]:
+        if fewer[0] < fewer[1]:
             rules = f"{fewer[0]} rules in place of {fewer[1]}"
             more = nats(mix.predicted.kl - found.mix.predicted.kl)
             length = name.removeprefix(RUNS_OF).split()[0]

@@ -15,7 +15,7 @@ from snugfit.planning.scoring_cost import ScoringEstimate, estimate_scoring
 from snugfit.planning.sensitivity import GRADIENTS, SCORES, ScoreSettings, identity_of
 from snugfit.progress import duration
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory
-from snugfit.quantization.resume import IDENTITY, FinishedUnits, work_folder
+from snugfit.quantization.resume import check_resumable, work_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,10 +81,10 @@ def estimate_plan(
 
 def _check_resumable(prepared: Prepared, folder: Path, *, force: bool) -> None:
     """Raise what scoring would raise of an unfinished run whose gradients are in `folder`; write nothing."""
-    if prepared.samples is not None and prepared.scores is None and (folder / IDENTITY).exists():
+    if prepared.samples is not None and prepared.scores is None:
         proof = prepared.request.proof
         decided = prepared.layout, prepared.samples, prepared.score_settings(), proof.device, proof.tokens_per_batch
-        FinishedUnits(folder, identity_of(*decided), force=force)
+        check_resumable(folder, identity_of(*decided), force=force)
 
 
 def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = None) -> PlanEstimate:

@@ -7,7 +7,6 @@ however good its prediction was.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +38,7 @@ from snugfit.quantization.resume import stamps
 from snugfit.records.evaluation import TextRecord
 from snugfit.records.proof import ALL_TEXTS, Measured, Proof, Proved
 from snugfit.records.scores import Predicted, Scores
-from snugfit.records.statistics_file import Statistics
+from snugfit.records.statistics_file import Statistics, text_digest
 from snugfit.records.trials import MIN_GAIN, judge
 from snugfit.records.trials import Measured as Tried
 from snugfit.storage.checkpoint import header_digest
@@ -133,17 +132,13 @@ def _identity(
     return {
         "source": header_digest(layout.checkpoint),
         "source_files": stamps(layout.checkpoint),
-        "statistics": _digest(statistics.to_json()),
-        "samples": _digest(json.dumps([list(map(int, row)) for row in rows])),
+        "statistics": text_digest(statistics.to_json()),
+        "samples": text_digest(json.dumps([list(map(int, row)) for row in rows])),
         "plans": [[plan.name, dict(plan.choice)] for plan in plans],
         "device": device.type,
         "hardware": hardware(device),
         "versions": versions() | {"snugfit": __version__},
     }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_held_out(

@@ -181,7 +181,11 @@ class SharedPass:
 
     def _done(self, finished: FinishedUnits | None, transfer: Transfer, batches: Mapping[int, Sequence[Batch]]) -> int:
         """The number of layers whose states are in the files."""
-        if finished is None or not finished.done:
+        if finished is None:
+            return 0
+        if self._subject.model.skeleton.carries_state:  # what layers pass on besides is in memory alone
+            finished.go_back(0)
+        if not finished.done:
             return 0
         with ExitStack() as stack:
             files = self._files(stack, transfer, finished.done, batches)
@@ -189,7 +193,7 @@ class SharedPass:
             held = distributed.by_main(
                 lambda: len(entry) == len(files) and all(files[int(n)].holds(some) for n, some in entry.items())
             )
-        if not held or self._subject.model.skeleton.carries_state:
+        if not held:
             finished.go_back(0)
         return finished.done
 

@@ -205,7 +205,7 @@ class PreparedRun:
                 check_no_links(Path(output_dir))
                 identity = self.identity()
                 if not can_adopt(work, identity):
-                    check_resumable(Path(output_dir), identity, force=force_resume)
+                    check_resumable(work, identity, force=force_resume)
 
     def report(self, progress: Progress) -> None:
         """Say what the run will need, and what a person should know of it."""

@@ -122,9 +122,8 @@ def work_folder(output_dir: Path) -> Path:
     return output_dir.with_name(output_dir.name + ".partial") / WORK_NAME
 
 
-def check_resumable(output_dir: Path, identity: Mapping[str, Any], *, force: bool = False) -> None:
-    """Raise what FinishedUnits would raise for the unfinished run of `output_dir`, if there is one; write nothing."""
-    folder = work_folder(output_dir)
+def check_resumable(folder: Path, identity: Mapping[str, Any], *, force: bool = False) -> None:
+    """Raise what FinishedUnits would raise for the unfinished run in a work folder, if there is one; write nothing."""
     if (folder / IDENTITY).exists() or any(folder.glob(unit_name("*"))):
         FinishedUnits(folder, identity, force=force)
 
