@@ -77,20 +77,80 @@ def processors() -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Free memory of the device; for the CPU the memory that Linux calls available, on other systems half of all.
+    """Free memory of the device, in bytes, within the limits that this process was given; never below 0.
 
-    Of several processes on this machine each has its part of the CPU's.
+    Of a GPU what the driver calls free, and what torch's share of a process leaves
+    (`torch.cuda.set_per_process_memory_fraction`). Of the CPU what Linux calls available (on other systems half of
+    all), what the limits of its cgroups leave, and what RLIMIT_DATA and RLIMIT_AS do. Of several processes on this
+    machine each has its part of the CPU's.
     """
     import torch
 
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        return max(0, min(free, allowed - torch.cuda.memory_reserved(device)))
+    shared = min([_available_bytes(), *_left_by_cgroups()]) // distributed.local_size()
+    return max(0, min([shared, *_left_by_own_limits()]))
+
+
+def _available_bytes() -> int:
+    """Memory of this machine that Linux calls available; half of all on other systems."""
     table = Path("/proc/meminfo")
     if table.exists():
         available = re.search(r"MemAvailable:\s+(\d+) kB", table.read_text(encoding="ascii"))
         if available:
-            return int(available.group(1)) * 1024 // distributed.local_size()
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // (2 * distributed.local_size())
+            return int(available.group(1)) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _left_by_own_limits() -> list[int]:
+    """What the limits of this process alone leave, on Linux: its private writable memory, its address space."""
+    kinds = ((resource.RLIMIT_DATA, "VmData"), (resource.RLIMIT_AS, "VmSize"))
+    softs = ((resource.getrlimit(kind)[0], key) for kind, key in kinds)
+    return [soft - _status_bytes(key) for soft, key in softs if soft != resource.RLIM_INFINITY]
+
+
+@dataclass(frozen=True)
+class _CgroupFiles:
+    """How a version of Linux's cgroups names a group's limit, its use, and the part that is pages of files."""
+
+    limit: str
+    used: str
+    pages: tuple[str, ...]
+
+
+_CGROUP_1 = _CgroupFiles(
+    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
+)
+_CGROUP_2 = _CgroupFiles("memory.max", "memory.current", ("active_file", "inactive_file"))
+
+
+def _left_by_cgroups(groups: Path = Path("/proc/self/cgroup"), mount: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """What the memory limits of this process's cgroups and of those around them leave; pages of files can go.
+
+    A container may see its own group as the root of `mount`, under another path than `groups` has.
+    """
+    left = []
+    with suppress(OSError):
+        for line in groups.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            root, files = (mount, _CGROUP_2) if not controllers else (mount / "memory", _CGROUP_1)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            inside = Path(path.lstrip("/"))
+            left += [found for part in (inside, *inside.parents) if (found := _left_by(root / part, files)) is not None]
+    return left
+
+
+def _left_by(group: Path, files: _CgroupFiles) -> int | None:
+    """What one cgroup leaves; None if it has no limit, or none that can be read."""
+    with suppress(OSError, ValueError):
+        limit, used = (int((group / name).read_text(encoding="ascii")) for name in (files.limit, files.used))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        table = dict(line.split(maxsplit=1) for line in lines)
+        return limit - used + sum(int(table.get(name, 0)) for name in files.pages)
+    return None
 
 
 def reset_peak_gpu_bytes(device: torch.device) -> None:

@@ -160,8 +160,7 @@ def _linear(module: str, out_features: int, in_features: int, storage: Storage) 
     yield f"{module}.weight_scale_inv", "F32", (-(-out_features // BLOCK), -(-in_features // BLOCK))
 
 
-def _minimax_tensors(storage: Storage) -> Iterator[Tensor]:
-    c = MINIMAX_M2
+def _minimax_tensors(storage: Storage, c: dict[str, Any] = MINIMAX_M2) -> Iterator[Tensor]:
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     queries, keys = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
     yield "model.embed_tokens.weight", "BF16", (c["vocab_size"], hidden)
@@ -194,19 +193,37 @@ def _minimax_tensors(storage: Storage) -> Iterator[Tensor]:
 
 
 def deepseek_v3_layers(
-    directory: Path, *, experts: int = 256, vocabulary: int = 4096, values_of_experts: int = 2
+    directory: Path, *, experts: int = 256, vocabulary: int = 4096, values_of_experts: int = 2, dense: int = 1
 ) -> Path:
-    """DeepSeek-V3's shape with two layers, one dense and one of 256 experts, in FP8: 12 GB, of which few are on disk.
+    """DeepSeek-V3's shape with two layers in FP8, of which `dense` have no experts; with 256 a layer of 12 GB.
 
-    All weights outside the experts have values, of the experts the first `values_of_experts`; the others are zeros.
+    All weights outside the experts have values, of the experts the first `values_of_experts`; the others are zeros that
+    take no space on the disk.
     """
-    changed = {"num_hidden_layers": 2, "first_k_dense_replace": 1, "num_nextn_predict_layers": 0}
+    changed = {"num_hidden_layers": 2, "first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
     changed |= {"vocab_size": vocabulary, "n_routed_experts": experts}
     config = DEEPSEEK_V3 | changed | {"quantization_config": dict(FP8)}
     found = write_sparse_model(directory, config, list(_deepseek_tensors("fp8", config)))
+    return _with_values(found, values_of_experts)
+
+
+def minimax_m2_layers(
+    directory: Path, *, experts: int = 256, vocabulary: int = 4096, values_of_experts: int = 2
+) -> Path:
+    """The same of two layers of MiniMax-M2's shape: 3.7 GB a layer with 256 experts."""
+    changed = {"num_hidden_layers": 2, "num_local_experts": experts, "vocab_size": vocabulary, "num_mtp_modules": 0}
+    kept = ["gate", "e_score_correction_bias", "lm_head"]
+    quantization = FP8 | {"fmt": "float8_e4m3fn", "modules_to_not_convert": kept}
+    config = MINIMAX_M2 | changed | {"quantization_config": quantization}
+    found = write_sparse_model(directory, config, list(_minimax_tensors("fp8", config)))
+    return _with_values(found, values_of_experts)
+
+
+def _with_values(model: Path, values_of_experts: int) -> Path:
+    """The model with values in all weights outside the experts, and in the first `values_of_experts` of each layer."""
     number = re.compile(r"\.experts\.(\d+)\.")
     generator = np.random.default_rng(0)
-    for file in sorted(found.glob("*.safetensors")):
+    for file in sorted(model.glob("*.safetensors")):
         with file.open("r+b") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
@@ -216,7 +233,7 @@ def deepseek_v3_layers(
                     continue
                 stream.seek(8 + length + info["data_offsets"][0])
                 stream.write(_values(generator, info["dtype"], math.prod(info["shape"]), norm="norm" in name))
-    return found
+    return model
 
 
 def _values(generator: np.random.Generator, dtype: str, count: int, *, norm: bool) -> bytes:
