@@ -241,6 +241,29 @@ def add_up(tensor: Tensor) -> None:
         part.copy_(total)
 
 
+def added_in_order(mine: Sequence[Tensor]) -> Tensor | None:
+    """The sum of the terms of all processes, which all call it: those of the first one first, each one's in order.
+
+    Each process adds its own to the sum of those before it: the bits are those of one process that has all, and none
+    holds the terms of another. None if there are no terms; a single term may be returned itself.
+    """
+    import torch
+
+    total: Tensor | None = None
+    for owner, stated in enumerate(gather((mine[0].shape, mine[0].dtype) if mine else None)):
+        if stated is None:
+            continue
+        if owner == rank():
+            for term in mine:  # on the device that the sum is on: processes work on theirs
+                total = term if total is None else total + term
+        else:
+            total = torch.empty(stated[0], dtype=stated[1], device=device())
+        if total is not None and world_size() > 1:
+            total = total.to(device()).contiguous()
+            send(total, owner)
+    return total
+
+
 def in_all(work: Callable[[], Result]) -> Result:
     """What `work` gives in this process; if it raises a UserError in any, all raise one, which the main one reports."""
     if world_size() == 1:

@@ -120,9 +120,7 @@ class _CgroupFiles:
     pages: tuple[str, ...]
 
 
-_CGROUP_1 = _CgroupFiles(
-    "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")
-)
+_CGROUP_1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 _CGROUP_2 = _CgroupFiles("memory.max", "memory.current", ("active_file", "inactive_file"))
 
 

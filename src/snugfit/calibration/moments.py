@@ -90,27 +90,30 @@ class MomentsObserver:
 
 
 class BatchSums:
-    """A sum over batches, in their order; where several processes share them, its terms until `share` is called."""
+    """A sum over batches, in their order.
+
+    Where several processes share them, the first of which has the first ones, the others keep their terms until `share`
+    is called.
+    """
 
     def __init__(self) -> None:
-        self._shared = distributed.world_size() > 1
+        self._keeps = distributed.rank() > 0
         self._terms: list[tuple[int, Tensor]] = []
         self._total: Tensor | None = None
         self.device = distributed.device()
 
     def add(self, term: Tensor, number: int) -> None:
         """Add what comes of batch `number`."""
-        if self._shared:
+        if self._keeps:
             self._terms.append((number, term))
         else:
             self._total = term if self._total is None else self._total + term
 
     def share(self) -> None:
         """Add the terms of all processes, which all call it."""
-        found = distributed.gather_tensors(self._terms)
-        self._terms, self._shared = [], False
-        for number, term in sorted(found, key=lambda term: term[0]):
-            self.add(term, number)
+        terms = [term for _, term in sorted(self._terms, key=lambda one: one[0])]
+        self._total = distributed.added_in_order(terms if self._total is None else [self._total])
+        self._terms, self._keeps = [], False
 
     def total(self) -> Tensor | None:
         """The sum, of this process alone before `share`; None if nothing came."""
@@ -285,10 +288,8 @@ class ExpertMoments(NoHooks):
         self._down: Tensor | None = None
         self._counts: Tensor | None = None
         self._number = 0
-        # of several processes, each batch's own sums until `share` is called
-        self._apart: dict[int, tuple[Tensor, Tensor | None, Tensor]] | None = (
-            {} if distributed.world_size() > 1 else None
-        )
+        # of other processes than the first, which has the first batches: each batch's own sums until `share` is called
+        self._apart: dict[int, tuple[Tensor, Tensor | None, Tensor]] | None = {} if distributed.rank() > 0 else None
 
     def before(self, batch: Batch) -> None:
         """Note which tokens of the coming batch are real."""
@@ -304,21 +305,16 @@ class ExpertMoments(NoHooks):
 
     def share(self) -> None:
         """Take in what all processes have taken in, which all call it."""
-        if self._apart is None:
+        if distributed.world_size() == 1:
             return
         self._keep()
-        mine = [
-            ((number, place), term)
-            for number, sums in self._apart.items()
-            for place, term in enumerate(sums)
-            if term is not None
-        ]
+        apart = {0: (self._gate_up, self._down, self._counts)} if self._apart is None else self._apart
         self._apart = None
-        totals: list[Tensor | None] = [None, None, None]
-        for (_, place), term in sorted(distributed.gather_tensors(mine), key=lambda one: one[0]):
-            before = totals[place]
-            totals[place] = term if before is None else before + term
-        self._gate_up, self._down, self._counts = totals
+        by_batch = [sums for _, sums in sorted(apart.items(), key=lambda one: one[0])]
+        self._gate_up, self._down, self._counts = (
+            distributed.added_in_order([sums[place] for sums in by_batch if sums[place] is not None])
+            for place in range(3)
+        )
         if self._sampled:
             self._samples = even_samples(self._watched)
 

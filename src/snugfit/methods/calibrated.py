@@ -23,7 +23,7 @@ from snugfit.calibration.moments import ExpertMoments, Moments, MomentsObserver
 from snugfit.engines.fused import group_modules
 from snugfit.formats import fp8, int4, mxfp4, nvfp4
 from snugfit.formats.grids import powers_of_two
-from snugfit.formats.quantized_weight import QuantizedWeight
+from snugfit.formats.quantized_weight import QuantizedWeight, stack
 from snugfit.formats.spec import EFFORT, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
 from snugfit.methods import folds as folding
 from snugfit.methods.channel_scales import channel_scales
@@ -38,6 +38,7 @@ from snugfit.methods.mixture_folds import fold_norm
 from snugfit.methods.powers_of_two import block_scales as block_scales_of_two
 from snugfit.methods.powers_of_two import exact_global_scale
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
+from snugfit.methods.rounding import slice_outputs
 from snugfit.methods.scales import block_scales, global_scale, largest_magnitude
 from snugfit.model import emulate, experts
 from snugfit.model.experts import DOWN
@@ -53,11 +54,18 @@ STRENGTHS = ((0.15, 0.35), (0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.25, 0.0), (0.5
 class Scales:
     """The scales of one weight [N, K], chosen; `steps` says what they are for each value.
 
-    `encode` makes codes of values on the grid, fp32 [n, K] of output features start..stop.
+    `quantize` makes codes of values, fp32 [n, K], and of the `rows` of scales that belong to their output features.
     """
 
     steps: Steps
-    encode: Callable[[Tensor], QuantizedWeight]
+    quantize: Callable[..., QuantizedWeight]
+    rows: tuple[Tensor, ...]
+
+    def encode(self, values: Tensor) -> QuantizedWeight:
+        """Codes of values on the grid, fp32 [N, K], a slice of output features at a time."""
+        count = slice_outputs(values)
+        parts = zip(values.split(count), *(one.split(count) for one in self.rows), strict=True)
+        return stack([self.quantize(*part) for part in parts])
 
 
 @dataclass(frozen=True)
@@ -352,15 +360,23 @@ class Calibrated:
         for name in names:
             weight, scales = exact.pop(name), chosen.pop(name)
             values = round_weight(weight, scales.steps, feedback, gram, self.sweeps)
-            square = weight.double().square().sum() if weight.device.type == "cpu" else weight.square().sum().double()
-            error = (weight - values).square_().sum().double()
-            relative = torch.where(square == 0, 0.0, error / square)
+            relative = _relative_error(weight, values)
             codes, kept = scales.encode(values), None
             if purpose.runs and name in purpose.buffers:
                 purpose.buffers[name].copy_(values)
             elif purpose.runs:
                 kept = values.to(dtype)
             yield Choice(name=name, codes=codes, weight_16bit=kept, relative_error=relative, scale_rule=rule)
+
+
+def _relative_error(weight: Tensor, values: Tensor) -> Tensor:
+    """sum((values - weight)^2) / sum(weight^2) of fp32 [N, K], fp64 (); 0 for a weight of zeros."""
+    error, square = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    count = slice_outputs(weight)
+    for exact, found in zip(weight.split(count), values.split(count), strict=True):
+        square += (exact.double() if exact.device.type == "cpu" else exact).square().sum()
+        error += (exact - found).square_().sum()
+    return torch.where(square == 0, 0.0, error / square)
 
 
 def _kept(group: WeightGroup, observed: Observed | None) -> Iterator[Choice]:
@@ -426,22 +442,24 @@ def _nvfp4(weight: Tensor, shared: Tensor, importance: Tensor) -> Scales:
 
 def _nvfp4_under(scales: Tensor, shared: Tensor) -> Scales:
     step = (scales.float() * shared).repeat_interleave(NVFP4_BLOCK, dim=1)
-    return Scales(Steps("e2m1", step), lambda values: nvfp4.quantize(values, scales, shared))
+    return Scales(Steps("e2m1", step), lambda values, some: nvfp4.quantize(values, some, shared), (scales,))
 
 
 def _mxfp4(weight: Tensor, importance: Tensor) -> Scales:
     exponents = block_exponents(weight, "weighted", importance)
     step = powers_of_two(exponents).repeat_interleave(MXFP4_BLOCK, dim=1)
-    return Scales(Steps("e2m1", step), lambda values: mxfp4.quantize(values, exponents))
+    return Scales(Steps("e2m1", step), mxfp4.quantize, (exponents,))
 
 
 def _fp8(weight: Tensor, importance: Tensor, dtype: torch.dtype) -> Scales:
     scale = channel_scales(weight, dtype, importance)
-    return Scales(Steps("e4m3", scale.float().expand_as(weight)), lambda values: fp8.quantize_under(values, scale))
+    return Scales(Steps("e4m3", scale.float().expand_as(weight)), fp8.quantize_under, (scale,))
 
 
 def _int4(weight: Tensor, fmt: TensorFormat, importance: Tensor, dtype: torch.dtype) -> Scales:
     scale, zero_point = integer_scales(weight.to(dtype), fmt.group_size, fmt.symmetric, importance)
     step = scale.float().repeat_interleave(fmt.group_size, dim=1)
-    zero = None if zero_point is None else zero_point.float().repeat_interleave(fmt.group_size, dim=1)
-    return Scales(Steps("int4", step, zero), lambda values: int4.quantize_under(values, scale, zero_point))
+    if zero_point is None:
+        return Scales(Steps("int4", step), lambda values, some: int4.quantize_under(values, some, None), (scale,))
+    zero = zero_point.float().repeat_interleave(fmt.group_size, dim=1)
+    return Scales(Steps("int4", step, zero), int4.quantize_under, (scale, zero_point))

@@ -96,17 +96,17 @@ def round_weight(
     """
     slices = -(-weight.numel() // SLICE[weight.device.type])
     rows = -(-len(weight) // slices)
-    found = []
+    found = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for start in range(0, len(weight), rows):
         part, of_part = weight[start : start + rows], steps.rows(start, start + rows)
         if feedback is None:
-            found.append(nearest(part, of_part.step, of_part.zero, of_part.grid))
-            continue
-        values = round_with_feedback(part, of_part, feedback)
-        if sweeps and gram is not None:
-            values = descend(part, values, of_part, gram, sweeps)
-        found.append(values)
-    return torch.cat(found)
+            values = nearest(part, of_part.step, of_part.zero, of_part.grid)
+        else:
+            values = round_with_feedback(part, of_part, feedback)
+            if sweeps and gram is not None:
+                values = descend(part, values, of_part, gram, sweeps)
+        found[start : start + rows] = values
+    return found
 
 
 def round_with_feedback(weight: Tensor, steps: Steps, feedback: Feedback) -> Tensor:

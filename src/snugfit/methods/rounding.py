@@ -97,7 +97,7 @@ def round_and_compare(
         parts: list[QuantizedWeight] = []
         error, square = torch.zeros(2, dtype=torch.float64, device=weight.device)
         start = 0
-        for part in weight.split(_slice_outputs(weight)):
+        for part in weight.split(slice_outputs(weight)):
             parts.append(rounding(part))
             found = dequantize(parts[-1])
             if kept is not None:
@@ -110,7 +110,7 @@ def round_and_compare(
         yield Rounded(name, stack(parts), kept, torch.where(square == 0, 0.0, error / square))
 
 
-def _slice_outputs(weight: Tensor) -> int:
-    """Output features of a slice."""
+def slice_outputs(weight: Tensor) -> int:
+    """How many output features of a weight [N, K] are rounded at once."""
     outputs = SLICE[weight.device.type] // max(1, weight.shape[1])
     return max(1, outputs // _SLICE_MULTIPLE) * _SLICE_MULTIPLE

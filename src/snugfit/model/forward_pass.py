@@ -68,23 +68,34 @@ def make_batches(
 
     Without `pads` only samples of one length are in a batch, for layers that are not causal.
     """
-    width_of = _width if pads else len
-    order = sorted(range(len(rows)), key=lambda r: (-width_of(rows[r]), r))
     batches: list[Batch] = []
-    start = first = 0
-    while start < len(order):
-        width = width_of(rows[order[start]])
-        size = max(1, tokens_per_batch // width)
-        members = [r for r in order[start : start + size] if width_of(rows[r]) == width]
+    first = 0
+    for members, padded_to in _members([len(row) for row in rows], tokens_per_batch, pads=pads):
         lengths = tuple(len(rows[r]) for r in members)
-        if len(set(lengths)) == 1:
-            width = lengths[0]  # nothing to pad
+        width = lengths[0] if len(set(lengths)) == 1 else padded_to  # the first: nothing to pad
         padded = [[*rows[r], *([0] * (width - len(rows[r])))] for r in members]
         tokens = torch.tensor(padded, dtype=torch.int64, device=device)
         batches.append(Batch(tuple(members), tokens, lengths, number=len(batches), first=first))
-        start += len(members)
         first += sum(lengths)
     return batches
+
+
+def number_of_batches(lengths: Sequence[int], tokens_per_batch: int, *, pads: bool = True) -> int:
+    """How many batches `make_batches` makes of samples of these lengths."""
+    return sum(1 for _ in _members(lengths, tokens_per_batch, pads=pads))
+
+
+def _members(lengths: Sequence[int], tokens_per_batch: int, *, pads: bool) -> Iterator[tuple[list[int], int]]:
+    """The samples of each batch, and the length that they are padded to."""
+    widths = [_width(length) if pads else length for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda r: (-widths[r], r))
+    start = 0
+    while start < len(order):
+        width = widths[order[start]]
+        size = max(1, tokens_per_batch // width)
+        members = [r for r in order[start : start + size] if widths[r] == width]
+        yield members, width
+        start += len(members)
 
 
 def some_batches(batches: Sequence[Batch], tokens: int, spread: int = 1) -> list[Batch]:
@@ -125,10 +136,10 @@ def spread_batches(
     return batches
 
 
-def _width(row: Sequence[int]) -> int:
+def _width(length: int) -> int:
     """The length that a sample is padded to: each width costs masks of its own, eight lie between doublings."""
-    multiple = max(ROW_MULTIPLE, 1 << max(0, len(row).bit_length() - 4))
-    return -(-len(row) // multiple) * multiple
+    multiple = max(ROW_MULTIPLE, 1 << max(0, length.bit_length() - 4))
+    return -(-length // multiple) * multiple
 
 
 @torch.no_grad()

@@ -11,11 +11,15 @@ from typing import Any
 
 import torch
 
+from snugfit import distributed
+from snugfit.calibration.moments import SAMPLED_OF_EXPERT
 from snugfit.data.dataset import Dataset
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.machine import free_bytes, rss_bytes
 from snugfit.methods.rounding import SLICE
+from snugfit.model.experts import DOWN
+from snugfit.model.forward_pass import number_of_batches
 from snugfit.model.hidden_states import IN_FLIGHT
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.division import Division, divide, groups_of_units, read_ahead_bytes
@@ -28,8 +32,10 @@ from snugfit.storage.transfer import CONNECTIONS, COPIERS, REMOTE_AHEAD_BYTES, W
 _COPIES = 6
 # what a layer holds of a batch at once, in hidden states and in MLP widths
 _STATES, _WIDTHS = 6, 3
-# of GPTQ: copies of the largest E[x x^T] while it is factored, copies in fp32 of the largest fused group of weights
-_SQUARES, _GROUPS = 4, 5
+# of a choice by inputs: copies in fp32 of the largest fused group of weights, also with GPTQ; of GPTQ: copies of the
+# largest E[x x^T] while it is factored
+_GROUPS, _GROUPS_OF_GPTQ, _SQUARES = 4, 5, 4
+_SUMS = 3  # of what is added up of experts' inputs: the sums, and what means are made of
 # of learned scales: tokens of a step, logits at once; what the insides of a layer hold of a token in its backward pass
 LEARNED_TOKENS = 4096
 LEARNED_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
@@ -103,8 +109,9 @@ def estimate_run(
     itemsize = max(itemsize, skeleton.dtype.itemsize)
     hidden = skeleton.hidden_size * itemsize
     tokens = dataset.tokens if dataset else 0
-    longest = max(map(len, dataset.samples)) if dataset else 0
-    batch = min(tokens, max(tokens_per_batch, longest))
+    lengths = [len(sample) for sample in dataset.samples] if dataset else []
+    batch = min(tokens, max(tokens_per_batch, *lengths, 0))
+    batches = number_of_batches(lengths, tokens_per_batch, pads=skeleton.is_causal)
     readers = WORKERS[device.type] if plan.checkpoint.remote is None else CONNECTIONS
     moving = (readers + WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
     in_flight = 2 * IN_FLIGHT * batch * hidden  # hidden states read ahead and written behind
@@ -125,7 +132,9 @@ def estimate_run(
                 activations += in_flight
                 if divisions[number].pieces:  # what comes to experts, and what they add up
                     activations += 2 * batch * (hidden + _SUM_BYTES * skeleton.hidden_size)
-            exact = (layer.exact if observes else 0) + (_correlations(plan, unit) if correlates else 0)
+            exact = _sums_of_experts(plan, skeleton, number, batches) if observes or plan.recipe is None else 0
+            if observes:
+                exact += layer.exact + _choice_by_inputs(plan, unit, groups[number], correlates=correlates)
             work = max(work, ahead + exact + max(rounding, layer.values + 2 * layer.codes + group + activations))
             continue
         quantized = [name for name in unit if (a := plan.assignments.get(name)) and a.format and not a.keeps_codes]
@@ -177,14 +186,47 @@ def estimate_learning(
     return Estimate(ram=rss_bytes() + _CUDA_HOST + kept, gpu=on_device, disk=0)
 
 
-def _correlations(plan: Plan, unit: tuple[str, ...]) -> int:
-    """Bytes of second moments of the inputs of a layer's linears, and of what is made of the largest for one group."""
-    follows = [name for name in unit if (a := plan.assignments.get(name)) and a.follows_effort]
-    names = [name.removesuffix(".weight") for name in follows if ".experts." not in name]
-    shapes = [[plan.weights.tensors[f"{name}.weight"].shape for name in group] for group in group_modules(names)]
+def _choice_by_inputs(plan: Plan, unit: Sequence[str], groups: Sequence[tuple[str, ...]], *, correlates: bool) -> int:
+    """Bytes of what is made of a fused group of a layer's weights that follow the effort, while codes are chosen.
+
+    With `correlates` also of second moments of the inputs of all linears, and of what is made of the largest.
+    """
+    tensors = plan.weights.tensors
+    sizes = (sum(tensors[name].elements for name in group) for group in groups if _follows(plan, group[0]))
+    choice = _GROUPS * 4 * max(sizes, default=0)
+    if not correlates:
+        return choice
+    names = [name.removesuffix(".weight") for name in unit if _follows(plan, name) and ".experts." not in name]
+    shapes = [[tensors[f"{name}.weight"].shape for name in group] for group in group_modules(names)]
     squares = [4 * group[0][-1] ** 2 for group in shapes]
     group = max((sum(4 * n * k for n, k in group) for group in shapes), default=0)
-    return sum(squares) + _SQUARES * max(squares, default=0) + _GROUPS * group
+    return sum(squares) + max(choice, _SQUARES * max(squares, default=0) + _GROUPS_OF_GPTQ * group)
+
+
+def _follows(plan: Plan, name: str) -> bool:
+    assignment = plan.assignments.get(name)
+    return assignment is not None and assignment.follows_effort
+
+
+def _sums_of_experts(plan: Plan, skeleton: Skeleton, number: int, batches: int) -> int:
+    """Bytes of what is added up and sampled of what comes to each routed expert of unit `number`, all at once.
+
+    Of several processes all but the first hold the sums of each of their batches.
+    """
+    mixture = skeleton.experts.get(number - 1)
+    if mixture is None:
+        return 0
+    prefix = f"{plan.decoder}.{number - 1}."
+    names = {role: f"{prefix}{name}" for (_, role, what), name in mixture.names.items() if what == "weight"}
+    if plan.recipe is not None and not any(_follows(plan, name) for name in names.values()):
+        return 0
+    found = {role: plan.weights.tensors.get(name) or skeleton.stacks.tensors[name] for role, name in names.items()}
+    down = found[DOWN].shape[-1]
+    inputs = max(info.shape[-1] for role, info in found.items() if role != DOWN)
+    processes = distributed.asked_for()
+    held = _SUMS if processes == 1 else _SUMS + -(-batches // processes)
+    samples = 0 if plan.recipe is None else 2 * SAMPLED_OF_EXPERT * (1 + processes) * down * skeleton.dtype.itemsize
+    return mixture.count * (4 * held * (inputs + down) + samples)
 
 
 def ahead_of(plan: Plan, divisions: Sequence[Division], device: torch.device) -> int:
