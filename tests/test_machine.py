@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from snugfit import machine
+from snugfit import distributed, machine
 
 CPU = torch.device("cpu")
 
@@ -78,7 +78,7 @@ def test_limits_of_the_process_count(kind: int, key: str) -> None:
 def test_processes_share_what_a_group_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of several processes has its part of a cgroup's limit."""
     monkeypatch.setattr(machine, "_left_by_cgroups", lambda: [1000])
-    monkeypatch.setattr(machine.distributed, "local_size", lambda: 4)
+    monkeypatch.setattr(distributed, "local_size", lambda: 4)
     assert machine.free_bytes(CPU) == 250
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+
 from helpers.killed import in_child
 from helpers.ranks import in_ranks
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
-
 from snugfit import distributed
 from snugfit.calibration.moments import ExpertMoments
 from snugfit.formats.spec import EFFORT, TensorFormat

@@ -312,7 +312,7 @@ class ExpertMoments(NoHooks):
         self._apart = None
         by_batch = [sums for _, sums in sorted(apart.items(), key=lambda one: one[0])]
         self._gate_up, self._down, self._counts = (
-            distributed.added_in_order([sums[place] for sums in by_batch if sums[place] is not None])
+            distributed.added_in_order([term for sums in by_batch if (term := sums[place]) is not None])
             for place in range(3)
         )
         if self._sampled:
