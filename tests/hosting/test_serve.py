@@ -22,7 +22,7 @@ from helpers.errors import raises
 from helpers.tiny_families import random_rows, write_rows
 from snugfit.benchmarking.plan import BenchOptions
 from snugfit.cli.app import app
-from snugfit.engines.launch import LAUNCHES, asks_for_fp8_cache, given
+from snugfit.engines.launch import LAUNCHES, asks_for_fp8_cache, given, layers_in_16_bits
 from snugfit.engines.refusals import REFUSALS, explain
 from snugfit.errors import UserError
 from snugfit.hosting import guard
@@ -294,6 +294,41 @@ def test_commands_of_each_engine() -> None:
     assert asks_for_fp8_cache(vllm, ["--x", "--kv-cache-dtype=fp8_e4m3"])
     assert not asks_for_fp8_cache(vllm, ["--kv-cache-dtype", "auto", "fp8"])
     assert not given("--max-model-len", ["--max-model-lens"])
+
+
+@pytest.mark.parametrize(
+    ("extra", "layers"),
+    [
+        ([], ()),
+        (["--kv-cache-dtype-skip-layers", "0", "5", "--enforce-eager", "7"], (0, 5)),
+        (["--kv_cache_dtype_skip_layers=3"], (3,)),
+        (["--kv-cache-dtype-skip-layers", "0", "--kv-cache-dtype-skip-layers", "1"], (1,)),
+        (["--kv-cache-dtype-skip-layers", "sliding_window"], None),
+    ],
+)
+def test_layers_that_keep_16_bits_are_read(extra: list[str], layers: tuple[int, ...] | None) -> None:
+    """The engine's own option says which layers keep 16 bits; kinds of layers are not known."""
+    assert layers_in_16_bits(LAUNCHES["vllm"], extra) == layers
+    assert layers_in_16_bits(LAUNCHES["sglang"], extra) == ()
+
+
+def test_layers_that_keep_16_bits_are_predicted(model: Path) -> None:
+    """An FP8 cache beside which a layer keeps 16 bits has room for as many tokens as that leaves."""
+
+    def predicted(*extra: str) -> ServeRecord:
+        return serve(model, options=options("refuses", extra=extra))
+
+    fp8, keep = ("--kv-cache-dtype", "fp8"), ("--kv-cache-dtype-skip-layers", "1")
+    found = {name: predicted(*extra) for name, extra in {"fp8": fp8, "mixed": (*fp8, *keep), "16": ()}.items()}
+    tokens = {name: one.predicted and one.predicted.cache_tokens for name, one in found.items()}
+    assert tokens["16"] is not None
+    layers = json.loads((model / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    assert tokens["mixed"] == pytest.approx(2 * layers / (layers + 1) * tokens["16"], rel=1e-6)
+    assert tokens["fp8"] == pytest.approx(2 * tokens["16"], rel=1e-6)
+    unknown = predicted(*fp8, "--kv-cache-dtype-skip-layers", "sliding_window")
+    assert unknown.predicted is not None
+    assert unknown.predicted.cache_tokens == tokens["16"]
+    assert any("not given by number" in note for note in unknown.notes)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +89,27 @@ def given(option: str, extra: Sequence[str]) -> bool:
     return any(part.split("=", 1)[0] in names for part in extra)
 
 
+def values_of(option: str, extra: Sequence[str]) -> list[str]:
+    """The values that `extra` gives to an option: behind `=`, or up to the next option; the last time it is there."""
+    found: list[str] = []
+    takes = False
+    for part in extra:
+        name, equals, value = part.partition("=")
+        if given(option, [name]):
+            found, takes = [value] if equals else [], not equals
+        elif part.startswith("--"):
+            takes = False
+        elif takes:
+            found.append(part)
+    return found
+
+
 def asks_for_fp8_cache(launch: Launch, extra: Sequence[str]) -> bool:
     """Whether `extra` asks the engine for a KV cache in FP8."""
-    values = [part.split("=", 1)[1] for part in extra if "=" in part and given(launch.cache_dtype, [part])]
-    values += [value for name, value in pairwise(extra) if "=" not in name and given(launch.cache_dtype, [name])]
-    return any(value.startswith("fp8") for value in values)
+    return any(value.startswith("fp8") for value in values_of(launch.cache_dtype, extra)[:1])
+
+
+def layers_in_16_bits(launch: Launch, extra: Sequence[str]) -> tuple[int, ...] | None:
+    """The layers that `extra` has keep 16 bits beside an FP8 cache; None where it names kinds of layers."""
+    values = values_of(launch.skip_layers, extra) if launch.skip_layers else []
+    return tuple(map(int, values)) if all(value.isdecimal() for value in values) else None

@@ -14,17 +14,17 @@ from snugfit.benchmarking.bench import bench as run_bench
 from snugfit.benchmarking.bench import write_bench
 from snugfit.benchmarking.measure import INTERRUPTED
 from snugfit.engines.gpus import find_card
-from snugfit.engines.launch import LAUNCHES, Launch, asks_for_fp8_cache
+from snugfit.engines.launch import LAUNCHES, Launch, asks_for_fp8_cache, layers_in_16_bits
 from snugfit.engines.memory import GIB
 from snugfit.errors import UserError
 from snugfit.hosting.engine import RefusedError, Start, make_start, running
 from snugfit.hosting.questions import ask
 from snugfit.hosting.request import Measures, ServeOptions, check_request
 from snugfit.machine import Clock
-from snugfit.planning.fit import fit
+from snugfit.planning.fit import fit_beside
 from snugfit.progress import SILENT, Progress
 from snugfit.records.evaluation import KernelReport
-from snugfit.records.fit import FitRecord, FitRow
+from snugfit.records.fit import FitArguments, FitRecord, FitRow
 from snugfit.records.serve import EngineRefusal, ServeAnswer, ServePrediction, ServeRecord, ServeTaken
 from snugfit.report.serve import serve_markdown
 from snugfit.serving.client import Server, connect
@@ -194,21 +194,26 @@ def _gpu(options: ServeOptions, notes: list[str]) -> str | None:
 
 def _fit(model: str | Path, gpu: str, options: ServeOptions, notes: list[str]) -> FitRecord | None:
     """What `fit` says of the file; None, with a remark, where it cannot say anything."""
+    arguments = FitArguments(
+        model=str(model),
+        gpu=gpu,
+        context=options.context,
+        tensor_parallel_size=options.tensor_parallel_size,
+        engine=options.engine,
+        gpu_memory_utilization=options.gpu_memory_utilization,
+        max_num_seqs=options.max_num_seqs or 1,
+        recipes=(),
+    )
+    kept = layers_in_16_bits(LAUNCHES[options.engine], options.extra)
     try:
-        return fit(
-            model,
-            gpu,
-            context=options.context,
-            tensor_parallel_size=options.tensor_parallel_size,
-            engine=options.engine,
-            gpu_memory_utilization=options.gpu_memory_utilization,
-            max_num_seqs=options.max_num_seqs or 1,
-        )
+        found = fit_beside(model, arguments, kept)
     except UserError as error:
         if error.code.startswith("option") or error.where in ("context", "gpu"):
             raise
         notes.append(f"nothing is predicted: {error}")
         return None
+    notes += found.notes
+    return found
 
 
 def _as_it_is(fitted: FitRecord) -> FitRow | None:

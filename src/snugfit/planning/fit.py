@@ -26,6 +26,7 @@ from snugfit.records.fit import (
     FitRow,
 )
 from snugfit.version import __version__
+from snugfit.vram.blocks import why_not_mixed
 from snugfit.vram.budget import make_budget, read_widths
 from snugfit.vram.fit import (
     FitResult,
@@ -64,14 +65,6 @@ def fit(
     `context` it finds the longest. Reads headers and config.json of a directory or a Hub model. UserError for invalid
     arguments, a broken model, and a KV cache of unknown size.
     """
-    settings = serve_settings(
-        gpu,
-        context=context,
-        tensor_parallel_size=tensor_parallel_size,
-        engine=engine,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_num_seqs=max_num_seqs,
-    )
     arguments = FitArguments(
         model=str(model),
         gpu=gpu,
@@ -82,15 +75,35 @@ def fit(
         max_num_seqs=max_num_seqs,
         recipes=tuple(map(str, as_sequence(recipes))),
     )
+    return fit_beside(model, arguments)
+
+
+def fit_beside(model: str | Path, arguments: FitArguments, kept_layers: Sequence[int] | None = ()) -> FitRecord:
+    """As `fit`, where `kept_layers` keep 16 bits beside an FP8 cache; None: some do, and which ones is not known.
+
+    Where it is not known what an engine takes for that, an FP8 cache counts as one in 16 bits, and a note says why.
+    """
+    settings = serve_settings(
+        arguments.gpu,
+        context=arguments.context,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        engine=arguments.engine,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
+        max_num_seqs=arguments.max_num_seqs,
+    )
     layout = read_layout(model)
     for error in encoder_decoder(layout.checkpoint):
         raise error
     served, notes = read_served_model(layout, settings)
     source = read_source(layout)
-    candidates, more_notes = candidates_of(source, list(map(str, as_sequence(recipes))))
+    candidates, more_notes = candidates_of(source, list(arguments.recipes))
     more_notes += _faults(layout)
+    why = "they are not given by number" if kept_layers is None else why_not_mixed(served.cache) if kept_layers else ""
+    if why:
+        kept_layers = None
+        more_notes.append(f"layers keep 16 bits beside an FP8 cache, which counts as one in 16 bits: {why}")
     elements = source.elements()
-    rows = sorted((_row(candidate, elements, served, settings) for candidate in candidates), key=_rank)
+    rows = sorted((_row(candidate, elements, served, settings, kept_layers) for candidate in candidates), key=_rank)
     return _record(layout.checkpoint.name, arguments, settings, served, rows, (*notes, *more_notes))
 
 
@@ -227,14 +240,22 @@ def _attention(cache: ModelCache, settings: ServeSettings) -> dict[str, Attentio
     }
 
 
-def _row(candidate: Candidate, elements: Mapping[str, int], model: ServedModel, settings: ServeSettings) -> FitRow:
+def _row(
+    candidate: Candidate,
+    elements: Mapping[str, int],
+    model: ServedModel,
+    settings: ServeSettings,
+    kept_layers: Sequence[int] | None,
+) -> FitRow:
     tensors, tp = candidate.tensors, settings.tensor_parallel_size
     formats = tuple(dict.fromkeys(tensor.format.label() for tensor in tensors if tensor.format is not None))
     names = (*candidate.recipes, *candidate.with_fp8_cache)
     problem = candidate.problem or serving_error(model, tensors, settings, tp)
     if problem is not None:
         return FitRow(name=candidate.name, recipes=names, formats=formats, problem=problem)
-    auto, fp8 = (fit_weights(model, tensors, settings, fp8=fp8) for fp8 in (False, True))
+    auto = fit_weights(model, tensors, settings, fp8=False)
+    narrow, kept = kept_layers is not None, kept_layers or ()
+    fp8 = fit_weights(model, tensors, settings, fp8=narrow, kept_layers=kept)
     plain = shortest(candidate.recipes) if candidate.recipes else None
     scaled = shortest(candidate.with_fp8_cache) if candidate.with_fp8_cache else plain
     return FitRow(
@@ -246,7 +267,7 @@ def _row(candidate: Candidate, elements: Mapping[str, int], model: ServedModel, 
         bits_per_weight=bits_per_weight(tensors, elements),
         caches=(
             _cache("auto", plain, auto, model.cache.size(tp=tp).bytes_per_token),
-            _cache("fp8", scaled, fp8, model.cache.size(fp8=True, tp=tp).bytes_per_token),
+            _cache("fp8", scaled, fp8, model.cache.size(fp8=narrow, tp=tp, kept_layers=kept).bytes_per_token),
         ),
         kernels={GENERATIONS[key]: labels for key, labels in kernel_labels(tensors, settings).items()},
         loads={GENERATIONS[key]: status for key, status in loading_status(tensors, settings).items()},

@@ -127,12 +127,7 @@ def _mixed_pool(cache: ModelCache, max_num_batched_tokens: int, tp: int, kept_la
     """All layers take a block together; it is so long that an FP8 page holds the 16-bit page of 16 tokens."""
     wide, narrow = (cache.attention[0].bytes_per_token(fp8=fp8, tp=tp) for fp8 in (False, True))
     block_tokens = BLOCK_TOKENS * math.ceil(wide / narrow)
-    token_bytes = sum(
-        layer.bytes_per_token(fp8=number not in kept_layers, tp=tp)
-        for number, (layer, _) in enumerate(cache.layers)
-        if layer is not None
-    )
-    block_bytes = block_tokens * token_bytes
+    block_bytes = block_tokens * cache.size(fp8=True, tp=tp, kept_layers=kept_layers).bytes_per_token
     return BlockPool(block_bytes, (BlockGroup(block_tokens),), max_num_batched_tokens)
 
 

@@ -79,15 +79,20 @@ class FitResult:
 
 
 def fit_weights(
-    model: ServedModel, tensors: Sequence[PlannedTensor], settings: ServeSettings, *, fp8: bool
+    model: ServedModel,
+    tensors: Sequence[PlannedTensor],
+    settings: ServeSettings,
+    *,
+    fp8: bool,
+    kept_layers: Container[int] = (),
 ) -> FitResult:
-    """What fits beside these weights with a KV cache in 16 bits or FP8."""
-    found = _fit_on(model, tensors, settings, settings.tensor_parallel_size, fp8)
+    """What fits beside these weights with a KV cache in 16 bits or FP8, beside which `kept_layers` keep 16 bits."""
+    found = _fit_on(model, tensors, settings, settings.tensor_parallel_size, fp8, kept_layers)
     if found.fits:
         return found
     for tp in _MORE_GPUS:
         possible = tp > settings.tensor_parallel_size and serving_error(model, tensors, settings, tp) is None
-        if possible and _fit_on(model, tensors, settings, tp, fp8).fits:
+        if possible and _fit_on(model, tensors, settings, tp, fp8, kept_layers).fits:
             return replace(found, gpus_needed=tp)
     return found
 
@@ -171,10 +176,15 @@ def bits_per_weight(tensors: Sequence[PlannedTensor], elements: Mapping[str, int
 
 
 def _fit_on(
-    model: ServedModel, tensors: Sequence[PlannedTensor], settings: ServeSettings, tp: int, fp8: bool
+    model: ServedModel,
+    tensors: Sequence[PlannedTensor],
+    settings: ServeSettings,
+    tp: int,
+    fp8: bool,
+    kept_layers: Container[int],
 ) -> FitResult:
     weight_bytes = weight_bytes_per_gpu(tensors, tp, model.cache.kv_heads)
-    budget, pool = _memory(model, weight_bytes, settings, tp, fp8)
+    budget, pool = _memory(model, weight_bytes, settings, tp, fp8, kept_layers)
     return FitResult(
         weight_bytes=weight_bytes,
         budget=budget,

@@ -9,6 +9,7 @@ model_executor/layers/mamba/mamba_utils.py, each model's get_mamba_state_shape_f
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -103,13 +104,18 @@ class ModelCache:
         """KV heads of the first layer whose heads are split over GPUs; None where no layer has such heads."""
         return next((attention.kv_heads for attention in self.attention if not attention.latent), None)
 
-    def size(self, *, fp8: bool = False, tp: int = 1) -> CacheSize:
-        """A sequence's cache on each of `tp` GPUs, in 16 bits or in FP8; UserError where engines refuse the split."""
+    def size(self, *, fp8: bool = False, tp: int = 1, kept_layers: Container[int] = ()) -> CacheSize:
+        """A sequence's cache on each of `tp` GPUs, in 16 bits or in FP8, beside which `kept_layers` keep 16 bits.
+
+        UserError where engines refuse the split.
+        """
         check_split(self, tp)
         windows: dict[int, int] = {}
         bytes_per_token = 0
-        for attention in self.attention:
-            size = attention.bytes_per_token(fp8=fp8, tp=tp)
+        for number, (attention, _) in enumerate(self.layers):
+            if attention is None:
+                continue
+            size = attention.bytes_per_token(fp8=fp8 and number not in kept_layers, tp=tp)
             if attention.window is None:
                 bytes_per_token += size
             else:
