@@ -208,8 +208,6 @@ class Transfer:
         """This thread's buffer of one piece, and its stream (None on the CPU)."""
         if not hasattr(self._local, "buffer"):
             cuda = self.device.type == "cuda"
-            if cuda and self.device.index is not None:
-                torch.cuda.set_device(self.device)  # else pinning opens a context on the first GPU, too
             self._local.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=cuda)
             self._local.stream = torch.cuda.Stream(self.device) if cuda else None
         return self._local.buffer, self._local.stream
