@@ -14,6 +14,8 @@ from snugfit.evaluation.divergence import diverge, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.evaluation.measure import LOGITS, SLICE
 from snugfit.evaluation.saturation import InputWatch
+from snugfit.storage.checkpoint import header_digest
+from snugfit.storage.open import open_checkpoint
 
 SEGMENT_TOKENS = 128  # tokens whose KL is averaged: what errors are estimated from
 
@@ -56,6 +58,25 @@ class HeldOut:
         self._device = device
         self._profile, self._tokens_per_batch = profile, tokens_per_batch
         self._states: list[Tensor] | None = None
+        self._opened: tuple[Path, EvaluatedModel] | None = None
+
+    def open(self, candidate: str | Path) -> EvaluatedModel:
+        """A candidate before it is measured: its headers and config have to be there, its weights not yet.
+
+        One with the headers and config of the candidate before it has its modules, too.
+        """
+        folder = Path(candidate)
+        if self._opened is not None:
+            before, known = self._opened
+            if folder == before:
+                return known
+            checkpoint = open_checkpoint(folder)
+            if header_digest(checkpoint) == header_digest(known.checkpoint):
+                self._opened = folder, replace(known, checkpoint=checkpoint, name=folder.resolve().name)
+                return self._opened[1]
+        model = replace(open_model(folder, activations=self._profile), experts_per_group=self._experts)
+        self._opened = folder, model
+        return model
 
     @torch.no_grad()
     def divergences(self, candidate: str | Path, watch: InputWatch | None = None) -> list[float]:
@@ -63,7 +84,7 @@ class HeldOut:
 
         `watch` sees what comes to the candidate's linears that have static scales of their inputs.
         """
-        model = replace(open_model(candidate, activations=self._profile), experts_per_group=self._experts)
+        model = self.open(candidate)
         if self._states is None:
             self._states = self._last_states(self._original)
         states = self._last_states(model, watch)

@@ -37,8 +37,9 @@ from snugfit.records.norm_folds import NormFold
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics import layer_from_json, layer_to_json
 from snugfit.records.statistics_file import DatasetUsed, Statistics
+from snugfit.storage.background import Background
 from snugfit.storage.checkpoint import fingerprint, header_digest
-from snugfit.storage.shards import ShardWriter
+from snugfit.storage.shards import ShardWriter, WrittenFiles
 from snugfit.storage.transfer import Transfer
 from snugfit.version import __version__
 
@@ -72,8 +73,30 @@ class Outcome:
     expected_seconds: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a run has made, whose files are yet to be digested, taken by the disk, and closed; the rest as `Outcome`."""
+
+    files: WrittenFiles
+    resumed: int
+    expected_seconds: float | None
+
+    def outcome(self) -> Outcome:
+        """Wait for the files, in all processes."""
+        files = distributed.gather(self.files.digests())[0]
+        return Outcome(files=files, resumed=self.resumed, expected_seconds=self.expected_seconds)
+
+
 def run_layers(run: Run) -> Outcome:
     """Load, observe, choose, propagate and write unit after unit, from the first that is not finished."""
+    with Background() as background:
+        made = make_layers(run, background)
+        with run.clock("finish"):
+            return made.outcome()
+
+
+def make_layers(run: Run, background: Background, meanwhile: Callable[[], object] = lambda: None) -> Made:
+    """As `run_layers`, without waiting for the disk; `meanwhile` is called while the last units are recorded."""
     prepared, clock = run.prepared, run.clock
     plan = prepared.plan
     expected = None
@@ -109,9 +132,12 @@ def run_layers(run: Run) -> Outcome:
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
                     expected = _expect(run, number, started)
+            meanwhile()
             with clock("finish"):
                 commits.wait()
-                return Outcome(files=_finish(states, writer), resumed=first, expected_seconds=expected)
+                if states is not None and distributed.is_main():  # all processes have read the last ones
+                    background.submit(states.remove)
+                return Made(files=writer.finish(background), resumed=first, expected_seconds=expected)
     except UserError as error:
         done = sum(1 for entry in run.finished.entries if "states" in entry or not run.runs_layers)
         if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or done < 2:
@@ -128,14 +154,6 @@ def _open_writer(run: Run, transfer: Transfer) -> ShardWriter:
     if distributed.is_main():
         distributed.barrier()
     return writer
-
-
-def _finish(states: RunStates | None, writer: ShardWriter) -> dict[str, str]:
-    """Remove the files of hidden states and close the weight files; SHA-256 by name."""
-    distributed.barrier()
-    if states is not None and distributed.is_main():
-        states.remove()
-    return distributed.from_main(writer.finish())
 
 
 def _kept(run: Run, error: UserError) -> Unfinished:

@@ -183,4 +183,4 @@ def _holds(files: Sequence[StateFile], entry: Mapping[str, Any]) -> bool:
 
 def _remove(files: Sequence[StateFile]) -> None:
     for file in files:
-        file.path.unlink()
+        file.path.unlink(missing_ok=True)
