@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import wait
+        champion = tried[winner]
+        trying.forget(tried.values(), champion)
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -75,9 +75,12 @@ def run_trials(run: Run, write_config: Callable[[Path], None], background: Backg
     found: list[Measured] = []
     trials: list[Trial] = []
     champion: Way | None = None
-    for way in prepared.ways:
-        if any(trial.kept and trial.name in way.unless for trial in trials):
+    tried: dict[str, Way] = {}
+    for listed in prepared.ways:
+        if any(trial.kept and trial.name in listed.unless for trial in trials):
             continue
+        way = listed if champion is None else listed.on(champion)
+        tried[way.name] = way
         known = distributed.from_main(_recalled(_folder(run, way)))
         if known is None:
             run.progress.message(f"trying {way.name}")
@@ -95,8 +98,8 @@ def run_trials(run: Run, write_config: Callable[[Path], None], background: Backg
             trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
         winner = [trial.name for trial in trials if trial.kept][-1]
-        champion = next(one for one in prepared.ways if one.name == winner)
-        trying.forget([one.name for one in found if one.name != winner])
+        champion = tried[winner]
+        trying.forget(tried.values(), champion)
     assert champion is not None
     inner = trying.whole(champion)
     outcome = trying.outcome(inner)
@@ -145,11 +148,11 @@ class _Trying:
             replace_json(_file(inner.directory), content | {"outcome": asdict(outcome)})
         return outcome
 
-    def forget(self, names: Sequence[str]) -> None:
-        """Delete the weights of these ways, and all that were made with a few samples."""
-        for way in self._run.prepared.ways:
+    def forget(self, tried: Iterable[Way], champion: Way) -> None:
+        """Delete the weights of all other ways than the champion, and all that were made with a few samples."""
+        for way in tried:
             for folder in {_folder(self._run, way), _folder(self._run, way, whole=True)}:
-                if way.name in names or folder.name.endswith(FEW):
+                if way.name != champion.name or folder.name.endswith(FEW):
                     if (made := self._made.pop(folder, None)) is not None:
                         made.files.forget()
                     if distributed.is_main():
