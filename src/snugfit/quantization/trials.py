@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 import shutil
 import time
-        champion = tried[winner]
-        trying.forget(tried.values(), champion)
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
