@@ -296,7 +296,8 @@ def _open_work(
     divisions = prepared.divisions()
     scratch: Scratch | None = None
     correlates = prepared.method.correlates
-    owners = [owners_of(prepared.plan, n, one, correlates=correlates) for n, one in enumerate(divisions)]
+    device = prepared.device
+    owners = [owners_of(prepared.plan, n, one, device, correlates=correlates) for n, one in enumerate(divisions)]
     if run.runs_layers and any(one.pieces for one in divisions):
         scratch = stack.enter_context(ScratchFile(run.work / f"experts-{distributed.rank()}", transfer))
     units = list(zip(divisions, owners, strict=True))[first:]
