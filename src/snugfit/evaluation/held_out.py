@@ -90,7 +90,7 @@ class HeldOut:
         states = self._last_states(model, watch)
         if watch is not None:
             watch.share()
-        heads = open_head(self._original, self._device), open_head(model, self._device)
+        heads = tuple(open_head(one, self._device, shared=True) for one in (self._original, model))
         pairs = zip(self._states, states, strict=True)
         means = distributed.merged({n: self._means(heads, pair) for n, pair in enumerate(pairs) if len(pair[0])})
         return [mean for n in range(len(states)) for mean in means[n]]

@@ -26,7 +26,9 @@ from snugfit.methods.columns import descend_block, nearest, round_block
 
 DAMPING = 0.05  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns between two matrix products
-SLICE = {"cpu": 1 << 22, "cuda": 1 << 25}  # values of a weight rounded at once
+# values of a weight rounded at once. A GPU goes through the columns of thousands of rows at once, one after another:
+# a slice more is all columns more (an H100 holds 8,448 rows)
+SLICE = {"cpu": 1 << 22, "cuda": 1 << 27}
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def round_weight(
         if sweeps and gram is not None:
             values = descend(part, values, of_part, gram, sweeps)
         found.append(values)
-    return torch.cat(found)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def round_with_feedback(weight: Tensor, steps: Steps, feedback: Feedback) -> Tensor:
