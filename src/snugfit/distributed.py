@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +24,7 @@ _PATIENCE = timedelta(hours=6)  # that one rank may work while others wait
 _PIECE = 1 << 26  # values that are added up at once
 _apart = False
 _side: Any = None
+_connecting: threading.Thread | None = None
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -89,10 +91,30 @@ def joined(device: str | None = None) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(local_rank())
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    global _connecting, _side  # noqa: PLW0603
+    if cuda:
+        _connecting = threading.Thread(target=_connect, daemon=True)
+        _connecting.start()
     yield
-    global _side  # noqa: PLW0603
+    _connected()
     _side = None
     torch.distributed.destroy_process_group()  # not behind an error: it could wait for a process that has ended
+
+
+def _connect() -> None:
+    """Have NCCL connect the GPUs, which takes half a second, while what needs no GPU is prepared."""
+    import torch
+
+    torch.cuda.set_device(local_rank())
+    torch.distributed.broadcast(torch.zeros(1, device=f"cuda:{local_rank()}"), src=0)
+
+
+def _connected() -> None:
+    """Wait for what has begun to connect, before anything else goes over NCCL."""
+    global _connecting  # noqa: PLW0603
+    if _connecting is not None:
+        _connecting.join()
+        _connecting = None
 
 
 def device() -> Any:
@@ -237,6 +259,7 @@ def send(tensor: Tensor, owner: int) -> None:
     if world_size() > 1 and tensor.numel():
         import torch
 
+        _connected()
         whole = tensor.contiguous()
         with _lost_ranks():
             _torch().broadcast(whole.view(-1).view(torch.uint8), src=owner)

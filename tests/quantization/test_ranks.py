@@ -30,6 +30,7 @@ from snugfit.quantization.exchange import owners_of
 from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE
+from snugfit.storage.checkpoint import Checkpoint
 from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
@@ -191,10 +192,10 @@ def share_all_reads() -> None:
     """Have processes on CPUs share what they read of models that they run, as processes on GPUs do."""
     real = TensorReader.__init__
 
-    def begin(self: TensorReader, *arguments: Any, shared: bool = False) -> None:
-        real(self, *arguments, shared=shared)
+    def begin(self: TensorReader, checkpoint: Checkpoint, device: torch.device, *, shared: bool = False) -> None:
+        real(self, checkpoint, device, shared=shared)
         if shared and distributed.world_size() > 1:
-            self._transfer = self._stack.enter_context(Transfer(torch.device("cpu")))
+            self._transfer = self._stack.enter_context(Transfer(device))
             self._shared, self._room = True, 1 << 40
 
     TensorReader.__init__ = begin  # type: ignore[method-assign]

@@ -259,6 +259,8 @@ def test_divergences_are_those_of_evaluate(model: Path, tmp_path: Path) -> None:
     assert mean == pytest.approx(measured.mean, rel=1e-5)
     assert held_out.divergences(model) == [0.0] * len(tokens)
     assert held_out.divergences(tmp_path / "out") == found
+    again = HeldOut(model, rows, CPU, profile="vllm-blackwell", tokens_per_batch=512, same_head=True)
+    assert again.divergences(tmp_path / "out") == found
 
 
 def test_killed_at_any_boundary(

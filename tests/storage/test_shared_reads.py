@@ -72,7 +72,7 @@ def test_each_process_reads_a_part(
             read += count
             return count
 
-        os.preadv = counted
+        os.preadv = counted  # type: ignore[assignment]
         with distributed.joined("cpu"), Transfer(CPU) as threads:
             found = SharedReads(threads, checkpoint, tensors).result()
             assert all(same(found[name], tensor) for name, tensor in tensors.items())

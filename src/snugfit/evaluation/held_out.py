@@ -47,11 +47,14 @@ class HeldOut:
         profile: str,
         tokens_per_batch: int,
         experts_per_group: int | None = None,
+        same_head: bool = False,
     ) -> None:
         """Open the original; it runs when the first candidate is measured. `profile` is that of candidates' inputs.
 
-        `experts_per_group` are the routed experts of a layer that are in memory at once, None for all.
+        `experts_per_group` are the routed experts of a layer that are in memory at once, None for all. With `same_head`
+        candidates have the original's tensors outside their decoder layers.
         """
+        self._same_head = same_head
         self._experts = experts_per_group
         self._original = replace(open_model(original, activations="none"), experts_per_group=experts_per_group)
         self._samples = samples
@@ -90,7 +93,9 @@ class HeldOut:
         states = self._last_states(model, watch)
         if watch is not None:
             watch.share()
-        heads = tuple(open_head(one, self._device, shared=True) for one in (self._original, model))
+        head = open_head(self._original, self._device, shared=True)
+        is_same = self._same_head and model.arithmetic == self._original.arithmetic
+        heads = head, head if is_same else open_head(model, self._device, shared=True)
         pairs = zip(self._states, states, strict=True)
         means = distributed.merged({n: self._means(heads, pair) for n, pair in enumerate(pairs) if len(pair[0])})
         return [mean for n in range(len(states)) for mean in means[n]]

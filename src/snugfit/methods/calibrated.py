@@ -31,7 +31,7 @@ from snugfit.methods.columns import nearest
 from snugfit.methods.expert_folds import Product, fold_experts, fold_products, sent_before
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.folds import Fold, Scaling
-from snugfit.methods.gptq import Steps, feedback_of, round_weight
+from snugfit.methods.gptq import Steps, feedback_of, round_together, round_weight
 from snugfit.methods.integer_scales import integer_scales
 from snugfit.methods.method import SOME_TOKENS, Choice, ObservedLayer, Purpose, Target, WeightGroup
 from snugfit.methods.mixture_folds import fold_norm
@@ -355,9 +355,12 @@ class Calibrated:
         dtype = next(iter(group.weights.values())).dtype
         exact = {name: observed.scaled(name, group.weights.pop(name)) for name in names}
         chosen = choose_scales(exact, target.format, importance, dtype)
+        done: dict[str, Tensor] = {}
+        if feedback is not None:
+            done = round_together(exact, {n: one.steps for n, one in chosen.items()}, feedback, gram, self.sweeps)
         for name in names:
             weight, scales = exact.pop(name), chosen.pop(name)
-            values = round_weight(weight, scales.steps, feedback, gram, self.sweeps)
+            values = done.pop(name) if done else round_weight(weight, scales.steps, feedback, gram, self.sweeps)
             square = weight.double().square().sum() if weight.device.type == "cpu" else weight.square().sum().double()
             error = (weight - values).square_().sum().double()
             relative = torch.where(square == 0, 0.0, error / square)

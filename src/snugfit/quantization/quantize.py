@@ -131,6 +131,7 @@ def quantize(
     with clock("prepare"):
         prepared = distributed.in_all(prepare_here).agreed()
     prepared.report(progress)
+    kernels.warm_up(prepared.device)
     expected = _expected(prepared, destination, clock, progress)
     reset_peak_gpu_bytes(prepared.device)
     with resumable(destination, restart=restart) as (directory, work), Background() as background:

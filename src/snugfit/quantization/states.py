@@ -174,10 +174,13 @@ class _OnDevice:
         return _saved(self._files, target)
 
     def _due(self) -> tuple[bool, int]:
-        """Whether it is time to save, else behind how many layers to look again: half of those that are likely left."""
+        """Whether it is time to save, else at how many layers to ask again: half of those that are likely left.
+
+        At twice as many at most, because later layers may take longer than the first ones.
+        """
         passed = time.monotonic() - self._last
         left = (SAVED_EVERY - passed) * self._calls / max(passed, 1e-3)
-        return passed >= SAVED_EVERY, self._calls + max(1, int(left / 2))
+        return passed >= SAVED_EVERY, self._calls + max(1, min(self._calls, int(left / 2)))
 
     def remove(self) -> None:
         _remove(self._files)

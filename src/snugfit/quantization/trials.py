@@ -218,6 +218,15 @@ def _open_held_out(prepared: PreparedRun) -> HeldOut:
         profile=prepared.target,
         tokens_per_batch=prepared.tokens_per_batch,
         experts_per_group=prepared.experts_per_group,
+        same_head=_are_copied(prepared.plan, prepared.plan.units[0]),
+    )
+
+
+def _are_copied(plan: Plan, names: Iterable[str]) -> bool:
+    """Whether these tensors are in the result as they are in the source, from file to file."""
+    return all(
+        name not in plan.weights.origins and ((a := plan.assignments.get(name)) is None or a.format is None)
+        for name in names
     )
 
 
