@@ -23,6 +23,7 @@ from snugfit.planning.space import Choices, read_choices
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
+import autoscheme_worker
 import rival_plans
 
 LABELS = ("NVFP4", "FP8", "BF16")
@@ -166,6 +167,15 @@ def test_recipes_by_hand_and_ours_have_the_same_bytes_or_fewer(layout: ModelLayo
             if label == "the same formats":
                 assert set(plans[name].values()) <= set(entry["formats"]) | {"keep"}
         assert kl["all formats"] <= kl["the same formats"] * (1 + 1e-9)
+
+
+def test_rows_are_batched_by_length() -> None:
+    """Batches have rows of one length, at most so many, and every row is in one."""
+    rows = [[n] * length for n, length in enumerate((5, 3, 5, 5, 3, 7))]
+    batches = autoscheme_worker.batched(rows, 2)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 3), (2, 5), (1, 5), (1, 7)]
+    assert sorted(row for batch in batches for row in batch["input_ids"].tolist()) == sorted(rows)
+    assert all(bool((batch["attention_mask"] == 1).all()) for batch in batches)
 
 
 def test_pairs_have_the_error_of_the_difference() -> None:
