@@ -3,7 +3,7 @@
     python benchmarks/plan_scores.py MODEL OUT.json --calibration FILE... --held-out FILE... [--context 8192]
         [--formats nvfp4 ...] [--random 100] [--alone nvfp4] [--num-tokens 16384] [--max-tokens 32768]
         [--held-out-contexts 512 2048 8192] [--alternatives 2] [--controls 100] [--no-measure]
-        [--scores SCORES.json] [--rows ROWS.json] [--rival FILE...] [--hand] [--only-rivals]
+        [--scores SCORES.json] [--rows ROWS.json] [--rival FILE...] [--hand] [--only-rivals] [--recipes FOLDER]
 
 Scores the model, chooses plans at the hybrid's bytes, 10 % below and 10 % above, for 2k and the longest context, with
 the byte-matched controls, and measures all of them and random plans on held-out text, in one pass. Bytes of everything
@@ -15,7 +15,7 @@ states of all that is measured take disk: plans x tokens x hidden size x 4 bytes
 With --rows it only writes the rows that are scored, for `autoquantize_worker.py` and `autoscheme_worker.py`, and says
 how many bits a weight each budget is; what these find is given as --rival. --hand adds the shapes of llm-compressor's
 examples. Each rival's plan is measured with the others, and beside it ours, solved for exactly its bytes; a table with
-paired errors comes last. --only-rivals leaves out all other plans.
+paired errors comes last. --only-rivals leaves out all other plans. --recipes writes each as a recipe for `quantize`.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rival", type=Path, nargs="+", default=[])
     parser.add_argument("--hand", action="store_true")
     parser.add_argument("--only-rivals", action="store_true")
+    parser.add_argument("--recipes", type=Path)
     return parser.parse_args()
 
 
@@ -320,6 +321,8 @@ def main() -> None:
     plans = chosen
     if not args.only_rivals:
         plans = [*crossing(scores), *chosen, *random_plans(scores, args.formats, args.random)]
+    if args.recipes is not None:
+        rival_plans.write_recipes(args.recipes, layout, chosen)
     result["choices"] = {plan.name: dict(plan.choice) for plan in plans}
     result["predicted"] = {
         plan.name: {str(context): scores.predict(plan.choice, context).kl for context in (512, *contexts)}

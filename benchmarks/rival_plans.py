@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 
 from snugfit.evaluation.chunks import ChunkGroup
-from snugfit.planning.menu import GroupMenu
+from snugfit.model.layout import ModelLayout
+from snugfit.planning.menu import GroupMenu, Server, read_options
 from snugfit.planning.proof import judge_plans
 from snugfit.planning.search import Limit, Mix, Space, least_kl
 from snugfit.planning.shared_pass import Array, Assigned
+from snugfit.planning.space import recipe_of_mix
 from snugfit.records.scores import KEEP, Scores
 
 TWO = ("nvfp4", "fp8-dynamic")
@@ -177,6 +179,16 @@ def best_at(space: Space, scores: Scores, context: int, size: int) -> Mix | None
     limit = (Limit(name="bytes", kind="file", bytes=size),)
     found = least_kl(space.with_limits(dict.fromkeys(space.limits, limit)), scores, context)
     return found[0] if found else None
+
+
+def write_recipes(folder: Path, layout: ModelLayout, plans: Sequence[Assigned]) -> None:
+    """A recipe NAME.yaml of each plan, which `quantize` runs as it is."""
+    menus = read_options(layout, Server())
+    folder.mkdir(parents=True, exist_ok=True)
+    for plan in plans:
+        options = {menu.group.name: menu.option(plan.choice.get(menu.group.name, KEEP)) for menu in menus}
+        recipe = recipe_of_mix(layout, options, menus, fp8_cache=False, name=plan.name)
+        (folder / f"{plan.name}.yaml").write_text(recipe.text, encoding="utf-8")
 
 
 def paired(

@@ -19,7 +19,10 @@ from snugfit.evaluation.chunks import Chunk, ChunkGroup
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.limits import Budget, read_place
 from snugfit.planning.menu import GroupMenu
+from snugfit.planning.shared_pass import Assigned
 from snugfit.planning.space import Choices, read_choices
+from snugfit.quantization.plan import lay_out
+from snugfit.recipes.recipe import load_recipe
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -167,6 +170,18 @@ def test_recipes_by_hand_and_ours_have_the_same_bytes_or_fewer(layout: ModelLayo
             if label == "the same formats":
                 assert set(plans[name].values()) <= set(entry["formats"]) | {"keep"}
         assert kl["all formats"] <= kl["the same formats"] * (1 + 1e-9)
+
+
+def test_recipes_of_plans_write_the_bytes_that_were_counted(layout: ModelLayout, tmp_path: Path) -> None:
+    """A recipe that is written for a rival's plan gives each weight its format, and as many bytes as the table says."""
+    menus = inside(layout)
+    everything = choices_of(layout, rival_plans.TWO).everything
+    for rival in rival_plans.hand_recipes(menus, rival_plans.TWO):
+        rival_plans.write_recipes(tmp_path, layout, [Assigned(name="a-plan", choice=rival.choice)])
+        written = lay_out(layout, load_recipe(str(tmp_path / "a-plan.yaml"))).bytes
+        outside = next(iter(choices_of(layout, rival_plans.TWO).space.outside.values())).file
+        counted = sum(menu.option(rival.choice.get(menu.group.name, "keep")).bytes.file for menu in everything)
+        assert written == outside + counted
 
 
 def test_rows_are_batched_by_length() -> None:
