@@ -128,7 +128,8 @@ class ShardWriter:
             self._files[shard.name] = handle
             if os.fstat(handle).st_size == shard.bytes and os.pread(handle, len(shard.header), 0) == shard.header:
                 continue
-            os.ftruncate(handle, 0)
+            if os.fstat(handle).st_size:
+                os.ftruncate(handle, 0)  # of an empty file it makes ext4 write all of it to the disk when it is closed
             os.ftruncate(handle, shard.bytes)
             write_fully(handle, 0, shard.header)
 
