@@ -316,6 +316,8 @@ def main() -> None:
     try:
         chosen, result["table"] = budget_plans(layout, scores, args.formats, contexts, folder, args)
     except Exception as error:
+        if args.only_rivals:
+            raise
         print(f"no plans: {error!r}")
         chosen, result["table"] = [], []
     plans = chosen

@@ -64,8 +64,10 @@ def print_tables(result: Mapping[str, Any]) -> None:
 def print_budget(result: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     """Plans at a budget beside the controls that fit, or a rival's plans."""
     if "rival" in row:
-        found = [at(result, name, context)[0] for context in contexts(result) for name, _ in row["plans"][:1]]
-        print(f"{row['rival']:20} at {row['share']:.1f}: {[round(one, 4) for one in found]}")
+        names = {"theirs": row["plan"]} | {f"ours, {label}": name for label, (name, _) in row["ours"].items()}
+        for label, name in names.items():
+            found = [round(at(result, name, context)[0], 4) for context in contexts(result)]
+            print(f"{row['rival']:30} {row['bytes'] / 1e6:7.1f} MB, {label}: {found}")
         return
     context = row["context"]
     plans = [(at(result, name, context), name, size) for name, size in row["plans"]]
