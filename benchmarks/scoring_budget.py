@@ -29,9 +29,10 @@ from snugfit.evaluation.chunks import group_chunks
 from snugfit.machine import pick_device
 from snugfit.model.layout import read_layout
 from snugfit.planning.calibration import calibrate
+from snugfit.planning.estimates import by_bucket, costs_of
 from snugfit.planning.gradients import GradientPass
 from snugfit.planning.samples import Samples, read_samples
-from snugfit.planning.sensitivity import ScoreSettings, _by_bucket, _scored_sum, _scores, costs_of, plans_to_measure
+from snugfit.planning.sensitivity import ScoreSettings, _scored_sum, _scores, plans_to_measure
 from snugfit.planning.shared_pass import Assigned
 from snugfit.planning.variants import Subject, open_subject
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
@@ -78,8 +79,8 @@ def rotated(subject: Subject, costs: Mapping[str, Mapping[str, Any]], formats: S
 
 
 def _point(plan: Assigned, sums: Sequence[float], samples: Samples) -> Point:
-    kl, error = _by_bucket(sums, samples)
-    return Point(name=plan.name, formats=dict(plan.choice), kl=kl, error=error)
+    found = by_bucket(sums, samples)
+    return Point(name=plan.name, formats=dict(plan.choice), kl=found.kl, error=found.error)
 
 
 def measure(args: argparse.Namespace) -> None:
