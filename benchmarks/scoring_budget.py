@@ -17,6 +17,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,27 @@ import numpy as np
 
 from plan_scores import crossing, kl_of_plans, random_plans
 from snugfit.data import texts
+from snugfit.data.dataset import make_dataset
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.evaluation.chunks import group_chunks
 from snugfit.machine import pick_device
-from snugfit.model.layout import read_layout
+from snugfit.model.forward_pass import spread_places
+from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
-from snugfit.planning.estimates import by_bucket, costs_of
-from snugfit.planning.gradients import GradientPass
-from snugfit.planning.samples import Samples, read_samples
+from snugfit.planning.damage import fit_damage
+from snugfit.planning.estimates import by_bucket, costs_of, expected_of, scaled
+from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
+from snugfit.planning.limits import Budget, read_place
+from snugfit.planning.samples import FEWEST_ROWS, Samples, read_samples
+from snugfit.planning.search import least_kl
 from snugfit.planning.sensitivity import ScoreSettings, _scored_sum, _scores, plans_to_measure
 from snugfit.planning.shared_pass import Assigned
+from snugfit.planning.space import read_choices
 from snugfit.planning.variants import Subject, open_subject
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.quantization.resume import open_finished
-from snugfit.records.scores import KEEP, Point, cache_of_layer
+from snugfit.records.json_file import validated
+from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, Scores, cache_of_layer
 
 FORMATS = ("nvfp4", "nvfp4a16", "fp8-dynamic", "int4", "mxfp4")
 
@@ -156,6 +164,132 @@ def measure(args: argparse.Namespace) -> None:
     print(args.out, seconds)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What scores are made of: tokens scored in each bucket, those on which plans are measured, which plans."""
+
+    scored: int
+    measured: int
+    plans: str
+
+
+def kept(name: str, kind: str) -> bool:
+    """Whether a measured plan is one of a kind of set."""
+    single, _, rest = name.partition("/")
+    uniform = not rest and not single.startswith(("mixed", "rotated", "halves"))
+    sets = {
+        "all": not name.startswith(("rotated", "halves")),
+        "uniform": uniform or name.startswith("mixed"),
+        "uniform, front": uniform or rest == "front" or name.startswith("mixed"),
+        "uniform, classes": uniform or rest in ("attention", "in") or name.startswith("mixed"),
+        "uniform, rotated": uniform or name.startswith("rotated"),
+        "uniform, halves": uniform or name.startswith("halves"),
+        "uniform, rotated, halves": uniform or name.startswith(("rotated", "halves")),
+        "rotated, halves": name == KV_CACHE or name.startswith(("rotated", "halves")),
+    }
+    return sets[kind] or name == KV_CACHE
+
+
+SETS = (
+    "all",
+    "uniform",
+    "uniform, front",
+    "uniform, classes",
+    "uniform, rotated",
+    "uniform, halves",
+    "uniform, rotated, halves",
+    "rotated, halves",
+)
+
+
+def places_of(samples: Samples, tokens: int) -> list[int]:
+    """Rows of each bucket, evenly spread, that hold so many scored tokens."""
+    found = []
+    for bucket in range(len(samples.edges)):
+        mine = [place for place, number in enumerate(samples.buckets) if number == bucket]
+        counts = [samples.rows[place].count for place in mine]
+        found += [mine[place] for place in spread_places(counts, tokens, FEWEST_ROWS)]
+    return found
+
+
+def made_of(data: Mapping[str, Any], whole: Scores, samples: Samples, part: Part) -> Scores:
+    """The scores that a part of what was measured gives."""
+    places = places_of(samples, part.scored)
+    some = replace(
+        samples,
+        rows=tuple(samples.rows[place] for place in places),
+        buckets=tuple(samples.buckets[place] for place in places),
+    )
+    sums = {(name, fmt): Sums((), tuple(costs[place] for place in places)) for name, fmt, costs in data["sums"]}
+    costs = costs_of(sums, some)
+    for name in [name for name in costs if name.startswith(cache_of_layer(""))]:
+        del costs[name]
+    points = []
+    few = places_of(some, part.measured)
+    for name, choice in data["plans"].items():
+        if kept(name, part.plans):
+            measured = {place: data["row_kl"][name][places[place]] for place in few}
+            found = scaled(measured, expected_of(choice, sums, some), some)
+            points.append(Point(name=name, formats=choice, kl=found.kl, error=found.error))
+            if name == KV_CACHE:
+                costs[KV_CACHE] = {"fp8": Cost(found.kl, found.error)}
+    caches = {name: cost for name, cost in whole.costs.items() if name.startswith(cache_of_layer(""))}
+    damage = fit_damage(whole.groups, costs | caches, points, len(some.edges))
+    return replace(whole, costs=costs | caches, points=tuple(points), damage=damage, tokens=some.tokens)
+
+
+def errors_of(scores: Scores, data: Mapping[str, Any]) -> list[float]:
+    """Logarithms of predicted over measured KL on held-out text, of each plan at each context."""
+    return [
+        math.log(scores.predict(choice, int(context)).kl / kl)
+        for name, choice in data["tried"].items()
+        for context, (kl, _) in data["held_out"][name].items()
+    ]
+
+
+def choices_at(layout: ModelLayout, scores: Scores, formats: Sequence[str]) -> list[Mapping[str, str]]:
+    """The plans that scores choose at 4.75, 5.25 and 6 bits a weight."""
+    found = []
+    for bits in (4.75, 5.25, 6.0):
+        inside = sum(group.elements for group in scores.groups if group.layer is not None)
+        choices = read_choices(layout, read_place(layout, Budget(bytes=1 << 50)), formats)
+        space = choices.space
+        outside = space.outside[KEEP].file + sum(
+            menu.options[0].bytes.file for menu in space.menus if menu.group.layer is None
+        )
+        budget = Budget(bytes=int(outside + inside * bits / 8))
+        space = read_choices(layout, read_place(layout, budget), formats).space
+        found.append(least_kl(space, scores, scores.edges[-1])[0].formats)
+    return found
+
+
+def compare(args: argparse.Namespace) -> None:
+    layout = read_layout(args.model)
+    data = json.loads(args.out.read_text(encoding="utf-8"))
+    whole = validated(Scores, data["scores"])
+    rows = tuple(ScoredRow(tuple(range(length)), first) for length, first in data["rows"])
+    dataset = make_dataset([row.ids for row in rows], "rows")
+    samples = Samples(rows=rows, buckets=tuple(data["buckets"]), edges=tuple(data["edges"]), dataset=dataset)
+    most = min(samples.tokens)
+    parts = [Part(most, most, kind) for kind in SETS]
+    sizes = sorted({size for size in (8192, 4000, 3000, 2000, 1000) if size <= most}, reverse=True)
+    parts += [Part(n, m, "all") for n in sizes for m in sizes if m <= n and (n, m) != (most, most)]
+    parts += [Part(n, 2000, kind) for n in (8192, 4000, 2000) if n <= most for kind in SETS[1:]]
+    best = choices_at(layout, made_of(data, whole, samples, parts[0]), data["formats"])
+    judge = made_of(data, whole, samples, parts[0])
+    print(f"{data['model']}: {len(data['tried'])} plans on held-out text; seconds {data['seconds']}")
+    print("scored, measured, plans: mean error, bias, rms, share within 20 %; cost of what is chosen over the best")
+    for part in parts:
+        scores = made_of(data, whole, samples, part)
+        found = np.array(errors_of(scores, data))
+        chosen = choices_at(layout, scores, data["formats"])
+        context = scores.edges[-1]
+        more = [judge.predict(a, context).kl / judge.predict(b, context).kl for a, b in zip(chosen, best, strict=True)]
+        within = np.mean(np.abs(np.expm1(found)) < 0.2)
+        figures = f"{np.abs(found).mean():.3f} {found.mean():+.3f} {np.sqrt((found**2).mean()):.3f} {within:.2f}"
+        print(f"{part.scored:5} {part.measured:5} {part.plans:26} {figures}  {' '.join(f'{one:.3f}' for one in more)}")
+
+
 if __name__ == "__main__":
     given = arguments()
-    measure(given)
+    (measure if given.what == "measure" else compare)(given)
