@@ -265,21 +265,33 @@ class SharedPass:
     def _compare_row(
         self, row: int, states: Mapping[str, Tensor], heads: Mapping[str, Head], found: Mapping[str, list[Array]]
     ) -> None:
-        at_once, width = LOGITS[self._device.type], self._subject.model.vocabulary
-        for part in _parts(self._first[row] - 1, len(self._rows[row]) - 1, at_once // width):
-            slices = list(_parts(0, part.stop - part.start, min(at_once, SLICE[self._device.type]) // width))
-            logits = heads[ORIGINAL](states[ORIGINAL][part].unsqueeze(0))[0]
-            exact = [softmax(logits[some]) for some in slices]
-            for name, rows in found.items():
+        scored = slice(self._first[row] - 1, len(self._rows[row]) - 1)
+        states = {name: some[scored] for name, some in states.items()}
+        for name, part, kl in compare(states, heads, self._subject.model.vocabulary, self._device):
+            found[name][row][scored][part] = kl.float().cpu().numpy()
+
+
+def compare(
+    states: Mapping[str, Tensor], heads: Mapping[str, Head], vocabulary: int, device: torch.device
+) -> Iterator[tuple[str, slice, Tensor]]:
+    """KL(ORIGINAL || plan) of some tokens of each plan after another, as `exact_kl` has it: name, tokens, nats [n].
+
+    `states` are last hidden states [T, H] by the plan's name.
+    """
+    for part in _parts(len(states[ORIGINAL]), LOGITS[device.type] // vocabulary):
+        slices = list(_parts(part.stop - part.start, SLICE[device.type] // vocabulary))
+        logits = heads[ORIGINAL](states[ORIGINAL][part].unsqueeze(0))[0]
+        exact = [softmax(logits[some]) for some in slices]
+        for name in states:
+            if name != ORIGINAL:
                 logits = heads[name](states[name][part].unsqueeze(0))[0]
-                kl = [exact_kl(one, logits[some]) for one, some in zip(exact, slices, strict=True)]
-                rows[row][part] = torch.cat(kl).float().cpu().numpy()
+                yield name, part, torch.cat([exact_kl(one, logits[n]) for one, n in zip(exact, slices, strict=True)])
 
 
-def _parts(start: int, stop: int, step: int) -> Iterator[slice]:
-    """start..stop in slices of `step`, at least 1."""
-    for low in range(start, stop, max(1, step)):
-        yield slice(low, min(low + max(1, step), stop))
+def _parts(count: int, step: int) -> Iterator[slice]:
+    """0..count in slices of `step`, at least 1."""
+    for low in range(0, count, max(1, step)):
+        yield slice(low, min(low + max(1, step), count))
 
 
 def _heads(subject: Subject, plans: Mapping[str, Assigned], device: torch.device) -> dict[str, Head]:
