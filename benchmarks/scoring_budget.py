@@ -233,9 +233,10 @@ def made_of(data: Mapping[str, Any], whole: Scores, samples: Samples, part: Part
             points.append(Point(name=name, formats=choice, kl=found.kl, error=found.error))
             if name == KV_CACHE:
                 costs[KV_CACHE] = {"fp8": Cost(found.kl, found.error)}
-    caches = {name: cost for name, cost in whole.costs.items() if name.startswith(cache_of_layer(""))}
-    damage = fit_damage(whole.groups, costs | caches, points, len(some.edges))
-    return replace(whole, costs=costs | caches, points=tuple(points), damage=damage, tokens=some.tokens)
+    alone = {group.name: whole.costs[group.name] for group in whole.groups if group.measured}
+    costs = alone | costs  # what is measured alone, but the cache, stays as it is
+    damage = fit_damage(whole.groups, costs, points, len(some.edges))
+    return replace(whole, costs=costs, points=tuple(points), damage=damage, tokens=some.tokens)
 
 
 def errors_of(scores: Scores, data: Mapping[str, Any]) -> list[float]:

@@ -42,7 +42,8 @@ from snugfit.records.statistics_file import Statistics, text_digest
 from snugfit.records.trials import MIN_GAIN, judge
 from snugfit.records.trials import Measured as Tried
 
-MAX_TOKENS = 16_384  # of all texts at each context, where no other number is asked for
+# of all texts at each context, where no other number is asked for, and chunks of each text at least
+MAX_TOKENS, FEWEST_CHUNKS = 8192, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +139,14 @@ def read_held_out(
     layout: ModelLayout, dataset: Sequence[str | Path], contexts: Sequence[int], max_tokens: int | None
 ) -> tuple[tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
     """The chunks that `prove` measures on, and a record of each text; UserError as `evaluate` raises it."""
+    files = texts.find_files([Path(file) for file in dataset])
+    if max_tokens is None:
+        max_tokens = max(MAX_TOKENS, FEWEST_CHUNKS * max(1, len(files)) * max(contexts, default=0))
     cut, records = texts.read_chunks(
         Tokenizer(layout.checkpoint.path),
-        texts.find_files([Path(file) for file in dataset]),
+        files,
         contexts,
-        max_tokens=MAX_TOKENS if max_tokens is None else max_tokens,
+        max_tokens=max_tokens,
         vocabulary=layout.config.get("vocab_size"),
         positions=max_positions(layout.checkpoint.config),
     )

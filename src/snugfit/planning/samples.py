@@ -21,7 +21,7 @@ from snugfit.planning.gradients import ScoredRow
 
 RATIO = 4  # between the ends of neighbouring buckets
 SHORTEST = 256  # tokens of the first bucket
-DEFAULT_TOKENS = 8192  # scored in each bucket
+DEFAULT_TOKENS = 4000  # scored in each bucket
 DEFAULT_CONTEXT = 2048
 FEWEST_ROWS = 2  # of a bucket: errors come from their differences
 MEASURED_TOKENS, MEASURED_SHARE = 2000, 4  # plans are measured on so many in each bucket, and on a part of the others

@@ -83,7 +83,7 @@ def score_model(
 ) -> Scores:
     """Score the groups of a model in each of `formats`, by position up to `context` (default: 2048 or less).
 
-    `num_tokens` are scored in each bucket of positions (default: 8192). `work_dir` keeps what is finished; another
+    `num_tokens` are scored in each bucket of positions (default: 4000). `work_dir` keeps what is finished; another
     model, dataset or setting needs another one. UserError for bad input.
     """
     settings = ScoreSettings(
