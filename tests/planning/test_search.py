@@ -356,6 +356,18 @@ def test_a_cache_that_stays_in_fp8_counts_as_fp8(make_tiny: MakeTiny, tmp_path: 
     assert context > (context_beside(choices.place, least, fp8=False) or 0)
 
 
+def test_limits_that_hold_one_by_one_and_not_together_are_named(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Where each limit has a mix of its own and all together none, they are named, and constraints only if given."""
+    layout = read_layout(make_tiny(hidden_size=128, intermediate_size=256))
+    one = choices_of(layout, bytes=1 << 40, disk=1 << 40)
+    other = choices_of(layout, constraints(tmp_path, "max_formats: 1"), bytes=1 << 40, disk=1 << 40)
+    for choices, where in ((one, "bytes"), (other, "constraints")):
+        error = choices.impossible()
+        assert (error.code, error.where) == ("plan-impossible", where)
+        assert "(bytes, disk)" in error.what
+        assert ("constraints" in error.what) == (where == "constraints")
+
+
 # --- menus
 
 
