@@ -57,6 +57,17 @@ def test_reads_and_writes_are_whole(cuda: torch.device, tmp_path: Path) -> None:
     os.close(handle)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_threads_keep_to_their_gpu(tmp_path: Path) -> None:
+    """Threads that move tensors of the second GPU take no memory of the first one."""
+    torch.cuda.init()
+    checkpoint = open_headers(write_model(tmp_path / "model", {"a": torch.ones(1 << 20)}))
+    before = torch.cuda.mem_get_info(0)[0]
+    with torch.cuda.device(1), Transfer(torch.device("cuda")) as transfer:
+        assert transfer.read(checkpoint, "a").result().device.index == 1
+    assert torch.cuda.mem_get_info(0)[0] > before - (64 << 20)
+
+
 def test_small_tensors_read_at_once_are_whole(cuda: torch.device, tmp_path: Path) -> None:
     """Hundreds of small tensors, a large and an empty one read at once are on the GPU, aligned as torch aligns them."""
     generator = torch.Generator().manual_seed(0)

@@ -130,6 +130,28 @@ def test_gptq_alone_is_tried_where_its_folds_lost(model: Path, tmp_path: Path, m
     ]  # fmt: skip
 
 
+def test_later_ways_add_to_the_one_that_was_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coordinate descent takes up GPTQ without folds where that was kept, and folds where nothing calibrated was."""
+    rows = write_rows(tmp_path / "rows.jsonl", random_rows((260,) * 16, stop=60))
+    method = Calibrated("marlin", gptq=True, folds=True)
+    folds, alone = Way("gptq+folds", method), Way("gptq", Calibrated("marlin", gptq=True), unless=("gptq+folds",))
+    adds = {"sweeps": 1}
+    descent = Way("gptq+folds+descent", method.adding(adds), step="descent", adds=adds)
+    assert descent.on(PLAIN) is descent
+    assert descent.on(Way("weighted", Calibrated("marlin"))) is descent
+    assert descent.on(folds).name == descent.name
+    monkeypatch.setattr(Calibrated, "_best_factors", _strong())
+    try_ways(monkeypatch, PLAIN, folds, alone, descent)
+    record = run(model, tmp_path / "out", rows, "nvfp4a16", target="marlin")
+    assert [trial.name for trial in record.trials] == ["plain", "gptq+folds", "gptq", "gptq+descent"]
+    assert [trial.kept for trial in record.trials[:3]] == [True, False, True]
+    try_ways(monkeypatch, Way("gptq", Calibrated("marlin", gptq=True, sweeps=1)))
+    run(model, tmp_path / "alone", rows, "nvfp4a16", target="marlin")
+    kept = record.trials[-1].kept
+    assert (contents(tmp_path / "out") == contents(tmp_path / "alone")) == kept
+    assert not any((tmp_path / "out").rglob("trials"))
+
+
 def _strong() -> Callable[..., Tensor]:
     """What chooses factors of folds that are far from any use."""
     generator = torch.Generator().manual_seed(0)

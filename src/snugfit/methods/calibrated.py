@@ -12,7 +12,7 @@ Routed experts get scales weighted by what the router sends each of them, if ask
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,6 +119,10 @@ class Calibrated:
     def scale_rule_of_experts(self) -> str:
         """What records say of routed experts that this method quantized."""
         return "weighted+folds" if self.expert_folds or self.norm_folds else "weighted"
+
+    def adding(self, options: Mapping[str, Any]) -> Calibrated:
+        """This method with more `options`."""
+        return replace(self, _verified={}, **options)
 
     @property
     def correlates(self) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,9 +66,12 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
     found: list[Measured] = []
     trials: list[Trial] = []
     champion: Way | None = None
-    for way in prepared.ways:
-        if any(trial.kept and trial.name in way.unless for trial in trials):
+    tried: dict[str, Way] = {}
+    for listed in prepared.ways:
+        if any(trial.kept and trial.name in listed.unless for trial in trials):
             continue
+        way = listed if champion is None else listed.on(champion)
+        tried[way.name] = way
         known = distributed.from_main(_recalled(_folder(run, way)))
         if known is None:
             run.progress.message(f"trying {way.name}")
@@ -86,9 +89,9 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
             trials = judge(found, tokens, files)
         run.progress.message(_line(trials[-1]))
         winner = [trial.name for trial in trials if trial.kept][-1]
-        champion = next(one for one in prepared.ways if one.name == winner)
+        champion = tried[winner]
         if distributed.is_main():
-            _forget_losers(run, [one.name for one in found if one.name != winner])
+            _forget_losers(run, tried.values(), champion)
     assert champion is not None
     inner = trying.whole(champion)
     content = distributed.from_main(read_json(_file(inner.directory)))
@@ -245,11 +248,11 @@ def _move_files(run: Run, outcome: Outcome, directory: Path) -> None:
             made.replace(directory / name)
 
 
-def _forget_losers(run: Run, names: Sequence[str]) -> None:
-    """Delete the weights of these ways, and all that were made with a few samples."""
-    for way in run.prepared.ways:
+def _forget_losers(run: Run, tried: Iterable[Way], champion: Way) -> None:
+    """Delete the weights of all ways but the `champion`, and all that were made with a few samples."""
+    for way in tried:
         for folder in {_folder(run, way), _folder(run, way, whole=True)}:
-            if way.name in names or folder.name.endswith(FEW):
+            if way.name != champion.name or folder.name.endswith(FEW):
                 _forget_weights(folder)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -36,7 +36,7 @@ class Way:
     With `learns` it takes the codes of the way that was kept before it, and learns their scales; `method` is unused.
     `recall` makes what the method would observe of a layer, of E[x^2] in statistics by the file's names of linears, of
     what can be folded, and of what gives the weight of a linear. Where one of the ways `unless` was kept this one is
-    not tried.
+    not tried. `adds` are the options of Calibrated that it has and the simpler ways do not, under the name of `step`.
     """
 
     name: str
@@ -44,6 +44,15 @@ class Way:
     learns: bool = False
     unless: tuple[str, ...] = ()
     recall: Callable[[Mapping[str, Tensor], Sequence[Product], Callable[[str], Tensor]], Any] | None = None
+    step: str = ""
+    adds: Mapping[str, Any] = field(default_factory=dict)
+
+    def on(self, kept: Way) -> Way:
+        """This way as a step from the one that was `kept`; itself where it is no step, or cannot be one from there."""
+        method = kept.method
+        if not self.step or not isinstance(method, Calibrated) or ("sweeps" in self.adds and not method.gptq):
+            return self
+        return replace(self, name=f"{kept.name}+{self.step}", method=method.adding(self.adds))
 
 
 PLAIN = Way("plain", ROUND_TO_NEAREST)
@@ -67,6 +76,8 @@ def ways_of(
     first, GPTQ alone only if that was not kept, and where there are `tokens` enough for its matrices weighted scales
     alone only if neither was.
 
+    Each way behind these adds something to the one that is kept by then: its name here is what it has if all are kept.
+
     `fast` has one: weighted scales where samples run anyway (`samples_run`) or statistics have E[x^2] of inputs
     (`recalls`), else plain ones. Routed experts get no GPTQ, which was seen to cost mixtures accuracy, but folds inside
     of each (`folds_experts`: some can), and last, by itself, one of the norm before them (`folds_norms`: some may).
@@ -85,14 +96,14 @@ def ways_of(
         gptq = [Way(name, Calibrated(target, **options)), Way("gptq", Calibrated(target, gptq=True), unless=(name,))]
         few = tokens < _widest(plan)
         ways = [*ways, *gptq] if few else [PLAIN, *gptq, replace(weighted, unless=(name, "gptq"))]
-    if folds_experts:
-        name, options["expert_folds"] = f"{name}+expert-folds", True
-        ways.append(Way(name, Calibrated(target, **options)))
+    steps: list[tuple[str, dict[str, Any]]] = [("expert-folds", {"expert_folds": True})] if folds_experts else []
     if effort == BEST and _linears(plan):
-        name, options["sweeps"] = f"{name}+descent", DESCENT_SWEEPS
-        ways.append(Way(name, Calibrated(target, **options)))
+        steps.append(("descent", {"sweeps": DESCENT_SWEEPS}))
     if folds_norms:
-        ways.append(Way(f"{name}+norm-folds", Calibrated(target, norm_folds=True, **options)))
+        steps.append(("norm-folds", {"norm_folds": True}))
+    for step, adds in steps:
+        name, options = f"{name}+{step}", options | adds
+        ways.append(Way(name, Calibrated(target, **options), step=step, adds=adds))
     return tuple(ways)
 
 
