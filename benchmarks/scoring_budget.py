@@ -233,8 +233,9 @@ def made_of(data: Mapping[str, Any], whole: Scores, samples: Samples, part: Part
             points.append(Point(name=name, formats=choice, kl=found.kl, error=found.error))
             if name == KV_CACHE:
                 costs[KV_CACHE] = {"fp8": Cost(found.kl, found.error)}
-    alone = {group.name: whole.costs[group.name] for group in whole.groups if group.measured}
-    costs = alone | costs  # what is measured alone, but the cache, stays as it is
+    for group in whole.groups:  # what is measured alone, but the cache, stays as it is
+        if group.measured and group.name not in costs:
+            costs[group.name] = dict(whole.costs[group.name])
     damage = fit_damage(whole.groups, costs, points, len(some.edges))
     return replace(whole, costs=costs, points=tuple(points), damage=damage, tokens=some.tokens)
 
@@ -250,7 +251,7 @@ def errors_of(scores: Scores, data: Mapping[str, Any]) -> list[float]:
 
 def choices_at(layout: ModelLayout, scores: Scores, formats: Sequence[str]) -> list[Mapping[str, str]]:
     """The plans that scores choose at 4.75, 5.25 and 6 bits a weight."""
-    found = []
+    found: list[Mapping[str, str]] = []
     for bits in (4.75, 5.25, 6.0):
         inside = sum(group.elements for group in scores.groups if group.layer is not None)
         choices = read_choices(layout, read_place(layout, Budget(bytes=1 << 50)), formats)
