@@ -33,12 +33,11 @@ from snugfit.model.forward_pass import spread_places
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import fit_damage
-from snugfit.planning.estimates import by_bucket, costs_of, expected_of, scaled
 from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
 from snugfit.planning.limits import Budget, read_place
 from snugfit.planning.samples import FEWEST_ROWS, Samples, read_samples
 from snugfit.planning.search import least_kl
-from snugfit.planning.sensitivity import ScoreSettings, _scored_sum, _scores, plans_to_measure
+from snugfit.planning.sensitivity import ScoreSettings, _scored_sum, _scores, by_bucket, costs_of, plans_to_measure
 from snugfit.planning.shared_pass import Assigned
 from snugfit.planning.space import read_choices
 from snugfit.planning.variants import Subject, open_subject
@@ -87,8 +86,8 @@ def rotated(subject: Subject, costs: Mapping[str, Mapping[str, Any]], formats: S
 
 
 def _point(plan: Assigned, sums: Sequence[float], samples: Samples) -> Point:
-    found = by_bucket(sums, samples)
-    return Point(name=plan.name, formats=dict(plan.choice), kl=found.kl, error=found.error)
+    kl, error = by_bucket(dict(enumerate(sums)), samples)
+    return Point(name=plan.name, formats=dict(plan.choice), kl=kl, error=error)
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -229,10 +228,10 @@ def made_of(data: Mapping[str, Any], whole: Scores, samples: Samples, part: Part
     for name, choice in data["plans"].items():
         if kept(name, part.plans):
             measured = {place: data["row_kl"][name][places[place]] for place in few}
-            found = scaled(measured, expected_of(choice, sums, some), some)
-            points.append(Point(name=name, formats=choice, kl=found.kl, error=found.error))
+            kl, error = by_bucket(measured, some)
+            points.append(Point(name=name, formats=choice, kl=kl, error=error))
             if name == KV_CACHE:
-                costs[KV_CACHE] = {"fp8": Cost(found.kl, found.error)}
+                costs[KV_CACHE] = {"fp8": Cost(kl, error)}
     for group in whole.groups:  # what is measured alone, but the cache, stays as it is
         if group.measured and group.name not in costs:
             costs[group.name] = dict(whole.costs[group.name])

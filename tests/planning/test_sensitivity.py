@@ -22,11 +22,10 @@ from snugfit.model.layout import read_layout
 from snugfit.planning import scoring_cost
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import merge_scores
-from snugfit.planning.estimates import by_bucket, expected_of, scaled
-from snugfit.planning.gradients import GradientPass, Sums, draw
+from snugfit.planning.gradients import GradientPass, draw
 from snugfit.planning.samples import Samples, cut_rows, edges_of
 from snugfit.planning.scoring_cost import estimate_scoring
-from snugfit.planning.sensitivity import ScoreSettings, score_model, score_samples
+from snugfit.planning.sensitivity import ScoreSettings, by_bucket, score_model, score_samples
 from snugfit.planning.shared_pass import Assigned, SharedPass, branches_of
 from snugfit.planning.variants import LayerVariants, open_subject
 from snugfit.quantization.resume import FinishedUnits
@@ -331,31 +330,13 @@ def test_plans_are_measured_on_spread_rows_of_each_bucket() -> None:
     assert cut_rows(rows(), 64, 640).measured == tuple(range(11))
 
 
-def test_what_is_measured_on_some_rows_is_scaled_by_what_gradients_expect() -> None:
-    """Where costs are proportional to KL the mean over all rows is exact; without any it is the measured rows'."""
-    cut = samples(8)
-    kl = [2.0 + row % 5 for row in range(8)]
-    exact = by_bucket(kl, cut)
-    measured = {row: kl[row] for row in (1, 4)}
-    found = scaled(measured, [one / 3 for one in kl], cut)
-    assert found.kl == pytest.approx(exact.kl)
-    assert found.error == pytest.approx(exact.error)  # nothing is left over in the measured rows
-    assert scaled(measured, [0.0] * 8, cut).kl == pytest.approx((sum(measured.values()) / (2 * 63),))
-    noisy = scaled(measured | {4: 9.0}, [one / 3 for one in kl], cut)
-    assert noisy.error[0] > exact.error[0]
-
-
-def test_what_is_expected_of_a_plan_adds_up_its_groups_and_caches() -> None:
-    """Sums of a plan's groups, of all layers' caches for an FP8 cache, nothing of what gradients do not know."""
-    cut = samples(2)
-    sums = {
-        ("a", "int4"): Sums((), (1.0, 2.0)),
-        ("a", "mxfp4"): Sums((), (100.0, 100.0)),
-        (cache_of_layer(0), "fp8"): Sums((), (0.25, 0.5)),
-        (cache_of_layer(1), "fp8"): Sums((), (0.5, 0.25)),
-    }
-    assert expected_of({"a": "int4", "lm_head": "fp8-dynamic"}, sums, cut) == [1.0, 2.0]
-    assert expected_of({KV_CACHE: "fp8"}, sums, cut) == [0.75, 0.75]
+def test_means_are_over_the_rows_that_were_measured() -> None:
+    """Each bucket's mean is by tokens over the measured rows alone, with the error of their differences."""
+    cut = cut_rows(rows(16, 2048), 2048, 4000)
+    sums = {place: (2.0 + place % 2) * cut.rows[place].count for place in (1, 4, 9, 10)}
+    means, errors = by_bucket(sums, cut)
+    assert means == pytest.approx((2.5, 2.5))
+    assert errors == pytest.approx((0.5, 0.5))
 
 
 def test_an_estimate_says_what_scoring_takes(model: Path, scores: Scores, tmp_path: Path) -> None:

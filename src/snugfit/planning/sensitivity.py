@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import fsum
+from math import fsum, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ from snugfit.machine import pick_device, versions
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import class_of, fit_damage
-from snugfit.planning.estimates import costs_of, expected_of, scaled
 from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
 from snugfit.planning.groups import HEAD, Group
 from snugfit.planning.measured_plans import measure_plans
@@ -173,7 +172,7 @@ def score_samples(
         compared.mkdir(exist_ok=True)
         compares = identity | {"plans": [dict(plan.choice) for plan in plans]}
         units = open_finished(compared, compares, force=force_resume)
-        points = _measure(subject, samples, plans, sums, where, per_batch, compared, units, progress)
+        points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
     return distributed.by_main(lambda: _scores(subject, samples, settings, costs, caches, points))
 
 
@@ -271,6 +270,30 @@ def _scored(group: Group, *, measured: bool) -> ScoredGroup:
     return ScoredGroup(name=group.name, layer=group.layer, role=group.role, elements=group.elements, measured=measured)
 
 
+def costs_of(sums: Mapping[tuple[str, str], Sums], samples: Samples) -> dict[str, dict[str, Cost]]:
+    """Costs by group and format: the mean over the scored tokens of each bucket, and its error."""
+    found: dict[str, dict[str, Cost]] = {}
+    for (name, fmt), one in sums.items():
+        found.setdefault(name, {})[fmt] = Cost(*by_bucket(dict(enumerate(one.costs)), samples))
+    return found
+
+
+def by_bucket(values: Mapping[int, float], samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means over the scored tokens of rows, of sums by the row's place, in each bucket.
+
+    Their standard errors are by the rows' differences.
+    """
+    means, errors = [], []
+    for bucket in range(len(samples.edges)):
+        counts = {place: samples.rows[place].count for place in values if samples.buckets[place] == bucket}
+        total = sum(counts.values())
+        mean = fsum(values[place] for place in counts) / total
+        spread = fsum((values[place] - mean * count) ** 2 for place, count in counts.items())
+        means.append(mean)
+        errors.append(sqrt(spread * len(counts) / max(1, len(counts) - 1)) / total)
+    return tuple(means), tuple(errors)
+
+
 def plans_to_measure(
     subject: Subject, costs: Mapping[str, Mapping[str, Cost]], settings: ScoreSettings
 ) -> list[Assigned]:
@@ -322,7 +345,6 @@ def _measure(
     subject: Subject,
     samples: Samples,
     plans: Sequence[Assigned],
-    sums: Mapping[tuple[str, str], Sums],
     device: torch.device,
     tokens_per_batch: int,
     folder: Path,
@@ -345,9 +367,9 @@ def _measure(
     points = []
     for plan in plans:
         measured = dict(zip(rows, map(_scored_sum, found[plan.name], rows.values()), strict=True))
-        kl = scaled(measured, expected_of(plan.choice, sums, samples), samples)
-        if np.isfinite(kl.kl).all():
-            points.append(Point(name=plan.name, formats=dict(plan.choice), kl=kl.kl, error=kl.error))
+        kl, error = by_bucket(measured, samples)
+        if np.isfinite(kl).all():
+            points.append(Point(name=plan.name, formats=dict(plan.choice), kl=kl, error=error))
     return points
 
 
