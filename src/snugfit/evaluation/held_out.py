@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from snugfit import distributed
-from snugfit.evaluation.divergence import diverge, softmax
+from snugfit.evaluation.divergence import exact_kl, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.evaluation.measure import LOGITS, SLICE
 from snugfit.evaluation.saturation import InputWatch
@@ -119,10 +119,8 @@ class HeldOut:
         step = max(1, min(LOGITS, SLICE[self._device.type]) // width)
         for start in range(0, len(states[0]), step):
             first, second = (
-                softmax(head(part[start : start + step].to(self._device).unsqueeze(0))[0])
+                head(part[start : start + step].to(self._device).unsqueeze(0))[0]
                 for head, part in zip(heads, states, strict=True)
             )
-            kl = diverge(first, second).kl
-            finite = first.finite & second.finite
-            found.append(torch.where(finite, kl, torch.nan).double().cpu())
+            found.append(exact_kl(softmax(first), second).double().cpu())
         return [float(segment.mean()) for segment in torch.cat(found).split(SEGMENT_TOKENS)]
