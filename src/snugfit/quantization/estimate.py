@@ -15,6 +15,7 @@ from snugfit.data.dataset import Dataset
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.machine import free_bytes, rss_bytes
+from snugfit.methods import gptq
 from snugfit.methods.rounding import SLICE
 from snugfit.model.hidden_states import IN_FLIGHT
 from snugfit.model.skeleton import Skeleton
@@ -28,8 +29,9 @@ from snugfit.storage.transfer import CONNECTIONS, COPIERS, REMOTE_AHEAD_BYTES, W
 _COPIES = 6
 # what a layer holds of a batch at once, in hidden states and in MLP widths
 _STATES, _WIDTHS = 6, 3
-# of GPTQ: copies of the largest E[x x^T] while it is factored, copies in fp32 of the largest fused group of weights
-_SQUARES, _GROUPS = 4, 5
+# of GPTQ: copies of the largest E[x x^T] while it is factored, copies in fp32 of the largest fused group of weights,
+# and of the part of a weight that is rounded at once
+_SQUARES, _GROUPS, _SLICES = 4, 5, 4
 # of learned scales: tokens of a step, logits at once; what the insides of a layer hold of a token in its backward pass
 LEARNED_TOKENS = 4096
 LEARNED_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}
@@ -125,7 +127,7 @@ def estimate_run(
                 activations += in_flight
                 if divisions[number].pieces:  # what comes to experts, and what they add up
                     activations += 2 * batch * (hidden + _SUM_BYTES * skeleton.hidden_size)
-            exact = (layer.exact if observes else 0) + (_correlations(plan, unit) if correlates else 0)
+            exact = (layer.exact if observes else 0) + (_correlations(plan, unit, device) if correlates else 0)
             work = max(work, ahead + exact + max(rounding, layer.values + 2 * layer.codes + group + activations))
             continue
         quantized = [name for name in unit if (a := plan.assignments.get(name)) and a.format and not a.keeps_codes]
@@ -177,14 +179,15 @@ def estimate_learning(
     return Estimate(ram=rss_bytes() + _CUDA_HOST + kept, gpu=on_device, disk=0)
 
 
-def _correlations(plan: Plan, unit: tuple[str, ...]) -> int:
+def _correlations(plan: Plan, unit: tuple[str, ...], device: torch.device) -> int:
     """Bytes of second moments of the inputs of a layer's linears, and of what is made of the largest for one group."""
     follows = [name for name in unit if (a := plan.assignments.get(name)) and a.follows_effort]
     names = [name.removesuffix(".weight") for name in follows if ".experts." not in name]
     shapes = [[plan.weights.tensors[f"{name}.weight"].shape for name in group] for group in group_modules(names)]
     squares = [4 * group[0][-1] ** 2 for group in shapes]
     group = max((sum(4 * n * k for n, k in group) for group in shapes), default=0)
-    return sum(squares) + _SQUARES * max(squares, default=0) + _GROUPS * group
+    part = 4 * min(max((n * k for group in shapes for n, k in group), default=0), gptq.SLICE[device.type])
+    return sum(squares) + _SQUARES * max(squares, default=0) + _GROUPS * group + _SLICES * part
 
 
 def ahead_of(plan: Plan, divisions: Sequence[Division], device: torch.device) -> int:
