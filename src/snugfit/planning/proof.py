@@ -43,7 +43,7 @@ from snugfit.records.trials import MIN_GAIN, judge
 from snugfit.records.trials import Measured as Tried
 
 # of all texts at each context, where no other number is asked for, and chunks of each text at least
-MAX_TOKENS, FEWEST_CHUNKS = 8192, 2
+MAX_TOKENS, FEWEST_CHUNKS = 6144, 2
 
 
 @dataclass(frozen=True, kw_only=True)
