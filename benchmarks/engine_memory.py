@@ -1,14 +1,15 @@
 """How a stock vLLM uses a GPU's memory, compared with what `snugfit fit` predicts: real shapes, dummy weights.
 
-    python benchmarks/engine_memory.py OUT.json [--only NAME...] [--seconds 500] [--vllm-python PYTHON]
+    python benchmarks/engine_memory.py OUT.json [--only NAME...] [--seconds 500] [--vllm-python PYTHON] [--fork]
     python benchmarks/engine_memory.py OUT.json --compare
 
 The first command starts vLLM once for each case, in a process of its own, and reads vLLM's figures: weights, peak
 activation, memory outside torch, CUDA graphs (estimated and taken), the KV cache's bytes, blocks and tokens, and the
 used memory of the whole card. Weights are dummies of real shapes (fewer layers where that changes nothing), so it needs
-no model and no network. It writes OUT.json after each case, and starts no case after `--seconds`. It needs
-engine_shapes.json but nothing of snugfit, and runs in vLLM's environment. The second command prints a Markdown table of
-measured and predicted figures; it needs snugfit and no GPU.
+no model and no network. It writes OUT.json after each case, and starts no case after `--seconds`. `--fork` imports vLLM
+once, in its own process, and forks each case, which saves their imports. It needs engine_shapes.json but nothing of
+snugfit, and runs in vLLM's environment. The second command prints a Markdown table of measured and predicted figures;
+it needs snugfit and no GPU.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MIB = 1024**2
 GIB = 1024**3
@@ -163,17 +165,16 @@ def from_log(log: str) -> Config:
 # all cases
 
 
-def run_case(name: str, python: str, timeout: float) -> Config:
-    """Measure one case in a fresh process; a failure is a result with "error"."""
+def run_case(name: str, python: str | None, timeout: float) -> Config:
+    """Measure one case in a fresh process, forked without `python`; a failure is a result with "error"."""
     with tempfile.TemporaryDirectory() as folder:
         result, log_file = Path(folder) / "result.json", Path(folder) / "log"
-        command = [python, str(Path(__file__).resolve()), str(result), "--child", name]
         with log_file.open("wb") as log:
-            try:
-                code = subprocess.run(command, stdout=log, stderr=log, timeout=timeout, check=False).returncode
-                failure = f"exit code {code}"
-            except subprocess.TimeoutExpired:
-                failure = f"no result within {timeout:g} seconds"
+            if python is None:
+                code = run_forked(name, result, log.fileno(), timeout)
+            else:
+                code = run_fresh([python, str(Path(__file__).resolve()), str(result), "--child", name], log, timeout)
+        failure = f"no result within {timeout:g} seconds" if code is None else f"exit code {code}"
         text = log_file.read_text(encoding="utf-8", errors="replace")
         entry = {"case": CASES[name], "log": from_log(text)}
         if result.is_file():
@@ -182,8 +183,40 @@ def run_case(name: str, python: str, timeout: float) -> Config:
         return entry | {"error": "\n".join([*lines[-ERROR_LINES:], failure])}
 
 
-def run_all(out: Path, names: list[str], python: str, seconds: float) -> int:
+def run_fresh(command: list[str], log: IO[bytes], timeout: float) -> int | None:
+    """The exit code; None where the time was over."""
+    try:
+        return subprocess.run(command, stdout=log, stderr=log, timeout=timeout, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def run_forked(name: str, result: Path, log: int, timeout: float) -> int | None:
+    """The same in a fork of this process, which has vLLM imported and has not touched the GPU."""
+    child = multiprocessing.get_context("fork").Process(target=be_case, args=(name, result, log))
+    child.start()
+    child.join(timeout)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        return None
+    return child.exitcode
+
+
+def be_case(name: str, result: Path, log: int) -> None:
+    """Measure one case in this process, whose output goes to the file `log`."""
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(CASES[name], Path(folder))
+    result.write_text(json.dumps(found), encoding="utf-8")
+
+
+def run_all(out: Path, names: list[str], python: str | None, seconds: float, case_seconds: float) -> int:
     """Measure the cases, in their order, as long as there is time."""
+    if python is None:
+        os.environ.update(DEFAULTS | os.environ)
+        importlib.import_module("vllm").LLM  # noqa: B018 (imported when it is first named)
     began = time.monotonic()
     report: Config = {}
     for name in names:
@@ -191,7 +224,7 @@ def run_all(out: Path, names: list[str], python: str, seconds: float) -> int:
         if left < 20:
             print(f"{name}: no time left", file=sys.stderr, flush=True)
             continue
-        report[name] = run_case(name, python, left)
+        report[name] = run_case(name, python, min(left, case_seconds))
         out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         entry = report[name]
         failure = " / ".join(entry.get("error", "").splitlines()[-2:])
@@ -263,7 +296,9 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--seconds", type=float, default=500.0, help="start no case after this time")
+    parser.add_argument("--case-seconds", type=float, default=200.0, help="longest wait for a case")
     parser.add_argument("--vllm-python", default=sys.executable)
+    parser.add_argument("--fork", action="store_true", help="import vLLM once; needs no --vllm-python")
     parser.add_argument("--compare", action="store_true", help="print OUT with predictions")
     parser.add_argument("--child", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -275,7 +310,8 @@ def main() -> int:
     if options.compare:
         compare(json.loads(options.out.read_text(encoding="utf-8")))
         return 0
-    return run_all(options.out, options.only, options.vllm_python, options.seconds)
+    python = None if options.fork else options.vllm_python
+    return run_all(options.out, options.only, python, options.seconds, options.case_seconds)
 
 
 if __name__ == "__main__":

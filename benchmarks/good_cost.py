@@ -1,12 +1,13 @@
 """What an effort costs on a model: seconds of its stages and ways, beside plain forward passes of the same rows.
 
     python good_cost.py MODEL WORK --dataset A.txt B.txt [--num-samples 64] [--max-seq-length 1024] [--device cuda]
-                        [--effort good] [--rounds 2] [--forward] [--profile] [--operations]
+                        [--effort good] [--rounds 2] [--forward] [--samples] [--profile] [--operations]
 
 Every round quantizes anew, in this process; the first one has the compilation of kernels in it. `--forward` times
-transformers' plain forward of the same rows, output head included, before and after the rounds. `--profile` adds a
-round under cProfile, `--operations` one that counts the operations of torch that the main thread starts, by stage of
-the run, `--kernels` one that adds up the time of a GPU's kernels. Prints a line a figure; WORK/good_cost.json has them.
+transformers' plain forward of the same rows, output head included, before and after the rounds. `--samples` writes
+to WORK/EFFORT-ROUND.0.txt where the main thread was, 50 times a second. `--profile` adds a round under cProfile,
+`--operations` one that counts the operations of torch that the main thread starts, by stage of the run,
+`--kernels` one that adds up the time of a GPU's kernels. Prints a line a figure; WORK/good_cost.json has all.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
+from ranks import sampled
 from snugfit.data.dataset import load_dataset
 from snugfit.machine import Clock
 from snugfit.quantization.quantize import quantize
@@ -43,10 +45,11 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     options.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"torch": torch.__version__, "forward": [], "rounds": []}
-    for _ in range(options.rounds):
+    for number in range(options.rounds):
         if options.forward:
             found["forward"].append(forward(options))
-        found["rounds"].append(one_round(options))
+        with sampled(str(options.work / f"{options.effort}-{number}") if options.samples else None):
+            found["rounds"].append(one_round(options))
     if options.profile:
         profiled(options)
     if options.kernels:
@@ -190,6 +193,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--forward", action="store_true")
+    parser.add_argument("--samples", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--kernels", action="store_true")
     parser.add_argument("--operations", action="store_true")

@@ -3,7 +3,7 @@
     python benchmarks/plan_scores.py MODEL OUT.json --calibration FILE... --held-out FILE... [--context 8192]
         [--formats nvfp4 ...] [--random 100] [--alone nvfp4] [--num-tokens 16384] [--max-tokens 32768]
         [--held-out-contexts 512 2048 8192] [--alternatives 2] [--controls 100] [--no-measure]
-        [--scores SCORES.json] [--rows ROWS.json] [--rival SCORES.json]
+        [--scores SCORES.json] [--rows ROWS.json] [--rival FILE...] [--hand] [--only-rivals] [--recipes FOLDER]
 
 Scores the model, chooses plans at the hybrid's bytes, 10 % below and 10 % above, for 2k and the longest context, with
 the byte-matched controls, and measures all of them and random plans on held-out text, in one pass. Bytes of everything
@@ -12,8 +12,10 @@ mixes of built-in recipes, those of which least is expected first; every built-i
 states of all that is measured take disk: plans x tokens x hidden size x 4 bytes. Results in one JSON;
 `benchmarks/plot_plan_scores.py` draws them.
 
-With --rows it only writes the rows that are scored, for `benchmarks/autoquantize_worker.py`; what that finds is given
-as --rival: plans that its scores choose at the same real bytes are measured with the others.
+With --rows it only writes the rows that are scored, for `autoquantize_worker.py` and `autoscheme_worker.py`, and says
+how many bits a weight each budget is; what these find is given as --rival. --hand adds the shapes of llm-compressor's
+examples. Each rival's plan is measured with the others, and beside it ours, solved for exactly its bytes; a table with
+paired errors comes last. --only-rivals leaves out all other plans. --recipes writes each as a recipe for `quantize`.
 """
 
 from __future__ import annotations
@@ -32,21 +34,23 @@ from typing import Any
 import numpy as np
 import torch
 
+import rival_plans
 from snugfit.data import texts
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.evaluation.chunks import group_chunks
 from snugfit.machine import pick_device
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
-from snugfit.planning.constraints import load_constraints
+from snugfit.planning.constraints import LoadedConstraints, load_constraints
 from snugfit.planning.controls import MATCHED, find_controls
+from snugfit.planning.groups import HEAD
 from snugfit.planning.limits import Budget, read_place
 from snugfit.planning.measured_plans import measure_plans, open_comparison
-from snugfit.planning.menu import GroupMenu
+from snugfit.planning.menu import GroupMenu, Server, read_options
 from snugfit.planning.proof import judge_plans
 from snugfit.planning.samples import read_samples
 from snugfit.planning.scoring_cost import estimate_scoring
-from snugfit.planning.search import least_kl
+from snugfit.planning.search import Space, least_kl
 from snugfit.planning.sensitivity import ScoreSettings, score_samples
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.space import read_choices
@@ -80,7 +84,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device")
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--scores", type=Path)
-    parser.add_argument("--rival", type=Path)
+    parser.add_argument("--rival", type=Path, nargs="+", default=[])
+    parser.add_argument("--hand", action="store_true")
+    parser.add_argument("--only-rivals", action="store_true")
+    parser.add_argument("--recipes", type=Path)
     return parser.parse_args()
 
 
@@ -116,44 +123,27 @@ def crossing(scores: Scores) -> Iterator[Assigned]:
         yield Assigned(name=name, choice=choice)
 
 
-def rival_plans(
-    file: Path, menus: Sequence[GroupMenu], budgets: Mapping[float, int], outside: int
-) -> Iterator[tuple[str, float, dict[str, str]]]:
-    """The plans with the least sum of a rival's scores at each budget in bytes, NVFP4, FP8 or 16 bits a group."""
-    of_weight = {weight: menu for menu in menus for weight in menu.group.weights}
-    for method, found in json.loads(file.read_text(encoding="utf-8")).items():
-        names, scores, sizes = [], [], []
-        for one in found["stats"]:
-            menu = of_weight.get(f"{one['modules'][0]}.weight")
-            if menu is None:  # what it may not quantize, such as the output head
-                continue
-            options = []
-            for fmt, score in zip(one["formats"], one["scores"], strict=True):
-                ours = "nvfp4" if "NVFP4" in fmt else "fp8-dynamic" if "FP8" in fmt else "keep"
-                options.append((ours, score, menu.option(ours).bytes.file))
-            names.append((menu.group.name, [option[0] for option in options]))
-            scores.append([option[1] for option in options])
-            sizes.append([option[2] for option in options])
-        for share, size in budgets.items():
-            places = least_sum(scores, sizes, size - outside)
-            choice = {name: formats[place] for (name, formats), place in zip(names, places, strict=True)}
-            yield method, share, {name: fmt for name, fmt in choice.items() if fmt != "keep"}
+def constraints_of(layout: ModelLayout, folder: Path) -> LoadedConstraints:
+    """What every plan keeps: the KV cache, and an output head of its own."""
+    menus = read_options(layout, Server())
+    kept = "\nrules:\n  - {role: lm_head, format: keep}" if any(menu.group.role == HEAD for menu in menus) else ""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "constraints.yaml"
+    file.write_text(f"kv_cache: keep{kept}\n", encoding="utf-8")
+    return load_constraints(file)
 
 
-def least_sum(scores: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], limit: int) -> list[int]:
-    """One place of each list, so that the scores' sum is least and the sizes' sum is within a limit."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    flat = np.concatenate([np.asarray(one, float) for one in scores])
-    ends = np.cumsum([0, *map(len, scores)])
-    one_each = np.zeros((len(scores), len(flat)))
-    for row, (start, stop) in enumerate(itertools.pairwise(ends)):
-        one_each[row, start:stop] = 1
-    size = np.concatenate([np.asarray(one, float) for one in sizes]) / 1024
-    limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(size, -np.inf, limit / 1024)]
-    span = max(float(np.abs(flat).max()), 1e-30)
-    found = milp(flat / span, constraints=limits, integrality=np.ones(len(flat)), bounds=Bounds(0, 1))
-    return [int(found.x[start:stop].argmax()) for start, stop in itertools.pairwise(ends)]
+def budgets_of(
+    layout: ModelLayout, formats: Sequence[str], loaded: LoadedConstraints
+) -> tuple[tuple[GroupMenu, ...], dict[float, int], int]:
+    """The menus inside the layers, bytes of all weights at each share of the hybrid's, and those outside the layers."""
+    choices = read_choices(layout, read_place(layout, Budget(bytes=1 << 50)), formats, loaded)
+    inside = tuple(menu for menu in choices.everything if menu.group.layer is not None)
+    found = find_controls(layout, choices.everything, choices.space, None, 1)
+    hybrid = next(c for name in reversed(HYBRIDS) for c in found if c.recipe == name)
+    layers = sum(hybrid.mix.options[menu.group.name].bytes.file for menu in inside)
+    outside = hybrid.mix.bytes.file - layers
+    return inside, {share: outside + int(share * layers) for share in SHARES}, outside
 
 
 def budget_plans(
@@ -166,7 +156,7 @@ def budget_plans(
 ) -> tuple[list[Assigned], list[dict[str, Any]]]:
     """Plans and controls at each budget and context, and a table of which is which."""
     plans: list[Assigned] = []
-    table = []
+    table: list[dict[str, Any]] = []
 
     def named(prefix: str, choice: Mapping[str, str]) -> str:
         for plan in plans:
@@ -175,28 +165,19 @@ def budget_plans(
         plans.append(Assigned(name=f"{prefix}-{len(plans)}", choice=dict(choice)))
         return plans[-1].name
 
-    head = {group.name for group in scores.groups if group.role == "lm_head"}
-    file = folder / "constraints.yaml"
-    kept = "\nrules:\n  - {role: lm_head, format: keep}" if head else ""
-    file.write_text(f"kv_cache: keep{kept}\n", encoding="utf-8")
-    loaded = load_constraints(file)
-    everything = read_choices(layout, read_place(layout, Budget(bytes=1 << 50)), formats, loaded)
-    found = find_controls(layout, everything.everything, everything.space, scores, contexts[0])
-    hybrid = next(c for name in reversed(HYBRIDS) for c in found if c.recipe == name)
-    outside = hybrid.mix.bytes.file - sum(
-        one.bytes.file for name, one in hybrid.mix.options.items() if name not in head
-    )
-    budgets = {share: outside + int(share * (hybrid.mix.bytes.file - outside)) for share in SHARES}
-    rival: Path | None = args.rival
-    inside = [menu for menu in everything.everything if menu.group.layer is not None]
-    for method, share, choice in rival_plans(rival, inside, budgets, outside) if rival else ():
-        table.append({"rival": method, "share": share, "plans": [(named(method, choice), budgets[share])]})
-    two = ("nvfp4", "fp8-dynamic")
-    for share, size in budgets.items() if rival else ():
-        choices = read_choices(layout, read_place(layout, Budget(bytes=size)), two, loaded)
-        best = least_kl(choices.space, scores, contexts[0])
-        named_plans = [(named("two", mix.formats), mix.bytes.file) for mix in best]
-        table.append({"rival": "snugfit, two formats", "share": share, "plans": named_plans})
+    head = {group.name for group in scores.groups if group.role == HEAD}
+    loaded = constraints_of(layout, folder)
+    inside, budgets, outside = budgets_of(layout, formats, loaded)
+    rivals = [one for file in args.rival for one in rival_plans.read_rivals(file, inside, budgets, outside)]
+    if args.hand:
+        rivals += rival_plans.hand_recipes(inside, formats)
+
+    def space_of(menu: Sequence[str]) -> Space:
+        return read_choices(layout, read_place(layout, Budget(bytes=1 << 50)), menu, loaded).space
+
+    table += rival_plans.beside(rivals, inside, space_of, scores, contexts[0], outside, named)
+    if args.only_rivals:
+        return plans, table
     for share, size in budgets.items():
         choices = read_choices(layout, read_place(layout, Budget(bytes=size)), formats, loaded)
         for context in contexts:
@@ -222,9 +203,14 @@ def budget_plans(
 
 
 def measured(
-    layout: ModelLayout, statistics: Statistics, plans: Sequence[Assigned], args: argparse.Namespace, folder: Path
+    layout: ModelLayout,
+    statistics: Statistics,
+    plans: Sequence[Assigned],
+    table: Sequence[Mapping[str, Any]],
+    args: argparse.Namespace,
+    folder: Path,
 ) -> dict[str, Any]:
-    """KL of every plan on held-out text, by context and text."""
+    """KL of every plan on held-out text, by context and text, and of rivals' plans beside ours."""
     device = pick_device(args.device)
     contexts = args.held_out_contexts or [one for one in (512, 2048, args.context) if one <= args.context]
     cut, records = texts.read_chunks(
@@ -249,9 +235,11 @@ def measured(
     for plan in plans if numbers else ():
         joined = np.stack([found[plan.name][place][: longest - 1] for place in numbers]).mean(0)
         edges = [edge for edge in (0, 512, 1024, 2048, 4096) if edge < longest] + [longest]
-        pairs = [(low, high) for low, high in itertools.pairwise(edges) if low < high]
-        bins[plan.name] = [float(joined[low:high].mean()) for low, high in pairs]
-    return {"figures": figures, "bins": bins, "seconds": seconds, "tokens": sum(map(len, rows))}
+        parts = [(low, high) for low, high in itertools.pairwise(edges) if low < high]
+        bins[plan.name] = [float(joined[low:high].mean()) for low, high in parts]
+    pairs = rival_plans.paired([one for one in table if "rival" in one], groups, found)
+    tokens = sum(map(len, rows))
+    return {"figures": figures, "bins": bins, "paired": pairs, "seconds": seconds, "tokens": tokens}
 
 
 def kl_of_plans(
@@ -295,6 +283,9 @@ def main() -> None:
     samples = read_samples(layout, args.calibration, context=args.context, num_tokens=args.num_tokens)
     if args.rows is not None:
         args.rows.write_text(json.dumps([row.ids for row in samples.rows if len(row.ids) <= 2048]), encoding="utf-8")
+        inside, budgets, outside = budgets_of(layout, args.formats, constraints_of(layout, folder))
+        weights = sum(menu.group.elements for menu in inside)
+        print("--bits", *(f"{8 * (size - outside) / weights:.4f}" for size in budgets.values()))
         return
     settings = ScoreSettings(formats=args.formats, rounding=args.rounding, target=args.target)
     timed = args.scores is None
@@ -325,9 +316,15 @@ def main() -> None:
     try:
         chosen, result["table"] = budget_plans(layout, scores, args.formats, contexts, folder, args)
     except Exception as error:
+        if args.only_rivals:
+            raise
         print(f"no plans: {error!r}")
         chosen, result["table"] = [], []
-    plans = [*crossing(scores), *chosen, *random_plans(scores, args.formats, args.random)]
+    plans = chosen
+    if not args.only_rivals:
+        plans = [*crossing(scores), *chosen, *random_plans(scores, args.formats, args.random)]
+    if args.recipes is not None:
+        rival_plans.write_recipes(args.recipes, layout, chosen)
     result["choices"] = {plan.name: dict(plan.choice) for plan in plans}
     result["predicted"] = {
         plan.name: {str(context): scores.predict(plan.choice, context).kl for context in (512, *contexts)}
@@ -336,9 +333,11 @@ def main() -> None:
     args.out.write_text(json.dumps(result), encoding="utf-8")
     if args.no_measure:
         return
-    result["measured"] = measured(layout, statistics, plans, args, folder)
+    result["measured"] = measured(layout, statistics, plans, result["table"], args, folder)
     args.out.write_text(json.dumps(result), encoding="utf-8")
     print(f"{args.model.name}: {len(plans)} plans measured in {result['measured']['seconds']:.1f} s")
+    if result["measured"]["paired"]:
+        print(rival_plans.table(result["measured"]["paired"]), flush=True)
     result["alone"] = alone(layout, statistics, scores, args, folder)
     args.out.write_text(json.dumps(result), encoding="utf-8")
 

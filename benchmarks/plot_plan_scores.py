@@ -40,7 +40,7 @@ def print_tables(result: Mapping[str, Any]) -> None:
     print(
         f"\n## {result['model']}: {result['tokens']:,} tokens in {result['score_seconds']:.1f} s, {result['estimate']}"
     )
-    for prefix in ("random", "plan", "control", "fp8", "nvfp4", "gradient", "kl_div", "two"):
+    for prefix in ("random", "plan", "control", "fp8", "nvfp4", "rival", "ours"):
         for context, found in errors(result, prefix):
             if len(found):
                 figures = f"median {np.median(found):+.2f}, mean |.| {np.abs(found).mean():.2f}"
@@ -49,7 +49,8 @@ def print_tables(result: Mapping[str, Any]) -> None:
     for row in result["table"]:
         print_budget(result, row)
     print("crossing, KL by position:")
-    for name in ("nvfp4-all", "fp8-attention", "fp8-down"):
+    crossing = ("nvfp4-all", "fp8-attention", "fp8-down")
+    for name in (one for one in crossing if one in result["predicted"]):
         bins = " ".join(f"{value:.4f}" for value in result["measured"]["bins"][name])
         pairs = [(at(result, name, c)[0], result["predicted"][name][str(c)]) for c in contexts(result)]
         print(f"    {name:14} {bins}; measured and predicted by context {np.round(pairs, 4).tolist()}")
@@ -64,8 +65,10 @@ def print_tables(result: Mapping[str, Any]) -> None:
 def print_budget(result: Mapping[str, Any], row: Mapping[str, Any]) -> None:
     """Plans at a budget beside the controls that fit, or a rival's plans."""
     if "rival" in row:
-        found = [at(result, name, context)[0] for context in contexts(result) for name, _ in row["plans"][:1]]
-        print(f"{row['rival']:20} at {row['share']:.1f}: {[round(one, 4) for one in found]}")
+        names = {"theirs": row["plan"]} | {f"ours, {label}": name for label, (name, _) in row["ours"].items()}
+        for label, name in names.items():
+            found = [round(at(result, name, context)[0], 4) for context in contexts(result)]
+            print(f"{row['rival']:30} {row['bytes'] / 1e6:7.1f} MB, {label}: {found}")
         return
     context = row["context"]
     plans = [(at(result, name, context), name, size) for name, size in row["plans"]]
@@ -113,7 +116,7 @@ def plot(results: list[Mapping[str, Any]], file: Path) -> None:
     for axis, result in zip(axes[0], results, strict=True):
         ends = []
         for context in contexts(result):
-            names = [name for name in result["predicted"] if name.startswith(("random", "plan"))]
+            names = [name for name in result["predicted"] if name.startswith(("random", "plan", "ours"))]
             x = [at(result, name, context)[0] for name in names]
             y = [result["predicted"][name][str(context)] for name in names]
             ends += [*x, *y]

@@ -385,7 +385,7 @@ def kills(options: argparse.Namespace, model: Path, rows: Path) -> list[dict[str
 def kill(
     options: argparse.Namespace, given: list[str], out: Path, work: float, chance: tuple[float, float]
 ) -> dict[str, Any]:
-    """One run killed at a share of its `work` seconds behind its first sign of life, and resumed."""
+    """One run killed and resumed: at a share of its `work` seconds, or once that share of its layers is committed."""
     moment, victim = chance
     partial = out.with_name(f"{out.name}.partial")
     for folder in (out, partial):
@@ -393,19 +393,21 @@ def kill(
     process = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(options))
     while not partial.exists() and process.poll() is None:
         time.sleep(0.05)
-    time.sleep(moment * work)
+    until, enough = time.monotonic() + moment * work, int(moment * (options.kill_layers or options.layers)) + 1
+    while time.monotonic() < until and process.poll() is None and len(list(partial.rglob("unit-*.json"))) < enough:
+        time.sleep(0.01)
     victims = workers(process.pid)
     if victims:
         os.kill(victims[int(victim * len(victims))], signal.SIGKILL)
     code = process.wait()
     units = len(list(partial.rglob("unit-*.json")))
-    again = subprocess.run(given, check=False, capture_output=True, text=True, env=environment(options))
-    same = None
-    if again.returncode == 0:
-        same = differences(options.work / "undisturbed", out)["share_of_bytes"] == 0
-    found = {"first_exit": code, "units_kept": units, "second_exit": again.returncode, "same": same}
-    if again.returncode:
-        found["error"] = again.stderr[-500:]
+    found: dict[str, Any] = {"first_exit": code, "units_kept": units, "was_whole": out.exists()}
+    if not out.exists():  # else it was killed behind its last step
+        again = subprocess.run(given, check=False, capture_output=True, text=True, env=environment(options))
+        found["second_exit"] = again.returncode
+        if again.returncode:
+            found["error"] = again.stderr[-2000:]
+    found["same"] = out.exists() and differences(options.work / "undisturbed", out)["share_of_bytes"] == 0
     say(f"{out.name}: {found}")
     shutil.rmtree(out, ignore_errors=True)
     return found

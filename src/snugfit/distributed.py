@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 _PATIENCE = timedelta(hours=6)  # that one rank may work while others wait
 _PIECE = 1 << 26  # values that are added up at once
 _apart = False
+_side: Any = None
+_connecting: threading.Thread | None = None
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -88,8 +91,30 @@ def joined(device: str | None = None) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(local_rank())
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
+    global _connecting, _side  # noqa: PLW0603
+    if cuda:
+        _connecting = threading.Thread(target=_connect, daemon=True)
+        _connecting.start()
     yield
+    _connected()
+    _side = None
     torch.distributed.destroy_process_group()  # not behind an error: it could wait for a process that has ended
+
+
+def _connect() -> None:
+    """Have NCCL connect the GPUs, which takes half a second, while what needs no GPU is prepared."""
+    import torch
+
+    torch.cuda.set_device(local_rank())
+    torch.distributed.broadcast(torch.zeros(1, device=f"cuda:{local_rank()}"), src=0)
+
+
+def _connected() -> None:
+    """Wait for what has begun to connect, before anything else goes over NCCL."""
+    global _connecting  # noqa: PLW0603
+    if _connecting is not None:
+        _connecting.join()
+        _connecting = None
 
 
 def device() -> Any:
@@ -116,12 +141,22 @@ def together(function: Callable[Parameters, Result]) -> Callable[Parameters, Res
 def gather_tensors(mine: Iterable[tuple[Key, Tensor]]) -> list[tuple[Key, Tensor]]:
     """The named tensors of all processes, on this device, in the order of the ranks; large ones go from GPU to GPU."""
     held = list(mine)
-    if world_size() == 1:
-        return held
+    return held if world_size() == 1 else exchanged(held, gather(stated(held)))
+
+
+def stated(held: Iterable[tuple[Key, Tensor]]) -> list[tuple[Key, Any, Any]]:
+    """What all processes have to know of the named tensors of one to take them in with `exchanged`."""
+    return [(key, tensor.shape, tensor.dtype) for key, tensor in held]
+
+
+def exchanged(
+    held: Sequence[tuple[Key, Tensor]], said: Sequence[Sequence[tuple[Key, Any, Any]]]
+) -> list[tuple[Key, Tensor]]:
+    """As `gather_tensors`, where all processes know already what each one has `stated`."""
     import torch
 
     found = []
-    for owner, some in enumerate(gather([(key, tensor.shape, tensor.dtype) for key, tensor in held])):
+    for owner, some in enumerate(said):
         for place, (key, shape, dtype) in enumerate(some):
             if owner == rank():
                 tensor = held[place][1].to(device()).contiguous()
@@ -197,9 +232,14 @@ def in_order(things: Sequence[Result]) -> list[Result]:
 
 def merged(found: Mapping[Key, Result]) -> dict[Key, Result]:
     """What all processes have found, by keys that differ; tensors in it are on this device."""
+    return united(gather(dict(found)))
+
+
+def united(said: Sequence[Mapping[Key, Result]]) -> dict[Key, Result]:
+    """As `merged`, of what was gathered of all processes."""
     if world_size() == 1:
-        return dict(found)
-    return {key: _moved(value, device()) for one in gather(dict(found)) for key, value in one.items()}
+        return dict(said[0])
+    return {key: _moved(value, device()) for one in said for key, value in one.items()}
 
 
 def _moved(value: Any, where: Any) -> Any:
@@ -219,6 +259,7 @@ def send(tensor: Tensor, owner: int) -> None:
     if world_size() > 1 and tensor.numel():
         import torch
 
+        _connected()
         whole = tensor.contiguous()
         with _lost_ranks():
             _torch().broadcast(whole.view(-1).view(torch.uint8), src=owner)
@@ -226,19 +267,26 @@ def send(tensor: Tensor, owner: int) -> None:
             tensor.copy_(whole)
 
 
-def add_up(tensor: Tensor) -> None:
-    """Replace a contiguous tensor by the sum of all processes', added in the order of their ranks."""
+def add_up(tensor: Tensor, only: int | None = None) -> None:
+    """Replace a contiguous tensor by the sum of all processes', added in the order of their ranks.
+
+    With `only` that process alone gets the sum.
+    """
     if world_size() == 1:
         return
     import torch
 
+    adds = only in (None, rank())
     for part in tensor.view(-1).split(_PIECE):
-        total = torch.zeros_like(part)
+        total = torch.zeros_like(part) if adds else part
         for owner in range(world_size()):
-            term = part.clone()
-            send(term, owner)
-            total += term
-        part.copy_(total)
+            term = part if owner == rank() else torch.empty_like(part)
+            if owner != only:
+                send(term, owner)
+            if adds:
+                total += term
+        if adds:
+            part.copy_(total)
 
 
 def added_in_order(mine: Sequence[Tensor]) -> Tensor | None:
@@ -286,13 +334,12 @@ def in_all(work: Callable[[], Result]) -> Result:
 
 
 def share(costs: Sequence[int], processes: int | None = None) -> list[int]:
-    """Which process does each of several pieces of work: in their order, the one that has the least to do so far."""
+    """Which process does each of several pieces of work: from the largest, the one that has the least to do so far."""
     loads = [0] * (processes or world_size())
-    owners = []
-    for cost in costs:
-        owner = loads.index(min(loads))
-        loads[owner] += max(1, cost)
-        owners.append(owner)
+    owners = [0] * len(costs)
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        owners[place] = loads.index(min(loads))
+        loads[owners[place]] += max(1, costs[place])
     return owners
 
 
@@ -309,8 +356,13 @@ def mine(things: Sequence[Result]) -> Sequence[Result]:
 
 
 def side_group() -> Any:
-    """A group of all processes for another thread; None for a world of one. All processes must ask for it."""
-    return _torch().new_group(backend="gloo", timeout=_PATIENCE) if world_size() > 1 else None
+    """A group of all processes for one other thread; None for a world of one. All processes must ask for it."""
+    global _side  # noqa: PLW0603
+    if world_size() == 1:
+        return None
+    if _side is None:  # it takes half a second
+        _side = _torch().new_group(backend="gloo", timeout=_PATIENCE)
+    return _side
 
 
 def _torch() -> Any:

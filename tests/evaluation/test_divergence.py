@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from snugfit.evaluation.divergence import ServedTop, Softmax, diverge, softmax
+from snugfit.evaluation.divergence import ServedTop, Softmax, diverge, exact_kl, softmax
 from snugfit.evaluation.reference import condense
 
 
@@ -197,3 +197,15 @@ def test_overlap_with_a_server_is_an_upper_bound() -> None:
         assert bool((found >= exact - 1e-6).all())
         if k == 300:
             assert torch.allclose(found, exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kl_alone_has_the_bits_of_the_whole_divergence(dtype: torch.dtype) -> None:
+    """KL alone is bit for bit that of all figures, leaves the logits alone, and is NaN where one was not finite."""
+    p, q = (logits.to(dtype) for logits in pair())
+    q[3, 7] = math.inf
+    before = q.clone()
+    found, whole = exact_kl(softmax(p), q), diverge(softmax(p), softmax(q)).kl
+    assert found.isnan().nonzero().tolist() == [[3]]
+    assert torch.equal(found[torch.arange(40) != 3], whole[torch.arange(40) != 3])
+    assert torch.equal(q, before)

@@ -14,7 +14,16 @@ from snugfit.formats.spec import TensorFormat
 from snugfit.methods import gptq
 from snugfit.methods.calibrated import choose_scales
 from snugfit.methods.columns import nearest
-from snugfit.methods.gptq import DAMPING, Feedback, Steps, descend, feedback_of, round_with_feedback
+from snugfit.methods.gptq import (
+    DAMPING,
+    Feedback,
+    Steps,
+    descend,
+    feedback_of,
+    round_together,
+    round_weight,
+    round_with_feedback,
+)
 
 OUT, IN = 24, 64
 FORMATS = (
@@ -163,6 +172,22 @@ def test_output_features_are_independent() -> None:
     whole = round_with_feedback(weight, steps, passed)
     parts = [round_with_feedback(weight[n : n + 8], steps.rows(n, n + 8), passed) for n in range(0, OUT, 8)]
     assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.label())
+def test_a_fused_group_at_once(fmt: TensorFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of the same inputs get the values that each gets alone; too large ones, and one alone, are not joined."""
+    gram = gram_of(correlated())
+    weights = {"a": weight_of(), "b": weight_of(seed=2)[:8], "c": weight_of(seed=3)}
+    steps = {name: steps_of(weight, fmt, gram) for name, weight in weights.items()}
+    assert round_together(weights, steps, feedback(gram)) == {}
+    monkeypatch.setitem(gptq.TOGETHER, "cpu", 1 << 20)
+    assert round_together({"a": weights["a"]}, steps, feedback(gram)) == {}
+    found = round_together(weights, steps, feedback(gram), gram, sweeps=1)
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        alone = round_weight(weight, steps[name], feedback(gram), gram, sweeps=1)
+        assert torch.isclose(found[name], alone, rtol=1e-6, atol=1e-8).all(1).float().mean() > 0.9
 
 
 def test_kernels_give_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -297,7 +297,8 @@ def test_layers_that_keep_a_16_bit_cache_are_told_to_the_engine(
     assert recipe.recipe.kv_cache == "fp8"
     assert "--kv-cache-dtype-skip-layers 0 2" in recipe.text
     assert "--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0 2" in next_commands(found, "MODEL", "recipe.yaml")[0]
-    assert "layers 0, 2 in 16 bits" in (tmp_path / "out" / "plan.md").read_text(encoding="utf-8")
+    text = (tmp_path / "out" / "plan.md").read_text(encoding="utf-8")
+    assert "FP8 KV cache: costs 3 nats; with layers 0, 2 in 16 bits 1 nats" in text
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.data.dataset import make_dataset
 from snugfit.evaluation.chunks import Chunk, ChunkGroup
 from snugfit.model.layout import read_layout
-from snugfit.planning import proving
+from snugfit.planning import proof, proving
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.controls import Control
 from snugfit.planning.groups import find_groups
 from snugfit.planning.menu import Bytes, Option
-from snugfit.planning.proof import judge_plans, prove
+from snugfit.planning.proof import judge_plans, prove, read_held_out
 from snugfit.planning.proving import to_measure
 from snugfit.planning.search import Mix
 from snugfit.planning.shared_pass import Assigned, SharedPass
@@ -67,6 +67,27 @@ def test_a_better_plan_wins_and_a_worse_one_is_refused(make_tiny: MakeTiny, tmp_
         prove(model, plans, dataset=files, **{**options, "control": "none"})  # type: ignore[arg-type]
     with raises("option-invalid", where="plans"):
         prove(model, [plans[0], plans[0]], dataset=files, **options)  # type: ignore[arg-type]
+
+
+def test_held_out_text_suffices_for_long_contexts(
+    make_tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a number each text gives two chunks of the longest context at least; one that is asked for counts."""
+    model = make_tiny("llama")
+    add_tokenizer(model)
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    for file in files:
+        file.write_text("the quick brown fox jumps over the lazy dog. " * 60, encoding="utf-8")
+    monkeypatch.setattr(proof, "MAX_TOKENS", 64)
+
+    def chunks(max_tokens: int | None) -> list[int]:
+        groups, _ = read_held_out(read_layout(model), files, (16, 64), max_tokens)
+        return [len(group.chunks) for group in groups]
+
+    assert chunks(None) == [16, 4]
+    assert chunks(128) == [8, 2]
+    with raises("option-invalid", where="max_tokens"):
+        chunks(64)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

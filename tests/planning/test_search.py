@@ -23,7 +23,7 @@ from snugfit.planning.controls import find_controls, strongest
 from snugfit.planning.explain import planned_groups
 from snugfit.planning.fit import fit
 from snugfit.planning.knapsack import Problem, Row, solve
-from snugfit.planning.limits import Budget, context_beside, impossible, read_place
+from snugfit.planning.limits import Budget, context_beside, read_place
 from snugfit.planning.search import Mix, least_amount, least_bytes, least_kl, make_mix, scored, simplest_near, within
 from snugfit.planning.space import Choices, check_bytes, read_choices, recipe_of_mix
 from snugfit.quantization.plan import lay_out
@@ -320,7 +320,7 @@ def test_impossible_budgets_name_the_nearest_that_works(budget: dict[str, Any], 
     choices = choices_of(layout, **budget)
     scores = made_up_scores(layout)
     assert least_kl(choices.space, scores, 512) == []
-    error = impossible(choices.space, choices.place, choices.is_fp8)
+    error = choices.impossible()
     (name,) = budget
     assert (error.code, error.where) == ("plan-impossible", name)
     value = float(error.remedy.partition(f"{name}=")[2].partition("`")[0])
@@ -336,7 +336,7 @@ def test_a_gpu_that_is_too_small_names_the_context_that_works(make_tiny: MakeTin
     layout = read_layout(make_tiny(hidden_size=128, intermediate_size=256, max_position_embeddings=2**26))
     choices = choices_of(layout, gpu="16GiB", context=2**26)
     assert least_kl(choices.space, made_up_scores(layout), 512) == []
-    error = impossible(choices.space, choices.place, choices.is_fp8)
+    error = choices.impossible()
     assert error.where == "gpu"
     context = int(error.remedy.partition("context=")[2].partition("`")[0])
     assert least_kl(choices_of(layout, gpu="16GiB", context=context).space, made_up_scores(layout), 512)
@@ -349,11 +349,23 @@ def test_a_cache_that_stays_in_fp8_counts_as_fp8(make_tiny: MakeTiny, tmp_path: 
     layout = read_layout(write_headers(made, "fp8-dynamic-fp8kv", tmp_path / "source"))
     choices = choices_of(layout, gpu="16GiB", context=longest)
     assert choices.fp8_kept
-    error = impossible(choices.space, choices.place, choices.is_fp8)
+    error = choices.impossible()
     context = int(error.remedy.partition("context=")[2].partition("`")[0])
     least = least_amount(choices.space, choices.space.limits[KEEP][0], KEEP)
     assert context == context_beside(choices.place, least, fp8=True)
     assert context > (context_beside(choices.place, least, fp8=False) or 0)
+
+
+def test_limits_that_hold_one_by_one_and_not_together_are_named(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Where each limit has a mix of its own and all together none, they are named, and constraints only if given."""
+    layout = read_layout(make_tiny(hidden_size=128, intermediate_size=256))
+    one = choices_of(layout, bytes=1 << 40, disk=1 << 40)
+    other = choices_of(layout, constraints(tmp_path, "max_formats: 1"), bytes=1 << 40, disk=1 << 40)
+    for choices, where in ((one, "bytes"), (other, "constraints")):
+        error = choices.impossible()
+        assert (error.code, error.where) == ("plan-impossible", where)
+        assert "(bytes, disk)" in error.what
+        assert ("constraints" in error.what) == (where == "constraints")
 
 
 # --- menus

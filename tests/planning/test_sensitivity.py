@@ -25,7 +25,7 @@ from snugfit.planning.damage import merge_scores
 from snugfit.planning.gradients import GradientPass, draw
 from snugfit.planning.samples import Samples, cut_rows, edges_of
 from snugfit.planning.scoring_cost import estimate_scoring
-from snugfit.planning.sensitivity import ScoreSettings, score_model, score_samples
+from snugfit.planning.sensitivity import ScoreSettings, by_bucket, score_model, score_samples
 from snugfit.planning.shared_pass import Assigned, SharedPass, branches_of
 from snugfit.planning.variants import LayerVariants, open_subject
 from snugfit.quantization.resume import FinishedUnits
@@ -318,6 +318,25 @@ def test_positions_are_in_buckets(model: Path) -> None:
         score_model(model, formats="fp7", work_dir="nowhere")
     with raises("option-invalid", where="rounding"):
         score_model(model, formats="int4", work_dir="nowhere", rounding="best")
+
+
+def test_plans_are_measured_on_spread_rows_of_each_bucket() -> None:
+    """Of many rows a part is measured, at least 2,000 scored tokens of each bucket and two rows, evenly spread."""
+    few = cut_rows(rows(16, 2048), 2048, 4000)
+    assert [few.buckets[place] for place in few.measured] == [0] * 4 + [1] * 2
+    assert few.measured == (1, 3, 5, 7, 8, 10)
+    many = cut_rows(rows(32, 2048), 2048, 32_000)
+    assert few.measured_total < many.measured_total < many.total / 3
+    assert cut_rows(rows(), 64, 640).measured == tuple(range(11))
+
+
+def test_means_are_over_the_rows_that_were_measured() -> None:
+    """Each bucket's mean is by tokens over the measured rows alone, with the error of their differences."""
+    cut = cut_rows(rows(16, 2048), 2048, 4000)
+    sums = {place: (2.0 + place % 2) * cut.rows[place].count for place in (1, 4, 9, 10)}
+    means, errors = by_bucket(sums, cut)
+    assert means == pytest.approx((2.5, 2.5))
+    assert errors == pytest.approx((0.5, 0.5))
 
 
 def test_an_estimate_says_what_scoring_takes(model: Path, scores: Scores, tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def test_a_choice_takes_no_more_than_is_estimated(fmt: TensorFormat, tmp_path: P
     values = ROWS * COLUMNS
     held = 2 * values + 3 * values  # the 16-bit weights, and what is chosen: codes, and values in 16 bits
     slices = estimate._COPIES * 4 * SLICE["cpu"]
-    assert 2 * values < int(peak.read_text()) <= held + 4 * values * estimate._GROUPS + slices
+    assert 2 * values < int(peak.read_text()) <= held + 4 * values * estimate._CHOSEN + slices
 
 
 def test_sums_of_experts_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

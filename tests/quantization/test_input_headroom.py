@@ -25,9 +25,9 @@ from snugfit.formats.inputs import InputRounding
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM
 from snugfit.model import emulate
 from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.commits import Commits
 from snugfit.quantization.layer import propagate
 from snugfit.quantization.quantize import plan_quantization, quantize
-from snugfit.quantization.run import _Commits
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.quantize import QuantizeRecord
 from snugfit.records.statistics_file import STATISTICS_FILE
@@ -249,10 +249,10 @@ def test_another_recipe_behind_finished_layers(model: Path, rows: Path, tmp_path
                 return propagate(layer, *others)
 
             patch.setattr(snugfit.quantization.run, "propagate", stop)
-            patch.setattr(_Commits, "start", lambda self, *given: (start(self, *given), self.wait()))
+            patch.setattr(Commits, "start", lambda self, *given: (start(self, *given), self.wait()))
             made(out, model, rows, rules(exact), effort=None)
 
-    start = _Commits.start
+    start = Commits.start
     assert in_child(work) == KILLED
     first, second = (f"{exact}, layers: {layer}, input_headroom: 2" for layer in range(2))
     with raises("run-differs", "out.partial"):

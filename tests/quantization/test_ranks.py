@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,9 +25,15 @@ from snugfit.calibration.moments import BatchSums
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.model import forward_pass
 from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.division import Division
+from snugfit.quantization.exchange import owners_of
 from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.safetensors_header import TensorInfo
+from snugfit.storage.tensor_reader import TensorReader
+from snugfit.storage.transfer import Transfer
 
 ROWS = random_rows([64] * 12 + [40, 33] * 4)  # of several lengths: batches are padded
 OPTIONS: dict[str, Any] = {"device": "cpu", "tokens_per_batch": 130, "min_tokens_per_expert": 0}
@@ -181,6 +188,41 @@ def test_eval_on_several_processes(source: Source, rows: Path, tmp_path: Path) -
         assert found["contexts"] == json.loads(one.to_json())["contexts"]
 
 
+def share_all_reads() -> None:
+    """Have processes on CPUs share what they read of models that they run, as processes on GPUs do."""
+    real = TensorReader.__init__
+
+    def begin(self: TensorReader, checkpoint: Checkpoint, device: torch.device, *, shared: bool = False) -> None:
+        real(self, checkpoint, device, shared=shared)
+        if shared and distributed.world_size() > 1:
+            self._transfer = self._stack.enter_context(Transfer(device))
+            self._shared, self._room = True, 1 << 40
+
+    TensorReader.__init__ = begin  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("family", "recipe"), [("llama", "nvfp4"), ("mixtral", "fp8-int4-awq")])
+def test_processes_that_share_reads(family: str, recipe: str, source: Source, rows: Path, tmp_path: Path) -> None:
+    """Files, KL of every way and figures of `eval` are those of processes that each read all."""
+    options = OPTIONS | {"dataset": [rows], "effort": "good"}
+    given: dict[str, Any] = {"reference": source(family), "dataset": [rows], "contexts": [32], "noise_floor": "none"}
+
+    def work(rank: int, name: str) -> None:
+        if name == "shared":
+            share_all_reads()
+        record = quantize(source(family), recipe, output_dir=tmp_path / name, **options)
+        found = evaluate(tmp_path / name, **given, device="cpu", tokens_per_batch=130)
+        if not rank:
+            said = [(trial.name, trial.kl, trial.kept) for trial in record.trials]
+            (tmp_path / f"{name}.json").write_text(json.dumps([said, json.loads(found.to_json())["contexts"]]))
+
+    for name in ("alone", "shared"):
+        assert in_ranks(2, partial(work, name=name)) == [0, 0]
+    assert contents(tmp_path / "shared") == contents(tmp_path / "alone")
+    one, other = (json.loads((tmp_path / f"{name}.json").read_text().replace(name, "")) for name in ("alone", "shared"))
+    assert one == other
+
+
 def test_work_is_shared_out() -> None:
     """Each piece of work has one process, and none has much more than the others."""
     costs = [5, 9, 1, 1, 7, 3, 3, 8, 2, 2] * 4
@@ -189,6 +231,89 @@ def test_work_is_shared_out() -> None:
     assert max(loads) - min(loads) <= max(costs)
     assert distributed.share([1, 2, 3]) == [0, 0, 0]
     assert distributed.block(7) == range(7)
+
+
+NEMO = {"q": (4096, 5120), "k": (1024, 5120), "v": (1024, 5120), "o": (5120, 4096)}
+NEMO_MLP = {"gate": (14336, 5120), "up": (14336, 5120), "down": (5120, 14336)}
+FUSED = [("q", "k", "v"), ("o",), ("gate", "up"), ("down",)]
+
+
+def shares(shapes: dict[str, tuple[int, int]], groups: list[tuple[str, ...]], kind: str) -> dict[str, int]:
+    """Owners of a layer's weights in two processes that GPTQ chooses the codes of."""
+    plan: Any = SimpleNamespace(
+        units=[(), tuple(shapes)],
+        weights=SimpleNamespace(tensors={name: TensorInfo(name, "BF16", shape) for name, shape in shapes.items()}),
+        assignments=dict.fromkeys(shapes, SimpleNamespace(follows_effort=True)),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "world_size", lambda: 2)
+        return owners_of(plan, 1, Division(tuple(groups)), torch.device(kind), correlates=True)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "cpu"])
+def test_a_dense_layer_is_shared_out(kind: str) -> None:
+    """Of a layer of Mistral-Nemo's shape one process has down_proj, the other all else: nearly the same work."""
+    owners = shares(NEMO | NEMO_MLP, FUSED, kind)
+    assert {name for name, owner in owners.items() if owner == owners["down"]} == {"down"}
+
+
+def test_experts_are_shared_out_beside_attention() -> None:
+    """GPTQ of attention does not outweigh a layer's experts, which are read and written: each process has some."""
+    experts = {f"mlp.experts.{n}.{name}": (768, 2048) for n in range(128) for name in ("gate", "up", "down")}
+    attention = {"q": (4096, 2048), "k": (512, 2048), "v": (512, 2048), "o": (2048, 4096)}
+    owners = shares(attention | experts, [*FUSED[:2], *((name,) for name in experts)], "cuda")
+    mine = [owners[name] for name in experts]
+    assert 0.3 < sum(mine) / len(mine) < 0.7
+
+
+def test_a_sum_for_one_process(tmp_path: Path) -> None:
+    """The process that asks for a sum gets it, added in the order of the ranks; others keep what they have."""
+
+    def work(rank: int) -> None:
+        with distributed.joined("cpu"):
+            terms = [torch.tensor([1e8, 1.0 + n]) * (-1) ** n for n in range(3)]
+            mine, everywhere = terms[rank].clone(), terms[rank].clone()
+            distributed.add_up(mine, 1)
+            distributed.add_up(everywhere)
+            total = torch.zeros(2) + terms[0] + terms[1] + terms[2]
+            assert torch.equal(everywhere, total)
+            assert torch.equal(mine, total if rank == 1 else terms[rank])
+            assert distributed.side_group() is distributed.side_group()
+        (tmp_path / str(rank)).write_text("")
+
+    assert in_ranks(3, work) == [0] * 3
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize(("effort", "most"), [("fast", 2), ("good", 2)])
+def test_processes_wait_for_each_other_a_few_times_a_layer(
+    effort: str, most: int, make_tiny: MakeTiny, rows: Path, tmp_path: Path
+) -> None:
+    """What the main threads say of a layer: what was measured, ranges, and under `good` the folds; no more."""
+    models = [make_tiny("llama", num_hidden_layers=layers) for layers in (2, 5)]
+
+    def work(rank: int) -> None:
+        calls, real = 0, torch.distributed.all_gather_object
+
+        def counted(*arguments: Any, **options: Any) -> None:
+            nonlocal calls
+            calls += options.get("group") is None
+            real(*arguments, **options)
+
+        torch.distributed.all_gather_object = counted
+        found = []
+        for number, model in enumerate(models):
+            before = calls
+            out = tmp_path / f"{effort}-{number}"
+            record = quantize(
+                model, "nvfp4-fp8-hybrid", output_dir=out, **OPTIONS | {"dataset": [rows], "effort": effort}
+            )
+            found.append((calls - before, len(record.trials) or 1))
+        assert found[0][1] == found[1][1]
+        a_layer = (found[1][0] - found[0][0]) / 3
+        assert a_layer <= most * found[0][1], (rank, found)
+
+    assert in_ranks(2, work) == [0, 0]
 
 
 def test_a_world_of_one() -> None:

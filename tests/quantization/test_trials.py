@@ -259,6 +259,8 @@ def test_divergences_are_those_of_evaluate(model: Path, tmp_path: Path) -> None:
     assert mean == pytest.approx(measured.mean, rel=1e-5)
     assert held_out.divergences(model) == [0.0] * len(tokens)
     assert held_out.divergences(tmp_path / "out") == found
+    again = HeldOut(model, rows, CPU, profile="vllm-blackwell", tokens_per_batch=512, same_head=True)
+    assert again.divergences(tmp_path / "out") == found
 
 
 def test_killed_at_any_boundary(
@@ -345,6 +347,38 @@ def test_killed_while_the_winner_moves(
     assert not out.exists()
     spy = Spy(out)
     run(model, out, texts, progress=spy)
+    assert not any(line.startswith("trying") for line in spy.lines)
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_power_cut_behind_the_verdict(
+    small: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing waits for the disk before a way is kept: what it has lost of the winner then is made again."""
+    try_ways(monkeypatch, PLAIN, GPTQ)
+    run(small, tmp_path / "whole", texts)
+    out = tmp_path / "out"
+
+    class Stops(Spy):
+        """Ends the process when the verdict on the last way is known."""
+
+        def message(self, text: str) -> None:
+            """Look, or end."""
+            if text.startswith("gptq: KL"):
+                os._exit(KILLED)
+
+    def work() -> None:
+        run(small, out, texts, progress=Stops(out))
+
+    assert in_child(work) == KILLED
+    file = next(out.with_name("out.partial").rglob("gptq/*.safetensors"))
+    with file.open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        last = stream.read(1)
+        stream.seek(-1, os.SEEK_END)
+        stream.write(bytes([last[0] ^ 1]))
+    spy = Spy(out)
+    run(small, out, texts, progress=spy)
     assert not any(line.startswith("trying") for line in spy.lines)
     assert contents(out) == contents(tmp_path / "whole")
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from helpers.errors import raises
 from snugfit.errors import UserError
+from snugfit.storage.background import Background
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header, read_tensor
 from snugfit.storage.open import open_checkpoint
 from snugfit.storage.safetensors_header import DTYPE_BYTES, TORCH_NAMES, TensorInfo
@@ -51,6 +52,12 @@ def infos(tensors: Mapping[str, Tensor]) -> list[TensorInfo]:
     return [TensorInfo(name, NAME_OF[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
+def finish(writer: ShardWriter) -> dict[str, str]:
+    """SHA-256 of the files that were written, by name."""
+    with Background() as background:
+        return writer.finish(background).digests()
+
+
 def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int = 10**9) -> list[str]:
     """Plans and writes the tensors, last ones first; an index where there are several files. Names of the files."""
     shards = plan_shards(infos(tensors), max_shard_bytes)
@@ -58,7 +65,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], max_shard_bytes: int =
         for name in reversed(list(tensors)):
             writer.write(name, tensors[name])
         writer.pending_writes()()
-        writer.finish()
+        finish(writer)
     if len(shards) > 1:
         text = index_text((shard.name, tensor) for shard in shards for tensor in shard.tensors)
         (directory / INDEX_NAME).write_text(text, encoding="utf-8")
@@ -146,7 +153,7 @@ def test_a_tensor_never_written_stops_the_run(tmp_path: Path) -> None:
         writer.write("a", torch.zeros(2))
         writer.pending_writes()()
         with pytest.raises(AssertionError, match="'b'"):
-            writer.finish()
+            finish(writer)
 
 
 def test_a_pending_write_stops_the_run(tmp_path: Path) -> None:
@@ -158,11 +165,11 @@ def test_a_pending_write_stops_the_run(tmp_path: Path) -> None:
         writer.write("b", torch.zeros(2))
         waits.append(writer.pending_writes())
         with pytest.raises(AssertionError, match="not written"):
-            writer.finish()
+            finish(writer)
         with ThreadPoolExecutor(2) as pool:
             written = [wait.result() for wait in [pool.submit(wait) for wait in waits]]
         assert [list(crcs) for crcs in written] == [["a"], ["b"]]
-        assert writer.finish() == file_digests(tmp_path, [SINGLE_NAME])
+        assert finish(writer) == file_digests(tmp_path, [SINGLE_NAME])
 
 
 @pytest.mark.parametrize("lasts", [True, False])
@@ -184,7 +191,7 @@ def test_tensors_written_in_one_job(
             for name, tensor in tensors.items():
                 writer.write(name, tensor)
             written = writer.pending_writes()()
-            found = writer.finish()
+            found = finish(writer)
         assert found == (file_digests(expected, [SINGLE_NAME]) if lasts else {})
         assert (tmp_path / SINGLE_NAME).read_bytes() == (expected / SINGLE_NAME).read_bytes()
         with ShardWriter(tmp_path, shards, transfer) as writer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,7 @@ class MomentsObserver:
         sampled: bool = False,
         ends: bool = False,
         calls: int = 0,
+        owners: Mapping[str, int | None] | None = None,
     ) -> None:
         """Watch `modules` (names relative to `layer`) from now on; a Gram matrix is made where the value is True.
 
@@ -56,7 +58,8 @@ class MomentsObserver:
         self._valid: Tensor | None = None
         self._number = self._seen = 0
         self._ends, self.calls = ends, calls
-        self._sums = {name: _Sums(gram=gram, sampled=sampled) for name, gram in modules.items()}
+        given = {} if owners is None else owners
+        self._sums = {name: _Sums(gram=gram, sampled=sampled, owner=given.get(name)) for name, gram in modules.items()}
         self._handles = [
             layer.get_submodule(name).register_forward_pre_hook(self._hook(sums)) for name, sums in self._sums.items()
         ]
@@ -77,8 +80,11 @@ class MomentsObserver:
 
     def shared_result(self) -> dict[str, Moments]:
         """As `result`, of the batches of all processes, which all call it."""
-        for sums in self._sums.values():
-            sums.share()
+        all_sums = list(self._sums.values())
+        if distributed.world_size() > 1:
+            said = distributed.gather([sums.stated() for sums in all_sums])
+            for place, sums in enumerate(all_sums):
+                sums.share([one[place] for one in said])
         return self.result()
 
     def result(self) -> dict[str, Moments]:
@@ -86,34 +92,35 @@ class MomentsObserver:
         for handle in self._handles:
             handle.remove()
         self.calls = self.calls or self._seen
-        return {name: sums.result() for name, sums in self._sums.items() if sums.tokens}
+        return {name: sums.result() for name, sums in self._sums.items() if sums.tokens and not sums.is_elsewhere}
 
 
 class BatchSums:
-    """A sum over batches, in their order.
-
-    Where several processes share them, the first of which has the first ones, the others keep their terms until `share`
-    is called.
-    """
+    """A sum over batches, in their order; where several processes share them, its terms until `share` is called."""
 
     def __init__(self) -> None:
-        self._keeps = distributed.rank() > 0
+        self._shared = distributed.world_size() > 1
         self._terms: list[tuple[int, Tensor]] = []
         self._total: Tensor | None = None
         self.device = distributed.device()
 
     def add(self, term: Tensor, number: int) -> None:
         """Add what comes of batch `number`."""
-        if self._keeps:
+        if self._shared:
             self._terms.append((number, term))
         else:
             self._total = term if self._total is None else self._total + term
 
-    def share(self) -> None:
-        """Add the terms of all processes, which all call it."""
-        terms = [term for _, term in sorted(self._terms, key=lambda one: one[0])]
-        self._total = distributed.added_in_order(terms if self._total is None else [self._total])
-        self._terms, self._keeps = [], False
+    def stated(self) -> list[Any]:
+        """What other processes have to know of the terms of this one."""
+        return distributed.stated(self._terms)
+
+    def share(self, said: Sequence[list[Any]]) -> None:
+        """Add the terms of all processes, which all call it with what each has `stated`."""
+        found = distributed.exchanged(self._terms, said)
+        self._terms, self._shared = [], False
+        for number, term in sorted(found, key=lambda term: term[0]):
+            self.add(term, number)
 
     def total(self) -> Tensor | None:
         """The sum, of this process alone before `share`; None if nothing came."""
@@ -124,10 +131,11 @@ class BatchSums:
 
 
 class _Sums:
-    """Moments under way."""
+    """Moments under way. Of several processes only the `owner`, if there is one, gets those with a Gram matrix."""
 
-    def __init__(self, *, gram: bool, sampled: bool) -> None:
-        self._with_gram, self._sampled = gram, sampled
+    def __init__(self, *, gram: bool, sampled: bool, owner: int | None = None) -> None:
+        self._with_gram, self._sampled, self._owner = gram, sampled, owner
+        self.is_elsewhere = False
         self._gram: Tensor | None = None
         self._squares = BatchSums()
         self._amax: Tensor | None = None
@@ -151,25 +159,28 @@ class _Sums:
             self._squares.add(inputs.float().square().sum(0), number)
         self.tokens += len(inputs)
 
-    def share(self) -> None:
-        """Take in what all processes have taken in."""
-        if distributed.world_size() == 1:
-            return
-        self._squares.share()
+    def stated(self) -> tuple[int, Tensor | None, int, list[Any], list[Any]]:
+        """What other processes have to know of this one's."""
         width = 0 if self._gram is None else len(self._gram)
-        found = distributed.gather((self.tokens, self._amax, width))
-        samples = distributed.gather_tensors(self._samples)
-        self.tokens = sum(tokens for tokens, *_ in found)
+        return self.tokens, self._amax, width, self._squares.stated(), distributed.stated(self._samples)
+
+    def share(self, said: Sequence[tuple[int, Tensor | None, int, list[Any], list[Any]]]) -> None:
+        """Take in what all processes have taken in, which all call it with what each has `stated`."""
+        self._squares.share([squares for *_, squares, _ in said])
+        samples = distributed.exchanged(self._samples, [samples for *_, samples in said])
+        self.tokens = sum(tokens for tokens, *_ in said)
         if not self.tokens:
             return
-        device = distributed.device()
-        self._amax = distributed.largest(amax for _, amax, _ in found)
+        self._amax = distributed.largest(amax for _, amax, *_ in said)
         self._samples = sorted(samples, key=lambda part: part[0])
-        width = max(width for *_, width in found)
+        width = max(width for _, _, width, *_ in said)
         if width:
             if self._gram is None:
-                self._gram = torch.zeros(width, width, device=device)
-            distributed.add_up(self._gram)
+                self._gram = torch.zeros(width, width, device=distributed.device())
+            distributed.add_up(self._gram, self._owner)
+            self.is_elsewhere = self._owner not in (None, distributed.rank())
+            if self.is_elsewhere:
+                self._gram = None
 
     def result(self) -> Moments:
         """Means over all tokens."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,10 +34,14 @@ class InputObserver:
             for found in self._found.values():
                 found.go_to(batch.first)
 
-    def share(self) -> None:
-        """Take in what all processes have seen, which all call it."""
-        for name in self._modules:
-            self._found.setdefault(name, _Magnitudes()).share()
+    def stated(self) -> list[Any]:
+        """What this process has seen, for all others."""
+        return [self._found.setdefault(name, _Magnitudes()).stated() for name in self._modules]
+
+    def take(self, said: Sequence[list[Any]]) -> None:
+        """Take in what all processes, more than one, have `stated`."""
+        for place, name in enumerate(self._modules):
+            self._found[name].take([one[place] for one in said])
 
     def _watch(self, module: nn.Module, name: str) -> None:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -81,10 +86,17 @@ class _Magnitudes:
             return
         if self._apart is not None:
             self._histogram = self._in_order(self._apart)
-        found = distributed.gather((self.tokens, self._amax, self._histogram))
-        self.tokens = sum(tokens for tokens, _, _ in found)
-        self._amax = distributed.largest(amax for _, amax, _ in found)
-        self._histogram = distributed.added(histogram for _, _, histogram in found)
+        self.take(distributed.gather(self.stated()))
+
+    def stated(self) -> tuple[int, Tensor | None, Tensor | None]:
+        """What this process has taken in, for all others."""
+        return self.tokens, self._amax, self._histogram
+
+    def take(self, said: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> None:
+        """Take in what all processes have `stated`."""
+        self.tokens = sum(tokens for tokens, _, _ in said)
+        self._amax = distributed.largest(amax for _, amax, _ in said)
+        self._histogram = distributed.added(histogram for _, _, histogram in said)
 
     def add(self, inputs: Tensor, first: int | None = None) -> None:
         """Take in inputs [n, K]; `first` is the number of the first among all that come, if not in their order."""
@@ -281,11 +293,14 @@ class KVAmax(NoCache):
         self._largest = keys, values
         return key_states, value_states
 
-    def share(self) -> None:
-        """Take in what all processes have seen, which all call it."""
-        if distributed.world_size() == 1:
-            return
-        found = [one for one in distributed.gather(self._largest) if one is not None]
+    @property
+    def largest(self) -> tuple[Tensor, Tensor] | None:
+        """What this process has seen, for all others."""
+        return self._largest
+
+    def take(self, said: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """Take in what was the `largest` of all processes."""
+        found = [one for one in said if one is not None]
         keys, values = (distributed.largest(one[kind] for one in found) for kind in (0, 1))
         self._largest = None if keys is None or values is None else (keys, values)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Annotated
 
 import typer
@@ -44,7 +43,6 @@ def main(
     ] = False,
 ) -> None:
     """Make a language model fit the GPU you have, in formats that vLLM, SGLang and transformers run."""
-    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # torch's, in the thread of gradients
 
 
 app.command()(inspect.inspect)

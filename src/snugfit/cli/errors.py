@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import signal
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,6 +58,7 @@ class Verbs(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run a verb. Bad input: one line, exit code 2. Ctrl-C: exit code 130."""
+        warnings.filterwarnings("ignore", message="Attempting to run cuBLAS")  # torch's, in the thread of gradients
         try:
             return super().invoke(ctx)
         except typer.BadParameter as error:

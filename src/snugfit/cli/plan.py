@@ -74,7 +74,7 @@ def plan(
     num_tokens: Annotated[
         int | None,
         typer.Option(
-            parser=options.tokens(), metavar="TOKENS", help="Tokens scored in each bucket of positions. Default: 8192."
+            parser=options.tokens(), metavar="TOKENS", help="Tokens scored in each bucket of positions. Default: 4000."
         ),
     ] = None,
     rounding: Annotated[

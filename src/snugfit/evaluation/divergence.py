@@ -134,6 +134,20 @@ def diverge(of: Prediction, other: Prediction) -> Divergence:
     raise AssertionError(f"no divergence of {type(other).__name__} from {type(of).__name__}")
 
 
+def exact_kl(of: Softmax, logits: Tensor) -> Tensor:
+    """KL(P || Q) [n] in nats alone, with the bits that `diverge` gives it; NaN where a logit was not finite.
+
+    Q is complete: `logits` [n, V] in any float dtype, of which the probabilities are not needed one by one.
+    """
+    other = logits.to(torch.float32, copy=True)
+    largest = other.amax(-1, keepdim=True)
+    finite = of.finite & other.amin(-1).isfinite() & largest.squeeze(-1).isfinite()
+    total = other.sub_(largest).exp().sum(-1)
+    gap = torch.sub(of.logits, other, out=other)
+    kl = torch.linalg.vecdot(of.weights, gap).div_(of.total).sub_((of.total / total).log()).clamp_(min=0)
+    return torch.where(finite, kl, torch.nan)
+
+
 def _exact(of: Softmax, other: Softmax) -> Divergence:
     gap = of.logits - other.logits
     shift = (of.total / other.total).log()

@@ -226,7 +226,9 @@ def pass_layers(
     prefixes = {index: f"{model.skeleton.stored_layers_name}.{index}" for index in model.skeleton.ran}
     coming = deque(prefixes.values())
     finite = _FirstNotFinite(model, warn)
-    with TensorReader(model.checkpoint, device) as read, bounded_attention(model.arithmetic, device):
+    together = shared and model.experts_per_group is None  # of experts in pieces a process reads what its rows need
+    reader = TensorReader(model.checkpoint, device, shared=together)
+    with reader as read, bounded_attention(model.arithmetic, device):
         weights = embedding_weights(model, read)
         read.expect(*_next(coming))
         forward_pass.embed(model.skeleton, weights, batches, device)
@@ -338,18 +340,35 @@ class Outer:
 
 
 def open_head(
-    model: EvaluatedModel, device: torch.device, outer: Outer | None = None, *, gradients: bool = False
+    model: EvaluatedModel,
+    device: torch.device,
+    outer: Outer | None = None,
+    *,
+    gradients: bool = False,
+    shared: bool = False,
 ) -> forward_pass.Head:
-    """Final norm and output head: hidden states [B, t, H] on `device` to logits [B, t, V]; `gradients` flow to them."""
-    given = outer or outer_weights(model, device)
+    """Final norm and output head: hidden states [B, t, H] on `device` to logits [B, t, V]; `gradients` flow to them.
+
+    With `shared` all processes open it at the same time.
+    """
+    given = outer or outer_weights(model, device, shared=shared)
     head, module = forward_pass.output_head(model.skeleton, given.weights, device, gradients=gradients)
     emulate.quantize_inputs(module, given.quantizers)
     return head
 
 
-def outer_weights(model: EvaluatedModel, device: torch.device, pool: dict[str, list[Tensor]] | None = None) -> Outer:
-    """The output head's weights on `device`, dequantized; `pool` shares tensors that are equal in several models."""
-    with TensorReader(model.checkpoint, device) as read:
+def outer_weights(
+    model: EvaluatedModel,
+    device: torch.device,
+    pool: dict[str, list[Tensor]] | None = None,
+    *,
+    shared: bool = False,
+) -> Outer:
+    """The output head's weights on `device`, dequantized; `pool` shares tensors that are equal in several models.
+
+    With `shared` all processes read them at the same time.
+    """
+    with TensorReader(model.checkpoint, device, shared=shared) as read:
         decoded, quantizers = _decoded_outside(model, head=True)
         weights = layers.outer_weights(model.skeleton, model.checkpoint, head=True, decoded=decoded, read=read)
     placed: dict[int, Tensor] = {}

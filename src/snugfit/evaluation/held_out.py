@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from snugfit import distributed
-from snugfit.evaluation.divergence import diverge, softmax
+from snugfit.evaluation.divergence import exact_kl, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.evaluation.measure import LOGITS, SLICE
 from snugfit.evaluation.saturation import InputWatch
+from snugfit.storage.checkpoint import header_digest
+from snugfit.storage.open import open_checkpoint
 
 SEGMENT_TOKENS = 128  # tokens whose KL is averaged: what errors are estimated from
 
@@ -45,17 +47,39 @@ class HeldOut:
         profile: str,
         tokens_per_batch: int,
         experts_per_group: int | None = None,
+        same_head: bool = False,
     ) -> None:
         """Open the original; it runs when the first candidate is measured. `profile` is that of candidates' inputs.
 
-        `experts_per_group` are the routed experts of a layer that are in memory at once, None for all.
+        `experts_per_group` are the routed experts of a layer that are in memory at once, None for all. With `same_head`
+        candidates have the original's tensors outside their decoder layers.
         """
+        self._same_head = same_head
         self._experts = experts_per_group
         self._original = replace(open_model(original, activations="none"), experts_per_group=experts_per_group)
         self._samples = samples
         self._device = device
         self._profile, self._tokens_per_batch = profile, tokens_per_batch
         self._states: list[Tensor] | None = None
+        self._opened: tuple[Path, EvaluatedModel] | None = None
+
+    def open(self, candidate: str | Path) -> EvaluatedModel:
+        """A candidate before it is measured: its headers and config have to be there, its weights not yet.
+
+        One with the headers and config of the candidate before it has its modules, too.
+        """
+        folder = Path(candidate)
+        if self._opened is not None:
+            before, known = self._opened
+            if folder == before:
+                return known
+            checkpoint = open_checkpoint(folder)
+            if header_digest(checkpoint) == header_digest(known.checkpoint):
+                self._opened = folder, replace(known, checkpoint=checkpoint, name=folder.resolve().name)
+                return self._opened[1]
+        model = replace(open_model(folder, activations=self._profile), experts_per_group=self._experts)
+        self._opened = folder, model
+        return model
 
     @torch.no_grad()
     def divergences(self, candidate: str | Path, watch: InputWatch | None = None) -> list[float]:
@@ -63,13 +87,15 @@ class HeldOut:
 
         `watch` sees what comes to the candidate's linears that have static scales of their inputs.
         """
-        model = replace(open_model(candidate, activations=self._profile), experts_per_group=self._experts)
+        model = self.open(candidate)
         if self._states is None:
             self._states = self._last_states(self._original)
         states = self._last_states(model, watch)
         if watch is not None:
             watch.share()
-        heads = open_head(self._original, self._device), open_head(model, self._device)
+        head = open_head(self._original, self._device, shared=True)
+        is_same = self._same_head and model.arithmetic == self._original.arithmetic
+        heads = head, head if is_same else open_head(model, self._device, shared=True)
         pairs = zip(self._states, states, strict=True)
         means = distributed.merged({n: self._means(heads, pair) for n, pair in enumerate(pairs) if len(pair[0])})
         return [mean for n in range(len(states)) for mean in means[n]]
@@ -93,10 +119,8 @@ class HeldOut:
         step = max(1, min(LOGITS, SLICE[self._device.type]) // width)
         for start in range(0, len(states[0]), step):
             first, second = (
-                softmax(head(part[start : start + step].to(self._device).unsqueeze(0))[0])
+                head(part[start : start + step].to(self._device).unsqueeze(0))[0]
                 for head, part in zip(heads, states, strict=True)
             )
-            kl = diverge(first, second).kl
-            finite = first.finite & second.finite
-            found.append(torch.where(finite, kl, torch.nan).double().cpu())
+            found.append(exact_kl(softmax(first), second).double().cpu())
         return [float(segment.mean()) for segment in torch.cat(found).split(SEGMENT_TOKENS)]

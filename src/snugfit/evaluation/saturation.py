@@ -7,7 +7,7 @@ static FP8 scale. Nothing of that shows on the samples that the scale was made f
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,8 +85,11 @@ class InputWatch:
 
     def share(self) -> None:
         """Take in what all processes have seen, which all call it."""
-        for sums in self._sums.values():
-            sums.share()
+        if distributed.world_size() == 1:
+            return
+        said = distributed.gather([sums.stated() for sums in self._sums.values()])
+        for place, sums in enumerate(self._sums.values()):
+            sums.take([one[place] for one in said])
 
     def result(self) -> list[SeenInputs]:
         """What was seen under each scale, in the order of the layers; scales that nothing came to are missing."""
@@ -137,14 +140,15 @@ class _Sums:
             self._found = found if self._found is None else self._found + found
         self.tokens += len(inputs)
 
-    def share(self) -> None:
-        """Take in what all processes have taken in."""
-        if distributed.world_size() == 1:
-            return
-        parts = distributed.gather((self.tokens, self._amax, self._found))
-        self.tokens = sum(tokens for tokens, _, _ in parts)
-        self._amax = distributed.largest(amax for _, amax, _ in parts)
-        self._found = distributed.added(found for _, _, found in parts)
+    def stated(self) -> tuple[int, Tensor | None, Tensor | None]:
+        """What this process has taken in, for all others."""
+        return self.tokens, self._amax, self._found
+
+    def take(self, said: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> None:
+        """Take in what all processes have `stated`."""
+        self.tokens = sum(tokens for tokens, _, _ in said)
+        self._amax = distributed.largest(amax for _, amax, _ in said)
+        self._found = distributed.added(found for _, _, found in said)
 
     def result(self, module: str, weight: str) -> SeenInputs:
         """All that was taken in."""

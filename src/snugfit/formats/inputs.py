@@ -8,7 +8,7 @@ tensors. On a CPU numba makes them (`input_cpu_kernels.py`), for tensors that ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -49,6 +49,7 @@ class InputRounding:
     kind: InputKind
     scale: Tensor | None = None
     group: int = FP8_BLOCK
+    _placed: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self, activations: Tensor) -> Tensor:
         """The activations rounded, in one pass where a kernel can."""
@@ -102,7 +103,13 @@ class InputRounding:
         return same
 
     def _static(self, activations: Tensor) -> Tensor | None:
-        return None if self.scale is None else self.scale.to(activations.device, torch.float32).view(-1)
+        """The scale where the activations are; it goes to a device once, because a GPU is waited for."""
+        if self.scale is None:
+            return None
+        device = activations.device
+        if device not in self._placed:
+            self._placed[device] = self.scale.to(device, torch.float32).view(-1)
+        return self._placed[device]
 
 
 def kernel_problems() -> list[str]:

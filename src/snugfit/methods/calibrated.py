@@ -31,7 +31,7 @@ from snugfit.methods.columns import nearest
 from snugfit.methods.expert_folds import Product, fold_experts, fold_products, sent_before
 from snugfit.methods.exponents import block_exponents
 from snugfit.methods.folds import Fold, Scaling
-from snugfit.methods.gptq import Steps, feedback_of, round_weight
+from snugfit.methods.gptq import Steps, feedback_of, round_together, round_weight
 from snugfit.methods.integer_scales import integer_scales
 from snugfit.methods.method import SOME_TOKENS, Choice, ObservedLayer, Purpose, Target, WeightGroup
 from snugfit.methods.mixture_folds import fold_norm
@@ -162,7 +162,9 @@ class Calibrated:
         if mixture is not None and self.expert_folds:
             mixture = ExpertMoments(sampled=True, before=sent_before(layer))
         grams = {layer.linears[group[0]]: self.gptq for group in groups}
-        observer = MomentsObserver(layer.module, grams, ends=layer.experts is None, calls=calls)
+        of_groups = {group: {layer.owners.get(f"{name}.weight") for name in group} for group in groups}
+        owners = {layer.linears[group[0]]: of.pop() for group, of in of_groups.items() if len(of) == 1}
+        observer = MomentsObserver(layer.module, grams, ends=layer.experts is None, calls=calls, owners=owners)
         if mixture is not None and layer.experts is not None:
             experts.hook(layer.module.get_submodule(layer.experts.module), mixture)
 
@@ -226,12 +228,16 @@ class Calibrated:
                 )
                 if fold.consumers[0] in found and self._is_same(layer, fold)
             ]
-            can = distributed.from_main(can)
-            mine = range(distributed.rank(), len(can), distributed.world_size())
-            searched = {
-                n: self._best_factors(layer.module, can[n], found[can[n].consumers[0]], by_module) for n in mine
-            }
-            factors = distributed.merged(searched)
+
+            def search(can: Sequence[Fold]) -> dict[int, Tensor | None]:
+                mine = list(enumerate(can))[distributed.rank() :: distributed.world_size()]
+                return {n: self._best_factors(layer.module, f, found[f.consumers[0]], by_module) for n, f in mine}
+
+            said = distributed.gather((can, search(can)))
+            factors = distributed.united([one for _, one in said])
+            if any(others != said[0][0] for others, _ in said):  # by other kernels: the main process decides
+                can = said[0][0]
+                factors = distributed.merged(search(can))
             chosen = [(fold, one) for n, fold in enumerate(can) if (one := factors[n]) is not None]
         scaling = folding.scale(layer.module, chosen, layer.dtypes)
         ranges = {}
@@ -242,7 +248,7 @@ class Calibrated:
                 if module in scaling.inputs and seen.sample is not None:
                     amax = float((seen.sample.float() / scaling.inputs[module]).abs().amax())
                 ranges[group[0]] = amax
-        return scaling, distributed.from_main(ranges), observer.calls
+        return scaling, ranges, observer.calls  # of the same samples in all processes
 
     def _is_same(self, layer: ObservedLayer, fold: Fold) -> bool:
         """Whether the layer stays the same function; tried once for layers that are built alike."""
@@ -357,9 +363,12 @@ class Calibrated:
         dtype = next(iter(group.weights.values())).dtype
         exact = {name: observed.scaled(name, group.weights.pop(name)) for name in names}
         chosen = choose_scales(exact, target.format, importance, dtype)
+        done: dict[str, Tensor] = {}
+        if feedback is not None:
+            done = round_together(exact, {n: one.steps for n, one in chosen.items()}, feedback, gram, self.sweeps)
         for name in names:
             weight, scales = exact.pop(name), chosen.pop(name)
-            values = round_weight(weight, scales.steps, feedback, gram, self.sweeps)
+            values = done.pop(name) if done else round_weight(weight, scales.steps, feedback, gram, self.sweeps)
             relative = _relative_error(weight, values)
             codes, kept = scales.encode(values), None
             if purpose.runs and name in purpose.buffers:

@@ -16,6 +16,7 @@ V_i - ((V - W) H)_i / H_ii; each step lowers the same sum, or leaves it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +27,10 @@ from snugfit.methods.columns import descend_block, nearest, round_block
 
 DAMPING = 0.05  # of the mean of H's diagonal, added to it
 BLOCK = 128  # columns between two matrix products
-SLICE = {"cpu": 1 << 22, "cuda": 1 << 25}  # values of a weight rounded at once
+# values of a weight rounded at once. A GPU goes through the columns of thousands of rows at once, one after another:
+# a slice more is all columns more (an H100 holds 8,448 rows)
+SLICE = {"cpu": 1 << 22, "cuda": 1 << 27}
+TOGETHER = {"cpu": 0, "cuda": 1 << 25}  # values of a fused group whose weights are rounded at once
 
 
 @dataclass(frozen=True)
@@ -95,18 +99,43 @@ def round_weight(
     Each is the nearest one, or with `feedback` GPTQ's; then `sweeps` of descent under the Gram matrix `gram` [K, K].
     """
     slices = -(-weight.numel() // SLICE[weight.device.type])
+    if slices <= 1:
+        return _rounded(weight, steps, feedback, gram, sweeps)
     rows = -(-len(weight) // slices)
     found = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for start in range(0, len(weight), rows):
-        part, of_part = weight[start : start + rows], steps.rows(start, start + rows)
-        if feedback is None:
-            values = nearest(part, of_part.step, of_part.zero, of_part.grid)
-        else:
-            values = round_with_feedback(part, of_part, feedback)
-            if sweeps and gram is not None:
-                values = descend(part, values, of_part, gram, sweeps)
-        found[start : start + rows] = values
+        part = slice(start, start + rows)
+        found[part] = _rounded(weight[part], steps.rows(start, start + rows), feedback, gram, sweeps)
     return found
+
+
+def _rounded(weight: Tensor, steps: Steps, feedback: Feedback | None, gram: Tensor | None, sweeps: int) -> Tensor:
+    """`round_weight` of all output features at once."""
+    if feedback is None:
+        return nearest(weight, steps.step, steps.zero, steps.grid)
+    values = round_with_feedback(weight, steps, feedback)
+    return values if gram is None or not sweeps else descend(weight, values, steps, gram, sweeps)
+
+
+def round_together(
+    weights: Mapping[str, Tensor],
+    steps: Mapping[str, Steps],
+    feedback: Feedback,
+    gram: Tensor | None = None,
+    sweeps: int = 0,
+) -> dict[str, Tensor]:
+    """As `round_weight` for all weights [N, K] of a fused group, which have the same inputs; none if they are large.
+
+    A GPU goes through the columns of small ones once.
+    """
+    held = list(weights.values())
+    if len(held) < 2 or sum(weight.numel() for weight in held) > TOGETHER[held[0].device.type]:
+        return {}
+    given = [steps[name] for name in weights]
+    zeros = [one.zero for one in given if one.zero is not None]
+    of_all = Steps(given[0].grid, torch.cat([one.step for one in given]), torch.cat(zeros) if zeros else None)
+    whole = round_weight(torch.cat(held), of_all, feedback, gram, sweeps)
+    return dict(zip(weights, whole.split([len(weight) for weight in held]), strict=True))
 
 
 def round_with_feedback(weight: Tensor, steps: Steps, feedback: Feedback) -> Tensor:

@@ -7,7 +7,9 @@ kind of work is first done both ways on a few rows; where anything differs or fa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from typing import Protocol
 
@@ -85,6 +87,20 @@ def _agree(work: tuple[object, ...], here: Callable[[], Tensor], there: Callable
     if not same:
         _problems[f"{what}: the kernel gives other bits on this GPU"] = None
     return same
+
+
+def warm_up(device: torch.device) -> None:
+    """For a GPU begin, in a thread, with what Triton does once before its first kernel: it takes half a second."""
+    if device.type == "cuda":
+        threading.Thread(target=_make_key, daemon=True).start()
+
+
+def _make_key() -> None:
+    """Have Triton hash itself, for the names of kernels in its cache; it keeps the result."""
+    with suppress(Exception):  # no public name; the first kernel does it otherwise
+        from triton.runtime import cache as of_triton
+
+        of_triton.triton_key()
 
 
 def kernel_problems() -> list[str]:

@@ -107,6 +107,7 @@ class ObservedLayer:
     each weight that is to be quantized how, by the file's full name. `experts` describes its routed experts, which are
     no linears: `snugfit.model.experts.hook` shows their inputs; None if it has none; `prefix` is what the file's names
     begin with. `copied` are the weights whose codes in the file stay. `note` takes what the record is to say of a fold.
+    Of several processes `owners` says which chooses the codes of each weight, by the file's full name.
     """
 
     module: nn.Module
@@ -119,6 +120,7 @@ class ObservedLayer:
     run: RunLayer
     copied: frozenset[str] = frozenset()
     note: Callable[[NormFold], None] = lambda _: None
+    owners: Mapping[str, int] = field(default_factory=dict)
 
 
 class Method(Protocol):

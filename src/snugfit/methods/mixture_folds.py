@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def fold_norm(layer: ObservedLayer, outputs: RoundedOutputs) -> Scaling:
     routes = _routes(layer, module)
     factors = None
     if routes is not None:
-        factors = distributed.by_main(partial(_best_factors, layer, readers, routes, outputs))
+        factors = _best_factors(layer, readers, routes, outputs)
     if routes is None or factors is None:
         layer.note(replace(note, reason="no strength makes outputs of the experts better"))
         return Scaling()
@@ -202,7 +202,10 @@ class _Watch:
 
 
 def _best_factors(layer: ObservedLayer, readers: Readers, routes: Routes, outputs: RoundedOutputs) -> Tensor | None:
-    """The powers of two [K] under which rounded weights of all readers put out the best; None: without a fold."""
+    """The powers of two [K] under which rounded weights of all readers put out the best; None: without a fold.
+
+    Of several processes each tries some of them.
+    """
     searched, weight_squares = _searched(layer, readers, routes)
     if not searched:
         return None
@@ -220,17 +223,19 @@ def _best_factors(layer: ObservedLayer, readers: Readers, routes: Routes, output
             total += float((found - right).square_().sum())
         return total
 
-    best, least = None, error(None)
-    tried: list[Tensor] = [torch.ones_like(squares)]
+    scales: list[Tensor] = [torch.ones_like(squares)]
     for exponents in STRENGTHS:
         wanted = folding.factors(squares, weight_squares, exponents)
         scale = exact_powers(layer, readers.norm, wanted)
-        if any(torch.equal(scale, one) for one in tried):
-            continue
-        tried.append(scale)
-        if (found := error(scale)) < least:
-            best, least = scale, found
-    return best
+        if not any(torch.equal(scale, one) for one in scales):
+            scales.append(scale)
+    tried: list[Tensor | None] = distributed.from_main([None, *scales[1:]])
+    mine = list(enumerate(tried))[distributed.rank() :: distributed.world_size()]
+    errors = distributed.merged({number: error(scale) for number, scale in mine})
+    best = 0
+    for number in range(1, len(tried)):
+        best = number if errors[number] < errors[best] else best
+    return tried[best]
 
 
 def _searched(layer: ObservedLayer, readers: Readers, routes: Routes) -> tuple[list[_Reader], Tensor]:
@@ -297,7 +302,7 @@ def _apply_and_compare(
     """Fold, and compare the layer with what it was; it is left as it was if anything changed."""
     assert layer.experts is not None
     module = layer.module.get_submodule(layer.experts.module)
-    if not distributed.by_main(partial(_can_multiply, layer, scaling, module, factors)):
+    if not all(distributed.gather(_can_multiply(layer, scaling, module, factors))):
         return replace(note, reason="a weight that reads the norm cannot be multiplied exactly in its dtype")
     before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
     exact = _one_batch(layer)
@@ -327,7 +332,10 @@ def _expert_weights(layer: ObservedLayer, module: nn.Module) -> Iterator[Tensor]
 
 
 def _can_multiply(layer: ObservedLayer, scaling: Scaling, module: nn.Module, factors: Tensor) -> bool:
-    """Whether every weight that reads the norm is the same again when it was multiplied and divided."""
+    """Whether every weight that reads the norm is the same again when it was multiplied and divided.
+
+    Of several processes each looks at some of them.
+    """
     weights = (
         (one.data, layer.dtypes.get(f"{name}.weight", one.dtype))
         for name in scaling.inputs
@@ -336,7 +344,7 @@ def _can_multiply(layer: ObservedLayer, scaling: Scaling, module: nn.Module, fac
     of_experts = ((weight, weight.dtype) for weight in _expert_weights(layer, module))
     return all(
         torch.equal((weight.float() * factors).to(weight.dtype).to(dtype).float() / factors, weight.float())
-        for weight, dtype in chain(weights, of_experts)
+        for weight, dtype in islice(chain(weights, of_experts), distributed.rank(), None, distributed.world_size())
     )
 
 

@@ -11,6 +11,7 @@ from snugfit.model.language_config import with_defaults
 _REACHED = frozenset({"default", "su", "longrope", "llama3", "mrope"})
 # families whose length is scaled already, whatever the kind of scaling
 _SCALED_FAMILIES = ("gemma3",)
+_LOCAL_BASE_FAMILIES = ("gemma3",)
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:
@@ -26,6 +27,22 @@ def max_positions(config: Mapping[str, Any]) -> int | None:
     if str(text.get("model_type")).startswith(_SCALED_FAMILIES):
         return stated
     return max((positions for positions in found if positions is not None), default=stated)
+
+
+def rotary_tables(config: Mapping[str, Any]) -> int:
+    """Tables of rotary embeddings that an engine keeps: one for each setting that types of layers differ in.
+
+    vLLM (get_rope) shares a table among layers with the same settings. Gemma 3 has another base in its windowed layers,
+    which its older configs state under a key of its own or omit.
+    """
+    text = with_defaults(config)
+    types = text.get("layer_types")
+    given = text.get("rope_parameters")
+    if isinstance(given, dict) and any(isinstance(value, dict) for value in given.values()):
+        used = [value for name, value in given.items() if not isinstance(types, list) or name in types]
+        return max(1, len({repr(sorted(value.items())) for value in used if isinstance(value, dict)}))
+    local = text.get("rope_local_base_freq") is not None or str(text.get("model_type")).startswith(_LOCAL_BASE_FAMILIES)
+    return 2 if local else 1
 
 
 def _scaled(scaling: Mapping[str, Any], stated: int | None) -> int | None:

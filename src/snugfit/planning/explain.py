@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from snugfit.byte_counts import size
+from snugfit.planning.caches import FP8, scored_cache
 from snugfit.planning.decisions import Decision
 from snugfit.planning.menu import GroupMenu
 from snugfit.planning.search import NOT_SCORED, Mix, Space, choice_for_scores
-from snugfit.records.plan import PlannedGroup
+from snugfit.records.plan import PlannedGroup, layer_runs
 from snugfit.records.scores import KEEP, KV_CACHE, Scores, saturate
 
 MB = 10**6
@@ -62,7 +63,7 @@ def planned_groups(space: Space, scores: Scores, mix: Mix) -> tuple[PlannedGroup
 
 
 def cache_reasons(mix: Mix, scores: Scores, reasons: Mapping[str, str]) -> dict[str, str]:
-    """What each kind of KV cache costs, or why it is not offered."""
+    """What each kind of KV cache costs, FP8 also with the layers that this mix keeps; or why one is not offered."""
 
     def cost_of(cache: str) -> str:
         if cache == KEEP:
@@ -71,7 +72,13 @@ def cache_reasons(mix: Mix, scores: Scores, reasons: Mapping[str, str]) -> dict[
             return NOT_SCORED
         return f"costs {nats(scores.cost(KV_CACHE, cache, mix.context))} nats"
 
-    return {cache: reason or cost_of(cache) for cache, reason in reasons.items()}
+    found = {cache: reason or cost_of(cache) for cache, reason in reasons.items()}
+    if mix.kept_caches:
+        cost = math.fsum(
+            scores.cost(name, fmt, mix.context) for name, fmt in scored_cache(scores, mix.kv_cache).items()
+        )
+        found[FP8] += f"; with layers {layer_runs(mix.kept_caches)} in 16 bits {nats(cost)} nats"
+    return found
 
 
 def nats(value: float) -> str:

@@ -104,10 +104,11 @@ def context_beside(place: Place, weight_bytes: int, *, fp8: bool, kept_layers: C
     return longest_context(place.served, weight_bytes, place.server.settings, fp8=fp8, kept_layers=kept_layers)
 
 
-def impossible(space: Space, place: Place, is_fp8: Callable[[str], bool]) -> UserError:
+def impossible(space: Space, place: Place, is_fp8: Callable[[str], bool], *, constrained: bool) -> UserError:
     """Why no mix on the menu keeps the limits: what is missing of each limit, and the nearest that works.
 
-    `is_fp8` says of a choice of the cache whether keys and values are then in FP8.
+    `is_fp8` says of a choice of the cache whether keys and values are then in FP8; `constrained` whether a user gave
+    constraints beside the limits.
     """
     cache = min(space.limits, key=lambda c: max((_missing(space, limit, c) for limit in space.limits[c]), default=0))
     short = [(limit, _missing(space, limit, cache)) for limit in space.limits[cache]]
@@ -119,8 +120,10 @@ def impossible(space: Space, place: Place, is_fp8: Callable[[str], bool]) -> Use
         parts.append(f"{_words(limit, place)} {least:,} bytes at least, and {max(limit.bytes, 0):,} are allowed")
         works.append(_nearest(limit, least, missing, place, fp8=is_fp8(cache)))
     if not parts:
-        what = "no mix of formats keeps all limits and constraints together."
-        return UserError(what, code="plan-impossible", where="constraints", remedy="Loosen one of them.")
+        names = [limit.name for limit, _ in short]
+        where, all_of = ("constraints", "limits and constraints") if constrained else (names[0], "limits")
+        what = f"no mix of formats on the menu keeps all {all_of} together ({', '.join(names)})."
+        return UserError(what, code="plan-impossible", where=where, remedy="Loosen one of them.")
     with_cache = f" (with a KV cache in {'FP8' if is_fp8(cache) else '16 bits'})" if len(space.limits) > 1 else ""
     what = f"no mix of formats fits{with_cache}: {'; '.join(parts)}."
     where = next(limit.name for limit, missing in short if missing > 0)

@@ -19,7 +19,6 @@ from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.evaluation.gpu_memory import MORE_TO_RESUME, gpu_memory_errors
 from snugfit.planning.controls import Control, find_controls
-from snugfit.planning.limits import impossible
 from snugfit.planning.outcome import RUNS_OF, Outcome, record_of
 from snugfit.planning.plan_cost import check_resources, estimate_prepared
 from snugfit.planning.prepare_plan import ALTERNATIVES, PlanRequest, Prepared, prepare_plan, request_of
@@ -256,7 +255,7 @@ def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix
     if budget.max_kl is None:
         found = least_kl(space, scores, context, count=count, distance=distance)
         if not found:
-            raise impossible(space, choices.place, choices.is_fp8)
+            raise choices.impossible(space)
         return context, found, space
     smallest = least_bytes(space, scores, context, budget.max_kl)
     if smallest is None:
@@ -303,7 +302,7 @@ def _longest(choices: Choices, scores: Scores) -> int:
 def _too_lossy(found: Sequence[Mix], choices: Choices) -> UserError:
     """Why no mix has at most the KL that was asked for."""
     if not found:
-        return impossible(choices.space, choices.place, choices.is_fp8)
+        return choices.impossible()
     least = found[0].predicted.kl
     what = f"every mix that fits is expected to lose more than {choices.place.budget.max_kl:g} nats a token."
     works = Decimal(least * 1.001).normalize(Context(prec=3, rounding=ROUND_CEILING))

@@ -39,10 +39,12 @@ def measure_plans(
     tokens_per_batch: int,
     folder: Path,
     finished: FinishedUnits,
+    first: Sequence[int] | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, list[Array]]:
-    """KL(original || plan) in nats of each scored token [T - 1] of each row, by plan; NaN where not finite.
+    """KL(original || plan) in nats of each token [T - 1] of each row, by plan; NaN where not finite or compared.
 
+    `first` are the positions of the first tokens of rows that are compared, by default 1: all that is predicted.
     `finished` records each layer of a pass, `folder` keeps what is measured: a run that was stopped resumes behind its
     last layer, to the same figures.
     """
@@ -55,7 +57,14 @@ def measure_plans(
             what = f"{len(left)} plans are compared in {len(parts)} passes over the layers"
             progress.message(f"{what}: their hidden states take at most 1/{DISK_SHARE} of the free disk")
         one = SharedPass(
-            subject, rows, parts[0], device, tokens_per_batch=tokens_per_batch, folder=folder, progress=progress
+            subject,
+            rows,
+            parts[0],
+            device,
+            tokens_per_batch=tokens_per_batch,
+            folder=folder,
+            first=first,
+            progress=progress,
         ).divergences(finished)
         found |= {name: np.concatenate(of_rows) for name, of_rows in one.items()}
         _keep(folder, numbers, found, one)

@@ -16,7 +16,7 @@ from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
 from snugfit.planning.damage import merge_scores
-from snugfit.planning.limits import Budget, impossible, read_place
+from snugfit.planning.limits import Budget, read_place
 from snugfit.planning.search import any_mix, make_mix, scored, within
 from snugfit.planning.space import Choices, read_choices
 from snugfit.records.scores import KEEP, Scores, check_model, load_scores
@@ -208,7 +208,7 @@ def _check_possible(choices: Choices) -> None:
     """UserError where no mix keeps limits and constraints."""
     space = choices.at(1) if choices.place.budget.longest else choices.space
     if not any(any_mix(space, cache) for cache in space.limits):
-        raise impossible(space, choices.place, choices.is_fp8)
+        raise choices.impossible(space)
 
 
 def _check_needed(choices: Choices) -> None:

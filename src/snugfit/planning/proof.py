@@ -25,7 +25,7 @@ from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.evaluation.chunks import Chunk, ChunkGroup, group_chunks
 from snugfit.evaluation.held_out import SEGMENT_TOKENS
-from snugfit.machine import hardware, pick_device, versions
+from snugfit.machine import pick_device
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.positions import max_positions
 from snugfit.planning.measured_plans import measure_plans, open_comparison
@@ -34,17 +34,16 @@ from snugfit.planning.variants import PLAIN, Subject, open_subject
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
-from snugfit.quantization.resume import stamps
+from snugfit.quantization.resume import origin
 from snugfit.records.evaluation import TextRecord
 from snugfit.records.proof import ALL_TEXTS, Measured, Proof, Proved
 from snugfit.records.scores import Predicted, Scores
 from snugfit.records.statistics_file import Statistics, text_digest
 from snugfit.records.trials import MIN_GAIN, judge
 from snugfit.records.trials import Measured as Tried
-from snugfit.storage.checkpoint import header_digest
-from snugfit.version import __version__
 
-MAX_TOKENS = 16_384  # of all texts at each context, where no other number is asked for
+# of all texts at each context, where no other number is asked for, and chunks of each text at least
+MAX_TOKENS, FEWEST_CHUNKS = 6144, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,15 +128,10 @@ def _identity(
     device: torch.device,
 ) -> dict[str, Any]:
     """What decides the figures, beside settings."""
-    return {
-        "source": header_digest(layout.checkpoint),
-        "source_files": stamps(layout.checkpoint),
+    return origin(layout.checkpoint, device) | {
         "statistics": text_digest(statistics.to_json()),
         "samples": text_digest(json.dumps([list(map(int, row)) for row in rows])),
         "plans": [[plan.name, dict(plan.choice)] for plan in plans],
-        "device": device.type,
-        "hardware": hardware(device),
-        "versions": versions() | {"snugfit": __version__},
     }
 
 
@@ -145,11 +139,14 @@ def read_held_out(
     layout: ModelLayout, dataset: Sequence[str | Path], contexts: Sequence[int], max_tokens: int | None
 ) -> tuple[tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
     """The chunks that `prove` measures on, and a record of each text; UserError as `evaluate` raises it."""
+    files = texts.find_files([Path(file) for file in dataset])
+    if max_tokens is None:
+        max_tokens = max(MAX_TOKENS, FEWEST_CHUNKS * max(1, len(files)) * max(contexts, default=0))
     cut, records = texts.read_chunks(
         Tokenizer(layout.checkpoint.path),
-        texts.find_files([Path(file) for file in dataset]),
+        files,
         contexts,
-        max_tokens=MAX_TOKENS if max_tokens is None else max_tokens,
+        max_tokens=max_tokens,
         vocabulary=layout.config.get("vocab_size"),
         positions=max_positions(layout.checkpoint.config),
     )

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import count
 from pathlib import Path
 
 from snugfit.data.dataset import Dataset, load_dataset, make_dataset
 from snugfit.errors import UserError
+from snugfit.model.forward_pass import spread_places
 from snugfit.model.layout import ModelLayout
 from snugfit.model.positions import max_positions
 from snugfit.planning.gradients import ScoredRow
 
 RATIO = 4  # between the ends of neighbouring buckets
 SHORTEST = 256  # tokens of the first bucket
-DEFAULT_TOKENS = 8192  # scored in each bucket
+DEFAULT_TOKENS = 4000  # scored in each bucket
 DEFAULT_CONTEXT = 2048
 FEWEST_ROWS = 2  # of a bucket: errors come from their differences
+MEASURED_TOKENS, MEASURED_SHARE = 2000, 4  # plans are measured on so many in each bucket, and on a part of the others
 DOCUMENTS = 16  # samples that rows are cut from
 
 
@@ -41,6 +44,22 @@ class Samples:
         for row, bucket in zip(self.rows, self.buckets, strict=True):
             found[bucket] += row.count
         return tuple(found)
+
+    @cached_property
+    def measured(self) -> tuple[int, ...]:
+        """The places of the rows on which plans are measured, evenly spread over those of each bucket."""
+        found: list[int] = []
+        for bucket, tokens in enumerate(self.tokens):
+            mine = [place for place, number in enumerate(self.buckets) if number == bucket]
+            counts = [self.rows[place].count for place in mine]
+            wanted = max(MEASURED_TOKENS, tokens // MEASURED_SHARE)
+            found += [mine[place] for place in spread_places(counts, wanted, FEWEST_ROWS)]
+        return tuple(found)
+
+    @property
+    def measured_total(self) -> int:
+        """Tokens of these rows."""
+        return sum(len(self.rows[place].ids) for place in self.measured)
 
     @property
     def total(self) -> int:

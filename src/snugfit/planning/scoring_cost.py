@@ -16,10 +16,7 @@ import torch
 from torch import Tensor
 
 from snugfit import distributed, machine
-from snugfit.evaluation.divergence import diverge, softmax
-from snugfit.evaluation.evaluated_model import EvaluatedModel, embedding_weights, open_head, open_model, outer_weights
-from snugfit.evaluation.measure import LOGITS as LOGITS_AT_ONCE
-from snugfit.evaluation.measure import SLICE
+from snugfit.evaluation.evaluated_model import embedding_weights, open_head, open_model, outer_weights
 from snugfit.evaluation.times import backward, forward
 from snugfit.machine import pick_device
 from snugfit.model import forward_pass
@@ -27,13 +24,14 @@ from snugfit.model.experts import ExpertNames
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
 from snugfit.model.skeleton import Skeleton
-from snugfit.planning.gradients import LOGITS, OWN_TOKEN, loss_gradient
+from snugfit.planning.gradients import LOGITS, OWN_TOKEN, ScoredRow, loss_gradient
 from snugfit.planning.groups import EXPERTS, Group, find_groups
 from snugfit.planning.measured_plans import disk_budget, divide_plans, most_files
 from snugfit.planning.samples import Samples
 from snugfit.planning.sensitivity import ScoreSettings, plans_to_measure
 from snugfit.planning.shared_cost import crowding, largest_share, seconds_of_states
-from snugfit.planning.shared_pass import Assigned, branches_of
+from snugfit.planning.shared_pass import LOGITS as COMPARED_LOGITS
+from snugfit.planning.shared_pass import ORIGINAL, Assigned, branches_of, compare
 from snugfit.planning.variants import LayerVariants, Subject, scored_formats
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.records.scores import KEEP, KV_CACHE, Cost
@@ -87,31 +85,31 @@ def estimate_scoring(
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     groups = find_groups(layout)
-    model = open_model(layout.checkpoint.path, activations="none")
-    skeleton = model.skeleton
+    subject = _subject(layout, groups, settings)
+    skeleton = subject.model.skeleton
     budget = disk_budget(folder or Path())
-    plans = _plans(model, layout, groups, settings)
+    plans = _plans(subject, settings)
     spread, own = _variant_forwards(layout, groups, settings, skeleton)
     held = _held_bytes(layout, settings, skeleton, per_batch)
     width, layers = skeleton.hidden_size * skeleton.dtype.itemsize, len(skeleton.ran)
     named = [[g.name for g in groups if g.layer == index] for index in skeleton.ran]
-    work = _work_of(plans, named, budget // max(1, samples.total * width), own=skeleton.carries_state)
+    work = _work_of(plans, named, budget // max(1, samples.measured_total * width), own=skeleton.carries_state)
     mixes = [Assigned(name=f"{number}", choice=dict.fromkeys(named[0], f"{number}")) for number in range(proof[0])]
     proven = _work_of(mixes, named, budget // max(1, proof[1] * width), own=True)
     disk = (layers + 1) * samples.total * width + 2 * samples.total * skeleton.hidden_size * 4
     on_gpu = where.type == "cuda"
     seconds, proof_seconds, first_seconds = None, None, None
     if timed:
-        rates = _Rates(model, layout, groups, samples, settings, where, per_batch, folder or Path())
+        rates = _Rates(subject, samples, settings, where, per_batch, folder or Path())
         first_seconds = rates.first
-        seconds = rates.seconds(layers, samples.total, work, spread=spread, own=own)
+        seconds = rates.seconds(layers, samples, work, spread=spread, own=own)
         proof_seconds = rates.of_plans(layers, proof[1], proven) if mixes else 0.0
     return ScoringEstimate(
         tokens=samples.total,
-        forwards=3 + spread + own + work.forwards,
+        forwards=3 + spread + own + work.forwards * samples.measured_total / samples.total,
         memory_bytes=OVERHEAD_BYTES + (0 if on_gpu else held),
         gpu_bytes=OVERHEAD_BYTES + held if on_gpu else 0,
-        disk_bytes=max(disk, work.files * samples.total * width),
+        disk_bytes=max(disk, work.files * samples.measured_total * width),
         seconds=seconds,
         proof_disk_bytes=proven.files * proof[1] * width if mixes else 0,
         proof_passes=proven.passes if mixes else 0,
@@ -139,20 +137,29 @@ def _work_of(plans: Sequence[Assigned], layers: Sequence[Sequence[str]], held: i
     return _PlanWork(len(plans), len(passes), ran / max(1, len(layers)), files)
 
 
-def _plans(
-    model: EvaluatedModel, layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings
-) -> list[Assigned]:
-    """The plans that scoring will measure; an FP8 cache among them wherever one is asked for."""
-    scored = {g.name: scored_formats(layout, g, (*settings.formats, KEEP)) for g in groups if g.layer is not None}
-    nothing = Cost((), ())
-    subject = Subject(
+def _subject(layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings) -> Subject:
+    """The model under statistics of the layer that is timed, in which every input is 1."""
+    model = open_model(layout.checkpoint.path, activations="none")
+    return Subject(
         model=model,
         layout=layout,
         groups={group.name: group for group in groups},
-        statistics=_ones(layout, model.skeleton, groups, model.skeleton.ran[0]),
+        statistics=_ones(layout, model.skeleton, groups, _timed_layer(model.skeleton)),
         rounding=settings.rounding,
         target=settings.target,
     )
+
+
+def _timed_layer(skeleton: Skeleton) -> int:
+    """A layer in the middle; where later layers use what earlier ones pass on, only the first runs alone."""
+    return skeleton.ran[0 if skeleton.carries_state else len(skeleton.ran) // 2]
+
+
+def _plans(subject: Subject, settings: ScoreSettings) -> list[Assigned]:
+    """The plans that scoring will measure; an FP8 cache among them wherever one is asked for."""
+    formats, groups = (*settings.formats, KEEP), subject.groups.values()
+    scored = {g.name: scored_formats(subject.layout, g, formats) for g in groups if g.layer is not None}
+    nothing = Cost((), ())
     found = plans_to_measure(subject, {name: dict.fromkeys(some, nothing) for name, some in scored.items()}, settings)
     return [*found, Assigned(name=KV_CACHE, choice={KV_CACHE: "fp8"})] if settings.kv_cache else found
 
@@ -193,31 +200,18 @@ class _Rates:
 
     def __init__(
         self,
-        model: EvaluatedModel,
-        layout: ModelLayout,
-        groups: tuple[Group, ...],
+        subject: Subject,
         samples: Samples,
         settings: ScoreSettings,
         device: torch.device,
         per_batch: int,
         folder: Path,
     ) -> None:
-        ran = model.skeleton.ran
-        # where later layers use what earlier ones pass on, only the first runs alone
-        index = ran[0 if model.skeleton.carries_state else len(ran) // 2]
-        subject = Subject(
-            model=model,
-            layout=layout,
-            groups={group.name: group for group in groups},
-            statistics=_ones(layout, model.skeleton, groups, index),
-            rounding=settings.rounding,
-            target=settings.target,
-        )
+        index = _timed_layer(subject.model.skeleton)
         self._device, self.first = device, 0.0
         batch = self._batch(_rows(samples, min(per_batch, TIMED_TOKENS)), subject, per_batch)
-        all_batches = forward_pass.make_batches([row.ids for row in samples.rows], per_batch, torch.device("cpu"))
         self._tokens, self._per_batch = sum(batch.lengths), per_batch
-        self._processes, self._batches = distributed.asked_for(), len(all_batches)
+        self._processes = distributed.asked_for()
         variants = LayerVariants(subject, index, device)
         hidden = batch.hidden
         self._states = seconds_of_states(batch, device, folder)
@@ -225,7 +219,6 @@ class _Rates:
         self._backward = self._time(partial(backward, variants.exact, index, batch, hidden), often=True)
         self._load = self._time(lambda: LayerVariants(subject, index, device), often=True)
         self._time_variants(subject, variants, batch, settings)
-        self._scored = sum(samples.tokens) / samples.total
         self._loss = self._time_loss(subject, hidden)  # first, as in a run: it takes the most memory
         self._head = self._time_head(subject, hidden)
 
@@ -272,37 +265,46 @@ class _Rates:
     def _time_head(self, subject: Subject, hidden: Tensor) -> float:
         """Seconds that the predictions of one token and their KL take."""
         head = open_head(subject.model, self._device, outer_weights(subject.model, self._device))
-        at_once = min(LOGITS_AT_ONCE, SLICE[self._device.type]) // subject.model.vocabulary
-        count = max(1, min(hidden.shape[1], at_once))
-        part = hidden[:1, :count]
+        part = hidden[0, : max(1, COMPARED_LOGITS[self._device.type] // subject.model.vocabulary)]
+        states = dict.fromkeys((ORIGINAL, *map(str, range(TIMED_PLANS))), part)
+        compared = states, dict.fromkeys(states, head), subject.model.vocabulary, self._device
 
         @torch.no_grad()
-        def work() -> None:  # as plans are compared: memory is taken and given back in that order
-            exact = softmax(head(part)[0])
-            for _ in range(TIMED_PLANS):
-                other = softmax(head(part)[0])
-                diverge(exact, other)
+        def work() -> None:
+            for _ in compare(*compared):
+                pass
 
-        return self._time(work, often=True) / count / (TIMED_PLANS + 1)
+        return self._time(work, often=True) / len(part) / (TIMED_PLANS + 1)
 
-    def seconds(self, layers: int, tokens: int, work: _PlanWork, *, spread: float, own: float) -> float:
+    def seconds(self, layers: int, samples: Samples, work: _PlanWork, *, spread: float, own: float) -> float:
         """Of all of scoring."""
-        mine = tokens * largest_share(self._batches, self._processes)
+        tokens, rows = samples.total, [samples.rows[place] for place in samples.measured]
+        share, of_measured = self._share(samples.rows), self._share(rows)
+        mine, scored = tokens * share, sum(samples.tokens) * share
+        compared = sum(row.count for row in rows) * of_measured
         # for calibration and forwards; backwards, with variants, states are read, and gradients in fp32 both ways
         run = 2 * self._run(mine, tokens, self._forward, 1)
         run += self._run(mine, tokens, self._backward + (spread + own) * self._rounded, 3)
         made = 3 * self._load + self._rounding / self._processes
-        alone = layers * (run + made) + self._scored * mine * self._loss
-        return crowding(self._device) * (alone + self._measuring(layers, mine, tokens, work))
+        alone = layers * (run + made) + scored * self._loss
+        measured = samples.measured_total
+        return crowding(self._device) * (
+            alone + self._measuring(layers, measured * of_measured, measured, work, compared)
+        )
+
+    def _share(self, rows: Sequence[ScoredRow]) -> float:
+        """The part of some rows' batches that the process with the most of them has."""
+        batches = forward_pass.make_batches([row.ids for row in rows], self._per_batch, torch.device("cpu"))
+        return largest_share(len(batches), self._processes)
 
     def of_plans(self, layers: int, tokens: int, work: _PlanWork) -> float:
         """Of measuring plans on so many tokens, beside the original."""
         mine = tokens * largest_share(-(-tokens // self._per_batch), self._processes)
-        return crowding(self._device) * self._measuring(layers, mine, tokens, work)
+        return crowding(self._device) * self._measuring(layers, mine, tokens, work, mine)
 
-    def _measuring(self, layers: int, mine: float, tokens: int, work: _PlanWork) -> float:
+    def _measuring(self, layers: int, mine: float, tokens: int, work: _PlanWork, compared: float) -> float:
         made = work.passes * (self._load + self._rounding / self._processes) + work.plans * self._copy
-        heads = (work.plans + work.passes) * mine * self._head
+        heads = (work.plans + work.passes) * compared * self._head
         return layers * (work.forwards * self._run(mine, tokens, self._rounded, 1) + made) + heads
 
     def _run(self, mine: float, tokens: int, seconds: float, states: int) -> float:

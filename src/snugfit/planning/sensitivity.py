@@ -25,7 +25,7 @@ from snugfit.arguments import as_sequence
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS
-from snugfit.machine import hardware, pick_device, versions
+from snugfit.machine import pick_device, versions
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import class_of, fit_damage
@@ -38,14 +38,13 @@ from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subje
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
-from snugfit.quantization.resume import FinishedUnits, open_finished, read_json, replace_json, stamps
+from snugfit.quantization.resume import FinishedUnits, open_finished, origin
 from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores, cache_of_layer
 from snugfit.records.statistics_file import DatasetUsed
 from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.version import __version__
 
 MIXED_PLANS = 2  # plans of random formats that are measured beside those of one format
-POINTS_NAME = "points.json"
 SCORES, GRADIENTS = "scores", "gradients"  # folders in a plan's work folder, one in the other
 
 
@@ -83,7 +82,7 @@ def score_model(
 ) -> Scores:
     """Score the groups of a model in each of `formats`, by position up to `context` (default: 2048 or less).
 
-    `num_tokens` are scored in each bucket of positions (default: 8192). `work_dir` keeps what is finished; another
+    `num_tokens` are scored in each bucket of positions (default: 4000). `work_dir` keeps what is finished; another
     model, dataset or setting needs another one. UserError for bad input.
     """
     settings = ScoreSettings(
@@ -255,9 +254,7 @@ def identity_of(
 ) -> dict[str, Any]:
     """Everything that decides the scores, as JSON."""
     where = pick_device(device)
-    return {
-        "source": header_digest(layout.checkpoint),
-        "source_files": stamps(layout.checkpoint),
+    return origin(layout.checkpoint, where) | {
         "samples": samples.dataset.digest,
         "edges": list(samples.edges),
         "formats": list(settings.formats),
@@ -265,10 +262,7 @@ def identity_of(
         "target": settings.target,
         "kv_cache": settings.kv_cache,
         "seed": settings.seed,
-        "device": where.type,
         "tokens_per_batch": tokens_per_batch or TOKENS_PER_BATCH[where.type],
-        "hardware": hardware(where),
-        "versions": versions() | {"snugfit": __version__},
     }
 
 
@@ -280,21 +274,23 @@ def costs_of(sums: Mapping[tuple[str, str], Sums], samples: Samples) -> dict[str
     """Costs by group and format: the mean over the scored tokens of each bucket, and its error."""
     found: dict[str, dict[str, Cost]] = {}
     for (name, fmt), one in sums.items():
-        found.setdefault(name, {})[fmt] = Cost(*_by_bucket(one.costs, samples))
+        found.setdefault(name, {})[fmt] = Cost(*by_bucket(dict(enumerate(one.costs)), samples))
     return found
 
 
-def _by_bucket(values: Sequence[float], samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Means over the tokens of each bucket of sums over rows, and their standard errors by the rows' differences."""
+def by_bucket(values: Mapping[int, float], samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means over the scored tokens of rows, of sums by the row's place, in each bucket.
+
+    Their standard errors are by the rows' differences.
+    """
     means, errors = [], []
-    counts = [row.count for row in samples.rows]
     for bucket in range(len(samples.edges)):
-        mine = [place for place, number in enumerate(samples.buckets) if number == bucket]
-        total = sum(counts[place] for place in mine)
-        mean = fsum(values[place] for place in mine) / total
-        spread = fsum((values[place] - mean * counts[place]) ** 2 for place in mine)
+        counts = {place: samples.rows[place].count for place in values if samples.buckets[place] == bucket}
+        total = sum(counts.values())
+        mean = fsum(values[place] for place in counts) / total
+        spread = fsum((values[place] - mean * count) ** 2 for place, count in counts.items())
         means.append(mean)
-        errors.append(sqrt(spread * len(mine) / max(1, len(mine) - 1)) / total)
+        errors.append(sqrt(spread * len(counts) / max(1, len(counts) - 1)) / total)
     return tuple(means), tuple(errors)
 
 
@@ -355,30 +351,25 @@ def _measure(
     finished: FinishedUnits,
     progress: Progress,
 ) -> list[Point]:
-    """KL of each plan by bucket; what an earlier run measured is read from POINTS_NAME."""
-    file = folder / POINTS_NAME
-    names = [plan.name for plan in plans]
-    known = distributed.from_main(read_json(file))
-    if not isinstance(known, dict) or list(known) != names:
-        found = measure_plans(
-            subject,
-            [row.ids for row in samples.rows],
-            plans,
-            device,
-            tokens_per_batch=tokens_per_batch,
-            folder=folder,
-            finished=finished,
-            progress=progress,
-        )
-        known = {name: list(map(_scored_sum, found[name], samples.rows)) for name in names}
-        if distributed.is_main():
-            replace_json(file, known)
+    """KL of each plan by bucket, measured on some rows."""
+    rows = {place: samples.rows[place] for place in samples.measured}
+    found = measure_plans(
+        subject,
+        [row.ids for row in rows.values()],
+        plans,
+        device,
+        tokens_per_batch=tokens_per_batch,
+        folder=folder,
+        finished=finished,
+        first=[row.first for row in rows.values()],
+        progress=progress,
+    )
     points = []
     for plan in plans:
-        kl, error = _by_bucket(known[plan.name], samples)
-        if not np.isfinite(kl).all():
-            continue
-        points.append(Point(name=plan.name, formats=dict(plan.choice), kl=kl, error=error))
+        measured = dict(zip(rows, map(_scored_sum, found[plan.name], rows.values()), strict=True))
+        kl, error = by_bucket(measured, samples)
+        if np.isfinite(kl).all():
+            points.append(Point(name=plan.name, formats=dict(plan.choice), kl=kl, error=error))
     return points
 
 

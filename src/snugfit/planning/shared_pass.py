@@ -7,7 +7,7 @@ are removed at the end. Of several processes each has a block of the samples' ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from snugfit import distributed
-from snugfit.evaluation.divergence import Softmax, diverge, softmax
+from snugfit.evaluation.divergence import exact_kl, softmax
 from snugfit.evaluation.evaluated_model import Outer, bounded_attention, embedding_weights, open_head, outer_weights
-from snugfit.evaluation.measure import LOGITS, SLICE
+from snugfit.evaluation.measure import SLICE
 from snugfit.formats import fp8
 from snugfit.formats.quantized_weight import dequantize
 from snugfit.machine import free_bytes
@@ -39,6 +39,7 @@ from snugfit.storage.transfer import Transfer
 
 Array = NDArray[np.float32]
 ORIGINAL = ""
+LOGITS = {"cpu": 1 << 23, "cuda": 1 << 24}  # of one plan at once: a head takes many tokens faster than few
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +98,15 @@ class SharedPass:
         *,
         tokens_per_batch: int,
         folder: Path,
+        first: Sequence[int] | None = None,
         progress: Progress = SILENT,
     ) -> None:
-        """Hidden states are in files in `folder`, which holds those of one pass alone."""
+        """Hidden states are in files in `folder`, which holds those of one pass alone.
+
+        `first` are the positions of the first tokens of rows that are compared, by default 1: all that is predicted.
+        """
         self._subject, self._rows, self._device = subject, rows, device
+        self._first = [1] * len(rows) if first is None else list(first)
         self._plans = {ORIGINAL: Assigned(name=ORIGINAL), **{plan.name: plan for plan in plans}}
         self._tokens_per_batch, self._folder, self._progress = tokens_per_batch, folder, progress
         self._ran = subject.model.skeleton.ran
@@ -109,7 +115,7 @@ class SharedPass:
 
     @torch.no_grad()
     def divergences(self, finished: FinishedUnits | None = None) -> dict[str, list[Array]]:
-        """KL(original || plan) in nats of each scored token [T - 1] of each sample, by plan; NaN where not finite.
+        """KL(original || plan) in nats of each token [T - 1] of each sample, by plan; NaN where not finite or compared.
 
         `finished` records each layer: a pass that was stopped resumes behind the last one.
         """
@@ -240,7 +246,8 @@ class SharedPass:
     def _compare(self, files: Mapping[str, StateFile], batches: Sequence[Batch]) -> dict[str, list[Array]]:
         """KL of each token of all samples, from the last hidden states of each plan in this process's batches."""
         heads = distributed.in_all(lambda: _heads(self._subject, self._plans, self._device))
-        found = {name: [np.empty(len(row) - 1, np.float32) for row in self._rows] for name in self._plans if name}
+        lengths = [len(row) - 1 for row in self._rows]
+        found = {name: [np.full(n, np.nan, np.float32) for n in lengths] for name in self._plans if name}
         for batch in batches:
             hidden: dict[int, Tensor] = {}
             for file in files.values():
@@ -258,20 +265,33 @@ class SharedPass:
     def _compare_row(
         self, row: int, states: Mapping[str, Tensor], heads: Mapping[str, Head], found: Mapping[str, list[Array]]
     ) -> None:
-        step = max(1, min(LOGITS, SLICE[self._device.type]) // self._subject.model.vocabulary)
-        length = len(self._rows[row]) - 1
-        for start in range(0, length, step):
-            stop = min(length, start + step)
+        scored = slice(self._first[row] - 1, len(self._rows[row]) - 1)
+        states = {name: some[scored] for name, some in states.items()}
+        for name, part, kl in compare(states, heads, self._subject.model.vocabulary, self._device):
+            found[name][row][scored][part] = kl.float().cpu().numpy()
 
-            def predict(name: str, part: slice = slice(start, stop)) -> Softmax:
-                return softmax(heads[name](states[name][part].unsqueeze(0))[0])
 
-            exact = predict(ORIGINAL)
-            for name, rows in found.items():
-                other = predict(name)
-                kl = diverge(exact, other).kl
-                finite = exact.finite & other.finite
-                rows[row][start:stop] = torch.where(finite, kl, torch.nan).float().cpu().numpy()
+def compare(
+    states: Mapping[str, Tensor], heads: Mapping[str, Head], vocabulary: int, device: torch.device
+) -> Iterator[tuple[str, slice, Tensor]]:
+    """KL(ORIGINAL || plan) of some tokens of each plan after another, as `exact_kl` has it: name, tokens, nats [n].
+
+    `states` are last hidden states [T, H] by the plan's name.
+    """
+    for part in _parts(len(states[ORIGINAL]), LOGITS[device.type] // vocabulary):
+        slices = list(_parts(part.stop - part.start, SLICE[device.type] // vocabulary))
+        logits = heads[ORIGINAL](states[ORIGINAL][part].unsqueeze(0))[0]
+        exact = [softmax(logits[some]) for some in slices]
+        for name in states:
+            if name != ORIGINAL:
+                logits = heads[name](states[name][part].unsqueeze(0))[0]
+                yield name, part, torch.cat([exact_kl(one, logits[n]) for one, n in zip(exact, slices, strict=True)])
+
+
+def _parts(count: int, step: int) -> Iterator[slice]:
+    """0..count in slices of `step`, at least 1."""
+    for low in range(0, count, max(1, step)):
+        yield slice(low, min(low + max(1, step), count))
 
 
 def _heads(subject: Subject, plans: Mapping[str, Assigned], device: torch.device) -> dict[str, Head]:

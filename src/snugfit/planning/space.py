@@ -10,9 +10,9 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.planning.caches import FP8, costliest_layers, fp8_except, kept_layers
-from snugfit.planning.constraints import LoadedConstraints, constrained
+from snugfit.planning.constraints import Constraints, LoadedConstraints, constrained
 from snugfit.planning.decisions import narrowed
-from snugfit.planning.limits import Place, limits_of
+from snugfit.planning.limits import Place, impossible, limits_of
 from snugfit.planning.menu import Bytes, GroupMenu, Option, on_menu, read_options, sizes_outside
 from snugfit.planning.recipe_text import WeightFormat, recipe_text
 from snugfit.planning.search import Mix, Space
@@ -41,6 +41,11 @@ class Choices:
     def is_fp8(self, cache: str) -> bool:
         """Whether keys and values are in FP8 under a choice of the cache."""
         return cache != KEEP or self.fp8_kept
+
+    def impossible(self, space: Space | None = None) -> UserError:
+        """Why no mix keeps the limits, of `space` where it has others."""
+        constrained = self.constraints.constraints != Constraints()
+        return impossible(space or self.space, self.place, self.is_fp8, constrained=constrained)
 
     def at(self, context: int) -> Space:
         """The space with the limits of another context."""

@@ -17,6 +17,7 @@ from snugfit.data.dataset import Dataset
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.machine import free_bytes, rss_bytes
+from snugfit.methods import gptq
 from snugfit.methods.rounding import SLICE
 from snugfit.model.experts import DOWN
 from snugfit.model.forward_pass import number_of_batches
@@ -32,9 +33,11 @@ from snugfit.storage.transfer import CONNECTIONS, COPIERS, REMOTE_AHEAD_BYTES, W
 _COPIES = 6
 # what a layer holds of a batch at once, in hidden states and in MLP widths
 _STATES, _WIDTHS = 6, 3
-# of a choice by inputs: copies in fp32 of the largest fused group of weights, also with GPTQ; of GPTQ: copies of the
-# largest E[x x^T] while it is factored
-_GROUPS, _GROUPS_OF_GPTQ, _SQUARES = 4, 5, 4
+# of a choice by inputs: copies in fp32 of the largest fused group of weights
+_CHOSEN = 4
+# of GPTQ: copies of the largest E[x x^T] while it is factored, copies in fp32 of the largest fused group of weights,
+# and of the part of a weight that is rounded at once
+_SQUARES, _GROUPS, _SLICES = 4, 5, 4
 _SUMS = 3  # of what is added up of experts' inputs: the sums, and what means are made of
 # of learned scales: tokens of a step, logits at once; what the insides of a layer hold of a token in its backward pass
 LEARNED_TOKENS = 4096
@@ -134,7 +137,7 @@ def estimate_run(
                     activations += 2 * batch * (hidden + _SUM_BYTES * skeleton.hidden_size)
             exact = _sums_of_experts(plan, skeleton, number, batches) if observes or plan.recipe is None else 0
             if observes:
-                exact += layer.exact + _choice_by_inputs(plan, unit, groups[number], correlates=correlates)
+                exact += layer.exact + _choice_by_inputs(plan, unit, groups[number], device, correlates=correlates)
             work = max(work, ahead + exact + max(rounding, layer.values + 2 * layer.codes + group + activations))
             continue
         quantized = [name for name in unit if (a := plan.assignments.get(name)) and a.format and not a.keeps_codes]
@@ -186,21 +189,24 @@ def estimate_learning(
     return Estimate(ram=rss_bytes() + _CUDA_HOST + kept, gpu=on_device, disk=0)
 
 
-def _choice_by_inputs(plan: Plan, unit: Sequence[str], groups: Sequence[tuple[str, ...]], *, correlates: bool) -> int:
+def _choice_by_inputs(
+    plan: Plan, unit: Sequence[str], groups: Sequence[tuple[str, ...]], device: torch.device, *, correlates: bool
+) -> int:
     """Bytes of what is made of a fused group of a layer's weights that follow the effort, while codes are chosen.
 
     With `correlates` also of second moments of the inputs of all linears, and of what is made of the largest.
     """
     tensors = plan.weights.tensors
     sizes = (sum(tensors[name].elements for name in group) for group in groups if _follows(plan, group[0]))
-    choice = _GROUPS * 4 * max(sizes, default=0)
+    choice = _CHOSEN * 4 * max(sizes, default=0)
     if not correlates:
         return choice
     names = [name.removesuffix(".weight") for name in unit if _follows(plan, name) and ".experts." not in name]
     shapes = [[tensors[f"{name}.weight"].shape for name in group] for group in group_modules(names)]
     squares = [4 * group[0][-1] ** 2 for group in shapes]
     group = max((sum(4 * n * k for n, k in group) for group in shapes), default=0)
-    return sum(squares) + max(choice, _SQUARES * max(squares, default=0) + _GROUPS_OF_GPTQ * group)
+    part = 4 * min(max((n * k for group in shapes for n, k in group), default=0), gptq.SLICE[device.type])
+    return sum(squares) + max(choice, _SQUARES * max(squares, default=0) + _GROUPS * group + _SLICES * part)
 
 
 def _follows(plan: Plan, name: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +17,25 @@ from snugfit.storage.safetensors_header import dtype_of
 Owners = Mapping[str, int]
 
 
-def owners_of(plan: Plan, number: int, division: Division, *, correlates: bool) -> dict[str, int]:
+@dataclass(frozen=True)
+class _Rates:
+    """What GPTQ takes of K inputs, where reading, rounding and writing a value is 1.
+
+    Passing errors on takes K / `passing` a value; the columns take K * `columns` a weight; and factoring E[x x^T] takes
+    K^3 / `factoring` a fused group.
+    """
+
+    passing: float
+    columns: float
+    factoring: float
+
+
+# by a GPU's 5 GB/s from the page cache, 50 TFLOP/s of fp32 products, 15 of Cholesky's and 1.2 us a column; by a CPU
+# core's 10 ns to choose a value's scale, 50 GFLOP/s and 25 of Cholesky's
+_RATES = {"cuda": _Rates(10_000, 3_000, 18_000), "cpu": _Rates(250, 0, 750)}
+
+
+def owners_of(plan: Plan, number: int, division: Division, device: torch.device, *, correlates: bool) -> dict[str, int]:
     """Which process reads, chooses and writes each tensor of unit `number`: fused groups stay together.
 
     The work on a weight grows with its values; with `correlates` on those that follow the effort also with its inputs.
@@ -24,16 +43,21 @@ def owners_of(plan: Plan, number: int, division: Division, *, correlates: bool) 
     groups: list[tuple[str, ...]] = division.coming
     grouped = {name for group in groups for name in group}
     rest = [(name,) for name in plan.units[number] if name not in grouped]
-    costs = [sum(_cost(plan, name, correlates=correlates) for name in group) for group in (*groups, *rest)]
-    found = distributed.share(costs)
+    rates = _RATES[device.type] if correlates else None
+    found = distributed.share([_cost(plan, group, rates) for group in (*groups, *rest)])
     return {name: owner for group, owner in zip((*groups, *rest), found, strict=True) for name in group}
 
 
-def _cost(plan: Plan, name: str, *, correlates: bool) -> int:
-    info = plan.weights.tensors[name]
-    assignment = plan.assignments.get(name)
-    deep = correlates and assignment is not None and assignment.follows_effort and ".experts." not in name
-    return info.elements * (info.shape[-1] if deep else 1)
+def _cost(plan: Plan, group: Sequence[str], rates: _Rates | None) -> int:
+    cost = factoring = 0.0
+    for name in group:
+        info, assignment = plan.weights.tensors[name], plan.assignments.get(name)
+        cost += info.elements
+        if rates is not None and assignment is not None and assignment.follows_effort and ".experts." not in name:
+            inputs = info.shape[-1]
+            cost += info.elements * inputs / rates.passing + rates.columns * inputs
+            factoring = max(factoring, inputs**3 / rates.factoring)
+    return round(cost + factoring)
 
 
 def is_mine(owners: Owners, name: str) -> bool:

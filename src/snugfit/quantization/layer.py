@@ -234,6 +234,7 @@ def observe(run: LayerPass | None, groups: Iterable[LoadedGroup], method: Method
         run=_runner(run, layer),
         copied=copied,
         note=run.norm_folds.append,
+        owners=run.owners if distributed.world_size() > 1 else {},
     )
     return held, method.observe(observed)
 
@@ -242,7 +243,10 @@ def exchange(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> None:
     """Give all processes the 16-bit weights that one of them has chosen, and multipliers of inputs that come along."""
     if distributed.world_size() == 1:
         return
-    scales = distributed.merged({name: one.input_scale for name, one in tensors.items() if one.input_scale is not None})
+    scales: dict[str, Tensor] = {}
+    if any((one := run.plan.assignments.get(name)) and one.keeps_codes for name in run.names):
+        mine = {name: one.input_scale for name, one in tensors.items() if one.input_scale is not None}
+        scales = distributed.merged(mine)
     sharing.send_experts(run.buffers, run.names, run.owners)
     outside = [name for name in run.names if not run.buffers.has(name)]
     held = {name: one.weight_16bit for name, one in tensors.items() if one.weight_16bit is not None}
@@ -306,15 +310,24 @@ def propagate(
     else:
         chosen = run.pieces.chosen
         bad = int(pieces.run_layer(layer, run.index, run.batches, before, chosen, cache=cache, states=run.states))
-    bad = sum(distributed.gather(bad))
+    bad = _put_together(bad, watched, cache)
     if bad:
         total = sum(sum(batch.lengths) for batch in run.all_batches or run.batches)
         raise not_finite(f"hidden states of {bad} of {total} tokens", run.skeleton.dtype, where=run.prefix[:-1])
     watched.share()
-    if cache is not None:
-        cache.share()
     found = watched.result(cache.amax if cache else None)
     return ranges_of(run.plan, run.skeleton, run.index, found, run.experts)
+
+
+def _put_together(bad: int, watched: _WatchedLayer, cache: KVAmax | None) -> int:
+    """The sum of `bad` over all processes, after which `watched` and `cache` have what all have seen; said at once."""
+    if distributed.world_size() == 1:
+        return bad
+    said = distributed.gather((bad, watched.stated(), None if cache is None else cache.largest))
+    watched.take([one for _, one, _ in said])
+    if cache is not None:
+        cache.take([one for _, _, one in said])
+    return sum(one for one, _, _ in said)
 
 
 def _carry_on(run: LayerPass, layer: nn.Module) -> None:
@@ -430,9 +443,16 @@ class _WatchedLayer:
         if self._experts is not None:
             self._experts.before(batch)
 
+    def stated(self) -> list[Any]:
+        """What this process has seen of the inputs of linears, for all others."""
+        return self._inputs.stated()
+
+    def take(self, said: Sequence[list[Any]]) -> None:
+        """Take in what all processes have `stated`."""
+        self._inputs.take(said)
+
     def share(self) -> None:
-        """Take in what all processes have measured."""
-        self._inputs.share()
+        """Take in what all processes have measured of experts."""
         if self._experts is not None:
             self._experts.share()
         if self._expert_moments is not None:

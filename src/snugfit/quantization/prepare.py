@@ -20,7 +20,7 @@ from snugfit.data.set_samples import notes_on_sources
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM, headroom_problem
-from snugfit.machine import hardware, pick_device, pick_dtype, versions
+from snugfit.machine import pick_device, pick_dtype
 from snugfit.methods.method import SOME_SAMPLES, SOME_TOKENS, Method
 from snugfit.model.forward_pass import spread_places
 from snugfit.model.positions import max_positions
@@ -40,7 +40,7 @@ from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan, groups_of
 from snugfit.quantization.recalled import recalled_squares
-from snugfit.quantization.resume import check_resumable, stamps, work_folder
+from snugfit.quantization.resume import check_resumable, origin, work_folder
 from snugfit.quantization.ways import (
     BEST,
     EFFORTS,
@@ -64,7 +64,6 @@ from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_
 from snugfit.storage.checkpoint import Checkpoint, fingerprint, header_digest, read_tensor
 from snugfit.storage.other_files import notes_on_loss
 from snugfit.storage.staging import check_no_links, check_stageable
-from snugfit.version import __version__
 
 # of NVFP4, one for a whole weight and one for its inputs, in any dialect
 _WEIGHT_SCALES = ("weight_global_scale", "weight_scale_2")
@@ -220,9 +219,7 @@ class PreparedRun:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the bytes of the weight files: a run resumes only if all of it is the same."""
         plan = self.plan
-        return {
-            "source": header_digest(plan.checkpoint),
-            "source_files": stamps(plan.checkpoint),
+        return origin(plan.checkpoint, self.device) | {
             "recipe": None if plan.recipe is None else plan.recipe.digest,
             "effort": self.effort,
             "target": None if self.effort is None else self.target,
@@ -234,11 +231,8 @@ class PreparedRun:
             "weight_files": {shard.name: shard.bytes for shard in plan.shards},
             "units": [plan.unit_digest(number) for number in range(len(plan.units))],
             "experts": [self.experts.all_experts, self.experts.max_forced_tokens],
-            "device": self.device.type,
             "tokens_per_batch": self.tokens_per_batch,
             "dtype": str(self.skeleton.dtype).removeprefix("torch."),
-            "hardware": hardware(self.device),
-            "versions": versions() | {"snugfit": __version__},
         }
 
 

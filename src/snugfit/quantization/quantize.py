@@ -35,6 +35,7 @@ from snugfit.records.statistics_file import (
     STATISTICS_FILE,
     ExpertCalibration,
 )
+from snugfit.storage.background import Background
 from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
@@ -130,15 +131,16 @@ def quantize(
     with clock("prepare"):
         prepared = distributed.in_all(prepare_here).agreed()
     prepared.report(progress)
+    kernels.warm_up(prepared.device)
     expected = _expected(prepared, destination, clock, progress)
     reset_peak_gpu_bytes(prepared.device)
-    with resumable(destination, restart=restart) as (directory, work):
+    with resumable(destination, restart=restart) as (directory, work), Background() as background:
         if distributed.is_main() and adopt_recipe(directory, work, prepared.identity(), prepared.plan.shards):
             progress.message("the finished layers stay: this recipe differs in later ones alone")
         finished = open_finished(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
         if len(prepared.ways) > 1:
-            tried = run_trials(run, lambda folder: _write_config(prepared.plan, folder))
+            tried = run_trials(run, lambda folder: _write_config(prepared.plan, folder), background)
             run = tried.run
         else:
             tried = Tried(run=run, outcome=run_layers(run), trials=(), saturation=())

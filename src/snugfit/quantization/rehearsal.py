@@ -186,7 +186,7 @@ class Rehearsal:
         """Do all work of the loop on the layer."""
         plan, number, nowhere = prepared.plan, self.number, Path()
         divisions = [Division(())] * number + [self._division]
-        owners = owners_of(plan, number, self._division, correlates=prepared.method.correlates)
+        owners = owners_of(plan, number, self._division, self.device, correlates=prepared.method.correlates)
         states = cast("RunStates", States(self._hidden(), watch)) if self.batches else None
         nothing = cast("FinishedUnits", None)
         work = Work(

@@ -11,12 +11,17 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from snugfit import distributed
 from snugfit.errors import Unfinished
-from snugfit.storage.checkpoint import Checkpoint
+from snugfit.machine import hardware, versions
+from snugfit.storage.checkpoint import Checkpoint, header_digest
 from snugfit.storage.staging import WORK_NAME, unit_name
+from snugfit.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 IDENTITY = "run.json"
 # what may differ only if the caller forces it: the result would differ in last bits
@@ -126,6 +131,17 @@ def check_resumable(folder: Path, identity: Mapping[str, Any], *, force: bool = 
     """Raise what FinishedUnits would raise for the unfinished run in a work folder, if there is one; write nothing."""
     if (folder / IDENTITY).exists() or any(folder.glob(unit_name("*"))):
         FinishedUnits(folder, identity, force=force)
+
+
+def origin(checkpoint: Checkpoint, device: torch.device) -> dict[str, Any]:
+    """The part of an identity that all kinds of runs have: the source's files, the machine, and versions."""
+    return {
+        "source": header_digest(checkpoint),
+        "source_files": stamps(checkpoint),
+        "device": device.type,
+        "hardware": hardware(device),
+        "versions": versions() | {"snugfit": __version__},
+    }
 
 
 def stamps(checkpoint: Checkpoint) -> dict[str, Any]:

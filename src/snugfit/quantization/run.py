@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from snugfit.model import forward_pass, layers
 from snugfit.model.assemble import read_single
 from snugfit.model.pieces import Scratch, ScratchFile
 from snugfit.progress import Progress
+from snugfit.quantization.commits import Commits
 from snugfit.quantization.division import Division
 from snugfit.quantization.exchange import is_mine, owners_of
 from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, exchange, load, observe, propagate
@@ -31,14 +31,16 @@ from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.recalled import observe_recalled
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.states import RunStates, Saved, open_states
+from snugfit.quantization.states import RunStates, open_states
 from snugfit.quantization.write import write_unit
 from snugfit.records.norm_folds import NormFold
 from snugfit.records.quantize import TensorRecord
-from snugfit.records.statistics import layer_from_json, layer_to_json
+from snugfit.records.statistics import layer_from_json
 from snugfit.records.statistics_file import DatasetUsed, Statistics
+from snugfit.storage.background import Background
 from snugfit.storage.checkpoint import fingerprint, header_digest
-from snugfit.storage.shards import ShardWriter
+from snugfit.storage.shards import ShardWriter, WrittenFiles
+from snugfit.storage.shared_reads import SharedReads
 from snugfit.storage.transfer import Transfer
 from snugfit.version import __version__
 
@@ -72,8 +74,30 @@ class Outcome:
     expected_seconds: float | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a run has made, whose files are yet to be digested, taken by the disk, and closed; the rest as `Outcome`."""
+
+    files: WrittenFiles
+    resumed: int
+    expected_seconds: float | None
+
+    def outcome(self) -> Outcome:
+        """Wait for the files, in all processes."""
+        files = distributed.gather(self.files.digests())[0]
+        return Outcome(files=files, resumed=self.resumed, expected_seconds=self.expected_seconds)
+
+
 def run_layers(run: Run) -> Outcome:
     """Load, observe, choose, propagate and write unit after unit, from the first that is not finished."""
+    with Background() as background:
+        made = make_layers(run, background)
+        with run.clock("finish"):
+            return made.outcome()
+
+
+def make_layers(run: Run, background: Background, meanwhile: Callable[[], object] = lambda: None) -> Made:
+    """As `run_layers`, without waiting for the disk; `meanwhile` is called while the last units are recorded."""
     prepared, clock = run.prepared, run.clock
     plan = prepared.plan
     expected = None
@@ -94,7 +118,7 @@ def run_layers(run: Run) -> Outcome:
             with clock("embed"):
                 _embed(run, transfer, batches, some, states)
             work = _open_work(run, first, batches, some, states, transfer, writer, stack)
-            commits = _Commits(run.finished, writer, stack)
+            commits = Commits(run.finished, writer, stack)
             for number in range(first, len(plan.units)):
                 started = time.perf_counter()
                 if distributed.world_size() > 1 and prepared.method.observe is not None and not prepared.holds_states:
@@ -109,9 +133,12 @@ def run_layers(run: Run) -> Outcome:
                 step()
                 if number == max(1, first) + 1:  # the first one warms up
                     expected = _expect(run, number, started)
+            meanwhile()
             with clock("finish"):
                 commits.wait()
-                return Outcome(files=_finish(states, writer), resumed=first, expected_seconds=expected)
+                if states is not None and distributed.is_main():  # all processes have read the last ones
+                    background.submit(states.remove)
+                return Made(files=writer.finish(background), resumed=first, expected_seconds=expected)
     except UserError as error:
         done = sum(1 for entry in run.finished.entries if "states" in entry or not run.runs_layers)
         if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or done < 2:
@@ -128,14 +155,6 @@ def _open_writer(run: Run, transfer: Transfer) -> ShardWriter:
     if distributed.is_main():
         distributed.barrier()
     return writer
-
-
-def _finish(states: RunStates | None, writer: ShardWriter) -> dict[str, str]:
-    """Remove the files of hidden states and close the weight files; SHA-256 by name."""
-    distributed.barrier()
-    if states is not None and distributed.is_main():
-        states.remove()
-    return distributed.from_main(writer.finish())
 
 
 def _kept(run: Run, error: UserError) -> Unfinished:
@@ -278,7 +297,8 @@ def _open_work(
     divisions = prepared.divisions()
     scratch: Scratch | None = None
     correlates = prepared.method.correlates
-    owners = [owners_of(prepared.plan, n, one, correlates=correlates) for n, one in enumerate(divisions)]
+    device = prepared.device
+    owners = [owners_of(prepared.plan, n, one, device, correlates=correlates) for n, one in enumerate(divisions)]
     if run.runs_layers and any(one.pieces for one in divisions):
         scratch = stack.enter_context(ScratchFile(run.work / f"experts-{distributed.rank()}", transfer))
     units = list(zip(divisions, owners, strict=True))[first:]
@@ -387,62 +407,12 @@ def _embed(
     def read(name: str) -> torch.Tensor:
         if name in prepared.plan.weights.origins:  # FP8
             return read_single(prepared.plan.weights, name).to(prepared.device)
+        if prepared.device.type == "cuda" and distributed.world_size() > 1 and prepared.plan.checkpoint.remote is None:
+            return SharedReads(transfer, prepared.plan.checkpoint, [name]).result()[name]
         return transfer.read(prepared.plan.checkpoint, name).result()
 
     weights = layers.outer_weights(prepared.skeleton, prepared.plan.checkpoint, head=False, read=read)
     forward_pass.embed(prepared.skeleton, weights, every, prepared.device, keep)
-
-
-class _Commits:
-    """Records each unit as finished once it is in the files, while the next one is worked on.
-
-    Of several processes all have a part of it, which they put together over connections of their own.
-    """
-
-    def __init__(self, finished: FinishedUnits, writer: ShardWriter, stack: ExitStack) -> None:
-        self._finished, self._writer = finished, writer
-        self._group = distributed.side_group()
-        self._pool = stack.enter_context(ThreadPoolExecutor(1))
-        self._last: Future[None] | None = None
-
-    def start(
-        self,
-        records: Sequence[TensorRecord],
-        measured: Measured,
-        norm_folds: Sequence[NormFold],
-        saved: Saved | None,
-    ) -> None:
-        """Record a unit as soon as the writes that were started for it, and for hidden states, are done."""
-        wait, tensors = self._writer.pending_writes(), [dict(vars(record)) for record in records]
-        statistics = None if measured.statistics is None else layer_to_json(measured.statistics)
-        folds = [asdict(fold) for fold in norm_folds]
-        before = self._last
-
-        def commit() -> None:
-            if before is not None:
-                before.result()  # done; if it failed, so does this
-            written = wait()
-            entry = self._of_all(tensors, statistics, written, None if saved is None else saved())
-            self._finished.commit(entry | {"norm_folds": folds})
-
-        self._last = self._pool.submit(commit)
-
-    def _of_all(self, tensors: Any, statistics: Any, written: dict[str, list[int]], saved: Any) -> dict[str, Any]:
-        """The entry of a unit, made of what all processes have done."""
-        parts = distributed.gather((tensors, written, saved), self._group)
-        others = [name for _, names, _ in parts for name in names if name not in written]
-        self._writer.accept(others)
-        states = {} if saved is None else saved | {"states": [piece for *_, one in parts for piece in one["states"]]}
-        return states | {
-            "tensors": [record for records, _, _ in parts for record in records],
-            "statistics": statistics,
-            "written": {name: crcs for _, names, _ in parts for name, crcs in names.items()},
-        }
-
-    def wait(self) -> None:
-        """Until the last unit is recorded; raises what went wrong."""
-        if self._last is not None:
-            self._last.result()
 
 
 def norm_folds_of(run: Run) -> tuple[NormFold, ...]:

@@ -124,6 +124,7 @@ class _OnDevice:
     def __init__(self, files: Sequence[StateFile], batches: Sequence[Batch], held: HeldStates) -> None:
         self._files, self._batches, self._held = files, batches, held
         self._next, self._last = 0, time.monotonic()
+        self._calls, self._ask = 0, 0  # layers since then; at how many of them the main process is asked
 
     def resumable(self, entries: Sequence[Mapping[str, Any]], done: int) -> int:
         while done > 1 and not _holds(self._files, entries[done - 1]):  # the first ones are made again
@@ -157,7 +158,11 @@ class _OnDevice:
         if not number:
             return None
         self._held.share()
-        if not distributed.from_main(time.monotonic() - self._last >= SAVED_EVERY):
+        self._calls += 1
+        if self._calls < self._ask:
+            return None
+        due, self._ask = distributed.from_main(self._due())
+        if not due:
             return None
         recorded()  # the states that were saved last may be all that there is
         target = self._next
@@ -165,7 +170,17 @@ class _OnDevice:
         for batch in distributed.mine(self._batches):
             self._files[target].write(batch, self._held.read(batch))
         self._next, self._last = 1 - target, time.monotonic()
+        self._calls = self._ask = 0
         return _saved(self._files, target)
+
+    def _due(self) -> tuple[bool, int]:
+        """Whether it is time to save, else at how many layers to ask again: half of those that are likely left.
+
+        At twice as many at most, because later layers may take longer than the first ones.
+        """
+        passed = time.monotonic() - self._last
+        left = (SAVED_EVERY - passed) * self._calls / max(passed, 1e-3)
+        return passed >= SAVED_EVERY, self._calls + max(1, min(self._calls, int(left / 2)))
 
     def remove(self) -> None:
         _remove(self._files)
@@ -183,4 +198,4 @@ def _holds(files: Sequence[StateFile], entry: Mapping[str, Any]) -> bool:
 
 def _remove(files: Sequence[StateFile]) -> None:
     for file in files:
-        file.path.unlink()
+        file.path.unlink(missing_ok=True)

@@ -6,6 +6,9 @@ place of an earlier one only if it is better beyond the error (records/trials.py
 once, so that two results are on the disk at most. The winner's files are moved to where the result belongs. A way
 behind the first that gives hidden states which are not finite has lost, too.
 
+Nothing waits for the files of a way that may lose: they are flushed, digested, closed and removed in the background.
+Before the winner's files are moved the disk has them.
+
 A way for which samples do no more than give ranges of inputs is measured with a few of them. It is made with all if it
 is kept in the end, or if the next way is not much better.
 
@@ -18,9 +21,12 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import wait
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from snugfit import distributed
 from snugfit.errors import UserError
@@ -28,13 +34,15 @@ from snugfit.evaluation.held_out import HeldOut, segments
 from snugfit.evaluation.saturation import InputWatch, SeenInputs
 from snugfit.machine import fix_cublas_workspace
 from snugfit.quantization.learned import learn
+from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import open_finished, read_json, replace_json
-from snugfit.quantization.run import LATE_ERRORS, Outcome, Run, norm_folds_of, run_layers
+from snugfit.quantization.run import LATE_ERRORS, Made, Outcome, Run, make_layers, norm_folds_of
 from snugfit.quantization.ways import Way
 from snugfit.records.norm_folds import summary
 from snugfit.records.saturation import InputSaturation
 from snugfit.records.trials import Measured, Trial, judge
+from snugfit.storage.background import Background, remove_files
 from snugfit.storage.staging import WORK_NAME
 
 TRIALS_NAME = "trials"
@@ -52,17 +60,18 @@ class Tried:
     saturation: tuple[InputSaturation, ...]
 
 
-def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
+def run_trials(run: Run, write_config: Callable[[Path], None], background: Background) -> Tried:
     """Try all ways; the weight files of the best are in the run's directory then.
 
-    `write_config` writes what is needed besides weights for a directory to be opened as a model.
+    `write_config` writes what is needed besides weights for a directory to be opened as a model. Files of the others
+    may still be removed in the `background`.
     """
     prepared = run.prepared
     assert prepared.held_out is not None
     if any(way.learns for way in prepared.ways):
         fix_cublas_workspace()
     tokens, files = segments(prepared.held_out.samples, prepared.held_out.shares)
-    trying = _Trying(run, write_config)
+    trying = _Trying(run, write_config, background)
     found: list[Measured] = []
     trials: list[Trial] = []
     champion: Way | None = None
@@ -90,23 +99,26 @@ def run_trials(run: Run, write_config: Callable[[Path], None]) -> Tried:
         run.progress.message(_line(trials[-1]))
         winner = [trial.name for trial in trials if trial.kept][-1]
         champion = tried[winner]
-        if distributed.is_main():
-            _forget_losers(run, tried.values(), champion)
+        trying.forget(tried.values(), champion)
     assert champion is not None
     inner = trying.whole(champion)
+    outcome = trying.outcome(inner)
     content = distributed.from_main(read_json(_file(inner.directory)))
-    outcome = Outcome(**content["outcome"])
     _move_files(inner, outcome, run.directory)
     saturation = tuple(InputSaturation(**site) for site in content["saturation"])
     return Tried(run=inner, outcome=outcome, trials=tuple(trials), saturation=saturation)
 
 
 class _Trying:
-    """Makes ways, and measures them on the held-out samples, which are opened when they are first asked for."""
+    """Makes ways, and measures them on the held-out samples, which are opened when they are first asked for.
 
-    def __init__(self, run: Run, write_config: Callable[[Path], None]) -> None:
-        self._run, self._write_config = run, write_config
+    `_made` are the ways whose files are digested, flushed and closed in the background, by their folder.
+    """
+
+    def __init__(self, run: Run, write_config: Callable[[Path], None], background: Background) -> None:
+        self._run, self._write_config, self._background = run, write_config, background
         self._held_out: HeldOut | None = None
+        self._made: dict[Path, Made] = {}
 
     def one(self, way: Way, champion: Way | None) -> Measured:
         """Quantize one way, and measure it; a way that learns starts from the files of the `champion`."""
@@ -116,13 +128,37 @@ class _Trying:
 
     def whole(self, way: Way) -> Run:
         """The run of a way with all samples; it is made now if the way was measured with a few."""
-        return self._made(way)[0]
+        return self._with_all(way)[0]
 
     def with_all(self, way: Way) -> Measured:
         """What is measured of a way with all samples."""
-        return self._made(way)[1]
+        return self._with_all(way)[1]
 
-    def _made(self, way: Way) -> tuple[Run, Measured]:
+    def outcome(self, inner: Run) -> Outcome:
+        """What a way that was measured has made, its files on the disk; noted in its file before they are moved."""
+        content = distributed.from_main(read_json(_file(inner.directory)))
+        if (known := _outcome_of(content)) is not None:
+            return known
+        made = self._made.get(inner.directory)
+        if made is None:  # of a run that was stopped: what it wrote is read again
+            made = make_layers(inner, self._background)
+        with inner.clock("finish"):
+            outcome = made.outcome()
+        if distributed.is_main():
+            replace_json(_file(inner.directory), content | {"outcome": asdict(outcome)})
+        return outcome
+
+    def forget(self, tried: Iterable[Way], champion: Way) -> None:
+        """Delete the weights of all other ways than the champion, and all that were made with a few samples."""
+        for way in tried:
+            for folder in {_folder(self._run, way), _folder(self._run, way, whole=True)}:
+                if way.name != champion.name or folder.name.endswith(FEW):
+                    if (made := self._made.pop(folder, None)) is not None:
+                        made.files.forget()
+                    if distributed.is_main():
+                        _forget_weights(folder, self._run.prepared.plan, self._background)
+
+    def _with_all(self, way: Way) -> tuple[Run, Measured]:
         inner = _run_of(self._run, way, whole=True)
         known = distributed.from_main(_recalled(inner.directory))
         if known is None:
@@ -131,27 +167,39 @@ class _Trying:
         return inner, known
 
     def _measure(self, inner: Run, start: Run | None, started: float) -> Measured:
-        outcome = run_layers(inner) if start is None else learn(inner, start)
-        if distributed.is_main():
-            self._write_config(inner.directory)
-        distributed.barrier()
+        outcome = None
+        if start is None:
+            self._made[inner.directory] = make_layers(inner, self._background, partial(self._open, inner.directory))
+        else:
+            outcome = learn(inner, start)
+            self._open(inner.directory)
         name = inner.prepared.way.name
         if folds := norm_folds_of(inner):
             inner.progress.message(f"{name}: {summary(folds)}")
         watch = InputWatch()
-        self._held_out = self._held_out or _open_held_out(self._run.prepared)
         with inner.clock("trials"):
+            assert self._held_out is not None
+            distributed.barrier()  # the files of all processes are whole
             kl = self._held_out.divergences(inner.directory, watch)
             distributed.barrier()  # nobody reads it any more
         measured = Measured(name, tuple(kl), time.perf_counter() - started)
         content = {
             "measured": asdict(measured),
-            "outcome": asdict(outcome),
+            "outcome": None if outcome is None else asdict(outcome),
             "saturation": [asdict(site) for site in _beside_calibration(watch.result(), inner)],
         }
         if distributed.is_main():
             replace_json(_file(inner.directory), content)
         return measured
+
+    def _open(self, folder: Path) -> None:
+        """Open what measures ways, and a way's folder, for which it writes what it needs besides weights."""
+        with self._run.clock("trials"):
+            if distributed.is_main():
+                self._write_config(folder)
+            self._held_out = self._held_out or _open_held_out(self._run.prepared)
+            distributed.barrier()
+            self._held_out.open(folder)
 
 
 def _is_close(run: Run, champion: Way, trials: Sequence[Trial]) -> bool:
@@ -170,6 +218,15 @@ def _open_held_out(prepared: PreparedRun) -> HeldOut:
         profile=prepared.target,
         tokens_per_batch=prepared.tokens_per_batch,
         experts_per_group=prepared.experts_per_group,
+        same_head=_are_copied(prepared.plan, prepared.plan.units[0]),
+    )
+
+
+def _are_copied(plan: Plan, names: Iterable[str]) -> bool:
+    """Whether these tensors are in the result as they are in the source, from file to file."""
+    return all(
+        name not in plan.weights.origins and ((a := plan.assignments.get(name)) is None or a.format is None)
+        for name in names
     )
 
 
@@ -240,6 +297,16 @@ def _recalled(folder: Path) -> Measured | None:
         return None
 
 
+def _outcome_of(content: Mapping[str, Any]) -> Outcome | None:
+    """What the file of a way says of its files; None if it says nothing, or is damaged."""
+    try:
+        known = content["outcome"]
+        files = {str(name): str(digest) for name, digest in known["files"].items()}
+        return Outcome(files=files, resumed=int(known["resumed"]), expected_seconds=known["expected_seconds"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _move_files(run: Run, outcome: Outcome, directory: Path) -> None:
     """Move the weight files of a way to where the result belongs."""
     for name in outcome.files if distributed.is_main() else ():
@@ -248,17 +315,11 @@ def _move_files(run: Run, outcome: Outcome, directory: Path) -> None:
             made.replace(directory / name)
 
 
-def _forget_losers(run: Run, tried: Iterable[Way], champion: Way) -> None:
-    """Delete the weights of all ways but the `champion`, and all that were made with a few samples."""
-    for way in tried:
-        for folder in {_folder(run, way), _folder(run, way, whole=True)}:
-            if way.name != champion.name or folder.name.endswith(FEW):
-                _forget_weights(folder)
-
-
-def _forget_weights(folder: Path) -> None:
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
+def _forget_weights(folder: Path, plan: Plan, background: Background) -> None:
+    """Remove a way's weights in the background, at once where the disk may not have the space for the next way's."""
+    removed = remove_files(folder, "*.safetensors", background)
+    if removed and shutil.disk_usage(folder).free < sum(shard.bytes for shard in plan.shards):
+        wait(removed)
     shutil.rmtree(folder / WORK_NAME, ignore_errors=True)
 
 

@@ -9,11 +9,12 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from snugfit.storage.background import Background
 from snugfit.storage.checkpoint import SINGLE_NAME, Checkpoint
 from snugfit.storage.files import PIECE_BYTES, write_fully
 from snugfit.storage.safetensors_header import TORCH_NAMES, TensorInfo
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from snugfit.storage.transfer import PendingTransfer, Transfer
 
 SMALL_BYTES, MOST_SMALL = 1 << 17, 64  # of a tensor that is written with others; so many in one job
+DIGESTED_BYTES = 4 << 20  # of a file that are read at once for its digest
 
 # safetensors' dtype order, which its writer sorts by, largest first
 SERIAL_ORDER = (
@@ -79,6 +81,26 @@ def lay_out(name: str, tensors: Iterable[TensorInfo]) -> Shard:
     return Shard(name, struct.pack("<Q", len(text)) + text, absolute, tuple(ordered), start + end)
 
 
+class WrittenFiles:
+    """Shards that are whole: the background has the disk take them, and closes them once they are digested, too."""
+
+    def __init__(
+        self, digests: Mapping[str, Future[str]], ends: Sequence[Future[None]], stopped: threading.Event
+    ) -> None:
+        """`ends` are those of the work on each file, of which no more is begun once it is `stopped`."""
+        self._digests, self._ends, self._stopped = digests, ends, stopped
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 by file name, nothing without digests, when what this process wrote is on the disk."""
+        for end in self._ends:
+            end.result()
+        return {name: digest.result() for name, digest in self._digests.items()}
+
+    def forget(self) -> None:
+        """Nobody will ask for the files: no more is digested or flushed."""
+        self._stopped.set()
+
+
 class ShardWriter:
     """Writes tensors to their places in planned shards, in any order, in the background; knows which are missing.
 
@@ -116,6 +138,7 @@ class ShardWriter:
         self._digests: dict[str, Future[str]] = {}
         self._flushes: list[Future[None]] = []
         self._files: dict[str, int] = {}
+        self._stopped = threading.Event()
         try:
             self._create(directory, shards)
         except BaseException:
@@ -128,7 +151,8 @@ class ShardWriter:
             self._files[shard.name] = handle
             if os.fstat(handle).st_size == shard.bytes and os.pread(handle, len(shard.header), 0) == shard.header:
                 continue
-            os.ftruncate(handle, 0)
+            if os.fstat(handle).st_size:
+                os.ftruncate(handle, 0)  # of an empty file it makes ext4 write all of it to the disk when it is closed
             os.ftruncate(handle, shard.bytes)
             write_fully(handle, 0, shard.header)
 
@@ -223,28 +247,29 @@ class ShardWriter:
             shard = self._shard_of[name].name
             self._left[shard] -= 1
             if not self._left[shard] and self._with_digests:
-                self._digests[shard] = self._digester.submit(file_digest, self._directory / shard)
+                self._start_digest(shard)
 
-    def finish(self) -> dict[str, str]:
-        """Close every shard; SHA-256 by file name. AssertionError for a planned tensor that was not written.
+    def _start_digest(self, shard: str) -> None:
+        handle, size = self._files[shard], self._shards[shard].bytes
+        self._digests[shard] = self._digester.submit(_digest_unless, self._stopped, handle, size)
 
-        Nothing without digests; what this process wrote is on the disk then.
-        """
+    def finish(self, background: Background) -> WrittenFiles:
+        """Leave the shards to the background. AssertionError for a planned tensor that was not written."""
         if self._missing or self._small or self._started or self._pending:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
-        if not self._with_digests:
-            for handle in self._files.values() if self._lasts else ():
-                os.fdatasync(handle)
-            self.close()
-            return {}
         with self._lock:
-            for name in self._shards.keys() - self._digests.keys():  # without tensors
-                self._digests[name] = self._digester.submit(file_digest, self._directory / name)
-        found = {name: self._digests[name].result() for name in self._shards}
-        for flush in self._flushes:
-            flush.result()
-        self.close()
-        return found
+            for name in self._shards.keys() - self._digests.keys() if self._with_digests else ():  # without tensors
+                self._start_digest(name)
+            digests = {name: self._digests[name] for name in self._shards if name in self._digests}
+            flushes = list(self._flushes)
+        handles, self._files = self._files, {}
+        for pool in (self._digester, self._flusher):
+            pool.shutdown(wait=False)
+        ends = [
+            background.submit(_end, handle, flushes, digests.get(name), self._lasts, self._stopped)
+            for name, handle in handles.items()
+        ]
+        return WrittenFiles(digests, ends, self._stopped)
 
     def __enter__(self) -> Self:
         return self
@@ -260,11 +285,45 @@ class ShardWriter:
             for write in writes.values():
                 write.cancel()
         self._started.clear()
+        if not self._files:  # the background has them
+            return
+        self._stopped.set()
         for pool in (self._digester, self._flusher):
             pool.shutdown(wait=True, cancel_futures=True)
         for handle in self._files.values():
             os.close(handle)
         self._files.clear()
+
+
+def _end(
+    handle: int,
+    flushes: Sequence[Future[None]],
+    digest: Future[str] | None,
+    lasts: bool,
+    stopped: threading.Event,
+) -> None:
+    """Have the disk take a file that `lasts`, then close it when nothing else needs it; raises what the disk says."""
+    try:
+        if lasts and not stopped.is_set():
+            os.fdatasync(handle)
+        needed: list[Future[Any]] = [*flushes, *([] if digest is None else [digest])]
+        wait(needed)
+    finally:
+        os.close(handle)
+    for flush in flushes:
+        flush.result()  # the system reports an error of the disk once
+
+
+def _digest_unless(stopped: threading.Event, handle: int, size: int) -> str:
+    """SHA-256 of the `size` bytes of an open file, hexadecimal; of fewer once it is stopped."""
+    digest, done = hashlib.sha256(), 0
+    while done < size and not stopped.is_set():
+        part = os.pread(handle, min(DIGESTED_BYTES, size - done), done)
+        if not part:
+            break
+        digest.update(part)
+        done += len(part)
+    return digest.hexdigest()
 
 
 def index_text(tensors: Iterable[tuple[str, TensorInfo]]) -> str:

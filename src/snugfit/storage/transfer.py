@@ -26,7 +26,7 @@ from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
 CONNECTIONS = 8  # to the Hub: a request waits for the other side more than for this one
 REMOTE_AHEAD_BYTES = 256_000_000  # of weights on the Hub that are read while others are worked on
-COPIERS = {"cpu": 1, "cuda": 3}  # for copies from file to file
+COPIERS = {"cpu": 1, "cuda": 8}  # for copies from file to file: a core checks and sums up half a GB a second
 PACK_BYTES = 4 << 20  # of small tensors that are read at once
 _ALIGNED = 512  # bytes, as torch aligns tensors on a GPU: where one begins decides which kernels run it
 # the bits of the exponent, which are all set in numbers that are not finite
@@ -93,7 +93,7 @@ class Transfer:
         A mixture has thousands of small tensors, whose jobs cost more than their bytes.
         """
         found: dict[str, PendingTransfer[Tensor]] = {}
-        for pack in _packs([checkpoint.tensors[name] for name in names]):
+        for pack in packs_of([checkpoint.tensors[name] for name in names]):
             if len(pack) == 1:
                 found[pack[0].name] = self.read(checkpoint, pack[0].name)
             else:
@@ -101,24 +101,14 @@ class Transfer:
         return found
 
     def _read_pack(self, checkpoint: Checkpoint, pack: Sequence[StoredTensor]) -> dict[str, PendingTransfer[Tensor]]:
-        starts = [0, *accumulate(_aligned(tensor) for tensor in pack)]
+        starts = [0, *accumulate(aligned(tensor) for tensor in pack)]
         places = [slice(start, start + tensor.bytes) for start, tensor in zip(starts, pack, strict=False)]
         target = torch.empty(starts[-1], dtype=torch.uint8, device=self.device)
-        ready = _record_event(self.device)
 
         def fill(raw: memoryview) -> None:
             read_whole(checkpoint, ((tensor, raw[place]) for tensor, place in zip(pack, places, strict=True)))
 
-        def job() -> int:
-            if not target.is_cuda:
-                fill(_raw(target))
-                return 0
-            buffer, stream = self._thread_buffers()
-            fill(_raw(buffer[: len(target)]))
-            _run_on_stream(stream, ready, lambda: target.copy_(buffer[: len(target)], non_blocking=True))
-            return 0
-
-        pieces = [self._readers.submit(job)]
+        pieces = [self.fill(target, fill, record_event(self.device))]
 
         def pending(tensor: StoredTensor, place: slice) -> PendingTransfer[Tensor]:
             return PendingTransfer(pieces, lambda _: target[place].view(dtype_of(tensor)).view(tensor.shape))
@@ -136,24 +126,33 @@ class Transfer:
     ) -> PendingTransfer[Tensor]:
         target = torch.empty(shape, dtype=dtype, device=self.device)
         flat = _bytes_of(target)
-        ready = _record_event(self.device)
+        ready = record_event(self.device)
+        starts = range(0, flat.numel(), PIECE_BYTES)
+        pieces = [self.fill(flat[start : start + PIECE_BYTES], partial(fill, start), ready) for start in starts]
+        return PendingTransfer(pieces, lambda _: target)
 
-        def piece(start: int, size: int) -> int:
-            if not flat.is_cuda:
-                fill(start, _raw(flat[start : start + size]))
+    def fill(self, target: Tensor, fill: Callable[[memoryview], None], ready: torch.cuda.Event | None) -> Future[int]:
+        """Begin to have `fill` read the bytes `target` uint8 [n], a piece at most, of a tensor on the device.
+
+        Until the event `ready`, recorded when the tensor was made, earlier work may still use its memory.
+        """
+
+        def job() -> int:
+            if not target.is_cuda:
+                fill(_raw(target))
                 return 0
             buffer, stream = self._thread_buffers()
-            fill(start, _raw(buffer[:size]))
-            # until `ready` earlier work may still use the memory
-            _run_on_stream(stream, ready, lambda: flat[start : start + size].copy_(buffer[:size], non_blocking=True))
+            held = buffer[: len(target)]
+            fill(_raw(held))
+            _run_on_stream(stream, ready, lambda: target.copy_(held, non_blocking=True))
             return 0
 
-        return PendingTransfer(_pieces(self._readers, flat.numel(), piece), lambda _: target)
+        return self._readers.submit(job)
 
     def write(self, handle: int, offset: int, tensor: Tensor) -> PendingTransfer[list[int]]:
         """Begin to write a tensor to an open file; the result is the CRC-32 of each piece."""
         flat = _bytes_of(tensor.detach())
-        ready = _record_event(tensor.device)
+        ready = record_event(tensor.device)
 
         def piece(start: int, size: int) -> int:
             if not flat.is_cuda:
@@ -167,7 +166,7 @@ class Transfer:
     def write_many(self, places: Sequence[tuple[int, int, Tensor]]) -> list[PendingTransfer[list[int]]]:
         """Begin to write tensors, each to an open file at an offset, in one job; together they take a piece at most."""
         sources = [_bytes_of(tensor.detach()) for _, _, tensor in places]
-        ready = _record_event(self.device)
+        ready = record_event(self.device)
 
         def job() -> list[list[int]]:
             held = sources
@@ -229,7 +228,7 @@ def _entry(number: int, results: list[list[list[int]]]) -> list[int]:
     return results[0][number]
 
 
-def _packs(tensors: Sequence[StoredTensor]) -> list[list[StoredTensor]]:
+def packs_of(tensors: Sequence[StoredTensor]) -> list[list[StoredTensor]]:
     """Tensors in the order of their files, small neighbours together; large and empty ones are alone."""
     packs: list[list[StoredTensor]] = []
     size = PACK_BYTES
@@ -237,16 +236,17 @@ def _packs(tensors: Sequence[StoredTensor]) -> list[list[StoredTensor]]:
         if not 0 < tensor.bytes <= PACK_BYTES // 2:
             packs.append([tensor])
             size = PACK_BYTES
-        elif size + _aligned(tensor) > PACK_BYTES:
+        elif size + aligned(tensor) > PACK_BYTES:
             packs.append([tensor])
-            size = _aligned(tensor)
+            size = aligned(tensor)
         else:
             packs[-1].append(tensor)
-            size += _aligned(tensor)
+            size += aligned(tensor)
     return packs
 
 
-def _aligned(tensor: StoredTensor) -> int:
+def aligned(tensor: StoredTensor) -> int:
+    """Bytes from a tensor's beginning to where the next one may begin in the memory of a GPU."""
     return -(-tensor.bytes // _ALIGNED) * _ALIGNED
 
 
@@ -304,7 +304,7 @@ def _damaged(checkpoint: Checkpoint, info: StoredTensor, what: str) -> UserError
     )
 
 
-def _record_event(device: torch.device) -> torch.cuda.Event | None:
+def record_event(device: torch.device) -> torch.cuda.Event | None:
     """An event behind the work that the device's current stream has now; None on the CPU."""
     if device.type != "cuda":
         return None

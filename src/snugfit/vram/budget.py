@@ -22,7 +22,7 @@ from snugfit.engines.memory import (
 )
 from snugfit.model.config_defaults import EXPERT_COUNTS
 from snugfit.model.language_config import positive, with_defaults
-from snugfit.model.positions import max_positions
+from snugfit.model.positions import max_positions, rotary_tables
 from snugfit.vram.kv_cache import ModelCache
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
@@ -54,13 +54,14 @@ class ActivationWidths:
 
     Tensor parallelism splits `attention` and `mlp` (dense, or of shared experts), and the `expert` width of each of
     `experts_per_token`, but not an expert's output. `unpacked_latent` are the numbers that latent attention unpacks for
-    a token of context. `positions` and `rotary` are the sides of the table of rotary embeddings.
+    a token of context. `positions` and `rotary` are the sides of each of `tables` tables of rotary embeddings.
     """
 
     hidden: int
     vocabulary: int
     positions: int
     rotary: int
+    tables: int
     attention: int
     mlp: int
     experts_per_token: int
@@ -119,6 +120,7 @@ def read_widths(config: Mapping[str, Any], cache: ModelCache) -> ActivationWidth
         vocabulary=positive(text, "vocab_size"),
         positions=max_positions(config) or 0,
         rotary=int(rotary * factor) if isinstance(factor, float) and not unpacked_latent else rotary,
+        tables=rotary_tables(config),
         # queries, rotated queries and attention's output, keys and values; of a state its projections and their mix
         attention=max(3 * queries + keys_and_values, 3 * state_channels),
         mlp=mlp,
@@ -168,8 +170,8 @@ def activation_bytes(
 
 
 def rotary_bytes(widths: ActivationWidths) -> int:
-    """The table of cosines and sines in 16 bits, which engines load with the weights."""
-    return 2 * widths.positions * widths.rotary
+    """The tables of cosines and sines in 16 bits, which engines load with the weights."""
+    return 2 * widths.positions * widths.rotary * widths.tables
 
 
 def make_budget(
