@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kl_table import evaluated
 from one_way import take_only
-from snugfit.evaluation.evaluate import evaluate
 from snugfit.progress import TerminalProgress
 from snugfit.quantization.quantize import quantize
 
@@ -38,14 +38,13 @@ def main() -> None:
     files = {"none (Four Over Six)": _make(options, "exact", every, usual), **files}
     result: dict[str, dict[str, Any]] = {name: {} for name in files}
     for domain, _, evaluation in options.domain:
-        record = evaluate(
+        record = evaluated(
             list(files.values()),
-            reference=options.model,
-            dataset=[evaluation],
-            contexts=(options.context,),
+            options.model,
+            [evaluation],
+            (options.context,),
+            target=options.target,
             max_tokens=options.max_tokens,
-            activations=options.target,
-            noise_floor="none",
             device=options.device,
         )
         for name, model in zip(files, record.contexts[0].models[1:], strict=True):

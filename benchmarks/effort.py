@@ -21,8 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kl_table import figures_of, print_table, with_ratio
-from snugfit.evaluation.evaluate import evaluate
+from kl_table import evaluated, figures_of, print_table, with_ratio
 from snugfit.progress import TerminalProgress
 from snugfit.quantization.quantize import quantize
 
@@ -38,14 +37,13 @@ def main() -> None:
         files = {"exact": _make(options, "exact", target, result)}
         files |= {effort: _make(options, effort, target, result) for effort in options.efforts}
         for text in options.evaluation:
-            record = evaluate(
+            record = evaluated(
                 list(files.values()),
-                reference=options.model,
-                dataset=[text],
-                contexts=options.contexts,
+                options.model,
+                [text],
+                options.contexts,
+                target=target,
                 max_tokens=options.max_tokens,
-                activations=target,
-                noise_floor="none",
                 device=options.device,
             )
             for context in record.contexts:

@@ -18,9 +18,8 @@ from typing import Any
 
 import yaml
 
-from kl_table import figures_of, paired_ratio, print_table, with_ratio
+from kl_table import evaluated, figures_of, paired_ratio, print_table, with_ratio
 from one_way import take_only
-from snugfit.evaluation.evaluate import evaluate
 from snugfit.progress import TerminalProgress
 from snugfit.quantization.quantize import quantize
 from snugfit.recipes.recipe import load_recipe
@@ -39,14 +38,13 @@ def main() -> None:
         }
         files = {name: _make(options, name, recipe, target) for name, recipe in recipes.items()}
         for text in options.evaluation:
-            record = evaluate(
+            record = evaluated(
                 list(files.values()),
-                reference=options.model,
-                dataset=[text],
-                contexts=[options.context],
+                options.model,
+                [text],
+                [options.context],
+                target=target,
                 max_tokens=options.max_tokens,
-                activations=target,
-                noise_floor="none",
                 device=options.device,
             )
             found = [figures_of(model) for model in record.contexts[0].models[1:]]

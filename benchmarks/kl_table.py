@@ -8,7 +8,34 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from snugfit.records.evaluation import ModelFigures
+    from pathlib import Path
+
+    from snugfit.records.evaluation import EvalRecord, ModelFigures
+
+
+def evaluated(
+    files: Sequence[Path],
+    reference: Path,
+    texts: Sequence[Path],
+    contexts: Sequence[int],
+    *,
+    target: str,
+    max_tokens: int | None,
+    device: str | None,
+) -> EvalRecord:
+    """`eval` of files beside their original, the first model of each context; inputs rounded as under `target`."""
+    from snugfit.evaluation.evaluate import evaluate
+
+    return evaluate(
+        files,
+        reference=reference,
+        dataset=texts,
+        contexts=contexts,
+        max_tokens=max_tokens,
+        activations=target,
+        noise_floor="none",
+        device=device,
+    )
 
 
 def figures_of(model: ModelFigures) -> dict[str, Any]:

@@ -17,15 +17,13 @@ import json
 import os
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import ranks
 from gpu_speed import TINY
-from ranks import environment, make_dense, make_mixture, say, shape_of, workers, write_model
+from ranks import environment, killed_and_resumed, make_dense, make_mixture, printed, say, shape_of, write_model
 
 HERE = Path(__file__).parent
 FILES = ("snugfit-scores.json", "snugfit-statistics.json", "recipe.yaml")
@@ -112,33 +110,22 @@ def command(options: argparse.Namespace, count: int, model: Path, name: str) -> 
         "num_tokens": (16 if options.device == "cuda" else 8) * length,
         "device": options.device,
     } | ({} if options.device == "cuda" else {"tokens_per_batch": 2 * length})
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    launcher = launcher if count > 1 else [sys.executable]
-    return [*launcher, str(HERE / "plan_ranks.py"), str(options.work), "--step", json.dumps(given)]
+    return ranks.command(options, count, given, HERE / "plan_ranks.py")
 
 
 def start(options: argparse.Namespace, count: int, model: Path, name: str) -> dict[str, Any]:
     """Plan once; what the main process found."""
     shutil.rmtree(options.work / name, ignore_errors=True)
     add_tokenizer(model)
-    done = subprocess.run(
-        command(options, count, model, name), check=False, capture_output=True, text=True, env=environment(options)
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if done.returncode or not lines:
-        return {"error": done.stderr[-2000:]}
-    result: dict[str, Any] = json.loads(lines[-1])
-    return result
+    return printed(command(options, count, model, name), environment(options))
 
 
 def estimate(options: argparse.Namespace, count: int, model: Path, name: str) -> dict[str, Any]:
     """The seconds that a dry run of so many processes expects; it runs in one of them."""
     given = json.loads(command(options, 1, model, name)[-1]) | {"estimated": True}
-    step = [sys.executable, str(HERE / "plan_ranks.py"), str(options.work), "--step", json.dumps(given)]
-    ranks = {} if count == 1 else {"RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    done = subprocess.run(step, check=False, capture_output=True, text=True, env=environment(options) | ranks)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(json.loads(lines[-1])) if lines else {"error": done.stderr[-500:]}
+    step = ranks.command(options, 1, given, HERE / "plan_ranks.py")
+    several = {} if count == 1 else {"RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    return printed(step, environment(options) | several)
 
 
 def run(given: dict[str, Any]) -> None:
@@ -200,29 +187,15 @@ def relative(one: float | None, other: float | None) -> float:
 def kills(options: argparse.Namespace, model: Path, first: dict[str, Any], deadline: float) -> list[dict[str, Any]]:
     """Runs on all processes, of which a random one is killed at a random time, then resumed."""
     count, found, generator = max(options.processes), [], random.Random(0)  # noqa: S311
-    begin = time.monotonic()
-    start(options, count, model, "undisturbed")
-    length = time.monotonic() - begin
+    seconds = start(options, count, model, "undisturbed").get("seconds", first["seconds"])["total"]
     undisturbed = options.work / f"dense-{first['processes']}"
     for number in range(options.kills):
         if time.monotonic() > deadline:
             break
-        name = f"killed-{number}"
-        given = command(options, count, model, name)
-        shutil.rmtree(options.work / f"{name}.partial", ignore_errors=True)
-        shutil.rmtree(options.work / name, ignore_errors=True)
-        process = subprocess.Popen(
-            given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(options)
-        )
-        time.sleep(generator.uniform(0.4, 0.95) * length)
-        victims = workers(process.pid)
-        if victims:
-            os.kill(generator.choice(victims), signal.SIGKILL)
-        code = process.wait()
-        units = len(list((options.work / f"{name}.partial").rglob("unit-*.json")))
-        again = subprocess.run(given, check=False, capture_output=True, text=True, env=environment(options))
-        one: dict[str, Any] = {"first_exit": code, "units_kept": units, "second_exit": again.returncode}
-        one |= {"differs": differences(undisturbed, options.work / name)} if again.returncode == 0 else {}
+        out = options.work / f"killed-{number}"
+        given = command(options, count, model, out.name)
+        one = killed_and_resumed(options, given, out, seconds, (generator.uniform(0.1, 0.9), generator.random()))
+        one |= {"differs": differences(undisturbed, out)} if one["second_exit"] == 0 else {}
         found.append(one)
         say(f"kill {number}: {one}")
     return found

@@ -209,10 +209,13 @@ def write_model(
     return model
 
 
-def command(options: argparse.Namespace, count: int, given: dict[str, Any]) -> list[str]:
+def command(
+    options: argparse.Namespace, count: int, given: dict[str, Any], script: Path = HERE / "ranks.py"
+) -> list[str]:
+    """What runs a step of a script in so many processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     launcher = launcher if count > 1 else [sys.executable]
-    return [*launcher, str(HERE / "ranks.py"), str(options.work), "--step", json.dumps(given)]
+    return [*launcher, str(script), str(options.work), "--step", json.dumps(given)]
 
 
 def arguments(
@@ -251,10 +254,13 @@ def start(
 def ask(options: argparse.Namespace, count: int, given: dict[str, Any], gpu: int | None = None) -> dict[str, Any]:
     """What the main of `count` processes prints, and the seconds with everything; or the end of what they complain."""
     seen = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
+    return printed(command(options, count, given), environment(options) | seen)
+
+
+def printed(given: list[str], variables: dict[str, str]) -> dict[str, Any]:
+    """The JSON document that a command prints last, and the seconds with everything; or the end of what it says."""
     begin = time.monotonic()
-    done = subprocess.run(
-        command(options, count, given), check=False, capture_output=True, text=True, env=environment(options) | seen
-    )
+    done = subprocess.run(given, check=False, capture_output=True, text=True, env=variables)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         return {"error": done.stderr[-2000:]}
@@ -385,7 +391,20 @@ def kills(options: argparse.Namespace, model: Path, rows: Path) -> list[dict[str
 def kill(
     options: argparse.Namespace, given: list[str], out: Path, work: float, chance: tuple[float, float]
 ) -> dict[str, Any]:
-    """One run killed and resumed: at a share of its `work` seconds, or once that share of its layers is committed."""
+    """One run killed and resumed; whether its files are those of the undisturbed one."""
+    found = killed_and_resumed(options, given, out, work, chance)
+    found["same"] = None
+    if found["second_exit"] == 0:
+        found["same"] = differences(options.work / "undisturbed", out)["share_of_bytes"] == 0
+    say(f"{out.name}: {found}")
+    shutil.rmtree(out, ignore_errors=True)
+    return found
+
+
+def killed_and_resumed(
+    options: argparse.Namespace, given: list[str], out: Path, work: float, chance: tuple[float, float]
+) -> dict[str, Any]:
+    """One run of which a process is killed at a share of its `work` seconds behind its first sign of life; resumed."""
     moment, victim = chance
     partial = out.with_name(f"{out.name}.partial")
     for folder in (out, partial):
@@ -393,24 +412,15 @@ def kill(
     process = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(options))
     while not partial.exists() and process.poll() is None:
         time.sleep(0.05)
-    until, enough = time.monotonic() + moment * work, int(moment * (options.kill_layers or options.layers)) + 1
-    while time.monotonic() < until and process.poll() is None and len(list(partial.rglob("unit-*.json"))) < enough:
-        time.sleep(0.01)
+    time.sleep(moment * work)
     victims = workers(process.pid)
     if victims:
         os.kill(victims[int(victim * len(victims))], signal.SIGKILL)
     code = process.wait()
     units = len(list(partial.rglob("unit-*.json")))
-    found: dict[str, Any] = {"first_exit": code, "units_kept": units, "was_whole": out.exists()}
-    if not out.exists():  # else it was killed behind its last step
-        again = subprocess.run(given, check=False, capture_output=True, text=True, env=environment(options))
-        found["second_exit"] = again.returncode
-        if again.returncode:
-            found["error"] = again.stderr[-2000:]
-    found["same"] = out.exists() and differences(options.work / "undisturbed", out)["share_of_bytes"] == 0
-    say(f"{out.name}: {found}")
-    shutil.rmtree(out, ignore_errors=True)
-    return found
+    again = subprocess.run(given, check=False, capture_output=True, text=True, env=environment(options))
+    found = {"first_exit": code, "units_kept": units, "second_exit": again.returncode}
+    return found | ({"error": again.stderr[-500:]} if again.returncode else {})
 
 
 def workers(parent: int) -> list[int]:

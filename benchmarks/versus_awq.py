@@ -25,7 +25,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kl_table import figures_of, with_ratio  # scripts import each other by name
+from kl_table import evaluated, figures_of, with_ratio  # scripts import each other by name
 
 HERE = Path(__file__).parent
 RECIPE = "fp8-int4-awq"
@@ -162,17 +162,14 @@ def run_tool(command: list[str], log: Path) -> dict[str, Any]:
 
 def measure(options: argparse.Namespace, names: list[str]) -> dict[str, dict[str, Any]]:
     """KL to the 16-bit mixture of every file, and the paired ratio of each to the first rival's (else to the first)."""
-    from snugfit.evaluation.evaluate import evaluate
-
     models = (
-        evaluate(
+        evaluated(
             [options.work / directory_of(name) for name in names],
-            reference=options.model,
-            dataset=options.evaluation,
-            contexts=[CONTEXT],
+            options.model,
+            options.evaluation,
+            [CONTEXT],
+            target=TARGET,
             max_tokens=options.max_tokens,
-            activations=TARGET,
-            noise_floor="none",
             device="cpu",
         )
         .contexts[0]

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kl_table import figures_of, print_table, with_ratio
+from kl_table import evaluated, figures_of, print_table, with_ratio
 
 HERE = Path(__file__).parent
 LAYOUT, EXACT = "nvfp4-fp8-hybrid", "snugfit-four-over-six"
@@ -279,8 +279,6 @@ def _as_compressed_tensors(name: str, theirs: dict[str, Any]) -> Any:
 
 def measure(options: argparse.Namespace, state: dict[str, Any], target: str, text: Path) -> None:
     """The figures of all files of this target on this text that have none yet."""
-    from snugfit.evaluation.evaluate import evaluate
-
     names = [
         key.split("|")[2]
         for key in wanted_figures(options, state)
@@ -288,14 +286,13 @@ def measure(options: argparse.Namespace, state: dict[str, Any], target: str, tex
     ]
     if not names:
         return
-    record = evaluate(
+    record = evaluated(
         [options.work / name for name in names],
-        reference=options.model,
-        dataset=[text],
-        contexts=[options.max_seq_length],
+        options.model,
+        [text],
+        [options.max_seq_length],
+        target=target,
         max_tokens=options.max_tokens,
-        activations=target,
-        noise_floor="none",
         device=options.device,
     )
     for name, model in zip(names, record.contexts[0].models[1:], strict=True):
