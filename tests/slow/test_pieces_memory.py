@@ -23,10 +23,12 @@ ROWS, LENGTH, VOCABULARY = 2, 64, 4096
 
 RUN = """
 import json, resource, sys
-import snugfit, snugfit.quantization.prepare
-from snugfit.machine import peak_rss_bytes
+import snugfit
+from snugfit.machine import peak_rss_bytes, rss_bytes
+from snugfit.quantization import estimate, prepare
 limit, model, out, rows, recipe = int(sys.argv[1]), *sys.argv[2:]
 resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+estimate.free_bytes = lambda _: limit - rss_bytes()
 record = snugfit.quantize(model, recipe, output_dir=out, dataset=[rows], device="cpu", min_tokens_per_expert=0)
 print(json.dumps({"peak": peak_rss_bytes(), "estimates": record.estimates, "bytes": record.bytes,
                   "experts_per_group": record.arguments["experts_per_group"], "seconds": record.seconds}))
