@@ -33,11 +33,13 @@ from snugfit.planning.shared_cost import crowding, largest_share, seconds_of_sta
 from snugfit.planning.shared_pass import LOGITS as COMPARED_LOGITS
 from snugfit.planning.shared_pass import ORIGINAL, Assigned, branches_of, compare
 from snugfit.planning.variants import LayerVariants, Subject, scored_formats
+from snugfit.quantization.estimate import CUDA_HOST_BYTES
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.records.scores import KEEP, KV_CACHE, Cost
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerStatistics
 from snugfit.records.statistics_file import Statistics
+from snugfit.storage.transfer import buffer_bytes
 
 OVERHEAD_BYTES = 1 << 30  # libraries, and what they hold on a GPU
 INSIDE = 24  # hidden states' worth of values that a layer keeps of a token for its backward pass, about
@@ -107,7 +109,7 @@ def estimate_scoring(
     return ScoringEstimate(
         tokens=samples.total,
         forwards=3 + spread + own + work.forwards * samples.measured_total / samples.total,
-        memory_bytes=OVERHEAD_BYTES + (0 if on_gpu else held),
+        memory_bytes=OVERHEAD_BYTES + (CUDA_HOST_BYTES + buffer_bytes(where) if on_gpu else held),
         gpu_bytes=OVERHEAD_BYTES + held if on_gpu else 0,
         disk_bytes=max(disk, work.files * samples.measured_total * width),
         seconds=seconds,

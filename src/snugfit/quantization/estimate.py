@@ -25,9 +25,9 @@ from snugfit.model.hidden_states import IN_FLIGHT
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization.division import Division, divide, groups_of_units, read_ahead_bytes
 from snugfit.quantization.plan import Plan
-from snugfit.storage.files import PIECE_BYTES, nearest_folder
+from snugfit.storage.files import nearest_folder
 from snugfit.storage.staging import occupied_bytes
-from snugfit.storage.transfer import CONNECTIONS, COPIERS, REMOTE_AHEAD_BYTES, WORKERS
+from snugfit.storage.transfer import REMOTE_AHEAD_BYTES, buffer_bytes
 
 # copies in fp32 of a slice of weights while it is rounded
 _COPIES = 6
@@ -47,7 +47,7 @@ _SUM_BYTES = 4  # of a value that experts add up
 _ROOM = 0.7  # of free GPU memory: what the peak with hidden states may take
 _PADS = 1.25  # of tokens in batches of several lengths
 _HEAP = 340_000_000  # at most what the C library keeps of experts' many small tensors meanwhile (measured)
-_CUDA_HOST = 750_000_000  # what the GPU's libraries take of main memory once they work (torch 2.11, CUDA 13)
+CUDA_HOST_BYTES = 750_000_000  # what the GPU's libraries take of main memory once they work (torch 2.11, CUDA 13)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +115,7 @@ def estimate_run(
     lengths = [len(sample) for sample in dataset.samples] if dataset else []
     batch = min(tokens, max(tokens_per_batch, *lengths, 0))
     batches = number_of_batches(lengths, tokens_per_batch, pads=skeleton.is_causal)
-    readers = WORKERS[device.type] if plan.checkpoint.remote is None else CONNECTIONS
-    moving = (readers + WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
+    moving = buffer_bytes(device, remote=plan.checkpoint.remote is not None)
     in_flight = 2 * IN_FLIGHT * batch * hidden  # hidden states read ahead and written behind
     runs = dataset is not None
     groups = groups_of_units(plan, runs=runs) if groups is None else groups
@@ -153,7 +152,7 @@ def estimate_run(
     now, peak = rss_bytes() + heap, max(embeddings, work)
     if device.type == "cpu":
         return Estimate(ram=now + peak + moving, gpu=None, disk=disk)
-    return Estimate(ram=now + _CUDA_HOST + moving, gpu=peak, disk=disk)
+    return Estimate(ram=now + CUDA_HOST_BYTES + moving, gpu=peak, disk=disk)
 
 
 def estimate_learning(
@@ -186,7 +185,7 @@ def estimate_learning(
     kept = 2 * dataset.tokens * hidden  # the first and the original's last hidden states
     if device.type == "cpu":
         return Estimate(ram=rss_bytes() + on_device + kept, gpu=None, disk=0)
-    return Estimate(ram=rss_bytes() + _CUDA_HOST + kept, gpu=on_device, disk=0)
+    return Estimate(ram=rss_bytes() + CUDA_HOST_BYTES + kept, gpu=on_device, disk=0)
 
 
 def _choice_by_inputs(

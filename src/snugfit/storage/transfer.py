@@ -42,6 +42,12 @@ E4M3_NAN = 0x7F  # without the sign
 Result = TypeVar("Result")
 
 
+def buffer_bytes(device: torch.device, *, remote: bool = False) -> int:
+    """Bytes of main memory that the threads of a Transfer hold at most."""
+    readers = CONNECTIONS if remote else WORKERS[device.type]
+    return (readers + WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
+
+
 @dataclass
 class PendingTransfer(Generic[Result]):
     """A read or write whose pieces are queued or running; `result` waits for all of them."""
