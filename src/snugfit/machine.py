@@ -88,7 +88,8 @@ def free_bytes(device: torch.device) -> int:
 
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        allowed = int(torch.cuda.get_per_process_memory_fraction(index) * total)
         return max(0, min(free, allowed - torch.cuda.memory_reserved(device)))
     shared = min([_available_bytes(), *_left_by_cgroups()]) // distributed.local_size()
     return max(0, min([shared, *_left_by_own_limits()]))
