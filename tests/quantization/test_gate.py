@@ -150,6 +150,8 @@ def test_later_ways_add_to_the_one_that_was_kept(model: Path, tmp_path: Path, mo
     kept = record.trials[-1].kept
     assert (contents(tmp_path / "out") == contents(tmp_path / "alone")) == kept
     assert not any((tmp_path / "out").rglob("trials"))
+    weights = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert record.estimates["disk_bytes"]["actual"] >= weights  # of what was kept, wherever it was made
 
 
 def _strong() -> Callable[..., Tensor]:

@@ -40,7 +40,7 @@ from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
 from snugfit.storage.shards import file_digests, index_text
-from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
+from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, kept_bytes, resumable
 from snugfit.version import __version__
 
 WORTH_AN_ESTIMATE = 60.0  # seconds that a run takes, roughly, below which they are not estimated before it
@@ -169,7 +169,7 @@ def quantize(
             "experts_per_group": prepared.experts_per_group,
             "processes": distributed.world_size(),
         }
-        record = _record(tried, destination, left_out, arguments, expected)
+        record = _record(tried, destination, left_out, arguments, expected, kept_bytes(directory))
         if distributed.is_main():
             record = replace(record, other_files=_other_files(directory, tried.outcome.files))
             (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")
@@ -300,6 +300,7 @@ def _record(
     left_out: tuple[str, ...],
     arguments: Mapping[str, Any],
     expected: RunTime | None,
+    disk_bytes: int,
 ) -> QuantizeRecord:
     run, outcome = tried.run, tried.outcome
     prepared, plan = run.prepared, run.prepared.plan
@@ -311,7 +312,7 @@ def _record(
     actual = {
         "peak_rss_bytes": peak,
         "peak_gpu_bytes": peak_gpu,
-        "disk_bytes": occupied_bytes(run.directory),
+        "disk_bytes": disk_bytes,
         "seconds": seconds["total"],
         "cpu_seconds": run.clock.cpu_seconds,
         "seconds_by_second_layer": seconds["total"],

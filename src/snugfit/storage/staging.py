@@ -197,6 +197,15 @@ def occupied_bytes(directory: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file())
 
 
+def kept_bytes(directory: Path) -> int:
+    """As `occupied_bytes`, without the work folder, whose files may be removed meanwhile."""
+    found = 0
+    for folder, below, files in os.walk(directory):
+        below[:] = [name for name in below if name != WORK_NAME]
+        found += sum((Path(folder) / name).lstat().st_blocks * 512 for name in files)
+    return found
+
+
 def _flush(directory: Path) -> None:
     """Write every file and name below `directory` to the disk: a power cut after the rename then loses nothing."""
     for path in (directory, *directory.rglob("*")):
