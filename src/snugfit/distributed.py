@@ -209,6 +209,12 @@ def added(found: Iterable[Tensor | None]) -> Tensor | None:
     return torch.stack(given).sum(0) if given else None
 
 
+def tallied(said: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> tuple[int, Tensor | None, Tensor | None]:
+    """Of what all processes have counted, the largest of what they have seen, and what they have added up: of all."""
+    counts, amaxes, sums = zip(*said, strict=True)
+    return sum(counts), largest(amaxes), added(sums)
+
+
 def from_main(value: Result) -> Result:
     """The main process's value; tensors in it are on this device."""
     if world_size() == 1:

@@ -94,9 +94,7 @@ class _Magnitudes:
 
     def take(self, said: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> None:
         """Take in what all processes have `stated`."""
-        self.tokens = sum(tokens for tokens, _, _ in said)
-        self._amax = distributed.largest(amax for _, amax, _ in said)
-        self._histogram = distributed.added(histogram for _, _, histogram in said)
+        self.tokens, self._amax, self._histogram = distributed.tallied(said)
 
     def add(self, inputs: Tensor, first: int | None = None) -> None:
         """Take in inputs [n, K]; `first` is the number of the first among all that come, if not in their order."""

@@ -146,9 +146,7 @@ class _Sums:
 
     def take(self, said: Sequence[tuple[int, Tensor | None, Tensor | None]]) -> None:
         """Take in what all processes have `stated`."""
-        self.tokens = sum(tokens for tokens, _, _ in said)
-        self._amax = distributed.largest(amax for _, amax, _ in said)
-        self._found = distributed.added(found for _, _, found in said)
+        self.tokens, self._amax, self._found = distributed.tallied(said)
 
     def result(self, module: str, weight: str) -> SeenInputs:
         """All that was taken in."""

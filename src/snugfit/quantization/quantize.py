@@ -40,7 +40,7 @@ from snugfit.storage.checkpoint import INDEX_NAME, header_digest
 from snugfit.storage.files import check_inside
 from snugfit.storage.other_files import is_copied, not_copied
 from snugfit.storage.shards import file_digests, index_text
-from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, kept_bytes, resumable
+from snugfit.storage.staging import LOCK_NAME, WORK_NAME, check_stageable, occupied_bytes, resumable
 from snugfit.version import __version__
 
 WORTH_AN_ESTIMATE = 60.0  # seconds that a run takes, roughly, below which they are not estimated before it
@@ -169,7 +169,9 @@ def quantize(
             "experts_per_group": prepared.experts_per_group,
             "processes": distributed.world_size(),
         }
-        record = _record(tried, destination, left_out, arguments, expected, kept_bytes(directory))
+        record = _record(
+            tried, destination, left_out, arguments, expected, occupied_bytes(directory, without=WORK_NAME)
+        )
         if distributed.is_main():
             record = replace(record, other_files=_other_files(directory, tried.outcome.files))
             (directory / RECORD_FILE).write_text(record.to_json(), encoding="utf-8")

@@ -40,7 +40,7 @@ from snugfit.records.statistics_file import DatasetUsed, Statistics
 from snugfit.storage.background import Background
 from snugfit.storage.checkpoint import fingerprint, header_digest
 from snugfit.storage.shards import ShardWriter, WrittenFiles
-from snugfit.storage.shared_reads import SharedReads
+from snugfit.storage.shared_reads import SharedReads, processes_share
 from snugfit.storage.transfer import Transfer
 from snugfit.version import __version__
 
@@ -407,7 +407,7 @@ def _embed(
     def read(name: str) -> torch.Tensor:
         if name in prepared.plan.weights.origins:  # FP8
             return read_single(prepared.plan.weights, name).to(prepared.device)
-        if prepared.device.type == "cuda" and distributed.world_size() > 1 and prepared.plan.checkpoint.remote is None:
+        if processes_share(prepared.device) and prepared.plan.checkpoint.remote is None:
             return SharedReads(transfer, prepared.plan.checkpoint, [name]).result()[name]
         return transfer.read(prepared.plan.checkpoint, name).result()
 

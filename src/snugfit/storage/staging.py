@@ -192,16 +192,14 @@ def check_target(target: Path) -> None:
         raise UserError("the output exists already.", code="output-exists", where=str(target), remedy=remedy)
 
 
-def occupied_bytes(directory: Path) -> int:
-    """Bytes of the disk that the files below a directory occupy; 0 where it does not exist."""
-    return sum(file.stat().st_blocks * 512 for file in directory.rglob("*") if file.is_file())
+def occupied_bytes(directory: Path, *, without: str | None = None) -> int:
+    """Bytes of the disk that the files below a directory occupy; 0 where it does not exist.
 
-
-def kept_bytes(directory: Path) -> int:
-    """As `occupied_bytes`, without the work folder, whose files may be removed meanwhile."""
+    Folders named `without` do not count, so that their files may be removed meanwhile.
+    """
     found = 0
     for folder, below, files in os.walk(directory):
-        below[:] = [name for name in below if name != WORK_NAME]
+        below[:] = [name for name in below if name != without]
         found += sum((Path(folder) / name).lstat().st_blocks * 512 for name in files)
     return found
 

@@ -13,7 +13,7 @@ from snugfit.machine import free_bytes
 from snugfit.storage.checkpoint import Checkpoint, read_tensor
 from snugfit.storage.files import PIECE_BYTES
 from snugfit.storage.safetensors_header import TORCH_NAMES
-from snugfit.storage.shared_reads import SharedReads
+from snugfit.storage.shared_reads import SharedReads, processes_share
 from snugfit.storage.transfer import PendingTransfer, Transfer
 
 AHEAD_SHARE = 4  # what is read in advance takes at most this part of a GPU's free memory
@@ -40,7 +40,7 @@ class TensorReader:
         self._coming: dict[str, PendingTransfer[Tensor]] = {}
         self._together: SharedReads | None = None
         self._read: dict[str, Tensor] = {}
-        self._shared = shared and device.type == "cuda" and distributed.world_size() > 1
+        self._shared = shared and processes_share(device)
         # what all can have in advance must not depend on the memory of one
         self._room = min(distributed.gather(self._unused())) // 2 if self._shared else 0
 
