@@ -89,7 +89,16 @@ def test_a_share_of_a_gpu_limits_what_is_free(
     monkeypatch: pytest.MonkeyPatch, free: int, share: float, reserved: int, expected: int
 ) -> None:
     """Of a GPU no more is free than torch's share of this process leaves, less what torch holds."""
+    asked: list[object] = []
+
+    def fraction(device: object) -> float:
+        asked.append(device)
+        return share
+
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 100))
-    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: share)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", fraction)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: reserved)
     assert machine.free_bytes(torch.device("cuda")) == expected
+    assert machine.free_bytes(torch.device("cuda:1")) == expected
+    assert asked == [3, 1]  # torch takes no device without a number here
