@@ -126,7 +126,7 @@ class Evidence:
     @cached_property
     def modules(self) -> Mapping[str, Module]:
         """Every linear, and every table that is stored as codes, in the order of the file."""
-        names = list(self.layout.linears())
+        names = self.layout.linears
         asked, refused = self._asked(names)
         found = {}
         for name in names:

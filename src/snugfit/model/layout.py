@@ -215,20 +215,24 @@ class ModelLayout:
             return self.unreadable
         headers = {name: (tensor.dtype, tensor.shape) for name, tensor in self.checkpoint.tensors.items()}
         try:
-            return self.dialect.read_formats(list(self.linears()), headers)
+            return self.dialect.read_formats(self.linears, headers)
         except UserError as error:
             return error
 
-    def linears(self) -> Iterator[str]:
+    @cached_property
+    def linears(self) -> tuple[str, ...]:
         """Modules that are linears as far as names and shapes say."""
-        for module, packed in self.packed_headers.items():
-            if len(packed) != 1 or packed[0].parameter != "weight" or len(packed[0].shape) != 2:
-                continue
-            parsed = parse_name(f"{module}.weight", packed[0].shape, self.decoder)
-            wide = self.modules[module][packed[0].tensor].dtype in WIDE
-            conv = "conv" in module.rpartition(".")[2]
-            if not wide or (parsed.role not in ("router", "embed", "norm") and not conv):
-                yield module
+        return tuple(
+            module
+            for module, packed in self.packed_headers.items()
+            if len(packed) == 1 and packed[0].parameter == "weight" and len(packed[0].shape) == 2
+            if self.modules[module][packed[0].tensor].dtype not in WIDE or self._may_be_quantized(module)
+        )
+
+    def _may_be_quantized(self, module: str) -> bool:
+        """Whether the name of a module with a plain 2-D weight may be a linear's that a file could store as codes."""
+        role = parse_name(f"{module}.weight", (0, 0), self.decoder).role
+        return role not in ("router", "embed", "norm") and "conv" not in module.rpartition(".")[2]
 
 
 def read_layout(model: str | Path | Checkpoint) -> ModelLayout:

@@ -6,7 +6,7 @@ names and shapes; `model/assemble.py` reads the values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -164,10 +164,12 @@ def stacked_weights(checkpoint: Checkpoint, dialect: Dialect) -> LogicalWeights:
     """The experts' weights in the tensors that hold all experts of a layer, and nothing else."""
     row, wide = _stacked(checkpoint.config), _wide_dtype(checkpoint.config)
     sizes = ExpertSizes.read(checkpoint.config)
+    supported = UNSUPPORTED_FAMILIES.keys().isdisjoint(model_types(checkpoint.config))
+    layouts = (row,) if row is not None else STACKED_BY_NAME if supported else ()
     found = {
         name: single
         for name, tensor in checkpoint.tensors.items()
-        if (layout := _layout_of(checkpoint, tensor, row, sizes)) is not None
+        if (layout := _layout_of(checkpoint, tensor, layouts, sizes) or row) is not None
         and (single := _experts_of(checkpoint, tensor, layout, wide))
     }
     pairs = [pair for single in found.values() for pair in single]
@@ -374,15 +376,15 @@ def _numbers(value: object) -> tuple[int, ...]:
     return tuple(number for number in given if isinstance(number, int) and not isinstance(number, bool) and number > 0)
 
 
-def _layout_of(checkpoint: Checkpoint, tensor: TensorInfo, row: Stacked | None, sizes: ExpertSizes) -> Stacked | None:
-    """How a tensor of all experts is laid out: by its family's `row`, or by names and shapes; None for other tensors.
+def _layout_of(
+    checkpoint: Checkpoint, tensor: TensorInfo, layouts: Sequence[Stacked], sizes: ExpertSizes
+) -> Stacked | None:
+    """Which of `layouts` a tensor of all experts has, by its name and shapes that fit config.json; None if none fits.
 
-    Where the shapes fit config.json they decide on the order of the axes: transformers 5 saves some families in another
-    order than their releases have.
+    The shapes decide on the order of the axes: transformers 5 saves some families in another order than their releases
+    have.
     """
-    if row is None and any(kind in UNSUPPORTED_FAMILIES for kind in model_types(checkpoint.config)):
-        return None
-    for layout in STACKED_BY_NAME if row is None else (row,):
+    for layout in layouts:
         ending = next((e for e in (layout.gate_up, layout.down) if tensor.name.endswith(f".{e}")), None)
         if ending is None or layout.biased:
             continue
@@ -393,7 +395,7 @@ def _layout_of(checkpoint: Checkpoint, tensor: TensorInfo, row: Stacked | None, 
         transposed = sizes.is_transposed(*whole) if len(whole) == 2 and not biased else None
         if transposed is not None:
             return replace(layout, transposed=transposed)
-    return row
+    return None
 
 
 def _experts_of(

@@ -96,10 +96,18 @@ def parse_name(name: str, shape: tuple[int, ...], decoder: str = DECODER) -> Ten
     one 3-D tensor have the role of one of them and no number.
     """
     module, _, parameter = name.rpartition(".")
-    layer = _layer(name, decoder)
+    layer = layer_of(name, decoder)
     numbered = _EXPERT.search(name) if layer is not None else None
     expert = int(numbered.group(1)) if numbered else None
     return TensorName(name, module, parameter, layer, _role(module, parameter, layer, len(shape)), expert)
+
+
+def layer_of(name: str, decoder: str = DECODER) -> int | None:
+    """The number of the decoder layer that a name belongs to, None outside of them; `decoder` as in `parse_name`."""
+    if not name.startswith(decoder) or name[len(decoder) : len(decoder) + 1] != ".":
+        return None
+    number, dot, _ = name[len(decoder) + 1 :].partition(".")
+    return int(number) if dot and number.isascii() and number.isdecimal() and len(number) < 10 else None
 
 
 def may_be_infinite(name: str) -> bool:
@@ -115,13 +123,6 @@ def role_order(leaf: str) -> int:
     """The place of a weight in tables, by the last part of its name: q, k, v, what has no role, o; gate, up, down."""
     places = {"q": 0, "qkv": 0, "gate": 0, "gate_up": 0, "k": 1, "up": 1, "v": 2, "o": 4, "down": 4}
     return places.get(ROLES.get(leaf, ""), 3)
-
-
-def _layer(name: str, decoder: str) -> int | None:
-    if not name.startswith(decoder) or name[len(decoder) : len(decoder) + 1] != ".":
-        return None
-    number, dot, _ = name[len(decoder) + 1 :].partition(".")
-    return int(number) if dot and number.isascii() and number.isdecimal() and len(number) < 10 else None
 
 
 def _role(module: str, parameter: str, layer: int | None, dimensions: int) -> str:

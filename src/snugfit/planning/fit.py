@@ -36,6 +36,7 @@ from snugfit.vram.fit import (
     fit_weights,
     kernel_labels,
     loading_status,
+    merge_layers,
     serving_error,
     total_weight_bytes,
 )
@@ -247,7 +248,7 @@ def _row(
     settings: ServeSettings,
     kept_layers: Sequence[int] | None,
 ) -> FitRow:
-    tensors, tp = candidate.tensors, settings.tensor_parallel_size
+    tensors, tp = merge_layers(candidate.tensors), settings.tensor_parallel_size
     formats = tuple(dict.fromkeys(tensor.format.label() for tensor in tensors if tensor.format is not None))
     names = (*candidate.recipes, *candidate.with_fp8_cache)
     problem = candidate.problem or serving_error(model, tensors, settings, tp)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,13 +15,12 @@ from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.candidates import Candidate, as_it_is, read_source
 from snugfit.planning.fit import read_served_model
 from snugfit.report.collection import KernelUse, ServedFit
-from snugfit.vram.fit import FitResult, PlannedTensor, ServedModel, ServeSettings, fit_weights, serving_error
+from snugfit.vram.fit import FitResult, ServedModel, ServeSettings, fit_weights, merge_layers, serving_error
 from snugfit.vram.request import gpu_of
 from snugfit.vram.weights import is_expert, kernel_format
 
 # engine -> its memory rules, for one sequence and for more
 REPORTED_ENGINES = ("vllm", "aphrodite", "sglang")
-_NUMBER = re.compile(r"\.\d+\.")
 GPU_COUNTS, SEQUENCES = (1, 2, 4), (1, 8, 40)
 
 
@@ -50,7 +48,7 @@ def served_fits(
     candidate = as_it_is(read_source(layout))
     if candidate.problem is not None:
         raise UserError(candidate.problem, code="quantization-invalid", where=layout.config_file)
-    candidate = replace(candidate, tensors=_alike(candidate.tensors))
+    candidate = replace(candidate, tensors=merge_layers(candidate.tensors))
     # the shapes that each GPU of a number of them has, or why the heads cannot be split; one GPU needs no split
     shapes = {gpus: _shapes(layout, gpus) for gpus in gpu_counts}
     found = [
@@ -80,17 +78,6 @@ def _kernels(candidate: Candidate) -> Iterator[KernelUse]:
                     arithmetic=kernel.arithmetic if kernel else None,
                     seen=loading(engine, fmt, generation) == "seen",
                 )
-
-
-def _alike(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
-    """One tensor for all that differ in their layer's number alone: what a GPU holds does not depend on it."""
-    groups: dict[object, PlannedTensor] = {}
-    for tensor in tensors:
-        kind = _NUMBER.sub(".0.", tensor.name), tensor.shape, tensor.format
-        key = *kind, tuple((info.name.rpartition(".")[2], info.dtype, info.shape) for info in tensor.infos)
-        known = groups.get(key)
-        groups[key] = tensor if known is None else replace(known, count=known.count + tensor.count)
-    return tuple(groups.values())
 
 
 def _settings(card: Card, engine: str, gpus: int, sequences: int) -> ServeSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,7 @@ from snugfit.vram.weights import bytes_on_gpu, is_expert, kernel_format, split_e
 # a context that makes serving worthwhile, where none is asked for
 MIN_CONTEXT = 2048
 _MORE_GPUS = (2, 4, 8, 16)
+_NUMBER = re.compile(r"\.\d+\.")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,17 @@ class FitResult:
     def fits(self) -> bool:
         """Whether the wanted context fits."""
         return self.headroom_bytes >= 0
+
+
+def merge_layers(tensors: Sequence[PlannedTensor]) -> tuple[PlannedTensor, ...]:
+    """One tensor for all that differ in their layer's number alone: what a GPU holds does not depend on it."""
+    groups: dict[object, tuple[PlannedTensor, int]] = {}
+    for tensor in tensors:
+        kind = _NUMBER.sub(".0.", tensor.name), tensor.shape, tensor.format
+        key = *kind, tuple((info.name.rpartition(".")[2], info.dtype, info.shape) for info in tensor.infos)
+        first, count = groups.get(key, (tensor, 0))
+        groups[key] = first, count + tensor.count
+    return tuple(replace(first, count=count) for first, count in groups.values())
 
 
 def fit_weights(

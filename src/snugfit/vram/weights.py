@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from snugfit.engines.fused import FUSED_GROUPS
 from snugfit.formats.spec import FP8_BLOCK, TensorFormat
 from snugfit.model.anatomy import is_prediction_head, is_tower
-from snugfit.model.names import parse_name
+from snugfit.model.names import layer_of
 from snugfit.storage.safetensors_header import TensorInfo
 
 _ROW_PARALLEL = frozenset(
@@ -36,7 +36,7 @@ _GATE_UP = frozenset({"gate_proj", "up_proj", "w1", "w3"})
 
 def is_served(name: str, decoder: str, layers: int) -> bool:
     """Whether an engine loads this tensor; it does not load heads of multi-token prediction."""
-    layer = parse_name(name, (), decoder).layer
+    layer = layer_of(name, decoder)
     return not is_prediction_head(name) and (layer is None or layer < layers)
 
 
