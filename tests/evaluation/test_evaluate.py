@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typer.testing import CliRunner
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.evaluations import checkpoints
+from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.data.python_docs import python_topics
 from snugfit.evaluation import gpu_memory
@@ -89,6 +91,12 @@ def models(record: EvalRecord, context: int = 0) -> dict[str, ModelFigures]:
 def llama(make_tiny: MakeTiny) -> Path:
     """A tiny llama in fp32."""
     return make_tiny("llama", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def talker(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a tokenizer of characters and a chat template."""
+    return add_tokenizer(shutil.copytree(llama, tmp_path_factory.mktemp("talker") / "talker"))
 
 
 @pytest.fixture(scope="module")
@@ -206,11 +214,11 @@ def test_against_full_logits(llama: Path, tmp_path: Path, random_rows: list[list
 def test_against_full_logits_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     """On the real model and a disturbed copy the figures are those of transformers' full bf16 logits, to 1e-4."""
     other = noisy(smollm2, tmp_path / "noisy", 0.002)
-    record = evaluate([other], reference=smollm2, contexts=[256], max_chunks=2, noise_floor="none")
+    record = evaluate([other], reference=smollm2, contexts=[128], max_chunks=2, noise_floor="none")
     from snugfit.data.texts import read_chunks
     from snugfit.data.tokenizer import Tokenizer
 
-    rows = [list(row) for row in read_chunks(Tokenizer(smollm2), [], [256], max_chunks=2)[0][0].rows]
+    rows = [list(row) for row in read_chunks(Tokenizer(smollm2), [], [128], max_chunks=2)[0][0].rows]
     agree(models(record)["noisy"], by_hand(plain(smollm2, rows), plain(other, rows), rows), 1e-4)
 
 
@@ -255,10 +263,10 @@ def test_non_finite_logits_are_counted(llama: Path, tmp_path: Path, random_rows:
     assert "NaN or infinite" in (tmp_path / "out" / "eval.md").read_text()
 
 
-def test_contexts_are_cut_and_compared(smollm2: Path, tmp_path: Path) -> None:
+def test_contexts_are_cut_and_compared(talker: Path, tmp_path: Path) -> None:
     """Two lengths, two candidates, one command: a record, tables and plots, with every file named by its digest."""
-    small = change(smollm2, tmp_path / "small", lambda _, tensor: tensor)
-    rough = noisy(smollm2, tmp_path / "rough", 0.004)
+    small = change(talker, tmp_path / "small", lambda _, tensor: tensor)
+    rough = noisy(talker, tmp_path / "rough", 0.02)
     text = tmp_path / "text.txt"
     text.write_text(python_topics("evaluation")[5000:9000], encoding="utf-8")
     command = [
@@ -266,7 +274,7 @@ def test_contexts_are_cut_and_compared(smollm2: Path, tmp_path: Path) -> None:
         small,
         rough,
         "--reference",
-        smollm2,
+        talker,
         "--dataset",
         text,
         "--context",
@@ -293,24 +301,24 @@ def test_contexts_are_cut_and_compared(smollm2: Path, tmp_path: Path) -> None:
     assert failed_with(again, "output-exists", tmp_path / "out")
 
 
-def test_chat_logs_are_continued(smollm2: Path, tmp_path: Path) -> None:
+def test_chat_logs_are_continued(talker: Path, tmp_path: Path) -> None:
     """Of a chat log only answers are scored, and both models continue from where they diverge most."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    rough = noisy(smollm2, tmp_path / "rough", 0.01)
+    rough = noisy(talker, tmp_path / "rough", 0.02)
     talk = [
         {"role": "user", "content": "What is the capital of France?"},
         {"role": "assistant", "content": "The capital of France is Paris, on the river Seine. " * 4},
     ]
     log = tmp_path / "log.jsonl"
     log.write_text(json.dumps({"messages": talk}) + "\n", encoding="utf-8")
-    record = evaluate([rough], reference=smollm2, dataset=[log], continuations=2, noise_floor="none")
+    record = evaluate([rough], reference=talker, dataset=[log], continuations=2, noise_floor="none")
     assert record.contexts[0].context == 0
     first, second = record.continuations
     assert first.kl >= second.kl > 0
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    tokenizer = AutoTokenizer.from_pretrained(talker)
     ids = tokenizer.apply_chat_template(talk, tokenize=True, return_dict=True)["input_ids"]
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype="auto").eval()
+    model = AutoModelForCausalLM.from_pretrained(talker, dtype="auto").eval()
     prompt = torch.tensor([ids[: first.position]])
     continued = model.generate(prompt, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(prompt))
     assert first.reference_continuation == tokenizer.decode(continued[0, prompt.shape[1] :])
@@ -436,8 +444,8 @@ def test_memory_follows_the_layer(make_tiny: MakeTiny, tmp_path: Path) -> None:
     source = make_tiny("llama", **settings)
     size = (source / "model.safetensors").stat().st_size
     assert size > 400e6
-    other = shutil.copytree(source, tmp_path / "other")
-    rows = torch.randint(3, 512, (4, 256), generator=torch.Generator().manual_seed(0)).tolist()
+    other = shutil.copytree(source, tmp_path / "other", copy_function=os.link)
+    rows = torch.randint(3, 512, (2, 64), generator=torch.Generator().manual_seed(0)).tolist()
     text = rows_file(tmp_path, rows)
     code = (
         "import sys, torch, transformers, scipy.stats\n"
