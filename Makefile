@@ -31,7 +31,7 @@ real: $(VENV)/ready $(GEMMA)/config.json
 	$(VENV)/bin/python -m pytest -m real tests/real
 
 slow: $(VENV)/ready $(MODEL)/config.json
-	$(VENV)/bin/python -m pytest -m slow tests/slow
+	$(VENV)/bin/python -m pytest -m slow tests
 
 gpu: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -m gpu tests/gpu
