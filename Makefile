@@ -16,6 +16,8 @@ ROTATED := build/smollm2-rotated
 MIXTURE := build/smollm2-mixture
 GEMMA := build/gemma3
 TEXTS := build/texts
+# folders whose tests all have a target of their own: importing them takes seconds in each process
+OWN_TARGETS := browser fuzz gpu real slow
 NOVELS := $(TEXTS)/emma.txt $(TEXTS)/persuasion.txt
 
 .PHONY: demo test lint engine real slow gpu fuzz browser materials reference clean
@@ -25,7 +27,7 @@ demo: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python demo/run.py $(MODEL) build/demo
 
 test: $(VENV)/ready lint $(MODEL)/config.json
-	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not engine and not real and not slow and not gpu and not fuzz and not browser"
+	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(OWN_TARGETS:%=--ignore=tests/%) -m "not engine and not real and not slow and not gpu and not fuzz and not browser"
 
 real: $(VENV)/ready $(GEMMA)/config.json
 	$(VENV)/bin/python -m pytest -m real tests/real

@@ -201,7 +201,9 @@ def share_all_reads() -> None:
     TensorReader.__init__ = begin  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize(("family", "recipe"), [("llama", "nvfp4"), ("mixtral", "fp8-int4-awq")])
+@pytest.mark.parametrize(
+    ("family", "recipe"), [pytest.param("llama", "nvfp4", marks=pytest.mark.slow), ("mixtral", "fp8-int4-awq")]
+)
 def test_processes_that_share_reads(family: str, recipe: str, source: Source, rows: Path, tmp_path: Path) -> None:
     """Files, KL of every way and figures of `eval` are those of processes that each read all."""
     options = OPTIONS | {"dataset": [rows], "effort": "good"}
