@@ -68,18 +68,18 @@ def test_fp32_logits_agree(
 
 @pytest.fixture(scope="module")
 def hybrid(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The real model as the hybrid, calibrated on 8 x 256 tokens."""
+    """The real model as the hybrid, calibrated on 4 x 256 tokens."""
     target = tmp_path_factory.mktemp("smollm2") / "hybrid"
-    quantize(smollm2, "nvfp4-fp8-hybrid-four-over-six", output_dir=target, num_samples=8, max_seq_length=256)
+    quantize(smollm2, "nvfp4-fp8-hybrid-four-over-six", output_dir=target, num_samples=4, max_seq_length=256)
     return target
 
 
 @pytest.fixture(scope="module")
 def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """4 x 256 tokens that are not in the calibration samples."""
+    """2 x 256 tokens that are not in the calibration samples."""
     text = tmp_path_factory.mktemp("text") / "evaluation.txt"
     text.write_text(python_topics("evaluation"), encoding="utf-8")
-    return load_dataset(smollm2, [text], num_samples=4, max_seq_length=256)
+    return load_dataset(smollm2, [text], num_samples=2, max_seq_length=256)
 
 
 def test_real_model_before(smollm2: Path, rows: Dataset) -> None:
@@ -94,7 +94,7 @@ def test_real_hybrid_in_transformers(hybrid: Path, rows: Dataset) -> None:
     assert config["quantization_config"]["format"] == "mixed-precision"
     expected, found = plain_logits(hybrid, rows), our_logits(hybrid, rows)
     difference = float((expected - found).abs().mean() / expected.abs().mean())
-    # measured 0.145 and 0.77: 4-bit activations turn last bits of bf16 into whole codes, layer after layer
+    # measured 0.134 and 0.78: 4-bit activations turn last bits of bf16 into whole codes, layer after layer
     assert difference < 0.2
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() > 0.7
     assert perplexity_of(found, rows) == pytest.approx(perplexity_of(expected, rows), rel=0.1)
