@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the dense model")
     parser.add_argument("--mixture-layers", type=int, default=2)
     parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="of a process (default: all cores, shared out)")
+    parser.add_argument("--no-estimates", dest="estimates", action="store_false", help="no dry runs")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further run starts")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -57,7 +60,8 @@ def main() -> None:
                 continue
             name = f"{kind}-{count}"
             one = start(options, count, model, name) | {"model": kind, "processes": count}
-            one["estimated"] = estimate(options, count, model, f"{kind}-estimated")
+            if options.estimates:
+                one["estimated"] = estimate(options, count, model, f"{kind}-estimated")
             if first is None:
                 first = one
             elif "seconds" in one and "seconds" in first:
@@ -194,7 +198,14 @@ def kills(options: argparse.Namespace, model: Path, first: dict[str, Any], deadl
             break
         out = options.work / f"killed-{number}"
         given = command(options, count, model, out.name)
-        one = killed_and_resumed(options, given, out, seconds, (generator.uniform(0.1, 0.9), generator.random()))
+        share = generator.uniform(0.1, 0.9)
+
+        def wait(process: subprocess.Popen[bytes], out: Path = out, share: float = share) -> None:
+            while not out.with_name(f"{out.name}.partial").exists() and process.poll() is None:
+                time.sleep(0.05)
+            time.sleep(share * seconds)
+
+        one = killed_and_resumed(options, (given, given), out, wait, generator.random()) | {"share": share}
         one |= {"differs": differences(undisturbed, out)} if one["second_exit"] == 0 else {}
         found.append(one)
         say(f"kill {number}: {one}")
