@@ -4,7 +4,7 @@
     python ranks.py WORK --device cpu          # a smoke test on tiny shapes
 
 Writes a dense model of Mistral-Nemo's shape and a mixture of Qwen3-30B-A3B's (128 experts a layer), random weights, and
-36 rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
+rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
 runs of one layer of each that compile kernels. Files are compared with those of the first number: equal, or the share
 of tensors and bytes that differ. What `fast` made of the dense model is evaluated under each number of processes.
 WORK/NAME.RANK.txt says where the main thread of each process was, sampled 50 times a second.
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=16, help="of the dense model")
     parser.add_argument("--mixture-layers", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=36, help="of 2,048 tokens")
     parser.add_argument("--models", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--no-eval", action="store_true")
@@ -141,7 +142,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
 def make_rows(options: argparse.Namespace) -> Path:
     """Rows of random tokens."""
     generator, shape = random.Random(1), shape_of(options)  # noqa: S311
-    count = 36 if options.device == "cuda" else 16
+    count = options.rows if options.device == "cuda" else 16
     rows = [[generator.randrange(3, 1000) for _ in range(shape.length)] for _ in range(count)]
     file: Path = options.work / "rows.jsonl"
     file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
@@ -229,7 +230,11 @@ def arguments(
     options: argparse.Namespace, model: Path, recipe: str, effort: str | None, rows: Path, name: str
 ) -> dict[str, Any]:
     given = {"model": str(model), "recipe": recipe, "effort": effort, "dataset": [str(rows)]}
-    limits = {"num_samples": 64, "max_seq_length": shape_of(options).length, "min_tokens_per_expert": 0}
+    limits = {
+        "num_samples": max(64, options.rows),
+        "max_seq_length": shape_of(options).length,
+        "min_tokens_per_expert": 0,
+    }
     batch = {} if options.device == "cuda" else {"tokens_per_batch": 2 * shape_of(options).length}
     return given | limits | batch | {"device": options.device, "output_dir": str(options.work / name)}
 
@@ -351,9 +356,14 @@ def run(given: dict[str, Any]) -> None:
         with sampled(samples):
             record = quantize(**given)
         seconds = dict(record.seconds) | {"total": time.perf_counter() - begin}
-        peaks = distributed.gather(peak_rss_bytes())
+        peaks, stages = distributed.gather(peak_rss_bytes()), distributed.gather(seconds)
     if int(os.environ.get("RANK", "0")) == 0:
-        found = {"seconds": seconds, "trials": [(t.name, t.kl, t.kept) for t in record.trials], "peak_rss": peaks}
+        found = {
+            "seconds": seconds,
+            "seconds_of_all": stages,
+            "trials": [(t.name, t.kl, t.kept) for t in record.trials],
+            "peak_rss": peaks,
+        }
         print(json.dumps(found | {"peak_gpu": record.peak_gpu_bytes, "estimates": dict(record.estimates)}))
 
 
@@ -387,7 +397,7 @@ def kills(options: argparse.Namespace, rows: Path) -> list[dict[str, Any]]:
     generator = random.Random(0)  # noqa: S311
     chances = [(generator.random(), generator.random()) for _ in range(options.kills)]
     with ThreadPoolExecutor(options.kill_jobs) as pool:
-        whole = pool.map(lambda one: undisturbed(options, models[one[0]], *one, rows), kinds)
+        whole = pool.map(lambda one: undisturbed(options, models[one[0]], one[0], one[1], rows), kinds)
         runs = dict(zip(kinds, whole, strict=True))
         # by turns: another number of processes where the bytes are the same for any
         jobs = [
