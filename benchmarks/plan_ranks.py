@@ -36,7 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="a number may come again")
+    parser.add_argument("--models", nargs="+", choices=["dense", "mixture"], default=["dense", "mixture"])
     parser.add_argument("--layers", type=int, default=8, help="of the dense model")
     parser.add_argument("--mixture-layers", type=int, default=2)
     parser.add_argument("--kills", type=int, default=2)
@@ -53,26 +54,35 @@ def main() -> None:
     found: dict[str, Any] = {"runs": [], "kills": []}
     small = write_model(options, "small", TINY.config(2), TINY.tensors(2))
     say(f"warm-up: {start(options, max(options.processes), small, 'warm-up')}")
-    for kind, model in {"dense": make_dense(options), "mixture": make_mixture(options)}.items():
-        first: dict[str, Any] | None = None
-        for count in options.processes:
-            if time.monotonic() > deadline:
-                continue
-            name = f"{kind}-{count}"
-            one = start(options, count, model, name) | {"model": kind, "processes": count}
-            if options.estimates:
-                one["estimated"] = estimate(options, count, model, f"{kind}-estimated")
-            if first is None:
-                first = one
-            elif "seconds" in one and "seconds" in first:
-                one["ratio"] = {stage: first["seconds"][stage] / max(1e-9, one["seconds"][stage]) for stage in STAGES}
-                one["differs"] = differences(options.work / f"{kind}-{first['processes']}", options.work / name)
-            found["runs"].append(one)
-            say(f"{kind}, {count} processes: {one}")
-            write(options, found)
-        if kind == "dense" and first is not None and "seconds" in first:
-            found["kills"] = kills(options, model, first, deadline)
+    make = {"dense": make_dense, "mixture": make_mixture}
+    for kind, model in {kind: make[kind](options) for kind in options.models}.items():
+        runs = side_by_side(options, kind, model, found, deadline)
+        if kind == "dense" and runs and "seconds" in runs[0] and options.kills:
+            found["kills"] = kills(options, model, runs[0], deadline)
     write(options, found)
+
+
+def side_by_side(
+    options: argparse.Namespace, kind: str, model: Path, found: dict[str, Any], deadline: float
+) -> list[dict[str, Any]]:
+    """A plan under each number of processes, compared with the first; what is found is added and written."""
+    runs: list[dict[str, Any]] = []
+    for place, count in enumerate(options.processes):
+        if time.monotonic() > deadline:
+            break
+        name = f"{kind}-{count}-{place}"
+        one = start(options, count, model, name) | {"model": kind, "processes": count, "name": name}
+        if options.estimates:
+            one["estimated"] = estimate(options, count, model, f"{kind}-estimated")
+        if runs and "seconds" in one and "seconds" in runs[0]:
+            before = runs[0]["seconds"]
+            one["ratio"] = {stage: before[stage] / max(1e-9, one["seconds"][stage]) for stage in STAGES}
+            one["differs"] = differences(options.work / runs[0]["name"], options.work / name)
+        runs.append(one)
+        found["runs"].append(one)
+        say(f"{kind}, {count} processes: {one}")
+        write(options, found)
+    return runs
 
 
 STAGES = ("scoring", "search", "proof", "total")
@@ -178,7 +188,8 @@ def differences(a: Path, b: Path) -> dict[str, Any]:
         for plan in plans
     ]
     kl = [relative(value, measured[1].get(key)) for key, value in measured[0].items()]
-    found |= {"scores_at_most": max(costs), "measured_at_most": max(kl, default=0.0)}
+    found |= {"scores_at_most": max(costs), "scores_that_differ": f"{sum(c > 0 for c in costs)} of {len(costs)}"}
+    found |= {"measured_at_most": max(kl, default=0.0)}
     return found | {"points": plans[0]["points"] == plans[1]["points"]}
 
 
@@ -192,7 +203,7 @@ def kills(options: argparse.Namespace, model: Path, first: dict[str, Any], deadl
     """Runs on all processes, of which a random one is killed at a random time, then resumed."""
     count, found, generator = max(options.processes), [], random.Random(0)  # noqa: S311
     seconds = start(options, count, model, "undisturbed").get("seconds", first["seconds"])["total"]
-    undisturbed = options.work / f"dense-{first['processes']}"
+    undisturbed = options.work / first["name"]
     for number in range(options.kills):
         if time.monotonic() > deadline:
             break
