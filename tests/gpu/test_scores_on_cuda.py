@@ -15,7 +15,6 @@ from snugfit.model.layout import read_layout
 from snugfit.planning.samples import Samples, cut_rows
 from snugfit.planning.sensitivity import ScoreSettings, score_samples
 from snugfit.progress import Progress
-from snugfit.records.base import as_json
 from snugfit.records.scores import Scores
 
 pytestmark = pytest.mark.gpu
@@ -51,7 +50,7 @@ def test_two_passes_give_the_same_bytes(cuda: torch.device, make_tiny: MakeTiny,
     else:
         model = make_mixture("qwen3_moe", tmp_path / "model", wide=True)
     first, second = (score(model, tmp_path / name) for name in ("first", "second"))
-    assert as_json(first) == as_json(second)
+    assert first.to_json() == second.to_json()
 
 
 def test_an_operation_without_an_order_is_told(
