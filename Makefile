@@ -5,7 +5,7 @@
 # make browser   the page of a report in a headless Chromium (Debian's; installed with apt-get where it is missing)
 # make reference   docs/reference.md from --help, docs/errors.md from the table of codes
 # make fuzz   10,000 damaged models, recipes, datasets, results and unfinished runs
-# make slow   a model of 3 GB, and runs killed at random: memory and resumption
+# make slow   a model of 3 GB, runs killed at random (memory and resumption), and all cases of which make test runs a part
 # make materials   models and texts of the docs' tables: rotated and upcycled SmolLM2, Gemma 3, two novels, Wikipedia passages
 # make engine set up a stock vLLM (CPU) in a venv of its own and serve what snugfit writes
 PYTHON ?= python3

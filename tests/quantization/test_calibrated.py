@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import snugfit.quantization.layer
 import snugfit.quantization.run
 from conftest import MakeTiny
+from helpers.sweeps import thinned
 from helpers.tiny_families import all_tensors, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.formats.quantized_weight import dequantize
@@ -110,8 +111,15 @@ def run_method(
     return all_tensors(out), run
 
 
-@pytest.mark.parametrize("rule", [rule for rule in METHODS if rule != "weighted+gptq+folds"])  # descent has folds, too
-@pytest.mark.parametrize("recipe", RECIPES)
+# the method with everything in every format, those that it consists of in the mix of two; `make slow` has all
+@pytest.mark.parametrize(
+    ("recipe", "rule"),
+    thinned(
+        lambda recipe, rule: recipe == "nvfp4-fp8-hybrid" or rule == "weighted+gptq+descent+folds",
+        RECIPES,
+        [rule for rule in METHODS if rule != "weighted+gptq+folds"],  # descent has folds, too
+    ),
+)
 def test_codes_decode_to_what_the_layer_ran_with(
     recipe: str, rule: str, model: Path, rows: Path, tmp_path: Path
 ) -> None:

@@ -92,7 +92,7 @@ def changed(a: Path, b: Path) -> set[str]:
     return {name for name in first if not same(first[name].view(torch.uint8), second[name].view(torch.uint8))}
 
 
-@pytest.mark.parametrize("recipe", [HYBRID, "nvfp4a16", "int4-w4a16"])
+@pytest.mark.parametrize("recipe", [HYBRID, pytest.param("nvfp4a16", marks=pytest.mark.slow), "int4-w4a16"])
 def test_block_scales_alone_change(recipe: str, model: Path, rows: Path, tmp_path: Path) -> None:
     """Every other byte is that of the way from which learning started; the record names the weights that learned."""
     record = run(model, tmp_path / "learned", rows, recipe)
@@ -147,7 +147,7 @@ def test_the_same_run_gives_the_same_bytes(model: Path, rows: Path, uninterrupte
     assert contents(tmp_path / "out") == contents(uninterrupted)
 
 
-@pytest.mark.parametrize("step", [0, 3, 10])
+@pytest.mark.parametrize("step", [0, pytest.param(3, marks=pytest.mark.slow), 10])
 def test_a_kill_while_it_learns(
     step: int, model: Path, rows: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,7 +210,7 @@ def test_more_processes_than_samples_of_a_batch(model: Path, tmp_path: Path) -> 
     assert trials[-1]["name"] == "learned"
 
 
-@pytest.mark.parametrize("place", ["copyfile", "write_fully", "file_digests"])
+@pytest.mark.parametrize("place", [pytest.param("copyfile", marks=pytest.mark.slow), "write_fully", "file_digests"])
 def test_a_kill_while_it_writes(
     place: str, model: Path, rows: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
