@@ -88,11 +88,15 @@ class Made:
         return Outcome(files=files, resumed=self.resumed, expected_seconds=self.expected_seconds)
 
 
-def run_layers(run: Run) -> Outcome:
-    """Load, observe, choose, propagate and write unit after unit, from the first that is not finished."""
+def run_layers(run: Run, meanwhile: Callable[[], object] = lambda: None) -> Outcome:
+    """Load, observe, choose, propagate and write unit after unit, from the first that is not finished.
+
+    `meanwhile` is called when all are recorded, while the last files are digested and the disk takes them.
+    """
     with Background() as background:
         made = make_layers(run, background)
         with run.clock("finish"):
+            meanwhile()
             return made.outcome()
 
 
