@@ -394,7 +394,7 @@ def test_few_samples_measure_what_needs_no_more(
     record = run(model, tmp_path / "gptq", texts, progress=spy)
     assert [trial.kept for trial in record.trials] == [True, True]
     assert said not in spy.lines
-    assert spy.most == 1  # weights that are made with a few samples are not kept
+    assert spy.most <= 2  # codes that a few samples measured are there until another way is kept
     assert weights_of(tmp_path / "gptq") == alone(model, tmp_path / "alone", texts, GPTQ)
     try_ways(monkeypatch, PLAIN, BAD)
 

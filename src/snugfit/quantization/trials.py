@@ -23,7 +23,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from snugfit.quantization.learned import learn
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import open_finished, read_json, replace_json
-from snugfit.quantization.run import LATE_ERRORS, Made, Outcome, Run, make_layers, norm_folds_of
+from snugfit.quantization.run import LATE_ERRORS, Made, Outcome, Run, make_layers, norm_folds_of, omitted
 from snugfit.quantization.ways import Way
 from snugfit.records.norm_folds import summary
 from snugfit.records.saturation import InputSaturation
@@ -102,6 +102,7 @@ def run_trials(run: Run, write_config: Callable[[Path], None], background: Backg
         trying.forget(tried.values(), champion)
     assert champion is not None
     inner = trying.whole(champion)
+    trying.remove_spares()
     outcome = trying.outcome(inner)
     content = distributed.from_main(read_json(_file(inner.directory)))
     _move_files(inner, outcome, run.directory)
@@ -112,13 +113,15 @@ def run_trials(run: Run, write_config: Callable[[Path], None], background: Backg
 class _Trying:
     """Makes ways, and measures them on the held-out samples, which are opened when they are first asked for.
 
-    `_made` are the ways whose files are digested, flushed and closed in the background, by their folder.
+    `_made` are the ways whose files are digested, flushed and closed in the background, by their folder. `_spares` are
+    folders of ways that were not kept, whose files the next way takes.
     """
 
     def __init__(self, run: Run, write_config: Callable[[Path], None], background: Background) -> None:
         self._run, self._write_config, self._background = run, write_config, background
         self._held_out: HeldOut | None = None
         self._made: dict[Path, Made] = {}
+        self._spares: list[Path] = []
 
     def one(self, way: Way, champion: Way | None) -> Measured:
         """Quantize one way, and measure it; a way that learns starts from the files of the `champion`."""
@@ -127,12 +130,16 @@ class _Trying:
         return self._measure(_run_of(self._run, way), start, started)
 
     def whole(self, way: Way) -> Run:
-        """The run of a way with all samples; it is made now if the way was measured with a few."""
-        return self._with_all(way)[0]
+        """The run of a way with all samples and whole files; they are made now if the way was measured without."""
+        inner, _ = self._with_all(way, lasts=True)
+        made, content = self._made.get(inner.directory), distributed.from_main(read_json(_file(inner.directory)))
+        if omitted(inner.finished) and (made is None or not made.lasts) and _outcome_of(content) is None:
+            self._made[inner.directory] = make_layers(inner, self._background)
+        return inner
 
     def with_all(self, way: Way) -> Measured:
         """What is measured of a way with all samples."""
-        return self._with_all(way)[1]
+        return self._with_all(way, lasts=False)[1]
 
     def outcome(self, inner: Run) -> Outcome:
         """What a way that was measured has made, its files on the disk; noted in its file before they are moved."""
@@ -149,17 +156,39 @@ class _Trying:
         return outcome
 
     def forget(self, tried: Iterable[Way], champion: Way) -> None:
-        """Delete the weights of all other ways than the champion, and all that were made with a few samples."""
-        for way in tried:
-            for folder in {_folder(self._run, way), _folder(self._run, way, whole=True)}:
-                if way.name != champion.name or folder.name.endswith(FEW):
-                    if (made := self._made.pop(folder, None)) is not None:
-                        made.files.forget()
-                    if distributed.is_main():
-                        _forget_weights(folder, self._run.prepared.plan, self._background)
+        """Nobody needs the weights of other ways than the champion any more: the next way may take the files."""
+        others = [way for way in tried if way.name != champion.name]
+        folders = {_folder(self._run, way, whole=whole): None for way in others for whole in (False, True)}
+        self._spares = list(folders)
+        for folder in folders:
+            if (made := self._made.pop(folder, None)) is not None:
+                made.files.forget()
 
-    def _with_all(self, way: Way) -> tuple[Run, Measured]:
-        inner = _run_of(self._run, way, whole=True)
+    def remove_spares(self) -> None:
+        """Delete the weights that no way has taken."""
+        for folder in self._spares if distributed.is_main() else ():
+            _forget_weights(folder, self._run.prepared.plan, self._background)
+        self._spares = []
+
+    def _take_files(self, inner: Run) -> None:
+        """Give a run the files of a way that was not kept, of which it writes only what differs.
+
+        A run with all samples takes those of its way with a few: of their codes nothing differs.
+        """
+        few = _folder(self._run, inner.prepared.way)
+        if few != inner.directory:
+            self._spares.insert(0, few)
+            if (made := self._made.pop(few, None)) is not None:
+                made.files.forget()
+        for shard in inner.prepared.plan.shards if distributed.is_main() else ():
+            target = inner.directory / shard.name
+            for folder in self._spares:
+                if (file := folder / shard.name).exists() and not target.exists():
+                    file.rename(target)
+        self.remove_spares()
+
+    def _with_all(self, way: Way, *, lasts: bool) -> tuple[Run, Measured]:
+        inner = _run_of(self._run, way, whole=True, lasts=lasts)
         known = distributed.from_main(_recalled(inner.directory))
         if known is None:
             self._run.progress.message(f"{way.name}, with all samples")
@@ -168,6 +197,7 @@ class _Trying:
 
     def _measure(self, inner: Run, start: Run | None, started: float) -> Measured:
         outcome = None
+        self._take_files(inner)
         if start is None:
             self._made[inner.directory] = make_layers(inner, self._background, partial(self._open, inner.directory))
         else:
@@ -180,7 +210,8 @@ class _Trying:
         with inner.clock("trials"):
             assert self._held_out is not None
             distributed.barrier()  # the files of all processes are whole
-            kl = self._held_out.divergences(inner.directory, watch)
+            same = () if inner.prepared.lasts else omitted(inner.finished)
+            kl = self._held_out.divergences(inner.directory, watch, same=same)
             distributed.barrier()  # nobody reads it any more
         measured = Measured(name, tuple(kl), time.perf_counter() - started)
         content = {
@@ -259,9 +290,12 @@ def _failed(run: Run, way: Way, count: int) -> Measured:
     return measured
 
 
-def _run_of(run: Run, way: Way, *, whole: bool = False) -> Run:
-    """The run that takes one way, in its own folder; with a few samples where these are enough, unless `whole`."""
-    prepared = run.prepared.taking(way)
+def _run_of(run: Run, way: Way, *, whole: bool = False, lasts: bool = True) -> Run:
+    """The run that takes one way, in its own folder; with a few samples where these are enough, unless `whole`.
+
+    Its files last if `lasts`, unless it has a few samples.
+    """
+    prepared = replace(run.prepared.taking(way), lasts=lasts)
     if _has_few(run, way, whole=whole):
         prepared = prepared.on_few()
     directory = _folder(run, way, whole=whole)

@@ -119,17 +119,22 @@ class ShardWriter:
     ) -> None:
         """Create the shard files at their full size, headers written; files that have both stay as they are.
 
+        Of what is written to such files bytes that they have already are not written again.
+
         Without `digests` others write to the same files, and one of them computes the digests. Files that do not last
-        have no digests, and nothing has the disk take them.
+        have no digests, nothing has the disk take them, and tensors that are copies of the source's are left out.
         """
         self._transfer = transfer
         self._directory = directory
-        self._with_digests, self._lasts = digests and lasts, lasts
+        self._with_digests = digests and lasts
         self._shards = {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
+        self._changes = False  # whether files hold something already
         self._started: dict[str, PendingTransfer[list[int]]] = {}  # since the last call of `pending_writes`
+        self._omitted: list[str] = []  # since then, too
         self._small: dict[str, Tensor] = {}  # to be written in one job, which costs more than their bytes
+        self.lasts = lasts
         self._digester = ThreadPoolExecutor(max_workers=4)
         self._flusher = ThreadPoolExecutor(max_workers=1)
         self._lock = threading.Lock()  # of the next four
@@ -150,6 +155,7 @@ class ShardWriter:
             handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
             self._files[shard.name] = handle
             if os.fstat(handle).st_size == shard.bytes and os.pread(handle, len(shard.header), 0) == shard.header:
+                self._changes = True
                 continue
             if os.fstat(handle).st_size:
                 os.ftruncate(handle, 0)  # of an empty file it makes ext4 write all of it to the disk when it is closed
@@ -169,7 +175,7 @@ class ShardWriter:
             if len(self._small) == MOST_SMALL:
                 self._start_small()
             return
-        self._started[name] = self._transfer.write(*self._place(name), tensor)
+        self._started[name] = self._transfer.write(*self._place(name), tensor, changes=self._changes)
 
     def _place(self, name: str) -> tuple[int, int]:
         """The open file that a tensor goes to, and where in it."""
@@ -180,17 +186,21 @@ class ShardWriter:
         small, self._small = self._small, {}
         if small:
             places = [(*self._place(name), tensor) for name, tensor in small.items()]
-            self._started |= dict(zip(small, self._transfer.write_many(places), strict=True))
+            self._started |= dict(zip(small, self._transfer.write_many(places, changes=self._changes), strict=True))
 
     def copy(self, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
         """Begin to copy a tensor from the source as it is, `infinite` values too if it may have some.
 
-        AssertionError where it is not as planned.
+        It is left out of files that do not last. AssertionError where it is not as planned.
         """
         planned, found = self._missing.pop(name), checkpoint.tensors[name]
         if (planned.dtype, planned.shape) != (found.dtype, found.shape):
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {found.dtype} {found.shape}")
-        self._started[name] = self._transfer.copy(checkpoint, name, *self._place(name), infinite=infinite)
+        if not self.lasts:
+            self._omitted.append(name)
+            return
+        place = self._place(name)
+        self._started[name] = self._transfer.copy(checkpoint, name, *place, infinite=infinite, changes=self._changes)
 
     def drain(self) -> None:
         """Wait for the writes started since the last call of `pending_writes`; raises what went wrong."""
@@ -198,18 +208,21 @@ class ShardWriter:
         for write in self._started.values():
             write.result()
 
-    def pending_writes(self) -> Callable[[], dict[str, list[int]]]:
+    def pending_writes(self) -> Callable[[], dict[str, list[int] | None]]:
         """The writes started since the last call, as a function that waits until the files hold them.
 
-        It returns the CRC-32s of each tensor's pieces, and may be called in another thread.
+        It returns the CRC-32s of each tensor's pieces, None for one that was left out, and may be called in another
+        thread.
         """
         self._start_small()
         writes, self._started = self._started, {}
+        omitted, self._omitted = self._omitted, []
         with self._lock:
             self._pending.append(writes)
 
-        def wait() -> dict[str, list[int]]:
-            found = {name: write.result() for name, write in writes.items()}
+        def wait() -> dict[str, list[int] | None]:
+            found: dict[str, list[int] | None] = {name: write.result() for name, write in writes.items()}
+            found |= dict.fromkeys(omitted)
             with self._lock:
                 self._pending.remove(writes)
                 self._count(found)
@@ -220,14 +233,16 @@ class ShardWriter:
 
     def _start_flush(self, files: set[str]) -> None:
         """Have the disk begin with these files, unless it is still busy; nothing waits for it before the end."""
-        if self._lasts and all(flush.done() for flush in self._flushes):
+        if self.lasts and all(flush.done() for flush in self._flushes):
             for flush in self._flushes:
                 flush.result()  # the system reports an error of the disk once
             self._flushes = [self._flusher.submit(os.fdatasync, self._files[name]) for name in files]
 
-    def holds(self, written: Mapping[str, Sequence[int]]) -> bool:
-        """Whether the files have these tensors (name -> CRC-32s), written by an earlier run."""
-        return all(name in self._missing and self._crc(name) == list(crcs) for name, crcs in written.items())
+    def holds(self, written: Mapping[str, Sequence[int] | None]) -> bool:
+        """Whether the files have these tensors (name -> CRC-32s, None for one left out), written by an earlier run."""
+        return all(
+            name in self._missing and (crcs is None or self._crc(name) == list(crcs)) for name, crcs in written.items()
+        )
 
     def _crc(self, name: str) -> list[int]:
         shard = self._shard_of[name]
@@ -255,7 +270,7 @@ class ShardWriter:
 
     def finish(self, background: Background) -> WrittenFiles:
         """Leave the shards to the background. AssertionError for a planned tensor that was not written."""
-        if self._missing or self._small or self._started or self._pending:
+        if self._missing or self._small or self._started or self._omitted or self._pending:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
         with self._lock:
             for name in self._shards.keys() - self._digests.keys() if self._with_digests else ():  # without tensors
@@ -266,7 +281,7 @@ class ShardWriter:
         for pool in (self._digester, self._flusher):
             pool.shutdown(wait=False)
         ends = [
-            background.submit(_end, handle, flushes, digests.get(name), self._lasts, self._stopped)
+            background.submit(_end, handle, flushes, digests.get(name), self.lasts, self._stopped)
             for name, handle in handles.items()
         ]
         return WrittenFiles(digests, ends, self._stopped)
