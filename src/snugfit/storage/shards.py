@@ -130,7 +130,6 @@ class ShardWriter:
         self._shards = {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
-        self._changes = False  # whether files hold something already
         self._started: dict[str, PendingTransfer[list[int]]] = {}  # since the last call of `pending_writes`
         self._omitted: list[str] = []  # since then, too
         self._small: dict[str, Tensor] = {}  # to be written in one job, which costs more than their bytes
@@ -155,7 +154,6 @@ class ShardWriter:
             handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
             self._files[shard.name] = handle
             if os.fstat(handle).st_size == shard.bytes and os.pread(handle, len(shard.header), 0) == shard.header:
-                self._changes = True
                 continue
             if os.fstat(handle).st_size:
                 os.ftruncate(handle, 0)  # of an empty file it makes ext4 write all of it to the disk when it is closed
@@ -175,7 +173,7 @@ class ShardWriter:
             if len(self._small) == MOST_SMALL:
                 self._start_small()
             return
-        self._started[name] = self._transfer.write(*self._place(name), tensor, changes=self._changes)
+        self._started[name] = self._transfer.write(*self._place(name), tensor)
 
     def _place(self, name: str) -> tuple[int, int]:
         """The open file that a tensor goes to, and where in it."""
@@ -186,7 +184,7 @@ class ShardWriter:
         small, self._small = self._small, {}
         if small:
             places = [(*self._place(name), tensor) for name, tensor in small.items()]
-            self._started |= dict(zip(small, self._transfer.write_many(places, changes=self._changes), strict=True))
+            self._started |= dict(zip(small, self._transfer.write_many(places), strict=True))
 
     def copy(self, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
         """Begin to copy a tensor from the source as it is, `infinite` values too if it may have some.
@@ -199,8 +197,7 @@ class ShardWriter:
         if not self.lasts:
             self._omitted.append(name)
             return
-        place = self._place(name)
-        self._started[name] = self._transfer.copy(checkpoint, name, *place, infinite=infinite, changes=self._changes)
+        self._started[name] = self._transfer.copy(checkpoint, name, *self._place(name), infinite=infinite)
 
     def drain(self) -> None:
         """Wait for the writes started since the last call of `pending_writes`; raises what went wrong."""

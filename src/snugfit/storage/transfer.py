@@ -20,7 +20,7 @@ from torch import Tensor
 
 from snugfit.errors import Unfinished, UserError
 from snugfit.storage.checkpoint import Checkpoint, piece_of, read_range, read_whole
-from snugfit.storage.files import PIECE_BYTES, read_fully, write_changes, write_fully
+from snugfit.storage.files import PIECE_BYTES, read_fully, write_changes
 from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
@@ -155,30 +155,22 @@ class Transfer:
 
         return self._readers.submit(job)
 
-    def write(self, handle: int, offset: int, tensor: Tensor, *, changes: bool = False) -> PendingTransfer[list[int]]:
-        """Begin to write a tensor to an open file; the result is the CRC-32 of each piece.
-
-        With `changes` the file may hold the same already, which is not written again.
-        """
+    def write(self, handle: int, offset: int, tensor: Tensor) -> PendingTransfer[list[int]]:
+        """Begin to write a tensor to an open file; the result is the CRC-32 of each piece."""
         flat = _bytes_of(tensor.detach())
         ready = record_event(tensor.device)
 
         def piece(start: int, size: int) -> int:
             if not flat.is_cuda:
-                return _write_run_file(handle, offset + start, _raw(flat[start : start + size]), changes=changes)
+                return _write_run_file(handle, offset + start, _raw(flat[start : start + size]))
             buffer, stream = self._thread_buffers()
             _run_on_stream(stream, ready, lambda: buffer[:size].copy_(flat[start : start + size], non_blocking=True))
-            return _write_run_file(handle, offset + start, _raw(buffer[:size]), changes=changes)
+            return _write_run_file(handle, offset + start, _raw(buffer[:size]))
 
         return PendingTransfer(_pieces(self._writers, flat.numel(), piece), list)
 
-    def write_many(
-        self, places: Sequence[tuple[int, int, Tensor]], *, changes: bool = False
-    ) -> list[PendingTransfer[list[int]]]:
-        """Begin to write tensors, each to an open file at an offset, in one job; together they take a piece at most.
-
-        `changes` as in `write`.
-        """
+    def write_many(self, places: Sequence[tuple[int, int, Tensor]]) -> list[PendingTransfer[list[int]]]:
+        """Begin to write tensors, each to an open file at an offset, in one job; together they take a piece at most."""
         sources = [_bytes_of(tensor.detach()) for _, _, tensor in places]
         ready = record_event(self.device)
 
@@ -194,7 +186,7 @@ class Transfer:
 
                 _run_on_stream(stream, ready, fetch)
             return [
-                [_write_run_file(handle, offset, _raw(raw), changes=changes)] if len(raw) else []
+                [_write_run_file(handle, offset, _raw(raw))] if len(raw) else []
                 for (handle, offset, _), raw in zip(places, held, strict=True)
             ]
 
@@ -203,19 +195,9 @@ class Transfer:
         return [PendingTransfer([found], partial(_entry, number)) for number in range(len(places))]
 
     def copy(
-        self,
-        checkpoint: Checkpoint,
-        name: str,
-        handle: int,
-        offset: int,
-        *,
-        infinite: bool = False,
-        changes: bool = False,
+        self, checkpoint: Checkpoint, name: str, handle: int, offset: int, *, infinite: bool = False
     ) -> PendingTransfer[list[int]]:
-        """Begin to copy a tensor from file to file; UserError for NaN, and unless `infinite` for infinite values.
-
-        `changes` as in `write`.
-        """
+        """Begin to copy a tensor from file to file; UserError for NaN, and unless `infinite` for infinite values."""
         info = checkpoint.tensors[name]
 
         def piece(start: int, size: int) -> int:
@@ -223,7 +205,7 @@ class Transfer:
             raw = _raw(buffer[:size])
             read_range(checkpoint, info, start, raw)
             _check_finite(checkpoint, info, raw, infinite=infinite)
-            return _write_run_file(handle, offset + start, raw, changes=changes)
+            return _write_run_file(handle, offset + start, raw)
 
         return PendingTransfer(_pieces(self._copiers, info.bytes, piece), list)
 
@@ -370,7 +352,7 @@ def _read_run_file(handle: int, offset: int, view: memoryview) -> None:
         ) from None
 
 
-def _write_run_file(handle: int, offset: int, raw: memoryview, *, changes: bool) -> int:
-    """Write bytes, with `changes` those that differ; their CRC-32."""
-    (write_changes if changes else write_fully)(handle, offset, raw)
+def _write_run_file(handle: int, offset: int, raw: memoryview) -> int:
+    """Write bytes, but for those that the file holds already; their CRC-32."""
+    write_changes(handle, offset, raw)
     return zlib.crc32(raw)
