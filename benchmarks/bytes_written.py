@@ -103,7 +103,7 @@ def run(given: dict[str, Any]) -> None:
     os.pwrite = pwrite
     before, begin, cpu = dirtied(), time.perf_counter(), time.process_time()
     record = quantize(**given, device="cpu", effort="good")
-    found = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
+    found: dict[str, Any] = {"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu}
     files = sorted(Path(given["output_dir"]).glob("*.safetensors"))
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
     found |= {"weight_files": sum(file.stat().st_size for file in files), "pwrite": written}

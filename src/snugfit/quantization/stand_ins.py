@@ -157,6 +157,9 @@ class NoFiles:
     def copy(self, *_: object, **_options: object) -> None:
         """Nothing."""
 
+    def start(self) -> None:
+        """Nothing."""
+
     def drain(self) -> None:
         """Nothing."""
 

@@ -48,6 +48,7 @@ def write_early(plan: Plan, tensors: Mapping[str, UnitTensor], writer: ShardWrit
         else:
             infos = [info for info in plan.outputs[name] if not _is_measured(plan, name, info)]
             _write_parts(plan, name, infos, compressed_tensors.encode(tensor.codes, tensor.input_scale), writer)
+    writer.start()
     return {name: replace(tensor, codes=None, weight_16bit=None, begun=True) for name, tensor in tensors.items()}
 
 

@@ -165,7 +165,7 @@ def borrow(checkpoint: Checkpoint, lender: Checkpoint, names: Iterable[str]) -> 
     files = {tensor.file: str((lender.path / tensor.file).absolute()) for tensor in found.values()}
     lent = {place: (lender.path, file) for file, place in files.items()}
     moved = {name: replace(tensor, file=files[tensor.file]) for name, tensor in found.items()}
-    return replace(checkpoint, tensors={**checkpoint.tensors, **moved}, lent=lent)
+    return replace(checkpoint, tensors={**checkpoint.tensors, **moved}, lent={**checkpoint.lent, **lent})
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
