@@ -22,6 +22,7 @@ from typing import Any
 
 import snugfit.quantization.quantize as main_path
 import snugfit.quantization.run as loop
+from snugfit.methods import kernels
 from snugfit.quantization.commits import Commits
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.storage import growing, shards, staging, transfer
@@ -58,7 +59,8 @@ class Timeline:
 
     def watch_files(self) -> None:
         """Note when the bytes of each file are written, and when it is digested."""
-        real, create = growing.GrowingFile.note, growing.GrowingFile.__init__
+        growing_file: Any = growing.GrowingFile
+        real, create = growing_file.note, growing_file.__init__
 
         def begin(file: Any, handle: int, *given: Any) -> None:
             create(file, handle, *given)
@@ -72,7 +74,7 @@ class Timeline:
                 line[0], line[1] = line[0] or self.now(), self.now()
             real(file, start, end)
 
-        growing.GrowingFile.__init__, growing.GrowingFile.note = begin, note  # type: ignore[method-assign]
+        growing_file.__init__, growing_file.note = begin, note
 
 
 def main() -> None:
@@ -113,7 +115,7 @@ def watched() -> Timeline:
     timeline = Timeline()
     for function in ("plan_quantization", "_expected", "_write_other_files", "_other_files", "check_files", "_record"):
         timeline.watch(main_path, function)
-    timeline.watch(main_path.kernels, "warm_up")
+    timeline.watch(kernels, "warm_up")
     for function in ("_open_writer", "_batches", "_check_finished", "_embed", "_open_work"):
         timeline.watch(loop, function)
     timeline.watch(loop.Work, "quantize", lambda _, number, *__: str(number))
