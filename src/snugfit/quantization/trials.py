@@ -173,11 +173,13 @@ class _Trying:
     def _take_files(self, inner: Run) -> None:
         """Give a run the files of a way that was not kept, of which it writes only what differs.
 
-        A run with all samples takes those of its way with a few: of their codes nothing differs.
+        A run with all samples takes those of its way with a few, whose codes are the same, unless another way's have
+        more that is the same: the source's tensors.
         """
         few = _folder(self._run, inner.prepared.way)
         if few != inner.directory:
-            self._spares.insert(0, few)
+            first = not inner.prepared.lasts or 2 * _copied_bytes(inner.prepared.plan) <= inner.prepared.plan.bytes
+            self._spares.insert(0 if first else len(self._spares), few)
             if (made := self._made.pop(few, None)) is not None:
                 made.files.forget()
         for shard in inner.prepared.plan.shards if distributed.is_main() else ():
@@ -259,6 +261,11 @@ def _are_copied(plan: Plan, names: Iterable[str]) -> bool:
         name not in plan.weights.origins and ((a := plan.assignments.get(name)) is None or a.format is None)
         for name in names
     )
+
+
+def _copied_bytes(plan: Plan) -> int:
+    """Bytes of the tensors that are in the result as they are in the source."""
+    return sum(info.bytes for name, infos in plan.outputs.items() if _are_copied(plan, [name]) for info in infos)
 
 
 def _beside_calibration(found: Sequence[SeenInputs], run: Run) -> list[InputSaturation]:
