@@ -15,7 +15,7 @@ from typing import Any
 from snugfit.errors import Unfinished, UserError
 
 PIECE_BYTES = 16 << 20  # of a tensor that are read or written at once
-PROBED_BYTES, COMPARED_BYTES = 1 << 12, 1 << 20  # of what a file holds, that are compared with what it is to hold
+PROBED_BYTES, COMPARED_BYTES = 1 << 12, 1 << 18  # of what a file holds, compared at once with what it is to hold
 MAX_JSON_BYTES = 256_000_000
 DOWNLOAD_AGAIN = "Download this file again."
 # weights in other containers; engines would load them beside the safetensors files
