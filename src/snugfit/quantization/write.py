@@ -12,6 +12,7 @@ from snugfit import distributed
 from snugfit.dialects import compressed_tensors
 from snugfit.formats.nvfp4 import input_global_scale
 from snugfit.model.names import may_be_infinite
+from snugfit.quantization.division import Division
 from snugfit.quantization.exchange import is_mine
 from snugfit.quantization.layer import UnitTensor
 from snugfit.quantization.measured import Measured
@@ -33,6 +34,21 @@ def write_unit(
     names = [name for name in plan.units[number] if name in plan.outputs and is_mine(owners, name)]
     records = [_write(plan, name, tensors.get(name), measured, writer) for name in names]
     return records + (_write_kv_scales(plan, number - 1, measured, writer) if distributed.is_main() else [])
+
+
+def begin_copies(
+    plan: Plan, number: int, division: Division, writer: ShardWriter, owners: Mapping[str, int]
+) -> dict[str, UnitTensor]:
+    """Start to copy the tensors of unit `number` that this process has and that are not read, before its turn comes.
+
+    The result is what `write_unit` needs of them.
+    """
+    read = {name for group in division.coming for name in group}
+    names = [name for name in plan.units[number] if name not in read and name in plan.outputs and is_mine(owners, name)]
+    for name in names:
+        _write_16bit(plan, name, None, writer)
+    writer.start()
+    return {name: UnitTensor(begun=True) for name in names}
 
 
 def write_early(plan: Plan, tensors: Mapping[str, UnitTensor], writer: ShardWriter) -> dict[str, UnitTensor]:
