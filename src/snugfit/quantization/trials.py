@@ -2,15 +2,16 @@
 
 Each way is a whole run into a folder of its own below the work folder, resumable like any other; then the quantized
 model runs on the held-out samples, with its inputs rounded as the target engine rounds them. A later way takes the
-place of an earlier one only if it is better beyond the error (records/trials.py); the loser's weights are deleted at
-once, so that two results are on the disk at most. The winner's files are moved to where the result belongs. A way
-behind the first that gives hidden states which are not finite has lost, too.
+place of an earlier one only if it is better beyond the error (records/trials.py). The next way takes the loser's files
+and writes only what differs, so that two results are on the disk at most. The winner's files are moved to where the
+result belongs. A way behind the first that gives hidden states which are not finite has lost, too.
 
-Nothing waits for the files of a way that may lose: they are flushed, digested, closed and removed in the background.
+Nothing waits for the files of a way that may lose: they are flushed, digested and closed in the background.
 Before the winner's files are moved the disk has them.
 
 A way for which samples do no more than give ranges of inputs is measured with a few of them. It is made with all if it
-is kept in the end, or if the next way is not much better.
+is kept in the end, or if the next way is not much better: in the same files, where its codes are already. What is the
+source's is left out of them, and read of the source, until the way is kept in the end.
 
 What was measured stands in one file a way. Everything here follows from those files: a run that was killed anywhere
 ends the same.
