@@ -7,6 +7,7 @@ Writes a dense model of Mistral-Nemo's shape and a mixture of Qwen3-30B-A3B's (1
 36 rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
 runs of one layer of each that compile kernels. Files are compared with those of the first number: equal, or the share
 of tensors and bytes that differ. What `fast` made of the dense model is evaluated under each number of processes.
+`dirtied` are the bytes of pages that the system counted as written, of all processes.
 WORK/NAME.RANK.txt says where the main thread of each process was, sampled 50 times a second.
 Then runs of the exact recipe on all processes are killed, a random process at a random time, and resumed; their files
 must be those of an undisturbed run. WORK/ranks.json has it all.
@@ -32,6 +33,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bytes_written import dirtied
 from gpu_speed import NEMO, TINY, Shape, write_weights
 
 HERE = Path(__file__).parent
@@ -340,14 +342,15 @@ def run(given: dict[str, Any]) -> None:
         if given["device"] == "cuda":
             torch.zeros(1, device=f"cuda:{distributed.local_rank()}")
         distributed.barrier()
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), dirtied()
         with sampled(samples):
             record = quantize(**given)
         seconds = dict(record.seconds) | {"total": time.perf_counter() - begin}
-        peaks = distributed.gather(peak_rss_bytes())
+        peaks, wrote = distributed.gather(peak_rss_bytes()), sum(distributed.gather(dirtied() - before))
     if int(os.environ.get("RANK", "0")) == 0:
         found = {"seconds": seconds, "trials": [(t.name, t.kl, t.kept) for t in record.trials], "peak_rss": peaks}
-        print(json.dumps(found | {"peak_gpu": record.peak_gpu_bytes, "estimates": dict(record.estimates)}))
+        found |= {"dirtied": wrote, "peak_gpu": record.peak_gpu_bytes}
+        print(json.dumps(found | {"estimates": dict(record.estimates)}))
 
 
 def differences(a: Path, b: Path) -> dict[str, Any]:
