@@ -33,7 +33,10 @@ def write_unit(
     """Start to write the tensors of unit `number` that this process has, and scales of an FP8 KV cache; records."""
     names = [name for name in plan.units[number] if name in plan.outputs and is_mine(owners, name)]
     records = [_write(plan, name, tensors.get(name), measured, writer) for name in names]
-    return records + (_write_kv_scales(plan, number - 1, measured, writer) if distributed.is_main() else [])
+    if distributed.is_main():
+        records += _write_kv_scales(plan, number - 1, measured, writer)
+    writer.start()
+    return records
 
 
 def begin_copies(

@@ -83,8 +83,8 @@ class GrowingFile:
 
     def _digest(self) -> None:
         assert self.digest is not None
-        buffer = memoryview(bytearray(min(DIGESTED_BYTES, self._size)))
         try:
+            buffer = memoryview(bytearray(min(DIGESTED_BYTES, self._size)))
             while size := self._next_digested():
                 part = buffer[:size]
                 read_run_file(self.handle, self._digested, part)
