@@ -46,7 +46,7 @@ def main() -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     model = options.model or make_model(options.work / "model")
-    rows = make_rows(options)
+    rows = make_rows(options, model)
     for number in range(options.rounds):
         for source in options.sources:
             out = options.work / "out"
@@ -74,10 +74,11 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def make_rows(options: argparse.Namespace) -> Path:
+def make_rows(options: argparse.Namespace, model: Path) -> Path:
     """Rows of random tokens."""
     generator = random.Random(1)  # noqa: S311
-    rows = [[generator.randrange(3, 1000) for _ in range(options.length)] for _ in range(options.rows)]
+    stop = min(1000, json.loads((model / "config.json").read_text())["vocab_size"])
+    rows = [[generator.randrange(3, stop) for _ in range(options.length)] for _ in range(options.rows)]
     file: Path = options.work / "rows.jsonl"
     file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
     return file
