@@ -7,6 +7,7 @@ Writes a dense model of Mistral-Nemo's shape and a mixture of Qwen3-30B-A3B's (1
 rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
 runs of one layer of each that compile kernels. Files are compared with those of the first number: equal, or the share
 of tensors and bytes that differ. What `fast` made of the dense model is evaluated under each number of processes.
+`dirtied` are the bytes of pages that the system counted as written, of all processes.
 WORK/NAME.RANK.txt says where the main thread of each process was, sampled 50 times a second.
 Then runs on several processes are killed, a random process while a random unit is worked on, and resumed, some by
 another number of processes; their files must be those of an undisturbed run. They are of models with smaller layers:
@@ -34,6 +35,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bytes_written import dirtied
 from gpu_speed import NEMO, TINY, Shape, write_weights
 
 HERE = Path(__file__).parent
@@ -352,15 +354,17 @@ def run(given: dict[str, Any]) -> None:
         if given["device"] == "cuda":
             torch.zeros(1, device=f"cuda:{distributed.local_rank()}")
         distributed.barrier()
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), dirtied()
         with sampled(samples):
             record = quantize(**given)
         seconds = dict(record.seconds) | {"total": time.perf_counter() - begin}
         peaks, stages = distributed.gather(peak_rss_bytes()), distributed.gather(seconds)
+        wrote = sum(distributed.gather(dirtied() - before))
     if int(os.environ.get("RANK", "0")) == 0:
         found = {
             "seconds": seconds,
             "seconds_of_all": stages,
+            "dirtied": wrote,
             "trials": [(t.name, t.kl, t.kept) for t in record.trials],
             "peak_rss": peaks,
         }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -27,6 +26,7 @@ from snugfit.quantization import learned
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.quantization.ways import LEARNED, PLAIN, learned_weights
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
+from snugfit.storage import files
 
 HYBRID = "nvfp4-fp8-hybrid"
 PASSES, STEPS = 6, 24  # the rows make four batches
@@ -210,13 +210,13 @@ def test_more_processes_than_samples_of_a_batch(model: Path, tmp_path: Path) -> 
     assert trials[-1]["name"] == "learned"
 
 
-@pytest.mark.parametrize("place", [pytest.param("copyfile", marks=pytest.mark.slow), "write_fully", "file_digests"])
+@pytest.mark.parametrize("place", [pytest.param("write_changes", marks=pytest.mark.slow), "write_fully", "file_digests"])
 def test_a_kill_while_it_writes(
     place: str, model: Path, rows: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A run that is killed while files are copied or scales are written ends in the same bytes."""
     out = tmp_path / "out"
-    owner: Any = shutil if place == "copyfile" else learned
+    owner: Any = files if place == "write_changes" else learned  # the copies
 
     def killed() -> None:
         calls = 0
@@ -225,7 +225,7 @@ def test_a_kill_while_it_writes(
         def call(*arguments: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == (1 if place == "file_digests" else 2):
+            if calls == (2 if place == "write_fully" else 1):
                 os._exit(KILLED)
             return real(*arguments)
 

@@ -23,11 +23,14 @@ from helpers.tiny_mixtures import Source
 from snugfit import distributed
 from snugfit.calibration.moments import BatchSums
 from snugfit.evaluation.evaluate import evaluate
+from snugfit.evaluation.held_out import HeldOut, segments
+from snugfit.methods.calibrated import Calibrated
 from snugfit.model import forward_pass
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.division import Division
 from snugfit.quantization.exchange import owners_of
 from snugfit.quantization.quantize import quantize
+from snugfit.quantization.ways import PLAIN, Way
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE
 from snugfit.storage.checkpoint import Checkpoint
@@ -156,6 +159,43 @@ def test_a_process_that_dies(source: Source, rows: Path, tmp_path: Path, capfd: 
     assert "rank-lost" in capfd.readouterr().err
     assert (tmp_path / "many.partial").is_dir()
     assert in_ranks(2, lambda _: quantize(model, recipe, output_dir=tmp_path / "many", **options)) == [0, 0]
+    assert contents(tmp_path / "many") == contents(tmp_path / "one")
+
+
+def test_files_go_from_way_to_way(
+    source: Source, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Files of a way that lost, and what was left out of plain codes, come to the bytes of one process, also killed."""
+    ways = PLAIN, Way("weighted", Calibrated("vllm-blackwell")), Way("gptq", Calibrated("vllm-blackwell", gptq=True))
+    monkeypatch.setattr("snugfit.quantization.prepare.ways_of", lambda *_args, **_options: ways)
+    monkeypatch.setattr("snugfit.quantization.prepare.SOME_TOKENS", 400)
+    kl = {"plain-few": 1.0, "weighted": 0.95, "plain": 0.5, "gptq": 2.0}  # weighted is close, then lost
+
+    def divergences(self: HeldOut, candidate: Path, *_: object, **_options: object) -> list[float]:
+        self.open(candidate)
+        return [kl[candidate.name]] * len(segments(self._samples, ())[0])
+
+    monkeypatch.setattr(HeldOut, "divergences", divergences)
+    options = OPTIONS | {"dataset": [rows], "effort": "good"}
+    one = quantize(source("llama"), "nvfp4", output_dir=tmp_path / "one", **options)
+    assert [trial.kept for trial in one.trials] == [True, False, False]
+
+    def work(rank: int, number: int) -> None:
+        moved, real = 0, Path.rename
+
+        def rename(self: Path, target: Any) -> Path:
+            nonlocal moved
+            moved += self.suffix == ".safetensors"
+            if not rank and moved == number:
+                os._exit(KILLED)
+            return real(self, target)
+
+        Path.rename = rename  # type: ignore[method-assign,assignment]
+        quantize(source("llama"), "nvfp4", output_dir=tmp_path / "many", **options)
+
+    assert in_ranks(2, partial(work, number=2)) == [KILLED, 2]
+    assert "rank-lost" in capfd.readouterr().err
+    assert in_ranks(2, partial(work, number=0)) == [0, 0]
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
 
 

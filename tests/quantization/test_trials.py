@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import snugfit.quantization.prepare
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
-from helpers.killed import KILLED, contents, in_child, kill_at
+from helpers.killed import KILLED, boundaries_of, contents, in_child, kill_at
 from helpers.tiny_families import all_tensors, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from helpers.tiny_tokenizer import add_tokenizer
@@ -94,6 +94,7 @@ class Infinite(RoundToNearest):
 
 
 GPTQ = Way("gptq", Calibrated("vllm-blackwell", gptq=True))
+WEIGHTED = Way("weighted", Calibrated("vllm-blackwell"))
 BAD = Way("bad", Bad())
 
 
@@ -394,7 +395,7 @@ def test_few_samples_measure_what_needs_no_more(
     record = run(model, tmp_path / "gptq", texts, progress=spy)
     assert [trial.kept for trial in record.trials] == [True, True]
     assert said not in spy.lines
-    assert spy.most == 1  # weights that are made with a few samples are not kept
+    assert spy.most <= 2  # codes that a few samples measured are there until another way is kept
     assert weights_of(tmp_path / "gptq") == alone(model, tmp_path / "alone", texts, GPTQ)
     try_ways(monkeypatch, PLAIN, BAD)
 
@@ -436,6 +437,95 @@ def test_a_small_gain_on_few_samples_is_measured_again(
     assert "plain, with all samples" in spy.lines
     assert [replace(trial, seconds=0.0) for trial in again] == [replace(trial, seconds=0.0) for trial in exact]
     assert weights_of(tmp_path / "again") == weights_of(tmp_path / "exact")
+
+
+def forced(monkeypatch: pytest.MonkeyPatch, **kl: float) -> None:
+    """Give ways, and with `_few` ways as a few samples measure them, this KL, whatever they are."""
+
+    def divergences(self: HeldOut, candidate: Path, *_: object, **_options: object) -> list[float]:
+        self.open(candidate)
+        name = candidate.name.replace("-", "_")
+        return [kl.get(name, kl.get(name.removesuffix("_few"), 0.0))] * len(segments(self._samples, ())[0])
+
+    monkeypatch.setattr(HeldOut, "divergences", divergences)
+
+
+def sizes(model: Path, folder: Path) -> tuple[int, int, int]:
+    """Bytes of a result's tensors that are the source's, of the others, and of its headers."""
+    source, made = all_tensors(model), all_tensors(folder)
+    kept = sum(tensor.nbytes for name, tensor in made.items() if name in source and torch.equal(tensor, source[name]))
+    every = sum(tensor.nbytes for tensor in made.values())
+    return kept, every - kept, sum(file.stat().st_size for file in folder.glob("*.safetensors")) - every
+
+
+@pytest.mark.parametrize(
+    ("ways", "kl", "codes", "kept"),
+    [
+        ((PLAIN, GPTQ), {"plain_few": 1.0, "gptq": 0.95, "plain": 1.0}, 2, 1),  # which is close
+        ((PLAIN, GPTQ), {"plain_few": 1.0, "gptq": 0.95, "plain": 0.5}, 2, 2),
+        ((PLAIN, GPTQ, WEIGHTED), {"plain_few": 1.0, "gptq": 2.0, "weighted": 2.0}, 3, 2),
+        ((PLAIN, GPTQ, WEIGHTED), {"plain_few": 1.0, "gptq": 0.5, "weighted": 2.0}, 3, 2),
+        ((PLAIN, GPTQ, WEIGHTED), {"plain_few": 1.0, "gptq": 0.5, "weighted": 0.2}, 3, 2),
+    ],
+)
+def test_what_is_the_same_is_written_once(
+    ways: tuple[Way, ...],
+    kl: dict[str, float],
+    codes: int,
+    kept: int,
+    model: Path,
+    texts: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Codes are written once a way, however it is measured; tensors of the source twice at most, for three files."""
+    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    try_ways(monkeypatch, *ways)
+    forced(monkeypatch, **kl)
+    written, real = 0, os.pwrite
+
+    def pwrite(handle: int, data: Any, offset: int) -> int:
+        nonlocal written
+        if Path(f"/proc/self/fd/{handle}").readlink().suffix == ".safetensors":
+            written += len(data)
+        return real(handle, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    record = run(model, tmp_path / "out", texts, max_shard_size=10**9)
+    found = sizes(model, tmp_path / "out")
+    most = kept * found[0] + codes * found[1] + (len(ways) + 1) * found[2]
+    scales = 4 * sum(tensor.format == "nvfp4" for tensor in record.tensors)
+    assert (codes - 1) * found[1] < written <= most + 2 * scales
+
+
+def test_killed_while_files_go_from_way_to_way(
+    small: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain codes are measured again, win, and get what was left out of them: killed anywhere, they end the same."""
+    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    try_ways(monkeypatch, PLAIN, GPTQ, BAD)
+    forced(monkeypatch, plain_few=1.0, gptq=0.95, plain=0.5, bad=2.0)
+    spy = Spy(tmp_path / "whole")
+    record = run(small, tmp_path / "whole", texts, progress=spy)
+    assert [trial.kept for trial in record.trials] == [True, False, False]
+    assert "plain, with all samples" in spy.lines
+    assert spy.most == 2
+    assert weights_of(tmp_path / "whole") == alone(small, tmp_path / "alone", texts, PLAIN)
+    out, whole, kinds = tmp_path / "out", contents(tmp_path / "whole"), tmp_path / "kinds"
+    boundaries_of(lambda: run(small, tmp_path / "noted", texts), kinds)
+    made = [number for number, kind in enumerate(kinds.read_text().splitlines(), 1) if kind == "pwrite"]
+    moved = [number for number, kind in enumerate(kinds.read_text().splitlines(), 1) if kind == "rename"]
+    for boundary in (moved[1], moved[len(moved) // 2], made[-30], moved[-2], made[-1]):
+
+        def work(at: int = boundary) -> None:
+            kill_at(at)
+            run(small, out, texts)
+
+        assert in_child(work) == KILLED
+        assert not out.exists()
+        run(small, out, texts)
+        assert contents(out) == whole, boundary
+        shutil.rmtree(out)
 
 
 def test_ranges_without_room_take_all_samples(

@@ -14,7 +14,7 @@ from snugfit.evaluation.divergence import exact_kl, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
 from snugfit.evaluation.measure import LOGITS, SLICE
 from snugfit.evaluation.saturation import InputWatch
-from snugfit.storage.checkpoint import header_digest
+from snugfit.storage.checkpoint import borrow, header_digest
 from snugfit.storage.open import open_checkpoint
 
 SEGMENT_TOKENS = 128  # tokens whose KL is averaged: what errors are estimated from
@@ -82,12 +82,16 @@ class HeldOut:
         return model
 
     @torch.no_grad()
-    def divergences(self, candidate: str | Path, watch: InputWatch | None = None) -> list[float]:
+    def divergences(
+        self, candidate: str | Path, watch: InputWatch | None = None, *, same: Sequence[str] = ()
+    ) -> list[float]:
         """Mean KL(original || candidate), nats a token, of each of `segments`; NaN where a number was not finite.
 
-        `watch` sees what comes to the candidate's linears that have static scales of their inputs.
+        `watch` sees what comes to the candidate's linears that have static scales of their inputs. The tensors `same`
+        are read of the original, the candidate's files need not hold them.
         """
         model = self.open(candidate)
+        model = replace(model, checkpoint=borrow(model.checkpoint, self._original.checkpoint, same))
         if self._states is None:
             self._states = self._last_states(self._original)
         states = self._last_states(model, watch)

@@ -52,7 +52,9 @@ class Commits:
 
         self._last = self._pool.submit(commit)
 
-    def _of_all(self, tensors: Any, statistics: Any, written: dict[str, list[int]], saved: Any) -> dict[str, Any]:
+    def _of_all(
+        self, tensors: Any, statistics: Any, written: dict[str, list[int] | None], saved: Any
+    ) -> dict[str, Any]:
         """The entry of a unit, made of what all processes have done."""
         parts = distributed.gather((tensors, written, saved), self._group)
         others = [name for _, names, _ in parts for name in names if name not in written]

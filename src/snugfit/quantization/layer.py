@@ -48,8 +48,8 @@ class UnitTensor:
     `codes` are None for a tensor that stays in 16 bits; `weight_16bit` is what the layer runs with, None if it is not
     needed or is in the layer's expert buffers. `relative_error` is sum((w_hat - w)^2) / sum(w^2), a scalar on the
     device; `input_scale` the multiplier of inputs that came with the source's codes; `scale_rule` how the scales of
-    codes were chosen, "" for the source's codes. `begun`: all of it is being written but a scale of inputs that is yet
-    to be measured.
+    codes were chosen, "" for the source's codes. `changed`: it stays in 16 bits and is not the source's any more.
+    `begun`: all of it is being written but a scale of inputs that is yet to be measured.
     """
 
     codes: QuantizedWeight | None = None
@@ -57,6 +57,7 @@ class UnitTensor:
     relative_error: Tensor | None = None
     input_scale: Tensor | None = None
     scale_rule: str = ""
+    changed: bool = False
     begun: bool = False
 
 
@@ -172,6 +173,7 @@ def choose(
             weight_16bit=weight,
             relative_error=choice.relative_error,
             scale_rule=choice.scale_rule,
+            changed=choice.changed,
         )
     return done
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 import warnings
 import zlib
@@ -52,7 +51,7 @@ from snugfit.model.forward_pass import Batch, Head
 from snugfit.quantization.estimate import LEARNED_LOGITS, LEARNED_TOKENS
 from snugfit.quantization.run import Outcome, Run
 from snugfit.quantization.ways import learned_weights
-from snugfit.storage.files import write_fully
+from snugfit.storage.files import copy_changes, write_fully
 from snugfit.storage.shards import Shard, file_digests
 
 STEPS = 200
@@ -365,11 +364,11 @@ def _digest(state: Mapping[str, Tensor]) -> str:
 
 
 def _write(run: Run, champion: Run, scales: Mapping[str, Tensor]) -> None:
-    """The champion's files with these scales; every other byte stays."""
+    """The champion's files with these scales; every other byte stays. Files that are there get what differs."""
     plan = run.prepared.plan
     shards = {tensor.name: shard for shard in plan.shards for tensor in shard.tensors}
     for shard in plan.shards:
-        shutil.copyfile(champion.directory / shard.name, run.directory / shard.name)
+        copy_changes(champion.directory / shard.name, run.directory / shard.name)
     handles = {shard.name: os.open(run.directory / shard.name, os.O_RDWR) for shard in plan.shards}
     try:
         for name, scale in scales.items():

@@ -107,8 +107,8 @@ class PreparedRun:
     of each layer. `effort` is None if no rule of the recipe follows it. `ways` are to be tried, if there are several,
     on the samples `held_out`, under the engine profile `target`; the run that this describes takes `way`. `learning` is
     what the way that learns scales needs by itself, None without it. `experts_per_group` are the routed experts of a
-    layer that are in memory at once, None for all. A run that `has_few` of its samples makes files that do not last.
-    One that `holds_states` has hidden states in the GPU's memory.
+    layer that are in memory at once, None for all. A run that does not last (`lasts`) makes files to be judged by, not
+    to be kept: without what is the source's. One that `holds_states` has hidden states in the GPU's memory.
     """
 
     plan: Plan
@@ -128,7 +128,7 @@ class PreparedRun:
     learning: Estimate | None
     notes: tuple[str, ...]
     experts_per_group: int | None = None
-    has_few: bool = False
+    lasts: bool = True
     holds_states: bool = False
 
     @property
@@ -158,7 +158,7 @@ class PreparedRun:
         samples = self.dataset.samples
         places = spread_places([len(sample) for sample in samples], SOME_TOKENS, SOME_SAMPLES)
         some = make_dataset([samples[place] for place in places], self.dataset.source)
-        return replace(self, dataset=some, has_few=True)
+        return replace(self, dataset=some, lasts=False)
 
     def agreed(self) -> PreparedRun:
         """The same with what all processes of the run can hold."""

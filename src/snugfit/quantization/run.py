@@ -19,6 +19,7 @@ from snugfit.machine import Clock
 from snugfit.methods.method import SOME_SAMPLES, SOME_TOKENS
 from snugfit.model import forward_pass, layers
 from snugfit.model.assemble import read_single
+from snugfit.model.names import may_be_infinite
 from snugfit.model.pieces import Scratch, ScratchFile
 from snugfit.progress import Progress
 from snugfit.quantization.commits import Commits
@@ -76,9 +77,13 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Made:
-    """What a run has made, whose files are yet to be digested, taken by the disk, and closed; the rest as `Outcome`."""
+    """What a run has made, whose files are yet to be digested, taken by the disk, and closed; the rest as `Outcome`.
+
+    Files that do not last (`lasts`) have no digests, and lack what is the source's.
+    """
 
     files: WrittenFiles
+    lasts: bool
     resumed: int
     expected_seconds: float | None
 
@@ -144,7 +149,8 @@ def make_layers(run: Run, background: Background, meanwhile: Callable[[], object
                 commits.wait()
                 if states is not None and distributed.is_main():  # all processes have read the last ones
                     background.submit(states.remove)
-                return Made(files=writer.finish(background), resumed=first, expected_seconds=expected)
+                files = writer.finish(background)
+                return Made(files=files, lasts=prepared.lasts, resumed=first, expected_seconds=expected)
     except UserError as error:
         done = sum(1 for entry in run.finished.entries if "states" in entry or not run.runs_layers)
         if isinstance(error, Unfinished) or error.code not in LATE_ERRORS or done < 2:
@@ -156,8 +162,8 @@ def _open_writer(run: Run, transfer: Transfer) -> ShardWriter:
     """What writes to the weight files; the main process makes them."""
     if not distributed.is_main():
         distributed.barrier()
-    shards, lasts = run.prepared.plan.shards, not run.prepared.has_few
-    writer = ShardWriter(run.directory, shards, transfer, digests=distributed.is_main(), lasts=lasts)
+    shards, main = run.prepared.plan.shards, distributed.is_main()
+    writer = ShardWriter(run.directory, shards, transfer, digests=main, lasts=run.prepared.lasts)
     if distributed.is_main():
         distributed.barrier()
     return writer
@@ -395,10 +401,22 @@ def _check_finished(run: Run, writer: ShardWriter, states: RunStates | None) -> 
     finished.go_back(good)
     if states is not None and good < units:
         states.resume(finished.entries)
+    left_out = omitted(finished) if writer.lasts else []
     for entry in finished.entries:
-        writer.accept(entry["written"])
+        writer.accept(entry["written"].keys() - set(left_out))
+    if distributed.is_main():
+        for name in left_out:
+            writer.copy(run.prepared.plan.checkpoint, name, infinite=may_be_infinite(name))
+        writer.pending_writes()()
+    else:
+        writer.accept(left_out)
     done = f"{max(0, good - 1)} of {run.prepared.plan.num_layers} layers"
     run.progress.message(f"resuming after {done}, from {run.directory}")
+
+
+def omitted(finished: FinishedUnits) -> list[str]:
+    """The tensors of finished units that were left out of files that do not last: they are the source's."""
+    return [name for entry in finished.entries for name, crcs in entry["written"].items() if crcs is None]
 
 
 def _embed(

@@ -149,16 +149,18 @@ class Scratch(ScratchMemory):
 class NoFiles:
     """Takes what is to be written, and writes nothing."""
 
+    lasts = True
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Nothing."""
 
     def copy(self, *_: object, **_options: object) -> None:
         """Nothing."""
 
-    def drain(self) -> None:
+    def start(self) -> None:
         """Nothing."""
 
-    def start(self) -> None:
+    def drain(self) -> None:
         """Nothing."""
 
 

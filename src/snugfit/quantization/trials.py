@@ -2,15 +2,16 @@
 
 Each way is a whole run into a folder of its own below the work folder, resumable like any other; then the quantized
 model runs on the held-out samples, with its inputs rounded as the target engine rounds them. A later way takes the
-place of an earlier one only if it is better beyond the error (records/trials.py); the loser's weights are deleted at
-once, so that two results are on the disk at most. The winner's files are moved to where the result belongs. A way
-behind the first that gives hidden states which are not finite has lost, too.
+place of an earlier one only if it is better beyond the error (records/trials.py). The next way takes the loser's files
+and writes only what differs, so that two results are on the disk at most. The winner's files are moved to where the
+result belongs. A way behind the first that gives hidden states which are not finite has lost, too.
 
-Nothing waits for the files of a way that may lose: they are flushed, digested, closed and removed in the background.
+Nothing waits for the files of a way that may lose: they are flushed, digested and closed in the background.
 Before the winner's files are moved the disk has them.
 
 A way for which samples do no more than give ranges of inputs is measured with a few of them. It is made with all if it
-is kept in the end, or if the next way is not much better.
+is kept in the end, or if the next way is not much better: in the same files, where its codes are already. What is the
+source's is left out of them, and read of the source, until the way is kept in the end.
 
 What was measured stands in one file a way. Everything here follows from those files: a run that was killed anywhere
 ends the same.
@@ -23,7 +24,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from snugfit.quantization.learned import learn
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import open_finished, read_json, replace_json
-from snugfit.quantization.run import LATE_ERRORS, Made, Outcome, Run, make_layers, norm_folds_of
+from snugfit.quantization.run import LATE_ERRORS, Made, Outcome, Run, make_layers, norm_folds_of, omitted
 from snugfit.quantization.ways import Way
 from snugfit.records.norm_folds import summary
 from snugfit.records.saturation import InputSaturation
@@ -102,6 +103,7 @@ def run_trials(run: Run, write_config: Callable[[Path], None], background: Backg
         trying.forget(tried.values(), champion)
     assert champion is not None
     inner = trying.whole(champion)
+    trying.remove_spares()
     outcome = trying.outcome(inner)
     content = distributed.from_main(read_json(_file(inner.directory)))
     _move_files(inner, outcome, run.directory)
@@ -112,13 +114,15 @@ def run_trials(run: Run, write_config: Callable[[Path], None], background: Backg
 class _Trying:
     """Makes ways, and measures them on the held-out samples, which are opened when they are first asked for.
 
-    `_made` are the ways whose files are digested, flushed and closed in the background, by their folder.
+    `_made` are the ways whose files are digested, flushed and closed in the background, by their folder. `_spares` are
+    folders of ways that were not kept, whose files the next way takes.
     """
 
     def __init__(self, run: Run, write_config: Callable[[Path], None], background: Background) -> None:
         self._run, self._write_config, self._background = run, write_config, background
         self._held_out: HeldOut | None = None
         self._made: dict[Path, Made] = {}
+        self._spares: list[Path] = []
 
     def one(self, way: Way, champion: Way | None) -> Measured:
         """Quantize one way, and measure it; a way that learns starts from the files of the `champion`."""
@@ -127,12 +131,16 @@ class _Trying:
         return self._measure(_run_of(self._run, way), start, started)
 
     def whole(self, way: Way) -> Run:
-        """The run of a way with all samples; it is made now if the way was measured with a few."""
-        return self._with_all(way)[0]
+        """The run of a way with all samples and whole files; they are made now if the way was measured without."""
+        inner, _ = self._with_all(way, lasts=True)
+        made, content = self._made.get(inner.directory), distributed.from_main(read_json(_file(inner.directory)))
+        if omitted(inner.finished) and (made is None or not made.lasts) and _outcome_of(content) is None:
+            self._made[inner.directory] = make_layers(inner, self._background)
+        return inner
 
     def with_all(self, way: Way) -> Measured:
         """What is measured of a way with all samples."""
-        return self._with_all(way)[1]
+        return self._with_all(way, lasts=False)[1]
 
     def outcome(self, inner: Run) -> Outcome:
         """What a way that was measured has made, its files on the disk; noted in its file before they are moved."""
@@ -149,17 +157,41 @@ class _Trying:
         return outcome
 
     def forget(self, tried: Iterable[Way], champion: Way) -> None:
-        """Delete the weights of all other ways than the champion, and all that were made with a few samples."""
-        for way in tried:
-            for folder in {_folder(self._run, way), _folder(self._run, way, whole=True)}:
-                if way.name != champion.name or folder.name.endswith(FEW):
-                    if (made := self._made.pop(folder, None)) is not None:
-                        made.files.forget()
-                    if distributed.is_main():
-                        _forget_weights(folder, self._run.prepared.plan, self._background)
+        """Nobody needs the weights of other ways than the champion any more: the next way may take the files."""
+        others = [way for way in tried if way.name != champion.name]
+        folders = {_folder(self._run, way, whole=whole): None for way in others for whole in (False, True)}
+        self._spares = list(folders)
+        for folder in folders:
+            if (made := self._made.pop(folder, None)) is not None:
+                made.files.forget()
 
-    def _with_all(self, way: Way) -> tuple[Run, Measured]:
-        inner = _run_of(self._run, way, whole=True)
+    def remove_spares(self) -> None:
+        """Delete the weights that no way has taken."""
+        for folder in self._spares if distributed.is_main() else ():
+            _forget_weights(folder, self._run.prepared.plan, self._background)
+        self._spares = []
+
+    def _take_files(self, inner: Run) -> None:
+        """Give a run the files of a way that was not kept, of which it writes only what differs.
+
+        A run with all samples takes those of its way with a few, whose codes are the same, unless another way's have
+        more that is the same: the source's tensors.
+        """
+        few = _folder(self._run, inner.prepared.way)
+        if few != inner.directory:
+            first = not inner.prepared.lasts or 2 * _copied_bytes(inner.prepared.plan) <= inner.prepared.plan.bytes
+            self._spares.insert(0 if first else len(self._spares), few)
+            if (made := self._made.pop(few, None)) is not None:
+                made.files.forget()
+        for shard in inner.prepared.plan.shards if distributed.is_main() else ():
+            target = inner.directory / shard.name
+            for folder in self._spares:
+                if (file := folder / shard.name).exists() and not target.exists():
+                    file.rename(target)
+        self.remove_spares()
+
+    def _with_all(self, way: Way, *, lasts: bool) -> tuple[Run, Measured]:
+        inner = _run_of(self._run, way, whole=True, lasts=lasts)
         known = distributed.from_main(_recalled(inner.directory))
         if known is None:
             self._run.progress.message(f"{way.name}, with all samples")
@@ -168,6 +200,7 @@ class _Trying:
 
     def _measure(self, inner: Run, start: Run | None, started: float) -> Measured:
         outcome = None
+        self._take_files(inner)
         if start is None:
             self._made[inner.directory] = make_layers(inner, self._background, partial(self._open, inner.directory))
         else:
@@ -180,7 +213,8 @@ class _Trying:
         with inner.clock("trials"):
             assert self._held_out is not None
             distributed.barrier()  # the files of all processes are whole
-            kl = self._held_out.divergences(inner.directory, watch)
+            same = () if inner.prepared.lasts else omitted(inner.finished)
+            kl = self._held_out.divergences(inner.directory, watch, same=same)
             distributed.barrier()  # nobody reads it any more
         measured = Measured(name, tuple(kl), time.perf_counter() - started)
         content = {
@@ -230,6 +264,11 @@ def _are_copied(plan: Plan, names: Iterable[str]) -> bool:
     )
 
 
+def _copied_bytes(plan: Plan) -> int:
+    """Bytes of the tensors that are in the result as they are in the source."""
+    return sum(info.bytes for name, infos in plan.outputs.items() if _are_copied(plan, [name]) for info in infos)
+
+
 def _beside_calibration(found: Sequence[SeenInputs], run: Run) -> list[InputSaturation]:
     """What came to each static input scale, beside the largest input that the scale was made of."""
     made_of = {one["name"]: one["input_amax"] for entry in run.finished.entries for one in entry["tensors"]}
@@ -259,9 +298,12 @@ def _failed(run: Run, way: Way, count: int) -> Measured:
     return measured
 
 
-def _run_of(run: Run, way: Way, *, whole: bool = False) -> Run:
-    """The run that takes one way, in its own folder; with a few samples where these are enough, unless `whole`."""
-    prepared = run.prepared.taking(way)
+def _run_of(run: Run, way: Way, *, whole: bool = False, lasts: bool = True) -> Run:
+    """The run that takes one way, in its own folder; with a few samples where these are enough, unless `whole`.
+
+    Its files last if `lasts`, unless it has a few samples.
+    """
+    prepared = replace(run.prepared.taking(way), lasts=lasts)
     if _has_few(run, way, whole=whole):
         prepared = prepared.on_few()
     directory = _folder(run, way, whole=whole)

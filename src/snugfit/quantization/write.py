@@ -79,10 +79,15 @@ def _is_measured(plan: Plan, name: str, info: TensorInfo) -> bool:
 
 
 def _write_16bit(plan: Plan, name: str, tensor: UnitTensor | None, writer: ShardWriter) -> None:
-    if tensor is None or tensor.weight_16bit is None:
+    if tensor is None or tensor.weight_16bit is None or (not writer.lasts and _is_sources(plan, name, tensor)):
         writer.copy(plan.checkpoint, name, infinite=may_be_infinite(name))
     else:
         writer.write(name, tensor.weight_16bit)
+
+
+def _is_sources(plan: Plan, name: str, tensor: UnitTensor) -> bool:
+    """Whether a tensor in 16 bits is a tensor of the source's files as it is there."""
+    return not tensor.changed and name not in plan.weights.origins
 
 
 def _write(plan: Plan, name: str, tensor: UnitTensor | None, measured: Measured, writer: ShardWriter) -> TensorRecord:

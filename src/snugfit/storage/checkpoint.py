@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -67,7 +67,8 @@ class Remote(Protocol):
 class Checkpoint:
     """A model directory: its config, its tensors by name in file order, and its other files.
 
-    `missing` are tensors that the index names and no shard holds, with the shards that should.
+    `missing` are tensors that the index names and no shard holds, with the shards that should. `lent` are files of
+    another model of which tensors are read: its directory, and their names in it.
 
     The weights of a `remote` checkpoint are not below `path`; its other files are there once `fetch_other_files`
     has downloaded them.
@@ -80,6 +81,7 @@ class Checkpoint:
     other_files: tuple[str, ...]
     missing: Mapping[str, str] = field(default_factory=dict)
     remote: Remote | None = None
+    lent: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -157,6 +159,15 @@ def header_digest(checkpoint: Checkpoint) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def borrow(checkpoint: Checkpoint, lender: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """The checkpoint with the tensors `names` of a local lender, which has them in the same dtypes and shapes."""
+    found = {name: lender.tensors[name] for name in names}
+    files = {tensor.file: str((lender.path / tensor.file).absolute()) for tensor in found.values()}
+    lent = {place: (lender.path, file) for file, place in files.items()}
+    moved = {name: replace(tensor, file=files[tensor.file]) for name, tensor in found.items()}
+    return replace(checkpoint, tensors={**checkpoint.tensors, **moved}, lent={**checkpoint.lent, **lent})
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
     """SHA-256 over the first bytes of some tensors: it differs between two models of the same shapes."""
     # by the hash of their names: a stride would meet the same part of every layer
@@ -229,7 +240,7 @@ def read_whole(checkpoint: Checkpoint, parts: Iterable[tuple[StoredTensor, memor
 def _opened(checkpoint: Checkpoint, file: str) -> Iterator[int]:
     """A weight file of a local checkpoint, open for reading."""
     try:
-        fd = open_regular(checkpoint.path, file)
+        fd = open_regular(*checkpoint.lent.get(file, (checkpoint.path, file)))
     except OSError as error:
         what = f"cannot be read ({error.strerror or error})."
         where = str(checkpoint.path / file)

@@ -15,6 +15,7 @@ from typing import Any
 from snugfit.errors import Unfinished, UserError
 
 PIECE_BYTES = 16 << 20  # of a tensor that are read or written at once
+PROBED_BYTES, COMPARED_BYTES = 1 << 12, 1 << 18  # of what a file holds, compared at once with what it is to hold
 MAX_JSON_BYTES = 256_000_000
 DOWNLOAD_AGAIN = "Download this file again."
 # weights in other containers; engines would load them beside the safetensors files
@@ -66,6 +67,34 @@ def write_fully(fd: int, offset: int, data: bytes | memoryview) -> None:
     done = 0
     while done < len(view):
         done += os.pwrite(fd, view[done:], offset + done)
+
+
+def write_changes(fd: int, offset: int, data: bytes | memoryview) -> None:
+    """As `write_fully`, where a file may hold the same already: what is equal at the beginning is not written again."""
+    view, done = memoryview(data).cast("B"), 0
+    held = bytearray(min(COMPARED_BYTES, len(view)))
+    while done < len(view):
+        size = min(COMPARED_BYTES if done else PROBED_BYTES, len(view) - done)
+        found = os.preadv(fd, [memoryview(held)[:size]], offset + done)
+        same = held if size == len(held) else held[:size]  # of a bytearray it is one call of memcmp
+        if found < size or same != view[done : done + size]:
+            break
+        done += size
+    write_fully(fd, offset + done, view[done:])
+
+
+def copy_changes(source: Path, target: Path) -> None:
+    """Make `target`, a file or nothing, hold what `source` holds, and write only what differs; OSError."""
+    with source.open("rb") as stream:
+        handle = os.open(target, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            os.ftruncate(handle, os.fstat(stream.fileno()).st_size)
+            start = 0
+            while piece := stream.read(PIECE_BYTES):
+                write_changes(handle, start, piece)
+                start += len(piece)
+        finally:
+            os.close(handle)
 
 
 def read_part(fd: int, offset: int, view: memoryview, *, where: str, what: str) -> None:

@@ -119,15 +119,19 @@ class ShardWriter:
     ) -> None:
         """Create the shard files at their full size, headers written; files that have both stay as they are.
 
+        Of what is written to such files bytes that they have already are not written again.
+
         Without `digests` others write to the same files, and one of them computes the digests. Files that do not last
-        have no digests, and nothing has the disk take them.
+        have no digests, nothing has the disk take them, and tensors that are copies of the source's are left out.
         """
         self._transfer = transfer
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._started: dict[str, PendingTransfer[list[int]]] = {}  # since the last call of `pending_writes`
+        self._omitted: list[str] = []  # since then, too
         self._small: dict[str, Tensor] = {}  # to be written in one job, which costs more than their bytes
         self._copies: list[Copy] = []  # to begin together
+        self.lasts = lasts
         self._digester = ThreadPoolExecutor(WORKERS) if digests and lasts else None
         self._flusher = ThreadPoolExecutor(WORKERS) if lasts else None
         self._lock = threading.Lock()  # of the next two
@@ -187,14 +191,17 @@ class ShardWriter:
     def copy(self, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
         """Have `start` copy a tensor from the source as it is, `infinite` values too if it may have some.
 
-        AssertionError where it is not as planned.
+        It is left out of files that do not last. AssertionError where it is not as planned.
         """
         from snugfit.storage.transfer import Copy
 
         planned, found = self._missing.pop(name), checkpoint.tensors[name]
         if (planned.dtype, planned.shape) != (found.dtype, found.shape):
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {found.dtype} {found.shape}")
-        self._copies.append(Copy(checkpoint, name, *self._place(name), infinite))
+        if self.lasts:
+            self._copies.append(Copy(checkpoint, name, *self._place(name), infinite))
+        else:
+            self._omitted.append(name)
 
     def start(self) -> None:
         """Begin with what was held back to be written together."""
@@ -209,19 +216,21 @@ class ShardWriter:
         for write in self._started.values():
             write.result()
 
-    def pending_writes(self) -> Callable[[], dict[str, list[int]]]:
+    def pending_writes(self) -> Callable[[], dict[str, list[int] | None]]:
         """The writes started since the last call, as a function that waits until the files hold them.
 
-        It returns the CRC-32s of each tensor's pieces, and may be called in another thread. It raises what the disk
-        said of the tensors before.
+        It returns the CRC-32s of each tensor's pieces, None for one that was left out, and may be called in another
+        thread. It raises what the disk said of the tensors before.
         """
         self.start()
         writes, self._started = self._started, {}
+        omitted, self._omitted = self._omitted, []
         with self._lock:
             self._pending.append(writes)
 
-        def wait() -> dict[str, list[int]]:
-            found = {name: write.result() for name, write in writes.items()}
+        def wait() -> dict[str, list[int] | None]:
+            found: dict[str, list[int] | None] = {name: write.result() for name, write in writes.items()}
+            found |= dict.fromkeys(omitted)
             with self._lock:
                 self._pending.remove(writes)
                 for name in self._settled:
@@ -231,9 +240,11 @@ class ShardWriter:
 
         return wait
 
-    def holds(self, written: Mapping[str, Sequence[int]]) -> bool:
-        """Whether the files have these tensors (name -> CRC-32s), written by an earlier run."""
-        return all(name in self._missing and self._crc(name) == list(crcs) for name, crcs in written.items())
+    def holds(self, written: Mapping[str, Sequence[int] | None]) -> bool:
+        """Whether the files have these tensors (name -> CRC-32s, None for one left out), written by an earlier run."""
+        return all(
+            name in self._missing and (crcs is None or self._crc(name) == list(crcs)) for name, crcs in written.items()
+        )
 
     def _crc(self, name: str) -> list[int]:
         return crc_of(*self._place(name), self._missing[name].bytes)
@@ -246,7 +257,8 @@ class ShardWriter:
 
     def finish(self, background: Background) -> WrittenFiles:
         """Leave the shards to the background. AssertionError for a planned tensor that was not written."""
-        if self._missing or self._small or self._copies or self._started or self._pending:
+        open_ends = (self._missing, self._small, self._copies, self._omitted, self._started, self._pending)
+        if any(open_ends):
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
         files, self._files = self._files, {}
         for pool in filter(None, (self._digester, self._flusher)):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from snugfit.errors import UserError
 from snugfit.storage.checkpoint import Checkpoint, piece_of, read_range, read_whole
-from snugfit.storage.files import PIECE_BYTES, read_run_file, write_fully
+from snugfit.storage.files import PIECE_BYTES, read_run_file, write_changes
 from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
@@ -370,7 +370,7 @@ def _bytes_of(tensor: Tensor) -> Tensor:
 
 
 def _write_run_file(handle: int, offset: int, raw: memoryview, note: Note) -> int:
-    """Write bytes and note that the file has them; their CRC-32."""
-    write_fully(handle, offset, raw)
+    """Write bytes, but for those that the file holds already, and note that it has them; their CRC-32."""
+    write_changes(handle, offset, raw)
     note(handle, offset, offset + len(raw))
     return zlib.crc32(raw)
