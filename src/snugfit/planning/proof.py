@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.data import texts
+from snugfit.data.dataset import the_set
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
@@ -99,13 +100,14 @@ def prove(
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     rows = [chunk.ids for group in groups for chunk in group.chunks]
     folder, decided = Path(work_dir), {"rounding": rounding, "target": target, "tokens_per_batch": per_batch}
-    identity = decided | _identity(subject.layout, statistics, rows, plans, where)
+    written = [replace(plan, choice=subject.as_written(plan.choice)) for plan in plans]
+    identity = decided | _identity(subject.layout, statistics, rows, written, where)
     finished = open_comparison(folder, identity, force=force_resume)
     with deterministic(where):
         found = measure_plans(
             subject,
             rows,
-            plans,
+            written,
             where,
             tokens_per_batch=per_batch,
             folder=folder,
@@ -138,9 +140,12 @@ def _identity(
 def read_held_out(
     layout: ModelLayout, dataset: Sequence[str | Path], contexts: Sequence[int], max_tokens: int | None
 ) -> tuple[tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
-    """The chunks that `prove` measures on, and a record of each text; UserError as `evaluate` raises it."""
+    """The chunks that `prove` measures on, and a record of each text; UserError as `evaluate` raises it.
+
+    A set says itself how many tokens it has.
+    """
     files = texts.find_files([Path(file) for file in dataset])
-    if max_tokens is None:
+    if max_tokens is None and the_set(files) is None:
         max_tokens = max(MAX_TOKENS, FEWEST_CHUNKS * max(1, len(files)) * max(contexts, default=0))
     cut, records = texts.read_chunks(
         Tokenizer(layout.checkpoint.path),

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import fsum, sqrt
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import class_of, fit_damage
 from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
-from snugfit.planning.groups import HEAD, Group
+from snugfit.planning.groups import FOLLOWING, HEAD, Group, find_groups, follows_beside
 from snugfit.planning.measured_plans import measure_plans
 from snugfit.planning.samples import Samples, read_samples
 from snugfit.planning.shared_pass import Array, Assigned
@@ -39,6 +39,7 @@ from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.quantization.resume import FinishedUnits, open_finished, origin
+from snugfit.recipes.assignment import ALONG
 from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores, cache_of_layer
 from snugfit.records.statistics_file import DatasetUsed
 from snugfit.storage.checkpoint import fingerprint, header_digest
@@ -125,6 +126,17 @@ def check_settings(settings: ScoreSettings) -> None:
         raise UserError(what, code="option-invalid", where="target", remedy=remedy)
 
 
+def rounded_formats(layout: ModelLayout, settings: ScoreSettings) -> dict[str, str]:
+    """How each format is rounded where it is scored, by its name: FP8 as in plans that have 4-bit weights as well.
+
+    Without a format that brings it along, and under plain rounding, it is that of plans without.
+    """
+    found = {fmt: fmt for fmt in settings.formats}
+    if ALONG in found and settings.rounding != PLAIN and follows_beside(layout, find_groups(layout), settings.formats):
+        found[ALONG] = FOLLOWING
+    return found
+
+
 def score_samples(
     layout: ModelLayout,
     samples: Samples,
@@ -141,6 +153,7 @@ def score_samples(
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     work_dir.mkdir(parents=True, exist_ok=True)
     identity = identity_of(layout, samples, settings, device, tokens_per_batch)
+    rounded = rounded_formats(layout, settings)
     folder = work_dir / GRADIENTS
     folder.mkdir(exist_ok=True)
     finished = open_finished(folder, identity, force=force_resume)
@@ -153,7 +166,7 @@ def score_samples(
         return subject, GradientPass(
             subject,
             samples.rows,
-            (*settings.formats, KEEP),
+            (*rounded.values(), KEEP),
             where,
             tokens_per_batch=per_batch,
             folder=folder,
@@ -165,14 +178,15 @@ def score_samples(
     subject, gradients = distributed.in_all(open_here)
     with deterministic(where):
         sums = gradients.run(finished)
-        costs = costs_of(sums, samples)
+        names = {way: fmt for fmt, way in rounded.items()}
+        costs = costs_of({(group, names.get(fmt, fmt)): one for (group, fmt), one in sums.items()}, samples)
         caches = {name: costs.pop(name)["fp8"] for name in list(costs) if name.startswith(cache_of_layer(""))}
         plans = plans_to_measure(subject, costs, settings)
         compared = work_dir / "plans"
         compared.mkdir(exist_ok=True)
         compares = identity | {"plans": [dict(plan.choice) for plan in plans]}
         units = open_finished(compared, compares, force=force_resume)
-        points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
+        points = _measure(subject, samples, plans, rounded, where, per_batch, compared, units, progress)
     return distributed.by_main(lambda: _scores(subject, samples, settings, costs, caches, points))
 
 
@@ -197,6 +211,7 @@ def _scores(
         target=settings.target,
         seed=settings.seed,
         formats=tuple(settings.formats),
+        fp8_follows=FOLLOWING in rounded_formats(layout, settings).values(),
         groups=tuple(groups),
         edges=samples.edges,
         tokens=samples.tokens,
@@ -257,7 +272,7 @@ def identity_of(
     return origin(layout.checkpoint, where) | {
         "samples": samples.dataset.digest,
         "edges": list(samples.edges),
-        "formats": list(settings.formats),
+        "formats": list(rounded_formats(layout, settings).values()),
         "rounding": settings.rounding,
         "target": settings.target,
         "kv_cache": settings.kv_cache,
@@ -345,18 +360,19 @@ def _measure(
     subject: Subject,
     samples: Samples,
     plans: Sequence[Assigned],
+    rounded: Mapping[str, str],
     device: torch.device,
     tokens_per_batch: int,
     folder: Path,
     finished: FinishedUnits,
     progress: Progress,
 ) -> list[Point]:
-    """KL of each plan by bucket, measured on some rows."""
+    """KL of each plan by bucket, measured on some rows; `rounded` says how formats are rounded."""
     rows = {place: samples.rows[place] for place in samples.measured}
     found = measure_plans(
         subject,
         [row.ids for row in rows.values()],
-        plans,
+        [replace(plan, choice={name: rounded.get(fmt, fmt) for name, fmt in plan.choice.items()}) for plan in plans],
         device,
         tokens_per_batch=tokens_per_batch,
         folder=folder,

@@ -29,7 +29,7 @@ from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model import emulate, experts
 from snugfit.model.layer_stubs import put
 from snugfit.model.layout import ModelLayout
-from snugfit.planning.groups import EXPERTS, Group, assignment_of, find_groups
+from snugfit.planning.groups import EXPERTS, Group, as_written, assignment_of, find_groups
 from snugfit.quantization.measured import input_amax
 from snugfit.quantization.plan import Plan, measure_only, units_of
 from snugfit.quantization.recalled import recalled_squares
@@ -82,6 +82,10 @@ class Subject:
     def method(self) -> Method:
         """What chooses codes."""
         return ROUND_TO_NEAREST if self.rounding == PLAIN else Calibrated(self.target)
+
+    def as_written(self, choice: Mapping[str, str]) -> Mapping[str, str]:
+        """Formats of a plan as they are rounded: FP8 beside 4-bit weights their way, which plain rounding has not."""
+        return choice if self.rounding == PLAIN else as_written(self.layout, self.groups, choice)
 
 
 @dataclass(frozen=True, kw_only=True)
