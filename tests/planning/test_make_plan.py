@@ -451,7 +451,7 @@ def test_plans_of_checkpoints_on_the_command_line(make_tiny: MakeTiny, tmp_path:
 
 
 def test_scores_of_fp8_that_did_not_follow_are_refused(model: Path, tmp_path: Path) -> None:
-    """Weighted scores of FP8 beside 4 bits, made before FP8 followed these, are refused; plain ones and FP8 alone not."""
+    """Weighted scores of FP8 beside 4 bits, made before FP8 followed, are refused; plain ones and FP8 alone not."""
     layout = read_layout(model)
     options: dict[str, Any] = {"bits_per_weight": 12.0, "prove": False}
 
