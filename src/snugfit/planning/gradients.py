@@ -76,7 +76,7 @@ class GradientPass:
         self,
         subject: Subject,
         rows: Sequence[ScoredRow],
-        formats: Sequence[str],
+        formats: Mapping[str, str],
         device: torch.device,
         *,
         tokens_per_batch: int,
@@ -85,9 +85,13 @@ class GradientPass:
         kv_cache: bool = False,
         progress: Progress = SILENT,
     ) -> None:
-        """Files go to `folder`, which holds those of one pass alone. With `kv_cache` FP8 caches are scored, too."""
+        """Files go to `folder`, which holds those of one pass alone. With `kv_cache` FP8 caches are scored, too.
+
+        `formats` are those to score, each by its name with what its weights are rounded to.
+        """
         self._kv_cache = kv_cache
-        self._subject, self._rows, self._formats, self._device = subject, rows, formats, device
+        self._subject, self._rows, self._device = subject, rows, device
+        self._formats, self._names = tuple(formats.values()), {way: name for name, way in formats.items()}
         self._folder, self._seed, self._progress = folder, seed, progress
         skeleton = subject.model.skeleton
         self._carries_state, self._carried = skeleton.carries_state, Carried()
@@ -102,7 +106,7 @@ class GradientPass:
         """
         steps = 2 * len(self._ran) + 1
         if finished.done == steps:  # its files are gone
-            return _sums(finished)
+            return _sums(finished, self._names)
         with ExitStack() as stack:
             stack.enter_context(bounded_attention(self._subject.model.arithmetic, self._device))
             advance = stack.enter_context(self._progress.bar(steps, "scoring"))
@@ -133,7 +137,7 @@ class GradientPass:
                 advance()
         for file in (*states, *gradients) if distributed.is_main() else ():
             file.path.unlink(missing_ok=True)
-        return _sums(finished)
+        return _sums(finished, self._names)
 
     def _file(self, stack: ExitStack, transfer: Transfer, name: str, dtype: torch.dtype | None = None) -> StateFile:
         skeleton = self._subject.model.skeleton
@@ -373,9 +377,10 @@ def draw(predicted: Tensor, seed: int, row: int, start: int) -> Tensor:
     return torch.searchsorted(ends, drawn * ends[:, -1:]).clamp_(max=ends.shape[1] - 1)
 
 
-def _sums(finished: FinishedUnits) -> dict[tuple[str, str], Sums]:
+def _sums(finished: FinishedUnits, names: Mapping[str, str]) -> dict[tuple[str, str], Sums]:
+    """What was found of each group in each format, which `names` calls by what its weights were rounded to."""
     found = {}
     for entry in finished.entries:
-        for name, fmt, signed, costs in entry.get("sums", ()):
-            found[name, fmt] = Sums(tuple(signed), tuple(costs))
+        for group, way, signed, costs in entry.get("sums", ()):
+            found[group, names.get(way, way)] = Sums(tuple(signed), tuple(costs))
     return found

@@ -6,10 +6,11 @@ costs at long contexts are those of tokens that have a long context, and no row 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from math import fsum, sqrt
 from pathlib import Path
 
 from snugfit.data.dataset import Dataset, load_dataset, make_dataset
@@ -145,3 +146,19 @@ def _pieces(samples: Sequence[Sequence[int]], length: int, needed: int) -> list[
         chosen = having if len(having) <= left else [having[n * len(having) // left] for n in range(left)]
         found += [(*begin, *sample[start + len(begin) : start + length]) for sample in chosen]
     raise AssertionError
+
+
+def by_bucket(values: Mapping[int, float], samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means over the scored tokens of rows, of sums by the row's place, in each bucket.
+
+    Their standard errors are by the rows' differences.
+    """
+    means, errors = [], []
+    for bucket in range(len(samples.edges)):
+        counts = {place: samples.rows[place].count for place in values if samples.buckets[place] == bucket}
+        total = sum(counts.values())
+        mean = fsum(values[place] for place in counts) / total
+        spread = fsum((values[place] - mean * count) ** 2 for place, count in counts.items())
+        means.append(mean)
+        errors.append(sqrt(spread * len(counts) / max(1, len(counts) - 1)) / total)
+    return tuple(means), tuple(errors)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import fsum, sqrt
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from snugfit.planning.damage import class_of, fit_damage
 from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
 from snugfit.planning.groups import FOLLOWING, HEAD, Group, find_groups, follows_beside
 from snugfit.planning.measured_plans import measure_plans
-from snugfit.planning.samples import Samples, read_samples
+from snugfit.planning.samples import Samples, by_bucket, read_samples
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subject, scored_formats
 from snugfit.progress import SILENT, Progress
@@ -153,7 +153,6 @@ def score_samples(
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     work_dir.mkdir(parents=True, exist_ok=True)
     identity = identity_of(layout, samples, settings, device, tokens_per_batch)
-    rounded = rounded_formats(layout, settings)
     folder = work_dir / GRADIENTS
     folder.mkdir(exist_ok=True)
     finished = open_finished(folder, identity, force=force_resume)
@@ -163,31 +162,44 @@ def score_samples(
 
     def open_here() -> tuple[Subject, GradientPass]:
         subject = open_subject(layout, statistics, rounding=settings.rounding, target=settings.target)
-        return subject, GradientPass(
-            subject,
-            samples.rows,
-            (*rounded.values(), KEEP),
-            where,
-            tokens_per_batch=per_batch,
-            folder=folder,
-            seed=settings.seed,
-            kv_cache=settings.kv_cache,
-            progress=progress,
-        )
+        found = open_gradients(subject, samples, settings, where, folder, tokens_per_batch=per_batch, progress=progress)
+        return subject, found
 
     subject, gradients = distributed.in_all(open_here)
     with deterministic(where):
-        sums = gradients.run(finished)
-        names = {way: fmt for fmt, way in rounded.items()}
-        costs = costs_of({(group, names.get(fmt, fmt)): one for (group, fmt), one in sums.items()}, samples)
+        costs = costs_of(gradients.run(finished), samples)
         caches = {name: costs.pop(name)["fp8"] for name in list(costs) if name.startswith(cache_of_layer(""))}
         plans = plans_to_measure(subject, costs, settings)
         compared = work_dir / "plans"
         compared.mkdir(exist_ok=True)
         compares = identity | {"plans": [dict(plan.choice) for plan in plans]}
         units = open_finished(compared, compares, force=force_resume)
-        points = _measure(subject, samples, plans, rounded, where, per_batch, compared, units, progress)
+        points = _measure(subject, samples, plans, settings, where, per_batch, compared, units, progress)
     return distributed.by_main(lambda: _scores(subject, samples, settings, costs, caches, points))
+
+
+def open_gradients(
+    subject: Subject,
+    samples: Samples,
+    settings: ScoreSettings,
+    device: torch.device,
+    folder: Path,
+    *,
+    tokens_per_batch: int,
+    progress: Progress = SILENT,
+) -> GradientPass:
+    """The pass that scores these formats, and what is kept."""
+    return GradientPass(
+        subject,
+        samples.rows,
+        {**rounded_formats(subject.layout, settings), KEEP: KEEP},
+        device,
+        tokens_per_batch=tokens_per_batch,
+        folder=folder,
+        seed=settings.seed,
+        kv_cache=settings.kv_cache,
+        progress=progress,
+    )
 
 
 def _scores(
@@ -293,22 +305,6 @@ def costs_of(sums: Mapping[tuple[str, str], Sums], samples: Samples) -> dict[str
     return found
 
 
-def by_bucket(values: Mapping[int, float], samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Means over the scored tokens of rows, of sums by the row's place, in each bucket.
-
-    Their standard errors are by the rows' differences.
-    """
-    means, errors = [], []
-    for bucket in range(len(samples.edges)):
-        counts = {place: samples.rows[place].count for place in values if samples.buckets[place] == bucket}
-        total = sum(counts.values())
-        mean = fsum(values[place] for place in counts) / total
-        spread = fsum((values[place] - mean * count) ** 2 for place, count in counts.items())
-        means.append(mean)
-        errors.append(sqrt(spread * len(counts) / max(1, len(counts) - 1)) / total)
-    return tuple(means), tuple(errors)
-
-
 def plans_to_measure(
     subject: Subject, costs: Mapping[str, Mapping[str, Cost]], settings: ScoreSettings
 ) -> list[Assigned]:
@@ -360,14 +356,15 @@ def _measure(
     subject: Subject,
     samples: Samples,
     plans: Sequence[Assigned],
-    rounded: Mapping[str, str],
+    settings: ScoreSettings,
     device: torch.device,
     tokens_per_batch: int,
     folder: Path,
     finished: FinishedUnits,
     progress: Progress,
 ) -> list[Point]:
-    """KL of each plan by bucket, measured on some rows; `rounded` says how formats are rounded."""
+    """KL of each plan by bucket, measured on some rows, rounded as its groups were scored."""
+    rounded = rounded_formats(subject.layout, settings)
     rows = {place: samples.rows[place] for place in samples.measured}
     found = measure_plans(
         subject,
