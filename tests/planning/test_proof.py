@@ -13,6 +13,7 @@ import torch
 
 from conftest import MakeTiny
 from helpers.errors import raises
+from helpers.tiny_mixtures import make_mixture
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.data.dataset import make_dataset
 from snugfit.evaluation.chunks import Chunk, ChunkGroup
@@ -28,8 +29,10 @@ from snugfit.planning.proof import judge_plans, prove, read_held_out
 from snugfit.planning.proving import to_measure
 from snugfit.planning.search import Mix
 from snugfit.planning.shared_pass import Assigned, SharedPass
+from snugfit.quantization.plan import decide
 from snugfit.quantization.quantize import quantize
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.recipes.recipe import load_recipe
 from snugfit.records.proof import Proof
 from snugfit.records.scores import Predicted
 
@@ -100,37 +103,42 @@ def test_held_out_text_suffices_for_long_contexts(
         chunks(64)
 
 
-RECIPE = """
-name: mixed
-rules:
-  - {layers: "0", role: attention, format: fp8-dynamic}
-  - {layers: "1", role: linear, format: fp8-dynamic}
-  - {layers: "0", role: down, format: four}
-  - {role: linear, format: keep}
-"""
+KEPT = "{role: linear, format: keep}"
+FP8, FOUR = "{layers: '1', role: linear, format: fp8-dynamic}", "{layers: '0', role: ROLE, format: FORMAT}"
 
 
-@pytest.mark.parametrize("four", ["nvfp4", "keep"])
-def test_the_proof_is_of_the_file_that_is_written(four: str, make_tiny: MakeTiny, tmp_path: Path) -> None:
-    """KL of a plan with FP8, beside 4-bit weights and without, is that of its file by `fast` under its statistics."""
-    model = make_tiny("llama", num_hidden_layers=2, hidden_size=128, intermediate_size=128, dtype=torch.float32)
+@pytest.mark.parametrize(
+    ("family", "rules", "rounded"),
+    [
+        ("llama", (FP8, KEPT), {"absmax"}),
+        ("llama", (FP8, FOUR.replace("ROLE", "down").replace("FORMAT", "nvfp4"), KEPT), {"weighted+folds"}),
+        ("llama", (FP8, FOUR.replace("ROLE", "mlp").replace("FORMAT", "int4"), KEPT), {"weighted+folds"}),
+        ("qwen3_moe", ("{role: attention, format: fp8-dynamic}", "{role: experts, format: int4}"), {"absmax"}),
+    ],
+)
+def test_the_proof_is_of_the_file_that_is_written(
+    family: str, rules: tuple[str, ...], rounded: set[str], make_tiny: MakeTiny, tmp_path: Path
+) -> None:
+    """KL of a plan with FP8, beside 4-bit weights or without, is that of its file by `fast` under its statistics."""
+    settings: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 128, "dtype": torch.float32}
+    if family == "llama":
+        model = make_tiny(family, intermediate_size=128, **settings)
+    else:
+        model = make_mixture(family, tmp_path / "model", **settings)
     add_tokenizer(model)
     layout = read_layout(model)
     generator = torch.Generator().manual_seed(3)
     rows, held_out = torch.randint(3, 64, (2, 12, 40), generator=generator).tolist()
     statistics = calibrate(layout, make_dataset(rows, "rows"), tmp_path / "work", device="cpu")
     recipe, file = tmp_path / "mixed.yaml", tmp_path / "held-out.jsonl"
-    recipe.write_text(RECIPE.replace("four", four), encoding="utf-8")
+    lines = "".join(f"  - {rule}\n" for rule in rules)
+    recipe.write_text(f"name: mixed\nrules:\n{lines}", encoding="utf-8")
     file.write_text("\n".join(json.dumps({"input_ids": row}) for row in held_out), encoding="utf-8")
-    choice = {}
-    for group in find_groups(layout):
-        if group.layer == 1 or (group.layer == 0 and "attn" in group.name):
-            choice[group.name] = "fp8-dynamic"
-        elif group.role == "down" and four != "keep":
-            choice[group.name] = four
+    decided = decide(layout, load_recipe(recipe)).assignments
+    formats = {group.name: decided[group.weights[0]].format for group in find_groups(layout) if group.layer is not None}
     found = prove(
         model,
-        [Assigned(name="plan", choice=choice)],
+        [Assigned(name="plan", choice={name: fmt.name for name, fmt in formats.items() if fmt is not None})],
         control="plan",
         statistics=statistics,
         work_dir=tmp_path / "work",
@@ -143,8 +151,7 @@ def test_the_proof_is_of_the_file_that_is_written(four: str, make_tiny: MakeTiny
     measured = HeldOut(model, held_out, torch.device("cpu"), profile=found.target, tokens_per_batch=128)
     written = float(np.mean(measured.divergences(tmp_path / "out")))
     assert found.plan("plan").overall.kl == pytest.approx(written, rel=1e-3)
-    rules = {one.scale_rule for one in record.tensors if one.format == "fp8-dynamic"}
-    assert rules == ({"absmax"} if four == "keep" else {"weighted+folds"})
+    assert {one.scale_rule for one in record.tensors if one.format == "fp8-dynamic"} == rounded
 
 
 def test_the_samples_of_a_set_have_their_own_lengths(make_tiny: MakeTiny, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from snugfit.planning.samples import Samples, by_bucket, cut_rows, edges_of
 from snugfit.planning.scoring_cost import estimate_scoring
 from snugfit.planning.sensitivity import ScoreSettings, score_model, score_samples
 from snugfit.planning.shared_pass import Assigned, SharedPass, branches_of
-from snugfit.planning.variants import LayerVariants, open_subject
+from snugfit.planning.variants import Key, LayerVariants, open_subject
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.base import as_json
 from snugfit.records.scores import KV_CACHE, Scores, cache_of_layer, check_model, load_scores, save_scores
@@ -224,7 +224,7 @@ def test_gradients_are_finite_differences(
     subject = open_subject(layout, statistics, rounding="plain", target="none")
     make = LayerVariants.make
 
-    def barely(self: LayerVariants, wanted: Iterable[tuple[str, str]]) -> None:
+    def barely(self: LayerVariants, wanted: Iterable[Key]) -> None:
         """A hundredth of the rounding, where a layer's output is linear in it."""
         known = set(self._known)
         make(self, wanted)

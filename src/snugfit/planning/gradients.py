@@ -274,7 +274,8 @@ class _Watched:
     def prepare(self, formats: Sequence[str]) -> None:
         """Make the variants of all groups in these formats."""
         wanted = {group.name: scored_formats(self._subject.layout, group, formats) for group in self._groups}
-        self._variants.make((name, fmt) for name, some in wanted.items() for fmt in some)
+        alone = [self._variants.keys({name: fmt}) for name, some in wanted.items() for fmt in some]
+        self._variants.make(key for keys in alone for key in keys.values())
         for group in self._groups:
             if group.role not in OWN_TOKEN:
                 self._spread[group.name] = wanted[group.name]

@@ -93,13 +93,16 @@ def prove(
     def open_here() -> tuple[Subject, tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
         layout = read_layout(model)
         chunks, described = read_held_out(layout, as_sequence(dataset), contexts, max_tokens)
-        return open_subject(layout, statistics, rounding=rounding, target=target), chunks, described
+        return open_subject(layout, statistics, rounding=rounding, target=target, folds=True), chunks, described
 
     subject, groups, records = distributed.in_all(open_here)
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     rows = [chunk.ids for group in groups for chunk in group.chunks]
-    folder, decided = Path(work_dir), {"rounding": rounding, "target": target, "tokens_per_batch": per_batch}
+    folder = Path(work_dir)
+    decided: dict[str, Any] = {"rounding": rounding, "target": target, "tokens_per_batch": per_batch}
+    if subject.folds:
+        decided["folds"] = True
     written = [replace(plan, choice=subject.as_written(plan.choice)) for plan in plans]
     identity = decided | _identity(subject.layout, statistics, rows, written, where)
     finished = open_comparison(folder, identity, force=force_resume)
