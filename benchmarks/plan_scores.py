@@ -27,7 +27,7 @@ import random
 import resource
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -246,9 +246,10 @@ def kl_of_plans(
     subject: Subject, rows: Sequence[Sequence[int]], plans: Sequence[Assigned], device: torch.device, folder: Path
 ) -> dict[str, list[Array]]:
     """KL of every token of each plan, in as many passes as the disk takes."""
-    finished = open_comparison(folder, {"plans": [[plan.name, dict(plan.choice)] for plan in plans]})
+    written = [replace(plan, choice=subject.as_written(plan.choice)) for plan in plans]
+    finished = open_comparison(folder, {"plans": [[plan.name, dict(plan.choice)] for plan in written]})
     per_batch = TOKENS_PER_BATCH[device.type]
-    return measure_plans(subject, rows, plans, device, tokens_per_batch=per_batch, folder=folder, finished=finished)
+    return measure_plans(subject, rows, written, device, tokens_per_batch=per_batch, folder=folder, finished=finished)
 
 
 def alone(

@@ -33,11 +33,11 @@ from snugfit.model.forward_pass import spread_places
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import fit_damage
-from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
+from snugfit.planning.gradients import Sums
 from snugfit.planning.limits import Budget, read_place
-from snugfit.planning.samples import FEWEST_ROWS, Samples, read_samples
+from snugfit.planning.samples import FEWEST_ROWS, Samples, ScoredRow, by_bucket, read_samples
 from snugfit.planning.search import least_kl
-from snugfit.planning.sensitivity import ScoreSettings, _scored_sum, _scores, by_bucket, costs_of, plans_to_measure
+from snugfit.planning.sensitivity import ScoreSettings, _scored_sum, _scores, costs_of, open_gradients, plans_to_measure
 from snugfit.planning.shared_pass import Assigned
 from snugfit.planning.space import read_choices
 from snugfit.planning.variants import Subject, open_subject
@@ -101,16 +101,8 @@ def measure(args: argparse.Namespace) -> None:
     gradients = folder / "gradients"
     gradients.mkdir(exist_ok=True)
     started = time.perf_counter()
-    sums = GradientPass(
-        subject,
-        samples.rows,
-        (*settings.formats, KEEP),
-        device,
-        tokens_per_batch=per_batch,
-        folder=gradients,
-        seed=0,
-        kv_cache=True,
-    ).run(open_finished(gradients, {"benchmark": 1}))
+    opened = open_gradients(subject, samples, settings, device, gradients, tokens_per_batch=per_batch)
+    sums = opened.run(open_finished(gradients, {"benchmark": 1}))
     seconds["gradients"] = time.perf_counter() - started
     plans = plans_to_measure(subject, costs_of(sums, samples), settings)
     layers = {name: some for name, some in costs_of(sums, samples).items() if name in subject.groups}

@@ -12,7 +12,7 @@ from helpers.tiny_mixtures import MIXTURES, make_mixture
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.model.layout import read_layout
-from snugfit.planning.groups import assignment_of, find_groups
+from snugfit.planning.groups import EXPERTS, FOLLOWING, as_written, assignment_of, find_groups, follows_beside
 from snugfit.quantization.plan import decide
 from snugfit.recipes.recipe import parse_recipe
 
@@ -74,3 +74,58 @@ def test_formats_that_a_group_cannot_have(make_tiny: MakeTiny) -> None:
     assert sizes == {"qkv": "int4-g64", "down": "int4-g128"}
     kept = assignment_of(layout, groups["qkv"], "keep")
     assert all(one.format is None for one in kept.values())
+
+
+@pytest.mark.parametrize(
+    ("chosen", "follow"),
+    [
+        # FP8 beside no 4-bit weight, beside some in one place, beside those of routed experts alone
+        ({"": "fp8-dynamic"}, ()),
+        ({"": "fp8-dynamic", "0.self_attn.o_proj": "int4"}, ("qkv", "o_proj", "shared_expert")),
+        ({"": "fp8-dynamic", EXPERTS: "nvfp4"}, ()),
+        ({"self_attn": "nvfp4", EXPERTS: "fp8-dynamic", "lm_head": "fp8-dynamic"}, ()),
+        ({"self_attn": "mxfp4", "1.mlp.shared_expert": "fp8-dynamic"}, ("1.mlp.shared_expert",)),
+        ({"shared_expert": "int4", "self_attn": "keep"}, ()),
+    ],
+)
+def test_fp8_follows_as_a_recipe_lets_it(chosen: dict[str, str], follow: tuple[str, ...], tmp_path: Path) -> None:
+    """FP8 of a plan follows the effort in exactly those groups in which it does by a recipe of the same formats."""
+    layout = read_layout(make_mixture("qwen2_moe", tmp_path / "model", hidden_size=128))
+    groups = {group.name: group for group in find_groups(layout)}
+    choice = dict.fromkeys(groups, "keep") | {
+        name: fmt
+        for part, fmt in sorted(chosen.items())
+        for name, group in groups.items()
+        if part in (name, group.role) or (part and part in name) or (not part and group.role != "lm_head")
+    }
+    rules = "".join(
+        f"  - {{name: '{weight.removesuffix('.weight')}', format: {fmt}}}\n"
+        for name, fmt in choice.items()
+        for weight in groups[name].weights
+    )
+    decided = decide(layout, parse_recipe(f"name: some\nrules:\n{rules}", where="")).assignments
+    written = as_written(layout, groups, choice)
+    found = {name for name, fmt in written.items() if fmt == FOLLOWING}
+    for name, fmt in choice.items():
+        rounded = assignment_of(layout, groups[name], written[name])
+        for weight in groups[name].weights:
+            assert (rounded[weight].format, rounded[weight].scale_rule) == (
+                decided[weight].format,
+                decided[weight].scale_rule,
+            )
+        assert written[name] in (fmt, FOLLOWING)
+    assert all(any(part in name for name in found) for part in follow)
+    assert bool(found) == bool(follow)
+    assert as_written(layout, groups, written) == written
+
+
+def test_fp8_follows_where_a_menu_has_what_brings_it_along(tmp_path: Path) -> None:
+    """Formats of 4 bits bring FP8 along, in linears that every token passes; FP8 and blocks of it do not."""
+    layout = read_layout(make_mixture("qwen3_moe", tmp_path / "model"))
+    groups = find_groups(layout)
+    experts = [group for group in groups if group.role == EXPERTS]
+    assert follows_beside(layout, groups, ("fp8-dynamic", "int4"))
+    assert not follows_beside(layout, experts, ("fp8-dynamic", "int4"))
+    assert not follows_beside(layout, groups, ("fp8-dynamic", "fp8-block"))
+    rounded = assignment_of(layout, experts[0], FOLLOWING).values()
+    assert {one.scale_rule for one in rounded} == {"absmax"}

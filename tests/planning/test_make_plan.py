@@ -448,3 +448,40 @@ def test_plans_of_checkpoints_on_the_command_line(make_tiny: MakeTiny, tmp_path:
     assert document["schema"] == "snugfit.plan-differences/1"
     assert document["different"] == 12
     assert failed_with(CliRunner().invoke(app, ["plan", "--diff", str(made)]), "option-missing", "--diff")
+
+
+def test_scores_of_fp8_that_did_not_follow_are_refused(model: Path, tmp_path: Path) -> None:
+    """Weighted scores of FP8 beside 4 bits, made before FP8 followed, are refused; plain ones and FP8 alone not."""
+    layout = read_layout(model)
+    options: dict[str, Any] = {"bits_per_weight": 12.0, "prove": False}
+
+    def use(formats: tuple[str, ...], **given: Any) -> None:
+        file = save(replace(made_up_scores(layout, formats=formats), **given), tmp_path / f"{len(given)}{formats}.json")
+        estimate_plan(model, timed=False, scores=file, **options)
+
+    mixed, alone = ("nvfp4", "fp8-dynamic"), ("fp8-dynamic",)
+    with raises("scores-mismatch", where="scores"):
+        use(mixed, effort="weighted")
+    use(mixed, effort="weighted", fp8_follows=True)
+    use(mixed, effort="plain")
+    use(alone, effort="weighted")
+    two = [tmp_path / f"{fmt}.json" for fmt in mixed]
+    for fmt, file in zip(mixed, two, strict=True):
+        save(replace(made_up_scores(layout, formats=(fmt,)), effort="weighted"), file)
+    with raises("scores-mismatch", where="scores"):
+        estimate_plan(model, timed=False, scores=two, **options)
+
+
+def test_a_set_is_held_out_text(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
+    """`held_out` takes a set with all of its samples, and refuses lengths beside it by the names of `plan`."""
+    write_rows(tmp_path / "rows.jsonl", 2)
+    sources = "calibration_set:\n  datasets:\n    - {dataset: rows.jsonl, num_samples: 5, category: Rows}\n"
+    (tmp_path / "set.yaml").write_text(sources, encoding="utf-8")
+    options = {**texts, "held_out": tmp_path / "set.yaml", "bits_per_weight": 7.5}
+    assert estimate_plan(model, timed=False, **options).held_out_tokens == 5 * 64
+    for name, value, where in (("max_tokens", 64, "max_tokens"), ("held_out_contexts", 8, "held_out_contexts")):
+        with raises("option-conflict", where=where) as error:
+            estimate_plan(model, timed=False, **{**options, name: value})
+        assert "max_chunks" not in error.value.remedy
+    with raises("option-conflict"):
+        estimate_plan(model, timed=False, **{**options, "held_out": [tmp_path / "set.yaml", tmp_path / "rows.jsonl"]})

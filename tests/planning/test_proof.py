@@ -13,22 +13,35 @@ import torch
 
 from conftest import MakeTiny
 from helpers.errors import raises
+from helpers.tiny_mixtures import make_mixture
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.data.dataset import make_dataset
 from snugfit.evaluation.chunks import Chunk, ChunkGroup
+from snugfit.evaluation.held_out import HeldOut
 from snugfit.model.layout import read_layout
 from snugfit.planning import proof, proving
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.controls import Control
 from snugfit.planning.groups import find_groups
 from snugfit.planning.menu import Bytes, Option
+from snugfit.planning.prepare_plan import ProofSettings, contexts_of
 from snugfit.planning.proof import judge_plans, prove, read_held_out
 from snugfit.planning.proving import to_measure
 from snugfit.planning.search import Mix
 from snugfit.planning.shared_pass import Assigned, SharedPass
+from snugfit.quantization.plan import decide
+from snugfit.quantization.quantize import quantize
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.recipes.recipe import load_recipe
 from snugfit.records.proof import Proof
 from snugfit.records.scores import Predicted
+
+SET = """
+calibration_set:
+  max_seq_length: 32
+  datasets:
+    - {dataset: rows.jsonl, num_samples: 5, category: Rows}
+"""
 
 
 def test_a_better_plan_wins_and_a_worse_one_is_refused(make_tiny: MakeTiny, tmp_path: Path) -> None:
@@ -88,6 +101,77 @@ def test_held_out_text_suffices_for_long_contexts(
     assert chunks(128) == [8, 2]
     with raises("option-invalid", where="max_tokens"):
         chunks(64)
+
+
+KEPT = "{role: linear, format: keep}"
+FP8, FOUR = "{layers: '1', role: linear, format: fp8-dynamic}", "{layers: '0', role: ROLE, format: FORMAT}"
+
+
+@pytest.mark.parametrize(
+    ("family", "rules", "rounded"),
+    [
+        ("llama", (FP8, KEPT), {"absmax"}),
+        ("llama", (FP8, FOUR.replace("ROLE", "down").replace("FORMAT", "nvfp4"), KEPT), {"weighted+folds"}),
+        ("llama", (FP8, FOUR.replace("ROLE", "mlp").replace("FORMAT", "int4"), KEPT), {"weighted+folds"}),
+        ("qwen3_moe", ("{role: attention, format: fp8-dynamic}", "{role: experts, format: int4}"), {"absmax"}),
+    ],
+)
+def test_the_proof_is_of_the_file_that_is_written(
+    family: str, rules: tuple[str, ...], rounded: set[str], make_tiny: MakeTiny, tmp_path: Path
+) -> None:
+    """KL of a plan with FP8, beside 4-bit weights or without, is that of its file by `fast` under its statistics."""
+    settings: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 128, "dtype": torch.float32}
+    if family == "llama":
+        model = make_tiny(family, intermediate_size=128, **settings)
+    else:
+        model = make_mixture(family, tmp_path / "model", **settings)
+    add_tokenizer(model)
+    layout = read_layout(model)
+    generator = torch.Generator().manual_seed(3)
+    rows, held_out = torch.randint(3, 64, (2, 12, 40), generator=generator).tolist()
+    statistics = calibrate(layout, make_dataset(rows, "rows"), tmp_path / "work", device="cpu")
+    recipe, file = tmp_path / "mixed.yaml", tmp_path / "held-out.jsonl"
+    lines = "".join(f"  - {rule}\n" for rule in rules)
+    recipe.write_text(f"name: mixed\nrules:\n{lines}", encoding="utf-8")
+    file.write_text("\n".join(json.dumps({"input_ids": row}) for row in held_out), encoding="utf-8")
+    decided = decide(layout, load_recipe(recipe)).assignments
+    formats = {group.name: decided[group.weights[0]].format for group in find_groups(layout) if group.layer is not None}
+    found = prove(
+        model,
+        [Assigned(name="plan", choice={name: fmt.name for name, fmt in formats.items() if fmt is not None})],
+        control="plan",
+        statistics=statistics,
+        work_dir=tmp_path / "work",
+        dataset=[file],
+        rounding="weighted",
+        device="cpu",
+    )
+    known = tmp_path / "work" / "statistics.json"
+    record = quantize(model, recipe, output_dir=tmp_path / "out", statistics=known, device="cpu")
+    measured = HeldOut(model, held_out, torch.device("cpu"), profile=found.target, tokens_per_batch=128)
+    written = float(np.mean(measured.divergences(tmp_path / "out")))
+    assert found.plan("plan").overall.kl == pytest.approx(written, rel=1e-3)
+    assert {one.scale_rule for one in record.tensors if one.format == "fp8-dynamic"} == rounded
+
+
+def test_the_samples_of_a_set_have_their_own_lengths(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """A set is held out by itself; with limits beside it, which it says itself, it is refused."""
+    model = make_tiny("llama")
+    add_tokenizer(model)
+    layout = read_layout(model)
+    rows = torch.randint(3, 64, (6, 20), generator=torch.Generator().manual_seed(3)).tolist()
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"input_ids": row}) for row in rows), encoding="utf-8")
+    (tmp_path / "set.yaml").write_text(SET, encoding="utf-8")
+    held_out = (tmp_path / "set.yaml",)
+    contexts = contexts_of(ProofSettings(held_out=held_out), (16, 64))
+    groups, records = read_held_out(layout, held_out, contexts, None)
+    assert [len(chunk.ids) for group in groups for chunk in group.chunks] == [20] * 5
+    assert records[0].kind == "set"
+    assert contexts_of(ProofSettings(held_out=(tmp_path / "rows.jsonl",)), (16, 64, 256)) == (64, 256)
+    with raises("option-conflict", where="contexts"):
+        read_held_out(layout, held_out, contexts_of(ProofSettings(held_out=held_out, contexts=(8,)), ()), None)
+    with raises("option-conflict", where="max_tokens"):
+        read_held_out(layout, held_out, contexts, 64)
 
 
 @pytest.mark.parametrize("layers", [1, 2])

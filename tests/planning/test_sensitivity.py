@@ -22,12 +22,13 @@ from snugfit.model.layout import read_layout
 from snugfit.planning import scoring_cost
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import merge_scores
-from snugfit.planning.gradients import GradientPass, draw
-from snugfit.planning.samples import Samples, cut_rows, edges_of
+from snugfit.planning.drawn import draw
+from snugfit.planning.gradients import GradientPass
+from snugfit.planning.samples import Samples, by_bucket, cut_rows, edges_of
 from snugfit.planning.scoring_cost import estimate_scoring
-from snugfit.planning.sensitivity import ScoreSettings, by_bucket, score_model, score_samples
+from snugfit.planning.sensitivity import ScoreSettings, score_model, score_samples
 from snugfit.planning.shared_pass import Assigned, SharedPass, branches_of
-from snugfit.planning.variants import LayerVariants, open_subject
+from snugfit.planning.variants import Key, LayerVariants, open_subject
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.base import as_json
 from snugfit.records.scores import KV_CACHE, Scores, cache_of_layer, check_model, load_scores, save_scores
@@ -224,7 +225,7 @@ def test_gradients_are_finite_differences(
     subject = open_subject(layout, statistics, rounding="plain", target="none")
     make = LayerVariants.make
 
-    def barely(self: LayerVariants, wanted: Iterable[tuple[str, str]]) -> None:
+    def barely(self: LayerVariants, wanted: Iterable[Key]) -> None:
         """A hundredth of the rounding, where a layer's output is linear in it."""
         known = set(self._known)
         make(self, wanted)
@@ -235,7 +236,9 @@ def test_gradients_are_finite_differences(
 
     monkeypatch.setattr(LayerVariants, "make", barely)
     (tmp_path / "pass").mkdir()
-    scored = GradientPass(subject, part.rows, ["int4"], CPU, tokens_per_batch=64, folder=tmp_path / "pass", seed=0)
+    scored = GradientPass(
+        subject, part.rows, {"int4": "int4"}, CPU, tokens_per_batch=64, folder=tmp_path / "pass", seed=0
+    )
     sums = scored.run(FinishedUnits(tmp_path / "pass", {}))
     exact = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     ids = torch.tensor([row.ids for row in part.rows])
@@ -302,6 +305,25 @@ def test_a_family_that_shares_keys_and_values_is_scored(
     assert score(model, tmp_path / "work", samples(8), formats=("int4",)).to_json() == found.to_json()
     estimate = estimate_scoring(read_layout(model), samples(8), ScoreSettings(formats=("int4",)), device="cpu")
     assert (estimate.seconds or 0) > 0
+
+
+def test_fp8_is_scored_as_it_follows_the_effort_beside_4_bits(model: Path, tmp_path: Path) -> None:
+    """Weighted scores give FP8 the scales that it has beside a 4-bit format, if one is scored; its names stay."""
+
+    def weighted(*formats: str) -> Scores:
+        settings = ScoreSettings(formats=formats, rounding="weighted", kv_cache=False)
+        work = tmp_path / "-".join(formats)
+        return score_samples(read_layout(model), samples(4), settings, work, device="cpu", tokens_per_batch=256)
+
+    alone, beside = weighted("fp8-dynamic"), weighted("fp8-dynamic", "int4")
+    assert (alone.fp8_follows, beside.fp8_follows) == (False, True)
+    assert {fmt for by_format in beside.costs.values() for fmt in by_format} == {"fp8-dynamic", "int4"}
+    assert {fmt for point in beside.points for fmt in point.formats.values()} == {"fp8-dynamic", "int4"}
+    for group in beside.groups:
+        same = alone.costs[group.name]["fp8-dynamic"] == beside.costs[group.name]["fp8-dynamic"]
+        assert same == (group.layer is None)
+    assert beside.points[0].name == "fp8-dynamic"
+    assert beside.points[0].kl != alone.points[0].kl
 
 
 def test_positions_are_in_buckets(model: Path) -> None:

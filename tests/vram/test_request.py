@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from helpers.errors import raises
 from snugfit.engines.gpus import CARDS, COMMON, GENERATIONS, find_card
-from snugfit.engines.kernels import EXPERTS, LINEAR, attention_kernel, linear_kernel
+from snugfit.engines.kernels import EXPERTS, LINEAR, Linear, attention_kernel, linear_kernel
 from snugfit.engines.memory import ENGINE_NAMES, ENGINES, GIB, MIB
 from snugfit.engines.profiles import PROFILES
 from snugfit.formats.spec import FORMATS, READ_ONLY, TensorFormat
+from snugfit.vram.fit import PlannedTensor, ServeSettings, kernel_labels
 from snugfit.vram.request import parse_gpu
 from snugfit.vram.weights import kernel_format
 
@@ -109,6 +112,49 @@ def test_what_this_project_saw() -> None:
     experts = linear_kernel("vllm", "int4", "hopper", experts=True)
     assert experts is not None
     assert experts.name == "Marlin"
+
+
+@pytest.mark.parametrize(
+    ("linear", "name"),
+    [
+        (Linear(3072, 576, 64), "Machete"),
+        (Linear(1536, 1536, 128), "Machete"),
+        (Linear(1536, 1536, -1), "Machete"),
+        (Linear(576, 576, 64), "Marlin"),  # vLLM 0.24 on an H200: docs/planning.md
+        (Linear(960, 576, 64), "Marlin"),
+        (Linear(1536, 1536, 32), "Marlin"),
+        (Linear(1536, 96, 32), "Marlin"),
+    ],
+)
+def test_machete_takes_whole_blocks(linear: Linear, name: str) -> None:
+    """On Hopper Machete runs INT4 of 128 out_features by 64 in_features, in groups of 64 or more, Marlin the rest."""
+    found = linear_kernel("vllm", "int4", "hopper", linear=linear)
+    assert found is not None
+    assert (found.name, found.arithmetic) == (name, "W4A16")
+    other = linear_kernel("vllm", "int4", "ampere", linear=linear)
+    assert other is not None
+    assert other.name == "Marlin"
+
+
+def test_kernels_are_those_of_fused_linears_on_each_gpu() -> None:
+    """Query, key and value count as one linear, and what tensor parallelism leaves each GPU decides."""
+
+    def tensor(name: str, out_features: int, in_features: int) -> PlannedTensor:
+        shape = out_features, in_features
+        return PlannedTensor(f"model.layers.0.{name}.weight", shape, (), TensorFormat("int4", group_size=64))
+
+    qkv = [tensor(f"self_attn.{leaf}_proj", out, 512) for leaf, out in (("q", 512), ("k", 64), ("v", 64))]
+    down = tensor("mlp.down_proj", 512, 384)
+    settings = partial(ServeSettings, gpu=parse_gpu("H100"), engine=ENGINES["vllm"])
+
+    def labels(tensors: list[PlannedTensor], tp: int) -> tuple[str, ...]:
+        return kernel_labels(tensors, settings(tensor_parallel_size=tp), 2)["hopper"]
+
+    assert labels(qkv, 1) == ("int4: Machete (W4A16)",)
+    assert labels(qkv[:1], 1) == ("int4: Machete (W4A16)",)
+    assert labels(qkv[:2], 1) == ("int4: Marlin (W4A16)",)
+    assert labels([*qkv, down], 2) == ("int4: Machete (W4A16)", "int4: Marlin (W4A16)")
+    assert labels([down], 2) == ("int4: Machete (W4A16)",)
 
 
 def test_fp4_arithmetic_is_blackwells() -> None:

@@ -20,12 +20,40 @@ Arithmetic = Literal["W4A4", "W4A16", "W4A8", "W8A8", "W8A16", "W16A16"]
 
 
 @dataclass(frozen=True)
+class Linear:
+    """What a GPU has of a linear, fused partners as one: its features, and those under one scale (-1: all of a row)."""
+
+    out_features: int
+    in_features: int
+    group_size: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """What a kernel takes: features in whole blocks, and sizes of groups. `otherwise` is the kernel of the rest."""
+
+    out_features: int
+    in_features: int
+    group_sizes: tuple[int, ...]
+    otherwise: Kernel
+
+    def takes(self, linear: Linear) -> bool:
+        """Whether a linear is one of these."""
+        even = linear.out_features % self.out_features == 0 == linear.in_features % self.in_features
+        return even and linear.group_size in self.group_sizes
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """A kernel and its arithmetic: bits of weights and of activations. `seen`: this project saw an engine choose it."""
+    """A kernel and its arithmetic: bits of weights and of activations. `seen`: this project saw an engine choose it.
+
+    `blocks` says which linears it takes, None: all.
+    """
 
     name: str
     arithmetic: Arithmetic
     seen: bool = False
+    blocks: Blocks | None = None
 
 
 _MARLIN4 = Kernel("Marlin", "W4A16")
@@ -72,11 +100,12 @@ _VLLM_LINEAR: Mapping[str, Mapping[Generation, Kernel]] = {
         "blackwell": Kernel("DeepGEMM", "W8A8"),
         "blackwell-consumer": _CUTLASS8,
     },
-    # _POSSIBLE_KERNELS: Machete needs sm90, Marlin runs everywhere
+    # _POSSIBLE_KERNELS: Machete needs sm90 and whole blocks (machete_utils.py), Marlin runs everywhere, and pads
     "int4": {
         "ampere": _MARLIN4,
         "ada": _MARLIN4,
-        "hopper": Kernel("Machete", "W4A16", seen=True),  # 0.24 on an H100: docs/engines.md
+        # 0.24 on an H100: docs/engines.md
+        "hopper": Kernel("Machete", "W4A16", seen=True, blocks=Blocks(128, 64, (-1, 64, 128), _MARLIN4)),
         "blackwell": _MARLIN4,
         "blackwell-consumer": _MARLIN4,
     },
@@ -202,10 +231,17 @@ _ATTENTION = {"vllm": _VLLM_ATTENTION, "aphrodite": _VLLM_ATTENTION, "sglang": _
 _LATENT = {"vllm": _VLLM_LATENT, "aphrodite": _VLLM_LATENT, "sglang": _SGLANG_LATENT}
 
 
-def linear_kernel(engine: str, fmt: str, generation: Generation, *, experts: bool = False) -> Kernel | None:
-    """The kernel for a weight of that format; None where the engine has none (or its docs do not say)."""
+def linear_kernel(
+    engine: str, fmt: str, generation: Generation, *, experts: bool = False, linear: Linear | None = None
+) -> Kernel | None:
+    """The kernel for a weight of that format; None where the engine has none (or its docs do not say).
+
+    Without a `linear` it is the one that the engine prefers.
+    """
     of_experts = EXPERTS[engine].get(fmt, {}).get(generation) if experts else None
-    return of_experts or LINEAR[engine].get(fmt, {}).get(generation)
+    found = of_experts or LINEAR[engine].get(fmt, {}).get(generation)
+    blocks = found.blocks if found else None
+    return found if blocks is None or linear is None or blocks.takes(linear) else blocks.otherwise
 
 
 def attention_kernel(engine: str, generation: Generation, *, fp8: bool, latent: bool = False) -> str:

@@ -218,7 +218,13 @@ def _join_formats(first: Scores, name: str, part: Scores) -> Scores:
     costs = {group: {**part.costs[group], **by_format} for group, by_format in first.costs.items()}
     known = {tuple(sorted(point.formats.items())) for point in first.points}
     more = tuple(point for point in part.points if tuple(sorted(point.formats.items())) not in known)
-    return replace(first, formats=(*first.formats, *part.formats), costs=costs, points=(*first.points, *more))
+    return replace(
+        first,
+        formats=(*first.formats, *part.formats),
+        fp8_follows=first.fp8_follows or part.fp8_follows,
+        costs=costs,
+        points=(*first.points, *more),
+    )
 
 
 def _join_samples(first: Scores, name: str, part: Scores) -> Scores:
@@ -226,6 +232,8 @@ def _join_samples(first: Scores, name: str, part: Scores) -> Scores:
     if set(first.formats) != set(part.formats):
         what = "has other formats, on other samples."
         raise _mismatch(what, name, "Score the same formats on all samples, or all formats on the same.")
+    if first.fp8_follows != part.fp8_follows:
+        raise _mismatch("has FP8 rounded in another way.", name, "Score again with this version.")
     weights = first.tokens, part.tokens
     costs = {
         group: {fmt: Cost(*_weighted(cost, part.costs[group][fmt], weights)) for fmt, cost in by_format.items()}

@@ -270,7 +270,9 @@ def _row(
             _cache("auto", plain, auto, model.cache.size(tp=tp).bytes_per_token),
             _cache("fp8", scaled, fp8, model.cache.size(fp8=narrow, tp=tp, kept_layers=kept).bytes_per_token),
         ),
-        kernels={GENERATIONS[key]: labels for key, labels in kernel_labels(tensors, settings).items()},
+        kernels={
+            GENERATIONS[key]: labels for key, labels in kernel_labels(tensors, settings, model.cache.kv_heads).items()
+        },
         loads={GENERATIONS[key]: status for key, status in loading_status(tensors, settings).items()},
     )
 

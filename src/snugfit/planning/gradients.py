@@ -27,10 +27,12 @@ from snugfit.evaluation.evaluated_model import bounded_attention, embedding_weig
 from snugfit.machine import fix_cublas_workspace, free_bytes
 from snugfit.model import forward_pass
 from snugfit.model.emulate import FP8Cache
-from snugfit.model.forward_pass import Batch, Head
+from snugfit.model.forward_pass import Batch
 from snugfit.model.hidden_states import StateFile
 from snugfit.planning.carried import Carried, Visit
+from snugfit.planning.drawn import loss_gradient
 from snugfit.planning.groups import EXPERTS, SHARED, Group
+from snugfit.planning.samples import ScoredRow
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
@@ -43,19 +45,6 @@ TOKENS_PER_NAT = 500
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}  # of which a gradient is made at once
 # roles of groups whose outputs stay with their token in a layer; those of others reach the tokens that attend to it
 OWN_TOKEN = frozenset({"o", "gate_up", "gate", "up", "down", "mlp", EXPERTS, SHARED})
-
-
-@dataclass(frozen=True)
-class ScoredRow:
-    """A sample's token ids; its tokens from position `first` on are scored (at least 1: nothing predicts the first)."""
-
-    ids: tuple[int, ...]
-    first: int = 1
-
-    @property
-    def count(self) -> int:
-        """The number of scored tokens."""
-        return len(self.ids) - self.first
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,7 @@ class GradientPass:
         self,
         subject: Subject,
         rows: Sequence[ScoredRow],
-        formats: Sequence[str],
+        formats: Mapping[str, str],
         device: torch.device,
         *,
         tokens_per_batch: int,
@@ -86,9 +75,13 @@ class GradientPass:
         kv_cache: bool = False,
         progress: Progress = SILENT,
     ) -> None:
-        """Files go to `folder`, which holds those of one pass alone. With `kv_cache` FP8 caches are scored, too."""
+        """Files go to `folder`, which holds those of one pass alone. With `kv_cache` FP8 caches are scored, too.
+
+        `formats` are those to score, each by its name with what its weights are rounded to.
+        """
         self._kv_cache = kv_cache
-        self._subject, self._rows, self._formats, self._device = subject, rows, formats, device
+        self._subject, self._rows, self._device = subject, rows, device
+        self._formats, self._names = tuple(formats.values()), {way: name for name, way in formats.items()}
         self._folder, self._seed, self._progress = folder, seed, progress
         self._strictly = True  # until an operation cannot
         if device.type == "cuda":
@@ -106,7 +99,7 @@ class GradientPass:
         """
         steps = 2 * len(self._ran) + 1
         if finished.done == steps:  # its files are gone
-            return _sums(finished)
+            return _sums(finished, self._names)
         with ExitStack() as stack:
             stack.enter_context(bounded_attention(self._subject.model.arithmetic, self._device))
             advance = stack.enter_context(self._progress.bar(steps, "scoring"))
@@ -137,7 +130,7 @@ class GradientPass:
                 advance()
         for file in (*states, *gradients) if distributed.is_main() else ():
             file.path.unlink(missing_ok=True)
-        return _sums(finished)
+        return _sums(finished, self._names)
 
     def _file(self, stack: ExitStack, transfer: Transfer, name: str, dtype: torch.dtype | None = None) -> StateFile:
         skeleton = self._subject.model.skeleton
@@ -302,7 +295,8 @@ class _Watched:
     def prepare(self, formats: Sequence[str]) -> None:
         """Make the variants of all groups in these formats."""
         wanted = {group.name: scored_formats(self._subject.layout, group, formats) for group in self._groups}
-        self._variants.make((name, fmt) for name, some in wanted.items() for fmt in some)
+        alone = [self._variants.keys({name: fmt}) for name, some in wanted.items() for fmt in some]
+        self._variants.make(key for keys in alone for key in keys.values())
         for group in self._groups:
             if group.role not in OWN_TOKEN:
                 self._spread[group.name] = wanted[group.name]
@@ -391,27 +385,10 @@ def _add(
             part[row] += value
 
 
-def loss_gradient(head: Head, hidden: Tensor, seed: int, row: int, start: int) -> Tensor:
-    """The gradient of the summed loss of some tokens at their hidden states [n, H]; see `draw`."""
-    with torch.enable_grad():
-        part = hidden.detach().clone().requires_grad_()
-        predicted = head(part.unsqueeze(0))[0].float().log_softmax(-1)
-        loss = -predicted.gather(-1, draw(predicted.detach(), seed, row, start)).sum()
-        (gradient,) = torch.autograd.grad(loss, part)
-    return gradient.float()
-
-
-def draw(predicted: Tensor, seed: int, row: int, start: int) -> Tensor:
-    """Token ids [n, 1] drawn from log probabilities [n, V]: the same for the same seed, row and first token."""
-    generator = torch.Generator().manual_seed(hash((seed, row, start)) & 0x7FFFFFFF)
-    drawn = torch.rand(len(predicted), 1, generator=generator).to(predicted.device)
-    ends = predicted.exp().cumsum(-1)
-    return torch.searchsorted(ends, drawn * ends[:, -1:]).clamp_(max=ends.shape[1] - 1)
-
-
-def _sums(finished: FinishedUnits) -> dict[tuple[str, str], Sums]:
+def _sums(finished: FinishedUnits, names: Mapping[str, str]) -> dict[tuple[str, str], Sums]:
+    """What was found of each group in each format, which `names` calls by what its weights were rounded to."""
     found = {}
     for entry in finished.entries:
-        for name, fmt, signed, costs in entry.get("sums", ()):
-            found[name, fmt] = Sums(tuple(signed), tuple(costs))
+        for group, way, signed, costs in entry.get("sums", ()):
+            found[group, names.get(way, way)] = Sums(tuple(signed), tuple(costs))
     return found

@@ -6,8 +6,8 @@ layer are one, every other linear is a group of its own. A weight that no recipe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from snugfit.engines.fused import FUSED_GROUPS, group_modules
 from snugfit.engines.kernels import HEAD_FORMAT
@@ -15,10 +15,11 @@ from snugfit.errors import UserError
 from snugfit.formats.spec import EFFORT, FORMATS, INT4_GROUPS, KEEP, PLAIN_RULES, TensorFormat, check_shape
 from snugfit.model.layout import ModelLayout
 from snugfit.model.names import KEPT_ROLES, ROLE_SETS, TensorName
-from snugfit.recipes.assignment import Assignment, check_inputs, keep_codes, kept_format
+from snugfit.recipes.assignment import ALONG, Assignment, brings_along, check_inputs, followers, keep_codes, kept_format
 from snugfit.recipes.recipe import Rule
 
 EXPERTS, SHARED, HEAD = "experts", "shared_experts", "lm_head"
+FOLLOWING = f"{ALONG}/{EFFORT}"  # FP8 whose scales and codes follow the effort, as 4-bit weights beside it do
 
 # fused members -> the last part of the group's name
 _JOINED: Mapping[tuple[str, ...], str] = {
@@ -114,8 +115,13 @@ def assignment_of(layout: ModelLayout, group: Group, fmt: str) -> Mapping[str, A
     """What a rule that names exactly this group and the format `fmt` (as recipes write it, or keep) makes of it.
 
     By the name of each weight. Codes of the source that are in the format already stay, INT4 gets the largest group
-    size that divides. UserError where a shape or an engine does not allow the format.
+    size that divides. FOLLOWING is FP8, and follows the effort where it can. UserError where a shape or an engine does
+    not allow the format.
     """
+    if fmt == FOLLOWING:
+        found = assignment_of(layout, group, ALONG)
+        rounded = {name for name, one in found.items() if not one.keeps_codes} if _can_follow(group) else set()
+        return {name: replace(one, scale_rule=EFFORT) if name in rounded else one for name, one in found.items()}
     rule = Rule(name=group.name, format=fmt)
     stored = layout.weights.formats
     kept = {name: kept_format(rule, stored.get(name)) for name in group.weights}
@@ -141,3 +147,36 @@ def assignment_of(layout: ModelLayout, group: Group, fmt: str) -> Mapping[str, A
     settled = Assignment(one, EFFORT if fmt in PLAIN_RULES else FORMATS[fmt].scale_rules[0], "mse", 0)
     check_inputs(settled, others, group.name)
     return found | dict.fromkeys(others, settled)
+
+
+def as_written(layout: ModelLayout, groups: Mapping[str, Group], choice: Mapping[str, str]) -> dict[str, str]:
+    """A choice of formats by group, with FOLLOWING where `quantize` lets FP8 follow the effort beside these others."""
+    found: dict[str, Assignment] = {}
+    for name in choice.keys() & groups.keys():
+        found |= assignment_of(layout, groups[name], choice[name])
+    follow = followers(found, _layers(groups.values()))
+    return {
+        name: FOLLOWING if name in groups and not follow.keys().isdisjoint(groups[name].weights) else fmt
+        for name, fmt in choice.items()
+    }
+
+
+def follows_beside(layout: ModelLayout, groups: Iterable[Group], formats: Iterable[str]) -> bool:
+    """Whether FP8 follows the effort in plans of these formats: one of them does so in a group that brings it along."""
+    return any(_brings_along(layout, group, fmt) for fmt in formats for group in groups)
+
+
+def _brings_along(layout: ModelLayout, group: Group, fmt: str) -> bool:
+    try:
+        return brings_along(assignment_of(layout, group, fmt), _layers([group]))
+    except UserError:  # the group cannot have the format
+        return False
+
+
+def _can_follow(group: Group) -> bool:
+    return group.layer is not None and group.role != EXPERTS
+
+
+def _layers(groups: Iterable[Group]) -> frozenset[str]:
+    """The weights of decoder layers, but routed experts."""
+    return frozenset(name for group in groups if _can_follow(group) for name in group.weights)

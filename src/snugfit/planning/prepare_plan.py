@@ -11,14 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from snugfit.arguments import as_sequence
+from snugfit.data.dataset import the_set
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.constraints import LoadedConstraints, load_constraints
 from snugfit.planning.damage import merge_scores
+from snugfit.planning.groups import find_groups, follows_beside
 from snugfit.planning.limits import Budget, read_place
 from snugfit.planning.search import any_mix, make_mix, scored, within
 from snugfit.planning.space import Choices, read_choices
+from snugfit.recipes.assignment import ALONG
 from snugfit.records.scores import KEEP, Scores, check_model, load_scores
 from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics
 from snugfit.storage.checkpoint import fingerprint, header_digest
@@ -153,6 +156,7 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
             raise UserError(
                 what, code="scores-mismatch", where="scores", remedy="Score again, or leave `rounding` out."
             )
+        _check_rounded(found, layout)
         choices = replace(choices, space=scored(choices.space, found))
         _check_possible(choices)
     target = found.target if found else request.target or fitting
@@ -183,11 +187,12 @@ def _read_texts(
         from snugfit.planning.proof import read_held_out
 
         edges = scores.edges if scores else samples.edges if samples else ()
-        contexts = request.proof.contexts or default_contexts(edges)
         try:
+            contexts = contexts_of(request.proof, edges)
             groups, _ = read_held_out(layout, request.proof.held_out, contexts, request.proof.max_tokens)
         except UserError as error:
-            raise error.at(_PLACES.get(error.where, error.where)) from None
+            where, remedy = _PLACES.get(error.where, error.where), error.remedy.replace(", or give `max_chunks`", "")
+            raise type(error)(error.what, code=error.code, where=where, remedy=remedy) from None
         tokens = sum(len(chunk.ids) for group in groups for chunk in group.chunks)
     return samples, tokens
 
@@ -228,6 +233,16 @@ def _check_needed(choices: Choices) -> None:
         raise UserError(what, code="recipe-changes-nothing", where=where, remedy="Ask for less.")
 
 
+def _check_rounded(found: Scores, layout: ModelLayout) -> None:
+    """UserError for scores of FP8 under other scales than a plan of their formats gives it."""
+    if found.effort == "plain" or ALONG not in found.formats or found.fp8_follows:
+        return
+    if follows_beside(layout, find_groups(layout), found.formats):
+        what = f"their FP8 has plain scales, and beside 4-bit weights it has {found.effort} ones."
+        remedy = "Score FP8 and 4-bit formats again, in one run."
+        raise UserError(what, code="scores-mismatch", where="scores", remedy=remedy)
+
+
 def _statistics_beside(given: Path, scores: Scores) -> Statistics | None:
     """The statistics of the calibration that scores were made with, where they lie beside them."""
     file = (given if given.is_dir() else given.parent) / STATISTICS_FILE
@@ -238,6 +253,11 @@ def _statistics_beside(given: Path, scores: Scores) -> Statistics | None:
     return found if same else None
 
 
-def default_contexts(edges: Sequence[int]) -> tuple[int, ...]:
-    """The scored context, and a quarter of it, out of the ends of the scored buckets."""
+def contexts_of(proof: ProofSettings, edges: Sequence[int]) -> tuple[int, ...]:
+    """The contexts of the proof: by default the scored one and a quarter of it, out of the ends of the scored buckets.
+
+    Samples of a set have their own lengths, so none goes with it by itself. UserError for a set with files beside it.
+    """
+    if proof.contexts or the_set(proof.held_out) is not None:
+        return proof.contexts
     return tuple(edges[-2:])

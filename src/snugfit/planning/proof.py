@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from snugfit import distributed
 from snugfit.arguments import as_sequence
 from snugfit.data import texts
+from snugfit.data.dataset import the_set
 from snugfit.data.tokenizer import Tokenizer
 from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
@@ -92,20 +93,20 @@ def prove(
     def open_here() -> tuple[Subject, tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
         layout = read_layout(model)
         chunks, described = read_held_out(layout, as_sequence(dataset), contexts, max_tokens)
-        return open_subject(layout, statistics, rounding=rounding, target=target), chunks, described
+        return open_subject(layout, statistics, rounding=rounding, target=target, folds=True), chunks, described
 
     subject, groups, records = distributed.in_all(open_here)
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     rows = [chunk.ids for group in groups for chunk in group.chunks]
-    folder, decided = Path(work_dir), {"rounding": rounding, "target": target, "tokens_per_batch": per_batch}
-    identity = decided | _identity(subject.layout, statistics, rows, plans, where)
+    written = [replace(plan, choice=subject.as_written(plan.choice)) for plan in plans]
+    folder, identity = Path(work_dir), {"tokens_per_batch": per_batch} | _identity(subject, rows, written, where)
     finished = open_comparison(folder, identity, force=force_resume)
     with deterministic(where):
         found = measure_plans(
             subject,
             rows,
-            plans,
+            written,
             where,
             tokens_per_batch=per_batch,
             folder=folder,
@@ -121,26 +122,32 @@ def prove(
 
 
 def _identity(
-    layout: ModelLayout,
-    statistics: Statistics,
-    rows: Sequence[Sequence[int]],
-    plans: Sequence[Assigned],
-    device: torch.device,
+    subject: Subject, rows: Sequence[Sequence[int]], plans: Sequence[Assigned], device: torch.device
 ) -> dict[str, Any]:
-    """What decides the figures, beside settings."""
-    return origin(layout.checkpoint, device) | {
-        "statistics": text_digest(statistics.to_json()),
-        "samples": text_digest(json.dumps([list(map(int, row)) for row in rows])),
-        "plans": [[plan.name, dict(plan.choice)] for plan in plans],
-    }
+    """What decides the figures, beside batches."""
+    folds = {"folds": True} if subject.folds else {}
+    return (
+        origin(subject.layout.checkpoint, device)
+        | folds
+        | {
+            "rounding": subject.rounding,
+            "target": subject.target,
+            "statistics": text_digest(subject.statistics.to_json()),
+            "samples": text_digest(json.dumps([list(map(int, row)) for row in rows])),
+            "plans": [[plan.name, dict(plan.choice)] for plan in plans],
+        }
+    )
 
 
 def read_held_out(
     layout: ModelLayout, dataset: Sequence[str | Path], contexts: Sequence[int], max_tokens: int | None
 ) -> tuple[tuple[ChunkGroup, ...], tuple[TextRecord, ...]]:
-    """The chunks that `prove` measures on, and a record of each text; UserError as `evaluate` raises it."""
+    """The chunks that `prove` measures on, and a record of each text; UserError as `evaluate` raises it.
+
+    A set says itself how many tokens it has.
+    """
     files = texts.find_files([Path(file) for file in dataset])
-    if max_tokens is None:
+    if max_tokens is None and the_set(files) is None:
         max_tokens = max(MAX_TOKENS, FEWEST_CHUNKS * max(1, len(files)) * max(contexts, default=0))
     cut, records = texts.read_chunks(
         Tokenizer(layout.checkpoint.path),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from snugfit.planning.caches import scored_cache
 from snugfit.planning.controls import BUILT_IN, Control, or_last, strongest
-from snugfit.planning.prepare_plan import ProofSettings, default_contexts
+from snugfit.planning.prepare_plan import ProofSettings, contexts_of
 from snugfit.planning.proof import prove
 from snugfit.planning.search import Mix, choice_for_scores
 from snugfit.planning.shared_pass import Assigned
@@ -59,7 +59,7 @@ def prove_mixes(
     names = {name for name, _ in candidates}
     mixes = to_measure(candidates, controls)
     rivals = [name for name, _ in mixes if name not in names]
-    contexts = settings.contexts or default_contexts(scores.edges)
+    contexts = contexts_of(settings, scores.edges)
     proof = prove(
         model,
         [Assigned(name=name, choice=choice_to_measure(scores, mix)) for name, mix in mixes],

@@ -6,10 +6,11 @@ costs at long contexts are those of tokens that have a long context, and no row 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from math import fsum, sqrt
 from pathlib import Path
 
 from snugfit.data.dataset import Dataset, load_dataset, make_dataset
@@ -17,7 +18,6 @@ from snugfit.errors import UserError
 from snugfit.model.forward_pass import spread_places
 from snugfit.model.layout import ModelLayout
 from snugfit.model.positions import max_positions
-from snugfit.planning.gradients import ScoredRow
 
 RATIO = 4  # between the ends of neighbouring buckets
 SHORTEST = 256  # tokens of the first bucket
@@ -26,6 +26,19 @@ DEFAULT_CONTEXT = 2048
 FEWEST_ROWS = 2  # of a bucket: errors come from their differences
 MEASURED_TOKENS, MEASURED_SHARE = 2000, 4  # plans are measured on so many in each bucket, and on a part of the others
 DOCUMENTS = 16  # samples that rows are cut from
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A sample's token ids; its tokens from position `first` on are scored (at least 1: nothing predicts the first)."""
+
+    ids: tuple[int, ...]
+    first: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of scored tokens."""
+        return len(self.ids) - self.first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,3 +158,19 @@ def _pieces(samples: Sequence[Sequence[int]], length: int, needed: int) -> list[
         chosen = having if len(having) <= left else [having[n * len(having) // left] for n in range(left)]
         found += [(*begin, *sample[start + len(begin) : start + length]) for sample in chosen]
     raise AssertionError
+
+
+def by_bucket(values: Mapping[int, float], samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Means over the scored tokens of rows, of sums by the row's place, in each bucket.
+
+    Their standard errors are by the rows' differences.
+    """
+    means, errors = [], []
+    for bucket in range(len(samples.edges)):
+        counts = {place: samples.rows[place].count for place in values if samples.buckets[place] == bucket}
+        total = sum(counts.values())
+        mean = fsum(values[place] for place in counts) / total
+        spread = fsum((values[place] - mean * count) ** 2 for place, count in counts.items())
+        means.append(mean)
+        errors.append(sqrt(spread * len(counts) / max(1, len(counts) - 1)) / total)
+    return tuple(means), tuple(errors)

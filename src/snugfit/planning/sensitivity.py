@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import fsum, sqrt
+from dataclasses import dataclass, replace
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +29,17 @@ from snugfit.machine import pick_device, versions
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import class_of, fit_damage
-from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
-from snugfit.planning.groups import HEAD, Group
+from snugfit.planning.gradients import GradientPass, Sums
+from snugfit.planning.groups import FOLLOWING, HEAD, Group, find_groups, follows_beside
 from snugfit.planning.measured_plans import measure_plans
-from snugfit.planning.samples import Samples, read_samples
+from snugfit.planning.samples import Samples, ScoredRow, by_bucket, read_samples
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.quantization.resume import FinishedUnits, open_finished, origin
+from snugfit.recipes.assignment import ALONG
 from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores, cache_of_layer
 from snugfit.records.statistics_file import DatasetUsed
 from snugfit.storage.checkpoint import fingerprint, header_digest
@@ -125,6 +126,17 @@ def check_settings(settings: ScoreSettings) -> None:
         raise UserError(what, code="option-invalid", where="target", remedy=remedy)
 
 
+def rounded_formats(layout: ModelLayout, settings: ScoreSettings) -> dict[str, str]:
+    """How each format is rounded where it is scored, by its name: FP8 as in plans that have 4-bit weights as well.
+
+    Without a format that brings it along, and under plain rounding, it is that of plans without.
+    """
+    found = {fmt: fmt for fmt in settings.formats}
+    if ALONG in found and settings.rounding != PLAIN and follows_beside(layout, find_groups(layout), settings.formats):
+        found[ALONG] = FOLLOWING
+    return found
+
+
 def score_samples(
     layout: ModelLayout,
     samples: Samples,
@@ -150,30 +162,44 @@ def score_samples(
 
     def open_here() -> tuple[Subject, GradientPass]:
         subject = open_subject(layout, statistics, rounding=settings.rounding, target=settings.target)
-        return subject, GradientPass(
-            subject,
-            samples.rows,
-            (*settings.formats, KEEP),
-            where,
-            tokens_per_batch=per_batch,
-            folder=folder,
-            seed=settings.seed,
-            kv_cache=settings.kv_cache,
-            progress=progress,
-        )
+        found = open_gradients(subject, samples, settings, where, folder, tokens_per_batch=per_batch, progress=progress)
+        return subject, found
 
     subject, gradients = distributed.in_all(open_here)
     with deterministic(where):
-        sums = gradients.run(finished)
-        costs = costs_of(sums, samples)
+        costs = costs_of(gradients.run(finished), samples)
         caches = {name: costs.pop(name)["fp8"] for name in list(costs) if name.startswith(cache_of_layer(""))}
         plans = plans_to_measure(subject, costs, settings)
         compared = work_dir / "plans"
         compared.mkdir(exist_ok=True)
         compares = identity | {"plans": [dict(plan.choice) for plan in plans]}
         units = open_finished(compared, compares, force=force_resume)
-        points = _measure(subject, samples, plans, where, per_batch, compared, units, progress)
+        points = _measure(subject, samples, plans, settings, where, per_batch, compared, units, progress)
     return distributed.by_main(lambda: _scores(subject, samples, settings, costs, caches, points))
+
+
+def open_gradients(
+    subject: Subject,
+    samples: Samples,
+    settings: ScoreSettings,
+    device: torch.device,
+    folder: Path,
+    *,
+    tokens_per_batch: int,
+    progress: Progress = SILENT,
+) -> GradientPass:
+    """The pass that scores these formats, and what is kept."""
+    return GradientPass(
+        subject,
+        samples.rows,
+        {**rounded_formats(subject.layout, settings), KEEP: KEEP},
+        device,
+        tokens_per_batch=tokens_per_batch,
+        folder=folder,
+        seed=settings.seed,
+        kv_cache=settings.kv_cache,
+        progress=progress,
+    )
 
 
 def _scores(
@@ -197,6 +223,7 @@ def _scores(
         target=settings.target,
         seed=settings.seed,
         formats=tuple(settings.formats),
+        fp8_follows=FOLLOWING in rounded_formats(layout, settings).values(),
         groups=tuple(groups),
         edges=samples.edges,
         tokens=samples.tokens,
@@ -257,7 +284,7 @@ def identity_of(
     return origin(layout.checkpoint, where) | {
         "samples": samples.dataset.digest,
         "edges": list(samples.edges),
-        "formats": list(settings.formats),
+        "formats": list(rounded_formats(layout, settings).values()),
         "rounding": settings.rounding,
         "target": settings.target,
         "kv_cache": settings.kv_cache,
@@ -276,22 +303,6 @@ def costs_of(sums: Mapping[tuple[str, str], Sums], samples: Samples) -> dict[str
     for (name, fmt), one in sums.items():
         found.setdefault(name, {})[fmt] = Cost(*by_bucket(dict(enumerate(one.costs)), samples))
     return found
-
-
-def by_bucket(values: Mapping[int, float], samples: Samples) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Means over the scored tokens of rows, of sums by the row's place, in each bucket.
-
-    Their standard errors are by the rows' differences.
-    """
-    means, errors = [], []
-    for bucket in range(len(samples.edges)):
-        counts = {place: samples.rows[place].count for place in values if samples.buckets[place] == bucket}
-        total = sum(counts.values())
-        mean = fsum(values[place] for place in counts) / total
-        spread = fsum((values[place] - mean * count) ** 2 for place, count in counts.items())
-        means.append(mean)
-        errors.append(sqrt(spread * len(counts) / max(1, len(counts) - 1)) / total)
-    return tuple(means), tuple(errors)
 
 
 def plans_to_measure(
@@ -345,18 +356,20 @@ def _measure(
     subject: Subject,
     samples: Samples,
     plans: Sequence[Assigned],
+    settings: ScoreSettings,
     device: torch.device,
     tokens_per_batch: int,
     folder: Path,
     finished: FinishedUnits,
     progress: Progress,
 ) -> list[Point]:
-    """KL of each plan by bucket, measured on some rows."""
+    """KL of each plan by bucket, measured on some rows, rounded as its groups were scored."""
+    rounded = rounded_formats(subject.layout, settings)
     rows = {place: samples.rows[place] for place in samples.measured}
     found = measure_plans(
         subject,
         [row.ids for row in rows.values()],
-        plans,
+        [replace(plan, choice={name: rounded.get(fmt, fmt) for name, fmt in plan.choice.items()}) for plan in plans],
         device,
         tokens_per_batch=tokens_per_batch,
         folder=folder,

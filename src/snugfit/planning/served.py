@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from snugfit.engines.gpus import CARDS, GENERATIONS, Card
-from snugfit.engines.kernels import linear_kernel
 from snugfit.engines.loading import loading
 from snugfit.engines.memory import ENGINES
 from snugfit.errors import UserError
@@ -15,9 +14,18 @@ from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.candidates import Candidate, as_it_is, read_source
 from snugfit.planning.fit import read_served_model
 from snugfit.report.collection import KernelUse, ServedFit
-from snugfit.vram.fit import FitResult, ServedModel, ServeSettings, fit_weights, merge_layers, serving_error
+from snugfit.vram.fit import (
+    FitResult,
+    PlannedTensor,
+    ServedModel,
+    ServeSettings,
+    fit_weights,
+    kernels_of,
+    linears_on_gpu,
+    merge_layers,
+    serving_error,
+)
 from snugfit.vram.request import gpu_of
-from snugfit.vram.weights import is_expert, kernel_format
 
 # engine -> its memory rules, for one sequence and for more
 REPORTED_ENGINES = ("vllm", "aphrodite", "sglang")
@@ -64,18 +72,17 @@ def served_fits(
 
 def _kernels(candidate: Candidate) -> Iterator[KernelUse]:
     """For each engine, generation and quantized format, experts where theirs differ."""
-    uses = [(t.format, is_expert(t.name)) for t in candidate.tensors if t.format is not None]
-    kinds = dict.fromkeys((kernel_format(fmt), experts) for fmt, experts in uses)
+    linears = linears_on_gpu(candidate.tensors, 1, None)
     for engine in REPORTED_ENGINES:
         for generation, title in GENERATIONS.items():
-            for fmt, experts in kinds:
-                kernel = linear_kernel(engine, fmt, generation, experts=experts)
+            for (fmt, experts), some in linears.items():
+                kernels = kernels_of(engine, fmt, generation, some, experts=experts)
                 yield KernelUse(
                     engine=engine,
                     generation=title,
                     format=f"{fmt}, experts" if experts else fmt,
-                    kernel=kernel.name if kernel else None,
-                    arithmetic=kernel.arithmetic if kernel else None,
+                    kernel=", ".join(kernel.name for kernel in kernels) or None,
+                    arithmetic=kernels[0].arithmetic if kernels else None,
                     seen=loading(engine, fmt, generation) == "seen",
                 )
 

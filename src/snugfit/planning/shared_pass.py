@@ -229,9 +229,9 @@ class SharedPass:
         """Run decoder layer `index` of each branch, from its parent's file to its own."""
         variants = distributed.in_all(lambda: LayerVariants(self._subject, index, self._device, read))
         most = min(distributed.gather(free_bytes(self._device))) // VARIANTS_SHARE
-        groups = self._subject.groups  # a choice names caches, too
-        wanted = dict.fromkeys(pair for one in branches.values() for pair in one.choice if pair[0] in groups)
-        elements = sum(groups[name].elements for name, _ in wanted)
+        choices = [dict(branch.choice) for branch in dict.fromkeys(branches.values())]
+        wanted = dict.fromkeys(key for choice in choices for key in variants.keys(choice).values())
+        elements = sum(self._subject.groups[name].elements for name, _, _ in wanted)
         if elements * self._subject.model.skeleton.dtype.itemsize <= most:
             variants.make(wanted)  # all at once: processes share many pieces of work better than few
         with bounded_attention(self._subject.model.arithmetic, self._device):

@@ -24,15 +24,16 @@ from snugfit.formats.inputs import STATIC_KINDS
 from snugfit.formats.nvfp4 import input_global_scale
 from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM
 from snugfit.methods.calibrated import Calibrated
+from snugfit.methods.expert_folds import Product
 from snugfit.methods.method import Method, Purpose, Target, WeightGroup
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model import emulate, experts
 from snugfit.model.layer_stubs import put
 from snugfit.model.layout import ModelLayout
-from snugfit.planning.groups import EXPERTS, Group, assignment_of, find_groups
+from snugfit.planning.groups import EXPERTS, Group, as_written, assignment_of, find_groups
 from snugfit.quantization.measured import input_amax
 from snugfit.quantization.plan import Plan, measure_only, units_of
-from snugfit.quantization.recalled import recalled_squares
+from snugfit.quantization.recalled import products_of, recalled_squares
 from snugfit.recipes.assignment import NO_RULE, Assignment
 from snugfit.records.scores import cache_of_layer
 from snugfit.records.statistics_file import Statistics
@@ -46,7 +47,8 @@ VARIANTS_SHARE = 4  # variants of a layer's groups take at most this part of fre
 class Subject:
     """A model under study: the original, its groups by name, what calibration found in it, and how it is rounded.
 
-    `rounding` is PLAIN or WEIGHTED, `target` the engine profile of inputs.
+    `rounding` is PLAIN or WEIGHTED, `target` the engine profile of inputs. `folds`: where a plan quantizes both, up is
+    folded into down, as `quantize` does it by the same statistics; groups by themselves have none.
     """
 
     model: EvaluatedModel
@@ -55,6 +57,7 @@ class Subject:
     statistics: Statistics
     rounding: str
     target: str
+    folds: bool = False
 
     @cached_property
     def plan(self) -> Plan:
@@ -83,6 +86,10 @@ class Subject:
         """What chooses codes."""
         return ROUND_TO_NEAREST if self.rounding == PLAIN else Calibrated(self.target)
 
+    def as_written(self, choice: Mapping[str, str]) -> Mapping[str, str]:
+        """Formats of a plan as they are rounded: FP8 beside 4-bit weights their way, which plain rounding has not."""
+        return choice if self.rounding == PLAIN else as_written(self.layout, self.groups, choice)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
@@ -94,6 +101,10 @@ class Variant:
     parameters: Mapping[str, Tensor]
     quantizers: Mapping[str, emulate.Quantizer]
     experts: emulate.ExpertInputs | None = None
+
+
+# a group, its format, and the products that folds change, of which it has one of the two weights
+Key = tuple[str, str, tuple[Product, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +121,7 @@ class _Draft:
     exact: Mapping[str, Tensor] = field(default_factory=dict)
     places: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
+    products: tuple[Product, ...] = ()
 
 
 class LayerVariants:
@@ -121,8 +133,8 @@ class LayerVariants:
         self._subject, self._device = subject, device
         skeleton = subject.model.skeleton
         self._names, self._mixture = skeleton.names_of_layer(index), skeleton.experts.get(index)
-        self._known: dict[tuple[str, str], Variant] = {}
-        self._observed: Any = None
+        self._known: dict[Key, Variant] = {}
+        self._observed: dict[tuple[Product, ...], Any] = {}
 
     def module_of(self, weight: str) -> str:
         """The module's name of a logical weight that is no routed expert's."""
@@ -136,11 +148,32 @@ class LayerVariants:
 
     def variant(self, group: str, fmt: str) -> Variant:
         """What a group of this layer has in a format; several processes ask for the same."""
-        self.make([(group, fmt)])
-        return self._known[group, fmt]
+        key = self.keys({group: fmt})[group]
+        self.make([key])
+        return self._known[key]
 
-    def make(self, wanted: Iterable[tuple[str, str]]) -> None:
-        """Make what groups have in formats, unless it is known.
+    def keys(self, choice: Mapping[str, str]) -> dict[str, Key]:
+        """What tells the variants of this layer's groups apart, of those that have a format in `choice`."""
+        mine = {name: choice[name] for name in self._subject.by_layer.get(self.index, ()) if name in choice}
+        products = self._products(mine)
+
+        def touched(group: str) -> tuple[Product, ...]:
+            weights = frozenset(self._subject.groups[group].weights) if products else frozenset()
+            return tuple(one for one in products if not weights.isdisjoint((f"{one.up}.weight", f"{one.down}.weight")))
+
+        return {name: (name, fmt, touched(name)) for name, fmt in mine.items()}
+
+    def _products(self, choice: Mapping[str, str]) -> list[Product]:
+        """The gated MLPs and experts whose up is folded into down where groups have the formats of `choice`."""
+        if not self._subject.folds:
+            return []
+        plan, found = self._subject.plan, dict[str, Assignment]()
+        for name, fmt in choice.items():
+            found |= assignment_of(self._subject.layout, self._subject.groups[name], fmt)
+        return products_of(replace(plan, assignments=found), self._subject.model.skeleton, self.index)
+
+    def make(self, wanted: Iterable[Key]) -> None:
+        """Make the variants of these keys, unless they are known.
 
         Several processes, which all want the same, share the work: each rounds some of the weights, and gives them to
         the others.
@@ -159,16 +192,16 @@ class LayerVariants:
                 distributed.send(draft.places[name], owner)
         self._known |= {key: draft.variant for key, draft in drafts.items()}
 
-    def _draft(self, group: str, fmt: str) -> _Draft:
+    def _draft(self, group: str, fmt: str, products: tuple[Product, ...]) -> _Draft:
         one = self._subject.groups[group]
         found = assignment_of(self._subject.layout, one, fmt)
-        return (self._experts if one.role == EXPERTS else self._linears)(one, found)
+        return replace((self._experts if one.role == EXPERTS else self._linears)(one, found), products=products)
 
     def _round(self, draft: _Draft, together: Iterable[tuple[str, ...]]) -> None:
         """Round some of a draft's weights; one group of them after another is in memory."""
         target = draft.target
         groups = (WeightGroup(weights={n: draft.exact[n].clone() for n in names}, target=target) for names in together)
-        purpose = Purpose(runs=True, buffers=draft.buffers, observed=self._observe())
+        purpose = Purpose(runs=True, buffers=draft.buffers, observed=self._observe(draft.products))
         for choice in self._subject.method().choose(groups, purpose):
             if choice.weight_16bit is not None:
                 draft.places[choice.name].copy_(choice.weight_16bit)
@@ -181,15 +214,14 @@ class LayerVariants:
 
     def layer(self, choice: Mapping[str, str]) -> nn.Module:
         """The layer in which groups have the formats of `choice` (those of other layers are ignored)."""
-        mine = {name: choice[name] for name in self._subject.by_layer.get(self.index, ()) if name in choice}
-        if not mine:
+        keys = self.keys(choice)
+        if not keys:
             return self.exact
         memo: dict[int, Any] = {id(parameter): parameter for parameter in self.exact.parameters()}
         layer = copy.deepcopy(self.exact, memo)
         quantizers: dict[str, emulate.Quantizer] = {}
-        self.make(mine.items())
-        for name, fmt in mine.items():
-            variant = self._known[name, fmt]
+        self.make(keys.values())
+        for variant in map(self._known.__getitem__, keys.values()):
             for parameter, tensor in variant.parameters.items():
                 put(layer, parameter, tensor)
             quantizers |= variant.quantizers
@@ -206,16 +238,26 @@ class LayerVariants:
         scales = [torch.tensor(largest / E4M3_MAX, device=self._device) for largest in found]
         return emulate.fp8_cache(*scales)
 
-    def _observe(self) -> Any:
-        """What the method knows of the layer's inputs: E[x^2] of statistics."""
+    def _observe(self, products: tuple[Product, ...]) -> Any:
+        """What the method knows of the layer's inputs: E[x^2] of statistics, under the folds of these products."""
         if self._subject.rounding == PLAIN:
             return None
-        if self._observed is None:
+        if products not in self._observed:
             plan, skeleton = self._subject.plan, self._subject.model.skeleton
             found = recalled_squares(plan, skeleton, self.index, self._subject.statistics)
             squares = {name: one.to(self._device) for name, one in found.items()}
-            self._observed = Calibrated(self._subject.target).recall(squares, (), lambda _: torch.empty(0))
-        return self._observed
+            method = Calibrated(self._subject.target, folds=bool(products), expert_folds=bool(products))
+            self._observed[products] = method.recall(squares, products, self._exact)
+        return self._observed[products]
+
+    def _exact(self, linear: str) -> Tensor:
+        """The exact weight [N, K] of a linear by the file's name."""
+        name = f"{linear}.weight".removeprefix(self._names.file_prefix)
+        experts_of = {} if self._mixture is None else {file: key for key, file in self._mixture.names.items()}
+        if name not in experts_of:
+            return self.exact.get_parameter(f"{self.module_of(f'{linear}.weight')}.weight").data
+        number, role, _ = experts_of[name]
+        return experts.weight_of(self.exact.get_submodule(self.experts_module), number, role)
 
     def _amax(self, found: Mapping[str, Assignment]) -> Mapping[str, float]:
         plan = replace(self._subject.plan, assignments=found)
@@ -326,8 +368,10 @@ def scored_formats(layout: ModelLayout, group: Group, formats: Sequence[str]) ->
     return tuple(found)
 
 
-def open_subject(layout: ModelLayout, statistics: Statistics, *, rounding: str, target: str) -> Subject:
-    """The original, opened to be run as it is; UserError for a model that cannot be run."""
+def open_subject(
+    layout: ModelLayout, statistics: Statistics, *, rounding: str, target: str, folds: bool = False
+) -> Subject:
+    """The original, opened to be run as it is, with `folds` if weights are weighted; UserError if it cannot be run."""
     check_rounding(rounding)
     return Subject(
         model=open_model(layout.checkpoint.path, activations="none"),
@@ -336,4 +380,5 @@ def open_subject(layout: ModelLayout, statistics: Statistics, *, rounding: str, 
         statistics=statistics,
         rounding=rounding,
         target=target,
+        folds=folds and rounding != PLAIN,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from snugfit.engines.fused import NO_FOUR_BIT_INPUTS, group_modules
 from snugfit.errors import UserError
@@ -12,6 +12,7 @@ from snugfit.model.names import TensorName
 from snugfit.recipes.recipe import Rule
 
 NO_RULE = -1
+ALONG = "fp8-dynamic"  # the format whose weights follow the effort if others do
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,34 @@ def without_rule(names: Sequence[TensorName], stored: Mapping[str, TensorFormat]
             mixed |= {*members}
     wide = Assignment(None, "", "", NO_RULE)
     return {name: kept[name] if name in kept and name not in mixed else wide for name in stored}
+
+
+def brings_along(found: Mapping[str, Assignment], layers: Collection[str]) -> bool:
+    """Whether one of the weights `layers` follows the effort, so that FP8 weights among them do, too.
+
+    `layers` are those of decoder layers, but routed experts, which have no use for E[x x^T]: they neither follow nor
+    bring others along.
+    """
+    return any(one.follows_effort for name, one in found.items() if name in layers)
+
+
+def followers(
+    found: Mapping[str, Assignment], layers: Collection[str], may: Callable[[Assignment], bool] = lambda _: True
+) -> dict[str, Assignment]:
+    """The FP8 weights among `layers` that follow the effort because others do: what is measured for these serves them.
+
+    They are fused groups of which all members are rounded to FP8, and `may` follow; `layers` as in `brings_along`.
+    """
+    if not brings_along(found, layers):
+        return {}
+
+    def can(name: str) -> bool:
+        one = found[name]
+        return one.format is not None and one.format.name == ALONG and not one.keeps_codes and may(one)
+
+    groups = group_modules(name.removesuffix(".weight") for name in found if name in layers)
+    whole = [[f"{module}.weight" for module in group] for group in groups]
+    return {name: replace(found[name], scale_rule=EFFORT) for group in whole if all(map(can, group)) for name in group}
 
 
 def check_inputs(assignment: Assignment, names: Sequence[str], place: str) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 
-from snugfit.engines.fused import group_modules
 from snugfit.engines.kernels import HEAD_FORMAT
 from snugfit.errors import UserError
 from snugfit.formats.spec import EFFORT, FORMATS, INT4_GROUPS, KEEP, PLAIN_RULES, TensorFormat, check_shape
@@ -29,6 +27,7 @@ from snugfit.recipes.assignment import (
     check_experts,
     check_groups,
     check_inputs,
+    followers,
     keep_codes,
     kept_format,
     without_rule,
@@ -99,28 +98,8 @@ def resolve(
     check_groups(found, loaded.where)
     check_experts(found, names, loaded.where)
     check_expert_headroom(found, names, loaded.where)
-    return found | _along(loaded, found, names)
-
-
-def _along(loaded: LoadedRecipe, found: Mapping[str, Assignment], names: Sequence[TensorName]) -> dict[str, Assignment]:
-    """FP8 weights that follow the effort because others do: what is measured for these serves them, too.
-
-    These are whole fused groups whose rules name no scale rule, in decoder layers, but not routed experts; nor do
-    routed experts bring others along, which have no use for E[x x^T].
-    """
     layers = {name.full for name in names if name.layer is not None and name.expert is None}
-    if not any(one.follows_effort for name, one in found.items() if name in layers):
-        return {}
-
-    def may(name: str) -> bool:
-        one = found[name]
-        if one.format is None or one.format.name != "fp8-dynamic" or one.keeps_codes:
-            return False
-        return loaded.recipe.rules[one.rule].scale_rule is None
-
-    groups = group_modules(name.removesuffix(".weight") for name in found if name in layers)
-    whole = [[f"{module}.weight" for module in group] for group in groups]
-    return {name: replace(found[name], scale_rule=EFFORT) for group in whole if all(map(may, group)) for name in group}
+    return found | followers(found, layers, lambda one: loaded.recipe.rules[one.rule].scale_rule is None)
 
 
 def _assign(

@@ -110,6 +110,7 @@ class Scores:
     the buckets after the first, then the end of the last: bucket n has positions edges[n - 1] to edges[n]. `tokens` are
     the scored tokens of each bucket. `costs` are by group and format, without formats that a group cannot have; what
     is kept costs nothing unless it has a cost under "keep" (codes of the source whose inputs engines round).
+    `fp8_follows`: FP8 was scored as it is beside 4-bit weights, whose effort it follows there.
     """
 
     snugfit: str
@@ -128,6 +129,7 @@ class Scores:
     damage: tuple[Damage, ...]
     points: tuple[Point, ...]
     versions: Mapping[str, str]
+    fp8_follows: bool = False
     schema: str = SCORES_SCHEMA
 
     def to_json(self) -> str:

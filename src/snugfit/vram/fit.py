@@ -6,16 +6,17 @@ import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from snugfit.engines.fused import group_modules
 from snugfit.engines.gpus import COMMON, GENERATIONS, Generation
-from snugfit.engines.kernels import linear_kernel
+from snugfit.engines.kernels import Kernel, Linear, linear_kernel
 from snugfit.engines.loading import Loading, worst_loading
 from snugfit.engines.memory import EngineMemory
-from snugfit.formats.spec import TensorFormat
+from snugfit.formats.spec import WHOLE_ROW, TensorFormat
 from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.vram.blocks import BlockPool, make_pool
 from snugfit.vram.budget import ActivationWidths, Budget, Gpu, make_budget, max_num_batched_tokens
 from snugfit.vram.kv_cache import ModelCache, head_split_error
-from snugfit.vram.weights import bytes_on_gpu, is_expert, kernel_format, split_error
+from snugfit.vram.weights import bytes_on_gpu, is_expert, kernel_format, shape_on_gpu, split_error
 
 # a context that makes serving worthwhile, where none is asked for
 MIN_CONTEXT = 2048
@@ -130,20 +131,53 @@ def serving_error(model: ServedModel, tensors: Sequence[PlannedTensor], settings
     return None
 
 
-def kernel_labels(tensors: Sequence[PlannedTensor], settings: ServeSettings) -> dict[Generation, tuple[str, ...]]:
+def kernel_labels(
+    tensors: Sequence[PlannedTensor], settings: ServeSettings, kv_heads: int | None
+) -> dict[Generation, tuple[str, ...]]:
     """Generation -> the kernels of the weights, such as "nvfp4: Marlin (W4A16)"; of experts where theirs differ."""
     generations: Sequence[Generation] = (settings.gpu.generation,) if settings.gpu.generation else COMMON
-    pairs = dict.fromkeys((kernel_format(t.format), is_expert(t.name)) for t in tensors if t.format is not None)
+    linears = linears_on_gpu(tensors, settings.tensor_parallel_size, kv_heads)
+    engine = settings.engine.engine
     found: dict[Generation, tuple[str, ...]] = {}
     for generation in generations:
         labels: dict[str, None] = {}
-        for fmt, experts in pairs:
-            kernel = linear_kernel(settings.engine.engine, fmt, generation, experts=experts)
-            same = kernel == linear_kernel(settings.engine.engine, fmt, generation)
+        for (fmt, experts), some in linears.items():
+            same = linear_kernel(engine, fmt, generation, experts=experts) == linear_kernel(engine, fmt, generation)
             label = f"{fmt} experts" if experts and not same else fmt
-            labels[f"{label}: {kernel.name} ({kernel.arithmetic})" if kernel else f"{label}: no kernel"] = None
+            kernels = kernels_of(engine, fmt, generation, some, experts=experts)
+            words = [f"{kernel.name} ({kernel.arithmetic})" for kernel in kernels] or ["no kernel"]
+            labels |= dict.fromkeys(f"{label}: {one}" for one in words)
         found[generation] = tuple(labels)
     return found
+
+
+def linears_on_gpu(
+    tensors: Sequence[PlannedTensor], tp: int, kv_heads: int | None
+) -> dict[tuple[str, bool], tuple[Linear, ...]]:
+    """What each of `tp` GPUs has of quantized linears, by the format's name for kernels and whether they are experts.
+
+    Fused partners are one.
+    """
+    weights = {t.name.removesuffix(".weight"): t for t in tensors if t.format is not None}
+    found: dict[tuple[str, bool], dict[Linear, None]] = {}
+    for group in group_modules(weights):
+        members = [weights[module] for module in group]
+        shapes = [shape_on_gpu(member.name, member.shape, tp, kv_heads)[-2:] for member in members]
+        fmt = members[0].format
+        size = fmt.group_size if fmt and fmt.group_size else WHOLE_ROW
+        linear = Linear(sum(out for out, _ in shapes), shapes[0][1], size)
+        found.setdefault((kernel_format(fmt), is_expert(members[0].name)), {})[linear] = None
+    return {key: tuple(linears) for key, linears in found.items()}
+
+
+def kernels_of(
+    engine: str, fmt: str, generation: Generation, linears: Sequence[Linear], *, experts: bool
+) -> tuple[Kernel, ...]:
+    """The kernels that run these linears of one format, in the order of the engine's preference."""
+    first = linear_kernel(engine, fmt, generation, experts=experts)
+    used = {linear_kernel(engine, fmt, generation, experts=experts, linear=linear) for linear in linears}
+    found = [kernel for kernel in used if kernel is not None]
+    return tuple(sorted(found, key=lambda kernel: (kernel != first, kernel.name)))
 
 
 def most_weight_bytes(

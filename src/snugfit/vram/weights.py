@@ -52,14 +52,22 @@ def _split_bytes(info: TensorInfo, name: str, tp: int, kv_heads: int | None) -> 
     if axis is None or axis >= len(info.shape) or info.shape[axis] <= 1:
         return info.bytes
     side = info.shape[axis]
-    leaf = _leaf(name)
+    return info.bytes // side * _part(side, _leaf(name), tp, kv_heads)
+
+
+def _part(side: int, leaf: str, tp: int, kv_heads: int | None) -> int:
+    """What each GPU has of the axis that is split."""
     if leaf in _VOCABULARY:
-        part = math.ceil(math.ceil(side / _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE / tp)
-    elif leaf in ("k_proj", "v_proj") and kv_heads:
-        part = side * max(1, kv_heads // tp) // kv_heads
-    else:
-        part = math.ceil(side / tp)
-    return info.bytes // side * part
+        return math.ceil(math.ceil(side / _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE / tp)
+    if leaf in ("k_proj", "v_proj") and kv_heads:
+        return side * max(1, kv_heads // tp) // kv_heads
+    return math.ceil(side / tp)
+
+
+def shape_on_gpu(name: str, shape: Sequence[int], tp: int, kv_heads: int | None) -> tuple[int, ...]:
+    """The part of a weight [N, K] on each of `tp` GPUs; `kv_heads` are the model's, None if unknown."""
+    axis = _split_axis(name, len(shape)) if tp > 1 else None
+    return tuple(_part(n, _leaf(name), tp, kv_heads) if place == axis else n for place, n in enumerate(shape))
 
 
 def _split_axis(name: str, dimensions: int) -> int | None:
