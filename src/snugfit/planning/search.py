@@ -131,14 +131,14 @@ def least_kl(space: Space, scores: Scores, context: int, *, count: int = 1, dist
 
     Up to `count`, each different from those before it in `distance` decisions, or in the cache.
     """
-    found: list[Mix] = []
-    for cache in space.limits:
-        task = _Task(space, scores, context, cache)
-        before: list[tuple[int, ...]] = []
-        while len(before) < count and (places := task.least_kl(before, distance)) is not None:
-            before.append(places)
-            found.append(task.mix(places))
-    return sorted(found, key=_rank)[:count]
+    lines = [_Line(_Task(space, scores, context, cache)) for cache in space.limits]
+    best: list[Mix] = []
+    for _ in range(count):  # behind a mix that is none of the best its cache has none that is
+        for line in lines:
+            if not line.ended and (not line.mixes or any(line.mixes[-1] is mix for mix in best)):
+                line.extend(distance)
+        best = sorted((mix for line in lines for mix in line.mixes), key=_rank)[:count]
+    return best
 
 
 def least_bytes(space: Space, scores: Scores, context: int, max_kl: float, kind: str = "file") -> Mix | None:
@@ -231,6 +231,25 @@ def _terms(scores: Scores, decision: Decision, fmt: str) -> tuple[float, ...]:
     """What a decision's groups add in a format, by bucket."""
     terms = [scores.terms(menu.group.name, fmt).kl for menu in decision.menus]
     return tuple(map(math.fsum, zip(*terms, strict=True)))
+
+
+class _Line:
+    """The mixes with one kind of KV cache that have been found so far, best first."""
+
+    def __init__(self, task: _Task) -> None:
+        self._task = task
+        self._places: list[tuple[int, ...]] = []
+        self.mixes: list[Mix] = []
+        self.ended = False
+
+    def extend(self, distance: int) -> None:
+        """Find the next one, which differs from all before it in `distance` decisions, if there is one."""
+        places = self._task.least_kl(self._places, distance)
+        if places is None:
+            self.ended = True
+            return
+        self._places.append(places)
+        self.mixes.append(self._task.mix(places))
 
 
 class _Task:
