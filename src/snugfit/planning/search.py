@@ -9,7 +9,7 @@ first round is exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -189,7 +189,7 @@ def least_amount(space: Space, limit: Limit, cache: str) -> int:
 def any_mix(space: Space, cache: str) -> bool:
     """Whether some mix keeps all limits and constraints together, whatever it loses."""
     free = tuple((0.0,) * len(one.formats) for one in space.decisions)
-    return solve(_problem(space, cache, free)) is not None
+    return solve(problem_of(space, cache, free)) is not None
 
 
 def make_mix(options: Mapping[str, Option], cache: str, outside: Bytes, scores: Scores | None, context: int) -> Mix:
@@ -212,7 +212,7 @@ def _rank(mix: Mix) -> tuple[float, int]:
     return mix.predicted.kl, mix.bytes.file
 
 
-def _problem(space: Space, cache: str, costs: tuple[tuple[float, ...], ...]) -> Problem:
+def problem_of(space: Space, cache: str, costs: tuple[tuple[float, ...], ...]) -> Problem:
     """The knapsack of a space with one kind of KV cache, in which each format of each decision costs so much."""
     outside = space.outside[cache]
     rows = tuple(
@@ -220,6 +220,20 @@ def _problem(space: Space, cache: str, costs: tuple[tuple[float, ...], ...]) -> 
     )
     labels = tuple(one.formats for one in space.decisions)
     return Problem(costs=costs, rows=rows, labels=labels, max_labels=space.max_formats, free=KEEP)
+
+
+def frontier_limits(space: Space, cache: str, count: int) -> Iterator[Limit]:
+    """`count` limits from the smallest size possible to the largest that costs anything, whatever the budget."""
+    measure = Limit(name="", kind="file", bytes=0)
+    low = least_amount(space, measure, cache)
+    high = space.outside[cache].file + sum(max(one.bytes.file for one in menu.options) for menu in space.menus)
+    for step in range(count):
+        yield replace(measure, bytes=low + (high - low) * step // count)
+
+
+def far_apart(space: Space) -> int:
+    """In how many decisions mixes that are offered beside each other differ at least."""
+    return max(1, len(space.decisions) // 12)
 
 
 def _amounts(space: Space, limit: Limit) -> tuple[tuple[int, ...], ...]:
@@ -314,7 +328,7 @@ class _Task:
     def _problem(
         self, costs: tuple[tuple[float, ...], ...], before: Sequence[tuple[int, ...]], distance: int
     ) -> Problem:
-        return replace(_problem(self._space, self._cache, costs), others=tuple(before), distance=distance)
+        return replace(problem_of(self._space, self._cache, costs), others=tuple(before), distance=distance)
 
     def _linear(self, weights: Sequence[float]) -> tuple[tuple[float, ...], ...]:
         """Each option's cost in the linear form with these weights of buckets."""
