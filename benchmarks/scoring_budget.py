@@ -33,9 +33,9 @@ from snugfit.model.forward_pass import spread_places
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import fit_damage
-from snugfit.planning.gradients import ScoredRow, Sums
+from snugfit.planning.gradients import Sums
 from snugfit.planning.limits import Budget, read_place
-from snugfit.planning.samples import FEWEST_ROWS, Samples, by_bucket, read_samples
+from snugfit.planning.samples import FEWEST_ROWS, Samples, ScoredRow, by_bucket, read_samples
 from snugfit.planning.search import least_kl
 from snugfit.planning.sensitivity import ScoreSettings, _scored_sum, _scores, costs_of, open_gradients, plans_to_measure
 from snugfit.planning.shared_pass import Assigned

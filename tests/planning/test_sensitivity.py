@@ -22,7 +22,8 @@ from snugfit.model.layout import read_layout
 from snugfit.planning import scoring_cost
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import merge_scores
-from snugfit.planning.gradients import GradientPass, draw
+from snugfit.planning.drawn import draw
+from snugfit.planning.gradients import GradientPass
 from snugfit.planning.samples import Samples, by_bucket, cut_rows, edges_of
 from snugfit.planning.scoring_cost import estimate_scoring
 from snugfit.planning.sensitivity import ScoreSettings, score_model, score_samples

@@ -27,10 +27,12 @@ from snugfit.evaluation.evaluated_model import bounded_attention, embedding_weig
 from snugfit.machine import fix_cublas_workspace, free_bytes
 from snugfit.model import forward_pass
 from snugfit.model.emulate import FP8Cache
-from snugfit.model.forward_pass import Batch, Head
+from snugfit.model.forward_pass import Batch
 from snugfit.model.hidden_states import StateFile
 from snugfit.planning.carried import Carried, Visit
+from snugfit.planning.drawn import loss_gradient
 from snugfit.planning.groups import EXPERTS, SHARED, Group
+from snugfit.planning.samples import ScoredRow
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject, scored_formats
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.learned import deterministic
@@ -43,19 +45,6 @@ TOKENS_PER_NAT = 500
 LOGITS = {"cpu": 1 << 22, "cuda": 1 << 25}  # of which a gradient is made at once
 # roles of groups whose outputs stay with their token in a layer; those of others reach the tokens that attend to it
 OWN_TOKEN = frozenset({"o", "gate_up", "gate", "up", "down", "mlp", EXPERTS, SHARED})
-
-
-@dataclass(frozen=True)
-class ScoredRow:
-    """A sample's token ids; its tokens from position `first` on are scored (at least 1: nothing predicts the first)."""
-
-    ids: tuple[int, ...]
-    first: int = 1
-
-    @property
-    def count(self) -> int:
-        """The number of scored tokens."""
-        return len(self.ids) - self.first
 
 
 @dataclass(frozen=True)
@@ -394,24 +383,6 @@ def _add(
     for part, values in zip(parts, found, strict=True):
         for row, value in zip(batch.rows, values, strict=True):
             part[row] += value
-
-
-def loss_gradient(head: Head, hidden: Tensor, seed: int, row: int, start: int) -> Tensor:
-    """The gradient of the summed loss of some tokens at their hidden states [n, H]; see `draw`."""
-    with torch.enable_grad():
-        part = hidden.detach().clone().requires_grad_()
-        predicted = head(part.unsqueeze(0))[0].float().log_softmax(-1)
-        loss = -predicted.gather(-1, draw(predicted.detach(), seed, row, start)).sum()
-        (gradient,) = torch.autograd.grad(loss, part)
-    return gradient.float()
-
-
-def draw(predicted: Tensor, seed: int, row: int, start: int) -> Tensor:
-    """Token ids [n, 1] drawn from log probabilities [n, V]: the same for the same seed, row and first token."""
-    generator = torch.Generator().manual_seed(hash((seed, row, start)) & 0x7FFFFFFF)
-    drawn = torch.rand(len(predicted), 1, generator=generator).to(predicted.device)
-    ends = predicted.exp().cumsum(-1)
-    return torch.searchsorted(ends, drawn * ends[:, -1:]).clamp_(max=ends.shape[1] - 1)
 
 
 def _sums(finished: FinishedUnits, names: Mapping[str, str]) -> dict[tuple[str, str], Sums]:

@@ -99,12 +99,8 @@ def prove(
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
     rows = [chunk.ids for group in groups for chunk in group.chunks]
-    folder = Path(work_dir)
-    decided: dict[str, Any] = {"rounding": rounding, "target": target, "tokens_per_batch": per_batch}
-    if subject.folds:
-        decided["folds"] = True
     written = [replace(plan, choice=subject.as_written(plan.choice)) for plan in plans]
-    identity = decided | _identity(subject.layout, statistics, rows, written, where)
+    folder, identity = Path(work_dir), {"tokens_per_batch": per_batch} | _identity(subject, rows, written, where)
     finished = open_comparison(folder, identity, force=force_resume)
     with deterministic(where):
         found = measure_plans(
@@ -126,18 +122,21 @@ def prove(
 
 
 def _identity(
-    layout: ModelLayout,
-    statistics: Statistics,
-    rows: Sequence[Sequence[int]],
-    plans: Sequence[Assigned],
-    device: torch.device,
+    subject: Subject, rows: Sequence[Sequence[int]], plans: Sequence[Assigned], device: torch.device
 ) -> dict[str, Any]:
-    """What decides the figures, beside settings."""
-    return origin(layout.checkpoint, device) | {
-        "statistics": text_digest(statistics.to_json()),
-        "samples": text_digest(json.dumps([list(map(int, row)) for row in rows])),
-        "plans": [[plan.name, dict(plan.choice)] for plan in plans],
-    }
+    """What decides the figures, beside batches."""
+    folds = {"folds": True} if subject.folds else {}
+    return (
+        origin(subject.layout.checkpoint, device)
+        | folds
+        | {
+            "rounding": subject.rounding,
+            "target": subject.target,
+            "statistics": text_digest(subject.statistics.to_json()),
+            "samples": text_digest(json.dumps([list(map(int, row)) for row in rows])),
+            "plans": [[plan.name, dict(plan.choice)] for plan in plans],
+        }
+    )
 
 
 def read_held_out(

@@ -18,7 +18,6 @@ from snugfit.errors import UserError
 from snugfit.model.forward_pass import spread_places
 from snugfit.model.layout import ModelLayout
 from snugfit.model.positions import max_positions
-from snugfit.planning.gradients import ScoredRow
 
 RATIO = 4  # between the ends of neighbouring buckets
 SHORTEST = 256  # tokens of the first bucket
@@ -27,6 +26,19 @@ DEFAULT_CONTEXT = 2048
 FEWEST_ROWS = 2  # of a bucket: errors come from their differences
 MEASURED_TOKENS, MEASURED_SHARE = 2000, 4  # plans are measured on so many in each bucket, and on a part of the others
 DOCUMENTS = 16  # samples that rows are cut from
+
+
+@dataclass(frozen=True)
+class ScoredRow:
+    """A sample's token ids; its tokens from position `first` on are scored (at least 1: nothing predicts the first)."""
+
+    ids: tuple[int, ...]
+    first: int = 1
+
+    @property
+    def count(self) -> int:
+        """The number of scored tokens."""
+        return len(self.ids) - self.first
 
 
 @dataclass(frozen=True, kw_only=True)

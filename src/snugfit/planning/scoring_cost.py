@@ -24,10 +24,11 @@ from snugfit.model.experts import ExpertNames
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
 from snugfit.model.skeleton import Skeleton
-from snugfit.planning.gradients import LOGITS, OWN_TOKEN, ScoredRow, loss_gradient
+from snugfit.planning.drawn import loss_gradient
+from snugfit.planning.gradients import LOGITS, OWN_TOKEN
 from snugfit.planning.groups import EXPERTS, Group, find_groups
 from snugfit.planning.measured_plans import disk_budget, divide_plans, most_files
-from snugfit.planning.samples import Samples
+from snugfit.planning.samples import Samples, ScoredRow
 from snugfit.planning.sensitivity import ScoreSettings, plans_to_measure, rounded_formats
 from snugfit.planning.shared_cost import crowding, largest_share, seconds_of_states
 from snugfit.planning.shared_pass import LOGITS as COMPARED_LOGITS

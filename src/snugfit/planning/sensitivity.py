@@ -29,10 +29,10 @@ from snugfit.machine import pick_device, versions
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import class_of, fit_damage
-from snugfit.planning.gradients import GradientPass, ScoredRow, Sums
+from snugfit.planning.gradients import GradientPass, Sums
 from snugfit.planning.groups import FOLLOWING, HEAD, Group, find_groups, follows_beside
 from snugfit.planning.measured_plans import measure_plans
-from snugfit.planning.samples import Samples, by_bucket, read_samples
+from snugfit.planning.samples import Samples, ScoredRow, by_bucket, read_samples
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subject, scored_formats
 from snugfit.progress import SILENT, Progress
