@@ -156,7 +156,9 @@ def run(given: dict[str, Any]) -> None:
         from snugfit.planning.plan_cost import estimate_plan
 
         found = estimate_plan(**given)
-        print(json.dumps({"scoring": found.scoring_seconds, "proof": found.proof_seconds}))
+        print(
+            json.dumps({"scoring": found.scoring_seconds, "search": found.search_seconds, "proof": found.proof_seconds})
+        )
         return
     with distributed.joined(given["device"]):
         where = distributed.local_rank() if given["device"] == "cuda" else None

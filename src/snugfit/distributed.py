@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _PATIENCE = timedelta(hours=6)  # that one rank may work while others wait
 _PIECE = 1 << 26  # values that are added up at once
+_PACK = 1 << 26  # bytes of small tensors that are sent at once
 _apart = False
 _side: Any = None
 _connecting: threading.Thread | None = None
@@ -271,6 +272,59 @@ def send(tensor: Tensor, owner: int) -> None:
             _torch().broadcast(whole.view(-1).view(torch.uint8), src=owner)
         if whole.data_ptr() != tensor.data_ptr() or whole.stride() != tensor.stride():
             tensor.copy_(whole)
+
+
+def send_many(things: Iterable[tuple[Tensor, int]]) -> None:
+    """Give all processes many tensors, each that of its owner, in place: small ones of one owner go together."""
+    if world_size() == 1:
+        return
+    by_owner: dict[int, list[Tensor]] = {}
+    for tensor, owner in things:
+        by_owner.setdefault(owner, []).append(tensor)
+    for owner in sorted(by_owner):
+        for pack in _packs(by_owner[owner]):
+            _send_pack(pack, owner)
+
+
+def _packs(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one device in lists of at most so many bytes, larger ones by themselves."""
+    pack: list[Tensor] = []
+    held = 0
+    for tensor in tensors:
+        if pack and (held + tensor.nbytes > _PACK or tensor.device != pack[0].device):
+            yield pack
+            pack, held = [], 0
+        pack.append(tensor)
+        held += tensor.nbytes
+    if pack:
+        yield pack
+
+
+def _send_pack(tensors: Sequence[Tensor], owner: int) -> None:
+    if len(tensors) == 1:
+        send(tensors[0], owner)
+        return
+    import torch
+
+    sizes = [tensor.nbytes for tensor in tensors]
+    flat = torch.empty(sum(map(_aligned, sizes)), dtype=torch.uint8, device=tensors[0].device)
+    parts = flat.split([_aligned(size) for size in sizes])
+    views = [
+        part[:size].view(tensor.dtype).view(tensor.shape)
+        for part, size, tensor in zip(parts, sizes, tensors, strict=True)
+    ]
+    if owner == rank():
+        for tensor, view in zip(tensors, views, strict=True):
+            view.copy_(tensor)
+    send(flat, owner)
+    if owner != rank():
+        for tensor, view in zip(tensors, views, strict=True):
+            tensor.copy_(view)
+
+
+def _aligned(size: int) -> int:
+    """Bytes that a tensor of so many takes beside others, so that each begins where its type may."""
+    return -(-size // 16) * 16
 
 
 def add_up(tensor: Tensor, only: int | None = None) -> None:

@@ -418,7 +418,9 @@ def test_a_dry_run_says_what_planning_takes(model: Path, texts: dict[str, Any], 
     assert estimate.held_out_tokens == 24 * 64
     assert estimate.mixes > 3
     assert (estimate.scoring_seconds or 0) > 0
+    assert (estimate.search_seconds or 0) > 0
     assert (estimate.proof_seconds or 0) > 0
+    assert "search" in estimate.line()
     assert estimate.disk_bytes > 0
     assert "planning takes about" in estimate.line()
     before = {file: file.stat().st_mtime_ns for file in model.iterdir()}

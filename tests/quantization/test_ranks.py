@@ -39,6 +39,7 @@ from snugfit.storage.tensor_reader import TensorReader
 from snugfit.storage.transfer import Transfer
 
 ROWS = random_rows([64] * 12 + [40, 33] * 4)  # of several lengths: batches are padded
+TYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64, torch.int64)
 OPTIONS: dict[str, Any] = {"device": "cpu", "tokens_per_batch": 130, "min_tokens_per_expert": 0}
 
 
@@ -358,12 +359,40 @@ def test_processes_wait_for_each_other_a_few_times_a_layer(
     assert in_ranks(2, work) == [0, 0]
 
 
+def test_many_tensors_are_sent_together() -> None:
+    """Small tensors of one owner, of any type and strides, go in one broadcast; one that is large goes by itself."""
+
+    def work(rank: int) -> None:
+        calls, real = 0, torch.distributed.broadcast
+
+        def counted(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            return real(*arguments, **options)
+
+        torch.distributed.broadcast = counted
+        exact = [torch.arange(n, n + 6, dtype=dtype).view(2, 3) for n, dtype in enumerate(TYPES)]
+        exact += [torch.arange(6.0).view(2, 3).T, torch.zeros(0, 4), torch.tensor(7.0), torch.ones(1 << 25)]
+        owners = [place % 2 for place in range(len(exact))]
+        held = [
+            one.clone() if owner == rank else torch.zeros_like(one) for one, owner in zip(exact, owners, strict=True)
+        ]
+        with distributed.joined("cpu"):
+            distributed.send_many(zip(held, owners, strict=True))
+        equal = [torch.equal(one, other) for one, other in zip(held, exact, strict=True)]
+        assert all(equal), equal
+        assert calls == 3
+
+    assert in_ranks(2, work) == [0, 0]
+
+
 def test_a_world_of_one() -> None:
     """Without torchrun every function gives what this process has."""
     assert (distributed.world_size(), distributed.rank(), distributed.is_main()) == (1, 0, True)
     tensor = torch.arange(3.0)
     distributed.add_up(tensor)
     distributed.send(tensor, 0)
+    distributed.send_many([(tensor, 0)])
     assert tensor.tolist() == [0.0, 1.0, 2.0]
     assert distributed.gather(1) == [1]
     assert distributed.by_main(lambda: 1) == 1

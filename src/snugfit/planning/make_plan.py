@@ -23,7 +23,7 @@ from snugfit.planning.outcome import RUNS_OF, Outcome, record_of
 from snugfit.planning.plan_cost import check_resources, estimate_prepared
 from snugfit.planning.prepare_plan import ALTERNATIVES, PlanRequest, Prepared, prepare_plan, request_of
 from snugfit.planning.proving import not_proven, prove_mixes
-from snugfit.planning.search import Limit, Mix, Space, least_bytes, least_kl, scored, simplest_near
+from snugfit.planning.search import Limit, Mix, Space, far_apart, least_bytes, least_kl, scored, simplest_near
 from snugfit.planning.space import Choices
 from snugfit.progress import SILENT, Progress
 from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord, ProvenKl
@@ -220,7 +220,13 @@ def _plan_with(
         notes=prepared.notes,
         seconds=seconds,
     )
-    return distributed.by_main(lambda: record_of(outcome)), statistics
+
+    def recorded() -> PlanRecord:
+        began = time.monotonic()
+        record = record_of(outcome)  # it searches the curve
+        return replace(record, seconds={**seconds, "search": seconds["search"] + time.monotonic() - began})
+
+    return distributed.by_main(recorded), statistics
 
 
 def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
@@ -246,7 +252,7 @@ def _simpler(space: Space, scores: Scores, candidates: Sequence[Mix]) -> list[tu
 
 def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
     budget, space = choices.place.budget, choices.space
-    distance = max(1, len(space.decisions) // 12)
+    distance = far_apart(space)
     if budget.longest:  # of the mixes at that context the one of least KL
         context = _longest(choices, scores)
         space = choices.at(context)

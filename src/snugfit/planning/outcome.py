@@ -14,7 +14,7 @@ from snugfit.planning.controls import Control
 from snugfit.planning.explain import cache_reasons, nats, planned_groups
 from snugfit.planning.limits import Budget, context_beside, served_elements
 from snugfit.planning.menu import Option
-from snugfit.planning.search import NOT_SCORED, Limit, Mix, Space, least_amount, least_kl, within
+from snugfit.planning.search import NOT_SCORED, Mix, Space, frontier_limits, least_kl, within
 from snugfit.planning.space import Choices, check_bytes, recipe_of_mix
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import (
@@ -185,14 +185,8 @@ def _rules(found: Outcome, mix: Mix) -> int:
 def _frontier(found: Outcome) -> list[Mix]:
     """The best mixes at sizes from the smallest possible to the largest that costs anything, whatever the budget."""
     cache = found.mix.kv_cache
-    measure = Limit(name="", kind="file", bytes=0)
-    low = least_amount(found.space, measure, cache)
-    high = found.space.outside[cache].file + sum(
-        max(one.bytes.file for one in menu.options) for menu in found.space.menus
-    )
     mixes = []
-    for step in range(FRONTIER_POINTS):
-        limit = Limit(name="", kind="file", bytes=low + (high - low) * step // FRONTIER_POINTS)
+    for limit in frontier_limits(found.space, cache, FRONTIER_POINTS):
         space = found.space.with_limits({cache: (limit,)})
         mixes += least_kl(space, found.scores, found.context)
     return mixes

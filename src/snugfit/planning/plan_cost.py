@@ -12,6 +12,7 @@ from snugfit.planning.controls import find_controls
 from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of, samples_of
 from snugfit.planning.proving import to_measure
 from snugfit.planning.scoring_cost import ScoringEstimate, estimate_scoring
+from snugfit.planning.search_cost import seconds_of_search
 from snugfit.planning.sensitivity import GRADIENTS, SCORES, ScoreSettings, identity_of
 from snugfit.progress import duration
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory
@@ -36,13 +37,14 @@ class PlanEstimate:
     proof_passes: int
     held_out_tokens: int
     scoring_seconds: float | None
+    search_seconds: float | None
     proof_seconds: float | None
     processes: int
     notes: tuple[str, ...]
 
     def line(self) -> str:
         """One line for a person who decides whether to wait."""
-        total = (self.scoring_seconds or 0.0) + (self.proof_seconds or 0.0)
+        total = sum(seconds or 0.0 for seconds in (self.scoring_seconds, self.search_seconds, self.proof_seconds))
         parts = [duration(total), f"{self.memory_bytes / 1e9:.1f} GB of memory"]
         parts += [] if self.gpu_bytes is None else [f"{self.gpu_bytes / 1e9:.1f} GB of GPU memory"]
         if self.processes > 1:
@@ -52,6 +54,7 @@ class PlanEstimate:
         if self.scored_tokens:
             passes = f"{self.forwards:.0f} passes of {self.scored_tokens:,} tokens"
             steps.append(f"scoring {duration(self.scoring_seconds)}, {passes}")
+        steps.append(f"search {duration(self.search_seconds)}")
         if self.mixes:
             passes = f"{self.mixes} mixes on {self.held_out_tokens:,} tokens"
             passes += f" in {self.proof_passes} passes" if self.proof_passes > 1 else ""
@@ -117,10 +120,16 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
         proof_passes=found.proof_passes if found else 0,
         held_out_tokens=prepared.held_out_tokens,
         scoring_seconds=_with(found.seconds, first) if scoring and found else 0.0,
+        search_seconds=_of_search(prepared) if timed else None,
         proof_seconds=_with(found.proof_seconds, 0.0 if scoring else first) if found else 0.0,
         processes=distributed.asked_for(),
         notes=prepared.notes,
     )
+
+
+def _of_search(prepared: Prepared) -> float:
+    edges = (prepared.scores or prepared.samples or samples_of(prepared.layout, prepared.request)).edges
+    return seconds_of_search(prepared.choices, prepared.request.alternatives, len(edges))
 
 
 def _with(seconds: float | None, more: float) -> float | None:

@@ -9,7 +9,7 @@ first round is exact.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -131,14 +131,14 @@ def least_kl(space: Space, scores: Scores, context: int, *, count: int = 1, dist
 
     Up to `count`, each different from those before it in `distance` decisions, or in the cache.
     """
-    found: list[Mix] = []
-    for cache in space.limits:
-        task = _Task(space, scores, context, cache)
-        before: list[tuple[int, ...]] = []
-        while len(before) < count and (places := task.least_kl(before, distance)) is not None:
-            before.append(places)
-            found.append(task.mix(places))
-    return sorted(found, key=_rank)[:count]
+    lines = [_Line(_Task(space, scores, context, cache)) for cache in space.limits]
+    best: list[Mix] = []
+    for _ in range(count):  # behind a mix that is none of the best its cache has none that is
+        for line in lines:
+            if not line.ended and (not line.mixes or any(line.mixes[-1] is mix for mix in best)):
+                line.extend(distance)
+        best = sorted((mix for line in lines for mix in line.mixes), key=_rank)[:count]
+    return best
 
 
 def least_bytes(space: Space, scores: Scores, context: int, max_kl: float, kind: str = "file") -> Mix | None:
@@ -189,7 +189,7 @@ def least_amount(space: Space, limit: Limit, cache: str) -> int:
 def any_mix(space: Space, cache: str) -> bool:
     """Whether some mix keeps all limits and constraints together, whatever it loses."""
     free = tuple((0.0,) * len(one.formats) for one in space.decisions)
-    return solve(_problem(space, cache, free)) is not None
+    return solve(problem_of(space, cache, free)) is not None
 
 
 def make_mix(options: Mapping[str, Option], cache: str, outside: Bytes, scores: Scores | None, context: int) -> Mix:
@@ -212,7 +212,7 @@ def _rank(mix: Mix) -> tuple[float, int]:
     return mix.predicted.kl, mix.bytes.file
 
 
-def _problem(space: Space, cache: str, costs: tuple[tuple[float, ...], ...]) -> Problem:
+def problem_of(space: Space, cache: str, costs: tuple[tuple[float, ...], ...]) -> Problem:
     """The knapsack of a space with one kind of KV cache, in which each format of each decision costs so much."""
     outside = space.outside[cache]
     rows = tuple(
@@ -220,6 +220,20 @@ def _problem(space: Space, cache: str, costs: tuple[tuple[float, ...], ...]) -> 
     )
     labels = tuple(one.formats for one in space.decisions)
     return Problem(costs=costs, rows=rows, labels=labels, max_labels=space.max_formats, free=KEEP)
+
+
+def frontier_limits(space: Space, cache: str, count: int) -> Iterator[Limit]:
+    """`count` limits from the smallest size possible to the largest that costs anything, whatever the budget."""
+    measure = Limit(name="", kind="file", bytes=0)
+    low = least_amount(space, measure, cache)
+    high = space.outside[cache].file + sum(max(one.bytes.file for one in menu.options) for menu in space.menus)
+    for step in range(count):
+        yield replace(measure, bytes=low + (high - low) * step // count)
+
+
+def far_apart(space: Space) -> int:
+    """In how many decisions mixes that are offered beside each other differ at least."""
+    return max(1, len(space.decisions) // 12)
 
 
 def _amounts(space: Space, limit: Limit) -> tuple[tuple[int, ...], ...]:
@@ -231,6 +245,25 @@ def _terms(scores: Scores, decision: Decision, fmt: str) -> tuple[float, ...]:
     """What a decision's groups add in a format, by bucket."""
     terms = [scores.terms(menu.group.name, fmt).kl for menu in decision.menus]
     return tuple(map(math.fsum, zip(*terms, strict=True)))
+
+
+class _Line:
+    """The mixes with one kind of KV cache that have been found so far, best first."""
+
+    def __init__(self, task: _Task) -> None:
+        self._task = task
+        self._places: list[tuple[int, ...]] = []
+        self.mixes: list[Mix] = []
+        self.ended = False
+
+    def extend(self, distance: int) -> None:
+        """Find the next one, which differs from all before it in `distance` decisions, if there is one."""
+        places = self._task.least_kl(self._places, distance)
+        if places is None:
+            self.ended = True
+            return
+        self._places.append(places)
+        self.mixes.append(self._task.mix(places))
 
 
 class _Task:
@@ -295,7 +328,7 @@ class _Task:
     def _problem(
         self, costs: tuple[tuple[float, ...], ...], before: Sequence[tuple[int, ...]], distance: int
     ) -> Problem:
-        return replace(_problem(self._space, self._cache, costs), others=tuple(before), distance=distance)
+        return replace(problem_of(self._space, self._cache, costs), others=tuple(before), distance=distance)
 
     def _linear(self, weights: Sequence[float]) -> tuple[tuple[float, ...], ...]:
         """Each option's cost in the linear form with these weights of buckets."""

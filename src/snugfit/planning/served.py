@@ -16,7 +16,6 @@ from snugfit.planning.fit import read_served_model
 from snugfit.report.collection import KernelUse, ServedFit
 from snugfit.vram.fit import (
     FitResult,
-    PlannedTensor,
     ServedModel,
     ServeSettings,
     fit_weights,

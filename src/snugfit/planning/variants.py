@@ -187,9 +187,8 @@ class LayerVariants:
                 mine.setdefault(id(draft), []).append(names)
         for draft in drafts.values():
             self._round(draft, mine.get(id(draft), ()))
-        for (draft, names), owner in zip(jobs, owners, strict=True):
-            for name in names:
-                distributed.send(draft.places[name], owner)
+        rounded = zip(jobs, owners, strict=True)
+        distributed.send_many((draft.places[name], owner) for (draft, names), owner in rounded for name in names)
         self._known |= {key: draft.variant for key, draft in drafts.items()}
 
     def _draft(self, group: str, fmt: str, products: tuple[Product, ...]) -> _Draft:

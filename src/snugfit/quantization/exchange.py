@@ -69,11 +69,12 @@ def send_experts(buffers: ExpertBuffers, names: Iterable[str], owners: Owners) -
     """Give all processes what those of tensors that belong to experts have in the experts' memory."""
     if distributed.world_size() == 1:
         return
-    for name in names:
-        singles = buffers.skeleton.stacks.stacked.get(name, ())
-        for one in (name, *singles):
-            if one in buffers.per_expert:
-                distributed.send(buffers.per_expert[one], owners[name])
+    distributed.send_many(
+        (buffers.per_expert[one], owners[name])
+        for name in names
+        for one in (name, *buffers.skeleton.stacks.stacked.get(name, ()))
+        if one in buffers.per_expert
+    )
 
 
 def send_tensors(
@@ -87,4 +88,4 @@ def send_tensors(
             info = plan.weights.tensors[name]
             held[name] = torch.empty(info.shape, dtype=dtype_of(info), device=device)
         held[name] = held[name].contiguous()
-        distributed.send(held[name], owners[name])
+    distributed.send_many((held[name], owners[name]) for name in names)

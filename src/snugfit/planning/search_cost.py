@@ -1,0 +1,90 @@
+"""What the search of a plan takes, before there are scores: knapsacks of this model's groups are solved and timed.
+
+Their costs are made up: a weight's error falls to a quarter with each bit, times a random factor for each group. How
+long a solver takes depends on the numbers, so this says about how long.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+from snugfit.formats.spec import KEEP
+from snugfit.machine import pick_device, timed
+from snugfit.planning.caches import FP8
+from snugfit.planning.knapsack import Problem, solve
+from snugfit.planning.outcome import FRONTIER_POINTS
+from snugfit.planning.search import Space, far_apart, frontier_limits, problem_of
+from snugfit.planning.space import Choices
+
+ROUNDS = 2  # solutions of each knapsack where there are several buckets; with one the first is exact
+TRIED_CONTEXTS = 12  # for the longest one, about
+TIMED_POINTS = 4  # of the curve
+_SPREAD = 1.0  # of the logarithm of costs of groups of one size, about what scores of trained models have
+_SIXTEEN = 16
+
+Costs = tuple[tuple[float, ...], ...]
+
+
+def seconds_of_search(choices: Choices, alternatives: int, buckets: int) -> float:
+    """Seconds for the mixes of a plan with so many alternatives, and for the curve in its record."""
+    longest = choices.place.budget.longest
+    space = choices.at(1) if longest else choices.space
+    costs = _costs(space)
+    cache = KEEP if KEEP in space.limits else next(iter(space.limits))
+    first, further = _of_mixes(space, cache, costs, 1 + alternatives)
+    kinds = _kinds(choices)
+    found = (TRIED_CONTEXTS if longest else 1) * kinds * first + min(kinds, 1 + alternatives) * further
+    return (1 if buckets == 1 else ROUNDS) * (found + FRONTIER_POINTS * _of_points(space, cache, costs))
+
+
+def _kinds(choices: Choices) -> int:
+    """How many kinds of KV cache are searched, with those that keep 16 bits in some layers."""
+    kinds, layers = len(choices.space.limits), choices.layout.num_layers
+    if FP8 in choices.space.limits and not choices.why_not_mixed():
+        kinds += max(0, layers.bit_length() - 1)
+    return kinds
+
+
+def _costs(space: Space) -> Costs:
+    """What each format of each decision costs."""
+    generator = random.Random(0)  # noqa: S311  # not for secrets
+    found = []
+    for one in space.decisions:
+        elements, factor = sum(menu.group.elements for menu in one.menus), generator.lognormvariate(0.0, _SPREAD)
+        bits = [8 * one.sizes[fmt].file / max(1, elements) for fmt in one.formats]
+        found.append(
+            tuple(
+                0.0 if fmt == KEEP else factor * elements * 4.0 ** -min(_SIXTEEN, size)
+                for fmt, size in zip(one.formats, bits, strict=True)
+            )
+        )
+    return tuple(found)
+
+
+def _of_mixes(space: Space, cache: str, costs: Costs, count: int) -> tuple[float, float]:
+    """Seconds for the best mix, and for those after it up to `count`."""
+    problem = replace(problem_of(space, cache, costs), distance=far_apart(space))
+    seconds, found = list[float](), list[tuple[int, ...]]()
+    solve(problem)  # scipy is imported
+    while len(seconds) < count:
+        taken, places = _solve(replace(problem, others=tuple(found)))
+        seconds.append(taken)
+        if places is None or problem.distance > len(places):
+            break
+        found.append(places)
+    return seconds[0], sum(seconds[1:])
+
+
+def _of_points(space: Space, cache: str, costs: Costs) -> float:
+    """Seconds for a point of the curve, the mean of a few."""
+    limits = frontier_limits(space, cache, TIMED_POINTS)
+    taken = [_solve(problem_of(space.with_limits({cache: (limit,)}), cache, costs))[0] for limit in limits]
+    return sum(taken) / len(taken)
+
+
+def _solve(problem: Problem) -> tuple[float, tuple[int, ...] | None]:
+    """Seconds, and the solution."""
+    found: list[tuple[int, ...] | None] = []
+    taken = timed(lambda: found.append(solve(problem)), pick_device("cpu")).wall
+    return taken, found[0]
