@@ -116,6 +116,7 @@ class Calibrated:
     norm_folds: bool = False
     sweeps: int = 0
     _verified: dict[Any, bool] = field(default_factory=dict)
+    _norms: dict[object, dict[str, str]] = field(default_factory=dict)
 
     @property
     def scale_rule(self) -> str:
@@ -130,7 +131,7 @@ class Calibrated:
 
     def adding(self, options: Mapping[str, Any]) -> Calibrated:
         """This method with more `options`."""
-        return replace(self, _verified={}, **options)
+        return replace(self, _verified={}, _norms={}, **options)
 
     @property
     def correlates(self) -> bool:
@@ -224,7 +225,7 @@ class Calibrated:
             can = [
                 fold
                 for fold in folding.find_folds(
-                    layer, lambda name: name in targets and folding.can_help(targets[name].format)
+                    layer, lambda name: name in targets and folding.can_help(targets[name].format), self._norms
                 )
                 if fold.consumers[0] in found and self._is_same(layer, fold)
             ]
