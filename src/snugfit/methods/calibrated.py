@@ -284,7 +284,7 @@ class Calibrated:
         exact = None if inputs is None else inputs @ weight.t()
 
         squares = fold.to_producer(moments.squares)
-        tried = [folding.factors(squares, squares_of_weights, exponents) for exponents in STRENGTHS]
+        tried = folding.factors_of_all(squares, squares_of_weights, STRENGTHS)
         scales = torch.stack([torch.ones_like(weight[0]), *(fold.to_consumer(factors) for factors in tried)])
         # a GPU is waited for twice: for the ranges of inputs, and for the errors
         ranges = [0.0] * len(scales) if inputs is None else (inputs.abs().amax(0) / scales).amax(1).tolist()

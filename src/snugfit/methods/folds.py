@@ -316,8 +316,15 @@ def apply(module: nn.Module, scaling: Scaling) -> None:
 
 def factors(squares_of_inputs: Tensor, squares_of_weights: Tensor, exponents: tuple[float, float]) -> Tensor:
     """s = x^a / w^b [P] from E[x^2] and the weights' mean squares, geometric mean 1; 1 where either is 0."""
+    return factors_of_all(squares_of_inputs, squares_of_weights, [exponents])[0]
+
+
+def factors_of_all(
+    squares_of_inputs: Tensor, squares_of_weights: Tensor, exponents: Sequence[tuple[float, float]]
+) -> Tensor:
+    """The `factors` of each of several pairs of exponents, [n, P]."""
     known = (squares_of_inputs > 0) & (squares_of_weights > 0)
     x, w = (values.clamp(min=1e-30).log() / 2 for values in (squares_of_inputs, squares_of_weights))
-    log = torch.where(known, exponents[0] * x - exponents[1] * w, 0.0)
-    log = torch.where(known, log - log.sum() / known.sum().clamp(min=1), 0.0)
+    log = torch.where(known, torch.stack([a * x - b * w for a, b in exponents]), 0.0)
+    log = torch.where(known, log - log.sum(1, keepdim=True) / known.sum().clamp(min=1), 0.0)
     return log.clamp(-_LARGEST, _LARGEST).exp()
