@@ -70,7 +70,7 @@ def multiplies_bfloat16() -> bool:
     """Whether this CPU multiplies matrices of bfloat16 faster than those of fp32."""
     import torch
 
-    known = getattr(torch.cpu, "get_capabilities", dict)()
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 has it
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
