@@ -9,6 +9,7 @@ its time. Kernels are compiled before, on one layer. A recipe that follows the e
 ratio of a run to the larger of both; once also reading and writing at the same time, and with `--direct` both with
 O_DIRECT. With `--llmcompressor-path` llm-compressor makes the same of the same files in a process of its own, loaded to
 main memory and a layer at a time on the GPU, as its users get it; what it writes is flushed outside its time, and told.
+With `--modelopt-path` so does ModelOpt, its layers left on the disk (modelopt_layerwise_worker.py).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="directory of a tokenizer, which llm-compressor asks for")
     parser.add_argument("--llmcompressor-python", default=sys.executable)
     parser.add_argument("--llmcompressor-path", help="PYTHONPATH of llm-compressor")
+    parser.add_argument("--modelopt-path", help="PYTHONPATH of ModelOpt, run by the same Python")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.gigabytes is not None:
@@ -63,10 +65,16 @@ def main() -> None:
         say({"reading_direct": read_alone(files, direct=True)})
     for number, recipe in enumerate(options.recipes):
         measure(options, recipe, files, reading, with_all=number == 0)
-    if options.llmcompressor_path:
-        for recipe in options.recipes:
-            if recipe in RIVAL_RECIPES:
-                say(rival(options, recipe, files))
+    out, threads = options.work / "rival", str(os.cpu_count() or 1)
+    for recipe in options.recipes:
+        if recipe in RIVAL_RECIPES and options.llmcompressor_path:
+            script = [options.llmcompressor_python, "llmcompressor_worker.py", str(options.model), "-", str(out)]
+            given = [*script, "--recipe", RIVAL_RECIPES[recipe], "--threads", threads]
+            say(rival("llm-compressor", given, options.llmcompressor_path, out, files))
+        if recipe in RIVAL_RECIPES and options.modelopt_path:
+            script = [options.llmcompressor_python, "modelopt_layerwise_worker.py", str(options.model), str(out)]
+            given = [*script, "--recipe", RIVAL_RECIPES[recipe], "--threads", threads]
+            say(rival("ModelOpt", given, options.modelopt_path, out, files))
 
 
 def measure(options: argparse.Namespace, recipe: str, files: list[Path], reading: float, *, with_all: bool) -> None:
@@ -130,18 +138,14 @@ def warm_up(options: argparse.Namespace, recipe: str) -> None:
     run(options, model, recipe)
 
 
-def rival(options: argparse.Namespace, recipe: str, files: list[Path]) -> dict[str, Any]:
-    """The same by llm-compressor: its own seconds, those of flushing, and its peaks."""
-    out = options.work / "rival"
+def rival(tool: str, given: list[str], path: str, out: Path, files: list[Path]) -> dict[str, Any]:
+    """The same by another tool's script in benchmarks/: its own seconds, those of flushing, and its peaks."""
     shutil.rmtree(out, ignore_errors=True)
     drop_pages(files)
-    script = [options.llmcompressor_python, str(HERE / "llmcompressor_worker.py"), str(options.model), "-", str(out)]
+    python, script, *rest = given
+    variables = os.environ | {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [*script, "--recipe", RIVAL_RECIPES[recipe], "--threads", str(os.cpu_count() or 1)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": options.llmcompressor_path, "HF_HUB_OFFLINE": "1"},
+        [python, str(HERE / script), *rest], check=False, capture_output=True, text=True, env=variables
     )
     begin = time.perf_counter()
     os.sync()
@@ -149,7 +153,7 @@ def rival(options: argparse.Namespace, recipe: str, files: list[Path]) -> dict[s
     shutil.rmtree(out, ignore_errors=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
-        return {"tool": "llm-compressor", "recipe": recipe, "error": done.stderr[-1500:]}
+        return {"tool": tool, "error": done.stderr[-1500:]}
     found: dict[str, Any] = json.loads(lines[-1])
     return {**found, "wall": found["seconds"]["total"], "flushing": flushing}
 

@@ -17,6 +17,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: tiny shapes")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="a number may come again")
+    parser.add_argument("--models", nargs="+", choices=["dense", "mixture"], default=["dense", "mixture"])
     parser.add_argument("--layers", type=int, default=8, help="of the dense model")
     parser.add_argument("--mixture-layers", type=int, default=2)
     parser.add_argument("--kills", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="of a process (default: all cores, shared out)")
+    parser.add_argument("--no-estimates", dest="estimates", action="store_false", help="no dry runs")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further run starts")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -50,25 +54,35 @@ def main() -> None:
     found: dict[str, Any] = {"runs": [], "kills": []}
     small = write_model(options, "small", TINY.config(2), TINY.tensors(2))
     say(f"warm-up: {start(options, max(options.processes), small, 'warm-up')}")
-    for kind, model in {"dense": make_dense(options), "mixture": make_mixture(options)}.items():
-        first: dict[str, Any] | None = None
-        for count in options.processes:
-            if time.monotonic() > deadline:
-                continue
-            name = f"{kind}-{count}"
-            one = start(options, count, model, name) | {"model": kind, "processes": count}
-            one["estimated"] = estimate(options, count, model, f"{kind}-estimated")
-            if first is None:
-                first = one
-            elif "seconds" in one and "seconds" in first:
-                one["ratio"] = {stage: first["seconds"][stage] / max(1e-9, one["seconds"][stage]) for stage in STAGES}
-                one["differs"] = differences(options.work / f"{kind}-{first['processes']}", options.work / name)
-            found["runs"].append(one)
-            say(f"{kind}, {count} processes: {one}")
-            write(options, found)
-        if kind == "dense" and first is not None and "seconds" in first:
-            found["kills"] = kills(options, model, first, deadline)
+    make = {"dense": make_dense, "mixture": make_mixture}
+    for kind, model in {kind: make[kind](options) for kind in options.models}.items():
+        runs = side_by_side(options, kind, model, found, deadline)
+        if kind == "dense" and runs and "seconds" in runs[0] and options.kills:
+            found["kills"] = kills(options, model, runs[0], deadline)
     write(options, found)
+
+
+def side_by_side(
+    options: argparse.Namespace, kind: str, model: Path, found: dict[str, Any], deadline: float
+) -> list[dict[str, Any]]:
+    """A plan under each number of processes, compared with the first; what is found is added and written."""
+    runs: list[dict[str, Any]] = []
+    for place, count in enumerate(options.processes):
+        if time.monotonic() > deadline:
+            break
+        name = f"{kind}-{count}-{place}"
+        one = start(options, count, model, name) | {"model": kind, "processes": count, "name": name}
+        if options.estimates:
+            one["estimated"] = estimate(options, count, model, f"{kind}-estimated")
+        if runs and "seconds" in one and "seconds" in runs[0]:
+            before = runs[0]["seconds"]
+            one["ratio"] = {stage: before[stage] / max(1e-9, one["seconds"][stage]) for stage in STAGES}
+            one["differs"] = differences(options.work / runs[0]["name"], options.work / name)
+        runs.append(one)
+        found["runs"].append(one)
+        say(f"{kind}, {count} processes: {one}")
+        write(options, found)
+    return runs
 
 
 STAGES = ("scoring", "search", "proof", "total")
@@ -174,7 +188,8 @@ def differences(a: Path, b: Path) -> dict[str, Any]:
         for plan in plans
     ]
     kl = [relative(value, measured[1].get(key)) for key, value in measured[0].items()]
-    found |= {"scores_at_most": max(costs), "measured_at_most": max(kl, default=0.0)}
+    found |= {"scores_at_most": max(costs), "scores_that_differ": f"{sum(c > 0 for c in costs)} of {len(costs)}"}
+    found |= {"measured_at_most": max(kl, default=0.0)}
     return found | {"points": plans[0]["points"] == plans[1]["points"]}
 
 
@@ -188,13 +203,20 @@ def kills(options: argparse.Namespace, model: Path, first: dict[str, Any], deadl
     """Runs on all processes, of which a random one is killed at a random time, then resumed."""
     count, found, generator = max(options.processes), [], random.Random(0)  # noqa: S311
     seconds = start(options, count, model, "undisturbed").get("seconds", first["seconds"])["total"]
-    undisturbed = options.work / f"dense-{first['processes']}"
+    undisturbed = options.work / first["name"]
     for number in range(options.kills):
         if time.monotonic() > deadline:
             break
         out = options.work / f"killed-{number}"
         given = command(options, count, model, out.name)
-        one = killed_and_resumed(options, given, out, seconds, (generator.uniform(0.1, 0.9), generator.random()))
+        share = generator.uniform(0.1, 0.9)
+
+        def wait(process: subprocess.Popen[bytes], out: Path = out, share: float = share) -> None:
+            while not out.with_name(f"{out.name}.partial").exists() and process.poll() is None:
+                time.sleep(0.05)
+            time.sleep(share * seconds)
+
+        one = killed_and_resumed(options, (given, given), out, wait, generator.random()) | {"share": share}
         one |= {"differs": differences(undisturbed, out)} if one["second_exit"] == 0 else {}
         found.append(one)
         say(f"kill {number}: {one}")

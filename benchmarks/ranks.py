@@ -4,12 +4,13 @@
     python ranks.py WORK --device cpu          # a smoke test on tiny shapes
 
 Writes a dense model of Mistral-Nemo's shape and a mixture of Qwen3-30B-A3B's (128 experts a layer), random weights, and
-36 rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
+rows of 2,048 random tokens. Each effort runs under each number of processes, imports left out of the seconds, after
 runs of one layer of each that compile kernels. Files are compared with those of the first number: equal, or the share
 of tensors and bytes that differ. What `fast` made of the dense model is evaluated under each number of processes.
 WORK/NAME.RANK.txt says where the main thread of each process was, sampled 50 times a second.
-Then runs of the exact recipe on all processes are killed, a random process at a random time, and resumed; their files
-must be those of an undisturbed run. WORK/ranks.json has it all.
+Then runs on several processes are killed, a random process while a random unit is worked on, and resumed, some by
+another number of processes; their files must be those of an undisturbed run. They are of models with smaller layers:
+of the exact recipe, or of an effort (--kill-efforts). WORK/ranks.json has it all.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +37,9 @@ from typing import Any
 from gpu_speed import NEMO, TINY, Shape, write_weights
 
 HERE = Path(__file__).parent
-EXACT = "nvfp4-fp8-hybrid-four-over-six"
 RECIPES = {"dense": "nvfp4-fp8-hybrid", "mixture": "nvfp4-moe"}
+EXACT = {kind: f"{layout}-four-over-six" for kind, layout in RECIPES.items()}
+KILLED = Shape(3072, 8192, 24, 8, 128, 4096, rows=0, length=0)  # Llama-3.2-3B's layers
 
 
 def main() -> None:
@@ -47,13 +50,17 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--layers", type=int, default=16, help="of the dense model")
     parser.add_argument("--mixture-layers", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=36, help="of 2,048 tokens")
     parser.add_argument("--models", nargs="*", choices=list(RECIPES), default=list(RECIPES))
     parser.add_argument("--no-warm-up", action="store_true")
     parser.add_argument("--no-eval", action="store_true")
     parser.add_argument("--efforts", nargs="*", default=["fast", "good"])
-    parser.add_argument("--kills", type=int, default=3)
-    parser.add_argument("--kill-layers", type=int, help="of the dense model that is killed (default: --layers)")
+    parser.add_argument("--kills", type=int, default=3, help="of each model and effort")
+    parser.add_argument("--kill-models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--kill-efforts", nargs="+", choices=["exact", "fast", "good"], default=["exact"])
+    parser.add_argument("--kill-layers", type=int, default=8)
     parser.add_argument("--kill-jobs", type=int, default=1, help="killed runs at once")
+    parser.add_argument("--threads", type=int, help="of a process (default: all cores, shared out)")
     parser.add_argument("--budget", type=float, default=1e9, help="seconds after which no further run starts")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -71,8 +78,7 @@ def main() -> None:
         for effort in options.efforts:
             side_by_side(options, model, kind, effort, rows, found)
     if options.kills:
-        layers = options.kill_layers or options.layers
-        found["kills"] = kills(options, make_dense(options, f"dense-{layers}", layers), rows)
+        found["kills"] = kills(options, rows)
     write(options, found)
     say(json.dumps(found.get("kills")))
 
@@ -136,7 +142,7 @@ def write(options: argparse.Namespace, found: dict[str, Any]) -> None:
 def make_rows(options: argparse.Namespace) -> Path:
     """Rows of random tokens."""
     generator, shape = random.Random(1), shape_of(options)  # noqa: S311
-    count = 36 if options.device == "cuda" else 16
+    count = options.rows if options.device == "cuda" else 16
     rows = [[generator.randrange(3, 1000) for _ in range(shape.length)] for _ in range(count)]
     file: Path = options.work / "rows.jsonl"
     file.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows))
@@ -153,10 +159,12 @@ def make_dense(options: argparse.Namespace, name: str = "dense", layers: int | N
     return write_model(options, name, shape.config(layers), shape.tensors(layers))
 
 
-def make_mixture(options: argparse.Namespace, name: str = "mixture", layers: int | None = None) -> Path:
+def make_mixture(
+    options: argparse.Namespace, name: str = "mixture", layers: int | None = None, experts: int = 128
+) -> Path:
     """A mixture of Qwen3-30B-A3B's layer shape."""
     large = options.device == "cuda"
-    hidden, inner, experts, some = (2048, 768, 128, options.mixture_layers) if large else (128, 64, 16, 2)
+    hidden, inner, experts, some = (2048, 768, experts, options.mixture_layers) if large else (128, 64, 16, 2)
     layers = layers or some
     config = shape_of(options).config(layers) | {
         "architectures": ["Qwen3MoeForCausalLM"],
@@ -222,14 +230,18 @@ def arguments(
     options: argparse.Namespace, model: Path, recipe: str, effort: str | None, rows: Path, name: str
 ) -> dict[str, Any]:
     given = {"model": str(model), "recipe": recipe, "effort": effort, "dataset": [str(rows)]}
-    limits = {"num_samples": 64, "max_seq_length": shape_of(options).length, "min_tokens_per_expert": 0}
+    limits = {
+        "num_samples": max(64, options.rows),
+        "max_seq_length": shape_of(options).length,
+        "min_tokens_per_expert": 0,
+    }
     batch = {} if options.device == "cuda" else {"tokens_per_batch": 2 * shape_of(options).length}
     return given | limits | batch | {"device": options.device, "output_dir": str(options.work / name)}
 
 
 def environment(options: argparse.Namespace) -> dict[str, str]:
     """The same threads for every number of processes."""
-    threads = max(1, (os.cpu_count() or 1) // max(options.processes))
+    threads = options.threads or max(1, (os.cpu_count() or 1) // max(options.processes))
     return os.environ | {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -344,9 +356,14 @@ def run(given: dict[str, Any]) -> None:
         with sampled(samples):
             record = quantize(**given)
         seconds = dict(record.seconds) | {"total": time.perf_counter() - begin}
-        peaks = distributed.gather(peak_rss_bytes())
+        peaks, stages = distributed.gather(peak_rss_bytes()), distributed.gather(seconds)
     if int(os.environ.get("RANK", "0")) == 0:
-        found = {"seconds": seconds, "trials": [(t.name, t.kl, t.kept) for t in record.trials], "peak_rss": peaks}
+        found = {
+            "seconds": seconds,
+            "seconds_of_all": stages,
+            "trials": [(t.name, t.kl, t.kept) for t in record.trials],
+            "peak_rss": peaks,
+        }
         print(json.dumps(found | {"peak_gpu": record.peak_gpu_bytes, "estimates": dict(record.estimates)}))
 
 
@@ -366,61 +383,139 @@ def differences(a: Path, b: Path) -> dict[str, Any]:
     return {"tensors": tensors, "tensors_that_differ": bad_tensors, "share_of_bytes": bad / max(1, total)}
 
 
-def kills(options: argparse.Namespace, model: Path, rows: Path) -> list[dict[str, Any]]:
-    """Runs of the exact recipe on all processes, of which a random one is killed at a random time, then resumed."""
-    count, generator = max(options.processes), random.Random(0)  # noqa: S311
-    begin = time.monotonic()
-    undisturbed = start(options, count, model, EXACT, None, rows, "undisturbed")
-    length = time.monotonic() - begin
-    say(f"undisturbed: {brief(undisturbed)}")
-    # the time until the work begins is mostly imports, and longer where several runs share the machine
-    work = undisturbed.get("seconds", {}).get("total", length / 2)
-    chosen = [(number, generator.random(), generator.random()) for number in range(options.kills)]
-
-    def one(chance: tuple[int, float, float]) -> dict[str, Any] | None:
-        number, moment, victim = chance
-        if time.monotonic() > options.deadline:
-            return None
-        given = arguments(options, model, EXACT, None, rows, f"killed-{number}")
-        return kill(options, command(options, count, given), Path(given["output_dir"]), work, (moment, victim))
-
+def kills(options: argparse.Namespace, rows: Path) -> list[dict[str, Any]]:
+    """Runs of each model and effort that are killed and resumed, beside an undisturbed one."""
+    shape = shape_of(options) if options.device == "cpu" else KILLED
+    layers = options.kill_layers if options.device == "cuda" else 4
+    tensors = shape.config(layers), shape.tensors(layers)
+    make = {
+        "dense": lambda: write_model(options, "killed-dense", *tensors),
+        "mixture": lambda: make_mixture(options, "killed-mixture", layers, experts=32),
+    }
+    models = {kind: make[kind]() for kind in options.kill_models}
+    kinds = [(kind, effort) for kind in options.kill_models for effort in options.kill_efforts]
+    generator = random.Random(0)  # noqa: S311
+    chances = [(generator.random(), generator.random()) for _ in range(options.kills)]
     with ThreadPoolExecutor(options.kill_jobs) as pool:
-        return [result for result in pool.map(one, chosen) if result is not None]
+        whole = pool.map(lambda one: undisturbed(options, models[one[0]], one[0], one[1], rows), kinds)
+        runs = dict(zip(kinds, whole, strict=True))
+        # by turns: another number of processes where the bytes are the same for any
+        jobs = [
+            (kind, effort, number, *counts_of(options, number, fixed=(kind, effort) == ("dense", "good")), chance)
+            for number, chance in enumerate(chances)
+            for kind, effort in kinds
+        ]
+        found = pool.map(lambda job: kill(options, models[job[0]], rows, runs[job[0], job[1]], *job), jobs)
+        return [result for result in found if result is not None]
+
+
+def counts_of(options: argparse.Namespace, number: int, *, fixed: bool) -> tuple[int, int]:
+    """How many processes the run has that is killed, and how many the one that resumes it."""
+    most, least = max(options.processes), min(options.processes)
+    return (most, most) if fixed else [(most, most), (most, least), (least, most)][number % 3]
+
+
+def of_kill(options: argparse.Namespace, model: Path, kind: str, effort: str, rows: Path, name: str) -> dict[str, Any]:
+    exact = effort == "exact"
+    return arguments(
+        options, model, EXACT[kind] if exact else RECIPES[kind], None if exact else effort, rows, f"{kind}-{name}"
+    )
+
+
+def undisturbed(options: argparse.Namespace, model: Path, kind: str, effort: str, rows: Path) -> dict[str, Any]:
+    """A run on all processes: how many units it finishes, and seconds between two of them."""
+    given = of_kill(options, model, kind, effort, rows, f"{effort}-undisturbed")
+    out = Path(given["output_dir"])
+    shutil.rmtree(out, ignore_errors=True)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command(options, max(options.processes), given), stdout=log, stderr=log, env=environment(options)
+        )
+        units, began = units_until(process, out, None)
+        seconds = (time.monotonic() - began) / max(1, units)
+        if process.wait():
+            log.seek(0)
+            say(f"undisturbed {kind} {effort} failed: {log.read()[-1500:]}")
+    say(f"undisturbed {kind} {effort}: {units} units, {seconds:.2f} s each")
+    return {"units": units, "seconds": seconds, "output_dir": str(out)}
+
+
+def units_until(process: subprocess.Popen[bytes], out: Path, wanted: int | None) -> tuple[int, float]:
+    """Units finished when so many are, or when the process ends; the time when the first file appeared."""
+    partial, seen, began = out.with_name(f"{out.name}.partial"), set[Path](), time.monotonic()
+    while process.poll() is None:
+        if not partial.exists() and not seen:
+            began = time.monotonic()
+        elif wanted is not None and len(seen) >= wanted:
+            break
+        with suppress(OSError):  # folders of ways that lost go while they are read
+            seen |= set(partial.rglob("unit-*.json"))
+        time.sleep(0.005)
+    return len(seen), began
 
 
 def kill(
-    options: argparse.Namespace, given: list[str], out: Path, work: float, chance: tuple[float, float]
-) -> dict[str, Any]:
+    options: argparse.Namespace,
+    model: Path,
+    rows: Path,
+    whole: dict[str, Any],
+    kind: str,
+    effort: str,
+    number: int,
+    before: int,
+    after: int,
+    chance: tuple[float, float],
+) -> dict[str, Any] | None:
     """One run killed and resumed; whether its files are those of the undisturbed one."""
-    found = killed_and_resumed(options, given, out, work, chance)
+    if time.monotonic() > options.deadline:
+        return None
+    given = of_kill(options, model, kind, effort, rows, f"{effort}-killed-{number}")
+    out, moment = Path(given["output_dir"]), chance[0] * (whole["units"] - 1)
+    commands = command(options, before, given), command(options, after, given)
+    found: dict[str, Any] = {"model": kind, "effort": effort, "processes": [before, after], "of_units": whole["units"]}
+
+    def wait(process: subprocess.Popen[bytes]) -> None:
+        units_until(process, out, int(moment))
+        time.sleep(moment % 1 * min(1.0, whole["seconds"]) / 2)
+
+    one = killed_and_resumed(options, commands, out, wait, chance[1])
+    if one.get("ended_before"):  # the rest was quicker than that of the undisturbed run
+        moment /= 2
+        one = killed_and_resumed(options, commands, out, wait, chance[1])
+    found |= one
     found["same"] = None
     if found["second_exit"] == 0:
-        found["same"] = differences(options.work / "undisturbed", out)["share_of_bytes"] == 0
+        found["same"] = differences(Path(whole["output_dir"]), out)["share_of_bytes"] == 0
     say(f"{out.name}: {found}")
     shutil.rmtree(out, ignore_errors=True)
     return found
 
 
 def killed_and_resumed(
-    options: argparse.Namespace, given: list[str], out: Path, work: float, chance: tuple[float, float]
+    options: argparse.Namespace,
+    commands: tuple[list[str], list[str]],
+    out: Path,
+    wait: Callable[[subprocess.Popen[bytes]], None],
+    victim: float,
 ) -> dict[str, Any]:
-    """One run of which a process is killed at a share of its `work` seconds behind its first sign of life; resumed."""
-    moment, victim = chance
+    """One run of which a process is killed when `wait` returns; resumed by the second command."""
     partial = out.with_name(f"{out.name}.partial")
     for folder in (out, partial):
         shutil.rmtree(folder, ignore_errors=True)
-    process = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(options))
-    while not partial.exists() and process.poll() is None:
-        time.sleep(0.05)
-    time.sleep(moment * work)
-    victims = workers(process.pid)
-    if victims:
+    first, second = commands
+    process = subprocess.Popen(first, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment(options))
+    wait(process)
+    victims = workers(process.pid) if "torch.distributed.run" in first else [process.pid]
+    if victims and process.poll() is None:
         os.kill(victims[int(victim * len(victims))], signal.SIGKILL)
     code = process.wait()
+    if out.exists():
+        return {"first_exit": code, "ended_before": True, "second_exit": 0}
     units = len(list(partial.rglob("unit-*.json")))
-    again = subprocess.run(given, check=False, capture_output=True, text=True, env=environment(options))
+    again = subprocess.run(second, check=False, capture_output=True, text=True, env=environment(options))
     found = {"first_exit": code, "units_kept": units, "second_exit": again.returncode}
-    return found | ({"error": again.stderr[-500:]} if again.returncode else {})
+    complaint = again.stderr.split("torch.distributed.elastic.multiprocessing.errors")[0]  # torchrun's own follows
+    return found | ({"error": complaint[-1500:]} if again.returncode else {})
 
 
 def workers(parent: int) -> list[int]:

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 
 from snugfit import distributed
 from snugfit.evaluation.evaluated_model import bounded_attention, embedding_weights, open_head, outer_weights
-from snugfit.machine import free_bytes
+from snugfit.machine import fix_cublas_workspace, free_bytes
 from snugfit.model import forward_pass
 from snugfit.model.emulate import FP8Cache
 from snugfit.model.forward_pass import Batch, Head
 from snugfit.model.hidden_states import StateFile
-from snugfit.planning.carried import Carried
+from snugfit.planning.carried import Carried, Visit
 from snugfit.planning.groups import EXPERTS, SHARED, Group
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject, scored_formats
 from snugfit.progress import SILENT, Progress
+from snugfit.quantization.learned import deterministic
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.scores import cache_of_layer
 from snugfit.storage.tensor_reader import TensorReader
@@ -89,6 +90,9 @@ class GradientPass:
         self._kv_cache = kv_cache
         self._subject, self._rows, self._formats, self._device = subject, rows, formats, device
         self._folder, self._seed, self._progress = folder, seed, progress
+        self._strictly = True  # until an operation cannot
+        if device.type == "cuda":
+            fix_cublas_workspace()
         skeleton = subject.model.skeleton
         self._carries_state, self._carried = skeleton.carries_state, Carried()
         self._batches = forward_pass.make_batches([row.ids for row in rows], tokens_per_batch, device)
@@ -212,16 +216,7 @@ class GradientPass:
             for batch in self._mine:
                 hidden = states.read(batch).requires_grad_()
                 gradient = gradients[0].read(batch)
-                visit = self._carried.visit(batch, index)
-                with torch.enable_grad():
-                    output = forward_pass.call_layer(watched.module, index, visit.batch, hidden)
-                    outputs, (passed, wanted) = watched.outputs(), visit.outputs()
-                    found = torch.autograd.grad(
-                        [output, *passed],
-                        [hidden, *visit.leaves, *outputs],
-                        [gradient.to(output.dtype), *wanted],
-                        allow_unused=True,
-                    )
+                visit, output, found = self._differentiate(watched, index, batch, hidden, gradient)
                 behind = 1 + len(visit.leaves)
                 if chunk is chunks[-1]:
                     first = torch.zeros_like(hidden) if found[0] is None else found[0]
@@ -237,6 +232,43 @@ class GradientPass:
                         _add(sums, self._rows, key, batch, product)
             variants.forget()
         return [[*key, *parts] for key, parts in _of_all(sums).items()]
+
+    def _differentiate(
+        self, watched: _Watched, index: int, batch: Batch, hidden: Tensor, gradient: Tensor
+    ) -> tuple[Visit, Tensor, tuple[Tensor | None, ...]]:
+        """One run of a layer: its visit, its output, and the gradients at its input, at `leaves` and what is watched.
+
+        On a GPU they are added in one order, so that each pass has the same bits, unless the layer has an operation
+        that cannot: then the rest of the pass does without, and says so.
+        """
+        if self._strictly:
+            try:
+                return self._differentiate_once(watched, index, batch, hidden, gradient)
+            except RuntimeError as error:
+                if "determinis" not in str(error):
+                    raise
+                self._strictly = False
+                self._progress.message(
+                    f"scores will differ in last bits from run to run: {str(error).partition(chr(10))[0]}"
+                )
+        return self._differentiate_once(watched, index, batch, hidden, gradient)
+
+    def _differentiate_once(
+        self, watched: _Watched, index: int, batch: Batch, hidden: Tensor, gradient: Tensor
+    ) -> tuple[Visit, Tensor, tuple[Tensor | None, ...]]:
+        visit = self._carried.visit(batch, index)
+        watched.forget()
+        with torch.enable_grad():
+            output = forward_pass.call_layer(watched.module, index, visit.batch, hidden)
+            outputs, (passed, wanted) = watched.outputs(), visit.outputs()
+            with deterministic(self._device, strictly=self._strictly):
+                found = torch.autograd.grad(
+                    [output, *passed],
+                    [hidden, *visit.leaves, *outputs],
+                    [gradient.to(output.dtype), *wanted],
+                    allow_unused=True,
+                )
+        return visit, output, found
 
     def _chunks(self, variants: LayerVariants) -> list[tuple[str, ...]]:
         """The formats in parts whose variants fit in memory together."""
@@ -294,6 +326,10 @@ class _Watched:
             for fmt in self._spread.get(group.name, ())
         }
 
+    def forget(self) -> None:
+        """Be without the outputs of the last run."""
+        self._calls.clear()
+
     def outputs(self) -> list[Tensor]:
         """The outputs of all groups in the last run, whose gradients are wanted."""
         return [output for calls in self._calls.values() for _, output in calls]
@@ -308,7 +344,7 @@ class _Watched:
         """Give `keep` the products g . dY [B, T] of each group in each format, of outputs with these gradients."""
         of_call = iter(gradients)
         by_module = {key: [(*call, next(of_call)) for call in calls] for key, calls in self._calls.items()}
-        self._calls.clear()
+        self.forget()
         for (name, fmt), modules in self._rounded.items():
             total: Tensor | None = None
             for place, module in enumerate(self._modules[name]):
