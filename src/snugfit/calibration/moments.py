@@ -14,8 +14,7 @@ from snugfit.machine import multiplies_bfloat16
 from snugfit.model.experts import NoHooks
 from snugfit.model.forward_pass import Batch, Enough, real_tokens
 
-# columns of a Gram matrix made at once: it is symmetric, so half of them are enough
-_COLUMNS = {"cpu": 192, "cuda": 512}
+_COLUMNS = {"cpu": 192, "cuda": 512}  # of a Gram matrix made at once: it is symmetric, so half of them are enough
 _ROUNDED_TOKENS = 512  # whose sum of products a CPU rounds to bfloat16 before it is added in fp32
 SAMPLED_TOKENS = 512  # inputs that are kept as they are
 SAMPLED_OF_EXPERT = 64  # the same of one expert: so many, up to twice as many
@@ -207,13 +206,12 @@ class _Sums:
 def add_gram(gram: Tensor, inputs: Tensor) -> None:
     """Add X^T X of inputs X [n, K] to the lower triangle of `gram`, fp32 [K, K]; in fp32.
 
-    On CUDA values of 16 bits are multiplied as they are: their products are exact in fp32, in which they are added. So
-    they are on a CPU that multiplies bfloat16, in half the time of fp32; but torch then rounds each sum over some
-    tokens to bfloat16, so that an entry is off by a few parts in 10,000, a tenth of what the choice of tokens makes.
+    On CUDA values of 16 bits are multiplied as they are: their products are exact in fp32, in which they are added. On
+    a CPU that multiplies bfloat16 so are those, in half the time; but torch rounds each sum over some tokens to
+    bfloat16: an entry is off by some parts in 10,000, far less than by the choice of tokens.
     """
-    if inputs.is_cuda:
-        narrow = inputs.dtype in (torch.bfloat16, torch.float16)
-        _add_products(gram, inputs if narrow else inputs.float(), torch.float32 if narrow else None)
+    if inputs.is_cuda and inputs.dtype in (torch.bfloat16, torch.float16):
+        _add_products(gram, inputs, torch.float32)
     elif inputs.dtype == torch.bfloat16 and multiplies_bfloat16():
         for part in inputs.split(_ROUNDED_TOKENS):
             _add_products(gram, part)
