@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+import snugfit.quantization.run
 from conftest import MakeTiny
 from helpers.errors import raises
 from helpers.fp8_sources import as_fp8
@@ -33,6 +36,8 @@ from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run, run_layers
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe, parse_recipe
 from snugfit.records.statistics_file import STATISTICS_FILE, ExpertCalibration
+from snugfit.storage.checkpoint import Checkpoint
+from snugfit.storage.shards import ShardWriter
 from snugfit.storage.staging import resumable
 
 LENGTHS = (70, 41, 3, 64, 30)  # several batches, with pads
@@ -414,3 +419,38 @@ def test_an_observer_can_watch_routed_experts(rows: Path, tmp_path: Path) -> Non
     run_method(source, "nvfp4-moe-four-over-six", tmp_path / "out", rows, Watching())
     assert seen
     assert len(set(seen)) == 1
+
+
+def test_what_stays_is_copied_while_samples_are_embedded(
+    model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors outside the layers are in their files before the first layer is worked on, and written once."""
+    name, kept = "model.embed_tokens.weight", all_tensors(model)
+    embed, copied = snugfit.quantization.run._embed, list[str]()
+    real_copy = ShardWriter.copy
+
+    def copy(writer: ShardWriter, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
+        copied.append(name)
+        real_copy(writer, checkpoint, name, infinite=infinite)
+
+    def embed_late(run: Run, *given: Any) -> None:
+        def is_there() -> bool:
+            for file in run.directory.glob("*.safetensors"):
+                with safe_open(file, "pt") as opened:
+                    if name in opened.keys() and torch.equal(opened.get_tensor(name), kept[name]):  # noqa: SIM118
+                        return True
+            return False
+
+        end = time.monotonic() + 20
+        while not is_there():
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert not run.finished.done
+        embed(run, *given)
+
+    monkeypatch.setattr(snugfit.quantization.run, "_embed", embed_late)
+    monkeypatch.setattr(ShardWriter, "copy", copy)
+    made = run_method(model, "nvfp4-four-over-six", tmp_path / "out", rows, ROUND_TO_NEAREST)
+    assert {name, "model.norm.weight"} <= set(copied)
+    assert len(copied) == len(set(copied))
+    assert torch.equal(made[name], kept[name])

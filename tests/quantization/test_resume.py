@@ -23,6 +23,7 @@ from snugfit.errors import Unfinished, UserError
 from snugfit.quantization.layer import LayerPass, choose, propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
+from snugfit.storage.shards import file_digests
 from snugfit.storage.staging import WORK_NAME, units_done
 
 RECIPE = "nvfp4-fp8-hybrid-fp8kv-four-over-six"
@@ -101,6 +102,9 @@ def test_killed_again_and_again(model: Path, token_rows: Path, uninterrupted: di
     assert code == 0
     assert tries > 2
     assert contents(out) == uninterrupted
+    digests: dict[str, str] = json.loads((out / RECORD_FILE).read_text(encoding="utf-8"))["files"]
+    assert len(digests) == 3
+    assert digests == file_digests(out, list(digests))
 
 
 def stop_in_layer(monkeypatch: pytest.MonkeyPatch, layer: int, error: BaseException) -> None:

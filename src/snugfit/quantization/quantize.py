@@ -139,18 +139,17 @@ def quantize(
             progress.message("the finished layers stay: this recipe differs in later ones alone")
         finished = open_finished(work, prepared.identity(), force=force_resume)
         run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=clock, progress=progress)
+        left_out: list[str] = []
         if len(prepared.ways) > 1:
             tried = run_trials(run, lambda folder: _write_config(prepared.plan, folder), background)
             run = tried.run
+            with clock("finish"):
+                left_out += _write_beside(prepared, run, directory)
         else:
-            tried = Tried(run=run, outcome=run_layers(run), trials=(), saturation=())
+            outcome = run_layers(run, lambda: left_out.extend(_write_beside(prepared, run, directory)))
+            tried = Tried(run=run, outcome=outcome, trials=(), saturation=())
         for problem in (*kernels.kernel_problems(), *inputs.kernel_problems()):
             progress.message(f"a slower way took the place of a kernel, with the same bits ({problem})")
-        with clock("finish"):
-            left_out = _write_other_files(prepared.plan, directory) if distributed.is_main() else ()
-            found = prepared.known if prepared.dataset is None else statistics_of(run)
-            if found is not None and prepared.plan.needs_activations and distributed.is_main():
-                (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
         limits = with_defaults(as_sequence(dataset), num_samples, max_seq_length)
         arguments = {
             "num_samples": limits[0],
@@ -170,7 +169,7 @@ def quantize(
             "processes": distributed.world_size(),
         }
         record = _record(
-            tried, destination, left_out, arguments, expected, occupied_bytes(directory, without=WORK_NAME)
+            tried, destination, tuple(left_out), arguments, expected, occupied_bytes(directory, without=WORK_NAME)
         )
         if distributed.is_main():
             record = replace(record, other_files=_other_files(directory, tried.outcome.files))
@@ -263,6 +262,17 @@ def _expected(prepared: PreparedRun, destination: Path, clock: Clock, progress: 
         return None
     progress.message(found.line())
     return replace(found, seconds=found.seconds + Seconds(clock.seconds["total"], clock.cpu_seconds))
+
+
+def _write_beside(prepared: PreparedRun, run: Run, directory: Path) -> Sequence[str]:
+    """Write all but weights and the record, `run` is what measured; names of files of the source that stay there."""
+    if not distributed.is_main():
+        return ()
+    left_out = _write_other_files(prepared.plan, directory)
+    found = prepared.known if prepared.dataset is None else statistics_of(run)
+    if found is not None and prepared.plan.needs_activations:
+        (directory / STATISTICS_FILE).write_text(found.to_json(), encoding="utf-8")
+    return left_out
 
 
 def _write_other_files(plan: Plan, directory: Path) -> tuple[str, ...]:

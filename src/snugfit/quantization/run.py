@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from snugfit.progress import Progress
 from snugfit.quantization.commits import Commits
 from snugfit.quantization.division import Division
 from snugfit.quantization.exchange import is_mine, owners_of
-from snugfit.quantization.layer import LayerPass, LoadedGroup, choose, exchange, load, observe, propagate
+from snugfit.quantization.layer import LayerPass, LoadedGroup, UnitTensor, choose, exchange, load, observe, propagate
 from snugfit.quantization.measured import NOTHING_MEASURED, Measured
 from snugfit.quantization.pieces import PiecewiseExperts
 from snugfit.quantization.prepare import PreparedRun
@@ -32,7 +32,7 @@ from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.recalled import observe_recalled
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.states import RunStates, open_states
-from snugfit.quantization.write import write_unit
+from snugfit.quantization.write import begin_copies, write_unit
 from snugfit.records.norm_folds import NormFold
 from snugfit.records.quantize import TensorRecord
 from snugfit.records.statistics import layer_from_json
@@ -88,11 +88,15 @@ class Made:
         return Outcome(files=files, resumed=self.resumed, expected_seconds=self.expected_seconds)
 
 
-def run_layers(run: Run) -> Outcome:
-    """Load, observe, choose, propagate and write unit after unit, from the first that is not finished."""
+def run_layers(run: Run, meanwhile: Callable[[], object] = lambda: None) -> Outcome:
+    """Load, observe, choose, propagate and write unit after unit, from the first that is not finished.
+
+    `meanwhile` is called when all are recorded, while the last files are digested and the disk takes them.
+    """
     with Background() as background:
         made = make_layers(run, background)
         with run.clock("finish"):
+            meanwhile()
             return made.outcome()
 
 
@@ -115,9 +119,11 @@ def make_layers(run: Run, background: Background, meanwhile: Callable[[], object
             first = run.finished.done
             for _ in range(first):
                 step()
+            divided = _divided(run)
+            begun = {} if first else begin_copies(plan, 0, divided[0][0], writer, divided[0][1])
             with clock("embed"):
                 _embed(run, transfer, batches, some, states)
-            work = _open_work(run, first, batches, some, states, transfer, writer, stack)
+            work = _open_work(run, first, divided, begun, batches, some, states, transfer, writer, stack)
             commits = Commits(run.finished, writer, stack)
             for number in range(first, len(plan.units)):
                 started = time.perf_counter()
@@ -205,6 +211,7 @@ class Work:
     ahead: ReadAhead
     writer: ShardWriter
     scratch: Scratch | None
+    begun: Mapping[str, UnitTensor] = field(default_factory=dict)  # of unit 0, what is being copied already
 
     def quantize(
         self, number: int, recorded: Callable[[], None]
@@ -224,6 +231,7 @@ class Work:
             loaded, observed = _observe(run, number, layer, groups)
             roundings = prepared.method.input_roundings(observed)
             tensors = choose(plan, loaded, prepared.method, None if layer is None else layer.buffers, observed)
+            tensors |= {} if number else self.begun
             if layer is not None:
                 exchange(layer, tensors)
             if pieces is not None:
@@ -282,9 +290,19 @@ class Work:
         )
 
 
+def _divided(run: Run) -> list[tuple[Division, Mapping[str, int]]]:
+    """Of each unit what is in memory together, and which process has each tensor."""
+    prepared = run.prepared
+    correlates, device = prepared.method.correlates, prepared.device
+    divisions = enumerate(prepared.divisions())
+    return [(one, owners_of(prepared.plan, n, one, device, correlates=correlates)) for n, one in divisions]
+
+
 def _open_work(
     run: Run,
     first: int,
+    divided: Sequence[tuple[Division, Mapping[str, int]]],
+    begun: Mapping[str, UnitTensor],
     batches: Sequence[forward_pass.Batch],
     some: Sequence[forward_pass.Batch],
     states: RunStates | None,
@@ -294,16 +312,12 @@ def _open_work(
 ) -> Work:
     """The work on units from `first` on; their weights begin to be read."""
     prepared = run.prepared
-    divisions = prepared.divisions()
+    divisions, owners = [one for one, _ in divided], [mine for _, mine in divided]
     scratch: Scratch | None = None
-    correlates = prepared.method.correlates
-    device = prepared.device
-    owners = [owners_of(prepared.plan, n, one, device, correlates=correlates) for n, one in enumerate(divisions)]
     if run.runs_layers and any(one.pieces for one in divisions):
         scratch = stack.enter_context(ScratchFile(run.work / f"experts-{distributed.rank()}", transfer))
-    units = list(zip(divisions, owners, strict=True))[first:]
     budget = prepared.read_ahead_bytes(divisions) if prepared.plan.checkpoint.remote is None else 0
-    coming = [group for unit, owner in units for group in unit.coming if is_mine(owner, group[0])]
+    coming = [group for unit, owner in divided[first:] for group in unit.coming if is_mine(owner, group[0])]
     return Work(
         run=run,
         batches=batches,
@@ -315,6 +329,7 @@ def _open_work(
         ahead=ReadAhead(transfer, prepared.plan.weights, coming, budget),
         writer=writer,
         scratch=scratch,
+        begun=begun,
     )
 
 

@@ -158,6 +158,9 @@ class NoFiles:
     def drain(self) -> None:
         """Nothing."""
 
+    def start(self) -> None:
+        """Nothing."""
+
 
 class Groups(ReadAhead):
     """Gives tensors of the layer; of a model on the Hub those behind the first bytes are random."""

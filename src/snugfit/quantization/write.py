@@ -12,6 +12,7 @@ from snugfit import distributed
 from snugfit.dialects import compressed_tensors
 from snugfit.formats.nvfp4 import input_global_scale
 from snugfit.model.names import may_be_infinite
+from snugfit.quantization.division import Division
 from snugfit.quantization.exchange import is_mine
 from snugfit.quantization.layer import UnitTensor
 from snugfit.quantization.measured import Measured
@@ -32,7 +33,25 @@ def write_unit(
     """Start to write the tensors of unit `number` that this process has, and scales of an FP8 KV cache; records."""
     names = [name for name in plan.units[number] if name in plan.outputs and is_mine(owners, name)]
     records = [_write(plan, name, tensors.get(name), measured, writer) for name in names]
-    return records + (_write_kv_scales(plan, number - 1, measured, writer) if distributed.is_main() else [])
+    if distributed.is_main():
+        records += _write_kv_scales(plan, number - 1, measured, writer)
+    writer.start()
+    return records
+
+
+def begin_copies(
+    plan: Plan, number: int, division: Division, writer: ShardWriter, owners: Mapping[str, int]
+) -> dict[str, UnitTensor]:
+    """Start to copy the tensors of unit `number` that this process has and that are not read, before its turn comes.
+
+    The result is what `write_unit` needs of them.
+    """
+    read = {name for group in division.coming for name in group}
+    names = [name for name in plan.units[number] if name not in read and name in plan.outputs and is_mine(owners, name)]
+    for name in names:
+        _write_16bit(plan, name, None, writer)
+    writer.start()
+    return {name: UnitTensor(begun=True) for name in names}
 
 
 def write_early(plan: Plan, tensors: Mapping[str, UnitTensor], writer: ShardWriter) -> dict[str, UnitTensor]:
@@ -48,6 +67,7 @@ def write_early(plan: Plan, tensors: Mapping[str, UnitTensor], writer: ShardWrit
         else:
             infos = [info for info in plan.outputs[name] if not _is_measured(plan, name, info)]
             _write_parts(plan, name, infos, compressed_tensors.encode(tensor.codes, tensor.input_scale), writer)
+    writer.start()
     return {name: replace(tensor, codes=None, weight_16bit=None, begun=True) for name, tensor in tensors.items()}
 
 

@@ -88,6 +88,21 @@ def read_part(fd: int, offset: int, view: memoryview, *, where: str, what: str) 
         ) from None
 
 
+def read_run_file(fd: int, offset: int, view: memoryview) -> None:
+    """As `read_fully`, of bytes that this run, or the one that it resumes, has written: Unfinished where they are gone.
+
+    OSError where the disk fails.
+    """
+    try:
+        read_fully(fd, offset, view)
+    except EOFError:
+        raise Unfinished(
+            "a file that this run has written ended early.",
+            code="run-damaged",
+            remedy="Run it again to resume: it checks what the disk holds.",
+        ) from None
+
+
 def read_file(root: Path, name: str, *, limit: int = MAX_JSON_BYTES) -> bytes:
     """All bytes of a small file of a model directory; FileNotFoundError where it is missing, else UserError."""
     fd = open_regular(root, name)

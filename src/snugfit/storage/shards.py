@@ -9,23 +9,23 @@ import struct
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from snugfit.storage.background import Background
+from snugfit.storage.background import WORKERS, Background
 from snugfit.storage.checkpoint import SINGLE_NAME, Checkpoint
 from snugfit.storage.files import PIECE_BYTES, write_fully
+from snugfit.storage.growing import GrowingFile
 from snugfit.storage.safetensors_header import TORCH_NAMES, TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from snugfit.storage.transfer import PendingTransfer, Transfer
+    from snugfit.storage.transfer import Copy, PendingTransfer, Transfer
 
 SMALL_BYTES, MOST_SMALL = 1 << 17, 64  # of a tensor that is written with others; so many in one job
-DIGESTED_BYTES = 4 << 20  # of a file that are read at once for its digest
 
 # safetensors' dtype order, which its writer sorts by, largest first
 SERIAL_ORDER = (
@@ -104,8 +104,8 @@ class WrittenFiles:
 class ShardWriter:
     """Writes tensors to their places in planned shards, in any order, in the background; knows which are missing.
 
-    The SHA-256 of a whole shard is computed at once, while others are still written. One thread calls the methods;
-    another may call the functions that `pending_writes` returns, so the state that both change is under a lock.
+    The SHA-256 of a shard is computed, and the disk takes it, while it grows. One thread calls the methods; another may
+    call the functions that `pending_writes` returns, so the state that both change is under a lock.
     """
 
     def __init__(
@@ -123,38 +123,37 @@ class ShardWriter:
         have no digests, and nothing has the disk take them.
         """
         self._transfer = transfer
-        self._directory = directory
-        self._with_digests, self._lasts = digests and lasts, lasts
-        self._shards = {shard.name: shard for shard in shards}
         self._shard_of = {tensor.name: shard for shard in shards for tensor in shard.tensors}
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._started: dict[str, PendingTransfer[list[int]]] = {}  # since the last call of `pending_writes`
         self._small: dict[str, Tensor] = {}  # to be written in one job, which costs more than their bytes
-        self._digester = ThreadPoolExecutor(max_workers=4)
-        self._flusher = ThreadPoolExecutor(max_workers=1)
-        self._lock = threading.Lock()  # of the next four
-        self._left = {shard.name: len(shard.tensors) for shard in shards}
+        self._copies: list[Copy] = []  # to begin together
+        self._digester = ThreadPoolExecutor(WORKERS) if digests and lasts else None
+        self._flusher = ThreadPoolExecutor(WORKERS) if lasts else None
+        self._lock = threading.Lock()  # of the next two
         self._pending: list[dict[str, PendingTransfer[list[int]]]] = []
-        self._digests: dict[str, Future[str]] = {}
-        self._flushes: list[Future[None]] = []
-        self._files: dict[str, int] = {}
+        self._settled: set[str] = set()  # files that tensors were written to
+        self._files: dict[str, GrowingFile] = {}
+        self._by_handle: dict[int, GrowingFile] = {}
         self._stopped = threading.Event()
         try:
-            self._create(directory, shards)
+            for shard in shards:
+                self._create(directory / shard.name, shard)
         except BaseException:
             self.close()
             raise
 
-    def _create(self, directory: Path, shards: Sequence[Shard]) -> None:
-        for shard in shards:
-            handle = os.open(directory / shard.name, os.O_RDWR | os.O_CREAT, 0o644)
-            self._files[shard.name] = handle
-            if os.fstat(handle).st_size == shard.bytes and os.pread(handle, len(shard.header), 0) == shard.header:
-                continue
-            if os.fstat(handle).st_size:
+    def _create(self, path: Path, shard: Shard) -> None:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._files[shard.name] = file = GrowingFile(handle, shard.bytes, self._digester, self._flusher, self._stopped)
+        self._by_handle[handle] = file
+        size = os.fstat(handle).st_size
+        if size != shard.bytes or os.pread(handle, len(shard.header), 0) != shard.header:
+            if size:
                 os.ftruncate(handle, 0)  # of an empty file it makes ext4 write all of it to the disk when it is closed
             os.ftruncate(handle, shard.bytes)
             write_fully(handle, 0, shard.header)
+        file.note(0, len(shard.header))
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Begin to write a tensor; AssertionError for a shape or dtype other than the planned one."""
@@ -169,41 +168,54 @@ class ShardWriter:
             if len(self._small) == MOST_SMALL:
                 self._start_small()
             return
-        self._started[name] = self._transfer.write(*self._place(name), tensor)
+        self._started[name] = self._transfer.write(*self._place(name), tensor, self._note)
 
     def _place(self, name: str) -> tuple[int, int]:
         """The open file that a tensor goes to, and where in it."""
         shard = self._shard_of[name]
-        return self._files[shard.name], shard.offsets[name]
+        return self._files[shard.name].handle, shard.offsets[name]
+
+    def _note(self, handle: int, start: int, end: int) -> None:
+        self._by_handle[handle].note(start, end)
 
     def _start_small(self) -> None:
         small, self._small = self._small, {}
         if small:
             places = [(*self._place(name), tensor) for name, tensor in small.items()]
-            self._started |= dict(zip(small, self._transfer.write_many(places), strict=True))
+            self._started |= dict(zip(small, self._transfer.write_many(places, self._note), strict=True))
 
     def copy(self, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
-        """Begin to copy a tensor from the source as it is, `infinite` values too if it may have some.
+        """Have `start` copy a tensor from the source as it is, `infinite` values too if it may have some.
 
         AssertionError where it is not as planned.
         """
+        from snugfit.storage.transfer import Copy
+
         planned, found = self._missing.pop(name), checkpoint.tensors[name]
         if (planned.dtype, planned.shape) != (found.dtype, found.shape):
             raise AssertionError(f"{name}: planned {planned.dtype} {planned.shape}, got {found.dtype} {found.shape}")
-        self._started[name] = self._transfer.copy(checkpoint, name, *self._place(name), infinite=infinite)
+        self._copies.append(Copy(checkpoint, name, *self._place(name), infinite))
+
+    def start(self) -> None:
+        """Begin with what was held back to be written together."""
+        self._start_small()
+        copies, self._copies = self._copies, []
+        found = self._transfer.copy_many(copies, self._note)
+        self._started |= {copy.name: pending for copy, pending in zip(copies, found, strict=True)}
 
     def drain(self) -> None:
         """Wait for the writes started since the last call of `pending_writes`; raises what went wrong."""
-        self._start_small()
+        self.start()
         for write in self._started.values():
             write.result()
 
     def pending_writes(self) -> Callable[[], dict[str, list[int]]]:
         """The writes started since the last call, as a function that waits until the files hold them.
 
-        It returns the CRC-32s of each tensor's pieces, and may be called in another thread.
+        It returns the CRC-32s of each tensor's pieces, and may be called in another thread. It raises what the disk
+        said of the tensors before.
         """
-        self._start_small()
+        self.start()
         writes, self._started = self._started, {}
         with self._lock:
             self._pending.append(writes)
@@ -212,64 +224,35 @@ class ShardWriter:
             found = {name: write.result() for name, write in writes.items()}
             with self._lock:
                 self._pending.remove(writes)
-                self._count(found)
-                self._start_flush({self._shard_of[name].name for name in found})
+                for name in self._settled:
+                    self._files[name].check()
+                self._settled |= {self._shard_of[name].name for name in found}
             return found
 
         return wait
-
-    def _start_flush(self, files: set[str]) -> None:
-        """Have the disk begin with these files, unless it is still busy; nothing waits for it before the end."""
-        if self._lasts and all(flush.done() for flush in self._flushes):
-            for flush in self._flushes:
-                flush.result()  # the system reports an error of the disk once
-            self._flushes = [self._flusher.submit(os.fdatasync, self._files[name]) for name in files]
 
     def holds(self, written: Mapping[str, Sequence[int]]) -> bool:
         """Whether the files have these tensors (name -> CRC-32s), written by an earlier run."""
         return all(name in self._missing and self._crc(name) == list(crcs) for name, crcs in written.items())
 
     def _crc(self, name: str) -> list[int]:
-        shard = self._shard_of[name]
-        return crc_of(self._files[shard.name], shard.offsets[name], self._missing[name].bytes)
+        return crc_of(*self._place(name), self._missing[name].bytes)
 
     def accept(self, names: Iterable[str]) -> None:
         """Count tensors that an earlier run wrote, or another process of this one, as written."""
-        names = list(names)
         for name in names:
-            del self._missing[name]
-        with self._lock:
-            self._count(names)
-
-    def _count(self, names: Iterable[str]) -> None:
-        """Count tensors as written; a shard that is whole is digested. The caller holds the lock."""
-        for name in names:
-            shard = self._shard_of[name].name
-            self._left[shard] -= 1
-            if not self._left[shard] and self._with_digests:
-                self._start_digest(shard)
-
-    def _start_digest(self, shard: str) -> None:
-        handle, size = self._files[shard], self._shards[shard].bytes
-        self._digests[shard] = self._digester.submit(_digest_unless, self._stopped, handle, size)
+            handle, start = self._place(name)
+            self._note(handle, start, start + self._missing.pop(name).bytes)
 
     def finish(self, background: Background) -> WrittenFiles:
         """Leave the shards to the background. AssertionError for a planned tensor that was not written."""
-        if self._missing or self._small or self._started or self._pending:
+        if self._missing or self._small or self._copies or self._started or self._pending:
             raise AssertionError(f"planned tensors were not written: {sorted(self._missing)[:5]}")
-        with self._lock:
-            for name in self._shards.keys() - self._digests.keys() if self._with_digests else ():  # without tensors
-                self._start_digest(name)
-            digests = {name: self._digests[name] for name in self._shards if name in self._digests}
-            flushes = list(self._flushes)
-        handles, self._files = self._files, {}
-        for pool in (self._digester, self._flusher):
+        files, self._files = self._files, {}
+        for pool in filter(None, (self._digester, self._flusher)):
             pool.shutdown(wait=False)
-        ends = [
-            background.submit(_end, handle, flushes, digests.get(name), self._lasts, self._stopped)
-            for name, handle in handles.items()
-        ]
-        return WrittenFiles(digests, ends, self._stopped)
+        digests = {name: file.digest for name, file in files.items() if file.digest is not None}
+        return WrittenFiles(digests, [background.submit(file.end) for file in files.values()], self._stopped)
 
     def __enter__(self) -> Self:
         return self
@@ -288,42 +271,11 @@ class ShardWriter:
         if not self._files:  # the background has them
             return
         self._stopped.set()
-        for pool in (self._digester, self._flusher):
+        for pool in filter(None, (self._digester, self._flusher)):
             pool.shutdown(wait=True, cancel_futures=True)
-        for handle in self._files.values():
-            os.close(handle)
+        for file in self._files.values():
+            os.close(file.handle)
         self._files.clear()
-
-
-def _end(
-    handle: int,
-    flushes: Sequence[Future[None]],
-    digest: Future[str] | None,
-    lasts: bool,
-    stopped: threading.Event,
-) -> None:
-    """Have the disk take a file that `lasts`, then close it when nothing else needs it; raises what the disk says."""
-    try:
-        if lasts and not stopped.is_set():
-            os.fdatasync(handle)
-        needed: list[Future[Any]] = [*flushes, *([] if digest is None else [digest])]
-        wait(needed)
-    finally:
-        os.close(handle)
-    for flush in flushes:
-        flush.result()  # the system reports an error of the disk once
-
-
-def _digest_unless(stopped: threading.Event, handle: int, size: int) -> str:
-    """SHA-256 of the `size` bytes of an open file, hexadecimal; of fewer once it is stopped."""
-    digest, done = hashlib.sha256(), 0
-    while done < size and not stopped.is_set():
-        part = os.pread(handle, min(DIGESTED_BYTES, size - done), done)
-        if not part:
-            break
-        digest.update(part)
-        done += len(part)
-    return digest.hexdigest()
 
 
 def index_text(tensors: Iterable[tuple[str, TensorInfo]]) -> str:

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from snugfit import distributed
@@ -15,6 +16,7 @@ from snugfit.errors import Unfinished, UserError
 from snugfit.storage.files import with_parents
 
 LOCK_NAME = ".snugfit-lock"
+FLUSHED_AT_ONCE = 8  # files
 WORK_NAME = ".snugfit-work"  # files that a run needs to resume; removed when it ends
 
 
@@ -205,9 +207,13 @@ def occupied_bytes(directory: Path, *, without: str | None = None) -> int:
 
 
 def _flush(directory: Path) -> None:
-    """Write every file and name below `directory` to the disk: a power cut after the rename then loses nothing."""
-    for path in (directory, *directory.rglob("*")):
-        _sync(path)
+    """Write every file and name below `directory` to the disk: a power cut after the rename then loses nothing.
+
+    What only an unfinished run needs is left out. Several at once, of which the disk makes one change.
+    """
+    found = [path for path in directory.rglob("*") if WORK_NAME not in path.relative_to(directory).parts]
+    with ThreadPoolExecutor(FLUSHED_AT_ONCE) as pool:
+        list(pool.map(_sync, [directory, *found]))
 
 
 def _sync(path: Path) -> None:

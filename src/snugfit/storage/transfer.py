@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from snugfit.errors import Unfinished, UserError
+from snugfit.errors import UserError
 from snugfit.storage.checkpoint import Checkpoint, piece_of, read_range, read_whole
-from snugfit.storage.files import PIECE_BYTES, read_fully, write_fully
+from snugfit.storage.files import PIECE_BYTES, read_run_file, write_fully
 from snugfit.storage.safetensors_header import StoredTensor, dtype_of
 
 WORKERS = {"cpu": 1, "cuda": 8}  # for reading, and as many for writing
@@ -40,12 +40,29 @@ _EXPONENTS: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
 E4M3_NAN = 0x7F  # without the sign
 
 Result = TypeVar("Result")
+# hears that an open file has its bytes from the first number to the second, in the thread that wrote them
+Note = Callable[[int, int, int], object]
+
+
+def nobody(*_: int) -> None:
+    """A `Note` that nobody hears."""
 
 
 def buffer_bytes(device: torch.device, *, remote: bool = False) -> int:
     """Bytes of main memory that the threads of a Transfer hold at most."""
     readers = CONNECTIONS if remote else WORKERS[device.type]
     return (readers + WORKERS[device.type] + COPIERS[device.type]) * PIECE_BYTES
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor of a checkpoint, by its name, and where it goes: an open file, and an offset in it."""
+
+    checkpoint: Checkpoint
+    name: str
+    handle: int
+    offset: int
+    infinite: bool = False  # it may have such values
 
 
 @dataclass
@@ -125,7 +142,7 @@ class Transfer:
         self, handle: int, offset: int, shape: tuple[int, ...], dtype: torch.dtype
     ) -> PendingTransfer[Tensor]:
         """Begin to read a tensor from an open file to the device."""
-        return self._read(shape, dtype, lambda start, view: _read_run_file(handle, offset + start, view))
+        return self._read(shape, dtype, lambda start, view: read_run_file(handle, offset + start, view))
 
     def _read(
         self, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[int, memoryview], None]
@@ -155,21 +172,23 @@ class Transfer:
 
         return self._readers.submit(job)
 
-    def write(self, handle: int, offset: int, tensor: Tensor) -> PendingTransfer[list[int]]:
-        """Begin to write a tensor to an open file; the result is the CRC-32 of each piece."""
+    def write(self, handle: int, offset: int, tensor: Tensor, note: Note = nobody) -> PendingTransfer[list[int]]:
+        """Begin to write a tensor to an open file; the result is the CRC-32 of each piece, `note` hears of each."""
         flat = _bytes_of(tensor.detach())
         ready = record_event(tensor.device)
 
         def piece(start: int, size: int) -> int:
             if not flat.is_cuda:
-                return _write_run_file(handle, offset + start, _raw(flat[start : start + size]))
+                return _write_run_file(handle, offset + start, _raw(flat[start : start + size]), note)
             buffer, stream = self._thread_buffers()
             _run_on_stream(stream, ready, lambda: buffer[:size].copy_(flat[start : start + size], non_blocking=True))
-            return _write_run_file(handle, offset + start, _raw(buffer[:size]))
+            return _write_run_file(handle, offset + start, _raw(buffer[:size]), note)
 
         return PendingTransfer(_pieces(self._writers, flat.numel(), piece), list)
 
-    def write_many(self, places: Sequence[tuple[int, int, Tensor]]) -> list[PendingTransfer[list[int]]]:
+    def write_many(
+        self, places: Sequence[tuple[int, int, Tensor]], note: Note = nobody
+    ) -> list[PendingTransfer[list[int]]]:
         """Begin to write tensors, each to an open file at an offset, in one job; together they take a piece at most."""
         sources = [_bytes_of(tensor.detach()) for _, _, tensor in places]
         ready = record_event(self.device)
@@ -186,7 +205,7 @@ class Transfer:
 
                 _run_on_stream(stream, ready, fetch)
             return [
-                [_write_run_file(handle, offset, _raw(raw))] if len(raw) else []
+                [_write_run_file(handle, offset, _raw(raw), note)] if len(raw) else []
                 for (handle, offset, _), raw in zip(places, held, strict=True)
             ]
 
@@ -194,20 +213,30 @@ class Transfer:
         found = self._writers.submit(job)
         return [PendingTransfer([found], partial(_entry, number)) for number in range(len(places))]
 
-    def copy(
-        self, checkpoint: Checkpoint, name: str, handle: int, offset: int, *, infinite: bool = False
-    ) -> PendingTransfer[list[int]]:
-        """Begin to copy a tensor from file to file; UserError for NaN, and unless `infinite` for infinite values."""
-        info = checkpoint.tensors[name]
+    def copy_many(self, copies: Sequence[Copy], note: Note = nobody) -> list[PendingTransfer[list[int]]]:
+        """Begin to copy tensors from file to file; UserError for NaN, and for infinite values where none may be.
 
-        def piece(start: int, size: int) -> int:
+        The files take turns, a piece each, so that all grow, and are digested, at the same time.
+        """
+
+        def piece(copy: Copy, start: int, size: int) -> int:
+            info = copy.checkpoint.tensors[copy.name]
             buffer, _ = self._thread_buffers()
             raw = _raw(buffer[:size])
-            read_range(checkpoint, info, start, raw)
-            _check_finite(checkpoint, info, raw, infinite=infinite)
-            return _write_run_file(handle, offset + start, raw)
+            read_range(copy.checkpoint, info, start, raw)
+            _check_finite(copy.checkpoint, info, raw, infinite=copy.infinite)
+            return _write_run_file(copy.handle, copy.offset + start, raw, note)
 
-        return PendingTransfer(_pieces(self._copiers, info.bytes, piece), list)
+        files: dict[int, list[tuple[int, int, int]]] = {}
+        for number, copy in sorted(enumerate(copies), key=lambda entry: entry[1].offset):
+            total = copy.checkpoint.tensors[copy.name].bytes
+            pieces = [(number, start, min(PIECE_BYTES, total - start)) for start in range(0, total, PIECE_BYTES)]
+            files.setdefault(copy.handle, []).extend(pieces)
+        found: list[list[Future[int]]] = [[] for _ in copies]
+        for turn in zip_longest(*files.values()):
+            for number, start, size in filter(None, turn):
+                found[number].append(self._copiers.submit(piece, copies[number], start, size))
+        return [PendingTransfer(pieces, list) for pieces in found]
 
     def _thread_buffers(self) -> tuple[Tensor, torch.cuda.Stream | None]:
         """This thread's buffer of one piece, and its stream (None on the CPU)."""
@@ -340,19 +369,8 @@ def _bytes_of(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8) if tensor.numel() else torch.empty(0, dtype=torch.uint8)
 
 
-def _read_run_file(handle: int, offset: int, view: memoryview) -> None:
-    """Read bytes that this run, or the one that it resumes, has written."""
-    try:
-        read_fully(handle, offset, view)
-    except EOFError:
-        raise Unfinished(
-            "a file that this run has written ended early.",
-            code="run-damaged",
-            remedy="Run it again to resume: it checks what the disk holds.",
-        ) from None
-
-
-def _write_run_file(handle: int, offset: int, raw: memoryview) -> int:
-    """Write bytes; their CRC-32."""
+def _write_run_file(handle: int, offset: int, raw: memoryview, note: Note) -> int:
+    """Write bytes and note that the file has them; their CRC-32."""
     write_fully(handle, offset, raw)
+    note(handle, offset, offset + len(raw))
     return zlib.crc32(raw)
