@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,15 @@ def pick_dtype(name: str | None) -> torch.dtype | None:
         raise UserError(f"unknown dtype {name!r}.", code="option-invalid", where="dtype", remedy=remedy)
     found: torch.dtype = getattr(torch, name)
     return found
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 faster than those of fp32."""
+    import torch
+
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 has it
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
 def fix_cublas_workspace() -> None:

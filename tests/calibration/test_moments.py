@@ -41,7 +41,7 @@ def observe(parts: list[tuple[Tensor, tuple[int, ...] | None]], **modules: bool)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moments_over_batches_with_padding(columns: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Means over the real tokens alone, in whatever pieces of columns the Gram matrix is made."""
-    monkeypatch.setattr(moments, "_COLUMNS", columns)
+    monkeypatch.setattr(moments, "_COLUMNS", {"cpu": columns})
     torch.manual_seed(0)
     parts: list[tuple[Tensor, tuple[int, ...] | None]] = [
         (torch.randn(2, 10, FEATURES).to(dtype), lengths) for lengths in ((10, 3), (7, 10), None, (1, 1))
@@ -67,6 +67,20 @@ def test_moments_over_batches_with_padding(columns: int, dtype: torch.dtype, mon
     np.testing.assert_allclose(gram, real.T @ real / len(real), atol=1e-5)
     assert torch.equal(gram, gram.t())
     assert torch.equal(gram.diagonal(), found["a"].squares)
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_gram_matrices_of_bfloat16_inputs(monkeypatch: pytest.MonkeyPatch, *, multiplies: bool) -> None:
+    """A CPU that multiplies bfloat16 rounds the sum over some tokens once, any other adds in fp32."""
+    monkeypatch.setattr(moments, "multiplies_bfloat16", lambda: multiplies)
+    inputs = torch.randn(1200, 200, generator=torch.Generator().manual_seed(0)).add_(0.5).bfloat16()
+    gram = torch.ones(200, 200)
+    moments.add_gram(gram, inputs)
+    sums = torch.stack([part.t() @ part for part in inputs.double().split(512)])
+    rounding = torch.finfo(torch.bfloat16).eps / 2 * sums.abs().sum(0) if multiplies else torch.zeros(200, 200)
+    found, exact = gram.double().tril(), (sums.sum(0) + 1).tril()
+    assert ((found - exact).abs() <= rounding + 1e-5 * exact.abs() + 1e-3).all()
+    assert ((found - exact).abs().amax() > 0.1) == multiplies
 
 
 @pytest.mark.parametrize("calls", [0, 3])

@@ -173,6 +173,21 @@ def test_threads_and_chunks_do_not_show(threads: int, monkeypatch: pytest.Monkey
     assert torch.equal(weight, before)
 
 
+def test_few_rows_of_many_columns_go_by_machine_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Columns are gone through one after another, so a block is worth a compiler's time that other work is not."""
+    plainly: list[int] = []
+
+    def plain(target: Tensor, *_: object) -> Tensor:
+        plainly.append(len(target))
+        return target
+
+    monkeypatch.setattr(columns, "plain_round_block", plain)
+    for rows in (192, 16):
+        block = torch.ones(rows, 128)
+        columns.round_block(block, block, block, None, torch.zeros(128, 128), "e4m3")
+    assert plainly == [16]
+
+
 def test_a_slice_of_a_weight_with_gradients_is_searched() -> None:
     """Neither memory with gaps nor a parameter's gradient is in the way."""
     weight = torch.nn.Parameter(random(9, 70, 2 * K))[:, ::2]

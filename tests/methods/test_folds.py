@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,33 @@ def test_a_norm_that_something_else_reads(make_tiny: MakeTiny, tmp_path: Path) -
     run_method(make_tiny("llama"), tmp_path / "out", method)
     assert {fold.producer for fold in method.same[0]} == {"post_attention_layernorm", "self_attn.v_proj"}
     assert method.same[1] == LLAMA
+
+
+def test_layers_that_are_built_alike_run_once(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """What is known of a layer's norms serves all layers with the same modules and linears, and no other."""
+    known: dict[object, dict[str, str]] = {}
+    runs: list[int] = []
+
+    class Counted(FoldAll):
+        def observe(self, layer: ObservedLayer) -> None:
+            run, numbers = layer.run, list[bool]()
+
+            def counted(*args: Any, **options: Any) -> None:
+                numbers.append(True)
+                run(*args, **options)
+
+            given = replace(layer, run=counted)
+            for kept in ((), ("mlp.gate_proj",)):
+                found = find_folds(given, lambda name, kept=kept: not name.endswith(kept), known)  # type: ignore[misc]
+                assert set(found) == set(find_folds(layer, lambda name, kept=kept: not name.endswith(kept)))  # type: ignore[misc]
+                self.same.append(set(found))
+            runs.append(len(numbers))
+
+    method = Counted()
+    run_method(make_tiny("llama"), tmp_path / "out", method)
+    assert runs == [2, 0, 0]
+    assert method.same[:2] * 2 == method.same[2:]
+    assert method.same[0] == LLAMA != method.same[1]
 
 
 def test_heads_that_several_queries_share() -> None:

@@ -191,8 +191,7 @@ class ExpertObserver(NoHooks):
         """A pass of hidden states [tokens, K] through `count` experts begins."""
         whole = torch.ones(len(hidden), dtype=torch.bool, device=hidden.device)
         self._real = whole if self._valid is None else self._valid.reshape(-1)
-        low, high = hidden.aminmax(dim=1)
-        self._sizes = torch.maximum(high, -low).float()  # [tokens]
+        self._sizes = hidden.abs().amax(1).float()  # [tokens]
         self._numbers = self._real.cumsum(0) - 1 + self._seen
         self._seen += int(self._real.sum())
         self._gate_up.add(hidden if self._valid is None else hidden[self._real])

@@ -12,11 +12,12 @@ from torch import Tensor
 from snugfit import distributed
 from snugfit.evaluation.divergence import exact_kl, softmax
 from snugfit.evaluation.evaluated_model import EvaluatedModel, last_states, open_head, open_model
-from snugfit.evaluation.measure import LOGITS, SLICE
+from snugfit.evaluation.measure import SLICE
 from snugfit.evaluation.saturation import InputWatch
 from snugfit.storage.checkpoint import borrow, header_digest
 from snugfit.storage.open import open_checkpoint
 
+LOGITS = {"cpu": 1 << 22, "cuda": 1 << 24}  # of one model in memory at once
 SEGMENT_TOKENS = 128  # tokens whose KL is averaged: what errors are estimated from
 
 
@@ -120,11 +121,11 @@ class HeldOut:
         """The mean of each segment of a sample."""
         found = []
         width = self._original.vocabulary
-        step = max(1, min(LOGITS, SLICE[self._device.type]) // width)
-        for start in range(0, len(states[0]), step):
-            first, second = (
-                head(part[start : start + step].to(self._device).unsqueeze(0))[0]
-                for head, part in zip(heads, states, strict=True)
-            )
-            found.append(exact_kl(softmax(first), second).double().cpu())
-        return [float(segment.mean()) for segment in torch.cat(found).split(SEGMENT_TOKENS)]
+        # a head is read once for many tokens, whose predictions are compared a few at a time, in a CPU's caches
+        kind = self._device.type
+        rows, step = (max(1, size // width) for size in (LOGITS[kind], min(LOGITS[kind], SLICE[kind])))
+        for parts in zip(*(of_sample.split(rows) for of_sample in states), strict=True):
+            logits = [head(part.to(self._device).unsqueeze(0))[0] for head, part in zip(heads, parts, strict=True)]
+            for first, second in zip(*(of_part.split(step) for of_part in logits), strict=True):
+                found.append(exact_kl(softmax(first), second).double())
+        return [float(segment.mean()) for segment in torch.cat(found).cpu().split(SEGMENT_TOKENS)]

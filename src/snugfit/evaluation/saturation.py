@@ -131,12 +131,12 @@ class _Sums:
         if not len(inputs):
             return
         limit = (self._range * _ROUNDED).view(1)  # as a scalar it would be rounded to 16 bits before it is compared
-        low, high = inputs.aminmax(dim=-1)
-        of_tokens = high.maximum(-low).float()  # NaN carries through
+        sizes = inputs.abs()
+        of_tokens = sizes.amax(-1).float()  # NaN carries through; aminmax is ten times slower on a CPU
         amax, beyond = of_tokens.amax(), (of_tokens > limit).sum()
         self._amax = amax if self._amax is None else self._amax.maximum(amax)
         if inputs.is_cuda or int(beyond):  # a GPU would be waited for
-            found = torch.stack((beyond, (inputs.abs() > limit).sum()))
+            found = torch.stack((beyond, (sizes > limit).sum()))
             self._found = found if self._found is None else self._found + found
         self.tokens += len(inputs)
 

@@ -41,8 +41,11 @@ def quantize(weight: Tensor) -> FP8Weight:
     return quantize_under(exact, channel_scale(exact, weight.dtype))
 
 
-def channel_scale(weight: Tensor, dtype: torch.dtype, larger: float = 1.0) -> Tensor:
-    """Scales [N, 1] in `dtype` of a weight, fp32 [N, K]: amax_row / 448, `larger` times; epsilon for a row of zeros."""
+def channel_scale(weight: Tensor, dtype: torch.dtype, larger: float | Tensor = 1.0) -> Tensor:
+    """Scales [N, 1] in `dtype` of a weight, fp32 [N, K]: amax_row / 448, `larger` times; epsilon for a row of zeros.
+
+    For several factors `larger`, fp32 [n, 1, 1], scales [n, N, 1].
+    """
     scale = (divide(weight.abs().amax(1, keepdim=True), E4M3_MAX) * larger).to(dtype)
     return torch.where(scale == 0, torch.finfo(dtype).eps, scale)
 

@@ -116,6 +116,7 @@ class Calibrated:
     norm_folds: bool = False
     sweeps: int = 0
     _verified: dict[Any, bool] = field(default_factory=dict)
+    _norms: dict[object, dict[str, str]] = field(default_factory=dict)
 
     @property
     def scale_rule(self) -> str:
@@ -130,7 +131,7 @@ class Calibrated:
 
     def adding(self, options: Mapping[str, Any]) -> Calibrated:
         """This method with more `options`."""
-        return replace(self, _verified={}, **options)
+        return replace(self, _verified={}, _norms={}, **options)
 
     @property
     def correlates(self) -> bool:
@@ -224,7 +225,7 @@ class Calibrated:
             can = [
                 fold
                 for fold in folding.find_folds(
-                    layer, lambda name: name in targets and folding.can_help(targets[name].format)
+                    layer, lambda name: name in targets and folding.can_help(targets[name].format), self._norms
                 )
                 if fold.consumers[0] in found and self._is_same(layer, fold)
             ]
@@ -283,21 +284,24 @@ class Calibrated:
         exact = None if inputs is None else inputs @ weight.t()
 
         squares = fold.to_producer(moments.squares)
-        tried = [folding.factors(squares, squares_of_weights, exponents) for exponents in STRENGTHS]
+        tried = folding.factors_of_all(squares, squares_of_weights, STRENGTHS)
         scales = torch.stack([torch.ones_like(weight[0]), *(fold.to_consumer(factors) for factors in tried)])
         # a GPU is waited for twice: for the ranges of inputs, and for the errors
         ranges = [0.0] * len(scales) if inputs is None else (inputs.abs().amax(0) / scales).amax(1).tolist()
 
-        def error(scale: Tensor, amax: float) -> Tensor:
+        def error(number: int) -> Tensor:
+            scale, amax = scales[number], ranges[number]
             scaled, importance = weight * scale, moments.squares / scale.square()
+            changed = number > 0
             found: Tensor
             if inputs is None or exact is None:
-                found = (_rounded(scaled, fmt, importance) - scaled).square_().sum(0) @ importance
+                found = (_rounded(scaled, fmt, importance, changed=changed) - scaled).square_().sum(0) @ importance
             else:
-                found = torch.linalg.vector_norm(self._outputs(inputs / scale, scaled, fmt, importance, amax) - exact)
+                outputs = self._outputs(inputs / scale, scaled, fmt, importance, amax, changed=changed)
+                found = torch.linalg.vector_norm(outputs - exact)
             return found
 
-        errors = torch.stack([error(*one) for one in zip(scales, ranges, strict=True)]).tolist()
+        errors = torch.stack([error(number) for number in range(len(scales))]).tolist()
         best, least = None, errors[0]
         for factors, found in zip(tried, errors[1:], strict=True):
             if found < least:
@@ -305,12 +309,22 @@ class Calibrated:
         return best
 
     def _outputs(
-        self, inputs: Tensor, weight: Tensor, fmt: TensorFormat, importance: Tensor, amax: float | None = None
+        self,
+        inputs: Tensor,
+        weight: Tensor,
+        fmt: TensorFormat,
+        importance: Tensor,
+        amax: float | None = None,
+        *,
+        changed: bool = False,
     ) -> Tensor:
-        """What rounded weights, fp32 [N, K], put out on rounded inputs [n, K] of largest magnitude `amax`, if known."""
+        """What rounded weights, fp32 [N, K], put out on rounded inputs [n, K] of largest magnitude `amax`, if known.
+
+        Whether the weights are `changed` is what `choose_scales` asks.
+        """
         if (quantizer := self._quantizer(fmt, float(inputs.abs().amax()) if amax is None else amax)) is not None:
             inputs = quantizer(inputs)
-        return inputs @ _rounded(weight, fmt, importance).t()
+        return inputs @ _rounded(weight, fmt, importance, changed=changed).t()
 
     def _quantizer(self, fmt: TensorFormat, amax: float) -> emulate.Quantizer | None:
         scale = nvfp4.input_global_scale(HEADROOM * amax) if fmt.input_kind == "nvfp4" and amax > 0 else None
@@ -403,9 +417,9 @@ def _fold(group: WeightGroup, observed: Observed | None) -> None:
             group.weights[name] = new
 
 
-def _rounded(weight: Tensor, fmt: TensorFormat, importance: Tensor) -> Tensor:
+def _rounded(weight: Tensor, fmt: TensorFormat, importance: Tensor, *, changed: bool = False) -> Tensor:
     """A weight, fp32 [N, K], rounded to the nearest codes under scales chosen by E[x^2] [K]."""
-    found = choose_scales({"": weight}, fmt, importance)[""].steps
+    found = choose_scales({"": weight}, fmt, importance, changed=changed)[""].steps
     return nearest(weight, found.step, found.zero, found.grid)
 
 
@@ -425,14 +439,20 @@ def squares_of_experts(layer: ObservedLayer, means: tuple[Tensor, Tensor] | None
 
 
 def choose_scales(
-    weights: Mapping[str, Tensor], fmt: TensorFormat, importance: Tensor, dtype: torch.dtype = torch.bfloat16
+    weights: Mapping[str, Tensor],
+    fmt: TensorFormat,
+    importance: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    changed: bool = False,
 ) -> dict[str, Scales]:
     """Scales of a fused group of weights, fp32 [N, K], each the best under `importance`, E[x^2] [K].
 
-    `dtype` is that of the model, in which INT4 and FP8 store their scales.
+    `dtype` is that of the model, in which INT4 and FP8 store their scales. Weights that are `changed`, by factors of
+    their input features, are not looked at for another format's grid, for which a GPU is waited for.
     """
     if fmt.name in ("nvfp4", "nvfp4a16"):
-        exact = exact_global_scale(weights.values())
+        exact = None if changed else exact_global_scale(weights.values())
         if exact is not None:
             return {name: _nvfp4_under(block_scales_of_two(weight, exact), exact) for name, weight in weights.items()}
         amax = torch.stack([largest_magnitude(weight) for weight in weights.values()]).amax()

@@ -13,6 +13,7 @@ from snugfit.methods.candidates import Grid
 from snugfit.methods.kernels import CHECKED_ROWS, Kernels, kernels_for
 
 MOST_COLUMNS = 128  # that kernels take
+SMALL = 1 << 13  # values of a block below which torch goes through its columns, which takes a CPU 4 ms for 128 of them
 
 
 def round_block(
@@ -36,7 +37,7 @@ def round_block(
     if target.shape[1] > MOST_COLUMNS:
         return plainly(target, exact, step)
     work = "feedback", grid, zero is None
-    kernels = kernels_for(target, work, lambda found: by(found, *few()), lambda: plainly(*few()))
+    kernels = kernels_for(target, work, lambda found: by(found, *few()), lambda: plainly(*few()), small=SMALL)
     return plainly(target, exact, step) if kernels is None else by(kernels, target, exact, step)
 
 
@@ -75,7 +76,7 @@ def descend_block(
     kernels = None
     if values.shape[1] <= MOST_COLUMNS:
         work = "descent", grid, zero is None
-        kernels = kernels_for(values, work, lambda found: by(found, *few()), lambda: plainly(*few()))
+        kernels = kernels_for(values, work, lambda found: by(found, *few()), lambda: plainly(*few()), small=SMALL)
     if kernels is None:
         plainly(values, gradient, step)
     else:

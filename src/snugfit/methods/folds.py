@@ -89,10 +89,13 @@ def can_help(fmt: TensorFormat) -> bool:
     return fmt.name != "fp8-dynamic"
 
 
-def find_folds(layer: ObservedLayer, foldable: Callable[[str], bool]) -> list[Fold]:
+def find_folds(
+    layer: ObservedLayer, foldable: Callable[[str], bool], known: dict[object, dict[str, str]] | None = None
+) -> list[Fold]:
     """The folds of a layer whose consumers and producing linears are all `foldable` (the file's names of linears).
 
-    The layer runs on one batch; UserError only for what the layer itself raises.
+    The layer runs on one batch; UserError only for what the layer itself raises. What is `known` of a layer that is
+    built alike is taken from there, without a run, and what is found is added.
     """
     modules = {name: module for name, module in layer.linears.items() if foldable(name)}
     by_role: dict[tuple[str, str], str] = {}
@@ -101,7 +104,7 @@ def find_folds(layer: ObservedLayer, foldable: Callable[[str], bool]) -> list[Fo
         if leaf in ROLES:
             by_role[parent, ROLES[leaf]] = name
     found = []
-    norms = _norms_before(layer, modules) if layer.experts is None else {}
+    norms = {} if layer.experts is not None else _norms_before(layer, modules, {} if known is None else known)
     for group in group_modules(modules):
         consumers = tuple(modules[name] for name in group)
         if consumers[0] in norms and all(norms.get(one) == norms[consumers[0]] for one in consumers):
@@ -129,8 +132,19 @@ def _between(module: nn.Module, producer: str, consumer: str) -> Fold | None:
     return Fold(producer, (consumer,), is_norm=False, heads=inputs // outputs, width=width)
 
 
-def _norms_before(layer: ObservedLayer, linears: Mapping[str, str]) -> dict[str, str]:
+def _norms_before(
+    layer: ObservedLayer, linears: Mapping[str, str], known: dict[object, dict[str, str]]
+) -> dict[str, str]:
     """The norm whose output each linear's input is, by the module's names, if `linears` are all that reads it."""
+    built = tuple((name, type(module)) for name, module in layer.module.named_modules())
+    key = built, tuple(sorted(linears.values()))
+    if key not in known:
+        known[key] = _found_norms(layer, linears)
+    return known[key]
+
+
+def _found_norms(layer: ObservedLayer, linears: Mapping[str, str]) -> dict[str, str]:
+    """`_norms_before` by a run of the layer."""
     watch = _Watch()
     handles = []
     for name, module in layer.module.named_modules():
@@ -141,8 +155,8 @@ def _norms_before(layer: ObservedLayer, linears: Mapping[str, str]) -> dict[str,
     layer.run(lambda _: None, max_tokens=_CHECKED_TOKENS)
     for handle in handles:
         handle.remove()
-    known = set(linears.values())
-    return {one: norm for norm, found in watch.readers.items() if found <= known for one in found}
+    given = set(linears.values())
+    return {one: norm for norm, found in watch.readers.items() if found <= given for one in found}
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -302,8 +316,15 @@ def apply(module: nn.Module, scaling: Scaling) -> None:
 
 def factors(squares_of_inputs: Tensor, squares_of_weights: Tensor, exponents: tuple[float, float]) -> Tensor:
     """s = x^a / w^b [P] from E[x^2] and the weights' mean squares, geometric mean 1; 1 where either is 0."""
+    return factors_of_all(squares_of_inputs, squares_of_weights, [exponents])[0]
+
+
+def factors_of_all(
+    squares_of_inputs: Tensor, squares_of_weights: Tensor, exponents: Sequence[tuple[float, float]]
+) -> Tensor:
+    """The `factors` of each of several pairs of exponents, [n, P]."""
     known = (squares_of_inputs > 0) & (squares_of_weights > 0)
     x, w = (values.clamp(min=1e-30).log() / 2 for values in (squares_of_inputs, squares_of_weights))
-    log = torch.where(known, exponents[0] * x - exponents[1] * w, 0.0)
-    log = torch.where(known, log - log.sum() / known.sum().clamp(min=1), 0.0)
+    log = torch.where(known, torch.stack([a * x - b * w for a, b in exponents]), 0.0)
+    log = torch.where(known, log - log.sum(1, keepdim=True) / known.sum().clamp(min=1), 0.0)
     return log.clamp(-_LARGEST, _LARGEST).exp()

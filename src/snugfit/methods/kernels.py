@@ -58,14 +58,20 @@ class Kernels(Protocol):
 
 
 def kernels_for(
-    tensor: Tensor, work: tuple[object, ...], here: Callable[[Kernels], Tensor], there: Callable[[], Tensor]
+    tensor: Tensor,
+    work: tuple[object, ...],
+    here: Callable[[Kernels], Tensor],
+    there: Callable[[], Tensor],
+    *,
+    small: int = SMALL,
 ) -> Kernels | None:
     """The machine code for this kind of work on this tensor; None: the plain definition is to be used.
 
-    `here` and `there` do the work on the first CHECKED_ROWS of the tensor, with machine code and without.
+    `here` and `there` do the work on the first CHECKED_ROWS of the tensor, with machine code and without. A CPU does
+    tensors of fewer than `small` values plainly.
     """
     if tensor.device.type != "cuda":
-        return _of_cpu() if tensor.device.type == "cpu" and tensor.numel() >= SMALL else None
+        return _of_cpu() if tensor.device.type == "cpu" and tensor.numel() >= small else None
     found = _of_gpu()
     if found is None:
         return None

@@ -25,7 +25,7 @@ from snugfit.model.forward_pass import Batch
 from snugfit.records.norm_folds import NormFold
 
 # what passes a layer where some tokens are enough: so many, of so many samples at least
-SOME_TOKENS, SOME_SAMPLES = 4096, 4
+SOME_TOKENS, SOME_SAMPLES = 2048, 4
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -331,8 +331,7 @@ def nonfinite_tokens(batches: Sequence[Batch]) -> int:
 
 def _nonfinite_tokens(batch: Batch) -> Tensor:
     """The number of real tokens with hidden states that are not finite, a scalar on the device."""
-    low, high = batch.hidden.aminmax(dim=-1)  # NaN carries through
-    finite = low.isfinite() & high.isfinite()
+    finite = batch.hidden.abs().amax(-1).isfinite()  # NaN carries through; aminmax is ten times slower on a CPU
     valid = batch.valid
     return (~finite if valid is None else ~finite & valid).sum()
 

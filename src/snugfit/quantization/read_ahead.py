@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from snugfit.model.assemble import Loaded, Piece, assemble, pieces_of
@@ -45,10 +46,17 @@ class ReadAhead:
         _, coming = self._coming.popleft()
         found = {piece: pending.result() for piece, pending in coming.items()}
         self._start()
-        checkpoint = self._weights.checkpoint
-        sound = {
-            piece: check_finite(checkpoint, piece[0], tensor, infinite=may_be_infinite(piece[0]))
-            for piece, tensor in found.items()
-        }
-        del found
-        return {name: assemble(self._weights, name, sound) for name in group}
+        if not _are_finite(found.values()):
+            for piece, tensor in found.items():
+                check_finite(self._weights.checkpoint, piece[0], tensor, infinite=may_be_infinite(piece[0]))
+        return {name: assemble(self._weights, name, found) for name in group}
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether these are values, not codes, and all of them finite; a GPU is waited for once."""
+    bounds: list[Tensor] = []
+    for tensor in tensors:
+        if not tensor.is_floating_point() or tensor.itemsize == 1:
+            return False
+        bounds += [bound.float() for bound in (tensor.aminmax() if tensor.numel() else ())]
+    return not bounds or bool(torch.stack(bounds).isfinite().all())
