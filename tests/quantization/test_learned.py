@@ -210,7 +210,9 @@ def test_more_processes_than_samples_of_a_batch(model: Path, tmp_path: Path) -> 
     assert trials[-1]["name"] == "learned"
 
 
-@pytest.mark.parametrize("place", [pytest.param("write_changes", marks=pytest.mark.slow), "write_fully", "file_digests"])
+@pytest.mark.parametrize(
+    "place", [pytest.param("write_changes", marks=pytest.mark.slow), "write_fully", "file_digests"]
+)
 def test_a_kill_while_it_writes(
     place: str, model: Path, rows: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
