@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from numba import njit, types
 from typer.testing import CliRunner
 
 from helpers.killed import contents
@@ -18,6 +20,7 @@ from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import Source
 from snugfit import machine
 from snugfit.cli.app import app
+from snugfit.formats import machine_code
 from snugfit.machine import Seconds
 from snugfit.methods.calibrated import Calibrated
 from snugfit.model import experts
@@ -74,6 +77,34 @@ def test_every_way_has_its_time(
     assert found.seconds.wall == pytest.approx(sum(one.wall for _, one in found.ways))
     assert not list(tmp_path.iterdir())
     assert found.line().startswith("this run will take about")
+
+
+def test_kernels_that_are_compiled_do_not_count(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Where kernels are compiled while the layer is worked on, as on a machine's first run, it is worked on again."""
+    times: list[int] = []
+    original = rehearsal.Rehearsal._work
+
+    def first_compiles(self: rehearsal.Rehearsal, *arguments: Any) -> Seconds:
+        times.append(1)
+        if len(times) == 1:
+            machine_code.compiled(_doubled, types.float32[::1])
+        return replace(original(self, *arguments), cpu=rehearsal.QUICK)  # too long for a second time otherwise
+
+    monkeypatch.setattr(rehearsal.Rehearsal, "_work", first_compiles)
+    monkeypatch.setattr("snugfit.formats.machine_code.njit", _without_cache)
+    time_of(prepared_run(source("llama"), "nvfp4-fp8-hybrid-four-over-six", rows), tmp_path)
+    assert len(times) == 2
+    time_of(prepared_run(source("llama"), "nvfp4-fp8-hybrid-four-over-six", rows), tmp_path)
+    assert len(times) == 3
+
+
+def _doubled(values: Any) -> None:
+    for place in range(values.size):
+        values[place] *= 2
+
+
+def _without_cache(*arguments: Any, **options: Any) -> Any:
+    return njit(*arguments, **{name: value for name, value in options.items() if name != "cache"})
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])

@@ -19,6 +19,8 @@ from numba.extending import intrinsic
 
 ROWS = types.int64, types.int64  # first row, row behind the last
 
+_made: list[str] = []  # kernels that were not in numba's cache
+
 _I16, _I32, _FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
@@ -29,7 +31,15 @@ def compiled(function: Callable[..., None], *arguments: Any) -> Callable[..., No
         machine_code: Callable[..., None] = njit(types.void(*arguments), cache=True, **options)(function)
     except (OSError, RuntimeError):  # no folder for the cache can be written to
         machine_code = njit(types.void(*arguments), **options)(function)
+    stats = machine_code.stats  # type: ignore[attr-defined]
+    if not stats.cache_hits:
+        _made.append(function.__name__)
     return machine_code
+
+
+def kernels_made() -> int:
+    """How many kernels this process has compiled, which takes seconds of each; those of numba's cache do not count."""
+    return len(_made)
 
 
 def on_threads(kernel: Callable[[int, int], None], rows: int, tile: int = 1) -> None:
