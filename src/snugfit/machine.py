@@ -10,6 +10,7 @@ import re
 import resource
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -77,6 +78,31 @@ def multiplies_bfloat16() -> bool:
 def fix_cublas_workspace() -> None:
     """Have cuBLAS add in one order under torch's strict determinism; it asks for that before its first product."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@contextmanager
+def deterministic(device: torch.device, *, strictly: bool = False) -> Iterator[None]:
+    """On a GPU, backward passes that add in one order: attention's does so only if torch is to be strict about it.
+
+    A RuntimeError is raised then for what can add in no fixed order.
+    """
+    import torch
+
+    if device.type == "cpu":
+        yield
+        return
+    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic  # a module that is an object
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(mode=True, warn_only=not strictly)
+    settings.fill_uninitialized_memory = False
+    try:
+        with warnings.catch_warnings():  # cuBLAS wants a setting that it needs with several streams alone
+            warnings.filterwarnings("ignore", message=".*determinis")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(mode=before, warn_only=warned)
+        settings.fill_uninitialized_memory = filled
 
 
 def processors() -> int:

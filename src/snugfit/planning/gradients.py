@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from snugfit import distributed
 from snugfit.evaluation.evaluated_model import bounded_attention, embedding_weights, open_head, outer_weights
-from snugfit.machine import fix_cublas_workspace, free_bytes
+from snugfit.machine import deterministic, fix_cublas_workspace, free_bytes
 from snugfit.model import forward_pass
 from snugfit.model.emulate import FP8Cache
 from snugfit.model.forward_pass import Batch
@@ -35,7 +35,6 @@ from snugfit.planning.groups import EXPERTS, SHARED, Group
 from snugfit.planning.samples import ScoredRow
 from snugfit.planning.variants import VARIANTS_SHARE, LayerVariants, Subject, scored_formats
 from snugfit.progress import SILENT, Progress
-from snugfit.quantization.learned import deterministic
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.scores import cache_of_layer
 from snugfit.storage.tensor_reader import TensorReader

@@ -26,14 +26,13 @@ from snugfit.engines.profiles import DEFAULT_PROFILE
 from snugfit.errors import UserError
 from snugfit.evaluation.chunks import Chunk, ChunkGroup, group_chunks
 from snugfit.evaluation.held_out import SEGMENT_TOKENS
-from snugfit.machine import pick_device
+from snugfit.machine import deterministic, pick_device
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.positions import max_positions
 from snugfit.planning.measured_plans import measure_plans, open_comparison
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, open_subject
 from snugfit.progress import SILENT, Progress
-from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.quantization.resume import origin
 from snugfit.records.evaluation import TextRecord

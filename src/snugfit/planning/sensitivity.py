@@ -25,7 +25,7 @@ from snugfit.arguments import as_sequence
 from snugfit.engines.profiles import DEFAULT_PROFILE, PROFILES
 from snugfit.errors import UserError
 from snugfit.formats.spec import FORMATS
-from snugfit.machine import pick_device, versions
+from snugfit.machine import deterministic, pick_device, versions
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.planning.calibration import calibrate
 from snugfit.planning.damage import class_of, fit_damage
@@ -36,7 +36,6 @@ from snugfit.planning.samples import Samples, ScoredRow, by_bucket, read_samples
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subject, scored_formats
 from snugfit.progress import SILENT, Progress
-from snugfit.quantization.learned import deterministic
 from snugfit.quantization.prepare import TOKENS_PER_BATCH
 from snugfit.quantization.resume import FinishedUnits, open_finished, origin
 from snugfit.recipes.assignment import ALONG

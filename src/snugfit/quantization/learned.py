@@ -16,10 +16,8 @@ from __future__ import annotations
 import math
 import os
 import time
-import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,6 +43,7 @@ from snugfit.evaluation.evaluated_model import (
 from snugfit.evaluation.gpu_memory import gpu_memory_errors
 from snugfit.formats.int4 import INT4Weight
 from snugfit.formats.nvfp4 import NVFP4Weight
+from snugfit.machine import deterministic
 from snugfit.methods.learned_scales import LearnedScales, ScaledCodes, Schedule
 from snugfit.model import emulate, forward_pass
 from snugfit.model.forward_pass import Batch, Head
@@ -311,29 +310,6 @@ def _order(steps: int, batches: int) -> list[int]:
     while len(found) < steps:
         found += torch.randperm(batches, generator=generator).tolist()
     return found[:steps]
-
-
-@contextmanager
-def deterministic(device: torch.device, *, strictly: bool = False) -> Iterator[None]:
-    """On a GPU, backward passes that add in one order: attention's does so only if torch is to be strict about it.
-
-    A RuntimeError is raised then for what can add in no fixed order.
-    """
-    if device.type == "cpu":
-        yield
-        return
-    before, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic  # a module that is an object
-    filled = settings.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(mode=True, warn_only=not strictly)
-    settings.fill_uninitialized_memory = False
-    try:
-        with warnings.catch_warnings():  # cuBLAS wants a setting that it needs with several streams alone
-            warnings.filterwarnings("ignore", message=".*determinis")
-            yield
-    finally:
-        torch.use_deterministic_algorithms(mode=before, warn_only=warned)
-        settings.fill_uninitialized_memory = filled
 
 
 def _save(file: Path, learned: LearnedScales) -> None:
