@@ -13,7 +13,7 @@ from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.model.layout import read_layout
 from snugfit.planning.groups import EXPERTS, FOLLOWING, as_written, assignment_of, find_groups, follows_beside
-from snugfit.quantization.plan import decide
+from snugfit.quantization.decide import decide
 from snugfit.recipes.recipe import parse_recipe
 
 

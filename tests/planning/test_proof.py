@@ -29,7 +29,7 @@ from snugfit.planning.proof import judge_plans, prove, read_held_out
 from snugfit.planning.proving import to_measure
 from snugfit.planning.search import Mix
 from snugfit.planning.shared_pass import Assigned, SharedPass
-from snugfit.quantization.plan import decide
+from snugfit.quantization.decide import decide
 from snugfit.quantization.quantize import quantize
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.recipes.recipe import load_recipe

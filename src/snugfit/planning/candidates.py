@@ -12,7 +12,7 @@ from snugfit.errors import UserError
 from snugfit.model.layout import NOT_CHECKED, ModelLayout
 from snugfit.model.names import EXPERTS
 from snugfit.model.representatives import representatives
-from snugfit.quantization.plan import decide
+from snugfit.quantization.decide import decide
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe
 from snugfit.vram.fit import PlannedTensor
 from snugfit.vram.weights import is_served

@@ -15,7 +15,7 @@ from snugfit.planning.caches import kept_layers
 from snugfit.planning.groups import HEAD
 from snugfit.planning.menu import Bytes, GroupMenu, Option
 from snugfit.planning.search import Limit, Mix, Space, make_mix, within
-from snugfit.quantization.plan import decide
+from snugfit.quantization.decide import decide
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe
 from snugfit.records.scores import Scores
 

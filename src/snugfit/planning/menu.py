@@ -18,7 +18,7 @@ from snugfit.formats.spec import FORMATS, KEEP, TensorFormat
 from snugfit.model.layout import ModelLayout
 from snugfit.model.support import unverified_formats
 from snugfit.planning.groups import EXPERTS, HEAD, Group, assignment_of, find_groups
-from snugfit.quantization.plan import outputs_of
+from snugfit.quantization.decide import outputs_of
 from snugfit.recipes.assignment import Assignment
 from snugfit.storage.safetensors_header import TensorInfo
 from snugfit.vram.fit import ServeSettings

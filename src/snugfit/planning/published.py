@@ -15,7 +15,7 @@ from snugfit.model.language_config import nested_language_keys
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.names import KEPT_ROLES, TensorName, parse_name
 from snugfit.planning.recipe_text import WeightFormat, kind_of, recipe_text
-from snugfit.quantization.plan import decide
+from snugfit.quantization.decide import decide
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe, parse_recipe
 from snugfit.recipes.resolve import Matcher, resolve
 from snugfit.records.plan import RECIPE_FILE, PlanDifference, PlanDifferences, layer_runs

@@ -16,7 +16,8 @@ from snugfit.planning.limits import Place, impossible, limits_of
 from snugfit.planning.menu import Bytes, GroupMenu, Option, on_menu, read_options, sizes_outside
 from snugfit.planning.recipe_text import WeightFormat, recipe_text
 from snugfit.planning.search import Mix, Space
-from snugfit.quantization.plan import decide, kept_cache
+from snugfit.quantization.cache_scales import kept_cache
+from snugfit.quantization.decide import decide
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.scores import Scores
 from snugfit.vram.blocks import why_not_mixed

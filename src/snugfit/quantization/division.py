@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from snugfit.engines.fused import group_modules
 from snugfit.model import experts
+from snugfit.model.logical_weights import LogicalWeights
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.plan import Plan, groups_of
+from snugfit.quantization.plan import Plan
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -43,6 +45,31 @@ class Division:
 def groups_of_units(plan: Plan, *, runs: bool) -> list[list[tuple[str, ...]]]:
     """The groups of each unit in the order of the file; `runs`: samples pass the layers."""
     return [groups_of(plan, unit, runs=runs and number > 0) for number, unit in enumerate(plan.units)]
+
+
+def groups_of(plan: Plan, unit: Sequence[str], *, runs: bool) -> list[tuple[str, ...]]:
+    """The tensors of a unit in the order in which they are read: fused groups of quantized weights, then each other.
+
+    Without `runs` (the layer's forward pass is not needed) the rest is only what cannot be copied from file to file.
+    """
+    assigned = [name for name in unit if (a := plan.assignments.get(name)) and a.format is not None]
+    groups = group_modules(name.removesuffix(".weight") for name in assigned)
+    found = [tuple(f"{module}.weight" for module in group) for group in groups]
+    quantized = set(assigned)
+    # biases of single experts are parts of a tensor, and cannot be copied from file to file
+    assembled = [name for name in unit if name in plan.weights.origins and name in plan.outputs]
+    rest = [name for name in (unit if runs else assembled) if name not in quantized]
+    return [*found, *_by_file_tensors(plan.weights, rest)]
+
+
+def _by_file_tensors(weights: LogicalWeights, names: Sequence[str]) -> list[tuple[str, ...]]:
+    """`names` one by one, so that little is in memory at once, but together if they are parts of the same tensor."""
+    found: dict[object, list[str]] = {}
+    for name in names:
+        origin = weights.origins.get(name)
+        key = name if origin is None or origin.part is None else (weights.parts(name), origin.part.expert)
+        found.setdefault(key, []).append(name)
+    return [tuple(group) for group in found.values()]
 
 
 def divide(

@@ -26,7 +26,7 @@ from snugfit.model.forward_pass import spread_places
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton, open_skeleton
 from snugfit.progress import Progress
-from snugfit.quantization.division import Division, divide, groups_of_units
+from snugfit.quantization.division import Division, divide, groups_of, groups_of_units
 from snugfit.quantization.estimate import (
     Estimate,
     ahead_of,
@@ -38,7 +38,7 @@ from snugfit.quantization.estimate import (
 )
 from snugfit.quantization.measured import Measured, recall
 from snugfit.quantization.other_recipe import can_adopt
-from snugfit.quantization.plan import Plan, groups_of
+from snugfit.quantization.plan import Plan
 from snugfit.quantization.recalled import recalled_squares
 from snugfit.quantization.resume import check_resumable, origin, work_folder
 from snugfit.quantization.ways import (
