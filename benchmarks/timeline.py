@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import snugfit.quantization.quantize as main_path
-import snugfit.quantization.run as loop
 from snugfit.methods import kernels
+from snugfit.quantization import loop
 from snugfit.quantization.commits import Commits
 from snugfit.quantization.resume import FinishedUnits
+from snugfit.quantization.run import Made
+from snugfit.quantization.unit_work import Work
 from snugfit.storage import growing, shards, staging, transfer
 
 Part = tuple[float, float, str, str]
@@ -116,10 +118,10 @@ def watched() -> Timeline:
     for function in ("plan_quantization", "_expected", "_write_other_files", "_other_files", "check_files", "_record"):
         timeline.watch(main_path, function)
     timeline.watch(kernels, "warm_up")
-    for function in ("_open_writer", "_batches", "_check_finished", "_embed", "_open_work"):
+    for function in ("_open_writer", "batches_of", "check_finished", "embed", "open_work"):
         timeline.watch(loop, function)
-    timeline.watch(loop.Work, "quantize", lambda _, number, *__: str(number))
-    timeline.watch(loop.Made, "outcome")
+    timeline.watch(Work, "quantize", lambda _, number, *__: str(number))
+    timeline.watch(Made, "outcome")
     timeline.watch(Commits, "wait")
     timeline.watch(FinishedUnits, "commit", lambda units, *_: str(units.done - 1))
     timeline.watch(shards.ShardWriter, "close")

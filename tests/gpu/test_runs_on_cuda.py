@@ -14,8 +14,9 @@ from conftest import MakeTiny
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.evaluation.evaluated_model import last_states, open_model
-from snugfit.quantization import run as run_module
-from snugfit.quantization.layer import propagate
+from snugfit.quantization import unit_work
+from snugfit.quantization.choose import choose
+from snugfit.quantization.propagate import propagate
 from snugfit.records.quantize import QuantizeRecord
 
 pytestmark = pytest.mark.gpu
@@ -113,7 +114,7 @@ def test_a_stopped_run_resumes_with_the_same_bytes(
 ) -> None:
     """A run that stops in its third layer resumes there on the GPU and ends in the bytes of a run in one piece."""
     quantize_on(cuda.type, llama, recipe, tmp_path / "whole", token_rows)
-    real = run_module.choose  # type: ignore[attr-defined]
+    real = choose
     count = 0
 
     def stop(*arguments: Any, **options: Any) -> Any:
@@ -124,7 +125,7 @@ def test_a_stopped_run_resumes_with_the_same_bytes(
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "choose", stop)
+        patch.setattr(unit_work, "choose", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize_on(cuda.type, llama, recipe, tmp_path / "out", token_rows)
     assert (tmp_path / "out.partial").is_dir()
@@ -148,7 +149,7 @@ def test_out_of_gpu_memory_keeps_what_is_done(
         return propagate(run, tensors, roundings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "propagate", full)
+        patch.setattr(unit_work, "propagate", full)
         with pytest.raises(snugfit.UserError) as caught:
             quantize_on(cuda.type, llama, "nvfp4-four-over-six", tmp_path / "out", token_rows)
     assert caught.value.code == "gpu-memory-insufficient"

@@ -24,10 +24,11 @@ from snugfit.methods.method import Choice, Method, ObservedLayer, Purpose, Weigh
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
+from snugfit.quantization.loop import run_layers
 from snugfit.quantization.plan import lay_out
 from snugfit.quantization.prepare import Calibration, prepare
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, run_layers
+from snugfit.quantization.run import Run
 from snugfit.recipes.recipe import parse_recipe
 from snugfit.records.statistics_file import ExpertCalibration
 from snugfit.storage.staging import resumable

@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import snugfit.quantization.layer
-import snugfit.quantization.run
+import snugfit.quantization.quantize
 from conftest import MakeTiny
 from helpers.sweeps import thinned
 from helpers.tiny_families import all_tensors, random_rows, write_rows
@@ -26,12 +25,13 @@ from snugfit.model import forward_pass
 from snugfit.model.emulate import read_module
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
+from snugfit.quantization.loop import run_layers
 from snugfit.quantization.plan import lay_out
 from snugfit.quantization.prepare import Calibration, prepare
 from snugfit.quantization.quantize import quantize
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, run_layers
+from snugfit.quantization.run import Run
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe, parse_recipe
 from snugfit.records.statistics_file import ExpertCalibration
 from snugfit.storage.open import open_checkpoint

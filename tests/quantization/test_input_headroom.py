@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import snugfit.quantization.run
+import snugfit.quantization.unit_work
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, boundaries_of, contents, in_child, kill_at
@@ -26,7 +26,7 @@ from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM
 from snugfit.model import emulate
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.commits import Commits
-from snugfit.quantization.layer import propagate
+from snugfit.quantization.propagate import propagate
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.quantize import QuantizeRecord
@@ -248,7 +248,7 @@ def test_another_recipe_behind_finished_layers(model: Path, rows: Path, tmp_path
                     os._exit(KILLED)
                 return propagate(layer, *others)
 
-            patch.setattr(snugfit.quantization.run, "propagate", stop)
+            patch.setattr(snugfit.quantization.unit_work, "propagate", stop)
             patch.setattr(Commits, "start", lambda self, *given: (start(self, *given), self.wait()))
             made(out, model, rows, rules(exact), effort=None)
 

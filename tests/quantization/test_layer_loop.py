@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-import snugfit.quantization.run
+import snugfit.quantization.loop
 from conftest import MakeTiny
 from helpers.errors import raises
 from helpers.fp8_sources import as_fp8
@@ -29,11 +29,13 @@ from snugfit.model.experts import NoHooks
 from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
+from snugfit.quantization.loop import run_layers
 from snugfit.quantization.plan import lay_out
 from snugfit.quantization.prepare import Calibration, prepare
 from snugfit.quantization.quantize import quantize
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, run_layers
+from snugfit.quantization.run import Run
+from snugfit.quantization.samples import embed
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe, parse_recipe
 from snugfit.records.statistics_file import STATISTICS_FILE, ExpertCalibration
 from snugfit.storage.checkpoint import Checkpoint
@@ -426,7 +428,7 @@ def test_what_stays_is_copied_while_samples_are_embedded(
 ) -> None:
     """Tensors outside the layers are in their files before the first layer is worked on, and written once."""
     name, kept = "model.embed_tokens.weight", all_tensors(model)
-    embed, copied = snugfit.quantization.run._embed, list[str]()
+    copied = list[str]()
     real_copy = ShardWriter.copy
 
     def copy(writer: ShardWriter, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
@@ -448,7 +450,7 @@ def test_what_stays_is_copied_while_samples_are_embedded(
         assert not run.finished.done
         embed(run, *given)
 
-    monkeypatch.setattr(snugfit.quantization.run, "_embed", embed_late)
+    monkeypatch.setattr(snugfit.quantization.loop, "embed", embed_late)
     monkeypatch.setattr(ShardWriter, "copy", copy)
     made = run_method(model, "nvfp4-four-over-six", tmp_path / "out", rows, ROUND_TO_NEAREST)
     assert {name, "model.norm.weight"} <= set(copied)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-import snugfit.quantization.run
+import snugfit.quantization.unit_work
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, contents, in_child
@@ -31,7 +31,8 @@ from snugfit.dialects.targets import Targets
 from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES
 from snugfit.evaluation.evaluated_model import open_head, open_model, pass_layers
 from snugfit.model import forward_pass
-from snugfit.quantization.layer import LayerPass, propagate
+from snugfit.quantization.layer_pass import LayerPass
+from snugfit.quantization.propagate import propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.statistics_file import STATISTICS_FILE
@@ -404,7 +405,7 @@ def test_killed_inside_a_layer_of_experts(family: str, step: int, source: Source
             return second(*arguments, **named)
 
         ExpertObserver.second = counted  # type: ignore[method-assign]
-        snugfit.quantization.run.propagate = watched  # type: ignore[attr-defined]
+        snugfit.quantization.unit_work.propagate = watched  # type: ignore[attr-defined]
         quantize(source(family), "nvfp4-moe-four-over-six", output_dir=tmp_path / "two", **options)
 
     assert in_child(die) == KILLED

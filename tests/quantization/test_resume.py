@@ -14,13 +14,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import snugfit.quantization.run
+import snugfit.quantization.unit_work
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, boundaries_of, contents, in_child, kill_at
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished, UserError
-from snugfit.quantization.layer import LayerPass, choose, propagate
+from snugfit.quantization.choose import choose
+from snugfit.quantization.layer_pass import LayerPass
+from snugfit.quantization.propagate import propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.storage.shards import file_digests
@@ -128,7 +130,7 @@ def stop_in_layer(monkeypatch: pytest.MonkeyPatch, layer: int, error: BaseExcept
             raise error
         return propagate(run, tensors, roundings)
 
-    monkeypatch.setattr(snugfit.quantization.run, "propagate", stopping)
+    monkeypatch.setattr(snugfit.quantization.unit_work, "propagate", stopping)
 
 
 def command(model: Path, out: Path, token_rows: Path, *options: str) -> Any:
@@ -339,7 +341,7 @@ def test_a_recipe_without_samples_resumes_too(model: Path, tmp_path: Path, monke
         return choose(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(snugfit.quantization.run, "choose", stop)
+        patch.setattr(snugfit.quantization.unit_work, "choose", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize(model, "fp8-dynamic", output_dir=tmp_path / "out", device="cpu")
     record = quantize(model, "fp8-dynamic", output_dir=tmp_path / "out", device="cpu")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import snugfit.quantization.run
+import snugfit.quantization.unit_work
 from conftest import MakeTiny
 from helpers.killed import KILLED, boundaries_of, contents, in_child, kill_at
 from helpers.ranks import in_ranks
@@ -16,7 +16,7 @@ from helpers.tiny_mixtures import make_mixture
 from snugfit.errors import UserError
 from snugfit.quantization import states
 from snugfit.quantization.estimate import Estimate
-from snugfit.quantization.layer import propagate
+from snugfit.quantization.propagate import propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import QuantizeRecord
 
@@ -54,7 +54,7 @@ def fail_at_third_layer(patch: pytest.MonkeyPatch) -> None:
             raise UserError("not finite.", code="activations-not-finite", where="layer 2", remedy="Use bfloat16.")
         return propagate(*arguments)
 
-    patch.setattr(snugfit.quantization.run, "propagate", fails)
+    patch.setattr(snugfit.quantization.unit_work, "propagate", fails)
 
 
 def run(model: Path, out: Path, rows: Path, effort: str | None = None, **more: Any) -> QuantizeRecord:

@@ -14,15 +14,14 @@ from huggingface_hub import constants
 from typer.testing import CliRunner
 
 import snugfit
-import snugfit.quantization.run as run_module
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.hub_server import COMMIT, Hub, files_of, serve
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
-from snugfit.quantization import run_time, stand_ins
-from snugfit.quantization.layer import choose as choose_codes
+from snugfit.quantization import run_time, stand_ins, unit_work
+from snugfit.quantization.choose import choose as choose_codes
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE
@@ -112,7 +111,7 @@ def test_weights_are_on_their_way_while_others_are_worked_on(
         asked.append(len(hub.ranges()))
         return real(*arguments)
 
-    monkeypatch.setattr(run_module, "choose", choose)
+    monkeypatch.setattr(unit_work, "choose", choose)
     plan = plan_quantization("org/name", RECIPE, dataset=[token_rows], device="cpu")
     assert 0 < plan.read_ahead_bytes(plan.divisions()) <= REMOTE_AHEAD_BYTES
     quantize("org/name", RECIPE, output_dir=tmp_path / "out", dataset=[token_rows], device="cpu")

@@ -32,11 +32,12 @@ from snugfit.methods.round_to_nearest import RoundToNearest
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.loop import run_layers
 from snugfit.quantization.plan import lay_out
 from snugfit.quantization.prepare import Calibration, prepare
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, run_layers
+from snugfit.quantization.run import Run
 from snugfit.quantization.ways import FEWEST_SAMPLES, HELD_OUT_EVERY, PLAIN, Way
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.quantize import QuantizeRecord

@@ -9,10 +9,11 @@ from snugfit.data.dataset import Dataset
 from snugfit.machine import Clock
 from snugfit.model.layout import ModelLayout
 from snugfit.progress import SILENT, Progress
+from snugfit.quantization.loop import run_layers
 from snugfit.quantization.plan import measure_only
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_statistics, prepare
 from snugfit.quantization.resume import open_finished
-from snugfit.quantization.run import Run, run_layers, statistics_of
+from snugfit.quantization.run import Run, statistics_of
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, save_statistics
 
 STATISTICS_NAME = "statistics.json"

@@ -10,10 +10,11 @@ from snugfit.arguments import as_sequence
 from snugfit.machine import Clock
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
+from snugfit.quantization.loop import run_layers
 from snugfit.quantization.plan import measure_only
 from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, prepare
 from snugfit.quantization.resume import open_finished
-from snugfit.quantization.run import Run, run_layers, statistics_of
+from snugfit.quantization.run import Run, statistics_of
 from snugfit.records.statistics_file import (
     MAX_FORCED_TOKENS,
     MIN_TOKENS_PER_EXPERT,

@@ -31,10 +31,11 @@ from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model import experts
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
+from snugfit.quantization.loop import run_layers
 from snugfit.quantization.plan import measure_only
 from snugfit.quantization.prepare import Calibration, check_options, load_samples, prepare, with_other_files
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, run_layers
+from snugfit.quantization.run import Run
 from snugfit.records.dataset import (
     RAISED,
     ComparedDataset,

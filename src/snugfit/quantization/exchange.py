@@ -10,7 +10,9 @@ from torch import Tensor
 
 from snugfit import distributed
 from snugfit.model.layers import ExpertBuffers
+from snugfit.quantization.choose import UnitTensor
 from snugfit.quantization.division import Division
+from snugfit.quantization.layer_pass import LayerPass
 from snugfit.quantization.plan import Plan
 from snugfit.storage.safetensors_header import dtype_of
 
@@ -89,3 +91,20 @@ def send_tensors(
             held[name] = torch.empty(info.shape, dtype=dtype_of(info), device=device)
         held[name] = held[name].contiguous()
     distributed.send_many((held[name], owners[name]) for name in names)
+
+
+def exchange(run: LayerPass, tensors: MutableMapping[str, UnitTensor]) -> None:
+    """Give all processes the 16-bit weights that one of them has chosen, and multipliers of inputs that come along."""
+    if distributed.world_size() == 1:
+        return
+    scales: dict[str, Tensor] = {}
+    if any((one := run.plan.assignments.get(name)) and one.keeps_codes for name in run.names):
+        mine = {name: one.input_scale for name, one in tensors.items() if one.input_scale is not None}
+        scales = distributed.merged(mine)
+    send_experts(run.buffers, run.names, run.owners)
+    outside = [name for name in run.names if not run.buffers.has(name)]
+    held = {name: one.weight_16bit for name, one in tensors.items() if one.weight_16bit is not None}
+    send_tensors(run.plan, outside, run.owners, held, run.device)
+    for name in run.names:
+        if not is_mine(run.owners, name):
+            tensors[name] = UnitTensor(weight_16bit=held.get(name), input_scale=scales.get(name))

@@ -16,8 +16,10 @@ from snugfit.model.layers import ExpertBuffers
 from snugfit.model.pieces import ExpertsInPieces, Scratch
 from snugfit.model.skeleton import Skeleton
 from snugfit.quantization import exchange
+from snugfit.quantization.choose import UnitTensor, choose
 from snugfit.quantization.division import Division, Groups, Piece
-from snugfit.quantization.layer import LayerPieces, LoadedGroup, UnitTensor, choose, load
+from snugfit.quantization.layer_pass import LayerPieces
+from snugfit.quantization.load import LoadedGroup, load
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.write import write_early

@@ -32,9 +32,11 @@ from snugfit.quantization.exchange import owners_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
 from snugfit.quantization.resume import FinishedUnits
-from snugfit.quantization.run import Run, Work, some_of
+from snugfit.quantization.run import Run
+from snugfit.quantization.samples import some_of
 from snugfit.quantization.stand_ins import Groups, NoFiles, Scratch, States, Timed, Watch
 from snugfit.quantization.states import RunStates
+from snugfit.quantization.unit_work import Work
 from snugfit.quantization.ways import Way
 from snugfit.records.statistics_file import ExpertCalibration
 from snugfit.storage.safetensors_header import dtype_of

@@ -111,6 +111,11 @@ class FinishedUnits:
         del self.entries[done:]
 
 
+def omitted(finished: FinishedUnits) -> list[str]:
+    """The tensors of finished units that were left out of files that do not last: they are the source's."""
+    return [name for entry in finished.entries for name, crcs in entry["written"].items() if crcs is None]
+
+
 def open_finished(folder: Path, identity: Mapping[str, Any], *, force: bool = False) -> FinishedUnits:
     """The finished units of a run's work folder, in each of its processes: the main one opens it first."""
     if distributed.is_main():

@@ -35,10 +35,11 @@ from snugfit.evaluation.held_out import HeldOut, segments
 from snugfit.evaluation.saturation import InputWatch, SeenInputs
 from snugfit.machine import fix_cublas_workspace
 from snugfit.quantization.learned import learn
+from snugfit.quantization.loop import LATE_ERRORS, make_layers
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepare import PreparedRun
-from snugfit.quantization.resume import open_finished, read_json, replace_json
-from snugfit.quantization.run import LATE_ERRORS, Made, Outcome, Run, make_layers, norm_folds_of, omitted
+from snugfit.quantization.resume import omitted, open_finished, read_json, replace_json
+from snugfit.quantization.run import Made, Outcome, Run, norm_folds_of
 from snugfit.quantization.ways import Way
 from snugfit.records.norm_folds import summary
 from snugfit.records.saturation import InputSaturation
