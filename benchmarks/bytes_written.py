@@ -86,10 +86,10 @@ def make_rows(options: argparse.Namespace, model: Path) -> Path:
 
 def run(given: dict[str, Any]) -> None:
     """In a process of its own: quantize, and print what was written."""
-    from snugfit.quantization import prepare, trials
+    from snugfit.quantization import prepared_run, trials
     from snugfit.quantization.quantize import quantize
 
-    prepare.SOME_TOKENS = given.pop("few")  # type: ignore[attr-defined]
+    prepared_run.SOME_TOKENS = given.pop("few")  # type: ignore[attr-defined]
     if (close := given.pop("close")) is not None:
         trials.CLOSE = close
     written, real = 0, os.pwrite

@@ -30,8 +30,9 @@ from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.loop import run_layers
+from snugfit.quantization.options import Calibration
 from snugfit.quantization.plan import lay_out
-from snugfit.quantization.prepare import Calibration, prepare
+from snugfit.quantization.prepare import prepare
 from snugfit.quantization.quantize import _write_config, quantize
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run

@@ -55,7 +55,7 @@ from snugfit.planning.sensitivity import ScoreSettings, score_samples
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.space import read_choices
 from snugfit.planning.variants import Subject, open_subject
-from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.quantization.options import TOKENS_PER_BATCH
 from snugfit.records.scores import Scores, load_scores
 from snugfit.records.statistics_file import Statistics
 

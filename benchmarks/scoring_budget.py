@@ -41,7 +41,7 @@ from snugfit.planning.sensitivity import ScoreSettings, _scored_sum, _scores, co
 from snugfit.planning.shared_pass import Assigned
 from snugfit.planning.space import read_choices
 from snugfit.planning.variants import Subject, open_subject
-from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.quantization.options import TOKENS_PER_BATCH
 from snugfit.quantization.resume import open_finished
 from snugfit.records.json_file import validated
 from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, Scores, cache_of_layer

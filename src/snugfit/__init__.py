@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from snugfit.quantization.collect import collect_statistics
     from snugfit.quantization.compare_datasets import compare_datasets
     from snugfit.quantization.import_statistics import import_statistics
-    from snugfit.quantization.prepare import PreparedRun
+    from snugfit.quantization.prepared_run import PreparedRun
     from snugfit.quantization.quantize import plan_quantization, quantize
     from snugfit.quantization.run_time import RunTime, estimate_run_time
     from snugfit.recipes.recipe import LoadedRecipe, list_recipes, load_recipe
@@ -145,7 +145,7 @@ _MODULES = {
     "quantization.collect": ("collect_statistics",),
     "quantization.import_statistics": ("import_statistics",),
     "quantization.compare_datasets": ("compare_datasets",),
-    "quantization.prepare": ("PreparedRun",),
+    "quantization.prepared_run": ("PreparedRun",),
     "quantization.quantize": ("plan_quantization", "quantize"),
     "quantization.run_time": ("RunTime", "estimate_run_time"),
     "recipes.recipe": ("LoadedRecipe", "list_recipes", "load_recipe"),

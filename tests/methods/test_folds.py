@@ -25,8 +25,9 @@ from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
 from snugfit.quantization.loop import run_layers
+from snugfit.quantization.options import Calibration
 from snugfit.quantization.plan import lay_out
-from snugfit.quantization.prepare import Calibration, prepare
+from snugfit.quantization.prepare import prepare
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run
 from snugfit.recipes.recipe import parse_recipe

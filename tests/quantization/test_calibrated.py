@@ -26,8 +26,9 @@ from snugfit.model.emulate import read_module
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
 from snugfit.quantization.loop import run_layers
+from snugfit.quantization.options import Calibration
 from snugfit.quantization.plan import lay_out
-from snugfit.quantization.prepare import Calibration, prepare
+from snugfit.quantization.prepare import prepare
 from snugfit.quantization.quantize import quantize
 from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.resume import FinishedUnits

@@ -169,7 +169,7 @@ def test_files_go_from_way_to_way(
     """Files of a way that lost, and what was left out of plain codes, come to the bytes of one process, also killed."""
     ways = PLAIN, Way("weighted", Calibrated("vllm-blackwell")), Way("gptq", Calibrated("vllm-blackwell", gptq=True))
     monkeypatch.setattr("snugfit.quantization.prepare.ways_of", lambda *_args, **_options: ways)
-    monkeypatch.setattr("snugfit.quantization.prepare.SOME_TOKENS", 400)
+    monkeypatch.setattr("snugfit.quantization.prepared_run.SOME_TOKENS", 400)
     kl = {"plain-few": 1.0, "weighted": 0.95, "plain": 0.5, "gptq": 2.0}  # weighted is close, then lost
 
     def divergences(self: HeldOut, candidate: Path, *_: object, **_options: object) -> list[float]:

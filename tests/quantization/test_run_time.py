@@ -27,7 +27,7 @@ from snugfit.model import experts
 from snugfit.quantization import quantize as quantizing
 from snugfit.quantization import rehearsal, run_time, stand_ins
 from snugfit.quantization.collect import collect_statistics
-from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.quantization.run_time import RunTime, estimate_run_time
 from snugfit.records.quantize import RECORD_FILE

@@ -24,7 +24,7 @@ from helpers.tiny_mixtures import MIXTURES, make_mixture, rewrite
 from snugfit.errors import UserError
 from snugfit.model.layout import NOT_CHECKED
 from snugfit.planning.fit import fit
-from snugfit.quantization.prepare import check_with_transformers
+from snugfit.quantization.plan_checks import check_with_transformers
 from snugfit.quantization.quantize import plan_quantization, quantize
 
 MakeTiny = Callable[..., Path]

@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import snugfit.quantization.prepare
+import snugfit.quantization.prepared_run
 from conftest import MakeTiny
 from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, boundaries_of, contents, in_child, kill_at
@@ -33,8 +34,9 @@ from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.loop import run_layers
+from snugfit.quantization.options import Calibration
 from snugfit.quantization.plan import lay_out
-from snugfit.quantization.prepare import Calibration, prepare
+from snugfit.quantization.prepare import prepare
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run
@@ -389,7 +391,7 @@ def test_few_samples_measure_what_needs_no_more(
     model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain codes are tried with a few samples; a file that keeps them is made with all, also behind a kill."""
-    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    monkeypatch.setattr(snugfit.quantization.prepared_run, "SOME_TOKENS", 800)
     out, said = tmp_path / "out", "plain, with all samples"
     try_ways(monkeypatch, PLAIN, GPTQ)
     spy = Spy(tmp_path / "gptq")
@@ -429,7 +431,7 @@ def test_a_small_gain_on_few_samples_is_measured_again(
     """A way that gains little on one which a few samples measured has to gain on it with all samples, too."""
     try_ways(monkeypatch, PLAIN, GPTQ)
     exact = run(model, tmp_path / "exact", texts).trials
-    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    monkeypatch.setattr(snugfit.quantization.prepared_run, "SOME_TOKENS", 800)
     few = run(model, tmp_path / "few", texts).trials
     assert few[0].kl != exact[0].kl
     monkeypatch.setattr(snugfit.quantization.trials, "CLOSE", 10.0)
@@ -480,7 +482,7 @@ def test_what_is_the_same_is_written_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Codes are written once a way, however it is measured; tensors of the source twice at most, for three files."""
-    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    monkeypatch.setattr(snugfit.quantization.prepared_run, "SOME_TOKENS", 800)
     try_ways(monkeypatch, *ways)
     forced(monkeypatch, **kl)
     written, real = 0, os.pwrite
@@ -503,7 +505,7 @@ def test_killed_while_files_go_from_way_to_way(
     small: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Plain codes are measured again, win, and get what was left out of them: killed anywhere, they end the same."""
-    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    monkeypatch.setattr(snugfit.quantization.prepared_run, "SOME_TOKENS", 800)
     try_ways(monkeypatch, PLAIN, GPTQ, BAD)
     forced(monkeypatch, plain_few=1.0, gptq=0.95, plain=0.5, bad=2.0)
     spy = Spy(tmp_path / "whole")
@@ -533,7 +535,7 @@ def test_ranges_without_room_take_all_samples(
     model: Path, texts: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where ranges end at the largest value that was seen, a few samples do not tell what all would give."""
-    monkeypatch.setattr(snugfit.quantization.prepare, "SOME_TOKENS", 800)
+    monkeypatch.setattr(snugfit.quantization.prepared_run, "SOME_TOKENS", 800)
     cached = tmp_path / "cached.yaml"
     cached.write_text("name: cached\nrules: [{role: linear, format: nvfp4}]\nkv_cache: fp8\n")
 

@@ -10,8 +10,11 @@ from snugfit.machine import Clock
 from snugfit.model.layout import ModelLayout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.loop import run_layers
+from snugfit.quantization.options import Calibration
 from snugfit.quantization.plan import measure_only
-from snugfit.quantization.prepare import Calibration, PreparedRun, check_statistics, prepare
+from snugfit.quantization.plan_checks import check_statistics
+from snugfit.quantization.prepare import prepare
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import open_finished
 from snugfit.quantization.run import Run, statistics_of
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, save_statistics

@@ -33,7 +33,7 @@ from snugfit.planning.measured_plans import measure_plans, open_comparison
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, open_subject
 from snugfit.progress import SILENT, Progress
-from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.quantization.options import TOKENS_PER_BATCH
 from snugfit.quantization.resume import origin
 from snugfit.records.evaluation import TextRecord
 from snugfit.records.proof import ALL_TEXTS, Measured, Proof, Proved

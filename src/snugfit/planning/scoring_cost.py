@@ -35,7 +35,7 @@ from snugfit.planning.shared_pass import LOGITS as COMPARED_LOGITS
 from snugfit.planning.shared_pass import ORIGINAL, Assigned, branches_of, compare
 from snugfit.planning.variants import LayerVariants, Subject, scored_formats
 from snugfit.quantization.estimate import CUDA_HOST_BYTES
-from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.quantization.options import TOKENS_PER_BATCH
 from snugfit.records.scores import KEEP, KV_CACHE, Cost
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerStatistics

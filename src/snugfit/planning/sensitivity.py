@@ -36,7 +36,7 @@ from snugfit.planning.samples import Samples, ScoredRow, by_bucket, read_samples
 from snugfit.planning.shared_pass import Array, Assigned
 from snugfit.planning.variants import PLAIN, Subject, check_rounding, open_subject, scored_formats
 from snugfit.progress import SILENT, Progress
-from snugfit.quantization.prepare import TOKENS_PER_BATCH
+from snugfit.quantization.options import TOKENS_PER_BATCH
 from snugfit.quantization.resume import FinishedUnits, open_finished, origin
 from snugfit.recipes.assignment import ALONG
 from snugfit.records.scores import KEEP, KV_CACHE, Cost, Point, ScoredGroup, Scores, cache_of_layer

@@ -11,8 +11,10 @@ from snugfit.machine import Clock
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.loop import run_layers
+from snugfit.quantization.options import Calibration, check_options
 from snugfit.quantization.plan import measure_only
-from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, prepare
+from snugfit.quantization.prepare import prepare
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import open_finished
 from snugfit.quantization.run import Run, statistics_of
 from snugfit.records.statistics_file import (

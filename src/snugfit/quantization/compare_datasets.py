@@ -32,8 +32,9 @@ from snugfit.model import experts
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.loop import run_layers
+from snugfit.quantization.options import Calibration, check_options
 from snugfit.quantization.plan import measure_only
-from snugfit.quantization.prepare import Calibration, check_options, load_samples, prepare, with_other_files
+from snugfit.quantization.prepare import load_samples, prepare, with_other_files
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run
 from snugfit.records.dataset import (

@@ -20,9 +20,11 @@ from snugfit.methods import kernels
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.loop import run_layers
+from snugfit.quantization.options import Calibration, check_options, headroom_of
 from snugfit.quantization.other_recipe import adopt_recipe
 from snugfit.quantization.plan import Plan, lay_out
-from snugfit.quantization.prepare import Calibration, PreparedRun, check_options, headroom_of, prepare
+from snugfit.quantization.prepare import prepare
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import open_finished
 from snugfit.quantization.run import Run, norm_folds_of, statistics_of
 from snugfit.quantization.run_time import RunTime, estimate_run_time, rough_seconds

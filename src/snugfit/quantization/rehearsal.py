@@ -30,7 +30,7 @@ from snugfit.progress import SILENT
 from snugfit.quantization.division import Division, Piece, divide, groups_of_units
 from snugfit.quantization.exchange import owners_of
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run
 from snugfit.quantization.samples import some_of

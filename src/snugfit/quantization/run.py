@@ -9,7 +9,7 @@ from pathlib import Path
 from snugfit import distributed
 from snugfit.machine import Clock
 from snugfit.progress import Progress
-from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.records.norm_folds import NormFold
 from snugfit.records.statistics import layer_from_json

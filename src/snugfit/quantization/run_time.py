@@ -26,7 +26,7 @@ from snugfit.progress import duration
 from snugfit.quantization.estimate import LEARNED_TOKENS
 from snugfit.quantization.learned import steps_of
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.rehearsal import LayerTime, Rehearsal
 from snugfit.quantization.ways import Way, learned_weights
 from snugfit.storage.files import nearest_folder

@@ -10,7 +10,7 @@ import torch
 from snugfit.methods.method import SOME_SAMPLES, SOME_TOKENS
 from snugfit.model import forward_pass, layers
 from snugfit.model.assemble import read_single
-from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.run import Run
 from snugfit.quantization.states import RunStates, open_states
 from snugfit.storage.shared_reads import SharedReads, processes_share

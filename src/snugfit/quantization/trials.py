@@ -37,7 +37,7 @@ from snugfit.machine import fix_cublas_workspace
 from snugfit.quantization.learned import learn
 from snugfit.quantization.loop import LATE_ERRORS, make_layers
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import omitted, open_finished, read_json, replace_json
 from snugfit.quantization.run import Made, Outcome, Run, norm_folds_of
 from snugfit.quantization.ways import Way
