@@ -1,9 +1,12 @@
-"""Several processes that torchrun would start, forked from this one: torch is imported once."""
+"""Several processes that torchrun would start, forked from this one: torch is imported once.
+
+As torchrun does, this process has the store by which they find each other, on a port that the system gives and that
+nobody can take in between: it listens before they start.
+"""
 
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,14 +14,14 @@ from collections.abc import Callable
 
 def in_ranks(count: int, work: Callable[[int], object]) -> list[int]:
     """Exit codes of `work(rank)` in processes that find each other by gloo; 2 for a UserError, 1 for another error."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    from torch.distributed import TCPStore
+
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank in range(count):
         child = os.fork()
         if not child:
-            _run(rank, count, port, work)
+            _run(rank, count, store.port, work)
         children.append(child)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
@@ -27,7 +30,8 @@ def _run(rank: int, count: int, port: int, work: Callable[[int], object]) -> Non
     from snugfit.errors import UserError
 
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in here.items()} | {"MASTER_ADDR": "127.0.0.1"})
+    here |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
+    os.environ.update({name: str(value) for name, value in here.items()})
     code = 1
     try:
         work(rank)
