@@ -10,13 +10,15 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 
 def in_ranks(count: int, work: Callable[[int], object]) -> list[int]:
     """Exit codes of `work(rank)` in processes that find each other by gloo; 2 for a UserError, 1 for another error."""
-    from torch.distributed import TCPStore
+    import torch
 
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    rendezvous: Any = torch.distributed
+    store = rendezvous.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank in range(count):
         child = os.fork()
@@ -30,8 +32,8 @@ def _run(rank: int, count: int, port: int, work: Callable[[int], object]) -> Non
     from snugfit.errors import UserError
 
     here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
-    here |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": True}
     os.environ.update({name: str(value) for name, value in here.items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_USE_AGENT_STORE": "True"})
     code = 1
     try:
         work(rank)

@@ -14,6 +14,7 @@ import torch
 from numba import njit, types
 from typer.testing import CliRunner
 
+from helpers.fp8_sources import Kind, as_fp8
 from helpers.killed import contents
 from helpers.ranks import in_ranks
 from helpers.tiny_families import random_rows, write_rows
@@ -21,18 +22,25 @@ from helpers.tiny_mixtures import Source
 from snugfit import machine
 from snugfit.cli.app import app
 from snugfit.formats import machine_code
-from snugfit.machine import Seconds
+from snugfit.machine import NO_TIME, Seconds
 from snugfit.methods.calibrated import Calibrated
 from snugfit.model import experts
+from snugfit.progress import SILENT
 from snugfit.quantization import quantize as quantizing
 from snugfit.quantization import rehearsal, run_time, stand_ins
 from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.loop import run_layers
 from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.quantize import plan_quantization, quantize
-from snugfit.quantization.run_time import RunTime, estimate_run_time
+from snugfit.quantization.rehearsal import LayerTime
+from snugfit.quantization.resume import FinishedUnits, omitted
+from snugfit.quantization.run import Run
+from snugfit.quantization.run_time import RunTime, Writing, estimate_run_time
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.storage.transfer import Transfer
 
+KEEPS_THE_REST = "name: mine\nrules: [{role: mlp, format: nvfp4}, {role: linear, format: keep}]\n"
+ONE_WAY = "name: mine\nrules: [{role: linear, format: nvfp4, scale_rule: four-over-six, input_headroom: 2}]\n"
 ROWS = random_rows([64] * 10 + [40, 33] * 3)
 
 
@@ -220,7 +228,52 @@ def test_a_kill_leaves_nothing(source: Source, rows: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(run_time, "timed", watched)
     time_of(prepared_run(source("llama"), "nvfp4", rows, effort="fast"), tmp_path)
-    assert seen == [[]]
+    assert seen == [[], []]  # while it is written, and while the disk takes it
+
+
+def test_files_to_be_judged_by(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A way with a few samples writes nothing that is the source's, and nothing has the disk take its files."""
+    monkeypatch.setattr("snugfit.quantization.prepared_run.SOME_TOKENS", 200)
+    monkeypatch.setattr(run_time, "_writing", lambda *_: Writing(write=Seconds(1.0, 0.0), keep=Seconds(2.0, 0.0)))
+    prepared = prepared_run(source("llama"), "nvfp4-fp8-hybrid", rows, effort="good")
+    plan, found = prepared.plan, dict(time_of(prepared, tmp_path).ways)
+    assert found["plain"].wall == pytest.approx(plan.bytes - plan.copied_bytes, rel=1e-3)
+    assert found["gptq+folds"].wall == pytest.approx(3 * plan.bytes, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [None, "ct-channel"])
+def test_what_is_left_out_of_them(kind: Kind | None, source: Source, rows: Path, tmp_path: Path) -> None:
+    """The bytes that a plan counts as the source's are those that files which do not last lack, copied codes too."""
+    model = source("llama") if kind is None else as_fp8(source("llama"), tmp_path / "fp8", kind)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(KEEPS_THE_REST, encoding="utf-8")
+    prepared = prepared_run(model, str(recipe), rows, effort="good").on_few()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    finished = FinishedUnits(folder, prepared.identity())
+    run = Run(
+        prepared=prepared, directory=folder, work=folder, finished=finished, clock=machine.Clock(), progress=SILENT
+    )
+    run_layers(run)
+    sizes = {info.name: info.bytes for infos in prepared.plan.outputs.values() for info in infos}
+    left_out = sum(sizes[name] for name in omitted(finished))
+    assert 0 < left_out == prepared.plan.copied_bytes < prepared.plan.bytes
+
+
+def test_one_way_has_all_samples(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """A way that nothing is compared with runs all samples, also where a few would tell how good it is."""
+    whole = Seconds(1.0, 1.0)
+    time = LayerTime(weights=NO_TIME, passes=whole, forward=whole, decode=NO_TIME)
+    monkeypatch.setattr(rehearsal.Rehearsal, "time", lambda *_: time)
+    recipe, found = tmp_path / "recipe.yaml", []
+    recipe.write_text(ONE_WAY, encoding="utf-8")
+    for some in (1 << 30, 200):
+        monkeypatch.setattr("snugfit.quantization.prepared_run.SOME_TOKENS", some)
+        prepared = prepared_run(source("llama"), str(recipe), rows)
+        found.append(time_of(prepared, tmp_path).seconds.cpu)
+    assert prepared.few_are_enough
+    assert found[1] == pytest.approx(found[0], rel=0.1)
+    assert found[0] >= prepared.plan.num_layers
 
 
 def test_a_dry_run_says_it(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -138,6 +138,21 @@ class Plan:
         same = found is not None and (found.dtype, found.shape) == (info.dtype, info.shape)
         return same and self.weights.dialect.file_format is compressed_tensors
 
+    def is_copied(self, name: str) -> bool:
+        """Whether a tensor is in the result as it is in the source, from file to file."""
+        assignment = self.assignments.get(name)
+        return name not in self.weights.origins and (assignment is None or assignment.format is None)
+
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the tensors that are in the result as they are in the source, codes that stay among them."""
+        return sum(
+            info.bytes
+            for name, infos in self.outputs.items()
+            for info in infos
+            if name in self.weights.tensors and (self.is_copied(name) or self.copies(name, info))
+        )
+
     def writes_kv_scales(self, layer: int) -> bool:
         """Whether scales of an FP8 KV cache are written for this layer."""
         return f"{self.observed_caches.get(layer)}.k_scale" in self.outputs

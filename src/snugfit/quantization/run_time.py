@@ -56,6 +56,14 @@ class RunTime:
         return f"this run will take about {duration(self.seconds.wall)} ({each}{self.basis})"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """Seconds of a byte: to write it to a file, and to have it digested and taken by the disk."""
+
+    write: Seconds
+    keep: Seconds
+
+
 def rough_seconds(prepared: PreparedRun) -> float:
     """About what a run takes, of shapes alone; within a factor of several."""
     plan, tokens = prepared.plan, prepared.dataset.tokens if prepared.dataset else 0
@@ -122,7 +130,7 @@ class _Estimate:
             if way.unless or way.learns:
                 continue
             times[way.name] = self._with_samples(way, self._rehearsal.time(way))
-            found.append((way.name, self._of_way(times[way.name], first=not found)))
+            found.append((way.name, self._of_way(way, times[way.name], first=not found)))
         slowest = max(times.values(), key=lambda one: one.forward.wall)
         if prepared.held_out is not None:
             predictions = self._predictions()
@@ -134,7 +142,7 @@ class _Estimate:
         if self._read_rate < math.inf:
             basis += f", reading {self._read_rate / 1e6:,.0f} MB/s"
         if self._write is not None:
-            basis += f", writing {1e-6 / max(1e-12, self._write.wall):,.0f} MB/s"
+            basis += f", writing {1e-6 / max(1e-12, (self._write.write + self._write.keep).wall):,.0f} MB/s"
         basis += "".join(
             f"; {way.name}, if {' or '.join(way.unless)} is not kept, takes longer"
             for way in prepared.ways
@@ -143,23 +151,27 @@ class _Estimate:
         return RunTime(seconds=sum((one for _, one in found), NO_TIME), ways=tuple(found), basis=basis)
 
     def _with_samples(self, way: Way, time: LayerTime) -> LayerTime:
-        """What a way takes with the samples that it has: a few, if these are enough."""
-        one = self._prepared.taking(way)
-        if not one.few_are_enough or one.dataset is None:
+        """What a way takes with the samples that it has."""
+        every, few = self._prepared.dataset, self._prepared.taking(way).on_few().dataset if self._has_few(way) else None
+        if few is None or every is None:
             return time
-        few = one.on_few().dataset
-        assert few is not None
-        return replace(time, passes=time.passes * (few.tokens / one.dataset.tokens))
+        return replace(time, passes=time.passes * (few.tokens / every.tokens))
 
-    def _of_way(self, time: LayerTime, *, first: bool) -> Seconds:
+    def _has_few(self, way: Way) -> bool:
+        """Whether a way is judged with a few samples, if these are enough: of a run that tries several."""
+        return len(self._prepared.ways) > 1 and self._prepared.taking(way).few_are_enough
+
+    def _of_way(self, way: Way, time: LayerTime, *, first: bool) -> Seconds:
         """Of quantizing the model in one way; only the first one reads a source that fits into memory from the disk."""
         share = self._layers / self._processes
         work = time.weights * share + time.passes * self._layers
         read, written = self._source / self._read_rate, NO_TIME
         if not first and self._source < free_bytes(torch.device("cpu")):
             read = 0.0
-        if self._write is not None:
-            written = self._write * (self._plan.bytes / self._processes)
+        if self._write is not None and self._has_few(way):  # files to be judged by, without what is the source's
+            written = self._write.write * ((self._plan.bytes - self._plan.copied_bytes) / self._processes)
+        elif self._write is not None:
+            written = (self._write.write + self._write.keep) * (self._plan.bytes / self._processes)
         return Seconds(max(work.wall, read, written.wall), work.cpu + written.cpu)
 
     def _judged(self, time: LayerTime, predictions: Seconds) -> Seconds:
@@ -202,17 +214,20 @@ def _source_bytes(plan: Plan) -> int:
     return sum(plan.weights.file_bytes(name) for unit in plan.units for name in unit)
 
 
-def _writing(transfer: Transfer, folder: Path | None, size: int) -> Seconds | None:
-    """Seconds to write a byte to a folder, flush it and digest it, of `size` of them; None where none can be."""
+def _writing(transfer: Transfer, folder: Path | None, size: int) -> Writing | None:
+    """What a byte takes in a folder, by `size` of them; None where none can be written."""
     if folder is None or not os.access(place := nearest_folder(folder.absolute().parent), os.W_OK):
         return None
     data = torch.arange(-(-size // 8)).view(torch.uint8).to(transfer.device)
     with tempfile.TemporaryFile(dir=place) as file:  # without a name: a kill leaves nothing
 
-        def work() -> None:
+        def write() -> None:
             transfer.write(file.fileno(), 0, data).result()
+
+        def keep() -> None:
             os.fdatasync(file.fileno())
             file.seek(0)
             hashlib.file_digest(file, "sha256")
 
-        return timed(work, transfer.device) * (1 / data.numel())
+        share = 1 / data.numel()
+        return Writing(write=timed(write, transfer.device) * share, keep=timed(keep, transfer.device) * share)

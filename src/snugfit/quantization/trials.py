@@ -180,7 +180,7 @@ class _Trying:
         """
         few = _folder(self._run, inner.prepared.way)
         if few != inner.directory:
-            first = not inner.prepared.lasts or 2 * _copied_bytes(inner.prepared.plan) <= inner.prepared.plan.bytes
+            first = not inner.prepared.lasts or 2 * inner.prepared.plan.copied_bytes <= inner.prepared.plan.bytes
             self._spares.insert(0 if first else len(self._spares), few)
             if (made := self._made.pop(few, None)) is not None:
                 made.files.forget()
@@ -253,21 +253,8 @@ def _open_held_out(prepared: PreparedRun) -> HeldOut:
         profile=prepared.target,
         tokens_per_batch=prepared.tokens_per_batch,
         experts_per_group=prepared.experts_per_group,
-        same_head=_are_copied(prepared.plan, prepared.plan.units[0]),
+        same_head=all(map(prepared.plan.is_copied, prepared.plan.units[0])),
     )
-
-
-def _are_copied(plan: Plan, names: Iterable[str]) -> bool:
-    """Whether these tensors are in the result as they are in the source, from file to file."""
-    return all(
-        name not in plan.weights.origins and ((a := plan.assignments.get(name)) is None or a.format is None)
-        for name in names
-    )
-
-
-def _copied_bytes(plan: Plan) -> int:
-    """Bytes of the tensors that are in the result as they are in the source."""
-    return sum(info.bytes for name, infos in plan.outputs.items() if _are_copied(plan, [name]) for info in infos)
 
 
 def _beside_calibration(found: Sequence[SeenInputs], run: Run) -> list[InputSaturation]:
