@@ -189,7 +189,8 @@ BASES = DIALECTS | FAMILIES
 
 # modules that read configs
 _READERS = (
-    *("dialects", "engines", "inspection", "planning", "vram", "quantization/plan.py", "recipes/resolve.py"),
+    *("dialects", "engines", "inspection", "planning", "vram", "recipes/resolve.py", "quantization/cache_scales.py"),
+    *("quantization/decide.py", "quantization/plan.py", "quantization/plan_notes.py", "quantization/written_config.py"),
     *("model/anatomy.py", "model/config_defaults.py", "model/config_values.py", "model/language_config.py"),
     *("model/layout.py", "model/logical_weights.py", "model/support.py"),
 )

@@ -15,8 +15,8 @@ from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.evaluation.evaluated_model import last_states, open_model
 from snugfit.quantization import unit_work
-from snugfit.quantization.choose import choose
-from snugfit.quantization.propagate import propagate
+from snugfit.quantization.layer.choose import choose
+from snugfit.quantization.layer.propagate import propagate
 from snugfit.records.quantize import QuantizeRecord
 
 pytestmark = pytest.mark.gpu

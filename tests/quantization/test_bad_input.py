@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+import snugfit.quantization.layer.write
 import snugfit.quantization.quantize
-import snugfit.quantization.write
 from helpers.errors import failed_with
 from helpers.refusals import add_codes
 from snugfit.cli.app import app
@@ -810,7 +810,7 @@ def test_two_runs_at_once(held: Path, single: Path, out: Path) -> None:
 @pytest.mark.parametrize("recipe", ["fp8-dynamic", "nvfp4-four-over-six"])
 def test_interrupted(recipe: str, single: Path, token_rows: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C before the first layer is done leaves nothing, says so, and is exit code 130."""
-    real, seen = snugfit.quantization.write._write, []
+    real, seen = snugfit.quantization.layer.write._write, []
 
     def write_some(*arguments: Any) -> Any:
         seen.append(partial_of(out).is_dir())
@@ -818,7 +818,7 @@ def test_interrupted(recipe: str, single: Path, token_rows: Path, out: Path, mon
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(snugfit.quantization.write, "_write", write_some)
+    monkeypatch.setattr(snugfit.quantization.layer.write, "_write", write_some)
     message = message_of(invoke(single, out, recipe, "--dataset", token_rows), exit_code=130)
     assert "nothing was written" in message
     assert all(seen)
@@ -832,7 +832,7 @@ def test_full_disk(single: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert arguments
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(snugfit.quantization.write, "_write", fail)
+    monkeypatch.setattr(snugfit.quantization.layer.write, "_write", fail)
     refuse(single, out, "system-error", os.strerror(errno.ENOSPC))
 
 

@@ -25,12 +25,12 @@ from snugfit.model import forward_pass
 from snugfit.model.emulate import read_module
 from snugfit.model.layout import read_layout
 from snugfit.progress import SILENT
+from snugfit.quantization.layer.read_ahead import ReadAhead
 from snugfit.quantization.loop import run_layers
 from snugfit.quantization.options import Calibration
 from snugfit.quantization.plan import lay_out
 from snugfit.quantization.prepare import prepare
 from snugfit.quantization.quantize import quantize
-from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run
 from snugfit.recipes.recipe import LoadedRecipe, load_recipe, parse_recipe

@@ -26,7 +26,7 @@ from snugfit.formats.spec import DEFAULT_INPUT_HEADROOM
 from snugfit.model import emulate
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.commits import Commits
-from snugfit.quantization.propagate import propagate
+from snugfit.quantization.layer.propagate import propagate
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.quantize import QuantizeRecord

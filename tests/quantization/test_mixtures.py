@@ -31,8 +31,8 @@ from snugfit.dialects.targets import Targets
 from snugfit.engines.mixtures import UNSUPPORTED_FAMILIES
 from snugfit.evaluation.evaluated_model import open_head, open_model, pass_layers
 from snugfit.model import forward_pass
-from snugfit.quantization.layer_pass import LayerPass
-from snugfit.quantization.propagate import propagate
+from snugfit.quantization.layer.layer_pass import LayerPass
+from snugfit.quantization.layer.propagate import propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.statistics_file import STATISTICS_FILE

@@ -27,8 +27,8 @@ from snugfit.evaluation.held_out import HeldOut, segments
 from snugfit.methods.calibrated import Calibrated
 from snugfit.model import forward_pass
 from snugfit.quantization.collect import collect_statistics
-from snugfit.quantization.division import Division
-from snugfit.quantization.exchange import owners_of
+from snugfit.quantization.layer.division import Division
+from snugfit.quantization.layer.exchange import owners_of
 from snugfit.quantization.quantize import quantize
 from snugfit.quantization.ways import PLAIN, Way
 from snugfit.records.quantize import RECORD_FILE

@@ -19,9 +19,9 @@ from snugfit.methods.calibrated import Calibrated
 from snugfit.methods.expert_folds import is_linear_in_up
 from snugfit.model.skeleton import open_skeleton
 from snugfit.quantization.collect import collect_statistics
+from snugfit.quantization.layer.recalled import products_of, recalled_squares
 from snugfit.quantization.plan_checks import check_statistics
 from snugfit.quantization.quantize import plan_quantization, quantize
-from snugfit.quantization.recalled import products_of, recalled_squares
 from snugfit.records.statistics_file import STATISTICS_FILE, ExpertCalibration, Statistics, load_statistics
 
 RECIPE = "fp8-int4-awq"

@@ -20,9 +20,9 @@ from helpers.errors import failed_with, raises
 from helpers.killed import KILLED, boundaries_of, contents, in_child, kill_at
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished, UserError
-from snugfit.quantization.choose import choose
-from snugfit.quantization.layer_pass import LayerPass
-from snugfit.quantization.propagate import propagate
+from snugfit.quantization.layer.choose import choose
+from snugfit.quantization.layer.layer_pass import LayerPass
+from snugfit.quantization.layer.propagate import propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import RECORD_FILE, QuantizeRecord
 from snugfit.storage.shards import file_digests

@@ -16,7 +16,7 @@ from helpers.tiny_mixtures import make_mixture
 from snugfit.errors import UserError
 from snugfit.quantization import states
 from snugfit.quantization.estimate import Estimate
-from snugfit.quantization.propagate import propagate
+from snugfit.quantization.layer.propagate import propagate
 from snugfit.quantization.quantize import quantize
 from snugfit.records.quantize import QuantizeRecord
 

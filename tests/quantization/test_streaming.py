@@ -21,7 +21,7 @@ from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.quantization import run_time, stand_ins, unit_work
-from snugfit.quantization.choose import choose as choose_codes
+from snugfit.quantization.layer.choose import choose as choose_codes
 from snugfit.quantization.quantize import plan_quantization, quantize
 from snugfit.records.quantize import RECORD_FILE
 from snugfit.records.statistics_file import STATISTICS_FILE

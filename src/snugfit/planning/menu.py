@@ -1,8 +1,8 @@
 """Which formats each group of a model may have, and the exact bytes of each: a plan's menu. No torch.
 
-Bytes are those of quantization/plan.py (what a run writes) and vram/weights.py (what each GPU holds of it), so a plan's
-bytes equal the bytes that are written. A format is on the menu of a group where its shapes allow it, a recipe may say
-it, tensor parallelism can split it, and the engine has a kernel for it on the GPU.
+Bytes are those of quantization/decide.py (what a run writes) and vram/weights.py (what each GPU holds of it), so a
+plan's bytes equal the bytes that are written. A format is on the menu of a group where its shapes allow it, a recipe
+may say it, tensor parallelism can split it, and the engine has a kernel for it on the GPU.
 """
 
 from __future__ import annotations

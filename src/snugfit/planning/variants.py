@@ -31,9 +31,9 @@ from snugfit.model import emulate, experts
 from snugfit.model.layer_stubs import put
 from snugfit.model.layout import ModelLayout
 from snugfit.planning.groups import EXPERTS, Group, as_written, assignment_of, find_groups
-from snugfit.quantization.measured import input_amax
+from snugfit.quantization.layer.measured import input_amax
+from snugfit.quantization.layer.recalled import products_of, recalled_squares
 from snugfit.quantization.plan import Plan, measure_only
-from snugfit.quantization.recalled import products_of, recalled_squares
 from snugfit.quantization.units import units_of
 from snugfit.recipes.assignment import NO_RULE, Assignment
 from snugfit.records.scores import cache_of_layer

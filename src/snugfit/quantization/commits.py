@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from snugfit import distributed
-from snugfit.quantization.measured import Measured
+from snugfit.quantization.layer.measured import Measured
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.states import Saved
 from snugfit.records.norm_folds import NormFold

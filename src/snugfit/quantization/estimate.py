@@ -23,7 +23,7 @@ from snugfit.model.experts import DOWN
 from snugfit.model.forward_pass import number_of_batches
 from snugfit.model.hidden_states import IN_FLIGHT
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.division import Division, divide, groups_of_units, read_ahead_bytes
+from snugfit.quantization.layer.division import Division, divide, groups_of_units, read_ahead_bytes
 from snugfit.quantization.plan import Plan
 from snugfit.storage.files import nearest_folder
 from snugfit.storage.staging import occupied_bytes

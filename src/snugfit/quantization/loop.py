@@ -10,11 +10,11 @@ from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.evaluation.gpu_memory import MORE_TO_RESUME, gpu_memory_errors
 from snugfit.quantization.commits import Commits
+from snugfit.quantization.layer.write import begin_copies
 from snugfit.quantization.recheck import check_finished
 from snugfit.quantization.run import Made, Outcome, Run
 from snugfit.quantization.samples import batches_of, embed, some_of, states_of
 from snugfit.quantization.unit_work import divided_units, open_work
-from snugfit.quantization.write import begin_copies
 from snugfit.storage.background import Background
 from snugfit.storage.shards import ShardWriter
 from snugfit.storage.transfer import Transfer

@@ -9,7 +9,7 @@ import torch
 from snugfit.data.dataset import Dataset, hold_out
 from snugfit.errors import UserError
 from snugfit.model.skeleton import Skeleton, open_skeleton
-from snugfit.quantization.division import groups_of
+from snugfit.quantization.layer.division import groups_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.ways import HELD_OUT_EVERY
 from snugfit.recipes.assignment import NO_RULE, Assignment

@@ -20,14 +20,14 @@ from snugfit.machine import pick_device, pick_dtype
 from snugfit.methods.method import Method
 from snugfit.model.positions import max_positions
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.division import groups_of_units
 from snugfit.quantization.estimate import Estimate, estimate_learning, estimate_run, largest_group
-from snugfit.quantization.measured import Measured, recall
+from snugfit.quantization.layer.division import groups_of_units
+from snugfit.quantization.layer.measured import Measured, recall
+from snugfit.quantization.layer.recalled import recalled_squares
 from snugfit.quantization.options import Calibration, check_options, default_tokens_per_batch
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.plan_checks import check_copied_scales, check_statistics, check_with_transformers
 from snugfit.quantization.prepared_run import PreparedRun
-from snugfit.quantization.recalled import recalled_squares
 from snugfit.quantization.ways import (
     BEST,
     FAST,

@@ -16,9 +16,9 @@ from snugfit.methods.method import SOME_SAMPLES, SOME_TOKENS, Method
 from snugfit.model.forward_pass import spread_places
 from snugfit.model.skeleton import Skeleton
 from snugfit.progress import Progress
-from snugfit.quantization.division import Division, divide, groups_of_units
 from snugfit.quantization.estimate import Estimate, ahead_of, check_disk, check_memory
-from snugfit.quantization.measured import Measured
+from snugfit.quantization.layer.division import Division, divide, groups_of_units
+from snugfit.quantization.layer.measured import Measured
 from snugfit.quantization.other_recipe import can_adopt
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.plan_checks import check_copied_scales

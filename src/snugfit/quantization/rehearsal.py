@@ -27,8 +27,8 @@ from snugfit.methods.round_to_nearest import RoundToNearest
 from snugfit.model import forward_pass, layers
 from snugfit.model.forward_pass import Batch
 from snugfit.progress import SILENT
-from snugfit.quantization.division import Division, Piece, divide, groups_of_units
-from snugfit.quantization.exchange import owners_of
+from snugfit.quantization.layer.division import Division, Piece, divide, groups_of_units
+from snugfit.quantization.layer.exchange import owners_of
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import FinishedUnits

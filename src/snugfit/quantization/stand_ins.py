@@ -20,8 +20,8 @@ from snugfit.methods.method import Choice, Method, ObservedLayer, Purpose, Weigh
 from snugfit.model.assemble import Loaded
 from snugfit.model.forward_pass import Batch
 from snugfit.model.pieces import Key, ScratchMemory
+from snugfit.quantization.layer.read_ahead import ReadAhead
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.read_ahead import ReadAhead
 from snugfit.storage.safetensors_header import dtype_of
 from snugfit.storage.transfer import Transfer
 

@@ -13,20 +13,20 @@ import torch
 from snugfit import distributed
 from snugfit.model import forward_pass, layers
 from snugfit.model.pieces import Scratch, ScratchFile
-from snugfit.quantization.choose import UnitTensor, choose
-from snugfit.quantization.division import Division
-from snugfit.quantization.exchange import exchange, is_mine, owners_of
-from snugfit.quantization.layer_pass import LayerPass
-from snugfit.quantization.load import LoadedGroup, load
-from snugfit.quantization.measured import NOTHING_MEASURED, Measured
-from snugfit.quantization.observe import observe
-from snugfit.quantization.pieces import PiecewiseExperts
-from snugfit.quantization.propagate import propagate
-from snugfit.quantization.read_ahead import ReadAhead
-from snugfit.quantization.recalled import observe_recalled
+from snugfit.quantization.layer.choose import UnitTensor, choose
+from snugfit.quantization.layer.division import Division
+from snugfit.quantization.layer.exchange import exchange, is_mine, owners_of
+from snugfit.quantization.layer.layer_pass import LayerPass
+from snugfit.quantization.layer.load import LoadedGroup, load
+from snugfit.quantization.layer.measured import NOTHING_MEASURED, Measured
+from snugfit.quantization.layer.observe import observe
+from snugfit.quantization.layer.pieces import PiecewiseExperts
+from snugfit.quantization.layer.propagate import propagate
+from snugfit.quantization.layer.read_ahead import ReadAhead
+from snugfit.quantization.layer.recalled import observe_recalled
+from snugfit.quantization.layer.write import write_unit
 from snugfit.quantization.run import Run
 from snugfit.quantization.states import RunStates
-from snugfit.quantization.write import write_unit
 from snugfit.records.norm_folds import NormFold
 from snugfit.records.quantize import TensorRecord
 from snugfit.storage.shards import ShardWriter

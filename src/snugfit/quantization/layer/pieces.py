@@ -15,14 +15,14 @@ from snugfit.model.assemble import read_single
 from snugfit.model.layers import ExpertBuffers
 from snugfit.model.pieces import ExpertsInPieces, Scratch
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization import exchange
-from snugfit.quantization.choose import UnitTensor, choose
-from snugfit.quantization.division import Division, Groups, Piece
-from snugfit.quantization.layer_pass import LayerPieces
-from snugfit.quantization.load import LoadedGroup, load
+from snugfit.quantization.layer import exchange
+from snugfit.quantization.layer.choose import UnitTensor, choose
+from snugfit.quantization.layer.division import Division, Groups, Piece
+from snugfit.quantization.layer.layer_pass import LayerPieces
+from snugfit.quantization.layer.load import LoadedGroup, load
+from snugfit.quantization.layer.read_ahead import ReadAhead
+from snugfit.quantization.layer.write import write_early
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.read_ahead import ReadAhead
-from snugfit.quantization.write import write_early
 from snugfit.storage.safetensors_header import dtype_of
 from snugfit.storage.shards import ShardWriter
 from snugfit.storage.transfer import Transfer

@@ -12,10 +12,10 @@ from snugfit import distributed
 from snugfit.dialects import compressed_tensors
 from snugfit.formats.nvfp4 import input_global_scale
 from snugfit.model.names import may_be_infinite
-from snugfit.quantization.choose import UnitTensor
-from snugfit.quantization.division import Division
-from snugfit.quantization.exchange import is_mine
-from snugfit.quantization.measured import Measured
+from snugfit.quantization.layer.choose import UnitTensor
+from snugfit.quantization.layer.division import Division
+from snugfit.quantization.layer.exchange import is_mine
+from snugfit.quantization.layer.measured import Measured
 from snugfit.quantization.plan import Plan
 from snugfit.records.quantize import TensorRecord
 from snugfit.storage.safetensors_header import TensorInfo

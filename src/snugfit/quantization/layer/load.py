@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from snugfit.machine import give_back_memory
 from snugfit.methods.method import Target
 from snugfit.model.assemble import Loaded
+from snugfit.quantization.layer.read_ahead import ReadAhead
 from snugfit.quantization.plan import Plan
-from snugfit.quantization.read_ahead import ReadAhead
 
 GIVEN_BACK = 64 << 20  # bytes of 16-bit weights after which freed memory is returned to the system
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from snugfit import distributed
 from snugfit.methods.method import Method, ObservedLayer, RunLayer
 from snugfit.model import forward_pass, pieces
-from snugfit.quantization.exchange import send_experts, send_tensors
-from snugfit.quantization.layer_pass import LayerPass
-from snugfit.quantization.load import LoadedGroup, target_of
-from snugfit.quantization.watched_layer import linears_of
+from snugfit.quantization.layer.exchange import send_experts, send_tensors
+from snugfit.quantization.layer.layer_pass import LayerPass
+from snugfit.quantization.layer.load import LoadedGroup, target_of
+from snugfit.quantization.layer.watched_layer import linears_of
 from snugfit.storage.safetensors_header import dtype_of
 
 

@@ -13,7 +13,7 @@ from snugfit.calibration.observers import ExpertObserver, InputObserver
 from snugfit.engines.fused import group_modules
 from snugfit.formats.spec import TensorFormat
 from snugfit.model import emulate, experts, forward_pass
-from snugfit.quantization.layer_pass import LayerPass
+from snugfit.quantization.layer.layer_pass import LayerPass
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import LayerStatistics
 

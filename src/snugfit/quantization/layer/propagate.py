@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from snugfit import distributed
 from snugfit.calibration.observers import KVAmax
 from snugfit.model import forward_pass, pieces
-from snugfit.quantization.choose import UnitTensor
-from snugfit.quantization.layer_pass import LayerPass
-from snugfit.quantization.measured import Measured, not_finite, ranges_of
-from snugfit.quantization.watched_layer import WatchedLayer
+from snugfit.quantization.layer.choose import UnitTensor
+from snugfit.quantization.layer.layer_pass import LayerPass
+from snugfit.quantization.layer.measured import Measured, not_finite, ranges_of
+from snugfit.quantization.layer.watched_layer import WatchedLayer
 from snugfit.records.statistics import LayerStatistics
 
 

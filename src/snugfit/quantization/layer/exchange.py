@@ -10,9 +10,9 @@ from torch import Tensor
 
 from snugfit import distributed
 from snugfit.model.layers import ExpertBuffers
-from snugfit.quantization.choose import UnitTensor
-from snugfit.quantization.division import Division
-from snugfit.quantization.layer_pass import LayerPass
+from snugfit.quantization.layer.choose import UnitTensor
+from snugfit.quantization.layer.division import Division
+from snugfit.quantization.layer.layer_pass import LayerPass
 from snugfit.quantization.plan import Plan
 from snugfit.storage.safetensors_header import dtype_of
 

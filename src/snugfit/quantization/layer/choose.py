@@ -12,7 +12,7 @@ from torch import Tensor
 from snugfit.formats.quantized_weight import QuantizedWeight
 from snugfit.methods.method import Method, Purpose, WeightGroup
 from snugfit.model.layers import ExpertBuffers
-from snugfit.quantization.load import LoadedGroup
+from snugfit.quantization.layer.load import LoadedGroup
 from snugfit.quantization.plan import Plan
 from snugfit.storage.safetensors_header import dtype_of
 

@@ -16,7 +16,7 @@ from snugfit.methods.folds import can_help
 from snugfit.model.experts import DOWN, UP, why_not_linear_in_up
 from snugfit.model.names import ROLES
 from snugfit.model.skeleton import Skeleton
-from snugfit.quantization.load import LoadedGroup
+from snugfit.quantization.layer.load import LoadedGroup
 from snugfit.quantization.plan import Plan
 from snugfit.quantization.ways import Way
 from snugfit.records.squares import decode_squares
