@@ -26,6 +26,7 @@ _PACK = 1 << 26  # bytes of small tensors that are sent at once
 _apart = False
 _side: Any = None
 _connecting: threading.Thread | None = None
+_joins = 0  # how often this process has joined the others
 
 Result = TypeVar("Result")
 Key = TypeVar("Key")
@@ -91,8 +92,17 @@ def joined(device: str | None = None) -> Iterator[None]:
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_PATIENCE)
-    global _connecting, _side  # noqa: PLW0603
+    global _connecting, _joins, _side  # noqa: PLW0603
+    _joins += 1
+    # torchrun's store outlives a group: each time the processes find each other under names of their own
+    store, number, count = next(_torch().rendezvous("env://", timeout=_PATIENCE))
+    _torch().init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=_torch().PrefixStore(f"joined {_joins}", store),
+        rank=number,
+        world_size=count,
+        timeout=_PATIENCE,
+    )
     if cuda:
         _connecting = threading.Thread(target=_connect, daemon=True)
         _connecting.start()

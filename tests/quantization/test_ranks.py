@@ -417,6 +417,17 @@ def test_the_same_number_of_processes(family: str, source: Source, rows: Path, t
     assert contents(tmp_path / "many") == contents(tmp_path / "again")
 
 
+def test_joining_again() -> None:
+    """Processes that part and join again find each other each time, though torchrun's store knows of all times."""
+
+    def work(rank: int) -> None:
+        for _ in range(20):
+            with distributed.joined("cpu"):
+                assert distributed.gather(rank) == [0, 1]
+
+    assert in_ranks(2, work) == [0, 0]
+
+
 @pytest.mark.slow
 def test_torchrun_itself(source: Source, rows: Path, tmp_path: Path) -> None:
     """The command line under torchrun: one report, the bytes of one process, and a refusal with exit code."""
