@@ -28,11 +28,13 @@ def compiled(function: Callable[..., None], *arguments: Any) -> Callable[..., No
     """Machine code of a function of these types of arguments."""
     options = {"nogil": True, "boundscheck": False, "error_model": "numpy"}
     try:
-        machine_code: Callable[..., None] = njit(types.void(*arguments), cache=True, **options)(function)
+        kept = njit(types.void(*arguments), cache=True, **options)(function)
     except (OSError, RuntimeError):  # no folder for the cache can be written to
-        machine_code = njit(types.void(*arguments), **options)(function)
-    stats = machine_code.stats  # type: ignore[attr-defined]
-    if not stats.cache_hits:
+        machine_code: Callable[..., None] = njit(types.void(*arguments), **options)(function)
+        found = False
+    else:
+        machine_code, found = kept, bool(kept.stats.cache_hits)
+    if not found:
         _made.append(function.__name__)
     return machine_code
 
