@@ -20,6 +20,7 @@ from snugfit.quantization.run import Run, statistics_of
 from snugfit.records.statistics_file import ExpertCalibration, Statistics, load_statistics, save_statistics
 
 STATISTICS_NAME = "statistics.json"
+_EXPERTS = ExpertCalibration(min_tokens_per_expert=0)
 
 
 def calibrate(
@@ -37,19 +38,11 @@ def calibrate(
     """
     file = folder / STATISTICS_NAME
     known = distributed.from_main(file.exists())
-    experts = ExpertCalibration(min_tokens_per_expert=0)
     if known:
-        return distributed.in_all(lambda: _load(file, layout, samples, experts))
-    calibration = Calibration(
-        num_samples=None,
-        max_seq_length=None,
-        device=device,
-        tokens_per_batch=tokens_per_batch,
-        experts=experts,
-    )
+        return distributed.in_all(lambda: _load(file, layout, samples))
 
     def prepare_here() -> PreparedRun:
-        prepared = prepare(measure_only(layout), calibration, samples=samples)
+        prepared = prepare_calibration(layout, samples, device=device, tokens_per_batch=tokens_per_batch)
         prepared.check_resources()
         return prepared
 
@@ -64,7 +57,17 @@ def calibrate(
     return found
 
 
-def _load(file: Path, layout: ModelLayout, samples: Dataset, experts: ExpertCalibration) -> Statistics:
+def prepare_calibration(
+    layout: ModelLayout, samples: Dataset, *, device: str | None, tokens_per_batch: int | None
+) -> PreparedRun:
+    """The run that `calibrate` is; UserError where it cannot be."""
+    calibration = Calibration(
+        num_samples=None, max_seq_length=None, device=device, tokens_per_batch=tokens_per_batch, experts=_EXPERTS
+    )
+    return prepare(measure_only(layout), calibration, samples=samples)
+
+
+def _load(file: Path, layout: ModelLayout, samples: Dataset) -> Statistics:
     found = load_statistics(file)
-    check_statistics(found, layout.checkpoint, samples, experts, where=str(file))
+    check_statistics(found, layout.checkpoint, samples, _EXPERTS, where=str(file))
     return found

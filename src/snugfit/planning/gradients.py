@@ -109,7 +109,7 @@ class GradientPass:
             self._check(finished, states, gradients)
             for _ in range(finished.done):
                 advance()
-            distributed.in_all(lambda: self._embed(read, None if finished.done else states[0]))
+            distributed.in_all(lambda: self.embed(read, None if finished.done else states[0]))
             for number in range(finished.done, len(self._ran)):
                 distributed.in_all(partial(self._forward, number, states, read))
                 pieces = [file.wait() for file in (states[number + 1], states[0])]
@@ -124,7 +124,7 @@ class GradientPass:
                 number = len(self._ran) - 1 - place
                 files = gradients[place % 2], gradients[(place + 1) % 2]
                 files[1].start_again()
-                found = self._backward(number, states[number], files, read)
+                found = self.backward(number, states[number], files, read)
                 finished.commit({"states": distributed.in_order(files[1].wait()), "sums": found})
                 advance()
         for file in (*states, *gradients) if distributed.is_main() else ():
@@ -158,7 +158,7 @@ class GradientPass:
             good = min(good - 1, layers)  # the file of the layer before it was overwritten
         return good
 
-    def _embed(self, read: TensorReader, keep: StateFile | None) -> None:
+    def embed(self, read: TensorReader, keep: StateFile | None) -> None:
         """Find what each layer is called with, and keep the first hidden states."""
         weights = embedding_weights(self._subject.model, read)
 
@@ -189,10 +189,10 @@ class GradientPass:
                     found[place, part] = loss_gradient(head, hidden[place, part], self._seed, row, low)
             gradients.write(batch, found)
 
-    def _backward(
+    def backward(
         self, number: int, states: StateFile, gradients: tuple[StateFile, StateFile], read: TensorReader
     ) -> list[Any]:
-        """Sums of the groups of a layer; its gradients go from one file to the other."""
+        """Sums of the groups of a layer, the `number`th that runs; its gradients go from one file to the other."""
         index = self._ran[number]
         variants = distributed.in_all(lambda: LayerVariants(self._subject, index, self._device, read))
         sums: dict[tuple[str, str], _RowSums] = {}

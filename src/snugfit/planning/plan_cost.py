@@ -94,7 +94,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
     """What a prepared run will take that writes to `folder`."""
     request = prepared.request
     mixes = _mixes(prepared) if request.prove else 0
-    proof = mixes, prepared.held_out_tokens
+    proof = mixes, prepared.held_out_lengths
     found: ScoringEstimate | None = None
     if prepared.scores is None or mixes:
         found = estimate_scoring(
@@ -105,6 +105,8 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
             tokens_per_batch=request.proof.tokens_per_batch,
             timed=timed,
             proof=proof,
+            scored=prepared.scores is not None,
+            calibrated=prepared.statistics is not None,
             folder=folder,
         )
     scoring = prepared.scores is None and found is not None
@@ -121,7 +123,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
         held_out_tokens=prepared.held_out_tokens,
         scoring_seconds=_with(found.seconds, first) if scoring and found else 0.0,
         search_seconds=_of_search(prepared) if timed else None,
-        proof_seconds=_with(found.proof_seconds, 0.0 if scoring else first) if found else 0.0,
+        proof_seconds=_with(found.proof_seconds, 0.0 if scoring else first + (found.seconds or 0.0)) if found else 0.0,
         processes=distributed.asked_for(),
         notes=prepared.notes,
     )

@@ -70,8 +70,8 @@ class PlanRequest:
 class Prepared:
     """A request that is decided and checked: everything but scores, search and proof.
 
-    `samples` are those to score or to calibrate on, None where nothing is run on any; `held_out_tokens` is the number
-    of tokens that the proof is measured on.
+    `samples` are those to score or to calibrate on, None where nothing is run on any; `held_out_lengths` are the
+    tokens of each row that the proof is measured on.
     """
 
     request: PlanRequest
@@ -81,8 +81,13 @@ class Prepared:
     scores: Scores | None
     statistics: Statistics | None
     samples: Samples | None
-    held_out_tokens: int
+    held_out_lengths: tuple[int, ...]
     notes: tuple[str, ...]
+
+    @property
+    def held_out_tokens(self) -> int:
+        """The number of tokens that the proof is measured on."""
+        return sum(self.held_out_lengths)
 
     @property
     def formats(self) -> tuple[str, ...]:
@@ -160,7 +165,7 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
         choices = replace(choices, space=scored(choices.space, found))
         _check_possible(choices)
     target = found.target if found else request.target or fitting
-    samples, held_out_tokens = _read_texts(layout, request, found, statistics)
+    samples, held_out_lengths = _read_texts(layout, request, found, statistics)
     if generation is None and request.target is None and found is None:
         notes.append(f"inputs are rounded as {target} does it: no GPU is named")
     return Prepared(
@@ -171,16 +176,16 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
         scores=found,
         statistics=statistics,
         samples=samples,
-        held_out_tokens=held_out_tokens,
+        held_out_lengths=held_out_lengths,
         notes=tuple(notes),
     )
 
 
 def _read_texts(
     layout: ModelLayout, request: PlanRequest, scores: Scores | None, statistics: Statistics | None
-) -> tuple[Samples | None, int]:
-    """The samples that a run needs, and the number of tokens of the proof; UserError for texts that do not suit it."""
-    samples, tokens = None, 0
+) -> tuple[Samples | None, tuple[int, ...]]:
+    """The samples that a run needs, and the tokens of the proof's rows; UserError for texts that do not suit it."""
+    samples, lengths = None, tuple[int, ...]()
     if scores is None or (request.prove and statistics is None):
         samples = samples_of(layout, request)
     if request.prove:
@@ -193,8 +198,8 @@ def _read_texts(
         except UserError as error:
             where, remedy = _PLACES.get(error.where, error.where), error.remedy.replace(", or give `max_chunks`", "")
             raise type(error)(error.what, code=error.code, where=where, remedy=remedy) from None
-        tokens = sum(len(chunk.ids) for group in groups for chunk in group.chunks)
-    return samples, tokens
+        lengths = tuple(len(chunk.ids) for group in groups for chunk in group.chunks)
+    return samples, lengths
 
 
 def samples_of(layout: ModelLayout, request: PlanRequest) -> Samples:

@@ -13,7 +13,7 @@ from itertools import count
 from math import fsum, sqrt
 from pathlib import Path
 
-from snugfit.data.dataset import Dataset, load_dataset, make_dataset
+from snugfit.data.dataset import Dataset, load_dataset, make_dataset, the_set
 from snugfit.errors import UserError
 from snugfit.model.forward_pass import spread_places
 from snugfit.model.layout import ModelLayout
@@ -93,7 +93,8 @@ def read_samples(
 ) -> Samples:
     """Rows of a dataset's texts for contexts of up to `context` tokens, `num_tokens` scored ones in each bucket.
 
-    UserError for texts that are too short, and for a context beyond the model's positions.
+    A set says itself how many samples rows are cut from, and how long they are, unless there is a `context`. UserError
+    for texts that are too short, and for a context beyond the model's positions.
     """
     for name, value, least in (("context", context, 16), ("num_tokens", num_tokens, 1)):
         if value is not None and value < least:
@@ -105,17 +106,33 @@ def read_samples(
         raise UserError(what, code="sequence-too-long", where="context", remedy=f"Ask for {positions} at most.")
     longest = context or min(DEFAULT_CONTEXT, positions or DEFAULT_CONTEXT)
     wanted = num_tokens or DEFAULT_TOKENS
+    of_set = the_set(files) is not None
     dataset = load_dataset(
         layout.checkpoint.path,
         [Path(file) for file in files],
-        num_samples=max(DOCUMENTS, FEWEST_ROWS, -(-wanted // (longest - longest // RATIO))),
-        max_seq_length=longest,
+        num_samples=None if of_set else max(DOCUMENTS, FEWEST_ROWS, -(-wanted // (longest - longest // RATIO))),
+        max_seq_length=context if of_set else longest,
         vocabulary=layout.config.get("vocab_size"),
         positions=positions,
     )
     if context is None:
-        longest = min(longest, max(map(len, dataset.samples)))
+        longest = min(longest, _enough(dataset, wanted))
     return cut_rows(dataset, longest, wanted)
+
+
+def _enough(dataset: Dataset, wanted: int) -> int:
+    """The greatest length of a sample of which rows give `wanted` tokens that are scored, of FEWEST_ROWS at least.
+
+    Where none does, the greatest one with FEWEST_ROWS; samples of conversations have as many lengths as there are.
+    """
+    found = 0
+    for length in sorted({len(sample) for sample in dataset.samples}, reverse=True):
+        count = sum(len(sample) // length for sample in dataset.samples)
+        if count >= FEWEST_ROWS and count * (length - length // RATIO) >= wanted:
+            return length
+        if count >= FEWEST_ROWS and not found:
+            found = length
+    return found or max(map(len, dataset.samples))
 
 
 def cut_rows(dataset: Dataset, context: int, num_tokens: int) -> Samples:

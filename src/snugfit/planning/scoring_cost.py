@@ -1,42 +1,35 @@
 """What scoring a model costs in time, memory and disk, before it begins: from shapes, and from one layer that is timed.
 
-Times are those of a layer in the middle of the model on one batch of real samples: forwards, backwards, the rounding of
-its weights to each format, and forwards with rounded inputs; and of the output head. Sizes come from shapes. Of several
+Times are those of a layer in the middle of the model (planning/scoring_rates.py), sizes come from shapes. Of several
 processes each runs its part of the batches and rounds its part of the weights; all read every layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from snugfit import distributed, machine
-from snugfit.evaluation.evaluated_model import embedding_weights, open_head, open_model, outer_weights
-from snugfit.evaluation.times import backward, forward
+from snugfit import distributed
+from snugfit.evaluation.evaluated_model import open_model
 from snugfit.machine import pick_device
-from snugfit.model import forward_pass
 from snugfit.model.experts import ExpertNames
-from snugfit.model.forward_pass import Batch
 from snugfit.model.layout import ModelLayout
 from snugfit.model.skeleton import Skeleton
-from snugfit.planning.drawn import loss_gradient
 from snugfit.planning.gradients import LOGITS, OWN_TOKEN
 from snugfit.planning.groups import EXPERTS, Group, find_groups
 from snugfit.planning.measured_plans import disk_budget, divide_plans, most_files
-from snugfit.planning.samples import Samples, ScoredRow
+from snugfit.planning.samples import Samples
+from snugfit.planning.scoring_rates import PlanWork, Rates
 from snugfit.planning.sensitivity import ScoreSettings, plans_to_measure, rounded_formats
-from snugfit.planning.shared_cost import crowding, largest_share, seconds_of_states
-from snugfit.planning.shared_pass import LOGITS as COMPARED_LOGITS
-from snugfit.planning.shared_pass import ORIGINAL, Assigned, branches_of, compare
-from snugfit.planning.variants import LayerVariants, Subject, scored_formats
+from snugfit.planning.shared_pass import Assigned, branches_of
+from snugfit.planning.variants import PLAIN, Subject, scored_formats
 from snugfit.quantization.estimate import CUDA_HOST_BYTES
 from snugfit.quantization.options import TOKENS_PER_BATCH
-from snugfit.records.scores import KEEP, KV_CACHE, Cost
+from snugfit.records.scores import KEEP, Cost
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerStatistics
 from snugfit.records.statistics_file import Statistics
@@ -44,8 +37,6 @@ from snugfit.storage.transfer import buffer_bytes
 
 OVERHEAD_BYTES = 1 << 30  # libraries, and what they hold on a GPU
 INSIDE = 24  # hidden states' worth of values that a layer keeps of a token for its backward pass, about
-TIMED_TOKENS = 4096
-TIMED_RUNS, TIMED_SECONDS, TIMED_PLANS = 5, 1.0, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +68,17 @@ def estimate_scoring(
     device: str | None = None,
     tokens_per_batch: int | None = None,
     timed: bool = True,
-    proof: tuple[int, int] = (0, 0),
+    proof: tuple[int, Sequence[int]] = (0, ()),
+    scored: bool = False,
+    calibrated: bool = False,
     folder: Path | None = None,
 ) -> ScoringEstimate:
     """Estimate `score_samples`; with `timed` a layer is read and run, which takes about as long as one of scoring's.
 
-    `proof` are plans that are measured on so many tokens afterwards. What is free on the disk of `folder`, by default
-    the current one, decides in how many passes plans are measured.
+    `proof` are plans that are measured afterwards, and the tokens of each row that they are measured on. Where
+    a model is `scored` already, seconds are those of the calibration that the proof needs, none if it is `calibrated`,
+    too. What is free on the disk of `folder`, by default the current one, decides in how many passes plans are
+    measured.
     """
     where = pick_device(device)
     per_batch = tokens_per_batch or TOKENS_PER_BATCH[where.type]
@@ -96,17 +91,25 @@ def estimate_scoring(
     held = _held_bytes(layout, settings, skeleton, per_batch)
     width, layers = skeleton.hidden_size * skeleton.dtype.itemsize, len(skeleton.ran)
     named = [[g.name for g in groups if g.layer == index] for index in skeleton.ran]
-    work = _work_of(plans, named, budget // max(1, samples.measured_total * width), own=skeleton.carries_state)
-    mixes = [Assigned(name=f"{number}", choice=dict.fromkeys(named[0], f"{number}")) for number in range(proof[0])]
-    proven = _work_of(mixes, named, budget // max(1, proof[1] * width), own=True)
+    place, held_out = skeleton.ran.index(_timed_layer(skeleton)), sum(proof[1])
+    room = budget // max(1, samples.measured_total * width)
+    work = _work_of(plans, named, room, own=skeleton.carries_state, timed=place)
+    mixes = _mixes(subject, settings, proof[0])
+    proven = _work_of(mixes, named, budget // max(1, held_out * width), own=True, timed=place)
     disk = (layers + 1) * samples.total * width + 2 * samples.total * skeleton.hidden_size * 4
     on_gpu = where.type == "cuda"
-    seconds, proof_seconds, first_seconds = None, None, None
+    seconds, proof_seconds, first_seconds = None, 0.0 if timed and not mixes else None, None
     if timed:
-        rates = _Rates(subject, samples, settings, where, per_batch, folder or Path())
-        first_seconds = rates.first
-        seconds = rates.seconds(layers, samples, work, spread=spread, own=own)
-        proof_seconds = rates.of_plans(layers, proof[1], proven) if mixes else 0.0
+        with distributed.alone():
+            rates = Rates(subject, skeleton.ran[place], settings, where, per_batch, folder or Path())
+            if not scored:
+                seconds = rates.of_scoring(samples, work)
+            else:
+                seconds = 0.0 if calibrated else rates.of_calibration(samples)
+            if mixes:
+                folds = settings.rounding != PLAIN
+                proof_seconds = rates.of_proof(proof[1], samples.rows[0].ids, proven, folds=folds)
+            first_seconds = rates.first
     return ScoringEstimate(
         tokens=samples.total,
         forwards=3 + spread + own + work.forwards * samples.measured_total / samples.total,
@@ -114,30 +117,32 @@ def estimate_scoring(
         gpu_bytes=OVERHEAD_BYTES + held if on_gpu else 0,
         disk_bytes=max(disk, work.files * samples.measured_total * width),
         seconds=seconds,
-        proof_disk_bytes=proven.files * proof[1] * width if mixes else 0,
+        proof_disk_bytes=proven.files * held_out * width if mixes else 0,
         proof_passes=proven.passes if mixes else 0,
         proof_seconds=proof_seconds,
         first_seconds=first_seconds,
     )
 
 
-@dataclass(frozen=True)
-class _PlanWork:
-    """What measuring plans takes: passes over the layers, forward passes of all tokens, files of states at once."""
+def _work_of(
+    plans: Sequence[Assigned], layers: Sequence[Sequence[str]], held: int, *, own: bool, timed: int
+) -> PlanWork:
+    """Measuring plans of a model with these groups in its layers, beside the original, in `held` files at most.
 
-    plans: int
-    passes: int
-    forwards: float
-    files: int
-
-
-def _work_of(plans: Sequence[Assigned], layers: Sequence[Sequence[str]], held: int, *, own: bool) -> _PlanWork:
-    """Measuring plans of a model with these groups in its layers, beside the original, in `held` files at most."""
+    `timed` is the place of the layer that is timed among them.
+    """
     passes = divide_plans(plans, layers, held, own=own) if plans else []
     steps = [branches_of(part, layers, own=own) for part in passes]
     ran = sum(len({branch.number for branch in step.values()}) for part in steps for step in part[1:])
     files = max((most_files(part) for part in steps), default=0)
-    return _PlanWork(len(plans), len(passes), ran / max(1, len(layers)), files)
+    runs = (dict.fromkeys(branch for branch in part[timed + 1].values()) for part in steps)
+    return PlanWork(
+        plans=len(plans),
+        passes=len(passes),
+        forwards=ran / max(1, len(layers)),
+        files=files,
+        runs=tuple(tuple((one.choice, one.cached) for one in some) for some in runs),
+    )
 
 
 def _subject(layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings) -> Subject:
@@ -147,7 +152,7 @@ def _subject(layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSett
         model=model,
         layout=layout,
         groups={group.name: group for group in groups},
-        statistics=_ones(layout, model.skeleton, groups, _timed_layer(model.skeleton)),
+        statistics=_ones(layout, model.skeleton, groups, _timed_layer(model.skeleton), cache=settings.kv_cache),
         rounding=settings.rounding,
         target=settings.target,
     )
@@ -164,7 +169,19 @@ def _plans(subject: Subject, settings: ScoreSettings) -> list[Assigned]:
     scored = {g.name: scored_formats(subject.layout, g, formats) for g in groups if g.layer is not None}
     nothing = Cost((), ())
     found = plans_to_measure(subject, {name: dict.fromkeys(some, nothing) for name, some in scored.items()}, settings)
-    return [*found, Assigned(name=KV_CACHE, choice={KV_CACHE: "fp8"})] if settings.kv_cache else found
+    rounded = rounded_formats(subject.layout, settings)
+    return [replace(plan, choice={name: rounded.get(fmt, fmt) for name, fmt in plan.choice.items()}) for plan in found]
+
+
+def _mixes(subject: Subject, settings: ScoreSettings, count: int) -> list[Assigned]:
+    """Plans of random formats, as they are rounded, that stand for those of the proof, which scores decide."""
+    generator = random.Random(0)  # noqa: S311  # not for secrets
+    can = {name: scored_formats(subject.layout, group, settings.formats) for name, group in subject.groups.items()}
+    found = []
+    for number in range(count):
+        choice = {name: generator.choice(some) for name, some in can.items() if some}
+        found.append(Assigned(name=f"{number}", choice=subject.as_written(choice)))
+    return found
 
 
 def _variant_forwards(
@@ -198,133 +215,7 @@ def _held_bytes(layout: ModelLayout, settings: ScoreSettings, skeleton: Skeleton
     return max(copies * layer + inside, head)
 
 
-class _Rates:
-    """Seconds of one layer, its roundings and the head, measured on one batch."""
-
-    def __init__(
-        self,
-        subject: Subject,
-        samples: Samples,
-        settings: ScoreSettings,
-        device: torch.device,
-        per_batch: int,
-        folder: Path,
-    ) -> None:
-        index = _timed_layer(subject.model.skeleton)
-        self._device, self.first = device, 0.0
-        batch = self._batch(_rows(samples, min(per_batch, TIMED_TOKENS)), subject, per_batch)
-        self._tokens, self._per_batch = sum(batch.lengths), per_batch
-        self._processes = distributed.asked_for()
-        variants = LayerVariants(subject, index, device)
-        hidden = batch.hidden
-        self._states = seconds_of_states(batch, device, folder)
-        self._forward = self._time(partial(forward, variants.exact, index, batch, hidden), often=True)
-        self._backward = self._time(partial(backward, variants.exact, index, batch, hidden), often=True)
-        self._load = self._time(lambda: LayerVariants(subject, index, device), often=True)
-        self._time_variants(subject, variants, batch, settings)
-        self._loss = self._time_loss(subject, hidden)  # first, as in a run: it takes the most memory
-        self._head = self._time_head(subject, hidden)
-
-    def _time_variants(self, subject: Subject, variants: LayerVariants, batch: Batch, settings: ScoreSettings) -> None:
-        """Roundings of a layer to each format, and forwards with rounded weights and inputs."""
-        names = subject.by_layer.get(variants.index, ())
-        choices = [
-            {name: fmt for name in names if scored_formats(subject.layout, subject.groups[name], [fmt])}
-            for fmt in rounded_formats(subject.layout, settings).values()
-        ]
-        self._rounding, self._rounded, self._copy = 0.0, 0.0, 0.0
-        for choice in choices:
-            first = self._time(partial(variants.layer, choice))  # kernels are compiled, or read
-            variants.forget()
-            second = self._time(partial(variants.layer, choice))
-            self.first += max(0.0, first - second)
-            self._rounding += second
-            self._copy = max(self._copy, self._time(partial(variants.layer, choice)))
-            rounded = partial(forward, variants.layer(choice), variants.index, batch, batch.hidden)
-            self._rounded += self._time(rounded, often=True) / len(choices)
-
-    def _batch(self, rows: list[tuple[int, ...]], subject: Subject, per_batch: int) -> Batch:
-        skeleton = subject.model.skeleton
-        batches = forward_pass.make_batches(rows, per_batch, self._device, pads=skeleton.is_causal)
-        forward_pass.embed(skeleton, embedding_weights(subject.model), batches[:1], self._device)
-        return batches[0]
-
-    def _time(self, work: Callable[[], object], *, often: bool = False) -> float:
-        """Seconds of `work`; with `often` the least of runs behind the first, up to TIMED_RUNS within TIMED_SECONDS."""
-        found: list[float] = []
-        while not found or (often and (len(found) < 2 or (len(found) < TIMED_RUNS and sum(found) < TIMED_SECONDS))):
-            found.append(machine.timed(work, self._device).wall)
-        least = min(found[1:] or found)
-        self.first += max(0.0, found[0] - least)
-        return least
-
-    def _time_loss(self, subject: Subject, hidden: Tensor) -> float:
-        """Seconds that the gradient of one token's loss takes."""
-        outer = outer_weights(subject.model, self._device)
-        head = open_head(subject.model, self._device, outer, gradients=True)
-        part = hidden[0, : max(1, LOGITS[self._device.type] // subject.model.vocabulary)]
-        return self._time(lambda: loss_gradient(head, part, 0, 0, 0), often=True) / len(part)
-
-    def _time_head(self, subject: Subject, hidden: Tensor) -> float:
-        """Seconds that the predictions of one token and their KL take."""
-        head = open_head(subject.model, self._device, outer_weights(subject.model, self._device))
-        part = hidden[0, : max(1, COMPARED_LOGITS[self._device.type] // subject.model.vocabulary)]
-        states = dict.fromkeys((ORIGINAL, *map(str, range(TIMED_PLANS))), part)
-        compared = states, dict.fromkeys(states, head), subject.model.vocabulary, self._device
-
-        @torch.no_grad()
-        def work() -> None:
-            for _ in compare(*compared):
-                pass
-
-        return self._time(work, often=True) / len(part) / (TIMED_PLANS + 1)
-
-    def seconds(self, layers: int, samples: Samples, work: _PlanWork, *, spread: float, own: float) -> float:
-        """Of all of scoring."""
-        tokens, rows = samples.total, [samples.rows[place] for place in samples.measured]
-        share, of_measured = self._share(samples.rows), self._share(rows)
-        mine, scored = tokens * share, sum(samples.tokens) * share
-        compared = sum(row.count for row in rows) * of_measured
-        # for calibration and forwards; backwards, with variants, states are read, and gradients in fp32 both ways
-        run = 2 * self._run(mine, tokens, self._forward, 1)
-        run += self._run(mine, tokens, self._backward + (spread + own) * self._rounded, 3)
-        made = 3 * self._load + self._rounding / self._processes
-        alone = layers * (run + made) + scored * self._loss
-        measured = samples.measured_total
-        return crowding(self._device) * (
-            alone + self._measuring(layers, measured * of_measured, measured, work, compared)
-        )
-
-    def _share(self, rows: Sequence[ScoredRow]) -> float:
-        """The part of some rows' batches that the process with the most of them has."""
-        batches = forward_pass.make_batches([row.ids for row in rows], self._per_batch, torch.device("cpu"))
-        return largest_share(len(batches), self._processes)
-
-    def of_plans(self, layers: int, tokens: int, work: _PlanWork) -> float:
-        """Of measuring plans on so many tokens, beside the original."""
-        mine = tokens * largest_share(-(-tokens // self._per_batch), self._processes)
-        return crowding(self._device) * self._measuring(layers, mine, tokens, work, mine)
-
-    def _measuring(self, layers: int, mine: float, tokens: int, work: _PlanWork, compared: float) -> float:
-        made = work.passes * (self._load + self._rounding / self._processes) + work.plans * self._copy
-        heads = (work.plans + work.passes) * compared * self._head
-        return layers * (work.forwards * self._run(mine, tokens, self._rounded, 1) + made) + heads
-
-    def _run(self, mine: float, tokens: int, seconds: float, states: int) -> float:
-        """Of a layer that takes `seconds` a batch, of which `mine` of all tokens are this process's.
-
-        Their states are on their way meanwhile, `states` times; all processes' go to one disk.
-        """
-        return max(mine * seconds, tokens * states * self._states) / self._tokens
-
-
-def _rows(samples: Samples, tokens: int) -> list[tuple[int, ...]]:
-    """Rows of the longest length, as many as hold so many tokens, at least one."""
-    longest = [row.ids for row in samples.rows if len(row.ids) == samples.edges[-1]]
-    return longest[: max(1, tokens // samples.edges[-1])]
-
-
-def _ones(layout: ModelLayout, skeleton: Skeleton, groups: tuple[Group, ...], index: int) -> Statistics:
+def _ones(layout: ModelLayout, skeleton: Skeleton, groups: tuple[Group, ...], index: int, *, cache: bool) -> Statistics:
     """Statistics in which every input is 1: what calibration finds does not change how long scoring takes."""
     inputs: dict[str, InputStatistics] = {}
     experts: dict[str, ExpertStatistics] = {}
@@ -338,7 +229,7 @@ def _ones(layout: ModelLayout, skeleton: Skeleton, groups: tuple[Group, ...], in
     if mixture is not None:
         name = f"{layout.decoder}.{index}.{mixture.file_module}"
         experts[name] = _experts(layout, f"{layout.decoder}.{index}.", mixture)
-    layer = LayerStatistics(inputs, experts)
+    layer = LayerStatistics(inputs, experts, (1.0, 1.0) if cache else None)
     return Statistics(
         snugfit="",
         model="",
