@@ -77,7 +77,7 @@ def contents(folder: Path) -> Iterator[tuple[str, Any]]:
         found: Any = file.read_bytes()
         if file.name == "plan.json":
             found = json.loads(found)
-            for key in ("seconds", "processes", "record_digest"):
+            for key in ("seconds", "foreseen", "processes", "record_digest"):
                 del found[key]
         yield file.name, found
 

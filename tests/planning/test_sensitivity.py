@@ -389,7 +389,7 @@ def test_an_estimate_knows_how_many_passes_a_disk_takes(model: Path, monkeypatch
     found = []
     for size in (10**12, 6 * state):
         monkeypatch.setattr(scoring_cost, "disk_budget", lambda _, size=size: size)
-        proof = (7, part.total)
+        proof = (7, [len(row.ids) for row in part.rows])
         found.append(estimate_scoring(layout, part, settings, device="cpu", timed=False, proof=proof))
     plenty, little = found
     assert (plenty.proof_passes, plenty.proof_disk_bytes) == (1, 16 * state)

@@ -20,12 +20,12 @@ from snugfit.errors import Unfinished, UserError
 from snugfit.evaluation.gpu_memory import MORE_TO_RESUME, gpu_memory_errors
 from snugfit.planning.controls import Control, find_controls
 from snugfit.planning.outcome import RUNS_OF, Outcome, record_of
-from snugfit.planning.plan_cost import check_resources, estimate_prepared
+from snugfit.planning.plan_cost import PlanEstimate, check_resources, estimate_prepared, expected
 from snugfit.planning.prepare_plan import ALTERNATIVES, PlanRequest, Prepared, prepare_plan, request_of
 from snugfit.planning.proving import not_proven, prove_mixes
 from snugfit.planning.search import Limit, Mix, Space, far_apart, least_bytes, least_kl, scored, simplest_near
 from snugfit.planning.space import Choices
-from snugfit.progress import SILENT, Progress
+from snugfit.progress import SILENT, Progress, duration
 from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord, ProvenKl
 from snugfit.records.scores import SCORES_FILE, Scores, save_scores
 from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_statistics, save_statistics
@@ -114,26 +114,37 @@ def plan(
     )
     folder = Path(output_dir)
     progress = progress if distributed.is_main() else SILENT
-    prepared = distributed.in_all(lambda: _prepare(model, request, folder))
+    prepared, estimate = distributed.in_all(lambda: _prepare(model, request, folder))
     for note in prepared.notes:
         progress.message(note)
+    timed = distributed.by_main(lambda: expected(prepared, estimate, folder))
+    if timed is not None:
+        progress.message(timed.line())
     full_gpu = gpu_memory_errors("device", MORE_TO_RESUME, Unfinished)  # what is finished stays
     with resumable(folder, restart=restart) as (directory, work), full_gpu:
-        return _run(model, prepared, directory, work, progress, force_resume=force_resume)
+        foreseen = {} if timed is None else timed.seconds
+        return _run(model, prepared, foreseen, directory, work, progress, force_resume=force_resume)
 
 
-def _prepare(model: str | Path, request: PlanRequest, folder: Path) -> Prepared:
-    """Everything that can be refused before the long work."""
+def _prepare(model: str | Path, request: PlanRequest, folder: Path) -> tuple[Prepared, PlanEstimate]:
+    """Everything that can be refused before the long work, and what that takes of memory and disk."""
     if distributed.is_main():
         check_stageable(folder, models=[model])
     prepared = prepare_plan(model, request)
     estimate = estimate_prepared(prepared, timed=False, folder=folder)
     check_resources(estimate, folder, request.proof.device)
-    return prepared
+    return prepared, estimate
 
 
 def _run(
-    model: str | Path, prepared: Prepared, directory: Path, work: Path, progress: Progress, *, force_resume: bool
+    model: str | Path,
+    prepared: Prepared,
+    foreseen: Mapping[str, float],
+    directory: Path,
+    work: Path,
+    progress: Progress,
+    *,
+    force_resume: bool,
 ) -> PlanRecord:
     """The long work, and the files of the result."""
     seconds: dict[str, float] = {}
@@ -144,7 +155,13 @@ def _run(
         record, measured = _plan_with(
             model, prepared, scores, statistics, seconds, work, progress, force_resume=force_resume
         )
+        record = replace(record, foreseen=foreseen)
         distributed.by_main(lambda: _write(record, scores, measured, prepared, directory))
+    took = (
+        f"{name} {duration(taken)}" + (f" (foreseen {duration(foreseen[name])})" if name in foreseen else "")
+        for name, taken in record.seconds.items()
+    )
+    progress.message(f"it took: {', '.join(took)}")
     return record
 
 

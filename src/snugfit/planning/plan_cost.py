@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from snugfit import distributed
+from snugfit.errors import UserError
 from snugfit.machine import pick_device
 from snugfit.planning.controls import find_controls
 from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of, samples_of
@@ -17,6 +18,9 @@ from snugfit.planning.sensitivity import GRADIENTS, SCORES, ScoreSettings, ident
 from snugfit.progress import duration
 from snugfit.quantization.estimate import Estimate, check_disk, check_memory
 from snugfit.quantization.resume import check_resumable, work_folder
+from snugfit.quantization.run_time import ROUGH_OPERATIONS
+
+ROUGH_SECONDS = 0.5  # below which nothing is timed before a run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,12 @@ class PlanEstimate:
     proof_seconds: float | None
     processes: int
     notes: tuple[str, ...]
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each part, by the names of a plan's record; empty where nothing was timed."""
+        parts = {"scoring": self.scoring_seconds, "search": self.search_seconds, "proof": self.proof_seconds}
+        return {} if None in parts.values() else {name: taken or 0.0 for name, taken in parts.items()}
 
     def line(self) -> str:
         """One line for a person who decides whether to wait."""
@@ -127,6 +137,22 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
         processes=distributed.asked_for(),
         notes=prepared.notes,
     )
+
+
+def expected(prepared: Prepared, untimed: PlanEstimate, folder: Path) -> PlanEstimate | None:
+    """What a run will take, for people; None where that is little, where it resumes, or where a layer cannot be tried.
+
+    `untimed` is the estimate without times.
+    """
+    tokens = untimed.forwards * untimed.scored_tokens + (1 + untimed.mixes) * untimed.held_out_tokens
+    weights = sum(menu.group.elements for menu in prepared.choices.everything)
+    rough = 2.0 * weights * tokens / ROUGH_OPERATIONS[pick_device(prepared.request.proof.device).type]
+    if rough < ROUGH_SECONDS * untimed.processes or work_folder(folder).exists():
+        return None
+    try:
+        return estimate_prepared(prepared, timed=True, folder=folder)
+    except (UserError, OSError, RuntimeError):  # the run says what is wrong; RuntimeError: also of too little memory
+        return None
 
 
 def _of_search(prepared: Prepared) -> float:

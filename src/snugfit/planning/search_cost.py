@@ -1,7 +1,8 @@
 """What the search of a plan takes, before there are scores: knapsacks of this model's groups are solved and timed.
 
-Their costs are made up: a weight's error falls to a quarter with each bit, times a random factor for each group. How
-long a solver takes depends on the numbers, so this says about how long.
+Their costs are made up: a weight's falls with each bit, times a random factor for each group, and for each format of
+it, all as scores of a trained model have it. How long a solver takes depends on the numbers, so this says about how
+long.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from snugfit.planning.space import Choices
 
 ROUNDS = 2  # solutions of each knapsack where there are several buckets; with one the first is exact
 TRIED_CONTEXTS = 12  # for the longest one, about
-TIMED_POINTS = 4  # of the curve
-_SPREAD = 1.0  # of the logarithm of costs of groups of one size, about what scores of trained models have
+# of scores of rotated SmolLM2: logarithms of costs of groups of one size, those of formats in a group, both standard
+# deviations, and by how much they fall with a bit
+_SPREAD, _SPREAD_OF_FORMAT, _FALL = 0.8, 0.25, 0.8
 _SIXTEEN = 16
 
 Costs = tuple[tuple[float, ...], ...]
@@ -35,7 +37,7 @@ def seconds_of_search(choices: Choices, alternatives: int, buckets: int) -> floa
     first, further = _of_mixes(space, cache, costs, 1 + alternatives)
     kinds = _kinds(choices)
     found = (TRIED_CONTEXTS if longest else 1) * kinds * first + min(kinds, 1 + alternatives) * further
-    return (1 if buckets == 1 else ROUNDS) * (found + FRONTIER_POINTS * _of_points(space, cache, costs))
+    return (1 if buckets == 1 else ROUNDS) * (found + _of_points(space, cache, costs))
 
 
 def _kinds(choices: Choices) -> int:
@@ -55,7 +57,9 @@ def _costs(space: Space) -> Costs:
         bits = [8 * one.sizes[fmt].file / max(1, elements) for fmt in one.formats]
         found.append(
             tuple(
-                0.0 if fmt == KEEP else factor * elements * 4.0 ** -min(_SIXTEEN, size)
+                0.0
+                if fmt == KEEP
+                else factor * generator.lognormvariate(-_FALL * min(_SIXTEEN, size), _SPREAD_OF_FORMAT) * elements
                 for fmt, size in zip(one.formats, bits, strict=True)
             )
         )
@@ -77,10 +81,9 @@ def _of_mixes(space: Space, cache: str, costs: Costs, count: int) -> tuple[float
 
 
 def _of_points(space: Space, cache: str, costs: Costs) -> float:
-    """Seconds for a point of the curve, the mean of a few."""
-    limits = frontier_limits(space, cache, TIMED_POINTS)
-    taken = [_solve(problem_of(space.with_limits({cache: (limit,)}), cache, costs))[0] for limit in limits]
-    return sum(taken) / len(taken)
+    """Seconds for the points of the curve, of which the last ones take longest."""
+    limits = frontier_limits(space, cache, FRONTIER_POINTS)
+    return sum(_solve(problem_of(space.with_limits({cache: (limit,)}), cache, costs))[0] for limit in limits)
 
 
 def _solve(problem: Problem) -> tuple[float, tuple[int, ...] | None]:

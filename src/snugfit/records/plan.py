@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from snugfit.records.base import Number, as_json, without_nan
 
@@ -139,7 +139,9 @@ class PlanRecord:
 
     `scores` names the file of scores and `scored_on` its samples; `context` is the length for which KL is expected.
     `points` are the plan, its alternatives, the controls and the built-in recipes. `written` is the name of the point
-    whose recipe was written: the plan's, or the control's if the plan was refused. `processes` shared the work.
+    whose recipe was written: the plan's, or the control's if the plan was refused. `seconds` are what parts of the run
+    took, `foreseen` what was expected of them before, empty where nothing was timed: both are of clocks, and differ
+    between runs of the same plan. `processes` shared the work.
     """
 
     snugfit: str
@@ -164,6 +166,7 @@ class PlanRecord:
     recipe: str
     notes: tuple[str, ...]
     seconds: Mapping[str, float]
+    foreseen: Mapping[str, float] = field(default_factory=dict)
     processes: int = 1
     schema: str = PLAN_SCHEMA
 
