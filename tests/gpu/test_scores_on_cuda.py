@@ -13,6 +13,7 @@ from helpers.tiny_mixtures import make_mixture
 from snugfit.data.dataset import make_dataset
 from snugfit.model.layout import read_layout
 from snugfit.planning.samples import Samples, cut_rows
+from snugfit.planning.scoring_cost import estimate_scoring
 from snugfit.planning.sensitivity import ScoreSettings, score_samples
 from snugfit.progress import Progress
 from snugfit.records.scores import Scores
@@ -68,3 +69,15 @@ def test_an_operation_without_an_order_is_told(
     model = make_tiny("llama", num_hidden_layers=2)
     assert score(model, tmp_path / "work", progress=said).costs
     assert sum("will differ in last bits" in text for text in said.messages) == 1
+
+
+@pytest.mark.parametrize("rounding", ["plain", "weighted"])
+def test_the_steps_of_scoring_are_timed(cuda: torch.device, make_tiny: MakeTiny, rounding: str) -> None:
+    """The estimate runs one layer forwards, backwards and in the formats of plans, and of a proof with its folds."""
+    model = make_tiny("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2, dtype=torch.bfloat16)
+    settings, part = ScoreSettings(formats=("nvfp4", "fp8-dynamic"), rounding=rounding), samples()
+    proof = 3, [len(row.ids) for row in part.rows]
+    found = estimate_scoring(read_layout(model), part, settings, device="cuda", tokens_per_batch=2048, proof=proof)
+    assert (found.seconds or 0) > 0
+    assert (found.proof_seconds or 0) > 0
+    assert found.gpu_bytes > 0

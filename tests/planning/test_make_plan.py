@@ -20,12 +20,13 @@ from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished
 from snugfit.model.layout import read_layout
-from snugfit.planning import make_plan
+from snugfit.planning import make_plan, plan_cost
 from snugfit.planning.gradients import GradientPass
 from snugfit.planning.groups import find_groups
 from snugfit.planning.limits import Budget, context_beside, read_place
 from snugfit.planning.make_plan import plan
 from snugfit.planning.plan_cost import estimate_plan
+from snugfit.planning.samples import read_samples
 from snugfit.quantization.plan import lay_out
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import PlanRecord
@@ -80,7 +81,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def made(model: Path, texts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PlanRecord]:
     """A plan with 6 bits a weight, and its directory."""
     folder = tmp_path_factory.mktemp("plan") / "out"
-    return folder, plan(model, output_dir=folder, bits_per_weight=7.5, **texts)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(plan_cost, "ROUGH_SECONDS", 0.0)  # also of a tiny model the times are foreseen
+        return folder, plan(model, output_dir=folder, bits_per_weight=7.5, **texts)
 
 
 def test_a_plan_is_a_recipe_that_writes_what_was_planned(made: tuple[Path, PlanRecord], model: Path) -> None:
@@ -115,6 +118,15 @@ def test_the_plan_and_controls_are_measured_on_the_same_text(made: tuple[Path, P
     assert verdict.gain == pytest.approx(min(controls) - measured[record.plan.name], abs=1e-9)
     assert verdict.accepted == (verdict.gain is not None and verdict.gain > 2 * (verdict.gain_error or 0))
     assert all(not point.measured for point in record.points if not point.fits)
+
+
+def test_a_record_has_what_was_foreseen_beside_what_was_taken(made: tuple[Path, PlanRecord]) -> None:
+    """Of each part of the run plan.json has the seconds that it took, and those of the estimate before it."""
+    folder, record = made
+    written = json.loads((folder / "plan.json").read_text())
+    assert written["foreseen"] == record.foreseen
+    assert written["seconds"].keys() == written["foreseen"].keys() == {"scoring", "search", "proof"}
+    assert all(taken > 0 for taken in (*record.seconds.values(), *record.foreseen.values()))
 
 
 def test_every_group_says_why(made: tuple[Path, PlanRecord]) -> None:
@@ -487,3 +499,20 @@ def test_a_set_is_held_out_text(model: Path, texts: dict[str, Any], tmp_path: Pa
         assert "max_chunks" not in error.value.remedy
     with raises("option-conflict"):
         estimate_plan(model, timed=False, **{**options, "held_out": [tmp_path / "set.yaml", tmp_path / "rows.jsonl"]})
+
+
+def test_a_set_says_how_many_samples_are_scored(model: Path, tmp_path: Path) -> None:
+    """Rows are cut from all samples of a set, at most of its length, and not from as many as plain files give."""
+    lines = [json.dumps({"input_ids": [number + 3] * (40 if number else 64)}) + "\n" for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    sources = "calibration_set:\n  max_seq_length: 50\n  datasets:\n    - {dataset: rows.jsonl, num_samples: 30}\n"
+    (tmp_path / "set.yaml").write_text(sources, encoding="utf-8")
+    layout = read_layout(model)
+
+    def drawn(file: str, **options: int) -> tuple[tuple[int, ...], int]:
+        found = read_samples(layout, [tmp_path / file], num_tokens=39 * 30, **options)
+        return found.edges, len({row.ids[-1] for row in found.rows})
+
+    assert drawn("set.yaml") == ((40,), 30)
+    assert drawn("set.yaml", context=20) == ((20,), 30)
+    assert drawn("rows.jsonl") == ((40,), 16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -378,6 +378,26 @@ def test_an_estimate_says_what_scoring_takes(model: Path, scores: Scores, tmp_pa
     assert found.gpu_bytes == 0
     untimed = estimate_scoring(read_layout(model), part, settings, device="cpu", tokens_per_batch=256, timed=False)
     assert untimed == replace(found, seconds=None, proof_seconds=None, first_seconds=None)
+
+
+def test_an_estimate_times_the_folds_of_a_proof(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under weighted rounding up is folded into down where mixes are proven, and nowhere else; plain has no folds."""
+    made: list[Key] = []
+
+    def make(self: LayerVariants, wanted: Iterable[Key], original: Callable[..., None] = LayerVariants.make) -> None:
+        made.extend(keys := list(wanted))
+        original(self, keys)
+
+    monkeypatch.setattr(LayerVariants, "make", make)
+    part, folded = samples(4), []
+    for rounding, mixes in (("weighted", 3), ("weighted", 0), ("plain", 3)):
+        made.clear()
+        settings = ScoreSettings(formats=FORMATS, rounding=rounding)
+        proof = (mixes, [len(row.ids) for row in part.rows])
+        found = estimate_scoring(read_layout(model), part, settings, device="cpu", tokens_per_batch=256, proof=proof)
+        assert bool(found.proof_seconds) == bool(mixes)
+        folded.append(any(products for _, _, products in made))
+    assert folded == [True, False, False]
 
 
 def test_an_estimate_knows_how_many_passes_a_disk_takes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.evaluation.gpu_memory import MORE_TO_RESUME, gpu_memory_errors
+from snugfit.machine import fix_cublas_workspace
 from snugfit.planning.controls import Control, find_controls
 from snugfit.planning.outcome import RUNS_OF, Outcome, record_of
 from snugfit.planning.plan_cost import PlanEstimate, check_resources, estimate_prepared, expected
@@ -114,6 +115,7 @@ def plan(
     )
     folder = Path(output_dir)
     progress = progress if distributed.is_main() else SILENT
+    fix_cublas_workspace()  # before the first product, in a run that resumes as in one that is timed first
     prepared, estimate = distributed.in_all(lambda: _prepare(model, request, folder))
     for note in prepared.notes:
         progress.message(note)

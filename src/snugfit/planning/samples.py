@@ -128,7 +128,8 @@ def _enough(dataset: Dataset, wanted: int) -> int:
     found = 0
     for length in sorted({len(sample) for sample in dataset.samples}, reverse=True):
         count = sum(len(sample) // length for sample in dataset.samples)
-        if count >= FEWEST_ROWS and count * (length - length // RATIO) >= wanted:
+        first = (1, *edges_of(length))[-2]
+        if count >= FEWEST_ROWS and count * (length - first) >= wanted:
             return length
         if count >= FEWEST_ROWS and not found:
             found = length

@@ -100,7 +100,7 @@ def estimate_scoring(
     on_gpu = where.type == "cuda"
     seconds, proof_seconds, first_seconds = None, 0.0 if timed and not mixes else None, None
     if timed:
-        with distributed.alone():
+        with distributed.alone(), deterministic(where):  # as the run
             rates = Rates(subject, skeleton.ran[place], settings, where, per_batch, folder or Path())
             if not scored:
                 seconds = rates.of_scoring(samples, work)
