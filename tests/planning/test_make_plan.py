@@ -120,6 +120,21 @@ def test_the_plan_and_controls_are_measured_on_the_same_text(made: tuple[Path, P
     assert all(not point.measured for point in record.points if not point.fits)
 
 
+def test_weighted_rounding_is_the_default_and_scores_keep_their_own(
+    made: tuple[Path, PlanRecord], model: Path, tmp_path: Path
+) -> None:
+    """Without `rounding` a plan is weighted and says what writes the measured file; plain scores stay plain."""
+    folder, record = made
+    assert record.effort == "weighted"
+    first, second = next_commands(record, "MODEL", folder)
+    assert f"quantize MODEL --recipe {folder / 'recipe.yaml'}" in first
+    assert f"--statistics {folder}" in second
+    plain = save(made_up_scores(read_layout(model), formats=("nvfp4", "fp8-dynamic"), edges=(64,)), tmp_path / "s.json")
+    old = plan(model, output_dir=tmp_path / "old", bits_per_weight=7.5, scores=plain, prove=False)
+    assert old.effort == "plain"
+    assert len(next_commands(old, "MODEL", tmp_path / "old")) == 1
+
+
 def test_a_record_has_what_was_foreseen_beside_what_was_taken(made: tuple[Path, PlanRecord]) -> None:
     """Of each part of the run plan.json has the seconds that it took, and those of the estimate before it."""
     folder, record = made
@@ -308,7 +323,7 @@ def test_layers_that_keep_a_16_bit_cache_are_told_to_the_engine(
     recipe = load_recipe(tmp_path / "out" / "recipe.yaml")
     assert recipe.recipe.kv_cache == "fp8"
     assert "--kv-cache-dtype-skip-layers 0 2" in recipe.text
-    assert "--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0 2" in next_commands(found, "MODEL", "recipe.yaml")[0]
+    assert "--kv-cache-dtype fp8 --kv-cache-dtype-skip-layers 0 2" in next_commands(found, "MODEL", Path("OUT"))[0]
     text = (tmp_path / "out" / "plan.md").read_text(encoding="utf-8")
     assert "FP8 KV cache: costs 3 nats; with layers 0, 2 in 16 bits 1 nats" in text
 

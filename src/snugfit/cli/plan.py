@@ -78,8 +78,11 @@ def plan(
         ),
     ] = None,
     rounding: Annotated[
-        Literal["plain", "weighted"], typer.Option(help="How weights are rounded while they are scored and measured.")
-    ] = "plain",
+        Literal["plain", "weighted"] | None,
+        typer.Option(
+            help="How weights are rounded while they are scored and measured. Default: weighted, or as the scores."
+        ),
+    ] = None,
     target: Annotated[
         str | None, typer.Option(metavar="PROFILE", help="Engine profile of inputs. Default: the GPU's.")
     ] = None,
@@ -213,7 +216,7 @@ def _print(record: PlanRecord, output_dir: Path, model: str) -> None:
     print_sheet(group_sheet(record))
     print_sheet(point_sheet(record, narrow=True))
     print_lines(*closing_lines(record))
-    print_lines(*next_commands(record, model, str(output_dir / "recipe.yaml")))
+    print_lines(*next_commands(record, model, output_dir))
 
 
 def _read(

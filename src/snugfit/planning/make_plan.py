@@ -57,7 +57,7 @@ def plan(
     dataset: str | Path | Sequence[str | Path] = (),
     max_seq_length: int | None = None,
     num_tokens: int | None = None,
-    rounding: str = "plain",
+    rounding: str | None = None,
     target: str | None = None,
     held_out: str | Path | Sequence[str | Path] = (),
     held_out_contexts: int | Sequence[int] = (),
@@ -77,7 +77,8 @@ def plan(
     smallest file of at most that KL, or on a GPU without a context the longest context. `menu` are formats (none: those
     that the engine runs), `constraints` a YAML file. `scores` are reused from an earlier plan's directory or file, or
     merged of several (other formats on the same samples, or the same formats on other samples), else made on `dataset`
-    in contexts up to `max_seq_length`, `num_tokens` for each bucket of positions. Candidates and controls are measured
+    in contexts up to `max_seq_length`, `num_tokens` for each bucket of positions. `rounding` is how weights are rounded
+    then: by default `weighted`, or as in `scores`. Candidates and controls are measured
     on `held_out` (default: topics that scoring leaves out) unless `prove` is False.
 
     A plan that does not beat its control is refused: the record's verdict says so, and recipe.yaml is the control's.

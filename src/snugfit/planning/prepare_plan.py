@@ -58,7 +58,7 @@ class PlanRequest:
     dataset: Sequence[str | Path] = ()
     max_seq_length: int | None = None
     num_tokens: int | None = None
-    rounding: str = "plain"
+    rounding: str | None = None
     target: str | None = None
     proof: ProofSettings = field(default_factory=ProofSettings)
     alternatives: int = ALTERNATIVES
@@ -98,10 +98,11 @@ class Prepared:
     def score_settings(self) -> ScoreSettings:
         """How the model is to be scored; UserError for what cannot be."""
         from snugfit.planning.sensitivity import ScoreSettings, check_settings
+        from snugfit.planning.variants import WEIGHTED
 
         settings = ScoreSettings(
             formats=self.formats,
-            rounding=self.request.rounding,
+            rounding=self.request.rounding or WEIGHTED,
             target=self.target,
             kv_cache=not self.choices.fp8_kept,  # also where this budget needs none: scores are for others, too
             seed=self.request.seed,
@@ -156,7 +157,7 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
             raise UserError(what, code="scores-mismatch", where="scores", remedy="Score again, or leave `target` out.")
         if generation is not None and found.target != fitting:
             notes.append(f"the scores were made for {found.target}, but inputs are rounded as in {fitting} on this GPU")
-        if request.rounding not in ("plain", found.effort):
+        if request.rounding not in (None, found.effort):
             what = f"these scores were made with {found.effort} rounding, not {request.rounding}."
             raise UserError(
                 what, code="scores-mismatch", where="scores", remedy="Score again, or leave `rounding` out."

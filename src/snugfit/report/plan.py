@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Any
 from snugfit.engines.launch import LAUNCHES
 from snugfit.errors import plain
 from snugfit.model.names import role_order
-from snugfit.records.plan import PlanDifferences, PlannedGroup, PlanPoint, PlanRecord, ProvenKl, layer_runs
+from snugfit.records.plan import (
+    RECIPE_FILE,
+    PlanDifferences,
+    PlannedGroup,
+    PlanPoint,
+    PlanRecord,
+    ProvenKl,
+    layer_runs,
+)
+from snugfit.records.statistics_file import STATISTICS_FILE
 from snugfit.report.markdown import escape
 from snugfit.report.plots import COLOURS, KL, draw_figure
 from snugfit.report.tables import Sheet
@@ -58,9 +67,9 @@ def closing_lines(record: PlanRecord) -> list[str]:
     return [plain(line) for line in lines]
 
 
-def next_commands(record: PlanRecord, model: str, recipe: str) -> list[str]:
-    """How to carry out a plan: write the model, and serve it where the engine is vLLM."""
-    commands = [f"snugfit quantize {model} --recipe {recipe} --output-dir OUT"]
+def next_commands(record: PlanRecord, model: str, folder: Path) -> list[str]:
+    """How to carry out a plan in `folder`: write the model, and serve it where the engine is vLLM."""
+    commands = [f"snugfit quantize {model} --recipe {folder / RECIPE_FILE} --output-dir OUT"]
     budget = record.budget
     if budget.gpu is not None and budget.engine.startswith("vllm"):
         options = [f"vllm serve OUT --max-model-len {record.context}"]
@@ -73,7 +82,11 @@ def next_commands(record: PlanRecord, model: str, recipe: str) -> list[str]:
         options += [f"--tensor-parallel-size {tp}"] if tp > 1 else []
         options += [] if share is None else [f"--gpu-memory-utilization {share:g}"]
         commands.append(" ".join(options))
-    return [f"next: {'; '.join(commands)}"]
+    lines = [f"next: {'; '.join(commands)}"]
+    if record.effort != "plain" and record.verdict.accepted is not None and (folder / STATISTICS_FILE).is_file():
+        measured = "writes the very weights that were measured here, and runs no sample"
+        lines.append(f"`quantize` tries to lose less than was measured; with `--statistics {folder}` it {measured}")
+    return lines
 
 
 def _written(record: PlanRecord) -> PlanPoint:
