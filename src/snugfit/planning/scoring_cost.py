@@ -15,7 +15,7 @@ import torch
 
 from snugfit import distributed
 from snugfit.evaluation.evaluated_model import open_model
-from snugfit.machine import pick_device
+from snugfit.machine import deterministic, pick_device
 from snugfit.model.experts import ExpertNames
 from snugfit.model.layout import ModelLayout
 from snugfit.model.skeleton import Skeleton

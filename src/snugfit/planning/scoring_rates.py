@@ -38,7 +38,7 @@ from snugfit.planning.shared_cost import crowding, largest_share, seconds_of_sta
 from snugfit.planning.shared_pass import LOGITS as COMPARED_LOGITS
 from snugfit.planning.shared_pass import ORIGINAL, compare
 from snugfit.planning.variants import LayerVariants, Subject
-from snugfit.quantization.prepare import PreparedRun
+from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run_time import estimate_run_time
 from snugfit.storage.files import nearest_folder
