@@ -118,15 +118,15 @@ def _kernel(kind: InputKind) -> Callable[..., None]:  # noqa: C901  # one loop e
                     target[row, block * width + i] = stored_like(signed_as(rounded, exact), stored)
 
     def fp8_(source: Any, target: Any, given: Any, size: Any, start: Any, stop: Any) -> None:
-        features = source.shape[1]
         for row in range(start, stop):
-            for first in range(0, features, size):
-                last = min(first + size, features)
+            for first in range(0, source.shape[1], size):
+                # indices that begin at 0 cannot be negative: only then do these loops become vector instructions
+                some, rounded = source[row, first : first + size], target[row, first : first + size]
                 scale = given
                 if not is_static:
                     most = NO_BITS
-                    for i in range(first, last):
-                        bits = magnitude_bits(loaded(source[row, i]))
+                    for i in range(len(some)):
+                        bits = magnitude_bits(loaded(some[i]))
                         most = bits if bits > most else most  # noqa: FURB136
                     amax = number(most)
                     if by_token:
@@ -135,9 +135,8 @@ def _kernel(kind: InputKind) -> Callable[..., None]:  # noqa: C901  # one loop e
                     else:
                         amax = GROUP_AMAX_MIN if amax < GROUP_AMAX_MIN else amax  # noqa: FURB136
                         scale = amax / E4M3_MAX
-                for i in range(first, last):
-                    stored = source[row, i]
-                    target[row, i] = stored_like(round_fp8(loaded(stored), scale), stored)
+                for i in range(len(some)):
+                    rounded[i] = stored_like(round_fp8(loaded(some[i]), scale), some[i])
 
     return fp4 if is_nvfp4 or is_mxfp4 else fp8_
 

@@ -4,6 +4,7 @@ Every kernel gives the bits of its plain definition in torch: fp32 products and 
 order (see `snugfit.methods.importance`). Kernels take LANES rows of a weight at once and lay them side by side, so that
 one instruction handles the same feature of several rows: the innermost loops over `lane` are the ones that vectorize.
 They do so only while all scratch arrays have constant shapes, and while no `if` chooses between two array elements.
+Loops that are hot go over all LANES, a constant, also where the last rows fill fewer: the others hold older numbers.
 
 Kernels run without Python's lock, on as many threads of our own as torch uses (snugfit.formats.machine_code).
 """
@@ -381,29 +382,39 @@ def _round_kernel(grid: Grid) -> Callable[..., None]:
         target: Any, exact: Any, step: Any, zero: Any, feedback: Any, start: Any, stop: Any, values: Any
     ) -> None:
         columns = target.shape[1]
-        inside = np.empty((128, LANES), np.float32)
+        inside = np.zeros((128, LANES), np.float32)
+        wanted = np.zeros((128, LANES), np.float32)
+        units = np.ones((128, LANES), np.float32)
+        zeros = np.zeros((128, LANES), np.float32)
         error = np.empty(LANES, np.float32)
         for row in range(start, stop, LANES):
             lanes = min(LANES, stop - row)
             for lane in range(lanes):
                 for i in range(columns):
                     inside[i, lane] = target[row + lane, i]
+                    wanted[i, lane] = exact[row + lane, i]
+                    units[i, lane] = step[row + lane, i]
+                    if integers:
+                        zeros[i, lane] = zero[row + lane, i]
             for i in range(columns):
-                for lane in range(lanes):
-                    unit = step[row + lane, i]
+                for lane in range(LANES):
+                    unit = units[i, lane]
                     scaled = inside[i, lane] / unit
                     if integers:
-                        value = _nearest_int4(scaled, zero[row + lane, i]) * unit
+                        value = _nearest_int4(scaled, zeros[i, lane]) * unit
                     elif eighths:
                         value = _nearest_e4m3(scaled) * unit
                     else:
                         value = _nearest_signed_e2m1(scaled) * unit
-                    values[row + lane, i] = value
-                    error[lane] = exact[row + lane, i] - value
+                    inside[i, lane] = value
+                    error[lane] = wanted[i, lane] - value
                 for j in range(i + 1, columns):
                     factor = feedback[i, j]
-                    for lane in range(lanes):
+                    for lane in range(LANES):
                         inside[j, lane] += error[lane] * factor
+            for lane in range(lanes):
+                for i in range(columns):
+                    values[row + lane, i] = inside[i, lane]
 
     return round_columns
 
@@ -431,33 +442,41 @@ def _descend_kernel(grid: Grid) -> Callable[..., None]:
 
     def descend_columns(values: Any, gradient: Any, step: Any, zero: Any, hessian: Any, start: Any, stop: Any) -> None:
         columns = values.shape[1]
-        slope = np.empty((128, LANES), np.float32)
+        slope = np.zeros((128, LANES), np.float32)
+        inside = np.zeros((128, LANES), np.float32)
+        units = np.ones((128, LANES), np.float32)
+        zeros = np.zeros((128, LANES), np.float32)
         moved = np.empty(LANES, np.float32)
         for row in range(start, stop, LANES):
             lanes = min(LANES, stop - row)
             for lane in range(lanes):
                 for i in range(columns):
                     slope[i, lane] = gradient[row + lane, i]
+                    inside[i, lane] = values[row + lane, i]
+                    units[i, lane] = step[row + lane, i]
+                    if integers:
+                        zeros[i, lane] = zero[row + lane, i]
             for i in range(columns):
                 curvature = hessian[i, i]
-                for lane in range(lanes):
-                    before, unit = values[row + lane, i], step[row + lane, i]
+                for lane in range(LANES):
+                    before, unit = inside[i, lane], units[i, lane]
                     scaled = (before - slope[i, lane] / curvature) / unit
                     if integers:
-                        value = _nearest_int4(scaled, zero[row + lane, i]) * unit
+                        value = _nearest_int4(scaled, zeros[i, lane]) * unit
                     elif eighths:
                         value = _nearest_e4m3(scaled) * unit
                     else:
                         value = _nearest_signed_e2m1(scaled) * unit
-                    values[row + lane, i] = value
+                    inside[i, lane] = value
                     moved[lane] = value - before
                 for j in range(columns):
                     factor = hessian[i, j]
-                    for lane in range(lanes):
+                    for lane in range(LANES):
                         slope[j, lane] += moved[lane] * factor
             for lane in range(lanes):
                 for i in range(columns):
                     gradient[row + lane, i] = slope[i, lane]
+                    values[row + lane, i] = inside[i, lane]
 
     return descend_columns
 

@@ -72,16 +72,17 @@ def feedback_of(gram: Tensor, damping: float = DAMPING) -> Feedback | None:
     diagonal = gram.diagonal()
     mean = diagonal.mean()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    permuted = gram[order][:, order]
+    last_first = order.flip(0)
+    permuted = gram.index_select(0, last_first).index_select(1, last_first)
     while damping <= 1:
         damped = permuted.clone()
         damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped)
         del damped
         upper = lower.flip(0, 1)
         factor = upper.div_(upper.diagonal().clone()).triu_(1)
         some = (mean > 0) & mean.isfinite()
-        found = (failed == 0) & factor.isfinite().all()
+        found = (failed == 0) & torch.stack(factor.aminmax()).isfinite().all()  # NaN carries through
         has_inputs, is_sound = torch.stack([some, found]).tolist()  # a GPU is waited for once
         if not has_inputs:
             return None
@@ -140,35 +141,28 @@ def round_together(
 
 def round_with_feedback(weight: Tensor, steps: Steps, feedback: Feedback) -> Tensor:
     """Values fp32 [N, K] on the grid of `steps` for `weight` fp32 [N, K], each column making up for those before it."""
-    order, factor = feedback.order, feedback.factor
-    exact, step = weight[:, order], steps.step[:, order]
-    zero = None if steps.zero is None else steps.zero[:, order]
-    errors = torch.empty_like(exact)
-    zeros = None if zero is None else zero.split(BLOCK, dim=1)
+    factor, zeros = feedback.factor, steps.zero
+    errors = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     found: list[Tensor] = []
     start = 0
-    for number, parts in enumerate(zip(*(of.split(BLOCK, dim=1) for of in (exact, step, errors, factor)), strict=True)):
-        part, of_part, error, columns = parts
-        part, stop = part.contiguous(), start + part.shape[1]
+    for places in feedback.order.split(BLOCK):
+        stop = start + len(places)
+        exact, columns = weight.index_select(1, places), factor[:, start:stop]
         # overwritten, even one that is the whole
-        target = torch.addmm(part, errors[:, :start], columns[:start]) if start else part.clone()
+        target = torch.addmm(exact, errors[:, :start], columns[:start]) if start else exact.clone()
         values = round_block(
             target,
-            part,
-            of_part.contiguous(),
-            None if zeros is None else zeros[number].contiguous(),
+            exact,
+            steps.step.index_select(1, places),
+            None if zeros is None else zeros.index_select(1, places),
             columns[start:stop].contiguous(),
             steps.grid,
         )
-        torch.sub(part, values, out=error)
+        torch.sub(exact, values, out=errors[:, start:stop])
         found.append(values)
         start = stop
     del errors
-    ordered = torch.cat(found, dim=1)
-    del found
-    result = torch.empty_like(exact)
-    result[:, order] = ordered
-    return result
+    return torch.cat(found, dim=1).index_select(1, torch.argsort(feedback.order))
 
 
 def descend(weight: Tensor, values: Tensor, steps: Steps, gram: Tensor, sweeps: int) -> Tensor:

@@ -43,7 +43,7 @@ from snugfit.storage.safetensors_header import dtype_of
 from snugfit.storage.shards import ShardWriter
 from snugfit.storage.transfer import Transfer
 
-OPERATIONS = {"cpu": 15 * 10**9, "cuda": 10**14}  # of a forward pass of the timed tokens, about
+OPERATIONS = {"cpu": 75 * 10**8, "cuda": 10**14}  # of a forward pass of the timed tokens, about
 FEWEST_TOKENS = 128
 EXPERT_BYTES = {"cpu": 1 << 25, "cuda": 1 << 31}  # of experts that are worked on, about
 QUICK = 3.0  # CPU seconds below which the work is done a second time, behind what it compiles and allocates once
