@@ -17,7 +17,8 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-_GAP = 1e-6  # relative, below what any score knows
+EXACT = 1e-6  # relative, below what any score knows
+CLOSE = 2e-3  # relative, a fraction of what scores are off; it takes a third of the time
 _NODES = 50_000
 _TIE = 1e-6  # of the largest cost: what all of the first limit's sum adds, so that equal costs are decided by it
 
@@ -36,7 +37,8 @@ class Problem:
 
     `costs` are what is to be least, `rows` what is limited, `labels` name the options: at most `max_labels` different
     ones that are not `free` may be used. `bound` limits a second sum of real costs. `others` are choices from which
-    the solution has to differ in at least `distance` groups.
+    the solution has to differ in at least `distance` groups. Its cost may be
+    `gap` above the least, relatively.
     """
 
     costs: tuple[tuple[float, ...], ...]
@@ -47,6 +49,7 @@ class Problem:
     bound: tuple[tuple[tuple[float, ...], ...], float] | None = None
     others: tuple[tuple[int, ...], ...] = ()
     distance: int = 1
+    gap: float = EXACT
 
 
 def solve(problem: Problem) -> tuple[int, ...] | None:
@@ -63,7 +66,7 @@ def solve(problem: Problem) -> tuple[int, ...] | None:
             constraints=LinearConstraint(np.array(found.rows), found.low, found.high),
             integrality=np.ones(found.size),
             bounds=Bounds(0, 1),
-            options={"mip_rel_gap": _GAP, "node_limit": _NODES},
+            options={"mip_rel_gap": problem.gap, "node_limit": _NODES},
         )
     if result.x is None:
         return None

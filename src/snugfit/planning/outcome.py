@@ -12,6 +12,7 @@ from snugfit.formats.spec import FORMATS
 from snugfit.planning.caches import FP8
 from snugfit.planning.controls import Control
 from snugfit.planning.explain import cache_reasons, nats, planned_groups
+from snugfit.planning.knapsack import CLOSE
 from snugfit.planning.limits import Budget, context_beside, served_elements
 from snugfit.planning.menu import Option
 from snugfit.planning.search import NOT_SCORED, Mix, Space, frontier_limits, least_kl, within
@@ -188,7 +189,7 @@ def _frontier(found: Outcome) -> list[Mix]:
     mixes = []
     for limit in frontier_limits(found.space, cache, FRONTIER_POINTS):
         space = found.space.with_limits({cache: (limit,)})
-        mixes += least_kl(space, found.scores, found.context)
+        mixes += least_kl(space, found.scores, found.context, gap=CLOSE)
     return mixes
 
 

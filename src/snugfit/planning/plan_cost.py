@@ -132,7 +132,7 @@ def estimate_prepared(prepared: Prepared, *, timed: bool, folder: Path | None = 
         proof_passes=found.proof_passes if found else 0,
         held_out_tokens=prepared.held_out_tokens,
         scoring_seconds=_with(found.seconds, first) if scoring and found else 0.0,
-        search_seconds=_of_search(prepared) if timed else None,
+        search_seconds=seconds_of_search(prepared.choices, prepared.request.alternatives) if timed else None,
         proof_seconds=_with(found.proof_seconds, 0.0 if scoring else first + (found.seconds or 0.0)) if found else 0.0,
         processes=distributed.asked_for(),
         notes=prepared.notes,
@@ -153,11 +153,6 @@ def expected(prepared: Prepared, untimed: PlanEstimate, folder: Path) -> PlanEst
         return estimate_prepared(prepared, timed=True, folder=folder)
     except (UserError, OSError, RuntimeError):  # the run says what is wrong; RuntimeError: also of too little memory
         return None
-
-
-def _of_search(prepared: Prepared) -> float:
-    edges = (prepared.scores or prepared.samples or samples_of(prepared.layout, prepared.request)).edges
-    return seconds_of_search(prepared.choices, prepared.request.alternatives, len(edges))
 
 
 def _with(seconds: float | None, more: float) -> float | None:

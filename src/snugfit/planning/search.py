@@ -2,8 +2,8 @@
 
 A mix's expected KL is a mean over positions of c (1 - exp(-b / c)), where b is a sum over groups (records/scores.py).
 That is a concave function of sums, so the sums' linear form at any mix is nowhere below it: minimizing that form, a
-knapsack, and repeating at the result never gets worse, and ends after a few rounds. With one bucket of positions the
-first round is exact.
+knapsack, and repeating at the result never gets worse, and ends after a few rounds: where the form at the result weighs
+the buckets as the one before, as it does in one bucket of positions, its solution is the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from functools import cached_property
 from snugfit.errors import UserError
 from snugfit.planning.caches import kept_layers, scored_cache
 from snugfit.planning.decisions import Decision, decisions_of, narrowed
-from snugfit.planning.knapsack import Problem, Row, solve
+from snugfit.planning.knapsack import CLOSE, EXACT, Problem, Row, solve
 from snugfit.planning.menu import Bytes, GroupMenu, Option
 from snugfit.records.scores import KEEP, KV_CACHE, Predicted, Scores, saturate
 
@@ -24,6 +24,7 @@ NOT_SCORED = "it was not scored"  # why a group cannot have a format of the menu
 NEAR = 1.1  # times the least expected KL: what a simpler mix may lose
 SHORTEST_RUN = 2
 _ROUNDS = 8
+_ALIKE = 1e-4  # by how much, relatively, two forms may weigh options differently that are taken as one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,12 +127,15 @@ def scored(space: Space, scores: Scores) -> Space:
     )
 
 
-def least_kl(space: Space, scores: Scores, context: int, *, count: int = 1, distance: int = 1) -> list[Mix]:
+def least_kl(
+    space: Space, scores: Scores, context: int, *, count: int = 1, distance: int = 1, gap: float = EXACT
+) -> list[Mix]:
     """The mixes within the limits of which scores expect the least KL, best first; empty where none is.
 
-    Up to `count`, each different from those before it in `distance` decisions, or in the cache.
+    Up to `count`, each different from those before it in `distance` decisions, or in the cache. The first one's
+    expected costs are at most `gap` above the least, relatively; those of the others may be `CLOSE` above it.
     """
-    lines = [_Line(_Task(space, scores, context, cache)) for cache in space.limits]
+    lines = [_Line(_Task(space, scores, context, cache), gap) for cache in space.limits]
     best: list[Mix] = []
     for _ in range(count):  # behind a mix that is none of the best its cache has none that is
         for line in lines:
@@ -208,6 +212,12 @@ def within(mix: Mix, limits: Sequence[Limit]) -> bool:
     return all(limit.amount(mix.bytes) <= limit.bytes for limit in limits)
 
 
+def _alike(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether both lists of weights have nearly the same ratios, so that what is least under one is under both."""
+    ratios = [there / here for here, there in zip(first, second, strict=True) if here]
+    return not ratios or max(ratios) <= (1 + _ALIKE) * min(ratios)
+
+
 def _rank(mix: Mix) -> tuple[float, int]:
     return mix.predicted.kl, mix.bytes.file
 
@@ -250,15 +260,15 @@ def _terms(scores: Scores, decision: Decision, fmt: str) -> tuple[float, ...]:
 class _Line:
     """The mixes with one kind of KV cache that have been found so far, best first."""
 
-    def __init__(self, task: _Task) -> None:
-        self._task = task
+    def __init__(self, task: _Task, gap: float) -> None:
+        self._task, self._gap = task, gap
         self._places: list[tuple[int, ...]] = []
         self.mixes: list[Mix] = []
         self.ended = False
 
     def extend(self, distance: int) -> None:
         """Find the next one, which differs from all before it in `distance` decisions, if there is one."""
-        places = self._task.least_kl(self._places, distance)
+        places = self._task.least_kl(self._places, distance, max(self._gap, CLOSE) if self._places else self._gap)
         if places is None:
             self.ended = True
             return
@@ -276,18 +286,18 @@ class _Task:
         held = [scores.terms(*pair).kl for pair in scored_cache(scores, cache).items()]
         self._fixed = tuple(map(math.fsum, zip(*held, strict=True))) if held else (0.0,) * len(self._shares)
 
-    def least_kl(self, before: Sequence[tuple[int, ...]], distance: int) -> tuple[int, ...] | None:
+    def least_kl(self, before: Sequence[tuple[int, ...]], distance: int, gap: float) -> tuple[int, ...] | None:
         """The options' places of the mix of least KL that differs enough from those `before`."""
         if before and distance > len(self._costs):
             return None
         best: tuple[int, ...] | None = None
+        weights = self._slopes(None)
         for _ in range(_ROUNDS):
-            weights = self._slopes(best)
-            places = solve(self._problem(self._linear(weights), before, distance))
+            places = solve(replace(self._problem(self._linear(weights), before, distance), gap=gap))
             if places is None or (best is not None and self._kl(places) >= self._kl(best) * (1 - 1e-9)):
                 break
-            best = places
-            if len(self._shares) == 1:
+            best, last, weights = places, weights, self._slopes(places)
+            if _alike(last, weights):
                 break
         return best
 

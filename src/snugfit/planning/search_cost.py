@@ -13,12 +13,11 @@ from dataclasses import replace
 from snugfit.formats.spec import KEEP
 from snugfit.machine import pick_device, timed
 from snugfit.planning.caches import FP8
-from snugfit.planning.knapsack import Problem, solve
+from snugfit.planning.knapsack import CLOSE, Problem, solve
 from snugfit.planning.outcome import FRONTIER_POINTS
 from snugfit.planning.search import Space, far_apart, frontier_limits, problem_of
 from snugfit.planning.space import Choices
 
-ROUNDS = 2  # solutions of each knapsack where there are several buckets; with one the first is exact
 TRIED_CONTEXTS = 12  # for the longest one, about
 # of scores of rotated SmolLM2: logarithms of costs of groups of one size, those of formats in a group, both standard
 # deviations, and by how much they fall with a bit
@@ -28,7 +27,7 @@ _SIXTEEN = 16
 Costs = tuple[tuple[float, ...], ...]
 
 
-def seconds_of_search(choices: Choices, alternatives: int, buckets: int) -> float:
+def seconds_of_search(choices: Choices, alternatives: int) -> float:
     """Seconds for the mixes of a plan with so many alternatives, and for the curve in its record."""
     longest = choices.place.budget.longest
     space = choices.at(1) if longest else choices.space
@@ -37,7 +36,7 @@ def seconds_of_search(choices: Choices, alternatives: int, buckets: int) -> floa
     first, further = _of_mixes(space, cache, costs, 1 + alternatives)
     kinds = _kinds(choices)
     found = (TRIED_CONTEXTS if longest else 1) * kinds * first + min(kinds, 1 + alternatives) * further
-    return (1 if buckets == 1 else ROUNDS) * (found + _of_points(space, cache, costs))
+    return found + _of_points(space, cache, costs)
 
 
 def _kinds(choices: Choices) -> int:
@@ -72,7 +71,7 @@ def _of_mixes(space: Space, cache: str, costs: Costs, count: int) -> tuple[float
     seconds, found = list[float](), list[tuple[int, ...]]()
     solve(problem)  # scipy is imported
     while len(seconds) < count:
-        taken, places = _solve(replace(problem, others=tuple(found)))
+        taken, places = _solve(replace(problem, others=tuple(found), gap=CLOSE) if found else problem)
         seconds.append(taken)
         if places is None or problem.distance > len(places):
             break
@@ -83,7 +82,8 @@ def _of_mixes(space: Space, cache: str, costs: Costs, count: int) -> tuple[float
 def _of_points(space: Space, cache: str, costs: Costs) -> float:
     """Seconds for the points of the curve, of which the last ones take longest."""
     limits = frontier_limits(space, cache, FRONTIER_POINTS)
-    return sum(_solve(problem_of(space.with_limits({cache: (limit,)}), cache, costs))[0] for limit in limits)
+    problems = [problem_of(space.with_limits({cache: (limit,)}), cache, costs) for limit in limits]
+    return sum(_solve(replace(problem, gap=CLOSE))[0] for problem in problems)
 
 
 def _solve(problem: Problem) -> tuple[float, tuple[int, ...] | None]:
