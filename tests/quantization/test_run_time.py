@@ -96,7 +96,7 @@ def test_kernels_that_are_compiled_do_not_count(source: Source, rows: Path, tmp_
         times.append(1)
         if len(times) == 1:
             machine_code.compiled(_doubled, types.float32[::1])
-        return replace(original(self, *arguments), cpu=rehearsal.QUICK)  # too long for a second time otherwise
+        return replace(original(self, *arguments), cpu=rehearsal.QUICK["cpu"])  # too long for a second time otherwise
 
     monkeypatch.setattr(rehearsal.Rehearsal, "_work", first_compiles)
     monkeypatch.setattr("snugfit.formats.machine_code.njit", _without_cache)

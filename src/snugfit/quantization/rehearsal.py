@@ -46,7 +46,9 @@ from snugfit.storage.transfer import Transfer
 OPERATIONS = {"cpu": 75 * 10**8, "cuda": 10**14}  # of a forward pass of the timed tokens, about
 FEWEST_TOKENS = 128
 EXPERT_BYTES = {"cpu": 1 << 25, "cuda": 1 << 31}  # of experts that are worked on, about
-QUICK = 3.0  # CPU seconds below which the work is done a second time, behind what it compiles and allocates once
+# CPU seconds below which the work is done a second time, behind what is compiled and allocated once; a pass of the run
+# may have a hundred times the tokens, and on a GPU what its libraries load first takes longer than all of the work
+QUICK = {"cpu": 3.0, "cuda": 30.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +155,7 @@ class Rehearsal:
         prepared = replace(self._prepared, experts=self._few_forced()).taking(replace(way, method=method))
         made = self._kernels_made()
         taken = self._work(prepared, watch)
-        if taken.cpu < QUICK or self._kernels_made() > made:
+        if taken.cpu < QUICK[self.device.type] or self._kernels_made() > made:
             taken = self._work(prepared, watch)
         return self._summed(taken, watch, self._decode_time(method.codes))
 
