@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -165,7 +167,7 @@ def plan(
     progress = VerbProgress(ctx)
     if dry_run:
         again = {"restart": restart, "force_resume": force_resume}
-        _print_estimate(model, output_dir, settings | again, progress)
+        _print_estimate(model, output_dir, settings | again, progress, as_json=as_json)
         return
     if output_dir is None:
         remedy = "Name a new directory, or add `dry_run`."
@@ -193,7 +195,9 @@ def plan(
         raise typer.Exit(REFUSED)
 
 
-def _print_estimate(model: str, output_dir: Path | None, settings: dict[str, Any], progress: VerbProgress) -> None:
+def _print_estimate(
+    model: str, output_dir: Path | None, settings: dict[str, Any], progress: VerbProgress, *, as_json: bool
+) -> None:
     """What planning takes, then the refusal of a run for which this machine has too little."""
     from snugfit.planning.plan_cost import check_resources, estimate_plan
     from snugfit.storage.staging import check_stageable
@@ -204,7 +208,9 @@ def _print_estimate(model: str, output_dir: Path | None, settings: dict[str, Any
     for note in estimate.notes:
         progress.message(note)
     with reporting():
-        typer.echo(plain(estimate.line()))
+        if as_json:
+            typer.echo(json.dumps(asdict(estimate), indent=2))
+        typer.echo(plain(estimate.line()), err=as_json)
     check_resources(estimate, output_dir or Path("plan"), settings["device"])
 
 

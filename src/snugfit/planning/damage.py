@@ -201,6 +201,9 @@ def merge_scores(parts: Sequence[tuple[str, Scores]]) -> Scores:
 def _check_alike(name: str, part: Scores, first_name: str, first: Scores) -> None:
     for key in ("header_digest", "fingerprint", "effort", "target", "edges", "groups"):
         if getattr(part, key) != getattr(first, key):
+            if key == "effort":
+                what = f"these scores were made with {part.effort} rounding, those of {first_name} with {first.effort}."
+                raise _mismatch(what, name, "Merge scores of one `rounding`: score one of them again.")
             shown = key.replace("_", " ")
             raise _mismatch(f"{shown} differs from that of {first_name}.", name, "Merge scores of one model.")
 

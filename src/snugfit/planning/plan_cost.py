@@ -54,8 +54,10 @@ class PlanEstimate:
 
     def line(self) -> str:
         """One line for a person who decides whether to wait."""
-        total = sum(seconds or 0.0 for seconds in (self.scoring_seconds, self.search_seconds, self.proof_seconds))
-        parts = [duration(total), f"{self.memory_bytes / 1e9:.1f} GB of memory"]
+        parts = [
+            duration(sum(self.seconds.values()) if self.seconds else None),
+            f"{self.memory_bytes / 1e9:.1f} GB of memory",
+        ]
         parts += [] if self.gpu_bytes is None else [f"{self.gpu_bytes / 1e9:.1f} GB of GPU memory"]
         if self.processes > 1:
             parts[-1] += f" in each of {self.processes} processes"
@@ -69,7 +71,8 @@ class PlanEstimate:
             passes = f"{self.mixes} mixes on {self.held_out_tokens:,} tokens"
             passes += f" in {self.proof_passes} passes" if self.proof_passes > 1 else ""
             steps.append(f"proof {duration(self.proof_seconds)}, {passes}")
-        return f"planning takes about {', '.join(parts)}{' (' + '; '.join(steps) + ')' if steps else ''}"
+        about = "about " if self.seconds else ""
+        return f"planning takes {about}{', '.join(parts)}{' (' + '; '.join(steps) + ')' if steps else ''}"
 
 
 def estimate_plan(
@@ -83,13 +86,29 @@ def estimate_plan(
 ) -> PlanEstimate:
     """What `plan` with these arguments would take; everything that it checks is checked.
 
-    With `timed` one layer of the model is read and run on a few tokens. UserError as in `plan`.
+    With `timed` one layer of the model is read and run on a few tokens, where memory is enough for planning, and where
+    the machine can; else the times are not known. UserError as in `plan`.
     """
     folder = None if output_dir is None else Path(output_dir)
     prepared = prepare_plan(model, request_of(**options))
     if folder is not None and not restart:
         _check_resumable(prepared, work_folder(folder) / SCORES / GRADIENTS, force=force_resume)
-    return estimate_prepared(prepared, timed=timed, folder=folder)
+    untimed = estimate_prepared(prepared, timed=False, folder=folder)
+    if not timed or not _fits(untimed, prepared.request.proof.device):
+        return untimed
+    try:
+        return estimate_prepared(prepared, timed=True, folder=folder)
+    except (OSError, RuntimeError):  # RuntimeError: also of too little memory; what is refused is a UserError
+        return untimed
+
+
+def _fits(estimate: PlanEstimate, device: str | None) -> bool:
+    """Whether this machine has the memory that planning takes."""
+    try:
+        check_memory(_needs(estimate), pick_device(device))
+    except UserError:
+        return False
+    return True
 
 
 def _check_resumable(prepared: Prepared, folder: Path, *, force: bool) -> None:
@@ -179,6 +198,9 @@ def _mixes(prepared: Prepared) -> int:
 
 def check_resources(estimate: PlanEstimate, output_dir: Path, device: str | None) -> None:
     """UserError where this machine has less memory or disk than planning takes."""
-    needs = Estimate(ram=estimate.memory_bytes, gpu=estimate.gpu_bytes, disk=estimate.disk_bytes)
-    check_memory(needs, pick_device(device))
-    check_disk(needs, output_dir)
+    check_memory(_needs(estimate), pick_device(device))
+    check_disk(_needs(estimate), output_dir)
+
+
+def _needs(estimate: PlanEstimate) -> Estimate:
+    return Estimate(ram=estimate.memory_bytes, gpu=estimate.gpu_bytes, disk=estimate.disk_bytes)

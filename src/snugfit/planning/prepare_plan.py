@@ -198,6 +198,7 @@ def _read_texts(
             groups, _ = read_held_out(layout, request.proof.held_out, contexts, request.proof.max_tokens)
         except UserError as error:
             where, remedy = _PLACES.get(error.where, error.where), error.remedy.replace(", or give `max_chunks`", "")
+            remedy = remedy.replace("`contexts`", "`held_out_contexts`").replace("`context`", "`held_out_contexts`")
             raise type(error)(error.what, code=error.code, where=where, remedy=remedy) from None
         lengths = tuple(len(chunk.ids) for group in groups for chunk in group.chunks)
     return samples, lengths

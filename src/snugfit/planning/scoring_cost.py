@@ -29,6 +29,7 @@ from snugfit.planning.shared_pass import Assigned, branches_of
 from snugfit.planning.variants import PLAIN, Subject, scored_formats
 from snugfit.quantization.estimate import CUDA_HOST_BYTES
 from snugfit.quantization.options import TOKENS_PER_BATCH
+from snugfit.quantization.plan import measure_only
 from snugfit.records.scores import KEEP, Cost
 from snugfit.records.squares import encode_squares
 from snugfit.records.statistics import ExpertStatistics, InputStatistics, LayerStatistics
@@ -148,11 +149,13 @@ def _work_of(
 def _subject(layout: ModelLayout, groups: tuple[Group, ...], settings: ScoreSettings) -> Subject:
     """The model under statistics of the layer that is timed, in which every input is 1."""
     model = open_model(layout.checkpoint.path, activations="none")
+    timed = _timed_layer(model.skeleton)
+    cache = settings.kv_cache and timed in measure_only(layout).observed_caches  # as calibration has it
     return Subject(
         model=model,
         layout=layout,
         groups={group.name: group for group in groups},
-        statistics=_ones(layout, model.skeleton, groups, _timed_layer(model.skeleton), cache=settings.kv_cache),
+        statistics=_ones(layout, model.skeleton, groups, timed, cache=cache),
         rounding=settings.rounding,
         target=settings.target,
     )

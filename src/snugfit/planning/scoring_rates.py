@@ -103,7 +103,7 @@ class Rates:
         found: list[PreparedRun] = []
 
         def prepare() -> None:
-            device = self._device.type
+            device = self._device.type if self._processes > 1 else str(self._device)  # torchrun gives each its GPU
             found.append(prepare_calibration(layout, samples.dataset, device=device, tokens_per_batch=per_batch))
 
         opened = self._once(prepare, again=False)
