@@ -12,10 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 from helpers.errors import failed_with, raises
+from helpers.ranks import in_ranks
 from helpers.tiny_families import FAMILIES
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.planning import plan_cost, scoring_cost
+from snugfit.planning.make_plan import plan
 from snugfit.planning.plan_cost import estimate_plan
 from snugfit.quantization import estimate
 
@@ -56,6 +58,21 @@ def test_layers_that_have_no_cache_are_timed(family: str, make_tiny: MakeTiny, o
     """Layers without keys and values that calibration sees are timed without an FP8 cache, as they are scored."""
     found = estimate_plan(make_tiny(family, **FAMILIES[family]), **options)
     assert set(found.seconds) == {"scoring", "search", "proof"}
+
+
+def test_processes_are_told_what_one_foresees(
+    make_tiny: MakeTiny, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several processes the main one times a layer by itself, and the record of all has what it foresees."""
+    monkeypatch.setattr(plan_cost, "ROUGH_SECONDS", 0.0)
+    model = make_tiny()
+
+    def work(_: int) -> None:
+        found = plan(model, output_dir=tmp_path / "out", prove=False, **options)
+        assert found.processes == 2
+        assert set(found.foreseen) == {"scoring", "search", "proof"}
+
+    assert in_ranks(2, work) == [0, 0]
 
 
 def test_a_dry_run_prints_one_json_document(make_tiny: MakeTiny, options: dict[str, Any]) -> None:

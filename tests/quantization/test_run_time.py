@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,12 @@ def test_kernels_that_are_compiled_do_not_count(source: Source, rows: Path, tmp_
     assert len(times) == 2
     time_of(prepared_run(source("llama"), "nvfp4-fp8-hybrid-four-over-six", rows), tmp_path)
     assert len(times) == 3
+
+
+def test_a_layer_is_tried_without_numba(source: Source, rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """Where numba cannot be imported nothing is compiled, and the layer is timed as it would run."""
+    monkeypatch.setitem(sys.modules, "snugfit.formats.machine_code", None)
+    assert time_of(prepared_run(source("llama"), "nvfp4-fp8-hybrid-four-over-six", rows), tmp_path).seconds.wall > 0
 
 
 def _doubled(values: Any) -> None:

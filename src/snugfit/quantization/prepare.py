@@ -98,8 +98,8 @@ def prepare(
         names = ", ".join(
             f"{way.name} (unless {' or '.join(way.unless)} is kept)" if way.unless else way.name for way in ways
         )
-        samples = f"{len(held_out.samples)} held-out sample{'s' if len(held_out.samples) > 1 else ''}"
-        notes.append(f"to be tried on {samples} as under {calibration.target}: {names}")
+        some = f"{len(held_out.samples)} held-out sample{'s' if len(held_out.samples) > 1 else ''}"
+        notes.append(f"to be tried on {some} as under {calibration.target}: {names}")
         if why := why_no_expert_folds(plan, skeleton):
             notes.append(f"up and down of routed experts are not folded: {why}")
     if dataset is not None and any(way.method.correlates for way in ways):
