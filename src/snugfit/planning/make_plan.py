@@ -34,6 +34,7 @@ from snugfit.report.plan import plan_markdown, write_plan_plots
 from snugfit.storage.staging import check_stageable, resumable
 
 _SEARCHED_CONTEXTS = 24  # that are tried for the longest one
+_SHOWN_SECONDS = 0.5  # of a part of the run, below which it is not told
 
 
 @distributed.together
@@ -160,11 +161,13 @@ def _run(
         )
         record = replace(record, foreseen=foreseen)
         distributed.by_main(lambda: _write(record, scores, measured, prepared, directory))
-    took = (
+    took = [
         f"{name} {duration(taken)}" + (f" (foreseen {duration(foreseen[name])})" if name in foreseen else "")
         for name, taken in record.seconds.items()
-    )
-    progress.message(f"it took: {', '.join(took)}")
+        if max(taken, foreseen.get(name, 0.0)) >= _SHOWN_SECONDS
+    ]
+    if took:
+        progress.message(f"it took: {', '.join(took)}")
     return record
 
 
