@@ -159,13 +159,17 @@ LARGE: dict[str, Callable[[Path], Path]] = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_true_size_takes_bounded_work_and_memory(name: str, tmp_path: Path) -> None:
-    """A model of 35 to 1,000 billion weights takes millions of calls, under 1 GB, and no torch; it is sound."""
+    """A model of 35 to 1,000 billion weights takes millions of calls, under 1 GB, and no torch; it is sound.
+
+    MiniMax-M2 names three layers of prediction that its release has not: a note, and no fault.
+    """
     directory = add_tokenizer(LARGE[name](tmp_path / "model"))
     command = [sys.executable, "-c", MEASURED, "doctor", str(directory), "--json", str(Path(__file__).parents[1])]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode in (0, 1), run.stderr[-2000:]
     record = json.loads(run.stdout)
-    assert [(f["fault"], f["where"], f["what"]) for f in record["findings"]] == []
+    lost = [("prediction-lost", "config.json: num_mtp_modules")] if name == "minimax" else []
+    assert [(f["fault"], f["where"]) for f in record["findings"]] == lost
     peak, calls, *heavy = run.stderr.split()
     print(name, len(record["formats"]), record["tensors"], peak, calls)  # noqa: T201  # shown by -rP
     assert heavy == []
