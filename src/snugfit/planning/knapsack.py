@@ -37,8 +37,7 @@ class Problem:
 
     `costs` are what is to be least, `rows` what is limited, `labels` name the options: at most `max_labels` different
     ones that are not `free` may be used. `bound` limits a second sum of real costs. `others` are choices from which
-    the solution has to differ in at least `distance` groups. Its cost may be
-    `gap` above the least, relatively.
+    the solution has to differ in at least `distance` groups. Its cost may be `gap` above the least, relatively.
     """
 
     costs: tuple[tuple[float, ...], ...]

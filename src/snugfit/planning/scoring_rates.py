@@ -266,11 +266,11 @@ class Rates:
             started = machine.now(device).wall
             one.backward(model.skeleton.ran.index(self._index), states, (before, after), read)
             ended = machine.now(device).wall
-        ends = [*(moment for _, _, moment in states.reads[1:]), ended]
+        ends = [*(moment for _, moment in states.reads[1:]), ended]
         batches: dict[int, float] = {}  # a layer whose formats do not fit in memory together reads each batch again
-        for (width, _, moment), end in zip(states.reads, ends, strict=True):
+        for (width, moment), end in zip(states.reads, ends, strict=True):
             batches[width] = batches.get(width, 0.0) + end - moment
-        return _Rehearsed(states.reads[0][2] - started, batches)
+        return _Rehearsed(states.reads[0][1] - started, batches)
 
     def _last_states(self, shares: Sequence[_Share], most: int) -> Tensor:
         """Random states of tokens of one sample, of which so many logits are made at once at most.
@@ -325,12 +325,12 @@ class _Rehearsed:
 
 
 class _Held(StateFile):
-    """States in memory in place of a file; says of which length a batch was that was read, which, and when."""
+    """States in memory in place of a file; says of which length a batch was that was read, and when."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self.held: dict[tuple[int, ...], Tensor] = {}
-        self.reads: list[tuple[int, tuple[int, ...], float]] = []
+        self.reads: list[tuple[int, float]] = []
 
     def write(self, batch: Batch, hidden: Tensor) -> None:
         """Keep a batch's states."""
@@ -338,7 +338,7 @@ class _Held(StateFile):
 
     def read(self, batch: Batch) -> Tensor:
         """A copy of them."""
-        self.reads.append((batch.tokens.shape[1], batch.rows, machine.now(self._device).wall))
+        self.reads.append((batch.tokens.shape[1], machine.now(self._device).wall))
         return self.held[batch.rows].clone()
 
 

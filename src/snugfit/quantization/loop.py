@@ -46,7 +46,7 @@ def make_layers(run: Run, background: Background, meanwhile: Callable[[], object
             remote = plan.checkpoint.remote is not None
             transfer = stack.enter_context(Transfer(prepared.device, remote=remote))
             writer = stack.enter_context(_open_writer(run, transfer))
-            batches = batches_of(run)
+            batches = batches_of(prepared, prepared.device)
             some = some_of(prepared, batches)
             states = states_of(run, batches, transfer, stack)
             with clock("check"):

@@ -33,7 +33,7 @@ from snugfit.quantization.plan import Plan
 from snugfit.quantization.prepared_run import PreparedRun
 from snugfit.quantization.resume import FinishedUnits
 from snugfit.quantization.run import Run
-from snugfit.quantization.samples import some_of
+from snugfit.quantization.samples import batches_of, some_of
 from snugfit.quantization.stand_ins import Groups, NoFiles, Scratch, States, Timed, Watch
 from snugfit.quantization.states import RunStates
 from snugfit.quantization.unit_work import Work
@@ -80,7 +80,7 @@ class Rehearsal:
         self._prepared, self._transfer = prepared, transfer
         self.device = prepared.device
         self.number = typical_unit(prepared)
-        self._all = self._some = run_batches(prepared)
+        self._all = self._some = batches_of(prepared, torch.device("cpu"))
         blocks = [distributed.block(len(self._all), number, processes) for number in range(processes)]
         self.run_tokens = max(
             sum(batch.tokens.numel() for batch in self._all[some.start : some.stop]) for some in blocks
@@ -280,11 +280,3 @@ def typical_unit(prepared: PreparedRun) -> int:
 def _format_of(plan: Plan, name: str) -> str:
     assignment = plan.assignments.get(name)
     return "" if assignment is None or assignment.format is None else assignment.format.name
-
-
-def run_batches(prepared: PreparedRun) -> list[Batch]:
-    """The samples in batches."""
-    if prepared.dataset is None:
-        return []
-    samples, pads = prepared.dataset.samples, prepared.skeleton.is_causal
-    return forward_pass.make_batches(samples, prepared.tokens_per_batch, torch.device("cpu"), pads=pads)

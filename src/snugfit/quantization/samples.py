@@ -17,13 +17,12 @@ from snugfit.storage.shared_reads import SharedReads, processes_share
 from snugfit.storage.transfer import Transfer
 
 
-def batches_of(run: Run) -> list[forward_pass.Batch]:
-    """All samples in batches; none if no samples are needed."""
-    prepared = run.prepared
+def batches_of(prepared: PreparedRun, device: torch.device) -> list[forward_pass.Batch]:
+    """All samples in batches on a device; none if no samples are needed."""
     if prepared.dataset is None:
         return []
-    causal = prepared.skeleton.is_causal
-    return forward_pass.make_batches(prepared.dataset.samples, prepared.tokens_per_batch, prepared.device, pads=causal)
+    samples, pads = prepared.dataset.samples, prepared.skeleton.is_causal
+    return forward_pass.make_batches(samples, prepared.tokens_per_batch, device, pads=pads)
 
 
 def some_of(prepared: PreparedRun, batches: Sequence[forward_pass.Batch]) -> list[forward_pass.Batch]:
