@@ -15,9 +15,9 @@ from snugfit.model.language_config import nested_language_keys
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.names import KEPT_ROLES, TensorName, parse_name
 from snugfit.planning.recipe_text import WeightFormat, kind_of, recipe_text
-from snugfit.quantization.decide import decide
+from snugfit.quantization.decide import assignments_of, decide
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe, parse_recipe
-from snugfit.recipes.resolve import Matcher, resolve
+from snugfit.recipes.resolve import Matcher
 from snugfit.records.plan import RECIPE_FILE, PlanDifference, PlanDifferences, layer_runs
 from snugfit.storage.staging import staged
 
@@ -211,15 +211,7 @@ def _is_recipe(given: str | Path) -> bool:
 def _resolved(recipe: str | Path, model: ReadPlan) -> ReadPlan:
     """What a recipe gives the linears of a model, whatever they are stored in."""
     loaded = load_recipe(recipe)
-    layout = model.layout
-    found = resolve(
-        loaded,
-        list(layout.weights.tensors.values()),
-        num_layers=layout.num_layers,
-        decoder=layout.decoder,
-        not_quantizable=layout.not_quantizable,
-        unquantized=layout.unquantized,
-    )
+    found = assignments_of(model.layout, loaded)
     formats = {name: found[name].format if name in found else None for name in model.names}
     return replace(model, source=str(recipe), formats=formats, fp8_cache=loaded.recipe.kv_cache is not None)
 

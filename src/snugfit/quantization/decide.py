@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from snugfit.dialects import compressed_tensors
 from snugfit.errors import UserError
+from snugfit.formats.spec import TensorFormat
 from snugfit.model.layout import ModelLayout
 from snugfit.model.logical_weights import LogicalWeights
 from snugfit.model.names import TensorName
@@ -39,21 +40,28 @@ class Decisions:
     unverified: tuple[UserError, ...]
 
 
-def decide(layout: ModelLayout, recipe: LoadedRecipe) -> Decisions:
-    """What `recipe` does to the tensors of a model.
-
-    Raises UserError for a blocker of the model, and for whatever is wrong with the recipe for this model.
-    """
-    layout.check_quantizable()
-    assignments = resolve(
+def assignments_of(
+    layout: ModelLayout, recipe: LoadedRecipe, source_formats: Mapping[str, TensorFormat] | None = None
+) -> dict[str, Assignment]:
+    """What a recipe's rules give the tensors of a model, stored in `source_formats`; see `resolve`."""
+    return resolve(
         recipe,
         list(layout.weights.tensors.values()),
         num_layers=layout.num_layers,
         decoder=layout.decoder,
         not_quantizable=layout.not_quantizable,
         unquantized=layout.unquantized,
-        source_formats=layout.weights.formats,
+        source_formats=source_formats,
     )
+
+
+def decide(layout: ModelLayout, recipe: LoadedRecipe) -> Decisions:
+    """What `recipe` does to the tensors of a model.
+
+    Raises UserError for a blocker of the model, and for whatever is wrong with the recipe for this model.
+    """
+    layout.check_quantizable()
+    assignments = assignments_of(layout, recipe, layout.weights.formats)
     if recipe.recipe.kv_cache is None and all(a.format is None or a.keeps_codes for a in assignments.values()):
         raise _changes_nothing(layout, recipe, assignments)
     weights = layout.weights.restack_unquantized(
