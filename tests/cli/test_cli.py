@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from helpers.errors import failed_with
+from helpers.memory import leave_free
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.engines.memory import ENGINE_NAMES
@@ -593,7 +594,7 @@ def test_dry_run_shows_the_plan_before_it_refuses_for_lack_of_memory(
     llama: Path, token_rows: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A machine with too little: the table, the estimate, then the refusal with exit code 2."""
-    monkeypatch.setattr("snugfit.quantization.estimate.free_bytes", lambda _: 0)
+    leave_free(monkeypatch, 1 << 20)
     result = CliRunner().invoke(
         app, ["quantize", str(llama), "-r", "nvfp4-four-over-six", "--dry-run", "--dataset", str(token_rows)]
     )

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from helpers.errors import failed_with, raises
+from helpers.memory import leave_free
 from helpers.ranks import in_ranks
 from helpers.tiny_families import FAMILIES
 from helpers.tiny_tokenizer import add_tokenizer
@@ -19,7 +20,6 @@ from snugfit.cli.app import app
 from snugfit.planning import plan_cost, scoring_cost
 from snugfit.planning.make_plan import plan
 from snugfit.planning.plan_cost import estimate_plan
-from snugfit.quantization import estimate
 
 MakeTiny = Callable[..., Path]
 
@@ -111,7 +111,7 @@ def test_a_layer_is_not_timed_where_memory_does_not_suffice(
         return original(*arguments, **given)
 
     monkeypatch.setattr(plan_cost, "estimate_prepared", estimated)
-    monkeypatch.setattr(estimate, "free_bytes", lambda _: 1 << 20)
+    leave_free(monkeypatch, 1 << 20)
     result = CliRunner().invoke(app, command(make_tiny(), options))
     assert "planning takes" in result.stdout
     assert failed_with(result, "memory-insufficient", "")

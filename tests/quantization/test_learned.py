@@ -17,10 +17,10 @@ from torch import Tensor
 from conftest import MakeTiny
 from helpers.errors import raises
 from helpers.killed import KILLED, contents, in_child
+from helpers.memory import leave_free
 from helpers.ranks import in_ranks
 from helpers.tiny_families import FAMILIES, all_tensors, random_rows, same, write_rows
 from helpers.tiny_mixtures import MIXTURES
-from snugfit.machine import rss_bytes
 from snugfit.progress import Progress
 from snugfit.quantization import learned
 from snugfit.quantization.quantize import plan_quantization, quantize
@@ -317,11 +317,11 @@ def test_it_starts_from_the_way_kept_before(
 
 def test_too_little_memory(model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose layers do not fit together is refused before anything is written; the remedy is `good`."""
+    leave_free(monkeypatch, 1 << 40)
     prepared = plan_quantization(model, HYBRID, dataset=[rows], device="cpu", effort="best")
     assert prepared.learning is not None
     assert prepared.estimate.ram >= prepared.learning.ram
-    needed = prepared.learning.ram - rss_bytes()
-    monkeypatch.setattr("snugfit.quantization.estimate.free_bytes", lambda _: needed // 2)
+    leave_free(monkeypatch, prepared.learning.ram // 2)
     with raises("memory-insufficient") as caught:
         run(model, tmp_path / "out", rows)
     assert 'effort="good"' in caught.value.remedy

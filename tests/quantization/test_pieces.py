@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from helpers.errors import raises
 from helpers.killed import KILLED, contents, in_child
+from helpers.memory import leave_free
 from helpers.tiny_families import random_rows, write_rows
 from helpers.tiny_mixtures import Source, make_mixture
 from snugfit.cli.app import app
@@ -22,7 +23,6 @@ from snugfit.evaluation.continuations import continue_greedily
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.evaluated_model import last_states, open_model
 from snugfit.evaluation.saturation import InputWatch
-from snugfit.machine import rss_bytes
 from snugfit.model import experts, pieces
 from snugfit.quantization.collect import collect_statistics
 from snugfit.quantization.quantize import plan_quantization, quantize
@@ -166,14 +166,13 @@ def test_groups_are_chosen_by_free_memory(rows: Path, tmp_path: Path, monkeypatc
     model = make_mixture("qwen3_moe", tmp_path / "wide", hidden_size=512, inner=2048)
     options: dict[str, Any] = {"dataset": [rows], "device": "cpu"}
 
-    def planned(free: int | None, **more: Any) -> Any:
-        if free is not None:
-            monkeypatch.setattr("snugfit.quantization.estimate.free_bytes", lambda _: free)
+    def planned(free: int = 1 << 40, **more: Any) -> Any:
+        leave_free(monkeypatch, free)
         return plan_quantization(model, "nvfp4-moe-four-over-six", **options, **more)
 
-    whole, one, three = planned(None), planned(None, experts_per_group=1), planned(None, experts_per_group=3)
+    whole, one, three = planned(), planned(experts_per_group=1), planned(experts_per_group=3)
     assert one.estimate.ram < three.estimate.ram < whole.estimate.ram
-    chosen = planned(three.estimate.ram - rss_bytes() + 2_000_000)
+    chosen = planned(three.estimate.ram + 2_000_000)
     assert chosen.experts_per_group in (3, 4)
     assert any("experts_per_group" in note for note in chosen.notes)
     chosen.check_resources()
