@@ -33,7 +33,8 @@ from snugfit.evaluation.evaluated_model import open_head, open_model, resident_l
 from snugfit.model import forward_pass, layer_stubs, layers
 from snugfit.model.layout import read_layout
 from snugfit.model.skeleton import build_skeleton
-from snugfit.quantization.quantize import quantize
+from snugfit.quantization.quantize import plan_quantization, quantize
+from snugfit.recipes.recipe import parse_recipe
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -356,3 +357,34 @@ def test_code_in_a_checkpoint_never_runs(kind: str, make_tiny: MakeTiny, tmp_pat
                 run()
             assert "house_model" in caught.value.what
     assert not marker.exists()
+
+
+def test_layers_whose_states_change_are_refused_before_a_run(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Mamba's residual in fp32 is refused by dry run, run and `evaluate` alike; what needs no samples is written."""
+    source = make_tiny("mamba2", num_heads=8, head_dim=16, state_size=16, n_groups=1)
+    text = write_rows(tmp_path / "rows.jsonl", random_rows([32] * 8))
+    recipe = parse_recipe("name: a\nrules:\n- {role: linear, format: nvfp4}\n", where="a.yaml")
+    for run in (
+        lambda: plan_quantization(source, recipe, dataset=[text]),
+        lambda: quantize(source, recipe, output_dir=tmp_path / "out", dataset=[text]),
+        lambda: evaluate([source], dataset=[text]),
+    ):
+        with raises("architecture-unsupported", where=source) as caught:
+            run()
+        assert "torch.float32" in caught.value.what
+    assert not list(tmp_path.glob("out*"))
+    quantize(source, "fp8-dynamic", output_dir=tmp_path / "out")
+
+
+def test_states_wider_than_embeddings(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """Hidden states may have another width than embeddings (OPT 350M): the run's logits are transformers'."""
+    source = make_tiny("opt", ffn_dim=128, word_embed_proj_dim=32, do_layer_norm_before=False, dtype=torch.float32)
+    rows = random_rows([24] * 8)
+    text = write_rows(tmp_path / "rows.jsonl", rows)
+    assert build_skeleton(read_layout(source)).hidden_size == 64
+    recipe = parse_recipe("name: a\nrules:\n- {role: linear, format: nvfp4a16}\n", where="a.yaml")
+    record = quantize(source, recipe, output_dir=tmp_path / "out", dataset=[text], effort="good")
+    assert [trial.name for trial in record.trials][:2] == ["plain", "gptq+folds"]
+    found = torch.cat([part for _, _, part in stream_logits(source, make_dataset(rows, "random"))], dim=1)
+    with torch.no_grad():
+        assert torch.allclose(found, load(source)(input_ids=torch.tensor(rows)).logits, atol=1e-5)

@@ -22,7 +22,7 @@ from snugfit.machine import free_bytes
 from snugfit.model import emulate, experts, forward_pass, layers, pieces, transformers_api
 from snugfit.model.layer_stubs import token_embeddings
 from snugfit.model.layout import read_layout
-from snugfit.model.skeleton import Skeleton, build_skeleton, check_decoder, check_shapes
+from snugfit.model.skeleton import Skeleton, build_skeleton, check_decoder, check_runs, check_shapes
 from snugfit.records.evaluation import EvaluatedCheckpoint
 from snugfit.storage.checkpoint import Checkpoint, header_digest
 from snugfit.storage.open import is_hub_id, open_checkpoint
@@ -119,6 +119,7 @@ def open_model(
     layout.check_runnable()
     skeleton = build_skeleton(layout, arithmetic)
     check_decoder(skeleton, layout)
+    check_runs(skeleton, str(path))
     if not skeleton.has_head:
         kind = ", ".join(map(str, opened.config.get("architectures") or ()))
         raise UserError(

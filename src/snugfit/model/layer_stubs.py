@@ -163,6 +163,33 @@ def trace_layer_calls(
     raise UserError(what, code="architecture-unsupported", where=where, remedy=_REPORT)
 
 
+@torch.no_grad()
+def why_not_passed_on(layer: nn.Module, call: Call, dtype: torch.dtype, *, returns_tuple: bool) -> str:
+    """Why the hidden states that a layer gets and returns are not all of one kind, in `dtype`; empty if they are.
+
+    Only shapes and dtypes are computed. A layer that needs values to run, as a router's choice, is left to the run.
+    """
+    hidden, args, kwargs = _on_meta(call)
+    try:
+        given = copy.deepcopy(layer).to("meta")(hidden, *args, **kwargs)
+        found = given[0] if returns_tuple else given
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        found = hidden
+    for states, does in ((hidden, "get"), (found, "return")):
+        if isinstance(states, Tensor) and (states.shape != hidden.shape or states.dtype != dtype):
+            return f"its layers {does} {list(states.shape)} in {states.dtype}, not {list(hidden.shape)} in {dtype}"
+    return ""
+
+
+def _on_meta(value: Any) -> Any:
+    """Arguments of a call with tensors that have no values in place of all others."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, tuple | list):
+        return type(value)(map(_on_meta, value))
+    return {key: _on_meta(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+
 def order_problem(numbers: Sequence[int], wanted: Sequence[int]) -> str:
     """Why calls of the layers `numbers` are not one call of each of `wanted`, in order; "" if they are."""
     if list(numbers) == list(wanted):

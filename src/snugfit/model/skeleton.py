@@ -21,7 +21,7 @@ from snugfit.dialects.packed import WIDE
 from snugfit.errors import UserError
 from snugfit.model import experts, transformers_api
 from snugfit.model.conversion import StoredNames, list_name, stored_names
-from snugfit.model.layer_stubs import TextOnly, alike, put, trace_layer_calls
+from snugfit.model.layer_stubs import TextOnly, alike, put, trace_layer_calls, why_not_passed_on
 from snugfit.model.layout import ModelLayout
 from snugfit.model.logical_weights import LogicalWeights, stacked_weights
 from snugfit.storage.checkpoint import Checkpoint
@@ -69,17 +69,20 @@ class Skeleton:
     hold all experts of a layer in one tensor. With `returns_tuple` layers return tuples. With `carries_state` layers
     pass more on than hidden states, such as Gemma 4's shared keys and values, which are lost if a run starts at a later
     layer. Text does not run the layers `skipped`. A classifier, a reward model or an embedding model has no head that
-    predicts tokens.
+    predicts tokens. `hidden_size` is how many values a hidden state has between layers, H: embeddings may be narrower.
+    `why_not_run` says why its layers cannot run one after another, as Mamba's in 16 bits; weights alone can be read.
     """
 
     model: nn.Module
     layers: nn.ModuleList
+    hidden_size: int
     layers_name: str
     stored_layers_name: str
     stored: Mapping[str, str]
     returns_tuple: bool
     carries_state: bool
     skipped: frozenset[int]
+    why_not_run: str
     has_head: bool
     experts: Mapping[int, experts.ExpertNames]
     stacks: LogicalWeights
@@ -106,11 +109,6 @@ class Skeleton:
         """Whether no token sees a later one; embedding models may let tokens see all others."""
         sees_all = getattr(self.config, "use_bidirectional_attention", None) in (True, "all")
         return not sees_all and getattr(self.config, "is_causal", True) is not False
-
-    @property
-    def hidden_size(self) -> int:
-        """Values of a hidden state, H."""
-        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
 
     def file_name(self, name: str) -> str:
         """The name in the file of a parameter of the model; if the file lacks it, the name that it would have."""
@@ -196,6 +194,12 @@ def open_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Skel
     return skeleton
 
 
+def check_runs(skeleton: Skeleton, where: str) -> None:
+    """UserError if samples cannot run through the layers."""
+    if skeleton.why_not_run:
+        raise _unsupported(f"{skeleton.why_not_run}.", where)
+
+
 def check_decoder(skeleton: Skeleton, layout: ModelLayout) -> None:
     """UserError if transformers takes other layers of the file than the headers suggest."""
     if skeleton.stored_layers_name != layout.decoder:
@@ -231,6 +235,7 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
     tokens = _plain_tokens(model.config)
     skipped = layout.skipped_layers
     calls = trace_layer_calls(model, layers, tokens, where=where, skipped=skipped)
+    first, call = next(iter(calls.calls.items()))
     if model.config.get_text_config() is not model.config:  # type: ignore[union-attr,operator]
         _keep_text_decoder(model, decoder, where)
         alone = trace_layer_calls(model, layers, tokens, where=where, skipped=skipped)
@@ -256,12 +261,14 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
     return Skeleton(
         model=model,
         layers=layers,
+        hidden_size=call[0].shape[-1],
         layers_name=name,
         stored_layers_name=file_layers,
         stored=names,
         returns_tuple=calls.returns_tuple,
         carries_state=passes_mapping and getattr(decoder.config, "num_kv_shared_layers", None) != 0,
         skipped=skipped,
+        why_not_run=why_not_passed_on(layers[first], call, model.dtype, returns_tuple=calls.returns_tuple),  # type: ignore[arg-type]
         has_head=has_head,
         experts={n: experts.expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()},
         stacks=stacks,

@@ -19,7 +19,7 @@ from snugfit.errors import UserError
 from snugfit.machine import pick_device, pick_dtype
 from snugfit.methods.method import Method
 from snugfit.model.positions import max_positions
-from snugfit.model.skeleton import Skeleton
+from snugfit.model.skeleton import Skeleton, check_runs
 from snugfit.quantization.estimate import Estimate, estimate_learning, estimate_run, largest_group
 from snugfit.quantization.layer.division import groups_of_units
 from snugfit.quantization.layer.measured import Measured, recall
@@ -92,6 +92,8 @@ def prepare(
         elif problem is not None:
             notes.append(_without_trials(problem, calibration))
             effort, dataset = FAST, dataset if plan.needs_activations else None
+    if dataset is not None:
+        check_runs(skeleton, str(plan.checkpoint.path))
     recalls = known is not None and known.has_squares
     ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device, recalls=recalls)
     if held_out is not None:

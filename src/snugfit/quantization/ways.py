@@ -190,6 +190,8 @@ def why_no_trials(plan: Plan, skeleton: Skeleton, dataset: Dataset | None) -> Us
 
     if plan.checkpoint.remote is not None:
         return refuse("the original on the Hub cannot be run to compare with", "Download it first")
+    if skeleton.why_not_run:
+        return refuse(f"samples cannot run: {skeleton.why_not_run}", "Take formats that need no samples")
     if not skeleton.has_head:
         return refuse("a model without an output head predicts nothing to compare", "Name scale rules in the recipe")
     if not skeleton.is_causal:
