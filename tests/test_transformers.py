@@ -14,6 +14,7 @@ from torch import Tensor
 
 from conftest import MakeTiny
 from helpers.run_model import figures_of, stream_logits
+from helpers.tiny_mixtures import make_mixture
 from snugfit.data.dataset import Dataset, load_dataset
 from snugfit.data.python_docs import python_topics
 from snugfit.quantization.quantize import quantize
@@ -98,3 +99,17 @@ def test_real_hybrid_in_transformers(hybrid: Path, rows: Dataset) -> None:
     assert difference < 0.2
     assert (expected.argmax(-1) == found.argmax(-1)).float().mean() > 0.7
     assert perplexity_of(found, rows) == pytest.approx(perplexity_of(expected, rows), rel=0.1)
+
+
+def test_nvfp4_experts_lose_their_global_scale(token_rows: Path, tmp_path: Path) -> None:
+    """transformers reads INT4 experts as they are and NVFP4 ones without their global scales, as a dry run says."""
+    source = make_mixture("qwen3_moe", tmp_path / "source", num_hidden_layers=1)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    exact = load(source).get_parameter(name).float()
+    ratios = {}
+    for recipe in ("fp8-int4-moe-absmax", "nvfp4-moe-four-over-six"):
+        out = tmp_path / recipe
+        quantize(source, recipe, output_dir=out, dataset=[token_rows])
+        ratios[recipe] = float(load(out).get_parameter(name).float().norm() / exact.norm())
+    assert ratios["fp8-int4-moe-absmax"] == pytest.approx(1, abs=0.1)
+    assert ratios["nvfp4-moe-four-over-six"] > 10

@@ -116,8 +116,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL by a recipe into a new directory.
 
-    Stock vLLM, SGLang, Aphrodite and transformers load the result. The directory appears complete or not at all; the
-    same command resumes an interrupted run.
+    Stock vLLM, SGLang, Aphrodite and, but for NVFP4 experts, transformers load the result. The directory appears
+    complete or not at all; the same command resumes an interrupted run.
     """
     settings: dict[str, Any] = {
         "dataset": dataset or (),

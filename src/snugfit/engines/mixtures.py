@@ -48,6 +48,11 @@ _GRANITE = Stacked("input_linear.weight", "output_linear.weight", "experts.{}", 
 # file's name alone in the target MiniMax-M2's experts stay unquantized (read in 0.24 and 0.32)
 EXPERTS_LOOKED_UP_AS: Mapping[str, str] = {"block_sparse_moe": "mlp"}
 
+# seen with 5.23 (DecompressExperts hands on codes and block scales alone); FP8, INT4 and MXFP4 experts are read right
+NVFP4_EXPERTS_IN_TRANSFORMERS = (
+    "transformers leaves out the global scales of routed experts in NVFP4, without a word: what it then computes is "
+    "nonsense; vLLM and `snugfit eval` read them"
+)
 # how files of other families stack experts: names of transformers 5's own modules, and Granite's. Only taken where the
 # shapes of both tensors fit config.json in exactly one order of the axes
 STACKED_BY_NAME: tuple[Stacked, ...] = (

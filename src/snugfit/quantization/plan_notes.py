@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from snugfit.engines.kernels import HEAD_ENGINES
+from snugfit.engines.mixtures import NVFP4_EXPERTS_IN_TRANSFORMERS
 from snugfit.model.layout import ModelLayout
 from snugfit.model.loose import taken_note
 from snugfit.quantization.cache_scales import kept_cache
@@ -13,6 +14,7 @@ from snugfit.quantization.decide import Decisions
 from snugfit.recipes.assignment import Assignment, runs_in_engines
 from snugfit.recipes.recipe import LoadedRecipe
 
+_NVFP4 = frozenset({"nvfp4", "nvfp4a16"})
 _FOUR_BITS = frozenset({"nvfp4", "nvfp4a16", "mxfp4", "int4"})
 
 
@@ -38,7 +40,10 @@ def _cache_notes(layout: ModelLayout, recipe: LoadedRecipe) -> list[str]:
 
 
 def _format_notes(decisions: Decisions) -> list[str]:
-    """Which engines load a quantized head, and what becomes of codes of the source: of 4 bits, and not written."""
+    """Which engines load a quantized head and NVFP4 experts, and what becomes of the source's codes.
+
+    Of these, those of 4 bits that are quantized again, and those that are not written.
+    """
     assigned = decisions.assignments
     again = [
         name
@@ -47,8 +52,17 @@ def _format_notes(decisions: Decisions) -> list[str]:
     ]
     head = any(a.format is not None and decisions.names[name].role == "lm_head" for name, a in assigned.items())
     notes = [HEAD_ENGINES] if head else []
+    if _writes_nvfp4_experts(decisions):
+        notes.append(NVFP4_EXPERTS_IN_TRANSFORMERS)
     notes += [f"{len(again)} weights of 4 bits are quantized again: both losses add up"] if again else []
     return notes + _not_written(decisions)
+
+
+def _writes_nvfp4_experts(decisions: Decisions) -> bool:
+    return any(
+        a.format is not None and a.format.name in _NVFP4 and decisions.names[name].routed
+        for name, a in decisions.assignments.items()
+    )
 
 
 def _headroom_notes(assignments: Iterable[Assignment]) -> list[str]:

@@ -92,8 +92,6 @@ def prepare(
         elif problem is not None:
             notes.append(_without_trials(problem, calibration))
             effort, dataset = FAST, dataset if plan.needs_activations else None
-    if dataset is not None:
-        check_runs(skeleton, str(plan.checkpoint.path))
     recalls = known is not None and known.has_squares
     ways, learning = _ways(plan, skeleton, calibration, method, effort, dataset, device, recalls=recalls)
     if held_out is not None:
@@ -216,7 +214,9 @@ def _ways(
     *,
     recalls: bool,
 ) -> tuple[tuple[Way, ...], Estimate | None]:
-    """The ways to be tried, and what the one that learns scales needs; None without it."""
+    """The ways to be tried, and what learning scales needs, None without; UserError if samples cannot run."""
+    if dataset is not None:
+        check_runs(skeleton, str(plan.checkpoint.path))
     if method is not None:
         return (Way(GIVEN, method),), None
     folds = why_no_expert_folds(plan, skeleton) == ""
