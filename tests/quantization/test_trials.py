@@ -24,7 +24,7 @@ from helpers.tiny_mixtures import make_mixture
 from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.data.dataset import hold_out, load_dataset
-from snugfit.engines.mixtures import NVFP4_EXPERTS_IN_TRANSFORMERS
+from snugfit.engines.mixtures import NVFP4_EXPERTS_IN_TRANSFORMERS, SPLIT_EXPERTS_IN_TRANSFORMERS
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.held_out import SEGMENT_TOKENS, HeldOut, segments
 from snugfit.machine import Clock
@@ -746,6 +746,7 @@ def test_ways_for_mixtures(family: str, recipe: str, ways: list[str], texts: lis
     said = [note for note in prepared.notes if "not folded" in note]
     assert bool(said) == (family in ("gpt_oss", "nemotron_h"))
     assert (NVFP4_EXPERTS_IN_TRANSFORMERS in prepared.notes) == ("nvfp4" in recipe)
+    assert (SPLIT_EXPERTS_IN_TRANSFORMERS in prepared.notes) == (family == "gpt_oss")
     best = [w.name for w in plan_quantization(model, recipe, dataset=texts, effort="best", **options).ways]
     assert best[: len(ways) - 1] == ways[:-1]
     assert best[-1].endswith("+norm-folds")

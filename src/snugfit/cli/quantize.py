@@ -116,7 +116,7 @@ def quantize(
 ) -> None:
     """Quantize MODEL by a recipe into a new directory.
 
-    Stock vLLM, SGLang, Aphrodite and, but for NVFP4 experts, transformers load the result. The directory appears
+    Stock vLLM, SGLang and Aphrodite load the result, and transformers most of it. The directory appears
     complete or not at all; the same command resumes an interrupted run.
     """
     settings: dict[str, Any] = {

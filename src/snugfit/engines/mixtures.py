@@ -49,6 +49,10 @@ _GRANITE = Stacked("input_linear.weight", "output_linear.weight", "experts.{}", 
 EXPERTS_LOOKED_UP_AS: Mapping[str, str] = {"block_sparse_moe": "mlp"}
 
 # seen with 5.23 (DecompressExperts hands on codes and block scales alone); FP8, INT4 and MXFP4 experts are read right
+SPLIT_EXPERTS_IN_TRANSFORMERS = (
+    "routed experts are written one by one, where transformers may look for the source's stacks: it then makes random "
+    "ones, and its load report says MISSING; vLLM and `snugfit eval` read them"
+)
 NVFP4_EXPERTS_IN_TRANSFORMERS = (
     "transformers leaves out the global scales of routed experts in NVFP4, without a word: what it then computes is "
     "nonsense; vLLM and `snugfit eval` read them"

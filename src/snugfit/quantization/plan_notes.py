@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from snugfit.engines.kernels import HEAD_ENGINES
-from snugfit.engines.mixtures import NVFP4_EXPERTS_IN_TRANSFORMERS
+from snugfit.engines.mixtures import NVFP4_EXPERTS_IN_TRANSFORMERS, SPLIT_EXPERTS_IN_TRANSFORMERS
 from snugfit.model.layout import ModelLayout
 from snugfit.model.loose import taken_note
 from snugfit.quantization.cache_scales import kept_cache
@@ -52,17 +52,22 @@ def _format_notes(decisions: Decisions) -> list[str]:
     ]
     head = any(a.format is not None and decisions.names[name].role == "lm_head" for name, a in assigned.items())
     notes = [HEAD_ENGINES] if head else []
-    if _writes_nvfp4_experts(decisions):
-        notes.append(NVFP4_EXPERTS_IN_TRANSFORMERS)
+    notes += _expert_notes(decisions)
     notes += [f"{len(again)} weights of 4 bits are quantized again: both losses add up"] if again else []
     return notes + _not_written(decisions)
 
 
-def _writes_nvfp4_experts(decisions: Decisions) -> bool:
-    return any(
-        a.format is not None and a.format.name in _NVFP4 and decisions.names[name].routed
+def _expert_notes(decisions: Decisions) -> list[str]:
+    """What transformers makes of routed experts that are written quantized: vLLM reads them."""
+    formats = {
+        name: a.format.name
         for name, a in decisions.assignments.items()
-    )
+        if a.format is not None and decisions.names[name].routed
+    }
+    origins = decisions.weights.origins
+    if any(name in origins and origins[name].part is not None for name in formats):
+        return [SPLIT_EXPERTS_IN_TRANSFORMERS]
+    return [NVFP4_EXPERTS_IN_TRANSFORMERS] if _NVFP4 & {*formats.values()} else []
 
 
 def _headroom_notes(assignments: Iterable[Assignment]) -> list[str]:
