@@ -20,7 +20,7 @@ from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished
 from snugfit.model.layout import read_layout
-from snugfit.planning import make_plan, plan_cost
+from snugfit.planning import budgeted, make_plan, plan_cost
 from snugfit.planning.gradients import GradientPass
 from snugfit.planning.groups import find_groups
 from snugfit.planning.limits import Budget, context_beside, read_place
@@ -381,7 +381,7 @@ def test_the_least_kl_that_is_named_is_not_below_what_works(kl: float) -> None:
     """What the error asks for is rounded up to three digits."""
     mix: Any = SimpleNamespace(predicted=SimpleNamespace(kl=kl))
     choices: Any = SimpleNamespace(place=SimpleNamespace(budget=SimpleNamespace(max_kl=kl / 2)))
-    remedy = make_plan._too_lossy([mix], choices).remedy
+    remedy = budgeted._too_lossy([mix], choices).remedy
     assert kl * 1.001 <= float(remedy.partition("max_kl=")[2].partition("`")[0]) <= kl * 1.012
 
 

@@ -67,7 +67,8 @@ def narrowed(menus: Sequence[GroupMenu], run_length: int | None, where: str) -> 
         if not decision.formats:
             offered = "; ".join(f"{m.group.name}: {', '.join(o.format for o in m.options)}" for m in decision.menus)
             runs = run_length is not None and not decision.menus[0].group.everywhere
-            why = "`run_length` leaves" if runs else "engines look these weights up for all layers at once, which leaves"
+            at_once = "engines look these weights up for all layers at once, which leaves"
+            why = "`run_length` leaves" if runs else at_once
             what = f"{why} no format to layers {decision.layers}, which have none in common ({offered})."
             remedy = f"{'Shorten the runs, or allow' if runs else 'Allow'} more formats."
             raise UserError(what, code="plan-impossible", where=where, remedy=remedy)
