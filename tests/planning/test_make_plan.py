@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,18 +21,19 @@ from helpers.tiny_tokenizer import add_tokenizer
 from snugfit.cli.app import app
 from snugfit.errors import Unfinished
 from snugfit.model.layout import read_layout
-from snugfit.planning import make_plan, plan_cost
+from snugfit.planning import budgeted, make_plan, plan_cost
 from snugfit.planning.gradients import GradientPass
 from snugfit.planning.groups import find_groups
 from snugfit.planning.limits import Budget, context_beside, read_place
 from snugfit.planning.make_plan import plan
 from snugfit.planning.plan_cost import estimate_plan
 from snugfit.planning.samples import read_samples
+from snugfit.progress import Progress
 from snugfit.quantization.plan import lay_out
 from snugfit.recipes.recipe import load_recipe
 from snugfit.records.plan import PlanRecord
 from snugfit.records.scores import KEEP, load_scores
-from snugfit.report.plan import next_commands
+from snugfit.report.plan import next_commands, plan_lines
 
 MakeTiny = Callable[..., Path]
 FILES = {
@@ -77,13 +79,30 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+class Bars(Progress):
+    """Remembers the names of progress bars."""
+
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+
+    @contextmanager
+    def bar(self, total: int, description: str) -> Iterator[Callable[[], None]]:
+        """Remember the name, and count nothing."""
+        del total
+        self.titles.append(description)
+        yield lambda: None
+
+
 @pytest.fixture(scope="module")
 def made(model: Path, texts: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PlanRecord]:
     """A plan with 6 bits a weight, and its directory."""
     folder = tmp_path_factory.mktemp("plan") / "out"
+    bars = Bars()
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(plan_cost, "ROUGH_SECONDS", 0.0)  # also of a tiny model the times are foreseen
-        return folder, plan(model, output_dir=folder, bits_per_weight=7.5, **texts)
+        record = plan(model, output_dir=folder, bits_per_weight=7.5, progress=bars, **texts)
+    assert len(set(bars.titles)) == len(bars.titles) > 2, "each part of a run has a bar of its own name"
+    return folder, record
 
 
 def test_a_plan_is_a_recipe_that_writes_what_was_planned(made: tuple[Path, PlanRecord], model: Path) -> None:
@@ -232,6 +251,13 @@ def test_the_smallest_and_the_longest(model: Path, tmp_path: Path) -> None:
         plan(model, output_dir=tmp_path / "needless", max_kl=0.3, gpu="16GiB", scores=file)
     with raises("recipe-changes-nothing", where="max_kl"):
         plan(model, output_dir=tmp_path / "lossless", max_kl=1e-9, scores=file)
+    refused: list[tuple[str, dict[str, Any]]] = [
+        ("recipe-changes-nothing", {"max_kl": 1e-9}),
+        ("plan-impossible", {"max_kl": 1e-6, "bytes": small.plan.bytes}),
+    ]
+    for code, asked in refused:
+        with raises(code, where="max_kl"):  # a dry run searches, too
+            estimate_plan(model, timed=False, scores=file, prove=False, **asked)
     with raises("plan-impossible", where="max_kl") as error:
         plan(model, output_dir=tmp_path / "none", max_kl=1e-6, bytes=small.plan.bytes, scores=file, prove=False)
     least = float(error.value.remedy.partition("max_kl=")[2].partition("`")[0])
@@ -286,6 +312,10 @@ def test_a_gpu_decides_on_menu_and_profile(model: Path, tmp_path: Path) -> None:
     assert {group.arithmetic for group in found.groups if group.format == "nvfp4"} <= {"W4A16"}
     assert (found.plan.max_context or 0) >= 256
     assert found.budget.gpu_title == "H100"
+    room = plan_lines(found)[-1]
+    assert room.startswith("used of `gpu`: ")
+    assert "beside 256 tokens" in room
+    assert "`bits_per_weight`: " in room
     assert any("vllm-blackwell" in note for note in found.notes)
     assert set(found.kv_caches) == {KEEP, "fp8"}
 
@@ -381,7 +411,7 @@ def test_the_least_kl_that_is_named_is_not_below_what_works(kl: float) -> None:
     """What the error asks for is rounded up to three digits."""
     mix: Any = SimpleNamespace(predicted=SimpleNamespace(kl=kl))
     choices: Any = SimpleNamespace(place=SimpleNamespace(budget=SimpleNamespace(max_kl=kl / 2)))
-    remedy = make_plan._too_lossy([mix], choices).remedy
+    remedy = budgeted._too_lossy([mix], choices).remedy
     assert kl * 1.001 <= float(remedy.partition("max_kl=")[2].partition("`")[0]) <= kl * 1.012
 
 
@@ -435,6 +465,9 @@ def test_the_command_line(model: Path, tmp_path: Path) -> None:
     bad = CliRunner().invoke(app, ["plan", str(model), "--bytes", "heavy", "-o", str(tmp_path / "bad")])
     assert bad.exit_code == 2
     assert "not a size" in bad.stderr
+    unknown = CliRunner().invoke(app, [*base, "--engine", "none", "-o", str(tmp_path / "bad")])
+    assert failed_with(unknown, "option-invalid", "--engine")
+    assert "Value error" not in unknown.stderr
 
 
 def test_a_dry_run_says_what_planning_takes(model: Path, texts: dict[str, Any], tmp_path: Path) -> None:
@@ -477,6 +510,11 @@ def test_plans_of_checkpoints_on_the_command_line(make_tiny: MakeTiny, tmp_path:
     assert document["schema"] == "snugfit.plan-differences/1"
     assert document["different"] == 12
     assert failed_with(CliRunner().invoke(app, ["plan", "--diff", str(made)]), "option-missing", "--diff")
+    alone = (["--json"], ["--bytes", "1GB"], ["--dry-run", "-o", str(tmp_path / "x")], ["--diff", "nvfp4", "-o", "x"])
+    for more, option in zip(alone, ("--json", "--bytes", "--dry-run", "--output-dir"), strict=True):
+        result = CliRunner().invoke(app, ["plan", "--from", str(made), *more])
+        assert failed_with(result, "option-conflict", option), more
+    assert not (tmp_path / "x").exists()
 
 
 def test_scores_of_fp8_that_did_not_follow_are_refused(model: Path, tmp_path: Path) -> None:

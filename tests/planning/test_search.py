@@ -214,7 +214,7 @@ def test_the_costliest_layers_of_an_fp8_cache_may_keep_16_bits(make_tiny: MakeTi
     weights = {name: option.format for name, option in found.options.items()}
     expected = scores.predict(weights | {cache_of_layer(0): "fp8", cache_of_layer(1): "fp8"}, 512)
     assert found.predicted.kl == pytest.approx(expected.kl)
-    least = least_amount(choices.space, choices.space.limits[two][0], two)
+    least = least_amount(choices.space, choices.space.limits[two][0], two) or 0
     weights_cost = best({two: least}).predicted.kl - 0.15
     assert weights_cost > 0.15
     assert best(plenty | {two: least}).kv_cache == one
@@ -313,7 +313,9 @@ def test_budgets_that_mean_nothing(budget: dict[str, Any], where: str, code: str
         read_place(read_layout(make_tiny()), Budget(**budget))
 
 
-@pytest.mark.parametrize("budget", [{"bytes": 1000}, {"bits_per_weight": 1.0}, {"disk": 5000}])
+@pytest.mark.parametrize(
+    "budget", [{"bytes": 1000}, {"bits_per_weight": 1.0}, {"bits_per_weight": 1e-9}, {"disk": 5000}]
+)
 def test_impossible_budgets_name_the_nearest_that_works(budget: dict[str, Any], make_tiny: MakeTiny) -> None:
     """The error says what is missing, and the value that it names works."""
     layout = read_layout(make_tiny(hidden_size=128, intermediate_size=256))
@@ -329,6 +331,29 @@ def test_impossible_budgets_name_the_nearest_that_works(budget: dict[str, Any], 
     assert len(least_kl(works.space, scores, 512)) == 1
     if name != "bits_per_weight":
         assert least_kl(choices_of(layout, **{**nearest, name: int(value) - 64}).space, scores, 512) == []
+
+
+def test_what_works_works_beside_constraints_and_other_limits(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """The nearest value counts few formats and another limit; of a model that is least as it is none is named."""
+    layout = read_layout(make_tiny(hidden_size=128, intermediate_size=256))
+    scores, few = made_up_scores(layout), constraints(tmp_path, "max_formats: 1")
+
+    def value_of(choices: Choices, name: str) -> int:
+        return int(choices.impossible().remedy.partition(f"{name}=")[2].partition("`")[0])
+
+    for beside in ({}, {"disk": 450_000}):
+        works = value_of(choices_of(layout, few, bytes=1000, **beside), "bytes")
+        assert least_kl(choices_of(layout, few, bytes=works, **beside).space, scores, 512)
+        assert not least_kl(choices_of(layout, few, bytes=works - 64, **beside).space, scores, 512)
+    assert works > value_of(choices_of(layout, bytes=1000), "bytes")
+    two = constraints(tmp_path, "max_formats: 1\nrules:\n  - {role: o, format: int4}\n  - {role: q, format: nvfp4}\n")
+    error = choices_of(layout, two, max_kl=1.0).impossible()
+    assert (error.code, error.where) == ("plan-impossible", "constraints")
+    assert "()" not in error.what
+    tied = make_tiny(hidden_size=128, intermediate_size=256, tie_word_embeddings=True)
+    made = read_layout(write_headers(tied, "nvfp4", tmp_path / "made"))
+    error = choices_of(made, menu=("fp8-dynamic",), bytes=1000).impossible()
+    assert "smaller than it is" in error.remedy
 
 
 def test_a_gpu_that_is_too_small_names_the_context_that_works(make_tiny: MakeTiny) -> None:
@@ -351,7 +376,7 @@ def test_a_cache_that_stays_in_fp8_counts_as_fp8(make_tiny: MakeTiny, tmp_path: 
     assert choices.fp8_kept
     error = choices.impossible()
     context = int(error.remedy.partition("context=")[2].partition("`")[0])
-    least = least_amount(choices.space, choices.space.limits[KEEP][0], KEEP)
+    least = least_amount(choices.space, choices.space.limits[KEEP][0], KEEP) or 0
     assert context == context_beside(choices.place, least, fp8=True)
     assert context > (context_beside(choices.place, least, fp8=False) or 0)
 
@@ -382,6 +407,35 @@ def test_a_format_without_a_kernel_is_not_on_the_menu(make_tiny: MakeTiny) -> No
     assert vllm.option("nvfp4").arithmetic == "W4A16"
     blackwell = choices_of(layout, gpu="RTX 5090", context=256, menu=()).space.menus[0]
     assert {"nvfp4", "nvfp4a16"} <= {one.format for one in blackwell.options}
+
+
+def test_codes_of_the_source_under_another_name_are_not_on_the_menu(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """NVFP4 codes are kept by `keep` alone: a recipe that calls them NVFP4A16 would change nothing."""
+    made = make_tiny(hidden_size=128, intermediate_size=256)
+    choices = choices_of(read_layout(write_headers(made, "nvfp4", tmp_path / "source")), max_kl=1.0)
+    inside = [menu for menu in choices.space.menus if menu.group.layer is not None]
+    assert all(one.format not in ("nvfp4", "nvfp4a16") for menu in inside for one in menu.options)
+    assert "source's own codes" in inside[0].refused["nvfp4a16"]
+    with raises("plan-impossible", where="menu") as error:
+        choices_of(read_layout(made), menu=("keep",), bytes=1)
+    assert "none but keep" in error.value.what
+
+
+def test_weights_that_engines_look_up_for_all_layers_at_once(make_tiny: MakeTiny) -> None:
+    """A state space beside attention has one format in all layers, in mixes and in controls: their recipes run."""
+    mamba = {"mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1, "mamba_d_ssm": 64, "mamba_n_heads": 4}
+    layout = read_layout(make_tiny("falcon_h1", mamba_expand=1, head_dim=16, pad_token_id=0, **mamba))
+    scores = made_up_scores(layout, edges=(64,))
+    choices = choices_of(layout, menu=("nvfp4", "fp8-dynamic"), bits_per_weight=8.0)
+    together = [one for one in choices.space.decisions if "mamba" in one.menus[0].group.name]
+    assert [len(one.menus) for one in together] == [layout.num_layers] * 2
+    mixes = least_kl(choices.space, scores, 64, count=3)
+    controls = find_controls(layout, choices.everything, choices.space, scores, 64)
+    assert any(control.kind == "byte-matched" for control in controls)
+    for mix in (*mixes, *(control.mix for control in controls if control.fits)):
+        recipe = recipe_of_mix(layout, mix.options, choices.everything, fp8_cache=False)
+        assert lay_out(layout, recipe).bytes == mix.bytes.file
+        check_bytes(layout, mix, recipe)
 
 
 def test_codes_of_the_source_are_free(make_tiny: MakeTiny, tmp_path: Path) -> None:
@@ -529,7 +583,7 @@ def test_controls_in_runs_of_layers(make_tiny: MakeTiny, tmp_path: Path) -> None
     (mix,) = least_kl(choices.space, scores, 512)
     groups = planned_groups(choices.space, scores, mix)
     assert all("layers 2..3 together" in group.why for group in groups if group.layer in (2, 3))
-    assert least_amount(choices.space, choices.space.limits[KEEP][0], KEEP) <= mix.bytes.served
+    assert (least_amount(choices.space, choices.space.limits[KEEP][0], KEEP) or 0) <= mix.bytes.served
 
 
 def test_a_simpler_mix_is_near_the_best(make_tiny: MakeTiny) -> None:

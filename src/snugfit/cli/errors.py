@@ -64,7 +64,8 @@ class Verbs(TyperGroup):
         except typer.BadParameter as error:
             if type(error) is not typer.BadParameter or error.param is None:
                 raise  # a missing option: the usage is the better answer
-            shown = UserError(error.message, code="option-invalid", where=error.param.name or "")
+            message = error.message.removeprefix("Value error, ")
+            shown = UserError(message, code="option-invalid", where=error.param.name or "")
         except OtherRankError:
             raise typer.Exit(2) from None
         except UserError as error:

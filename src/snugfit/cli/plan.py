@@ -47,7 +47,8 @@ def plan(
         float | None, typer.Option(metavar="BITS", help="At most so many bits a weight, scales included.")
     ] = None,
     disk: Annotated[
-        int | None, typer.Option(parser=options.size, metavar="SIZE", help="All files on at most so much disk.")
+        int | None,
+        typer.Option(parser=options.size, metavar="SIZE", help="All files that engines read on at most so much disk."),
     ] = None,
     max_kl: Annotated[
         float | None,
@@ -130,6 +131,7 @@ def plan(
     if not is_main_to_be() and (dry_run or from_checkpoint is not None or diff is not None):
         return
     if from_checkpoint is not None or diff is not None:
+        _check_alone(ctx, diff=diff is not None)
         _read(ctx, from_checkpoint, diff, model, output_dir, as_json=as_json)
         return
     if model is None:
@@ -193,6 +195,16 @@ def plan(
             _print(record, output_dir, model)
     if record.verdict.accepted is False:
         raise typer.Exit(REFUSED)
+
+
+def _check_alone(ctx: typer.Context, *, diff: bool) -> None:
+    """UserError for an option that has no effect where a checkpoint's plan is read, or compared (`diff`)."""
+    used = {"model", "from_checkpoint", "diff", "as_json" if diff else "output_dir"}
+    for name in ctx.params:
+        source = ctx.get_parameter_source(name)
+        if name not in used and source is not None and source.name == "COMMANDLINE":
+            what = f"has no effect with `{'diff' if diff else 'from_checkpoint'}`, which runs nothing."
+            raise UserError(what, code="option-conflict", where=name, remedy="Leave it out.")
 
 
 def _print_estimate(

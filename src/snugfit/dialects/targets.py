@@ -85,6 +85,14 @@ def write_targets(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) ->
     return {fmt: _targets(fmt, modules, survey) for fmt, modules in modules_of.items()}
 
 
+def alike_in_all_layers(modules: Iterable[str]) -> frozenset[str]:
+    """Of these linears those that need one format in all layers, as no target can give it to them in some alone."""
+    survey = _survey({}, list(modules))
+    if not survey.side_by_side:
+        return frozenset()
+    return frozenset(module for module, place in survey.places.items() if place.parent == _STATE_SPACE)
+
+
 def _survey(formats: Mapping[str, TensorFormat], ignore: Sequence[str]) -> _Survey:
     places = {module: place for module in (*formats, *ignore) if (place := _place(module))}
     towers = _towers(formats, ignore, places)

@@ -147,24 +147,30 @@ def _is_allowed(mix: Mix, space: Space) -> bool:
 def _matched(found: Sequence[Control], space: Space, scores: Scores | None, context: int) -> Iterator[Control]:
     """Of each pair the smaller one in some layers, the larger one in as many others as fit, evenly spread.
 
-    Where runs of layers have one format, whole runs.
+    Where runs of layers have one format, whole runs. Weights that need one format in all layers stay as in the smaller
+    one.
     """
     length = space.run_length or 1
-    part_of = {m.group.name: None if m.group.layer is None else m.group.layer // length for m in space.menus}
+    part_of = {
+        menu.group.name: menu.group.layer // length
+        for menu in space.menus
+        if menu.group.layer is not None and not menu.group.everywhere
+    }
+    heads = [menu.group.name for menu in space.menus if menu.group.layer is None]
     by_part = {control.name: _by_part(control.mix, part_of) for control in found if control.allowed}
     known = {_key(control.mix) for control in found}
     for small, large in product(found, found):
         pair = small.allowed and small.fits and large.allowed and not large.fits
         if not pair or small.mix.kv_cache != large.mix.kv_cache:
             continue
-        if by_part[small.name].get(None) != by_part[large.name].get(None):
-            continue  # heads differ
+        if any(small.mix.options[name] != large.mix.options[name] for name in heads):
+            continue
         limits = space.limits[small.mix.kv_cache]
         upgraded = _parts_that_fit(small.mix, by_part[small.name], by_part[large.name], limits)
         if not upgraded:
             continue
         options = {
-            name: large.mix.options[name] if part_of[name] in upgraded else one
+            name: large.mix.options[name] if part_of.get(name) in upgraded else one
             for name, one in small.mix.options.items()
         }
         cache = small.mix.kv_cache
@@ -172,7 +178,7 @@ def _matched(found: Sequence[Control], space: Space, scores: Scores | None, cont
         if _key(mix) in known or not _is_allowed(mix, space):
             continue
         known.add(_key(mix))
-        parts = sum(part is not None for part in by_part[small.name])
+        parts = len(by_part[small.name])
         head = small.name.partition(_WITH_HEAD)[1:]
         names = [control.name.partition(_WITH_HEAD)[0] for control in (large, small)]
         what = "layers" if length == 1 else f"runs of {length} layers"
@@ -185,20 +191,19 @@ def _key(mix: Mix) -> tuple[str, ...]:
     return mix.kv_cache, *(one.format for one in mix.options.values())
 
 
-def _by_part(mix: Mix, part_of: Mapping[str, int | None]) -> dict[int | None, Bytes]:
-    """Bytes of the groups of each layer or run of layers, None for those outside the layers."""
-    found: dict[int | None, Bytes] = {}
-    for name, one in mix.options.items():
-        part = part_of[name]
-        found[part] = found.get(part, Bytes()) + one.bytes
+def _by_part(mix: Mix, part_of: Mapping[str, int]) -> dict[int, Bytes]:
+    """Bytes of the groups of each layer or run of layers."""
+    found: dict[int, Bytes] = {}
+    for name, part in part_of.items():
+        found[part] = found.get(part, Bytes()) + mix.options[name].bytes
     return found
 
 
 def _parts_that_fit(
-    mix: Mix, small: Mapping[int | None, Bytes], large: Mapping[int | None, Bytes], limits: Sequence[Limit]
+    mix: Mix, small: Mapping[int, Bytes], large: Mapping[int, Bytes], limits: Sequence[Limit]
 ) -> set[int]:
     """As many evenly spread parts as can have the larger sizes under the limits; none where the mix grows by none."""
-    parts = sorted(part for part in small if part is not None)
+    parts = sorted(small)
 
     def fits(count: int) -> bool:
         chosen = _spread(parts, count)

@@ -1,4 +1,4 @@
-"""What a plan decides as one: each group for itself, or one place in a run of consecutive layers together. No torch."""
+"""What a plan decides as one: each group for itself, or one place in a run of layers or in all of them. No torch."""
 
 from __future__ import annotations
 
@@ -41,14 +41,23 @@ class Decision:
 
 
 def decisions_of(menus: Sequence[GroupMenu], run_length: int | None) -> tuple[Decision, ...]:
-    """The groups at one place in each run of `run_length` layers, counted from the first layer; None: each alone."""
+    """The groups at one place in each run of `run_length` layers, counted from the first layer; None: each alone.
+
+    Groups that need one format in all layers are decided as one in any case.
+    """
     found: dict[object, list[GroupMenu]] = {}
     for menu in menus:
-        layer = menu.group.layer
-        alone = run_length is None or layer is None
-        key = menu.group.name if alone else (_place(menu.group), (layer or 0) // (run_length or 1))
-        found.setdefault(key, []).append(menu)
+        found.setdefault(_decided_with(menu.group, run_length), []).append(menu)
     return tuple(Decision(tuple(some)) for some in found.values())
+
+
+def _decided_with(group: Group, run_length: int | None) -> object:
+    """What groups that are decided as one have in common."""
+    if group.layer is None:
+        return group.name
+    if group.everywhere:
+        return _place(group)
+    return group.name if run_length is None else (_place(group), group.layer // run_length)
 
 
 def narrowed(menus: Sequence[GroupMenu], run_length: int | None, where: str) -> tuple[GroupMenu, ...]:
@@ -57,10 +66,12 @@ def narrowed(menus: Sequence[GroupMenu], run_length: int | None, where: str) -> 
     for decision in decisions_of(menus, run_length):
         if not decision.formats:
             offered = "; ".join(f"{m.group.name}: {', '.join(o.format for o in m.options)}" for m in decision.menus)
-            what = f"`run_length` leaves no format to layers {decision.layers}, which have none in common ({offered})."
-            raise UserError(
-                what, code="plan-impossible", where=where, remedy="Shorten the runs, or allow more formats."
-            )
+            runs = run_length is not None and not decision.menus[0].group.everywhere
+            at_once = "engines look these weights up for all layers at once, which leaves"
+            why = "`run_length` leaves" if runs else at_once
+            what = f"{why} no format to layers {decision.layers}, which have none in common ({offered})."
+            remedy = f"{'Shorten the runs, or allow' if runs else 'Allow'} more formats."
+            raise UserError(what, code="plan-impossible", where=where, remedy=remedy)
         for menu in decision.menus:
             gone = [one.format for one in menu.options if one.format not in decision.formats]
             refused = {fmt: f"layers {decision.layers} have one format: {_why_not(decision, fmt)}" for fmt in gone}

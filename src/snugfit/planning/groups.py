@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from snugfit.dialects.targets import alike_in_all_layers
 from snugfit.engines.fused import FUSED_GROUPS, group_modules
 from snugfit.engines.kernels import HEAD_FORMAT
 from snugfit.errors import UserError
@@ -41,6 +42,7 @@ class Group:
     `name` is the module's, such as model.layers.3.self_attn.qkv or model.layers.3.mlp.experts. `layer` is None for the
     output head. `role` is qkv, o, gate_up, down, experts, shared_experts, lm_head, or what the name says of the linear
     (attention, mlp, linear). `weights` are the logical weights by name; `elements` is the number of their parameters.
+    `everywhere`: engines can be told one format for all layers alone, whatever a plan would rather give to some.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Group:
     role: str
     weights: tuple[str, ...]
     elements: int
+    everywhere: bool = False
 
 
 def find_groups(layout: ModelLayout) -> tuple[Group, ...]:
@@ -70,6 +73,8 @@ def find_groups(layout: ModelLayout) -> tuple[Group, ...]:
             continue
         by_module = {name.module: name for name in members}
         groups += [_group(layout, _joined(some), [by_module[one] for one in some]) for some in group_modules(by_module)]
+    alike = alike_in_all_layers(name.module for members in found.values() for name in members)
+    groups = [replace(one, everywhere=True) if one.name in alike else one for one in groups]
     last = layout.num_layers
     return tuple(sorted(groups, key=lambda group: last if group.layer is None else group.layer))
 

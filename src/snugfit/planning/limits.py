@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from snugfit.engines.memory import GIB
 from snugfit.errors import UserError
+from snugfit.formats.spec import KEEP
 from snugfit.model.layout import ModelLayout
 from snugfit.planning.fit import read_served_model, serve_settings
 from snugfit.planning.menu import Server
@@ -40,9 +41,13 @@ class Budget:
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a plan has to fit: the budget, and the served model where a GPU is given."""
+    """Where a plan has to fit: the budget, and the served model where a GPU is given.
+
+    `elements` are the parameters that engines load, of which bits a weight are counted.
+    """
 
     budget: Budget
+    elements: int
     server: Server
     served: ServedModel | None
     notes: tuple[str, ...] = ()
@@ -52,7 +57,7 @@ def read_place(layout: ModelLayout, budget: Budget) -> Place:
     """The budget for this model; UserError for arguments that are out of range, conflict, or limit nothing."""
     _check(budget)
     if budget.gpu is None:
-        return Place(budget=budget, server=Server(), served=None)
+        return Place(budget=budget, elements=served_elements(layout), server=Server(), served=None)
     settings = serve_settings(
         budget.gpu,
         context=budget.context,
@@ -63,7 +68,8 @@ def read_place(layout: ModelLayout, budget: Budget) -> Place:
     )
     served, notes = read_served_model(layout, settings)
     server = Server(settings=settings, kv_heads=served.cache.kv_heads)
-    return Place(budget=budget, server=server, served=served, notes=tuple(notes))
+    elements = served_elements(layout)
+    return Place(budget=budget, elements=elements, server=server, served=served, notes=tuple(notes))
 
 
 def limits_of(
@@ -81,7 +87,7 @@ def limits_of(
     if budget.bytes is not None:
         found.append(Limit(name="bytes", kind="file", bytes=budget.bytes))
     if budget.bits_per_weight is not None:
-        most = int(budget.bits_per_weight * served_elements(layout) / 8)
+        most = int(budget.bits_per_weight * place.elements / 8)
         found.append(Limit(name="bits_per_weight", kind="served", bytes=most))
     if budget.disk is not None:
         found.append(Limit(name="disk", kind="disk", bytes=budget.disk - _other_bytes(layout)))
@@ -111,27 +117,60 @@ def impossible(space: Space, place: Place, is_fp8: Callable[[str], bool], *, con
     constraints beside the limits.
     """
     cache = min(space.limits, key=lambda c: max((_missing(space, limit, c) for limit in space.limits[c]), default=0))
-    short = [(limit, _missing(space, limit, cache)) for limit in space.limits[cache]]
+    limits = space.limits[cache]
+    if least_amount(space, Limit(name="", kind="file", bytes=0), cache) is None:
+        what = "no mix of formats on the menu keeps all constraints together."
+        remedy = "Raise `max_formats`, or loosen a rule."
+        return UserError(what, code="plan-impossible", where="constraints", remedy=remedy)
+    short = [limit for limit in limits if _missing(space, limit, cache) > 0]
+    if not short:
+        return _not_together(space, place, cache, fp8=is_fp8(cache), constrained=constrained)
     parts, works = [], []
-    for limit, missing in short:
-        if missing <= 0:
-            continue
-        least = least_amount(space, limit, cache)
-        parts.append(f"{_words(limit, place)} {least:,} bytes at least, and {max(limit.bytes, 0):,} are allowed")
-        works.append(_nearest(limit, least, missing, place, fp8=is_fp8(cache)))
-    if not parts:
-        names = [limit.name for limit, _ in short]
-        where, all_of = ("constraints", "limits and constraints") if constrained else (names[0], "limits")
-        what = f"no mix of formats on the menu keeps all {all_of} together ({', '.join(names)})."
-        return UserError(what, code="plan-impossible", where=where, remedy="Loosen one of them.")
+    beside = [limit for limit in limits if limit not in short]
+    for limit in short:
+        alone = least_amount(space, limit, cache) or 0
+        least = least_amount(space, limit, cache, beside) or alone
+        beside.append(replace(limit, bytes=least))  # the values that are named work together
+        stay = limit.amount(space.outside[cache])
+        parts.append(
+            f"{_words(limit, place)} {alone:,} bytes at least, {stay:,} of them beside the linears on the menu, and "
+            f"{max(limit.bytes, 0):,} are allowed"
+        )
+        as_it_is = KEEP in space.limits and alone == _amount_as_it_is(space, limit)
+        works.append("" if as_it_is else _nearest(limit, least, place, fp8=is_fp8(cache)))
     with_cache = f" (with a KV cache in {'FP8' if is_fp8(cache) else '16 bits'})" if len(space.limits) > 1 else ""
     what = f"no mix of formats fits{with_cache}: {'; '.join(parts)}."
-    where = next(limit.name for limit, missing in short if missing > 0)
-    return UserError(what, code="plan-impossible", where=where, remedy=" ".join(filter(None, works)))
+    remedy = " ".join(works) if all(works) else "No format on the menu makes the model smaller than it is."
+    return UserError(what, code="plan-impossible", where=short[0].name, remedy=remedy)
+
+
+def _not_together(space: Space, place: Place, cache: str, *, fp8: bool, constrained: bool) -> UserError:
+    """Why no mix keeps limits and constraints each of which some mix keeps, and which single limit could be raised."""
+    limits = space.limits[cache]
+    names = [limit.name for limit in limits]
+    where, all_of = ("constraints", "limits and constraints") if constrained else (names[0], "limits")
+    what = f"no mix of formats on the menu keeps all {all_of} together ({', '.join(names)})."
+    works = []
+    for limit in limits:
+        least = least_amount(space, limit, cache, [other for other in limits if other is not limit])
+        if least is not None and least > limit.bytes:
+            works.append(_nearest(limit, least, place, fp8=fp8))
+    remedy = " Or: ".join(works) or "Loosen one of them."
+    return UserError(what, code="plan-impossible", where=where, remedy=remedy)
 
 
 def _missing(space: Space, limit: Limit, cache: str) -> int:
-    return least_amount(space, limit, cache) - limit.bytes
+    """How many bytes a limit lacks for the smallest mix within the constraints; 0 where there is none."""
+    least = least_amount(space, limit, cache)
+    return 0 if least is None else least - limit.bytes
+
+
+def _amount_as_it_is(space: Space, limit: Limit) -> int | None:
+    """What the model as it is counts against a limit; None where it may not stay."""
+    kept = [one for menu in space.menus for one in menu.options if one.format == KEEP]
+    if len(kept) < len(space.menus):
+        return None
+    return limit.amount(sum((one.bytes for one in kept), space.outside[KEEP]))
 
 
 def _words(limit: Limit, place: Place) -> str:
@@ -140,12 +179,13 @@ def _words(limit: Limit, place: Place) -> str:
         "gpu": f"the weights on each GPU{beside} take",
         "served": "the weights take",
         "file": "the weights take",
-        "disk": "the files take",
+        "disk": "the weight files take",
     }[limit.kind]
 
 
-def _nearest(limit: Limit, least: int, missing: int, place: Place, *, fp8: bool) -> str:
-    """What to ask for instead: the value of the same parameter that just works."""
+def _nearest(limit: Limit, least: int, place: Place, *, fp8: bool) -> str:
+    """What to ask for instead so that `least` bytes fit: the value of the same parameter that just works."""
+    missing = least - limit.bytes
     if limit.kind == "gpu" and place.served is not None and place.server.settings is not None:
         settings = place.server.settings
         context = longest_context(place.served, least, settings, fp8=fp8)
@@ -156,8 +196,7 @@ def _nearest(limit: Limit, least: int, missing: int, place: Place, *, fp8: bool)
         needed = -(-int(reported + missing / share) // (GIB // 4)) / 4
         return f"A GPU of about {needed:g} GiB works, or a larger `tensor_parallel_size`."
     if limit.name == "bits_per_weight":
-        bits = place.budget.bits_per_weight or 0.0
-        return f"`bits_per_weight={-(-bits * 100 * least // max(1, limit.bytes)) / 100:g}` works."
+        return f"`bits_per_weight={-(-800 * least // max(1, place.elements)) / 100:g}` works."
     given = place.budget.disk if limit.name == "disk" else place.budget.bytes
     return f"`{limit.name}={(given or 0) + missing}` works."
 

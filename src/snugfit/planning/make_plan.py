@@ -1,7 +1,7 @@
 """`plan`: the mix of formats that fits a budget and loses least, found by scores and proven on held-out text.
 
 Scores say what each group of weights costs in each format (planning/sensitivity.py), the search finds the best mixes
-under the budget (planning/search.py), and the best of them are measured beside controls of as many bytes. A plan that
+under the budget (planning/budgeted.py), and the best of them are measured beside controls of as many bytes. A plan that
 does not beat its control is refused, and the control's recipe is written in its place.
 """
 
@@ -12,20 +12,19 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from decimal import ROUND_CEILING, Context, Decimal
 from pathlib import Path
 
 from snugfit import distributed
 from snugfit.errors import Unfinished, UserError
 from snugfit.evaluation.gpu_memory import MORE_TO_RESUME, gpu_memory_errors
 from snugfit.machine import fix_cublas_workspace
+from snugfit.planning.budgeted import scored_choices, search
 from snugfit.planning.controls import Control, find_controls
 from snugfit.planning.outcome import RUNS_OF, Outcome, record_of
 from snugfit.planning.plan_cost import PlanEstimate, check_resources, estimate_prepared, expected
 from snugfit.planning.prepare_plan import ALTERNATIVES, PlanRequest, Prepared, prepare_plan, request_of
 from snugfit.planning.proving import not_proven, prove_mixes
-from snugfit.planning.search import Limit, Mix, Space, far_apart, least_bytes, least_kl, scored, simplest_near
-from snugfit.planning.space import Choices
+from snugfit.planning.search import Mix, Space, simplest_near
 from snugfit.progress import SILENT, Progress, duration
 from snugfit.records.plan import PLAN_FILE, RECIPE_FILE, PlanRecord, ProvenKl
 from snugfit.records.scores import SCORES_FILE, Scores, save_scores
@@ -33,7 +32,6 @@ from snugfit.records.statistics_file import STATISTICS_FILE, Statistics, load_st
 from snugfit.report.plan import plan_markdown, write_plan_plots
 from snugfit.storage.staging import check_stageable, resumable
 
-_SEARCHED_CONTEXTS = 24  # that are tried for the longest one
 _SHOWN_SECONDS = 0.5  # of a part of the run, below which it is not told
 
 
@@ -197,8 +195,7 @@ def _plan_with(
     force_resume: bool,
 ) -> tuple[PlanRecord, Statistics | None]:
     """The record of the plan that scores give, and the statistics that it was measured with."""
-    choices = replace(prepared.choices, space=scored(prepared.choices.space, scores))
-    choices = choices.with_mixed_caches(scores, prepared.request.budget.context or scores.edges[-1])
+    choices = scored_choices(prepared.choices, scores)
 
     def find() -> tuple[int, list[tuple[str, Mix]], Space, list[Control]]:
         context, candidates, space = search(choices, scores, prepared.request.alternatives + 1)
@@ -252,18 +249,6 @@ def _plan_with(
     return distributed.by_main(recorded), statistics
 
 
-def search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
-    """The context, the best mixes for it, and the space under the limits that controls have to keep, too.
-
-    UserError where no mix keeps the budget, and where the model as it is does it best.
-    """
-    context, found, space = _search(choices, scores, count)
-    if not found[0].formats:
-        what = "the best mix is the model as it is: nothing has to be quantized."
-        raise UserError(what, code="recipe-changes-nothing", where="max_kl", remedy="Ask for less, or allow more KL.")
-    return context, [mix for mix in found if mix.formats], space
-
-
 def _simpler(space: Space, scores: Scores, candidates: Sequence[Mix]) -> list[tuple[str, Mix]]:
     """A mix with fewer rules than the best one and hardly more KL, by its name, if it is none of the candidates."""
     found = simplest_near(space, scores, candidates[0])
@@ -271,72 +256,6 @@ def _simpler(space: Space, scores: Scores, candidates: Sequence[Mix]) -> list[tu
         return []
     length, mix = found
     return [(f"{RUNS_OF}{length} layers", mix)]
-
-
-def _search(choices: Choices, scores: Scores, count: int) -> tuple[int, list[Mix], Space]:
-    budget, space = choices.place.budget, choices.space
-    distance = far_apart(space)
-    if budget.longest:  # of the mixes at that context the one of least KL
-        context = _longest(choices, scores)
-        space = choices.at(context)
-        return context, least_kl(space, scores, context, count=count, distance=distance), space
-    context = budget.context or scores.edges[-1]
-    if budget.max_kl is None:
-        found = least_kl(space, scores, context, count=count, distance=distance)
-        if not found:
-            raise choices.impossible(space)
-        return context, found, space
-    smallest = least_bytes(space, scores, context, budget.max_kl)
-    if smallest is None:
-        raise _too_lossy(least_kl(space, scores, context), choices)
-    # others of as many bytes, and controls, have to fit what the smallest takes
-    as_small = {
-        cache: (*limits, Limit(name="max_kl", kind="file", bytes=smallest.bytes.file))
-        for cache, limits in space.limits.items()
-    }
-    narrow = space.with_limits(as_small)
-    others = least_kl(narrow, scores, context, count=count, distance=distance)
-    return context, [smallest, *(mix for mix in others if mix.formats != smallest.formats)][:count], narrow
-
-
-def _longest(choices: Choices, scores: Scores) -> int:
-    """The longest context for which some mix is expected to lose at most `max_kl`; UserError where there is none.
-
-    KL need not grow with the context: halves of the longest are tried first, then what lies between.
-    """
-    budget, served = choices.place.budget, choices.place.served
-    assert served is not None
-    assert budget.max_kl is not None
-
-    def works(context: int) -> bool:
-        found = least_kl(choices.at(context), scores, context)
-        return bool(found) and found[0].predicted.kl <= (budget.max_kl or 0.0)
-
-    high = served.max_positions
-    if works(high):
-        return high
-    low = high // 2
-    while low >= 1 and not works(low):
-        high, low = low, low // 2
-    if low < 1:
-        raise _too_lossy(least_kl(choices.at(1), scores, 1), choices)
-    for _ in range(_SEARCHED_CONTEXTS):
-        middle = (low + high) // 2
-        if middle in (low, high) or high - low <= max(1, low // 512):
-            break
-        low, high = (middle, high) if works(middle) else (low, middle)
-    return low
-
-
-def _too_lossy(found: Sequence[Mix], choices: Choices) -> UserError:
-    """Why no mix has at most the KL that was asked for."""
-    if not found:
-        return choices.impossible()
-    least = found[0].predicted.kl
-    what = f"every mix that fits is expected to lose more than {choices.place.budget.max_kl:g} nats a token."
-    works = Decimal(least * 1.001).normalize(Context(prec=3, rounding=ROUND_CEILING))
-    remedy = f"The least that works is `max_kl={float(works):g}`."
-    return UserError(what, code="plan-impossible", where="max_kl", remedy=remedy)
 
 
 def _scores(

@@ -40,13 +40,14 @@ def measure_plans(
     folder: Path,
     finished: FinishedUnits,
     first: Sequence[int] | None = None,
+    title: str = "comparing plans",
     progress: Progress = SILENT,
 ) -> dict[str, list[Array]]:
     """KL(original || plan) in nats of each token [T - 1] of each row, by plan; NaN where not finite or compared.
 
     `first` are the positions of the first tokens of rows that are compared, by default 1: all that is predicted.
     `finished` records each layer of a pass, `folder` keeps what is measured: a run that was stopped resumes behind its
-    last layer, to the same figures.
+    last layer, to the same figures. `title` is what progress shows.
     """
     lengths = [len(row) - 1 for row in rows]
     numbers = {plan.name: number for number, plan in enumerate(plans)}
@@ -64,6 +65,7 @@ def measure_plans(
             tokens_per_batch=tokens_per_batch,
             folder=folder,
             first=first,
+            title=title,
             progress=progress,
         ).divergences(finished)
         found |= {name: np.concatenate(of_rows) for name, of_rows in one.items()}

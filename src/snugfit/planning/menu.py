@@ -124,7 +124,12 @@ def on_menu(everything: Sequence[GroupMenu], menu: Sequence[str], server: Server
         found.append(replace(one, options=options, refused={f: one.refused[f] for f in formats if f in one.refused}))
     if all(len(one.options) == 1 for one in found):
         reasons = dict.fromkeys(reason for one in found for reason in one.refused.values())
-        what = f"no weight of this model can have a format of the menu: {'; '.join(reasons) or 'there is no linear'}."
+        if not found:
+            reasons = {"there is no linear": None}
+        elif not set(formats) - {KEEP}:
+            reasons = {"it has none but keep": None}
+        why = "; ".join(reasons) or "the source stores them so already"
+        what = f"no weight of this model can have a format of the menu: {why}."
         raise UserError(what, code="plan-impossible", where="menu", remedy=f"Formats: {', '.join(FORMATS)}.")
     return tuple(found)
 
@@ -168,7 +173,11 @@ def _group_menu(layout: ModelLayout, group: Group, sizes: _Sizes) -> GroupMenu:
             found, reason = {}, error.what.rstrip(".")
         if reason:
             refused[fmt] = reason
-        elif [one.format for one in found.values()] != [one.format for one in kept.values()]:
+        elif [one.format for one in found.values()] == [one.format for one in kept.values()]:
+            continue
+        elif all(one.keeps_codes for one in found.values()):
+            refused[fmt] = "the source's own codes are kept by `keep`"
+        else:
             options.append(_option(group, fmt, found, sizes))
     return GroupMenu(group=group, options=tuple(options), refused=refused)
 

@@ -9,6 +9,7 @@ from typing import Any
 from snugfit import distributed
 from snugfit.errors import UserError
 from snugfit.machine import pick_device
+from snugfit.planning.budgeted import scored_choices, search
 from snugfit.planning.controls import find_controls
 from snugfit.planning.prepare_plan import Prepared, prepare_plan, request_of, samples_of
 from snugfit.planning.proving import to_measure
@@ -54,14 +55,12 @@ class PlanEstimate:
 
     def line(self) -> str:
         """One line for a person who decides whether to wait."""
-        parts = [
-            duration(sum(self.seconds.values()) if self.seconds else None),
-            f"{self.memory_bytes / 1e9:.1f} GB of memory",
-        ]
+        parts = [duration(sum(self.seconds.values()) if self.seconds else None)]
+        parts += [f"{self.memory_bytes / 1e9:.1f} GB of memory"] if self.memory_bytes else []
         parts += [] if self.gpu_bytes is None else [f"{self.gpu_bytes / 1e9:.1f} GB of GPU memory"]
         if self.processes > 1:
             parts[-1] += f" in each of {self.processes} processes"
-        parts.append(f"{self.disk_bytes / 1e9:.2f} GB of disk")
+        parts += [f"{self.disk_bytes / 1e9:.2f} GB of disk"] if self.disk_bytes else []
         steps = []
         if self.scored_tokens:
             passes = f"{self.forwards:.0f} passes of {self.scored_tokens:,} tokens"
@@ -91,6 +90,8 @@ def estimate_plan(
     """
     folder = None if output_dir is None else Path(output_dir)
     prepared = prepare_plan(model, request_of(**options))
+    if prepared.scores is not None:  # what the run finds out first
+        search(scored_choices(prepared.choices, prepared.scores), prepared.scores, 1)
     if folder is not None and not restart:
         _check_resumable(prepared, work_folder(folder) / SCORES / GRADIENTS, force=force_resume)
     untimed = estimate_prepared(prepared, timed=False, folder=folder)

@@ -110,6 +110,7 @@ def prove(
             tokens_per_batch=per_batch,
             folder=folder,
             finished=finished,
+            title="proof",
             progress=progress,
         )
 

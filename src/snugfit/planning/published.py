@@ -16,6 +16,7 @@ from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.names import KEPT_ROLES, TensorName, parse_name
 from snugfit.planning.recipe_text import WeightFormat, kind_of, recipe_text
 from snugfit.quantization.decide import assignments_of, decide
+from snugfit.quantization.written_config import config_to_write
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe, parse_recipe
 from snugfit.recipes.resolve import Matcher
 from snugfit.records.plan import RECIPE_FILE, PlanDifference, PlanDifferences, layer_runs
@@ -114,7 +115,7 @@ def apply_recipe(recipe: LoadedRecipe, model: str | Path, *, made_for: ModelLayo
         what = f"{len(unmatched)} of {len(recipe.recipe.rules)} rules match nothing in this model: {listed}."
         remedy = "Write the recipe down and change these rules."
         raise UserError(what, code="recipe-rule-unmatched", where=layout.checkpoint.name, remedy=remedy)
-    decide(layout, recipe)
+    config_to_write(layout, recipe, decide(layout, recipe))  # raises what `quantize` would
     notes = []
     if made_for is not None:
         kinds = [sorted(_model_types(one)) for one in (made_for, layout)]

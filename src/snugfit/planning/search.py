@@ -184,10 +184,18 @@ def _in_runs(space: Space, scores: Scores, context: int, length: int) -> Mix | N
     return next(iter(least_kl(runs, scores, context)), None)
 
 
-def least_amount(space: Space, limit: Limit, cache: str) -> int:
-    """The least that a mix can count against one limit, whatever it loses."""
-    least = sum(min(limit.amount(one.sizes[fmt]) for fmt in one.formats) for one in space.decisions)
-    return limit.amount(space.outside[cache]) + least
+def least_amount(space: Space, limit: Limit, cache: str, beside: Sequence[Limit] = ()) -> int | None:
+    """What the smallest mix counts against one limit that keeps the constraints and the limits `beside`.
+
+    None where no mix keeps these. Where there are any, smaller mixes may exist by what the solver neglects.
+    """
+    amounts, outside = _amounts(space, limit), limit.amount(space.outside[cache])
+    if space.max_formats is None and not beside:
+        return outside + sum(map(min, amounts))
+    largest = max(1, *(max(group) for group in amounts))
+    costs = tuple(tuple(amount / largest for amount in group) for group in amounts)
+    places = solve(problem_of(space.with_limits({cache: tuple(beside)}), cache, costs))
+    return None if places is None else outside + sum(group[place] for group, place in zip(amounts, places, strict=True))
 
 
 def any_mix(space: Space, cache: str) -> bool:
@@ -235,7 +243,7 @@ def problem_of(space: Space, cache: str, costs: tuple[tuple[float, ...], ...]) -
 def frontier_limits(space: Space, cache: str, count: int) -> Iterator[Limit]:
     """`count` limits from the smallest size possible to the largest that costs anything, whatever the budget."""
     measure = Limit(name="", kind="file", bytes=0)
-    low = least_amount(space, measure, cache)
+    low = least_amount(space, measure, cache) or 0  # of a mix that was found there is one
     high = space.outside[cache].file + sum(max(one.bytes.file for one in menu.options) for menu in space.menus)
     for step in range(count):
         yield replace(measure, bytes=low + (high - low) * step // count)

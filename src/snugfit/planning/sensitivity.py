@@ -374,6 +374,7 @@ def _measure(
         folder=folder,
         finished=finished,
         first=[row.first for row in rows.values()],
+        title="measuring sample plans",
         progress=progress,
     )
     points = []

@@ -99,16 +99,18 @@ class SharedPass:
         tokens_per_batch: int,
         folder: Path,
         first: Sequence[int] | None = None,
+        title: str = "comparing plans",
         progress: Progress = SILENT,
     ) -> None:
-        """Hidden states are in files in `folder`, which holds those of one pass alone.
+        """Hidden states are in files in `folder`, which holds those of one pass alone; `title` is what progress shows.
 
         `first` are the positions of the first tokens of rows that are compared, by default 1: all that is predicted.
         """
         self._subject, self._rows, self._device = subject, rows, device
         self._first = [1] * len(rows) if first is None else list(first)
         self._plans = {ORIGINAL: Assigned(name=ORIGINAL), **{plan.name: plan for plan in plans}}
-        self._tokens_per_batch, self._folder, self._progress = tokens_per_batch, folder, progress
+        self._tokens_per_batch, self._folder = tokens_per_batch, folder
+        self._title, self._progress = title, progress
         self._ran = subject.model.skeleton.ran
         layers = [subject.places(index) for index in self._ran]
         self._branches = branches_of(plans, layers, own=subject.model.skeleton.carries_state)
@@ -121,7 +123,7 @@ class SharedPass:
         """
         with ExitStack() as stack:
             transfer = stack.enter_context(Transfer(self._device))
-            advance = stack.enter_context(self._progress.bar(len(self._ran) + 1, "comparing plans"))
+            advance = stack.enter_context(self._progress.bar(len(self._ran) + 1, self._title))
             read = stack.enter_context(TensorReader(self._subject.model.checkpoint, self._device))
             batches = self._batches()
             mine = {number: distributed.mine(some) for number, some in batches.items()}

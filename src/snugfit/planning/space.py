@@ -18,6 +18,7 @@ from snugfit.planning.recipe_text import WeightFormat, recipe_text
 from snugfit.planning.search import Mix, Space
 from snugfit.quantization.cache_scales import kept_cache
 from snugfit.quantization.decide import decide
+from snugfit.quantization.written_config import config_to_write
 from snugfit.recipes.recipe import LoadedRecipe, parse_recipe
 from snugfit.records.scores import Scores
 from snugfit.vram.blocks import why_not_mixed
@@ -140,7 +141,9 @@ def recipe_of_mix(
 
 def check_bytes(layout: ModelLayout, mix: Mix, recipe: LoadedRecipe) -> None:
     """RuntimeError where the recipe of a mix would write other bytes than were planned: a defect of this package."""
-    written = sum(info.bytes for infos in decide(layout, recipe).outputs.values() for info in infos)
+    decisions = decide(layout, recipe)
+    config_to_write(layout, recipe, decisions)  # raises where engines could not be told
+    written = sum(info.bytes for infos in decisions.outputs.values() for info in infos)
     if written != mix.bytes.file:
         raise RuntimeError(f"planned {mix.bytes.file} bytes, but the recipe writes {written}:\n{recipe.text}")
 

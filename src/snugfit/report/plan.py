@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from snugfit.byte_counts import size
 from snugfit.engines.launch import LAUNCHES
 from snugfit.errors import plain
 from snugfit.model.names import role_order
@@ -54,8 +55,8 @@ _ROLES = ("qkv", "q", "k", "v", "qkv_a", "attention", "o", "gate_up", "gate", "u
 
 
 def plan_lines(record: PlanRecord) -> list[str]:
-    """What a terminal shows above the tables: the budget, and what the plan takes of it."""
-    lines = [f"{record.model}: {budget_words(record)}", _fits(record)]
+    """What a terminal shows above the tables: the budget, what was found, and how much of the budget that takes."""
+    lines = [f"{record.model}: {budget_words(record)}", _fits(record), *_room(record)]
     return [plain(line) for line in lines]
 
 
@@ -115,8 +116,20 @@ def _fits(record: PlanRecord) -> str:
     parts.append(f"KV cache in {_cache(point)}")
     if point.max_context is not None:
         parts.append(f"up to {point.max_context:,} tokens fit")
-    parts += [f"{limit.used / max(1, limit.bytes):.1%} of what `{limit.name}` leaves" for limit in record.limits]
     return ", ".join(parts)
+
+
+def _room(record: PlanRecord) -> list[str]:
+    """How much of each limit the plan takes, as one line; none without limits."""
+    parts = []
+    for limit in record.limits:
+        if limit.name == "max_kl":  # made of the plan's own size
+            continue
+        share = f"{size(limit.used)} of {size(limit.bytes)} ({limit.used / max(1, limit.bytes):.1%})"
+        beside = f" that each GPU has for weights beside {record.context:,} tokens"
+        what = {"gpu": beside, "disk": " for weight files"}.get(limit.name, "")
+        parts.append(f"`{limit.name}`: {share}{what}")
+    return [f"used of {'; '.join(parts)}"] if parts else []
 
 
 def _cache(point: PlanPoint) -> str:
@@ -138,8 +151,8 @@ def group_sheet(record: PlanRecord) -> Sheet:
         arithmetic = groups[0].arithmetic
         layers = layer_runs([group.layer for group in groups if group.layer is not None])
         cost = math.fsum(group.cost for group in groups)
-        size = sum(group.bytes for group in groups)
-        rows.append((role, layers or "-", label, arithmetic or "-", f"{size / 10**6:,.2f}", _kl(cost)))
+        held = sum(group.bytes for group in groups)
+        rows.append((role, layers or "-", label, arithmetic or "-", f"{held / 10**6:,.2f}", _kl(cost)))
     outside = f"{record.outside_bytes / 10**6:,.2f}"
     rows.append(("embeddings, norms and other", "-", "as they are", "-", outside, "-"))
     return Sheet(
@@ -252,11 +265,11 @@ def _draw_curve(figure: Figure, record: PlanRecord) -> None:
     frontier = sorted((p.bytes, p.expected.kl) for p in record.points if p.kind == "frontier")
     if frontier:
         axes.plot(*zip(*frontier, strict=True), color="0.6", linewidth=1.4, label="best mix at that size, expected")
-    for kind, (marker, colour, size) in _MARKS.items():
+    for kind, (marker, colour, width) in _MARKS.items():
         points = [p for p in record.points if p.kind == kind and (p.measured or kind != "byte-matched")]
         if any(p.measured or p.expected.kl > 0 for p in points):
-            axes.plot([], [], marker, color=colour, markersize=size, label=kind)
-        _scatter(axes, points, marker, colour, size)
+            axes.plot([], [], marker, color=colour, markersize=width, label=kind)
+        _scatter(axes, points, marker, colour, width)
     for limit in record.limits:
         if limit.name in ("bytes", "gpu"):
             axes.axvline(record.plan.bytes + limit.bytes - limit.used, color="0.8", linewidth=1, linestyle=":")
@@ -275,11 +288,11 @@ def _draw_curve(figure: Figure, record: PlanRecord) -> None:
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
 
 
-def _scatter(axes: Axes, points: Sequence[PlanPoint], marker: str, colour: str, size: float) -> None:
+def _scatter(axes: Axes, points: Sequence[PlanPoint], marker: str, colour: str, width: float) -> None:
     """Expected values hollow, measured ones filled with their error, both under the point's name."""
     for point in points:
         expected, measured = point.expected.kl, _longest(point.measured)
-        style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": size, "linestyle": "none"}
+        style: dict[str, Any] = {"marker": marker, "color": colour, "markersize": width, "linestyle": "none"}
         shown = expected if expected > 0 else None
         if shown is not None:
             axes.plot([point.bytes], [shown], markerfacecolor="white", zorder=3, **style)
