@@ -241,6 +241,7 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
         alone = trace_layer_calls(model, layers, tokens, where=where, skipped=skipped)
         if not all(alike(call, alone.calls[number]) for number, call in calls.calls.items()):
             raise _unsupported(f"{type(model).__name__} does not run text as its language model alone would.", where)
+    why_not_run = why_not_passed_on(layers[first], call, model.dtype, returns_tuple=calls.returns_tuple)  # type: ignore[arg-type]
     mixtures = {n: module for n, layer in enumerate(layers) if (module := experts.find_experts(layer, where=where))}
     experts.use(model)
     stacked = {
@@ -268,7 +269,7 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
         returns_tuple=calls.returns_tuple,
         carries_state=passes_mapping and getattr(decoder.config, "num_kv_shared_layers", None) != 0,
         skipped=skipped,
-        why_not_run=why_not_passed_on(layers[first], call, model.dtype, returns_tuple=calls.returns_tuple),  # type: ignore[arg-type]
+        why_not_run=why_not_run,
         has_head=has_head,
         experts={n: experts.expert_names(layers[n], module, singles.get(n, {})) for n, module in mixtures.items()},
         stacks=stacks,
