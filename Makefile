@@ -18,6 +18,8 @@ GEMMA := build/gemma3
 TEXTS := build/texts
 # folders whose tests all have a target of their own: importing them takes seconds in each process
 OWN_TARGETS := browser fuzz gpu real slow
+# a test that waits for ever ends all after a quarter of an hour, and shows where it waited
+ENDS := -o faulthandler_timeout=900 -o faulthandler_exit_on_timeout=true --max-worker-restart 0
 NOVELS := $(TEXTS)/emma.txt $(TEXTS)/persuasion.txt
 
 .PHONY: demo test lint engine real slow gpu fuzz browser materials reference clean
@@ -27,7 +29,7 @@ demo: $(VENV)/ready $(MODEL)/config.json
 	$(VENV)/bin/python demo/run.py $(MODEL) build/demo
 
 test: $(VENV)/ready lint $(MODEL)/config.json
-	$(VENV)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(OWN_TARGETS:%=--ignore=tests/%) -m "not engine and not real and not slow and not gpu and not fuzz and not browser"
+	$(VENV)/bin/python -m pytest $(ENDS) -n logical --maxprocesses 4 --dist loadfile $(OWN_TARGETS:%=--ignore=tests/%) -m "not engine and not real and not slow and not gpu and not fuzz and not browser"
 
 real: $(VENV)/ready $(GEMMA)/config.json
 	$(VENV)/bin/python -m pytest -m real tests/real
