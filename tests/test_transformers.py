@@ -57,10 +57,10 @@ def perplexity_of(logits: Tensor, rows: Dataset) -> float:
 def test_fp32_logits_agree(
     recipe: str, make_tiny: MakeTiny, token_rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp32, W4A4 included, transformers' logits equal snugfit's except for ties; MXFP4's with FlashInfer's scales."""
+    """In fp32, W4A4 included, transformers' logits equal snugfit's but for ties; MXFP4's with FlashInfer's scales."""
     unpack = base.unpack_fp4_from_uint8  # to bf16 by default, whatever the model's dtype is
     monkeypatch.setattr(base, "unpack_fp4_from_uint8", lambda p, m, n: unpack(p, m, n, dtype=torch.float32))
-    monkeypatch.setattr(helpers, "generate_mx_scales", lambda x, num_bits: 127 + torch.ceil(torch.log2(x / 6)))
+    monkeypatch.setattr(helpers, "generate_mx_scales", lambda x, **_: 127 + torch.ceil(torch.log2(x / 6)))
     source = make_tiny("llama", dtype=torch.float32)
     quantize(source, recipe, output_dir=tmp_path / "out", dataset=[token_rows])
     rows = load_dataset(source, [token_rows])
