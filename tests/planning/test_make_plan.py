@@ -102,6 +102,7 @@ def made(model: Path, texts: dict[str, Any], tmp_path_factory: pytest.TempPathFa
         patched.setattr(plan_cost, "ROUGH_SECONDS", 0.0)  # also of a tiny model the times are foreseen
         record = plan(model, output_dir=folder, bits_per_weight=7.5, progress=bars, **texts)
     assert len(set(bars.titles)) == len(bars.titles) > 2, "each part of a run has a bar of its own name"
+    assert "calibrating" in bars.titles
     return folder, record
 
 
@@ -439,6 +440,20 @@ def test_scores_of_several_files_are_merged(model: Path, tmp_path: Path) -> None
         *arguments,
     ]
     assert CliRunner().invoke(app, command).exit_code == 0
+
+
+def test_what_scores_make_needless_is_refused(
+    made: tuple[Path, PlanRecord], model: Path, texts: dict[str, Any], tmp_path: Path
+) -> None:
+    """Options about samples are refused beside scores, but where these have no statistics and the proof needs some."""
+    alone = save(made_up_scores(read_layout(model), edges=(64,)), tmp_path / "scores.json")
+    samples = {name: texts[name] for name in ("dataset", "max_seq_length", "num_tokens")}
+    for scores, unused in ((made[0], samples | {"seed": 3}), (alone, {"seed": 3})):
+        for name, value in unused.items():
+            options: dict[str, Any] = {"scores": scores, name: value}
+            with raises("option-conflict", where=name):
+                estimate_plan(model, timed=False, bits_per_weight=8.0, **options)
+    estimate_plan(model, timed=False, bits_per_weight=8.0, scores=alone, held_out=texts["held_out"], **samples)
 
 
 def test_scores_of_another_model_are_refused(make_tiny: MakeTiny, model: Path, tmp_path: Path) -> None:

@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from helpers.errors import raises
-from helpers.fp8_sources import as_fp8
+from helpers.fp8_sources import Kind, as_fp8
 from helpers.plans import write_headers
+from helpers.tiny_mixtures import make_mixture
+from snugfit.cli.app import app
 from snugfit.model.layout import read_layout
 from snugfit.planning.published import apply_recipe, diff_plans, read_recipe
+from snugfit.quantization.decide import assignments_of
 from snugfit.quantization.plan import lay_out
 from snugfit.recipes.recipe import load_recipe, parse_recipe
 
@@ -83,6 +87,47 @@ def test_blocks_of_transformers_are_read(make_tiny: MakeTiny, tmp_path: Path) ->
     """FP8 in blocks of 128 x 128 as DeepSeek stores it is fp8-block."""
     as_fp8(make_tiny(hidden_size=128, intermediate_size=128), tmp_path / "fp8", "hf-block")
     assert "fp8-block" in {rule.format for rule in read_recipe(tmp_path / "fp8").recipe.rules}
+
+
+@pytest.mark.parametrize("kind", ["hf-block", "ct-block"])
+def test_parts_of_blocks_become_fp8_dynamic(kind: Kind, tmp_path: Path) -> None:
+    """DeepSeek's kv_a_proj_with_mqa ends in a part of a block: it and its partner are fp8-dynamic in the recipe.
+
+    The model in 16 bits takes that; one that has the codes keeps them.
+    """
+    model = make_mixture("deepseek_v3", tmp_path / "model", wide=True)
+    made = as_fp8(model, tmp_path / "fp8", kind)
+    recipe = read_recipe(made)
+    assert [(rule.name, rule.format) for rule in recipe.recipe.rules] == [
+        ("*.self_attn.kv_a_proj_with_mqa", "fp8-dynamic"),
+        ("*.self_attn.q_a_proj", "fp8-dynamic"),
+        (None, "fp8-block"),
+    ]
+    comment = recipe.text.splitlines()[0]
+    assert "self_attn.kv_a_proj_with_mqa, self_attn.q_a_proj, which have parts of blocks" in comment
+    assert apply_recipe(recipe, model, made_for=read_layout(made)) == ()
+    layout = read_layout(made)
+    assert all(one.keeps_codes for one in assignments_of(layout, recipe, layout.weights.formats).values())
+
+
+def _run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_a_refusal_names_the_model_not_a_recipe_that_is_in_no_file(make_tiny: MakeTiny, tmp_path: Path) -> None:
+    """A rule that a weight of the model refuses is given in words, at the weight; the remedy works as written."""
+    made = as_fp8(make_tiny(hidden_size=128, intermediate_size=128), tmp_path / "fp8", "hf-block")
+    model = make_tiny(hidden_size=64, intermediate_size=128)
+    result = _run("plan", model, "--from", made)
+    assert result.exit_code == 2
+    assert f"snugfit: {model.name}: model.layers.0." in result.stderr
+    assert "format: fp8-block" in result.stderr
+    assert f"{made.name}:" not in result.stderr
+    assert "Leave MODEL out, so that `--output-dir` takes the recipe" in result.stderr
+    assert _run("plan", "--from", made, "-o", tmp_path / "plan").exit_code == 0
+    file = tmp_path / "plan" / "recipe.yaml"
+    file.write_text(file.read_text().replace("fp8-block", "fp8-dynamic"))
+    assert _run("quantize", model, "-r", file, "--dry-run").exit_code == 0
 
 
 def test_an_fp8_cache_is_part_of_the_plan(make_tiny: MakeTiny, tmp_path: Path) -> None:

@@ -50,7 +50,15 @@ def calibrate(
     work = folder / "statistics"
     work.mkdir(parents=True, exist_ok=True)
     finished = open_finished(work, prepared.identity(), force=True)
-    run = Run(prepared=prepared, directory=work, work=work, finished=finished, clock=Clock(), progress=progress)
+    run = Run(
+        prepared=prepared,
+        directory=work,
+        work=work,
+        finished=finished,
+        clock=Clock(),
+        progress=progress,
+        title="calibrating",
+    )
     run_layers(run)
     found = statistics_of(run)
     distributed.by_main(lambda: save_statistics(found, file))

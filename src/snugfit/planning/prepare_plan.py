@@ -165,6 +165,7 @@ def prepare_plan(model: str | Path, request: PlanRequest) -> Prepared:
         _check_rounded(found, layout)
         choices = replace(choices, space=scored(choices.space, found))
         _check_possible(choices)
+    _check_used(request, statistics)
     target = found.target if found else request.target or fitting
     samples, held_out_lengths = _read_texts(layout, request, found, statistics)
     if generation is None and request.target is None and found is None:
@@ -238,6 +239,19 @@ def _check_needed(choices: Choices) -> None:
         what = f"the model fits as it is ({mix.bytes.file:,} bytes): nothing has to be quantized."
         where = next(iter(space.limits[KEEP])).name
         raise UserError(what, code="recipe-changes-nothing", where=where, remedy="Ask for less.")
+
+
+def _check_used(request: PlanRequest, statistics: Statistics | None) -> None:
+    """UserError for an argument about samples beside scores that have their statistics, so that none are needed."""
+    if not request.scores:
+        return
+    unused: dict[str, Any] = {"seed": request.seed}
+    if statistics is not None:
+        unused |= {name: getattr(request, name) for name in ("dataset", "max_seq_length", "num_tokens")}
+    for name, value in unused.items():
+        if value:
+            what = "has no effect beside `scores`, which have been made on theirs."
+            raise UserError(what, code="option-conflict", where=name, remedy="Leave it out, or score again.")
 
 
 def _check_rounded(found: Scores, layout: ModelLayout) -> None:

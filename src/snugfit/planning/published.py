@@ -5,24 +5,31 @@ compressed-tensors, ModelOpt and FP8 of transformers are read (dialects/), from 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
-from snugfit.formats.spec import FORMATS, INT4_GROUPS, KEEP, TensorFormat
+from snugfit.formats.spec import FORMATS, FP8_BLOCK, INT4_GROUPS, KEEP, TensorFormat
 from snugfit.model.language_config import nested_language_keys
 from snugfit.model.layout import ModelLayout, read_layout
 from snugfit.model.names import KEPT_ROLES, TensorName, parse_name
 from snugfit.planning.recipe_text import WeightFormat, kind_of, recipe_text
 from snugfit.quantization.decide import assignments_of, decide
 from snugfit.quantization.written_config import config_to_write
+from snugfit.recipes.assignment import ALONG
 from snugfit.recipes.recipe import LoadedRecipe, builtin_names, load_recipe, parse_recipe
 from snugfit.recipes.resolve import Matcher
 from snugfit.records.plan import RECIPE_FILE, PlanDifference, PlanDifferences, layer_runs
 from snugfit.storage.staging import staged
 
-_FP8_BLOCKS = (128, 128)
+_FP8_BLOCKS = (FP8_BLOCK, FP8_BLOCK)
+# what helps where a recipe that is in no file yet does not suit a model
+_WRITE_FIRST = (
+    "Leave MODEL out, so that `output_dir` takes the recipe as it is; correct it there, and quantize with it."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,12 +87,17 @@ def recipe_of(plan: ReadPlan) -> LoadedRecipe:
         what = "not quantized: every linear is in 16 bits."
         remedy = "Give a checkpoint in a format of compressed-tensors, ModelOpt or FP8."
         raise UserError(what, code="recipe-changes-nothing", where=plan.source, remedy=remedy)
-    written = {name: _as_written(fmt) for name, fmt in plan.formats.items()}
+    partial = _partial_blocks(plan)
+    written = {n: WeightFormat(ALONG) if n in partial else _as_written(fmt) for n, fmt in plan.formats.items()}
     comments = dict.fromkeys(
-        f"{fmt.label()} is not written: {'keep' if fmt is None else written[name].format} stands for it"
+        f"{fmt.label()} is not written: {written[name].format} stands for it"
         for name, fmt in plan.formats.items()
-        if fmt is not None and not _same(fmt, written[name])
+        if fmt is not None and name not in partial and not _same(fmt, written[name])
     )
+    places = dict.fromkeys(_place(plan, name)[0] for name in plan.formats if name in partial)
+    if places:
+        beside = f"in {', '.join(places)}, which have parts of blocks, or run with weights that do"
+        comments[f"fp8-block is not written {beside}: {ALONG} stands for it"] = None
     text = recipe_text(
         written,
         plan.names,
@@ -113,9 +125,11 @@ def apply_recipe(recipe: LoadedRecipe, model: str | Path, *, made_for: ModelLayo
     if unmatched:
         listed = "; ".join(_rule_words(recipe, number) for number in unmatched)
         what = f"{len(unmatched)} of {len(recipe.recipe.rules)} rules match nothing in this model: {listed}."
-        remedy = "Write the recipe down and change these rules."
-        raise UserError(what, code="recipe-rule-unmatched", where=layout.checkpoint.name, remedy=remedy)
-    config_to_write(layout, recipe, decide(layout, recipe))  # raises what `quantize` would
+        raise UserError(what, code="recipe-rule-unmatched", where=layout.checkpoint.name, remedy=_WRITE_FIRST)
+    try:
+        config_to_write(layout, recipe, decide(layout, recipe))  # raises what `quantize` would
+    except UserError as error:
+        raise _at_the_model(error, recipe, layout) from None
     notes = []
     if made_for is not None:
         kinds = [sorted(_model_types(one)) for one in (made_for, layout)]
@@ -181,6 +195,37 @@ def _as_written(fmt: TensorFormat | None) -> WeightFormat:
     if fmt.name == "fp8" and fmt.block == _FP8_BLOCKS:
         return WeightFormat("fp8-block")
     return WeightFormat(fmt.name if fmt.name in FORMATS else "fp8-dynamic")
+
+
+def _partial_blocks(plan: ReadPlan) -> frozenset[str]:
+    """Weights in FP8 blocks of which the last ones are cut off, which no recipe writes, and those that run with them.
+
+    A source that has such blocks keeps them under `fp8-dynamic`, too.
+    """
+    blocks = {
+        name
+        for name, fmt in plan.formats.items()
+        if fmt is not None and fmt.name.startswith("fp8") and fmt.weight_block == _FP8_BLOCKS
+    }
+    groups: dict[object, list[str]] = {}
+    for members in group_modules(name.removesuffix(".weight") for name in blocks):
+        for name in members:
+            parsed = plan.names[f"{name}.weight"]
+            groups.setdefault(parsed.layer if parsed.routed else members, []).append(f"{name}.weight")
+    shapes = {name: plan.layout.weights.tensors[name].shape for name in blocks}
+    cut = {name for name, shape in shapes.items() if any(size % FP8_BLOCK for size in shape)}
+    return frozenset(name for members in groups.values() if not cut.isdisjoint(members) for name in members)
+
+
+def _at_the_model(error: UserError, recipe: LoadedRecipe, layout: ModelLayout) -> UserError:
+    """An error at a line of a recipe that was read and is in no file: it names the rule, and the model's weight."""
+    if not error.where.startswith(recipe.where):
+        return error
+    found = re.match(r"(?::\d+: rules\[(\d+)\])?(.*)", error.where.removeprefix(recipe.where), re.DOTALL)
+    assert found is not None
+    rule = f"{_rule_words(recipe, int(found[1]))}: " if found[1] else ""
+    where, remedy = f"{layout.checkpoint.name}{found[2]}", f"{error.remedy} {_WRITE_FIRST}".strip()
+    return UserError(f"{rule}{error.what}", code=error.code, where=where, remedy=remedy)
 
 
 def _same(fmt: TensorFormat, written: WeightFormat) -> bool:

@@ -42,7 +42,7 @@ def make_layers(run: Run, background: Background, meanwhile: Callable[[], object
     expected = None
     try:
         with gpu_memory_errors(prepared.device, MORE_TO_RESUME, Unfinished), ExitStack() as stack:
-            step = stack.enter_context(run.progress.bar(len(plan.units), "layers"))
+            step = stack.enter_context(run.progress.bar(len(plan.units), run.title))
             remote = plan.checkpoint.remote is not None
             transfer = stack.enter_context(Transfer(prepared.device, remote=remote))
             writer = stack.enter_context(_open_writer(run, transfer))

@@ -21,7 +21,7 @@ from snugfit.version import __version__
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A prepared run that has a directory to write into."""
+    """A prepared run that has a directory to write into; `title` is what progress calls its layers."""
 
     prepared: PreparedRun
     directory: Path
@@ -29,6 +29,7 @@ class Run:
     finished: FinishedUnits
     clock: Clock
     progress: Progress
+    title: str = "layers"
 
     @property
     def runs_layers(self) -> bool:
