@@ -42,7 +42,9 @@ class EngineRelease:
     the format of every family's gate, up and down, () for the file's. `refuses_unknown_experts`: expert tensors of
     unknown names stop it, they are not passed over (where families differ, False). `renames_experts`: families of
     EXPERT_NAMES whose experts it also reads under gate_proj, up_proj and down_proj; it looks up their format under the
-    family's names. `loads_consolidated`: consolidated*.safetensors takes the place of the indexed files. `loads_loose`:
+    family's names. `stacked_experts`: families of which it looks for stacks of experts alone, also where experts are
+    quantized one by one. `experts_without_global`: families whose experts in NVFP4 it reads without global scales.
+    `loads_consolidated`: consolidated*.safetensors takes the place of the indexed files. `loads_loose`:
     without an index it loads every safetensors file at the top. `follows_index`: it looks up each tensor's file in the
     index, and does not read all tensors of all files that the index names.
     """
@@ -62,6 +64,8 @@ class EngineRelease:
     loads_consolidated: bool
     loads_loose: bool
     follows_index: bool
+    stacked_experts: frozenset[str] = frozenset()
+    experts_without_global: frozenset[str] = frozenset()
 
 
 _VLLM_033 = EngineRelease(
@@ -112,6 +116,28 @@ _SGLANG = EngineRelease(
     loads_loose=True,
     follows_index=False,
 )
+# families whose experts transformers' conversion_mapping.py makes stacks of, one by one: DecompressExperts, which does
+# that with codes, hands on codes and block scales alone (seen: qwen3_moe)
+_STACKED_WHILE_READ: frozenset[str] = frozenset(
+    {
+        *("afmoe", "axk1", "axk2", "bailing_hybrid", "beam", "cohere2_moe", "deepseek_ocr2", "deepseek_v2"),
+        *("deepseek_v3", "deepseek_v32", "deepseek_v4", "dots1", "ernie4_5_moe", "ernie4_5_vl_moe", "exaone_moe"),
+        *("flex_olmo", "flint", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm5_next", "glm5_next_text"),
+        *("glm_moe_dsa", "hunyuan_v1_moe", "hy_v3", "jamba", "kimi_k25", "kimi_linear", "kolibri1", "laguna"),
+        *("lfm2_moe", "longcat_flash", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl"),
+        *("mistral_large4_text", "mixtral", "nemotron_h", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text"),
+        *("qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker"),
+        *("qwen4_exp_text", "solar_open"),
+    }
+)
+# families whose classes hold stacks, and for which conversion_mapping.py makes none (seen to be random: granitemoe,
+# granitemoehybrid, granitemoe_swa, gemma4_text, qwen3_vl_moe_text)
+_STACKED_IN_FILES: frozenset[str] = frozenset(
+    {
+        *("granitemoe", "granitemoehybrid", "granitemoeshared", "granitemoe_swa", "gemma4_text"),
+        *("diffusion_gemma_text", "gpt_oss", "mistral4", "qwen3_vl_moe_text"),
+    }
+)
 _TRANSFORMERS = EngineRelease(
     name="transformers",
     title="transformers 5 with compressed-tensors 0.20",
@@ -128,6 +154,8 @@ _TRANSFORMERS = EngineRelease(
     loads_consolidated=False,
     loads_loose=False,
     follows_index=True,
+    stacked_experts=_STACKED_IN_FILES,
+    experts_without_global=_STACKED_WHILE_READ,
 )
 RELEASES: Mapping[str, EngineRelease] = {
     release.name: release for release in (_VLLM_024, _VLLM_032, _VLLM_033, _SGLANG, _TRANSFORMERS)

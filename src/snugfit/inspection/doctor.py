@@ -43,6 +43,7 @@ CHECKS: tuple[Check, ...] = (
     groups.experts,
     groups.expert_names,
     groups.stacked_codes,
+    groups.single_experts,
     places.plain_places,
     places.embeddings,
     places.output_head,
@@ -65,7 +66,7 @@ _OF_ABSENCE = frozenset(
 # faults that make others certain, which are then not reported
 _HIDES: dict[str, frozenset[str]] = {
     "config-stale": frozenset({"scale-extra"}),
-    "experts-unread": frozenset({"target-not-looked-up"}),
+    "experts-unread": frozenset({"target-not-looked-up", "expert-scales-unread"}),
     "experts-mixed": frozenset({"fused-formats-differ", "ignore-incomplete", "target-not-looked-up"}),
     "experts-stacked": frozenset({"target-unmatched", "scale-extra"}),
     "embeddings-quantized": frozenset({"target-missing"}),

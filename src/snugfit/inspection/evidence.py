@@ -24,7 +24,7 @@ from snugfit.model.language_config import layer_count
 from snugfit.model.layout import ModelLayout, headers_of
 from snugfit.model.names import TensorName, parse_name
 from snugfit.model.support import check_experts, check_layers
-from snugfit.records.doctor import FAULTS, Finding
+from snugfit.records.doctor import FAULTS, Finding, Severity
 from snugfit.storage.checkpoint import INDEX_NAME, Checkpoint, parse_index
 from snugfit.storage.files import read_file
 from snugfit.storage.safetensors_header import StoredTensor
@@ -235,6 +235,7 @@ def finding(
     *,
     remedy: str = "",
     repairable: bool | None = None,
+    severity: Severity | None = None,
 ) -> Iterator[Finding]:
     """One finding for all `places`; nothing where there is no place, and where nobody is affected."""
     if not places or not affected:
@@ -242,7 +243,7 @@ def finding(
     kind = FAULTS[fault]
     yield Finding(
         fault=fault,
-        severity=kind.severity,
+        severity=severity or kind.severity,
         where=places[0],
         what=what,
         affected=tuple(affected),

@@ -112,6 +112,16 @@ FAULTS: Mapping[str, Fault] = {
     "experts-stacked": Fault(
         "will lie", "Codes of all experts are in one 3-D tensor, which engines read of no such file.", _REQUANTIZE
     ),
+    "expert-scales-unread": Fault(
+        "note",
+        "An engine leaves out the global scales of experts in NVFP4, of any file: what it computes is nonsense.",
+        "Run it in another engine; such experts in FP8, INT4 and MXFP4 are read right.",
+    ),
+    "experts-not-stacked": Fault(
+        "note",
+        "An engine looks for stacks of experts alone, and engines that read codes want them one by one.",
+        "Run it in another engine.",
+    ),
     # places
     "unquantized-by-engine": Fault(
         "will not load", "Engines build this weight in 16 bits alone, and it is stored quantized.", _REQUANTIZE

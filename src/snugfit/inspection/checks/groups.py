@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from snugfit.dialects.rename import COMPRESSED
 from snugfit.engines.fused import group_modules
 from snugfit.engines.releases import EXPERT_NAMES
 from snugfit.inspection.evidence import Evidence, Module, finding
 from snugfit.model.anatomy import is_tower
 from snugfit.model.logical_weights import MXFP4_BLOCKS, model_types
-from snugfit.records.doctor import Finding
+from snugfit.records.doctor import Finding, Severity
 
 
 def stored_as(module: Module) -> str:
@@ -74,6 +75,7 @@ def expert_names(evidence: Evidence) -> Iterator[Finding]:
         yield from finding("experts-unread", wrong, what, evidence.affected(some))
 
 
+_NVFP4 = frozenset({"nvfp4", "nvfp4a16"})
 # leaf -> its place among gate, down and up
 _LEAVES = {"gate_proj": 0, "down_proj": 1, "up_proj": 2, "w1": 0, "w2": 1, "w3": 2}
 # what some releases read in families whose experts have other names
@@ -107,3 +109,29 @@ def stacked_codes(evidence: Evidence) -> Iterator[Finding]:
     ]
     what = f"{found[0] if found else ''} holds codes of all experts of a layer; engines read them one by one."
     yield from finding("experts-stacked", found, what, evidence.affected())
+
+
+def single_experts(evidence: Evidence) -> Iterator[Finding]:
+    """Experts one by one that an engine does not find, or reads in NVFP4 without their global scales.
+
+    No file is at fault: it is a note, unless those engines alone are asked for.
+    """
+    stored = [
+        module
+        for module in evidence.modules.values()
+        if module.stored and module.parsed.expert is not None and evidence.is_in_layers(module)
+    ]
+    if evidence.dialect != COMPRESSED or not stored:
+        return
+    kinds = model_types(evidence.checkpoint.config)
+    four_bits = [module.name for module in stored if module.asked is not None and module.asked.name in _NVFP4]
+    without = [release for release in evidence.engines if not release.stacked_experts.isdisjoint(kinds)]
+    losing = [release for release in evidence.engines if not release.experts_without_global.isdisjoint(kinds)]
+    single = "experts are stored one by one, and it looks for stacks alone: it makes random ones, as its report says."
+    scales = "it leaves out the global scales of experts in NVFP4 without a word: what it computes is nonsense."
+    for fault, places, some, what in (
+        ("experts-not-stacked", [module.name for module in stored], without, single),
+        ("expert-scales-unread", four_bits, losing, scales),
+    ):
+        severity: Severity = "will lie" if len(some) == len(evidence.engines) else "note"
+        yield from finding(fault, places, f"of this family {what}", evidence.affected(some), severity=severity)
