@@ -218,7 +218,9 @@ def _partial_blocks(plan: ReadPlan) -> frozenset[str]:
 
 
 def _at_the_model(error: UserError, recipe: LoadedRecipe, layout: ModelLayout) -> UserError:
-    """An error at a line of a recipe that was read and is in no file: it names the rule, and the model's weight."""
+    """An error of a recipe that was read and is in no file: it names the rule and the model's weight, not a line."""
+    if error.code == "already-quantized":
+        return UserError(error.what, code=error.code, where=error.where, remedy=f"{error.remedy} {_WRITE_FIRST}")
     if not error.where.startswith(recipe.where):
         return error
     found = re.match(r"(?::\d+: rules\[(\d+)\])?(.*)", error.where.removeprefix(recipe.where), re.DOTALL)

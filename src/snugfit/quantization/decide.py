@@ -109,6 +109,6 @@ def _changes_nothing(layout: ModelLayout, recipe: LoadedRecipe, assignments: Map
     return UserError(
         f"already quantized (quant_method {layout.method or 'unknown'!r}: {labels}), as this recipe asks.",
         code="already-quantized",
-        where=str(layout.checkpoint.path),
+        where=layout.checkpoint.name if layout.checkpoint.remote else str(layout.checkpoint.path),
         remedy="Start from the original, choose another format, or add `requantize: true` to a rule.",
     )
