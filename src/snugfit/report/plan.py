@@ -31,6 +31,8 @@ from snugfit.report.tables import Sheet
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
 
 KEEP = "keep"
 # a format's colour is the same in every plot
@@ -270,9 +272,9 @@ def _draw_curve(figure: Figure, record: PlanRecord) -> None:
         if any(p.measured or p.expected.kl > 0 for p in points):
             axes.plot([], [], marker, color=colour, markersize=width, label=kind)
         _scatter(axes, points, marker, colour, width)
-    for limit in record.limits:
-        if limit.name in ("bytes", "gpu"):
-            axes.axvline(record.plan.bytes + limit.bytes - limit.used, color="0.8", linewidth=1, linestyle=":")
+    limits = [limit for limit in record.limits if limit.name in ("bytes", "bits_per_weight", "disk", "gpu")]
+    for limit in limits:
+        axes.axvline(record.plan.bytes + limit.bytes - limit.used, color="0.8", linewidth=1, linestyle=":")
     axes.set_yscale("log")
     axes.set_xlabel("bytes of all weights")
     axes.set_ylabel(KL)
@@ -281,11 +283,25 @@ def _draw_curve(figure: Figure, record: PlanRecord) -> None:
     axes.xaxis.set_major_formatter(
         lambda value, _: f"{value / 10**9:g} GB" if value >= 10**9 else f"{value / 10**6:g} MB"
     )
-    title = (
-        f"{record.model}: hollow marks expected at {record.context:,} tokens, filled ones measured; dotted: the budget"
-    )
+    title = f"{record.model}: hollow marks expected at {record.context:,} tokens, filled ones measured"
+    title += "; dotted: the budget" if limits else ""
     axes.set_title(title, fontsize=9, loc="left", color="0.3")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    set_apart(figure, axes.texts)
+
+
+def set_apart(figure: Figure, names: Sequence[Text]) -> None:
+    """Move names of points below those that they would cover."""
+    from matplotlib.text import Annotation
+
+    figure.draw_without_rendering()
+    notes = [name for name in names if isinstance(name, Annotation)]
+    placed: list[Bbox] = []
+    for note in sorted(notes, key=lambda note: -note.get_window_extent().y0):
+        while any(note.get_window_extent().overlaps(other) for other in placed):
+            x, y = note.xyann
+            note.xyann = x, y - 1
+        placed.append(note.get_window_extent())
 
 
 def _scatter(axes: Axes, points: Sequence[PlanPoint], marker: str, colour: str, width: float) -> None:
