@@ -129,6 +129,8 @@ class ShardWriter:
         self._missing = {tensor.name: tensor for shard in shards for tensor in shard.tensors}
         self._started: dict[str, PendingTransfer[list[int]]] = {}  # since the last call of `pending_writes`
         self._omitted: list[str] = []  # since then, too
+        self._from_memory: list[PendingTransfer[list[int]]] = []  # of those, what holds tensors until it has ended
+        self._before: list[PendingTransfer[list[int]]] = []  # such writes that were started before the last call
         self._small: dict[str, Tensor] = {}  # to be written in one job, which costs more than their bytes
         self._copies: list[Copy] = []  # to begin together
         self.lasts = lasts
@@ -173,6 +175,7 @@ class ShardWriter:
                 self._start_small()
             return
         self._started[name] = self._transfer.write(*self._place(name), tensor, self._note)
+        self._from_memory.append(self._started[name])
 
     def _place(self, name: str) -> tuple[int, int]:
         """The open file that a tensor goes to, and where in it."""
@@ -186,7 +189,9 @@ class ShardWriter:
         small, self._small = self._small, {}
         if small:
             places = [(*self._place(name), tensor) for name, tensor in small.items()]
-            self._started |= dict(zip(small, self._transfer.write_many(places, self._note), strict=True))
+            found = self._transfer.write_many(places, self._note)
+            self._started |= dict(zip(small, found, strict=True))
+            self._from_memory += found
 
     def copy(self, checkpoint: Checkpoint, name: str, *, infinite: bool = False) -> None:
         """Have `start` copy a tensor from the source as it is, `infinite` values too if it may have some.
@@ -221,8 +226,14 @@ class ShardWriter:
 
         It returns the CRC-32s of each tensor's pieces, None for one that was left out, and may be called in another
         thread. It raises what the disk said of the tensors before.
+
+        Tensors that wait for a slow disk do not add up: those of the call before have left memory when this one ends.
+        Copies from file to file, which hold none, are not waited for.
         """
         self.start()
+        before, self._before, self._from_memory = self._before, self._from_memory, []
+        for write in before:
+            write.result()
         writes, self._started = self._started, {}
         omitted, self._omitted = self._omitted, []
         with self._lock:
