@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import wraps
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _PATIENCE = timedelta(hours=6)  # that one rank may work while others wait
+_REPORTED = "reported"  # the key in the store that the main process sets when it has shown an error of all
+_REPORT_PATIENCE = timedelta(minutes=1)  # for it to remove what the run has written, and show the error
 _PIECE = 1 << 26  # values that are added up at once
 _PACK = 1 << 26  # bytes of small tensors that are sent at once
 _apart = False
 _side: Any = None
+_store: Any = None  # by which the processes found each other last
 _connecting: threading.Thread | None = None
 _joins = 0  # how often this process has joined the others
 
@@ -92,13 +95,14 @@ def joined(device: str | None = None) -> Iterator[None]:
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank())
-    global _connecting, _joins, _side  # noqa: PLW0603
+    global _connecting, _joins, _store  # noqa: PLW0603
     _joins += 1
     # torchrun's store outlives a group: each time the processes find each other under names of their own
-    store, number, count = next(_torch().rendezvous("env://", timeout=_PATIENCE))
+    whole, number, count = next(_torch().rendezvous("env://", timeout=_PATIENCE))
+    _store = _torch().PrefixStore(f"joined {_joins}", whole)
     _torch().init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=_torch().PrefixStore(f"joined {_joins}", store),
+        store=_store,
         rank=number,
         world_size=count,
         timeout=_PATIENCE,
@@ -106,10 +110,36 @@ def joined(device: str | None = None) -> Iterator[None]:
     if cuda:
         _connecting = threading.Thread(target=_connect, daemon=True)
         _connecting.start()
-    yield
+    try:
+        yield
+    except Exception:
+        if not cuda:  # NCCL could wait for a process that has ended
+            with suppress(RuntimeError):
+                _leave()
+        raise
     _connected()
+    _leave()
+
+
+def _leave() -> None:
+    """End the connections: others hear of it at once, and gloo's threads do not end a process by a signal."""
+    global _side  # noqa: PLW0603
     _side = None
-    torch.distributed.destroy_process_group()  # not behind an error: it could wait for a process that has ended
+    _torch().destroy_process_group()
+
+
+def tell_reported() -> None:
+    """Tell processes that `wait_until_reported` that this one, the main one, has shown the error of all."""
+    if _store is not None and is_main_to_be():
+        with suppress(RuntimeError):
+            _store.set(_REPORTED, "")
+
+
+def wait_until_reported() -> None:
+    """Wait, a minute at most, for the main process's report: where one process ends, torchrun ends the others."""
+    if _store is not None:
+        with suppress(RuntimeError):
+            _store.wait([_REPORTED], _REPORT_PATIENCE)
 
 
 def _connect() -> None:

@@ -250,6 +250,15 @@ def test_hidden_states_of_another_kind_are_refused(
     assert shape in caught.value.what
 
 
+def test_layers_that_share_weights_are_refused(make_tiny: MakeTiny) -> None:
+    """Zamba 2, whose attention layers are one block, is refused: layer by layer its copies would get other codes."""
+    mamba = {"mamba_d_state": 16, "n_mamba_heads": 8, "mamba_headdim": 16, "num_key_value_heads": 4}
+    kinds = {"num_hidden_layers": 4, "num_mem_blocks": 1, "layers_block_type": ["mamba", "hybrid"] * 2}
+    with raises("architecture-unsupported", where="config.json") as caught:
+        open_model(make_tiny("zamba2", pad_token_id=0, hybrid_layer_ids=[1, 3], **mamba, **kinds))
+    assert "layers.3.shared_transformer from layers.1.shared_transformer" in caught.value.what
+
+
 class Decoder(nn.Module):
     """Layers in a loop that scales hidden states, and takes the first part of what layers return if `first`."""
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,10 +19,12 @@ from safetensors.torch import load_file
 from conftest import MakeTiny
 from helpers.killed import KILLED, contents
 from helpers.ranks import in_ranks
+from helpers.refusals import run
 from helpers.tiny_families import FAMILIES, random_rows, write_rows
 from helpers.tiny_mixtures import Source
 from snugfit import distributed
 from snugfit.calibration.moments import BatchSums
+from snugfit.errors import UserError
 from snugfit.evaluation.evaluate import evaluate
 from snugfit.evaluation.held_out import HeldOut, segments
 from snugfit.methods.calibrated import Calibrated
@@ -426,6 +429,56 @@ def test_joining_again() -> None:
                 assert distributed.gather(rank) == [0, 1]
 
     assert in_ranks(2, work) == [0, 0]
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_joining_behind_an_error(all_of_them: bool) -> None:
+    """Processes leave each other behind an error, so that those that wait hear of it at once; then they may join again.
+
+    No connection is left that would end a process by a signal.
+    """
+
+    def refuse() -> None:
+        raise UserError("bad.", code="option-invalid")
+
+    @distributed.together
+    def refused(rank: int) -> None:
+        if all_of_them:
+            distributed.in_all(refuse if rank else lambda: None)
+        elif rank:
+            refuse()
+        distributed.barrier()
+
+    def work(rank: int) -> None:
+        with pytest.raises(UserError) as caught:
+            refused(rank)
+        assert caught.value.code == ("option-invalid" if rank or all_of_them else "rank-lost")
+        assert not torch.distributed.is_initialized()
+        with distributed.joined("cpu"):
+            assert distributed.gather(rank) == [0, 1]
+
+    assert in_ranks(2, work) == [0, 0]
+
+
+def test_the_main_process_may_report(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What all processes refuse: the others end, with code 2, when the main one has shown it, and not before.
+
+    Where one process ends torchrun ends all others, whatever they have yet to remove or to say.
+    """
+    shown = tmp_path / "shown"
+
+    def work(rank: int) -> None:
+        def echo(text: str, **_: Any) -> None:
+            time.sleep(0.2)  # others have the time to end
+            shown.write_text(text, encoding="utf-8")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("snugfit.cli.errors.typer.echo", echo)
+            result = run("quantize", tmp_path / "none", "-r", "nvfp4", "-o", tmp_path / "out", "--device", "cpu")
+        assert result.exit_code == 2, rank
+        assert "model-not-found" in shown.read_text(encoding="utf-8")
+
+    assert in_ranks(3, work) == [0, 0, 0], capfd.readouterr().err
 
 
 @pytest.mark.slow

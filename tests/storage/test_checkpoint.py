@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from snugfit.storage.background import Background
 from snugfit.storage.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, read_header, read_tensor
 from snugfit.storage.open import open_checkpoint
 from snugfit.storage.safetensors_header import DTYPE_BYTES, TORCH_NAMES, TensorInfo
-from snugfit.storage.shards import ShardWriter, file_digests, index_text, plan_shards
+from snugfit.storage.shards import SMALL_BYTES, ShardWriter, file_digests, index_text, plan_shards
 from snugfit.storage.staging import (
     LOCK_NAME,
     WORK_NAME,
@@ -35,7 +36,7 @@ from snugfit.storage.staging import (
     unit_name,
     units_done,
 )
-from snugfit.storage.transfer import Transfer
+from snugfit.storage.transfer import PendingTransfer, Transfer
 
 NAME_OF = {getattr(torch, name): short for short, name in TORCH_NAMES.items()}
 
@@ -170,6 +171,53 @@ def test_a_pending_write_stops_the_run(tmp_path: Path) -> None:
             written = [wait.result() for wait in [pool.submit(wait) for wait in waits]]
         assert [list(crcs) for crcs in written] == [["a"], ["b"]]
         assert finish(writer) == file_digests(tmp_path, [SINGLE_NAME])
+
+
+@pytest.mark.parametrize("size", [8, SMALL_BYTES + 4])
+def test_tensors_do_not_add_up_before_a_slow_disk(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of unit after unit that is written, tensors of the last two are in memory at most, copies being none."""
+    names = "abcdefgh"
+    shards = plan_shards([TensorInfo(name, "U8", (size,)) for name in names], 10**9)
+    held: set[str] = set()
+    most = 0
+    write_many, write = Transfer.write_many, Transfer.write
+
+    class Slow(PendingTransfer[Any]):
+        """A write that ends when it is waited for, so that whatever nobody waits for is held."""
+
+        name = ""
+
+        def result(self) -> Any:
+            """The CRC-32s; the tensor is no longer held."""
+            held.discard(self.name)
+            return super().result()
+
+    def slow(pending: PendingTransfer[Any], offset: int) -> Slow:
+        nonlocal most
+        found = Slow(pending.pieces, pending.finish)
+        found.name = next(name for name, start in shards[0].offsets.items() if start == offset)
+        held.add(found.name)
+        most = max(most, len(held))
+        return found
+
+    monkeypatch.setattr(
+        Transfer,
+        "write_many",
+        lambda self, places, note: [
+            slow(one, place[1]) for one, place in zip(write_many(self, places, note), places, strict=True)
+        ],
+    )
+    monkeypatch.setattr(
+        Transfer, "write", lambda self, handle, offset, *rest: slow(write(self, handle, offset, *rest), offset)
+    )
+    with Transfer(torch.device("cpu")) as transfer, ShardWriter(tmp_path, shards, transfer) as writer:
+        waits = []
+        for name in names:
+            writer.write(name, torch.zeros(size, dtype=torch.uint8))
+            waits.append(writer.pending_writes())
+        assert most == 2
+        assert [[*wait()] for wait in waits] == [[name] for name in names]
+        finish(writer)
 
 
 @pytest.mark.parametrize("lasts", [True, False])

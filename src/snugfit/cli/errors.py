@@ -18,7 +18,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from snugfit.distributed import OtherRankError, is_main_to_be, rank_prefix
+from snugfit.distributed import OtherRankError, is_main_to_be, rank_prefix, tell_reported, wait_until_reported
 from snugfit.errors import UserError, plain
 from snugfit.progress import SILENT, TerminalProgress
 
@@ -67,6 +67,7 @@ class Verbs(TyperGroup):
             message = error.message.removeprefix("Value error, ")
             shown = UserError(message, code="option-invalid", where=error.param.name or "")
         except OtherRankError:
+            wait_until_reported()
             raise typer.Exit(2) from None
         except UserError as error:
             shown = error
@@ -76,7 +77,9 @@ class Verbs(TyperGroup):
             typer.echo("snugfit: stopped; nothing was written.", err=True)
             raise typer.Exit(130) from None
         names = option_names(self.commands[ctx.invoked_subcommand])
-        typer.echo(f"snugfit: {rank_prefix()}{describe(shown, names)}", err=True)
+        prefix = "" if shown.code == "rank-lost" else rank_prefix()  # its place is the rank
+        typer.echo(f"snugfit: {prefix}{describe(shown, names)}", err=True)
+        tell_reported()
         raise typer.Exit(2)
 
 

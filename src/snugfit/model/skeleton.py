@@ -232,6 +232,7 @@ def build_skeleton(layout: ModelLayout, dtype: torch.dtype | None = None) -> Ske
         _remove_head(model)
     decoder = model.get_decoder()  # type: ignore[operator]
     name, layers = _decoder_layers(model, decoder, where)
+    _check_own_weights(decoder, name.rpartition(".")[2], where)
     tokens = _plain_tokens(model.config)
     skipped = layout.skipped_layers
     calls = trace_layer_calls(model, layers, tokens, where=where, skipped=skipped)
@@ -359,6 +360,15 @@ def _decoder_layers(model: nn.Module, decoder: nn.Module, where: str) -> tuple[s
     if layers is None or not len(layers):
         raise _unsupported(f"{type(model).__name__} has no list of decoder layers.", where)
     return next(name for name, module in model.named_modules() if module is layers), layers
+
+
+def _check_own_weights(decoder: nn.Module, layers: str, where: str) -> None:
+    """UserError where transformers gives one decoder layer weights of another: layer by layer they would come apart."""
+    tied = getattr(decoder, "_tied_weights_keys", None)
+    for one, other in tied.items() if isinstance(tied, Mapping) else ():
+        first, second = (name.split(".")[:2] for name in (one, other))
+        if first[0] == second[0] == layers and first != second:
+            raise _unsupported(f"its layers share weights: transformers takes {one} from {other}.", where)
 
 
 def _keep_text_decoder(model: nn.Module, decoder: nn.Module, where: str) -> None:

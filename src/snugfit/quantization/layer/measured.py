@@ -92,9 +92,15 @@ def input_amax(plan: Plan, index: int, found: LayerStatistics, mixture: ExpertNa
     amax = _expert_amax(prefix, wanted, found, mixture) if mixture is not None else {}
     for group in group_modules(name.removesuffix(".weight") for name in wanted if name not in amax):
         one = next((found.inputs[module] for module in group if module in found.inputs), None)
-        largest = 0.0 if one is None else one.amax
-        _check_amax(largest, "its calibrated inputs have", group[0])
-        amax |= {f"{module}.weight": largest for module in group}
+        if one is None:
+            raise UserError(
+                "nothing was measured of its inputs: no sample passed it.",
+                code="amax-invalid",
+                where=group[0],
+                remedy="Give it `format: keep`, or a format with inputs in 16 bits or dynamic scales, in the recipe.",
+            )
+        _check_amax(one.amax, "its calibrated inputs have", group[0])
+        amax |= {f"{module}.weight": one.amax for module in group}
     return amax
 
 
