@@ -22,7 +22,6 @@ import torch
 
 from snugfit.data.dataset import load_dataset
 from snugfit.evaluation.held_out import HeldOut
-from snugfit.machine import Clock
 from snugfit.methods.calibrated import Calibrated
 from snugfit.methods.method import Method
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
@@ -89,7 +88,7 @@ def _run(model: Path, recipe: str, out: Path, calibration: Calibration, method: 
     prepared = prepare(lay_out(read_layout(model), load_recipe(recipe)), calibration, method)
     with resumable(out) as (directory, work):
         finished = FinishedUnits(work, prepared.identity())
-        run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=Clock(), progress=SILENT)
+        run = Run(prepared=prepared, directory=directory, work=work, finished=finished, progress=SILENT)
         run_layers(run)
         _write_config(prepared.plan, directory)
 

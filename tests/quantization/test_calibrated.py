@@ -17,7 +17,6 @@ from helpers.sweeps import thinned
 from helpers.tiny_families import all_tensors, random_rows, write_rows
 from helpers.tiny_mixtures import make_mixture
 from snugfit.formats.quantized_weight import dequantize
-from snugfit.machine import Clock
 from snugfit.methods.calibrated import Calibrated
 from snugfit.methods.method import Choice, Method, ObservedLayer, Purpose, WeightGroup
 from snugfit.methods.round_to_nearest import ROUND_TO_NEAREST
@@ -106,7 +105,7 @@ def run_method(
     prepared = prepare(lay_out(read_layout(model), recipe), calibration, method)
     with resumable(out) as (directory, work):
         finished = FinishedUnits(work, prepared.identity())
-        run = Run(prepared=prepared, directory=directory, work=work, finished=finished, clock=Clock(), progress=SILENT)
+        run = Run(prepared=prepared, directory=directory, work=work, finished=finished, progress=SILENT)
         run_layers(run)
         snugfit.quantization.quantize._write_config(prepared.plan, directory)
     return all_tensors(out), run

@@ -126,6 +126,7 @@ READ_ONLY: Mapping[str, FormatSpec] = {
 }
 
 KEEP = "keep"
+NVFP4_FORMATS = frozenset({"nvfp4", "nvfp4a16"})  # which store the same, and differ in inputs
 
 # The scale rule of a recipe's rule that names none, in a format of PLAIN_RULES: the effort of the run decides.
 EFFORT = "effort"

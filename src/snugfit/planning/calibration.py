@@ -6,7 +6,6 @@ from pathlib import Path
 
 from snugfit import distributed
 from snugfit.data.dataset import Dataset
-from snugfit.machine import Clock
 from snugfit.model.layout import ModelLayout
 from snugfit.progress import SILENT, Progress
 from snugfit.quantization.loop import run_layers
@@ -55,7 +54,6 @@ def calibrate(
         directory=work,
         work=work,
         finished=finished,
-        clock=Clock(),
         progress=progress,
         title="calibrating",
     )

@@ -56,8 +56,9 @@ class Place:
 def read_place(layout: ModelLayout, budget: Budget) -> Place:
     """The budget for this model; UserError for arguments that are out of range, conflict, or limit nothing."""
     _check(budget)
+    elements = served_elements(layout)
     if budget.gpu is None:
-        return Place(budget=budget, elements=served_elements(layout), server=Server(), served=None)
+        return Place(budget=budget, elements=elements, server=Server(), served=None)
     settings = serve_settings(
         budget.gpu,
         context=budget.context,
@@ -68,7 +69,6 @@ def read_place(layout: ModelLayout, budget: Budget) -> Place:
     )
     served, notes = read_served_model(layout, settings)
     server = Server(settings=settings, kv_heads=served.cache.kv_heads)
-    elements = served_elements(layout)
     return Place(budget=budget, elements=elements, server=server, served=served, notes=tuple(notes))
 
 

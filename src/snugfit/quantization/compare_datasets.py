@@ -23,7 +23,6 @@ from snugfit.data.dataset import Dataset, check_files, make_dataset
 from snugfit.engines.fused import group_modules
 from snugfit.errors import UserError
 from snugfit.formats.spec import INT4_GROUPS, MXFP4_BLOCK, NVFP4_BLOCK, TensorFormat
-from snugfit.machine import Clock
 from snugfit.methods.calibrated import choose_scales, squares_of_experts
 from snugfit.methods.gptq import Feedback, feedback_of, round_weight
 from snugfit.methods.method import Choice, ObservedLayer, Purpose, WeightGroup
@@ -108,7 +107,6 @@ def compare_datasets(
                     directory=directory,
                     work=work,
                     finished=finished,
-                    clock=Clock(),
                     progress=progress,
                 )
             )

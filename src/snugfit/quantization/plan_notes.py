@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from snugfit.engines.kernels import HEAD_ENGINES
 from snugfit.engines.mixtures import NVFP4_EXPERTS_IN_TRANSFORMERS, SPLIT_EXPERTS_IN_TRANSFORMERS
+from snugfit.formats.spec import NVFP4_FORMATS
 from snugfit.model.layout import ModelLayout
 from snugfit.model.loose import taken_note
 from snugfit.quantization.cache_scales import kept_cache
@@ -14,8 +15,7 @@ from snugfit.quantization.decide import Decisions
 from snugfit.recipes.assignment import Assignment, runs_in_engines
 from snugfit.recipes.recipe import LoadedRecipe
 
-_NVFP4 = frozenset({"nvfp4", "nvfp4a16"})
-_FOUR_BITS = frozenset({"nvfp4", "nvfp4a16", "mxfp4", "int4"})
+_FOUR_BITS = NVFP4_FORMATS | {"mxfp4", "int4"}
 
 
 def plan_notes(
@@ -67,7 +67,7 @@ def _expert_notes(decisions: Decisions) -> list[str]:
     origins = decisions.weights.origins
     if any(name in origins and origins[name].part is not None for name in formats):
         return [SPLIT_EXPERTS_IN_TRANSFORMERS]
-    return [NVFP4_EXPERTS_IN_TRANSFORMERS] if _NVFP4 & {*formats.values()} else []
+    return [NVFP4_EXPERTS_IN_TRANSFORMERS] if NVFP4_FORMATS & {*formats.values()} else []
 
 
 def _headroom_notes(assignments: Iterable[Assignment]) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from snugfit import distributed
 from snugfit.evaluation.times import backward_time
 from snugfit.formats.quantized_weight import QuantizedWeight, dequantize
-from snugfit.machine import Clock, Seconds, now
+from snugfit.machine import Seconds, now
 from snugfit.methods.method import ObservedLayer
 from snugfit.methods.round_to_nearest import RoundToNearest
 from snugfit.model import forward_pass, layers
@@ -210,7 +210,6 @@ class Rehearsal:
                 directory=nowhere,
                 work=nowhere,
                 finished=nothing,
-                clock=Clock(),
                 progress=SILENT,
             ),
             batches=self.batches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from snugfit import distributed
@@ -27,8 +27,8 @@ class Run:
     directory: Path
     work: Path
     finished: FinishedUnits
-    clock: Clock
     progress: Progress
+    clock: Clock = field(default_factory=Clock)
     title: str = "layers"
 
     @property

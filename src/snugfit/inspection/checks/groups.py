@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from snugfit.dialects.rename import COMPRESSED
 from snugfit.engines.fused import group_modules
 from snugfit.engines.releases import EXPERT_NAMES
+from snugfit.formats.spec import NVFP4_FORMATS
 from snugfit.inspection.evidence import Evidence, Module, finding
 from snugfit.model.anatomy import is_tower
 from snugfit.model.logical_weights import MXFP4_BLOCKS, model_types
@@ -75,7 +76,6 @@ def expert_names(evidence: Evidence) -> Iterator[Finding]:
         yield from finding("experts-unread", wrong, what, evidence.affected(some))
 
 
-_NVFP4 = frozenset({"nvfp4", "nvfp4a16"})
 # leaf -> its place among gate, down and up
 _LEAVES = {"gate_proj": 0, "down_proj": 1, "up_proj": 2, "w1": 0, "w2": 1, "w3": 2}
 # what some releases read in families whose experts have other names
@@ -124,7 +124,7 @@ def single_experts(evidence: Evidence) -> Iterator[Finding]:
     if evidence.dialect != COMPRESSED or not stored:
         return
     kinds = model_types(evidence.checkpoint.config)
-    four_bits = [module.name for module in stored if module.asked is not None and module.asked.name in _NVFP4]
+    four_bits = [module.name for module in stored if module.asked is not None and module.asked.name in NVFP4_FORMATS]
     without = [release for release in evidence.engines if not release.stacked_experts.isdisjoint(kinds)]
     losing = [release for release in evidence.engines if not release.experts_without_global.isdisjoint(kinds)]
     single = "experts are stored one by one, and it looks for stacks alone: it makes random ones, as its report says."
